@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+# make install [DESTDIR=...]: copies files, builds nothing.
+# make uninstall takes them away again; configuration and state stay.
+
+DESTDIR =
+INSTALL = install
+RUN = $(INSTALL) -D -m 0755
+DATA = $(INSTALL) -D -m 0644
+
+home = $(DESTDIR)/usr/lib/unlock
+sbin = $(DESTDIR)/usr/sbin
+tools = $(DESTDIR)/usr/share/initramfs-tools
+systemd = $(DESTDIR)/usr/lib/systemd
+rules = $(DESTDIR)/usr/lib/udev/rules.d
+stages = init-premount local-top local-block local-bottom panic
+units = unlock-group@.service unlock-heal@.service
+
+.PHONY: install uninstall
+
+install:
+	find unlock -name '*.py' -exec $(DATA) {} $(home)/{} ';'
+	$(RUN) bin/unlock $(sbin)/unlock
+	$(RUN) initramfs/cap $(home)/cap
+	$(RUN) initramfs/collect $(home)/initramfs/collect
+	$(DATA) initramfs/manifest $(home)/initramfs/manifest
+	$(RUN) initramfs/hook $(tools)/hooks/unlock
+	$(DATA) initramfs/functions $(tools)/scripts/unlock-functions
+	for stage in $(stages); do $(RUN) initramfs/$$stage $(tools)/scripts/$$stage/unlock || exit; done
+	$(DATA) udev/65-unlock.rules $(rules)/65-unlock.rules
+	$(RUN) systemd/unlock-generator $(systemd)/system-generators/unlock-generator
+	for unit in $(units); do $(DATA) systemd/$$unit $(systemd)/system/$$unit || exit; done
+
+uninstall:
+	rm -rf $(home)
+	rm -f $(sbin)/unlock $(tools)/hooks/unlock $(tools)/scripts/unlock-functions
+	rm -f $(stages:%=$(tools)/scripts/%/unlock)
+	rm -f $(rules)/65-unlock.rules $(systemd)/system-generators/unlock-generator $(units:%=$(systemd)/system/%)
+
+# test, test-fast, demo: to be written
+
+# Development. VENV and the cache of images lie outside the checkout.
+
+CACHE ?= /var/cache/unlock-lab
+VENV ?= $(CACHE)/venv
+PYTHON ?= python3
+packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-archive-keyring cryptsetup-bin \
+	libcryptsetup12 libtss2-dev libtss2-tcti-swtpm0 tpm2-tools udev btrfs-progs e2fsprogs initramfs-tools-core zstd cpio \
+	shellcheck strace busybox klibc-utils gcc pkg-config libffi-dev python3-venv python3-dev
+
+.PHONY: setup test test-fast lint demo
+
+# What tests and demo need, from the distribution and from PyPI; quick when it is all there.
+setup:
+	dpkg-query -W $(packages) >/dev/null 2>&1 || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(packages); }
+	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check tpm2-pytss cryptography pyudev pykmip pytest hypothesis mypy ruff
+
+lint:
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test-fast: lint
+	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -m "not vm"
+
+test: lint
+	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest
+
+demo: setup
+	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.demo

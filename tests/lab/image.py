@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bootable images: the Debian rootfs, what `make install` puts into it, an initramfs, a root disk."""
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from . import cache, guest, luks
+from .rootfs import rootfs
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PASSPHRASE = "lab passphrase"  # of the root disk's LUKS header
+LUKS_UUID = "6c616220-726f-4f74-8000-6c756b730001"
+FS_UUID = "6c616220-726f-4f74-8000-657874340001"
+ROOT_SIZE = 1 << 30
+
+Root = Literal["luks", "plain"]
+
+CONSOLE = "console=ttyS0 quiet panic=-1 systemd.show_status=no"
+MASKED = """
+    apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer fstrim.timer e2scrub_all.timer
+    e2scrub_reap.service systemd-firstboot.service getty@tty1.service serial-getty@ttyS0.service
+    modprobe@drm.service sys-kernel-debug.mount sys-kernel-tracing.mount
+"""  # what takes time in a boot and nothing here needs
+
+
+class Image(NamedTuple):
+    """A built image; everything in it is read-only to the tests (machines write to an overlay)."""
+
+    directory: Path
+    root: Root
+
+    @property
+    def disk(self) -> Path:
+        """The root disk, raw."""
+        return self.directory / "root.raw"
+
+    @property
+    def kernel(self) -> Path:
+        return self.directory / "vmlinuz"
+
+    @property
+    def initrd(self) -> Path:
+        return self.directory / "initrd"
+
+    @property
+    def cmdline(self) -> str:
+        device = "/dev/mapper/root" if self.root == "luks" else f"UUID={FS_UUID}"
+        return f"root={device} ro {CONSOLE}"
+
+    def initramfs(self, files: Mapping[str, str]) -> Path:
+        """Another initramfs: `files` are put into /etc/initramfs-tools (scripts/init-top/x, hooks/y).
+
+        guest.EARLY gives it a test agent. Cached beside the image.
+        """
+        name = cache.key(*(part for item in sorted(files.items()) for part in item))
+
+        def make(work: Path) -> None:
+            tree = work / "tree"
+            _copy(self.directory / "tree", tree)
+            _write(tree, {f"etc/initramfs-tools/{path}": text for path, text in files.items()})
+            _mkinitramfs(tree, work / "initrd")
+            subprocess.run(["rm", "-rf", tree], check=True)
+
+        return cache.entry(f"{self.directory.name}-{name}", make) / "initrd"
+
+
+def build(root: Root = "luks", *, product: bool = True, commands: Sequence[str] = ()) -> Image:
+    """The image of the checkout as it is now; with product=False of stock Debian.
+
+    `commands` are run by sh in the tree before the initramfs is made.
+    """
+    cache.ROOT.mkdir(parents=True, exist_ok=True)
+    with cache.scratch() as installed:
+        if product:
+            _install(installed)
+        base = rootfs()
+        sources = [Path(module).read_bytes() for module in (__file__, guest.__file__, luks.__file__)]
+        name = cache.key(root, base.parent.name, cache.tree_hash(installed), *commands, *sources)
+        cache.prune("image-")
+
+        def make(work: Path) -> None:
+            tree = work / "tree"
+            _copy(base, tree)
+            _overlay(installed, tree)
+            _configure(tree, root)
+            for command in commands:
+                _chroot(tree, command)
+            _kernel(tree).rename(work / "vmlinuz")
+            _mkinitramfs(tree, work / "initrd")
+            _disk(tree, root, work / "root.raw")
+
+        return Image(cache.entry(f"image-{name}", make), root)
+
+
+def _install(destination: Path) -> None:
+    if (CHECKOUT / "Makefile").exists():
+        subprocess.run(["make", "--quiet", "-C", CHECKOUT, "install", f"DESTDIR={destination}"], check=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    subprocess.run(["cp", "-a", "--reflink=auto", source, target], check=True)
+
+
+def _overlay(source: Path, target: Path) -> None:
+    """Copy over; /sbin and such stay links."""
+    command = 'tar -C "$1" --owner=0 --group=0 -c . | tar -C "$2" -x --keep-directory-symlink --no-overwrite-dir'
+    subprocess.run(["sh", "-c", command, "sh", source, target], check=True)
+
+
+def _write(tree: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        path = tree / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755 if text.startswith("#!") else 0o644)
+
+
+def _configure(tree: Path, root: Root) -> None:
+    device = "/dev/mapper/root" if root == "luks" else f"UUID={FS_UUID}"
+    files = {
+        "etc/fstab": f"{device} / ext4 defaults 0 0\n",
+        "etc/hostname": "lab\n",
+        "etc/systemd/journald.conf.d/lab.conf": "[Journal]\nStorage=volatile\n",
+        "usr/lib/lab/agent": guest.AGENT,
+        "usr/lib/systemd/system/lab-agent.service": guest.UNIT,
+    }
+    if root == "luks":
+        files["etc/crypttab"] = f"root UUID={LUKS_UUID} none luks,initramfs\n"
+    _write(tree, files)
+    _chroot(tree, f"systemctl --quiet enable lab-agent.service && systemctl --quiet mask {' '.join(MASKED.split())}")
+
+
+def _chroot(tree: Path, command: str) -> None:
+    """Run sh in the tree, with /proc and /dev, in a mount namespace that ends with it."""
+    script = 'mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" && exec chroot "$1" sh -ec "$2"'
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "HOME": "/root"}
+    unshare = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script, "sh"]
+    done = subprocess.run([*unshare, tree, command], env=environment, capture_output=True, text=True)
+    if done.returncode != 0:  # else it only has warnings: no device-mapper here, no console-setup there
+        raise RuntimeError(f"{command}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+
+
+def _kernel(tree: Path) -> Path:
+    (kernel,) = tree.glob("boot/vmlinuz-*")
+    return kernel
+
+
+def _mkinitramfs(tree: Path, to: Path) -> None:
+    (modules,) = (tree / "usr/lib/modules").iterdir()
+    initrd = tree / f"boot/initrd.img-{modules.name}"
+    _chroot(tree, f"mkinitramfs -o /boot/{initrd.name} {modules.name}")
+    _copy(initrd, to)
+
+
+def _disk(tree: Path, root: Root, to: Path) -> None:
+    plain = to.with_suffix(".ext4") if root == "luks" else to
+    with plain.open("wb") as file:
+        file.truncate(ROOT_SIZE)
+    options = ["-q", "-F", "-b", "4096", "-U", FS_UUID, "-E", "lazy_itable_init=0"]
+    subprocess.run(["mkfs.ext4", *options, "-d", tree, plain], check=True)
+    if root == "luks":
+        luks.format_disk(to, PASSPHRASE, size=luks.DATA_OFFSET + ROOT_SIZE, uuid=LUKS_UUID)
+        luks.fill(to, PASSPHRASE, plain)
+        plain.unlink()

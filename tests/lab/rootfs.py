@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Debian 13 file system that every guest starts from, made with mmdebstrap."""
+
+import subprocess
+from pathlib import Path
+
+from . import cache
+
+SUITE = "trixie"
+PACKAGES = """
+    linux-image-cloud-amd64 systemd-sysv systemd-cryptsetup udev dbus kmod procps make zstd busybox
+    initramfs-tools cryptsetup cryptsetup-initramfs keyutils lvm2 btrfs-progs e2fsprogs
+    python3 python3-tpm2-pytss python3-cryptography python3-pyudev libcryptsetup12
+"""
+EXCLUDED = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*")
+
+
+def rootfs() -> Path:
+    """The directory of the cached file system; copy it before changing anything."""
+    name = cache.key(SUITE, PACKAGES, *EXCLUDED)
+    return cache.entry(f"rootfs-{name}", _bootstrap) / "root"
+
+
+def _bootstrap(work: Path) -> None:
+    packages = ",".join(PACKAGES.split())
+    command = ["mmdebstrap", "--mode=root", "--variant=minbase", "--quiet", f"--include={packages}"]
+    command += [f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED]
+    subprocess.run([*command, SUITE, str(work / "root"), *_mirror()], check=True)
+
+
+def _mirror() -> list[str]:
+    """The Debian mirror that this machine's apt uses; none, and mmdebstrap takes its default."""
+    targets = ["Created-By: Packages", "Origin: Debian", "Label: Debian"]
+    listed = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(REPO_URI)", *targets], capture_output=True, text=True
+    )
+    return listed.stdout.split()[:1]

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Virtual machines: QEMU without KVM and without network, a software TPM, disks, a console and an agent."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from .console import Console
+from .guest import Guest
+from .process import start
+from .qmp import Qmp
+from .swtpm import Command, SoftwareTpm
+
+FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
+VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+CACHE = {  # what QEMU's -drive cache=MODE means: (O_DIRECT, ignore flushes, the guest sees a write cache)
+    "unsafe": (False, True, True),
+    "writeback": (False, False, True),
+    "none": (True, False, True),
+    "writethrough": (False, False, False),
+}
+
+
+class Disk(NamedTuple):
+    """A disk of a machine. `path` is relative to the machine's directory; *.qcow2 is that, else raw.
+
+    `cache`: a key of CACHE; not `unsafe` where a test cuts the power.
+    """
+
+    path: Path | str
+    serial: str
+    cache: str = "unsafe"
+
+    @property
+    def device(self) -> str:
+        """The disk in the guest."""
+        return f"/dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_{self.serial}"
+
+
+class Bootable(Protocol):
+    """What a machine starts from: image.Image is one."""
+
+    @property
+    def disk(self) -> Path: ...
+    @property
+    def kernel(self) -> Path: ...
+    @property
+    def initrd(self) -> Path: ...
+    @property
+    def cmdline(self) -> str: ...
+
+
+class VM:
+    """One boot of the machine that lives in the directory `home`. Use it in `with`.
+
+    The machine is what stays from boot to boot: `root.qcow2` (over the image's disk, which never changes),
+    the TPM states, the UEFI variables. Each boot N leaves `console-N.log` and `tpm-N.log` there.
+    `tpm` names the TPM's state directory: another name is a replaced board, None is no TPM.
+    `limit`: seconds after which the machine is killed, whatever happens.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        image: Bootable,
+        *,
+        disks: Sequence[Disk] = (),
+        tpm: str | None = "tpm",
+        uefi: bool = False,
+        initrd: Path | None = None,
+        cmdline: str | None = None,
+        append: str = "",
+        cache: str = "unsafe",
+        memory: str = "1G",
+        limit: float = 900,
+        extra: Sequence[str] = (),
+    ) -> None:
+        self.home = home
+        self.limit = limit
+        self._image = image
+        self._initrd = initrd or image.initrd
+        self._cmdline = f"{cmdline or image.cmdline} {append}".strip()
+        self._disks = [Disk("root.qcow2", "root", cache), *disks]
+        self._tpm_name = tpm
+        self._uefi = uefi
+        self._memory = memory
+        self._extra = extra
+        self._tpm: SoftwareTpm | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ports: list[socket.socket] = []
+
+    def __enter__(self) -> "VM":
+        self.home.mkdir(parents=True, exist_ok=True)
+        self.boot = 1 + sum(1 for _ in self.home.glob("console-*.log"))
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+
+    # the life of the machine
+
+    def wait(self, timeout: float = 120) -> None:
+        """Wait until the guest has powered off, or reset: that ends it too, the next boot is another VM.
+
+        Raises TimeoutError.
+        """
+        assert self._process
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"still running after {timeout:.0f} s:\n{self.console.text[-2000:]}") from None
+        self.console.join()
+
+    def poweroff(self, timeout: float = 120) -> None:
+        """Shut down through the agent, and wait."""
+        self.guest.sh("systemctl poweroff --no-block")
+        self.wait(timeout)
+
+    def powerdown(self, timeout: float = 120) -> None:
+        """Press the power button, and wait."""
+        self.qmp.do("system_powerdown")
+        self.wait(timeout)
+
+    def kill(self) -> None:
+        """Cut the power."""
+        assert self._process
+        self._process.kill()
+        self.wait(30)
+
+    # disks while it runs
+
+    def plug(self, disk: Disk) -> None:
+        """Hot-plug a disk."""
+        self.qmp.do("blockdev-add", **self._blockdev(disk))
+        self.qmp.do("device_add", **self._scsi(disk))
+
+    def unplug(self, disk: Disk) -> None:
+        """Pull a disk out, used or not."""
+        self.qmp.do("device_del", id=disk.serial)
+        self.qmp.event("DEVICE_DELETED")
+        self.qmp.do("blockdev-del", **{"node-name": f"disk-{disk.serial}"})
+
+    # the TPM
+
+    def tpm_commands(self, skip: int = 0) -> list[Command]:
+        """What was sent to the TPM in this boot, without the first `skip`: the length so far is a mark."""
+        return self._tpm.commands(skip) if self._tpm else []
+
+    # starting and stopping
+
+    def _start(self) -> None:
+        arguments = ["-accel", "tcg,thread=multi", "-cpu", "max,la57=off,svm=off", "-machine", "q35"]
+        arguments += ["-smp", "2", "-m", self._memory, "-nodefaults", "-display", "none", "-nic", "none"]
+        arguments += ["-no-reboot", "-append", self._cmdline]
+        arguments += ["-kernel", str(self._image.kernel), "-initrd", str(self._initrd)]
+        if self._uefi:
+            variables = self.home / "vars.fd"
+            if not variables.exists():
+                shutil.copyfile(VARIABLES, variables)
+            arguments += ["-drive", f"if=pflash,format=raw,readonly=on,file={FIRMWARE}"]
+            arguments += ["-drive", f"if=pflash,format=raw,file={variables}"]
+        ends: list[socket.socket] = []
+
+        def port(name: str) -> socket.socket:
+            ours, theirs = socket.socketpair()
+            chardev(name, theirs)
+            self._ports.append(ours)
+            return ours
+
+        def chardev(name: str, theirs: socket.socket) -> None:
+            arguments.extend(["-chardev", f"socket,id={name},fd={theirs.fileno()}"])
+            ends.append(theirs)
+
+        qmp = port("qmp")
+        arguments += ["-mon", "chardev=qmp,mode=control"]
+        console = port("console")
+        arguments += ["-serial", "chardev:console"]
+        arguments += ["-device", "virtio-serial-pci"]
+        guest, early = port("lab"), port("early")
+        arguments += ["-device", "virtserialport,chardev=lab,name=lab"]
+        arguments += ["-device", "virtserialport,chardev=early,name=lab.early"]
+        if self._tpm_name is not None:
+            self._tpm = SoftwareTpm(self.home / self._tpm_name, self.home / f"tpm-{self.boot}.log")
+            chardev("tpm", self._tpm.port)
+            arguments += ["-tpmdev", "emulator,id=tpm,chardev=tpm", "-device", "tpm-crb,tpmdev=tpm"]
+        arguments += ["-device", "virtio-scsi-pci,id=scsi"]
+        root = self.home / "root.qcow2"
+        if not root.exists():
+            overlay(self._image.disk, root)
+        for disk in self._disks:
+            arguments += ["-blockdev", json.dumps(self._blockdev(disk))]
+            arguments += ["-device", json.dumps(self._scsi(disk))]
+        log = self.home / f"qemu-{self.boot}.log"
+        try:
+            self._process = start(["qemu-system-x86_64", *arguments, *self._extra], ends, log)
+        finally:
+            for end in ends:
+                end.close()
+        self._timer = threading.Timer(self.limit, self._process.kill)
+        self._timer.daemon = True
+        self._timer.start()
+        self.console = Console(console, self.home / f"console-{self.boot}.log")
+        self.guest = Guest(guest)
+        self.early = Guest(early)
+        try:
+            self.qmp = Qmp(qmp)
+        except Exception as problem:
+            raise RuntimeError(f"QEMU did not start: {log.read_text()}") from problem
+
+    def _stop(self) -> None:
+        if self._process:
+            self._timer.cancel()
+            self._process.kill()
+            self._process.wait()
+            self.console.join()
+        if self._tpm:
+            self._tpm.stop()
+        for port in self._ports:
+            port.close()
+
+    def _blockdev(self, disk: Disk) -> dict[str, Any]:
+        direct, no_flush, _ = CACHE[disk.cache]
+        cache = {"direct": direct, "no-flush": no_flush}
+        path = self.home / disk.path
+        return {
+            "driver": "qcow2" if path.suffix == ".qcow2" else "raw",
+            "node-name": f"disk-{disk.serial}",
+            "cache": cache,
+            "file": {"driver": "file", "filename": str(path), "cache": cache},
+        }
+
+    def _scsi(self, disk: Disk) -> dict[str, Any]:
+        write_cache = CACHE[disk.cache][2]
+        return {
+            "driver": "scsi-hd",
+            "id": disk.serial,
+            "serial": disk.serial,
+            "bus": "scsi.0",
+            "drive": f"disk-{disk.serial}",
+            "write-cache": "on" if write_cache else "off",
+        }
+
+
+def overlay(base: Path, path: Path) -> Path:
+    """A qcow2 file that holds what is written over `base`, which stays as it is."""
+    base_format = "qcow2" if base.suffix == ".qcow2" else "raw"
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", os.fspath(base.resolve()), "-F", base_format]
+    subprocess.run([*command, os.fspath(path)], check=True)
+    return path
+
+
+def clone(home: Path, to: Path) -> Path:
+    """Copy a machine that is off, disks and TPM and all: to try several things from one state."""
+    subprocess.run(["cp", "-a", "--sparse=always", os.fspath(home), os.fspath(to)], check=True)
+    return to

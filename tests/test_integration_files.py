@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files outside the package: boot scripts, the cap, udev rules, units and their generator, make install."""
+
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tty
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).resolve().parent.parent
+GENERATOR = TOP / "systemd/unlock-generator"
+STAGES = ["init-premount", "local-top", "local-block", "local-bottom", "panic"]
+SCRIPTS = [TOP / "initramfs" / name for name in ("hook", *STAGES, "cap")]
+SHELLS = [["dash"], ["busybox", "sh"], ["/usr/lib/klibc/bin/sh"], ["bash"]]
+
+
+def needs(*programs: str) -> pytest.MarkDecorator:
+    absent = [program for program in programs if not shutil.which(program)]
+    return pytest.mark.skipif(bool(absent) and "CI" not in os.environ, reason=f"not installed: {', '.join(absent)}")
+
+
+# scripts
+
+
+@needs("shellcheck")
+def test_scripts_are_clean() -> None:
+    subprocess.run(["shellcheck", "-x", *SCRIPTS, TOP / "initramfs/functions"], check=True, cwd=TOP)
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:-1], ids=lambda path: path.name)
+def test_scripts_name_their_prerequisites_and_do_nothing_else(script: Path) -> None:
+    done = subprocess.run([script, "prereqs"], capture_output=True, text=True, check=True)
+    assert done.stdout.count("\n") == 1 and not done.stderr
+    assert script.name == "hook" or "cryptroot" not in done.stdout  # it would have to wait for itself in local-top
+
+
+def test_nothing_runs_in_init_bottom() -> None:
+    assert "init-bottom" not in (TOP / "Makefile").read_text()
+
+
+# the cap
+
+EXTEND = (
+    bytes.fromhex(  # TCG TPM 2.0 Library, Part 3, TPM2_PCR_Extend
+        "8002 00000041 00000182"  # TPM_ST_SESSIONS, size, TPM_CC_PCR_Extend
+        "0000000f"  # PCR 15
+        "00000009 40000009 0000 01 0000"  # authorisation: TPM_RS_PW, no nonce, continueSession, no password
+        "00000001 000b"  # one digest, TPM_ALG_SHA256
+    )
+    + hashlib.sha256(b"unlock cap").digest()
+)
+EXTENDED = bytes.fromhex("8002 00000013 00000000 00000000 0000 01 0000")
+RETRY = bytes.fromhex("8001 0000000a 00000922")
+FAILED = bytes.fromhex("8001 0000000a 00000101")
+
+
+class FakeTpm:
+    """A character device that answers each command in turn with the next of `answers`, then with the last."""
+
+    def __init__(self, *answers: bytes, to: socket.socket | None = None) -> None:
+        self.commands: list[bytes] = []
+        self._answers = list(answers)
+        self._to = to
+        self._master, self._slave = os.openpty()
+        tty.setraw(self._slave)
+        self.path = os.ttyname(self._slave)
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            command = os.read(self._master, 4096)
+            while len(command) < int.from_bytes(command[2:6], "big"):
+                command += os.read(self._master, 4096)
+            self.commands.append(command)
+            os.write(self._master, ask(self._to, command) if self._to else self._answers[0])
+            del self._answers[: len(self._answers) > 1]
+
+
+def ask(tpm: socket.socket, command: bytes) -> bytes:
+    tpm.sendall(command)
+    return tpm.recv(4096)
+
+
+class Cap:
+    """initramfs/cap with its paths in a directory, and no power to switch off."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.device = directory / "tpmrm0"
+        self.run_directory = directory / "run"
+        self.console = directory / "console"
+        (directory / "bin").mkdir()
+        for name in ("poweroff", "modprobe"):
+            self.program(name, f"echo {name} >>{directory}/called; kill $PPID" if name == "poweroff" else "exit 1")
+        self.console.touch()
+        text = (TOP / "initramfs/cap").read_text()
+        for path, to in {
+            "/run/unlock": self.run_directory,
+            "/sys/firmware/acpi/tables/TPM2": directory / "acpi",
+            "/dev/tpmrm0": self.device,
+            "/dev/tpm0": directory / "tpm0",
+            "/sys/class/tpm/tpm0/tpm_version_major": directory / "version",
+            "/dev/console": self.console,
+            "/proc/sysrq-trigger": directory / "sysrq",
+            "tenths=100": "tenths=20",
+            "sleep 0.25": "sleep 0.01",
+        }.items():
+            assert path in text
+            text = text.replace(path, str(to))
+        self.script = directory / "cap"
+        self.script.write_text(text)
+
+    def program(self, name: str, body: str) -> None:
+        file = self.directory / "bin" / name
+        file.write_text(f"#!/bin/sh\n{body}\n")
+        file.chmod(0o755)
+
+    def run(self, shell: list[str]) -> int:
+        path = f"{self.directory}/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        done = subprocess.run([*shell, self.script], env={"PATH": path}, capture_output=True, timeout=60)
+        assert not done.stderr
+        return done.returncode
+
+    @property
+    def capped(self) -> bool:
+        return (self.run_directory / "capped").exists()
+
+
+@pytest.fixture
+def cap(tmp_path: Path) -> Cap:
+    return Cap(tmp_path)
+
+
+@pytest.fixture(params=[shell for shell in SHELLS if shutil.which(shell[0])], ids=" ".join)
+def shell(request: pytest.FixtureRequest) -> list[str]:
+    assert isinstance(request.param, list)
+    return request.param
+
+
+def test_cap_sends_one_extend(cap: Cap, shell: list[str]) -> None:
+    tpm = FakeTpm(EXTENDED)
+    cap.device.symlink_to(tpm.path)
+    assert cap.run(shell) == 0
+    assert cap.capped
+    assert tpm.commands == [EXTEND]
+
+
+def test_cap_is_sent_once_a_boot(cap: Cap, shell: list[str]) -> None:
+    tpm = FakeTpm(EXTENDED)
+    cap.device.symlink_to(tpm.path)
+    assert cap.run(shell) == cap.run(shell) == 0
+    assert len(tpm.commands) == 1
+
+
+def test_cap_repeats_until_the_tpm_is_ready(cap: Cap, shell: list[str]) -> None:
+    tpm = FakeTpm(RETRY, RETRY, EXTENDED)
+    cap.device.symlink_to(tpm.path)
+    assert cap.run(shell) == 0
+    assert cap.capped
+    assert tpm.commands == [EXTEND] * 3
+
+
+def test_cap_without_confirmation_powers_off(cap: Cap, shell: list[str]) -> None:
+    tpm = FakeTpm(FAILED)
+    cap.device.symlink_to(tpm.path)
+    assert cap.run(shell) != 0  # ended by our poweroff; it never returns by itself
+    assert not cap.capped
+    assert (cap.directory / "called").read_text() == "poweroff\n"
+    assert "powering off" in cap.console.read_text()
+    assert len(tpm.commands) == 41
+
+
+def test_cap_without_a_tpm_does_nothing(cap: Cap, shell: list[str]) -> None:
+    assert cap.run(shell) == 0
+    assert not cap.capped
+
+
+def test_cap_waits_once_for_the_driver_of_a_promised_tpm(cap: Cap) -> None:
+    (cap.directory / "acpi").touch()
+    tpm = FakeTpm(EXTENDED)
+    late = f"(sleep 0.5; ln -s {tpm.path} {cap.device}) >/dev/null 2>&1 &"
+    cap.program("modprobe", f'{late}\n[ "$*" = "-a -q tpm_crb tpm_tis" ]')
+    assert cap.run(["dash"]) == 0
+    assert cap.capped
+
+
+def test_cap_gives_up_on_a_promised_tpm_once(cap: Cap) -> None:
+    (cap.directory / "acpi").touch()
+    assert cap.run(["dash"]) == 0
+    start = time.monotonic()
+    assert cap.run(["dash"]) == 0
+    assert time.monotonic() - start < 1.5
+    assert not cap.capped
+
+
+def test_cap_leaves_a_tpm_12_alone(cap: Cap, shell: list[str]) -> None:
+    tpm = FakeTpm(FAILED)
+    (cap.directory / "tpm0").symlink_to(tpm.path)
+    (cap.directory / "version").write_text("1\n")
+    assert cap.run(shell) == 0
+    assert not tpm.commands
+
+
+@pytest.fixture
+def swtpm(tmp_path: Path) -> Iterator[socket.socket]:
+    path = tmp_path / "sock"
+    state = tmp_path / "state"
+    state.mkdir()
+    command = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}", "--server", f"type=unixio,path={path}"]
+    process = subprocess.Popen([*command, "--flags", "not-need-init,startup-clear"])
+    try:
+        for _ in range(100):
+            if path.exists():
+                break
+            time.sleep(0.05)
+        with socket.socket(socket.AF_UNIX) as tpm:
+            tpm.settimeout(30)
+            tpm.connect(str(path))
+            yield tpm
+    finally:
+        process.kill()
+        process.wait()
+
+
+@needs("swtpm")
+def test_cap_extends_a_real_tpm(cap: Cap, swtpm: socket.socket) -> None:
+    cap.device.symlink_to(FakeTpm(to=swtpm).path)
+    assert cap.run(["dash"]) == 0
+    assert cap.capped
+    # TPM2_PCR_Read, sha256, PCR 15; the digest is the end of the response
+    read = ask(swtpm, bytes.fromhex("8001 00000014 0000017e 00000001 000b 03 008000"))
+    assert read[6:10] == bytes(4)
+    assert read[-32:] == hashlib.sha256(bytes(32) + hashlib.sha256(b"unlock cap").digest()).digest()
+
+
+# the generator
+
+
+class Host:
+    """A root directory for the generator, and what it made."""
+
+    def __init__(self, directory: Path) -> None:
+        self.root = directory / "root"
+        self.out = directory / "out"
+        self.errors = ""
+        (self.root / "etc/unlock").mkdir(parents=True)
+
+    def generate(self, config: str | bytes | None, fstab: str | None = None) -> set[str]:
+        """Runs it; the paths of what it made."""
+        if config is not None:
+            content = config.encode() if isinstance(config, str) else config
+            (self.root / "etc/unlock/unlock.toml").write_bytes(content)
+        if fstab is not None:
+            (self.root / "etc/fstab").write_text(fstab)
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.out.mkdir()
+        command: list[str | Path] = [sys.executable, "-IS", GENERATOR, self.out, self.out, self.out, self.root]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        self.errors = done.stderr
+        return {str(path.relative_to(self.out)) for path in self.out.rglob("*") if not path.is_dir()}
+
+    def read(self, name: str) -> list[str]:
+        return (self.out / name).read_text().splitlines()
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+DATA = '[group.data]\nmount = "/srv/data"\ntype = "btrfs"\noptions = "noatime,compress=zstd"\ndeadline = 30\n'
+GATE = "local-fs.target.wants/unlock-group@data.service"
+MOUNT = {GATE, "srv-data.mount", "local-fs.target.wants/srv-data.mount"}
+
+
+def test_a_group_gets_a_gate_and_a_mount(host: Host) -> None:
+    assert host.generate(DATA) == MOUNT
+    unit = host.read("srv-data.mount")
+    for line in (
+        "DefaultDependencies=no",
+        "Requires=unlock-group@data.service",
+        "After=unlock-group@data.service local-fs-pre.target",
+        "Conflicts=umount.target",
+        "Before=umount.target",
+        "What=/run/unlock/open/data",
+        "Where=/srv/data",
+        "Type=btrfs",
+        "Options=noatime,compress=zstd",
+    ):
+        assert line in unit
+    assert (host.out / GATE).readlink() == Path("/usr/lib/systemd/system/unlock-group@.service")
+    assert (host.out / "local-fs.target.wants/srv-data.mount").resolve() == (host.out / "srv-data.mount").resolve()
+    assert not host.errors
+
+
+def test_a_group_without_a_mount_gets_a_gate(host: Host) -> None:
+    assert host.generate("[group.data]\n") == {GATE}
+
+
+def test_paths_are_escaped_and_names_need_not_be(host: Host) -> None:
+    made = host.generate('[group."my-data.2"]\nmount = "/srv//my data/./ü-x/"\n', '{"groups": {}}')
+    assert "local-fs.target.wants/unlock-group@my-data.2.service" in made
+    assert "srv-my\\x20data-\\xc3\\xbc\\x2dx.mount" in made
+    assert "Requires=unlock-group@my-data.2.service" in host.read("srv-my\\x20data-\\xc3\\xbc\\x2dx.mount")
+    assert "Where=/srv/my data/ü-x" in host.read("srv-my\\x20data-\\xc3\\xbc\\x2dx.mount")
+
+
+@needs("systemd-escape")
+@pytest.mark.parametrize("path", ["/", "/a", "/.a/.b", "/srv/a-b_c:d.e", "/a b/%x/ü/\\", "//a//b/"])
+def test_escape_is_that_of_systemd(path: str) -> None:
+    module: dict[str, object] = {"__name__": "generator"}
+    exec(compile(GENERATOR.read_text(), GENERATOR, "exec"), module)
+    escape = module["escape"]
+    assert callable(escape)
+    theirs = subprocess.run(["systemd-escape", "--path", path], capture_output=True, text=True, check=True).stdout
+    assert escape("/" + "/".join(part for part in path.split("/") if part)) == theirs.rstrip("\n")
+
+
+def test_a_target_of_fstab_is_refused(host: Host) -> None:
+    fstab = "# /srv/data is ours\n/dev/sda1 / ext4 defaults 0 1\nUUID=1 /srv/data/ ext4 nofail 0 2\n"
+    assert host.generate(DATA, fstab) == {GATE}
+    assert "/srv/data is mounted by /etc/fstab" in host.errors
+
+
+def test_two_groups_cannot_share_a_target(host: Host) -> None:
+    made = host.generate(DATA + '[group.more]\nmount = "/srv/data/"\n')
+    assert made == MOUNT | {"local-fs.target.wants/unlock-group@more.service"}
+    assert "group 'more'" in host.errors
+
+
+def test_no_configuration_is_no_error(host: Host) -> None:
+    assert host.generate(None) == set()
+    assert not host.errors
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        b"\xff\xfe",
+        "[group.data",
+        "group = 3",
+        '[group."../x"]\nmount = "/srv/x"',
+        '[group."a b"]\n',
+        "group.data = 3",
+        "[[group]]",
+    ],
+)
+def test_a_mangled_configuration_makes_nothing(host: Host, config: str | bytes) -> None:
+    assert host.generate(config) == set()
+    assert host.errors
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'mount = "srv"',
+        'mount = "/"',
+        'mount = "/srv/../x"',
+        "mount = 3",
+        'mount = "/a\\nb"',
+        'mount = "/a"\noptions = "x\\n[Install]"',
+    ],
+)
+def test_a_mangled_group_leaves_the_others(host: Host, line: str) -> None:
+    made = host.generate(f"[group.bad]\n{line}\n{DATA}")
+    assert made == MOUNT | {"local-fs.target.wants/unlock-group@bad.service"}
+    assert "group 'bad'" in host.errors
+
+
+def test_percent_is_no_specifier(host: Host) -> None:
+    host.generate('[group.data]\nmount = "/srv/50%n"\noptions = "x=%h"\n')
+    unit = host.read("srv-50\\x25n.mount")
+    assert "Where=/srv/50%%n" in unit
+    assert "Options=x=%%h" in unit
+
+
+@needs("systemd-analyze")
+def test_systemd_accepts_the_units(host: Host, tmp_path: Path) -> None:
+    host.generate(DATA + '[group.my-data]\nmount = "/srv/a b"\n')
+    units = tmp_path / "units"
+    shutil.copytree(host.out, units, symlinks=True)
+    for unit in ("unlock-group@.service", "unlock-heal@.service"):
+        text = (TOP / "systemd" / unit).read_text().replace("/usr/sbin/unlock", "/bin/true")
+        (units / unit).write_text(text.replace("Documentation=man:unlock(8)", ""))
+    mounts = [units / "srv-data.mount", units / "srv-a\\x20b.mount"]
+    for mount in mounts:
+        mount.write_text(mount.read_text().replace("Documentation=man:unlock(8)", ""))
+    instances = [units / "unlock-group@my-data.service", units / "unlock-heal@sda.service"]
+    command: list[str | Path] = ["systemd-analyze", "verify", "--man=no", *mounts, *instances]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SYSTEMD_UNIT_PATH": f"{units}:"})
+    ours = [line for line in done.stderr.splitlines() if "unlock" in line or "srv-" in line]
+    assert not ours
+
+
+# install
+
+
+def test_install_and_uninstall(tmp_path: Path) -> None:
+    for target in ("install", "uninstall"):
+        subprocess.run(["make", "--quiet", "-C", TOP, target, f"DESTDIR={tmp_path}"], check=True)
+        files = {str(path.relative_to(tmp_path)): path for path in tmp_path.rglob("*") if path.is_file()}
+        if target == "install":
+            programs = {name for name, path in files.items() if path.stat().st_mode & 0o111}
+            assert programs == {
+                "usr/sbin/unlock",
+                "usr/lib/unlock/cap",
+                "usr/lib/unlock/initramfs/collect",
+                "usr/lib/systemd/system-generators/unlock-generator",
+                "usr/share/initramfs-tools/hooks/unlock",
+                *(f"usr/share/initramfs-tools/scripts/{stage}/unlock" for stage in STAGES),
+            }
+            assert "usr/lib/unlock/unlock/__main__.py" in files
+    assert not files

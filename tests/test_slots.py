@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The slot pair: what a boot sends, what it believes, and a cut at every TPM command."""
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from tpmfixture import Swtpm
+
+from unlock import policy, slots
+from unlock.errors import (
+    Malformed,
+    NewerFormat,
+    NoSlot,
+    Refused,
+    Tampered,
+    TpmFailed,
+    TpmRefused,
+    UnlockError,
+)
+from unlock.policy import A, B, Payload, Record
+from unlock.secret import Secret
+from unlock.tpm import Tpm
+
+HOST = b"h" * 16
+SELECTION = policy.select([4, 7, 9])
+NOW = (policy.branch(SELECTION, {4: bytes(32), 7: bytes(32), 9: bytes(32)}),)
+LATER = (b"later".ljust(32),)
+BOOT = [
+    "NV_Read",
+    "NV_Read",
+    "ReadPublic",
+    "ReadPublic",
+    "StartAuthSession",
+    "PolicyPCR",
+    "PolicyOR",
+    "Unseal",
+    "PCR_Extend",
+]
+
+
+@pytest.fixture
+def chip(tmp_path: Path) -> Iterator[Swtpm]:
+    with Swtpm(tmp_path / "tpm") as chip:
+        yield chip
+
+
+def payload(number: int) -> Payload:
+    return Payload(Secret(bytes([number]) * 32))
+
+
+def persist(
+    tpm: Tpm, number: int, branches: tuple[bytes, ...] = NOW, host: bytes = HOST, *, replace: bool = False
+) -> Record:
+    return slots.persist(tpm, host, SELECTION, branches, payload(number), replace=replace)
+
+
+def found(tpm: Tpm) -> int:
+    """The number of the payload that a boot gets."""
+    return slots.unseal(tpm).payload.key.value[0]
+
+
+def complete(tpm: Tpm) -> str:
+    return "".join(slot.name for slot in policy.SLOTS if tpm.slot_state(slot).complete)
+
+
+def two_complete(tpm: Tpm, older: int, newer: int, newer_branches: tuple[bytes, ...] = NOW) -> None:
+    """The older in A, the newer in B: the state before the last step of `persist`."""
+    persist(tpm, older)
+    record = tpm.read_record(A)
+    with payload(newer).encode() as sealed:
+        name = tpm.seal(B, newer_branches, sealed)
+    tpm.write_record(B, record._replace(generation=record.generation + 1, branches=newer_branches, object_name=name))
+
+
+def test_a_boot_sends_nine_commands_in_either_slot(chip: Swtpm) -> None:
+    with chip.open() as tpm:
+        for slot in ("A", "B", "A"):
+            persist(tpm, 1)
+            assert complete(tpm) == slot
+    for _ in range(2):
+        chip.power_cycle()
+        with chip.open() as tpm:
+            chip.proxy.clear()
+            assert slots.unseal(tpm).payload == payload(1)
+            tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+            assert chip.proxy.commands == BOOT
+            with pytest.raises(TpmRefused):
+                slots.unseal(tpm)
+
+
+def test_two_slots_newest_first(chip: Swtpm) -> None:
+    with chip.open() as tpm:
+        two_complete(tpm, 1, 2)
+        chip.proxy.clear()
+        assert found(tpm) == 2
+        assert len(chip.proxy.commands) == 8
+
+
+def test_the_other_slot_when_the_newest_is_refused(chip: Swtpm) -> None:
+    with chip.open() as tpm:
+        two_complete(tpm, 1, 2, LATER)
+        chip.proxy.clear()
+        assert found(tpm) == 1
+        assert len(chip.proxy.commands) == 14  # and the extend: 15
+
+
+def test_the_most_telling_reason(chip: Swtpm) -> None:
+    with chip.open() as tpm:
+        with pytest.raises(NoSlot):
+            slots.unseal(tpm)
+        two_complete(tpm, 1, 2)
+        tpm._evict_object(A, None)
+        tpm.extend(9, bytes(32))
+        with pytest.raises(TpmRefused):  # A: no object
+            slots.unseal(tpm)
+        tpm._evict_object(B, None)
+        with pytest.raises(NoSlot):
+            slots.unseal(tpm)
+        tpm.seal(A, NOW, Secret(b"another"))
+        with pytest.raises(Tampered):
+            slots.unseal(tpm)
+        chip.proxy.clear()
+        chip.proxy.answer("ReadPublic", 0x101)
+        with pytest.raises(TpmFailed):
+            slots.unseal(tpm)
+        assert len(chip.proxy.commands) == 3
+
+
+def test_an_old_record_replayed(chip: Swtpm) -> None:
+    """The attacker kept the old record and raises its generation; the object that it names is gone."""
+    with chip.open() as tpm:
+        old = persist(tpm, 1)
+        persist(tpm, 2)
+        for record in (old, old._replace(generation=1 << 63)):
+            tpm.write_record(A, record)
+            assert found(tpm) == 2
+            tpm.seal(A, NOW, Secret(b"attacker"))
+            assert found(tpm) == 2
+        assert complete(tpm) == "B"
+        persist(tpm, 3)
+        assert found(tpm) == 3 and complete(tpm) == "A"
+
+
+def test_a_foreign_payload_in_the_newest_slot(chip: Swtpm) -> None:
+    with chip.open() as tpm:
+        persist(tpm, 1)
+        record = tpm.read_record(A)
+        name = tpm.seal(B, NOW, Secret(b"not a payload"))
+        tpm.write_record(B, record._replace(generation=9, object_name=name))
+        assert found(tpm) == 1
+
+
+def test_damage_costs_only_its_slot(chip: Swtpm) -> None:
+    class Damaged:
+        def encode(self) -> bytes:
+            return bytes(448)
+
+    with chip.open() as tpm:
+        two_complete(tpm, 1, 2)
+        tpm.write_record(B, Damaged())  # type: ignore[arg-type]
+        assert found(tpm) == 1
+        tpm.write_record(A, Damaged())  # type: ignore[arg-type]
+        with pytest.raises(Malformed):
+            slots.unseal(tpm)
+        persist(tpm, 3)
+        assert found(tpm) == 3 and len(complete(tpm)) == 1
+
+
+def test_a_newer_format_is_never_overwritten(chip: Swtpm) -> None:
+    class Newer:
+        def encode(self) -> bytes:
+            body = b"unlock\0\x02".ljust(416, b"\xff")
+            return body + sha256(body).digest()
+
+    with chip.open() as tpm:
+        persist(tpm, 1)
+        tpm.write_record(B, Newer())  # type: ignore[arg-type]
+        with pytest.raises(NewerFormat):
+            persist(tpm, 2)
+        assert found(tpm) == 1
+
+
+def test_another_hosts_key_is_replaced_only_by_name(chip: Swtpm) -> None:
+    with chip.open() as tpm:
+        persist(tpm, 1, host=b"o" * 16)
+        with pytest.raises(Refused):
+            persist(tpm, 2)
+        assert found(tpm) == 1
+        persist(tpm, 2, replace=True)
+        assert found(tpm) == 2 and len(complete(tpm)) == 1
+
+
+def test_remove_twice(chip: Swtpm) -> None:
+    with chip.open() as tpm:
+        two_complete(tpm, 1, 2)
+        for _ in range(2):
+            slots.remove(tpm)
+            assert tpm.facts().taken == ()
+        with pytest.raises(NoSlot):
+            slots.unseal(tpm)
+        persist(tpm, 3)
+        assert found(tpm) == 3
+
+
+def test_the_owner_authorization_is_used_and_needed(chip: Swtpm) -> None:
+    auth = Secret(b"owner")
+    chip.set_owner_auth(auth)
+    with chip.open() as tpm:
+        for number in (1, 2):
+            slots.persist(tpm, HOST, SELECTION, NOW, payload(number), auth)
+            assert found(tpm) == number
+        with pytest.raises(TpmFailed):
+            persist(tpm, 3)
+        assert found(tpm) == 2
+        slots.remove(tpm, auth)
+
+
+def test_a_slot_that_does_not_read_back_costs_nothing(chip: Swtpm) -> None:
+    with chip.open() as tpm:
+        persist(tpm, 1)
+
+        def lie(command: str, answer: bytes) -> bytes:
+            written = "NV_Write" in chip.proxy.commands
+            return answer[:40] + b"X" + answer[41:] if command == "NV_Read" and written else answer
+
+        chip.proxy.clear()
+        chip.proxy.tamper = lie
+        with pytest.raises(TpmFailed):
+            persist(tpm, 2)
+        chip.proxy.tamper = lambda _command, answer: answer
+        assert complete(tpm) == "AB"
+        persist(tpm, 3)
+        assert found(tpm) == 3 and len(complete(tpm)) == 1
+
+
+# A cut at every command -------------------------------------------------------------------------------------
+
+
+def nothing(_tpm: Tpm) -> None:
+    pass
+
+
+def in_a(tpm: Tpm) -> None:
+    persist(tpm, 1)
+
+
+def in_b(tpm: Tpm) -> None:
+    persist(tpm, 9)
+    persist(tpm, 1)
+
+
+def half_done(tpm: Tpm) -> None:
+    """A change that was cut before its eviction: the newest counts."""
+    two_complete(tpm, 9, 1)
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["killed", "power-cut"])
+@pytest.mark.parametrize("start", [nothing, in_a, in_b, half_done])
+def test_a_cut_after_every_command(tmp_path: Path, start: Callable[[Tpm], None], power: bool) -> None:
+    with Swtpm(tmp_path / "start") as chip, chip.open() as tpm:
+        start(tpm)
+    shutil.copytree(tmp_path / "start", tmp_path / "whole")
+    with Swtpm(tmp_path / "whole") as chip, chip.open() as tpm:
+        chip.proxy.clear()
+        persist(tpm, 2)
+        total = len(chip.proxy.commands)
+    assert total >= 15
+
+    outcomes = []
+    for count in range(total + 1):
+        state = tmp_path / f"cut{count}"
+        shutil.copytree(tmp_path / "start", state)
+        with Swtpm(state) as chip:
+            outcomes.append(cut(chip, count, power, first=start is nothing))
+        shutil.rmtree(state)
+    assert outcomes == sorted(outcomes), "the new payload, once seen, stays"
+    assert outcomes[-1] == 2
+
+
+def cut(chip: Swtpm, count: int, power: bool, first: bool) -> int:
+    """Lose the line after `count` commands; what a boot gets then, 0 for nothing. Another run must finish."""
+    with chip.open() as tpm:
+        chip.proxy.cut_after(count)
+        with pytest.raises(UnlockError):
+            persist(tpm, 2)
+            raise NoSlot("the last command was done: nothing left to cut")
+        assert len(chip.proxy.commands) == count
+    if power:
+        chip.power_cycle()
+    chip.proxy.restore()
+    with chip.open() as tpm:
+        outcome = boot(tpm, first)
+        persist(tpm, 3)
+        assert found(tpm) == 3
+        assert len(complete(tpm)) == 1 and len(tpm.facts().taken) == 2
+    return outcome
+
+
+def boot(tpm: Tpm, first: bool) -> int:
+    try:
+        return found(tpm)
+    except (NoSlot, Tampered):
+        assert first, "the old payload is lost"
+        return 0
+
+
+def test_a_change_of_policy_cut_after_every_command(tmp_path: Path) -> None:
+    """The new policy is for another boot: the old opens until it is evicted, then the PCRs are the reason."""
+    with Swtpm(tmp_path / "start") as chip, chip.open() as tpm:
+        persist(tpm, 1)
+    reasons = []
+    for count in range(1, 26):
+        state = tmp_path / f"cut{count}"
+        shutil.copytree(tmp_path / "start", state)
+        with Swtpm(state) as chip:
+            with chip.open() as tpm:
+                chip.proxy.cut_after(count)
+                with pytest.raises(UnlockError):
+                    persist(tpm, 2, LATER)
+                    raise NoSlot("nothing left to cut")
+            chip.proxy.restore()
+            with chip.open() as tpm:
+                chip.proxy.clear()
+                try:
+                    reasons.append(str(found(tpm)))
+                except UnlockError as error:
+                    reasons.append(error.code)
+                assert len(chip.proxy.commands) <= 14
+                persist(tpm, 2, LATER)
+                assert len(complete(tpm)) == 1
+        shutil.rmtree(state)
+    assert reasons == sorted(reasons)
+    assert set(reasons) == {"1", "pcr-mismatch"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cut_again_and_again(chip: Swtpm, seed: int) -> None:
+    """Each attempt is cut at a random command, after which the host boots with what it finds."""
+    chance = random.Random(seed)
+    with chip.open() as tpm:
+        persist(tpm, 1)
+    last = 1
+    for number in range(2, 22):
+        with chip.open() as tpm:
+            chip.proxy.cut_after(chance.randint(1, 24))
+            try:
+                persist(tpm, number)
+                done = True
+            except UnlockError:
+                done = False
+        chip.power_cycle()
+        with chip.open() as tpm:
+            now = found(tpm)
+        assert now in (last, number) and (now == number or not done)
+        last = now
+    with chip.open() as tpm:
+        persist(tpm, 99)
+        assert found(tpm) == 99 and len(complete(tpm)) == 1 and len(tpm.facts().taken) == 2
+
+
+def test_remove_cut_after_every_command(tmp_path: Path) -> None:
+    with Swtpm(tmp_path / "start") as chip, chip.open() as tpm:
+        two_complete(tpm, 1, 2)
+    for count in range(9):
+        state = tmp_path / f"cut{count}"
+        shutil.copytree(tmp_path / "start", state)
+        with Swtpm(state) as chip:
+            with chip.open() as tpm:
+                chip.proxy.cut_after(count)
+                with pytest.raises(UnlockError):
+                    slots.remove(tpm)
+                    raise NoSlot("nothing left to cut")
+            chip.proxy.restore()
+            with chip.open() as tpm:
+                slots.remove(tpm)
+                assert tpm.facts().taken == ()
+        shutil.rmtree(state)

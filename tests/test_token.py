@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The token's form: what is read is what was written, and nothing else is read."""
+
+import copy
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unlock import token
+from unlock.errors import Malformed, NewerFormat
+
+GOOD = token.Token(
+    host="ab" * 16,
+    group="data",
+    members=3,
+    manifest=2,
+    name="data-a",
+    serial="S3RIAL",
+    kek_id="native-00/kek/data",
+    kek_generation=1,
+    kek=bytes(60),
+    dek=bytes(92),
+    host_key=bytes(60),
+    mac=bytes(32),
+)
+
+
+def test_what_is_written_is_what_is_read_and_always_of_one_size() -> None:
+    long = GOOD._replace(group="g" * 64, name="n" * 64, serial="s" * 128, manifest=token.GENERATION_MAX)
+    for each in (GOOD, long):
+        fields = token.encode(each)
+        assert len(token.canonical(fields)) == token.SIZE
+        assert token.decode(json.loads(token.canonical(fields))) == each
+
+
+def test_a_later_format_is_told_from_a_broken_one() -> None:
+    with pytest.raises(NewerFormat):
+        token.decode({**token.encode(GOOD), "version": 2, "news": True})
+
+
+@pytest.mark.parametrize("field", sorted(token.encode(GOOD)))
+@pytest.mark.parametrize("value", [None, True, -1, 2**80, 1.5, "", "\x00", "é", "x" * 5000, [], {}, [[]]])
+def test_a_field_of_another_kind_is_malformed(field: str, value: Any) -> None:
+    fields = {**token.encode(GOOD), field: value}
+    if fields == token.encode(GOOD) or (field, value) in (("serial", ""), ("pad", "")) or field == "pad":
+        return
+    with pytest.raises(Malformed):
+        token.decode(fields)
+
+
+@pytest.mark.parametrize("field", sorted(token.encode(GOOD)))
+def test_a_missing_field_is_malformed(field: str) -> None:
+    fields = token.encode(GOOD)
+    del fields[field]
+    with pytest.raises(Malformed):
+        token.decode(fields)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from(sorted(token.encode(GOOD))), json_values)
+def test_no_value_gets_anything_but_a_token_or_a_typed_error(field: str, value: Any) -> None:
+    fields = copy.deepcopy(token.encode(GOOD))
+    fields[field] = value
+    try:
+        token.decode(fields)
+    except Malformed as error:
+        assert len(str(error)) < 200

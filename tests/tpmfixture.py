@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A software TPM for tests, and a proxy before it that counts commands, keeps the bytes, cuts the line."""
+
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from unlock.secret import Secret
+from unlock.tpm import Tpm
+
+COMMANDS = {
+    0x120: "EvictControl",
+    0x122: "NV_UndefineSpace",
+    0x129: "HierarchyChangeAuth",
+    0x12A: "NV_DefineSpace",
+    0x131: "CreatePrimary",
+    0x137: "NV_Write",
+    0x14E: "NV_Read",
+    0x153: "Create",
+    0x157: "Load",
+    0x15E: "Unseal",
+    0x165: "FlushContext",
+    0x169: "NV_ReadPublic",
+    0x171: "PolicyOR",
+    0x173: "ReadPublic",
+    0x176: "StartAuthSession",
+    0x17A: "GetCapability",
+    0x17E: "PCR_Read",
+    0x17F: "PolicyPCR",
+    0x182: "PCR_Extend",
+}
+
+
+class Swtpm:
+    """One TPM: its state directory is the chip. Use as a context manager; `tcti` goes through the proxy."""
+
+    def __init__(self, state: Path) -> None:
+        state.mkdir(parents=True, exist_ok=True)
+        self.state = state
+        self._process: subprocess.Popen[bytes] | None = None
+        self.proxy = Proxy()
+
+    def __enter__(self) -> "Swtpm":
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        self.proxy.close()
+
+    @property
+    def tcti(self) -> str:
+        return f"swtpm:host=127.0.0.1,port={self.proxy.port}"
+
+    def open(self) -> Tpm:
+        return Tpm(self.tcti)
+
+    def start(self) -> None:
+        """Power on: PCRs at their reset values."""
+        program = shutil.which("swtpm")
+        assert program, "swtpm is not installed: these tests need it"
+        for _ in range(20):  # another process may take the ports first
+            port = _free_ports()
+            flags = ["--flags", "not-need-init,startup-clear"]
+            where = ["--server", f"type=tcp,port={port}", "--ctrl", f"type=tcp,port={port + 1}"]
+            self._process = subprocess.Popen(
+                [program, "socket", "--tpm2", "--tpmstate", f"dir={self.state}", *where, *flags],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            if self._listens(port + 1):
+                self.proxy.target = port
+                return
+        raise AssertionError("swtpm does not start")
+
+    def kill(self) -> None:
+        """Power off, as a cut does it."""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def power_cycle(self) -> None:
+        self.kill()
+        self.start()
+        self.proxy.restore()
+
+    def set_owner_auth(self, value: Secret) -> None:
+        with self.open() as tpm:
+            new = tpm._ffi.new("TPM2B_AUTH *", {"size": len(value), "buffer": bytes(value)})
+            tpm._send("HierarchyChangeAuth", 0x101, 0xFF, 0xFFF, 0xFFF, new)
+
+    def handles(self, first: int) -> tuple[int, ...]:
+        """All handles of a type: 0x02000000 loaded sessions, 0x03000000 saved, 0x80000000 transients."""
+        with self.open() as tpm:
+            return tpm._handles(first)
+
+    def extend(self, pcr: int, data: bytes = bytes(32)) -> None:
+        with self.open() as tpm:
+            tpm.extend(pcr, data)
+
+    def _listens(self, port: int) -> bool:
+        assert self._process
+        for _ in range(500):
+            if self._process.poll() is not None:
+                return False
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                return True
+            except OSError:
+                time.sleep(0.01)
+        return False
+
+
+class Proxy:
+    """Between ESYS and swtpm: `commands` by name, `traffic` both ways; `cut_after(n)` loses answer n."""
+
+    def __init__(self) -> None:
+        self.target = 0
+        self.commands: list[str] = []
+        self.traffic = bytearray()
+        self.tamper: Callable[[str, bytes], bytes] = lambda _command, answer: answer
+        self._cut: int | None = None
+        self._answers: dict[str, list[bytes]] = {}
+        self._open: list[socket.socket] = []
+        self._listeners = _listen_pair()
+        self.port: int = self._listeners[0].getsockname()[1]
+        for control, listener in enumerate(self._listeners):
+            threading.Thread(target=self._accept, args=(listener, bool(control)), daemon=True).start()
+
+    def close(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        self._drop()
+
+    def clear(self) -> None:
+        self.commands.clear()
+        self.traffic.clear()
+
+    def cut_after(self, count: int) -> None:
+        """The TPM does `count` more commands; the answer to the last, and all after it, is lost."""
+        self.clear()
+        self._cut = count
+
+    def restore(self) -> None:
+        self._cut = None
+
+    def answer(self, command: str, code: int) -> None:
+        """Answer the next `command` with this response code, without asking the TPM."""
+        self._answers.setdefault(command, []).append(struct.pack(">HII", 0x8001, 10, code))
+
+    def _accept(self, listener: socket.socket, control: bool) -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            self._open.append(client)
+            threading.Thread(target=self._control if control else self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            with client, socket.create_connection(("127.0.0.1", self.target)) as server:
+                self._open.append(server)
+                while command := _message(client):
+                    if self._cut == 0:
+                        break
+                    code = struct.unpack_from(">I", command, 6)[0]
+                    name = COMMANDS.get(code, hex(code))
+                    self.commands.append(name)
+                    if self._answers.get(name):
+                        answer = self._answers[name].pop(0)
+                    else:
+                        server.sendall(command)
+                        answer = _message(server)
+                    answer = self.tamper(name, answer)
+                    self.traffic += command + answer
+                    if self._cut is not None:
+                        self._cut -= 1
+                        if self._cut == 0:
+                            break
+                    client.sendall(answer)
+        except OSError:
+            pass
+        client.close()
+
+    def _control(self, client: socket.socket) -> None:
+        try:
+            with client, socket.create_connection(("127.0.0.1", self.target + 1)) as server:
+                self._open.append(server)
+                while data := client.recv(4096):
+                    server.sendall(data)
+                    client.sendall(server.recv(4096))
+        except OSError:
+            pass
+
+    def _drop(self) -> None:
+        for connection in self._open:
+            connection.close()
+        self._open.clear()
+
+
+def _message(connection: socket.socket) -> bytes:
+    """One TPM command or response: tag u16, size u32, and the rest."""
+    data = b""
+    while len(data) < 6 or len(data) < struct.unpack_from(">I", data, 2)[0]:
+        part = connection.recv(4096)
+        if not part:
+            return b""
+        data += part
+    return data
+
+
+def _listen_pair() -> tuple[socket.socket, socket.socket]:
+    """The swtpm TCTI wants the control port right above the data port."""
+    while True:
+        data, control = socket.socket(), socket.socket()
+        data.bind(("127.0.0.1", 0))
+        try:
+            control.bind(("127.0.0.1", data.getsockname()[1] + 1))
+        except (OSError, OverflowError):
+            data.close()
+            control.close()
+            continue
+        data.listen()
+        control.listen()
+        return data, control
+
+
+def _free_ports() -> int:
+    pair = _listen_pair()
+    port: int = pair[0].getsockname()[1]
+    for listener in pair:
+        listener.close()
+    return port

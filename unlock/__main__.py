@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program. Early boot gets no further than its own flow: no argparse, no other imports."""
+
+import sys
+
+from . import log
+from .errors import UnlockError, Usage
+from .paths import Paths
+
+
+def main() -> int:
+    try:
+        if sys.argv[1:2] == ["boot"]:
+            return _boot(sys.argv[2:])
+        from .cli import cli
+
+        return cli(sys.argv[1:])
+    except UnlockError as error:
+        log.error(str(error), error.hint)
+        return error.status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141
+    except OSError as error:
+        log.error(f"{error.filename or 'system'}: {error.strerror}")
+        return 1
+
+
+def _boot(argv: list[str]) -> int:
+    """What the initramfs scripts and the units run; not for people."""
+    paths = Paths()
+    if argv == ["agent"]:
+        from .boot import agent
+
+        return agent(paths)
+    if argv == ["prompt"]:
+        from .recovery import prompt
+
+        return prompt(paths)
+    if argv == ["drop"]:
+        from .boot import drop
+
+        return drop(paths)
+    if argv == ["heal"]:
+        from .late import heal
+
+        return heal(paths)
+    if len(argv) == 2 and argv[0] == "gate":
+        from .late import gate
+
+        return gate(paths, argv[1])
+    raise Usage("usage: unlock boot agent | prompt | drop | heal | gate GROUP")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Secrets from a person, a file or a systemd credential; never from argv or the environment."""
+
+import os
+
+from .errors import Usage
+from .secret import Secret
+
+_MAX = 4096
+_ASKPASS = "/lib/cryptsetup/askpass"
+"""cryptsetup's: it speaks with Plymouth, systemd and the plain console. Debian ships it for its initramfs."""
+
+
+def from_file(path: str) -> Secret:
+    """The content without its last newline. Raises Usage."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_MAX + 1)
+    except OSError as error:
+        raise Usage(f"{path} cannot be read: {error.strerror}") from error
+    if not content.strip() or len(content) > _MAX:
+        raise Usage(f"{path} is empty, or too large for a secret")
+    return Secret(content.removesuffix(b"\n"))
+
+
+def credential(name: str) -> Secret | None:
+    """A credential that systemd passed to this service (systemd.exec(5), LoadCredential=), or None."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY", "")
+    path = os.path.join(folder, name)
+    return from_file(path) if folder and os.path.exists(path) else None
+
+
+def terminal(prompt: str, flag: str) -> Secret:
+    """Asks without echo. Raises Usage that names `flag` when there is no terminal."""
+    import termios
+
+    try:
+        fd = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Usage(f"there is no terminal to ask for: {prompt}", f"give {flag} FILE") from error
+    try:
+        before = termios.tcgetattr(fd)
+        silent = termios.tcgetattr(fd)
+        silent[3] &= ~termios.ECHO
+        termios.tcsetattr(fd, termios.TCSAFLUSH, silent)
+        try:
+            os.write(fd, f"{prompt}: ".encode())
+            typed = bytearray()
+            while not typed.endswith(b"\n") and len(typed) < _MAX:
+                piece = os.read(fd, 1024)
+                if not piece:
+                    break
+                typed += piece
+        finally:
+            termios.tcsetattr(fd, termios.TCSAFLUSH, before)
+            os.write(fd, b"\n")
+    finally:
+        os.close(fd)
+    return Secret(typed.removesuffix(b"\n"))
+
+
+def show(text: bytes) -> bool:
+    """Writes to the terminal alone, never to a redirected standard output. False when there is none."""
+    try:
+        fd = os.open("/dev/tty", os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    with os.fdopen(fd, "wb") as file:
+        file.write(text)
+    return True
+
+
+def askpass(prompt: str) -> Secret:
+    """Asks in the initramfs. Raises Usage when nothing can ask there."""
+    import subprocess
+
+    try:
+        done = subprocess.run([_ASKPASS, prompt], stdout=subprocess.PIPE, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Usage("nothing can ask for a key here") from error
+    return Secret(done.stdout.removesuffix(b"\n"))

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Early boot: `unlock boot agent`, one a boot, started by the initramfs.
+
+    unseal once ──> cap ──> disks as udev shows them ──> groups open ──> stop: keys handed over, report
+
+It talks with the initramfs scripts through files in /run/unlock and signals:
+SIGUSR1 asks it to look at every disk again and to write `idle` when each has an outcome; SIGTERM ends it.
+"""
+
+import os
+import signal
+import time
+from typing import NamedTuple
+
+from . import devices, disk, keyring, log, luks, mount, opening, policy, report, slots, thisboot
+from .errors import NoSlot, UnlockError
+from .paths import Paths
+from .protect import protect
+from .secret import Secret
+from .tpm import Tpm
+
+TPM_WAIT = 10.0
+"""Seconds for the driver of a TPM that the firmware's tables promise."""
+STOP_PATIENCE = 20.0
+"""Seconds for activations that run when early boot ends."""
+NEW_ROOT = "/root"
+"""Where initramfs-tools mounts the root file system."""
+
+
+def agent(paths: Paths) -> int:
+    """The whole of early boot. Exit status 0, whatever the outcome: the report is the record."""
+    protect()
+    record = report.Report("early-boot", announce=log.console)
+    record.event("start")
+    os.makedirs(paths.run, mode=0o700, exist_ok=True)
+    monitor = devices.Monitor()
+    signals = Signals()
+    key = unseal_once(paths, record)
+    groups = (
+        opening.Opening(key.host, lambda container, token: disk.volume_key(container, token, key.persistence), record)
+        if key
+        else opening.Opening("", None, record)
+    )
+    asked = True
+    look = True
+    while not signals.stop:
+        done = opening.turn(groups, monitor, look)
+        look = False
+        if asked and done:
+            asked = False
+            thisboot.tell(paths, record)
+        opening.wait([monitor.fileno(), signals.fd, *groups.pipes()], 1.0 if done else 0.05)
+        if signals.asked():
+            asked = look = True
+
+    groups.stop(STOP_PATIENCE)
+    if key:
+        with key.persistence:
+            hand_over(groups, key.persistence, record)
+        groups.wipe()
+    record.event("stop")
+    thisboot.tell(paths, record)
+    return 0
+
+
+class Key(NamedTuple):
+    """What one unseal gives."""
+
+    host: str
+    persistence: Secret
+
+
+def unseal_once(paths: Paths, record: report.Report) -> Key | None:
+    """The host id and the persistence key, or None with the verdict in the record; then the cap, at once:
+    whatever runs later, a shell included, finds a TPM that refuses."""
+    tcti = await_tpm()
+    if not tcti:
+        record.judge("no-tpm")
+        conclude(paths, record)
+        return None
+    record.event("tpm")
+    key = None
+    try:
+        with Tpm(tcti) as tpm:
+            try:
+                unsealed = slots.unseal(tpm)
+                key = Key(unsealed.record.host.hex(), unsealed.payload.key)
+                record.facts = {
+                    "slot": unsealed.slot.name,
+                    "generation": unsealed.record.generation,
+                    "unauthenticated_root": unsealed.payload.unauthenticated_root,
+                }
+                record.judge("unsealed")
+            except NoSlot as error:
+                record.facts = {"cap_pcr_before": _cap_pcr()}
+                record.judge("no-slot", str(error))
+            except UnlockError as error:
+                record.judge(_verdict(error), str(error))
+            tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+        with open(paths.of_this_boot("capped"), "w", encoding="ascii"):
+            record.event("capped")
+    except UnlockError as error:
+        if not record.verdict:
+            record.judge(_verdict(error), str(error))
+        record.event("not-capped", str(error))
+    conclude(paths, record)
+    return key
+
+
+def _verdict(error: UnlockError) -> str:
+    return error.code if error.code in report.VERDICTS else "tpm-failed"
+
+
+def _cap_pcr() -> str:
+    """What `init` wants to know on a host that is not initialised yet: the cap PCR before our cap, in hex."""
+    try:
+        with open(f"/sys/class/tpm/tpm0/pcr-sha256/{policy.CAP_PCR}", encoding="ascii") as file:
+            return file.read().strip().lower()
+    except OSError:
+        return ""
+
+
+def await_tpm() -> str:
+    """The TCTI of the TPM, or '' when there is none. Waits only where the firmware says that there is one."""
+    end = time.monotonic() + TPM_WAIT
+    while not os.path.exists("/dev/tpmrm0"):
+        if not os.path.exists("/sys/firmware/acpi/tables/TPM2") or time.monotonic() > end:
+            return ""
+        time.sleep(0.05)
+    return "device:/dev/tpmrm0"
+
+
+def conclude(paths: Paths, record: report.Report) -> None:
+    with open(paths.of_this_boot("verdict"), "w", encoding="ascii") as file:
+        file.write(record.verdict + "\n")
+    if record.verdict not in ("unsealed", "no-slot", "no-tpm"):  # an ordinary host has no slot, and hears nothing
+        log.console(f"cannot unseal: {record.detail or report.VERDICTS[record.verdict]}")
+
+
+def hand_over(groups: opening.Opening, persistence: Secret, record: report.Report) -> None:
+    """Keys and open disks cross into the real root only if that root came from a disk that this process opened,
+    or from dm-verity. Else everything is closed: a thief's root file system gets nothing."""
+    ours = {name for opened in groups.opened.values() for name in opened}
+    if not record.facts["unauthenticated_root"] and not devices.opened_by(NEW_ROOT, ours):
+        record.event("root-not-authenticated")
+        for group in groups.opened:
+            groups.close_group(group)
+            record.group(group, "failed")
+        log.console("the root file system is not authenticated: disks closed, keys dropped")
+        return
+    keyring.put("unlock:persistence", persistence)
+    for token in groups.tokens():
+        with disk.unwrap_host_key(token, persistence) as host_key, disk.unwrap_kek(token, persistence) as kek:
+            keyring.put("unlock:host", host_key)
+            keyring.put(f"unlock:kek:{token.kek_id}:{token.kek_generation}", kek)
+    record.event("handed-over")
+
+
+def drop(paths: Paths) -> int:
+    """Forgets the keys and closes every disk that early boot opened and nothing uses."""
+    keyring.flush()
+    early = thisboot.early(paths)
+    for entry in early["disks"] if early else []:
+        if entry.get("outcome") == "opened":
+            mount.forget(entry["name"])
+            try:
+                luks.deactivate(entry["name"])
+            except UnlockError as error:
+                log.console(f"{entry['name']} stays open: {error}")
+    return 0
+
+
+class Signals:
+    """SIGTERM and SIGUSR1 as flags, and a file descriptor that wakes a poll."""
+
+    def __init__(self) -> None:
+        self.stop = self._look = False
+        self.fd, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self._on_stop)
+        signal.signal(signal.SIGUSR1, self._on_look)
+
+    def _on_stop(self, *_: object) -> None:
+        self.stop = True
+
+    def _on_look(self, *_: object) -> None:
+        self._look = True
+
+    def asked(self) -> bool:
+        """True once after each SIGUSR1 (or several)."""
+        try:
+            os.read(self.fd, 4096)
+        except BlockingIOError:
+            pass
+        asked, self._look = self._look, False
+        return asked

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: nouns first, verbs after. Imports a flow only when it was chosen."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+
+from . import __version__, ask, log
+from .errors import Refused, Usage
+from .paths import Paths
+from .secret import Secret
+
+
+def cli(argv: list[str]) -> int:
+    """One command. Raises UnlockError; argparse exits with 2 by itself."""
+    options = _parser().parse_args(argv)
+    if os.geteuid() != 0:
+        raise Refused("unlock needs root", f"sudo unlock {' '.join(argv)}", code="not-root")
+    run: Callable[[Paths, argparse.Namespace], int] = options.run
+    return run(Paths(), options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="unlock",
+        description="Opens this host's encrypted disks at boot, with no network.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"unlock {__version__}")
+    words = top.add_subparsers(metavar="COMMAND", required=True)
+
+    init = words.add_parser("init", help="make this host's keys and seal them to the TPM", allow_abbrev=False)
+    init.set_defaults(run=_init)
+    init.add_argument("--backup", required=True, metavar="FILE", help="new file for the key-derivation key's backup")
+    init.add_argument(
+        "--backup-password-file", metavar="FILE", help="else credential unlock.backup-password, else asked"
+    )
+    init.add_argument(
+        "--accept", action="append", default=[], metavar="RISK", help="a refusal that you accept, by name"
+    )
+    init.add_argument("--pcrs", type=_pcrs, default=(), metavar="N,N", help="default: by how this host boots")
+    init.add_argument(
+        "--cap-pcr", type=int, default=15, metavar="N", help="PCR that locks the key after early boot (15)"
+    )
+    init.add_argument("--owner-auth-file", metavar="FILE", help="password of the TPM's owner, where one is set")
+
+    status = words.add_parser("status", help="groups, disks, and where each key would come from", allow_abbrev=False)
+    status.set_defaults(run=_status)
+    status.add_argument("--json", action="store_true")
+    status.add_argument("--boot", action="store_true", help="the timeline of this boot")
+
+    group = words.add_parser("group", help="groups of disks").add_subparsers(metavar="VERB", required=True)
+    create = group.add_parser("create", help="format disks and make them a group", allow_abbrev=False)
+    create.set_defaults(run=_group_create)
+    create.add_argument("name")
+    create.add_argument("--disk", nargs="+", action="extend", required=True, metavar="DEV")
+    create.add_argument("--mount", required=True, metavar="DIR")
+    create.add_argument("--profile", default="", help="btrfs data profile (raid1 for two disks or more)")
+    create.add_argument(
+        "--erase", nargs="+", action="extend", default=[], metavar="DEV", help="a disk whose data may go"
+    )
+    _recovery(create)
+
+    disk = words.add_parser("disk", help="single disks").add_subparsers(metavar="VERB", required=True)
+    adopt = disk.add_parser("adopt", help="take in an existing LUKS2 disk, data untouched", allow_abbrev=False)
+    adopt.set_defaults(run=_disk_adopt)
+    adopt.add_argument("device")
+    adopt.add_argument("--group", required=True, metavar="G")
+    adopt.add_argument("--name", default="", help="mapping name (default: the one it has)")
+    adopt.add_argument("--passphrase-file", metavar="FILE", help="else credential unlock.passphrase, else asked")
+    _recovery(adopt)
+    return top
+
+
+def _recovery(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recovery-key-file",
+        default="",
+        metavar="FILE",
+        help="read if it exists, else written; without it, asked or shown",
+    )
+
+
+def _pcrs(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _secret(file: str | None, credential: str, prompt: str, flag: str) -> Secret:
+    if file:
+        return ask.from_file(file)
+    return ask.credential(credential) or ask.terminal(prompt, flag)
+
+
+def _init(paths: Paths, options: argparse.Namespace) -> int:
+    from .enroll import OVERRIDES, Choices, init
+
+    unknown = set(options.accept) - OVERRIDES.keys()
+    if unknown:
+        raise Usage(f"there is no risk named {sorted(unknown)[0]!r}", f"--accept takes {', '.join(OVERRIDES)}")
+    password = _secret(
+        options.backup_password_file,
+        "unlock.backup-password",
+        "password for the backup",
+        "--backup-password-file",
+    )
+    owner = ask.from_file(options.owner_auth_file) if options.owner_auth_file else Secret(b"")
+    with password, owner:
+        found = init(
+            paths,
+            Choices(
+                options.backup,
+                password,
+                frozenset(options.accept),
+                options.pcrs,
+                owner,
+            ),
+        )
+    log.note(f"boot: {found.boot}; sealed under PCRs {', '.join(map(str, found.selection))}")
+    log.note(f"backup written and test-restored: {options.backup}; move it off this host")
+    log.note("next: unlock disk adopt (for an encrypted root), unlock group create")
+    return 0
+
+
+def _status(paths: Paths, options: argparse.Namespace) -> int:
+    from . import status
+
+    if options.boot:
+        print(json.dumps(status.boot(paths), indent=1) if options.json else status.timeline(status.boot(paths)))
+        return 0
+    found = status.status(paths)
+    print(json.dumps(found, indent=1) if options.json else status.table(found))
+    return 0
+
+
+def _group_create(paths: Paths, options: argparse.Namespace) -> int:
+    from .members import NewGroup, group_create
+
+    group = group_create(
+        paths,
+        NewGroup(
+            options.name,
+            tuple(options.disk),
+            options.mount,
+            options.profile,
+            frozenset(options.erase),
+            options.recovery_key_file,
+        ),
+    )
+    log.note(f"group {group.name}: {len(group.members)} disk(s) at {options.mount}")
+    return 0
+
+
+def _disk_adopt(paths: Paths, options: argparse.Namespace) -> int:
+    from .members import disk_adopt
+
+    with _secret(
+        options.passphrase_file, "unlock.passphrase", f"passphrase of {options.device}", "--passphrase-file"
+    ) as passphrase:
+        group = disk_adopt(paths, options.device, options.group, passphrase, options.recovery_key_file, options.name)
+    log.note(f"{options.device} is in group {group.name}; its data, keyslots and name are untouched")
+    return 0

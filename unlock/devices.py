@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block devices: which disks udev marked, what one is used for, and what a mounted file system stands on.
+
+What udev knows comes through pyudev, loaded by the first function that needs it. What only the kernel can
+say truthfully (mounts, holders, what is below a mapping) comes from /proc and /sys below `root`, a prefix for
+tests.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from .errors import DiskFailed
+from .groups import SERIAL_MAX
+
+TAG = "unlock"
+"""What our udev rule puts on every LUKS2 disk."""
+BUFFER = 16 << 20
+"""Bytes for udev's events: some 10,000 of them while the agent is busy."""
+_DEEP = 32
+"""More layers than any storage stack has."""
+
+
+class Disk(NamedTuple):
+    """A block device as udev knows it."""
+
+    node: str
+    """/dev/sda"""
+    sysname: str
+    number: str
+    """MAJOR:MINOR"""
+    serial: str
+    """See `serial()`; '' for a device that has none (loop, dm)."""
+    model: str
+    size: int
+    """Bytes; 0 if it is gone."""
+    initialized: float
+    """When udev had first dealt with it, in seconds of CLOCK_MONOTONIC; 0 if never."""
+
+
+class Monitor:
+    """Events of marked disks. Make it before `marked()` is asked, so that no disk falls between the two."""
+
+    def __init__(self) -> None:
+        pyudev = _pyudev()
+        self._monitor = pyudev.Monitor.from_netlink(pyudev.Context(), "udev")
+        self._monitor.filter_by("block")
+        self._monitor.filter_by_tag(TAG)
+        try:
+            self._monitor.set_receive_buffer_size(BUFFER)
+        except OSError:
+            pass  # without CAP_NET_ADMIN the kernel's default has to do
+        self._monitor.start()
+
+    def fileno(self) -> int:
+        """Readable when `read` has something to give."""
+        return int(self._monitor.fileno())
+
+    def read(self) -> list[tuple[str, Disk]]:
+        """(action, disk) of the events that are there; never waits. Actions are udev's: add, change, remove.
+
+        A disk that has lost its mark comes once more, as `change`. When the kernel dropped events because the
+        buffer was full, all marked disks come as `change`; a `remove` may then be missed.
+        """
+        found = []
+        try:
+            while device := self._monitor.poll(timeout=0):
+                found.append((device.action or "change", _disk(device)))
+        except OSError:  # pyudev does not say which; the socket does, and only once
+            try:
+                os.read(self.fileno(), 1)
+            except OSError as error:
+                if error.errno not in (errno.ENOBUFS, errno.EAGAIN):
+                    raise
+            found += [("change", disk) for disk in marked()]
+        return found
+
+
+def marked() -> list[Disk]:
+    """The disks that carry our mark now, in order of their sysfs paths."""
+    devices = _pyudev().Context().list_devices(subsystem="block", tag=TAG)
+    # TAGS is for life, CURRENT_TAGS (since udev 247) of the last event: a disk that was reformatted lost it
+    return [_disk(each) for each in devices if f":{TAG}:" in each.properties.get("CURRENT_TAGS", "")]
+
+
+def disk(node: str) -> Disk:
+    """What udev knows of one device, marked or not. Raises DiskFailed."""
+    pyudev = _pyudev()
+    try:
+        return _disk(pyudev.Devices.from_device_number(pyudev.Context(), "block", _rdev(node, "/")))
+    except pyudev.DeviceNotFoundError as error:
+        raise DiskFailed(f"{node} is not known to udev") from error
+
+
+def settled(root: str = "/") -> bool:
+    """Whether udev has dealt with every device that the kernel has shown."""
+    return not os.path.exists(_at(root, "run/udev/queue"))
+
+
+def serial(properties: Mapping[str, str]) -> str:
+    """The serial number of the disk itself, which moves with it to another port or host.
+
+    ID_SCSI_SERIAL is the unit serial number (VPD page 0x80; virtio-scsi's `serial=`). ID_SERIAL_SHORT is the
+    same for ATA, NVMe and USB; for SCSI it is a WWN, or what the host adapter made up. virtio-blk has only
+    ID_SERIAL.
+    """
+    for name in ("ID_SCSI_SERIAL", "ID_SERIAL_SHORT", "ID_SERIAL"):
+        found = properties.get(name, "").strip()
+        if found and found.isascii() and found.isprintable():
+            return found[:SERIAL_MAX]
+    return ""
+
+
+# What a device is used for: asked before it is formatted
+
+
+def in_use(node: str, root: str = "/") -> str:
+    """What uses a device or one of its partitions, in words for a refusal; '' if nothing does.
+
+    Raises DiskFailed if it is not a block device.
+    """
+    number = _rdev(node, root)
+    folder = _folder(f"{os.major(number)}:{os.minor(number)}", root)
+    if not folder:
+        raise DiskFailed(f"{node} is not there")
+    for part in [folder, *_partitions(folder)]:
+        if found := _used_by(part, root):
+            return f"{os.path.basename(part)} {found}"
+    if _line(folder, "ro") == "1":
+        return "it is read-only"
+    if _line(folder, "size") == "0":
+        return "it has no medium"
+    try:
+        os.close(os.open(_at(root, node), os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return "the kernel or another program holds it"
+    return ""
+
+
+def contents(node: str) -> str:
+    """What signatures are on a device or file (`ext4, label data`; `gpt`), '' if none is known.
+
+    From wipefs, which knows partition tables, file systems, RAID and LVM members, and unlike blkid fails when
+    it cannot read. Raises CommandFailed.
+    """
+    from .run import run
+
+    said = run(["wipefs", "--no-act", "--noheadings", "--output", "TYPE,LABEL", node], timeout=60)
+    found = [line.split(maxsplit=1) for line in said.splitlines() if line.strip()]
+    return ", ".join(dict.fromkeys(", label ".join(words) for words in found))
+
+
+def _used_by(folder: str, root: str) -> str:
+    number, name = _line(folder, "dev"), os.path.basename(folder)
+    for holder in _entries(folder, "holders"):
+        mapping = _line(folder, "holders", holder, "dm", "name")
+        return f"is part of /dev/{f'mapper/{mapping}' if mapping else holder}"
+    for device, mountpoint, _, _ in _mounts(root):
+        if device == number:
+            return f"is mounted on {mountpoint}"
+    btrfs = _at(root, "sys/fs/btrfs")
+    for uuid in _entries(btrfs):
+        if name in _entries(btrfs, uuid, "devices"):
+            return f"is part of the mounted btrfs {uuid}"
+    with open(_at(root, "proc/swaps"), encoding="utf-8") as swaps:
+        for line in swaps.readlines()[1:]:
+            if _number(_unescape(line.split()[0]), root) == number:
+                return "is swap"
+    return ""
+
+
+def _partitions(folder: str) -> list[str]:
+    return [f"{folder}/{each}" for each in _entries(folder) if os.path.exists(f"{folder}/{each}/partition")]
+
+
+# What a mounted file system stands on
+
+
+def root_chain(mountpoint: str, root: str = "/") -> list[str]:
+    """MAJOR:MINOR of the devices that a mounted file system lies on: one, or all of a btrfs.
+
+    Empty if nothing is mounted there, or nothing on a block device (overlay, nfs, zfs).
+    """
+    found: list[str] = []
+    for device, where, source, kind in _mounts(root):  # the last mount on a mountpoint is what one sees
+        if where == mountpoint:
+            found = _btrfs_devices(source, root) if kind == "btrfs" else [device]
+    return [each for each in found if _folder(each, root)]
+
+
+def opened_by(mountpoint: str, names: set[str], root: str = "/") -> bool:
+    """Whether all that a mounted file system stands on is authenticated.
+
+    Each way down to a disk must pass a LUKS mapping of one of these names, or dm-verity. False if nothing is
+    mounted there, or when in doubt.
+    """
+    devices = root_chain(mountpoint, root)
+    return bool(devices) and all(_passes(_folder(each, root), names, _DEEP) for each in devices)
+
+
+def names_below(mountpoint: str, root: str = "/") -> set[str]:
+    """Names of the mappings that a mounted file system stands on."""
+    return set().union(*(_names(_folder(each, root), _DEEP) for each in root_chain(mountpoint, root)))
+
+
+def mappings(root: str = "/") -> dict[str, str]:
+    """Name -> LUKS UUID of every active mapping; '' for one that is not LUKS2."""
+    found = {}
+    for name in _entries(_at(root, "sys/block")):
+        if name.startswith("dm-"):
+            kind = _line(_at(root, f"sys/block/{name}/dm/uuid"))
+            digits = kind.removeprefix("CRYPT-LUKS2-")[:32] if kind.startswith("CRYPT-LUKS2-") else ""
+            uuid = "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])) if digits else ""
+            found[_line(_at(root, f"sys/block/{name}/dm/name"))] = uuid
+    return found
+
+
+def mapping_of(luks_uuid: str, root: str = "/") -> str:
+    """The name under which a LUKS2 disk is open, or ''."""
+    return next((name for name, uuid in mappings(root).items() if uuid == luks_uuid), "")
+
+
+def _passes(folder: str, names: set[str], deep: int) -> bool:
+    kind = _line(folder, "dm", "uuid")
+    if kind.startswith("CRYPT-VERITY-"):
+        return True
+    if kind.startswith("CRYPT-LUKS") and _line(folder, "dm", "name") in names:
+        return True
+    below = _below(folder)
+    return deep > 0 and bool(below) and all(_passes(each, names, deep - 1) for each in below)
+
+
+def _names(folder: str, deep: int) -> set[str]:
+    found = {name} if (name := _line(folder, "dm", "name")) else set()
+    if deep:
+        found = found.union(*(_names(each, deep - 1) for each in _below(folder)))
+    return found
+
+
+def _below(folder: str) -> list[str]:
+    """The folders of what a device is made of. A loop device's file is not looked at: it counts as a disk."""
+    if not folder:
+        return []
+    if slaves := _entries(folder, "slaves"):
+        return [os.path.realpath(f"{folder}/slaves/{each}") for each in slaves]
+    if os.path.exists(f"{folder}/partition"):
+        return [os.path.dirname(folder)]
+    return []
+
+
+def _btrfs_devices(source: str, root: str) -> list[str]:
+    """All devices of the btrfs of which `source` is one."""
+    number, btrfs = _number(source, root), _at(root, "sys/fs/btrfs")
+    for uuid in _entries(btrfs):
+        devices = [_line(btrfs, uuid, "devices", each, "dev") for each in _entries(btrfs, uuid, "devices")]
+        if number and number in devices:
+            return devices
+    return []
+
+
+# /proc and /sys
+
+
+def _mounts(root: str) -> list[tuple[str, str, str, str]]:
+    """(MAJOR:MINOR, mountpoint, source, file system) of each mount, oldest first: proc_pid_mountinfo(5)."""
+    found = []
+    with open(_at(root, "proc/self/mountinfo"), encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            fields = line.split()
+            rest = fields[fields.index("-", 6) + 1 :]
+            found.append((fields[2], _unescape(fields[4]), _unescape(rest[1]), rest[0]))
+    return found
+
+
+def _unescape(text: str) -> str:
+    for octal, plain in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\043", "#"), ("\\134", "\\")):
+        text = text.replace(octal, plain)
+    return text
+
+
+def _folder(number: str, root: str) -> str:
+    """The sysfs folder of a block device; '' if there is none."""
+    path = _at(root, f"sys/dev/block/{number}")
+    return os.path.realpath(path) if number and os.path.exists(path) else ""
+
+
+def _number(node: str, root: str) -> str:
+    """MAJOR:MINOR of a node, '' if it is not one."""
+    try:
+        number = _rdev(node, root)
+    except DiskFailed:
+        return ""
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+def _rdev(node: str, root: str) -> int:
+    try:
+        found = os.stat(_at(root, node))
+    except OSError as error:
+        raise DiskFailed(f"{node}: {error.strerror}") from error
+    if not stat.S_ISBLK(found.st_mode):
+        raise DiskFailed(f"{node} is not a block device")
+    return found.st_rdev
+
+
+def _at(root: str, path: str) -> str:
+    return os.path.join(root, path.lstrip("/"))
+
+
+def _entries(*path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(os.path.join(*path)))
+    except OSError:
+        return []
+
+
+def _line(*path: str) -> str:
+    try:
+        with open(os.path.join(*path), encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+# pyudev
+
+
+def _disk(device: Any) -> Disk:
+    properties, sysname = device.properties, device.sys_name
+    return Disk(
+        node=device.device_node or f"/dev/{sysname}",
+        sysname=sysname,
+        number=f"{os.major(device.device_number)}:{os.minor(device.device_number)}",
+        serial=serial(properties),
+        model=properties.get("ID_MODEL", ""),
+        size=int(_line(device.sys_path, "size") or 0) * 512,
+        initialized=int(properties.get("USEC_INITIALIZED", 0)) / 1e6,
+    )
+
+
+def _pyudev() -> Any:
+    """pyudev, without what it imports only to find libudev's file name and udev's version.
+
+    It would run ldconfig, which an initramfs does not have, and import subprocess and much of the standard
+    library for that: 26 ms instead of 12. So stand-ins take their places during the import.
+    """
+    import sys
+    from types import ModuleType
+
+    if "pyudev" in sys.modules:
+        return sys.modules["pyudev"]
+    finder, starter = ModuleType("ctypes.util"), ModuleType("subprocess")
+    finder.__dict__["find_library"] = {"udev": "libudev.so.1", "c": "libc.so.6"}.get
+    starter.__dict__["check_output"] = None
+    standins = {"ctypes.util": finder, "subprocess": starter}
+    before = {name: sys.modules[name] for name in standins if name in sys.modules}
+    sys.modules.update(standins)
+    try:
+        import pyudev
+    finally:
+        for name in standins:
+            del sys.modules[name]
+        sys.modules.update(before)
+    return pyudev

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One disk and its token: from the persistence key to the volume key, and back."""
+
+from typing import NamedTuple
+
+from . import luks, token, wrap
+from .errors import DiskFailed, Malformed, NotOurs, Tampered, UnlockError
+from .groups import Group, Member
+from .secret import Secret
+
+
+class Keys(NamedTuple):
+    """What a token is made with. The caller owns and wipes them."""
+
+    persistence: Secret
+    host_key: Secret
+    kek: Secret
+    mac_key: Secret
+
+
+def tokens(container: luks.Container, host: str) -> list[token.Token]:
+    """The tokens of `host` on a disk ('' for any host), the newest member list first.
+
+    Raises NotOurs ("foreign" or "other-host"), Malformed, NewerFormat. One token that cannot be read does not
+    hide another one that can: a rotation keeps two.
+    """
+    found: list[token.Token] = []
+    trouble: UnlockError | None = None
+    for _, fields in container.tokens(token.TYPE):
+        try:
+            found.append(token.decode(fields))
+        except Malformed as error:
+            trouble = error
+    ours = [each for each in found if host in ("", each.host)]
+    if not ours:
+        if trouble:
+            raise trouble
+        if found:
+            raise NotOurs("it belongs to another host", code="other-host")
+        raise NotOurs("it has no unlock token", code="foreign")
+    return sorted(ours, key=lambda each: (each.manifest, each.kek_generation), reverse=True)
+
+
+def volume_key(container: luks.Container, each: token.Token, persistence: Secret) -> Secret:
+    """The DEK. Raises Tampered when the token or the header is not what this host wrote."""
+    with unwrap_kek(each, persistence) as kek:
+        return wrap.unwrap(kek, each.dek, token.dek_aad(each, container.facts()))
+
+
+def unwrap_kek(each: token.Token, persistence: Secret) -> Secret:
+    """The group's KEK. Raises Tampered."""
+    return wrap.unwrap(persistence, each.kek, token.kek_aad(each.host, each.kek_id, each.kek_generation))
+
+
+def unwrap_host_key(each: token.Token, persistence: Secret) -> Secret:
+    """The host key. Raises Tampered."""
+    return wrap.unwrap(persistence, each.host_key, token.key_aad(each.host, "host-key"))
+
+
+def check_recovery(container: luks.Container, each: token.Token, mac_key: Secret) -> None:
+    """Raises Tampered unless the header is the one that the recovery key's owner was promised."""
+    wrap.check_mac(mac_key, token.mac_data(each, container.facts()), each.mac)
+
+
+def mac_key(recovery: Secret, host: str) -> Secret:
+    """The key of the headers' MACs, from the recovery key as printed."""
+    return wrap.derive(recovery, bytes.fromhex(host), b"unlock-header-mac-1")
+
+
+def make_token(
+    container: luks.Container, host: str, group: Group, member: Member, dek: Secret, keys: Keys
+) -> token.Token:
+    """A token for this disk as it is now; nothing is written."""
+    facts = container.facts()
+    each = token.Token(
+        host=host,
+        group=group.name,
+        members=len(group.members),
+        manifest=group.manifest,
+        name=member.name,
+        serial=member.serial,
+        kek_id=group.kek,
+        kek_generation=group.generation,
+        kek=wrap.wrap(keys.persistence, keys.kek, token.kek_aad(host, group.kek, group.generation)),
+        dek=b"",
+        host_key=wrap.wrap(keys.persistence, keys.host_key, token.key_aad(host, "host-key")),
+        mac=b"",
+    )
+    return each._replace(
+        dek=wrap.wrap(keys.kek, dek, token.dek_aad(each, facts)),
+        mac=wrap.mac(keys.mac_key, token.mac_data(each, facts)),
+    )
+
+
+def write_token(device: str, each: token.Token, dek: Secret, persistence: Secret) -> None:
+    """Writes a token beside what is there, and proves it from a fresh read of the disk.
+
+    A token of the same group and member list is not written twice. Raises DiskFailed.
+    """
+    with luks.Container(device) as container:
+        if _proven(container, each, dek, persistence) is None:
+            container.set_token(token.encode(each))
+    with luks.Container(device) as container:
+        if _proven(container, each, dek, persistence) is None:
+            raise DiskFailed(f"{device}: the token that was written does not read back")
+
+
+def drop_other_tokens(device: str, keep: token.Token, dek: Secret, persistence: Secret) -> None:
+    """Removes this host's other tokens once `keep` is proven on the disk. Raises DiskFailed, Tampered."""
+    with luks.Container(device) as container:
+        kept = _proven(container, keep, dek, persistence)
+        if kept is None:
+            raise DiskFailed(f"{device}: the new token does not read back, so the old one stays")
+        for number, fields in container.tokens(token.TYPE):
+            if number != kept and fields.get("host") == keep.host:
+                container.remove_token(number)
+
+
+def _proven(container: luks.Container, wanted: token.Token, dek: Secret, persistence: Secret) -> int | None:
+    """The number of a token on the disk that says what `wanted` says and gives the same DEK."""
+    for number, fields in container.tokens(token.TYPE):
+        try:
+            each = token.decode(fields)
+            same = (each.facts(), each.kek_id, each.kek_generation, each.mac) == (
+                wanted.facts(),
+                wanted.kek_id,
+                wanted.kek_generation,
+                wanted.mac,
+            )
+            if same:
+                with volume_key(container, each, persistence) as found:
+                    if found == dek:
+                        return number
+        except (Malformed, Tampered):
+            continue
+    return None

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real root: the gate of each group, and healing when a disk comes late. Fed from the key cache.
+
+gate(G)   what unlock-group@G runs: done when the group is open, failed at its deadline
+heal()    what udev starts for a new disk while a gate has failed
+"""
+
+import json
+import os
+
+from . import config, devices, disk, keyring, log, opening, report, thisboot, units
+from .errors import CommandFailed, NoKey, UnlockError
+from .paths import Paths, write_atomically
+from .protect import protect
+from .run import run
+from .state import State
+
+
+def gate(paths: Paths, name: str) -> int:
+    """Waits for the group's members and opens it. Raises UnlockError with what is missing."""
+    protect()
+    settings = config.load(paths.config).groups.get(name)
+    end = report.now() + (settings.deadline if settings else config.DEADLINE)
+    record = report.Report(f"gate {name}")
+    monitor = devices.Monitor()
+    try:
+        groups = _groups(paths, record, name)
+    except UnlockError:
+        _mark_failed(paths, name)
+        raise
+    look = True
+    while not _is_open(record, name) and report.now() < end and name not in groups.failed:
+        done = opening.turn(groups, monitor, look)
+        look = False
+        if not _is_open(record, name):
+            opening.wait([monitor.fileno(), *groups.pipes()], min(1.0, end - report.now()) if done else 0.05)
+    if not _is_open(record, name):
+        _mark_failed(paths, name)
+        while not opening.turn(groups, monitor, look=True) and report.now() < end + opening.ACTIVATION_TIMEOUT:
+            opening.wait(groups.pipes(), 0.05)
+    groups.stop(opening.ACTIVATION_TIMEOUT)
+    groups.wipe()
+    thisboot.write_report(paths, record, f"gate-{name}.json")
+    if not _is_open(record, name):
+        raise UnlockError(*_why(paths, record, name), code="group-incomplete")
+    thisboot.mark_open(paths, name, record.groups[name]["device"])
+    thisboot.unmark(paths, "failed-groups", name)
+    return 0
+
+
+def heal(paths: Paths) -> int:
+    """For each failed group that could open now: its gate again, its mount, then what had waited for them."""
+    for name in _failed(paths):
+        record = report.Report(f"heal {name}")
+        groups = _groups(paths, record, name)
+        for found in devices.marked():
+            groups.saw(found)
+        ready = groups.ready(name)
+        groups.wipe()
+        if not ready:
+            continue
+        waiting = _waiting(paths, name)
+        settings = config.load(paths.config).groups.get(name)
+        try:
+            run(["systemctl", "restart", units.gate(name)])
+            if settings and settings.mount:
+                run(["systemctl", "start", "--no-block", units.mount(settings.mount)])
+            if waiting:
+                run(["systemctl", "start", "--no-block", *waiting])
+        except CommandFailed as error:
+            log.error(f"group {name}: {error}", f"systemctl status {units.gate(name)}")
+    return 0
+
+
+def _groups(paths: Paths, record: report.Report, only: str) -> opening.Opening:
+    state = State.load(paths)
+    try:
+        persistence = keyring.get("unlock:persistence")
+    except NoKey as error:
+        early = _early_verdict(paths)
+        raise NoKey(f"group {only}: no key: {early}", "unlock open --recovery") from error
+    return opening.Opening(
+        state.host, lambda container, token: disk.volume_key(container, token, persistence), record, only
+    )
+
+
+def _early_verdict(paths: Paths) -> str:
+    early = thisboot.early(paths)
+    if early is None:
+        return "early boot left no report"
+    if early["verdict"] == "unsealed":
+        return "early boot did not hand its keys over"
+    return str(early["detail"] or report.VERDICTS.get(early["verdict"], early["verdict"]))
+
+
+def _is_open(record: report.Report, name: str) -> bool:
+    return record.groups.get(name, {}).get("outcome") == "open"
+
+
+def _why(paths: Paths, record: report.Report, name: str) -> tuple[str, str]:
+    """Message and hint: the members that are missing or failed."""
+    group = State.load(paths).groups.get(name)
+    if group is None:
+        return f"there is no group {name}", "unlock status"
+    outcomes = {entry.get("uuid"): entry for entry in record.disks.values()}
+    parts = []
+    for member in group.members:
+        entry = outcomes.get(member.uuid)
+        if entry is None:
+            parts.append(f"{member.name} (serial {member.serial or 'unknown'}) is missing")
+        elif entry["outcome"] not in ("waiting", "opened", "already-open", "closed-again"):
+            parts.append(f"{member.name} ({entry['node']}): {entry['detail'] or report.OUTCOMES[entry['outcome']]}")
+    return f"group {name} is not open: " + ("; ".join(parts) or "it did not open in time"), "unlock status"
+
+
+def _mark_failed(paths: Paths, name: str) -> None:
+    """Notes what waits for this group now: these are the units that fail by dependency in a moment."""
+    try:
+        jobs = run(["systemctl", "list-jobs", "--after", "--no-legend", "--plain"], timeout=10)
+        settings = config.load(paths.config).groups.get(name)
+        wanted = _dependents(units.mount(settings.mount)) if settings and settings.mount else set()
+        queued = {line.split()[1] for line in jobs.splitlines() if len(line.split()) > 2}
+        waiting = sorted(queued & wanted)
+    except UnlockError:
+        waiting = []
+    write_atomically(os.path.join(paths.of_this_boot("failed-groups"), name), json.dumps(waiting).encode(), mode=0o600)
+
+
+def _dependents(unit: str) -> set[str]:
+    """Units that require `unit`, and what requires those."""
+    found: set[str] = set()
+    new = {unit}
+    while new:
+        found |= new
+        listed = run(["systemctl", "show", "-p", "RequiredBy", "-p", "BoundBy", "--value", *sorted(new)], timeout=10)
+        new = set(listed.split()) - found
+    return found - {unit}
+
+
+def _failed(paths: Paths) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(paths.of_this_boot("failed-groups")) if not name.endswith(".new"))
+    except FileNotFoundError:
+        return []
+
+
+def _waiting(paths: Paths, name: str) -> list[str]:
+    with open(os.path.join(paths.of_this_boot("failed-groups"), name), "rb") as file:
+        units: list[str] = json.load(file)
+    return units

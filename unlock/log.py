@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lines for people: the console during boot, standard error otherwise. No secret ever gets here."""
+
+import os
+import sys
+
+
+def console(line: str) -> None:
+    """One line on /dev/console; a console that is gone is no reason to stop."""
+    try:
+        fd = os.open("/dev/console", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        os.write(fd, f"unlock: {line}\r\n".encode("utf-8", "replace"))
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def error(message: str, hint: str = "") -> None:
+    """An error and what to type next, on standard error."""
+    print(f"unlock: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """Progress, on standard error, so that standard output stays a result."""
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks appear; groups open when all their members are there and proven. Nothing half-open is left behind.
+
+    saw(disk)   its header is read once, its token found, its volume key unwrapped
+    advance()   groups that are complete go to workers; finished workers are collected
+    stop()      no new activation, workers joined or killed
+
+libcryptsetup is not thread-safe, so each activation runs in a forked process, at most one a core. The
+child uses the context that its parent read and authenticated: the header is never read twice.
+"""
+
+import os
+import select
+import signal
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from . import disk, luks, mount, token
+from .devices import Disk, Monitor, marked
+from .devices import settled as settled_now
+from .errors import NotOurs, UnlockError
+from .protect import end_with_parent
+from .report import Report, now
+from .secret import Secret
+
+ACTIVATION_TIMEOUT = 20.0
+"""Seconds for one activation; libcryptsetup waits in it for udev."""
+
+
+class Candidate(NamedTuple):
+    """A disk whose header is authentic, with what opens it."""
+
+    disk: Disk
+    container: luks.Container
+    token: token.Token
+    dek: Secret
+
+
+class Worker(NamedTuple):
+    """A forked process that activates one disk; it writes its error to the pipe, or nothing."""
+
+    pid: int
+    pipe: int
+    deadline: float
+    candidate: Candidate
+
+
+Unwrap = Callable[[luks.Container, token.Token], Secret]
+"""Gives a disk's volume key once header and token are authentic. Raises Tampered and other UnlockErrors."""
+
+
+class Opening:
+    """Opens groups of one host. Without `unwrap` there is no key: disks are only told apart.
+
+    `host` is a host id, or '' when it is not known; `only` limits it to one group; `workers` 0 is one a core.
+    """
+
+    def __init__(self, host: str, unwrap: Unwrap | None, report: Report, only: str = "", workers: int = 0) -> None:
+        self.host = host
+        self.unwrap = unwrap
+        self.report = report
+        self.only = only
+        self.parallel = workers or len(os.sched_getaffinity(0))
+        self.seen: dict[str, str] = {}
+        """Node -> LUKS UUID of each disk with an outcome."""
+        self.candidates: dict[str, list[Candidate]] = {}
+        """Group -> authentic disks that are not open; a disk with two tokens is in it twice."""
+        self.queue: list[Candidate] = []
+        self.workers: dict[int, Worker] = {}
+        """By the file descriptor of their pipe."""
+        self.opened: dict[str, dict[str, str]] = {}
+        """Group -> mapping name -> node, of what this process opened."""
+        self.wanted: dict[str, set[str]] = {}
+        """Group -> nodes that are being opened together."""
+        self.open_uuids: dict[str, str] = {}
+        self.failed: set[str] = set()
+
+    # Disks
+
+    def saw(self, found: Disk) -> None:
+        """One disk, for the first time or again after a change. Its failure never raises."""
+        if self.report.disks.get(found.node, {}).get("outcome") not in (None, "foreign", "damaged", "failed"):
+            return
+        try:
+            container = luks.Container(found.node)
+        except UnlockError as error:
+            outcome = "foreign" if isinstance(error, NotOurs) else "damaged"
+            self.report.disk(found.node, outcome, str(error))
+            return
+        try:
+            self._examine(found, container)
+        except NotOurs as error:
+            self.report.disk(found.node, error.code, uuid=container.uuid)
+            container.close()
+        except UnlockError as error:
+            outcome = error.code if error.code in ("newer-format", "malformed", "tampered") else "failed"
+            self.report.disk(found.node, outcome, str(error), uuid=container.uuid)
+            container.close()
+
+    def _examine(self, found: Disk, container: luks.Container) -> None:
+        uuid = container.uuid
+        tokens = disk.tokens(container, self.host)
+        if self.only and tokens[0].group != self.only:
+            container.close()
+            return
+        about: dict[str, Any] = {
+            "uuid": uuid,
+            "name": tokens[0].name,
+            "group": tokens[0].group,
+            "seen": found.initialized or None,
+        }
+        if not self.unwrap:
+            container.close()
+            self.report.disk(found.node, "no-key", self.report.why(), **about)
+            return
+        if uuid in self.open_uuids:
+            container.close()
+            self.report.disk(found.node, "duplicate", f"{self.open_uuids[uuid]} is open", **about)
+            return
+        proven: list[Candidate] = []
+        trouble: UnlockError | None = None
+        for each in tokens:
+            try:
+                proven.append(Candidate(found, container, each, self.unwrap(container, each)))
+            except UnlockError as error:
+                trouble = error
+        if not proven and trouble:
+            raise trouble
+        outcome = "already-open" if luks.active_uuid(tokens[0].name) == uuid else "waiting"
+        self.report.disk(found.node, outcome, **about)
+        for candidate in proven:
+            self.candidates.setdefault(candidate.token.group, []).append(candidate)
+
+    def gone(self, node: str) -> None:
+        """A disk was unplugged: what waits for its group waits without it."""
+        for group, candidates in self.candidates.items():
+            self.candidates[group] = [each for each in candidates if each.disk.node != node]
+        if self.report.disks.get(node, {}).get("outcome") not in ("opened", "already-open"):
+            self.report.disks.pop(node, None)
+
+    # Groups
+
+    def advance(self, settled: bool) -> None:
+        """Starts what can start. `settled`: udev knows of no disk that it has not shown yet."""
+        for group in list(self.candidates):
+            if group not in self.wanted:
+                self._consider(group, settled)
+        while self.queue and len(self.workers) < self.parallel:
+            self._start(self.queue.pop(0))
+
+    def _consider(self, group: str, settled: bool) -> None:
+        by_manifest: dict[int, list[Candidate]] = {}
+        for candidate in self.candidates[group]:
+            by_manifest.setdefault(candidate.token.manifest, []).append(candidate)
+        for manifest in sorted(by_manifest, reverse=True):
+            chosen = self._members(by_manifest[manifest], settled)
+            if chosen and len(chosen) == chosen[0].token.members:
+                self._open(group, chosen)
+                return
+
+    def _members(self, candidates: list[Candidate], settled: bool) -> list[Candidate]:
+        """One disk a UUID. A disk without the serial that its token names counts only when udev has settled,
+        so that the right one, if it is there, is seen first."""
+        by_uuid: dict[str, list[Candidate]] = {}
+        for candidate in candidates:
+            by_uuid.setdefault(candidate.container.uuid, []).append(candidate)
+        chosen = []
+        for same in by_uuid.values():
+            named = [each for each in same if each.token.serial and each.token.serial == each.disk.serial]
+            if len(named) == 1:
+                chosen += named
+                losers = [each for each in same if each is not named[0]]
+            elif len(same) == 1:
+                chosen += same if settled else []
+                losers = []
+            else:
+                losers = same
+            for loser in losers:
+                if settled and self.report.disks[loser.disk.node]["outcome"] != "duplicate":
+                    self.report.disk(loser.disk.node, "duplicate", f"UUID {loser.container.uuid}")
+        return chosen
+
+    def _open(self, group: str, chosen: list[Candidate]) -> None:
+        names = [each.token.name for each in chosen]
+        active = {each.token.name: luks.active_uuid(each.token.name) for each in chosen}
+        self.opened.setdefault(group, {})
+        self.wanted[group] = {each.disk.node for each in chosen}
+        blocked = [each for each in chosen if active[each.token.name] not in (None, each.container.uuid)]
+        if blocked or len(set(names)) != len(names):
+            for each in blocked or chosen:
+                self.report.disk(each.disk.node, "name-taken", f"/dev/mapper/{each.token.name}")
+            self._fail(group)
+            return
+        self.queue += [each for each in chosen if active[each.token.name] is None]
+        for each in chosen:
+            self.open_uuids[each.container.uuid] = each.disk.node
+        self._finish(group)
+
+    def _finish(self, group: str) -> None:
+        """When all members are through: the group is open, or what was opened is closed again."""
+        nodes = self.wanted[group]
+        if any(each.disk.node in nodes for each in self.queue):
+            return
+        if any(each.candidate.disk.node in nodes for each in self.workers.values()):
+            return
+        if all(self.report.disks[node]["outcome"] in ("opened", "already-open") for node in nodes):
+            device = min(self.report.disks[node]["name"] for node in nodes)
+            self.report.group(group, "open", members=len(nodes), device=device)
+        else:
+            self._fail(group)
+
+    def _fail(self, group: str) -> None:
+        self.failed.add(group)
+        self.close_group(group)
+        self.report.group(group, "failed", members=len(self.wanted[group]))
+
+    def close_group(self, group: str) -> None:
+        """Closes what this process opened of a group; nothing of it is mounted."""
+        opened = self.opened.get(group, {})
+        for name in opened:
+            mount.forget(name)
+        for name, node in list(opened.items()):
+            try:
+                luks.deactivate(name)
+                self.report.disk(node, "closed-again")
+                del opened[name]
+            except UnlockError as error:
+                self.report.disk(node, "failed", f"cannot be closed: {error}")
+
+    # Workers
+
+    def _start(self, candidate: Candidate) -> None:
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            _activate_and_exit(candidate, write)
+        os.close(write)
+        self.workers[read] = Worker(pid, read, now() + ACTIVATION_TIMEOUT, candidate)
+
+    def pipes(self) -> list[int]:
+        """File descriptors that become readable when a worker has finished."""
+        return list(self.workers)
+
+    def collect(self, wait: float = 0) -> None:
+        """Takes in finished workers, and ends those past their deadline; waits up to `wait` seconds for one."""
+        if not self.workers:
+            return
+        poll = select.poll()
+        for fd in self.workers:
+            poll.register(fd, select.POLLIN | select.POLLHUP)
+        for fd, _ in poll.poll(wait * 1000):
+            worker = self.workers.pop(fd)
+            said = os.read(fd, 4096).decode("utf-8", "replace")
+            os.close(fd)
+            _, status = os.waitpid(worker.pid, 0)
+            self._result(worker, said or ("" if status == 0 else f"the worker ended with status {status}"))
+        for worker in list(self.workers.values()):
+            if now() > worker.deadline:
+                self._kill(worker)
+
+    def _result(self, worker: Worker, trouble: str) -> None:
+        candidate = worker.candidate
+        group, node = candidate.token.group, candidate.disk.node
+        if trouble:
+            self.report.disk(node, "failed", trouble)
+        else:
+            self.opened[group][candidate.token.name] = node
+            self.report.disk(node, "opened", opened=round(now(), 4))
+        self._finish(group)
+
+    def _kill(self, worker: Worker) -> None:
+        """Ends an activation that hangs: the process, its udev cookie, its mapping."""
+        del self.workers[worker.pipe]
+        os.close(worker.pipe)
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitpid(worker.pid, 0)
+        luks.abandon(worker.candidate.token.name)
+        self.report.disk(worker.candidate.disk.node, "timed-out", f"after {ACTIVATION_TIMEOUT:.0f} s")
+        self._finish(worker.candidate.token.group)
+
+    def busy(self) -> bool:
+        return bool(self.queue or self.workers)
+
+    def stop(self, patience: float) -> None:
+        """No new activation; running ones get `patience` seconds. What did not open is closed again."""
+        for each in self.queue:
+            self.report.disk(each.disk.node, "timed-out", "early boot ended before it was opened")
+        self.queue.clear()
+        end = now() + patience
+        while self.workers and now() < end:
+            self.collect(wait=0.1)
+        for worker in list(self.workers.values()):
+            self._kill(worker)
+        for group in self.wanted:
+            if self.report.groups.get(group, {}).get("outcome") is None:
+                self._finish(group)
+        for group in self.candidates:
+            if group not in self.wanted:
+                self.report.group(group, "incomplete", **self._counts(group))
+
+    def _counts(self, group: str) -> dict[str, int]:
+        present = {each.container.uuid for each in self.candidates[group]}
+        members = max((each.token.members for each in self.candidates[group]), default=0)
+        return {"present": len(present), "members": members}
+
+    def ready(self, group: str) -> bool:
+        """All members of the group are there and proven."""
+        present = {each.container.uuid for each in self.candidates.get(group, [])}
+        return bool(present) and len(present) >= max(each.token.members for each in self.candidates[group])
+
+    def tokens(self) -> list[token.Token]:
+        """The authenticated tokens of the disks that this process opened."""
+        names = {name for opened in self.opened.values() for name in opened}
+        return [each.token for group in self.candidates.values() for each in group if each.token.name in names]
+
+    def wipe(self) -> None:
+        """Forgets the keys of all disks."""
+        for candidates in self.candidates.values():
+            for each in candidates:
+                each.dek.wipe()
+
+
+def turn(groups: Opening, monitor: Monitor, look: bool) -> bool:
+    """One turn of the loop that both early boot and the gates run: what udev says, what can open, what has opened.
+
+    `look` reads every disk again. True when there is nothing left to do for the disks that are there.
+    """
+    settled = settled_now()
+    if look:
+        for found in marked():
+            groups.saw(found)
+    for action, found in monitor.read():
+        if action == "remove":
+            groups.gone(found.node)
+        else:
+            groups.saw(found)
+    groups.advance(settled)
+    groups.collect()
+    return settled and not groups.busy()
+
+
+def wait(fds: list[int], seconds: float) -> None:
+    """Until one of `fds` is readable, or `seconds` have passed."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    poll.poll(max(0.0, seconds) * 1000)
+
+
+def _activate_and_exit(candidate: Candidate, pipe: int) -> None:
+    """In the worker: activates one disk, says in the pipe what went wrong, and never returns."""
+    try:
+        end_with_parent()
+        candidate.container.activate(candidate.token.name, candidate.dek)
+    except UnlockError as error:
+        os.write(pipe, str(error).encode()[:1000] or b"failed")
+    except BaseException as error:
+        os.write(pipe, type(error).__name__.encode())
+    finally:
+        os._exit(0)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where things are. A prefix other than / is for tests and for image builds."""
+
+import os
+
+
+class Paths:
+    """All paths of one system, below `root`."""
+
+    def __init__(self, root: str = "/") -> None:
+        self.root = root
+        self.config = os.path.join(root, "etc/unlock/unlock.toml")
+        self.crypttab = os.path.join(root, "etc/crypttab")
+        self.fstab = os.path.join(root, "etc/fstab")
+        self.state = os.path.join(root, "var/lib/unlock/state.json")
+        self.run = os.path.join(root, "run/unlock")
+        self.efi = os.path.join(root, "sys/firmware/efi")
+
+    def of_this_boot(self, name: str) -> str:
+        """A file in /run/unlock."""
+        return os.path.join(self.run, name)
+
+
+def write_atomically(path: str, data: bytes, mode: int = 0o600) -> None:
+    """Replaces `path` so that a power cut leaves the old or the new content, whole.
+
+    Raises OSError; the old file is then still there.
+    """
+    folder = os.path.dirname(path)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    temporary = f"{path}.new"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+    sync_folder(folder)
+
+
+def sync_folder(folder: str) -> None:
+    """Makes the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded provider: keys derived from one key-derivation key (KDK), with no server.
+
+key = HKDF-SHA256(KDK, salt = provider id, info = scope, name, generation); the scope is a host id or a
+cluster id. The provider's id is a fingerprint of the KDK, so another KDK cannot pass for this one.
+"""
+
+import json
+import os
+from base64 import b64encode
+from binascii import Error as Base64Error
+from binascii import a2b_base64
+
+from .. import wrap
+from ..errors import Malformed, NewerFormat, Tampered
+from ..secret import Secret
+from ..token import canonical
+
+BACKUP_VERSION = 1
+_BACKUP_MAX = 4096
+_SALT = 16
+
+
+class Native:
+    """A provider over one KDK of 32 bytes, which it owns and wipes."""
+
+    def __init__(self, kdk: Secret, scope: str) -> None:
+        self.kdk = kdk
+        self.scope = scope
+        with wrap.derive(kdk, b"", b"unlock-native-fingerprint-1", 16) as fingerprint:
+            self.id = f"native-{fingerprint.value.hex()}"
+
+    def __enter__(self) -> "Native":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kdk.wipe()
+
+    def key(self, name: str, generation: int) -> Secret:
+        """The AES-256 key of that name and generation; the same one for ever."""
+        info = canonical({"format": "unlock-native-1", "scope": self.scope, "name": name, "generation": generation})
+        return wrap.derive(self.kdk, self.id.encode(), info)
+
+    def backup(self, password: Secret) -> bytes:
+        """The KDK under a password (scrypt, AES-256-GCM), as the text of a JSON file."""
+        salt = os.urandom(_SALT)
+        head = {"unlock": "kdk-backup", "version": BACKUP_VERSION, "provider": self.id, "scope": self.scope}
+        with wrap.from_password(password, salt) as key:
+            wrapped = wrap.wrap(key, self.kdk, canonical(head))
+        body = {"salt": b64encode(salt).decode(), "kdk": b64encode(wrapped).decode()}
+        return json.dumps({**head, **body}, indent=1).encode() + b"\n"
+
+
+def restore(backup: bytes, password: Secret) -> Native:
+    """The provider in a backup. Raises Malformed, NewerFormat, or Tampered for a wrong password."""
+    if len(backup) > _BACKUP_MAX:
+        raise Malformed("the backup is larger than any that unlock writes")
+    try:
+        fields = json.loads(backup)
+        if fields["unlock"] != "kdk-backup":
+            raise Malformed("this is not a backup of a native provider")
+        if fields["version"] > BACKUP_VERSION:
+            raise NewerFormat("a later unlock wrote this backup", "install a newer unlock")
+        head = {name: fields[name] for name in ("unlock", "version", "provider", "scope")}
+        salt, wrapped = (a2b_base64(fields[name], strict_mode=True) for name in ("salt", "kdk"))
+    except (KeyError, TypeError, ValueError, RecursionError, Base64Error) as error:
+        raise Malformed("this is not a backup of a native provider") from error
+    with wrap.from_password(password, salt) as key:
+        try:
+            kdk = wrap.unwrap(key, wrapped, canonical(head))
+        except Tampered as error:
+            raise Tampered("the password is not that of this backup, or the backup was changed") from error
+    provider = Native(kdk, str(fields["scope"]))
+    if provider.id != fields["provider"]:
+        raise Tampered("the backup names another provider than its key")
+    return provider

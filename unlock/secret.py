@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Secret: bytes that are wiped when their `with` ends and that never show in a repr.
+
+Best effort: Python and the libraries below may have copied the bytes elsewhere in memory.
+"""
+
+import os
+
+
+class Secret:
+    """Key material. `value` is the live bytearray; do not keep references to it past the `with`."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: bytes | bytearray) -> None:
+        self.value = bytearray(value)
+
+    @classmethod
+    def random(cls, size: int) -> "Secret":
+        """`size` bytes from the kernel's random number generator."""
+        return cls(os.urandom(size))
+
+    def wipe(self) -> None:
+        self.value[:] = bytes(len(self.value))
+
+    def __enter__(self) -> "Secret":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wipe()
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __bytes__(self) -> bytes:
+        return bytes(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        """Constant time."""
+        import hmac
+
+        return isinstance(other, Secret) and hmac.compare_digest(self.value, other.value)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<Secret of {len(self.value)} bytes>"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a Secret is never serialised")

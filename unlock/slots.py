@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The slot pair: one persistence key in the TPM, and how its policy is replaced without an unusable instant.
+
+A slot is complete when its record describes its object. The complete slot of the highest generation is the
+current one. It is not touched until the other one is complete; then it is evicted, object first, so that the
+old policy ends before its record does.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .errors import (
+    Malformed,
+    NewerFormat,
+    NoSlot,
+    Refused,
+    Tampered,
+    TpmFailed,
+    TpmRefused,
+    UnlockError,
+)
+from .policy import CAP_PCR, SLOTS, Payload, Record, Slot, select
+from .secret import Secret
+from .tpm import Tpm
+
+_TELLING = (TpmRefused, Tampered, NewerFormat, Malformed, NoSlot)
+
+
+class Unsealed(NamedTuple):
+    payload: Payload
+    slot: Slot
+    record: Record
+
+
+def unseal(tpm: Tpm) -> Unsealed:
+    """Unseal the current slot: 8 TPM commands in either slot, at most 14 when the other must be tried too.
+
+    TpmRefused, Tampered, Malformed or NoSlot, the most telling of the two slots; TpmFailed at once, as it
+    says nothing of a slot.
+    """
+    found: list[tuple[Slot, Record]] = []
+    problems: list[UnlockError] = []
+    for slot in SLOTS:
+        try:
+            found.append((slot, tpm.read_record(slot)))
+        except (NoSlot, Malformed, Tampered) as problem:
+            problems.append(problem)
+    for slot, record in sorted(found, key=lambda pair: pair[1].generation, reverse=True):
+        try:
+            with tpm.unseal(slot, record) as sealed:
+                return Unsealed(Payload.decode(sealed), slot, record)
+        except (NoSlot, Malformed, Tampered, TpmRefused) as problem:
+            problems.append(problem)
+    raise min(problems, key=_rank)
+
+
+def persist(
+    tpm: Tpm,
+    host: bytes,
+    selection: tuple[int, ...],
+    branches: Sequence[bytes],
+    payload: Payload,
+    owner_auth: Secret | None = None,
+    *,
+    cap: int = CAP_PCR,
+    replace: bool = False,
+) -> Record:
+    """Seal `payload` under the policy in the slot that is not current, prove the pair, then evict the other.
+
+    Killed anywhere, one slot or both open; run again, it finishes. Refused, unless `replace`, while a slot
+    holds the key of another host.
+    """
+    selection = select(selection, cap)
+    states = {slot: tpm.slot_state(slot) for slot in SLOTS}
+    for state in states.values():
+        if isinstance(state.problem, NewerFormat):
+            raise state.problem
+    complete = {slot: state.record for slot, state in states.items() if state.record and state.complete}
+    if not replace and any(record.host != host for record in complete.values()):
+        raise Refused("the TPM keeps the persistence key of another installation")
+    current = max(complete, key=lambda slot: complete[slot].generation, default=SLOTS[1])
+    target = SLOTS[0] if current is SLOTS[1] else SLOTS[1]
+
+    srk_name = tpm.srk(owner_auth)
+    with payload.encode() as sealed:
+        object_name = tpm.seal(target, branches, sealed, owner_auth)
+    generation = 1 + (complete[current].generation if current in complete else 0)
+    record = Record(generation, host, selection, cap, tuple(branches), srk_name, object_name)
+    tpm.write_record(target, record, owner_auth)
+    state = tpm.slot_state(target)
+    if state.record != record or not state.complete:
+        raise TpmFailed(f"slot {target.name} does not read back as it was written")
+    tpm.evict(current, owner_auth)
+    return record
+
+
+def remove(tpm: Tpm, owner_auth: Secret | None = None) -> None:
+    """Evict both slots: what they sealed is lost, and every key that it wraps. Finishes when run again."""
+    for slot in SLOTS:
+        tpm.evict(slot, owner_auth)
+
+
+def _rank(problem: UnlockError) -> int:
+    return next(rank for rank, kind in enumerate(_TELLING) if isinstance(problem, kind))

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock status`: groups, disks, their states, and where each key would come from."""
+
+from typing import Any
+
+from . import config, devices, disk, keyring, luks, report, thisboot, token
+from .errors import Malformed, NoKey, NotOurs, UnlockError
+from .paths import Paths
+from .secret import Secret
+from .state import State
+
+
+def status(paths: Paths) -> dict[str, Any]:
+    """Everything as plain values. Changes nothing; a disk that cannot be read is a row, not an error.
+
+    disks[].state: open, closed, missing, or an outcome of report.OUTCOMES; disks[].key: where its key would come
+    from now: `key cache`, or `recovery key` when nothing else is left before the next boot.
+    """
+    state = State.load(paths)
+    settings = config.load(paths.config)
+    try:
+        persistence: Secret | None = keyring.get("unlock:persistence")
+    except NoKey:
+        persistence = None
+    seen = _seen(state.host, persistence)
+    early = thisboot.early(paths)
+    groups = []
+    for group in state.groups.values():
+        disks = [_disk(member, seen) for member in group.members]
+        setting = settings.groups.get(group.name)
+        groups.append(
+            {
+                "name": group.name,
+                "state": _summary([each["state"] for each in disks]),
+                "mount": setting.mount if setting else "",
+                "kek": {"id": group.kek, "generation": group.generation},
+                "disks": disks,
+            }
+        )
+    return {
+        "version": 1,
+        "host": state.host,
+        "provider": state.provider_id,
+        "keys": {
+            "persistence key": "key cache" if persistence else "TPM, at the next boot",
+            "recovery key": "made" if state.has_recovery_key else "none yet",
+        },
+        "boot": {
+            "verdict": early["verdict"] if early else "",
+            "detail": early["detail"] or report.VERDICTS.get(early["verdict"], "") if early else "no early boot report",
+            "facts": early["facts"] if early else {},
+        },
+        "unfinished": state.journal,
+        "groups": groups,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The same for people."""
+    boot = found["boot"]
+    lines = [f"boot      {boot['verdict'] or 'unknown'}: {boot['detail']}"]
+    if boot["facts"].get("unauthenticated_root"):
+        lines.append(
+            "warning   the root file system is not encrypted: persistence protects lost disks, not a stolen host"
+        )
+    if found["unfinished"]:
+        entry = found["unfinished"]
+        lines.append(f"warning   `unlock {entry['operation']} {entry.get('group', '')}` is not finished: run it again")
+    lines += [
+        f"{name:<9} {where}"
+        for name, where in (
+            ("key", found["keys"]["persistence key"]),
+            ("recovery", found["keys"]["recovery key"]),
+        )
+    ]
+    rows = [("GROUP", "DISK", "DEVICE", "STATE", "KEY FROM", "MOUNT")]
+    for group in found["groups"]:
+        for i, each in enumerate(group["disks"]):
+            first = (group["name"], group["mount"]) if i == 0 else ("", "")
+            rows.append((first[0], each["name"], each["device"] or "-", each["state"], each["key"], first[1]))
+    if len(rows) == 1:
+        return "\n".join([*lines, "no groups yet: unlock group create, or unlock disk adopt"])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines.append("")
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def _seen(host: str, persistence: Secret | None) -> dict[str, dict[str, str]]:
+    """LUKS UUID -> node and what its header says, of this host's disks that are here."""
+    seen: dict[str, dict[str, str]] = {}
+    for found in devices.marked():
+        entry = {"node": found.node, "trouble": "", "key": "recovery key"}
+        try:
+            with luks.Container(found.node) as container:
+                uuid = container.uuid
+                entry["trouble"], entry["key"] = _judge(container, host, persistence)
+        except UnlockError as error:
+            continue_with = error.code if error.code in report.OUTCOMES else "damaged"
+            uuid, entry["trouble"] = found.node, continue_with
+        if uuid in seen and not entry["trouble"]:
+            entry["trouble"] = "duplicate"
+        seen.setdefault(uuid, entry)
+    return seen
+
+
+def _judge(container: luks.Container, host: str, persistence: Secret | None) -> tuple[str, str]:
+    """(outcome or '', where the key would come from)."""
+    try:
+        tokens: list[token.Token] = disk.tokens(container, host)
+    except NotOurs as error:
+        return error.code, "recovery key"
+    except Malformed as error:
+        return error.code, "recovery key"
+    if persistence is None:
+        return "", "recovery key"
+    for each in tokens:
+        try:
+            disk.volume_key(container, each, persistence).wipe()
+            return "", "key cache"
+        except UnlockError:
+            continue
+    return "tampered", "recovery key"
+
+
+def _disk(member: Any, seen: dict[str, dict[str, str]]) -> dict[str, str]:
+    entry = seen.get(member.uuid)
+    row = {
+        "name": member.name,
+        "uuid": member.uuid,
+        "serial": member.serial,
+        "device": "",
+        "state": "missing",
+        "key": "-",
+    }
+    if entry:
+        opened = devices.mapping_of(member.uuid) == member.name
+        row.update(device=entry["node"], key=entry["key"], state=entry["trouble"] or ("open" if opened else "closed"))
+    return row
+
+
+def _summary(states: list[str]) -> str:
+    if all(state == "open" for state in states):
+        return "open"
+    if all(state == "closed" for state in states):
+        return "closed"
+    return next(state for state in states if state != "open")
+
+
+def boot(paths: Paths) -> dict[str, Any]:
+    """The report of this boot's early phase. Raises NoSlot when there is none."""
+    found = thisboot.early(paths)
+    if found is None:
+        raise UnlockError("early boot left no report", "update-initramfs -u, and reboot", code="no-report")
+    return found
+
+
+def timeline(found: dict[str, Any]) -> str:
+    """A report as lines of time and event; seconds since the kernel started."""
+    rows = [
+        (time, _said(kind, text))
+        for time, kind, text in found["events"]
+        if (kind, text.split()[-1:]) != ("disk", ["waiting"])
+    ]
+    for each in found["disks"]:
+        if each.get("seen"):
+            rows.append((each["seen"], f"disk seen            {each['node']} {each.get('name', '')}".rstrip()))
+    return "\n".join(f"{time:9.3f} s  {text}" for time, text in sorted(rows))
+
+
+def _said(kind: str, text: str) -> str:
+    words = {
+        "start": "agent started",
+        "tpm": "TPM is there",
+        "capped": "TPM locked for the rest of this boot (cap)",
+        "handed-over": "keys handed over to the key cache",
+        "stop": "early boot is over",
+    }
+    if kind == "key":
+        return f"{text:<20} {report.VERDICTS.get(text, '')}"
+    if kind == "disk":
+        node, *rest = text.split()
+        return f"disk {rest[-1]:<15} {node} {' '.join(rest[:-1])}".rstrip()
+    if kind == "group":
+        name, outcome = text.rsplit(" ", 1)
+        return f"group {outcome:<14} {name}"
+    return " ".join(filter(None, (words.get(kind, kind), text)))

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator's tables, /etc/crypttab and /etc/fstab. All that we ever write there is `noauto` for a data disk."""
+
+import os
+import stat
+
+from .paths import write_atomically
+
+
+def name_of(path: str, node: str, luks_uuid: str) -> str:
+    """The mapping name that crypttab gives to this disk, or ''."""
+    for fields in filter(None, map(_fields, _lines(path))):
+        source = fields[1].strip('"')
+        if source.startswith("UUID="):
+            found = source.removeprefix("UUID=").strip('"').lower() == luks_uuid
+        elif source.startswith("/dev/"):
+            found = os.path.realpath(source) == node
+        else:
+            found = False
+        if found:
+            return fields[0]
+    return ""
+
+
+def fstab_targets(path: str) -> set[str]:
+    """The mount points that fstab(5) names."""
+    fields = filter(None, map(_fields, _lines(path)))
+    return {each[1].replace("\\040", " ").replace("\\011", "\t").rstrip("/") or "/" for each in fields}
+
+
+def set_noauto(path: str, name: str) -> bool:
+    """Adds the option noauto to a mapping's line. True when the file was changed."""
+    lines = _lines(path)
+    changed = False
+    for i, line in enumerate(lines):
+        fields = _fields(line)
+        if fields and fields[0] == name:
+            options = fields[3].split(",") if len(fields) > 3 else ["luks"]
+            if "noauto" not in options:
+                key = fields[2] if len(fields) > 2 else "none"
+                lines[i] = " ".join((fields[0], fields[1], key, ",".join([*options, "noauto"]))) + "\n"
+                changed = True
+    if changed:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        write_atomically(path, "".join(lines).encode("utf-8", "surrogateescape"), mode)
+    return changed
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.readlines()
+    except FileNotFoundError:
+        return []
+
+
+def _fields(line: str) -> list[str]:
+    fields = line.split()
+    return fields if len(fields) > 1 and not fields[0].startswith("#") else []

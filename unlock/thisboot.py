@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of this boot in /run/unlock, which the initramfs scripts, the gates and `status` read.
+
+report.json      what early boot did            verdict    its verdict, one word
+idle             every present disk has an outcome
+failed           a disk of this host that is present did not open
+capped           the TPM confirmed the cap
+open/G           group G is open                failed-groups/G    its gate failed; the units that waited
+"""
+
+import os
+from typing import Any
+
+from .errors import Malformed
+from .paths import Paths
+from .report import Report, read
+
+
+def tell(paths: Paths, record: Report) -> None:
+    """Report, open groups, failures, and last `idle`."""
+    for name, group in record.groups.items():
+        if group["outcome"] == "open":
+            mark_open(paths, name, group["device"])
+        else:
+            unmark(paths, "open", name)
+    if record.failures():
+        mark(paths, "failed")
+    write_report(paths, record, "report.json")
+    mark(paths, "idle")
+
+
+def write_report(paths: Paths, record: Report, name: str) -> None:
+    """Whole or not at all; /run needs no fsync."""
+    path = paths.of_this_boot(name)
+    with open(f"{path}.new", "wb") as file:
+        file.write(record.encode())
+    os.rename(f"{path}.new", path)
+
+
+def mark(paths: Paths, *names: str) -> None:
+    """Makes an empty file below /run/unlock."""
+    path = paths.of_this_boot(os.path.join(*names))
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def mark_open(paths: Paths, group: str, mapping: str) -> None:
+    """The group is open. Its mount unit mounts this link, which leads to one of its mappings."""
+    link = paths.of_this_boot(os.path.join("open", group))
+    os.makedirs(os.path.dirname(link), mode=0o700, exist_ok=True)
+    unmark(paths, "open", group)
+    os.symlink(f"/dev/mapper/{mapping}", link)
+
+
+def unmark(paths: Paths, *names: str) -> None:
+    try:
+        os.unlink(paths.of_this_boot(os.path.join(*names)))
+    except FileNotFoundError:
+        pass
+
+
+def early(paths: Paths) -> dict[str, Any] | None:
+    """The report of early boot, or None when there is none that can be read."""
+    try:
+        return read(paths.of_this_boot("report.json"))
+    except (OSError, Malformed):
+        return None
