@@ -77,7 +77,8 @@ def load(path: str) -> Config:
 
 def group_table(group: GroupConfig) -> str:
     """The text of one [group.NAME], to be appended to the file."""
-    lines = [f"\n[group.{_quoted(group.name)}]"]
+    key = _quoted(group.name) if "." in group.name else group.name
+    lines = [f"\n[group.{key}]"]
     if group.mount:
         lines.append(f"mount = {_quoted(group.mount)}")
     if group.type:

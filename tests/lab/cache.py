@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(os.environ.get("UNLOCK_CACHE", "/var/cache/unlock-lab"))
-UNUSED = 24 * 3600  # seconds after which an entry is dropped that nobody asked for
+UNUSED = 3 * 3600  # seconds after which an entry is dropped that nobody asked for; longer than a test run
 
 
 def key(*parts: str | bytes) -> str:
@@ -55,7 +55,7 @@ def entry(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def prune(prefix: str) -> None:
-    """Drop the entries `prefix`* that have not been asked for in a day."""
+    """Drop the entries `prefix`* that have not been asked for in UNUSED seconds."""
     for old in ROOT.glob(f"{prefix}*"):
         if old.is_dir() and time.time() - old.stat().st_mtime > UNUSED:
             shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock init` and `unlock disk adopt`: refused by name, run twice, killed at every step. A real TPM, real headers."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tpmfixture import Swtpm
+
+from unlock import enroll, keyring, luks, members, policy, recoverykey, report, slots
+from unlock.errors import Refused, UnlockError, Usage
+from unlock.paths import Paths
+from unlock.providers import native
+from unlock.secret import Secret
+from unlock.state import State
+
+PASSWORD = b"of the backup"
+ACCEPTED = frozenset(("unmeasured-boot", "unauthenticated-root"))
+
+
+@pytest.fixture
+def chip(tmp_path: Path) -> Iterator[Swtpm]:
+    with Swtpm(tmp_path / "tpm") as chip:
+        yield chip
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Paths]:
+    """A host whose early boot ran unlock and found no slot."""
+    paths = Paths(str(tmp_path / "root"))
+    os.makedirs(paths.run)
+    early = report.Report("early-boot")
+    early.judge("no-slot")
+    early.facts = {"cap_pcr_before": policy.UNSET.hex()}
+    Path(paths.of_this_boot("report.json")).write_bytes(early.encode())
+    yield paths
+    keyring.flush()
+
+
+def choices(paths: Paths, chip: Swtpm, accept: frozenset[str] = ACCEPTED, owner: bytes = b"") -> enroll.Choices:
+    backup = os.path.join(paths.root, "backup")
+    return enroll.Choices(backup, Secret(PASSWORD), accept, (), Secret(owner), chip.tcti)
+
+
+def refused(paths: Paths, asked: enroll.Choices) -> str:
+    with pytest.raises(Refused) as caught:
+        enroll.init(paths, asked)
+    assert not os.path.exists(asked.backup)
+    return caught.value.code
+
+
+def test_init_seals_backs_up_and_leaves_no_key_in_a_file(host: Paths, chip: Swtpm) -> None:
+    asked = choices(host, chip)
+    enroll.init(host, asked)
+    with chip.open() as tpm:
+        unsealed = slots.unseal(tpm)
+    persistence = unsealed.payload.key
+    assert unsealed.slot is policy.A
+    assert unsealed.payload.unauthenticated_root
+    assert keyring.get("unlock:persistence") == persistence
+    state = State.load(host)
+    assert (state.journal, state.has_recovery_key) == (None, False)
+    with open(asked.backup, "rb") as file, native.restore(file.read(), asked.password) as restored:
+        assert restored.id == state.provider_id
+        kdk = bytes(restored.kdk)
+    host_key = bytes(state.host_key(persistence))
+    for path in Path(host.root).rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        for secret in (bytes(persistence), kdk, host_key, PASSWORD):
+            assert secret not in content, path
+            assert secret.hex().encode() not in content, path
+
+
+def test_init_a_second_time_is_refused(host: Paths, chip: Swtpm) -> None:
+    enroll.init(host, choices(host, chip))
+    with pytest.raises(Refused) as caught:
+        enroll.init(host, choices(host, chip))
+    assert caught.value.code == "initialised"
+
+
+def test_each_refusal_has_its_name(host: Paths, chip: Swtpm) -> None:
+    assert refused(host, choices(host, chip, frozenset())) == "unmeasured-boot"
+    assert refused(host, choices(host, chip, frozenset(("unmeasured-boot",)))) == "unauthenticated-root"
+    early = Path(host.of_this_boot("report.json"))
+    saved = early.read_bytes()
+    early.unlink()
+    assert refused(host, choices(host, chip)) == "initramfs-without-unlock"
+    early.write_bytes(saved.replace(b"00000000", b"00000001", 1))
+    assert refused(host, choices(host, chip)) == "cap-pcr-used"
+    early.write_bytes(saved)
+    with chip.open() as tpm:
+        other = policy.Payload(Secret(bytes(32)))
+        slots.persist(tpm, b"x" * 16, policy.select([7]), (policy.branch((7, 15), {7: bytes(32)}),), other)
+    assert refused(host, choices(host, chip)) == "slots-in-use"
+    chip.set_owner_auth(Secret(b"owner"))
+    assert refused(host, choices(host, chip)) == "owner-auth-set"
+    enroll.init(host, choices(host, chip, ACCEPTED | {"slots-in-use"}, b"owner"))
+
+
+def test_an_existing_backup_file_is_never_overwritten(host: Paths, chip: Swtpm) -> None:
+    asked = choices(host, chip)
+    Path(asked.backup).write_text("precious")
+    with pytest.raises(Usage, match="exists already"):
+        enroll.init(host, asked)
+    assert Path(asked.backup).read_text() == "precious"
+
+
+def test_a_wrong_password_does_not_restore_the_backup(host: Paths, chip: Swtpm) -> None:
+    enroll.init(host, choices(host, chip))
+    backup = Path(choices(host, chip).backup).read_bytes()
+    with pytest.raises(UnlockError, match="password"):
+        native.restore(backup, Secret(b"another"))
+    for end in range(0, len(backup), 37):
+        with pytest.raises(UnlockError):
+            native.restore(backup[:end], Secret(PASSWORD))
+
+
+def test_init_cut_off_at_any_tpm_command_finishes_when_run_again(tmp_path: Path, host: Paths) -> None:
+    for count in range(1, 200):
+        with Swtpm(tmp_path / f"tpm-{count}") as chip:
+            chip.proxy.cut_after(count)
+            try:
+                enroll.init(host, choices(host, chip))
+                whole = True
+            except UnlockError:
+                whole = False
+            chip.proxy.restore()
+            chip.power_cycle()
+            if not whole:
+                enroll.init(host, choices(host, chip))
+            with chip.open() as tpm:
+                persistence = slots.unseal(tpm).payload.key
+            State.load(host).kdk(persistence).wipe()
+            os.unlink(choices(host, chip).backup)
+            os.unlink(host.state)
+            if whole:
+                assert count > 20
+                return
+    raise AssertionError("init never ended")
+
+
+# Adopting a disk
+
+ADOPT = """
+import sys
+from unlock import members
+from unlock.paths import Paths
+from unlock.secret import Secret
+root, device, recovery = sys.argv[1:]
+members.disk_adopt(Paths(root), device, "data", Secret(b"operator"), recovery)
+"""
+
+
+@pytest.fixture
+def enrolled(host: Paths, chip: Swtpm) -> Paths:
+    enroll.init(host, choices(host, chip))
+    return host
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[str]:
+    """A LUKS2 disk of an operator, on a loop device."""
+    path = tmp_path / "disk"
+    with path.open("wb") as file:
+        file.truncate(32 << 20)
+    options = ["--batch-mode", "--type=luks2", "--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000", "--key-file=-"]
+    subprocess.run(["cryptsetup", "luksFormat", *options, path], input=b"operator", check=True)
+    loop = subprocess.run(["losetup", "--find", "--show", path], capture_output=True, text=True, check=True)
+    yield loop.stdout.strip()
+    subprocess.run(["losetup", "--detach", loop.stdout.strip()], check=True)
+
+
+def adopt(paths: Paths, device: str, *before: str) -> int:
+    recovery = os.path.join(paths.root, "recovery")
+    command = [*before, sys.executable, "-c", ADOPT, paths.root, device, recovery]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+
+
+def opens_with(device: str, key: bytes) -> bool:
+    command = ["cryptsetup", "open", "--test-passphrase", "--key-file=-", device]
+    return subprocess.run(command, input=key, capture_output=True, check=False).returncode == 0
+
+
+def test_adopting_leaves_the_operators_keyslot_and_adds_ours(enrolled: Paths, device: str) -> None:
+    with luks.Container(device) as container:
+        before = container.metadata["keyslots"]["0"]
+    for _ in range(2):
+        assert adopt(enrolled, device) == 0
+        with luks.Container(device) as container:
+            assert container.metadata["keyslots"]["0"] == before
+            assert len(container.keyslots()) == 2
+            assert len(container.tokens("unlock")) == 1
+    recovery = Path(enrolled.root, "recovery").read_bytes().strip()
+    assert opens_with(device, recovery)
+    assert opens_with(device, b"operator")
+    assert State.load(enrolled).groups["data"].manifest == 1
+
+
+def test_adopting_with_a_wrong_passphrase_changes_nothing(enrolled: Paths, device: str) -> None:
+    before = Path(device).read_bytes()
+    with pytest.raises(UnlockError):
+        members.disk_adopt(enrolled, device, "data", Secret(b"wrong"), os.path.join(enrolled.root, "recovery"))
+    assert Path(device).read_bytes() == before
+    assert not State.load(enrolled).groups
+
+
+def test_adopting_with_another_hosts_recovery_key_is_refused(enrolled: Paths, device: str, tmp_path: Path) -> None:
+    assert adopt(enrolled, device) == 0
+    other = tmp_path / "other"
+    recoverykey.write_new_file(str(other), recoverykey.new())
+    with pytest.raises(Refused, match="not the recovery key"):
+        members.recovery_key(State.load(enrolled), keyring.get("unlock:persistence"), str(other))
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename", "write"])
+def test_adopting_killed_at_any_step_finishes_when_run_again(enrolled: Paths, device: str, call: str) -> None:
+    """SIGKILL at the Nth call of each kind that makes something durable, then the same command again."""
+    saved = Path(device).read_bytes()
+    state = Path(enrolled.state).read_bytes()
+    kills = 0
+    for number in range(1, 60, 1 if call in ("fsync", "rename") else 5):
+        inject = f"inject={call}:signal=KILL:when={number}"
+        code = adopt(enrolled, device, "strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", inject)
+        kills += code != 0
+        assert opens_with(device, b"operator"), f"killed at {call} {number}"
+        whole = code == 0
+        assert adopt(enrolled, device) == 0, f"run again after {call} {number}"
+        with luks.Container(device) as container:
+            assert len(container.tokens("unlock")) == 1
+        recovery = Path(enrolled.root, "recovery")
+        assert opens_with(device, recovery.read_bytes().strip())
+        journal = json.loads(Path(enrolled.state).read_text())["journal"]
+        assert journal is None
+        Path(device).write_bytes(saved)
+        Path(enrolled.state).write_bytes(state)
+        recovery.unlink()
+        if whole:
+            break
+    assert kills
+    print(f"{call}: killed {kills} times")
