@@ -21,6 +21,7 @@ install:
 	find unlock -name '*.py' -exec $(DATA) {} $(home)/{} ';'
 	$(RUN) bin/unlock $(sbin)/unlock
 	$(RUN) initramfs/cap $(home)/cap
+	$(RUN) systemd/gate $(home)/gate
 	$(RUN) initramfs/collect $(home)/initramfs/collect
 	$(DATA) initramfs/manifest $(home)/initramfs/manifest
 	$(RUN) initramfs/hook $(tools)/hooks/unlock

@@ -104,9 +104,10 @@ def test_each_refusal_has_its_name(host: Paths, chip: Swtpm) -> None:
 def test_an_existing_backup_file_is_never_overwritten(host: Paths, chip: Swtpm) -> None:
     asked = choices(host, chip)
     Path(asked.backup).write_text("precious")
-    with pytest.raises(Usage, match="exists already"):
-        enroll.init(host, asked)
-    assert Path(asked.backup).read_text() == "precious"
+    for _ in range(2):
+        with pytest.raises(Usage, match="exists already"):
+            enroll.init(host, asked)
+        assert Path(asked.backup).read_text() == "precious"
 
 
 def test_a_wrong_password_does_not_restore_the_backup(host: Paths, chip: Swtpm) -> None:
@@ -207,6 +208,43 @@ def test_adopting_with_a_wrong_passphrase_changes_nothing(enrolled: Paths, devic
         members.disk_adopt(enrolled, device, "data", Secret(b"wrong"), os.path.join(enrolled.root, "recovery"))
     assert Path(device).read_bytes() == before
     assert not State.load(enrolled).groups
+
+
+def test_adopting_a_member_again_mends_its_token_and_its_keyslot(enrolled: Paths, device: str) -> None:
+    assert adopt(enrolled, device) == 0
+    recovery = Path(enrolled.root, "recovery").read_bytes().strip()
+    with luks.Container(device) as container:
+        for number, _ in container.tokens("unlock"):
+            container.remove_token(number)
+        container.remove_keyslot(container.test_passphrase(Secret(recovery)))
+    assert not opens_with(device, recovery)
+    assert adopt(enrolled, device) == 0
+    assert opens_with(device, recovery)
+    with luks.Container(device) as container:
+        assert len(container.tokens("unlock")) == 1
+
+
+def test_another_disk_cannot_take_the_place_of_one_whose_adoption_was_killed(
+    enrolled: Paths, device: str, tmp_path: Path
+) -> None:
+    state = State.load(enrolled)
+    state.begin("disk adopt", "/dev/other --group data", manifest=state.next_manifest("data"))
+    with pytest.raises(Refused, match="disk adopt /dev/other --group data"):
+        members.disk_adopt(enrolled, device, "data", Secret(b"operator"), str(tmp_path / "recovery"))
+
+
+def test_an_adoption_that_fails_is_undone_and_its_number_is_not_used_again(enrolled: Paths, device: str) -> None:
+    """All keyslots are taken: nothing is left half done, and other work may go on."""
+    with luks.Container(device) as container, container.volume_key(Secret(b"operator")) as dek:
+        while len(container.keyslots()) < 32:
+            try:
+                container.add_keyslot(dek, Secret(b"more %d" % len(container.keyslots())))
+            except UnlockError:
+                break
+    assert adopt(enrolled, device) != 0
+    assert State.load(enrolled).journal is None
+    assert State.load(enrolled).next_manifest("data") == 2
+    assert opens_with(device, b"operator")
 
 
 def test_adopting_with_another_hosts_recovery_key_is_refused(enrolled: Paths, device: str, tmp_path: Path) -> None:

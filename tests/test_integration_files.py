@@ -105,9 +105,9 @@ class Cap:
         for path, to in {
             "/run/unlock": self.run_directory,
             "/sys/firmware/acpi/tables/TPM2": directory / "acpi",
-            "/dev/tpmrm0": self.device,
-            "/dev/tpm0": directory / "tpm0",
-            "/sys/class/tpm/tpm0/tpm_version_major": directory / "version",
+            "/dev/tpmrm[0-9]*": self.device,
+            "/dev/tpm[0-9]*": directory / "tpm0",
+            "/sys/class/tpm/tpm${device##*[!0-9]}/tpm_version_major": directory / "version",
             "/dev/console": self.console,
             "/proc/sysrq-trigger": directory / "sysrq",
             "tenths=100": "tenths=20",
@@ -358,6 +358,13 @@ def test_a_mangled_configuration_makes_nothing(host: Host, config: str | bytes) 
     assert host.errors
 
 
+def test_a_typo_leaves_mounts_that_fail_rather_than_bare_directories(host: Host) -> None:
+    made = host.generate(DATA + "[group.more\n" + 'mount = "/srv/more"\n')
+    assert made == {"srv-data.mount", "srv-more.mount"}
+    assert "Requires=unlock-group@unknown.service" in host.read("srv-data.mount")
+    assert host.errors
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -388,7 +395,12 @@ def test_systemd_accepts_the_units(host: Host, tmp_path: Path) -> None:
     units = tmp_path / "units"
     shutil.copytree(host.out, units, symlinks=True)
     for unit in ("unlock-group@.service", "unlock-heal@.service"):
-        text = (TOP / "systemd" / unit).read_text().replace("/usr/sbin/unlock", "/bin/true")
+        text = (
+            (TOP / "systemd" / unit)
+            .read_text()
+            .replace("/usr/sbin/unlock", "/bin/true")
+            .replace("/usr/lib/unlock/gate", "/bin/true")
+        )
         (units / unit).write_text(text.replace("Documentation=man:unlock(8)", ""))
     mounts = [units / "srv-data.mount", units / "srv-a\\x20b.mount"]
     for mount in mounts:
@@ -412,6 +424,7 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
             assert programs == {
                 "usr/sbin/unlock",
                 "usr/lib/unlock/cap",
+                "usr/lib/unlock/gate",
                 "usr/lib/unlock/initramfs/collect",
                 "usr/lib/systemd/system-generators/unlock-generator",
                 "usr/share/initramfs-tools/hooks/unlock",

@@ -41,7 +41,11 @@ def _boot(argv: list[str]) -> int:
     if argv == ["drop"]:
         from .boot import drop
 
-        return drop(paths)
+        return drop(keep=set())
+    if argv == ["secure"]:
+        from .boot import secure
+
+        return secure(paths)
     if argv == ["heal"]:
         from .late import heal
 
@@ -50,7 +54,7 @@ def _boot(argv: list[str]) -> int:
         from .late import gate
 
         return gate(paths, argv[1])
-    raise Usage("usage: unlock boot agent | prompt | drop | heal | gate GROUP")
+    raise Usage("usage: unlock boot agent | prompt | secure | drop | heal | gate GROUP")
 
 
 if __name__ == "__main__":

@@ -41,8 +41,28 @@ def agent(paths: Paths) -> int:
         if key
         else opening.Opening("", None, record)
     )
-    asked = True
-    look = True
+    try:
+        watch(paths, groups, monitor, signals, record)
+        groups.stop(STOP_PATIENCE)
+        safe = hand_over(groups, key.persistence, record) if key else True
+    except Exception as error:  # no bug of ours leaves disks open behind it
+        record.event("crashed", type(error).__name__)
+        safe = groups.close_all()
+    if key:
+        key.persistence.wipe()
+    groups.wipe()
+    record.event("stop")
+    thisboot.tell(paths, record)
+    if safe:
+        thisboot.mark(paths, "ended")
+    return 0
+
+
+def watch(
+    paths: Paths, groups: opening.Opening, monitor: devices.Monitor, signals: "Signals", record: report.Report
+) -> None:
+    """Opens what appears, and says `idle` when asked, until SIGTERM."""
+    asked = look = True
     while not signals.stop:
         done = opening.turn(groups, monitor, look)
         look = False
@@ -52,15 +72,6 @@ def agent(paths: Paths) -> int:
         opening.wait([monitor.fileno(), signals.fd, *groups.pipes()], 1.0 if done else 0.05)
         if signals.asked():
             asked = look = True
-
-    groups.stop(STOP_PATIENCE)
-    if key:
-        with key.persistence:
-            hand_over(groups, key.persistence, record)
-        groups.wipe()
-    record.event("stop")
-    thisboot.tell(paths, record)
-    return 0
 
 
 class Key(NamedTuple):
@@ -123,11 +134,11 @@ def _cap_pcr() -> str:
 def await_tpm() -> str:
     """The TCTI of the TPM, or '' when there is none. Waits only where the firmware says that there is one."""
     end = time.monotonic() + TPM_WAIT
-    while not os.path.exists("/dev/tpmrm0"):
+    while not (found := sorted(name for name in os.listdir("/dev") if name.startswith("tpmrm"))):
         if not os.path.exists("/sys/firmware/acpi/tables/TPM2") or time.monotonic() > end:
             return ""
         time.sleep(0.05)
-    return "device:/dev/tpmrm0"
+    return f"device:/dev/{found[0]}"
 
 
 def conclude(paths: Paths, record: report.Report) -> None:
@@ -137,37 +148,63 @@ def conclude(paths: Paths, record: report.Report) -> None:
         log.console(f"cannot unseal: {record.detail or report.VERDICTS[record.verdict]}")
 
 
-def hand_over(groups: opening.Opening, persistence: Secret, record: report.Report) -> None:
+def hand_over(groups: opening.Opening, persistence: Secret, record: report.Report) -> bool:
     """Keys and open disks cross into the real root only if that root came from a disk that this process opened,
-    or from dm-verity. Else everything is closed: a thief's root file system gets nothing."""
+    or from dm-verity. Else everything is closed: a thief's root file system gets nothing. False if that failed."""
     ours = {name for opened in groups.opened.values() for name in opened}
-    if not record.facts["unauthenticated_root"] and not devices.opened_by(NEW_ROOT, ours):
+    if not record.facts["unauthenticated_root"] and not authentic(ours):
         record.event("root-not-authenticated")
-        for group in groups.opened:
-            groups.close_group(group)
-            record.group(group, "failed")
-        log.console("the root file system is not authenticated: disks closed, keys dropped")
-        return
+        if ours:
+            log.console("the root file system is not authenticated: disks closed, keys dropped")
+        return groups.close_all()
     keyring.put("unlock:persistence", persistence)
     for token in groups.tokens():
-        with disk.unwrap_host_key(token, persistence) as host_key, disk.unwrap_kek(token, persistence) as kek:
-            keyring.put("unlock:host", host_key)
-            keyring.put(f"unlock:kek:{token.kek_id}:{token.kek_generation}", kek)
+        try:
+            with disk.unwrap_host_key(token, persistence) as host_key, disk.unwrap_kek(token, persistence) as kek:
+                keyring.put("unlock:host", host_key)
+                keyring.put(f"unlock:kek:{token.kek_id}:{token.kek_generation}", kek)
+        except UnlockError as error:
+            record.event("trouble", f"{token.name}: {error}")
     record.event("handed-over")
+    return True
 
 
-def drop(paths: Paths) -> int:
-    """Forgets the keys and closes every disk that early boot opened and nothing uses."""
-    keyring.flush()
+def authentic(names: set[str]) -> bool:
+    """Whether the new root, and its /usr where that is another file system, lie on these mappings alone."""
+    usr = os.path.join(NEW_ROOT, "usr")
+    return devices.opened_by(NEW_ROOT, names) and (not devices.root_chain(usr) or devices.opened_by(usr, names))
+
+
+def secure(paths: Paths) -> int:
+    """Before the real root, when the agent did not end in order: after the recovery prompt, or a crash.
+
+    What a recovery key opened stays only below a root that it opened too. Else all but the root's own disks are
+    closed. 1 when one stays open.
+    """
     early = thisboot.early(paths)
-    for entry in early["disks"] if early else []:
-        if entry.get("outcome") == "opened":
-            mount.forget(entry["name"])
-            try:
-                luks.deactivate(entry["name"])
-            except UnlockError as error:
-                log.console(f"{entry['name']} stays open: {error}")
-    return 0
+    recovered = early["disks"] if early and early["phase"] == "recovery" else []
+    if authentic({each["name"] for each in recovered if each["outcome"] in ("opened", "already-open")}):
+        return 0
+    return drop(keep=devices.names_below(NEW_ROOT))
+
+
+def drop(keep: set[str]) -> int:
+    """Closes every LUKS2 disk but `keep`, and forgets the keys. 1 when one stays open.
+
+    By what the kernel knows, not by a report; without waiting for udev, which may have ended.
+    """
+    for name, uuid in devices.mappings().items():
+        if uuid and name not in keep:
+            mount.forget(name)
+            luks.abandon(name)
+    try:
+        keyring.flush()
+    except UnlockError as error:
+        log.console(str(error))
+    left = [name for name, uuid in devices.mappings().items() if uuid and name not in keep]
+    for name in left:
+        log.console(f"{name} stays open")
+    return 1 if left else 0
 
 
 class Signals:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from . import __version__, ask, log
 from .errors import Refused, Usage
 from .paths import Paths
+from .protect import protect
 from .secret import Secret
 
 
@@ -17,6 +18,7 @@ def cli(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     if os.geteuid() != 0:
         raise Refused("unlock needs root", f"sudo unlock {' '.join(argv)}", code="not-root")
+    protect()
     run: Callable[[Paths, argparse.Namespace], int] = options.run
     return run(Paths(), options)
 
@@ -40,9 +42,6 @@ def _parser() -> argparse.ArgumentParser:
         "--accept", action="append", default=[], metavar="RISK", help="a refusal that you accept, by name"
     )
     init.add_argument("--pcrs", type=_pcrs, default=(), metavar="N,N", help="default: by how this host boots")
-    init.add_argument(
-        "--cap-pcr", type=int, default=15, metavar="N", help="PCR that locks the key after early boot (15)"
-    )
     init.add_argument("--owner-auth-file", metavar="FILE", help="password of the TPM's owner, where one is set")
 
     status = words.add_parser("status", help="groups, disks, and where each key would come from", allow_abbrev=False)
@@ -104,6 +103,10 @@ def _init(paths: Paths, options: argparse.Namespace) -> int:
         "password for the backup",
         "--backup-password-file",
     )
+    if not options.backup_password_file and not ask.credential("unlock.backup-password"):
+        with ask.terminal("the same password again", "--backup-password-file") as again:
+            if again != password or not len(password):
+                raise Usage("the two passwords are not the same, or empty", "run it again; nothing was changed")
     owner = ask.from_file(options.owner_auth_file) if options.owner_auth_file else Secret(b"")
     with password, owner:
         found = init(

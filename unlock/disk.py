@@ -62,6 +62,16 @@ def check_recovery(container: luks.Container, each: token.Token, mac_key: Secret
     wrap.check_mac(mac_key, token.mac_data(each, container.facts()), each.mac)
 
 
+def by_recovery_key(container: luks.Container, recovery: Secret) -> Secret:
+    """The DEK from the recovery key's own keyslot. Raises NotOurs when there is none."""
+    for slot in container.cheap_keyslots():
+        try:
+            return container.volume_key(recovery, slot)
+        except NotOurs:
+            continue
+    raise NotOurs(f"{container.device}: no keyslot takes the recovery key", code="no-key")
+
+
 def mac_key(recovery: Secret, host: str) -> Secret:
     """The key of the headers' MACs, from the recovery key as printed."""
     return wrap.derive(recovery, bytes.fromhex(host), b"unlock-header-mac-1")

@@ -64,13 +64,15 @@ def init(paths: Paths, choices: Choices) -> Preflight:
         unfinished = _earlier_attempt(paths)
         with Tpm(choices.tcti) as tpm:
             found = preflight(paths, tpm, choices, unfinished is not None)
+            if os.path.exists(choices.backup) and not (unfinished and _is_backup_of(choices.backup, unfinished.host)):
+                raise Usage(f"{choices.backup} exists already", "name a file that does not exist yet")
             with Secret.random(32) as persistence, Secret.random(32) as kdk:
                 host = os.urandom(16).hex()
                 state = State.new(paths, host)
                 with native.Native(kdk, host) as provider, provider.key("host", 1) as host_key:
                     state.set_provider("native", provider.id, persistence, kdk)
                     state.set_host_key(f"{provider.id}/host", 1, persistence, host_key)
-                    state.begin({"operation": "init", "backup": choices.backup})
+                    state.begin("init", f"--backup {os.path.abspath(choices.backup)}")
                     _back_up(provider, choices, unfinished)
                     slots.persist(
                         tpm,
@@ -104,7 +106,7 @@ def _earlier_attempt(paths: Paths) -> State | None:
 def _back_up(provider: native.Native, choices: Choices, unfinished: State | None) -> None:
     """Writes the KDK's backup and restores it from the file. Raises Usage, Malformed, Tampered."""
     path = choices.backup
-    if unfinished and unfinished.journal and unfinished.journal["backup"] == path and os.path.exists(path):
+    if unfinished and _is_backup_of(path, unfinished.host):
         os.unlink(path)
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -118,6 +120,16 @@ def _back_up(provider: native.Native, choices: Choices, unfinished: State | None
     with open(path, "rb") as written, native.restore(written.read(), choices.password) as restored:
         if restored.kdk != provider.kdk:
             raise Malformed(f"{path}: the backup does not restore", "give another place for it")
+
+
+def _is_backup_of(path: str, host: str) -> bool:
+    """Whether the file is what a killed init of ours has written: nothing depends on it."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(native.BACKUP_MAX)
+    except OSError:
+        return False
+    return not content or f'"scope": "{host}"'.encode() in content
 
 
 def preflight(paths: Paths, tpm: Tpm, choices: Choices, again: bool) -> Preflight:
@@ -161,7 +173,10 @@ def _check_chip(tpm: Tpm, choices: Choices, again: bool) -> None:
         raise Refused("the TPM's owner has a password", "--owner-auth-file FILE", code="owner-auth-set")
     if facts.taken and not again:
         _refuse(choices, "slots-in-use", "tpm2_getcap handles-persistent")
-    if facts.persistent_free < 2 + (not facts.srk) or min(facts.nv_buffer, facts.nv_index_size) < policy.RECORD_SIZE:
+    if (
+        facts.persistent_free + len(facts.taken) < 2 + (not facts.srk)
+        or min(facts.nv_buffer, facts.nv_index_size) < policy.RECORD_SIZE
+    ):
         raise Refused(
             "the TPM has no room for two sealed objects and their records",
             "tpm2_getcap handles-persistent; tpm2_evictcontrol what is not needed",

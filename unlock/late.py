@@ -5,6 +5,7 @@ gate(G)   what unlock-group@G runs: done when the group is open, failed at its d
 heal()    what udev starts for a new disk while a gate has failed
 """
 
+import fcntl
 import json
 import os
 
@@ -21,6 +22,8 @@ def gate(paths: Paths, name: str) -> int:
     protect()
     settings = config.load(paths.config).groups.get(name)
     end = report.now() + (settings.deadline if settings else config.DEADLINE)
+    if _opened_by_hand(paths, name):
+        return 0
     record = report.Report(f"gate {name}")
     monitor = devices.Monitor()
     try:
@@ -43,13 +46,30 @@ def gate(paths: Paths, name: str) -> int:
     thisboot.write_report(paths, record, f"gate-{name}.json")
     if not _is_open(record, name):
         raise UnlockError(*_why(paths, record, name), code="group-incomplete")
-    thisboot.mark_open(paths, name, record.groups[name]["device"])
+    thisboot.mark_open(paths, name, record.groups[name]["mappings"])
     thisboot.unmark(paths, "failed-groups", name)
     return 0
 
 
+def _opened_by_hand(paths: Paths, name: str) -> bool:
+    """Somebody opened every member under its name, with cryptsetup and the recovery key perhaps."""
+    group = State.load(paths).groups.get(name)
+    if not group or any(devices.mapping_of(each.uuid) != each.name for each in group.members):
+        return False
+    thisboot.mark_open(paths, name, [each.name for each in group.members])
+    thisboot.unmark(paths, "failed-groups", name)
+    return True
+
+
 def heal(paths: Paths) -> int:
     """For each failed group that could open now: its gate again, its mount, then what had waited for them."""
+    protect()
+    with open(paths.of_this_boot("heal.lock"), "w") as lock:  # one at a time; who waited sees what the other did
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _heal(paths)
+
+
+def _heal(paths: Paths) -> int:
     for name in _failed(paths):
         record = report.Report(f"heal {name}")
         groups = _groups(paths, record, name)
@@ -62,7 +82,7 @@ def heal(paths: Paths) -> int:
         waiting = _waiting(paths, name)
         settings = config.load(paths.config).groups.get(name)
         try:
-            run(["systemctl", "restart", units.gate(name)])
+            run(["systemctl", "start", units.gate(name)])
             if settings and settings.mount:
                 run(["systemctl", "start", "--no-block", units.mount(settings.mount)])
             if waiting:
@@ -78,7 +98,7 @@ def _groups(paths: Paths, record: report.Report, only: str) -> opening.Opening:
         persistence = keyring.get("unlock:persistence")
     except NoKey as error:
         early = _early_verdict(paths)
-        raise NoKey(f"group {only}: no key: {early}", "unlock open --recovery") from error
+        raise NoKey(f"group {only}: no key: {early}", "reboot and type the recovery key") from error
     return opening.Opening(
         state.host, lambda container, token: disk.volume_key(container, token, persistence), record, only
     )
@@ -116,13 +136,15 @@ def _why(paths: Paths, record: report.Report, name: str) -> tuple[str, str]:
 def _mark_failed(paths: Paths, name: str) -> None:
     """Notes what waits for this group now: these are the units that fail by dependency in a moment."""
     try:
-        jobs = run(["systemctl", "list-jobs", "--after", "--no-legend", "--plain"], timeout=10)
+        jobs = run(["systemctl", "list-jobs", "--no-legend", "--plain"], timeout=10)
         settings = config.load(paths.config).groups.get(name)
         wanted = _dependents(units.mount(settings.mount)) if settings and settings.mount else set()
         queued = {line.split()[1] for line in jobs.splitlines() if len(line.split()) > 2}
         waiting = sorted(queued & wanted)
     except UnlockError:
         waiting = []
+    if name in _failed(paths):
+        waiting = sorted({*waiting, *_waiting(paths, name)})
     write_atomically(os.path.join(paths.of_this_boot("failed-groups"), name), json.dumps(waiting).encode(), mode=0o600)
 
 

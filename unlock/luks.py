@@ -17,6 +17,8 @@ from .secret import Secret
 
 ANY = -1
 """Any keyslot: each is tried in turn, which costs its PBKDF."""
+MAX_HEADER = 256 << 10
+"""Bytes of one copy of the metadata; the default is 16 KiB."""
 MAX_METADATA = 4 << 20
 """Bytes; the largest JSON area that the format allows."""
 MAX_KEY = 512
@@ -111,6 +113,7 @@ class Container:
 
     def _load(self) -> None:
         _said.clear()
+        _check_size(self.device)
         result = _lib().crypt_load(self._cd, b"LUKS2", None)
         if result == 0:
             return
@@ -146,6 +149,11 @@ class Container:
         return (_lib().crypt_get_uuid(self._cd) or b"").decode("ascii", "replace")
 
     @property
+    def volume_key_size(self) -> int:
+        """Bytes."""
+        return int(_lib().crypt_get_volume_key_size(self._cd))
+
+    @property
     def metadata(self) -> dict[str, Any]:
         """The JSON of this context, never read anew from the disk. Raises Malformed."""
         text = c_char_p()
@@ -163,6 +171,16 @@ class Container:
     def keyslots(self) -> list[int]:
         """Numbers of the keyslots in use. Raises Malformed."""
         return [number for number, _ in _numbered(self.metadata, "keyslots", self.device)]
+
+    def cheap_keyslots(self) -> list[int]:
+        """Keyslots that cost next to nothing to try: what `add_keyslot` makes. An operator's Argon2 slot, or what a
+        hostile header asks for, could take all memory or hours."""
+        return [
+            number
+            for number, fields in _numbered(self.metadata, "keyslots", self.device)
+            if fields.get("kdf", {}).get("type") == "pbkdf2"
+            and fields["kdf"].get("iterations") == _minimum().iterations
+        ]
 
     def facts(self) -> dict[str, Any]:
         """What an attacker would change: everything that decides how the data is read and which key reads it.
@@ -426,7 +444,7 @@ def _object(metadata: dict[str, Any], name: str, device: str) -> dict[str, Any]:
 
 def _numbered(metadata: dict[str, Any], name: str, device: str) -> list[tuple[int, Any]]:
     found = _object(metadata, name, device)
-    if not all(number.isdecimal() for number in found):
+    if not all(number.isdecimal() and len(number) < 5 for number in found):
         raise Malformed(f"{device}: the LUKS2 metadata has {name} without a number")
     return sorted(((int(number), fields) for number, fields in found.items()), key=lambda each: each[0])
 
@@ -437,6 +455,18 @@ def _line(path: str) -> str:
             return file.read().strip()
     except OSError:
         return ""
+
+
+def _check_size(device: str) -> None:
+    """libcryptsetup takes 80 bytes of memory for each byte of JSON: a header larger than any that has a use
+    is not given to it. Raises Malformed, DiskFailed."""
+    try:
+        with open(device, "rb", buffering=0) as file:
+            head = file.read(16)
+    except OSError as error:
+        raise DiskFailed(f"{device} cannot be read: {error.strerror}") from error
+    if head[:6] == b"LUKS\xba\xbe" and head[6:8] == b"\0\2" and int.from_bytes(head[8:16], "big") > MAX_HEADER:
+        raise Malformed(f"{device}: the LUKS2 header claims more than {MAX_HEADER} bytes")
 
 
 def _luks_version(device: str) -> int:

@@ -6,10 +6,10 @@ Nothing half-made is believed: a group opens only when every disk has a token wi
 
 import os
 import uuid as uuids
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from . import ask, config, devices, disk, keyring, log, luks, recoverykey, tables, thisboot, units
-from .errors import NoKey, Refused, UnlockError, Usage
+from . import ask, config, devices, disk, keyring, log, luks, recoverykey, tables, thisboot, token, units
+from .errors import NoKey, NotOurs, Refused, UnlockError, Usage
 from .groups import Group, Member, check_name, mapping_names
 from .paths import Paths, write_atomically
 from .providers import native
@@ -33,116 +33,147 @@ class NewGroup(NamedTuple):
 
 
 def group_create(paths: Paths, wanted: NewGroup) -> Group:
-    """Formats disks and makes them a group. Destroys what is on them. Raises Refused, DiskFailed, Usage."""
+    """Formats disks and makes them a group. Destroys what is on them. Raises Refused, DiskFailed, Usage.
+
+    An ordinary failure is undone and may be followed by anything; after a kill the same command finishes.
+    """
     check_name(wanted.name)
-    config.check_mount_point(wanted.mount)
     with exclusive(paths):
         state = State.load(paths)
         persistence = _persistence()
         nodes = [_node(device) for device in wanted.devices]
-        if wanted.name in state.groups:
-            return _finish_create(paths, state, wanted, nodes)
-        journal = _unfinished(state, "group create", wanted.name, nodes)
-        _check_mount_is_free(paths, wanted)
-        _check_disks(nodes, wanted, journal)
-        with recovery_key(state, persistence, wanted.recovery_file) as recovery:
-            if journal:
-                members = tuple(Member(**each) for each in journal["members"])
-            else:
-                names = mapping_names(wanted.name, len(nodes), _names(state).union(devices.mappings()))
-                members = tuple(
-                    Member(str(uuids.uuid4()), name, devices.disk(node).serial)
-                    for name, node in zip(names, nodes, strict=True)
-                )
-                state.begin(
-                    {
-                        "operation": "group create",
-                        "group": wanted.name,
-                        "nodes": nodes,
-                        "members": [member._asdict() for member in members],
-                    }
-                )
-            kek_id = f"{state.provider_id}/kek/{wanted.name}"
-            group = Group(wanted.name, kek_id, 1, 1, members)
-            _format(group, nodes, recovery)
-            file_system = _make_file_system(group, wanted.profile)
-            with _keys(state, persistence, group, recovery) as keys:
-                for member, node in zip(members, nodes, strict=True):
-                    with luks.Container(node) as container, container.volume_key(recovery) as dek:
-                        each = disk.make_token(container, state.host, group, member, dek, keys.keys)
-                        disk.write_token(node, each, dek, persistence)
-        state.groups[group.name] = group
+        unfinished = state.unfinished("group create", wanted.name)
+        if wanted.name in state.groups and not unfinished:
+            raise Refused(f"there is a group {wanted.name} already", "unlock status", code="group-exists")
+        if wanted.name not in state.groups:
+            _check_mount_point(paths, wanted)
+            _create(state, persistence, wanted, nodes, unfinished)
+        group = state.groups[wanted.name]
+        _add_to_config(paths, config.GroupConfig(wanted.name, wanted.mount, _type(group, wanted), "", config.DEADLINE))
+        thisboot.mark_open(paths, group.name, [member.name for member in group.members])
+        _start(units.mount(wanted.mount))
         state.journal = None
         state.save()
-        _add_to_config(paths, wanted, file_system)
-        _start(paths, wanted, group)
         return group
+
+
+def _create(
+    state: State, persistence: Secret, wanted: NewGroup, nodes: list[str], unfinished: dict[str, Any] | None
+) -> None:
+    before = [Member(**each) for each in unfinished["members"]] if unfinished else []
+    if before and len(before) != len(nodes):
+        raise Refused(
+            f"group {wanted.name} was begun with {len(before)} disks", "name the same disks", code="unfinished"
+        )
+    _check_disks(nodes, wanted, before)
+    with recovery_key(state, persistence, wanted.recovery_file) as recovery:
+        if not before:
+            names = mapping_names(wanted.name, len(nodes), _names(state).union(devices.mappings()))
+            before = [
+                Member(str(uuids.uuid4()), name, devices.disk(node).serial)
+                for name, node in zip(names, nodes, strict=True)
+            ]
+            state.begin("group create", wanted.name, members=[member._asdict() for member in before])
+        group = Group(wanted.name, f"{state.provider_id}/kek/{wanted.name}", 1, 1, tuple(before))
+        try:
+            _format(group, nodes, recovery)
+            _make_file_system(group, wanted)
+            with _keys(state, persistence, group, recovery) as keys:
+                for member, node in zip(group.members, nodes, strict=True):
+                    with luks.Container(node) as container, disk.by_recovery_key(container, recovery) as dek:
+                        each = disk.make_token(container, state.host, group, member, dek, keys.keys)
+                        disk.write_token(node, each, dek, persistence)
+        except UnlockError:
+            for member in group.members:
+                luks.abandon(member.name)
+            state.journal = None
+            state.save()
+            raise
+    state.groups[group.name] = group
+    state.save()
 
 
 def disk_adopt(
     paths: Paths, device: str, group_name: str, passphrase: Secret, recovery_file: str, name: str = ""
 ) -> Group:
     """Takes in an existing LUKS2 disk. Its data, keyslots and mapping name stay; a recovery keyslot and a token
-    are added. Raises NotOurs when it is not LUKS2, DiskFailed for a wrong passphrase, Refused."""
+    are added. On a member it mends what is missing.
+
+    Raises NotOurs when it is not LUKS2 or the passphrase is wrong, DiskFailed, Refused.
+    """
     check_name(group_name)
     with exclusive(paths):
         state = State.load(paths)
         persistence = _persistence()
         node = _node(device)
         with luks.Container(node) as container:
-            luks_uuid = container.uuid
-            known = {member.uuid: group for group in state.groups.values() for member in group.members}
-            if luks_uuid in known:
-                if known[luks_uuid].name == group_name:
-                    return known[luks_uuid]
-                raise Refused(f"{device} is in group {known[luks_uuid].name} already", "unlock status", code="member")
+            uuid = container.uuid
             _check_adoptable(container, device)
             dek = container.volume_key(passphrase)
-        mapping = name or devices.mapping_of(luks_uuid) or tables.name_of(paths.crypttab, node, luks_uuid)
-        taken = _names(state)
-        if not mapping:
-            mapping = mapping_names(group_name, 1, taken.union(devices.mappings()))[0]
-        check_name(mapping, "mapping")
-        if mapping in taken:
-            raise Refused(
-                f"a disk of this host has the mapping name {mapping} already",
-                "--name NAME",
-                code="name-taken",
-            )
         old = state.groups.get(group_name)
-        others = {member.uuid: _device_of(member) for member in (old.members if old else ())}
-        member = Member(luks_uuid, mapping, devices.disk(node).serial)
-        group = Group(
-            group_name,
-            old.kek if old else f"{state.provider_id}/kek/{group_name}",
-            old.generation if old else 1,
-            (old.manifest if old else 0) + 1,
-            ((*old.members,) if old else ()) + (member,),
-        )
+        known = {each.uuid: (group.name, each) for group in state.groups.values() for each in group.members}
+        if uuid in known and known[uuid][0] != group_name:
+            raise Refused(f"{device} is in group {known[uuid][0]} already", "unlock status", code="member")
+        if uuid in known:
+            assert old
+            group, member = old, known[uuid][1]
+        else:
+            member = Member(uuid, _mapping_name(paths, state, uuid, node, group_name, name), devices.disk(node).serial)
+            unfinished = state.unfinished("disk adopt", f"{device} --group {group_name}")
+            manifest = unfinished["manifest"] if unfinished else state.next_manifest(group_name)
+            kek = (old.kek, old.generation) if old else (f"{state.provider_id}/kek/{group_name}", 1)
+            group = Group(group_name, *kek, manifest, (*(old.members if old else ()), member))
+        others = {each.uuid: _device_of(each) for each in group.members if each.uuid != uuid}
         with dek, recovery_key(state, persistence, recovery_file) as recovery:
-            state.begin({"operation": "disk adopt", "group": group_name, "uuid": luks_uuid})
-            with luks.Container(node) as container:
-                _add_recovery_keyslot(container, dek, recovery)
-            with _keys(state, persistence, group, recovery) as keys:
-                written = []
-                for each_member in group.members:
-                    where = others.get(each_member.uuid, node)
-                    with luks.Container(where) as container:
-                        each_dek = Secret(dek.value) if where == node else container.volume_key(recovery)
-                        each = disk.make_token(container, state.host, group, each_member, each_dek, keys.keys)
-                    disk.write_token(where, each, each_dek, persistence)
-                    written.append((where, each, each_dek))
-                for where, each, each_dek in written:
-                    with each_dek:
-                        disk.drop_other_tokens(where, each, each_dek, persistence)
-        if mapping not in devices.names_below("/"):
-            tables.set_noauto(paths.crypttab, mapping)
+            state.begin("disk adopt", f"{device} --group {group_name}", manifest=group.manifest)
+            try:
+                with luks.Container(node) as container:
+                    _add_recovery_keyslot(container, dek, recovery)
+                _write_member_list(state, persistence, group, {**others, uuid: node}, recovery)
+            except UnlockError:
+                state.journal = None
+                state.save()
+                raise
+        if member.name not in devices.names_below("/"):
+            tables.set_noauto(paths.crypttab, member.name)
+            _add_to_config(paths, config.GroupConfig(group_name, "", "", "", config.DEADLINE))
         state.groups[group_name] = group
         state.journal = None
         state.save()
-        if devices.mapping_of(luks_uuid) == mapping and all(devices.mapping_of(each.uuid) for each in group.members):
-            thisboot.mark_open(paths, group_name, mapping)
+        if all(devices.mapping_of(each.uuid) == each.name for each in group.members):
+            thisboot.mark_open(paths, group_name, [each.name for each in group.members])
         return group
+
+
+def _write_member_list(
+    state: State, persistence: Secret, group: Group, nodes: dict[str, str], recovery: Secret
+) -> None:
+    """Every member gets a token with the group's present member list; the old ones go when all have it."""
+    with _keys(state, persistence, group, recovery) as keys:
+        written = []
+        for member in group.members:
+            node = nodes[member.uuid]
+            with luks.Container(node) as container:
+                dek = disk.by_recovery_key(container, recovery)
+                each = disk.make_token(container, state.host, group, member, dek, keys.keys)
+            disk.write_token(node, each, dek, persistence)
+            written.append((node, each, dek))
+        for node, each, dek in written:
+            with dek:
+                disk.drop_other_tokens(node, each, dek, persistence)
+
+
+def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, asked: str) -> str:
+    """The name that the disk has, in device-mapper or crypttab; else the one asked for, or a new one."""
+    has = devices.mapping_of(uuid) or tables.name_of(paths.crypttab, node, uuid)
+    if has and asked and asked != has:
+        raise Refused(f"the disk's mapping name is {has}", "leave --name out", code="name-taken")
+    taken = _names(state).union(name for name, other in devices.mappings().items() if other != uuid)
+    name = has or asked or mapping_names(group, 1, taken)[0]
+    check_name(name, "mapping")
+    if name in taken:
+        raise Refused(f"there is a mapping {name} already", "--name NAME", code="name-taken")
+    return name
 
 
 def recovery_key(state: State, persistence: Secret, file: str) -> Secret:
@@ -228,8 +259,8 @@ def _node(device: str) -> str:
 def _add_recovery_keyslot(container: luks.Container, dek: Secret, recovery: Secret) -> None:
     """Unless an earlier attempt did. The other keyslots are left alone."""
     try:
-        container.test_passphrase(recovery)
-    except UnlockError:
+        disk.by_recovery_key(container, recovery).wipe()
+    except NotOurs:
         container.add_keyslot(dek, recovery)
 
 
@@ -239,55 +270,70 @@ def _names(state: State) -> set[str]:
 
 def _device_of(member: Member) -> str:
     """The node of a member that must be there. Raises Refused."""
-    for found in devices.marked():
+    found = []
+    for each in devices.marked():
         try:
-            with luks.Container(found.node) as container:
+            with luks.Container(each.node) as container:
                 if container.uuid == member.uuid:
-                    return found.node
+                    found.append(each)
         except UnlockError:
             continue
-    raise Refused(
-        f"{member.name} of the group is missing",
-        "plug it in first: every member is rewritten",
-        code="missing",
-    )
-
-
-def _unfinished(state: State, operation: str, group: str, nodes: list[str]) -> dict[str, list[dict[str, str]]] | None:
-    """The journal entry of the same operation on the same disks, killed earlier."""
-    entry = state.journal
-    if not entry:
-        return None
-    if entry["operation"] != operation or entry["group"] != group or entry["nodes"] != nodes:
+    found = [each for each in found if len(found) == 1 or (each.serial and each.serial == member.serial)]
+    if len(found) != 1:
         raise Refused(
-            f"`unlock {entry['operation']} {entry.get('group', '')}` is not finished",
-            "run it again as before: " + " ".join(entry.get("nodes", [])),
-            code="unfinished",
+            f"{member.name} of the group is {'missing' if not found else 'there twice'}",
+            "plug in every member, once: all are rewritten",
+            code="missing",
         )
-    return entry
+    return found[0].node
 
 
-def _check_mount_is_free(paths: Paths, wanted: NewGroup) -> None:
-    if wanted.mount in tables.fstab_targets(paths.fstab):
-        raise Refused(f"{paths.fstab} mounts something at {wanted.mount}", "another --mount", code="mount-taken")
+_NEEDED_TO_BOOT = ("/var/lib/unlock", "/etc/unlock", "/run", "/usr", "/boot", "/dev", "/proc", "/sys")
+
+
+def _check_mount_point(paths: Paths, wanted: NewGroup) -> None:
+    where = config.check_mount_point(wanted.mount)
+    if any(f"{needed}/".startswith(f"{where}/") or where.startswith(f"{needed}/") for needed in _NEEDED_TO_BOOT):
+        raise Refused(f"{where} is needed before groups are mounted", "another --mount", code="mount-taken")
+    if where in tables.fstab_targets(paths.fstab):
+        raise Refused(f"{paths.fstab} mounts something at {where}", "another --mount", code="mount-taken")
     for group in config.load(paths.config).groups.values():
-        if group.mount == wanted.mount:
-            raise Refused(f"group {group.name} is mounted at {wanted.mount}", "another --mount", code="mount-taken")
+        if group.mount == where:
+            raise Refused(f"group {group.name} is mounted at {where}", "another --mount", code="mount-taken")
+    if os.path.realpath(where) != where or (os.path.lexists(where) and not os.path.isdir(where)):
+        raise Refused(f"{where} is not a directory, or reached by a link", "another --mount", code="mount-taken")
+    if os.path.isdir(where) and (os.path.ismount(where) or os.listdir(where)):
+        raise Refused(f"{where} is mounted or not empty", "another --mount", code="mount-taken")
 
 
-def _check_disks(nodes: list[str], wanted: NewGroup, journal: object) -> None:
-    if len(set(nodes)) != len(nodes):
-        raise Usage("one disk is named twice")
+def _check_disks(nodes: list[str], wanted: NewGroup, before: list[Member]) -> None:
+    """`before`: the members that an unfinished run has begun with. A disk is ours, half made, by its UUID alone."""
     erase = {os.path.realpath(device) for device in wanted.erase}
-    for node in nodes:
-        if journal:
-            continue  # checked then; what is on it now is ours, half made
+    if len(set(nodes)) != len(nodes) or not erase <= set(nodes):
+        raise Usage("each disk is named once with --disk, and --erase names some of them")
+    for i, node in enumerate(nodes):
+        if before and devices.disk(node).serial != before[i].serial:
+            raise Refused(
+                f"{node} is not the disk that group {wanted.name} was begun with (serial {before[i].serial})",
+                "name the disks in the same order as before, by /dev/disk/by-id",
+                code="unfinished",
+            )
+        if before and _is_half_made(node, before[i]):
+            continue
         used = devices.in_use(node)
         if used:
             raise Refused(f"{node} is in use: {used}", "lsblk", code="in-use")
         content = devices.contents(node)
         if content and node not in erase:
             raise Refused(f"{node} holds {content}", f"--erase {node} if it may go", code="has-data")
+
+
+def _is_half_made(node: str, member: Member) -> bool:
+    try:
+        with luks.Container(node) as container:
+            return container.uuid == member.uuid
+    except UnlockError:
+        return False
 
 
 def _format(group: Group, nodes: list[str], recovery: Secret) -> None:
@@ -301,47 +347,44 @@ def _format(group: Group, nodes: list[str], recovery: Secret) -> None:
             container.activate(member.name, dek)
 
 
-def _make_file_system(group: Group, profile: str) -> str:
+def _type(group: Group, wanted: NewGroup) -> str:
+    return "btrfs" if len(group.members) > 1 or wanted.profile else "ext4"
+
+
+def _make_file_system(group: Group, wanted: NewGroup) -> None:
     mappings = [f"/dev/mapper/{member.name}" for member in group.members]
-    if len(mappings) == 1 and not profile:
+    if _type(group, wanted) == "ext4":
         run(["mkfs.ext4", "-q", "-F", "-L", group.name[:16], *mappings])
-        return "ext4"
-    profile = profile or "raid1"
+        return
     metadata = "raid1" if len(mappings) > 1 else "dup"
+    profile = wanted.profile or metadata
     run(["mkfs.btrfs", "-q", "-f", "-L", group.name, "-d", profile, "-m", metadata, *mappings])
-    return "btrfs"
 
 
-def _add_to_config(paths: Paths, wanted: NewGroup, file_system: str) -> None:
-    try:
-        with open(paths.config, encoding="utf-8") as file:
-            text = file.read()
-    except FileNotFoundError:
-        text = config.HEAD
-    table = config.GroupConfig(wanted.name, wanted.mount, file_system, "", config.DEADLINE)
-    write_atomically(paths.config, (text.rstrip("\n") + "\n" + config.group_table(table)).encode(), mode=0o644)
-
-
-def _finish_create(paths: Paths, state: State, wanted: NewGroup, nodes: list[str]) -> Group:
-    """The group is whole but the command was killed before it was configured and mounted."""
-    group = state.groups[wanted.name]
-    if wanted.name in config.load(paths.config).groups:
-        raise Refused(f"there is a group {wanted.name} already", "unlock status", code="group-exists")
-    _add_to_config(paths, wanted, "ext4" if len(nodes) == 1 and not wanted.profile else "btrfs")
-    _start(paths, wanted, group)
-    return group
-
-
-def _start(paths: Paths, wanted: NewGroup, group: Group) -> None:
-    """The group's units, as at the next boot."""
-    thisboot.mark_open(paths, group.name, group.members[0].name)
-    if os.path.exists("/run/systemd/system"):
+def _add_to_config(paths: Paths, group: config.GroupConfig) -> None:
+    """Unless it is there already. The text that is there stays as it is."""
+    if group.name not in config.load(paths.config).groups:
+        try:
+            with open(paths.config, encoding="utf-8") as file:
+                text = file.read()
+        except FileNotFoundError:
+            text = config.HEAD
+        text = text.rstrip("\n") + "\n" + config.group_table(group)
+        config.parse(text)
+        write_atomically(paths.config, text.encode(), mode=0o644)
+    if os.path.exists("/run/systemd/system") and paths.root == "/":
         run(["systemctl", "daemon-reload"])
-        run(["systemctl", "start", units.mount(wanted.mount)])
+
+
+def _start(unit: str) -> None:
+    if os.path.exists("/run/systemd/system"):
+        run(["systemctl", "start", unit])
 
 
 def _check_adoptable(container: luks.Container, device: str) -> None:
     facts = container.facts()
+    if container.volume_key_size > token.DEK_MAX:
+        raise Refused(f"{device} has integrity or a volume key longer than {token.DEK_MAX} bytes", code="not-supported")
     if facts["requirements"]:
         raise Refused(f"{device} is being re-encrypted", "cryptsetup reencrypt --resume-only", code="reencrypting")
     for segment in facts["segments"].values():

@@ -13,14 +13,14 @@ import os
 import select
 import signal
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from . import disk, luks, mount, token
 from .devices import Disk, Monitor, marked
 from .devices import settled as settled_now
-from .errors import NotOurs, UnlockError
+from .errors import Malformed, NotOurs, Tampered, UnlockError
 from .protect import end_with_parent
-from .report import Report, now
+from .report import OUTCOMES, Report, now
 from .secret import Secret
 
 ACTIVATION_TIMEOUT = 20.0
@@ -78,45 +78,41 @@ class Opening:
     # Disks
 
     def saw(self, found: Disk) -> None:
-        """One disk, for the first time or again after a change. Its failure never raises."""
+        """One disk, for the first time or again after a change. Nothing about one disk stops the others."""
         if self.report.disks.get(found.node, {}).get("outcome") not in (None, "foreign", "damaged", "failed"):
             return
+        container = None
         try:
             container = luks.Container(found.node)
-        except UnlockError as error:
-            outcome = "foreign" if isinstance(error, NotOurs) else "damaged"
-            self.report.disk(found.node, outcome, str(error))
-            return
-        try:
-            self._examine(found, container)
+            if self._examine(found, container):
+                return
         except NotOurs as error:
-            self.report.disk(found.node, error.code, uuid=container.uuid)
-            container.close()
+            outcome = "foreign" if error.code == "not-luks2" else error.code
+            self.report.disk(found.node, outcome if outcome in OUTCOMES else "failed", str(error))
+        except Malformed as error:
+            outcome = error.code if container else "damaged"
+            self.report.disk(found.node, outcome, str(error))
+        except Tampered as error:
+            self.report.disk(found.node, "tampered", str(error))
         except UnlockError as error:
-            outcome = error.code if error.code in ("newer-format", "malformed", "tampered") else "failed"
-            self.report.disk(found.node, outcome, str(error), uuid=container.uuid)
+            self.report.disk(found.node, "failed", str(error))
+        except Exception as error:  # whatever a hostile disk makes of us, it is alone
+            self.report.disk(found.node, "failed", type(error).__name__)
+        if container:
             container.close()
 
-    def _examine(self, found: Disk, container: luks.Container) -> None:
+    def _examine(self, found: Disk, container: luks.Container) -> bool:
+        """True when the disk is a candidate now, and its container stays in use."""
         uuid = container.uuid
         tokens = disk.tokens(container, self.host)
-        if self.only and tokens[0].group != self.only:
-            container.close()
-            return
-        about: dict[str, Any] = {
-            "uuid": uuid,
-            "name": tokens[0].name,
-            "group": tokens[0].group,
-            "seen": found.initialized or None,
-        }
+        if self.only and all(each.group != self.only for each in tokens):
+            return False
         if not self.unwrap:
-            container.close()
-            self.report.disk(found.node, "no-key", self.report.why(), **about)
-            return
+            self.report.disk(found.node, "no-key", self.report.why(), uuid=uuid)
+            return False
         if uuid in self.open_uuids:
-            container.close()
-            self.report.disk(found.node, "duplicate", f"{self.open_uuids[uuid]} is open", **about)
-            return
+            self.report.disk(found.node, "duplicate", f"{self.open_uuids[uuid]} is open", uuid=uuid)
+            return False
         proven: list[Candidate] = []
         trouble: UnlockError | None = None
         for each in tokens:
@@ -124,12 +120,21 @@ class Opening:
                 proven.append(Candidate(found, container, each, self.unwrap(container, each)))
             except UnlockError as error:
                 trouble = error
-        if not proven and trouble:
+        if not proven:
+            assert trouble
             raise trouble
-        outcome = "already-open" if luks.active_uuid(tokens[0].name) == uuid else "waiting"
-        self.report.disk(found.node, outcome, **about)
+        first = proven[0].token  # authentic, unlike one that did not unwrap
+        self.report.disk(
+            found.node,
+            "already-open" if luks.active_uuid(first.name) == uuid else "waiting",
+            uuid=uuid,
+            name=first.name,
+            group=first.group,
+            seen=found.initialized or None,
+        )
         for candidate in proven:
             self.candidates.setdefault(candidate.token.group, []).append(candidate)
+        return True
 
     def gone(self, node: str) -> None:
         """A disk was unplugged: what waits for its group waits without it."""
@@ -144,7 +149,10 @@ class Opening:
         """Starts what can start. `settled`: udev knows of no disk that it has not shown yet."""
         for group in list(self.candidates):
             if group not in self.wanted:
-                self._consider(group, settled)
+                try:
+                    self._consider(group, settled)
+                except (UnlockError, OSError) as error:
+                    self.report.event("trouble", f"group {group}: {error}")
         while self.queue and len(self.workers) < self.parallel:
             self._start(self.queue.pop(0))
 
@@ -162,7 +170,7 @@ class Opening:
         """One disk a UUID. A disk without the serial that its token names counts only when udev has settled,
         so that the right one, if it is there, is seen first."""
         by_uuid: dict[str, list[Candidate]] = {}
-        for candidate in candidates:
+        for candidate in {each.disk.node: each for each in candidates}.values():
             by_uuid.setdefault(candidate.container.uuid, []).append(candidate)
         chosen = []
         for same in by_uuid.values():
@@ -203,14 +211,18 @@ class Opening:
             return
         if any(each.candidate.disk.node in nodes for each in self.workers.values()):
             return
-        if all(self.report.disks[node]["outcome"] in ("opened", "already-open") for node in nodes):
-            device = min(self.report.disks[node]["name"] for node in nodes)
-            self.report.group(group, "open", members=len(nodes), device=device)
+        if all(self._outcome(node) in ("opened", "already-open") for node in nodes):
+            mappings = sorted(self.report.disks[node]["name"] for node in nodes)
+            self.report.group(group, "open", members=len(nodes), mappings=mappings)
         else:
             self._fail(group)
 
+    def _outcome(self, node: str) -> str:
+        return str(self.report.disks.get(node, {}).get("outcome", ""))
+
     def _fail(self, group: str) -> None:
         self.failed.add(group)
+        self.open_uuids = {uuid: node for uuid, node in self.open_uuids.items() if node not in self.wanted[group]}
         self.close_group(group)
         self.report.group(group, "failed", members=len(self.wanted[group]))
 
@@ -227,11 +239,24 @@ class Opening:
             except UnlockError as error:
                 self.report.disk(node, "failed", f"cannot be closed: {error}")
 
+    def close_all(self) -> bool:
+        """Closes everything that this process opened. True when nothing is left open."""
+        for group, opened in self.opened.items():
+            if opened:
+                self.close_group(group)
+                self.report.group(group, "failed")
+        return not any(self.opened.values())
+
     # Workers
 
     def _start(self, candidate: Candidate) -> None:
-        read, write = os.pipe()
-        pid = os.fork()
+        try:
+            read, write = os.pipe()
+            pid = os.fork()
+        except OSError as error:
+            self.report.disk(candidate.disk.node, "failed", f"no worker: {error.strerror}")
+            self._finish(candidate.token.group)
+            return
         if pid == 0:
             _activate_and_exit(candidate, write)
         os.close(write)
@@ -273,7 +298,7 @@ class Opening:
         del self.workers[worker.pipe]
         os.close(worker.pipe)
         os.kill(worker.pid, signal.SIGKILL)
-        os.waitpid(worker.pid, 0)
+        os.waitpid(worker.pid, os.WNOHANG)  # a device that does not answer holds it, not us
         luks.abandon(worker.candidate.token.name)
         self.report.disk(worker.candidate.disk.node, "timed-out", f"after {ACTIVATION_TIMEOUT:.0f} s")
         self._finish(worker.candidate.token.group)
@@ -351,6 +376,8 @@ def _activate_and_exit(candidate: Candidate, pipe: int) -> None:
     """In the worker: activates one disk, says in the pipe what went wrong, and never returns."""
     try:
         end_with_parent()
+        if os.getppid() == 1:
+            os._exit(1)
         candidate.container.activate(candidate.token.name, candidate.dek)
     except UnlockError as error:
         os.write(pipe, str(error).encode()[:1000] or b"failed")

@@ -40,9 +40,10 @@ def open_all(paths: Paths, recovery: Secret) -> report.Report:
     def unwrap(container: luks.Container, each: token.Token) -> Secret:
         with disk.mac_key(recovery, each.host) as mac_key:
             disk.check_recovery(container, each, mac_key)
-        return container.volume_key(recovery)
+        return disk.by_recovery_key(container, recovery)
 
     record = report.Report("recovery", announce=log.console)
+    thisboot.unmark(paths, "ended")
     _continue_report(paths, record)
     monitor = devices.Monitor()
     groups = opening.Opening("", unwrap, record)

@@ -10,6 +10,7 @@ The idea of multiples of 11 is that of BitLocker's recovery password; the positi
 import os
 
 from .errors import Usage
+from .paths import sync_folder
 from .secret import Secret
 
 GROUPS = 8
@@ -46,13 +47,19 @@ def parse(typed: Secret) -> Secret:
 
 
 def write_new_file(path: str, key: Secret) -> None:
-    """Writes the key to a new file, mode 0600, durable. Raises Usage if the file exists, OSError otherwise."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except FileExistsError as error:
-        raise Usage(f"{path} exists already", "name a file that does not exist yet") from error
+    """Writes the key to a new file, mode 0600, whole and durable or not at all.
+
+    Raises Usage if the file exists, OSError otherwise.
+    """
+    partial = f"{path}.new"
+    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(fd, "wb") as file:
         file.write(key.value)
         file.write(b"\n")
         file.flush()
         os.fsync(file.fileno())
+    if os.path.lexists(path):
+        os.unlink(partial)
+        raise Usage(f"{path} exists already", "name a file that does not exist yet")
+    os.rename(partial, path)
+    sync_folder(os.path.dirname(os.path.abspath(path)))

@@ -45,7 +45,9 @@ OUTCOMES = {
 HARMLESS = frozenset(("opened", "already-open", "waiting", "foreign", "other-host"))
 """Outcomes that are no failure of a disk of this host that is present."""
 
-_SILENT = frozenset(("waiting", "foreign", "other-host", "already-open"))
+_ANYBODYS = frozenset(("damaged", "duplicate"))
+
+_SILENT = frozenset(("waiting", "foreign", "other-host", "already-open", "no-key"))
 
 
 def now() -> float:
@@ -99,8 +101,8 @@ class Report:
             self._announce(f"group {name}: {outcome}")
 
     def failures(self) -> list[str]:
-        """Nodes of this host's disks that are present and could not be opened."""
-        return [node for node, disk in self.disks.items() if disk["outcome"] not in HARMLESS]
+        """Nodes of disks that are present and could not be opened, as far as they are known to be this host's."""
+        return [node for node, disk in self.disks.items() if disk["outcome"] not in HARMLESS | _ANYBODYS]
 
     def encode(self) -> bytes:
         return json.dumps(

@@ -7,7 +7,9 @@
     host_key    {"id", "generation", "wrapped"}
     mac_key     wrapped, or null before there is a recovery key
     groups      NAME -> {"kek": {"id", "generation"}, "manifest", "members": [{"uuid", "name", "serial"}]}
-    journal     the operation under way, or null
+    manifests   NAME -> highest generation of a member list that was ever begun
+    manifests   NAME -> highest generation of a member list that was ever begun
+journal     the operation under way, or null
 
 The file is replaced whole. The one journal: an operation writes what it is about to do before it starts,
 and the save that records its result clears the entry, in the same rename.
@@ -51,6 +53,7 @@ class State:
                 "host_key": None,
                 "mac_key": None,
                 "groups": {},
+                "manifests": {},
                 "journal": None,
             },
         )
@@ -91,16 +94,29 @@ class State:
     def journal(self, entry: dict[str, Any] | None) -> None:
         self._fields["journal"] = entry
 
-    def begin(self, entry: dict[str, Any]) -> None:
-        """Journals an operation, durably. Raises Refused when another one is unfinished."""
-        if self.journal and (self.journal["operation"], self.journal.get("group")) != (
-            entry["operation"],
-            entry.get("group"),
-        ):
-            unfinished = f"{self.journal['operation']} {self.journal.get('group', '')}".strip()
+    def begin(self, operation: str, about: str, **more: Any) -> None:
+        """Journals an operation, durably. Raises Refused when another one is unfinished.
+
+        `unlock OPERATION ABOUT` is what a person types to finish it.
+        """
+        if self.journal and (self.journal["operation"], self.journal["about"]) != (operation, about):
+            unfinished = f"{self.journal['operation']} {self.journal['about']}"
             raise Refused(f"`unlock {unfinished}` is not finished", "run it again first", code="unfinished")
-        self.journal = entry
+        self.journal = {"operation": operation, "about": about, **more}
         self.save()
+
+    def unfinished(self, operation: str, about: str) -> dict[str, Any] | None:
+        """The journal entry of the same operation, killed earlier."""
+        entry = self.journal
+        return entry if entry and (entry["operation"], entry["about"]) == (operation, about) else None
+
+    def next_manifest(self, group: str) -> int:
+        """A generation of a member list that no disk has seen, whatever became of earlier attempts."""
+        highest: int = max(
+            self._fields["manifests"].get(group, 0), self.groups[group].manifest if group in self.groups else 0
+        )
+        self._fields["manifests"][group] = highest + 1
+        return highest + 1
 
     def set_provider(self, kind: str, provider_id: str, persistence: Secret, kdk: Secret) -> None:
         self._fields["provider"] = {

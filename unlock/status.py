@@ -65,7 +65,7 @@ def table(found: dict[str, Any]) -> str:
         )
     if found["unfinished"]:
         entry = found["unfinished"]
-        lines.append(f"warning   `unlock {entry['operation']} {entry.get('group', '')}` is not finished: run it again")
+        lines.append(f"warning   `unlock {entry['operation']} {entry['about']}` is not finished: run it again")
     lines += [
         f"{name:<9} {where}"
         for name, where in (

@@ -16,7 +16,9 @@ def name_of(path: str, node: str, luks_uuid: str) -> str:
         elif source.startswith("/dev/"):
             found = os.path.realpath(source) == node
         else:
-            found = False
+            kind, _, value = source.partition("=")
+            link = f"/dev/disk/by-{kind.lower()}/{value.strip(chr(34))}"
+            found = kind in ("LABEL", "PARTUUID", "PARTLABEL") and os.path.realpath(link) == node
         if found:
             return fields[0]
     return ""

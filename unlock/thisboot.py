@@ -5,7 +5,9 @@ report.json      what early boot did            verdict    its verdict, one word
 idle             every present disk has an outcome
 failed           a disk of this host that is present did not open
 capped           the TPM confirmed the cap
-open/G           group G is open                failed-groups/G    its gate failed; the units that waited
+ended            the agent ended in order: keys and disks are handed over, or closed
+open/G           link to a mapping of group G, which is open; members/G lists them all
+failed-groups/G  its gate failed; the units that waited
 """
 
 import os
@@ -20,7 +22,7 @@ def tell(paths: Paths, record: Report) -> None:
     """Report, open groups, failures, and last `idle`."""
     for name, group in record.groups.items():
         if group["outcome"] == "open":
-            mark_open(paths, name, group["device"])
+            mark_open(paths, name, group["mappings"])
         else:
             unmark(paths, "open", name)
     if record.failures():
@@ -44,12 +46,16 @@ def mark(paths: Paths, *names: str) -> None:
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
-def mark_open(paths: Paths, group: str, mapping: str) -> None:
-    """The group is open. Its mount unit mounts this link, which leads to one of its mappings."""
+def mark_open(paths: Paths, group: str, mappings: list[str]) -> None:
+    """The group is open. Its mount unit mounts a link to the first mapping; the gate shows all to btrfs."""
     link = paths.of_this_boot(os.path.join("open", group))
-    os.makedirs(os.path.dirname(link), mode=0o700, exist_ok=True)
+    members = paths.of_this_boot(os.path.join("members", group))
+    for each in (link, members):
+        os.makedirs(os.path.dirname(each), mode=0o700, exist_ok=True)
+    with open(members, "w", encoding="ascii") as file:
+        file.writelines(f"/dev/mapper/{name}\n" for name in mappings)
     unmark(paths, "open", group)
-    os.symlink(f"/dev/mapper/{mapping}", link)
+    os.symlink(f"/dev/mapper/{mappings[0]}", link)
 
 
 def unmark(paths: Paths, *names: str) -> None:

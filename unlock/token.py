@@ -34,6 +34,8 @@ SIZE = 2048
 """Bytes of a token's JSON; a header of the default size has room for five."""
 GENERATION_MAX = 2**53 - 1
 _KEK_ID_MAX = 256
+DEK_MAX = 64
+"""Bytes of the longest volume key: aes-xts, 512 bit."""
 _OVERHEAD = 12 + 16
 _NAMES = "type keyslots version host group members manifest name serial kek dek host_key mac pad"
 _FIELDS = frozenset(_NAMES.split())
@@ -149,7 +151,7 @@ def decode(fields: Mapping[str, Any]) -> Token:
         kek_id=_string(kek, "id", _KEK_ID_MAX),
         kek_generation=_whole(kek, "generation", GENERATION_MAX, least=1),
         kek=_bytes(kek, "wrapped", 32 + _OVERHEAD),
-        dek=_bytes(fields, "dek", 64 + _OVERHEAD, least=16 + _OVERHEAD),
+        dek=_bytes(fields, "dek", DEK_MAX + _OVERHEAD, least=16 + _OVERHEAD),
         host_key=_bytes(fields, "host_key", 32 + _OVERHEAD),
         mac=_bytes(fields, "mac", 32),
     )

@@ -355,10 +355,11 @@ class Tpm:
         try:
             resource, public = self._public(handle, "")
         except NoSlot:
-            raise Tampered(f"{what} at {handle:#x} is gone", hint="unlock rebind") from None
+            raise Tampered(f"{what} at {handle:#x} is gone", hint="reboot and type the recovery key") from None
         if policy.name(public) != name:
             raise Tampered(
-                f"{what} at {handle:#x} is another one than when this host was enrolled", hint="unlock rebind"
+                f"{what} at {handle:#x} is another one than when this host was enrolled",
+                hint="reboot and type the recovery key",
             )
         return resource
 
@@ -383,8 +384,9 @@ class Tpm:
                 self._send("Unseal", sealed, session, _NONE, _NONE, data)
             except _Answer as failure:
                 if failure.answer in (_VALUE, _POLICY_FAIL):
+                    numbers = ", ".join(map(str, selection))
                     raise TpmRefused(
-                        "the TPM does not unseal: the PCRs are in no allowed state", hint="unlock explain"
+                        f"the TPM refuses: PCRs {numbers} are in no state that the policy allows"
                     ) from None
                 raise
         return Secret(self._taken(data, "buffer"))

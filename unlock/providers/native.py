@@ -17,7 +17,7 @@ from ..secret import Secret
 from ..token import canonical
 
 BACKUP_VERSION = 1
-_BACKUP_MAX = 4096
+BACKUP_MAX = 4096
 _SALT = 16
 
 
@@ -53,7 +53,7 @@ class Native:
 
 def restore(backup: bytes, password: Secret) -> Native:
     """The provider in a backup. Raises Malformed, NewerFormat, or Tampered for a wrong password."""
-    if len(backup) > _BACKUP_MAX:
+    if len(backup) > BACKUP_MAX:
         raise Malformed("the backup is larger than any that unlock writes")
     try:
         fields = json.loads(backup)

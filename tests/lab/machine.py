@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A host with unlock on it, from boot to boot: its disks, its enrolment, its report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from . import image, vm
+from .guest import Guest
+from .vm import VM, Disk
+
+RECOVERY = "/root/recovery"
+"""Where the recovery key is in the guest while a host is being enrolled."""
+
+SENT = (
+    "NV_Read",
+    "NV_Read",
+    "ReadPublic",
+    "ReadPublic",
+    "StartAuthSession",
+    "PolicyPCR",
+    "PolicyOR",
+    "Unseal",
+    "PCR_Extend",
+)
+"""What early boot sends to the TPM; the kernel's resource manager adds to it."""
+
+
+class Machine:
+    """A machine that is off: its home, image and disks."""
+
+    def __init__(self, home: Path, built: image.Image, uefi: bool = False) -> None:
+        self.home, self.image, self.uefi = home, built, uefi
+        self.disks: dict[str, Disk] = {}
+        home.mkdir(parents=True, exist_ok=True)
+
+    def disk(self, serial: str, mib: int) -> str:
+        """Adds an empty disk; its path in the guest."""
+        with (self.home / f"{serial}.raw").open("wb") as file:
+            file.truncate(mib << 20)
+        self.disks[serial] = Disk(f"{serial}.raw", serial)
+        return self.disks[serial].device
+
+    def devices(self, *serials: str) -> str:
+        """Paths of disks in the guest, as arguments."""
+        return " ".join(self.disks[serial].device for serial in serials)
+
+    def boot(self, *, without: tuple[str, ...] = (), **options: Any) -> VM:
+        present = [disk for serial, disk in self.disks.items() if serial not in without]
+        return VM(self.home, self.image, uefi=self.uefi, disks=present, **options)
+
+    def clone(self, to: Path) -> "Machine":
+        other = Machine(vm.clone(self.home, to), self.image, self.uefi)
+        other.disks = dict(self.disks)
+        return other
+
+    @property
+    def recovery_key(self) -> str:
+        """As printed. The operator keeps it outside the host."""
+        return (self.home / "recovery-key").read_text().strip()
+
+
+def report(console: Guest) -> dict[str, Any]:
+    """What early boot did."""
+    found: dict[str, Any] = json.loads(console.read("/run/unlock/report.json"))
+    return found
+
+
+def agent_commands(booted: VM) -> list[str]:
+    """The commands at the TPM from the agent's first to its last, the resource manager's own among them."""
+    names = [command.name for command in booted.tpm_commands()]
+    first = names.index("NV_Read")
+    unsealed = names.index("Unseal", first)
+    return names[first : names.index("PCR_Extend", unsealed) + 1]
