@@ -37,7 +37,6 @@ uninstall:
 	rm -f $(stages:%=$(tools)/scripts/%/unlock)
 	rm -f $(rules)/65-unlock.rules $(systemd)/system-generators/unlock-generator $(units:%=$(systemd)/system/%)
 
-# test, test-fast, demo: to be written
 
 # Development. VENV and the cache of images lie outside the checkout.
 
@@ -46,7 +45,7 @@ VENV ?= $(CACHE)/venv
 PYTHON ?= python3
 packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-archive-keyring cryptsetup-bin \
 	libcryptsetup12 libtss2-dev libtss2-tcti-swtpm0 tpm2-tools udev btrfs-progs e2fsprogs initramfs-tools-core zstd cpio \
-	shellcheck strace busybox klibc-utils gcc pkg-config libffi-dev python3-venv python3-dev
+	systemd kmod util-linux shellcheck strace busybox klibc-utils gcc pkg-config libffi-dev python3-venv python3-dev
 
 .PHONY: setup test test-fast lint demo
 
@@ -55,7 +54,7 @@ setup:
 	dpkg-query -W $(packages) >/dev/null 2>&1 || { apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(packages); }
 	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check tpm2-pytss cryptography pyudev pykmip pytest hypothesis mypy ruff
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check tpm2-pytss cryptography pyudev pykmip pytest pytest-xdist hypothesis mypy ruff
 
 lint:
 	$(VENV)/bin/ruff check .
@@ -63,10 +62,10 @@ lint:
 	$(VENV)/bin/mypy
 
 test-fast: lint
-	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -m "not vm"
+	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not vm"
 
 test: lint
-	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest
+	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations=15
 
 demo: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.demo

@@ -202,6 +202,9 @@ class Opening:
         self.queue += [each for each in chosen if active[each.token.name] is None]
         for each in chosen:
             self.open_uuids[each.container.uuid] = each.disk.node
+        for each in self.candidates[group]:
+            if each.disk.node not in self.wanted[group] and each.container.uuid in self.open_uuids:
+                self.report.disk(each.disk.node, "duplicate", f"{self.open_uuids[each.container.uuid]} is opened")
         self._finish(group)
 
     def _finish(self, group: str) -> None:

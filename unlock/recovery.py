@@ -44,6 +44,7 @@ def open_all(paths: Paths, recovery: Secret) -> report.Report:
 
     record = report.Report("recovery", announce=log.console)
     thisboot.unmark(paths, "ended")
+    thisboot.mark(paths, "recovered")
     _continue_report(paths, record)
     monitor = devices.Monitor()
     groups = opening.Opening("", unwrap, record)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the boot stories share: a machine is enrolled once, by the product's own commands in the guest; each story
+plays on a clone of it. None has a network card."""
+
+import json
+import re
+
+from . import image
+from .guest import Guest
+from .machine import RECOVERY, Machine, report
+from .vm import VM
+
+CAPPED = "C07F2888CEEB55738145657AC754AA052AC7CB24FAF81D0857304456E7589499"
+"""PCR 15 after the cap and nothing else: SHA-256(32 zero bytes || SHA-256("unlock cap"))."""
+UNSEAL = """
+import sys
+sys.path.insert(0, "/usr/lib/unlock")
+from unlock import slots, tpm
+from unlock.errors import UnlockError
+try:
+    with tpm.Tpm() as chip:
+        slots.unseal(chip)
+except UnlockError as error:
+    print(error.code)
+else:
+    print("UNSEALED")
+"""
+"""What root could try after the cap."""
+
+
+def up(machine: VM) -> Guest:
+    """Waits until the machine has booted, well or degraded; no job may be left."""
+    machine.guest.booted()
+    return machine.guest
+
+
+def outcomes(console: Guest) -> dict[str, str]:
+    """Mapping name, or serial number of a disk that has none, -> outcome."""
+    serials = json.loads(console.sh("lsblk --json --nodeps -o PATH,SERIAL").out)["blockdevices"]
+    names = {each["path"]: each["serial"] for each in serials}
+    return {names.get(each["node"], each["node"]): each["outcome"] for each in report(console)["disks"]}
+
+
+def status(console: Guest) -> dict[str, str]:
+    """Group -> state."""
+    return {each["name"]: each["state"] for each in json.loads(console.sh("unlock status --json").out)["groups"]}
+
+
+def pcr(console: Guest, number: int) -> str:
+    return console.sh(f"cat /sys/class/tpm/tpm0/pcr-sha256/{number}").out
+
+
+def unseal_as_root(console: Guest) -> str:
+    return console.sh(f"python3 -I -c '{UNSEAL}'").out
+
+
+def enroll(machine: Machine, init: str, groups: dict[str, tuple[str, ...]], sizes: dict[str, int]) -> None:
+    """Boots with the root's passphrase and does what the README says, unattended."""
+    for serials in groups.values():
+        for serial in serials:
+            machine.disk(serial, sizes.get(serial, 40))
+    with machine.boot() as booted:
+        booted.console.expect("unlock disk root", 240)
+        booted.console.send(image.PASSPHRASE + "\n")
+        console = up(booted)
+        console.write("/root/password", b"of the backup\n", 0o600)
+        console.write("/root/passphrase", image.PASSPHRASE.encode(), 0o600)
+        console.sh(f"unlock init --backup /root/kdk.backup --backup-password-file /root/password {init}", timeout=180)
+        again = console.sh("unlock init --backup /root/x --backup-password-file /root/password", check=False)
+        assert (again.code, again.err.splitlines()[0]) == (3, "unlock: this host is initialised already")
+        adopt = f"unlock disk adopt /dev/disk/by-uuid/{image.LUKS_UUID} --group root --passphrase-file /root/passphrase"
+        before = console.sh("cryptsetup luksDump /dev/disk/by-uuid/" + image.LUKS_UUID).out
+        console.sh(f"{adopt} --recovery-key-file {RECOVERY}", timeout=120)
+        console.sh(f"{adopt} --recovery-key-file {RECOVERY}", timeout=120)  # twice is once
+        after = console.sh("cryptsetup luksDump /dev/disk/by-uuid/" + image.LUKS_UUID).out
+        assert re.search(r"  0: luks2\n(\t.*\n)+", before)[0] in after  # type: ignore[index]
+        assert "root UUID=" in console.read("/etc/crypttab").decode()
+        for name, serials in groups.items():
+            create = f"unlock group create {name} --disk {machine.devices(*serials)} --mount /srv/{name}"
+            create += f" --recovery-key-file {RECOVERY}"
+            console.sh(create, timeout=240)
+            if name in ("data", "pair"):
+                again = console.sh(create, check=False)
+                assert (again.code, f"there is a group {name} already" in again.err) == (3, True)
+            console.sh(
+                f"head -c 3000000 /dev/urandom > /srv/{name}/blob; sha256sum /srv/{name}/blob >> /root/sums; sync"
+            )
+            start = f"touch /srv/{name}/ran; exec sleep infinity"
+            service = f"[Unit]\nRequiresMountsFor=/srv/{name}\n[Service]\nExecStart=/bin/sh -c '{start}'\n"
+            service += "[Install]\nWantedBy=multi-user.target\n"
+            console.write(f"/etc/systemd/system/app-{name}.service", service.encode())
+        console.sh("systemctl --quiet enable " + " ".join(f"app-{name}.service" for name in groups))
+        states = status(console)
+        assert states == dict.fromkeys(["root", *groups], "open")
+        (machine.home / "recovery-key").write_bytes(console.read(RECOVERY))
+        slow = r"/^\[group.\(pair\|ruined\|far\)\]/a deadline = 25"
+        console.sh(f"sed -i '{slow}' /etc/unlock/unlock.toml; rm /root/recovery /root/password /root/passphrase")
+        booted.poweroff()

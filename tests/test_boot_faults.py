@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boots with something wrong: disks, the TPM, the agent. The firmware measures nothing, so the PCRs stay the same."""
+
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import guest, image, luks
+from tests.lab.machine import Machine, report
+from tests.lab.stories import CAPPED, enroll, outcomes, pcr, status, unseal_as_root, up
+from tests.lab.vm import Disk
+
+pytestmark = pytest.mark.vm
+
+
+@pytest.fixture(scope="module")
+def unmeasured(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    """Enrolled under a firmware that measures nothing, with many groups."""
+    machine = Machine(tmp_path_factory.mktemp("bios"), image.build("luks"))
+    groups: dict[str, tuple[str, ...]] = {each: (f"{each}-1",) for each in ("late", "copy", "ruined", "twin", "far")}
+    groups["pair"] = ("pair-1", "pair-2")
+    enroll(machine, "--accept unmeasured-boot", groups, {"pair-1": 200, "pair-2": 200})
+    return machine
+
+
+@pytest.fixture
+def story(unmeasured: Machine, tmp_path: Path) -> Iterator[Machine]:
+    """A clone of the enrolled machine."""
+    yield unmeasured.clone(tmp_path / "machine")
+    shutil.rmtree(tmp_path / "machine", ignore_errors=True)
+
+
+def test_one_boot_with_many_faults(story: Machine, tmp_path: Path) -> None:
+    """Every group has a fault of its own, and no fault reaches another group."""
+    home = story.home
+    luks.ruin(home / "copy-1.raw", copy=0)
+    with (home / "ruined-1.raw").open("r+b") as ruined:  # udev still sees LUKS2
+        for copy in (0, 1):
+            ruined.seek(copy * luks.COPY_SIZE + 4096)
+            ruined.write(b"\xa5" * 4096)
+    shutil.copyfile(home / "twin-1.raw", home / "twin-2.raw")
+    story.disks["twin-2"] = Disk("twin-2.raw", "twin-2")
+    shutil.copyfile(home / "far-1.raw", home / "far-a.raw")  # both copies have serials that the token does not name
+    shutil.copyfile(home / "far-1.raw", home / "far-b.raw")
+    del story.disks["far-1"]
+    story.disks |= {each: Disk(f"{each}.raw", each) for each in ("far-a", "far-b")}
+    luks.format_disk(home / "foreign.raw", "of somebody else")
+    story.disks["foreign"] = Disk("foreign.raw", "foreign")
+    other_host(home / "twin-1.raw", home / "other.raw")
+    story.disks = {"other": Disk("other.raw", "other")} | story.disks
+    before = {each: (home / f"{each}.raw").read_bytes() for each in ("foreign", "other", "twin-2", "far-a", "far-b")}
+
+    with story.boot(without=("late-1", "pair-2")) as booted:
+        booted.guest.ready()
+        console = booted.guest
+        console.sh("until systemctl is-active --quiet sysinit.target; do sleep 1; done", timeout=120)
+        found = outcomes(console)
+        assert found == {
+            "root": "opened",
+            "copy-1": "opened",
+            "twin-1": "opened",
+            "twin-2": "duplicate",
+            "far-a": "duplicate",
+            "far-b": "duplicate",
+            "pair-1": "waiting",
+            "foreign": "foreign",
+            "other": "other-host",
+            "ruined-1": "damaged",
+        }
+        # a disk that comes late: until then its service has not written into the bare directory
+        assert console.sh("systemctl is-active app-late.service", check=False).out in ("inactive", "activating")
+        assert console.sh("ls -A /srv/late").out == ""
+        booted.plug(story.disks["late-1"])
+        console.sh("until systemctl is-active --quiet app-late.service; do sleep 1; done", timeout=120)
+        console.sh("mountpoint -q /srv/late && test -e /srv/late/ran")
+
+        # members that never come: the service fails by dependency, within the deadline, and the host is up
+        console.sh("systemctl is-system-running --wait", check=False, timeout=300)
+        assert console.sh("systemctl list-jobs --no-legend").out == ""
+        assert console.sh("systemctl is-active multi-user.target").out == "active"
+        for group in ("pair", "ruined", "far"):
+            assert console.sh(f"systemctl is-active unlock-group@{group}", check=False).out == "failed"
+            assert console.sh(f"systemctl is-active app-{group}.service", check=False).out == "inactive"
+            assert console.sh(f"ls -A /srv/{group}").out == ""
+        assert "pair-b (serial pair-2) is missing" in console.sh("journalctl -b -u unlock-group@pair --no-pager").out
+        assert console.sh("ls /dev/mapper").out.split() == ["control", "copy-a", "late-a", "root", "twin-a"]
+        states = status(console)
+        assert (states["pair"], states["ruined"], states["late"]) == ("missing", "missing", "open")
+
+        # it heals, service included, when the disk is plugged in
+        booted.plug(story.disks["pair-2"])
+        console.sh("until systemctl is-active --quiet app-pair.service; do sleep 1; done", timeout=120)
+        console.sh("mountpoint -q /srv/pair && test -e /srv/pair/ran && grep pair /root/sums | sha256sum --quiet -c")
+        assert status(console)["pair"] == "open"
+        assert console.sh("systemctl is-active app-ruined.service", check=False).out == "inactive"
+        booted.poweroff()
+    for each, content in before.items():
+        assert (home / f"{each}.raw").read_bytes() == content, f"{each} was written to"
+
+
+def other_host(source: Path, target: Path) -> None:
+    """A disk like `source`, in a group of the same name, of another unlock host."""
+    from tests.test_disk import edit
+
+    shutil.copyfile(source, target)
+    with target.open("r+b") as file:  # another UUID, as another host would have made it
+        area = file.read(32768)
+        old = re.search(rb"[0-9a-f]{8}-[0-9a-f-]{27}", area[:4096])
+        assert old
+        file.seek(0)
+        file.write(area.replace(old[0], str(uuid.uuid4()).encode()))
+    edit(str(target), lambda fields: [each.update(host="0" * 32) for each in fields["tokens"].values()])
+
+
+def test_without_its_tpm_the_host_asks_for_the_recovery_key(story: Machine) -> None:
+    with story.boot(tpm=None) as booted:
+        booted.console.expect("no TPM", 240)
+        booted.console.expect("recovery key: ", 60)
+        booted.console.send("\n")  # skip ours: the stock prompt takes it too
+        booted.console.expect("unlock disk root", 60)
+        booted.console.send(story.recovery_key + "\n")
+        console = up(booted)
+        assert report(console)["verdict"] == "no-tpm"
+        assert outcomes(console)["root"] == "no-key"
+        assert console.sh("systemctl is-active app-copy.service", check=False).out == "inactive"
+        assert "there is no TPM" in console.sh("journalctl -b -u unlock-group@copy --no-pager").out
+        booted.poweroff()
+
+
+def test_on_another_board_nothing_opens_by_itself(story: Machine) -> None:
+    with story.boot(tpm="another") as booted:
+        booted.console.expect("recovery key: ", 240)
+        booted.console.send(story.recovery_key.replace("-", "") + "\n")  # without the dashes
+        console = up(booted)
+        assert report(console)["verdict"] == "no-slot"
+        assert set(status(console).values()) == {"open"}
+        console.sh("sha256sum --quiet -c /root/sums")
+        assert pcr(console, 15) == CAPPED
+        booted.poweroff()
+
+
+TPM_LATE = """#!/bin/sh
+[ "$1" != prereqs ] || exit 0
+cd /sys/bus/acpi/drivers/tpm_crb
+device=$(echo MSFT*)
+echo "$device" > unbind
+(sleep 8; echo "$device" > bind) >/dev/null 2>&1 &
+"""
+
+
+def test_a_tpm_driver_that_comes_late_is_waited_for(story: Machine) -> None:
+    late = story.image.initramfs({"scripts/init-top/late": TPM_LATE})
+    with story.boot(initrd=late, without=tuple(story.disks)) as booted:
+        console = up(booted)
+        found = report(console)
+        times = {kind: time for time, kind, _ in found["events"]}
+        assert found["verdict"] == "unsealed"
+        assert times["tpm"] - times["start"] > 2
+        assert outcomes(console) == {"root": "opened"}
+        booted.poweroff()
+
+
+KILL_AGENT = """#!/bin/sh
+[ "$1" != prereqs ] || exit 0
+(until [ -s /run/unlock/agent.pid ]; do sleep 0.05; done; sleep 0.3; kill -KILL "$(cat /run/unlock/agent.pid)") &
+"""
+
+
+def test_the_agent_is_killed_and_the_stock_prompt_takes_the_recovery_key(story: Machine) -> None:
+    initrd = story.image.initramfs({"scripts/init-top/kill": KILL_AGENT})
+    with story.boot(initrd=initrd, without=("late-1",)) as booted:
+        booted.console.expect("unlock disk root", 240)
+        booted.console.send(story.recovery_key + "\n")
+        console = up(booted)
+        assert pcr(console, 15) == CAPPED
+        assert unseal_as_root(console) == "pcr-mismatch"
+        assert console.sh("keyctl list @u; true").out.count("unlock:") == 0
+        booted.poweroff()
+
+
+def test_the_panic_shell_finds_a_capped_tpm_and_closed_disks(story: Machine) -> None:
+    early = story.image.initramfs(guest.EARLY)
+    cmdline = story.image.cmdline.replace("panic=-1", "")
+    with story.boot(initrd=early, cmdline=cmdline, append="break=bottom", without=("late-1",)) as booted:
+        booted.console.expect(r"\(initramfs\)", 240)
+        shell = booted.early
+        shell.ready()
+        assert shell.sh("cat /sys/class/tpm/tpm0/pcr-sha256/15").out == CAPPED
+        assert unseal_as_root(shell) == "pcr-mismatch"
+        mapped = set(shell.sh("ls /dev/mapper").out.split())
+        assert mapped == {"control"}, "what the TPM opened is closed, the root file system too"
+        assert "/root " not in shell.sh("cat /proc/mounts").out
+        assert "unlock:" not in shell.sh("cat /proc/keys").out
+        booted.kill()

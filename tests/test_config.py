@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""unlock.toml, crypttab and state.json: what is written is read, and what is mangled is said by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from unlock import config, tables
+from unlock.errors import Malformed, NewerFormat, Refused
+from unlock.paths import Paths
+from unlock.state import State
+
+
+def test_a_group_that_is_added_is_read_back_and_the_operators_text_stays() -> None:
+    text = config.HEAD + "# mine\n[group.other]\ndeadline = 5\n"
+    for name in ("data", "my-data.2"):
+        added = config.GroupConfig(name, '/srv/"a\\b', "btrfs", "noatime", 30)
+        whole = text + config.group_table(added)
+        assert config.parse(whole).groups[name] == added
+        assert config.parse(whole).groups["other"].deadline == 5
+        assert whole.startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[group.data", "unlock.toml"),
+        ("version = 'x'", "version"),
+        ("color = 1", "color"),
+        ("group = 3", "group"),
+        ("[group.data]\nmuont = '/srv'", "muont"),
+        ("[group.data]\nmount = 3", "mount"),
+        ("[group.data]\nmount = 'srv'", "mount"),
+        ("[group.data]\nmount = '/srv/../etc'", "mount"),
+        ("[group.data]\ndeadline = 0", "deadline"),
+        ("[group.data]\ndeadline = true", "deadline"),
+        ("[group.'../x']", "../x"),
+    ],
+)
+def test_a_mistake_is_named(text: str, named: str) -> None:
+    with pytest.raises(Malformed, match=named.replace(".", r"\.")):
+        config.parse(text)
+
+
+def test_a_later_version_is_told_from_a_mistake() -> None:
+    with pytest.raises(NewerFormat):
+        config.parse("version = 2\nnews = true")
+
+
+CRYPTTAB = """# <target name> <source device> <key file> <options>
+root UUID=0f0f none luks,discard
+data  UUID="ABCD-12"   none   luks
+"""
+
+
+def test_crypttab_gets_noauto_on_one_line_once(tmp_path: Path) -> None:
+    path = tmp_path / "crypttab"
+    path.write_text(CRYPTTAB)
+    assert tables.name_of(str(path), "/dev/none", "abcd-12") == "data"
+    assert tables.name_of(str(path), "/dev/none", "ffff") == ""
+    assert tables.set_noauto(str(path), "data")
+    assert path.read_text() == CRYPTTAB.replace(
+        'data  UUID="ABCD-12"   none   luks', 'data UUID="ABCD-12" none luks,noauto'
+    )
+    assert not tables.set_noauto(str(path), "data")
+    assert not tables.set_noauto(str(tmp_path / "absent"), "data")
+
+
+def test_state_is_whole_or_refused(tmp_path: Path) -> None:
+    paths = Paths(str(tmp_path))
+    with pytest.raises(Refused, match="not initialised"):
+        State.load(paths)
+    state = State.new(paths, "ab" * 16)
+    state.begin("group create", "data", members=[])
+    whole = Path(paths.state).read_bytes()
+    loaded = State.load(paths)
+    assert loaded.unfinished("group create", "data") == {"operation": "group create", "about": "data", "members": []}
+    assert loaded.unfinished("group create", "other") is None
+    with pytest.raises(Refused, match="`unlock group create data` is not finished"):
+        loaded.begin("disk adopt", "/dev/sdb --group data")
+    for end in range(len(whole) - 1):
+        Path(paths.state).write_bytes(whole[:end])
+        with pytest.raises(Malformed):
+            State.load(paths)
+    Path(paths.state).write_text(json.dumps({**json.loads(whole), "version": 2}))
+    with pytest.raises(NewerFormat):
+        State.load(paths)

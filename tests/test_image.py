@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What unlock adds to an initramfs: its size, and that its python runs there with nothing else."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.lab import image
+
+pytestmark = pytest.mark.vm
+
+GROWTH_MAX = 9_000_000
+"""Bytes, compressed."""
+
+
+def test_the_initramfs_grows_by_at_most_9_mb() -> None:
+    """The same tree, with the hook and without it, as mkinitramfs compresses by default."""
+    built = image.build("luks")
+    hook = "#!/bin/sh\nrm -rf /usr/share/initramfs-tools/hooks/unlock /usr/share/initramfs-tools/scripts/*/unlock\n"
+    with_unlock = built.initramfs({"conf.d/level": "COMPRESS=zstd\n"}).stat().st_size
+    without = built.initramfs({"conf.d/level": "COMPRESS=zstd\n", "conf.d/remove": hook}).stat().st_size
+    print(f"initramfs: {without} bytes without unlock, {with_unlock} with it, {with_unlock - without} more")
+    assert 1_000_000 < with_unlock - without <= GROWTH_MAX
+
+
+def test_early_boots_python_runs_in_the_unpacked_initramfs(tmp_path: Path) -> None:
+    """All modules that early boot may import are there, and nothing heavy is loaded."""
+    initrd = image.build("luks").initrd
+    subprocess.run(["unmkinitramfs", initrd, tmp_path], check=True)
+    tree = tmp_path / "main" if (tmp_path / "main").exists() else tmp_path
+    code = (
+        "import sys; sys.path.insert(0, '/usr/lib/unlock'); import unlock.__main__, unlock.boot, unlock.recovery; "
+        "from unlock import devices, luks, tpm, wrap; devices._pyudev(); luks._lib(); tpm._load(); print(*sys.modules)"
+    )
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "CRYPTOGRAPHY_OPENSSL_NO_LEGACY": "1"}
+    command = ["chroot", tree, "/usr/bin/python3", "-I", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not {"argparse", "asyncio", "logging", "importlib.metadata", "kmip", "tomllib"} & set(done.stdout.split())
