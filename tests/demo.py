@@ -40,7 +40,7 @@ def build(home: Path) -> Machine:
 
 def enroll(machine: Machine) -> None:
     say("Boot 1: UEFI, a TPM, a LUKS2 root opened by its passphrase, three empty disks")
-    with machine.boot() as booted:
+    with machine.boot(cores=2) as booted:
         booted.console.expect("unlock disk root", 300)
         booted.console.send(image.PASSPHRASE + "\n")
         console = booted.guest
@@ -60,7 +60,7 @@ def enroll(machine: Machine) -> None:
 
 def offline(machine: Machine) -> None:
     say("Boot 2: no network card, nobody at the console")
-    with machine.boot() as booted:
+    with machine.boot(cores=2) as booted:
         console = booted.guest
         console.booted()
         show(console, "unlock status --boot")
@@ -75,7 +75,7 @@ def offline(machine: Machine) -> None:
 
 def edited(machine: Machine) -> None:
     say("Boot 3: somebody has edited the kernel command line")
-    with machine.boot(append="audit=0") as booted:
+    with machine.boot(cores=2, append="audit=0") as booted:
         booted.console.expect("cannot unseal", 300)
         booted.console.expect("recovery key: ", 60)
         lines = [line for line in booted.console.text.splitlines() if line.startswith("unlock: ")]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.lab import guest, image, luks
 from tests.lab.machine import Machine, report
-from tests.lab.stories import CAPPED, enroll, outcomes, pcr, status, unseal_as_root, up
+from tests.lab.stories import CAPPED, begun, enroll, outcomes, pcr, status, unseal_as_root, up
 from tests.lab.vm import Disk
 
 pytestmark = pytest.mark.vm
@@ -55,9 +55,7 @@ def test_one_boot_with_many_faults(story: Machine, tmp_path: Path) -> None:
     before = {each: (home / f"{each}.raw").read_bytes() for each in ("foreign", "other", "twin-2", "far-a", "far-b")}
 
     with story.boot(without=("late-1", "pair-2")) as booted:
-        booted.guest.ready()
-        console = booted.guest
-        console.sh("until systemctl is-active --quiet sysinit.target; do sleep 1; done", timeout=120)
+        console = begun(booted)
         found = outcomes(console)
         assert found == {
             "root": "opened",
@@ -118,29 +116,30 @@ def other_host(source: Path, target: Path) -> None:
 
 def test_without_its_tpm_the_host_asks_for_the_recovery_key(story: Machine) -> None:
     with story.boot(tpm=None) as booted:
-        booted.console.expect("no TPM", 240)
+        booted.console.expect("no TPM", 300)
         booted.console.expect("recovery key: ", 60)
         booted.console.send("\n")  # skip ours: the stock prompt takes it too
         booted.console.expect("unlock disk root", 60)
         booted.console.send(story.recovery_key + "\n")
-        console = up(booted)
+        console = begun(booted)
         assert report(console)["verdict"] == "no-tpm"
         assert outcomes(console)["root"] == "no-key"
+        console.sh("until systemctl is-failed --quiet unlock-group@copy; do sleep 1; done")
         assert console.sh("systemctl is-active app-copy.service", check=False).out == "inactive"
         assert "there is no TPM" in console.sh("journalctl -b -u unlock-group@copy --no-pager").out
-        booted.poweroff()
+        booted.kill()
 
 
 def test_on_another_board_nothing_opens_by_itself(story: Machine) -> None:
     with story.boot(tpm="another") as booted:
-        booted.console.expect("recovery key: ", 240)
+        booted.console.expect("recovery key: ", 300)
         booted.console.send(story.recovery_key.replace("-", "") + "\n")  # without the dashes
         console = up(booted)
         assert report(console)["verdict"] == "no-slot"
         assert set(status(console).values()) == {"open"}
         console.sh("sha256sum --quiet -c /root/sums")
         assert pcr(console, 15) == CAPPED
-        booted.poweroff()
+        booted.kill()
 
 
 TPM_LATE = """#!/bin/sh
@@ -155,13 +154,13 @@ echo "$device" > unbind
 def test_a_tpm_driver_that_comes_late_is_waited_for(story: Machine) -> None:
     late = story.image.initramfs({"scripts/init-top/late": TPM_LATE})
     with story.boot(initrd=late, without=tuple(story.disks)) as booted:
-        console = up(booted)
+        console = begun(booted)
         found = report(console)
         times = {kind: time for time, kind, _ in found["events"]}
         assert found["verdict"] == "unsealed"
         assert times["tpm"] - times["start"] > 2
         assert outcomes(console) == {"root": "opened"}
-        booted.poweroff()
+        booted.kill()
 
 
 KILL_AGENT = """#!/bin/sh
@@ -173,20 +172,20 @@ KILL_AGENT = """#!/bin/sh
 def test_the_agent_is_killed_and_the_stock_prompt_takes_the_recovery_key(story: Machine) -> None:
     initrd = story.image.initramfs({"scripts/init-top/kill": KILL_AGENT})
     with story.boot(initrd=initrd, without=("late-1",)) as booted:
-        booted.console.expect("unlock disk root", 240)
+        booted.console.expect("unlock disk root", 300)
         booted.console.send(story.recovery_key + "\n")
-        console = up(booted)
+        console = begun(booted)
         assert pcr(console, 15) == CAPPED
         assert unseal_as_root(console) == "pcr-mismatch"
         assert console.sh("keyctl list @u; true").out.count("unlock:") == 0
-        booted.poweroff()
+        booted.kill()
 
 
 def test_the_panic_shell_finds_a_capped_tpm_and_closed_disks(story: Machine) -> None:
     early = story.image.initramfs(guest.EARLY)
     cmdline = story.image.cmdline.replace("panic=-1", "")
     with story.boot(initrd=early, cmdline=cmdline, append="break=bottom", without=("late-1",)) as booted:
-        booted.console.expect(r"\(initramfs\)", 240)
+        booted.console.expect(r"\(initramfs\)", 300)
         shell = booted.early
         shell.ready()
         assert shell.sh("cat /sys/class/tpm/tpm0/pcr-sha256/15").out == CAPPED

@@ -48,12 +48,9 @@ def test_a_host_boots_offline_again_and_again(story: Machine) -> None:
 
 
 def test_an_edited_command_line_is_refused_and_the_recovery_key_still_opens_everything(story: Machine) -> None:
-    with story.boot(append="init=/bin/bash") as booted:
-        booted.console.expect("cannot unseal: .*PCR", 240)
+    with story.boot(append="audit=0") as booted:
+        booted.console.expect("cannot unseal: .*PCR", 300)
         booted.console.expect("recovery key: ", 60)
-        booted.kill()
-    with story.boot(append="quiet") as booted:
-        booted.console.expect("recovery key: ", 240)
         wrong = story.recovery_key[:-1] + str((int(story.recovery_key[-1]) + 1) % 10)
         booted.console.send(wrong + "\n")
         booted.console.expect("group 8 of the recovery key is mistyped", 60)
@@ -76,7 +73,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Machine:
     """A plain root file system and a group of 24 disks: what `init` refuses until it is told to, by name."""
     machine = Machine(tmp_path_factory.mktemp("many"), image.build("plain"))
     devices = " ".join(machine.disk(f"m{number:02}", 200) for number in range(24))
-    with machine.boot() as booted:
+    with machine.boot(cores=2) as booted:
         console = up(booted)
         console.write("/root/password", b"of the backup\n", 0o600)
         init = "unlock init --backup /root/kdk.backup --backup-password-file /root/password"
@@ -99,7 +96,7 @@ def test_twenty_four_disks_cost_the_tpm_no_more_than_one(many: Machine) -> None:
         assert len(report(booted.guest)["disks"]) == 1
         one = agent_commands(booted)
         booted.kill()
-    with many.boot() as booted:
+    with many.boot(cores=2) as booted:
         console = up(booted)
         found = report(console)
         assert found["verdict"] == "unsealed"

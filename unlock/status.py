@@ -140,11 +140,9 @@ def _disk(member: Any, seen: dict[str, dict[str, str]]) -> dict[str, str]:
 
 
 def _summary(states: list[str]) -> str:
-    if all(state == "open" for state in states):
-        return "open"
-    if all(state == "closed" for state in states):
-        return "closed"
-    return next(state for state in states if state != "open")
+    """The worst of a group's disks: what is missing or broken before what is merely closed."""
+    trouble = [state for state in states if state not in ("open", "closed")]
+    return trouble[0] if trouble else "open" if set(states) == {"open"} else "closed"
 
 
 def boot(paths: Paths) -> dict[str, Any]:

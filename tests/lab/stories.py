@@ -28,6 +28,13 @@ else:
 """What root could try after the cap."""
 
 
+def begun(machine: VM) -> Guest:
+    """Waits until early boot and what it handed over to are through; services may still be starting."""
+    machine.guest.ready()
+    machine.guest.sh("until systemctl is-active --quiet sysinit.target; do sleep 1; done", timeout=180)
+    return machine.guest
+
+
 def up(machine: VM) -> Guest:
     """Waits until the machine has booted, well or degraded; no job may be left."""
     machine.guest.booted()
@@ -60,7 +67,7 @@ def enroll(machine: Machine, init: str, groups: dict[str, tuple[str, ...]], size
         for serial in serials:
             machine.disk(serial, sizes.get(serial, 40))
     with machine.boot() as booted:
-        booted.console.expect("unlock disk root", 240)
+        booted.console.expect("unlock disk root", 300)
         booted.console.send(image.PASSPHRASE + "\n")
         console = up(booted)
         console.write("/root/password", b"of the backup\n", 0o600)

@@ -80,6 +80,7 @@ class VM:
         append: str = "",
         cache: str = "unsafe",
         memory: str = "1G",
+        cores: int = 1,
         limit: float = 900,
         extra: Sequence[str] = (),
     ) -> None:
@@ -92,6 +93,7 @@ class VM:
         self._tpm_name = tpm
         self._uefi = uefi
         self._memory = memory
+        self._cores = cores
         self._extra = extra
         self._tpm: SoftwareTpm | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -163,7 +165,7 @@ class VM:
 
     def _start(self) -> None:
         arguments = ["-accel", "tcg,thread=multi", "-cpu", CPU, "-machine", "q35"]
-        arguments += ["-smp", "2", "-m", self._memory, "-nodefaults", "-display", "none", "-nic", "none"]
+        arguments += ["-smp", str(self._cores), "-m", self._memory, "-nodefaults", "-display", "none", "-nic", "none"]
         arguments += ["-no-reboot", "-append", self._cmdline]
         arguments += ["-kernel", str(self._image.kernel), "-initrd", str(self._initrd)]
         if self._uefi:
