@@ -147,7 +147,7 @@ TPM_LATE = """#!/bin/sh
 cd /sys/bus/acpi/drivers/tpm_crb
 device=$(echo MSFT*)
 echo "$device" > unbind
-(sleep 8; echo "$device" > bind) >/dev/null 2>&1 &
+(until [ -s /run/unlock/agent.pid ]; do sleep 0.1; done; sleep 6; echo "$device" > bind) >/dev/null 2>&1 &
 """
 
 

@@ -26,7 +26,7 @@ def forget(mapping: str) -> None:
     except OSError:
         return
     try:
-        fcntl.ioctl(control, _BTRFS_IOC_FORGET_DEV, struct.pack("<q4088s", 0, node.encode()))
+        fcntl.ioctl(control, _BTRFS_IOC_FORGET_DEV, bytearray(struct.pack("<q4088s", 0, node.encode())))
     except OSError:
         pass
     finally:
