@@ -73,7 +73,7 @@ def test_one_boot_with_many_faults(story: Machine, tmp_path: Path) -> None:
         assert console.sh("systemctl is-active app-late.service", check=False).out in ("inactive", "activating")
         assert console.sh("ls -A /srv/late").out == ""
         booted.plug(story.disks["late-1"])
-        console.sh("until systemctl is-active --quiet app-late.service; do sleep 1; done", timeout=120)
+        console.sh("until systemctl is-active --quiet app-late.service; do sleep 1; done", timeout=240)
         console.sh("mountpoint -q /srv/late && test -e /srv/late/ran")
 
         # members that never come: the service fails by dependency, within the deadline, and the host is up
@@ -91,7 +91,7 @@ def test_one_boot_with_many_faults(story: Machine, tmp_path: Path) -> None:
 
         # it heals, service included, when the disk is plugged in
         booted.plug(story.disks["pair-2"])
-        console.sh("until systemctl is-active --quiet app-pair.service; do sleep 1; done", timeout=120)
+        console.sh("until systemctl is-active --quiet app-pair.service; do sleep 1; done", timeout=240)
         console.sh("mountpoint -q /srv/pair && test -e /srv/pair/ran && grep pair /root/sums | sha256sum --quiet -c")
         assert status(console)["pair"] == "open"
         assert console.sh("systemctl is-active app-ruined.service", check=False).out == "inactive"

@@ -92,7 +92,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 
 def test_twenty_four_disks_cost_the_tpm_no_more_than_one(many: Machine) -> None:
     with many.boot(without=tuple(f"m{number:02}" for number in range(1, 24))) as booted:
-        booted.guest.ready()
+        booted.guest.ready(360)
         assert len(report(booted.guest)["disks"]) == 1
         one = agent_commands(booted)
         booted.kill()

@@ -30,14 +30,14 @@ else:
 
 def begun(machine: VM) -> Guest:
     """Waits until early boot and what it handed over to are through; services may still be starting."""
-    machine.guest.ready()
+    machine.guest.ready(360)
     machine.guest.sh("until systemctl is-active --quiet sysinit.target; do sleep 1; done", timeout=180)
     return machine.guest
 
 
 def up(machine: VM) -> Guest:
     """Waits until the machine has booted, well or degraded; no job may be left."""
-    machine.guest.booted()
+    machine.guest.booted(360)
     return machine.guest
 
 
