@@ -119,13 +119,13 @@ def disk_adopt(
             group, member = old, known[uuid][1]
         else:
             member = Member(uuid, _mapping_name(paths, state, uuid, node, group_name, name), devices.disk(node).serial)
-            unfinished = state.unfinished("disk adopt", f"{device} --group {group_name}")
+            unfinished = state.unfinished("disk adopt", f"/dev/disk/by-uuid/{uuid} --group {group_name}")
             manifest = unfinished["manifest"] if unfinished else state.next_manifest(group_name)
             kek = (old.kek, old.generation) if old else (f"{state.provider_id}/kek/{group_name}", 1)
             group = Group(group_name, *kek, manifest, (*(old.members if old else ()), member))
         others = {each.uuid: _device_of(each) for each in group.members if each.uuid != uuid}
         with dek, recovery_key(state, persistence, recovery_file) as recovery:
-            state.begin("disk adopt", f"{device} --group {group_name}", manifest=group.manifest)
+            state.begin("disk adopt", f"/dev/disk/by-uuid/{uuid} --group {group_name}", manifest=group.manifest)
             try:
                 with luks.Container(node) as container:
                     _add_recovery_keyslot(container, dek, recovery)
