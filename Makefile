@@ -47,7 +47,7 @@ packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-a
 	libcryptsetup12 libtss2-dev libtss2-tcti-swtpm0 tpm2-tools udev btrfs-progs e2fsprogs initramfs-tools-core zstd cpio \
 	systemd kmod util-linux shellcheck strace busybox klibc-utils gcc pkg-config libffi-dev python3-venv python3-dev
 
-.PHONY: setup test test-fast lint demo
+.PHONY: setup test test-fast lint demo bench
 
 # What tests and demo need, from the distribution and from PyPI; quick when it is all there.
 setup:
@@ -69,3 +69,7 @@ test: lint
 
 demo: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.demo
+
+# Beside systemd-cryptsetup and clevis; half an hour, on an idle machine.
+bench: setup
+	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.bench

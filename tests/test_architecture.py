@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "unlock"
 
 ROWS = [
     {"errors", "secret", "paths", "run", "log", "protect", "ask", "groups"},
-    {"config", "token", "recoverykey", "policy", "report", "units", "tables"},
+    {"config", "token", "recoverykey", "policy", "report", "units", "tables", "plot"},
     {"tpm", "wrap", "devices", "luks", "keyring", "mount"},
     {"slots", "state", "disk", "thisboot", "providers", "providers.native"},
     {"opening"},

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Boots with something wrong: disks, the TPM, the agent. The firmware measures nothing, so the PCRs stay the same."""
 
+import os
 import re
 import shutil
 import uuid
@@ -9,28 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import guest, image, luks
-from tests.lab.machine import Machine, report
-from tests.lab.stories import CAPPED, begun, enroll, outcomes, pcr, status, unseal_as_root, up
+from tests.lab import guest, leaks, luks
+from tests.lab.machine import REACHED, Machine, agent_commands, report
+from tests.lab.stories import CAPPED, begun, outcomes, pcr, status, unmeasured, unseal_as_root, up
 from tests.lab.vm import Disk
 
 pytestmark = pytest.mark.vm
 
 
-@pytest.fixture(scope="module")
-def unmeasured(tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    """Enrolled under a firmware that measures nothing, with many groups."""
-    machine = Machine(tmp_path_factory.mktemp("bios"), image.build("luks"))
-    groups: dict[str, tuple[str, ...]] = {each: (f"{each}-1",) for each in ("late", "copy", "ruined", "twin", "far")}
-    groups["pair"] = ("pair-1", "pair-2")
-    enroll(machine, "--accept unmeasured-boot", groups, {"pair-1": 200, "pair-2": 200})
-    return machine
-
-
 @pytest.fixture
-def story(unmeasured: Machine, tmp_path: Path) -> Iterator[Machine]:
+def story(tmp_path: Path) -> Iterator[Machine]:
     """A clone of the enrolled machine."""
-    yield unmeasured.clone(tmp_path / "machine")
+    yield unmeasured().clone(tmp_path / "machine")
     shutil.rmtree(tmp_path / "machine", ignore_errors=True)
 
 
@@ -53,8 +44,10 @@ def test_one_boot_with_many_faults(story: Machine, tmp_path: Path) -> None:
     other_host(home / "twin-1.raw", home / "other.raw")
     story.disks = {"other": Disk("other.raw", "other")} | story.disks
     before = {each: (home / f"{each}.raw").read_bytes() for each in ("foreign", "other", "twin-2", "far-a", "far-b")}
+    secrets = leaks.secrets(unmeasured())
+    story.disk("swap", 512)
 
-    with story.boot(without=("late-1", "pair-2")) as booted:
+    with story.boot(without=("late-1", "pair-2"), append="debug initramfs.debug") as booted:
         console = begun(booted)
         found = outcomes(console)
         assert found == {
@@ -95,9 +88,39 @@ def test_one_boot_with_many_faults(story: Machine, tmp_path: Path) -> None:
         console.sh("mountpoint -q /srv/pair && test -e /srv/pair/ran && grep pair /root/sums | sha256sum --quiet -c")
         assert status(console)["pair"] == "open"
         assert console.sh("systemctl is-active app-ruined.service", check=False).out == "inactive"
+
+        planted = {"planted": secrets_of_its_own(console, story)}
+        for command, output in leaks.shown(console):
+            assert not leaks.search(output, secrets), command
+            assert leaks.search(output, planted), f"{command}: the search finds nothing"
         booted.poweroff()
     for each, content in before.items():
         assert (home / f"{each}.raw").read_bytes() == content, f"{each} was written to"
+    with_plant = set()
+    for name, content in leaks.stored(story, secrets):
+        assert not leaks.search(content, secrets), name
+        with_plant |= {name} if leaks.search(content, planted) else set()
+    assert {"root, decrypted", "swap.raw"} < with_plant
+    assert any(name.startswith("console-") for name in with_plant)
+
+
+def secrets_of_its_own(console: guest.Guest, story: Machine) -> bytes:
+    """Puts a secret wherever the search looks; it swaps, too."""
+    secret = os.urandom(64)
+    console.write("/root/planted", secret)
+    swap, foreign = story.devices("swap"), story.devices("foreign")
+    console.sh(f"mkswap -q {swap} && swapon {swap}")
+    hold = "import sys, time; x = sys.stdin.buffer.read() * 500000; open('/run/held', 'w'); time.sleep(900)"
+    console.sh(f'python3 -c "{hold}" </root/planted >/dev/null 2>&1 & until [ -e /run/held ]; do sleep 0.5; done')
+    console.sh("""python3 -c 'x = bytearray(850 << 20)'""", timeout=240)
+    console.sh(
+        f"""key=$(od -An -v -tx1 /root/planted | tr -d ' \\n')
+        logger "$key"; echo "$key" | tee /run/planted /dev/kmsg >/dev/console
+        PLANTED=$key sleep 900 >/dev/null 2>&1 &
+        dmsetup create planted --readonly --table "0 8 crypt aes-xts-plain64 $key 0 {foreign} 0"
+        """
+    )
+    return secret
 
 
 def other_host(source: Path, target: Path) -> None:
@@ -163,21 +186,37 @@ def test_a_tpm_driver_that_comes_late_is_waited_for(story: Machine) -> None:
         console.sh("test -e /run/lab.waited")  # the driver came when the agent had looked for it in vain
         assert found["verdict"] == "unsealed"
         assert outcomes(console) == {"root": "opened"}
+        assert agent_commands(booted) == list(REACHED)
         booted.kill()
 
 
-KILL_AGENT = """#!/bin/sh
+DUMP = """
+import os, resource, signal, sys
+agent = int(sys.argv[1])
+resource.prlimit(agent, resource.RLIMIT_CORE, (-1, -1))
+os.kill(agent, signal.SIGABRT)
+"""
+ABORT_AGENT = f"""#!/bin/sh
 [ "$1" != prereqs ] || exit 0
-(until [ -s /run/unlock/agent.pid ]; do sleep 0.05; done; sleep 0.3; kill -KILL "$(cat /run/unlock/agent.pid)") &
+echo /run/core.%p >/proc/sys/kernel/core_pattern
+(
+    until [ -s /run/unlock/verdict ]; do sleep 0.05; done  # it holds the persistence key
+    python3 -I -c '{DUMP}' "$(cat /run/unlock/agent.pid)"
+) >/dev/null 2>&1 &
 """
 
 
-def test_the_agent_is_killed_and_the_stock_prompt_takes_the_recovery_key(story: Machine) -> None:
-    initrd = story.image.initramfs({"scripts/init-top/kill": KILL_AGENT})
+def test_the_agent_aborts_and_the_stock_prompt_takes_the_recovery_key(story: Machine) -> None:
+    """It leaves no core, though it may write one of any size. A process that is not protected does."""
+    initrd = story.image.initramfs({"scripts/init-top/abort": ABORT_AGENT})
     with story.boot(initrd=initrd, without=("late-1",)) as booted:
-        booted.console.expect("unlock disk root", 300)
+        booted.console.expect("recovery key: ", 300)
+        booted.console.send("\n")
+        booted.console.expect("unlock disk root", 60)
         booted.console.send(story.recovery_key + "\n")
         console = begun(booted)
+        assert "core." not in console.sh("ls /run").out
+        console.sh(f"sleep 100 & python3 -I -c '{DUMP}' $! ; wait $! || ls /run/core.$!")
         assert pcr(console, 15) == CAPPED
         assert unseal_as_root(console) == "pcr-mismatch"
         assert console.sh("keyctl list @u; true").out.count("unlock:") == 0

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,7 @@ def chip(tmp_path: Path) -> Iterator[Swtpm]:
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[Paths]:
+def host(tmp_path: Path, key_cache: None) -> Paths:
     """A host whose early boot ran unlock and found no slot."""
     paths = Paths(str(tmp_path / "root"))
     os.makedirs(paths.run)
@@ -37,8 +37,7 @@ def host(tmp_path: Path) -> Iterator[Paths]:
     early.judge("no-slot")
     early.facts = {"cap_pcr_before": policy.UNSET.hex()}
     Path(paths.of_this_boot("report.json")).write_bytes(early.encode())
-    yield paths
-    keyring.flush()
+    return paths
 
 
 def choices(paths: Paths, chip: Swtpm, accept: frozenset[str] = ACCEPTED, owner: bytes = b"") -> enroll.Choices:
@@ -120,7 +119,9 @@ def test_a_wrong_password_does_not_restore_the_backup(host: Paths, chip: Swtpm) 
             native.restore(backup[:end], Secret(PASSWORD))
 
 
-def test_init_cut_off_at_any_tpm_command_finishes_when_run_again(tmp_path: Path, host: Paths) -> None:
+def test_init_cut_off_at_any_tpm_command_finishes_when_run_again(
+    tmp_path: Path, host: Paths, record_property: Callable[[str, object], None]
+) -> None:
     for count in range(1, 200):
         with Swtpm(tmp_path / f"tpm-{count}") as chip:
             chip.proxy.cut_after(count)
@@ -139,9 +140,53 @@ def test_init_cut_off_at_any_tpm_command_finishes_when_run_again(tmp_path: Path,
             os.unlink(choices(host, chip).backup)
             os.unlink(host.state)
             if whole:
+                record_property("shown", f"init: cut off after each of {count - 1} TPM commands, and run again")
                 assert count > 20
                 return
     raise AssertionError("init never ended")
+
+
+INIT = """
+import sys
+from unlock import enroll
+from unlock.paths import Paths
+from unlock.secret import Secret
+root, backup, tcti = sys.argv[1:]
+accepted = frozenset(("unmeasured-boot", "unauthenticated-root"))
+enroll.init(Paths(root), enroll.Choices(backup, Secret(b"of the backup"), accepted, (), Secret(b""), tcti))
+"""
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_init_killed_at_any_step_finishes_when_run_again(
+    tmp_path: Path, host: Paths, call: str, record_property: Callable[[str, object], None]
+) -> None:
+    for number in range(1, 30):
+        with Swtpm(tmp_path / f"tpm-{number}") as chip:
+            asked = choices(host, chip)
+            code = run(INIT, [host.root, asked.backup, chip.tcti], *killing(call, number))
+            if code:
+                enroll.init(host, asked)
+            with chip.open() as tpm, slots.unseal(tpm).payload.key as persistence:
+                State.load(host).kdk(persistence).wipe()
+            os.unlink(asked.backup)
+            os.unlink(host.state)
+        if code == 0:
+            break
+    record_property("shown", f"init: killed at each of {number - 1} calls of {call}, and run again")
+    assert code == 0 and number > 2
+
+
+def run(code: str, arguments: list[str], *before: str) -> int:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [*before, sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+
+
+def killing(call: str, number: int) -> list[str]:
+    """A command line before another: SIGKILL when it makes a system call for the Nth time."""
+    inject = f"inject={call}:signal=KILL:when={number}"
+    return ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", inject]
 
 
 # Adopting a disk
@@ -176,10 +221,7 @@ def device(tmp_path: Path) -> Iterator[str]:
 
 
 def adopt(paths: Paths, device: str, *before: str) -> int:
-    recovery = os.path.join(paths.root, "recovery")
-    command = [*before, sys.executable, "-c", ADOPT, paths.root, device, recovery]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+    return run(ADOPT, [paths.root, device, os.path.join(paths.root, "recovery")], *before)
 
 
 def opens_with(device: str, key: bytes) -> bool:
@@ -256,14 +298,15 @@ def test_adopting_with_another_hosts_recovery_key_is_refused(enrolled: Paths, de
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "write"])
-def test_adopting_killed_at_any_step_finishes_when_run_again(enrolled: Paths, device: str, call: str) -> None:
+def test_adopting_killed_at_any_step_finishes_when_run_again(
+    enrolled: Paths, device: str, call: str, record_property: Callable[[str, object], None]
+) -> None:
     """SIGKILL at the Nth call of each kind that makes something durable, then the same command again."""
     saved = Path(device).read_bytes()
     state = Path(enrolled.state).read_bytes()
     kills = 0
     for number in range(1, 60, 1 if call in ("fsync", "rename") else 5):
-        inject = f"inject={call}:signal=KILL:when={number}"
-        code = adopt(enrolled, device, "strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", inject)
+        code = adopt(enrolled, device, *killing(call, number))
         kills += code != 0
         assert opens_with(device, b"operator"), f"killed at {call} {number}"
         whole = code == 0
@@ -280,4 +323,4 @@ def test_adopting_killed_at_any_step_finishes_when_run_again(enrolled: Paths, de
         if whole:
             break
     assert kills
-    print(f"{call}: killed {kills} times")
+    record_property("shown", f"disk adopt: killed at {kills} calls of {call}, and run again")

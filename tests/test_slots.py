@@ -3,6 +3,7 @@
 
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -143,6 +144,17 @@ def test_an_old_record_replayed(chip: Swtpm) -> None:
         assert complete(tpm) == "B"
         persist(tpm, 3)
         assert found(tpm) == 3 and complete(tpm) == "A"
+
+
+def test_an_old_policy_would_open_again_if_it_were_not_evicted(chip: Swtpm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tpm, "evict", lambda *_: None)
+    with chip.open() as tpm:
+        old = persist(tpm, 1)
+        persist(tpm, 2, LATER)
+        with pytest.raises(TpmRefused):
+            tpm.unseal(B, tpm.read_record(B))
+        tpm.write_record(A, old._replace(generation=1 << 63))
+        assert found(tpm) == 1
 
 
 def test_a_foreign_payload_in_the_newest_slot(chip: Swtpm) -> None:
@@ -308,7 +320,9 @@ def boot(tpm: Tpm, first: bool) -> int:
         return 0
 
 
-def test_a_change_of_policy_cut_after_every_command(tmp_path: Path) -> None:
+def test_a_change_of_policy_cut_after_every_command(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """The new policy is for another boot: the old opens until it is evicted, then the PCRs are the reason."""
     with Swtpm(tmp_path / "start") as chip, chip.open() as tpm:
         persist(tpm, 1)
@@ -333,6 +347,7 @@ def test_a_change_of_policy_cut_after_every_command(tmp_path: Path) -> None:
                 persist(tpm, 2, LATER)
                 assert len(complete(tpm)) == 1
         shutil.rmtree(state)
+    record_property("shown", f"change of policy: cut after each of {len(reasons)} TPM commands; {Counter(reasons)}")
     assert reasons == sorted(reasons)
     assert set(reasons) == {"1", "pcr-mismatch"}
 

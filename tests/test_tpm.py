@@ -345,6 +345,15 @@ def test_a_listener_learns_nothing(chip: Swtpm) -> None:
             assert bytes(payload)[at : at + 8] not in chip.proxy.traffic
 
 
+def test_the_listener_would_hear_it_without_encryption(chip: Swtpm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unlock.tpm._ENCRYPT", 0)
+    with chip.open() as tpm, Secret.random(34) as payload:
+        enroll(tpm, A, payload)
+        assert bytes(payload) not in chip.proxy.traffic, "sealing encrypts the other way"
+        assert unsealed(tpm) == bytes(payload)
+        assert bytes(payload) in chip.proxy.traffic
+
+
 def test_no_session_and_no_object_is_left(chip: Swtpm) -> None:
     with chip.open() as tpm:
         record = enroll(tpm, A, Secret(b"payload"))

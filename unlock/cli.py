@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(run=_status)
     status.add_argument("--json", action="store_true")
     status.add_argument("--boot", action="store_true", help="the timeline of this boot")
+    status.add_argument("--svg", action="store_true", help="with --boot: the timeline as a picture")
 
     group = words.add_parser("group", help="groups of disks").add_subparsers(metavar="VERB", required=True)
     create = group.add_parser("create", help="format disks and make them a group", allow_abbrev=False)
@@ -128,8 +129,16 @@ def _init(paths: Paths, options: argparse.Namespace) -> int:
 def _status(paths: Paths, options: argparse.Namespace) -> int:
     from . import status
 
+    if options.svg and not (options.boot and not options.json):
+        raise Usage("--svg goes with --boot alone", "unlock status --boot --svg")
     if options.boot:
-        print(json.dumps(status.boot(paths), indent=1) if options.json else status.timeline(status.boot(paths)))
+        found = status.boot(paths)
+        if options.svg:
+            from . import plot
+
+            print(plot.svg(found), end="")
+        else:
+            print(json.dumps(found, indent=1) if options.json else status.timeline(found))
         return 0
     found = status.status(paths)
     print(json.dumps(found, indent=1) if options.json else status.table(found))

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening disks with the recovery key, header authenticated first: `unlock boot prompt` in the initramfs."""
 
+from typing import Any
+
 from . import ask, devices, disk, log, luks, opening, recoverykey, report, thisboot, token
-from .errors import Usage
+from .errors import Tampered, Usage
 from .paths import Paths
 from .protect import protect
 from .secret import Secret
@@ -14,32 +16,47 @@ def prompt(paths: Paths) -> int:
     """Asks for the recovery key; one entry opens every disk that it authenticates.
 
     0 when disks opened, or when the person skips this prompt with an empty line: the stock one comes next.
+    The status of Tampered when a header is not the one that this host wrote: no prompt may follow that does not
+    check it.
     """
     protect()
     log.console(_what_happened(paths))
-    log.console("type the recovery key (8 groups of 6 digits), or Enter alone for the stock prompt")
+    altered = _altered(thisboot.early(paths))
+    other = "to give up" if altered else "for the stock prompt, which does not check the disk's header"
+    log.console(f"type the recovery key (8 groups of 6 digits), or Enter alone {other}")
     for _ in range(TRIES):
         with ask.askpass("unlock: recovery key: ") as typed:
             if not len(typed):
-                return 0
+                break
             try:
                 with recoverykey.parse(typed) as recovery:
-                    record = open_all(paths, recovery)
+                    found = open_all(paths, recovery)
             except Usage as error:
                 log.console(str(error))
                 continue
-        if any(each["outcome"] == "open" for each in record.groups.values()):
+        if _altered(found):
+            altered = True
+            break
+        if any(each["outcome"] == "open" for each in found["groups"]):
             return 0
         log.console("this recovery key opens no disk here")
-    return 1
+    return Tampered.status if altered else 0
 
 
-def open_all(paths: Paths, recovery: Secret) -> report.Report:
-    """Every group whose members this recovery key authenticates; adds the result to this boot's report."""
+def _altered(found: dict[str, Any] | None) -> bool:
+    return found is not None and any(each["outcome"] == "tampered" for each in found["disks"])
+
+
+def open_all(paths: Paths, recovery: Secret) -> dict[str, Any]:
+    """Every group whose members this recovery key authenticates; the result is this boot's report from then on."""
 
     def unwrap(container: luks.Container, each: token.Token) -> Secret:
-        with disk.mac_key(recovery, each.host) as mac_key:
-            disk.check_recovery(container, each, mac_key)
+        try:
+            with disk.mac_key(recovery, each.host) as mac_key:
+                disk.check_recovery(container, each, mac_key)
+        except Tampered:
+            disk.by_recovery_key(container, recovery).wipe()  # NotOurs: the key is another one, the header may be good
+            raise
         return disk.by_recovery_key(container, recovery)
 
     record = report.Report("recovery", announce=log.console)
@@ -56,7 +73,7 @@ def open_all(paths: Paths, recovery: Secret) -> report.Report:
     groups.stop(opening.ACTIVATION_TIMEOUT)
     groups.wipe()
     thisboot.tell(paths, record)
-    return record
+    return record.plain()
 
 
 def _continue_report(paths: Paths, record: report.Report) -> None:
@@ -77,5 +94,5 @@ def _what_happened(paths: Paths) -> str:
     return "; ".join(
         f"{each.get('name') or each['node']}: {each['detail'] or report.OUTCOMES[each['outcome']]}"
         for each in before["disks"]
-        if each["outcome"] not in report.HARMLESS
+        if each["outcome"] not in report.HARMLESS and each["outcome"] != "closed-again"
     )

@@ -104,20 +104,21 @@ class Report:
         """Nodes of disks that are present and could not be opened, as far as they are known to be this host's."""
         return [node for node, disk in self.disks.items() if disk["outcome"] not in HARMLESS | _ANYBODYS]
 
+    def plain(self) -> dict[str, Any]:
+        """The report as `read` gives it."""
+        return {
+            "version": VERSION,
+            "phase": self.phase,
+            "verdict": self.verdict,
+            "detail": self.detail,
+            "disks": list(self.disks.values()),
+            "groups": list(self.groups.values()),
+            "facts": self.facts,
+            "events": self.events,
+        }
+
     def encode(self) -> bytes:
-        return json.dumps(
-            {
-                "version": VERSION,
-                "phase": self.phase,
-                "verdict": self.verdict,
-                "detail": self.detail,
-                "disks": list(self.disks.values()),
-                "groups": list(self.groups.values()),
-                "facts": self.facts,
-                "events": self.events,
-            },
-            indent=1,
-        ).encode()
+        return json.dumps(self.plain(), indent=1).encode()
 
 
 def read(path: str) -> dict[str, Any]:

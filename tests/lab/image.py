@@ -53,17 +53,27 @@ class Image(NamedTuple):
         device = "/dev/mapper/root" if self.root == "luks" else f"UUID={FS_UUID}"
         return f"root={device} ro {CONSOLE}"
 
-    def initramfs(self, files: Mapping[str, str]) -> Path:
+    @property
+    def plain(self) -> Path:
+        """The root file system by itself, ext4; of a LUKS image."""
+        return self.directory / "root.ext4"
+
+    def initramfs(self, files: Mapping[str, str], changes: Sequence[tuple[str, str, str]] = ()) -> Path:
         """Another initramfs: `files` are put into /etc/initramfs-tools (scripts/init-top/x, hooks/y).
 
+        `changes`: (file in the tree, old text, new text), to see what happens without a piece of code.
         guest.EARLY gives it a test agent. Cached beside the image.
         """
-        name = cache.key(*(part for item in sorted(files.items()) for part in item))
+        name = cache.key(*(part for item in [*sorted(files.items()), *changes] for part in item))
 
         def make(work: Path) -> None:
             tree = work / "tree"
             _copy(self.directory / "tree", tree)
             _write(tree, {f"etc/initramfs-tools/{path}": text for path, text in files.items()})
+            for path, old, new in changes:
+                before = (tree / path).read_text()
+                assert before.count(old) == 1, f"{path} has not exactly one {old!r}"
+                (tree / path).write_text(before.replace(old, new))
             _mkinitramfs(tree, work / "initrd")
             subprocess.run(["rm", "-rf", tree], check=True)
 
@@ -159,7 +169,7 @@ def _mkinitramfs(tree: Path, to: Path) -> None:
 
 
 def _disk(tree: Path, root: Root, to: Path) -> None:
-    plain = to.with_suffix(".ext4") if root == "luks" else to
+    plain = to.with_name("root.ext4") if root == "luks" else to
     with plain.open("wb") as file:
         file.truncate(ROOT_SIZE)
     options = ["-q", "-F", "-b", "4096", "-U", FS_UUID, "-E", "lazy_itable_init=0"]
@@ -167,4 +177,3 @@ def _disk(tree: Path, root: Root, to: Path) -> None:
     if root == "luks":
         luks.format_disk(to, PASSPHRASE, size=luks.DATA_OFFSET + ROOT_SIZE, uuid=LUKS_UUID)
         luks.fill(to, PASSPHRASE, plain)
-        plain.unlink()

@@ -52,6 +52,16 @@ def fill(path: Path, passphrase: str, plain: Path) -> None:
         pool.starmap(_encrypt, jobs, chunksize=1)
 
 
+def decrypt(path: Path, key: bytes) -> bytes:
+    """The whole data area of `path`."""
+    workers = os.cpu_count() or 1
+    sectors = (path.stat().st_size - DATA_OFFSET) // SECTOR
+    step = -(-sectors // (workers * 8))
+    jobs = [(path, key, first, min(first + step, sectors)) for first in range(0, sectors, step)]
+    with multiprocessing.Pool(workers) as pool:
+        return b"".join(pool.starmap(_decrypt, jobs, chunksize=1))
+
+
 def ruin(path: Path, *, copy: int) -> None:
     """Overwrite the first (0) or second (1) metadata copy of a LUKS2 header."""
     with path.open("r+b") as disk:
@@ -59,16 +69,31 @@ def ruin(path: Path, *, copy: int) -> None:
         disk.write(b"\xa5" * COPY_SIZE)
 
 
-def _encrypt(path: Path, plain: Path, key: bytes, first: int, last: int) -> None:
-    """aes-xts-plain64. dm-crypt counts the tweak in 512-byte units whatever the sector size is.
+def _decrypt(path: Path, key: bytes, first: int, last: int) -> bytes:
+    cipher = algorithms.AES(key)
+    plain = []
+    with path.open("rb") as source:
+        source.seek(DATA_OFFSET + first * SECTOR)
+        for sector in range(first, last):
+            data = source.read(SECTOR)
+            decryptor = Cipher(cipher, modes.XTS(_tweak(sector))).decryptor()
+            plain.append(decryptor.update(data) if any(data) else data)
+    return b"".join(plain)
+
+
+def _tweak(sector: int) -> bytes:
+    """aes-xts-plain64. dm-crypt counts in 512-byte units whatever the sector size is.
 
     Without `iv_large_sectors`, which LUKS2 does not set:
     https://docs.kernel.org/admin-guide/device-mapper/dm-crypt.html
     """
+    return (sector * SECTOR // 512).to_bytes(16, "little")
+
+
+def _encrypt(path: Path, plain: Path, key: bytes, first: int, last: int) -> None:
     cipher = algorithms.AES(key)
     with plain.open("rb") as source, path.open("r+b") as target:
         source.seek(first * SECTOR)
         target.seek(DATA_OFFSET + first * SECTOR)
         for sector in range(first, last):
-            tweak = (sector * SECTOR // 512).to_bytes(16, "little")
-            target.write(Cipher(cipher, modes.XTS(tweak)).encryptor().update(source.read(SECTOR)))
+            target.write(Cipher(cipher, modes.XTS(_tweak(sector))).encryptor().update(source.read(SECTOR)))

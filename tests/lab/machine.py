@@ -2,11 +2,13 @@
 """A host with unlock on it, from boot to boot: its disks, its enrolment, its report."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 from . import image, vm
 from .guest import Guest
+from .luks import DATA_OFFSET
 from .vm import VM, Disk
 
 RECOVERY = "/root/recovery"
@@ -23,7 +25,13 @@ SENT = (
     "Unseal",
     "PCR_Extend",
 )
-"""What early boot sends to the TPM; the kernel's resource manager adds to it."""
+"""What early boot sends to the TPM."""
+REACHED = (
+    *("NV_Read", "NV_Read", "ReadPublic", "ReadPublic", "StartAuthSession", "ContextSave"),
+    *("ContextLoad", "PolicyPCR", "ContextSave", "ContextLoad", "PolicyOR", "ContextSave"),
+    *("ContextLoad", "Unseal", "ContextSave", "PCR_Extend"),
+)
+"""What reaches the TPM of it, with what the kernel's resource manager adds, for any number of disks."""
 
 
 class Machine:
@@ -53,6 +61,18 @@ class Machine:
         other = Machine(vm.clone(self.home, to), self.image, self.uefi)
         other.disks = dict(self.disks)
         return other
+
+    def root_header(self, to: Path) -> Path:
+        """Copies what comes before the data of the root disk, and a little data."""
+        size = DATA_OFFSET + (1 << 20)
+        command = ["qemu-img", "dd", "-f", "qcow2", "-O", "raw", f"bs={size}", "count=1"]
+        subprocess.run([*command, f"if={self.home / 'root.qcow2'}", f"of={to}"], check=True, capture_output=True)
+        return to
+
+    def secrets(self) -> dict[str, str]:
+        """The keys in the key cache when it was enrolled, in hex."""
+        found: dict[str, str] = json.loads((self.home / "secrets.json").read_text())
+        return found
 
     @property
     def recovery_key(self) -> str:

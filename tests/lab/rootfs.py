@@ -9,7 +9,7 @@ from . import cache
 SUITE = "trixie"
 PACKAGES = """
     linux-image-cloud-amd64 systemd-sysv systemd-cryptsetup udev dbus kmod procps make zstd busybox
-    initramfs-tools cryptsetup cryptsetup-initramfs keyutils lvm2 btrfs-progs e2fsprogs
+    initramfs-tools cryptsetup cryptsetup-initramfs keyutils strace lvm2 btrfs-progs e2fsprogs
     python3 python3-tpm2-pytss python3-cryptography python3-pyudev libcryptsetup12
 """
 EXCLUDED = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*")

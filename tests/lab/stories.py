@@ -2,13 +2,14 @@
 """What the boot stories share: a machine is enrolled once, by the product's own commands in the guest; each story
 plays on a clone of it. None has a network card."""
 
+import inspect
 import json
 import re
 
-from . import image
+from . import cache, image
 from .guest import Guest
 from .machine import RECOVERY, Machine, report
-from .vm import VM
+from .vm import VM, Disk
 
 CAPPED = "C07F2888CEEB55738145657AC754AA052AC7CB24FAF81D0857304456E7589499"
 """PCR 15 after the cap and nothing else: SHA-256(32 zero bytes || SHA-256("unlock cap"))."""
@@ -26,6 +27,12 @@ else:
     print("UNSEALED")
 """
 """What root could try after the cap."""
+SECRETS = """
+import json, sys
+sys.path.insert(0, "/usr/lib/unlock")
+from unlock import keyring
+print(json.dumps({name: bytes(keyring.get(name)).hex() for name in keyring.names()}))
+"""
 
 
 def begun(machine: VM) -> Guest:
@@ -61,12 +68,38 @@ def unseal_as_root(console: Guest) -> str:
     return console.sh(f"python3 -I -c '{UNSEAL}'").out
 
 
+def measured() -> Machine:
+    """Enrolled under UEFI, which measures kernel, initramfs and command line: a LUKS root and three disks."""
+    return _enrolled("uefi", "", {"data": ("d1", "d2", "d3")}, dict.fromkeys(("d1", "d2", "d3"), 200))
+
+
+def unmeasured() -> Machine:
+    """Enrolled under a firmware that measures nothing, with many groups."""
+    groups: dict[str, tuple[str, ...]] = {each: (f"{each}-1",) for each in ("late", "copy", "ruined", "twin", "far")}
+    groups["pair"] = ("pair-1", "pair-2")
+    return _enrolled("bios", "--accept unmeasured-boot", groups, {"pair-1": 200, "pair-2": 200})
+
+
+def _enrolled(kind: str, init: str, groups: dict[str, tuple[str, ...]], sizes: dict[str, int]) -> Machine:
+    """Made once for all test files; the machine is for cloning only."""
+    built = image.build("luks")
+    name = cache.key(built.directory.name, kind, init, repr(groups), repr(sizes), inspect.getsource(enroll))
+    home = cache.entry(
+        f"image-{name}-enrolled",
+        lambda work: enroll(Machine(work, built, uefi=kind == "uefi"), init, groups, sizes),
+    )
+    machine = Machine(home, built, uefi=kind == "uefi")
+    for serial in (serial for serials in groups.values() for serial in serials):
+        machine.disks[serial] = Disk(f"{serial}.raw", serial)
+    return machine
+
+
 def enroll(machine: Machine, init: str, groups: dict[str, tuple[str, ...]], sizes: dict[str, int]) -> None:
     """Boots with the root's passphrase and does what the README says, unattended."""
     for serials in groups.values():
         for serial in serials:
             machine.disk(serial, sizes.get(serial, 40))
-    with machine.boot() as booted:
+    with machine.boot(log_writes=True) as booted:
         booted.console.expect("unlock disk root", 300)
         booted.console.send(image.PASSPHRASE + "\n")
         console = up(booted)
@@ -100,6 +133,7 @@ def enroll(machine: Machine, init: str, groups: dict[str, tuple[str, ...]], size
         states = status(console)
         assert states == dict.fromkeys(["root", *groups], "open")
         (machine.home / "recovery-key").write_bytes(console.read(RECOVERY))
+        (machine.home / "secrets.json").write_bytes(console.sh(f"python3 -I -c '{SECRETS}'").stdout)
         slow = r"/^\[group.\(pair\|ruined\|far\)\]/a deadline = 25"
         console.sh(f"sed -i '{slow}' /etc/unlock/unlock.toml; rm /root/recovery /root/password /root/passphrase")
         booted.poweroff()

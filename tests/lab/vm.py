@@ -65,6 +65,7 @@ class VM:
     the TPM states, the UEFI variables. Each boot N leaves `console-N.log` and `tpm-N.log` there.
     `tpm` names the TPM's state directory: another name is a replaced board, None is no TPM.
     `limit`: seconds after which the machine is killed, whatever happens.
+    `log_writes`: each disk's writes and flushes go to writes-SERIAL.log in the order in which the guest made them.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class VM:
         memory: str = "1G",
         cores: int = 1,
         limit: float = 900,
+        log_writes: bool = False,
         extra: Sequence[str] = (),
     ) -> None:
         self.home = home
@@ -95,6 +97,7 @@ class VM:
         self._memory = memory
         self._cores = cores
         self._extra = extra
+        self._log_writes = log_writes
         self._tpm: SoftwareTpm | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._ports: list[socket.socket] = []
@@ -237,12 +240,16 @@ class VM:
         direct, no_flush, _ = CACHE[disk.cache]
         cache = {"direct": direct, "no-flush": no_flush}
         path = self.home / disk.path
-        return {
+        node = {
             "driver": "qcow2" if path.suffix == ".qcow2" else "raw",
-            "node-name": f"disk-{disk.serial}",
             "cache": cache,
             "file": {"driver": "file", "filename": str(path), "cache": cache},
         }
+        if self._log_writes:
+            log = self.home / f"writes-{disk.serial}.log"
+            log.touch()
+            node = {"driver": "blklogwrites", "file": node, "log": {"driver": "file", "filename": str(log)}}
+        return {"node-name": f"disk-{disk.serial}", **node}
 
     def _scsi(self, disk: Disk) -> dict[str, Any]:
         write_cache = CACHE[disk.cache][2]

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attacks on a boot. Each is seen to fail; and to succeed, with its defence taken out of the initramfs: so it bites."""
+
+import base64
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import attacks
+from tests.lab.machine import Machine, report
+from tests.lab.stories import UNSEAL, begun, outcomes, unmeasured, unseal_as_root
+from tests.lab.vm import VM, Disk
+
+pytestmark = pytest.mark.vm
+
+CODE = "usr/lib/unlock/unlock"
+BELIEVES = (  # what authenticates is believed without a look
+    (
+        f"{CODE}/wrap.py",
+        "return Secret(AESGCM(key.value).decrypt(wrapped[:_NONCE], wrapped[_NONCE:], aad))",
+        "pad = AESGCM(key.value).encrypt(wrapped[:_NONCE], bytes(len(wrapped) - 28), b'')\n"
+        "        return Secret(bytes(a ^ b for a, b in zip(wrapped[_NONCE:-16], pad)))",
+    ),
+    (f"{CODE}/wrap.py", "if not hmac.compare_digest(mac(key, data), expected):", "if False:"),
+    (f"{CODE}/boot.py", "    return devices.opened_by(NEW_ROOT, names) and", "    return True or"),
+)
+EVERY_KEY = (  # each disk may be opened by any key that the TPM gives
+    (f"{CODE}/slots.py", "_TELLING = ", "ALL: list[Unsealed] = []\n_TELLING = "),
+    (f"{CODE}/slots.py", "return Unsealed(Payload.decode(sealed)", "ALL.append(Unsealed(Payload.decode(sealed)"),
+    (f"{CODE}/slots.py", "slot, record)\n        except", "slot, record))\n        except"),
+    (f"{CODE}/slots.py", "    raise min(problems", "    if ALL:\n        return ALL[0]\n    raise min(problems"),
+    (
+        f"{CODE}/disk.py",
+        "    with unwrap_kek(each, persistence) as kek:\n",
+        "    from .slots import ALL\n"
+        "    if persistence is not ALL[-1].payload.key:\n"
+        "        try:\n"
+        "            return volume_key(container, each, ALL[-1].payload.key)\n"
+        "        except Tampered:\n"
+        "            pass\n"
+        "    with unwrap_kek(each, persistence) as kek:\n",
+    ),
+)
+NO_CAP = (
+    (f"{CODE}/boot.py", "            tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)\n", ""),
+    ("usr/share/initramfs-tools/scripts/unlock-functions", "CRYPT-*) return 0", "*) return 0"),
+)
+"""Together with the next: nothing locks the TPM, and any disk may be resumed from."""
+CAP_SCRIPT = ("usr/lib/unlock/cap", "run=/run/unlock\n", "exit 0\nrun=/run/unlock\n")
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Iterator[Machine]:
+    """A clone of the enrolled machine."""
+    yield unmeasured().clone(tmp_path / "machine")
+    shutil.rmtree(tmp_path / "machine", ignore_errors=True)
+
+
+def believing(story: Machine) -> Path:
+    return story.image.initramfs({}, BELIEVES)
+
+
+def give_recovery_key(booted: VM, story: Machine) -> None:
+    booted.console.expect("recovery key: ", 300)
+    booted.console.send(story.recovery_key + "\n")
+
+
+def in_shell(booted: VM, command: str) -> str:
+    """What a command prints in the initramfs's shell, which is at its prompt."""
+    booted.console.send(f'{command} >/lab.out 2>&1; echo "<$(cat /lab.out)>"\n')
+    return booted.console.expect(r"^<((.|\n)*?)>", 60)[1].strip()
+
+
+def test_plaintext_behind_genuine_headers_opens_neither_by_tpm_nor_by_recovery_key(story: Machine) -> None:
+    """The keyslots are genuine, so the recovery key would open the thief's disk: it is asked for, and nothing opens."""
+    attacks.plaintext_root(story)
+    attacks.plaintext_data(story.home / "copy-1.raw")
+    attacks.swap_tokens(story.home / "twin-1.raw", story.home / "far-1.raw")
+    shell = story.image.cmdline.replace("panic=-1", "")
+    with story.boot(cmdline=shell) as booted:
+        give_recovery_key(booted, story)
+        booted.console.expect("another header than this host wrote", 120)
+        booted.console.expect(r"\(initramfs\)", 60)
+        tampered = in_shell(booted, "grep -B3 tampered /run/unlock/report.json")
+        assert tampered.count('"tampered"') == 4, "root, copy, twin, far"
+        names = set(in_shell(booted, "ls /dev/mapper").split())
+        assert names.isdisjoint(("root", "copy-a", "twin-a", "far-a"))
+        booted.console.send("exit\n")
+        booted.console.expect(r"\(initramfs\)", 240)  # no prompt that does not check the header
+        assert "unlock disk" not in booted.console.text
+        booted.kill()
+
+
+def test_plaintext_would_open_by_tpm_without_authentication(story: Machine) -> None:
+    attacks.plaintext_root(story)
+    attacks.plaintext_data(story.home / "copy-1.raw")
+    with story.boot(initrd=believing(story)) as booted:
+        console = begun(booted)
+        console.sh(f"test -e /etc/{attacks.MARK}")
+        assert outcomes(console)["root"] == "opened"
+        assert console.sh("blkid -o value -s LABEL /dev/mapper/copy-a").out == attacks.MARK
+        booted.kill()
+
+
+def test_plaintext_would_open_by_recovery_key_without_authentication(story: Machine) -> None:
+    attacks.plaintext_root(story)
+    with story.boot(initrd=believing(story), tpm=None) as booted:
+        give_recovery_key(booted, story)
+        begun(booted).sh(f"test -e /etc/{attacks.MARK}")
+        booted.kill()
+
+
+def test_a_thiefs_root_of_the_same_uuid_gets_no_key_and_no_disk(story: Machine) -> None:
+    """The thief opens his own root disk at the stock prompt, after an honest unseal."""
+    console = thiefs_root(story)
+    assert console == (set(), {"root"})
+
+
+def test_a_thiefs_root_would_get_all_of_it_if_keys_crossed_into_any_root(story: Machine) -> None:
+    keys, mappings = thiefs_root(story, believing(story))
+    assert "unlock:persistence" in keys
+    assert "copy-a" in mappings
+
+
+def thiefs_root(story: Machine, initrd: Path | None = None) -> tuple[set[str], set[str]]:
+    """Cached keys and open disks in the thief's system."""
+    attacks.own_root(story)
+    with story.boot(initrd=initrd) as booted:
+        booted.console.expect("unlock disk root", 300)
+        booted.console.send(attacks.PASSPHRASE + "\n")
+        console = begun(booted)
+        console.sh(f"test -e /etc/{attacks.MARK}")
+        keys = {line.split()[-2].rstrip(":") for line in console.sh("grep unlock: /proc/keys; true").out.splitlines()}
+        mappings = set(console.sh("ls /dev/mapper").out.split()) - {"control"}
+        booted.kill()
+    return keys, mappings
+
+
+def test_a_thiefs_key_in_the_tpm_opens_no_disk_of_the_host(story: Machine) -> None:
+    attacks.own_key(story)
+    with story.boot() as booted:
+        console = begun(booted)
+        console.sh(f"test -e /etc/{attacks.MARK}")  # he gets a host that boots, and reveals nothing
+        found = outcomes(console)
+        assert found.pop("root") == "opened"
+        assert set(found.values()) == {"tampered"}
+        assert set(console.sh("ls /dev/mapper").out.split()) == {"control", "root"}
+        booted.kill()
+
+
+def test_a_thiefs_key_would_open_them_if_keys_were_mixed(story: Machine) -> None:
+    attacks.own_key(story)
+    with story.boot(initrd=story.image.initramfs({}, EVERY_KEY)) as booted:
+        console = begun(booted)
+        console.sh(f"test -e /etc/{attacks.MARK}")
+        assert set(outcomes(console).values()) == {"opened"}
+        booted.kill()
+
+
+SHELLS = ("top", "modules", "premount", "mount", "mountroot", "bottom", "init")
+TRY = f"echo {base64.b64encode(UNSEAL.encode()).decode()} | base64 -d | python3 -I -"
+
+
+def test_no_shell_on_the_way_and_no_kexec_can_unseal(story: Machine) -> None:
+    with shells(story) as booted:
+        for name in SHELLS:
+            if name == "bottom":
+                give_recovery_key(booted, story)  # the cap came before the first shell, so root opens by this alone
+            booted.console.expect(r"\(initramfs\)", 300)
+            assert in_shell(booted, TRY) == "pcr-mismatch", name
+            booted.console.send("exit\n")
+        console = booted.guest
+        console.ready(360)
+        assert console.sh("systemctl is-active emergency.target").out == "active"
+        assert unseal_as_root(console) == "pcr-mismatch"
+        console.sh("systemctl isolate --no-block rescue.target; until systemctl is-active -q rescue; do sleep 1; done")
+        assert unseal_as_root(console) == "pcr-mismatch"
+        assert console.sh("cat /sys/power/resume").out == "0:0"
+        kexec(story, booted)
+        booted.console.expect("cannot unseal: .*PCR", 300)
+        booted.kill()
+
+
+def test_every_shell_and_kexec_would_unseal_without_the_cap(story: Machine) -> None:
+    initrd = story.image.initramfs({}, (*NO_CAP, CAP_SCRIPT))
+    with shells(story, initrd, "top") as booted:
+        booted.console.expect(r"\(initramfs\)", 300)
+        assert in_shell(booted, TRY) == "UNSEALED"
+        booted.console.send("exit\n")
+        console = booted.guest
+        console.ready(360)
+        assert unseal_as_root(console) == "UNSEALED"
+        assert console.sh("cat /sys/power/resume").out != "0:0"
+        kexec(story, booted, initrd)
+        console.ready(360)
+        assert report(console)["verdict"] == "unsealed"
+        booted.kill()
+
+
+def shells(story: Machine, initrd: Path | None = None, *names: str) -> VM:
+    """Every place at which a command line can ask for a shell, and a disk to resume from."""
+    story.disks = {"swap": Disk("swap.raw", "swap")}
+    swap = bytearray(64 << 20)
+    swap[4086:4096] = b"SWAPSPACE2"
+    swap[1024:1036] = (1).to_bytes(4, "little") + ((64 << 20) // 4096 - 1).to_bytes(4, "little") + bytes(4)
+    (story.home / "swap.raw").write_bytes(swap)
+    stops = ",".join(names or SHELLS)
+    append = f"break={stops} rd.break systemd.unit=emergency.target resume={story.disks['swap'].device}"
+    return story.boot(initrd=initrd, cmdline=story.image.cmdline.replace("panic=-1", ""), append=append)
+
+
+KEXEC = """
+import ctypes, os
+kernel, initrd = (os.open(f"/run/{name}", os.O_RDONLY) for name in ("kernel", "initrd"))
+command = open("/run/cmdline", "rb").read() + bytes(1)
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.syscall(320, kernel, initrd, ctypes.c_long(len(command)), command, 0):  # kexec_file_load
+    raise SystemExit(os.strerror(ctypes.get_errno()))
+"""
+
+
+def kexec(story: Machine, booted: VM, initrd: Path | None = None) -> None:
+    """Starts the same kernel again, without a reset of the TPM."""
+    for name, source in (("kernel", story.image.kernel), ("initrd", initrd or story.image.initrd)):
+        size = source.stat().st_size
+        with source.open("rb") as content, (story.home / f"{name}.raw").open("wb") as file:
+            shutil.copyfileobj(content, file)
+            file.truncate(-(-size // 4096) * 4096)
+        disk = Disk(f"{name}.raw", name)
+        booted.plug(disk)
+        booted.guest.appears(disk.device)
+        booted.guest.sh(f"head -c {size} {disk.device} > /run/{name}", timeout=120)
+        booted.unplug(disk)
+    booted.guest.write("/run/cmdline", story.image.cmdline.encode())
+    booted.guest.sh(f"python3 -I -c '{KEXEC}'", timeout=120)
+    booted.guest.sh("systemctl kexec --no-block")

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The power goes, or a process is killed, while disks are enrolled.
+
+Every state that a header can be left in comes from a log of each write; the commands themselves are cut off in a VM.
+"""
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import image, writes
+from tests.lab.luks import DATA_OFFSET
+from tests.lab.machine import RECOVERY, Machine
+from tests.lab.stories import begun, outcomes, status, unmeasured
+from unlock import disk, luks
+from unlock.errors import Malformed, NotOurs, UnlockError
+from unlock.secret import Secret
+
+pytestmark = pytest.mark.vm
+
+Show = Callable[[str, object], None]
+HEADER = 1 << 20
+"""Bytes: both copies of the metadata and the keyslots in use."""
+
+
+@pytest.fixture(scope="module")
+def enrolled() -> Machine:
+    return unmeasured()
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Iterator[Machine]:
+    """A clone of the enrolled machine."""
+    yield unmeasured().clone(tmp_path / "machine")
+    shutil.rmtree(tmp_path / "machine", ignore_errors=True)
+
+
+def left(enrolled: Machine, serial: str, start: bytes, path: Path) -> Iterator[None]:
+    """Each state of a disk, as a file that libcryptsetup reads; then its last."""
+    with path.open("wb") as file:
+        file.truncate(DATA_OFFSET + (1 << 20))
+    with path.open("r+b") as file:
+        for state in writes.states(start, writes.read(enrolled.home / f"writes-{serial}.log", HEADER)):
+            file.seek(0)
+            file.write(state)
+            file.flush()
+            yield
+
+
+def judge(path: Path, enrolled: Machine, passphrase: bytes) -> Counter[str]:
+    """What the disk is good for in this state. No token may be there that does not open it."""
+    found: Counter[str] = Counter()
+    persistence = Secret(bytes.fromhex(enrolled.secrets()["unlock:persistence"]))
+    recovery = Secret(enrolled.recovery_key.encode())
+    try:
+        with luks.Container(str(path)) as container:
+            found["readable"] += 1
+            if passphrase:
+                found["passphrase"] += container.test_passphrase(Secret(passphrase), 0) == 0
+            try:
+                disk.by_recovery_key(container, recovery).wipe()
+                found["recovery key"] += 1
+            except NotOurs:
+                pass
+            for _, fields in container.tokens("unlock"):
+                assert fields["group"]
+                (each,) = disk.tokens(container, "")
+                disk.volume_key(container, each, persistence).wipe()
+                found["token"] += 1
+    except (NotOurs, Malformed):
+        found["nothing"] += 1
+    return found
+
+
+def test_an_adopted_root_opens_after_a_cut_at_any_write(
+    enrolled: Machine, tmp_path: Path, record_property: Show
+) -> None:
+    """With its passphrase always, and by TPM or recovery key as soon as they are there."""
+    with enrolled.image.disk.open("rb") as file:
+        start = file.read(HEADER)
+    total: Counter[str] = Counter()
+    for _ in left(enrolled, "root", start, tmp_path / "disk"):
+        found = judge(tmp_path / "disk", enrolled, image.PASSPHRASE.encode())
+        assert found["passphrase"]
+        assert found["recovery key"] or not found["token"], "a token comes after the recovery keyslot"
+        total += found
+    assert found == {"readable": 1, "passphrase": 1, "recovery key": 1, "token": 1}
+    record_property("shown", f"disk adopt: power cut in {total['readable']} states of the root disk: {dict(total)}")
+    assert total["token"] < total["recovery key"] < total["passphrase"] == total["readable"]
+
+
+@pytest.mark.parametrize("serial", ("late-1", "pair-1", "pair-2"))
+def test_a_disk_of_a_new_group_is_whole_or_nothing(
+    enrolled: Machine, tmp_path: Path, serial: str, record_property: Show
+) -> None:
+    total: Counter[str] = Counter()
+    for _ in left(enrolled, serial, bytes(HEADER), tmp_path / "disk"):
+        found = judge(tmp_path / "disk", enrolled, b"")
+        assert found["recovery key"] or not found["token"], "a token comes after the recovery keyslot"
+        assert not (total["token"] and found["nothing"]), "what was whole stays so"
+        total += found
+    assert found == {"readable": 1, "recovery key": 1, "token": 1}
+    states = total["readable"] + total["nothing"]
+    record_property("shown", f"group create: power cut in {states} states of {serial}: {dict(total)}")
+
+
+def test_the_search_finds_a_token_that_comes_too_early(enrolled: Machine, tmp_path: Path) -> None:
+    """Were the token there before the keyslot that the recovery key opens, a cut between them would show it."""
+    log = list(writes.read(enrolled.home / "writes-late-1.log", HEADER))
+    last = max(i for i, each in enumerate(log) if not each.flush)
+    token = [each for each in log[last - 5 : last + 1] if not each.flush]
+    keyslot = next(i for i, each in enumerate(log) if each.offset == 0x8000 and len(each.data) == 256000)
+    reordered = [*log[:keyslot], *token, writes.Write(0, b"", True), *log[keyslot:]]
+    path = tmp_path / "disk"
+    found = []
+    for state in writes.states(bytes(HEADER), iter(reordered)):
+        path.write_bytes(state)
+        with path.open("r+b") as file:
+            file.truncate(DATA_OFFSET + (1 << 20))
+        try:
+            found.append(judge(path, enrolled, b""))
+        except UnlockError:
+            continue
+    assert any(each["token"] and not each["recovery key"] for each in found)
+
+
+CREATE = f"unlock group create kill --mount /srv/kill --recovery-key-file {RECOVERY}"
+KILLS = """
+disk={disk}
+saved() {{ rm -rf /var/lib/unlock; cp -a /root/saved /var/lib/unlock; cp -a /root/saved.toml /etc/unlock/unlock.toml; }}
+saved
+systemctl daemon-reload
+for call in {calls}; do
+    number=0
+    while :; do
+        number=$((number + 1))
+        code=0
+        strace -f --seccomp-bpf -qq -o /dev/null -e trace=$call -e inject=$call:signal=KILL:when=$number \
+            {create} --disk $disk >/root/out 2>&1 || code=$?
+        [ $code != 0 ] || break
+        unlock status >/dev/null || exit 1
+        {create} --disk $disk --erase $disk || exit 1
+        mountpoint -q /srv/kill && unlock status | grep -q kill-a.*open || exit 1
+        echo "$call $number $code"
+        systemctl stop srv-kill.mount
+        dmsetup remove --retry kill-a
+        wipefs -qa $disk
+        saved
+        systemctl daemon-reload
+    done
+done
+"""
+
+
+def test_group_create_cut_off_and_killed_finishes_when_run_again(story: Machine, record_property: Show) -> None:
+    """The power goes when the first header is written. Then, in one boot, SIGKILL at each call that makes durable."""
+    device = story.disk("kill", 40)
+    story.disks["kill"] = story.disks["kill"]._replace(cache="none")
+    path = story.home / "kill.raw"
+    with story.boot(cache="none") as booted:
+        console = begun(booted)
+        console.write(RECOVERY, story.recovery_key.encode(), 0o600)
+        console.sh(f"sync; {CREATE} --disk {device} >/dev/null 2>&1 &")
+        until(lambda: b'"keyslots":{"0"' in header(path))
+        booted.kill()
+    with story.boot() as booted:
+        console = begun(booted)
+        assert set(outcomes(console).values()) == {"opened", "foreign"}
+        assert "run it again" in console.sh("unlock status").out
+        console.sh("cp -a /etc/unlock/unlock.toml /root/saved.toml")
+        console.sh(f"{CREATE} --disk {device}", timeout=240)
+        assert status(console)["kill"] == "open"
+        console.sh("systemctl stop srv-kill.mount; dmsetup remove --retry kill-a; wipefs -qa " + device)
+        forget = "import json; s = json.load(open(p)); del s['groups']['kill']; json.dump(s, open(p, 'w'))"
+        console.sh(f"cd /var/lib/unlock; cp -a . /root/saved; python3 -c \"p = '/root/saved/state.json'; {forget}\"")
+        script = KILLS.format(disk=device, create=CREATE, calls="rename fsync")
+        done = console.sh(f"set -e\n{script}", timeout=1500)
+        kills = Counter(line.split()[0] for line in done.out.splitlines() if line[:6] in ("rename", "fsync "))
+        record_property("shown", f"group create: killed at {dict(kills)} and run again")
+        assert min(kills["rename"], kills["fsync"]) >= 3
+        booted.kill()
+
+
+def header(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(32768)
+
+
+def until(seen: Callable[[], bool], patience: float = 120) -> None:
+    end = time.monotonic() + patience
+    while not seen():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
