@@ -47,7 +47,7 @@ packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-a
 	libcryptsetup12 libtss2-dev libtss2-tcti-swtpm0 tpm2-tools udev btrfs-progs e2fsprogs initramfs-tools-core zstd cpio \
 	systemd kmod util-linux shellcheck strace busybox klibc-utils gcc pkg-config libffi-dev python3-venv python3-dev
 
-.PHONY: setup test test-fast lint demo bench
+.PHONY: setup test test-fast soak lint demo bench
 
 # What tests and demo need, from the distribution and from PyPI; quick when it is all there.
 setup:
@@ -66,6 +66,11 @@ test-fast: lint
 
 test: lint
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations=15
+
+# Made-up headers, tokens and records for an hour, or for `make soak SECONDS=60`.
+SECONDS = 3600
+soak:
+	SECONDS=$(SECONDS) $(VENV)/bin/python -m tests.soak
 
 demo: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.demo

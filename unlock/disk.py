@@ -63,13 +63,17 @@ def check_recovery(container: luks.Container, each: token.Token, mac_key: Secret
 
 
 def by_recovery_key(container: luks.Container, recovery: Secret) -> Secret:
-    """The DEK from the recovery key's own keyslot. Raises NotOurs when there is none."""
+    """The DEK from the recovery key's own keyslot. Raises NotOurs when there is none, DiskFailed when one cannot be
+    read and no other takes the key."""
+    trouble: UnlockError = NotOurs(f"{container.device}: no keyslot takes the recovery key", code="no-key")
     for slot in container.cheap_keyslots():
         try:
             return container.volume_key(recovery, slot)
         except NotOurs:
             continue
-    raise NotOurs(f"{container.device}: no keyslot takes the recovery key", code="no-key")
+        except DiskFailed as error:
+            trouble = error
+    raise trouble
 
 
 def mac_key(recovery: Secret, host: str) -> Secret:

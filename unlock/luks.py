@@ -10,19 +10,23 @@ import ctypes
 import errno
 import os
 from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint32, c_void_p
+from hashlib import sha256
 from typing import Any
 
-from .errors import DiskFailed, Malformed, NotOurs
+from .errors import DiskFailed, Malformed, NotOurs, Tampered
 from .secret import Secret
 
 ANY = -1
 """Any keyslot: each is tried in turn, which costs its PBKDF."""
 MAX_HEADER = 256 << 10
 """Bytes of one copy of the metadata; the default is 16 KiB."""
-MAX_METADATA = 4 << 20
-"""Bytes; the largest JSON area that the format allows."""
+MAX_METADATA = 1 << 20
+"""Bytes of the library's own dump of it, which is indented."""
 MAX_KEY = 512
 """Bytes; volume keys with integrity are longer than the 64 of aes-xts."""
+
+_KEYSLOT_CIPHER = "aes-xts-plain64"
+"""What the library encrypts a new keyslot with, or with the cipher of the data."""
 
 _ALLOW_DISCARDS, _KEYRING_KEY = 1 << 3, 1 << 11  # crypt_activate_* flags
 _DEFERRED = 1 << 0  # crypt_deactivate_by_name flag
@@ -173,13 +177,23 @@ class Container:
         return [number for number, _ in _numbered(self.metadata, "keyslots", self.device)]
 
     def cheap_keyslots(self) -> list[int]:
-        """Keyslots that cost next to nothing to try: what `add_keyslot` makes. An operator's Argon2 slot, or what a
-        hostile header asks for, could take all memory or hours."""
+        """Keyslots that cost next to nothing to try: what `add_keyslot` makes, for the key of the data alone.
+
+        An operator's Argon2 slot, or what a hostile header asks for, could take all memory or hours: in the
+        keyslot's own PBKDF, in that of another digest it is bound to, in a cipher that needs a mapping. Raises
+        Malformed, Tampered.
+        """
+        facts, metadata = self.facts(), self.metadata
+        ciphers = {_KEYSLOT_CIPHER, *(segment.get("encryption") for segment in facts["segments"].values())}
+        slots = _digest(metadata, self.device)["keyslots"]
         return [
             number
-            for number, fields in _numbered(self.metadata, "keyslots", self.device)
-            if fields.get("kdf", {}).get("type") == "pbkdf2"
-            and fields["kdf"].get("iterations") == _minimum().iterations
+            for number, fields in _numbered(metadata, "keyslots", self.device)
+            if str(number) in slots
+            and fields["type"] == "luks2"
+            and fields["kdf"]["type"] == "pbkdf2"
+            and fields["kdf"]["iterations"] == _minimum().iterations
+            and fields["area"]["encryption"] in ciphers
         ]
 
     def facts(self) -> dict[str, Any]:
@@ -187,24 +201,20 @@ class Container:
 
         `digest` is the one that covers the data, without its list of keyslots, so that a new keyslot changes
         no fact. Raises Malformed unless exactly one digest covers every segment (two do while the disk is
-        being re-encrypted).
+        being re-encrypted), Tampered for a keyslot that any passphrase opens.
         """
         metadata = self.metadata
-        segments = _object(metadata, "segments", self.device)
-        config = _object(metadata, "config", self.device)
-        digests = [
-            each
-            for _, each in _numbered(metadata, "digests", self.device)
-            if isinstance(each, dict) and each.get("segments") != []
-        ]
-        if not segments or len(digests) != 1 or canonical(digests[0].get("segments")) != canonical(sorted(segments)):
-            raise Malformed(f"{self.device}: not exactly one digest covers all of the data")
+        digest, config = _digest(metadata, self.device), _object(metadata, "config", self.device)
+        for number, fields in _numbered(metadata, "keyslots", self.device):
+            if "null" in fields["area"].get("encryption", ""):
+                hint = f"cryptsetup luksKillSlot {self.device} {number}"
+                raise Tampered(f"{self.device}: keyslot {number} is not encrypted", hint)
         return {
             "uuid": self.uuid,
-            "segments": segments,
+            "segments": _object(metadata, "segments", self.device),
             "requirements": config.get("requirements"),
             "flags": config.get("flags"),
-            "digest": {name: value for name, value in digests[0].items() if name != "keyslots"},
+            "digest": {name: value for name, value in digest.items() if name != "keyslots"},
         }
 
     # Tokens
@@ -449,6 +459,15 @@ def _numbered(metadata: dict[str, Any], name: str, device: str) -> list[tuple[in
     return sorted(((int(number), fields) for number, fields in found.items()), key=lambda each: each[0])
 
 
+def _digest(metadata: dict[str, Any], device: str) -> dict[str, Any]:
+    """The one digest that covers all of the data. Raises Malformed."""
+    segments = _object(metadata, "segments", device)
+    digests: list[dict[str, Any]] = [each for _, each in _numbered(metadata, "digests", device) if each["segments"]]
+    if not segments or len(digests) != 1 or canonical(digests[0]["segments"]) != canonical(sorted(segments)):
+        raise Malformed(f"{device}: not exactly one digest covers all of the data")
+    return digests[0]
+
+
 def _line(path: str) -> str:
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -457,26 +476,43 @@ def _line(path: str) -> str:
         return ""
 
 
+_COPIES = (0, *(0x4000 << shift for shift in range(9)))
+"""Where the first copy of the header is, and where the second may be."""
+
+
 def _check_size(device: str) -> None:
-    """libcryptsetup takes 80 bytes of memory for each byte of JSON: a header larger than any that has a use
-    is not given to it. Raises Malformed, DiskFailed."""
+    """libcryptsetup takes 80 bytes of memory for each byte of JSON: a header larger than any that has a use is not
+    given to it. It looks for a second copy until it finds a whole one. Raises Malformed, DiskFailed."""
     try:
         with open(device, "rb", buffering=0) as file:
-            head = file.read(16)
+            for offset in _COPIES:
+                head = os.pread(file.fileno(), 4096, offset)
+                size = int.from_bytes(head[8:16], "big")
+                if head[:8] != _magic(offset) + b"\0\2":
+                    continue
+                if size > MAX_HEADER:
+                    raise Malformed(f"{device}: the LUKS2 header claims more than {MAX_HEADER} bytes")
+                if _is_whole(head + os.pread(file.fileno(), max(0, size - 4096), offset + 4096)):
+                    return
     except OSError as error:
         raise DiskFailed(f"{device} cannot be read: {error.strerror}") from error
-    if head[:6] == b"LUKS\xba\xbe" and head[6:8] == b"\0\2" and int.from_bytes(head[8:16], "big") > MAX_HEADER:
-        raise Malformed(f"{device}: the LUKS2 header claims more than {MAX_HEADER} bytes")
+
+
+def _is_whole(copy: bytes) -> bool:
+    return copy[448:480] == sha256(copy[:448] + bytes(64) + copy[512:]).digest()
+
+
+def _magic(offset: int) -> bytes:
+    return b"SKUL\xba\xbe" if offset else b"LUKS\xba\xbe"
 
 
 def _luks_version(device: str) -> int:
     """2, 1, or 0 for no LUKS: only to say why the library refused. Raises DiskFailed."""
-    offsets = [0, *(0x4000 << shift for shift in range(9))]  # where the second copy may be
     try:
         with open(device, "rb", buffering=0) as file:
-            for offset in offsets:
+            for offset in _COPIES:
                 found = os.pread(file.fileno(), 8, offset)
-                if found[:6] == (b"SKUL\xba\xbe" if offset else b"LUKS\xba\xbe"):
+                if found[:6] == _magic(offset):
                     return 1 if found[6:] == b"\0\1" else 2
     except OSError as error:
         raise DiskFailed(f"{device} cannot be read: {error.strerror}") from error

@@ -138,6 +138,8 @@ def decode(fields: Mapping[str, Any]) -> Token:
     for field in "group", "name":
         if not is_name(fields[field]):
             raise Malformed(f"the token's {field} is not a valid name")
+    if _string(fields, "pad", SIZE).strip(" "):
+        raise Malformed("the token's pad is not blank")
     host = _string(fields, "host", 32)
     if len(host) != 32 or not set("0123456789abcdef").issuperset(host):
         raise Malformed("the token's host id is not 32 hex digits")
@@ -176,10 +178,13 @@ def _string(fields: Mapping[str, Any], name: str, most: int) -> str:
 
 
 def _bytes(fields: Mapping[str, Any], name: str, most: int, least: int = 0) -> bytes:
+    text = _string(fields, name, 4 * most)
     try:
-        value = a2b_base64(_string(fields, name, 4 * most), strict_mode=True)
+        value = a2b_base64(text, strict_mode=True)
     except Base64Error as error:
         raise Malformed(f"the token's {name} is not base64") from error
+    if _text(value) != text:  # bits beside the last byte
+        raise Malformed(f"the token's {name} is not canonical base64")
     if not (least or most) <= len(value) <= most:
         raise Malformed(f"the token's {name} has {len(value)} bytes")
     return value
