@@ -38,8 +38,11 @@ from tests.lab.hostile import (
 )  # fmt: skip
 from tests.properties import BATCH, NOTHING, Property, run, told
 from unlock import disk, luks, policy, token
+from unlock.devices import Disk
 from unlock.errors import Malformed, NotOurs, Tampered, UnlockError
+from unlock.opening import Opening
 from unlock.policy import Payload, Record
+from unlock.report import Report
 from unlock.secret import Secret
 
 SEED = 20_240_229
@@ -404,6 +407,55 @@ def test_a_disk_that_answers_differently_later_opens_with_what_was_authenticated
         (each,) = disk.tokens(container, HOST)
         with pytest.raises(Tampered):
             disk.volume_key(container, each, lab.keys.persistence)
+
+
+# A disk that does not answer
+
+
+def test_a_disk_that_does_not_answer_holds_up_no_other(lab: Lab, tmp_path: Path) -> None:
+    """Opening a pipe that nobody writes to blocks as a read of a dead disk does."""
+    stalled = [tmp_path / name for name in ("a", "z")]
+    for path in stalled:
+        os.mkfifo(path)
+    lab.put(b"")
+    report = Report("test")
+    opening = Opening(HOST, lab.by_tpm, report)
+    opening.parallel, opening.read_timeout = 0, 0.3
+    for path in (stalled[0], lab.victim, stalled[1], tmp_path / "absent", lab.honest):
+        opening.saw(Disk(str(path), path.name, "", "", "", 0, 0.0))
+    assert opening.busy() and not report.disks
+    opening.read_all()
+    outcomes = {Path(node).name: each["outcome"] for node, each in report.disks.items()}
+    assert (outcomes["a"], outcomes["z"], outcomes["absent"]) == ("timed-out", "timed-out", "failed")
+    assert (outcomes["victim"], outcomes["honest"]) == ("waiting", "waiting")
+    opening.advance(settled=True)
+    assert sorted(each.disk.sysname for each in opening.queue) == ["honest", "victim"]
+    assert not opening.pipes()
+    for candidates in opening.candidates.values():
+        candidates[0].container.close()
+
+
+def test_early_boot_ends_while_a_disk_does_not_answer(lab: Lab, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "stalled")
+    report = Report("test")
+    opening = Opening(HOST, lab.by_tpm, report)
+    opening.saw(Disk(str(tmp_path / "stalled"), "stalled", "", "", "", 0, 0.0))
+    opening.collect()
+    opening.stop(0)
+    assert not opening.busy() and not opening.pipes()
+    assert [each["outcome"] for each in report.disks.values()] == ["timed-out"]
+
+
+def test_a_disk_that_is_gone_before_it_answers_is_not_looked_at(lab: Lab) -> None:
+    report = Report("test")
+    opening = Opening(HOST, lab.by_tpm, report)
+    for path in (lab.victim, lab.honest):
+        opening.saw(Disk(str(path), path.name, "", "", "", 0, 0.0))
+    opening.collect()
+    opening.gone(str(lab.victim))
+    opening.read_all()
+    assert list(report.disks) == [str(lab.honest)]
+    opening.candidates["safe"][0].container.close()
 
 
 # Many made-up ones

@@ -39,8 +39,10 @@ def gate(paths: Paths, name: str) -> int:
             opening.wait([monitor.fileno(), *groups.pipes()], min(1.0, end - report.now()) if done else 0.05)
     if not _is_open(record, name):
         _mark_failed(paths, name)
-        while not opening.turn(groups, monitor, look=True) and report.now() < end + opening.ACTIVATION_TIMEOUT:
+        done = opening.turn(groups, monitor, look=True)
+        while not done and report.now() < end + opening.ACTIVATION_TIMEOUT:
             opening.wait(groups.pipes(), 0.05)
+            done = opening.turn(groups, monitor, look=False)
     groups.stop(opening.ACTIVATION_TIMEOUT)
     groups.wipe()
     thisboot.write_report(paths, record, f"gate-{name}.json")
@@ -75,6 +77,7 @@ def _heal(paths: Paths) -> int:
         groups = _groups(paths, record, name)
         for found in devices.marked():
             groups.saw(found)
+        groups.read_all()
         ready = groups.ready(name)
         groups.wipe()
         if not ready:

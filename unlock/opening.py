@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks appear; groups open when all their members are there and proven. Nothing half-open is left behind.
 
-    saw(disk)   its header is read once, its token found, its volume key unwrapped
-    advance()   groups that are complete go to workers; finished workers are collected
+    saw(disk)   a forked reader finds out whether it answers at all
+    collect()   if so: its header is read once, its token found, its volume key unwrapped; finished workers
+    advance()   groups that are complete go to workers
     stop()      no new activation, workers joined or killed
 
 libcryptsetup is not thread-safe, so each activation runs in a forked process, at most one a core. The
@@ -27,6 +28,11 @@ ACTIVATION_TIMEOUT = 20.0
 """Seconds for one activation; libcryptsetup waits in it for udev."""
 
 
+READ_TIMEOUT = 10.0
+"""Seconds for the first read of one disk. Whoever waits for the kernel in it cannot be interrupted, hence the
+forked reader. A disk that answers once and then no more still blocks everything."""
+
+
 class Candidate(NamedTuple):
     """A disk whose header is authentic, with what opens it."""
 
@@ -43,6 +49,15 @@ class Worker(NamedTuple):
     pipe: int
     deadline: float
     candidate: Candidate
+
+
+class Reader(NamedTuple):
+    """A forked process that reads disks one after the other, and writes a byte to the pipe for each."""
+
+    pid: int
+    pipe: int
+    deadline: float
+    disks: list[Disk]
 
 
 Unwrap = Callable[[luks.Container, token.Token], Secret]
@@ -63,6 +78,10 @@ class Opening:
         self.parallel = workers or len(os.sched_getaffinity(0))
         self.seen: dict[str, str] = {}
         """Node -> LUKS UUID of each disk with an outcome."""
+        self.unread: dict[str, Disk] = {}
+        """By node: disks that have not been looked at yet."""
+        self.reader: Reader | None = None
+        self.read_timeout = READ_TIMEOUT
         self.candidates: dict[str, list[Candidate]] = {}
         """Group -> authentic disks that are not open; a disk with two tokens is in it twice."""
         self.queue: list[Candidate] = []
@@ -79,8 +98,17 @@ class Opening:
 
     def saw(self, found: Disk) -> None:
         """One disk, for the first time or again after a change. Nothing about one disk stops the others."""
-        if self.report.disks.get(found.node, {}).get("outcome") not in (None, "foreign", "damaged", "failed"):
-            return
+        if self.report.disks.get(found.node, {}).get("outcome") in (None, "foreign", "damaged", "failed"):
+            self.unread[found.node] = found
+
+    def read_all(self) -> None:
+        """Looks at every disk that was seen, for a caller without a loop."""
+        while self.unread:
+            self.collect(wait=1.0)
+
+    def _look(self, found: Disk) -> None:
+        if self.unread.pop(found.node, None) is None:
+            return  # gone meanwhile
         container = None
         try:
             container = luks.Container(found.node)
@@ -138,6 +166,7 @@ class Opening:
 
     def gone(self, node: str) -> None:
         """A disk was unplugged: what waits for its group waits without it."""
+        self.unread.pop(node, None)
         for group, candidates in self.candidates.items():
             self.candidates[group] = [each for each in candidates if each.disk.node != node]
         if self.report.disks.get(node, {}).get("outcome") not in ("opened", "already-open"):
@@ -147,6 +176,7 @@ class Opening:
 
     def advance(self, settled: bool) -> None:
         """Starts what can start. `settled`: udev knows of no disk that it has not shown yet."""
+        settled = settled and not self.unread
         for group in list(self.candidates):
             if group not in self.wanted:
                 try:
@@ -266,17 +296,21 @@ class Opening:
         self.workers[read] = Worker(pid, read, now() + ACTIVATION_TIMEOUT, candidate)
 
     def pipes(self) -> list[int]:
-        """File descriptors that become readable when a worker has finished."""
-        return list(self.workers)
+        """File descriptors that become readable when a worker has finished or a disk has answered."""
+        return [*self.workers, *([self.reader.pipe] if self.reader else [])]
 
     def collect(self, wait: float = 0) -> None:
-        """Takes in finished workers, and ends those past their deadline; waits up to `wait` seconds for one."""
-        if not self.workers:
-            return
+        """Takes in finished workers and disks that answer, and ends what is past its deadline; waits up to `wait`
+        seconds for one."""
+        if self.unread and not self.reader:
+            self._start_reader()
         poll = select.poll()
-        for fd in self.workers:
+        for fd in self.pipes():
             poll.register(fd, select.POLLIN | select.POLLHUP)
-        for fd, _ in poll.poll(wait * 1000):
+        for fd, _ in poll.poll(wait * 1000) if self.pipes() else []:
+            if self.reader and fd == self.reader.pipe:
+                self._answered(self.reader)
+                continue
             worker = self.workers.pop(fd)
             said = os.read(fd, 4096).decode("utf-8", "replace")
             os.close(fd)
@@ -285,6 +319,45 @@ class Opening:
         for worker in list(self.workers.values()):
             if now() > worker.deadline:
                 self._kill(worker)
+        if self.reader and now() > self.reader.deadline:
+            self._give_up(self.reader, "timed-out", f"does not answer for {self.read_timeout:.0f} s")
+
+    def _start_reader(self) -> None:
+        disks = list(self.unread.values())
+        try:
+            read, write = os.pipe()
+            pid = os.fork()
+        except OSError as error:
+            for found in disks:
+                del self.unread[found.node]
+                self.report.disk(found.node, "failed", f"no reader: {error.strerror}")
+            return
+        if pid == 0:
+            _read_and_exit(disks, write)
+        os.close(write)
+        self.reader = Reader(pid, read, now() + self.read_timeout, disks)
+
+    def _answered(self, reader: Reader) -> None:
+        answers = len(os.read(reader.pipe, 4096))
+        for found in reader.disks[:answers]:
+            self._look(found)
+        self.reader = reader._replace(disks=reader.disks[answers:], deadline=now() + self.read_timeout)
+        if not self.reader.disks:
+            self._end_reader(self.reader, 0)
+        elif not answers:
+            self._give_up(self.reader, "failed", "its reader ended")
+
+    def _give_up(self, reader: Reader, outcome: str, why: str) -> None:
+        """On the disk that the reader is at; another reader takes those behind it."""
+        self._end_reader(reader, os.WNOHANG)  # a device that does not answer holds it, not us
+        if self.unread.pop(reader.disks[0].node, None):
+            self.report.disk(reader.disks[0].node, outcome, why)
+
+    def _end_reader(self, reader: Reader, flags: int) -> None:
+        self.reader = None
+        os.close(reader.pipe)
+        os.kill(reader.pid, signal.SIGKILL)
+        os.waitpid(reader.pid, flags)
 
     def _result(self, worker: Worker, trouble: str) -> None:
         candidate = worker.candidate
@@ -307,10 +380,15 @@ class Opening:
         self._finish(worker.candidate.token.group)
 
     def busy(self) -> bool:
-        return bool(self.queue or self.workers)
+        return bool(self.queue or self.workers or self.unread)
 
     def stop(self, patience: float) -> None:
         """No new activation; running ones get `patience` seconds. What did not open is closed again."""
+        if self.reader:
+            self._end_reader(self.reader, os.WNOHANG)
+        for node in self.unread:
+            self.report.disk(node, "timed-out", "early boot ended before it answered")
+        self.unread.clear()
         for each in self.queue:
             self.report.disk(each.disk.node, "timed-out", "early boot ended before it was opened")
         self.queue.clear()
@@ -362,8 +440,8 @@ def turn(groups: Opening, monitor: Monitor, look: bool) -> bool:
             groups.gone(found.node)
         else:
             groups.saw(found)
-    groups.advance(settled)
     groups.collect()
+    groups.advance(settled)
     return settled and not groups.busy()
 
 
@@ -373,6 +451,17 @@ def wait(fds: list[int], seconds: float) -> None:
     for fd in fds:
         poll.register(fd, select.POLLIN)
     poll.poll(max(0.0, seconds) * 1000)
+
+
+def _read_and_exit(disks: list[Disk], pipe: int) -> None:
+    """In the reader: never returns. What a disk answers is not looked at."""
+    try:
+        end_with_parent()
+        for found in disks:
+            luks.touch(found.node)
+            os.write(pipe, b".")
+    finally:
+        os._exit(0)
 
 
 def _activate_and_exit(candidate: Candidate, pipe: int) -> None:

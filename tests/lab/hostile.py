@@ -97,6 +97,7 @@ class Lab:
         opening.parallel = 0  # what would be activated stays in the queue
         for path in (self.victim, self.honest):
             opening.saw(Disk(str(path), path.name, "", "", "", SIZE, 0.0))
+        opening.read_all()
         opening.advance(settled=True)
         entry = report.disks[str(self.victim)]
         outcome, detail = str(entry["outcome"]), str(entry["detail"])
