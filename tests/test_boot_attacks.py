@@ -27,7 +27,7 @@ BELIEVES = (  # what authenticates is believed without a look
     (f"{CODE}/boot.py", "    return devices.opened_by(NEW_ROOT, names) and", "    return True or"),
 )
 EVERY_KEY = (  # each disk may be opened by any key that the TPM gives
-    (f"{CODE}/slots.py", "_TELLING = ", "ALL: list[Unsealed] = []\n_TELLING = "),
+    (f"{CODE}/slots.py", "_TELLING = ", "ALL = []\n_TELLING = "),
     (f"{CODE}/slots.py", "return Unsealed(Payload.decode(sealed)", "ALL.append(Unsealed(Payload.decode(sealed)"),
     (f"{CODE}/slots.py", "slot, record)\n        except", "slot, record))\n        except"),
     (f"{CODE}/slots.py", "    raise min(problems", "    if ALL:\n        return ALL[0]\n    raise min(problems"),
@@ -70,7 +70,9 @@ def give_recovery_key(booted: VM, story: Machine) -> None:
 def in_shell(booted: VM, command: str) -> str:
     """What a command prints in the initramfs's shell, which is at its prompt."""
     booted.console.send(f'{command} >/lab.out 2>&1; echo "<$(cat /lab.out)>"\n')
-    return booted.console.expect(r"^<((.|\n)*?)>", 60)[1].strip()
+    said = booted.console.expect(r"^<((.|\n)*?)>", 60)[1].strip()
+    booted.console.expect(r"\(initramfs\)", 60)
+    return said
 
 
 def test_plaintext_behind_genuine_headers_opens_neither_by_tpm_nor_by_recovery_key(story: Machine) -> None:
