@@ -526,7 +526,13 @@ def a_text(lab: Lab, random: Random) -> bool:
     except Malformed:
         return False
     assert luks.parse(luks.canonical(parsed), "/dev/sdx") == parsed
+    json.loads(text, object_pairs_hook=_each_once)
     return True
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    assert len(dict(pairs)) == len(pairs), "a name twice"
+    return dict(pairs)
 
 
 RECORD = Record(7, b"h" * 16, (4, 7, 9, 15), 15, (b"1" * 32, b"2" * 32), b"\0\x0b" + b"s" * 32, b"\0\x0b" + b"o" * 32)
