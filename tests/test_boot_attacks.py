@@ -226,15 +226,7 @@ if libc.syscall(320, kernel, initrd, ctypes.c_long(len(command)), command, 0):  
 def kexec(story: Machine, booted: VM, initrd: Path | None = None) -> None:
     """Starts the same kernel again, without a reset of the TPM."""
     for name, source in (("kernel", story.image.kernel), ("initrd", initrd or story.image.initrd)):
-        size = source.stat().st_size
-        with source.open("rb") as content, (story.home / f"{name}.raw").open("wb") as file:
-            shutil.copyfileobj(content, file)
-            file.truncate(-(-size // 4096) * 4096)
-        disk = Disk(f"{name}.raw", name)
-        booted.plug(disk)
-        booted.guest.appears(disk.device)
-        booted.guest.sh(f"head -c {size} {disk.device} > /run/{name}", timeout=120)
-        booted.unplug(disk)
+        booted.guest.write(f"/run/{name}", source.read_bytes())
     booted.guest.write("/run/cmdline", story.image.cmdline.encode())
     booted.guest.sh(f"python3 -I -c '{KEXEC}'", timeout=120)
     booted.guest.sh("systemctl kexec --no-block")

@@ -159,12 +159,13 @@ def hand_over(groups: opening.Opening, persistence: Secret, record: report.Repor
         return groups.close_all()
     keyring.put("unlock:persistence", persistence)
     for token in groups.tokens():
-        try:
-            with disk.unwrap_host_key(token, persistence) as host_key, disk.unwrap_kek(token, persistence) as kek:
-                keyring.put("unlock:host", host_key)
-                keyring.put(f"unlock:kek:{token.kek_id}:{token.kek_generation}", kek)
-        except UnlockError as error:
-            record.event("trouble", f"{token.name}: {error}")
+        kek_name = f"unlock:kek:{token.kek_id}:{token.kek_generation}"
+        for name, unwrap in ((kek_name, disk.unwrap_kek), ("unlock:host", disk.unwrap_host_key)):
+            try:
+                with unwrap(token, persistence) as key:
+                    keyring.put(name, key)
+            except UnlockError as error:
+                record.event("trouble", f"{token.name}: {error}")
     record.event("handed-over")
     return True
 
