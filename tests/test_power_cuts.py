@@ -146,7 +146,7 @@ for call in rename fsync; do
         number=$((number + 1))
         as_before
         code=0
-        strace -f -qq -o /dev/null -e trace=$call -e inject=$call:signal=KILL:when=$number \\
+        strace -qq -o /dev/null -e trace=$call -e inject=$call:signal=KILL:when=$number \\
             {create} --disk $disk >/root/out 2>&1 || code=$?
         [ $code != 0 ] || break
         unlock status >/dev/null
