@@ -12,11 +12,12 @@ PACKAGE = Path(__file__).parents[1] / "unlock"
 
 ROWS = [
     {"errors", "secret", "paths", "run", "log", "protect", "ask", "groups"},
-    {"config", "token", "recoverykey", "policy", "report", "units", "tables"},
+    {"config", "token", "recoverykey", "policy", "report", "units", "tables", "eventlog", "uefi", "pe"},
+    {"measured"},
     {"tpm", "wrap", "devices", "luks", "keyring", "mount"},
     {"slots", "state", "disk", "thisboot", "providers", "providers.native"},
     {"opening"},
-    {"boot", "late", "recovery", "enroll", "members", "status"},
+    {"boot", "late", "recovery", "enroll", "members", "status", "explain"},
     {"cli", "__main__"},
 ]
 """Lowest first: a module imports from lower rows only; in the lowest row and at the top, from its own too."""
