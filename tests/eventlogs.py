@@ -5,9 +5,11 @@ By the TCG "PC Client Platform Firmware Profile" and the UEFI specification, not
 """
 
 import json
+import re
 import struct
 from collections.abc import Iterable
 from hashlib import sha1, sha256
+from pathlib import Path
 from typing import NamedTuple
 
 GLOBAL = bytes.fromhex("61dfe48bca93d211aa0d00e098032b8c")
@@ -266,3 +268,26 @@ def systemd_log(events: Iterable[tuple[int, str, str, float]]) -> bytes:
         digests = [{"hashAlg": "sha256", "digest": sha256(text.encode()).hexdigest()}]
         records.append({"pcr": pcr, "digests": digests, "content_type": "systemd", "content": content})
     return b"".join(b"\x1e" + json.dumps(each).encode() + b"\n" for each in records)
+
+
+# Logs of real boots -----------------------------------------------------------------------------------------
+
+DATA = Path(__file__).parent / "data/eventlogs"
+LOGGED = (*range(10), 11, 12, 13, 14)
+"""PCRs that nothing but the firmware, the boot loader and the kernel's EFI stub extends: not IMA's, not the cap's."""
+
+
+class Real(NamedTuple):
+    log: bytes
+    """binary_bios_measurements."""
+    pcrs: dict[int, bytes]
+    """What the TPM had when it was read."""
+    cmdline: str
+    """/proc/cmdline."""
+
+
+def real(name: str) -> Real:
+    """direct-0, direct-1: OVMF starts Debian 13's kernel; the second boot has another word on its command line."""
+    pcrs = re.findall(r"^(\d+) (\w{64})$", (DATA / f"{name}.pcrs").read_text(), re.MULTILINE)
+    cmdline = (DATA / f"{name}.cmdline").read_text().rstrip("\n")
+    return Real((DATA / f"{name}.bin").read_bytes(), {int(a): bytes.fromhex(b) for a, b in pcrs}, cmdline)

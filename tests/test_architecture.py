@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "unlock"
 ROWS = [
     {"errors", "secret", "paths", "run", "log", "protect", "ask", "groups"},
     {"config", "token", "recoverykey", "policy", "report", "units", "tables", "eventlog", "uefi", "pe"},
-    {"measured"},
+    {"measured", "predict"},
     {"tpm", "wrap", "devices", "luks", "keyring", "mount"},
     {"slots", "state", "disk", "thisboot", "providers", "providers.native"},
     {"opening"},

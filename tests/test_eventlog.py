@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from eventlogs import (
+    LOGGED,
     OWNER,
     SHA256,
     X509,
@@ -24,6 +25,7 @@ from eventlogs import (
     log,
     no_action,
     plain,
+    real,
     signature_list,
     systemd_log,
     tagged,
@@ -45,6 +47,28 @@ def test_the_replay_is_what_a_tpm_has(kind: str, locality: int | None) -> None:
     found = eventlog.parse(log(entries, locality))
     assert (found.problem, found.locality) == ("", locality or 0)
     assert eventlog.replay(found.events, found.locality) == values(entries, locality or 0)
+
+
+@pytest.mark.parametrize("name", ["direct-0", "direct-1"])
+def test_the_replay_of_a_real_log_is_what_the_tpm_had(name: str) -> None:
+    boot = real(name)
+    found = eventlog.parse(boot.log)
+    reached = eventlog.replay(found.events, found.locality)
+    assert found.problem == ""
+    assert {pcr: reached[pcr] for pcr in LOGGED} == {pcr: boot.pcrs[pcr] for pcr in LOGGED}
+    trusted = measured.believed(found, (), boot.pcrs)
+    assert set(range(24)) - trusted.keys() == {10}  # IMA's; the cap is known
+
+
+def test_between_two_real_boots_the_command_line_has_changed() -> None:
+    before, now = (
+        measured.with_command_line(map(measured.describe, eventlog.parse(boot.log).events), boot.cmdline)
+        for boot in (real("direct-0"), real("direct-1"))
+    )
+    (found,) = measured.compare(before, now, range(16))
+    assert (found.pcr, found.cause) == (9, "command-line")
+    assert found.old and found.new and "audit=0" in found.new.text and "audit=0" not in found.old.text
+    assert {item.cause for item in now if item.pcr == 4} == {"kernel", "boot-path"}
 
 
 def test_forms_that_firmware_is_known_to_write() -> None:
@@ -150,6 +174,7 @@ def test_records_that_are_none_of_ours_are_left_out(record: bytes) -> None:
         (grub("kernel_cmdline", "/vmlinuz-6 root=x"), "command-line", "command line /vmlinuz-6 root=x"),
         (grub("grub_cmd", "set a=b"), "boot-loader-config", "GRUB command set a=b"),
         (Entry(9, 0x0D, b"", b"/boot/grub/grub.cfg\0"), "boot-loader-config", "GRUB configuration /boot/grub/grub.cfg"),
+        (Entry(9, 0x0D, b"", b"(hd0)/grub/grubenv\0"), "grubenv", "GRUB environment (hd0)/grub/grubenv"),
         (Entry(9, 0x0D, b"", b"(hd0,gpt2)/x/linux.mod\0"), "boot-loader-files", "file (hd0,gpt2)/x/linux.mod"),
         (Entry(9, 0x0D, b"", b"(hd0)/initrd.img-6.1\0"), "initrd", "initramfs file (hd0)/initrd.img-6.1"),
         (Entry(12, 0x0D, b"", " quiet".encode("utf-16-le") + b"\0\0"), "command-line", "command line quiet"),
@@ -251,7 +276,7 @@ def test_a_baseline_with_another_field_is_malformed(field: str, value: object) -
 def fuzz(seed: int, cases: int) -> None:
     """Mutated logs through everything that reads them: no exception but Malformed, and no text that is no line."""
     dice = random.Random(seed)
-    seeds = [Boot(kind).log() for kind in KINDS]
+    seeds = [*(Boot(kind).log() for kind in KINDS), real("direct-0").log]
     kept = [baseline(kind).encode() for kind in KINDS]
     systemd = systemd_log([(11, "phase", "ready", 1.0)] * 3)
     before = Baseline.decode(kept[0])

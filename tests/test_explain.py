@@ -160,6 +160,7 @@ def test_a_kernel_update_under_grub_shows_all_that_came_with_it(host: Host) -> N
     found = host.explain()
     codes = [cause.code for cause in found.causes]
     assert codes[0] == "boot-loader-config" and {"kernel", "initrd"} <= set(codes)
+    assert found.causes[0].usually.startswith("a kernel update")
     assert "the kernel" in found.summary
     assert any("6.12.1" in cause.old and "6.12.2" in cause.new for cause in found.causes)
     assert found.pcrs == {4: "changed", 7: "same", 8: "changed", 9: "changed", 14: "same"}
@@ -288,6 +289,16 @@ def test_the_boot_loader_passed_no_event_log(host: Host) -> None:
     assert "no event log (GRUB before 2.12" in found.notes[0]
     host.boot(boot._replace(menu="set timeout=0"))  # a newer GRUB passes one; the baseline has values alone
     assert [(each.code, each.pcr) for each in host.explain().causes] == [("pcr-changed", 8), ("pcr-changed", 9)]
+
+
+def test_the_baseline_is_found_on_the_root_that_a_recovery_key_opened(host: Host) -> None:
+    """In the initramfs, where the root file system is at /root."""
+    good(host, Boot("direct"))
+    root = host.home / "root"
+    (root / "root/var/lib").mkdir(parents=True)
+    (root / "var/lib/unlock").rename(root / "root/var/lib/unlock")
+    host.boot(Boot("direct", initrd="another"))
+    assert [each.code for each in host.explain().causes] == ["initrd"]
 
 
 def test_without_a_good_boot_it_says_so(host: Host) -> None:

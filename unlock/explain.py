@@ -28,7 +28,7 @@ _KEXEC = 0xD
 
 Other architectures do not tell; there the cap PCR does.
 """
-_NEW_ROOT = "/root"
+_NEW_ROOT = "root"
 """Where initramfs-tools mounts the root file system, with the baseline in it."""
 _SHOWN = 160
 """Characters of an old or new text."""
@@ -50,6 +50,7 @@ USUAL = {
     "boot-loader": ("an update of shim, GRUB or systemd-boot", "check that it was yours; " + _RETYPE),
     "boot-loader-files": ("an update of GRUB or its theme", "check that it was yours; " + _RETYPE),
     "boot-loader-config": ("grub.cfg or loader.conf was generated anew, or edited", "compare it with what you expect"),
+    "grubenv": ("the boot before did not finish, or grub-reboot was used", "grub-editenv list; " + _RETYPE),
     "kernel": ("a kernel update", "boot the previous kernel, or " + _RETYPE),
     "initrd": ("update-initramfs ran: after an update, or a change in its configuration", _RETYPE),
     "command-line": ("somebody edited it: in the boot menu for once, or in the configuration", "cat /proc/cmdline"),
@@ -217,6 +218,9 @@ def _mismatch(world: World, notes: list[str]) -> tuple[list[Cause], dict[int, st
     causes += [_difference(each, world) for each in differences]
     status = dict.fromkeys(comparable, "same") | {each.pcr: "changed" for each in differences}
     status |= {pcr: _status(pcr, world, pcr in trusted) for pcr in selection if pcr not in status}
+    if any(each.code == "kernel" for each in causes):
+        menu = "a kernel update: the boot menu names another kernel"
+        causes = [each._replace(usually=menu) if each.code == "boot-loader-config" else each for each in causes]
     if not world.kexec:  # it loses what systemd logged before
         causes += [_unlogged(pcr, world, pcr in trusted) for pcr in selection if status[pcr] == "unexplained"]
     return causes, {pcr: status[pcr] for pcr in selection}
@@ -398,10 +402,7 @@ def _mount_securityfs(paths: Paths) -> None:
 
 
 def _baseline(paths: Paths) -> tuple[Baseline | None, str]:
-    candidates = [paths.baseline]
-    if paths.root == "/":
-        candidates.append(_NEW_ROOT + paths.baseline)
-    for path in candidates:
+    for path in (paths.baseline, Paths(os.path.join(paths.root, _NEW_ROOT)).baseline):
         try:
             if data := _read(path, measured.BASELINE_MAX + 1):
                 return Baseline.decode(data), ""

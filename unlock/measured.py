@@ -36,6 +36,7 @@ CAUSES = {
     "boot-loader": "the boot loader",
     "boot-loader-files": "a file of the boot loader",
     "boot-loader-config": "the boot loader's configuration",
+    "grubenv": "GRUB's environment (grubenv)",
     "kernel": "the kernel",
     "initrd": "the initramfs",
     "command-line": "the kernel command line",
@@ -238,7 +239,9 @@ def _file(path: str) -> tuple[str, str]:
         return "kernel", f"kernel file {path}"
     if _is_initrd(file):
         return "initrd", f"initramfs file {path}"
-    if file.endswith((".cfg", ".conf")) or file == "grubenv":
+    if file == "grubenv":
+        return "grubenv", f"GRUB environment {path}"
+    if file.endswith((".cfg", ".conf")):
         return "boot-loader-config", f"GRUB configuration {path}"
     return "boot-loader-files", f"file {path}"
 

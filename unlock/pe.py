@@ -13,6 +13,8 @@ from .errors import Malformed
 
 MAX_SECTIONS = 96
 """What Windows' loader and shim take."""
+MAX_PADDING = 1 << 20
+"""Bytes by which a section may be larger in memory than in the file."""
 _SECTION = struct.Struct("<8sIIII")
 _SECTION_SIZE = 40
 _SECURITY = 4  # the data directory of the signatures
@@ -92,8 +94,10 @@ def authenticode(data: bytes) -> bytes:
 
 
 def section(data: bytes, image: Image, name: str) -> bytes | None:
-    """The content of a section, as long as it is in memory; None when there is no such section."""
+    """The content of a section as it is in memory, zeros at its end included; None when there is no such section."""
     for each in image.sections:
         if each.name == name:
-            return data[each.offset : each.offset + min(each.raw, each.size)].ljust(min(each.size, len(data)), b"\0")
+            if each.size - each.raw > MAX_PADDING:
+                raise Malformed(f"EFI program: its section {name} is larger than the file has it")
+            return data[each.offset : each.offset + min(each.raw, each.size)].ljust(each.size, b"\0")
     return None
