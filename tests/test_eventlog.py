@@ -7,6 +7,7 @@ import resource
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -353,14 +354,23 @@ def worst() -> None:
     """The largest logs that are accepted, of the kinds that cost the most."""
     room = eventlog.MAX_LOG - len(header())
     tiny = event2(plain(8, 0x0D, b""))
-    many = b"".join(event2(grub("grub_cmd", f"set x={at}")) for at in range(eventlog.MAX_EVENTS))
-    huge = event2(variable(7, "dbx", signature_list(SHA256, [bytes(32)] * 90_000)))
-    names = event2(variable(7, "db", signature_list(X509, [certificate("x" * 20)] * 20_000)))
-    for body in (tiny * (room // len(tiny)), many, huge, names, event2(plain(8, 0x0D, b"\n" * (room - 200)))):
+    certificates = [certificate("x" * 20)] * 20_000
+
+    def bodies() -> Iterator[bytes]:
+        yield tiny * (room // len(tiny))
+        yield b"".join(event2(grub("grub_cmd", f"set x={at}")) for at in range(eventlog.MAX_EVENTS))
+        yield event2(variable(7, "dbx", signature_list(SHA256, [bytes(32)] * 90_000)))
+        yield event2(variable(7, "db", signature_list(X509, certificates)))
+        yield event2(Entry(8, 0x0D, b"", b"\n" * (room - 200)))
+        yield event2(Entry(9, 0x0D, b"", b"x" * (room - 200)))
+        yield event2(Entry(9, 0x0D, b"", b"x\0" * (room // 2 - 200)))
+
+    for body in bodies():
         found = eventlog.parse((header() + body)[: eventlog.MAX_LOG])
         now = tuple(map(measured.describe, found.events))
-        measured.compare(now[::2], now[1::2], [7, 8])
-        measured.compare(now, now[::-1], [7, 8])
+        measured.compare(now[::2], now[1::2], [7, 8, 9])
+        measured.compare(now, now[::-1], [7, 8, 9])
+        measured.believed(found, (), eventlog.replay(found.events))
 
 
 def test_the_largest_logs_take_bounded_memory_and_time() -> None:

@@ -274,7 +274,8 @@ def _systemd(data: bytes) -> tuple[str, str]:
 
 
 def _text(data: bytes) -> str:
-    """A string as the log has it: ASCII or UTF-16, with or without NUL."""
+    """A string as the log has it, or its beginning: ASCII or UTF-16, with or without NUL."""
+    data = data[: 4 * TEXT_MAX]
     if len(data) >= 4 and not any(data[1:64:2]) and any(data[:64:2]):
         return uefi.utf16(data)
     return data.partition(b"\0")[0].decode("utf-8", "replace")
