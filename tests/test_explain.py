@@ -267,6 +267,23 @@ def test_the_storage_root_key_is_gone(host: Host) -> None:
     assert [each.code for each in host.explain().causes] == ["srk-changed"]
 
 
+def test_the_tpm_is_locked_out(host: Host) -> None:
+    good(host, Boot("grub"))
+    with host.chip.open() as tpm:  # as after wrong passwords: none is allowed, one is forgotten in 1000 s
+        tpm._send("DictionaryAttackParameters", 0x10A, 0xFF, 0xFFF, 0xFFF, 0, 1000, 1000)
+    record = report.Report("early-boot")
+    record.judge("tpm-failed", "TPM2_Unseal failed: 0x921")
+    thisboot.write_report(host.paths, record, "report.json")
+    found = host.explain()
+    assert [each.code for each in found.causes] == ["tpm-lockout"]
+    assert "every 1000 s" in found.notes[0]
+
+
+def test_it_leaves_nothing_in_the_tpm(host: Host) -> None:
+    good(host, Boot("grub"))
+    assert [host.chip.handles(kind) for kind in (0x02000000, 0x03000000, 0x80000000)] == [(), (), ()]
+
+
 def test_there_is_no_tpm(host: Host) -> None:
     good(host, Boot("grub"))
     record = report.Report("early-boot")

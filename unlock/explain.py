@@ -102,7 +102,9 @@ class World(NamedTuple):
     record: Record | None
     """The policy record of the current slot."""
     live: Mapping[int, bytes]
-    """PCRs 0 to 23; empty without a TPM."""
+    """PCRs 0 to 23; empty when the TPM cannot be asked."""
+    tpm_problem: str
+    """Why it cannot be asked, or not all of it; empty when it can."""
     log: Log | None
     log_problem: str
     """Why there is no log; empty when there is one."""
@@ -203,8 +205,10 @@ def _mismatch(world: World, notes: list[str]) -> tuple[list[Cause], dict[int, st
     elif before and before != policy.UNSET.hex():
         causes.append(_plain("cap-pcr-extended"))
     selection = tuple(pcr for pcr in (world.record.selection if world.record else range(16)) if pcr != policy.CAP_PCR)
-    if not world.record:
-        notes.append("the TPM's policy record cannot be read: all PCRs are compared")
+    if not world.live:
+        notes.append(f"the TPM cannot be asked: {world.tpm_problem}")
+    elif not world.record:
+        notes.append("the TPM has no policy record of this host: all PCRs are compared")
     if not world.baseline:
         notes.append(world.baseline_problem)
     if not world.log:
@@ -325,13 +329,14 @@ def _cut(text: str, start: int) -> str:
 
 def gather(paths: Paths, tcti: str = "device:/dev/tpmrm0") -> World:
     """Changes nothing but, in an initramfs, mounting the kernel's securityfs. What is not there is told in words."""
-    record, live, chip, lockout = _ask_tpm(tcti)
+    record, live, tpm_problem, chip, lockout = _ask_tpm(tcti)
     found, problem = _event_log(paths)
     baseline, baseline_problem = _baseline(paths)
     return World(
         thisboot.early(paths),
         record,
         live,
+        tpm_problem,
         found,
         problem,
         eventlog.parse_systemd(_read(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG)),
@@ -349,11 +354,11 @@ def _started_by_kexec(bootloader: bytes) -> bool:
     return bootloader.strip().isdigit() and int(bootloader) >> 4 == _KEXEC
 
 
-def _ask_tpm(tcti: str) -> tuple[Record | None, Mapping[int, bytes], Chip | None, int]:
-    """Policy record, PCRs, which chip, and its lockout; what cannot be had is None or empty."""
+def _ask_tpm(tcti: str) -> tuple[Record | None, Mapping[int, bytes], str, Chip | None, int]:
+    """Policy record, PCRs, what failed, which chip, and its lockout; what cannot be had is None or empty."""
     record: Record | None = None
     live: Mapping[int, bytes] = {}
-    chip, lockout = None, 0
+    problem, chip, lockout = "", None, 0
     try:
         with Tpm(tcti) as tpm:
             live = tpm.read_pcrs(range(eventlog.PCRS))
@@ -362,9 +367,9 @@ def _ask_tpm(tcti: str) -> tuple[Record | None, Mapping[int, bytes], Chip | None
             lockout = facts.lockout_interval if facts.in_lockout else 0
             chip = Chip(tpm.srk_name().hex(), "")
             chip = chip._replace(identity=tpm.identity().hex())
-    except UnlockError:
-        pass
-    return record, live, chip, lockout
+    except UnlockError as error:
+        problem = str(error)
+    return record, live, problem, chip, lockout
 
 
 def _current(tpm: Tpm) -> Record | None:
