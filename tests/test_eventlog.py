@@ -82,6 +82,7 @@ def test_forms_that_firmware_is_known_to_write() -> None:
         header() + no_action(b"") + event2(one),
         header([(11, 32)]) + event2(one, [11]),
         header([(11, 32), (12, 48)]) + event2(one, [12, 11]),
+        header([(11, 32)]) + event2(one, [4, 12, 11]),  # banks that its header does not name
     ):
         found = eventlog.parse(data)
         assert (found.problem, [event.digest for event in found.events]) == ("", [one.sha256])

@@ -61,9 +61,9 @@ class Host:
         thisboot.write_report(self.paths, record, "report.json")
         return record.verdict
 
-    def enroll(self, boot: Boot) -> None:
+    def enroll(self, boot: Boot, pcrs: tuple[int, ...] = ()) -> None:
         self.boot(boot)
-        selection = policy.select(MEASURED_BY[boot.kind])
+        selection = policy.select(pcrs or MEASURED_BY[boot.kind])
         with self.chip.open() as tpm, Secret.random(32) as key:
             branch = policy.branch(selection, tpm.read_pcrs(selection))
             slots.persist(tpm, HOST, selection, (branch,), policy.Payload(key))
@@ -362,6 +362,27 @@ def test_what_systemd_measured_after_the_unseal_is_no_difference(host: Host) -> 
     host.boot(boot._replace(initrd="another"))
     host.systemd((11, "phase", "sysinit", late))
     assert [each.pcr for each in host.explain().causes] == [4, 11]
+
+
+def test_what_systemd_measures_while_the_log_is_read(host: Host) -> None:
+    boot = Boot("uki")
+    host.enroll(boot)
+    assert host.boot(boot) == "unsealed"
+    host.systemd((11, "phase", "sysinit", 1e9), (15, "machine-id", "machine-id:12", 1e9))
+    more = systemd_log([(11, "phase", "ready", 1e9), (15, "file-system", "file-system:/", 1e9)])
+    log = host.home / "root/run/log/systemd/tpm2-measure.log"
+    log.write_bytes(log.read_bytes() + more)  # extended after the PCRs were read
+    kept = host.keep()
+    assert kept and {11, 15} <= kept.pcrs.keys()
+
+
+def test_ima_in_the_policy(host: Host) -> None:
+    """It has a log of its own, and differs from boot to boot."""
+    host.enroll(Boot("direct"), (4, 10))
+    assert host.boot(Boot("direct")) == "unsealed"
+    host.keep()
+    assert host.boot(Boot("direct"), before={10: b"boot_aggregate".ljust(32)}) == "pcr-mismatch"
+    assert [(each.code, each.pcr) for each in host.explain().causes] == [("ima", 10)]
 
 
 def test_phases_that_systemd_252_does_not_log(host: Host) -> None:

@@ -30,6 +30,8 @@ SYSTEMD = -1
 """An event that systemd logged; its data is the kind, NUL, what was measured."""
 
 _SHA256 = 0x000B
+_SIZES = {0x04: 20, _SHA256: 32, 0x0C: 48, 0x0D: 64, 0x12: 32, 0x27: 32, 0x28: 48, 0x29: 64}
+"""Digests of algorithms that some firmware uses and leaves out of the log's header: TCG Algorithm Registry."""
 _HEADER = struct.Struct("<II20sI")
 _SIGNATURE = b"Spec ID Event03\0"
 _LOCALITY = b"StartupLocality\0"
@@ -104,7 +106,7 @@ def _banks(data: bytes) -> tuple[dict[int, int], int]:
         raise Malformed("the event log has no SHA-256 digests", hint=_SHA1_HINT, code="event-log-sha1")
     if sizes[_SHA256] != 32:
         raise Malformed(f"the event log has SHA-256 digests of {sizes[_SHA256]} bytes")
-    return sizes, _HEADER.size + size
+    return _SIZES | sizes, _HEADER.size + size
 
 
 def _event(data: bytes, at: int, sizes: dict[int, int]) -> tuple[Event, int]:

@@ -30,6 +30,8 @@ Other architectures do not tell; there the cap PCR does.
 """
 _NEW_ROOT = "root"
 """Where initramfs-tools mounts the root file system, with the baseline in it."""
+_IMA = 10
+"""The PCR of the kernel's IMA, which keeps a log of its own."""
 _SHOWN = 160
 """Characters of an old or new text."""
 _RETYPE = "type the recovery key: each disk then opens for this boot"
@@ -253,6 +255,8 @@ def _status(pcr: int, world: World, trusted: bool) -> str:
 
 def _unlogged(pcr: int, world: World, trusted: bool) -> Cause:
     """No event tells why this PCR is not what it was."""
+    if pcr == _IMA:
+        return _plain("ima", pcr)
     good = world.baseline.pcrs.get(pcr) if world.baseline else None
     if world.log and not trusted:
         _, reached = measured.replayed(world.log).get(pcr, ((), b""))

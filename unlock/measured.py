@@ -8,7 +8,6 @@
 Everything here is pure; the texts come from a log that anybody may have written, and are made printable.
 """
 
-import functools
 import json
 import re
 from collections import deque
@@ -314,24 +313,27 @@ def replayed(log: Log) -> dict[int, tuple[tuple[Event, ...], bytes]]:
 
 
 def continued(pcr: int, value: bytes, later: Sequence[Event], live: bytes) -> tuple[Event, ...] | None:
-    """What extended this PCR from `value` to what it is now: the events of `later`, and the cap; None if neither did.
+    """What extended this PCR from `value` to what it is now: the first events of `later`, and our cap before or after
+    them; None if they did not. (The last ones may have come after the PCR was read.)
 
     systemd 252 to 254 extends PCR 11 with the boot phases and logs nothing: those are tried.
     """
-    logged = [event for event in later if event.pcr == pcr]
-    for events in (logged, (), *(_phases() if pcr == 11 else ())):
-        digests = [event.digest or b"" for event in events]
-        cap = policy.CAP_DIGEST
-        for way in [digests] if pcr != policy.CAP_PCR else [[cap, *digests], [*digests, cap], digests]:
-            if functools.reduce(eventlog.extended, way, value) == live:
-                return tuple(events)
+    logged = tuple(event for event in later if event.pcr == pcr)
+    ways: list[tuple[Event, ...]] = [logged, *(_phases() if pcr == 11 else ())]
+    cap = pcr == policy.CAP_PCR
+    for events in ways:
+        for start in (value, eventlog.extended(value, policy.CAP_DIGEST)) if cap else (value,):
+            reached = start
+            for count in range(len(events) + 1):
+                if reached == live or (cap and eventlog.extended(reached, policy.CAP_DIGEST) == live):
+                    return events[:count]
+                if count < len(events):
+                    reached = eventlog.extended(reached, events[count].digest or b"")
     return None
 
 
 def _phases() -> Iterator[tuple[Event, ...]]:
-    for first in range(len(_PHASES)):
-        for last in range(first + 1, len(_PHASES) + 1):
-            yield tuple(_phase(name) for name in _PHASES[first:last])
+    return (tuple(map(_phase, _PHASES[first:])) for first in range(len(_PHASES)))
 
 
 def _phase(name: str) -> Event:
