@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from eventlogs import (
+    DATA,
     LOGGED,
     OWNER,
     SHA256,
@@ -262,6 +263,16 @@ def baseline(kind: str) -> Baseline:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_baseline_is_read_as_it_was_written(kind: str) -> None:
     assert Baseline.decode(baseline(kind).encode()) == baseline(kind)
+
+
+def test_a_baseline_of_the_first_format_still_explains() -> None:
+    """The file is what version 1 wrote on the first of the two real boots."""
+    kept = Baseline.decode((DATA / "baseline-1.json").read_bytes())
+    now = real("direct-1")
+    items = measured.with_command_line(map(measured.describe, eventlog.parse(now.log).events), now.cmdline)
+    (found,) = measured.compare(kept.items, items, kept.pcrs)
+    assert found.cause == "command-line" and found.old and found.old.text == f"command line {kept.cmdline}"
+    assert kept.pcrs[9] == real("direct-0").pcrs[9] and 10 not in kept.pcrs and kept.chip.srk and kept.chip.identity
 
 
 @pytest.mark.parametrize("field", ["kernel", "cmdline", "chip", "pcrs", "events", "version"])

@@ -163,6 +163,10 @@ def test_a_kernel_update_under_grub_shows_all_that_came_with_it(host: Host) -> N
     assert found.causes[0].usually.startswith("a kernel update")
     assert "the kernel" in found.summary
     assert any("6.12.1" in cause.old and "6.12.2" in cause.new for cause in found.causes)
+    assert "command-line" not in codes
+    told = explain.text(found)
+    assert told.count("\n   usually ") == len({(each.code, each.pcr) for each in found.causes}) < len(codes)
+    assert "more such event" in told and "image that a boot loader handed on: the kernel (SHA-256 " in told
     assert found.pcrs == {4: "changed", 7: "same", 8: "changed", 9: "changed", 14: "same"}
 
 

@@ -55,7 +55,10 @@ USUAL = {
     "grubenv": ("the boot before did not finish, or grub-reboot was used", "grub-editenv list; " + _RETYPE),
     "kernel": ("a kernel update", "boot the previous kernel, or " + _RETYPE),
     "initrd": ("update-initramfs ran: after an update, or a change in its configuration", _RETYPE),
-    "command-line": ("somebody edited it: in the boot menu for once, or in the configuration", "cat /proc/cmdline"),
+    "command-line": (
+        "somebody edited it: in the boot menu for once, or in the configuration",
+        "cat /proc/cmdline; reboot",
+    ),
     "uki": ("an update of the unified kernel image", "boot the previous image, or " + _RETYPE),
     "extension": ("a file beside the kernel on the EFI partition came, went or changed", "look into the EFI partition"),
     "ima": ("IMA is in a PCR of the policy: it changes at every boot", "choose PCRs without 10"),
@@ -312,6 +315,8 @@ def _difference(each: Difference, world: World) -> Cause:
         old, new = f"{old}, Linux {world.baseline.kernel}", f"{new}, Linux {world.kernel}"
     if each.cause == "command-line" and world.baseline and old == new and world.baseline.cmdline != world.cmdline:
         old, new = world.baseline.cmdline, world.cmdline
+    if each.old and each.new and old == new:  # the log says no more of it
+        old, new = (f"{text} (SHA-256 {item.digest[:8].hex()}…)" for text, item in ((old, each.old), (new, each.new)))
     return Cause(each.cause, each.pcr, f"PCR {each.pcr}: {how}", *excerpts(old, new), *USUAL[each.cause])
 
 
@@ -496,13 +501,17 @@ def fields(found: Explanation) -> dict[str, Any]:
 
 
 def text(found: Explanation) -> str:
-    """For people."""
+    """For people: the first event of each kind in each PCR."""
     lines = [found.summary]
     if found.verdict not in ("", "unsealed"):
         lines.insert(0, f"verdict   {report.VERDICTS.get(found.verdict, found.verdict)}")
-    for number, cause in enumerate(found.causes, 1):
+    kinds: dict[tuple[str, int | None], list[Cause]] = {}
+    for cause in found.causes:
+        kinds.setdefault((cause.code, cause.pcr), []).append(cause)
+    for number, (cause, *more) in enumerate(kinds.values(), 1):
+        also = f"{len(more)} more such event{'s' if more[1:] else ''}: --json lists them" if more else ""
         lines += ["", f"{number}. {cause.title}"]
-        rows = [("was", cause.old), ("is", cause.new), ("usually", cause.usually), ("do", cause.do)]
+        rows = [("was", cause.old), ("is", cause.new), ("and", also), ("usually", cause.usually), ("do", cause.do)]
         lines += [f"   {name:<8} {value}" for name, value in rows if value]
     if found.notes:
         lines += ["", *(f"note: {each}" for each in found.notes)]

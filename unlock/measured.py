@@ -430,10 +430,13 @@ def _subject(item: Item) -> tuple[Any, ...]:
     return item.kind, item.text
 
 
+_KERNEL_BEFORE = re.compile("^command line (BOOT_IMAGE=)?")
+
+
 def _cause(old: Item | None, new: Item) -> str:
     """GRUB has kernel and command line in one line: which of them changed?"""
     if old and new.cause == "command-line":
-        before, now = (item.text.removeprefix("command line ").partition(" ")[0] for item in (old, new))
+        before, now = (_KERNEL_BEFORE.sub("", item.text).partition(" ")[0] for item in (old, new))
         if "/" in now and "=" not in now and before != now:
             return "kernel"
     return new.cause
