@@ -12,11 +12,12 @@ PACKAGE = Path(__file__).parents[1] / "unlock"
 
 ROWS = [
     {"errors", "secret", "paths", "run", "log", "protect", "ask", "groups"},
-    {"config", "token", "recoverykey", "policy", "report", "units", "tables", "plot"},
+    {"config", "token", "recoverykey", "policy", "report", "units", "tables", "plot", "eventlog", "uefi", "pe"},
+    {"measured", "predict"},
     {"tpm", "wrap", "devices", "luks", "keyring", "mount"},
     {"slots", "state", "disk", "thisboot", "providers", "providers.native"},
     {"opening"},
-    {"boot", "late", "recovery", "enroll", "members", "status"},
+    {"boot", "late", "recovery", "enroll", "members", "status", "explain"},
     {"cli", "__main__"},
 ]
 """Lowest first: a module imports from lower rows only; in the lowest row and at the top, from its own too."""

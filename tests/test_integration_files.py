@@ -431,4 +431,6 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
                 *(f"usr/share/initramfs-tools/scripts/{stage}/unlock" for stage in STAGES),
             }
             assert "usr/lib/unlock/unlock/__main__.py" in files
+            wanted = tmp_path / "usr/lib/systemd/system/multi-user.target.wants/unlock-baseline.service"
+            assert "boot baseline" in wanted.read_text()
     assert not files

@@ -12,6 +12,10 @@ def main() -> int:
     try:
         if sys.argv[1:2] == ["boot"]:
             return _boot(sys.argv[2:])
+        if sys.argv[1:] in (["explain"], ["explain", "--json"]):  # in the recovery shell there is no cli
+            from .explain import explain
+
+            return explain(Paths(), as_json="--json" in sys.argv)
         from .cli import cli
 
         return cli(sys.argv[1:])
@@ -50,11 +54,15 @@ def _boot(argv: list[str]) -> int:
         from .late import heal
 
         return heal(paths)
+    if argv == ["baseline"]:
+        from .explain import baseline
+
+        return baseline(paths)
     if len(argv) == 2 and argv[0] == "gate":
         from .late import gate
 
         return gate(paths, argv[1])
-    raise Usage("usage: unlock boot agent | prompt | secure | drop | heal | gate GROUP")
+    raise Usage("usage: unlock boot agent | prompt | secure | drop | heal | baseline | gate GROUP")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import time
 from typing import NamedTuple
 
 from . import devices, disk, keyring, log, luks, mount, opening, policy, report, slots, thisboot
-from .errors import NoSlot, UnlockError
+from .errors import UnlockError
 from .paths import Paths
 from .protect import protect
 from .secret import Secret
@@ -102,10 +102,8 @@ def unseal_once(paths: Paths, record: report.Report) -> Key | None:
                     "unauthenticated_root": unsealed.payload.unauthenticated_root,
                 }
                 record.judge("unsealed")
-            except NoSlot as error:
-                record.facts = {"cap_pcr_before": _cap_pcr()}
-                record.judge("no-slot", str(error))
             except UnlockError as error:
+                record.facts = {"cap_pcr_before": _cap_pcr()}
                 record.judge(_verdict(error), str(error))
             tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
         with open(paths.of_this_boot("capped"), "w", encoding="ascii"):
@@ -123,7 +121,7 @@ def _verdict(error: UnlockError) -> str:
 
 
 def _cap_pcr() -> str:
-    """What `init` wants to know on a host that is not initialised yet: the cap PCR before our cap, in hex."""
+    """The cap PCR before our cap, in hex: for `init` on a host that is not initialised yet, and for `explain`."""
     try:
         with open(f"/sys/class/tpm/tpm0/pcr-sha256/{policy.CAP_PCR}", encoding="ascii") as file:
             return file.read().strip().lower()

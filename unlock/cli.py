@@ -50,6 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--boot", action="store_true", help="the timeline of this boot")
     status.add_argument("--svg", action="store_true", help="with --boot: the timeline as a picture")
 
+    explain = words.add_parser("explain", help="why the TPM refused, and what to do", allow_abbrev=False)
+    explain.set_defaults(run=_explain)
+    explain.add_argument("--json", action="store_true")
+
     group = words.add_parser("group", help="groups of disks").add_subparsers(metavar="VERB", required=True)
     create = group.add_parser("create", help="format disks and make them a group", allow_abbrev=False)
     create.set_defaults(run=_group_create)
@@ -143,6 +147,12 @@ def _status(paths: Paths, options: argparse.Namespace) -> int:
     found = status.status(paths)
     print(json.dumps(found, indent=1) if options.json else status.table(found))
     return 0
+
+
+def _explain(paths: Paths, options: argparse.Namespace) -> int:
+    from .explain import explain
+
+    return explain(paths, options.json)
 
 
 def _group_create(paths: Paths, options: argparse.Namespace) -> int:

@@ -15,6 +15,11 @@ class Paths:
         self.state = os.path.join(root, "var/lib/unlock/state.json")
         self.run = os.path.join(root, "run/unlock")
         self.efi = os.path.join(root, "sys/firmware/efi")
+        self.baseline = os.path.join(root, "var/lib/unlock/baseline.json")
+        self.event_log = os.path.join(root, "sys/kernel/security/tpm0/binary_bios_measurements")
+        self.systemd_log = os.path.join(root, "run/log/systemd/tpm2-measure.log")
+        self.cmdline = os.path.join(root, "proc/cmdline")
+        self.bootloader = os.path.join(root, "proc/sys/kernel/bootloader_type")
 
     def of_this_boot(self, name: str) -> str:
         """A file in /run/unlock."""

@@ -27,7 +27,7 @@ from .errors import (
 from .policy import BANK, SLOTS, SRK, Record, Slot
 from .secret import Secret
 
-_NONE, _PASSWORD, _OWNER = 0xFFF, 0xFF, 0x101  # ESYS_TR_...
+_NONE, _PASSWORD, _OWNER, _ENDORSEMENT = 0xFFF, 0xFF, 0x101, 0x10B  # ESYS_TR_...
 _NO_SESSIONS = (_NONE, _NONE, _NONE)
 _HMAC, _POLICY = 0, 1  # TPM2_SE_...
 _DECRYPT, _ENCRYPT = 0x20, 0x40  # the first parameter: on its way to the TPM, from the TPM
@@ -193,6 +193,25 @@ class Tpm:
                 hint=f"tpm2_evictcontrol -c {SRK:#x}",
             )
         return policy.name(public)
+
+    def srk_name(self) -> bytes:
+        """ReadPublic. The name of what is at the SRK's handle; b"" when nothing is."""
+        try:
+            return policy.name(self._public(SRK, "")[1])
+        except NoSlot:
+            return b""
+
+    def identity(self) -> bytes:
+        """CreatePrimary, ReadPublic, FlushContext: a name that only this chip has, also after TPM2_Clear.
+
+        A key of the endorsement hierarchy, whose seed is the manufacturer's. TpmFailed where that hierarchy has a
+        password or is off.
+        """
+        key = self._primary(_ENDORSEMENT, _Session(self, _PASSWORD))
+        try:
+            return policy.name(self._area(key))
+        finally:
+            self._flush(key)
 
     def seal(self, slot: Slot, branches: Sequence[bytes], payload: Secret, owner_auth: Secret | None = None) -> bytes:
         """Seal `payload`, at most 128 bytes, in the place of what is in the slot; the new object's name.
@@ -417,16 +436,22 @@ class Tpm:
         return sealed[0], policy.name(self._area(sealed[0]))
 
     def _make_srk(self, owner_auth: Secret | None) -> None:
-        ffi, srk = self._ffi, self._ffi.new("ESYS_TR *")
-        template = self._template(policy.srk_template())
-        with self._owner(owner_auth) as session:
-            sensitive, creation = ffi.new("TPM2B_SENSITIVE_CREATE *"), self._no_creation_data()
-            outputs = (srk, *[ffi.NULL] * 4)
-            self._send("CreatePrimary", _OWNER, session, _NONE, _NONE, sensitive, template, *creation, *outputs)
+        srk = self._primary(_OWNER, self._owner(owner_auth))
         try:
-            self._keep(srk[0], SRK, owner_auth)
+            self._keep(srk, SRK, owner_auth)
         finally:
-            self._flush(srk[0])
+            self._flush(srk)
+
+    def _primary(self, hierarchy: int, authorization: "_Session") -> int:
+        """CreatePrimary with the SRK's template: a transient key, the same one each time."""
+        ffi, key = self._ffi, self._ffi.new("ESYS_TR *")
+        template = self._template(policy.srk_template())
+        with authorization as session:
+            sensitive, creation = ffi.new("TPM2B_SENSITIVE_CREATE *"), self._no_creation_data()
+            outputs = (key, *[ffi.NULL] * 4)
+            self._send("CreatePrimary", hierarchy, session, _NONE, _NONE, sensitive, template, *creation, *outputs)
+        handle: int = key[0]
+        return handle
 
     def _keep(self, transient: int, handle: int, owner_auth: Secret | None) -> None:
         with self._owner(owner_auth) as session:

@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The event log's forms, its replay, and what a hostile one can do: nothing."""
+
+import json
+import random
+import resource
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from eventlogs import (
+    DATA,
+    LOGGED,
+    OWNER,
+    SHA256,
+    X509,
+    Boot,
+    Entry,
+    certificate,
+    event2,
+    grub,
+    header,
+    log,
+    no_action,
+    plain,
+    real,
+    signature_list,
+    systemd_log,
+    tagged,
+    values,
+    variable,
+)
+
+from tests.properties import Property
+from unlock import eventlog, measured, uefi
+from unlock.errors import Malformed
+from unlock.measured import Baseline, Chip, Item
+
+KINDS = ("grub", "uki", "direct")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("locality", [None, 0, 3, 4])
+def test_the_replay_is_what_a_tpm_has(kind: str, locality: int | None) -> None:
+    entries = Boot(kind).entries()
+    found = eventlog.parse(log(entries, locality))
+    assert (found.problem, found.locality) == ("", locality or 0)
+    assert eventlog.replay(found.events, found.locality) == values(entries, locality or 0)
+
+
+@pytest.mark.parametrize("name", ["direct-0", "direct-1"])
+def test_the_replay_of_a_real_log_is_what_the_tpm_had(name: str) -> None:
+    boot = real(name)
+    found = eventlog.parse(boot.log)
+    reached = eventlog.replay(found.events, found.locality)
+    assert found.problem == ""
+    assert {pcr: reached[pcr] for pcr in LOGGED} == {pcr: boot.pcrs[pcr] for pcr in LOGGED}
+    trusted = measured.believed(found, (), boot.pcrs)
+    assert set(range(24)) - trusted.keys() == {10}  # IMA's; the cap is known
+
+
+def test_between_two_real_boots_the_command_line_has_changed() -> None:
+    before, now = (
+        measured.with_command_line(map(measured.describe, eventlog.parse(boot.log).events), boot.cmdline)
+        for boot in (real("direct-0"), real("direct-1"))
+    )
+    (found,) = measured.compare(before, now, range(16))
+    assert (found.pcr, found.cause) == (9, "command-line")
+    assert found.old and found.new and "audit=0" in found.new.text and "audit=0" not in found.old.text
+    assert {item.cause for item in now if item.pcr == 4} == {"kernel", "boot-path"}
+
+
+def test_forms_that_firmware_is_known_to_write() -> None:
+    one = plain(7, 0x04, bytes(4))
+    for data in (
+        header(vendor=b"vendor") + event2(one),
+        header() + event2(one) + bytes(5000),  # the rest of the firmware's buffer
+        header() + event2(one) + b"\xff" * 5000,
+        header() + no_action(b"anything", pcr=0xFFFFFFFF) + event2(one),
+        header() + no_action(b"") + event2(one),
+        header([(11, 32)]) + event2(one, [11]),
+        header([(11, 32), (12, 48)]) + event2(one, [12, 11]),
+        header([(11, 32)]) + event2(one, [4, 12, 11]),  # banks that its header does not name
+    ):
+        found = eventlog.parse(data)
+        assert (found.problem, [event.digest for event in found.events]) == ("", [one.sha256])
+
+
+def test_a_pcr_whose_event_has_no_sha256_digest_is_not_replayed() -> None:
+    data = header() + event2(plain(7, 4, bytes(4))) + event2(plain(4, 4, bytes(4)), [4])
+    found = eventlog.replay(eventlog.parse(data).events)
+    assert 4 not in found and 7 in found
+
+
+def test_a_log_of_sha1_alone_has_a_code_of_its_own() -> None:
+    old = struct.pack("<II20sI", 4, 4, bytes(20), 4) + bytes(4)
+    for data in (old, header([(4, 20)]) + event2(plain(7, 4, b""), [4])):
+        with pytest.raises(Malformed) as caught:
+            eventlog.parse(data)
+        assert caught.value.code == "event-log-sha1" and caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\0" * 31, header()[:40], header([(11, 20)]), header([(11, 32)] * 17), bytes(eventlog.MAX_LOG + 1)],
+    ids=["empty", "short", "cut", "sizes", "banks", "long"],
+)
+def test_what_is_no_log(data: bytes) -> None:
+    with pytest.raises(Malformed):
+        eventlog.parse(data)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        event2(plain(24, 4, b"")),
+        event2(plain(7, 4, b"data"))[:-1],
+        event2(plain(7, 4, b""))[:-4] + b"\xff\xff\xff\xff",
+        struct.pack("<III", 7, 4, 0x7FFFFFFF) + bytes(9) + b"x",
+        struct.pack("<IIIH", 7, 4, 1, 0x99) + bytes(40) + b"x",
+    ],
+    ids=["pcr", "cut", "size", "count", "algorithm"],
+)
+def test_what_comes_before_a_broken_event_is_kept(bad: bytes) -> None:
+    found = eventlog.parse(header() + event2(plain(7, 4, b"good")) + bad)
+    assert len(found.events) == 1 and found.problem.startswith("after 1 events: ")
+
+
+def test_events_beyond_any_reason_are_not_read() -> None:
+    tiny = struct.pack("<IIII", 0, 4, 0, 1) + b"x"
+    found = eventlog.parse(header() + tiny * (eventlog.MAX_EVENTS + 1))
+    assert len(found.events) == eventlog.MAX_EVENTS and "more than" in found.problem
+
+
+# systemd
+
+
+def test_what_systemd_measured_is_read() -> None:
+    found = eventlog.parse_systemd(systemd_log([(11, "phase", "enter-initrd", 1.5), (15, "machine-id", "id", 9)]))
+    assert [(each.pcr, each.time) for each in found] == [(11, 1.5), (15, 9.0)]
+    assert found[0].digest == sha256(b"enter-initrd").digest()
+    assert measured.describe(found[0]).text == "systemd phase: enter-initrd"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"pcr":11}', b'{"pcr":99,"digests":[]}',
+        b'{"pcr":true,"digests":[{"hashAlg":"sha256","digest":"00"}]}', b'{"nv_index":1,"digests":[]}',
+        b'{"pcr":11,"digests":[{"hashAlg":"sha256","digest":"zz"}]}', b"9" * 10_000, b"\xff\xfe",
+        b'{"pcr":11,"digests":[{"hashAlg":"sha1","digest":"00"}],"content":7}', b'{"pcr":11,"digests":7}',
+    ],
+)  # fmt: skip
+def test_records_that_are_none_of_ours_are_left_out(record: bytes) -> None:
+    good = systemd_log([(11, "phase", "ready", 1)])
+    assert len(eventlog.parse_systemd(b"\x1e" + record + b"\n" + good)) == 1
+
+
+# words
+
+
+@pytest.mark.parametrize(
+    "entry,cause,text",
+    [
+        (variable(7, "SecureBoot", b"\1"), "secure-boot", "Secure Boot on"),
+        (variable(7, "SecureBoot", b""), "secure-boot", "Secure Boot off"),
+        (variable(7, "db", signature_list(X509, [certificate("A CA")])), "secure-boot-keys", "db: 1 entry (A CA)"),
+        (variable(7, "dbx", signature_list(SHA256, [bytes(32)] * 3)), "dbx", "dbx: 3 entries"),
+        (variable(7, "dbx", b""), "dbx", "dbx: 0 entries"),
+        (variable(7, "MokList", OWNER + certificate("K"), 0x800000E0), "mok", "MokList: K"),
+        (variable(7, "Shim", certificate("Debian"), 0x800000E0), "signer", "Shim: Debian"),
+        (variable(1, "BootOrder", b"\1\0\x0a\0", 0x80000002), "boot-order", "BootOrder: 0001 000A"),
+        (grub("grub_cmd", "linux /vmlinuz-6 root=x"), "command-line", "command line /vmlinuz-6 root=x"),
+        (grub("kernel_cmdline", "/vmlinuz-6 root=x"), "command-line", "command line /vmlinuz-6 root=x"),
+        (grub("grub_cmd", "set a=b"), "boot-loader-config", "GRUB command set a=b"),
+        (Entry(9, 0x0D, b"", b"/boot/grub/grub.cfg\0"), "boot-loader-config", "GRUB configuration /boot/grub/grub.cfg"),
+        (Entry(9, 0x0D, b"", b"(hd0)/grub/grubenv\0"), "grubenv", "GRUB environment (hd0)/grub/grubenv"),
+        (Entry(9, 0x0D, b"", b"(hd0,gpt2)/x/linux.mod\0"), "boot-loader-files", "file (hd0,gpt2)/x/linux.mod"),
+        (Entry(9, 0x0D, b"", b"(hd0)/initrd.img-6.1\0"), "initrd", "initramfs file (hd0)/initrd.img-6.1"),
+        (Entry(12, 0x0D, b"", " quiet".encode("utf-16-le") + b"\0\0"), "command-line", "command line quiet"),
+        (Entry(12, 0x0D, b"", b"Credentials initrd\0"), "extension", "Credentials initrd"),
+        (tagged(9, 0x8F3B22EC, "Linux initrd", b""), "initrd", "initramfs, as the kernel got it"),
+        (plain(4, 0x80000007, b"Calling EFI Application from Boot Option"), "boot-path", "Calling EFI Application"),
+        (plain(7, 4, b"\1\0\0\0"), "boot-path", "separator: an error"),
+        (plain(7, 0x80000001, b"short"), "other", "event of type 0x80000001"),
+        (plain(0, 0x08, b"x"), "firmware", "firmware version"),
+        (plain(3, 0x12345678, b"x"), "firmware-settings", "event of type 0x12345678"),
+    ],
+)  # fmt: skip
+def test_events_in_words(entry: Entry, cause: str, text: str) -> None:
+    (event,) = eventlog.parse(header() + event2(entry)).events
+    item = measured.describe(event)
+    assert (item.cause, item.text[: len(text)]) == (cause, text)
+
+
+def test_a_terminal_takes_nothing_in_a_text_for_a_command() -> None:
+    hostile = "\x1b[2J\x9b31m\u202ecfg\r\n\0\ud800"
+    item = measured.describe(eventlog.Event(8, 0x0D, bytes(32), f"grub_cmd: {hostile}".encode("utf-8", "replace")))
+    assert item.text.isprintable()
+    assert measured.printable("a" * 9999, 10) == "a" * 10
+    assert measured.printable(measured.printable("a b\t\u00a0 c", 4), 4) == measured.printable("a b\t\u00a0 c", 4)
+
+
+def test_the_subject_of_a_certificate_not_its_issuer() -> None:
+    assert uefi.common_name(certificate("the subject", "the issuer")) == "the subject"
+    assert uefi.common_name(b"\x30\x82\xff") == uefi.common_name(b"") == ""
+
+
+# comparing
+
+
+def items(*texts: str, pcr: int = 8) -> list[Item]:
+    return [
+        Item(pcr, 0x0D, sha256(text.encode()).digest(), "boot-loader-config", f"GRUB command {text}") for text in texts
+    ]
+
+
+@pytest.mark.parametrize(
+    "old,new,expected",
+    [
+        ("a b c", "a b c", []),
+        ("a b c", "a x b c", [(None, "x")]),
+        ("a b c", "a c", [("b", None)]),
+        ("a b c", "a b", [("c", None)]),
+        ("a b", "a b c", [(None, "c")]),
+        ("a a b", "a b", [("a", None)]),
+        ("a b c", "a c b", [("b", "c")]),
+        ("", "a", [(None, "a")]),
+    ],
+)
+def test_what_came_what_went(old: str, new: str, expected: list[tuple[str | None, str | None]]) -> None:
+    found = measured.compare(items(*old.split()), items(*new.split()), [8])
+    words = [tuple(each and each.text.removeprefix("GRUB command ") for each in (d.old, d.new)) for d in found]
+    assert words == expected
+
+
+def test_the_first_difference_in_the_log_comes_first_whatever_its_pcr() -> None:
+    now = [*items("x", pcr=9), *items("y", pcr=4)]
+    assert [each.pcr for each in measured.compare([], now, [4, 9])] == [9, 4]
+
+
+def test_pairs_are_about_the_same_thing() -> None:
+    old, new = items("set a=1", "menuentry A { old }", "set c=1"), items("menuentry B { new }", "set b=2", "set c=2")
+    pairs = [(d.old.text, d.new.text) for d in measured.compare(old, new, [8]) if d.old and d.new]
+    assert pairs == [
+        ("GRUB command menuentry A { old }", "GRUB command menuentry B { new }"),
+        ("GRUB command set c=1", "GRUB command set c=2"),
+    ]
+
+
+# the baseline
+
+
+def baseline(kind: str) -> Baseline:
+    found = eventlog.parse(Boot(kind).log())
+    kept = tuple(map(measured.describe, found.events))
+    return Baseline("6.12.1", "root=x", Chip("00" * 34, ""), eventlog.replay(found.events), kept)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_baseline_is_read_as_it_was_written(kind: str) -> None:
+    assert Baseline.decode(baseline(kind).encode()) == baseline(kind)
+
+
+def test_a_baseline_of_the_first_format_still_explains() -> None:
+    """The file is what version 1 wrote on the first of the two real boots."""
+    kept = Baseline.decode((DATA / "baseline-1.json").read_bytes())
+    now = real("direct-1")
+    items = measured.with_command_line(map(measured.describe, eventlog.parse(now.log).events), now.cmdline)
+    (found,) = measured.compare(kept.items, items, kept.pcrs)
+    assert found.cause == "command-line" and found.old and found.old.text == f"command line {kept.cmdline}"
+    assert kept.pcrs[9] == real("direct-0").pcrs[9] and 10 not in kept.pcrs and kept.chip.srk and kept.chip.identity
+
+
+@pytest.mark.parametrize("field", ["kernel", "cmdline", "chip", "pcrs", "events", "version"])
+@pytest.mark.parametrize("value", [None, 7, "\x1b[2J", [[]], {"99": ""}, {"4": "00"}, [[8, 13, "00", "kernel", "x"]]])
+def test_a_baseline_with_another_field_is_malformed(field: str, value: object) -> None:
+    fields = json.loads(baseline("direct").encode()) | {field: value}
+    with pytest.raises(Malformed):
+        Baseline.decode(json.dumps(fields).encode())
+
+
+# hostile input
+
+
+def fuzz(seed: int, cases: int) -> None:
+    """Mutated logs through everything that reads them: no exception but Malformed, and no text that is no line."""
+    dice = random.Random(seed)
+    seeds = [*(Boot(kind).log() for kind in KINDS), real("direct-0").log]
+    kept = [baseline(kind).encode() for kind in KINDS]
+    systemd = systemd_log([(11, "phase", "ready", 1.0)] * 3)
+    before = Baseline.decode(kept[0])
+    for _ in range(cases):
+        data = mutated(dice, dice.choice(seeds))
+        later = eventlog.parse_systemd(mutated(dice, systemd))
+        try:
+            found = eventlog.parse(data)
+        except Malformed:
+            found = None
+        if found:
+            reached = eventlog.replay(found.events, found.locality)
+            believed = measured.believed(found, later, reached)
+            assert believed.keys() == reached.keys()
+            now = tuple(measured.describe(event) for event in (*found.events, *later) if event.digest)
+            assert all(item.text == measured.printable(item.text, measured.TEXT_MAX) for item in now)
+            measured.compare(before.items, now, range(eventlog.PCRS))
+            again = before._replace(items=now, pcrs=reached)
+            assert Baseline.decode(again.encode()) == again
+        try:
+            Baseline.decode(mutated(dice, dice.choice(kept)))
+        except Malformed:
+            pass
+
+
+def mutated(dice: random.Random, data: bytes) -> bytes:
+    """Some bytes changed, cut, doubled, moved; a length field often, as those do the most harm."""
+    work = bytearray(data)
+    for _ in range(dice.choice((1, 1, 2, 4, 16))):
+        at = dice.randrange(len(work) + 1)
+        match dice.randrange(7):
+            case 0 if work:
+                work[at % len(work)] ^= 1 << dice.randrange(8)
+            case 1:
+                work[at : at + 4] = struct.pack("<I", dice.choice((0, 1, 0x7FFFFFFF, 0xFFFFFFFF, dice.getrandbits(32))))
+            case 2:
+                del work[at:]
+            case 3:
+                del work[at : at + dice.randrange(64)]
+            case 4:
+                work[at:at] = work[at : at + dice.randrange(256)] * dice.choice((1, 2, 8))
+            case 5:
+                work[at:at] = dice.randbytes(dice.randrange(32))
+            case 6:
+                work[at : at + 8] = struct.pack("<Q", dice.choice((0, 1 << 63, (1 << 64) - 1, len(work))))
+    return bytes(work)
+
+
+CHILD = """
+import resource, sys
+sys.path[:0] = {path!r}
+import test_eventlog
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), used + (64 << 20)))
+resource.setrlimit(resource.RLIMIT_CPU, ({cpu}, {cpu}))
+from test_eventlog import *
+{call}
+"""
+
+
+def bounded(call: str, cpu: int) -> None:
+    """In a child with 64 MiB on top of what its imports take, and `cpu` seconds."""
+    here = Path(__file__).parent
+    code = CHILD.format(path=[str(here), str(here.parent)], call=call, cpu=cpu)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_5000_mutated_logs_neither_crash_nor_hang() -> None:
+    bounded("fuzz(seed=20, cases=5000)", cpu=240)
+
+
+def worst() -> None:
+    """The largest logs that are accepted, of the kinds that cost the most."""
+    room = eventlog.MAX_LOG - len(header())
+    tiny = event2(plain(8, 0x0D, b""))
+    certificates = [certificate("x" * 20)] * 20_000
+
+    def bodies() -> Iterator[bytes]:
+        yield tiny * (room // len(tiny))
+        yield b"".join(event2(grub("grub_cmd", f"set x={at}")) for at in range(eventlog.MAX_EVENTS))
+        yield event2(variable(7, "dbx", signature_list(SHA256, [bytes(32)] * 90_000)))
+        yield event2(variable(7, "db", signature_list(X509, certificates)))
+        yield event2(Entry(8, 0x0D, b"", b"\n" * (room - 200)))
+        yield event2(Entry(9, 0x0D, b"", b"x" * (room - 200)))
+        yield event2(Entry(9, 0x0D, b"", b"x\0" * (room // 2 - 200)))
+
+    for body in bodies():
+        found = eventlog.parse((header() + body)[: eventlog.MAX_LOG])
+        now = tuple(map(measured.describe, found.events))
+        measured.compare(now[::2], now[1::2], [7, 8, 9])
+        measured.compare(now, now[::-1], [7, 8, 9])
+        measured.believed(found, (), eventlog.replay(found.events))
+
+
+def test_the_largest_logs_take_bounded_memory_and_time() -> None:
+    bounded("worst()", cpu=60)
+
+
+def test_the_bound_is_one() -> None:
+    with pytest.raises(AssertionError):
+        bounded("mutated(random.Random(0), bytes(80 << 20))", cpu=60)
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+
+
+PROPERTIES = (Property("event logs", 0, lambda _: None, lambda _, dice: not fuzz(dice.randrange(1 << 32), 20)),)
+"""For `make soak`: each case is twenty; `make test` runs its own above."""

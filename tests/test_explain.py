@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A host boots well, then something changes, and the TPM refuses: `explain` names it. On a software TPM."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from eventlogs import Boot, systemd_log
+from tpmfixture import Swtpm
+
+from unlock import explain, measured, policy, report, slots, thisboot
+from unlock.errors import Malformed, UnlockError
+from unlock.explain import Explanation
+from unlock.measured import Baseline
+from unlock.paths import Paths
+from unlock.secret import Secret
+
+MEASURED_BY = {"grub": (4, 7, 8, 9, 14), "uki": (4, 7, 11, 12), "direct": (4, 7, 9)}
+HOST = b"h" * 16
+
+
+class Host:
+    """A TPM and what of a running system `explain` reads."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.chip = Swtpm(home / "tpm")
+        self.chip.start()
+
+    def boot(self, boot: Boot, *, before: dict[int, bytes] | None = None, log: bool = True) -> str:
+        """Power on, firmware, boot loader, kernel, early boot. The verdict."""
+        self.chip.power_cycle()
+        shutil.rmtree(self.home / "root/run", ignore_errors=True)
+        self.files(boot, log)
+        self.extend([(entry.pcr, entry.sha256) for entry in boot.entries()])
+        self.extend(list((before or {}).items()))
+        return self.early()
+
+    def kexec(self) -> str:
+        """Another kernel, the same TPM session."""
+        shutil.rmtree(self.home / "root/run")
+        self.write("proc/sys/kernel/bootloader_type", b"208\n")
+        return self.early()
+
+    def early(self) -> str:
+        """As unlock.boot does it."""
+        record = report.Report("early-boot")
+        with self.chip.open() as tpm:
+            before = tpm.read_pcrs([policy.CAP_PCR])[policy.CAP_PCR].hex()
+            try:
+                slots.unseal(tpm).payload.key.wipe()
+                record.judge("unsealed")
+            except UnlockError as error:
+                record.facts = {"cap_pcr_before": before}
+                record.judge(error.code, str(error))
+            tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+        (self.home / "root/run/unlock").mkdir(parents=True)
+        thisboot.write_report(self.paths, record, "report.json")
+        return record.verdict
+
+    def enroll(self, boot: Boot, pcrs: tuple[int, ...] = ()) -> None:
+        self.boot(boot)
+        selection = policy.select(pcrs or MEASURED_BY[boot.kind])
+        with self.chip.open() as tpm, Secret.random(32) as key:
+            branch = policy.branch(selection, tpm.read_pcrs(selection))
+            slots.persist(tpm, HOST, selection, (branch,), policy.Payload(key))
+
+    def extend(self, pairs: list[tuple[int, bytes]]) -> None:
+        with self.chip.open() as tpm:
+            for pcr, digest in pairs:
+                tpm.extend(pcr, digest)
+
+    def systemd(self, *events: tuple[int, str, str, float]) -> None:
+        self.extend([(pcr, sha256(text.encode()).digest()) for pcr, _, text, _ in events])
+        self.write("run/log/systemd/tpm2-measure.log", systemd_log(events))
+
+    def files(self, boot: Boot, log: bool) -> None:
+        self.write("proc/cmdline", boot.full_cmdline().encode() + b"\n")
+        self.write("proc/sys/kernel/bootloader_type", b"114\n")
+        self.write("sys/kernel/security/tpm0/binary_bios_measurements", boot.log() if log else b"")
+
+    def write(self, name: str, data: bytes) -> None:
+        path = self.home / "root" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    @property
+    def paths(self) -> Paths:
+        return Paths(str(self.home / "root"))
+
+    def keep(self) -> Baseline | None:
+        return explain.keep_baseline(self.paths, self.chip.tcti)
+
+    def explain(self) -> Explanation:
+        found = explain.judge(explain.gather(self.paths, self.chip.tcti))
+        assert json.loads(json.dumps(explain.fields(found)))["summary"] == found.summary
+        assert all(line.isprintable() for line in explain.text(found).splitlines())
+        return found
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    host = Host(tmp_path)
+    yield host
+    host.chip.kill()
+    host.chip.proxy.close()
+
+
+def good(host: Host, boot: Boot) -> None:
+    host.enroll(boot)
+    assert host.boot(boot) == "unsealed"
+    assert host.keep()
+    assert host.explain().causes == ()
+
+
+STORIES = [
+    # how it boots, what changed, the first cause, its PCR, what the person sees of old and new
+    ("direct", {"kernel": "another"}, "kernel", 4, ("", "")),
+    ("direct", {"initrd": "another"}, "initrd", 9, ("", "")),
+    ("direct", {"cmdline": "root=/dev/mapper/root ro init=/bin/sh"}, "command-line", 9, ("quiet", "init=/bin/sh")),
+    ("grub", {"kernel": "another"}, "kernel", 9, ("vmlinuz-6.12.1", "vmlinuz-6.12.1")),
+    ("grub", {"initrd": "another"}, "initrd", 9, ("initrd.img-6.12.1", "")),
+    ("grub", {"menu": "set timeout=5\nset debug=all"}, "boot-loader-config", 9, ("grub.cfg", "grub.cfg")),
+    ("grub", {"loader": "grub 2.12-2"}, "boot-loader", 4, ("grubx64.efi", "grubx64.efi")),
+    ("grub", {"shim": "shim 16"}, "boot-loader", 4, ("shimx64.efi", "shimx64.efi")),
+    ("grub", {"secure_boot": False}, "secure-boot", 7, ("Secure Boot on", "Secure Boot off")),
+    ("grub", {"dbx": 230}, "dbx", 7, ("200 entries", "230 entries")),
+    ("grub", {"mok": ("Debian Secure Boot CA", "DKMS key")}, "mok", 14, ("MokList", "MokList")),
+    ("grub", {"signer": "Microsoft UEFI CA 2023"}, "secure-boot-keys", 7, ("CA 2011", "CA 2023")),
+    ("uki", {"kernel": "another"}, "uki", 4, ("debian.efi", "debian.efi")),
+    ("uki", {"cmdline": "quiet init=/bin/sh"}, "uki", 4, ("debian.efi", "debian.efi")),
+    ("uki", {"secure_boot": False}, "secure-boot", 7, ("on", "off")),
+]
+
+
+@pytest.mark.parametrize("kind,change,code,pcr,words", STORIES, ids=[f"{s[0]}-{next(iter(s[1]))}" for s in STORIES])
+def test_the_first_event_that_changed_is_named(
+    host: Host, kind: str, change: dict[str, object], code: str, pcr: int, words: tuple[str, str]
+) -> None:
+    boot = Boot(kind)
+    good(host, boot)
+    assert host.boot(boot._replace(**change)) == "pcr-mismatch"  # type: ignore[arg-type]
+    found = host.explain()
+    first = found.causes[0]
+    assert (first.code, first.pcr) == (code, pcr), explain.text(found)
+    assert words[0] in first.old and words[1] in first.new
+    assert first.usually and first.do
+    assert found.pcrs[pcr] == "changed"
+    assert found.notes == ()
+    assert host.boot(boot) == "unsealed"
+
+
+def test_a_kernel_update_under_grub_shows_all_that_came_with_it(host: Host) -> None:
+    boot = Boot("grub")
+    good(host, boot)
+    host.boot(boot._replace(version="6.12.2"))
+    found = host.explain()
+    codes = [cause.code for cause in found.causes]
+    assert codes[0] == "boot-loader-config" and {"kernel", "initrd"} <= set(codes)
+    assert found.causes[0].usually.startswith("a kernel update")
+    assert "the kernel" in found.summary
+    assert any("6.12.1" in cause.old and "6.12.2" in cause.new for cause in found.causes)
+    assert "command-line" not in codes
+    told = explain.text(found)
+    assert told.count("\n   usually ") == len({(each.code, each.pcr) for each in found.causes}) < len(codes)
+    assert "more such event" in told and "image that a boot loader handed on: the kernel (SHA-256 " in told
+    assert found.pcrs == {4: "changed", 7: "same", 8: "changed", 9: "changed", 14: "same"}
+
+
+def test_a_line_edited_in_the_boot_menu_is_not_taken_for_a_changed_configuration(host: Host) -> None:
+    good(host, Boot("direct"))
+    host.boot(Boot("direct", cmdline="root=/dev/mapper/root ro quiet break=bottom"))
+    (cause,) = host.explain().causes
+    assert cause.code == "command-line" and cause.new.endswith("break=bottom")
+
+
+def test_a_section_of_a_unified_kernel_image_is_named(host: Host) -> None:
+    good(host, Boot("uki"))
+    host.boot(Boot("uki", initrd="another"))
+    found = host.explain()
+    assert [(each.code, each.pcr) for each in found.causes] == [("uki", 4), ("initrd", 11)]
+
+
+@pytest.mark.parametrize("pcr", [7, 9, 12])
+def test_a_pcr_extended_by_hand(host: Host, pcr: int) -> None:
+    boot = Boot("uki" if pcr == 12 else "grub")
+    good(host, boot)
+    assert host.boot(boot, before={pcr: b"x" * 32}) == "pcr-mismatch"
+    found = host.explain()
+    assert [(each.code, each.pcr) for each in found.causes] == [("pcr-extended", pcr)]
+    assert f"PCR {pcr} was extended by something that is not in the event log" in found.summary
+
+
+def test_a_pcr_extended_by_hand_is_found_without_a_baseline(host: Host) -> None:
+    """As in the recovery shell: the policy record tells that the log alone would have been right."""
+    boot = Boot("grub")
+    good(host, boot)
+    (host.home / "root/var/lib/unlock/baseline.json").unlink()
+    host.boot(boot, before={8: b"x" * 32})
+    found = host.explain()
+    assert [(each.code, each.pcr) for each in found.causes] == [("pcr-extended", 8)]
+
+
+def test_the_cap_pcr_extended_by_hand(host: Host) -> None:
+    good(host, Boot("grub"))
+    assert host.boot(Boot("grub"), before={policy.CAP_PCR: b"x" * 32}) == "pcr-mismatch"
+    assert [each.code for each in host.explain().causes] == ["cap-pcr-extended"]
+
+
+def test_kexec(host: Host) -> None:
+    good(host, Boot("grub"))
+    host.systemd((15, "machine-id", "machine-id:1234", 20.0), (11, "phase", "ready", 30.0))
+    assert host.kexec() == "pcr-mismatch"
+    found = host.explain()
+    assert [each.code for each in found.causes] == ["kexec"]
+    assert found.causes[0].do == "reboot, not kexec"
+
+
+def test_kexec_where_the_architecture_does_not_tell(host: Host) -> None:
+    good(host, Boot("grub"))
+    host.kexec()
+    host.write("proc/sys/kernel/bootloader_type", b"")
+    assert [each.code for each in host.explain().causes] == ["cap-pcr-extended"]
+
+
+def clear(chip: Swtpm) -> None:
+    """TPM2_Clear, with the empty lockout authorization."""
+    with chip.open() as tpm:
+        tpm._send("Clear", 0x10A, 0xFF, 0xFFF, 0xFFF)
+
+
+def test_the_tpm_was_cleared(host: Host) -> None:
+    good(host, Boot("grub"))
+    clear(host.chip)
+    assert host.boot(Boot("grub")) == "no-slot"
+    assert [each.code for each in host.explain().causes] == ["tpm-cleared"]
+    with host.chip.open() as tpm:
+        tpm.srk()  # as systemd makes one at each boot
+    assert [each.code for each in host.explain().causes] == ["tpm-cleared"]
+    (host.home / "root/var/lib/unlock/baseline.json").unlink()
+    clear(host.chip)
+    assert [each.code for each in host.explain().causes] == ["tpm-cleared-or-replaced"]
+
+
+def test_the_tpm_was_replaced(host: Host, tmp_path: Path) -> None:
+    good(host, Boot("grub"))
+    host.chip.kill()
+    host.chip.state = tmp_path / "another"
+    host.chip.state.mkdir()
+    host.chip.start()
+    assert host.boot(Boot("grub")) == "no-slot"
+    assert [each.code for each in host.explain().causes] == ["tpm-replaced"]
+
+
+def test_the_slot_is_gone(host: Host) -> None:
+    good(host, Boot("grub"))
+    with host.chip.open() as tpm:
+        slots.remove(tpm)
+    assert host.boot(Boot("grub")) == "no-slot"
+    assert [each.code for each in host.explain().causes] == ["slot-gone"]
+
+
+def test_the_storage_root_key_is_gone(host: Host) -> None:
+    good(host, Boot("grub"))
+    with host.chip.open() as tpm:
+        tpm._keep(tpm._find(policy.SRK), policy.SRK, None)
+    assert host.boot(Boot("grub")) == "tampered"
+    assert [each.code for each in host.explain().causes] == ["srk-changed"]
+
+
+def test_the_tpm_is_locked_out(host: Host) -> None:
+    good(host, Boot("grub"))
+    with host.chip.open() as tpm:  # as after wrong passwords: none is allowed, one is forgotten in 1000 s
+        tpm._send("DictionaryAttackParameters", 0x10A, 0xFF, 0xFFF, 0xFFF, 0, 1000, 1000)
+    record = report.Report("early-boot")
+    record.judge("tpm-failed", "TPM2_Unseal failed: 0x921")
+    thisboot.write_report(host.paths, record, "report.json")
+    found = host.explain()
+    assert [each.code for each in found.causes] == ["tpm-lockout"]
+    assert "every 1000 s" in found.notes[0]
+
+
+def test_it_leaves_nothing_in_the_tpm(host: Host) -> None:
+    good(host, Boot("grub"))
+    assert [host.chip.handles(kind) for kind in (0x02000000, 0x03000000, 0x80000000)] == [(), (), ()]
+
+
+def test_there_is_no_tpm(host: Host) -> None:
+    good(host, Boot("grub"))
+    record = report.Report("early-boot")
+    record.judge("no-tpm")
+    thisboot.write_report(host.paths, record, "report.json")
+    host.chip.kill()
+    host.chip.proxy.close()
+    assert [each.code for each in host.explain().causes] == ["no-tpm"]
+
+
+def test_the_boot_loader_passed_no_event_log(host: Host) -> None:
+    boot = Boot("grub")
+    host.enroll(boot)
+    assert host.boot(boot, log=False) == "unsealed"
+    kept = host.keep()
+    assert kept and not kept.items and kept.pcrs[8] != bytes(32)
+    host.boot(boot._replace(menu="set timeout=0"), log=False)
+    found = host.explain()
+    assert [(each.code, each.pcr) for each in found.causes] == [("pcr-changed", 8), ("pcr-changed", 9)]
+    assert "no event log (GRUB before 2.12" in found.notes[0]
+    host.boot(boot._replace(menu="set timeout=0"))  # a newer GRUB passes one; the baseline has values alone
+    assert [(each.code, each.pcr) for each in host.explain().causes] == [("pcr-changed", 8), ("pcr-changed", 9)]
+
+
+def test_the_baseline_is_found_on_the_root_that_a_recovery_key_opened(host: Host) -> None:
+    """In the initramfs, where the root file system is at /root."""
+    good(host, Boot("direct"))
+    root = host.home / "root"
+    (root / "root/var/lib").mkdir(parents=True)
+    (root / "var/lib/unlock").rename(root / "root/var/lib/unlock")
+    host.boot(Boot("direct", initrd="another"))
+    assert [each.code for each in host.explain().causes] == ["initrd"]
+
+
+def test_without_a_good_boot_it_says_so(host: Host) -> None:
+    host.enroll(Boot("grub"))
+    host.boot(Boot("grub", kernel="another"))
+    found = host.explain()
+    assert found.causes == () and found.summary == "what differs from the last good boot cannot be told"
+    assert "no record of a good boot" in found.notes[0]
+
+
+def test_a_log_that_was_tampered_with_is_not_believed(host: Host) -> None:
+    good(host, Boot("grub"))
+    host.boot(Boot("grub", kernel="another", cmdline="init=/bin/sh"))
+    host.write("sys/kernel/security/tpm0/binary_bios_measurements", Boot("grub", menu="set x=1").log())
+    found = host.explain()
+    assert {each.code for each in found.causes} == {"log-mismatch", "pcr-extended"}
+    assert found.pcrs[9] == found.pcrs[8] == "unexplained"
+
+
+def test_a_baseline_is_kept_by_pcr_and_only_after_a_good_boot(host: Host) -> None:
+    boot = Boot("grub")
+    host.enroll(boot)
+    assert host.boot(boot._replace(kernel="another")) == "pcr-mismatch"
+    assert host.keep() is None and not (host.home / "root/var/lib/unlock/baseline.json").exists()
+    assert host.boot(boot) == "unsealed"
+    host.extend([(5, b"x" * 32)])  # not in the log: this PCR is not believed
+    kept = host.keep()
+    assert kept and 5 not in kept.pcrs and {4, 7, 8, 9, 14} <= kept.pcrs.keys()
+    before = (host.home / "root/var/lib/unlock/baseline.json").stat()
+    assert host.keep() == kept
+    assert (host.home / "root/var/lib/unlock/baseline.json").stat().st_ino == before.st_ino  # not written again
+
+
+def test_what_systemd_measured_after_the_unseal_is_no_difference(host: Host) -> None:
+    boot = Boot("uki")
+    host.enroll(boot)
+    assert host.boot(boot) == "unsealed"
+    late = 1e9
+    machine = (15, "machine-id", "machine-id:12", late)
+    host.systemd((11, "phase", "sysinit", late), machine, (11, "phase", "ready", late))
+    kept = host.keep()
+    assert kept and 11 in kept.pcrs and 15 in kept.pcrs
+    assert not any(item.cause == "systemd" for item in kept.items)
+    host.boot(boot._replace(initrd="another"))
+    host.systemd((11, "phase", "sysinit", late))
+    assert [each.pcr for each in host.explain().causes] == [4, 11]
+
+
+def test_what_systemd_measures_while_the_log_is_read(host: Host) -> None:
+    boot = Boot("uki")
+    host.enroll(boot)
+    assert host.boot(boot) == "unsealed"
+    host.systemd((11, "phase", "sysinit", 1e9), (15, "machine-id", "machine-id:12", 1e9))
+    more = systemd_log([(11, "phase", "ready", 1e9), (15, "file-system", "file-system:/", 1e9)])
+    log = host.home / "root/run/log/systemd/tpm2-measure.log"
+    log.write_bytes(log.read_bytes() + more)  # extended after the PCRs were read
+    kept = host.keep()
+    assert kept and {11, 15} <= kept.pcrs.keys()
+
+
+def test_ima_in_the_policy(host: Host) -> None:
+    """It has a log of its own, and differs from boot to boot."""
+    host.enroll(Boot("direct"), (4, 10))
+    assert host.boot(Boot("direct")) == "unsealed"
+    host.keep()
+    assert host.boot(Boot("direct"), before={10: b"boot_aggregate".ljust(32)}) == "pcr-mismatch"
+    assert [(each.code, each.pcr) for each in host.explain().causes] == [("ima", 10)]
+
+
+def test_phases_that_systemd_252_does_not_log(host: Host) -> None:
+    boot = Boot("uki")
+    host.enroll(boot)
+    assert host.boot(boot) == "unsealed"
+    host.extend([(11, sha256(b"sysinit").digest()), (11, sha256(b"ready").digest())])
+    kept = host.keep()
+    assert kept and 11 in kept.pcrs and not any(item.cause == "systemd" for item in kept.items)
+
+
+def test_a_damaged_baseline_is_told_and_nothing_fails(host: Host) -> None:
+    good(host, Boot("grub"))
+    host.write("var/lib/unlock/baseline.json", b'{"version":1')
+    host.boot(Boot("grub", kernel="another"))
+    found = host.explain()
+    assert "baseline" in found.notes[0] and found.causes == ()
+
+
+def test_a_later_format_of_the_baseline_is_told_from_a_broken_one() -> None:
+    with pytest.raises(Malformed) as caught:
+        Baseline.decode(b'{"version":2,"more":[]}')
+    assert caught.value.code == "newer-format"
+
+
+def test_every_cause_has_words() -> None:
+    assert explain.USUAL.keys() == explain.TITLES.keys() >= measured.CAUSES.keys()
+
+
+def test_long_texts_are_shown_where_they_differ() -> None:
+    head, tail = "a b " * 200, " d" * 200
+    old, new = explain.excerpts(head + "old" + tail, head + "new" + tail)
+    assert "old" in old and "new" in new and len(old) < 200 and old.startswith("… ") and old.endswith("…")
+    assert explain.excerpts("short", "text") == ("short", "text")

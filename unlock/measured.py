@@ -1,0 +1,530 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was measured, in words, and how one boot differs from another.
+
+    Event ──describe──> Item: what a person calls it, and a stable code of what it stands for
+    Items of the last good boot, Items of this one ──compare──> Differences, the first event first
+    Baseline: the Items of a good boot, as a file
+
+Everything here is pure; the texts come from a log that anybody may have written, and are made printable.
+"""
+
+import json
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+from . import eventlog, policy, uefi
+from .errors import Malformed, NewerFormat
+from .eventlog import Event, Log
+
+CAUSES = {
+    "firmware": "the firmware",
+    "firmware-settings": "a setting of the firmware",
+    "option-rom": "the firmware of a device",
+    "boot-order": "the firmware's boot order",
+    "boot-path": "the way in which the firmware came to the boot loader",
+    "partition-table": "a partition table",
+    "secure-boot": "the Secure Boot mode",
+    "secure-boot-keys": "the Secure Boot keys",
+    "dbx": "the Secure Boot revocation list (dbx)",
+    "signer": "the certificate that a boot program was accepted by",
+    "sbat": "shim's revocation level (SBAT)",
+    "mok": "the Machine Owner Keys (MOK) of shim",
+    "boot-loader": "the boot loader",
+    "boot-loader-files": "a file of the boot loader",
+    "boot-loader-config": "the boot loader's configuration",
+    "grubenv": "GRUB's environment (grubenv)",
+    "kernel": "the kernel",
+    "initrd": "the initramfs",
+    "command-line": "the kernel command line",
+    "uki": "a section of the unified kernel image",
+    "extension": "a credential, add-on or extension image beside the kernel",
+    "ima": "what IMA measured",
+    "systemd": "what systemd measured",
+    "other": "something else",
+}
+"""What an event stands for. The codes are an interface for scripts; they never change meaning."""
+
+TEXT_MAX = 4096
+"""Characters of one text that are kept: GRUB logs whole menu entries."""
+BASELINE_MAX = 2 << 20
+"""Bytes."""
+_VERSION = 1
+_ON = b"\x01"
+_SEPARATORS = (b"\0\0\0\0", b"\xff\xff\xff\xff")
+_PHASES = ("enter-initrd", "leave-initrd", "sysinit", "ready")
+
+
+class Item(NamedTuple):
+    """One event, reduced to what is worth keeping."""
+
+    pcr: int
+    kind: int
+    digest: bytes
+    cause: str
+    """A key of CAUSES."""
+    text: str
+
+
+# Words ------------------------------------------------------------------------------------------------------
+
+
+def describe(event: Event) -> Item:
+    """Never fails: what is not of the documented form gets a plain name."""
+    try:
+        cause, text = _describe(event)
+    except Malformed:
+        cause, text = "other", f"event of type {event.kind:#x}"
+    return Item(event.pcr, event.kind, event.digest or b"", cause, printable(text, TEXT_MAX))
+
+
+def printable(text: str, limit: int) -> str:
+    """One line that no terminal takes for a command."""
+    line = " ".join(text[: 4 * limit].split())
+    return "".join(each if each.isprintable() else "?" for each in line)[:limit].rstrip()
+
+
+def _describe(event: Event) -> tuple[str, str]:
+    kind, pcr = event.kind, event.pcr
+    if kind == eventlog.SYSTEMD:
+        return _systemd(event.data)
+    if kind in (eventlog.EFI_VARIABLE_DRIVER_CONFIG, eventlog.EFI_VARIABLE_BOOT, eventlog.EFI_VARIABLE_BOOT2):
+        return _variable(event)
+    if kind == eventlog.EFI_VARIABLE_AUTHORITY:
+        return _authority(event)
+    if kind == eventlog.EFI_APPLICATION:
+        return _program(uefi.image_path(event.data))
+    if kind in (eventlog.EFI_BOOT_DRIVER, eventlog.EFI_RUNTIME_DRIVER):
+        path = uefi.image_path(event.data)
+        return ("option-rom" if pcr == 2 else "firmware"), f"driver {path}".rstrip()
+    if kind == eventlog.IPL:
+        return _loader(event)
+    if kind == eventlog.EVENT_TAG:
+        return _tagged(event)
+    if kind == eventlog.SEPARATOR:
+        wrong = event.data not in _SEPARATORS
+        return "boot-path", "separator: an error of the firmware" if wrong else "separator"
+    if kind in (eventlog.ACTION, eventlog.EFI_ACTION):
+        return ("secure-boot" if pcr == 7 else "boot-path"), _text(event.data)
+    if kind == eventlog.EFI_GPT:
+        return "partition-table", "partition table of the boot disk"
+    return _FIRMWARE.get(kind, (_BY_PCR.get(pcr, "other"), f"event of type {kind:#x}"))
+
+
+_BY_PCR = {0: "firmware", 1: "firmware-settings", 2: "option-rom", 3: "firmware-settings", 6: "firmware"}
+
+_FIRMWARE = {
+    0x00: ("firmware", "firmware, before its code"),
+    0x01: ("firmware", "firmware code (POST)"),
+    0x07: ("firmware", "firmware root of trust"),
+    0x08: ("firmware", "firmware version"),
+    0x09: ("firmware", "CPU microcode"),
+    0x0A: ("firmware-settings", "platform configuration"),
+    0x0B: ("firmware-settings", "table of devices"),
+    0x0C: ("firmware", "firmware, compact hash"),
+    0x0F: ("option-rom", "code of another processor"),
+    0x10: ("firmware-settings", "settings of another processor"),
+    0x11: ("firmware", "information about another processor"),
+    0x12: ("boot-path", "boot devices left out"),
+    0x13: ("firmware", "firmware code (POST)"),
+    0x80000008: ("firmware", "firmware volume"),
+    0x80000009: ("firmware-settings", "firmware tables (SMBIOS)"),
+    0x8000000A: ("firmware", "firmware volume"),
+    0x8000000B: ("firmware-settings", "firmware tables"),
+    0x8000000D: ("partition-table", "partition table of the boot disk"),
+    0x80000010: ("firmware", "hardware root of trust"),
+    0x800000E1: ("option-rom", "firmware of a device (SPDM)"),
+    0x800000E2: ("option-rom", "settings of a device (SPDM)"),
+    0x800000E3: ("option-rom", "policy for devices (SPDM)"),
+    0x800000E4: ("option-rom", "identity of a device (SPDM)"),
+}
+
+
+def _variable(event: Event) -> tuple[str, str]:
+    name, data = uefi.variable(event.data)
+    if name in ("SecureBoot", "AuditMode", "DeployedMode", "SetupMode"):
+        title = "Secure Boot" if name == "SecureBoot" else name
+        return "secure-boot", f"{title} {'on' if data[:1] == _ON else 'off'}"
+    if name in ("PK", "KEK", "db", "dbx", "dbt", "dbr"):
+        found = uefi.signatures(data)
+        many = f"{found.entries} entr{'y' if found.entries == 1 else 'ies'}"
+        named = f" ({'; '.join(each or 'no name' for each in found.names)})" if found.names else ""
+        return ("dbx" if name == "dbx" else "secure-boot-keys"), f"{name}: {many}{named}"
+    if name == "BootOrder":
+        numbers = (f"{data[at + 1]:02X}{data[at]:02X}" for at in range(0, len(data) & ~1, 2))
+        return "boot-order", f"BootOrder: {' '.join(numbers)}"
+    if re.fullmatch("Boot[0-9A-F]{4}", name):
+        return "boot-order", f"{name}: {uefi.load_option(data)}"
+    return ("secure-boot-keys" if event.pcr == 7 else "firmware-settings"), f"UEFI variable {name}"
+
+
+def _authority(event: Event) -> tuple[str, str]:
+    name, data = uefi.variable(event.data)
+    if name == "SbatLevel":
+        return "sbat", f"SbatLevel: {_text(data)}"
+    if name.startswith("Mok") and name != "MokList":
+        return "mok", name
+    who = uefi.signer(data)
+    return ("mok" if name == "MokList" else "signer"), f"{name}: {who or 'a hash'}"
+
+
+def _program(path: str) -> tuple[str, str]:
+    """An EFI program, by its file's name: nothing else in the log says what it is."""
+    file = path.replace("/", "\\").rpartition("\\")[2].lower()
+    if "\\efi\\linux\\" in path.lower():
+        return "uki", f"unified kernel image {path}"
+    if _is_kernel(file):
+        return "kernel", f"kernel image {path}"
+    if not path or path == "memory":
+        return "kernel", "image that a boot loader handed on: the kernel"
+    if path.startswith(("firmware file", "PCI device")):
+        return "firmware", f"EFI program from {path}"
+    return "boot-loader", f"EFI program {path}"
+
+
+def _is_kernel(file: str) -> bool:
+    return bool(re.match(r"(vmlinu|bzimage|kernel|linux|image)", file)) and not file.endswith((".cfg", ".mod", ".conf"))
+
+
+def _is_initrd(file: str) -> bool:
+    return bool(re.match(r"(initrd|initramfs|ramdisk|booster)", file)) or file.endswith(("-ucode.img", "-ucode.cpio"))
+
+
+def _loader(event: Event) -> tuple[str, str]:
+    text = _text(event.data)
+    if event.pcr == 11 and text.startswith("."):
+        name = event.digest == sha256(event.data).digest()
+        return _SECTIONS.get(text, "uki"), f"section {text}{', its name' if name else ''}"
+    if event.pcr == 14 or text.startswith("Mok"):
+        return "mok", text
+    for prefix in ("kernel_cmdline", "grub_kernel_cmdline"):
+        if text.startswith(prefix):
+            return "command-line", f"command line {text[len(prefix) :].lstrip(': ')}"
+    for prefix in ("grub_cmd", "module_cmdline"):
+        if text.startswith(prefix):
+            return _command(text[len(prefix) :].lstrip(": "))
+    if event.pcr == 12:
+        return ("extension", text) if _EXTENSION.search(text) else ("command-line", f"command line {text}")
+    if event.pcr == 13:
+        return "extension", text
+    if event.pcr in (8, 9) and text:
+        return _file(text)
+    return ("boot-loader" if event.pcr in (4, 5) else "other"), text or "nothing said"
+
+
+_EXTENSION = re.compile(r"credential|extension|initrd", re.IGNORECASE)
+
+_SECTIONS = {
+    ".linux": "kernel",
+    ".uname": "kernel",
+    ".osrel": "kernel",
+    ".initrd": "initrd",
+    ".cmdline": "command-line",
+}
+
+
+def _command(line: str) -> tuple[str, str]:
+    word, _, rest = line.partition(" ")
+    if word in ("linux", "linuxefi", "linux16"):
+        return "command-line", f"command line {rest}"
+    return "boot-loader-config", f"GRUB command {line}"
+
+
+def _file(path: str) -> tuple[str, str]:
+    file = path.rpartition("/")[2].lower()
+    if _is_kernel(file):
+        return "kernel", f"kernel file {path}"
+    if _is_initrd(file):
+        return "initrd", f"initramfs file {path}"
+    if file == "grubenv":
+        return "grubenv", f"GRUB environment {path}"
+    if file.endswith((".cfg", ".conf")):
+        return "boot-loader-config", f"GRUB configuration {path}"
+    return "boot-loader-files", f"file {path}"
+
+
+_TAGS = {
+    0x8F3B22EC: ("initrd", "initramfs, as the kernel got it"),
+    0x8F3B22ED: ("command-line", "command line, as the kernel got it"),
+    0xF5BC582A: ("boot-loader-config", "systemd-boot's loader.conf"),
+    0x6C46F751: ("extension", "device tree add-on"),
+    0x49DFFE0F: ("extension", "initrd add-on"),
+    0xDAC08E1A: ("extension", "microcode add-on"),
+    0x13AED6DB: ("uki", "profile of the unified kernel image"),
+    0xD5CB7CBC: ("firmware-settings", "SMBIOS system information"),
+    0xE0D47BC8: ("firmware-settings", "SMBIOS board information"),
+    0xC0B3BD23: ("extension", "SMBIOS vendor strings"),
+}
+"""TCG_PCClientTaggedEvent ids: linux drivers/firmware/efi/libstub/efistub.h, systemd src/fundamental/tpm2-pcr.h."""
+
+
+def _tagged(event: Event) -> tuple[str, str]:
+    tag = int.from_bytes(event.data[:4], "little")
+    if known := _TAGS.get(tag):
+        return known
+    return _BY_PCR.get(event.pcr, "other"), f"tagged event {tag:#x}"
+
+
+def _systemd(data: bytes) -> tuple[str, str]:
+    kind, _, text = data.decode("utf-8", "replace").partition("\0")
+    return "systemd", f"systemd {kind}: {text}"
+
+
+def _text(data: bytes) -> str:
+    """A string as the log has it, or its beginning: ASCII or UTF-16, with or without NUL."""
+    data = data[: 4 * TEXT_MAX]
+    if len(data) >= 4 and not any(data[1:64:2]) and any(data[:64:2]):
+        return uefi.utf16(data)
+    return data.partition(b"\0")[0].decode("utf-8", "replace")
+
+
+def with_command_line(items: Iterable[Item], command_line: str) -> tuple[Item, ...]:
+    """Adds the text to the events that have its digest: the kernel's EFI stub logs only that there was one."""
+    texts = {sha256((command_line + end).encode("utf-16-le", "replace")).digest() for end in ("\0", "")}
+    line = printable(f"command line {command_line}", TEXT_MAX)
+    return tuple(item._replace(text=line) if item.digest in texts else item for item in items)
+
+
+# What is believed -------------------------------------------------------------------------------------------
+
+
+def believed(log: Log, later: Sequence[Event], live: Mapping[int, bytes]) -> dict[int, tuple[Event, ...]]:
+    """By PCR, the events whose replay equals the live value; our own cap is no event. Other PCRs are left out.
+
+    `later` is what systemd logged.
+    """
+    found = {}
+    for pcr, (events, value) in replayed(log).items():
+        if pcr in live:
+            more = continued(pcr, value, later, live[pcr])
+            if more is not None:
+                found[pcr] = (*events, *more)
+    return found
+
+
+def replayed(log: Log) -> dict[int, tuple[tuple[Event, ...], bytes]]:
+    """Events and value of each PCR that can be replayed."""
+    events: dict[int, list[Event]] = {pcr: [] for pcr in range(eventlog.PCRS)}
+    for event in log.events:
+        events[event.pcr].append(event)
+    return {pcr: (tuple(events[pcr]), value) for pcr, value in eventlog.replay(log.events, log.locality).items()}
+
+
+def continued(pcr: int, value: bytes, later: Sequence[Event], live: bytes) -> tuple[Event, ...] | None:
+    """What extended this PCR from `value` to what it is now: the first events of `later`, and our cap before or after
+    them; None if they did not. (The last ones may have come after the PCR was read.)
+
+    systemd 252 to 254 extends PCR 11 with the boot phases and logs nothing: those are tried.
+    """
+    logged = tuple(event for event in later if event.pcr == pcr)
+    ways: list[tuple[Event, ...]] = [logged, *(_phases() if pcr == 11 else ())]
+    cap = pcr == policy.CAP_PCR
+    for events in ways:
+        for start in (value, eventlog.extended(value, policy.CAP_DIGEST)) if cap else (value,):
+            reached = start
+            for count in range(len(events) + 1):
+                if reached == live or (cap and eventlog.extended(reached, policy.CAP_DIGEST) == live):
+                    return events[:count]
+                if count < len(events):
+                    reached = eventlog.extended(reached, events[count].digest or b"")
+    return None
+
+
+def _phases() -> Iterator[tuple[Event, ...]]:
+    return (tuple(map(_phase, _PHASES[first:])) for first in range(len(_PHASES)))
+
+
+def _phase(name: str) -> Event:
+    time = 0.0 if name == "enter-initrd" else float("inf")
+    return Event(11, eventlog.SYSTEMD, sha256(name.encode()).digest(), f"phase\0{name}".encode(), time)
+
+
+# Comparing --------------------------------------------------------------------------------------------------
+
+
+class Difference(NamedTuple):
+    """One event that is not as it was. `old` or `new` is None for an event that came or went."""
+
+    pcr: int
+    cause: str
+    old: Item | None
+    new: Item | None
+    place: int
+    """Where in the new log: differences are sorted by it."""
+
+    @property
+    def moved(self) -> bool:
+        """The same events in another order."""
+        return self.old is not None and self.new is not None and self.old.digest == self.new.digest
+
+
+def compare(old: Sequence[Item], new: Sequence[Item], pcrs: Iterable[int]) -> tuple[Difference, ...]:
+    """All differences in these PCRs, in the order of the new log; linear in the number of events.
+
+    In each PCR, events with the same digest are the same, wherever they are. Of the rest, those about the same
+    thing (a variable, a file, a command) belong together: old and new.
+    """
+    found = []
+    for pcr in sorted(set(pcrs)):
+        before = [item for item in old if item.pcr == pcr]
+        now = [(place, item) for place, item in enumerate(new) if item.pcr == pcr]
+        found += _differences(pcr, before, now, len(new))
+    return tuple(sorted(found, key=lambda each: each.place))
+
+
+def _differences(pcr: int, old: list[Item], new: list[tuple[int, Item]], end: int) -> list[Difference]:
+    same = 0
+    while same < min(len(old), len(new)) and old[same].digest == new[same][1].digest:
+        same += 1
+    gone = _unmatched(old[same:], [item for _, item in new[same:]])
+    came = _unmatched([item for _, item in new[same:]], old[same:])
+    places = [place for place, _ in new[same:]]
+    if not gone and not came:
+        if same == len(old):
+            return []
+        return [Difference(pcr, new[same][1].cause, old[same], new[same][1], new[same][0])]
+    waiting: dict[tuple[Any, ...], deque[int]] = {}
+    for at in gone:
+        waiting.setdefault(_subject(old[same + at]), deque()).append(at)
+    found = []
+    for at in came:
+        item = new[same + at][1]
+        partners = waiting.get(_subject(item))
+        partner = old[same + partners.popleft()] if partners else None
+        found.append(Difference(pcr, _cause(partner, item), partner, item, places[at]))
+    for at in sorted(each for partners in waiting.values() for each in partners):
+        place = places[at] if at < len(places) else end
+        found.append(Difference(pcr, old[same + at].cause, old[same + at], None, place))
+    return found
+
+
+def _unmatched(these: list[Item], others: list[Item]) -> list[int]:
+    """Indices in `these` of what `others` lacks; a digest that both have is matched as often as both have it."""
+    count: dict[bytes, int] = {}
+    for item in others:
+        count[item.digest] = count.get(item.digest, 0) + 1
+    left = []
+    for at, item in enumerate(these):
+        if count.get(item.digest, 0):
+            count[item.digest] -= 1
+        else:
+            left.append(at)
+    return left
+
+
+def _subject(item: Item) -> tuple[Any, ...]:
+    """What an event is about, whatever it says of it."""
+    if item.text.startswith("section "):
+        return item.kind, item.text
+    if item.cause in ("kernel", "initrd", "command-line"):  # a file of a version has another name in the next
+        return item.kind, item.cause, item.text.partition(" ")[0]
+    if item.kind == eventlog.IPL and item.cause == "boot-loader-config":
+        words = item.text.split(" ")  # GRUB command set NAME=VALUE
+        return item.kind, *words[:3], words[3].partition("=")[0] if words[2:3] == ["set"] and words[3:] else ""
+    if item.kind in (eventlog.EFI_VARIABLE_DRIVER_CONFIG, eventlog.EFI_VARIABLE_BOOT, eventlog.EFI_VARIABLE_BOOT2):
+        return item.kind, re.split("[: ]", item.text)[0]
+    if item.kind in (eventlog.EFI_VARIABLE_AUTHORITY, eventlog.EFI_APPLICATION, eventlog.SYSTEMD):
+        return item.kind, item.cause
+    return item.kind, item.text
+
+
+_KERNEL_BEFORE = re.compile("^command line (BOOT_IMAGE=)?")
+
+
+def _cause(old: Item | None, new: Item) -> str:
+    """GRUB has kernel and command line in one line: which of them changed?"""
+    if old and new.cause == "command-line":
+        before, now = (_KERNEL_BEFORE.sub("", item.text).partition(" ")[0] for item in (old, new))
+        if "/" in now and "=" not in now and before != now:
+            return "kernel"
+    return new.cause
+
+
+# Baseline ---------------------------------------------------------------------------------------------------
+
+
+class Chip(NamedTuple):
+    """Which TPM it was."""
+
+    srk: str
+    """The SRK's name, in hex: another one after TPM2_Clear."""
+    identity: str
+    """The name of a key of the endorsement hierarchy, in hex: the same for good, in one TPM. '' when not known."""
+
+
+class Baseline(NamedTuple):
+    """A good boot: the believed PCRs as they were when the TPM released the key, and the events behind them.
+
+    As JSON, version 1: {"version", "kernel", "cmdline", "chip": {"srk", "identity"}, "pcrs": NUMBER -> 64 hex digits,
+    "events": [[pcr, kind, digest, cause, text], ...]}. It proves nothing: it explains.
+    """
+
+    kernel: str
+    """`uname -r`."""
+    cmdline: str
+    chip: Chip
+    pcrs: Mapping[int, bytes]
+    items: tuple[Item, ...]
+
+    def encode(self) -> bytes:
+        """Malformed for what would be too long for `decode`."""
+        data = json.dumps(
+            {
+                "version": _VERSION,
+                "kernel": self.kernel,
+                "cmdline": self.cmdline,
+                "chip": self.chip._asdict(),
+                "pcrs": {str(pcr): value.hex() for pcr, value in sorted(self.pcrs.items())},
+                "events": [[each.pcr, each.kind, each.digest.hex(), each.cause, each.text] for each in self.items],
+            },
+            separators=(",", ":"),
+        ).encode()
+        if len(data) > BASELINE_MAX:
+            raise Malformed(f"the event log of this boot is too long to keep: {len(data)} bytes")
+        return data
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Baseline":
+        """Malformed, or NewerFormat, for anything that `encode` did not write."""
+        if len(data) > BASELINE_MAX:
+            raise Malformed("event-log baseline: too long")
+        try:
+            fields = json.loads(data)
+            version = fields["version"]
+            if type(version) is int and version > _VERSION:
+                raise NewerFormat("event-log baseline: written by a newer version", hint="update unlock")
+            if version != _VERSION:
+                raise ValueError("its version")
+            chip = Chip(_string(fields["chip"]["srk"], 68), _string(fields["chip"]["identity"], 68))
+            pcrs = {_pcr(int(pcr)): _digest(value) for pcr, value in fields["pcrs"].items()}
+            items = tuple(_item(*each) for each in fields["events"])
+            return cls(_string(fields["kernel"], 256), _string(fields["cmdline"], TEXT_MAX), chip, pcrs, items)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise Malformed(f"event-log baseline: cannot be read: {type(error).__name__}") from None
+
+
+def _item(pcr: Any, kind: Any, digest: Any, cause: Any, text: Any) -> Item:
+    if type(kind) is not int or cause not in CAUSES:
+        raise ValueError
+    return Item(_pcr(pcr), kind, _digest(digest), cause, _string(text, TEXT_MAX))
+
+
+def _pcr(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < eventlog.PCRS:
+        raise ValueError
+    return value
+
+
+def _digest(value: Any) -> bytes:
+    digest = bytes.fromhex(value)
+    if len(digest) != 32:
+        raise ValueError
+    return digest
+
+
+def _string(value: Any, limit: int) -> str:
+    if type(value) is not str or printable(value, limit) != value:
+        raise ValueError
+    return value

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UEFI structures that the event log quotes, as far as a person wants to read them.
+
+From the UEFI specification 2.10: variables and load options (3), device paths (10), signature lists (32.4.1).
+Everything here raises Malformed for bytes that are not of that form, and reads each byte a bounded number of times.
+"""
+
+import struct
+from typing import NamedTuple
+
+from .errors import Malformed
+
+_X509 = bytes.fromhex("a159c0a5e494a74a87b5ab155c2bf072")  # EFI_CERT_X509_GUID
+_COMMON_NAME = bytes.fromhex("0603550403")  # OBJECT IDENTIFIER 2.5.4.3
+_MAX_SIGNATURES = 100_000
+_MAX_NAME = 1024  # characters
+
+
+class Variable(NamedTuple):
+    """UEFI_VARIABLE_DATA."""
+
+    name: str
+    data: bytes
+
+
+def variable(data: bytes) -> Variable:
+    try:
+        name_length, size = struct.unpack_from("<QQ", data, 16)
+    except struct.error:
+        raise Malformed("UEFI variable: cut short") from None
+    start = 32 + 2 * name_length
+    if name_length > _MAX_NAME or size > len(data) - start:
+        raise Malformed("UEFI variable: a length is wrong")
+    return Variable(data[32:start].decode("utf-16-le", "replace").rstrip("\0"), data[start : start + size])
+
+
+class Signatures(NamedTuple):
+    """What a variable such as db or dbx holds."""
+
+    entries: int
+    names: tuple[str, ...]
+    """The subjects' common names, of the certificates among them."""
+
+
+def signatures(data: bytes) -> Signatures:
+    """A sequence of EFI_SIGNATURE_LIST."""
+    count, at = 0, 0
+    names: list[str] = []
+    while at < len(data):
+        try:
+            size, header, each = struct.unpack_from("<III", data, at + 16)
+        except struct.error:
+            raise Malformed("UEFI signature list: cut short") from None
+        body = size - 28 - header
+        if size > len(data) - at or body < 0 or each < 16 or body % each:
+            raise Malformed("UEFI signature list: a size is wrong")
+        count += body // each
+        if count > _MAX_SIGNATURES:
+            raise Malformed("UEFI signature list: too many entries")
+        if data[at : at + 16] == _X509:
+            first = at + 28 + header
+            names += [common_name(data[here + 16 : here + each]) for here in range(first, at + size, each)]
+        at += size
+    return Signatures(count, tuple(names))
+
+
+def signer(data: bytes) -> str:
+    """The common name in an EFI_SIGNATURE_DATA (its owner's GUID, a certificate), or in a bare certificate."""
+    for certificate in (data[16:], data):
+        if certificate[:1] == b"\x30" and (name := common_name(certificate)):
+            return name
+    return ""
+
+
+def common_name(certificate: bytes) -> str:
+    """The subject's common name of an X.509 certificate; '' when there is none, or it is no certificate."""
+    try:
+        body, _ = _der(_der(certificate, 0)[0], 0)  # TBSCertificate
+        at = _skip(body, 0) if body[:1] == b"\xa0" else 0  # the version
+        for _ in range(4):  # serial number, algorithm, issuer, validity
+            at = _skip(body, at)
+        subject, _ = _der(body, at)
+        found = subject.rfind(_COMMON_NAME)
+        if found < 0:
+            return ""
+        name, _ = _der(subject, found + len(_COMMON_NAME))
+    except (IndexError, ValueError):
+        return ""
+    return name.decode("utf-8", "replace")
+
+
+def _der(data: bytes, at: int) -> tuple[bytes, int]:
+    """The content of one DER element, and where the next one starts. IndexError, ValueError."""
+    length, at = data[at + 1], at + 2
+    if length & 0x80:
+        octets = length & 0x7F
+        if not 1 <= octets <= 4:
+            raise ValueError
+        length, at = int.from_bytes(data[at : at + octets], "big"), at + octets
+    if length > len(data) - at:
+        raise ValueError
+    return data[at : at + length], at + length
+
+
+def _skip(data: bytes, at: int) -> int:
+    return _der(data, at)[1]
+
+
+def load_option(data: bytes) -> str:
+    """The description in an EFI_LOAD_OPTION: what the firmware's boot menu shows."""
+    if len(data) < 8:
+        raise Malformed("UEFI load option: cut short")
+    return utf16(data[6:])
+
+
+def utf16(data: bytes) -> str:
+    """UTF-16 up to the first NUL, or the end."""
+    return data[: len(data) & ~1].decode("utf-16-le", "replace").partition("\0")[0]
+
+
+def image_path(data: bytes) -> str:
+    """Of an EFI_IMAGE_LOAD_EVENT: the file's path, or what else the device path ends in; '' when it has none."""
+    if len(data) < 32:
+        raise Malformed("UEFI image load event: cut short")
+    (size,) = struct.unpack_from("<Q", data, 24)
+    return _device_path(data[32 : 32 + min(size, len(data))])
+
+
+def _device_path(data: bytes) -> str:
+    files, other, at = [], "", 0
+    while at + 4 <= len(data):
+        kind, subtype, length = struct.unpack_from("<BBH", data, at)
+        if kind == 0x7F or not 4 <= length <= len(data) - at:
+            break
+        body = data[at + 4 : at + length]
+        if (kind, subtype) == (4, 4):
+            files.append(utf16(body))
+        elif (kind, subtype) in ((4, 6), (4, 7)):
+            other = f"firmware file {guid(body)}"
+        elif (kind, subtype) == (1, 3):
+            other = "memory"
+        elif (kind, subtype) == (1, 1) and len(body) == 2:
+            other = f"PCI device {body[1]:02x}.{body[0]}"
+        at += length
+    return "\\".join(files).replace("\\\\", "\\") or other
+
+
+def guid(data: bytes) -> str:
+    """The usual text form; '' for what is shorter than 16 bytes."""
+    if len(data) < 16:
+        return ""
+    first, second, third = struct.unpack_from("<IHH", data)
+    return f"{first:08x}-{second:04x}-{third:04x}-{data[8:10].hex()}-{data[10:16].hex()}"
