@@ -102,9 +102,7 @@ class Provider(Protocol):
     def resolve(self, refs: Sequence[Ref]) -> list[Status]:
         """One status a ref, in that order; one request for up to 50 of them when nothing has changed. No secrets."""
 
-    def fetch(
-        self, key_id: str, states: frozenset[str] = USABLE, prove: Callable[[Secret], None] = no_proof
-    ) -> Secret:
+    def fetch(self, key_id: str, states: frozenset[str] = USABLE, prove: Callable[[Secret], None] = no_proof) -> Secret:
         """The AES-256 key, 32 bytes, of exactly that id. StateBlocked when it is in none of `states`.
 
         `prove` raises Tampered when the key does not unwrap what it must: then the next endpoint is asked.
