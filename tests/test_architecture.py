@@ -15,8 +15,10 @@ ROWS = [
     {"config", "token", "recoverykey", "policy", "report", "units", "tables"},
     {"tpm", "wrap", "devices", "luks", "keyring", "mount"},
     {"slots", "state", "disk", "thisboot", "providers", "providers.native", "providers.kmip"},
-    {"opening"},
-    {"boot", "late", "recovery", "enroll", "members", "status"},
+    {"opening", "present"},
+    {"provide"},
+    {"rotation"},
+    {"boot", "late", "recovery", "enroll", "members", "status", "rekey"},
     {"cli", "__main__"},
 ]
 """Lowest first: a module imports from lower rows only; in the lowest row and at the top, from its own too."""

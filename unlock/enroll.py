@@ -10,7 +10,7 @@ import glob
 import os
 from typing import NamedTuple
 
-from . import config, devices, keyring, log, policy, slots, thisboot
+from . import config, devices, keyring, log, policy, provide, slots, thisboot
 from .errors import Malformed, Refused, Usage
 from .paths import Paths, sync_folder, write_atomically
 from .providers import native
@@ -69,9 +69,10 @@ def init(paths: Paths, choices: Choices) -> Preflight:
             with Secret.random(32) as persistence, Secret.random(32) as kdk:
                 host = os.urandom(16).hex()
                 state = State.new(paths, host)
-                with native.Native(kdk, host) as provider, provider.key("host", 1) as host_key:
-                    state.set_provider("native", provider.id, persistence, kdk)
-                    state.set_host_key(f"{provider.id}/host", 1, persistence, host_key)
+                name = provide.key_name(host, "host", 1)
+                with native.Native(kdk, host) as provider, provider.fetch(name) as host_key:
+                    state.use_provider(state.native_entry("native", provider.id, host, persistence, kdk))
+                    state.set_host_key(f"{provider.id}/{name}", name, 1, persistence, host_key)
                     state.begin("init", f"--backup {os.path.abspath(choices.backup)}")
                     _back_up(provider, choices, unfinished)
                     slots.persist(

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock rekey`: every disk opens before, during and after, whatever is away, fails or is killed. Real headers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flowfixture import Host, Kms
+
+from unlock import keyring, provide, rekey, rotation
+from unlock.errors import ProviderUnavailable, Refused, UnlockError, Usage
+
+
+@pytest.fixture(params=["native", "kms", "kms with Re-key"])
+def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
+    kms = None if request.param == "native" else Kms(tmp_path / "kms", rekey="Re-key" in request.param)
+    yield Host(tmp_path, 2, kms)
+    keyring.flush()
+
+
+@pytest.fixture
+def kms_host(tmp_path: Path) -> Iterator[Host]:
+    yield Host(tmp_path, 3, Kms(tmp_path / "kms"))
+    keyring.flush()
+
+
+def again(host: Host, name: str = "") -> list[rotation.Outcome]:
+    return rekey.rekey(host.paths, name, host.look, host.connect)
+
+
+def test_each_rekey_gives_a_new_kek_and_leaves_one_token_that_opens(host: Host) -> None:
+    seen = {host.group.kek}
+    for generation in (2, 3):
+        (outcome,) = again(host)
+        assert (outcome.generation, outcome.behind, len(outcome.done)) == (generation, {}, 2)
+        assert host.group.kek not in seen
+        seen.add(host.group.kek)
+        assert all(host.tokens(image) == [(host.group.kek, generation)] for image in host.disks)
+        assert host.boot_opens()
+        assert host.recovery_opens()
+        assert host.state.journal is None
+        assert not host.state.retire
+    if host.kms:
+        states = [host.kms.keys[kek.rpartition("/")[2]]["state"] for kek in (*host.group.former, host.group.kek)]
+        assert states == ["deactivated", "deactivated", "active"], "retired, never destroyed"
+
+
+def test_the_old_kek_does_not_open_what_the_new_one_wraps(host: Host) -> None:
+    with host.work() as work:
+        old, _ = provide.find_kek(work, host.group)
+    again(host)
+    with host.work() as work, pytest.raises(UnlockError):
+        provide.prover(work, host.group, work.nodes(host.group))(old)
+
+
+def test_a_member_that_is_away_still_opens_when_it_is_back_and_gets_the_new_kek_then(host: Host) -> None:
+    away = host.disks.pop()
+    again(host)
+    assert host.group.behind
+    if host.kms:
+        assert "retire" not in host.kms.requests, "a disk may still need the old KEK"
+    again(host)
+    assert len(host.state.retire) == 2
+    host.disks.append(away)
+    assert host.boot_opens()
+    with host.work() as work:
+        (outcome,) = rotation.catch_up(work)
+        assert outcome.done == ("data-1",)
+        assert rotation.catch_up(work) == []
+        rotation.retire(work)
+    assert host.tokens(away) == [(host.group.kek, 3)]
+    assert host.boot_opens()
+    assert not host.state.retire
+
+
+def test_a_group_with_no_disk_here_and_one_that_does_not_exist_are_refused_and_nothing_changes(host: Host) -> None:
+    away, host.disks = host.disks, []
+    before = Path(host.paths.state).read_bytes()
+    with pytest.raises(Refused):
+        again(host, "data")
+    with pytest.raises(Usage):
+        again(host, "other")
+    assert again(host) == []
+    assert Path(host.paths.state).read_bytes() == before
+    host.disks = away
+    assert host.boot_opens()
+
+
+@pytest.mark.parametrize("operation", ["rotate", "fetch", "retire"])
+def test_a_kms_that_dies_costs_nothing_and_the_next_try_takes_the_key_that_was_made(
+    kms_host: Host, operation: str
+) -> None:
+    assert kms_host.kms
+    kms_host.kms.faults = {operation: "unavailable"}
+    if operation == "retire":
+        again(kms_host)
+        assert kms_host.state.retire
+    else:
+        with pytest.raises(ProviderUnavailable):
+            again(kms_host)
+        assert kms_host.group.generation == 1
+    assert kms_host.state.journal is None
+    assert kms_host.boot_opens()
+    kms_host.kms.faults = {}
+    made = len(kms_host.kms.keys)
+    again(kms_host)
+    assert kms_host.boot_opens()
+    assert not kms_host.state.retire
+    assert len(kms_host.kms.keys) == made + (operation != "fetch"), "no key is left over"
+
+
+def test_one_disk_without_room_stays_as_it_is_and_the_others_go_on(kms_host: Host) -> None:
+    """Its header is full: the new token has no place beside the old one."""
+    from unlock import luks
+
+    full = kms_host.disks[1]
+    with luks.Container(str(full)) as container:
+        for size in (4000, 2000, 1000, 500, 200):
+            try:
+                while True:
+                    container.set_token({"type": "operator", "fill": "x" * size})
+            except UnlockError:
+                continue
+    (outcome,) = again(kms_host)
+    assert set(outcome.behind) == {"data-1"}
+    assert kms_host.boot_opens()
+    assert kms_host.tokens(full) == [(kms_host.group.former[0], 1)]
+    with luks.Container(str(full)) as container:
+        for number, _ in container.tokens("operator"):
+            container.remove_token(number)
+    again(kms_host)
+    assert not kms_host.group.behind
+    assert kms_host.boot_opens()
