@@ -111,6 +111,8 @@ class Liar:
         self.hangs_up_on_versions = False
         self.discovers = True
         self.credential: tuple[str, str] | None = None
+        self.mangle: Callable[[bytes], bytes] = bytes
+        """What becomes of each answer on its way."""
         self.asked: list[list[str]] = []
         """The operations of each request."""
         self._faults: list[tuple[str, str]] = []
@@ -218,6 +220,7 @@ class Liar:
         lies = {fault for fault in OF_THE_WIRE if self._lies(fault, operations)}
         if not answer or lies & {"silent", "lost"}:
             return False
+        answer = self.mangle(answer)
         if "garbage" in lies:
             answer = os.urandom(300)
         if "http" in lies:
