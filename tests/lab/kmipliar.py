@@ -76,6 +76,7 @@ class Key:
         self.id = key_id
         self.names = [name] if name else []
         self.state = state
+        self.length = 256
         self.material = os.urandom(32)
         self.links: dict[int, str] = {}
         self.custom = {"x-Product": "test"}
@@ -360,7 +361,7 @@ class Liar:
         yield "State", enumeration(value, key.state)
         yield "Object Type", enumeration(value, 2)
         yield "Cryptographic Algorithm", enumeration(value, 3)
-        yield "Cryptographic Length", number(value, 256)
+        yield "Cryptographic Length", number(value, key.length)
         yield "Initial Date", date(value, key.date)
         yield "Last Change Date", date(value, key.date)
         yield "Digest", structure(value, enumeration(0x420038, 6), blob(0x420035, os.urandom(32)))

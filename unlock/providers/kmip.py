@@ -906,7 +906,7 @@ class _Server:
     def _negotiate(self, until: "_Until") -> None:
         """For a server that does not take our best version: which one it does."""
         problem = self.error(Unsupported, "the server speaks no KMIP version of 1.1 to 1.4")
-        for version in VERSIONS[2:]:
+        for version in VERSIONS[1:]:
             self.drop()
             try:
                 [answer] = self._send([_discover()], version, until)
