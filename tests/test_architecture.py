@@ -11,14 +11,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "unlock"
 
 ROWS = [
-    {"errors", "secret", "paths", "run", "log", "protect", "ask", "groups"},
-    {"config", "token", "recoverykey", "policy", "report", "units", "tables"},
-    {"tpm", "wrap", "devices", "luks", "keyring", "mount"},
+    {"errors", "secret", "paths", "run", "log", "protect", "ask", "groups", "clock"},
+    {"config", "token", "recoverykey", "policy", "report", "units", "tables", "providers.ttlv"},
+    {"tpm", "wrap", "devices", "luks", "keyring", "mount", "providers.tls"},
     {"slots", "state", "disk", "thisboot", "providers", "providers.native", "providers.kmip"},
     {"opening", "present"},
     {"provide"},
     {"rotation"},
-    {"boot", "late", "recovery", "enroll", "members", "status", "rekey"},
+    {"boot", "late", "recovery", "enroll", "members", "status", "rekey", "sync"},
     {"cli", "__main__"},
 ]
 """Lowest first: a module imports from lower rows only; in the lowest row and at the top, from its own too."""

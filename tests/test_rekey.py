@@ -5,30 +5,43 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from flowfixture import Host, Kms
+from flowfixture import Host
+from kmipfixture import AUTHORITY
 
+from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
 from unlock import keyring, provide, rekey, rotation
-from unlock.errors import ProviderUnavailable, Refused, UnlockError, Usage
+from unlock.errors import ProviderError, Refused, UnlockError, Usage
+
+
+@pytest.fixture
+def kms() -> Iterator[Liar]:
+    with Liar(AUTHORITY) as liar:
+        yield liar
 
 
 @pytest.fixture(params=["native", "kms", "kms with Re-key"])
-def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
-    kms = None if request.param == "native" else Kms(tmp_path / "kms", rekey="Re-key" in request.param)
-    yield Host(tmp_path, 2, kms)
+def host(request: pytest.FixtureRequest, tmp_path: Path, kms: Liar) -> Iterator[Host]:
+    kms.rekey = "Re-key" in request.param
+    yield Host(tmp_path, 2, *([] if request.param == "native" else [kms]))
     keyring.flush()
 
 
 @pytest.fixture
-def kms_host(tmp_path: Path) -> Iterator[Host]:
-    yield Host(tmp_path, 3, Kms(tmp_path / "kms"))
+def kms_host(tmp_path: Path, kms: Liar) -> Iterator[Host]:
+    kms.rekey = False
+    yield Host(tmp_path, 3, kms)
     keyring.flush()
 
 
 def again(host: Host, name: str = "") -> list[rotation.Outcome]:
-    return rekey.rekey(host.paths, name, host.look, host.connect)
+    return rekey.rekey(host.paths, name, host.look)
 
 
-def test_each_rekey_gives_a_new_kek_and_leaves_one_token_that_opens(host: Host) -> None:
+def asked(kms: Liar) -> list[str]:
+    return [operation for request in kms.asked for operation in request]
+
+
+def test_each_rekey_gives_a_new_kek_and_leaves_one_token_that_opens(host: Host, kms: Liar) -> None:
     seen = {host.group.kek}
     for generation in (2, 3):
         (outcome,) = again(host)
@@ -40,9 +53,9 @@ def test_each_rekey_gives_a_new_kek_and_leaves_one_token_that_opens(host: Host) 
         assert host.recovery_opens()
         assert host.state.journal is None
         assert not host.state.retire
-    if host.kms:
-        states = [host.kms.keys[kek.rpartition("/")[2]]["state"] for kek in (*host.group.former, host.group.kek)]
-        assert states == ["deactivated", "deactivated", "active"], "retired, never destroyed"
+    if kms.keys:
+        states = [kms.keys[kek.rpartition("/")[2]].state for kek in (*host.group.former, host.group.kek)]
+        assert states == [DEACTIVATED, DEACTIVATED, ACTIVE], "retired, never destroyed"
 
 
 def test_the_old_kek_does_not_open_what_the_new_one_wraps(host: Host) -> None:
@@ -53,12 +66,11 @@ def test_the_old_kek_does_not_open_what_the_new_one_wraps(host: Host) -> None:
         provide.prover(work, host.group, work.nodes(host.group))(old)
 
 
-def test_a_member_that_is_away_still_opens_when_it_is_back_and_gets_the_new_kek_then(host: Host) -> None:
+def test_a_member_that_is_away_still_opens_when_it_is_back_and_gets_the_new_kek_then(host: Host, kms: Liar) -> None:
     away = host.disks.pop()
     again(host)
     assert host.group.behind
-    if host.kms:
-        assert "retire" not in host.kms.requests, "a disk may still need the old KEK"
+    assert "Revoke" not in asked(kms), "a disk may still need the old KEK"
     again(host)
     assert len(host.state.retire) == 2
     host.disks.append(away)
@@ -86,27 +98,28 @@ def test_a_group_with_no_disk_here_and_one_that_does_not_exist_are_refused_and_n
     assert host.boot_opens()
 
 
-@pytest.mark.parametrize("operation", ["rotate", "fetch", "retire"])
+@pytest.mark.parametrize("operation", ["Create", "Activate", "Get", "Revoke"])
+@pytest.mark.parametrize("fault", ["silent", "lost", "denied"])
 def test_a_kms_that_dies_costs_nothing_and_the_next_try_takes_the_key_that_was_made(
-    kms_host: Host, operation: str
+    kms_host: Host, kms: Liar, operation: str, fault: str
 ) -> None:
-    assert kms_host.kms
-    kms_host.kms.faults = {operation: "unavailable"}
-    if operation == "retire":
+    kms.lie(fault, on=operation)
+    if operation == "Revoke":
         again(kms_host)
-        assert kms_host.state.retire
+        assert len(kms_host.state.retire) == (fault != "denied")
     else:
-        with pytest.raises(ProviderUnavailable):
+        with pytest.raises(ProviderError):
             again(kms_host)
         assert kms_host.group.generation == 1
     assert kms_host.state.journal is None
     assert kms_host.boot_opens()
-    kms_host.kms.faults = {}
-    made = len(kms_host.kms.keys)
+    kms.honest()
+    before = len(kms.keys)
     again(kms_host)
     assert kms_host.boot_opens()
     assert not kms_host.state.retire
-    assert len(kms_host.kms.keys) == made + (operation != "fetch"), "no key is left over"
+    made_already = operation in ("Activate", "Get") or (operation, fault) == ("Create", "lost")
+    assert len(kms.keys) == before + (not made_already), "no key is left over"
 
 
 def test_one_disk_without_room_stays_as_it_is_and_the_others_go_on(kms_host: Host) -> None:

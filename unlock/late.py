@@ -70,7 +70,7 @@ def heal(paths: Paths) -> int:
 
 
 def _heal(paths: Paths) -> int:
-    for name in _failed(paths):
+    for name in thisboot.failed_groups(paths):
         record = report.Report(f"heal {name}")
         groups = _groups(paths, record, name)
         for found in devices.marked():
@@ -143,7 +143,7 @@ def _mark_failed(paths: Paths, name: str) -> None:
         waiting = sorted(queued & wanted)
     except UnlockError:
         waiting = []
-    if name in _failed(paths):
+    if name in thisboot.failed_groups(paths):
         waiting = sorted({*waiting, *_waiting(paths, name)})
     write_atomically(os.path.join(paths.of_this_boot("failed-groups"), name), json.dumps(waiting).encode(), mode=0o600)
 
@@ -157,13 +157,6 @@ def _dependents(unit: str) -> set[str]:
         listed = run(["systemctl", "show", "-p", "RequiredBy", "-p", "BoundBy", "--value", *sorted(new)], timeout=10)
         new = set(listed.split()) - found
     return found - {unit}
-
-
-def _failed(paths: Paths) -> list[str]:
-    try:
-        return sorted(name for name in os.listdir(paths.of_this_boot("failed-groups")) if not name.endswith(".new"))
-    except FileNotFoundError:
-        return []
 
 
 def _waiting(paths: Paths, name: str) -> list[str]:

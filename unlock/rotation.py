@@ -12,7 +12,7 @@ Volume keys and data stay as they are. A disk that fails or is away keeps what o
 from typing import Any, NamedTuple
 
 from . import disk, keyring, log, luks, provide
-from .errors import NotFoundOrDenied, Refused, StateBlocked, UnlockError, Unsupported
+from .errors import NoKey, NotFoundOrDenied, Refused, StateBlocked, Tampered, UnlockError, Unsupported
 from .groups import Group, Member
 from .provide import Work
 from .providers import Ref
@@ -47,13 +47,15 @@ def rotate(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
         if not work.nodes(group):
             raise Refused(f"no disk of group {name} is here", "unlock status", code="missing")
         made = list(adopt) if adopt else None
-        state.begin("rekey", name, generation=state.next_generation(name), made=made)
+        state.begin("rekey", name, generation=state.next_generation(name), made=made, theirs=bool(adopt))
     entry = state.unfinished("rekey", name)
     assert entry
     try:
         new = successor(group, work.provider().id, _made(work, group, entry), int(entry["generation"]))
         with new_kek(work, new) as kek:
-            return replace(work, group, new, kek, journal=None)
+            if not entry["theirs"]:
+                state.retire.append({"id": group.kek, "group": name})
+            return replace(work, new, kek, journal=None)
     except UnlockError:
         if not _begun(work, group, int(entry["generation"])):
             state.journal = None
@@ -100,7 +102,7 @@ def _begun(work: Work, group: Group, generation: int) -> bool:
     return False
 
 
-def replace(work: Work, group: Group, new: Group, kek: Secret, journal: dict[str, Any] | None) -> Outcome:
+def replace(work: Work, new: Group, kek: Secret, journal: dict[str, Any] | None) -> Outcome:
     """Disks, then state and what the journal says from then on, then cache, then retirement.
 
     Raises DiskFailed and others when no disk took it.
@@ -109,9 +111,7 @@ def replace(work: Work, group: Group, new: Group, kek: Secret, journal: dict[str
     if new.policy == "provider":  # no disk will have it
         _cache(work, new, kek)
     outcome, new = rewrap(work, new, kek)
-    state.groups[group.name] = new
-    if group.kek != new.kek:
-        state.retire.append({"id": group.kek, "group": group.name})
+    state.groups[new.name] = new
     state.journal = journal
     state.save()
     if new.policy != "provider":
@@ -165,6 +165,35 @@ def rewrap_disk(work: Work, group: Group, member: Member, node: str, kek: Secret
             disk.drop_other_tokens(node, each, dek, keys)
 
 
+def set_host_key(work: Work, provider_id: str, ref: Ref, key: Secret) -> None:
+    """A new host key: kept in the state with the former ones first, then in every token. Killed in between, `catch_up`
+    does the rest."""
+    state = work.state
+    generation = state.host_key_ref[2] + 1
+    state.set_host_key(f"{provider_id}/{ref.id}", ref.name, generation, work.persistence, key)
+    for group in list(state.groups.values()):
+        state.groups[group.name] = group._replace(behind=tuple(member.uuid for member in group.members))
+    state.save()
+    provide.remember(work.paths, "unlock:host", key, "provider")
+    catch_up(work)
+
+
+def set_policy(work: Work, group: Group, policy: str) -> Outcome:
+    """Members carry the KEK from now on, or do not; it stays the same one. Raises NoKey, ProviderError, DiskFailed."""
+    state = work.state
+    kek, source = provide.find_kek(work, group)
+    with kek:
+        if policy == "provider" or source == "provider":
+            _cache(work, group, kek)
+        new = group._replace(policy=policy, behind=tuple(member.uuid for member in group.members))
+        state.groups[group.name] = new
+        state.save()
+        outcome, new = rewrap(work, new, kek)
+    state.groups[group.name] = new
+    state.save()
+    return outcome
+
+
 def catch_up(work: Work) -> list[Outcome]:
     """Members that were away and are back get the token that the others have. Asks the provider only when neither
     cache nor disks have the KEK. Writes nothing when nobody is behind."""
@@ -172,25 +201,44 @@ def catch_up(work: Work) -> list[Outcome]:
     for group in list(work.state.groups.values()):
         nodes = work.nodes(group) if group.behind else {}
         back = [member for member in group.members if member.uuid in group.behind and member.uuid in nodes]
-        if not back:
-            continue
         done: list[str] = []
         behind: dict[str, str] = {}
-        kek, _ = provide.find_kek(work, group)
-        with kek:
-            for member in back:
-                try:
-                    rewrap_disk(work, group, member, nodes[member.uuid], kek)
-                    done.append(member.uuid)
-                except UnlockError as error:
-                    behind[member.name] = str(error)
-        left = tuple(uuid for uuid in group.behind if uuid not in done)
-        names = tuple(member.name for member in back if member.uuid in done)
+        for member in back:
+            try:
+                if not _is_current(work, group, member, nodes[member.uuid]):
+                    with provide.find_kek(work, group)[0] as kek:
+                        rewrap_disk(work, group, member, nodes[member.uuid], kek)
+                done.append(member.uuid)
+            except UnlockError as error:
+                behind[member.name] = str(error)
         if done:
+            left = tuple(uuid for uuid in group.behind if uuid not in done)
             work.state.groups[group.name] = group._replace(behind=left)
             work.state.save()
-        outcomes.append(Outcome(group.name, group.generation, names, behind))
+        if back:
+            names = tuple(member.name for member in back if member.uuid in done)
+            outcomes.append(Outcome(group.name, group.generation, names, behind))
     return outcomes
+
+
+def _is_current(work: Work, group: Group, member: Member, node: str) -> bool:
+    """Whether a disk's one token is what the group says; needs no KEK."""
+    with luks.Container(node) as container:
+        found = disk.tokens(container, work.state.host)
+        if len(found) != 1:
+            return False
+        each = found[0]
+        try:
+            with disk.unwrap_host_key(each, work.persistence) as kept, work.host_key() as host_key:
+                same = kept == host_key
+            disk.volume_key(container, each, work.persistence).wipe()
+            policy = "persistent"
+        except NoKey:
+            policy = "provider"
+        except Tampered:
+            return False
+    says = (each.kek_id, each.kek_generation, each.manifest, each.name, policy)
+    return same and says == (group.kek, group.generation, group.manifest, member.name, group.policy)
 
 
 def retire(work: Work) -> None:

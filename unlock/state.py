@@ -218,6 +218,10 @@ class State:
         entry = self._fields["host_key"]
         return str(entry["id"]), str(entry["name"]), int(entry["generation"])
 
+    def had_host_key(self, key_id: str) -> bool:
+        """Whether it was this host's before the present one."""
+        return any(each["id"] == key_id for each in self._fields["host_key"]["former"])
+
     def host_key(self, persistence: Secret) -> Secret | None:
         """None where it is not kept on this host. Raises Tampered."""
         wrapped = self._fields["host_key"]["wrapped"]

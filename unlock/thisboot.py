@@ -69,6 +69,14 @@ def unmark(paths: Paths, *names: str) -> None:
         pass
 
 
+def failed_groups(paths: Paths) -> list[str]:
+    """Groups whose gate failed."""
+    try:
+        return sorted(name for name in os.listdir(paths.of_this_boot("failed-groups")) if not name.endswith(".new"))
+    except FileNotFoundError:
+        return []
+
+
 def note_source(paths: Paths, key: str, source: str) -> None:
     """Where a cached key came from: `TPM`, `provider`, `made`."""
     found = {**sources(paths), key: source}
