@@ -16,7 +16,7 @@ CLIENT = AUTHORITY.client("host-1")
 def settings(*servers: Liar | KmipServer | Endpoint, client: Leaf = CLIENT, **more: Any) -> Settings:
     """Of a host that knows those servers, in that order."""
     endpoints = tuple(each if isinstance(each, Endpoint) else Endpoint("127.0.0.1", each.port) for each in servers)
-    fields = {"ca": AUTHORITY.certificate, "timeout": 20.0, **more}
+    fields = {"ca": AUTHORITY.certificate, "timeout": 60.0, **more}
     return Settings(new_id(), endpoints, certificate=client.certificate, key=Secret(client.key), **fields)
 
 

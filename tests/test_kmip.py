@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,15 @@ def test_more_keys_take_more_requests_on_the_same_connection(server: KmipServer,
         before = server.traffic()
         assert len(fresh.resolve([ref] * 101)) == 101
         assert server.traffic() - before == Traffic(connections=1, requests=3)
+
+
+def test_threads_that_share_a_provider_get_their_own_keys(kmip: Kmip) -> None:
+    refs = [kmip.create(f"thread-{at}") for at in range(8)]
+    for ref in refs:
+        kmip.activate(ref.id)
+    right = [kmip.fetch(ref.id) for ref in refs]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda ref: kmip.fetch(ref.id), refs * 5)) == right * 5
 
 
 def test_a_server_that_restarts_is_found_again(tmp_path: Path) -> None:

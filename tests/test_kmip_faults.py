@@ -63,7 +63,7 @@ FAULTS = [
 
 def patience(fault: str) -> float:
     """Seconds: of a deadline that is to pass, or of one that is not."""
-    return 3.0 if fault in ("black hole", "hang", "drip") else 20.0
+    return 3.0 if fault in ("black hole", "hang", "drip") else 60.0
 
 
 @pytest.fixture

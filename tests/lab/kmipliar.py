@@ -120,7 +120,7 @@ class Liar:
         self._connections = 0
         self._last = b""
         self._ids = itertools.count(1)
-        self._lock = threading.Lock()
+        self._lock, self._gate = threading.Lock(), threading.Lock()
         self._context = _context(leaf or authority.server("127.0.0.1", "localhost"), clients or authority, tls)
         self._authority, self._how = authority, how
         self.port = 0
@@ -134,18 +134,18 @@ class Liar:
         self._over = threading.Event()
         self._listener = socket.create_server((address, self.port))
         self.port = self._listener.getsockname()[1]
-        self._open = [self._listener]
-        threading.Thread(target=self._accept, args=(self._listener, self._over), daemon=True).start()
+        self._open = [self._listener.dup()]
+        self._threads = [threading.Thread(target=self._accept, args=(self._listener, self._over), daemon=True)]
+        self._threads[0].start()
 
     def stop(self) -> None:
-        """Refuses and drops all connections."""
-        self._over.set()
-        for each in self._open:
-            try:
-                each.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-            each.close()
+        """Refuses and drops all connections. Each thread closes its own socket: a number used again is another's."""
+        with self._gate:
+            self._over.set()
+            for each in self._open:
+                _hang_up(each)
+        for thread in self._threads:
+            thread.join()
 
     def __enter__(self) -> "Liar":
         return self
@@ -190,22 +190,28 @@ class Liar:
     # Connections.
 
     def _accept(self, listener: socket.socket, over: threading.Event) -> None:
-        while not over.is_set():
-            try:
-                plain, _ = listener.accept()
-            except OSError:
-                return
-            self._open.append(plain)
-            self._connections += 1
-            threading.Thread(target=self._serve, args=(plain, over), daemon=True).start()
+        with listener:
+            while True:
+                try:
+                    plain, _ = listener.accept()
+                except OSError:
+                    return
+                with self._gate:
+                    if over.is_set():
+                        plain.close()
+                        return
+                    handle = plain.dup()
+                    self._open.append(handle)
+                    self._connections += 1
+                    self._threads.append(threading.Thread(target=self._serve, args=(plain, handle, over), daemon=True))
+                    self._threads[-1].start()
 
-    def _serve(self, plain: socket.socket, over: threading.Event) -> None:
-        if self._lies("black hole", []):
-            over.wait()
-            return
+    def _serve(self, plain: socket.socket, handle: socket.socket, over: threading.Event) -> None:
         try:
+            if self._lies("black hole", []):
+                over.wait()
+                return
             with self._context.wrap_socket(plain, server_side=True) as line:
-                self._open.append(line)
                 while head := _exactly(line, 8):
                     request = head + _exactly(line, int.from_bytes(head[4:]))
                     with self._lock:
@@ -214,6 +220,9 @@ class Liar:
                         return
         except OSError:
             """The client went away, or its certificate is not accepted."""
+        finally:
+            plain.close()
+            _hang_up(handle)
 
     def _send(self, line: ssl.SSLSocket, answer: bytes, operations: list[str], over: threading.Event) -> bool:
         """False to hang up."""
@@ -235,7 +244,9 @@ class Liar:
         if "drip" in lies:
             for at in range(len(answer)):
                 line.sendall(answer[at : at + 1])
-                over.wait(0.2)
+                if over.wait(0.2):
+                    return False
+            return True
         line.sendall(answer)
         if "hang" in lies:
             over.wait()
@@ -397,6 +408,14 @@ class Liar:
             raise Refusal(0x05, "no Discover Versions here")
         for version in self.versions:
             yield _version(version)
+
+
+def _hang_up(handle: socket.socket) -> None:
+    try:
+        handle.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        """The client was first."""
+    handle.close()
 
 
 class Refusal(Exception):

@@ -91,7 +91,7 @@ def no_proof(key: Secret) -> None:
 
 
 class Provider(Protocol):
-    """Not thread-safe. Every method raises ProviderError only. Usable in a `with`, which closes it."""
+    """Every method raises ProviderError only. Usable in a `with`, which closes it."""
 
     @property
     def id(self) -> str:

@@ -4,19 +4,17 @@
     question ──> first endpoint that is not backing off ──> one connection ──> one batch ──> answer, checked ──> result
                       └── any failure of a read: the next endpoint
 
-PyKMIP writes the questions. The answers are read here: its parser gives up on Link and on x- attributes, and believes
-lengths, ids and counts that nobody checked. Everything that a server says is compared with what it was asked: batch
-ids are random, so an answer to another question never fits.
+PyKMIP writes the questions. The answers are read by `ttlv`: PyKMIP's parser gives up on Link and on x- attributes.
+Everything that a server says is compared with what it was asked; batch ids are random, so an answer to another question
+never fits.
 
-Two rules protect keys from a server that lies, lags or was replaced. A key that it does not know has no successor
-there, unless that one says by a Link that it replaces this very key. And dates are no evidence: a migration resets
-them, so of two keys with one name neither is the newer.
+A server may lie, lag or have been replaced. So a key that it does not know has no successor there, unless that one
+says by a Link that it replaces this very key; and of two keys with one name neither is the newer: a migration resets
+dates.
 """
 
-import calendar
 import os
 import random as _random
-import socket
 import ssl
 import sys
 import threading
@@ -31,7 +29,6 @@ from ..errors import (
     ClientAuth,
     ClockWrong,
     Integrity,
-    Malformed,
     NotFoundOrDenied,
     PeerUntrusted,
     ProviderError,
@@ -40,7 +37,6 @@ from ..errors import (
     StateBlocked,
     Tampered,
     Unsupported,
-    Usage,
 )
 from ..secret import Secret
 from . import (
@@ -59,6 +55,9 @@ from . import (
     Status,
     no_proof,
 )
+from .tls import ANSWER_MAX, Line, Silent, Until, client_context, validity
+from .tls import Endpoint as Endpoint
+from .ttlv import Garbage, Node, nodes
 
 
 def _load_codec_alone() -> None:
@@ -81,14 +80,14 @@ from kmip.core.utils import BytearrayStream  # noqa: E402
 T = TypeVar("T")
 
 KEYS_A_REQUEST = 50
-ANSWER_MAX = 1 << 20
-"""Bytes."""
 VERSIONS = ((1, 4), (1, 3), (1, 2), (1, 1))
 """Of KMIP, the best first; 2.x encodes attributes differently."""
 _HOPS = 16
 """Replacements of one key that are followed in one `resolve`."""
 _NAMESAKES_MAX = 100
 """More keys than that for one name: the server did not look at the name."""
+_EXCHANGES = 6
+"""The time of so many is what one endpoint gets for all that one call needs to know."""
 _BACKOFF_MAX = 300.0
 _CLIENT_AUTH_BACKOFF = 60.0
 """Seconds; servers lock out clients that insist."""
@@ -130,36 +129,6 @@ _HINTS: dict[type[ProviderError], str] = {
 }
 
 
-class Endpoint(NamedTuple):
-    host: str
-    """A name or an address."""
-    port: int = 5696
-    server_name: str = ""
-    """What the server's certificate must be for; '' is the host."""
-
-    @classmethod
-    def parse(cls, text: str) -> "Endpoint":
-        """`HOST[:PORT][=SERVER_NAME]`; an IPv6 address with a port is in brackets. Raises Usage."""
-        place, _, server_name = text.strip().partition("=")
-        host, port = place, "5696"
-        if place.startswith("["):
-            host, _, rest = place[1:].partition("]")
-            port = rest.removeprefix(":") if rest else port
-        elif place.count(":") == 1:
-            host, _, port = place.partition(":")
-        number = int(port) if port.isascii() and port.isdecimal() else 0
-        if not host or not place.isprintable() or " " in text.strip() or not 0 < number < 65536:
-            raise Usage(
-                f"{text!r} is not an endpoint", "HOST, HOST:PORT, [IPV6]:PORT, each with =SERVER_NAME if need be"
-            )
-        return cls(host, number, server_name)
-
-    def __str__(self) -> str:
-        """As `parse` reads it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}" + (f"={self.server_name}" if self.server_name else "")
-
-
 class Settings(NamedTuple):
     id: str
     """From `new_id`, once, when the provider is added: it outlives endpoints and certificates."""
@@ -182,7 +151,7 @@ def new_id() -> str:
 
 
 class Kmip:
-    """The provider `kmip`. Owns the secrets in its settings and wipes them when closed. Not thread-safe.
+    """The provider `kmip`. Owns the secrets in its settings and wipes them when closed. Threads take turns.
 
     Raises Malformed when certificates or key cannot be used. Connects when first asked.
     """
@@ -196,10 +165,11 @@ class Kmip:
         self.id = settings.id
         self._settings = settings
         self._clock = clock
-        self._validity = _validity(settings.certificate)
-        context = _tls_context(settings)
+        self._validity = validity(settings.certificate)
+        context = client_context(settings.ca, settings.certificate, settings.key)
         self._servers = [_Server(each, settings, context, clock, random) for each in settings.endpoints]
         self._capabilities: Capabilities | None = None
+        self._turn = threading.Lock()
 
     def __enter__(self) -> "Kmip":
         return self
@@ -251,9 +221,8 @@ class Kmip:
         found = []
         for server in self._servers:
             problem = None
-            server.drop()
             try:
-                self._ask(server, lambda server: server.ask([_discover()]))
+                self._ask(server, _greet)
             except ProviderError as error:
                 problem = error
             version = f"KMIP {server.version[0]}.{server.version[1]}" if server.version and not problem else ""
@@ -318,9 +287,14 @@ class Kmip:
         return self._ask(server, change) if found is None else found
 
     def _ask(self, server: "_Server", work: Callable[["_Server"], T]) -> T:
+        with self._turn:
+            return self._asked(server, work)
+
+    def _asked(self, server: "_Server", work: Callable[["_Server"], T]) -> T:
+        server.begin()
         try:
             result = work(server)
-        except _Garbage as garbage:
+        except Garbage as garbage:
             error = server.error(ProviderProtocol, str(garbage))
             server.failed(error)
             raise error from garbage
@@ -361,6 +335,11 @@ class _Facts(NamedTuple):
     replaces: str
     is_aes_256: bool
     """False when the server says otherwise."""
+
+
+def _greet(server: "_Server") -> None:
+    server.drop()
+    server.ask([_discover()])
 
 
 def _capabilities(server: "_Server") -> Capabilities:
@@ -535,7 +514,7 @@ def _facts_or_problem(answer: "_Answer", key_id: str) -> _Facts | ProviderError:
 def _read_facts(answer: "_Answer", key_id: str) -> _Facts:
     payload = answer.good()
     _check_id(answer, payload, key_id)
-    found: dict[str, list[_Node]] = {}
+    found: dict[str, list[Node]] = {}
     for attribute in payload.all(Tags.ATTRIBUTE):
         value = attribute.first(Tags.ATTRIBUTE_VALUE)
         if value:
@@ -563,7 +542,7 @@ def _ids(answer: "_Answer") -> list[str]:
         return []
     ids = [str(node.value) for node in answer.good().all(Tags.UNIQUE_IDENTIFIER)]
     if not all(ids):
-        raise _Garbage("a key without an id")
+        raise Garbage("a key without an id")
     return list(dict.fromkeys(ids))
 
 
@@ -583,7 +562,7 @@ def _done(server: "_Server", item: "_Item") -> "_Answer":
     return answer
 
 
-def _check_id(answer: "_Answer", payload: "_Node", key_id: str) -> None:
+def _check_id(answer: "_Answer", payload: "Node", key_id: str) -> None:
     if payload.text(Tags.UNIQUE_IDENTIFIER) != key_id:
         raise answer.error(Integrity, f"asked for the key {_shown(key_id)}, the server answers with another one")
 
@@ -686,114 +665,19 @@ def _request(items: Sequence[_Item], ids: Sequence[bytes], version: tuple[int, i
 # Answers.
 
 
-class _Garbage(Exception):
-    """An answer that is not KMIP."""
-
-
-_Value = Any
-"""list[_Node], int, str, or Secret for bytes: key material is never in another type."""
-
-
-class _Node(NamedTuple):
-    """One TTLV item (KMIP 1.4, 9.1)."""
-
-    tag: int
-    value: _Value
-
-    def all(self, tag: Any) -> list["_Node"]:
-        return [node for node in self.value if node.tag == tag.value] if isinstance(self.value, list) else []
-
-    def first(self, tag: Any) -> "_Node | None":
-        found = self.all(tag)
-        if len(found) > 1:
-            raise _Garbage(f"{tag.name} more than once")
-        return found[0] if found else None
-
-    def within(self, *tags: Any) -> "_Node | None":
-        node: _Node | None = self
-        for tag in tags:
-            node = node.first(tag) if node else None
-        return node
-
-    def text(self, tag: Any) -> str:
-        """'' when absent."""
-        node = self.first(tag)
-        if node and not isinstance(node.value, str):
-            raise _Garbage(f"{tag.name} is not a text")
-        return node.value if node else ""
-
-    def number(self, tag: Any) -> int | None:
-        node = self.first(tag)
-        return node.as_number() if node else None
-
-    def numbers(self, tag: Any) -> list[int]:
-        return [node.as_number() for node in self.all(tag)]
-
-    def as_number(self) -> int:
-        if not isinstance(self.value, int):
-            raise _Garbage(f"{self.tag:#x} is not a number")
-        return self.value
-
-    def wipe(self) -> None:
-        if isinstance(self.value, Secret):
-            self.value.wipe()
-        elif isinstance(self.value, list):
-            for node in self.value:
-                node.wipe()
-
-
-_STRUCTURE, _INTEGER, _LONG, _BIG, _ENUMERATION, _BOOLEAN, _TEXT, _BYTES, _DATE, _INTERVAL = range(1, 11)
-_FIXED = {_INTEGER: 4, _LONG: 8, _ENUMERATION: 4, _BOOLEAN: 8, _DATE: 8, _INTERVAL: 4}
-"""Length in bytes by type."""
-
-
-def _nodes(data: memoryview, depth: int = 0) -> list[_Node]:
-    """The TTLV items that fill `data`."""
-    found, at = [], 0
-    while at < len(data):
-        tag, kind, length = (
-            int.from_bytes(data[at : at + 3]),
-            data[at + 3 : at + 4],
-            int.from_bytes(data[at + 4 : at + 8]),
-        )
-        value = data[at + 8 : at + 8 + length]
-        at += 8 + (length + 7) // 8 * 8
-        if at > len(data) or depth > 12:
-            raise _Garbage("a TTLV item that does not fit in its place")
-        found.append(_Node(tag, _value(kind[0], value, depth)))
-    return found
-
-
-def _value(kind: int, data: memoryview, depth: int) -> _Value:
-    if len(data) != _FIXED.get(kind, len(data)):
-        raise _Garbage("a TTLV item of the wrong length")
-    if kind == _STRUCTURE:
-        return _nodes(data, depth + 1)
-    if kind in (_BYTES, _BIG):
-        return Secret(data)  # type: ignore[arg-type]
-    if kind == _TEXT:
-        try:
-            return bytes(data).decode()
-        except UnicodeDecodeError as error:
-            raise _Garbage("a text that is not UTF-8") from error
-    if kind in _FIXED:
-        return int.from_bytes(data, signed=kind != _ENUMERATION)
-    raise _Garbage(f"an unknown TTLV type {kind}")
-
-
 class _Answer(NamedTuple):
     """What the server answered to one item."""
 
-    payload: _Node | None
+    payload: Node | None
     problem: ProviderError | None
     error: Callable[[type[ProviderError], str], ProviderError]
 
-    def good(self) -> _Node:
+    def good(self) -> Node:
         """The payload. Raises what the server answered instead."""
         if self.problem:
             raise self.problem
         if self.payload is None:
-            raise _Garbage("success without a payload")
+            raise Garbage("success without a payload")
         return self.payload
 
     def wipe(self) -> None:
@@ -809,10 +693,6 @@ class _Refused(Exception):
 
     def __init__(self, error: ProviderError) -> None:
         self.error = error
-
-
-class _Silent(Exception):
-    """The server closed the connection instead of answering."""
 
 
 class _Server:
@@ -831,11 +711,12 @@ class _Server:
         self.off_until = 0.0
         self.off_for: ProviderError | None = None
         self._failures = 0
+        self._end = 0.0
         self._settings = settings
         self._context = context
         self._clock = clock
         self._random = random
-        self._line: _Line | None = None
+        self._line: Line | None = None
         self._most = 2 * KEYS_A_REQUEST
 
     @property
@@ -845,6 +726,9 @@ class _Server:
     def off(self) -> bool:
         """Whether it is not to be asked now."""
         return self._clock() < self.off_until
+
+    def begin(self) -> None:
+        self._end = self._clock() + _EXCHANGES * self._settings.timeout
 
     def worked(self) -> None:
         self._failures, self.off_until, self.off_for = 0, 0.0, None
@@ -871,7 +755,7 @@ class _Server:
     def ask(self, items: Sequence[_Item], repeat: bool = True) -> list[_Answer]:
         """One answer an item, in that order; one request, if the server takes that many items.
 
-        Raises ProviderError and _Garbage, for the whole exchange. Without `repeat` nothing is sent twice.
+        Raises ProviderError and Garbage, for the whole exchange. Without `repeat` nothing is sent twice.
         """
         answers: list[_Answer] = []
         while len(answers) < len(items):
@@ -885,11 +769,11 @@ class _Server:
         return answers
 
     def _exchange(self, items: Sequence[_Item], repeat: bool) -> list[_Answer]:
-        until = _Until(self._clock, self._settings.timeout)
+        until = Until(self._clock, min(self._settings.timeout, self._end - self._clock()))
         fresh = not self.connected
         try:
             return self._send(items, self.version or VERSIONS[0], until)
-        except _Silent as silent:
+        except Silent as silent:
             self.drop()
             if not repeat or (fresh and self.version):
                 raise self.error(ProviderUnavailable, str(silent)) from silent
@@ -900,17 +784,17 @@ class _Server:
             self._negotiate(until)
         try:
             return self._send(items, self.version or VERSIONS[0], until)
-        except _Silent as silent:
+        except Silent as silent:
             raise self.error(ProviderUnavailable, str(silent)) from silent
 
-    def _negotiate(self, until: "_Until") -> None:
+    def _negotiate(self, until: Until) -> None:
         """For a server that does not take our best version: which one it does."""
         problem = self.error(Unsupported, "the server speaks no KMIP version of 1.1 to 1.4")
         for version in VERSIONS[1:]:
             self.drop()
             try:
                 [answer] = self._send([_discover()], version, until)
-            except _Silent as silent:
+            except Silent as silent:
                 problem = self.error(ProviderUnavailable, str(silent))
                 continue
             except _Refused as refused:
@@ -924,28 +808,28 @@ class _Server:
             return
         raise problem
 
-    def _send(self, items: Sequence[_Item], version: tuple[int, int], until: "_Until") -> list[_Answer]:
+    def _send(self, items: Sequence[_Item], version: tuple[int, int], until: Until) -> list[_Answer]:
         ids = [os.urandom(8) for _ in items]
         request = _request(items, ids, version, self._settings)
         try:
             if self._line is None:
-                self._line = _Line(self.endpoint, self._context, until)
+                self._line = Line(self.endpoint, self._context, until)
             with self._line.exchange(request, until) as raw:
-                [message] = _nodes(memoryview(raw.value))
+                [message] = nodes(memoryview(raw.value))
         except OSError as error:
             raise self._explained(error) from error
         answers = self._matched(message, items, ids)
         self.version = version
         return answers
 
-    def _matched(self, message: _Node, items: Sequence[_Item], ids: Sequence[bytes]) -> list[_Answer]:
-        """The answers in the order of the questions. Raises _Garbage, _Refused, ClientAuth."""
+    def _matched(self, message: Node, items: Sequence[_Item], ids: Sequence[bytes]) -> list[_Answer]:
+        """The answers in the order of the questions. Raises Garbage, _Refused, ClientAuth."""
         header, batch = message.first(Tags.RESPONSE_HEADER), message.all(Tags.RESPONSE_BATCH_ITEM)
         version = header.within(Tags.PROTOCOL_VERSION) if header else None
         if not header or not version or version.number(Tags.PROTOCOL_VERSION_MAJOR) != 1:
-            raise _Garbage("an answer of another protocol version")
+            raise Garbage("an answer of another protocol version")
         if header.number(Tags.BATCH_COUNT) != len(batch) or not batch:
-            raise _Garbage("the batch count is wrong")
+            raise Garbage("the batch count is wrong")
         by_id = {_batch_id(node): node for node in batch}
         if len(items) == 1 and by_id.keys() == {b""} and batch[0].first(Tags.OPERATION):
             by_id = {ids[0]: batch[0]}
@@ -953,20 +837,20 @@ class _Server:
             problem = self._problem(batch[0])
             raise problem if isinstance(problem, ClientAuth) else _Refused(problem)
         if by_id.keys() != set(ids) or len(batch) != len(ids):
-            raise _Garbage("an answer to another question")
+            raise Garbage("an answer to another question")
         return [self._answer(by_id[each], item) for each, item in zip(ids, items, strict=True)]
 
-    def _answer(self, node: _Node, item: _Item) -> _Answer:
+    def _answer(self, node: Node, item: _Item) -> _Answer:
         failed = node.number(Tags.RESULT_STATUS) != enums.ResultStatus.SUCCESS.value
         operation = node.number(Tags.OPERATION)
         if operation != item.operation.value and not (failed and operation is None):
-            raise _Garbage("an answer to another operation")
+            raise Garbage("an answer to another operation")
         problem = self._problem(node) if failed else None
         if isinstance(problem, ClientAuth):
             raise problem
         return _Answer(node.first(Tags.RESPONSE_PAYLOAD), problem, self.error)
 
-    def _problem(self, node: _Node) -> ProviderError:
+    def _problem(self, node: Node) -> ProviderError:
         reason = node.number(Tags.RESULT_REASON)
         said = node.text(Tags.RESULT_MESSAGE)
         if node.number(Tags.RESULT_STATUS) == enums.ResultStatus.OPERATION_PENDING.value:
@@ -991,7 +875,7 @@ class _Server:
         return self.error(ProviderUnavailable if "INTERNAL_ERROR" in reason else ProviderProtocol, f"TLS: {reason}")
 
 
-def _batch_id(node: _Node) -> bytes:
+def _batch_id(node: Node) -> bytes:
     found = node.first(Tags.UNIQUE_BATCH_ITEM_ID)
     return bytes(found.value) if found and isinstance(found.value, Secret) else b""
 
@@ -1001,181 +885,3 @@ _NOT_YET_VALID = 9
 
 _ALERTS_OF_CLIENT_AUTH = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "DECRYPT_ERROR")
 """RFC 8446, 6.2. With TLS 1.3 they come after the handshake, with the first answer."""
-
-
-# The wire.
-
-
-class _Until:
-    """One deadline for many steps."""
-
-    def __init__(self, clock: Callable[[], float], seconds: float) -> None:
-        self._clock = clock
-        self._end = clock() + seconds
-
-    def left(self) -> float:
-        """Seconds. Raises TimeoutError."""
-        left = self._end - self._clock()
-        if left <= 0:
-            raise TimeoutError
-        return left
-
-
-class _Line:
-    """One TLS connection; each step ends at `until`. Raises OSError."""
-
-    def __init__(self, endpoint: Endpoint, context: ssl.SSLContext, until: _Until) -> None:
-        plain = _connect(endpoint, until)
-        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        name = endpoint.server_name or endpoint.host
-        self._socket = context.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False)
-        try:
-            self._socket.settimeout(until.left())
-            self._socket.do_handshake()
-        except BaseException:
-            self._socket.close()
-            raise
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def exchange(self, request: bytes, until: _Until) -> Secret:
-        """The whole answer, header included. Raises _Silent, _Garbage, OSError."""
-        try:
-            rest = memoryview(request)
-            while rest:
-                self._socket.settimeout(until.left())
-                rest = rest[self._socket.send(rest) :]
-        except TimeoutError:
-            raise
-        except OSError:
-            """The server hung up; what it said first is still to be read."""
-        head = bytearray(8)
-        self._read(memoryview(head), until, started=False)
-        length = int.from_bytes(head[4:])
-        if int.from_bytes(head[:3]) != Tags.RESPONSE_MESSAGE.value or head[3] != _STRUCTURE:
-            raise _Garbage("the answer is not KMIP")
-        if length > ANSWER_MAX - 8:
-            raise _Garbage(f"an answer of {length} bytes")
-        answer = Secret(bytes(head) + bytes(length))
-        try:
-            self._read(memoryview(answer.value)[8:], until, started=True)
-        except BaseException:
-            answer.wipe()
-            raise
-        return answer
-
-    def _read(self, into: memoryview, until: _Until, started: bool) -> None:
-        while into:
-            self._socket.settimeout(until.left())
-            try:
-                count = self._socket.recv_into(into)
-            except ConnectionError as error:
-                count, said = 0, error.strerror
-            else:
-                said = "the server closed the connection instead of answering"
-            if not count and not started:
-                raise _Silent(said)
-            if not count:
-                raise _Garbage("the connection ended in the middle of an answer")
-            into, started = into[count:], True
-
-
-def _connect(endpoint: Endpoint, until: _Until) -> socket.socket:
-    """The first address that answers; each gets its share of the time."""
-    addresses = _addresses(endpoint, until)
-    problem = OSError(f"{endpoint.host} has no address")
-    for at, (family, kind, protocol, _, address) in enumerate(addresses):
-        plain = socket.socket(family, kind, protocol)
-        try:
-            plain.settimeout(until.left() / (len(addresses) - at))
-            plain.connect(address)
-            return plain
-        except OSError as error:
-            plain.close()
-            problem = error
-        except BaseException:
-            plain.close()
-            raise
-    raise problem
-
-
-def _addresses(endpoint: Endpoint, until: _Until) -> list[Any]:
-    """Of a name, from the resolver, which knows no deadline: it is left alone when it is late."""
-    found: list[Any] = []
-
-    def look_up() -> None:
-        try:
-            found.extend(socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError):
-            """No address."""
-
-    thread = threading.Thread(target=look_up, daemon=True)
-    thread.start()
-    thread.join(until.left())
-    if thread.is_alive():
-        raise TimeoutError
-    return found
-
-
-def _tls_context(settings: Settings) -> ssl.SSLContext:
-    """TLS 1.2 or later, host names checked, our certificate. Ignores SSLKEYLOGFILE. Raises Malformed."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_verify_locations(cadata=settings.ca)
-    except (ssl.SSLError, ValueError) as error:
-        raise Malformed("the key manager's CA is not a certificate in PEM", "give the CA's certificate") from error
-    fd = os.memfd_create("unlock", os.MFD_CLOEXEC)
-    try:
-        with Secret(settings.certificate.encode() + b"\n") as pem:
-            pem.value += settings.key.value
-            for at in range(0, len(pem), 4096):
-                os.write(fd, memoryview(pem.value)[at : at + 4096])
-            context.load_cert_chain(f"/proc/self/fd/{fd}", password="")
-            os.pwrite(fd, bytes(len(pem)), 0)
-    except OSError as error:
-        raise Malformed(
-            "the client certificate and its key do not go together, or are not PEM",
-            "give the certificate and its unencrypted key",
-        ) from error
-    finally:
-        os.close(fd)
-    return context
-
-
-def _validity(certificate: str) -> tuple[float, float]:
-    """From when until when the first certificate of a PEM is valid, seconds since 1970. Raises Malformed.
-
-    X.509, RFC 5280, 4.1: Certificate ::= { tbs { [0] version, serial, signature, issuer, validity { from, to } ... } }
-    """
-    end = "-----END CERTIFICATE-----"
-    start = certificate.find("-----BEGIN CERTIFICATE-----")
-    try:
-        der = memoryview(ssl.PEM_cert_to_DER_cert(certificate[start : certificate.index(end) + len(end)]))
-        fields = _der(_der(_der(der)[0][1])[0][1])
-        times = _der(fields[4 if fields[0][0] == 0xA0 else 3][1])
-        begins, ends = (_der_time(tag, bytes(value).decode()) for tag, value in times)
-    except (ValueError, IndexError) as error:
-        raise Malformed("the client certificate is not a certificate in PEM", "give it in PEM") from error
-    return begins, ends
-
-
-def _der(data: memoryview) -> list[tuple[int, memoryview]]:
-    """Tags and values of the DER items in `data`."""
-    found, at = [], 0
-    while at < len(data):
-        tag, length, at = data[at], data[at + 1], at + 2
-        if length & 0x80:
-            size = length & 0x7F
-            length, at = int.from_bytes(data[at : at + size]), at + size
-        found.append((tag, data[at : at + length]))
-        at += length
-    return found
-
-
-def _der_time(tag: int, text: str) -> float:
-    """UTCTime has two digits of the year, of 1950 to 2049."""
-    if tag == 0x17:
-        text = ("20" if text < "50" else "19") + text
-    return float(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ")))
