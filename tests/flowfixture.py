@@ -60,7 +60,7 @@ class Host:
     def _provide(self, state: State, kmip: bool) -> None:
         if kmip:
             key = Secret(CLIENT.key)
-            entry = state.kmip_entry("kms", "kmip-one", CLIENT.certificate, self.persistence, key)
+            entry = state.kmip_entry("kms", "kmip-one", CLIENT.certificate, 0, self.persistence, key)
         else:
             with Secret.random(32) as kdk, native.Native(Secret(bytes(kdk)), HOST) as made:
                 entry = state.native_entry("native", made.id, HOST, self.persistence, kdk)
@@ -105,7 +105,7 @@ class Host:
         """Another client certificate, and its key."""
         with self.work() as work, Secret(leaf.key) as key:
             entry = work.state.provider
-            entry.update(work.state.kmip_entry("kms", entry["id"], leaf.certificate, work.persistence, key))
+            entry.update(work.state.kmip_entry("kms", entry["id"], leaf.certificate, 0, work.persistence, key))
             work.state.save()
 
     # What a flow is given

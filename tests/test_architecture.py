@@ -15,11 +15,12 @@ ROWS = [
     {"config", "token", "recoverykey", "policy", "report", "units", "tables", "providers.ttlv"},
     {"tpm", "wrap", "devices", "luks", "keyring", "mount", "providers.tls"},
     {"slots", "state", "disk", "thisboot", "providers", "providers.native", "providers.kmip"},
-    {"opening", "present"},
+    {"opening", "present", "selfhosted"},
     {"provide"},
     {"rotation"},
-    {"boot", "late", "recovery", "enroll", "members", "status", "rekey", "sync"},
-    {"cli", "__main__"},
+    {"boot", "late", "recovery", "enroll", "members", "status"}
+    | {"cache", "kdk", "keymanager", "persistence", "rekey", "switch", "sync"},
+    {"cli", "clikeys", "__main__"},
 ]
 """Lowest first: a module imports from lower rows only; in the lowest row and at the top, from its own too."""
 

@@ -29,9 +29,7 @@ def connect(paths: Paths, state: State, persistence: Secret | None, entry: dict[
         if persistence is None:
             raise NoKey("the native provider's key is wrapped by the persistence key", "unlock explain")
         return native.Native(state.kdk(persistence, entry), entry["scope"])
-    settings = config.load(paths.config).providers.get(entry["name"])
-    if settings is None:
-        raise Refused(f"unlock.toml has no [provider.{entry['name']}]", f"edit {paths.config}", code="no-provider")
+    settings = settings_of(paths, entry)
     if entry["client_key"] is None:
         key = ask.from_file(settings.client_key)
     elif persistence is None:
@@ -41,6 +39,14 @@ def connect(paths: Paths, state: State, persistence: Secret | None, entry: dict[
     return kmip(settings, entry["id"], entry["client_cert"], key)
 
 
+def settings_of(paths: Paths, entry: dict[str, Any]) -> config.ProviderConfig:
+    """What unlock.toml says of a key manager. Raises Refused."""
+    settings = config.load(paths.config).providers.get(entry["name"])
+    if settings is None:
+        raise Refused(f"unlock.toml has no [provider.{entry['name']}]", f"edit {paths.config}", code="no-provider")
+    return settings
+
+
 def kmip(settings: config.ProviderConfig, provider_id: str, certificate: str, key: Secret) -> Provider:
     """A KMIP provider, which takes the key over. Raises Usage, Malformed."""
     from .providers import kmip as door  # post-boot only
@@ -48,6 +54,13 @@ def kmip(settings: config.ProviderConfig, provider_id: str, certificate: str, ke
     endpoints = tuple(door.Endpoint.parse(each) for each in settings.endpoints)
     ca = public(settings.ca)
     return door.Kmip(door.Settings(provider_id, endpoints, ca, certificate, key, timeout=settings.timeout))
+
+
+def certificate_until(certificate: str) -> int:
+    """When a PEM certificate ends, in seconds since 1970. Raises Malformed."""
+    from .providers import tls
+
+    return int(tls.validity(certificate)[1])
 
 
 def public(path: str) -> str:
@@ -85,6 +98,18 @@ class Work:
         if entry["name"] not in self._providers:
             self._providers[entry["name"]] = self._connect(self.paths, self.state, self.persistence, entry)
         return self._providers[entry["name"]]
+
+    def entry(self, name: str = "") -> dict[str, Any]:
+        """A provider's entry by its name; '' is the one in use. Raises Usage."""
+        if name in ("", self.state.provider["name"]):
+            return self.state.provider
+        if name not in self.state.others:
+            raise Usage(f"there is no provider {name}", "unlock provider list")
+        return self.state.others[name]
+
+    def settings_of(self, entry: dict[str, Any]) -> config.ProviderConfig:
+        """What unlock.toml says of a key manager. Raises Refused."""
+        return settings_of(self.paths, entry)
 
     def owner(self, kek_id: str) -> dict[str, Any]:
         """The entry of the provider that has made a key."""
@@ -192,6 +217,12 @@ def _tokens(work: Work, node: str, group: Group) -> list[token.Token]:
         return []
     said = (group.name, group.kek, group.generation)
     return [each for each in found if (each.group, each.kek_id, each.kek_generation) == said]
+
+
+def wanted_policy(work: Work, group: Group) -> str:
+    """What configuration and `unlock persistence` ask for."""
+    setting = work.settings.groups.get(group.name)
+    return "provider" if not work.state.persistent or (setting and setting.policy == "provider") else "persistent"
 
 
 def new_key(provider: Provider, name: str, prove: Callable[[Secret], None] | None = None) -> tuple[Ref, Secret]:

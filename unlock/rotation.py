@@ -181,6 +181,8 @@ def set_host_key(work: Work, provider_id: str, ref: Ref, key: Secret) -> None:
 def set_policy(work: Work, group: Group, policy: str) -> Outcome:
     """Members carry the KEK from now on, or do not; it stays the same one. Raises NoKey, ProviderError, DiskFailed."""
     state = work.state
+    if group.policy == policy and not group.behind:
+        return Outcome(group.name, group.generation, tuple(member.name for member in group.members), {})
     kek, source = provide.find_kek(work, group)
     with kek:
         if policy == "provider" or source == "provider":
@@ -241,8 +243,11 @@ def _is_current(work: Work, group: Group, member: Member, node: str) -> bool:
     return same and says == (group.kek, group.generation, group.manifest, member.name, group.policy)
 
 
-def retire(work: Work) -> None:
-    """Deactivates replaced KEKs of groups in which nobody is behind. What fails is tried again another time."""
+def retire(work: Work, left: bool = False) -> None:
+    """Deactivates replaced KEKs of groups in which nobody is behind; with `left`, at providers that were left too.
+
+    What fails is tried again another time.
+    """
     state = work.state
     for each in list(state.retire):
         group = state.groups.get(each["group"])
@@ -250,6 +255,8 @@ def retire(work: Work) -> None:
             continue
         try:
             entry = work.owner(each["id"])
+            if entry is not state.provider and not left:
+                continue
             work.provider(entry).retire(provide.ref(entry, each["id"], "").id)
         except (NotFoundOrDenied, Unsupported, StateBlocked):
             pass  # gone, not ours to retire, or retired

@@ -4,7 +4,7 @@
     version     1
     host        host id, 32 hex digits
     provider    the one in use: {"name", "kind", "id"}; native: "scope", "kdk": wrapped; kmip: "client_key": wrapped,
-                or null when it stays in a file, "client_cert": PEM
+                or null when it stays in a file, "client_cert": PEM, "client_until": seconds since 1970
     others      NAME -> the same, of providers that were added or left
     persistence whether the provider's keys are kept on this host, wrapped
     host_key    {"id", "name", "generation", "wrapped": null when it is not kept, "former": [the same]}
@@ -166,13 +166,13 @@ class State:
         return {"name": name, "kind": "native", "id": provider_id, "scope": scope, "kdk": wrapped}
 
     def kmip_entry(
-        self, name: str, provider_id: str, certificate: str, persistence: Secret, key: Secret | None
+        self, name: str, provider_id: str, certificate: str, until: int, persistence: Secret, key: Secret | None
     ) -> dict[str, Any]:
-        """`key` is the client's, as PEM; None when it stays in a file."""
+        """`key` is the client's, as PEM; None when it stays in a file. `until`: when the certificate ends, in seconds
+        since 1970."""
         wrapped = self._wrapped(persistence, "client-key", key) if key else None
-        return {
-            "name": name, "kind": "kmip", "id": provider_id, "client_cert": certificate, "client_key": wrapped,
-        }  # fmt: skip
+        client = {"client_cert": certificate, "client_until": until, "client_key": wrapped}
+        return {"name": name, "kind": "kmip", "id": provider_id, **client}
 
     def kdk(self, persistence: Secret, entry: dict[str, Any] | None = None) -> Secret:
         """A native provider's KDK. Raises Tampered."""
@@ -211,6 +211,10 @@ class State:
             "wrapped": self._wrapped(persistence, "host-key", key) if self.persistent else None,
             "former": [*old["former"], {**old, "former": []}] if old and former else (old or {}).get("former", []),
         }
+
+    def drop_host_key(self) -> None:
+        """The host key is not kept any more; the provider has it."""
+        self._fields["host_key"]["wrapped"] = None
 
     @property
     def host_key_ref(self) -> tuple[str, str, int]:

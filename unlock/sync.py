@@ -107,7 +107,7 @@ def _judge(work: Work, group: Group, status: Status) -> Line:
         return _follow(work, group, status.current)
     if status.state in work.settings.sync.drop_on:
         return _drop(work, group, status.state)
-    wanted = wanted_policy(work, group)
+    wanted = provide.wanted_policy(work, group)
     if group.policy != wanted:
         return Line(group.name, wanted, _behind(rotation.set_policy(work, group, wanted)))
     if group.policy == "provider" and not _is_cached(group):
@@ -138,12 +138,6 @@ def _drop(work: Work, group: Group, state: str) -> Line:
     outcome = rotation.set_policy(work, group, "provider")
     keyring.forget(provide.cached(group.kek, group.generation))
     return Line(group.name, "dropped", f"the key is {state}" + _behind(outcome))
-
-
-def wanted_policy(work: Work, group: Group) -> str:
-    """What configuration and `unlock persistence` ask for."""
-    setting = work.settings.groups.get(group.name)
-    return "provider" if not work.state.persistent or (setting and setting.policy == "provider") else "persistent"
 
 
 def _is_cached(group: Group) -> bool:

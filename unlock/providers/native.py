@@ -13,7 +13,8 @@ from binascii import a2b_base64
 from collections.abc import Callable, Sequence
 
 from .. import wrap
-from ..errors import Integrity, Malformed, NewerFormat, NotFoundOrDenied, Tampered
+from ..errors import Integrity, Malformed, NewerFormat, NotFoundOrDenied, Tampered, Usage
+from ..paths import sync_folder
 from ..secret import Secret
 from ..token import canonical
 from . import ACTIVE, USABLE, Capabilities, Health, Ref, Status, no_proof
@@ -94,6 +95,22 @@ class Native:
             wrapped = wrap.wrap(key, self.kdk, canonical(head))
         body = {"salt": b64encode(salt).decode(), "kdk": b64encode(wrapped).decode()}
         return json.dumps({**head, **body}, indent=1).encode() + b"\n"
+
+
+def write_backup(path: str, provider: Native, password: Secret) -> None:
+    """A new file, restored once from what was written. Raises Usage, Malformed, Tampered."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except FileExistsError as error:
+        raise Usage(f"{path} exists already", "name a file that does not exist yet") from error
+    with os.fdopen(fd, "wb") as file:
+        file.write(provider.backup(password))
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(os.path.dirname(os.path.abspath(path)))
+    with open(path, "rb") as written, restore(written.read(), password) as restored:
+        if restored.kdk != provider.kdk:
+            raise Malformed(f"{path}: the backup does not restore", "give another place for it")
 
 
 def restore(backup: bytes, password: Secret) -> Native:
