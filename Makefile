@@ -13,7 +13,7 @@ tools = $(DESTDIR)/usr/share/initramfs-tools
 systemd = $(DESTDIR)/usr/lib/systemd
 rules = $(DESTDIR)/usr/lib/udev/rules.d
 stages = init-premount local-top local-block local-bottom panic
-units = unlock-group@.service unlock-heal@.service
+units = unlock-group@.service unlock-heal@.service unlock-sync.service unlock-sync.timer
 
 .PHONY: install uninstall
 
@@ -30,12 +30,15 @@ install:
 	$(DATA) udev/65-unlock.rules $(rules)/65-unlock.rules
 	$(RUN) systemd/unlock-generator $(systemd)/system-generators/unlock-generator
 	for unit in $(units); do $(DATA) systemd/$$unit $(systemd)/system/$$unit || exit; done
+	$(INSTALL) -d $(systemd)/system/timers.target.wants
+	ln -sf ../unlock-sync.timer $(systemd)/system/timers.target.wants/unlock-sync.timer
 
 uninstall:
 	rm -rf $(home)
 	rm -f $(sbin)/unlock $(tools)/hooks/unlock $(tools)/scripts/unlock-functions
 	rm -f $(stages:%=$(tools)/scripts/%/unlock)
-	rm -f $(rules)/65-unlock.rules $(systemd)/system-generators/unlock-generator $(units:%=$(systemd)/system/%)
+	rm -f $(rules)/65-unlock.rules $(systemd)/system-generators/unlock-generator $(units:%=$(systemd)/system/%) \
+		$(systemd)/system/timers.target.wants/unlock-sync.timer
 
 
 # Development. VENV and the cache of images lie outside the checkout.

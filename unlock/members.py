@@ -131,7 +131,7 @@ def disk_adopt(
                 with luks.Container(node) as container:
                     _add_recovery_keyslot(container, dek, recovery)
                 if group.kek:
-                    kek, _ = provide.find_kek(work, group)
+                    kek, _ = provide.find_kek(work, group, {**others, uuid: node})
                 else:
                     group, kek = _new_group(work, group_name, group.members, group.manifest)
                 _write_member_list(work, group, kek, {**others, uuid: node}, recovery)

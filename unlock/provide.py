@@ -168,21 +168,22 @@ def remember(paths: Paths, name: str, key: Secret, source: str) -> None:
     thisboot.note_source(paths, name, source)
 
 
-def find_kek(work: Work, group: Group, ask: bool = True) -> tuple[Secret, str]:
-    """The KEK of a group and its source: `cache`, `TPM`, or, with `ask`, `provider`. Raises NoKey, ProviderError."""
+def find_kek(work: Work, group: Group, nodes: dict[str, str] | None = None) -> tuple[Secret, str]:
+    """The KEK of a group and its source: `cache`, `TPM` or `provider`. Raises ProviderError.
+
+    `nodes`: LUKS UUID -> node of members, where the caller knows them.
+    """
     try:
         return keyring.get(cached(group.kek, group.generation)), "cache"
     except NoKey:
         pass
-    nodes = work.nodes(group)
+    nodes = work.nodes(group) if nodes is None else nodes
     for node in nodes.values():
         for each in _tokens(work, node, group):
             try:
                 return disk.unwrap_kek(each, work.persistence), "TPM"
             except Tampered:
                 continue
-    if not ask:
-        raise NoKey(f"neither the key cache nor a disk has the KEK of group {group.name}", "unlock sync")
     entry = work.owner(group.kek)
     kek_ref = ref(entry, group.kek, group.kek_name)
     return work.provider(entry).fetch(kek_ref.id, work.opens(), prover(work, group, nodes)), "provider"
