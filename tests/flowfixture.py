@@ -8,6 +8,7 @@ from pathlib import Path
 from kmipfixture import AUTHORITY, CLIENT
 
 from tests.lab.kmipliar import Liar
+from tests.lab.kmipserver import KmipServer
 from tests.lab.pki import Leaf
 from unlock import config, disk, keyring, luks, policy, present, provide, recoverykey, report
 from unlock.errors import UnlockError
@@ -18,12 +19,15 @@ from unlock.secret import Secret
 from unlock.state import State
 
 HOST = "ab" * 16
+Server = Liar | KmipServer
 
 
 class Host:
     """An initialised host with a group `data`, whose early boot unsealed. `disks`: the images that are plugged in."""
 
-    def __init__(self, folder: Path, count: int = 2, *kms: Liar, policy_of_group: str = "persistent") -> None:
+    def __init__(
+        self, folder: Path, count: int = 2, *kms: Liar | KmipServer, policy_of_group: str = "persistent"
+    ) -> None:
         self.folder = folder
         self.paths = Paths(str(folder / "root"))
         self.recovery = recoverykey.new()
@@ -47,7 +51,7 @@ class Host:
         if count:
             self.add_group("data", count, policy_of_group)
 
-    def configure(self, *kms: Liar, more: str = "") -> None:
+    def configure(self, *kms: Server, more: str = "") -> None:
         """unlock.toml: `kms` are the endpoints of the provider `kms`, in that order."""
         ca = self.folder / "ca.pem"
         ca.write_text(AUTHORITY.certificate)

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -14,7 +15,7 @@ PACKAGE = str(Path(__file__).parents[1] / "unlock")
 
 def killed_at(number: int, work: Callable[[], object]) -> bool:
     """Runs `work` in a child that kills itself at that event; False when it had ended before."""
-    return _child(lambda: _count_down(number, work)) == -signal.SIGKILL
+    return child(lambda: _count_down(number, work)) == -signal.SIGKILL
 
 
 def killed_after(seconds: float, work: Callable[[], object]) -> bool:
@@ -40,7 +41,8 @@ def _count_down(number: int, work: Callable[[], object]) -> None:
     sys.setprofile(None)
 
 
-def _child(work: Callable[[], object]) -> int:
+def child(work: Callable[[], object]) -> int:
+    """The exit code of a forked child that runs `work`: 0, 1 for an exception, or minus a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(_fork(work), 0)[1])
 
 
@@ -51,6 +53,8 @@ def _fork(work: Callable[[], object]) -> int:
         try:
             work()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return pid

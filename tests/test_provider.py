@@ -15,6 +15,7 @@ from killing import killed_at
 from kmipfixture import AUTHORITY, CLIENT
 
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
+from tests.lab.kmipserver import KmipServer
 from unlock import (
     cache,
     config,
@@ -26,6 +27,7 @@ from unlock import (
     luks,
     persistence,
     provide,
+    rekey,
     report,
     selfhosted,
     sync,
@@ -519,3 +521,51 @@ def test_the_command_line_speaks_for_people_and_for_scripts(host: Host) -> None:
     assert (status, said) == (2, "")
     assert "hint: unlock status" in trouble
     assert State.load(host.paths).journal is None
+
+
+@pytest.mark.parametrize("enabling", [False, True])
+def test_a_choice_of_persistence_killed_anywhere_is_finished_by_the_same_command(host: Host, enabling: bool) -> None:
+    choice, back = persistence.disable, persistence.enable
+    if enabling:
+        choice, back = back, choice
+        back(host.paths, host.look)
+    number = 1
+    while killed_at(number, lambda: choice(host.paths, host.look)):
+        assert host.recovery_opens()
+        choice(host.paths, host.look)
+        assert host.state.journal is None
+        assert [host.opens(image) for image in host.disks] == [enabling] * 2
+        back(host.paths, host.look)
+        assert [host.opens(image) for image in host.disks] == [not enabling] * 2
+        number += 900
+    assert number > 900
+
+
+def test_a_client_key_that_a_refused_boot_could_not_use_is_found_by_the_test(host: Host, kms: Liar) -> None:
+    host.configure(kms, more="[sync]\nopen_from_provider_after_refusal = true\n")
+    assert errors(keymanager.test(host.paths, "", host.look)) == ["refused"]
+
+
+# Another implementation: PyKMIP's own server
+
+
+def test_a_year_with_pykmips_server(tmp_path: Path) -> None:
+    """It has no Re-key and no Link: rotation there is a new key."""
+    (tmp_path / "server").mkdir()
+    with KmipServer(tmp_path / "server", AUTHORITY) as server:
+        host = Host(tmp_path, 2, server)
+        before = server.traffic()
+        assert {each.outcome for each in sync.sync(host.paths, host.look)} == {"unchanged"}
+        assert server.traffic() - before == (1, 1)
+        for generation in (2, 3):
+            rekey.rekey(host.paths, "data", host.look)
+            assert all(host.tokens(image) == [(host.group.kek, generation)] for image in host.disks)
+            assert host.boot_opens()
+        assert errors(keymanager.test(host.paths, "", host.look)) == []
+        server.kill()
+        with pytest.raises(ProviderError):
+            sync.sync(host.paths, host.look)
+        assert host.boot_opens()
+        server.start()
+        assert {each.outcome for each in sync.sync(host.paths, host.look)} == {"unchanged"}
+    keyring.flush()

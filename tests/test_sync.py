@@ -7,12 +7,13 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from flowfixture import HOST, Host
-from killing import killed_at
+from killing import child, killed_at
 from kmipfixture import AUTHORITY, CLIENT
 
 from tests.lab.kmipliar import ACTIVE, COMPROMISED, DEACTIVATED, DESTROYED, Liar
@@ -437,3 +438,39 @@ def test_native_keys_are_made_again_from_name_and_generation(tmp_path: Path) -> 
         ):
             assert again == kek
     keyring.flush()
+
+
+def test_a_group_of_policy_provider_with_many_disks_asks_for_the_old_kek_once(tmp_path: Path, kms: Liar) -> None:
+    host = Host(tmp_path, 4, kms, policy_of_group="provider")
+    kms.replace(kms.keys[key_id(host)])
+    before = len(kms.asked)
+    assert run(host)["data"] == "replaced"
+    assert sum("Get" in request for request in kms.asked[before:]) == 2, "the old one and the new one"
+    keyring.flush()
+
+
+def test_a_full_keyring_costs_no_key(kms: Liar) -> None:
+    """Users who are not root have 200 keys: one of them plays root here, with all of the host's files."""
+    uid = 100_000 + os.getpid()
+
+    def story() -> None:
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        keyring.put("unlock:persistence", host.persistence)
+        with pytest.raises(UnlockError) as caught:
+            for number in range(300):
+                keyring.put(f"unlock:filler:{number}", host.persistence)
+        assert caught.value.code == "keyring-full"
+        assert run(host)["data"] == "replaced"
+        assert provide.cached(host.group.kek, 2) not in keyring.names()
+        keyring.flush()
+
+    with tempfile.TemporaryDirectory() as folder:
+        host = Host(Path(folder), 2, kms)
+        for path in [host.folder, *host.folder.rglob("*")]:
+            os.chown(path, uid, uid)
+        kms.replace(kms.keys[key_id(host)])
+        assert child(story) == 0
+        assert host.boot_opens()
+        assert host.group.generation == 2
+        keyring.flush()

@@ -161,7 +161,8 @@ def hand_over(groups: opening.Opening, persistence: Secret, record: report.Repor
     for token in groups.tokens():
         try:
             with disk.unwrap_host_key(token, persistence) as host_key, disk.unwrap_kek(token, persistence) as kek:
-                keyring.put("unlock:host", host_key)
+                if bytes(host_key) != disk.ELSEWHERE:
+                    keyring.put("unlock:host", host_key)
                 keyring.put(f"unlock:kek:{token.kek_id}:{token.kek_generation}", kek)
         except UnlockError as error:
             record.event("trouble", f"{token.name}: {error}")

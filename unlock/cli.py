@@ -123,6 +123,7 @@ def _init(paths: Paths, options: argparse.Namespace) -> int:
     log.note(f"boot: {found.boot}; sealed under PCRs {', '.join(map(str, found.selection))}")
     if kms:
         log.note(f"keys come from {', '.join(kms.settings.endpoints)}; the host key was made and fetched")
+        clikeys.tell_key_file(options)
     else:
         log.note(f"backup written and test-restored: {options.backup}; move it off this host")
     log.note("next: unlock disk adopt (for an encrypted root), unlock group create")

@@ -208,11 +208,11 @@ def _provider_add(paths: Paths, options: argparse.Namespace) -> int:
     with client.key:
         keymanager.add(paths, settings, client)
     log.note(f"provider {options.name} answers; next: unlock provider test {options.name}, unlock provider switch")
-    _tell_key_file(options)
+    tell_key_file(options)
     return 0
 
 
-def _tell_key_file(options: argparse.Namespace) -> None:
+def tell_key_file(options: argparse.Namespace) -> None:
     if options.client_key_stays:
         log.note(f"the client key stays in {options.client_key}: whoever reads it is this host for the key manager")
     else:

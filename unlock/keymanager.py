@@ -108,6 +108,10 @@ def test(paths: Paths, name: str = "", look: present.Look = present.look) -> lis
             what = f"KEK of group {group.name}: fetched, proven on {len(nodes)} of {len(group.members)} disks"
             proofs.append(_prove(what, provider, ref, work.opens(), provide.prover(work, group, nodes)))
         proofs.append(_prove_host_key(work, entry, provider))
+        if work.settings.sync.open_from_provider_after_refusal and entry.get("client_key"):
+            what = "client key in a file, for open_from_provider_after_refusal"
+            trouble = Refused("it is wrapped by the TPM's key, which that boot does not have", "unlock.toml(5)")
+            proofs.append(Proof(what, trouble))
         return proofs
 
 

@@ -43,9 +43,12 @@ def _keeps(work: provide.Work, node: str) -> bool:
 def enable(paths: Paths, look: present.Look = present.look) -> list[rotation.Outcome]:
     """Raises ProviderError, NoKey, DiskFailed."""
     with exclusive(paths), provide.Work(paths, look) as work:
-        work.state.begin("persistence", "enable")
-        work.state.persistent = True
-        _keep_host_key(work)
+        for group in work.state.groups.values():
+            provide.find_kek(work, group)[0].wipe()  # before anything is changed
+        with _host_key(work) as host_key:
+            work.state.begin("persistence", "enable")
+            work.state.persistent = True
+            work.state.set_host_key(*work.state.host_key_ref, work.persistence, host_key, former=False)
         return _apply(work)
 
 
@@ -75,19 +78,17 @@ def refuse(state: State) -> None:
             )
 
 
-def _keep_host_key(work: provide.Work) -> None:
-    """It may have been in the cache only, or nowhere on this host."""
-    state = work.state
-    if state.host_key(work.persistence):
-        return
-    key_id, name, generation = state.host_key_ref
+def _host_key(work: provide.Work) -> Secret:
+    """Kept, cached, or the provider's. Raises ProviderError."""
+    kept = work.state.host_key(work.persistence)
+    if kept:
+        return kept
     try:
-        key = keyring.get("unlock:host")
+        return keyring.get("unlock:host")
     except NoKey:
+        key_id, name, _ = work.state.host_key_ref
         entry = work.owner(key_id)
-        key = work.provider(entry).fetch(provide.ref(entry, key_id, name).id, work.opens())
-    with key:
-        state.set_host_key(key_id, name, generation, work.persistence, key, former=False)
+        return work.provider(entry).fetch(provide.ref(entry, key_id, name).id, work.opens())
 
 
 def _apply(work: provide.Work) -> list[rotation.Outcome]:

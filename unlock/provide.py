@@ -8,7 +8,7 @@ had to ask. Nothing is asked of a provider before its key is needed.
 from collections.abc import Callable
 from typing import Any
 
-from . import ask, config, disk, keyring, luks, present, thisboot, token
+from . import ask, config, devices, disk, keyring, luks, present, thisboot, token
 from .errors import NoKey, Refused, Tampered, UnlockError, Usage
 from .groups import Group
 from .paths import Paths
@@ -83,6 +83,8 @@ class Work:
         self.look = look
         self._connect = connect
         self._providers: dict[str, Provider] = {}
+        self.fetched: dict[tuple[str, int], Secret] = {}
+        """KEKs that only a provider had, so that each is asked for once."""
 
     def __enter__(self) -> "Work":
         return self
@@ -90,7 +92,8 @@ class Work:
     def __exit__(self, *_: object) -> None:
         for each in self._providers.values():
             each.close()
-        self.persistence.wipe()
+        for key in (self.persistence, *self.fetched.values()):
+            key.wipe()
 
     def provider(self, entry: dict[str, Any] | None = None) -> Provider:
         """The provider in use, or that of an entry; one connection for the whole of the work."""
@@ -184,9 +187,12 @@ def find_kek(work: Work, group: Group, nodes: dict[str, str] | None = None) -> t
                 return disk.unwrap_kek(each, work.persistence), "TPM"
             except Tampered:
                 continue
-    entry = work.owner(group.kek)
-    kek_ref = ref(entry, group.kek, group.kek_name)
-    return work.provider(entry).fetch(kek_ref.id, work.opens(), prover(work, group, nodes)), "provider"
+    which = (group.kek, group.generation)
+    if which not in work.fetched:
+        entry = work.owner(group.kek)
+        kek_id = ref(entry, group.kek, group.kek_name).id
+        work.fetched[which] = work.provider(entry).fetch(kek_id, work.opens(), prover(work, group, nodes))
+    return Secret(bytes(work.fetched[which])), "provider"
 
 
 def prover(work: Work, group: Group, nodes: dict[str, str]) -> Callable[[Secret], None]:
@@ -221,8 +227,10 @@ def _tokens(work: Work, node: str, group: Group) -> list[token.Token]:
 
 
 def wanted_policy(work: Work, group: Group) -> str:
-    """What configuration and `unlock persistence` ask for."""
+    """What configuration and `unlock persistence` ask for. The root file system cannot wait for a network."""
     setting = work.settings.groups.get(group.name)
+    if any(member.name in devices.names_below("/") for member in group.members):
+        return "persistent"
     return "provider" if not work.state.persistent or (setting and setting.policy == "provider") else "persistent"
 
 

@@ -53,9 +53,7 @@ def rotate(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
     try:
         new = successor(group, work.provider().id, _made(work, group, entry), int(entry["generation"]))
         with new_kek(work, new) as kek:
-            if not entry["theirs"]:
-                state.retire.append({"id": group.kek, "group": name})
-            return replace(work, new, kek, journal=None)
+            return replace(work, group, new, kek, journal=None, retires=not entry["theirs"])
     except UnlockError:
         if not _begun(work, group, int(entry["generation"])):
             state.journal = None
@@ -102,8 +100,10 @@ def _begun(work: Work, group: Group, generation: int) -> bool:
     return False
 
 
-def replace(work: Work, new: Group, kek: Secret, journal: dict[str, Any] | None) -> Outcome:
-    """Disks, then state and what the journal says from then on, then cache, then retirement.
+def replace(
+    work: Work, group: Group, new: Group, kek: Secret, journal: dict[str, Any] | None, retires: bool = True
+) -> Outcome:
+    """Disks, then state and what the journal says from then on, then cache, then the old KEK's retirement.
 
     Raises DiskFailed and others when no disk took it.
     """
@@ -112,6 +112,8 @@ def replace(work: Work, new: Group, kek: Secret, journal: dict[str, Any] | None)
         _cache(work, new, kek)
     outcome, new = rewrap(work, new, kek)
     state.groups[new.name] = new
+    if retires:
+        state.retire.append({"id": group.kek, "group": new.name})
     state.journal = journal
     state.save()
     if new.policy != "provider":

@@ -78,5 +78,4 @@ def _move(work: provide.Work, entry: dict[str, Any], provider: Provider, name: s
     with kek:
         new = rotation.successor(group, entry["id"], made, generation)
         new = new._replace(policy=provide.wanted_policy(work, group))
-        state.retire.append({"id": group.kek, "group": name})
-        return rotation.replace(work, new, kek, journal=state.journal)
+        return rotation.replace(work, group, new, kek, journal=state.journal)
