@@ -51,9 +51,11 @@ OF_THE_KEY = (
     "zero key",
     "other key",
     "wrong type",
+    "wrong label",
     "wrong algorithm",
     "wrapped",
     "no bytes",
+    "two keys",
 )
 
 REFUSALS = {
@@ -355,9 +357,10 @@ class Liar:
         block += [enumeration(0x420028, 2 if "wrong algorithm" in lies else 3), number(0x42002A, len(data) * 8)]
         if "wrapped" in lies:
             block.append(structure(0x420046, enumeration(0x42009E, 1)))
-        yield enumeration(0x420057, 7 if "wrong type" in lies else 2)
+        yield enumeration(0x420057, 7 if lies & {"wrong type", "wrong label"} else 2)
         yield text(0x420094, "id-9999" if "wrong id" in lies else key.id)
-        yield structure(0x420085 if "wrong type" in lies else 0x42008F, structure(0x420040, *block))
+        for _ in range(2 if "two keys" in lies else 1):
+            yield structure(0x420085 if "wrong type" in lies else 0x42008F, structure(0x420040, *block))
 
     def _get_attributes(self, payload: list[Any]) -> Iterator[bytes]:
         key = self._key(payload)

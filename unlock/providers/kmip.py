@@ -117,10 +117,10 @@ _WORST_FIRST = (
 """What is raised when the endpoints failed in different ways: what most needs a person."""
 
 _HINTS: dict[type[ProviderError], str] = {
-    ProviderUnavailable: "check the network and the key manager; what is open stays open",
-    PeerUntrusted: "check the endpoint's name and the CA; do not go on if neither is wrong",
-    ClientAuth: "renew the client certificate, or let the key manager accept it",
-    ClockWrong: "wait until the time is set: timedatectl",
+    ProviderUnavailable: "unlock provider test",
+    PeerUntrusted: "check the endpoint's server name and CA in unlock.toml; if both are right, somebody else answers",
+    ClientAuth: "let the key manager accept this client, or unlock provider renew",
+    ClockWrong: "timedatectl",
     ProviderProtocol: "check that the endpoint is a KMIP server, version 1.1 to 1.4",
     Integrity: "find out why the key manager answers that; nothing of it was used",
     NotFoundOrDenied: "look for the key in the key manager, and what this client may do with it; delete nothing",
