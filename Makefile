@@ -13,7 +13,7 @@ tools = $(DESTDIR)/usr/share/initramfs-tools
 systemd = $(DESTDIR)/usr/lib/systemd
 rules = $(DESTDIR)/usr/lib/udev/rules.d
 stages = init-premount local-top local-block local-bottom panic
-units = unlock-group@.service unlock-heal@.service unlock-baseline.service
+units = unlock-group@.service unlock-heal@.service unlock-baseline.service unlock-sync.service unlock-sync.timer
 
 .PHONY: install uninstall
 
@@ -30,8 +30,9 @@ install:
 	$(DATA) udev/65-unlock.rules $(rules)/65-unlock.rules
 	$(RUN) systemd/unlock-generator $(systemd)/system-generators/unlock-generator
 	for unit in $(units); do $(DATA) systemd/$$unit $(systemd)/system/$$unit || exit; done
-	$(INSTALL) -d -m 0755 $(systemd)/system/multi-user.target.wants
+	$(INSTALL) -d -m 0755 $(systemd)/system/multi-user.target.wants $(systemd)/system/timers.target.wants
 	ln -sf ../unlock-baseline.service $(systemd)/system/multi-user.target.wants/
+	ln -sf ../unlock-sync.timer $(systemd)/system/timers.target.wants/
 
 uninstall:
 	rm -rf $(home)
@@ -39,6 +40,7 @@ uninstall:
 	rm -f $(stages:%=$(tools)/scripts/%/unlock)
 	rm -f $(rules)/65-unlock.rules $(systemd)/system-generators/unlock-generator $(units:%=$(systemd)/system/%)
 	rm -f $(systemd)/system/multi-user.target.wants/unlock-baseline.service
+	rm -f $(systemd)/system/timers.target.wants/unlock-sync.timer
 
 
 # Development. VENV and the cache of images lie outside the checkout.

@@ -243,7 +243,7 @@ def make(machine: Machine, template: Path, number: int, host: str, secrets: dict
         group = Group(member.name, "kek", 1, 1, (member,))
         made = disk.Keys(secrets["unlock:persistence"], secrets["unlock:host"], Secret.random(32), Secret.random(32))
         token = disk.make_token(container, host, group, member, dek, made)
-        disk.write_token(str(path), token, dek, made.persistence)
+        disk.write_token(str(path), token, dek, made)
     return inner
 
 

@@ -125,4 +125,4 @@ def add_group(machine: Machine, name: str, count: int) -> None:
             with Secret.random(64) as dek, luks.format(path, dek, uuid=member.uuid) as container:
                 container.add_keyslot(dek, recovery)
                 each = disk.make_token(container, token.host, group, member, dek, keys)
-                disk.write_token(path, each, dek, keys.persistence)
+                disk.write_token(path, each, dek, keys)

@@ -40,7 +40,7 @@ class Protected:
     def write(self, group: Group) -> token.Token:
         with luks.Container(self.path) as container:
             each = disk.make_token(container, HOST, group, self.member, self.dek, self.keys)
-        disk.write_token(self.path, each, self.dek, self.keys.persistence)
+        disk.write_token(self.path, each, self.dek, self.keys)
         return each
 
     def open(self, path: str = "") -> Secret:
@@ -79,7 +79,7 @@ def test_writing_the_same_token_twice_changes_nothing(protected: Protected) -> N
     before = Path(protected.path).read_bytes()
     with luks.Container(protected.path) as container:
         (each,) = disk.tokens(container, HOST)
-    disk.write_token(protected.path, each, protected.dek, protected.keys.persistence)
+    disk.write_token(protected.path, each, protected.dek, protected.keys)
     assert Path(protected.path).read_bytes() == before
 
 
@@ -88,7 +88,7 @@ def test_a_new_member_list_is_written_beside_the_old_one_which_goes_last(protect
     each = protected.write(newer)
     with luks.Container(protected.path) as container:
         assert [found.manifest for found in disk.tokens(container, HOST)] == [2, 1]
-    disk.drop_other_tokens(protected.path, each, protected.dek, protected.keys.persistence)
+    disk.drop_other_tokens(protected.path, each, protected.dek, protected.keys)
     with luks.Container(protected.path) as container:
         assert [found.manifest for found in disk.tokens(container, HOST)] == [2]
 

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from kmipfixture import AUTHORITY, CLIENT
 from tpmfixture import Swtpm
 
-from unlock import enroll, keyring, luks, members, policy, recoverykey, report, slots
+from tests.lab.kmipliar import Liar
+from unlock import config, disk, enroll, keyring, luks, members, policy, recoverykey, report, slots, sync
 from unlock.errors import Refused, UnlockError, Usage
 from unlock.paths import Paths
 from unlock.providers import native
@@ -324,3 +326,84 @@ def test_adopting_killed_at_any_step_finishes_when_run_again(
             break
     assert kills
     record_property("shown", f"disk adopt: killed at {kills} calls of {call}, and run again")
+
+
+# A key manager from the start
+
+
+@pytest.fixture
+def kms() -> Iterator[Liar]:
+    with Liar(AUTHORITY) as liar:
+        yield liar
+
+
+def kmip_choices(paths: Paths, chip: Swtpm, kms: Liar, persistent: bool = True) -> enroll.Choices:
+    ca = os.path.join(paths.root, "ca.pem")
+    Path(ca).write_text(AUTHORITY.certificate)
+    settings = config.ProviderConfig("kms", (f"127.0.0.1:{kms.port}",), ca, "", 10)
+    client = enroll.Kmip(settings, CLIENT.certificate, Secret(CLIENT.key), persistent)
+    return enroll.Choices("", Secret(b""), ACCEPTED, (), Secret(b""), chip.tcti, client)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_init_with_a_key_manager_needs_no_native_provider(
+    host: Paths, chip: Swtpm, kms: Liar, persistent: bool
+) -> None:
+    enroll.init(host, kmip_choices(host, chip, kms, persistent))
+    state = State.load(host)
+    assert (state.provider["kind"], state.others, state.persistent, state.journal) == ("kmip", {}, persistent, None)
+    (key,) = kms.keys.values()
+    assert key.names == [f"unlock/{state.host}/host/1"]
+    assert keyring.get("unlock:host").value == key.material
+    with chip.open() as tpm:
+        persistence = slots.unseal(tpm).payload.key
+    kept = state.host_key(persistence)
+    assert (bytes(kept) if kept else None) == (key.material if persistent else None)
+    with state.client_key(persistence, state.provider) as client_key:
+        assert bytes(client_key) == CLIENT.key
+    for path in Path(host.root).rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        assert CLIENT.key.splitlines()[1] not in content, path
+    assert [line.outcome for line in sync.sync(host)] == ["unchanged"]
+
+
+@pytest.mark.parametrize("fault", ["silent", "denied", "zero key"])
+def test_init_with_a_key_manager_that_fails_starts_over(host: Paths, chip: Swtpm, kms: Liar, fault: str) -> None:
+    kms.lie(fault, on="Get")
+    for _ in range(2):
+        with pytest.raises(UnlockError):
+            enroll.init(host, kmip_choices(host, chip, kms))
+    kms.honest()
+    enroll.init(host, kmip_choices(host, chip, kms))
+    assert len(kms.keys) == 1, "the key of the attempts that failed"
+    with chip.open() as tpm:
+        assert keyring.get("unlock:persistence") == slots.unseal(tpm).payload.key
+
+
+def test_a_disk_is_adopted_under_a_key_managers_kek(host: Paths, chip: Swtpm, kms: Liar, device: str) -> None:
+    enroll.init(host, kmip_choices(host, chip, kms))
+    for _ in range(2):
+        assert adopt(host, device) == 0
+    state = State.load(host)
+    group = state.groups["data"]
+    assert group.kek_name == f"unlock/{state.host}/kek/data/1"
+    kms.stop()
+    with luks.Container(device) as container:
+        (token,) = disk.tokens(container, state.host)
+        persistence = keyring.get("unlock:persistence")
+        with disk.volume_key(container, token, persistence) as dek, container.volume_key(Secret(b"operator")) as same:
+            assert dek == same
+    assert adopt(host, device) == 0, "the disk carries its KEK: no key manager is asked"
+
+
+def test_a_new_group_without_its_key_manager_leaves_the_disk_alone(
+    host: Paths, chip: Swtpm, kms: Liar, device: str
+) -> None:
+    enroll.init(host, kmip_choices(host, chip, kms))
+    kms.stop()
+    assert adopt(host, device) != 0
+    assert State.load(host).journal is None
+    with luks.Container(device) as container:
+        assert not container.tokens("unlock")
+    kms.start()
+    assert adopt(host, device) == 0

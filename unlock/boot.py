@@ -161,7 +161,8 @@ def hand_over(groups: opening.Opening, persistence: Secret, record: report.Repor
         for name, unwrap in ((kek_name, disk.unwrap_kek), ("unlock:host", disk.unwrap_host_key)):
             try:
                 with unwrap(token, persistence) as key:
-                    keyring.put(name, key)
+                    if bytes(key) != disk.ELSEWHERE:
+                        keyring.put(name, key)
             except UnlockError as error:
                 record.event("trouble", f"{token.name}: {error}")
     record.event("handed-over")

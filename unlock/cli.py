@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 
-from . import __version__, ask, log
+from . import __version__, ask, clikeys, log
 from .errors import Refused, Usage
 from .paths import Paths
 from .protect import protect
@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
 
     init = words.add_parser("init", help="make this host's keys and seal them to the TPM", allow_abbrev=False)
     init.set_defaults(run=_init)
-    init.add_argument("--backup", required=True, metavar="FILE", help="new file for the key-derivation key's backup")
+    init.add_argument("--backup", default="", metavar="FILE", help="native: new file for the key-derivation key")
     init.add_argument(
         "--backup-password-file", metavar="FILE", help="else credential unlock.backup-password, else asked"
     )
@@ -43,6 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     init.add_argument("--pcrs", type=_pcrs, default=(), metavar="N,N", help="default: by how this host boots")
     init.add_argument("--owner-auth-file", metavar="FILE", help="password of the TPM's owner, where one is set")
+
+    clikeys.add_client(init)
+    init.add_argument("--provider", choices=("native", "kmip"), default="native", help="where keys come from")
+    init.add_argument("--name", default="kms", help="kmip: the provider's name on this host")
+    init.add_argument("--persistence", choices=("enabled", "disabled"), help="kmip: a choice to be made by name")
 
     status = words.add_parser("status", help="groups, disks, and where each key would come from", allow_abbrev=False)
     status.set_defaults(run=_status)
@@ -60,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     create.add_argument("name")
     create.add_argument("--disk", nargs="+", action="extend", required=True, metavar="DEV")
     create.add_argument("--mount", required=True, metavar="DIR")
+    create.add_argument(
+        "--policy",
+        choices=("persistent", "provider"),
+        default="persistent",
+        help="provider: its KEK is never kept here",
+    )
     create.add_argument("--profile", default="", help="btrfs data profile (raid1 for two disks or more)")
     create.add_argument(
         "--erase", nargs="+", action="extend", default=[], metavar="DEV", help="a disk whose data may go"
@@ -74,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     adopt.add_argument("--name", default="", help="mapping name (default: the one it has)")
     adopt.add_argument("--passphrase-file", metavar="FILE", help="else credential unlock.passphrase, else asked")
     _recovery(adopt)
+    clikeys.add(words)
     return top
 
 
@@ -90,28 +102,16 @@ def _pcrs(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def _secret(file: str | None, credential: str, prompt: str, flag: str) -> Secret:
-    if file:
-        return ask.from_file(file)
-    return ask.credential(credential) or ask.terminal(prompt, flag)
-
-
 def _init(paths: Paths, options: argparse.Namespace) -> int:
     from .enroll import OVERRIDES, Choices, init
 
     unknown = set(options.accept) - OVERRIDES.keys()
     if unknown:
         raise Usage(f"there is no risk named {sorted(unknown)[0]!r}", f"--accept takes {', '.join(OVERRIDES)}")
-    password = _secret(
-        options.backup_password_file,
-        "unlock.backup-password",
-        "password for the backup",
-        "--backup-password-file",
-    )
-    if not options.backup_password_file and not ask.credential("unlock.backup-password"):
-        with ask.terminal("the same password again", "--backup-password-file") as again:
-            if again != password or not len(password):
-                raise Usage("the two passwords are not the same, or empty", "run it again; nothing was changed")
+    kms = clikeys.kmip_at_init(options) if options.provider == "kmip" else None
+    if not kms and not options.backup:
+        raise Usage("the native provider's key is backed up before anything depends on it", "--backup FILE")
+    password = Secret(b"") if kms else clikeys.new_password(options.backup_password_file)
     owner = ask.from_file(options.owner_auth_file) if options.owner_auth_file else Secret(b"")
     with password, owner:
         found = init(
@@ -122,10 +122,15 @@ def _init(paths: Paths, options: argparse.Namespace) -> int:
                 frozenset(options.accept),
                 options.pcrs,
                 owner,
+                kms=kms,
             ),
         )
     log.note(f"boot: {found.boot}; sealed under PCRs {', '.join(map(str, found.selection))}")
-    log.note(f"backup written and test-restored: {options.backup}; move it off this host")
+    if kms:
+        log.note(f"keys come from {', '.join(kms.settings.endpoints)}; the host key was made and fetched")
+        clikeys.tell_key_file(options)
+    else:
+        log.note(f"backup written and test-restored: {options.backup}; move it off this host")
     log.note("next: unlock disk adopt (for an encrypted root), unlock group create")
     return 0
 
@@ -167,6 +172,7 @@ def _group_create(paths: Paths, options: argparse.Namespace) -> int:
             options.profile,
             frozenset(options.erase),
             options.recovery_key_file,
+            options.policy,
         ),
     )
     log.note(f"group {group.name}: {len(group.members)} disk(s) at {options.mount}")
@@ -176,7 +182,7 @@ def _group_create(paths: Paths, options: argparse.Namespace) -> int:
 def _disk_adopt(paths: Paths, options: argparse.Namespace) -> int:
     from .members import disk_adopt
 
-    with _secret(
+    with clikeys.secret(
         options.passphrase_file, "unlock.passphrase", f"passphrase of {options.device}", "--passphrase-file"
     ) as passphrase:
         group = disk_adopt(paths, options.device, options.group, passphrase, options.recovery_key_file, options.name)

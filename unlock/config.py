@@ -5,12 +5,17 @@ import os
 from typing import Any, NamedTuple, TypeVar
 
 from .errors import Malformed, NewerFormat, Usage
-from .groups import is_name
+from .groups import POLICIES, is_name
+from .paths import write_atomically
 
 T = TypeVar("T")
 VERSION = 1
 DEADLINE = 90
 """Seconds that the gate of a group waits for its members, as systemd waits for a device."""
+
+TIMEOUT = 10
+"""Seconds for one request to one endpoint of a provider."""
+DROP_ON = ("deactivated", "compromised", "destroyed")
 
 HEAD = """\
 # unlock.toml: see unlock.toml(5)
@@ -29,9 +34,37 @@ class GroupConfig(NamedTuple):
     deadline: int
     """Seconds."""
 
+    policy: str = "persistent"
+    """`provider`: the group's KEK is never kept on this host."""
+
+
+class ProviderConfig(NamedTuple):
+    """One [provider.NAME]: a KMIP server, or several that hold the same keys."""
+
+    name: str
+    endpoints: tuple[str, ...]
+    """HOST[:PORT][=NAME IN ITS CERTIFICATE], in the order in which they are asked."""
+    ca: str
+    """PEM file of the CAs that may sign the servers' certificates."""
+    client_key: str
+    """PEM file of the client's key; '' when it is kept in the state, wrapped by the persistence key."""
+    timeout: int
+    """Seconds for one request to one endpoint."""
+
+
+class SyncConfig(NamedTuple):
+    """[sync]."""
+
+    open_from_provider_after_refusal: bool = False
+    """Data groups only."""
+    drop_on: frozenset[str] = frozenset()
+    """States of a key at the KMS on which this host stops keeping it."""
+
 
 class Config(NamedTuple):
     groups: dict[str, GroupConfig]
+    providers: dict[str, ProviderConfig]
+    sync: SyncConfig
 
 
 def parse(text: str) -> Config:
@@ -45,23 +78,53 @@ def parse(text: str) -> Config:
     version = top.get("version", VERSION)
     if type(version) is not int or version > VERSION:
         raise NewerFormat(f"unlock.toml has version {version!r}; this unlock reads {VERSION}")
-    _only(top, {"version", "group"}, "")
-    groups = {}
-    for name, table in _table(top, "group", "").items():
-        where = f"group.{name}."
-        if not is_name(name) or not isinstance(table, dict):
-            raise Malformed(f"unlock.toml: [group.{name}] is not a group", "edit /etc/unlock/unlock.toml")
-        _only(table, {"mount", "type", "options", "deadline"}, where)
-        mount = _get(table, "mount", "", where)
-        if mount and (not mount.startswith("/") or os.path.normpath(mount) != mount or mount == "/"):
-            raise Malformed(f"unlock.toml: {where}mount is not an absolute path", "edit /etc/unlock/unlock.toml")
-        deadline = _get(table, "deadline", DEADLINE, where)
-        if deadline < 1:
-            raise Malformed(f"unlock.toml: {where}deadline is not at least 1", "edit /etc/unlock/unlock.toml")
-        groups[name] = GroupConfig(
-            name, mount, _get(table, "type", "", where), _get(table, "options", "", where), deadline
-        )
-    return Config(groups)
+    _only(top, {"version", "group", "provider", "sync"}, "")
+    groups = {name: _group(name, table) for name, table in _table(top, "group", "").items()}
+    providers = {name: _provider(name, table) for name, table in _table(top, "provider", "").items()}
+    return Config(groups, providers, _sync(_table(top, "sync", "")))
+
+
+def _group(name: str, table: Any) -> GroupConfig:
+    where = f"group.{name}."
+    if not is_name(name) or not isinstance(table, dict):
+        raise _bad(f"[group.{name}] is not a group")
+    _only(table, {"mount", "type", "options", "deadline", "policy"}, where)
+    mount = _get(table, "mount", "", where)
+    if mount and (not mount.startswith("/") or os.path.normpath(mount) != mount or mount == "/"):
+        raise _bad(f"{where}mount is not an absolute path")
+    deadline = _get(table, "deadline", DEADLINE, where)
+    if deadline < 1:
+        raise _bad(f"{where}deadline is not at least 1")
+    policy = _get(table, "policy", POLICIES[0], where)
+    if policy not in POLICIES:
+        raise _bad(f"{where}policy is not one of {', '.join(POLICIES)}")
+    return GroupConfig(name, mount, _get(table, "type", "", where), _get(table, "options", "", where), deadline, policy)
+
+
+def _provider(name: str, table: Any) -> ProviderConfig:
+    where = f"provider.{name}."
+    if not is_name(name) or not isinstance(table, dict):
+        raise _bad(f"[provider.{name}] is not a provider")
+    _only(table, {"endpoints", "ca", "client_key", "timeout"}, where)
+    endpoints: list[str] = _get(table, "endpoints", [], where)
+    if not endpoints or not all(isinstance(each, str) and each for each in endpoints):
+        raise _bad(f"{where}endpoints is not a list of HOST:PORT")
+    files = {key: _get(table, key, "", where) for key in ("ca", "client_key")}
+    for key, path in files.items():
+        if not os.path.isabs(path or "/") or not files["ca"]:
+            raise _bad(f"{where}{key} is not an absolute path")
+    timeout = _get(table, "timeout", TIMEOUT, where)
+    if not 1 <= timeout <= 300:
+        raise _bad(f"{where}timeout is not from 1 to 300")
+    return ProviderConfig(name, tuple(endpoints), files["ca"], files["client_key"], timeout)
+
+
+def _sync(table: dict[str, Any]) -> SyncConfig:
+    _only(table, {"open_from_provider_after_refusal", "drop_on"}, "sync.")
+    drop_on: list[str] = _get(table, "drop_on", [], "sync.")
+    if not all(each in DROP_ON for each in drop_on):
+        raise _bad(f"sync.drop_on is not a list of {', '.join(DROP_ON)}")
+    return SyncConfig(_get(table, "open_from_provider_after_refusal", False, "sync."), frozenset(drop_on))
 
 
 def load(path: str) -> Config:
@@ -70,7 +133,7 @@ def load(path: str) -> Config:
         with open(path, encoding="utf-8") as file:
             return parse(file.read())
     except FileNotFoundError:
-        return Config({})
+        return Config({}, {}, SyncConfig())
     except UnicodeDecodeError as error:
         raise Malformed(f"{path} is not UTF-8", f"edit {path}") from error
 
@@ -87,7 +150,33 @@ def group_table(group: GroupConfig) -> str:
         lines.append(f"options = {_quoted(group.options)}")
     if group.deadline != DEADLINE:
         lines.append(f"deadline = {group.deadline}")
+    if group.policy != POLICIES[0]:
+        lines.append(f"policy = {_quoted(group.policy)}")
     return "\n".join(lines) + "\n"
+
+
+def provider_table(provider: ProviderConfig) -> str:
+    """The text of one [provider.NAME], to be appended to the file."""
+    key = _quoted(provider.name) if "." in provider.name else provider.name
+    endpoints = ", ".join(map(_quoted, provider.endpoints))
+    lines = [f"\n[provider.{key}]", f"endpoints = [{endpoints}]", f"ca = {_quoted(provider.ca)}"]
+    if provider.client_key:
+        lines.append(f"client_key = {_quoted(provider.client_key)}")
+    if provider.timeout != TIMEOUT:
+        lines.append(f"timeout = {provider.timeout}")
+    return "\n".join(lines) + "\n"
+
+
+def append(path: str, table: str) -> None:
+    """Adds a table to the file; the text that is there stays as it is. Raises Malformed, OSError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except FileNotFoundError:
+        text = HEAD
+    text = text.rstrip("\n") + "\n" + table
+    parse(text)
+    write_atomically(path, text.encode(), mode=0o644)
 
 
 def check_mount_point(path: str) -> str:
@@ -99,6 +188,10 @@ def check_mount_point(path: str) -> str:
 
 def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _bad(message: str) -> Malformed:
+    return Malformed(f"unlock.toml: {message}", "edit /etc/unlock/unlock.toml")
 
 
 def _only(table: dict[str, Any], known: set[str], where: str) -> None:

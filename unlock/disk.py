@@ -4,9 +4,12 @@
 from typing import NamedTuple
 
 from . import luks, token, wrap
-from .errors import DiskFailed, Malformed, NotOurs, Tampered, UnlockError
+from .errors import DiskFailed, Malformed, NoKey, NotOurs, Tampered, UnlockError
 from .groups import Group, Member
 from .secret import Secret
+
+ELSEWHERE = bytes(32)
+"""What stands in the place of a key that this host does not keep. No provider's key is accepted that is all zero."""
 
 
 class Keys(NamedTuple):
@@ -42,9 +45,20 @@ def tokens(container: luks.Container, host: str) -> list[token.Token]:
 
 
 def volume_key(container: luks.Container, each: token.Token, persistence: Secret) -> Secret:
-    """The DEK. Raises Tampered when the token or the header is not what this host wrote."""
-    with unwrap_kek(each, persistence) as kek:
-        return wrap.unwrap(kek, each.dek, token.dek_aad(each, container.facts()))
+    """The DEK. Raises Tampered when the token or the header is not what this host wrote, NoKey ("provider") when
+    this host says truly that only the provider keeps the KEK."""
+    try:
+        kek = unwrap_kek(each, persistence)
+    except Tampered:
+        wrap.unwrap(persistence, each.kek, token.elsewhere_aad(each, container.facts()))
+        raise NoKey("its key is kept by the key manager only", "unlock sync", code="provider") from None
+    with kek:
+        return by_kek(container, each, kek)
+
+
+def by_kek(container: luks.Container, each: token.Token, kek: Secret) -> Secret:
+    """The DEK, from the KEK itself. Raises Tampered."""
+    return wrap.unwrap(kek, each.dek, token.dek_aad(each, container.facts()))
 
 
 def unwrap_kek(each: token.Token, persistence: Secret) -> Secret:
@@ -53,7 +67,7 @@ def unwrap_kek(each: token.Token, persistence: Secret) -> Secret:
 
 
 def unwrap_host_key(each: token.Token, persistence: Secret) -> Secret:
-    """The host key. Raises Tampered."""
+    """The host key; ELSEWHERE where only the provider keeps it. Raises Tampered."""
     return wrap.unwrap(persistence, each.host_key, token.key_aad(each.host, "host-key"))
 
 
@@ -95,34 +109,39 @@ def make_token(
         serial=member.serial,
         kek_id=group.kek,
         kek_generation=group.generation,
-        kek=wrap.wrap(keys.persistence, keys.kek, token.kek_aad(host, group.kek, group.generation)),
+        kek=b"",
         dek=b"",
         host_key=wrap.wrap(keys.persistence, keys.host_key, token.key_aad(host, "host-key")),
         mac=b"",
     )
+    if group.policy == "provider":
+        wrapped = wrap.wrap(keys.persistence, Secret(ELSEWHERE), token.elsewhere_aad(each, facts))
+    else:
+        wrapped = wrap.wrap(keys.persistence, keys.kek, token.kek_aad(host, group.kek, group.generation))
     return each._replace(
+        kek=wrapped,
         dek=wrap.wrap(keys.kek, dek, token.dek_aad(each, facts)),
         mac=wrap.mac(keys.mac_key, token.mac_data(each, facts)),
     )
 
 
-def write_token(device: str, each: token.Token, dek: Secret, persistence: Secret) -> None:
+def write_token(device: str, each: token.Token, dek: Secret, keys: Keys) -> None:
     """Writes a token beside what is there, and proves it from a fresh read of the disk.
 
-    A token of the same group and member list is not written twice. Raises DiskFailed.
+    A token that says and gives the same is not written twice. Raises DiskFailed.
     """
     with luks.Container(device) as container:
-        if _proven(container, each, dek, persistence) is None:
+        if _proven(container, each, dek, keys) is None:
             container.set_token(token.encode(each))
     with luks.Container(device) as container:
-        if _proven(container, each, dek, persistence) is None:
+        if _proven(container, each, dek, keys) is None:
             raise DiskFailed(f"{device}: the token that was written does not read back")
 
 
-def drop_other_tokens(device: str, keep: token.Token, dek: Secret, persistence: Secret) -> None:
+def drop_other_tokens(device: str, keep: token.Token, dek: Secret, keys: Keys) -> None:
     """Removes this host's other tokens once `keep` is proven on the disk. Raises DiskFailed, Tampered."""
     with luks.Container(device) as container:
-        kept = _proven(container, keep, dek, persistence)
+        kept = _proven(container, keep, dek, keys)
         if kept is None:
             raise DiskFailed(f"{device}: the new token does not read back, so the old one stays")
         for number, fields in container.tokens(token.TYPE):
@@ -130,21 +149,36 @@ def drop_other_tokens(device: str, keep: token.Token, dek: Secret, persistence: 
                 container.remove_token(number)
 
 
-def _proven(container: luks.Container, wanted: token.Token, dek: Secret, persistence: Secret) -> int | None:
-    """The number of a token on the disk that says what `wanted` says and gives the same DEK."""
+def _proven(container: luks.Container, wanted: token.Token, dek: Secret, keys: Keys) -> int | None:
+    """The number of a token on the disk that says what `wanted` says and gives the same keys."""
     for number, fields in container.tokens(token.TYPE):
         try:
             each = token.decode(fields)
-            same = (each.facts(), each.kek_id, each.kek_generation, each.mac) == (
-                wanted.facts(),
-                wanted.kek_id,
-                wanted.kek_generation,
-                wanted.mac,
-            )
-            if same:
-                with volume_key(container, each, persistence) as found:
-                    if found == dek:
-                        return number
+            if _says(each) != _says(wanted) or _keeps_kek(each, keys) != _keeps_kek(wanted, keys):
+                continue
+            with unwrap_host_key(each, keys.persistence) as host_key, _dek(container, each, keys) as found:
+                if found == dek and host_key == keys.host_key:
+                    return number
         except (Malformed, Tampered):
             continue
     return None
+
+
+def _says(each: token.Token) -> tuple[object, ...]:
+    return each.facts(), each.kek_id, each.kek_generation, each.mac
+
+
+def _keeps_kek(each: token.Token, keys: Keys) -> bool:
+    try:
+        unwrap_kek(each, keys.persistence).wipe()
+    except Tampered:
+        return False
+    return True
+
+
+def _dek(container: luks.Container, each: token.Token, keys: Keys) -> Secret:
+    """As the next boot gets it; where that has to ask the provider, by the KEK that it would get."""
+    try:
+        return volume_key(container, each, keys.persistence)
+    except NoKey:
+        return by_kek(container, each, keys.kek)

@@ -2,17 +2,19 @@
 """`unlock init`: the host's keys are made, backed up, and sealed to this boot's measurements.
 
     preflight ──> keys ──> state (journaled) ──> backup, test-restored ──> TPM slot A ──> key cache ──> done
+                                             or  host key at the KMS, fetched
 
 Killed before the end, it leaves nothing that a disk depends on; running it again starts over.
 """
 
 import glob
 import os
+from contextlib import closing
 from typing import NamedTuple
 
-from . import config, devices, keyring, log, policy, slots, thisboot
-from .errors import Malformed, Refused, Usage
-from .paths import Paths, sync_folder, write_atomically
+from . import config, devices, keyring, log, policy, provide, slots, thisboot
+from .errors import Refused, Usage
+from .paths import Paths, write_atomically
 from .providers import native
 from .secret import Secret
 from .state import State, exclusive
@@ -34,6 +36,18 @@ MEASURED_BY = {
 """PCRs by how the host boots; the cap PCR always comes on top."""
 
 
+class Kmip(NamedTuple):
+    """A key manager to begin with."""
+
+    settings: config.ProviderConfig
+    certificate: str
+    """The client's, PEM."""
+    key: Secret
+    """The client's, PEM."""
+    persistent: bool
+    """Whether its keys are kept on this host, wrapped."""
+
+
 class Choices(NamedTuple):
     """What the operator chose."""
 
@@ -46,6 +60,8 @@ class Choices(NamedTuple):
     """Empty: by how the host boots."""
     owner_auth: Secret
     tcti: str = "device:/dev/tpmrm0"
+    kms: Kmip | None = None
+    """None: the native provider."""
 
 
 class Preflight(NamedTuple):
@@ -64,16 +80,18 @@ def init(paths: Paths, choices: Choices) -> Preflight:
         unfinished = _earlier_attempt(paths)
         with Tpm(choices.tcti) as tpm:
             found = preflight(paths, tpm, choices, unfinished is not None)
-            if os.path.exists(choices.backup) and not (unfinished and _is_backup_of(choices.backup, unfinished.host)):
+            ours = unfinished and _is_backup_of(choices.backup, unfinished.host)
+            if not choices.kms and os.path.exists(choices.backup) and not ours:
                 raise Usage(f"{choices.backup} exists already", "name a file that does not exist yet")
-            with Secret.random(32) as persistence, Secret.random(32) as kdk:
-                host = os.urandom(16).hex()
+            with Secret.random(32) as persistence:
+                # a key manager may have made the host key of the attempt that was killed
+                host = unfinished.host if unfinished and choices.kms else os.urandom(16).hex()
                 state = State.new(paths, host)
-                with native.Native(kdk, host) as provider, provider.key("host", 1) as host_key:
-                    state.set_provider("native", provider.id, persistence, kdk)
-                    state.set_host_key(f"{provider.id}/host", 1, persistence, host_key)
-                    state.begin("init", f"--backup {os.path.abspath(choices.backup)}")
-                    _back_up(provider, choices, unfinished)
+                with (
+                    _use_kmip(paths, state, persistence, choices.kms)
+                    if choices.kms
+                    else _use_native(state, persistence, choices, unfinished)
+                ) as host_key:
                     slots.persist(
                         tpm,
                         bytes.fromhex(host),
@@ -103,23 +121,38 @@ def _earlier_attempt(paths: Paths) -> State | None:
     raise Refused("this host is initialised already", "unlock status", code="initialised")
 
 
-def _back_up(provider: native.Native, choices: Choices, unfinished: State | None) -> None:
-    """Writes the KDK's backup and restores it from the file. Raises Usage, Malformed, Tampered."""
-    path = choices.backup
-    if unfinished and _is_backup_of(path, unfinished.host):
-        os.unlink(path)
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except FileExistsError as error:
-        raise Usage(f"{path} exists already", "name a file that does not exist yet") from error
-    with os.fdopen(fd, "wb") as file:
-        file.write(provider.backup(choices.password))
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(os.path.dirname(os.path.abspath(path)))
-    with open(path, "rb") as written, native.restore(written.read(), choices.password) as restored:
-        if restored.kdk != provider.kdk:
-            raise Malformed(f"{path}: the backup does not restore", "give another place for it")
+def _use_native(state: State, persistence: Secret, choices: Choices, unfinished: State | None) -> Secret:
+    """A KDK, backed up before anything depends on it; gives the host key. Raises Usage, Malformed, Tampered."""
+    name = provide.key_name(state.host, "host", 1)
+    with Secret.random(32) as kdk, native.Native(Secret(bytes(kdk)), state.host) as provider:
+        state.use_provider(state.native_entry("native", provider.id, state.host, persistence, kdk))
+        host_key = provider.fetch(name)
+        state.set_host_key(f"{provider.id}/{name}", name, 1, persistence, host_key)
+        state.begin("init", f"--backup {os.path.abspath(choices.backup)}")
+        if unfinished and _is_backup_of(choices.backup, unfinished.host):
+            os.unlink(choices.backup)
+        native.write_backup(choices.backup, provider, choices.password)
+    return host_key
+
+
+def _use_kmip(paths: Paths, state: State, persistence: Secret, kms: Kmip) -> Secret:
+    """A key manager, proven by the host key that it makes and gives back. Raises ProviderError, Usage, Malformed."""
+    until = provide.certificate_until(kms.certificate)
+    stays = bool(kms.settings.client_key)
+    provider_id = f"kmip-{os.urandom(16).hex()}"
+    entry = state.kmip_entry(
+        kms.settings.name, provider_id, kms.certificate, until, persistence, None if stays else kms.key
+    )
+    state.persistent = kms.persistent
+    state.use_provider(entry)
+    state.begin("init", "--provider kmip")
+    with closing(provide.kmip(kms.settings, provider_id, kms.certificate, Secret(bytes(kms.key)))) as provider:
+        made, host_key = provide.new_key(provider, provide.key_name(state.host, "host", 1))
+    state.set_host_key(f"{provider_id}/{made.id}", made.name, 1, persistence, host_key)
+    state.save()
+    if kms.settings.name not in config.load(paths.config).providers:
+        config.append(paths.config, config.provider_table(kms.settings))
+    return host_key
 
 
 def _is_backup_of(path: str, host: str) -> bool:

@@ -94,3 +94,66 @@ class CommandFailed(UnlockError):
     """A program that we ran (mkfs, mount, systemctl) failed."""
 
     code, status = "command-failed", 13
+
+
+class ProviderError(UnlockError):
+    """A key provider did not do what it was asked; the kinds below differ in what to do next."""
+
+    code, status = "provider", 20
+
+    retry_after = 0.0
+    """Seconds before which asking again is no use."""
+
+
+class ProviderUnavailable(ProviderError):
+    """Nothing answers, or not in time: the next endpoint, then back off."""
+
+    code, status = "provider-unavailable", 20
+
+
+class PeerUntrusted(ProviderError):
+    """The server's certificate is not that of the one we asked, expired, or of an unknown CA."""
+
+    code, status = "peer-untrusted", 21
+
+
+class ClientAuth(ProviderError):
+    """The server refuses our certificate or password: no retry before they are renewed."""
+
+    code, status = "client-auth", 22
+
+
+class ClockWrong(ProviderError):
+    """A certificate is not valid yet: the clock is not set."""
+
+    code, status = "clock-wrong", 23
+
+
+class ProviderProtocol(ProviderError):
+    """An answer that is not to the question, or is not of the protocol."""
+
+    code, status = "provider-protocol", 24
+
+
+class Integrity(ProviderError):
+    """A key that cannot be the one that was asked for, or more than one: never adopted."""
+
+    code, status = "integrity", 25
+
+
+class NotFoundOrDenied(ProviderError):
+    """No such key, or none that we may have: nothing is ever deleted for that."""
+
+    code, status = "not-found-or-denied", 26
+
+
+class StateBlocked(ProviderError):
+    """The key is deactivated, compromised or destroyed: no new wraps."""
+
+    code, status = "state-blocked", 27
+
+
+class Unsupported(ProviderError):
+    """The server does not offer the operation: use the other way."""
+
+    code, status = "unsupported", 28

@@ -48,6 +48,9 @@ def _letters(number: int) -> str:
     return text
 
 
+POLICIES = ("persistent", "provider")
+
+
 class Member(NamedTuple):
     """One disk of a group, as /var/lib/unlock knows it."""
 
@@ -70,3 +73,11 @@ class Group(NamedTuple):
     manifest: int
     """Generation of the member list; each token carries it."""
     members: tuple[Member, ...]
+    kek_name: str = ""
+    """The provider's name of the KEK."""
+    policy: str = "persistent"
+    """`persistent`: each disk carries the KEK, wrapped by the persistence key. `provider`: only the provider has it."""
+    former: tuple[str, ...] = ()
+    """Ids of KEKs that this one has replaced, the latest last: a provider that offers one again lags."""
+    behind: tuple[str, ...] = ()
+    """LUKS UUIDs of members whose token may still hold an earlier KEK: they were away."""

@@ -2,19 +2,32 @@
 """The real root: the gate of each group, and healing when a disk comes late. Fed from the key cache.
 
 gate(G)   what unlock-group@G runs: done when the group is open, failed at its deadline
-heal()    what udev starts for a new disk while a gate has failed
+heal()    what udev starts for a new disk, or a sync for a new key, while a gate has failed
+
+Keys come from the cache. The provider is asked for two kinds of groups alone: those whose KEK only it keeps, and, if
+the operator's `open_from_provider_after_refusal` allows it, data groups after a boot that the TPM refused. Then no
+key is cached, and nothing is sealed or written.
 """
 
 import fcntl
 import json
 import os
+import time
+from collections.abc import Callable
+from contextlib import closing
 
-from . import config, devices, disk, keyring, log, opening, report, thisboot, units
-from .errors import CommandFailed, NoKey, UnlockError
+from . import config, devices, disk, keyring, log, luks, opening, present, provide, report, thisboot, units
+from .errors import ClockWrong, CommandFailed, NoKey, ProviderUnavailable, UnlockError
+from .groups import Group
 from .paths import Paths, write_atomically
 from .protect import protect
 from .run import run
+from .secret import Secret
 from .state import State
+from .token import Token
+
+RETRY = 5.0
+"""Seconds between two tries to reach a provider that is away."""
 
 
 def gate(paths: Paths, name: str) -> int:
@@ -27,10 +40,11 @@ def gate(paths: Paths, name: str) -> int:
     record = report.Report(f"gate {name}")
     monitor = devices.Monitor()
     try:
-        groups = _groups(paths, record, name)
+        unwrap = unwrapper(paths, name, record, end)
     except UnlockError:
         _mark_failed(paths, name)
         raise
+    groups = opening.Opening(State.load(paths).host, unwrap, record, name)
     look = True
     while not _is_open(record, name) and report.now() < end and name not in groups.failed:
         done = opening.turn(groups, monitor, look)
@@ -72,9 +86,13 @@ def heal(paths: Paths) -> int:
 
 
 def _heal(paths: Paths) -> int:
-    for name in _failed(paths):
+    for name in thisboot.failed_groups(paths):
         record = report.Report(f"heal {name}")
-        groups = _groups(paths, record, name)
+        try:
+            groups = opening.Opening(State.load(paths).host, unwrapper(paths, name, record, 0), record, name)
+        except UnlockError as error:
+            log.error(f"group {name}: {error}", error.hint)
+            continue
         for found in devices.marked():
             groups.saw(found)
         groups.read_all()
@@ -95,16 +113,98 @@ def _heal(paths: Paths) -> int:
     return 0
 
 
-def _groups(paths: Paths, record: report.Report, only: str) -> opening.Opening:
+def unwrapper(
+    paths: Paths,
+    name: str,
+    record: report.Report,
+    end: float,
+    look: present.Look = present.look,
+    connect: provide.Connect = provide.connect,
+) -> opening.Unwrap:
+    """What gives the volume keys of a group's disks. Asks a provider, where it may, until `end` (report.now()).
+
+    Raises NoKey, ProviderError, Refused.
+    """
     state = State.load(paths)
+    group = state.groups.get(name)
     try:
         persistence = keyring.get("unlock:persistence")
     except NoKey as error:
+        if group and _may_ask(paths, state, group):
+            return _from_provider(paths, state, group, record, end, look, connect)
         early = _early_verdict(paths)
-        raise NoKey(f"group {only}: no key: {early}", "reboot and type the recovery key") from error
-    return opening.Opening(
-        state.host, lambda container, token: disk.volume_key(container, token, persistence), record, only
-    )
+        raise NoKey(f"group {name}: no key: {early}", "reboot and type the recovery key") from error
+    if group and group.policy == "provider":
+        _await_kek(paths, group, end, look, connect)
+
+    def unwrap(container: luks.Container, token: Token) -> Secret:
+        try:
+            return disk.volume_key(container, token, persistence)
+        except NoKey:
+            with keyring.get(provide.cached(token.kek_id, token.kek_generation)) as kek:
+                return disk.by_kek(container, token, kek)
+
+    return unwrap
+
+
+def _await_kek(paths: Paths, group: Group, end: float, look: present.Look, connect: provide.Connect) -> None:
+    """The KEK that only the provider keeps is in the cache. Raises ProviderError at the end, NoKey."""
+
+    def fetch() -> None:
+        with provide.Work(paths, look, connect) as work:
+            kek, source = provide.find_kek(work, group)
+            with kek:
+                provide.remember(paths, provide.cached(group.kek, group.generation), kek, source)
+
+    _until(end, fetch)
+
+
+def _may_ask(paths: Paths, state: State, group: Group) -> bool:
+    """Without the persistence key: data groups alone, and only as the operator has set it."""
+    allowed = config.load(paths.config).sync.open_from_provider_after_refusal or not state.persistent
+    return allowed and not any(member.name in devices.names_below("/") for member in group.members)
+
+
+def _from_provider(
+    paths: Paths,
+    state: State,
+    group: Group,
+    record: report.Report,
+    end: float,
+    look: present.Look,
+    connect: provide.Connect,
+) -> opening.Unwrap:
+    """The KEK is used here and goes nowhere. The header is authenticated by it as ever."""
+    keks: dict[tuple[str, int], Secret] = {}
+    opens = provide.OPENS - config.load(paths.config).sync.drop_on
+
+    def kek_of(kek_id: str, generation: int) -> Secret:
+        if (kek_id, generation) not in keks:
+            entry = provide.owner(state, kek_id)
+            with closing(connect(paths, state, None, entry)) as provider:
+                keks[kek_id, generation] = provider.fetch(provide.ref(entry, kek_id, "").id, opens)
+        return keks[kek_id, generation]
+
+    def unwrap(container: luks.Container, token: Token) -> Secret:
+        return disk.by_kek(container, token, kek_of(token.kek_id, token.kek_generation))
+
+    _until(end, lambda: kek_of(group.kek, group.generation))
+    record.event("opened-from-provider", f"{group.name}: {_early_verdict(paths)}")
+    record.facts["opened_from_provider"] = group.name
+    log.note(f"group {group.name}: opened from the key manager after: {_early_verdict(paths)}")
+    return unwrap
+
+
+def _until(end: float, ask: Callable[[], object]) -> None:
+    """Asks again while the provider is only away; the network may come yet. Raises ProviderError at the end."""
+    while True:
+        try:
+            ask()
+            return
+        except (ProviderUnavailable, ClockWrong):
+            if report.now() + RETRY > end:
+                raise
+            time.sleep(RETRY)
 
 
 def _early_verdict(paths: Paths) -> str:
@@ -146,7 +246,7 @@ def _mark_failed(paths: Paths, name: str) -> None:
         waiting = sorted(queued & wanted)
     except UnlockError:
         waiting = []
-    if name in _failed(paths):
+    if name in thisboot.failed_groups(paths):
         waiting = sorted({*waiting, *_waiting(paths, name)})
     write_atomically(os.path.join(paths.of_this_boot("failed-groups"), name), json.dumps(waiting).encode(), mode=0o600)
 
@@ -160,13 +260,6 @@ def _dependents(unit: str) -> set[str]:
         listed = run(["systemctl", "show", "-p", "RequiredBy", "-p", "BoundBy", "--value", *sorted(new)], timeout=10)
         new = set(listed.split()) - found
     return found - {unit}
-
-
-def _failed(paths: Paths) -> list[str]:
-    try:
-        return sorted(name for name in os.listdir(paths.of_this_boot("failed-groups")) if not name.endswith(".new"))
-    except FileNotFoundError:
-        return []
 
 
 def _waiting(paths: Paths, name: str) -> list[str]:

@@ -8,11 +8,10 @@ import os
 import uuid as uuids
 from typing import Any, NamedTuple
 
-from . import ask, config, devices, disk, keyring, log, luks, recoverykey, tables, thisboot, token, units
-from .errors import NoKey, NotOurs, Refused, UnlockError, Usage
+from . import ask, config, devices, disk, log, luks, provide, recoverykey, tables, thisboot, token, units
+from .errors import NotOurs, Refused, UnlockError, Usage
 from .groups import Group, Member, check_name, mapping_names
-from .paths import Paths, write_atomically
-from .providers import native
+from .paths import Paths
 from .run import run
 from .secret import Secret
 from .state import State, exclusive
@@ -30,6 +29,8 @@ class NewGroup(NamedTuple):
     """Devices whose content may go, by name."""
     recovery_file: str
     """Read if it exists, else written; '' asks at the terminal."""
+    policy: str = "persistent"
+    """`provider`: the KEK is never kept on this host."""
 
 
 def group_create(paths: Paths, wanted: NewGroup) -> Group:
@@ -38,18 +39,18 @@ def group_create(paths: Paths, wanted: NewGroup) -> Group:
     An ordinary failure is undone and may be followed by anything; after a kill the same command finishes.
     """
     check_name(wanted.name)
-    with exclusive(paths):
-        state = State.load(paths)
-        persistence = _persistence()
+    with exclusive(paths), provide.Work(paths) as work:
+        state = work.state
         nodes = [_node(device) for device in wanted.devices]
         unfinished = state.unfinished("group create", wanted.name)
         if wanted.name in state.groups and not unfinished:
             raise Refused(f"there is a group {wanted.name} already", "unlock status", code="group-exists")
         if wanted.name not in state.groups:
             _check_mount_point(paths, wanted)
-            _create(state, persistence, wanted, nodes, unfinished)
+            _create(work, wanted, nodes, unfinished)
         group = state.groups[wanted.name]
-        _add_to_config(paths, config.GroupConfig(wanted.name, wanted.mount, _type(group, wanted), "", config.DEADLINE))
+        kind = _type(group, wanted)
+        _add_to_config(paths, config.GroupConfig(wanted.name, wanted.mount, kind, "", config.DEADLINE, wanted.policy))
         thisboot.mark_open(paths, group.name, [member.name for member in group.members])
         _start(units.mount(wanted.mount))
         state.journal = None
@@ -57,9 +58,8 @@ def group_create(paths: Paths, wanted: NewGroup) -> Group:
         return group
 
 
-def _create(
-    state: State, persistence: Secret, wanted: NewGroup, nodes: list[str], unfinished: dict[str, Any] | None
-) -> None:
+def _create(work: provide.Work, wanted: NewGroup, nodes: list[str], unfinished: dict[str, Any] | None) -> None:
+    state, persistence = work.state, work.persistence
     before = [Member(**each) for each in unfinished["members"]] if unfinished else []
     if before and len(before) != len(nodes):
         raise Refused(
@@ -74,17 +74,17 @@ def _create(
                 for name, node in zip(names, nodes, strict=True)
             ]
             state.begin("group create", wanted.name, members=[member._asdict() for member in before])
-        group = Group(wanted.name, f"{state.provider_id}/kek/{wanted.name}", 1, 1, tuple(before))
         try:
+            group, kek = _new_group(work, wanted.name, tuple(before), 1, wanted.policy)
             _format(group, nodes, recovery)
             _make_file_system(group, wanted)
-            with _keys(state, persistence, group, recovery) as keys:
+            with _keys(work, kek, recovery) as keys:
                 for member, node in zip(group.members, nodes, strict=True):
                     with luks.Container(node) as container, disk.by_recovery_key(container, recovery) as dek:
                         each = disk.make_token(container, state.host, group, member, dek, keys.keys)
-                        disk.write_token(node, each, dek, persistence)
+                        disk.write_token(node, each, dek, keys.keys)
         except UnlockError:
-            for member in group.members:
+            for member in before:
                 luks.abandon(member.name)
             state.journal = None
             state.save()
@@ -102,9 +102,8 @@ def disk_adopt(
     Raises NotOurs when it is not LUKS2 or the passphrase is wrong, DiskFailed, Refused.
     """
     check_name(group_name)
-    with exclusive(paths):
-        state = State.load(paths)
-        persistence = _persistence()
+    with exclusive(paths), provide.Work(paths) as work:
+        state, persistence = work.state, work.persistence
         node = _node(device)
         with luks.Container(node) as container:
             uuid = container.uuid
@@ -121,15 +120,21 @@ def disk_adopt(
             member = Member(uuid, _mapping_name(paths, state, uuid, node, group_name, name), devices.disk(node).serial)
             unfinished = state.unfinished("disk adopt", f"/dev/disk/by-uuid/{uuid} --group {group_name}")
             manifest = unfinished["manifest"] if unfinished else state.next_manifest(group_name)
-            kek = (old.kek, old.generation) if old else (f"{state.provider_id}/kek/{group_name}", 1)
-            group = Group(group_name, *kek, manifest, (*(old.members if old else ()), member))
+            group = (old or Group(group_name, "", 0, 0, ()))._replace(
+                manifest=manifest, members=(*(old.members if old else ()), member)
+            )
+        _check_policy(work, group, member)
         others = {each.uuid: _device_of(each) for each in group.members if each.uuid != uuid}
         with dek, recovery_key(state, persistence, recovery_file) as recovery:
             state.begin("disk adopt", f"/dev/disk/by-uuid/{uuid} --group {group_name}", manifest=group.manifest)
             try:
                 with luks.Container(node) as container:
                     _add_recovery_keyslot(container, dek, recovery)
-                _write_member_list(state, persistence, group, {**others, uuid: node}, recovery)
+                if group.kek:
+                    kek, _ = provide.find_kek(work, group, {**others, uuid: node})
+                else:
+                    group, kek = _new_group(work, group_name, group.members, group.manifest)
+                _write_member_list(work, group, kek, {**others, uuid: node}, recovery)
             except UnlockError:
                 state.journal = None
                 state.save()
@@ -137,7 +142,7 @@ def disk_adopt(
         if member.name not in devices.names_below("/"):
             tables.set_noauto(paths.crypttab, member.name)
             _add_to_config(paths, config.GroupConfig(group_name, "", "", "", config.DEADLINE))
-        state.groups[group_name] = group
+        state.groups[group_name] = group._replace(behind=())
         state.journal = None
         state.save()
         if all(devices.mapping_of(each.uuid) == each.name for each in group.members):
@@ -145,22 +150,42 @@ def disk_adopt(
         return group
 
 
-def _write_member_list(
-    state: State, persistence: Secret, group: Group, nodes: dict[str, str], recovery: Secret
-) -> None:
+def _new_group(
+    work: provide.Work, name: str, members: tuple[Member, ...], manifest: int, policy: str = "persistent"
+) -> tuple[Group, Secret]:
+    """A group with a KEK of its own, which it keeps on its disks unless a policy says otherwise."""
+    generation = work.state.next_generation(name)
+    provider = work.provider()
+    made, kek = provide.new_key(provider, provide.key_name(work.state.host, f"kek/{name}", generation))
+    policy = policy if work.state.persistent else "provider"
+    return Group(name, f"{provider.id}/{made.id}", generation, manifest, members, made.name, policy), kek
+
+
+def _check_policy(work: provide.Work, group: Group, member: Member) -> None:
+    """The root file system cannot wait for the network. Raises Refused."""
+    if member.name in devices.names_below("/") and (group.policy == "provider" or not work.state.persistent):
+        raise Refused(
+            f"{member.name} holds the root file system, and its key would not be kept on this host",
+            "unlock persistence enable",
+            code="root-needs-persistence",
+        )
+
+
+def _write_member_list(work: provide.Work, group: Group, kek: Secret, nodes: dict[str, str], recovery: Secret) -> None:
     """Every member gets a token with the group's present member list; the old ones go when all have it."""
-    with _keys(state, persistence, group, recovery) as keys:
+    state = work.state
+    with _keys(work, kek, recovery) as keys:
         written = []
         for member in group.members:
             node = nodes[member.uuid]
             with luks.Container(node) as container:
                 dek = disk.by_recovery_key(container, recovery)
                 each = disk.make_token(container, state.host, group, member, dek, keys.keys)
-            disk.write_token(node, each, dek, persistence)
+            disk.write_token(node, each, dek, keys.keys)
             written.append((node, each, dek))
         for node, each, dek in written:
             with dek:
-                disk.drop_other_tokens(node, each, dek, persistence)
+                disk.drop_other_tokens(node, each, dek, keys.keys)
 
 
 def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, asked: str) -> str:
@@ -230,23 +255,14 @@ class _Keys:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for secret in self.keys[1:]:
+        for secret in self.keys:
             secret.wipe()
 
 
-def _keys(state: State, persistence: Secret, group: Group, recovery: Secret) -> _Keys:
-    with native.Native(state.kdk(persistence), state.host) as provider:
-        kek = provider.key(f"kek/{group.name}", group.generation)
-    return _Keys(persistence, state.host_key(persistence), kek, disk.mac_key(recovery, state.host))
-
-
-def _persistence() -> Secret:
-    try:
-        return keyring.get("unlock:persistence")
-    except NoKey as error:
-        raise NoKey(
-            "the persistence key is not in the key cache: this boot was not unsealed", "unlock status"
-        ) from error
+def _keys(work: provide.Work, kek: Secret, recovery: Secret) -> _Keys:
+    """Takes the KEK over."""
+    persistence = Secret(bytes(work.persistence))
+    return _Keys(persistence, work.host_key(), kek, disk.mac_key(recovery, work.state.host))
 
 
 def _node(device: str) -> str:
@@ -364,14 +380,7 @@ def _make_file_system(group: Group, wanted: NewGroup) -> None:
 def _add_to_config(paths: Paths, group: config.GroupConfig) -> None:
     """Unless it is there already. The text that is there stays as it is."""
     if group.name not in config.load(paths.config).groups:
-        try:
-            with open(paths.config, encoding="utf-8") as file:
-                text = file.read()
-        except FileNotFoundError:
-            text = config.HEAD
-        text = text.rstrip("\n") + "\n" + config.group_table(group)
-        config.parse(text)
-        write_atomically(paths.config, text.encode(), mode=0o644)
+        config.append(paths.config, config.group_table(group))
     if os.path.exists("/run/systemd/system") and paths.root == "/":
         run(["systemctl", "daemon-reload"])
 

@@ -123,7 +123,7 @@ class Opening:
         except Tampered as error:
             self.report.disk(found.node, "tampered", str(error))
         except UnlockError as error:
-            self.report.disk(found.node, "failed", str(error))
+            self.report.disk(found.node, error.code if error.code in OUTCOMES else "failed", str(error))
         except Exception as error:  # whatever a hostile disk makes of us, it is alone
             self.report.disk(found.node, "failed", type(error).__name__)
         if container:

@@ -35,6 +35,7 @@ OUTCOMES = {
     "newer-format": "a later unlock wrote its token",
     "tampered": "header or token are not what this host wrote",
     "no-key": "there is no key to open it with",
+    "provider": "its key is kept by the key manager only: it opens when that answers",
     "name-taken": "its mapping name is in use",
     "failed": "the kernel or the device refused to open it",
     "timed-out": "opening it took too long and was stopped",
@@ -42,12 +43,12 @@ OUTCOMES = {
     "stale": "its token is older than that of the rest of the group",
 }
 
-HARMLESS = frozenset(("opened", "already-open", "waiting", "foreign", "other-host"))
+HARMLESS = frozenset(("opened", "already-open", "waiting", "foreign", "other-host", "provider"))
 """Outcomes that are no failure of a disk of this host that is present."""
 
 _ANYBODYS = frozenset(("damaged", "duplicate"))
 
-_SILENT = frozenset(("waiting", "foreign", "other-host", "already-open", "no-key"))
+_SILENT = frozenset(("waiting", "foreign", "other-host", "already-open", "no-key", "provider"))
 
 
 def now() -> float:

@@ -3,13 +3,18 @@
 
     version     1
     host        host id, 32 hex digits
-    provider    {"kind": "native", "id", "kdk": wrapped}
-    host_key    {"id", "generation", "wrapped"}
+    provider    the one in use: {"name", "kind", "id"}; native: "scope", "kdk": wrapped; kmip: "client_key": wrapped,
+                or null when it stays in a file, "client_cert": PEM, "client_until": seconds since 1970
+    others      NAME -> the same, of providers that were added or left
+    persistence whether the provider's keys are kept on this host, wrapped
+    host_key    {"id", "name", "generation", "wrapped": null when it is not kept, "former": [the same]}
     mac_key     wrapped, or null before there is a recovery key
-    groups      NAME -> {"kek": {"id", "generation"}, "manifest", "members": [{"uuid", "name", "serial"}]}
+    groups      NAME -> {"kek": {"id", "name", "generation"}, "policy", "former", "behind", "manifest",
+                "members": [{"uuid", "name", "serial"}]}
     manifests   NAME -> highest generation of a member list that was ever begun
-    manifests   NAME -> highest generation of a member list that was ever begun
-journal     the operation under way, or null
+    generations NAME -> highest generation of a KEK that a group of that name has had
+    retire      [{"id", "group"}]: replaced KEKs, until the provider has deactivated them
+    journal     the operation under way, or null
 
 The file is replaced whole. The one journal: an operation writes what it is about to do before it starts,
 and the save that records its result clears the entry, in the same rename.
@@ -27,7 +32,7 @@ from typing import Any
 
 from . import token, wrap
 from .errors import Malformed, NewerFormat, Refused
-from .groups import Group, Member, is_name
+from .groups import POLICIES, Group, Member, is_name
 from .paths import Paths, write_atomically
 from .secret import Secret
 
@@ -50,10 +55,14 @@ class State:
                 "version": VERSION,
                 "host": host,
                 "provider": None,
+                "others": {},
+                "persistence": True,
                 "host_key": None,
                 "mac_key": None,
                 "groups": {},
                 "manifests": {},
+                "generations": {},
+                "retire": [],
                 "journal": None,
             },
         )
@@ -78,6 +87,9 @@ class State:
     def save(self) -> None:
         """Durable when it returns. Raises OSError; the old state is then still there."""
         self._fields["groups"] = {group.name: _entry(group) for group in self.groups.values()}
+        for group in self.groups.values():
+            highest = self._fields["generations"].get(group.name, 0)
+            self._fields["generations"][group.name] = max(highest, group.generation)
         write_atomically(self._path, json.dumps(self._fields, indent=1).encode() + b"\n")
 
     @property
@@ -118,31 +130,106 @@ class State:
         self._fields["manifests"][group] = highest + 1
         return highest + 1
 
-    def set_provider(self, kind: str, provider_id: str, persistence: Secret, kdk: Secret) -> None:
-        self._fields["provider"] = {
-            "kind": kind,
-            "id": provider_id,
-            "kdk": self._wrapped(persistence, "kdk", kdk),
-        }
+    def next_generation(self, group: str) -> int:
+        """A generation that no KEK of a group of that name has had. It is taken when the group is saved with it: an
+        attempt that came to nothing leaves its name, and the key that it may have made, to the next."""
+        generation: int = self._fields["generations"].get(group, 0)
+        return 1 + max(generation, self.groups[group].generation if group in self.groups else 0)
+
+    # Providers
+
+    @property
+    def provider(self) -> dict[str, Any]:
+        """The entry of the provider in use."""
+        entry: dict[str, Any] = self._fields["provider"]
+        return entry
 
     @property
     def provider_id(self) -> str:
         return str(self._fields["provider"]["id"]) if self._fields["provider"] else ""
 
-    def kdk(self, persistence: Secret) -> Secret:
-        """The native provider's KDK. Raises Tampered."""
-        return self._unwrapped(persistence, "kdk", self._fields["provider"]["kdk"])
+    @property
+    def others(self) -> dict[str, dict[str, Any]]:
+        """Name -> entry of the providers that are not in use."""
+        others: dict[str, dict[str, Any]] = self._fields["others"]
+        return others
 
-    def set_host_key(self, key_id: str, generation: int, persistence: Secret, key: Secret) -> None:
+    def use_provider(self, entry: dict[str, Any]) -> None:
+        """The one in use from now on; what was in use stays with the others."""
+        if self._fields["provider"]:
+            self.others[self.provider["name"]] = self.provider
+        self.others.pop(entry["name"], None)
+        self._fields["provider"] = entry
+
+    def native_entry(self, name: str, provider_id: str, scope: str, persistence: Secret, kdk: Secret) -> dict[str, Any]:
+        wrapped = self._wrapped(persistence, "kdk", kdk)
+        return {"name": name, "kind": "native", "id": provider_id, "scope": scope, "kdk": wrapped}
+
+    def kmip_entry(
+        self, name: str, provider_id: str, certificate: str, until: int, persistence: Secret, key: Secret | None
+    ) -> dict[str, Any]:
+        """`key` is the client's, as PEM; None when it stays in a file. `until`: when the certificate ends, in seconds
+        since 1970."""
+        wrapped = self._wrapped(persistence, "client-key", key) if key else None
+        client = {"client_cert": certificate, "client_until": until, "client_key": wrapped}
+        return {"name": name, "kind": "kmip", "id": provider_id, **client}
+
+    def kdk(self, persistence: Secret, entry: dict[str, Any] | None = None) -> Secret:
+        """A native provider's KDK. Raises Tampered."""
+        return self._unwrapped(persistence, "kdk", (entry or self.provider)["kdk"])
+
+    def client_key(self, persistence: Secret, entry: dict[str, Any]) -> Secret:
+        """A KMIP client's private key, as PEM. Raises Tampered."""
+        return self._unwrapped(persistence, "client-key", entry["client_key"])
+
+    @property
+    def retire(self) -> list[dict[str, str]]:
+        """KEKs that were replaced, and that the provider has not deactivated yet."""
+        retire: list[dict[str, str]] = self._fields["retire"]
+        return retire
+
+    # Keys
+
+    @property
+    def persistent(self) -> bool:
+        """Whether the provider's keys are kept on this host."""
+        return bool(self._fields["persistence"])
+
+    @persistent.setter
+    def persistent(self, kept: bool) -> None:
+        self._fields["persistence"] = kept
+
+    def set_host_key(
+        self, key_id: str, name: str, generation: int, persistence: Secret, key: Secret, former: bool = True
+    ) -> None:
+        """The host key, in place of another one, which dumps may still need (`former`)."""
+        old = self._fields["host_key"]
         self._fields["host_key"] = {
             "id": key_id,
+            "name": name,
             "generation": generation,
-            "wrapped": self._wrapped(persistence, "host-key", key),
+            "wrapped": self._wrapped(persistence, "host-key", key) if self.persistent else None,
+            "former": [*old["former"], {**old, "former": []}] if old and former else (old or {}).get("former", []),
         }
 
-    def host_key(self, persistence: Secret) -> Secret:
-        """Raises Tampered."""
-        return self._unwrapped(persistence, "host-key", self._fields["host_key"]["wrapped"])
+    def drop_host_key(self) -> None:
+        """The host key is not kept any more; the provider has it."""
+        self._fields["host_key"]["wrapped"] = None
+
+    @property
+    def host_key_ref(self) -> tuple[str, str, int]:
+        """Id, name and generation of the host key."""
+        entry = self._fields["host_key"]
+        return str(entry["id"]), str(entry["name"]), int(entry["generation"])
+
+    def had_host_key(self, key_id: str) -> bool:
+        """Whether it was this host's before the present one."""
+        return any(each["id"] == key_id for each in self._fields["host_key"]["former"])
+
+    def host_key(self, persistence: Secret) -> Secret | None:
+        """None where it is not kept on this host. Raises Tampered."""
+        wrapped = self._fields["host_key"]["wrapped"]
+        return self._unwrapped(persistence, "host-key", wrapped) if wrapped else None
 
     @property
     def has_recovery_key(self) -> bool:
@@ -182,15 +269,28 @@ def exclusive(paths: Paths) -> Iterator[None]:
 
 
 def _group(name: str, entry: dict[str, Any]) -> Group:
-    if not is_name(name):
-        raise KeyError("a valid group name")
+    if not is_name(name) or entry["policy"] not in POLICIES:
+        raise KeyError("a valid group")
     members = tuple(Member(str(m["uuid"]), str(m["name"]), str(m["serial"])) for m in entry["members"])
-    return Group(name, str(entry["kek"]["id"]), int(entry["kek"]["generation"]), int(entry["manifest"]), members)
+    return Group(
+        name,
+        str(entry["kek"]["id"]),
+        int(entry["kek"]["generation"]),
+        int(entry["manifest"]),
+        members,
+        str(entry["kek"]["name"]),
+        str(entry["policy"]),
+        tuple(map(str, entry["former"])),
+        tuple(map(str, entry["behind"])),
+    )
 
 
 def _entry(group: Group) -> dict[str, Any]:
     return {
-        "kek": {"id": group.kek, "generation": group.generation},
+        "kek": {"id": group.kek, "name": group.kek_name, "generation": group.generation},
+        "policy": group.policy,
+        "former": list(group.former),
+        "behind": list(group.behind),
         "manifest": group.manifest,
         "members": [member._asdict() for member in group.members],
     }

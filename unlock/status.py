@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unlock status`: groups, disks, their states, and where each key would come from."""
 
+import time
 from typing import Any
 
 from . import config, devices, disk, keyring, luks, report, thisboot, token
@@ -14,7 +15,7 @@ def status(paths: Paths) -> dict[str, Any]:
     """Everything as plain values. Changes nothing; a disk that cannot be read is a row, not an error.
 
     disks[].state: open, closed, missing, or an outcome of report.OUTCOMES; disks[].key: where its key would come
-    from now: `key cache`, or `recovery key` when nothing else is left before the next boot.
+    from now: `key cache`, `provider`, or `recovery key` when nothing else is left before the next boot.
     """
     state = State.load(paths)
     settings = config.load(paths.config)
@@ -34,6 +35,8 @@ def status(paths: Paths) -> dict[str, Any]:
                 "state": _summary([each["state"] for each in disks]),
                 "mount": setting.mount if setting else "",
                 "kek": {"id": group.kek, "generation": group.generation},
+                "policy": group.policy,
+                "behind": [member.name for member in group.members if member.uuid in group.behind],
                 "disks": disks,
             }
         )
@@ -41,6 +44,10 @@ def status(paths: Paths) -> dict[str, Any]:
         "version": 1,
         "host": state.host,
         "provider": state.provider_id,
+        "providers": _providers(state),
+        "persistence": state.persistent,
+        "sync": thisboot.read_json(paths, "sync.json"),
+        "waiting_to_retire": len(state.retire),
         "keys": {
             "persistence key": "key cache" if persistence else "TPM, at the next boot",
             "recovery key": "made" if state.has_recovery_key else "none yet",
@@ -66,11 +73,14 @@ def table(found: dict[str, Any]) -> str:
     if found["unfinished"]:
         entry = found["unfinished"]
         lines.append(f"warning   `unlock {entry['operation']} {entry['about']}` is not finished: run it again")
+    lines += [f"warning   {text}" for text in _warnings(found)]
     lines += [
         f"{name:<9} {where}"
         for name, where in (
             ("key", found["keys"]["persistence key"]),
             ("recovery", found["keys"]["recovery key"]),
+            ("provider", found["providers"][0]["said"]),
+            ("sync", _last_sync(found["sync"])),
         )
     ]
     rows = [("GROUP", "DISK", "DEVICE", "STATE", "KEY FROM", "MOUNT")]
@@ -84,6 +94,43 @@ def table(found: dict[str, Any]) -> str:
     lines.append("")
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
+
+
+def _providers(state: State) -> list[dict[str, Any]]:
+    """The one in use first; certificate_days is None for one without a certificate."""
+    rows = []
+    for entry in filter(None, (state.provider, *state.others.values())):
+        days = int((entry["client_until"] - time.time()) // 86400) if entry["kind"] == "kmip" else None
+        said = f"{entry['name']} ({entry['kind']})" + (f", certificate: {days} days left" if days is not None else "")
+        rows.append({"name": entry["name"], "kind": entry["kind"], "certificate_days": days, "said": said})
+    return rows
+
+
+CERTIFICATE_DAYS = 30
+"""Days before its end from which a client certificate is warned of."""
+
+
+def _warnings(found: dict[str, Any]) -> list[str]:
+    days = found["providers"][0]["certificate_days"]
+    warnings = []
+    if days is not None and days < CERTIFICATE_DAYS:
+        warnings.append(f"the client certificate ends in {days} days: unlock provider renew")
+    for group in found["groups"]:
+        if group["behind"]:
+            warnings.append(f"{', '.join(group['behind'])}: still under an earlier KEK; done when back, by unlock sync")
+    for each in found["sync"].get("keys", ()):
+        if each["outcome"] not in _CALM:
+            warnings.append(f"sync: {each['key']}: {each['outcome']}: {each['detail']}")
+    return warnings
+
+
+_CALM = frozenset(("unchanged", "replaced", "caught-up", "finished", "cached", "persistent"))
+
+
+def _last_sync(record: dict[str, Any]) -> str:
+    if not record:
+        return "not in this boot"
+    return f"{int(time.time() - record['at'])} s ago: {', '.join(sorted({each['outcome'] for each in record['keys']}))}"
 
 
 def _seen(host: str, persistence: Secret | None) -> dict[str, dict[str, str]]:
@@ -118,6 +165,8 @@ def _judge(container: luks.Container, host: str, persistence: Secret | None) -> 
         try:
             disk.volume_key(container, each, persistence).wipe()
             return "", "key cache"
+        except NoKey:
+            return "", "provider"
         except UnlockError:
             continue
     return "tampered", "recovery key"

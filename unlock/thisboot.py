@@ -9,8 +9,11 @@ recovered        the recovery prompt opened disks, or tried to
 ended            the agent ended in order: keys and disks are handed over, or closed
 open/G           link to a mapping of group G, which is open; members/G lists them all
 failed-groups/G  its gate failed; the units that waited
+keys.json        where keys came from that were cached since
+sync.json        how the last sync went
 """
 
+import json
 import os
 from typing import Any
 
@@ -64,6 +67,45 @@ def unmark(paths: Paths, *names: str) -> None:
         os.unlink(paths.of_this_boot(os.path.join(*names)))
     except FileNotFoundError:
         pass
+
+
+def failed_groups(paths: Paths) -> list[str]:
+    """Groups whose gate failed."""
+    try:
+        return sorted(name for name in os.listdir(paths.of_this_boot("failed-groups")) if not name.endswith(".new"))
+    except FileNotFoundError:
+        return []
+
+
+def note_source(paths: Paths, key: str, source: str) -> None:
+    """Where a cached key came from: `TPM`, `provider`, `made`."""
+    found = {**sources(paths), key: source}
+    write_json(paths, "keys.json", found)
+
+
+def sources(paths: Paths) -> dict[str, str]:
+    """Of the keys that were cached since early boot."""
+    found = read_json(paths, "keys.json")
+    return {str(key): str(source) for key, source in found.items()}
+
+
+def write_json(paths: Paths, name: str, content: dict[str, Any]) -> None:
+    """Whole or not at all; /run needs no fsync."""
+    path = paths.of_this_boot(name)
+    os.makedirs(paths.run, mode=0o700, exist_ok=True)
+    with open(f"{path}.new", "w", encoding="ascii") as file:
+        json.dump(content, file, indent=1)
+    os.rename(f"{path}.new", path)
+
+
+def read_json(paths: Paths, name: str) -> dict[str, Any]:
+    """Empty when there is none that can be read."""
+    try:
+        with open(paths.of_this_boot(name), "rb") as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def early(paths: Paths) -> dict[str, Any] | None:

@@ -8,7 +8,8 @@
     manifest                generation of the member list
     name                    mapping name in /dev/mapper
     serial                  serial number of the device, or ''
-    kek                     {"id", "generation", "wrapped"}: wrapped by the persistence key
+    kek                     {"id", "generation", "wrapped"}: wrapped by the persistence key; or, for a KEK that only
+                            the provider keeps, 32 zero bytes wrapped with what says so, bound to the header
     dek                     the volume key, wrapped by the KEK
     host_key                wrapped by the persistence key
     mac                     HMAC-SHA256 over the facts, by a key derived from the recovery key
@@ -97,6 +98,12 @@ def mac_data(token: Token, header: Mapping[str, Any]) -> bytes:
 def kek_aad(host: str, kek_id: str, generation: int) -> bytes:
     """What is authenticated with a wrapped KEK."""
     return canonical({"format": "unlock-kek-1", "host": host, "kek": [kek_id, generation]})
+
+
+def elsewhere_aad(token: Token, header: Mapping[str, Any]) -> bytes:
+    """What is authenticated in the place of a KEK that this host does not keep: nobody else can say so for it, nor
+    for another disk. An unlock that does not know of it finds a KEK that does not authenticate."""
+    return canonical({"format": "unlock-kek-elsewhere-1", "dek": dek_aad(token, header).decode()})
 
 
 def key_aad(host: str, kind: str) -> bytes:

@@ -65,7 +65,7 @@ def own_key(machine: Machine) -> None:
         with luks.Container(str(rogue)) as container, container.volume_key(Secret(PASSPHRASE.encode())) as dek:
             keys = disk.Keys(persistence, host_key, kek, Secret.random(32))
             token = disk.make_token(container, host, group, group.members[0], dek, keys)
-            disk.write_token(str(rogue), token, dek, persistence)
+            disk.write_token(str(rogue), token, dek, keys)
 
 
 def plaintext_data(path: Path) -> None:

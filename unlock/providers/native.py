@@ -10,11 +10,14 @@ import os
 from base64 import b64encode
 from binascii import Error as Base64Error
 from binascii import a2b_base64
+from collections.abc import Callable, Sequence
 
 from .. import wrap
-from ..errors import Malformed, NewerFormat, Tampered
+from ..errors import Integrity, Malformed, NewerFormat, NotFoundOrDenied, Tampered, Usage
+from ..paths import sync_folder
 from ..secret import Secret
 from ..token import canonical
+from . import ACTIVE, USABLE, Capabilities, Health, Ref, Status, no_proof
 
 BACKUP_VERSION = 1
 BACKUP_MAX = 4096
@@ -22,19 +25,62 @@ _SALT = 16
 
 
 class Native:
-    """A provider over one KDK of 32 bytes, which it owns and wipes."""
+    """A provider over one KDK of 32 bytes, which it owns and wipes. A key's id is its name, NAME/GENERATION."""
 
     def __init__(self, kdk: Secret, scope: str) -> None:
         self.kdk = kdk
         self.scope = scope
         with wrap.derive(kdk, b"", b"unlock-native-fingerprint-1", 16) as fingerprint:
-            self.id = f"native-{fingerprint.value.hex()}"
+            self._id = f"native-{fingerprint.value.hex()}"
 
     def __enter__(self) -> "Native":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def id(self) -> str:
+        return self._id
+
+    def close(self) -> None:
         self.kdk.wipe()
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(create=True, rekey=False)
+
+    def resolve(self, refs: Sequence[Ref]) -> list[Status]:
+        return [Status(ref, True, ACTIVE, ref.id) for ref in refs]
+
+    def fetch(self, key_id: str, states: frozenset[str] = USABLE, prove: Callable[[Secret], None] = no_proof) -> Secret:
+        name, _, generation = key_id.rpartition("/")
+        if not name or not generation.isdecimal():
+            raise NotFoundOrDenied(f"the native provider has no key {key_id}", "unlock status")
+        key = self.key(name, int(generation))
+        try:
+            prove(key)
+        except Tampered as error:
+            key.wipe()
+            raise Integrity(f"the native provider's key {key_id} is not the one in use", "unlock status") from error
+        return key
+
+    def health(self) -> Health:
+        return Health((), None)
+
+    def locate(self, name: str) -> Ref:
+        return Ref(name, name)
+
+    def create(self, name: str) -> Ref:
+        return Ref(name, name)
+
+    def activate(self, key_id: str) -> None:
+        pass
+
+    def rotate(self, ref: Ref, name: str) -> Ref:
+        return Ref(name, name)
+
+    def retire(self, key_id: str) -> None:
+        pass
 
     def key(self, name: str, generation: int) -> Secret:
         """The AES-256 key of that name and generation; the same one for ever."""
@@ -49,6 +95,22 @@ class Native:
             wrapped = wrap.wrap(key, self.kdk, canonical(head))
         body = {"salt": b64encode(salt).decode(), "kdk": b64encode(wrapped).decode()}
         return json.dumps({**head, **body}, indent=1).encode() + b"\n"
+
+
+def write_backup(path: str, provider: Native, password: Secret) -> None:
+    """A new file, restored once from what was written. Raises Usage, Malformed, Tampered."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except FileExistsError as error:
+        raise Usage(f"{path} exists already", "name a file that does not exist yet") from error
+    with os.fdopen(fd, "wb") as file:
+        file.write(provider.backup(password))
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(os.path.dirname(os.path.abspath(path)))
+    with open(path, "rb") as written, restore(written.read(), password) as restored:
+        if restored.kdk != provider.kdk:
+            raise Malformed(f"{path}: the backup does not restore", "give another place for it")
 
 
 def restore(backup: bytes, password: Secret) -> Native:

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A host for the flows after boot: real LUKS2 images, keyring and state, and a scripted key manager over TLS."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from kmipfixture import AUTHORITY, CLIENT
+
+from tests.lab.kmipliar import Liar
+from tests.lab.kmipserver import KmipServer
+from tests.lab.pki import Leaf
+from unlock import config, disk, keyring, luks, policy, present, provide, recoverykey, report
+from unlock.errors import UnlockError
+from unlock.groups import Group, Member
+from unlock.paths import Paths, write_atomically
+from unlock.providers import native
+from unlock.secret import Secret
+from unlock.state import State
+
+HOST = "ab" * 16
+Server = Liar | KmipServer
+
+
+class Host:
+    """An initialised host with a group `data`, whose early boot unsealed. `disks`: the images that are plugged in."""
+
+    def __init__(
+        self, folder: Path, count: int = 2, *kms: Liar | KmipServer, policy_of_group: str = "persistent"
+    ) -> None:
+        self.folder = folder
+        self.paths = Paths(str(folder / "root"))
+        self.recovery = recoverykey.new()
+        self.persistence = Secret.random(32)
+        self.refused = False
+        keyring.flush()
+        keyring.put("unlock:persistence", self.persistence)
+        os.makedirs(self.paths.run)
+        early = report.Report("early-boot")
+        early.judge("unsealed")
+        early.facts = {"unauthenticated_root": False, "cap_pcr_before": policy.UNSET.hex()}
+        Path(self.paths.of_this_boot("report.json")).write_bytes(early.encode())
+        self.configure(*kms)
+        state = State.new(self.paths, HOST)
+        self._provide(state, bool(kms))
+        with disk.mac_key(self.recovery, HOST) as mac_key:
+            state.set_mac_key(self.persistence, mac_key)
+        state.save()
+        self.disks: list[Path] = []
+        self.deks: dict[str, bytes] = {}
+        if count:
+            self.add_group("data", count, policy_of_group)
+
+    def configure(self, *kms: Server, more: str = "") -> None:
+        """unlock.toml: `kms` are the endpoints of the provider `kms`, in that order."""
+        ca = self.folder / "ca.pem"
+        ca.write_text(AUTHORITY.certificate)
+        text = config.HEAD + more
+        if kms:
+            endpoints = tuple(f"127.0.0.1:{each.port}" for each in kms)
+            text += config.provider_table(config.ProviderConfig("kms", endpoints, str(ca), "", config.TIMEOUT))
+        write_atomically(self.paths.config, text.encode())
+
+    def _provide(self, state: State, kmip: bool) -> None:
+        if kmip:
+            key = Secret(CLIENT.key)
+            entry = state.kmip_entry("kms", "kmip-one", CLIENT.certificate, 0, self.persistence, key)
+        else:
+            with Secret.random(32) as kdk, native.Native(Secret(bytes(kdk)), HOST) as made:
+                entry = state.native_entry("native", made.id, HOST, self.persistence, kdk)
+        state.use_provider(entry)
+        name = provide.key_name(HOST, "host", 1)
+        with provide.connect(self.paths, state, self.persistence, entry) as provider:
+            ref, key = provide.new_key(provider, name)
+            with key:
+                state.set_host_key(f"{provider.id}/{ref.id}", ref.name, 1, self.persistence, key)
+
+    def add_group(self, name: str, count: int, policy_of_group: str = "persistent") -> Group:
+        images = []
+        for number in range(count):
+            image = self.folder / f"{name}-{number}"
+            with image.open("wb") as file:
+                file.truncate(32 << 20)
+            with Secret.random(64) as dek, luks.format(str(image), dek) as container:
+                container.add_keyslot(dek, self.recovery)
+                self.deks[container.uuid] = bytes(dek)
+                images.append((image, container.uuid))
+        members = tuple(Member(uuid, f"{name}-{i}", "") for i, (_, uuid) in enumerate(images))
+        self.disks += [image for image, _ in images]
+        with self.work() as work:
+            provider = work.provider()
+            ref, kek = provide.new_key(provider, provide.key_name(HOST, f"kek/{name}", 1))
+            group = Group(name, f"{provider.id}/{ref.id}", 1, 1, members, ref.name, policy_of_group)
+            with kek, disk.mac_key(self.recovery, HOST) as mac_key, work.host_key() as host_key:
+                keys = disk.Keys(self.persistence, host_key, kek, mac_key)
+                for image, uuid in images:
+                    member = next(each for each in members if each.uuid == uuid)
+                    with luks.Container(str(image)) as container, Secret(self.deks[uuid]) as dek:
+                        token = disk.make_token(container, HOST, group, member, dek, keys)
+                        disk.write_token(str(image), token, dek, keys)
+            work.state.groups[name] = group
+            work.state.save()
+        if policy_of_group == "provider":
+            with open(self.paths.config, "a", encoding="utf-8") as file:
+                file.write(f'[group.{name}]\npolicy = "provider"\n')
+        return group
+
+    def use_client(self, leaf: Leaf) -> None:
+        """Another client certificate, and its key."""
+        with self.work() as work, Secret(leaf.key) as key:
+            entry = work.state.provider
+            entry.update(work.state.kmip_entry("kms", entry["id"], leaf.certificate, 0, work.persistence, key))
+            work.state.save()
+
+    # What a flow is given
+
+    def look(self) -> dict[str, list[present.Found]]:
+        return present.read(present.Found(str(image), "") for image in self.disks)
+
+    def work(self) -> provide.Work:
+        return provide.Work(self.paths, self.look)
+
+    # What is true
+
+    @property
+    def state(self) -> State:
+        return State.load(self.paths)
+
+    @property
+    def group(self) -> Group:
+        return self.state.groups["data"]
+
+    def tokens(self, image: Path) -> list[tuple[str, int]]:
+        with luks.Container(str(image)) as container:
+            return [(each.kek_id, each.kek_generation) for each in disk.tokens(container, HOST)]
+
+    def boot_opens(self, images: Iterable[Path] | None = None) -> bool:
+        """As early boot would: every disk gives its volume key by the persistence key alone."""
+        return all(self.opens(image) for image in images or self.disks)
+
+    def opens(self, image: Path) -> bool:
+        with luks.Container(str(image)) as container:
+            for each in disk.tokens(container, HOST):
+                try:
+                    with disk.volume_key(container, each, self.persistence) as dek:
+                        return bytes(dek) == self.deks[container.uuid]
+                except UnlockError:
+                    continue
+        return False
+
+    def recovery_opens(self) -> bool:
+        for image in self.disks:
+            with luks.Container(str(image)) as container, disk.by_recovery_key(container, self.recovery) as dek:
+                if bytes(dek) != self.deks[container.uuid]:
+                    return False
+                with disk.mac_key(self.recovery, HOST) as mac_key:
+                    for each in disk.tokens(container, HOST):
+                        disk.check_recovery(container, each, mac_key)
+        return True

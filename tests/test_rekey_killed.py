@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock rekey` killed anywhere: every disk still opens, and the same command finishes. Real headers, real KMIP."""
+
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flowfixture import Host
+from killing import child, killed_after, killed_at
+from kmipfixture import AUTHORITY
+
+from tests.lab.kmipliar import ACTIVE, DEACTIVATED, PRE_ACTIVE, Liar
+from unlock import keyring, provide, rekey
+
+pytestmark = pytest.mark.usefixtures("key_cache")
+
+KILLS = int(os.environ.get("UNLOCK_KILLS", "30"))
+"""Random points; more for a soak."""
+
+BOUNDARIES = (
+    "nothing done",
+    "journaled",
+    "key made",
+    "key active",
+    "key in the journal",
+    "two tokens on a disk",
+    "some disks done",
+    "all disks done",
+    "state saved",
+    "cached",
+    "retired",
+    "done",
+)
+
+
+@pytest.fixture
+def kms() -> Iterator[Liar]:
+    with Liar(AUTHORITY, rekey=False) as liar:
+        yield liar
+
+
+@pytest.fixture
+def host(tmp_path: Path, kms: Liar) -> Iterator[Host]:
+    yield Host(tmp_path, 3, kms)
+    keyring.flush()
+
+
+def run(host: Host) -> None:
+    rekey.rekey(host.paths, "data", host.look)
+
+
+def reached(host: Host, kms: Liar, generation: int) -> str:
+    """The last boundary of the rotation to `generation` that was passed."""
+    state = host.state
+    if state.journal:
+        tokens = [host.tokens(image) for image in host.disks]
+        done = sum(each[0][1] == generation and len(each) == 1 for each in tokens)
+        made = [key for key in kms.keys.values() if f"kek/data/{generation}" in "".join(key.names)]
+        if done == len(tokens):
+            return "all disks done"
+        if any(len(each) == 2 for each in tokens):
+            return "two tokens on a disk"
+        if done:
+            return "some disks done"
+        if state.journal["made"]:
+            return "key in the journal"
+        return {None: "journaled", PRE_ACTIVE: "key made", ACTIVE: "key active"}[made[0].state if made else None]
+    if state.groups["data"].generation < generation:
+        return "nothing done"
+    if not state.retire:
+        return "done"
+    if kms.keys[state.retire[0]["id"].rpartition("/")[2]].state == DEACTIVATED:
+        return "retired"
+    return "cached" if provide.cached(host.group.kek, generation) in keyring.names() else "state saved"
+
+
+class Start:
+    """The same start each time."""
+
+    def __init__(self, host: Host, kms: Liar) -> None:
+        self.host, self.kms = host, kms
+        self._images = {image: image.read_bytes()[: 16 << 20] for image in host.disks}
+        self._state = Path(host.paths.state).read_bytes()
+        self._keys = dict(kms.keys)
+
+    def again(self) -> None:
+        for image, content in self._images.items():
+            with image.open("r+b") as file:
+                file.write(content)
+        Path(self.host.paths.state).write_bytes(self._state)
+        self.kms.keys = dict(self._keys)
+        for key in self.kms.keys.values():
+            key.state = ACTIVE
+        for name in keyring.names():
+            if name.startswith("unlock:kek:"):
+                keyring.forget(name)
+
+    def kill(self, number: int) -> str:
+        """The boundary that was reached at this call; then everything is still there, and run again it finishes."""
+        host = self.host
+        self.again()
+        killed = killed_at(number, lambda: run(host))
+        found = reached(host, self.kms, 2) if killed else ""
+        assert host.boot_opens(), f"killed at call {number}"
+        assert host.recovery_opens()
+        if host.state.journal:
+            run(host)
+            assert host.group.generation == 2
+            assert host.boot_opens()
+            assert all(len(host.tokens(image)) == 1 for image in host.disks)
+            assert len(self.kms.keys) == len(self._keys) + 1, "one key, however often it is tried"
+        return found
+
+
+def test_killed_at_every_boundary(host: Host, kms: Liar) -> None:
+    """At every 250th call or return of a function; then between them, until no boundary is left out."""
+    start = Start(host, kms)
+    found: dict[int, str] = {}
+    while (number := 1 + 250 * len(found)) not in found and (boundary := start.kill(number)):
+        found[number] = boundary
+    for missing in range(len(BOUNDARIES)):
+        while BOUNDARIES[missing] not in found.values():
+            low = max(n for n, each in found.items() if BOUNDARIES.index(each) < missing)
+            high = min((n for n in found if n > low), default=low + 250)
+            assert high - low > 1, f"no call is at the boundary {BOUNDARIES[missing]!r}"
+            middle = (low + high) // 2
+            found[middle] = start.kill(middle) or BOUNDARIES[-1]
+    histogram = Counter(found.values())
+    print("\n" + "\n".join(f"{histogram[each]:5} {each}" for each in BOUNDARIES))
+
+
+def test_killed_at_random_points_again_and_again(host: Host, kms: Liar) -> None:
+    """By time, in the middle of anything, one rotation after another on the same disks."""
+    seed = random.randrange(2**32)
+    print(f"\nseed {seed}, {KILLS} kills")
+    dice = random.Random(seed)
+    histogram: Counter[str] = Counter()
+    begun = time.monotonic()
+    child(lambda: run(host))
+    whole = time.monotonic() - begun
+    while histogram.total() < KILLS:
+        generation = host.group.generation + 1
+        killed_after(dice.uniform(0, whole), lambda: run(host))
+        histogram[reached(host, kms, generation)] += 1
+        assert host.boot_opens()
+        assert host.recovery_opens()
+        run(host)
+        assert host.boot_opens()
+        assert all(host.tokens(image) == [(host.group.kek, host.group.generation)] for image in host.disks)
+    print("\n".join(f"{histogram[each]:5} {each}" for each in BOUNDARIES))

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock cache`: the keys that are in the kernel keyring, where each came from, and what is lost when they go."""
+
+from . import keyring, present, provide, thisboot
+from .errors import NoKey
+from .paths import Paths
+from .state import State, exclusive
+
+
+def show(paths: Paths) -> list[dict[str, str]]:
+    """Name, source and what it is; never a key."""
+    state = State.load(paths)
+    sources = thisboot.sources(paths)
+    early = thisboot.early(paths)
+    at_boot = "TPM" if early and early["verdict"] == "unsealed" else "made"
+    keks = {provide.cached(group.kek, group.generation): group.name for group in state.groups.values()}
+    rows = []
+    for name in keyring.names():
+        what = {"unlock:persistence": "persistence key", "unlock:host": "host key"}.get(name, "")
+        if name in keks:
+            what = f"KEK of group {keks[name]}"
+        rows.append({"key": name, "what": what or "a former KEK", "source": sources.get(name, at_boot)})
+    return rows
+
+
+def consequences(paths: Paths, look: present.Look = present.look) -> list[str]:
+    """What will not be possible until the next boot, once the cache is empty."""
+    lines = [
+        "no disk that comes late opens, and no group that is closed now",
+        "no sync, rekey, switch, adopt or renew: they need the persistence key",
+    ]
+    try:
+        work = provide.Work(paths, look)
+    except NoKey:
+        return ["nothing more than now: this boot was not unsealed"]
+    with work:
+        for group in work.state.groups.values():
+            if group.behind:
+                lines.append(f"group {group.name}: {len(group.behind)} disk(s) keep an earlier KEK")
+            if group.policy == "provider":
+                lines.append(f"group {group.name}: opens again only with the key manager")
+    return lines
+
+
+def flush(paths: Paths) -> list[str]:
+    """Removes every key of ours from the keyring; gives their names. What is open stays open."""
+    with exclusive(paths):
+        names = keyring.names()
+        keyring.flush()
+        return names

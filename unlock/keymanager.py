@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock provider add | list | test | renew`: key managers, tried before anything depends on them."""
+
+import os
+import time
+from contextlib import closing
+from typing import Any, NamedTuple
+
+from . import ask, config, present, provide, selfhosted
+from .errors import Integrity, ProviderError, Refused, Tampered, UnlockError, Usage
+from .groups import check_name
+from .paths import Paths
+from .providers import Provider, Ref
+from .secret import Secret
+from .state import State, exclusive
+
+
+class Client(NamedTuple):
+    """What a KMIP client shows of itself."""
+
+    certificate: str
+    """PEM."""
+    key: Secret
+    """PEM."""
+
+
+class Proof(NamedTuple):
+    """One thing that `test` has looked at."""
+
+    what: str
+    error: UnlockError | None = None
+
+
+def names(paths: Paths) -> list[dict[str, Any]]:
+    """The providers of this host, the one in use first: plain values, nothing is asked of a server."""
+    state, settings = State.load(paths), config.load(paths.config)
+    rows = []
+    for entry in (state.provider, *state.others.values()):
+        setting = settings.providers.get(entry["name"])
+        groups = [group.name for group in state.groups.values() if group.kek.startswith(f"{entry['id']}/")]
+        rows.append(
+            {
+                "name": entry["name"],
+                "kind": entry["kind"],
+                "id": entry["id"],
+                "in_use": entry is state.provider,
+                "endpoints": list(setting.endpoints) if setting else [],
+                "certificate_days": days_left(entry),
+                "client_key": "" if entry["kind"] == "native" else "file" if entry["client_key"] is None else "wrapped",
+                "groups": groups,
+            }
+        )
+    return rows
+
+
+def days_left(entry: dict[str, Any]) -> int | None:
+    """Whole days for which the client certificate is valid; None for a provider without one."""
+    return int((entry["client_until"] - time.time()) // 86400) if entry["kind"] == "kmip" else None
+
+
+def add(paths: Paths, settings: config.ProviderConfig, client: Client, look: present.Look = present.look) -> None:
+    """A key manager beside the one in use; it must answer and know our certificate.
+
+    Raises Refused, Usage, Malformed, ProviderError: then nothing is left of it. Again, it mends what is there.
+    """
+    check_name(settings.name, "provider")
+    with exclusive(paths), provide.Work(paths, look) as work:
+        state = work.state
+        if settings.name == state.provider["name"] or state.others.get(settings.name, {}).get("kind") == "native":
+            raise Refused(f"there is a provider {settings.name} already", "unlock provider list", code="exists")
+        selfhosted.refuse(work.state.groups, settings.endpoints)
+        known = state.others.get(settings.name)
+        provider_id = known["id"] if known else f"kmip-{os.urandom(16).hex()}"
+        with closing(provide.kmip(settings, provider_id, client.certificate, Secret(bytes(client.key)))) as provider:
+            provider.capabilities()
+        if settings.name not in work.settings.providers:
+            config.append(paths.config, config.provider_table(settings))
+        elif work.settings.providers[settings.name] != settings:
+            raise Refused(f"unlock.toml has another [provider.{settings.name}]", f"edit {paths.config}", code="differs")
+        state.others[settings.name] = _entry(work, settings, provider_id, client)
+        state.save()
+
+
+def _entry(work: provide.Work, settings: config.ProviderConfig, provider_id: str, client: Client) -> dict[str, Any]:
+    until = provide.certificate_until(client.certificate)
+    key = None if settings.client_key else client.key
+    return work.state.kmip_entry(settings.name, provider_id, client.certificate, until, work.persistence, key)
+
+
+def test(paths: Paths, name: str = "", look: present.Look = present.look) -> list[Proof]:
+    """Every endpoint is asked; every key of this host is fetched and proven on its disks. Changes nothing at the disks.
+
+    For a provider that is not in use yet, the host key that `switch` would take is made and fetched twice.
+    """
+    with exclusive(paths), provide.Work(paths, look) as work:
+        entry = work.entry(name)
+        if entry["kind"] == "kmip":
+            selfhosted.refuse(work.state.groups, work.settings_of(entry).endpoints)
+        provider = work.provider(entry)
+        proofs = [
+            Proof(f"endpoint {each.endpoint} {each.protocol}".rstrip(), each.problem)
+            for each in provider.health().endpoints
+        ]
+        mine = [group for group in work.state.groups.values() if group.kek.startswith(f"{entry['id']}/")]
+        for group in mine:
+            ref = provide.ref(entry, group.kek, group.kek_name)
+            nodes = work.nodes(group)
+            what = f"KEK of group {group.name}: fetched, proven on {len(nodes)} of {len(group.members)} disks"
+            proofs.append(_prove(what, provider, ref, work.opens(), provide.prover(work, group, nodes)))
+        proofs.append(_prove_host_key(work, entry, provider))
+        if work.settings.sync.open_from_provider_after_refusal and entry.get("client_key"):
+            what = "client key in a file, for open_from_provider_after_refusal"
+            trouble = Refused("it is wrapped by the TPM's key, which that boot does not have", "unlock.toml(5)")
+            proofs.append(Proof(what, trouble))
+        return proofs
+
+
+def _prove(what: str, provider: Provider, ref: Ref, states: frozenset[str], prove: Any) -> Proof:
+    try:
+        provider.fetch(ref.id, states, prove).wipe()
+    except ProviderError as error:
+        return Proof(what, error)
+    return Proof(what)
+
+
+def _prove_host_key(work: provide.Work, entry: dict[str, Any], provider: Provider) -> Proof:
+    key_id, name, generation = work.state.host_key_ref
+    try:
+        if not key_id.startswith(f"{entry['id']}/"):
+            ref, key = provide.new_key(provider, provide.key_name(work.state.host, "host", generation + 1))
+            with key, provider.fetch(ref.id) as again:
+                if key != again:
+                    raise Integrity(f"provider {entry['name']} gives two keys for one id", "unlock provider list")
+            return Proof("host key for `unlock provider switch`: made, fetched twice")
+
+        def prove(found: Secret) -> None:
+            kept = work.state.host_key(work.persistence)
+            if kept and kept != found:
+                raise Tampered("it is not the host key that is kept")
+
+        provider.fetch(provide.ref(entry, key_id, name).id, work.opens(), prove).wipe()
+        return Proof("host key: fetched, and the one that is kept")
+    except ProviderError as error:
+        return Proof("host key", error)
+
+
+def renew(paths: Paths, client: Client, name: str = "", look: present.Look = present.look) -> int:
+    """A new client certificate, once the key manager has given a key for it; gives the days that it is valid.
+
+    Raises ProviderError, Malformed, Refused, Usage: the old one is then still in use.
+    """
+    with exclusive(paths), provide.Work(paths, look) as work:
+        state = work.state
+        entry = work.entry(name)
+        if entry["kind"] != "kmip":
+            raise Refused(f"provider {entry['name']} has no client certificate", "unlock provider list", code="native")
+        settings = work.settings_of(entry)
+        new = _entry(work, settings, entry["id"], client)
+        with closing(provide.kmip(settings, entry["id"], client.certificate, Secret(bytes(client.key)))) as provider:
+            proof = _prove_host_key(work, entry, provider)
+            if proof.error:
+                raise proof.error
+        if settings.client_key:
+            _same_file(settings.client_key, client)
+        entry.update(new)
+        state.save()
+        return days_left(entry) or 0
+
+
+def _same_file(path: str, client: Client) -> None:
+    """Where the key stays in a file, that file must hold the new one already. Raises Usage."""
+    with ask.from_file(path) as kept:
+        if bytes(kept).strip() != bytes(client.key).strip():
+            raise Usage(f"{path}, which unlock.toml names, holds another key", f"put the new key into {path}")

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock persistence`: whether a key manager's keys are kept on this host, so that it boots without the network.
+
+enable     every key is on every disk, wrapped by the persistence key, before it says so
+disable    no disk carries a KEK any more; after the next boot groups open when the key manager answers
+"""
+
+from typing import Any
+
+from . import devices, disk, keyring, luks, present, provide, rotation, slots
+from .errors import NoKey, Refused, UnlockError
+from .paths import Paths
+from .secret import Secret
+from .state import State, exclusive
+from .tpm import Tpm
+
+
+def status(paths: Paths, look: present.Look = present.look) -> dict[str, Any]:
+    """Plain values; what disks carry is read from them."""
+    with provide.Work(paths, look) as work:
+        groups = []
+        for group in work.state.groups.values():
+            nodes = work.nodes(group)
+            kept = [member.name for member in group.members if _keeps(work, nodes.get(member.uuid, ""))]
+            groups.append({"name": group.name, "policy": group.policy, "members": len(group.members), "kept_on": kept})
+        kind = work.state.provider["kind"]
+        return {"version": 1, "provider": kind, "enabled": work.state.persistent, "groups": groups}
+
+
+def _keeps(work: provide.Work, node: str) -> bool:
+    if not node:
+        return False
+    try:
+        with luks.Container(node) as container:
+            for each in disk.tokens(container, work.state.host):
+                disk.unwrap_kek(each, work.persistence).wipe()
+                return True
+    except UnlockError:
+        pass
+    return False
+
+
+def enable(paths: Paths, look: present.Look = present.look) -> list[rotation.Outcome]:
+    """Raises ProviderError, NoKey, DiskFailed."""
+    with exclusive(paths), provide.Work(paths, look) as work:
+        for group in work.state.groups.values():
+            provide.find_kek(work, group)[0].wipe()  # before anything is changed
+        with _host_key(work) as host_key:
+            work.state.begin("persistence", "enable")
+            work.state.persistent = True
+            work.state.set_host_key(*work.state.host_key_ref, work.persistence, host_key, former=False)
+        return _apply(work)
+
+
+def disable(paths: Paths, look: present.Look = present.look) -> list[rotation.Outcome]:
+    """Raises Refused where the host could not boot or reach its key manager any more."""
+    with exclusive(paths), provide.Work(paths, look) as work:
+        refuse(work.state)
+        work.state.begin("persistence", "disable")
+        work.state.persistent = False
+        work.state.drop_host_key()
+        return _apply(work)
+
+
+def refuse(state: State) -> None:
+    """Raises Refused when a host cannot do without keys that it keeps."""
+    if state.provider["kind"] == "native":
+        raise Refused(
+            "the native provider's keys are made on this host: they are kept", "unlock provider switch", code="native"
+        )
+    below = devices.names_below("/")
+    for group in state.groups.values():
+        if any(member.name in below for member in group.members):
+            raise Refused(
+                f"group {group.name} holds the root file system, which cannot wait for the network",
+                "unlock persistence status",
+                code="root-needs-persistence",
+            )
+
+
+def _host_key(work: provide.Work) -> Secret:
+    """Kept, cached, or the provider's. Raises ProviderError."""
+    kept = work.state.host_key(work.persistence)
+    if kept:
+        return kept
+    try:
+        return keyring.get("unlock:host")
+    except NoKey:
+        key_id, name, _ = work.state.host_key_ref
+        entry = work.owner(key_id)
+        return work.provider(entry).fetch(provide.ref(entry, key_id, name).id, work.opens())
+
+
+def _apply(work: provide.Work) -> list[rotation.Outcome]:
+    """Each group as the choice and its own policy say; a group that is so already is looked at again."""
+    state = work.state
+    outcomes = [
+        rotation.set_policy(work, group, provide.wanted_policy(work, group)) for group in list(state.groups.values())
+    ]
+    state.journal = None
+    state.save()
+    return outcomes
+
+
+def remove_all_stored_keys(paths: Paths, tcti: str, owner_auth: Secret) -> None:
+    """After `disable`: the sealed objects go, and every wrap on the disks and in the state is dead from the next boot
+    on. Raises Refused, TpmFailed."""
+    state = State.load(paths)
+    if state.persistent:
+        raise Refused("persistence is enabled", "unlock persistence disable", code="persistent")
+    if state.provider["client_key"] is not None:
+        raise Refused(
+            "the client key is wrapped by the persistence key: without it this host cannot ask its key manager",
+            "give [provider] a client_key file, and run unlock provider renew",
+            code="client-key",
+        )
+    with exclusive(paths), Tpm(tcti) as tpm:
+        slots.remove(tpm, owner_auth)
