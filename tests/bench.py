@@ -206,10 +206,8 @@ def boot() -> None:
 
 def enroll(machine: Machine) -> list[str]:
     """24 disks that each of the three systems can open; the UUIDs of their file systems."""
-    template = machine.home / "template.raw"
-    luks.format_disk(template, PASSPHRASE, size=luks.DATA_OFFSET + (8 << 20))
     machine.disk("template", 0)
-    shutil.move(template, machine.home / "template.raw")
+    template = luks.format_disk(machine.home / "template.raw", PASSPHRASE, size=luks.DATA_OFFSET + (8 << 20))
     with machine.boot(cores=2) as booted:
         console = up(booted)
         device = machine.devices("template")
