@@ -30,6 +30,7 @@ from unlock import (
     rekey,
     report,
     selfhosted,
+    status,
     sync,
 )
 from unlock import switch as switching
@@ -571,3 +572,21 @@ def test_a_year_with_pykmips_server(tmp_path: Path) -> None:
         server.start()
         assert {each.outcome for each in sync.sync(host.paths, host.look)} == {"unchanged"}
     keyring.flush()
+
+
+def test_status_shows_the_days_left_what_is_behind_and_how_the_last_sync_went(host: Host, kms: Liar) -> None:
+    keymanager.renew(host.paths, client("host-1 again", days=(-1, 20.5)), "", host.look)
+    assert "not in this boot" in status.table(status.status(host.paths))
+    host.disks.pop()
+    kms.replace(kms.keys[host.group.kek.rpartition("/")[2]])
+    sync.sync(host.paths, host.look)
+    found = status.status(host.paths)
+    assert found["providers"][0]["certificate_days"] == 20
+    assert (found["persistence"], found["groups"][0]["behind"]) == (True, ["data-1"])
+    said = status.table(found)
+    assert "certificate: 20 days left" in said
+    assert "unlock provider renew" in said
+    assert "data-1: still under an earlier KEK" in said
+    kms.lie("denied")
+    sync.sync(host.paths, host.look)
+    assert "sync: data: not-found-or-denied" in status.table(status.status(host.paths))

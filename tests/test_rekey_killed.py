@@ -15,6 +15,7 @@ from kmipfixture import AUTHORITY
 
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, PRE_ACTIVE, Liar
 from unlock import keyring, provide, rekey
+from unlock.errors import ProviderError
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -152,3 +153,25 @@ def test_killed_at_random_points_again_and_again(host: Host, kms: Liar) -> None:
         assert host.boot_opens()
         assert all(host.tokens(image) == [(host.group.kek, host.group.generation)] for image in host.disks)
     print("\n".join(f"{histogram[each]:5} {each}" for each in BOUNDARIES))
+
+
+def test_a_rotation_that_has_reached_a_disk_stays_in_the_journal_until_it_can_go_on(tmp_path: Path, kms: Liar) -> None:
+    """Policy `provider`: killed, the cache lost by a reboot, and the key manager away."""
+    host = Host(tmp_path, 3, kms, policy_of_group="provider")
+    number = 1
+    while not any(tokens[0][1] == 2 for tokens in map(host.tokens, host.disks)):
+        number += 100
+        assert killed_at(number, lambda: run(host))
+    for name in keyring.names():
+        if name.startswith("unlock:kek:"):
+            keyring.forget(name)
+    kms.stop()
+    for _ in range(2):
+        with pytest.raises(ProviderError):
+            run(host)
+        assert host.state.journal
+    kms.start()
+    run(host)
+    assert host.state.journal is None
+    assert all(host.tokens(image) == [(host.group.kek, 2)] for image in host.disks)
+    keyring.flush()

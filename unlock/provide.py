@@ -27,7 +27,7 @@ def connect(paths: Paths, state: State, persistence: Secret | None, entry: dict[
     """The real one. `persistence` is None when the TPM refused: then a client key in a file is all there is."""
     if entry["kind"] == "native":
         if persistence is None:
-            raise NoKey("the native provider's key is wrapped by the persistence key", "unlock explain")
+            raise NoKey("the native provider's key is wrapped by the persistence key", "unlock status")
         return native.Native(state.kdk(persistence, entry), entry["scope"])
     settings = settings_of(paths, entry)
     if entry["client_key"] is None:
