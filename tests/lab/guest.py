@@ -72,6 +72,10 @@ class GuestError(Exception):
     """The guest gave no answer, or a command failed that had to succeed."""
 
 
+class NoAnswer(GuestError):
+    """Not in time."""
+
+
 class Done(NamedTuple):
     """A command that ended: its exit code (124: it ran out of time) and what it wrote."""
 
@@ -99,8 +103,18 @@ class Guest:
         self._number = 0
 
     def ready(self, timeout: float = 180) -> None:
-        """Wait until the agent answers. Raises GuestError after `timeout` seconds, or when the VM is gone."""
-        self._call(b"true", b"", 30, timeout)
+        """Wait until the agent answers. Raises GuestError after `timeout` seconds, or when the VM is gone.
+
+        Asks again and again: what was sent before a kexec'ed kernel has its agent is lost.
+        """
+        end = time.monotonic() + timeout
+        while True:
+            try:
+                self._call(b"true", b"", 30, max(1.0, min(60.0, end - time.monotonic())))
+                return
+            except NoAnswer:
+                if time.monotonic() > end:
+                    raise
 
     def booted(self, timeout: int = 240) -> str:
         """Wait until systemd has done all of its start; its verdict, `running` or `degraded`.
@@ -145,7 +159,7 @@ class Guest:
                 if number == self._number:  # else the late answer to a call that was given up
                     return done
         except TimeoutError:
-            raise GuestError(f"no answer in {timeout:.0f} s to: {script.decode()}") from None
+            raise NoAnswer(f"no answer in {timeout:.0f} s to: {script.decode()}") from None
         except OSError as problem:
             raise GuestError(f"the VM is gone: {problem}") from None
 
