@@ -22,6 +22,14 @@ def key_cache() -> Iterator[None]:
         keyring.flush()
 
 
+SLOW = ("test_boot_attacks", "test_boot_good", "test_boot_faults", "test_power_cuts", "test_image")
+"""First, and in this order: the first two enrol different machines, so that no worker waits for the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     reports = [each for kind in ("passed", "failed") for each in terminalreporter.stats.get(kind, [])]
     shown = [text for each in reports for name, text in getattr(each, "user_properties", ()) if name == "shown"]
