@@ -191,18 +191,18 @@ def test_a_tpm_driver_that_comes_late_is_waited_for(story: Machine) -> None:
 
 
 DUMP = """
-import os, resource, signal, sys
-agent = int(sys.argv[1])
-resource.prlimit(agent, resource.RLIMIT_CORE, (-1, -1))
-os.kill(agent, signal.SIGABRT)
+import os, resource, signal, sys, time
+while not os.path.exists(sys.argv[2]):
+    time.sleep(0.002)
+process = int(open(sys.argv[1]).read())
+resource.prlimit(process, resource.RLIMIT_CORE, (-1, -1))
+os.kill(process, signal.SIGABRT)
 """
+"""The process of a file with its number may write a core of any size, and aborts when another file is there."""
 ABORT_AGENT = f"""#!/bin/sh
 [ "$1" != prereqs ] || exit 0
 echo /run/core.%p >/proc/sys/kernel/core_pattern
-(
-    until [ -s /run/unlock/verdict ]; do sleep 0.05; done  # it holds the persistence key
-    python3 -I -c '{DUMP}' "$(cat /run/unlock/agent.pid)"
-) >/dev/null 2>&1 &
+python3 -I -c '{DUMP}' /run/unlock/agent.pid /run/unlock/verdict >/dev/null 2>&1 &  # it holds the persistence key
 """
 
 
@@ -216,7 +216,7 @@ def test_the_agent_aborts_and_the_stock_prompt_takes_the_recovery_key(story: Mac
         booted.console.send(story.recovery_key + "\n")
         console = begun(booted)
         assert "core." not in console.sh("ls /run").out
-        console.sh(f"sleep 100 & python3 -I -c '{DUMP}' $! ; wait $! || ls /run/core.$!")
+        console.sh(f"sleep 100 & echo $! >/run/pid; python3 -I -c '{DUMP}' /run/pid /run; wait $! || ls /run/core.$!")
         assert pcr(console, 15) == CAPPED
         assert unseal_as_root(console) == "pcr-mismatch"
         assert console.sh("keyctl list @u; true").out.count("unlock:") == 0

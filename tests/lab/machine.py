@@ -11,8 +11,8 @@ from .guest import Guest
 from .luks import DATA_OFFSET
 from .vm import VM, Disk
 
-RECOVERY = "/root/recovery"
-"""Where the recovery key is in the guest while a host is being enrolled."""
+RECOVERY = "/run/recovery"
+"""Where the recovery key is in the guest while a host is being enrolled: not on a disk, where it could be found."""
 
 SENT = (
     "NV_Read",

@@ -135,5 +135,5 @@ def enroll(machine: Machine, init: str, groups: dict[str, tuple[str, ...]], size
         (machine.home / "recovery-key").write_bytes(console.read(RECOVERY))
         (machine.home / "secrets.json").write_bytes(console.sh(f"python3 -I -c '{SECRETS}'").stdout)
         slow = r"/^\[group.\(pair\|ruined\|far\)\]/a deadline = 25"
-        console.sh(f"sed -i '{slow}' /etc/unlock/unlock.toml; rm /root/recovery /root/password /root/passphrase")
+        console.sh(f"sed -i '{slow}' /etc/unlock/unlock.toml; rm /root/password /root/passphrase")
         booted.poweroff()
