@@ -15,7 +15,7 @@ from kmipfixture import AUTHORITY
 
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, PRE_ACTIVE, Liar
 from unlock import keyring, provide, rekey
-from unlock.errors import ProviderError
+from unlock.errors import ProviderError, StateBlocked
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -153,6 +153,23 @@ def test_killed_at_random_points_again_and_again(host: Host, kms: Liar) -> None:
         assert host.boot_opens()
         assert all(host.tokens(image) == [(host.group.kek, host.group.generation)] for image in host.disks)
     print("\n".join(f"{histogram[each]:5} {each}" for each in BOUNDARIES))
+
+
+def test_a_new_key_that_was_revoked_before_it_was_used_is_not_used(host: Host, kms: Liar) -> None:
+    number = 1
+    while reached(host, kms, 2) != "key in the journal":
+        number += 20
+        assert killed_at(number, lambda: run(host))
+    revoked = next(key for key in kms.keys.values() if "kek/data/2" in "".join(key.names))
+    revoked.state = DEACTIVATED
+    with pytest.raises(StateBlocked):
+        run(host)
+    assert (host.group.generation, host.state.journal) == (1, None)
+    assert host.boot_opens()
+    run(host)
+    assert host.group.generation == 3, "the name of generation 2 is taken for good"
+    assert host.group.kek.rpartition("/")[2] != revoked.id
+    assert host.boot_opens()
 
 
 def test_a_rotation_that_has_reached_a_disk_stays_in_the_journal_until_it_can_go_on(tmp_path: Path, kms: Liar) -> None:

@@ -171,10 +171,13 @@ def remember(paths: Paths, name: str, key: Secret, source: str) -> None:
     thisboot.note_source(paths, name, source)
 
 
-def find_kek(work: Work, group: Group, nodes: dict[str, str] | None = None) -> tuple[Secret, str]:
+def find_kek(
+    work: Work, group: Group, nodes: dict[str, str] | None = None, states: frozenset[str] | None = None
+) -> tuple[Secret, str]:
     """The KEK of a group and its source: `cache`, `TPM` or `provider`. Raises ProviderError.
 
-    `nodes`: LUKS UUID -> node of members, where the caller knows them.
+    `nodes`: LUKS UUID -> node of members, where the caller knows them. `states`: in which the provider may give it, by
+    default those in which it opens disks.
     """
     try:
         return keyring.get(cached(group.kek, group.generation)), "cache"
@@ -191,7 +194,7 @@ def find_kek(work: Work, group: Group, nodes: dict[str, str] | None = None) -> t
     if which not in work.fetched:
         entry = work.owner(group.kek)
         kek_id = ref(entry, group.kek, group.kek_name).id
-        work.fetched[which] = work.provider(entry).fetch(kek_id, work.opens(), prover(work, group, nodes))
+        work.fetched[which] = work.provider(entry).fetch(kek_id, states or work.opens(), prover(work, group, nodes))
     return Secret(bytes(work.fetched[which])), "provider"
 
 

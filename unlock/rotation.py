@@ -15,7 +15,7 @@ from . import disk, keyring, log, luks, provide
 from .errors import NoKey, NotFoundOrDenied, Refused, StateBlocked, Tampered, UnlockError, Unsupported
 from .groups import Group, Member
 from .provide import Work
-from .providers import Ref
+from .providers import USABLE, Ref
 from .secret import Secret
 from .state import State
 
@@ -54,8 +54,10 @@ def rotate(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
         new = successor(group, work.provider().id, _made(work, group, entry), int(entry["generation"]))
         with new_kek(work, new) as kek:
             return replace(work, group, new, kek, journal=None, retires=not entry["theirs"])
-    except UnlockError:
+    except UnlockError as error:
         if not _begun(work, group, int(entry["generation"])):
+            if isinstance(error, StateBlocked):
+                state.skip_generation(name, int(entry["generation"]))
             state.journal = None
             state.save()
         raise
@@ -74,7 +76,7 @@ def _made(work: Work, group: Group, entry: dict[str, Any]) -> Ref:
 def new_kek(work: Work, new: Group) -> Secret:
     """The KEK that takes over. When an earlier run was killed, a disk or the cache may have it already, and what
     the provider gives must be the same one."""
-    return provide.find_kek(work, new)[0]
+    return provide.find_kek(work, new, states=USABLE)[0]
 
 
 def successor(group: Group, provider_id: str, made: Ref, generation: int) -> Group:

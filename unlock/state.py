@@ -136,6 +136,10 @@ class State:
         generation: int = self._fields["generations"].get(group, 0)
         return 1 + max(generation, self.groups[group].generation if group in self.groups else 0)
 
+    def skip_generation(self, group: str, generation: int) -> None:
+        """The key of that generation was revoked before it was used: its name is spent."""
+        self._fields["generations"][group] = max(generation, self._fields["generations"].get(group, 0))
+
     # Providers
 
     @property
