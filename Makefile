@@ -67,10 +67,10 @@ lint:
 	$(VENV)/bin/mypy
 
 test-fast: lint
-	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not vm"
+	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not vm"
 
 test: lint
-	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations=15
+	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 # Made-up headers, tokens and records for an hour, or for `make soak SECONDS=60`.
 SECONDS = 3600
