@@ -338,7 +338,7 @@ class Opening:
         self.reader = Reader(pid, read, now() + self.read_timeout, disks)
 
     def _answered(self, reader: Reader) -> None:
-        answers = len(os.read(reader.pipe, 4096))
+        answers = len(os.read(reader.pipe, 1))  # one disk a turn: its activation begins while the next is looked at
         for found in reader.disks[:answers]:
             self._look(found)
         self.reader = reader._replace(disks=reader.disks[answers:], deadline=now() + self.read_timeout)
