@@ -82,7 +82,7 @@ class VM:
         cache: str = "unsafe",
         memory: str = "1G",
         cores: int = 1,
-        limit: float = 900,
+        limit: float = 1200,
         log_writes: bool = False,
         extra: Sequence[str] = (),
     ) -> None:
