@@ -7,6 +7,7 @@ Each is judged where boot and the recovery prompt look at disks, before an authe
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -456,6 +457,20 @@ def test_a_disk_that_is_gone_before_it_answers_is_not_looked_at(lab: Lab) -> Non
     opening.read_all()
     assert list(report.disks) == [str(lab.honest)]
     opening.candidates["safe"][0].container.close()
+
+
+def test_a_group_that_another_disk_passes_for_is_not_ready_to_heal(lab: Lab, tmp_path: Path) -> None:
+    """Both have a serial number that the token does not name: which is the right one cannot be told."""
+    copy = tmp_path / "copy"
+    shutil.copyfile(lab.honest, copy)
+    for count, nodes in ((True, (lab.honest,)), (False, (lab.honest, copy))):
+        opening = Opening(HOST, lab.by_tpm, Report("test"))
+        for path in nodes:
+            opening.saw(Disk(str(path), path.name, "", "", "", 0, 0.0))
+        opening.read_all()
+        assert opening.ready("safe") is count
+        for candidate in opening.candidates["safe"]:
+            candidate.container.close()
 
 
 # Many made-up ones

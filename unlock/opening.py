@@ -187,14 +187,19 @@ class Opening:
             self._start(self.queue.pop(0))
 
     def _consider(self, group: str, settled: bool) -> None:
+        if chosen := self._complete(group, settled):
+            self._open(group, chosen)
+
+    def _complete(self, group: str, settled: bool) -> list[Candidate]:
+        """One disk for each member, under the newest member list of which all are there; else none."""
         by_manifest: dict[int, list[Candidate]] = {}
         for candidate in self.candidates[group]:
             by_manifest.setdefault(candidate.token.manifest, []).append(candidate)
         for manifest in sorted(by_manifest, reverse=True):
             chosen = self._members(by_manifest[manifest], settled)
             if chosen and len(chosen) == chosen[0].token.members:
-                self._open(group, chosen)
-                return
+                return chosen
+        return []
 
     def _members(self, candidates: list[Candidate], settled: bool) -> list[Candidate]:
         """One disk a UUID. A disk without the serial that its token names counts only when udev has settled,
@@ -410,9 +415,8 @@ class Opening:
         return {"present": len(present), "members": members}
 
     def ready(self, group: str) -> bool:
-        """All members of the group are there and proven."""
-        present = {each.container.uuid for each in self.candidates.get(group, [])}
-        return bool(present) and len(present) >= max(each.token.members for each in self.candidates[group])
+        """All members of the group are there and proven, and no other disk passes for one of them."""
+        return group in self.candidates and bool(self._complete(group, settled=True))
 
     def tokens(self) -> list[token.Token]:
         """The authenticated tokens of the disks that this process opened."""
