@@ -154,7 +154,7 @@ def test_a_tpm_driver_that_comes_late_is_waited_for_and_nothing_leaks(story: Mac
     luks.format_disk(story.home / "foreign.raw", "of somebody else")
     story.disks["foreign"] = Disk("foreign.raw", "foreign")
     story.disk("swap", 512)
-    with story.boot(initrd=late, append="debug initramfs.debug", limit=1800) as booted:
+    with story.boot(initrd=late, append="debug initramfs.debug systemd.log_level=info") as booted:
         console = begun(booted)
         found = report(console)
         console.sh("test -e /run/lab.waited")  # the driver came when the agent had looked for it in vain
