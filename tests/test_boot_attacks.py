@@ -178,7 +178,8 @@ def test_no_shell_on_the_way_and_no_kexec_can_unseal(story: Machine) -> None:
         console.ready(360)
         assert console.sh("systemctl is-active emergency.target").out == "active"
         assert unseal_as_root(console) == "pcr-mismatch"
-        console.sh("systemctl isolate --no-block rescue.target; until systemctl is-active -q rescue; do sleep 1; done")
+        rescue = "systemctl isolate --no-block rescue.target; until systemctl is-active -q rescue; do sleep 1; done"
+        console.sh(rescue, timeout=240)
         assert unseal_as_root(console) == "pcr-mismatch"
         assert console.sh("cat /sys/power/resume").out == "0:0"
         kexec(story, booted)
