@@ -220,6 +220,7 @@ def test_the_agent_aborts_and_the_stock_prompt_takes_the_recovery_key(story: Mac
         booted.console.send(story.recovery_key + "\n")
         console = begun(booted)
         assert "core." not in console.sh("ls /run").out
+        console.sh("echo /run/core.%p >/proc/sys/kernel/core_pattern")  # systemd has turned it off
         console.sh(f"sleep 100 & echo $! >/run/pid; python3 -I -c '{DUMP}' /run/pid /run; wait $! || ls /run/core.$!")
         assert pcr(console, 15) == CAPPED
         assert unseal_as_root(console) == "pcr-mismatch"
