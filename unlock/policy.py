@@ -17,9 +17,9 @@ BANK = 0x000B
 """TPM_ALG_SHA256: the PCR bank and the name algorithm, everywhere."""
 CAP_PCR = 15
 CAP_DIGEST = sha256(b"unlock cap").digest()
+"""What early boot extends the cap PCR with, right after the one unseal."""
 CAPPED = sha256(bytes(32) + CAP_DIGEST).digest()
 """A cap PCR that only our cap has extended."""
-"""What early boot extends the cap PCR with when it ends."""
 UNSET = bytes(32)
 """PCRs 0 to 15 after a TPM reset."""
 SRK = 0x81000001
