@@ -27,6 +27,7 @@ install:
 	$(RUN) initramfs/hook $(tools)/hooks/unlock
 	$(DATA) initramfs/functions $(tools)/scripts/unlock-functions
 	for stage in $(stages); do $(RUN) initramfs/$$stage $(tools)/scripts/$$stage/unlock || exit; done
+	$(RUN) initramfs/local-premount $(tools)/scripts/local-premount/check-resume
 	$(DATA) udev/65-unlock.rules $(rules)/65-unlock.rules
 	$(RUN) systemd/unlock-generator $(systemd)/system-generators/unlock-generator
 	for unit in $(units); do $(DATA) systemd/$$unit $(systemd)/system/$$unit || exit; done
@@ -37,7 +38,7 @@ install:
 uninstall:
 	rm -rf $(home)
 	rm -f $(sbin)/unlock $(tools)/hooks/unlock $(tools)/scripts/unlock-functions
-	rm -f $(stages:%=$(tools)/scripts/%/unlock)
+	rm -f $(stages:%=$(tools)/scripts/%/unlock) $(tools)/scripts/local-premount/check-resume
 	rm -f $(rules)/65-unlock.rules $(systemd)/system-generators/unlock-generator $(units:%=$(systemd)/system/%)
 	rm -f $(systemd)/system/multi-user.target.wants/unlock-baseline.service
 	rm -f $(systemd)/system/timers.target.wants/unlock-sync.timer

@@ -33,14 +33,14 @@ EVERY_KEY = (  # each disk may be opened by any key that the TPM gives
     (f"{CODE}/slots.py", "    raise min(problems", "    if ALL:\n        return ALL[0]\n    raise min(problems"),
     (
         f"{CODE}/disk.py",
-        "    with unwrap_kek(each, persistence) as kek:\n",
+        "    try:\n        kek = unwrap_kek(each, persistence)\n",
         "    from .slots import ALL\n"
         "    if persistence is not ALL[-1].payload.key:\n"
         "        try:\n"
         "            return volume_key(container, each, ALL[-1].payload.key)\n"
         "        except Tampered:\n"
         "            pass\n"
-        "    with unwrap_kek(each, persistence) as kek:\n",
+        "    try:\n        kek = unwrap_kek(each, persistence)\n",
     ),
 )
 NO_CAP = (

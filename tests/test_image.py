@@ -31,6 +31,8 @@ def test_early_boots_python_runs_in_the_unpacked_initramfs(tmp_path: Path) -> No
     initrd = image.build("luks").initrd
     subprocess.run(["unmkinitramfs", initrd, tmp_path], check=True)
     tree = tmp_path / "main" if (tmp_path / "main").exists() else tmp_path
+    order = (tree / "scripts/local-premount/ORDER").read_text()
+    assert order.index("check-resume") < order.index("local-premount/resume")
     code = (
         "import sys; sys.path.insert(0, '/usr/lib/unlock'); import unlock.__main__, unlock.boot, unlock.recovery; "
         "import unlock.explain; "

@@ -18,7 +18,7 @@ import pytest
 TOP = Path(__file__).resolve().parent.parent
 GENERATOR = TOP / "systemd/unlock-generator"
 STAGES = ["init-premount", "local-top", "local-block", "local-bottom", "panic"]
-SCRIPTS = [TOP / "initramfs" / name for name in ("hook", *STAGES, "cap")]
+SCRIPTS = [TOP / "initramfs" / name for name in ("hook", *STAGES, "local-premount", "cap")]
 SHELLS = [["dash"], ["busybox", "sh"], ["/usr/lib/klibc/bin/sh"], ["bash"]]
 
 
@@ -412,6 +412,31 @@ def test_systemd_accepts_the_units(host: Host, tmp_path: Path) -> None:
     assert not ours
 
 
+# resume
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=lambda shell: shell[0].split("/")[-1])
+def test_a_resume_disk_is_encrypted_when_all_below_it_is(shell: list[str], tmp_path: Path) -> None:
+    below = {"sda": [], "sdb": [], "dm-0": ["sda"], "dm-1": ["dm-0"], "dm-2": ["dm-0", "sdb"], "dm-3": ["dm-1", "dm-0"]}
+    uuids = {"dm-0": "CRYPT-LUKS2-x", "dm-1": "LVM-x", "dm-2": "LVM-x", "dm-3": "LVM-x"}
+    for name, slaves in below.items():
+        (tmp_path / name / "slaves").mkdir(parents=True)
+        for each in slaves:
+            (tmp_path / name / "slaves" / each).symlink_to(tmp_path / each)
+        if name in uuids:
+            (tmp_path / name / "dm").mkdir()
+            (tmp_path / name / "dm/uuid").write_text(f"{uuids[name]}\n")
+    functions = (TOP / "initramfs/functions").read_text()
+    assert functions.count("/sys/class/block/") == 2
+    script = tmp_path / "script"
+    script.write_text(
+        functions.replace("/sys/class/block/", f"{tmp_path}/")
+        + "for each in sda sdb dm-0 dm-1 dm-2 dm-3 gone ''; do unlock_encrypted \"$each\" && echo $each; done; true\n"
+    )
+    done = subprocess.run([*shell, script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["dm-0", "dm-1", "dm-3"] and not done.stderr
+
+
 # install
 
 
@@ -429,6 +454,7 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
                 "usr/lib/systemd/system-generators/unlock-generator",
                 "usr/share/initramfs-tools/hooks/unlock",
                 *(f"usr/share/initramfs-tools/scripts/{stage}/unlock" for stage in STAGES),
+                "usr/share/initramfs-tools/scripts/local-premount/check-resume",
             }
             assert "usr/lib/unlock/unlock/__main__.py" in files
             wanted = tmp_path / "usr/lib/systemd/system/multi-user.target.wants/unlock-baseline.service"
