@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make demo`: a host is enrolled, boots offline, and refuses an edited kernel command line. Real boots in a VM."""
+"""`make demo`, real boots in a VM: a host is enrolled, boots offline, and refuses an edited kernel command line.
+Then its keys come from a key manager, one is rotated there, and the host boots without it."""
 
+import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from tests.kmipfixture import AUTHORITY, add_command, join, rotate_there
 from tests.lab import image
 from tests.lab.guest import Guest
+from tests.lab.kmipserver import KmipServer
 from tests.lab.machine import RECOVERY, SENT, Machine, agent_commands
+from tests.lab.stories import status
 
 DATA = ("data-1", "data-2", "data-3")
 
@@ -22,11 +27,15 @@ def main() -> int:
             enroll(machine)
             offline(machine)
             edited(machine)
+            with KmipServer(Path(home) / "kms", AUTHORITY) as kms:
+                moved(machine, kms)
+            without_it(machine)
     except (Exception, KeyboardInterrupt) as error:
         print(f"\nFAILED: {type(error).__name__}: {error}")
         return 1
     took = time.monotonic() - began
-    print(f"\nSUCCESS: enrolled, booted offline, refused an edited command line ({took:.0f} s)")
+    what = "enrolled, booted offline, refused an edited command line, outlived its key manager"
+    print(f"\nSUCCESS: {what} ({took:.0f} s)")
     return 0
 
 
@@ -90,6 +99,35 @@ def edited(machine: Machine) -> None:
         show(console, "cat /run/unlock/verdict; sha256sum -c /root/sums")
         if console.read("/run/unlock/verdict") != b"pcr-mismatch\n":
             raise RuntimeError("the cause is not recorded")
+        booted.poweroff()
+
+
+def moved(machine: Machine, kms: KmipServer) -> None:
+    say("Boot 4: a network, and a key manager on it (PyKMIP's server, mutual TLS)")
+    with machine.boot(cores=2, network=True) as booted:
+        console = booted.guest
+        console.booted()
+        join(console, kms)
+        show(console, add_command(kms))
+        show(console, "unlock provider switch kms --persistence enabled")
+        host = json.loads(console.read("/var/lib/unlock/state.json"))["host"]
+        say("The key manager's administrator rotates the KEK of data there")
+        rotate_there(kms, host, "data", 2)
+        show(console, "unlock sync")
+        show(console, "unlock status")
+        say("Power cut. The key manager and the network are gone too")
+        booted.kill()
+
+
+def without_it(machine: Machine) -> None:
+    say("Boot 5: no network card, no key manager")
+    with machine.boot(cores=2) as booted:
+        console = booted.guest
+        console.booted()
+        show(console, "unlock status")
+        show(console, "ls /sys/class/net; sha256sum -c /root/sums")
+        if status(console) != {"root": "open", "data": "open"}:
+            raise RuntimeError("not every group is open")
         booted.poweroff()
 
 

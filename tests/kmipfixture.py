@@ -3,9 +3,12 @@
 
 from typing import Any
 
+from tests.lab.guest import Guest
 from tests.lab.kmipliar import Liar
 from tests.lab.kmipserver import KmipServer
 from tests.lab.pki import Authority, Leaf
+from tests.lab.vm import ADDRESS, GATEWAY
+from unlock import provide
 from unlock.providers.kmip import Endpoint, Kmip, Settings, new_id
 from unlock.secret import Secret
 
@@ -37,3 +40,36 @@ class Clock:
 def half() -> float:
     """A random source."""
     return 0.5
+
+
+# A key manager beside a VM that has a network card.
+
+
+def join(console: Guest, kms: KmipServer) -> None:
+    """Gives the guest its address and its certificate."""
+    network = f"[Match]\nType=ether\n[Network]\nAddress={ADDRESS}/24\n"
+    console.write("/etc/systemd/network/lab.network", network.encode())
+    console.sh(
+        "systemctl --quiet enable --now systemd-networkd; systemctl --quiet disable systemd-networkd-wait-online"
+    )
+    console.write("/etc/unlock/ca.pem", AUTHORITY.certificate.encode())
+    console.write("/etc/unlock/host.pem", CLIENT.certificate.encode())
+    console.write("/etc/unlock/host.key", CLIENT.key, 0o600)
+    connected = f"import socket; socket.create_connection(('{GATEWAY}', {kms.port}), 5)"
+    console.sh(f'until python3 -c "{connected}" 2>/dev/null; do sleep 1; done', timeout=120)
+
+
+def add_command(kms: KmipServer) -> str:
+    """What is typed after `join`. The client key stays in its file: so the key manager can be asked after a refusal."""
+    files = "--ca /etc/unlock/ca.pem --client-cert /etc/unlock/host.pem --client-key /etc/unlock/host.key"
+    return f"unlock provider add kms --endpoint {GATEWAY}:{kms.port} {files} --client-key-stays"
+
+
+def rotate_there(kms: KmipServer, host: str, group: str, generation: int) -> None:
+    """What the key manager's administrator does: the key is retired, a new one gets its name."""
+    with connect(kms) as admin:
+        name = provide.key_name(host, f"kek/{group}", generation)
+        old = admin.locate(name)
+        assert old
+        admin.retire(old.id)
+        admin.activate(admin.create(name).id)

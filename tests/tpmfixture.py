@@ -5,6 +5,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -67,19 +68,16 @@ class Swtpm:
         """Power on: PCRs at their reset values."""
         program = shutil.which("swtpm")
         assert program, "swtpm is not installed: these tests need it"
-        for _ in range(20):  # another process may take the ports first
-            port = _free_ports()
-            flags = ["--flags", "not-need-init,startup-clear"]
-            where = ["--server", f"type=tcp,port={port}", "--ctrl", f"type=tcp,port={port + 1}"]
-            self._process = subprocess.Popen(
-                [program, "socket", "--tpm2", "--tpmstate", f"dir={self.state}", *where, *flags],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            if self._listens(port + 1):
-                self.proxy.target = port
-                return
-        raise AssertionError("swtpm does not start")
+        flags = ["--flags", "not-need-init,startup-clear"]
+        for path in (self.proxy.data, self.proxy.control):
+            path.unlink(missing_ok=True)
+        where = ["--server", f"type=unixio,path={self.proxy.data}", "--ctrl", f"type=unixio,path={self.proxy.control}"]
+        self._process = subprocess.Popen(
+            [program, "socket", "--tpm2", "--tpmstate", f"dir={self.state}", *where, *flags],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self._await()
 
     def kill(self) -> None:
         """Power off, as a cut does it."""
@@ -107,24 +105,27 @@ class Swtpm:
         with self.open() as tpm:
             tpm.extend(pcr, data)
 
-    def _listens(self, port: int) -> bool:
+    def _await(self) -> None:
         assert self._process
-        for _ in range(500):
-            if self._process.poll() is not None:
-                return False
+        for _ in range(3000):
+            assert self._process.poll() is None, "swtpm does not start"
             try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                return True
+                _connect(self.proxy.control).close()
+                return
             except OSError:
                 time.sleep(0.01)
-        return False
+        raise AssertionError("swtpm does not listen")
 
 
 class Proxy:
-    """Between ESYS and swtpm: `commands` by name, `traffic` both ways; `cut_after(n)` loses answer n."""
+    """Between ESYS and swtpm: `commands` by name, `traffic` both ways; `cut_after(n)` loses answer n.
+
+    swtpm listens at `data` and `control`, which are files: a free TCP port may be another's by the time of its use.
+    """
 
     def __init__(self) -> None:
-        self.target = 0
+        self._place = tempfile.TemporaryDirectory(prefix="swtpm-")  # a short path: the kernel takes 107 bytes
+        self.data, self.control = (Path(self._place.name) / name for name in ("data", "control"))
         self.commands: list[str] = []
         self.traffic = bytearray()
         self.tamper: Callable[[str, bytes], bytes] = lambda _command, answer: answer
@@ -168,7 +169,7 @@ class Proxy:
 
     def _serve(self, client: socket.socket) -> None:
         try:
-            with client, socket.create_connection(("127.0.0.1", self.target)) as server:
+            with client, _connect(self.data) as server:
                 self._open.append(server)
                 while command := _message(client):
                     if self._cut == 0:
@@ -194,7 +195,7 @@ class Proxy:
 
     def _control(self, client: socket.socket) -> None:
         try:
-            with client, socket.create_connection(("127.0.0.1", self.target + 1)) as server:
+            with client, _connect(self.control) as server:
                 self._open.append(server)
                 while data := client.recv(4096):
                     server.sendall(data)
@@ -235,9 +236,11 @@ def _listen_pair() -> tuple[socket.socket, socket.socket]:
         return data, control
 
 
-def _free_ports() -> int:
-    pair = _listen_pair()
-    port: int = pair[0].getsockname()[1]
-    for listener in pair:
-        listener.close()
-    return port
+def _connect(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(str(path))
+    except OSError:
+        connection.close()
+        raise
+    return connection

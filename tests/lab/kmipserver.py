@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from .pki import Authority
 from .process import start
+from .vm import GATEWAY
 
 
 class Traffic(NamedTuple):
@@ -29,7 +30,7 @@ class Traffic(NamedTuple):
 
 
 class KmipServer:
-    """Usable in a `with`. Its certificate is for 127.0.0.1 and localhost, unless another is given."""
+    """Usable in a `with`. Its certificate is for this machine, as it and its VMs see it."""
 
     def __init__(self, folder: Path, authority: Authority, tls: str = "", port: int = 0) -> None:
         folder.mkdir(exist_ok=True)
@@ -39,7 +40,7 @@ class KmipServer:
         self._counts = folder / "counts"
         self._counts.touch()
         (folder / "ca.pem").write_text(authority.certificate)
-        authority.server("127.0.0.1", "localhost").write(folder, "server")
+        authority.server("127.0.0.1", "localhost", GATEWAY).write(folder, "server")
         self.start()
 
     def start(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Virtual machines: QEMU without KVM and without network, a software TPM, disks, a console and an agent."""
+"""Virtual machines: QEMU without KVM, a software TPM, disks, a console and an agent; a network card if asked for."""
 
 import json
 import os
@@ -21,6 +21,7 @@ from .swtpm import Command, SoftwareTpm
 CPU = "qemu64,svm=off,+aes,+pclmulqdq,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand,+rdseed"
 FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+GATEWAY, ADDRESS = "10.0.2.2", "10.0.2.15"  # of QEMU's user-mode network
 CACHE = {  # what QEMU's -drive cache=MODE means: (O_DIRECT, ignore flushes, the guest sees a write cache)
     "unsafe": (False, True, True),
     "writeback": (False, False, True),
@@ -65,6 +66,8 @@ class VM:
     the TPM states, the UEFI variables. Each boot N leaves `console-N.log` and `tpm-N.log` there.
     `tpm` names the TPM's state directory: another name is a replaced board, None is no TPM.
     `limit`: seconds after which the machine is killed, whatever happens.
+    `network`: a card; this host's loopback is at GATEWAY, the guest is ADDRESS.
+    `clock`: the guest's at the start, as YYYY-MM-DDTHH:MM:SS in UTC.
     `log_writes`: each disk's writes and flushes go to writes-SERIAL.log in the order in which the guest made them.
     """
 
@@ -84,6 +87,8 @@ class VM:
         cores: int = 1,
         limit: float = 1200,
         log_writes: bool = False,
+        network: bool = False,
+        clock: str = "utc",
         extra: Sequence[str] = (),
     ) -> None:
         self.home = home
@@ -98,6 +103,8 @@ class VM:
         self._cores = cores
         self._extra = extra
         self._log_writes = log_writes
+        self._network = network
+        self._clock = clock
         self._tpm: SoftwareTpm | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._ports: list[socket.socket] = []
@@ -114,6 +121,9 @@ class VM:
 
     def __exit__(self, *exception: object) -> None:
         self._stop()
+        if exception[0]:  # the machine's directory is gone when the test has failed
+            print(f"qemu ended with {self._process and self._process.returncode}; the end of its console:")
+            print("\n".join(self.console.text.splitlines()[-60:]))
 
     # the life of the machine
 
@@ -168,7 +178,13 @@ class VM:
 
     def _start(self) -> None:
         arguments = ["-accel", "tcg,thread=multi", "-cpu", CPU, "-machine", "q35"]
-        arguments += ["-smp", str(self._cores), "-m", self._memory, "-nodefaults", "-display", "none", "-nic", "none"]
+        arguments += ["-smp", str(self._cores), "-m", self._memory, "-nodefaults", "-display", "none"]
+        arguments += [
+            "-nic",
+            "user,ipv6=off,model=virtio-net-pci" if self._network else "none",
+            "-rtc",
+            f"base={self._clock}",
+        ]
         arguments += ["-no-reboot", "-append", self._cmdline]
         arguments += ["-kernel", str(self._image.kernel), "-initrd", str(self._initrd)]
         if self._uefi:
