@@ -21,7 +21,7 @@ ROWS = [
     {"provide"},
     {"rotation"},
     {"boot", "late", "recovery", "enroll", "members", "status", "explain"}
-    | {"cache", "kdk", "keymanager", "persistence", "rekey", "switch", "sync"},
+    | {"cache", "check", "kdk", "keymanager", "persistence", "rekey", "switch", "sync"},
     {"cli", "clikeys", "__main__"},
 ]
 """Lowest first: a module imports from lower rows only; in the lowest row and at the top, from its own too."""

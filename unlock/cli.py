@@ -59,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     explain.set_defaults(run=_explain)
     explain.add_argument("--json", action="store_true")
 
+    check = words.add_parser("check", help="is it safe to reboot?", allow_abbrev=False)
+    check.set_defaults(run=_check)
+    check.add_argument("--json", action="store_true")
+
     group = words.add_parser("group", help="groups of disks").add_subparsers(metavar="VERB", required=True)
     create = group.add_parser("create", help="format disks and make them a group", allow_abbrev=False)
     create.set_defaults(run=_group_create)
@@ -158,6 +162,14 @@ def _explain(paths: Paths, options: argparse.Namespace) -> int:
     from .explain import explain
 
     return explain(paths, options.json)
+
+
+def _check(paths: Paths, options: argparse.Namespace) -> int:
+    from . import check
+
+    found = check.check(paths)
+    print(json.dumps(check.fields(found), indent=1) if options.json else check.text(found))
+    return check.STATUS[found.verdict]
 
 
 def _group_create(paths: Paths, options: argparse.Namespace) -> int:

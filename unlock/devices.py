@@ -201,6 +201,11 @@ def opened_by(mountpoint: str, names: set[str], root: str = "/") -> bool:
     return bool(devices) and all(_passes(_folder(each, root), names, _DEEP) for each in devices)
 
 
+def is_encrypted(number: str, root: str = "/") -> bool:
+    """Whether each way down from MAJOR:MINOR to a disk passes a dm-crypt mapping, whoever opened it."""
+    return _crypted(_folder(number, root), _DEEP)
+
+
 def names_below(mountpoint: str, root: str = "/") -> set[str]:
     """Names of the mappings that a mounted file system stands on."""
     return set().union(*(_names(_folder(each, root), _DEEP) for each in root_chain(mountpoint, root)))
@@ -231,6 +236,13 @@ def _passes(folder: str, names: set[str], deep: int) -> bool:
         return True
     below = _below(folder)
     return deep > 0 and bool(below) and all(_passes(each, names, deep - 1) for each in below)
+
+
+def _crypted(folder: str, deep: int) -> bool:
+    if _line(folder, "dm", "uuid").startswith("CRYPT-"):
+        return True
+    below = _below(folder)
+    return deep > 0 and bool(below) and all(_crypted(each, deep - 1) for each in below)
 
 
 def _names(folder: str, deep: int) -> set[str]:

@@ -160,13 +160,19 @@ class Tpm:
         object is gone, Tampered if it or the SRK is another, TpmRefused if the PCRs are in no allowed state.
         Repeated, bounded, if a PCR changes meanwhile.
         """
+        srk, sealed = self.verify(slot, record)
+        return self._unsealed(srk, sealed, record.selection, record.branches)
+
+    def verify(self, slot: Slot, record: Record) -> tuple[int, int]:
+        """ReadPublic x2: SRK and sealed object are those that the record describes, and the object's policy is what
+        the record's branches make. Gives both as ESYS_TR. NoSlot, Tampered."""
         srk = self._named(SRK, record.srk_name, "the storage root key")
         sealed, public = self._public(slot.object, f"slot {slot.name} of the TPM has no sealed object")
         if policy.name(public) != record.object_name:
             raise Tampered(f"the sealed object of slot {slot.name} is not the one of its policy record")
         if not policy.is_sealed_under(public, policy.either(record.branches)):
             raise Tampered(f"the sealed object of slot {slot.name} has another policy than its record says")
-        return self._unsealed(srk, sealed, record.selection, record.branches)
+        return srk, sealed
 
     def extend(self, pcr: int, digest: bytes) -> None:
         """PCR_Extend, sha256 bank. Returns when the TPM has confirmed it. It ends every policy session."""

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is it safe to reboot? Real headers, a software TPM, a key manager, initramfs images; directories for /proc, /sys."""
+
+import gzip
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flowfixture import HOST, Host
+from kmipfixture import AUTHORITY
+from test_devices import Machine
+from tpmfixture import Swtpm
+
+from tests.lab.kmipliar import Liar
+from unlock import check, disk, keyring, luks, policy, report, slots, token
+from unlock.check import SAFE, UNPROVEN, UNSAFE
+from unlock.secret import Secret
+
+pytestmark = pytest.mark.usefixtures("key_cache")
+
+CODE = "usr/lib/unlock/unlock/boot.pyc"
+READS = ("usr/lib/unlock/reads/token-1", "usr/lib/unlock/reads/record-1")
+
+
+class World:
+    """A host that is well: two disks, a sealed key, an image with unlock in it, an encrypted root."""
+
+    def __init__(self, folder: Path, chip: Swtpm, *kms: Liar, policy_of_group: str = "persistent") -> None:
+        self.host = Host(folder, 2, *kms, policy_of_group=policy_of_group)
+        self.chip = chip
+        self.root = folder / "root"
+        self.machine = Machine(self.root)
+        self.machine.block("sda", "8:0")
+        self.machine.block("sdb", "8:16")
+        self.machine.mapping("data-0", "253:0", "CRYPT-LUKS2-" + "0" * 32 + "-data-0", "sda")
+        self.machine.mount("253:0", "/", "/dev/mapper/data-0", "ext4")
+        self.image("6.12.1-amd64", CODE, *READS)
+        selection = policy.select((4, 7, 9))
+        with chip.open() as tpm:
+            branch = policy.branch(selection, tpm.read_pcrs(selection))
+            slots.persist(
+                tpm, bytes.fromhex(HOST), selection, (branch,), policy.Payload(Secret(bytes(self.host.persistence)))
+            )
+
+    def image(self, version: str, *names: str) -> None:
+        """An initramfs with these files in it."""
+        tree = self.root / "tree"
+        for name in names:
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).touch()
+        (self.root / "boot").mkdir(exist_ok=True)
+        made = subprocess.run(
+            ["cpio", "--quiet", "-o", "-H", "newc"], input="\n".join(names).encode(), capture_output=True, cwd=tree
+        )
+        (self.root / f"boot/initrd.img-{version}").write_bytes(gzip.compress(made.stdout))
+
+    def write(self, name: str, text: str) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def check(self) -> tuple[str, dict[str, tuple[str, str]]]:
+        """The verdict, and what is not safe."""
+        found = check.check(self.host.paths, self.chip.tcti, self.host.look)
+        again = check.check(self.host.paths, self.chip.tcti, self.host.look)
+        assert json.loads(json.dumps(check.fields(found))) == json.loads(json.dumps(check.fields(again)))
+        said = check.text(found)
+        assert said.isprintable() or all(line.isprintable() for line in said.splitlines())
+        assert said.splitlines()[-1].startswith(found.verdict)
+        return found.verdict, {
+            each.what: (each.verdict, each.detail) for each in found.findings if each.verdict != SAFE
+        }
+
+
+@pytest.fixture
+def chip(tmp_path: Path) -> Iterator[Swtpm]:
+    with Swtpm(tmp_path / "tpm") as chip:
+        yield chip
+
+
+@pytest.fixture
+def world(tmp_path: Path, chip: Swtpm) -> World:
+    return World(tmp_path, chip)
+
+
+def test_a_host_that_is_well_is_safe_and_nothing_is_written(world: World) -> None:
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in world.host.folder.rglob("*") if path.is_file()}
+
+    world.chip.proxy.clear()
+    before = contents()
+    found = check.check(world.host.paths, world.chip.tcti, world.host.look)
+    assert (found.verdict, world.check()) == (SAFE, (SAFE, {}))
+    assert {each.what for each in found.findings} == {"TPM", "group data", "root", "initrd.img-6.12.1-amd64"}
+    assert {name for name, data in contents().items() if before.get(name) != data} <= {
+        world.chip.state / "tpm2-00.permall"
+    }
+    assert not {"Unseal", "NV_Write", "Create", "EvictControl"} & set(world.chip.proxy.commands)
+
+
+def test_a_missing_disk_keeps_its_whole_group_closed(world: World) -> None:
+    world.host.disks.pop()
+    verdict, wrong = world.check()
+    assert verdict == UNSAFE
+    assert list(wrong) == ["group data, disk data-1"] and "not here" in wrong["group data, disk data-1"][1]
+
+
+def test_two_disks_of_one_uuid_are_neither(world: World) -> None:
+    copy = world.host.folder / "copy"
+    copy.write_bytes(world.host.disks[0].read_bytes())
+    world.host.disks.append(copy)
+    verdict, wrong = world.check()
+    assert verdict == UNSAFE and "several disks" in wrong["group data, disk data-0"][1]
+
+
+def test_a_token_that_another_key_wrapped(world: World) -> None:
+    path = str(world.host.disks[0])
+    with luks.Container(path) as container:
+        [(number, fields)] = container.tokens(token.TYPE)
+        each = token.decode(fields)
+        container.set_token(token.encode(each._replace(kek=bytes(reversed(each.kek)))), number)
+    verdict, wrong = world.check()
+    assert verdict == UNSAFE and wrong["group data, disk data-0"][0] == UNSAFE
+
+
+def test_a_disk_of_an_older_member_list(world: World) -> None:
+    with world.host.work() as work:
+        group = work.state.groups["data"]
+        work.state.groups["data"] = group._replace(manifest=group.manifest + 1)
+        work.state.save()
+    verdict, wrong = world.check()
+    assert verdict == UNSAFE and "as it is now" in wrong["group data"][1]
+
+
+def test_an_empty_key_cache_proves_nothing(world: World) -> None:
+    keyring.flush()
+    verdict, wrong = world.check()
+    assert verdict == UNPROVEN and "cache is empty" in wrong["group data"][1]
+
+
+def test_a_tpm_that_was_cleared_or_is_gone(world: World) -> None:
+    world.chip.kill()
+    os.unlink(world.chip.state / "tpm2-00.permall")
+    world.chip.start()
+    verdict, wrong = world.check()
+    assert verdict == UNSAFE and "nothing of this host" in wrong["TPM"][1]
+    world.chip.kill()
+    found = check.check(world.host.paths, world.chip.tcti, world.host.look)
+    assert found.verdict == UNSAFE and found.findings[0].what == "TPM"
+
+
+def test_a_tpm_that_serves_another_installation(world: World) -> None:
+    with world.chip.open() as tpm, Secret.random(32) as key:
+        branch = policy.branch((7,), tpm.read_pcrs((7, 15)))
+        slots.persist(tpm, b"another host....", (7,), (branch,), policy.Payload(key), replace=True)
+    verdict, wrong = world.check()
+    assert verdict == UNSAFE and "another installation" in wrong["TPM"][1]
+
+
+def test_after_a_refused_boot_the_next_is_refused_too(world: World) -> None:
+    early = report.Report("early-boot")
+    early.judge("pcr-mismatch")
+    Path(world.host.paths.of_this_boot("report.json")).write_bytes(early.encode())
+    verdict, wrong = world.check()
+    assert verdict == UNSAFE and list(wrong) == ["this boot"]
+
+
+def test_an_operation_that_was_stopped(world: World) -> None:
+    with world.host.work() as work:
+        work.state.begin("rekey", "data")
+    assert world.check()[0] == UNPROVEN
+
+
+def test_the_newest_image_needs_unlock_and_the_formats_that_are_in_use(world: World) -> None:
+    world.image("6.9.3-amd64", "bin/sh")  # an older kernel's
+    verdict, wrong = world.check()
+    assert (verdict, wrong) == (UNPROVEN, {"initrd.img-6.9.3-amd64": (UNPROVEN, "unlock is not in it")})
+    world.image("6.13.0-amd64", CODE, READS[0])
+    verdict, wrong = world.check()
+    assert verdict == UNSAFE and "does not read records of version 1" in wrong["initrd.img-6.13.0-amd64"][1]
+    world.image("6.13.0-amd64", "bin/sh")
+    assert world.check()[1]["initrd.img-6.13.0-amd64"] == (UNSAFE, "unlock is not in it")
+    (world.root / "boot/initrd.img-6.13.0-amd64").write_bytes(b"\x1f\x8bnot an image")
+    assert world.check()[0] == UNSAFE
+    for image in (world.root / "boot").iterdir():
+        image.unlink()
+    assert world.check()[0] == UNPROVEN
+
+
+def test_the_manifest_says_which_formats_the_code_reads() -> None:
+    manifest = (Path(__file__).parents[1] / "initramfs/manifest").read_text()
+    names = {line.split()[1] for line in manifest.splitlines() if line.startswith("reads ")}
+    assert names == {f"{kind}-{version}" for kind, version in check._WRITTEN.items()}
+
+
+def test_a_loaded_kexec_kernel(world: World) -> None:
+    world.write("sys/kernel/kexec_loaded", "1\n")
+    verdict, wrong = world.check()
+    assert verdict == UNSAFE and list(wrong) == ["kexec"]
+
+
+@pytest.mark.parametrize(("number", "verdict"), [("0:0", SAFE), ("253:1", SAFE), ("8:16", UNSAFE), ("9:9", UNSAFE)])
+def test_hibernation_only_to_an_encrypted_disk(world: World, number: str, verdict: str) -> None:
+    world.machine.mapping("vg-swap", "253:1", "LVM-abc", "dm-0")
+    world.write("sys/power/resume", f"{number}\n")
+    assert world.check()[0] == verdict
+
+
+def test_a_root_that_somebody_else_opens(world: World) -> None:
+    world.machine.mapping("luks-root", "253:1", "CRYPT-LUKS2-" + "1" * 32 + "-luks-root", "sdb")
+    world.machine.mount("253:1", "/", "/dev/mapper/luks-root", "ext4")
+    assert world.check() == (
+        UNPROVEN,
+        {"root": (UNPROVEN, "it is encrypted, and something else than unlock opens it")},
+    )
+
+
+def test_a_group_that_only_the_key_manager_opens(tmp_path: Path, chip: Swtpm) -> None:
+    with Liar(AUTHORITY) as kms:
+        world = World(tmp_path, chip, kms, policy_of_group="provider")
+        verdict, wrong = world.check()
+        assert (verdict, list(wrong)) == (UNPROVEN, ["group data"])
+        assert "key manager" in wrong["group data"][1]
+    verdict, wrong = world.check()
+    assert (verdict, sorted(wrong)) == (UNPROVEN, ["group data", "provider kms"])
+
+
+def test_a_key_manager_that_nobody_needs_may_be_away(tmp_path: Path, chip: Swtpm) -> None:
+    with Liar(AUTHORITY) as kms:
+        world = World(tmp_path, chip, kms)
+        assert world.check() == (SAFE, {})
+    assert world.check() == (SAFE, {})
+
+
+def test_check_agrees_with_what_the_next_boot_finds(world: World) -> None:
+    """SAFE for a disk means: the sealed key gives its volume key."""
+    assert world.check()[0] == SAFE
+    world.chip.power_cycle()
+    with world.chip.open() as tpm:
+        unsealed = slots.unseal(tpm)
+    for image in world.host.disks:
+        with luks.Container(str(image)) as container:
+            [each] = disk.tokens(container, unsealed.record.host.hex())
+            with disk.volume_key(container, each, unsealed.payload.key) as dek:
+                container.verify_volume_key(dek)

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock check`: is it safe to reboot?
+
+    TPM: slot, object, policy ──> every disk of every group ──> root, initramfs images, recovery key, key manager,
+    kexec, hibernation ──> one verdict, the worst of the findings
+
+It changes nothing. What it cannot prove it says: after the cap nothing can be unsealed on trial, so that the sealed
+key is the one in the key cache follows from the object's name alone.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
+
+from . import devices, disk, keyring, luks, policy, present, provide, report, thisboot, token
+from .errors import CommandFailed, NoKey, NoSlot, UnlockError
+from .groups import Group, Member
+from .paths import Paths
+from .policy import Record
+from .run import run
+from .secret import Secret
+from .state import State
+from .tpm import Tpm
+
+VERSION = 1
+SAFE, UNPROVEN, UNSAFE = "safe", "unproven", "unsafe"
+STATUS = {SAFE: 0, UNPROVEN: 30, UNSAFE: 31}
+"""Exit statuses, worst last."""
+MEANING = {
+    SAFE: "what opens by itself now opens by itself at the next boot",
+    UNPROVEN: "nothing speaks against it, and not all of it can be proven",
+    UNSAFE: "something that is meant to open by itself will not",
+}
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+
+    what: str
+    verdict: str
+    detail: str
+    do: str = ""
+    """What to type; '' where there is nothing to do."""
+
+
+class Checked(NamedTuple):
+    verdict: str
+    findings: tuple[Finding, ...]
+
+
+def check(
+    paths: Paths,
+    tcti: str = "device:/dev/tpmrm0",
+    look: present.Look = present.look,
+    connect: provide.Connect = provide.connect,
+) -> Checked:
+    """Raises Refused when the host is not initialised, Malformed."""
+    state = State.load(paths)
+    try:
+        persistence: Secret | None = keyring.get("unlock:persistence")
+    except NoKey:
+        persistence = None
+    seen = look()
+    findings = [
+        *_tpm(paths, state, tcti),
+        *_operation(state),
+        *(each for group in state.groups.values() for each in _group(state, group, seen, persistence)),
+        *_root(paths, state),
+        *_images(paths),
+        *_recovery(state),
+        *_provider(paths, state, persistence, connect),
+        *_kexec(paths),
+        *_hibernation(paths),
+    ]
+    return Checked(max((each.verdict for each in findings), key=list(STATUS).index), tuple(findings))
+
+
+def fields(found: Checked) -> dict[str, Any]:
+    """For scripts."""
+    return {"version": VERSION, "verdict": found.verdict, "findings": [each._asdict() for each in found.findings]}
+
+
+def text(found: Checked) -> str:
+    """For people: what is worst first, the verdict last."""
+    order = sorted(found.findings, key=lambda each: -STATUS[each.verdict])
+    lines = []
+    for each in order:
+        lines.append(f"{each.verdict:<9} {each.what}: {each.detail}")
+        if each.do:
+            lines.append(f"{'':<9} > {each.do}")
+    return "\n".join([*lines, f"{found.verdict}: {MEANING[found.verdict]}"])
+
+
+# The TPM ----------------------------------------------------------------------------------------------------
+
+
+def _tpm(paths: Paths, state: State, tcti: str) -> Iterator[Finding]:
+    early = thisboot.early(paths)
+    try:
+        with Tpm(tcti) as tpm:
+            found = _current(tpm)
+            if found is None:
+                yield Finding("TPM", UNSAFE, "it keeps nothing of this host", "unlock explain")
+                return
+            slot, record = found
+            if record.host.hex() != state.host:
+                yield Finding("TPM", UNSAFE, f"slot {slot.name} is of another installation", "unlock explain")
+                return
+            tpm.verify(slot, record)
+    except UnlockError as error:
+        yield Finding("TPM", UNSAFE, str(error), error.hint or "unlock explain")
+        return
+    proven = f"slot {slot.name}: object and policy are what the record says, {len(record.branches)} allowed state(s)"
+    yield Finding("TPM", SAFE, proven)
+    verdict = early["verdict"] if early else ""
+    if verdict != "unsealed":
+        why = report.VERDICTS.get(verdict, "early boot left no report")
+        yield Finding("this boot", UNSAFE, f"{why}; the next one is like this one", "unlock explain")
+
+
+def _current(tpm: Tpm) -> tuple[policy.Slot, Record] | None:
+    """The slot that early boot tries first."""
+    found = []
+    for slot in policy.SLOTS:
+        state = tpm.slot_state(slot)
+        if state.record and state.complete:
+            found.append((slot, state.record))
+        elif state.problem and not isinstance(state.problem, NoSlot):
+            raise state.problem
+    return max(found, key=lambda pair: pair[1].generation, default=None)
+
+
+# Disks ------------------------------------------------------------------------------------------------------
+
+
+def _group(
+    state: State, group: Group, seen: dict[str, list[present.Found]], persistence: Secret | None
+) -> Iterator[Finding]:
+    """A group opens whole or not at all, so the worst of its disks counts. One finding where all are well."""
+    what = f"group {group.name}"
+    found = [(member, *_member(state, group, member, seen, persistence)) for member in group.members]
+    wrong = [Finding(f"{what}, disk {member.name}", *rest) for member, *rest in found if rest[0] != SAFE]
+    if not wrong:
+        yield Finding(what, SAFE, f"{len(found)} disk(s) open with the key that the TPM keeps")
+    elif len({each[1:] for each in wrong}) == 1 and len(wrong) == len(found):
+        yield wrong[0]._replace(what=what)
+    else:
+        yield from wrong
+
+
+def _member(
+    state: State,
+    group: Group,
+    member: Member,
+    seen: dict[str, list[present.Found]],
+    persistence: Secret | None,
+) -> tuple[str, str, str]:
+    """Verdict, detail, what to do."""
+    node = present.node_of(seen, member)
+    if not node:
+        several = len(seen.get(member.uuid, ())) > 1
+        why = "several disks have its UUID" if several else "it is not here, and its group opens whole or not at all"
+        return UNSAFE, why, "unlock status"
+    try:
+        with luks.Container(node) as container:
+            tokens = [
+                each
+                for each in disk.tokens(container, state.host)
+                if (each.group, each.manifest, each.members) == (group.name, group.manifest, len(group.members))
+            ]
+            if not tokens:
+                return UNSAFE, "its token is not of the group as it is now", "unlock sync"
+            if persistence is None:
+                return UNPROVEN, "the key cache is empty: whether it opens cannot be tried", "unlock status"
+            return _opens(container, tokens, persistence)
+    except UnlockError as error:
+        return UNSAFE, str(error), error.hint
+
+
+def _opens(container: luks.Container, tokens: Sequence[token.Token], persistence: Secret) -> tuple[str, str, str]:
+    """As early boot does it: by the newest token that unwraps. Raises UnlockError."""
+    problem: UnlockError | None = None
+    for each in tokens:
+        try:
+            with disk.volume_key(container, each, persistence) as dek:
+                container.verify_volume_key(dek)
+                return SAFE, "", ""
+        except NoKey as error:  # only the key manager keeps it
+            return UNPROVEN, str(error), "unlock provider test"
+        except UnlockError as error:
+            problem = error
+    assert problem
+    raise problem
+
+
+def _root(paths: Paths, state: State) -> Iterator[Finding]:
+    ours = {member.name for group in state.groups.values() for member in group.members}
+    if devices.opened_by("/", ours, paths.root):
+        yield Finding("root", SAFE, "it lies on disks that unlock opens")
+    elif any(devices.is_encrypted(number, paths.root) for number in devices.root_chain("/", paths.root)):
+        yield Finding("root", UNPROVEN, "it is encrypted, and something else than unlock opens it", "unlock disk adopt")
+    else:
+        yield Finding("root", SAFE, "it is not encrypted: nothing has to open it")
+
+
+# What boots -------------------------------------------------------------------------------------------------
+
+_WRITTEN = {"token": token.VERSION, "record": 1}
+"""Formats that an installed initramfs must read; it says what it reads by the names of files (initramfs/manifest)."""
+
+
+def _images(paths: Paths, listing: Callable[[list[str]], str] = run) -> Iterator[Finding]:
+    images = sorted(glob.glob(os.path.join(paths.root, "boot/initrd.img-*")), key=_version)
+    images = [each for each in images if not each.endswith((".bak", ".dpkg-bak", ".new"))]
+    if not images:
+        yield Finding("initramfs", UNPROVEN, "there is no /boot/initrd.img-*: whether unlock is in it is not known")
+    for image in images:
+        newest = image == images[-1]
+        name = os.path.basename(image)
+        try:
+            wrong = _unreadable(listing(["lsinitramfs", image]))
+        except CommandFailed as error:
+            wrong = str(error)
+        if wrong:
+            yield Finding(name, UNSAFE if newest else UNPROVEN, wrong, f"update-initramfs -u -k {name[11:]}")
+        else:
+            yield Finding(name, SAFE, "unlock is in it, and reads what is on the disks and in the TPM")
+
+
+def _unreadable(listed: str) -> str:
+    """What is wrong with an image that has these files; '' if nothing."""
+    names = set(listed.split())
+    if "usr/lib/unlock/unlock/boot.pyc" not in names:
+        return "unlock is not in it"
+    for kind, written in _WRITTEN.items():
+        found = [int(each[1]) for name in names if (each := re.fullmatch(rf"usr/lib/unlock/reads/{kind}-(\d+)", name))]
+        if max(found, default=0) < written:
+            return f"the unlock in it does not read {kind}s of version {written}"
+    return ""
+
+
+def _version(path: str) -> list[tuple[bool, int, str]]:
+    """Sorts kernel versions as their numbers: 6.9 before 6.12."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", path)]
+
+
+def _kexec(paths: Paths) -> Iterator[Finding]:
+    if _line(paths, "sys/kernel/kexec_loaded") == "1":
+        why = "a kernel is loaded, and a reboot may start it without a reset of the TPM, which is locked until then"
+        yield Finding("kexec", UNSAFE, why, "kexec --unload")
+
+
+def _hibernation(paths: Paths) -> Iterator[Finding]:
+    number = _line(paths, "sys/power/resume")
+    if number not in ("", "0:0") and not devices.is_encrypted(number, paths.root):
+        why = "the host hibernates to a disk that is not encrypted, with all keys in memory; unlock resumes from none"
+        yield Finding("hibernation", UNSAFE, why, "take resume= away, or put the swap on an encrypted disk")
+
+
+# Else -------------------------------------------------------------------------------------------------------
+
+
+def _operation(state: State) -> Iterator[Finding]:
+    if state.journal:
+        what = f"unlock {state.journal['operation']} {state.journal['about']}"
+        yield Finding("operation", UNPROVEN, f"`{what}` was stopped before its end", what)
+
+
+def _recovery(state: State) -> Iterator[Finding]:
+    if not state.has_recovery_key:
+        yield Finding("recovery key", UNPROVEN, "there is none: a refused boot is the end", "unlock disk adopt")
+
+
+def _provider(paths: Paths, state: State, persistence: Secret | None, connect: provide.Connect) -> Iterator[Finding]:
+    """Only a group whose key nobody else keeps needs it."""
+    needed = [group.name for group in state.groups.values() if group.policy == "provider"]
+    what = f"provider {state.provider['name']}"
+    if state.provider["kind"] == "native":
+        return
+    try:
+        with closing(connect(paths, state, persistence, state.provider)) as provider:
+            health = provider.health()
+        problems = [each.problem for each in health.endpoints if each.problem]
+        good = len(health.endpoints) - len(problems)
+        said = f"{good} of {len(health.endpoints)} endpoint(s) answer"
+        problem = str(problems[0]) if problems and not good else ""
+    except UnlockError as error:
+        good, said, problem = 0, "it cannot be asked", str(error)
+    if not needed:
+        yield Finding(what, SAFE, f"{said}; no group needs it to open")
+    elif good:
+        yield Finding(what, SAFE, f"{said}; needed by {', '.join(needed)}")
+    else:
+        yield Finding(what, UNPROVEN, f"{problem}; needed by {', '.join(needed)}", "unlock provider test")
+
+
+def _line(paths: Paths, name: str) -> str:
+    try:
+        with open(os.path.join(paths.root, name), encoding="ascii", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
