@@ -15,7 +15,7 @@ from tests.lab.guest import Guest
 from tests.lab.image import PASSPHRASE
 from tests.lab.kmipserver import KmipServer, Traffic
 from tests.lab.machine import SENT, Machine, agent_commands, report
-from tests.lab.stories import begun, measured, outcomes, status, up
+from tests.lab.stories import begun, checked, measured, outcomes, status, up
 from tests.lab.vm import VM
 
 pytestmark = pytest.mark.vm
@@ -88,6 +88,7 @@ def moves_to_it(booted: VM, kms: KmipServer, story: Machine, vault: str) -> None
     console.sh(f"printf '{SETTINGS}' >>/etc/unlock/unlock.toml; sync")
     kept = json.loads(console.sh("unlock persistence status --json").out)["groups"]
     assert {each["name"]: len(each["kept_on"]) for each in kept} == {"root": 1, "data": 3, "vault": 0}
+    assert checked(console) == {"": "unproven", "root": "safe", "data": "safe", "vault": "unproven"}
 
 
 def is_refused_and_reseals_nothing(booted: VM, story: Machine, kms: KmipServer) -> None:
@@ -100,6 +101,7 @@ def is_refused_and_reseals_nothing(booted: VM, story: Machine, kms: KmipServer) 
     console = up(booted)
     assert report(console)["verdict"] == "pcr-mismatch"
     assert status(console) == {"root": "open", "data": "open", "vault": "open"}
+    assert checked(console)[""] == "unsafe"
     console.sh("sha256sum --quiet -c /root/sums")
     before = console.sh("sha256sum /var/lib/unlock/state.json").out
     refused = console.sh("unlock sync", check=False, timeout=120)

@@ -60,6 +60,16 @@ def status(console: Guest) -> dict[str, str]:
     return {each["name"]: each["state"] for each in json.loads(console.sh("unlock status --json").out)["groups"]}
 
 
+def checked(console: Guest) -> dict[str, str]:
+    """What `unlock check` says: "" -> its verdict, group -> the worst of its disks."""
+    found = json.loads(console.sh("unlock check --json", check=False, timeout=240).out)
+    verdicts = {"": str(found["verdict"])}
+    for each in sorted(found["findings"], key=lambda each: ("safe", "unproven", "unsafe").index(each["verdict"])):
+        if each["what"].startswith("group "):
+            verdicts[each["what"].removeprefix("group ").partition(",")[0]] = each["verdict"]
+    return verdicts
+
+
 def pcr(console: Guest, number: int) -> str:
     return console.sh(f"cat /sys/class/tpm/tpm0/pcr-sha256/{number}").out
 
