@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     Words = argparse._SubParsersAction[argparse.ArgumentParser]
 
+PASSWORD = "unlock.kms-password"
+"""The systemd credential."""
+
 
 def add(words: "Words") -> None:
     """Adds the commands to the top parser."""
@@ -62,11 +65,12 @@ def _add_provider(verbs: "Words") -> None:
     switch.add_argument("name")
     switch.add_argument("--persistence", choices=("enabled", "disabled"))
     switch.add_argument("--json", action="store_true")
-    renew = verbs.add_parser("renew", help="a new client certificate", allow_abbrev=False)
+    renew = verbs.add_parser("renew", help="a new client certificate or password", allow_abbrev=False)
     renew.set_defaults(run=_provider_renew)
     renew.add_argument("name", nargs="?", default="", help="default: the one in use")
-    renew.add_argument("--client-cert", required=True, metavar="FILE")
-    renew.add_argument("--client-key", required=True, metavar="FILE")
+    renew.add_argument("--client-cert", default="", metavar="FILE", help="PEM; without it only the password is new")
+    renew.add_argument("--client-key", default="", metavar="FILE", help="PEM, not encrypted; read once")
+    renew.add_argument("--password-file", metavar="FILE", help=f"else credential {PASSWORD}; alone, else asked")
     backup = verbs.add_parser("backup", help="the native provider's key, under a password", allow_abbrev=False)
     backup.set_defaults(run=_provider_backup)
     backup.add_argument("file", metavar="FILE", help="must not exist")
@@ -100,6 +104,10 @@ def add_client(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="use the key from its file at every start, instead of wrapped by the TPM's key: a risk",
     )
+    parser.add_argument("--username", default="", metavar="NAME", help="where the key manager wants one")
+    parser.add_argument(
+        "--password-file", metavar="FILE", help=f"of --username; else credential {PASSWORD}, else asked"
+    )
 
 
 def _client(options: argparse.Namespace, name: str) -> "tuple[config.ProviderConfig, keymanager.Client]":
@@ -108,11 +116,20 @@ def _client(options: argparse.Namespace, name: str) -> "tuple[config.ProviderCon
     for flag in ("endpoint", "ca", "client_cert", "client_key"):
         if not getattr(options, flag):
             raise Usage(f"a key manager needs --{flag.replace('_', '-')}", "unlock-kmip(7)")
+    if options.password_file and not options.username:
+        raise Usage("a password is for a user name", "--username NAME")
     key_file = os.path.abspath(options.client_key) if options.client_key_stays else ""
+    ca = os.path.abspath(options.ca)
     settings = config.ProviderConfig(
-        name, tuple(options.endpoint), os.path.abspath(options.ca), key_file, config.TIMEOUT
+        name, tuple(options.endpoint), ca, key_file, config.TIMEOUT, config.username(options.username)
     )
-    return settings, keymanager.Client(provide.public(options.client_cert), ask.from_file(options.client_key))
+    certificate, key = provide.public(options.client_cert), ask.from_file(options.client_key)
+    return settings, keymanager.Client(certificate, key, _password(options) if options.username else None)
+
+
+def _password(options: argparse.Namespace) -> Secret:
+    """Of the client's user name. Raises Usage."""
+    return secret(options.password_file, PASSWORD, "password at the key manager", "--password-file")
 
 
 def kmip_at_init(options: argparse.Namespace) -> "enroll.Kmip":
@@ -125,7 +142,7 @@ def kmip_at_init(options: argparse.Namespace) -> "enroll.Kmip":
             "--persistence enabled (it boots without the network, for whoever takes all of it too) or disabled",
         )
     settings, client = _client(options, options.name)
-    return enroll.Kmip(settings, client.certificate, client.key, options.persistence == "enabled")
+    return enroll.Kmip(settings, client.certificate, client.key, options.persistence == "enabled", client.password)
 
 
 def secret(file: str | None, credential: str, prompt: str, flag: str) -> Secret:
@@ -205,7 +222,7 @@ def _provider_add(paths: Paths, options: argparse.Namespace) -> int:
     from . import keymanager
 
     settings, client = _client(options, options.name)
-    with client.key:
+    with client.key, client.password or Secret(b""):
         keymanager.add(paths, settings, client)
     log.note(f"provider {options.name} answers; next: unlock provider test {options.name}, unlock provider switch")
     tell_key_file(options)
@@ -247,10 +264,16 @@ def _provider_switch(paths: Paths, options: argparse.Namespace) -> int:
 def _provider_renew(paths: Paths, options: argparse.Namespace) -> int:
     from . import keymanager, provide
 
-    with ask.from_file(options.client_key) as key:
-        client = keymanager.Client(provide.public(options.client_cert), key)
-        days = keymanager.renew(paths, client, options.name)
-    log.note(f"the new certificate was accepted and is in use; it is valid for {days} days")
+    if bool(options.client_cert) != bool(options.client_key):
+        raise Usage("a certificate and its key go together", "--client-cert FILE --client-key FILE")
+    certificate, key, password = "", Secret(b""), ask.credential(PASSWORD)
+    if options.password_file or not (options.client_cert or password):
+        password = _password(options)
+    if options.client_cert:
+        certificate, key = provide.public(options.client_cert), ask.from_file(options.client_key)
+    with key, password or Secret(b""):
+        days = keymanager.renew(paths, keymanager.Client(certificate, key, password), options.name)
+    log.note(f"accepted by the key manager, and in use; the certificate is valid for {days} days")
     return 0
 
 

@@ -29,6 +29,7 @@ from ..errors import (
     ClientAuth,
     ClockWrong,
     Integrity,
+    Malformed,
     NotFoundOrDenied,
     PeerUntrusted,
     ProviderError,
@@ -146,6 +147,12 @@ class Settings(NamedTuple):
     """Seconds for one exchange with one endpoint: name, connection, TLS, question, whole answer."""
 
 
+def _check_password(password: Secret | None) -> None:
+    """PyKMIP writes texts of one byte a character. Raises Malformed."""
+    if password and not password.value.isascii():
+        raise Malformed("the key manager's password is not ASCII", "give the client one of ASCII characters")
+
+
 def new_id() -> str:
     return f"kmip-{os.urandom(16).hex()}"
 
@@ -166,6 +173,7 @@ class Kmip:
         self._settings = settings
         self._clock = clock
         self._validity = validity(settings.certificate)
+        _check_password(settings.password)
         context = client_context(settings.ca, settings.certificate, settings.key)
         self._servers = [_Server(each, settings, context, clock, random) for each in settings.endpoints]
         self._capabilities: Capabilities | None = None
@@ -641,7 +649,7 @@ def _checked(key_id: str) -> str:
 def _request(items: Sequence[_Item], ids: Sequence[bytes], version: tuple[int, int], settings: Settings) -> bytes:
     authentication = None
     if settings.username:
-        password = bytes(settings.password).decode() if settings.password else None
+        password = bytes(settings.password).decode("ascii") if settings.password else None
         value = objects.UsernamePasswordCredential(settings.username, password)
         credential = objects.Credential(enums.CredentialType.USERNAME_AND_PASSWORD, value)
         authentication = contents.Authentication([credential])
