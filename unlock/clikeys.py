@@ -86,11 +86,13 @@ def _add_persistence(verbs: "Words") -> None:
     status = verbs.add_parser("status", help="which disks carry which key", allow_abbrev=False)
     status.set_defaults(run=_persistence_status)
     status.add_argument("--json", action="store_true")
-    verbs.add_parser("enable", help="keep them", allow_abbrev=False).set_defaults(run=_persistence_enable)
+    enable = verbs.add_parser("enable", help="keep them", allow_abbrev=False)
+    enable.set_defaults(run=_persistence_enable)
     disable = verbs.add_parser("disable", help="keep them no more", allow_abbrev=False)
     disable.set_defaults(run=_persistence_disable)
     disable.add_argument("--remove-all-stored-keys", action="store_true", help="evict the TPM's sealed objects too")
-    disable.add_argument("--owner-auth-file", metavar="FILE", help="password of the TPM's owner, where one is set")
+    for each in (enable, disable):
+        each.add_argument("--owner-auth-file", metavar="FILE", help="password of the TPM's owner, where one is set")
 
 
 def add_client(parser: argparse.ArgumentParser) -> None:
@@ -312,7 +314,8 @@ def _persistence_status(paths: Paths, options: argparse.Namespace) -> int:
 def _persistence_enable(paths: Paths, options: argparse.Namespace) -> int:
     from . import persistence
 
-    return _tell(persistence.enable(paths))
+    with _owner(options) as owner:
+        return _tell(persistence.enable(paths, owner_auth=owner))
 
 
 def _persistence_disable(paths: Paths, options: argparse.Namespace) -> int:
@@ -320,11 +323,16 @@ def _persistence_disable(paths: Paths, options: argparse.Namespace) -> int:
 
     _tell(persistence.disable(paths))
     if options.remove_all_stored_keys:
-        owner = ask.from_file(options.owner_auth_file) if options.owner_auth_file else Secret(b"")
-        with owner:
-            persistence.remove_all_stored_keys(paths, "device:/dev/tpmrm0", owner)
+        with _owner(options) as owner:
+            persistence.remove_all_stored_keys(paths, persistence.TPM, owner)
+        log.note("until the next boot, unlock persistence enable takes that back")
         log.note("the TPM keeps nothing of this host: after the next boot every key comes from the key manager")
     return 0
+
+
+def _owner(options: argparse.Namespace) -> Secret:
+    """The password of the TPM's owner; empty where there is none. Raises Usage."""
+    return ask.from_file(options.owner_auth_file) if options.owner_auth_file else Secret(b"")
 
 
 def _cache_show(paths: Paths, options: argparse.Namespace) -> int:

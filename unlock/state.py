@@ -15,6 +15,7 @@
     manifests   NAME -> highest generation of a member list that was ever begun
     generations NAME -> highest generation of a KEK that a group of that name has had
     retire      [{"id", "group"}]: replaced KEKs, until the provider has deactivated them
+    removed     {"selection", "cap", "branches"}: the policy of what was evicted from the TPM on purpose; absent else
     journal     the operation under way, or null
 
 The file is replaced whole. The one journal: an operation writes what it is about to do before it starts,
@@ -206,6 +207,18 @@ class State:
         """KEKs that were replaced, and that the provider has not deactivated yet."""
         retire: list[dict[str, str]] = self._fields["retire"]
         return retire
+
+    @property
+    def removed(self) -> dict[str, Any] | None:
+        """The policy under which the persistence key was sealed, when the TPM does not have it any more."""
+        removed: dict[str, Any] | None = self._fields.get("removed")
+        return removed
+
+    @removed.setter
+    def removed(self, sealed: dict[str, Any] | None) -> None:
+        self._fields.pop("removed", None)
+        if sealed:
+            self._fields["removed"] = sealed
 
     # Keys
 
