@@ -215,6 +215,7 @@ def _provider_list(paths: Paths, options: argparse.Namespace) -> int:
             ", ".join(row["endpoints"]),
             f"certificate: {days} days" if days is not None else "",
             f"groups: {', '.join(row['groups'])}" if row["groups"] else "",
+            f"replaced keys still active there: {row['not_retired']}" if row["not_retired"] else "",
         ]
         print(f"{row['name']}: {'; '.join(filter(None, facts))}")
     return 0

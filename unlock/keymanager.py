@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any, NamedTuple
 
-from . import ask, config, present, provide, selfhosted
+from . import ask, config, present, provide, rotation, selfhosted
 from .errors import Integrity, ProviderError, Refused, Tampered, UnlockError, Usage
 from .groups import check_name
 from .paths import Paths
@@ -52,6 +52,7 @@ def names(paths: Paths) -> list[dict[str, Any]]:
                 "certificate_days": days_left(entry),
                 "client_key": "" if entry["kind"] == "native" else "file" if entry["client_key"] is None else "wrapped",
                 "groups": groups,
+                "not_retired": len(state.not_retired(entry)),
             }
         )
     return rows
@@ -100,6 +101,7 @@ def _provider(settings: config.ProviderConfig, provider_id: str, client: Client)
 
 def test(paths: Paths, name: str = "", look: present.Look = present.look) -> list[Proof]:
     """Every endpoint is asked; every key of this host is fetched and proven on its disks. Changes nothing at the disks.
+    What a switch could not deactivate there is deactivated.
 
     For a provider that is not in use yet, the host key that `switch` would take is made and fetched twice.
     """
@@ -119,6 +121,9 @@ def test(paths: Paths, name: str = "", look: present.Look = present.look) -> lis
             what = f"KEK of group {group.name}: fetched, proven on {len(nodes)} of {len(group.members)} disks"
             proofs.append(_prove(what, provider, ref, work.opens(), provide.prover(work, group, nodes)))
         proofs.append(_prove_host_key(work, entry, provider))
+        if left := len(work.state.not_retired(entry)):
+            rotation.retire(work, left=True)
+            proofs.append(Proof(f"replaced keys: {len(work.state.not_retired(entry))} of {left} still active there"))
         if work.settings.sync.open_from_provider_after_refusal and entry.get("client_key"):
             what = "client key in a file, for open_from_provider_after_refusal"
             trouble = Refused("it is wrapped by the TPM's key, which that boot does not have", "unlock.toml(5)")

@@ -208,6 +208,10 @@ class State:
         retire: list[dict[str, str]] = self._fields["retire"]
         return retire
 
+    def not_retired(self, entry: dict[str, Any]) -> list[dict[str, str]]:
+        """Those of one provider."""
+        return [each for each in self.retire if each["id"].startswith(f"{entry['id']}/")]
+
     @property
     def removed(self) -> dict[str, Any] | None:
         """The policy under which the persistence key was sealed, when the TPM does not have it any more."""

@@ -114,6 +114,8 @@ class Liar:
         self.hangs_up_on_versions = False
         self.discovers = True
         self.credential: tuple[str, str] | None = None
+        self.sick: dict[str, str] = {}
+        """Id or name of a key -> the refusal that questions about it get, or `garbled`: its State is a text."""
         self.mangle: Callable[[bytes], bytes] = bytes
         """What becomes of each answer on its way."""
         self.asked: list[list[str]] = []
@@ -317,9 +319,14 @@ class Liar:
     def _key(self, payload: list[Any]) -> Key:
         key_id = dict(payload).get(0x420094)
         assert key_id, "an empty or missing id"
+        self._refuse_for(key_id)
         if key_id not in self.keys:
             raise Refusal(0x01, f"no object {key_id}")
         return self.keys[key_id]
+
+    def _refuse_for(self, what: str) -> None:
+        if self.sick.get(what, "garbled") != "garbled":
+            raise Refusal(*REFUSALS[self.sick[what]])
 
     def _create(self, payload: list[Any]) -> Iterator[bytes]:
         attributes = _attributes(dict(payload)[0x420091])
@@ -341,6 +348,8 @@ class Liar:
     def _locate(self, payload: list[Any]) -> Iterator[bytes]:
         attributes = [dict(value) for tag, value in payload if tag == 0x420008]
         names = [dict(each[0x42000B])[0x420055] for each in attributes if each[0x42000A] == "Name"]
+        for name in names:
+            self._refuse_for(name)
         for key in self.keys.values():
             if not self.filters or all(name in key.names for name in names):
                 yield text(0x420094, key.id)
@@ -372,7 +381,7 @@ class Liar:
 
     def _all(self, key: Key) -> Iterator[tuple[str, bytes]]:
         value = 0x42000B
-        yield "State", enumeration(value, key.state)
+        yield "State", text(value, "well") if key.id in self.sick else enumeration(value, key.state)
         yield "Object Type", enumeration(value, 2)
         yield "Cryptographic Algorithm", enumeration(value, 3)
         yield "Cryptographic Length", number(value, key.length)

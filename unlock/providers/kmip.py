@@ -204,10 +204,10 @@ class Kmip:
         return statuses
 
     def _resolve(self, refs: Sequence[Ref]) -> list[Status]:
-        """What one endpoint does not know (it may lag), the others are asked for."""
+        """What one endpoint does not know (it may lag) or fails to say, the others are asked for."""
         first, statuses = self._read(lambda server: (server, _statuses(server, refs, USABLE)))
         for server in self._order():
-            missing = [at for at, status in enumerate(statuses) if not status.found]
+            missing = [at for at, status in enumerate(statuses) if _unanswered(status)]
             if not missing:
                 break
             if server is first or server.off():
@@ -218,7 +218,7 @@ class Kmip:
             except ProviderError:
                 continue
             for at, status in zip(missing, again, strict=True):
-                if status.found:
+                if not _unanswered(status):
                     statuses[at] = status
         return statuses
 
@@ -365,8 +365,9 @@ def _statuses(server: "_Server", refs: Sequence[Ref], ready: frozenset[str]) -> 
     items = [_get_attributes(ref.id) for ref in refs] + [_locate(ref.name) for ref in refs if ref.name]
     answers = iter(server.ask(items))
     facts = {ref.id: _facts_or_problem(next(answers), ref.id) for ref in refs}
-    named = {ref: _ids(next(answers)) if ref.name else [] for ref in refs}
-    wanted = {each for ids in named.values() if len(ids) <= _NAMESAKES_MAX for each in ids} | _links(facts)
+    named = {ref: _ids_or_problem(next(answers)) if ref.name else [] for ref in refs}
+    found = [ids for ids in named.values() if isinstance(ids, list) and len(ids) <= _NAMESAKES_MAX]
+    wanted = {each for ids in found for each in ids} | _links(facts)
     for _ in range(_HOPS):
         unknown = sorted(wanted - facts.keys())
         if not unknown:
@@ -377,14 +378,25 @@ def _statuses(server: "_Server", refs: Sequence[Ref], ready: frozenset[str]) -> 
     return [_judge(server, ref, facts, named[ref], ready) for ref in refs]
 
 
+def _unanswered(status: Status) -> bool:
+    """Whether another endpoint may know better. Two keys with one name are in all of them."""
+    return not status.found or (status.problem is not None and not isinstance(status.problem, Integrity))
+
+
 def _judge(
-    server: "_Server", ref: Ref, facts: dict[str, _Facts | ProviderError], named: list[str], ready: frozenset[str]
+    server: "_Server",
+    ref: Ref,
+    facts: dict[str, _Facts | ProviderError],
+    named: list[str] | ProviderError,
+    ready: frozenset[str],
 ) -> Status:
     """Which key `ref` is now. In doubt it stays what it is, with the doubt as its problem."""
+    own = facts[ref.id]
+    if isinstance(named, ProviderError):
+        return Status(ref, isinstance(own, _Facts), own.state if isinstance(own, _Facts) else UNKNOWN, ref.id, named)
     known = {key: each for key, each in facts.items() if isinstance(each, _Facts)}
     usable = {key for key, each in known.items() if each.state in ready and each.is_aes_256}
     bearers = {key for key in named if key in usable and ref.name in known[key].names} - {ref.id}
-    own = facts[ref.id]
     if isinstance(own, ProviderError):
         heirs = [key for key in bearers if known[key].replaces == ref.id]
         return Status(ref, False, UNKNOWN, heirs[0]) if len(heirs) == 1 else Status(ref, False, UNKNOWN, ref.id, own)
@@ -447,6 +459,9 @@ def _bearers(server: "_Server", name: str) -> list[str]:
         raise server.error(ProviderProtocol, f"the server returns {len(ids)} keys for the name {_shown(name)}")
     answers = server.ask([_get_attributes(each) for each in ids]) if ids else []
     found = [_facts_or_problem(answer, each) for answer, each in zip(answers, ids, strict=True)]
+    for problem in found:
+        if isinstance(problem, ProviderUnavailable | ProviderProtocol):
+            raise problem
     return [
         each
         for each, facts in zip(ids, found, strict=True)
@@ -515,8 +530,11 @@ def _facts(server: "_Server", key_id: str) -> _Facts:
 
 
 def _facts_or_problem(answer: "_Answer", key_id: str) -> _Facts | ProviderError:
-    """One sick key does not stop the others."""
-    return answer.problem or _read_facts(answer, key_id)
+    """One sick key does not stop the others. Raises Integrity for an answer about another key."""
+    try:
+        return answer.problem or _read_facts(answer, key_id)
+    except Garbage as garbage:
+        return answer.error(ProviderProtocol, f"the key {_shown(key_id)}: {garbage}")
 
 
 def _read_facts(answer: "_Answer", key_id: str) -> _Facts:
@@ -552,6 +570,15 @@ def _ids(answer: "_Answer") -> list[str]:
     if not all(ids):
         raise Garbage("a key without an id")
     return list(dict.fromkeys(ids))
+
+
+def _ids_or_problem(answer: "_Answer") -> list[str] | ProviderError:
+    try:
+        return _ids(answer)
+    except Garbage as garbage:
+        return answer.error(ProviderProtocol, str(garbage))
+    except ProviderError as error:
+        return error
 
 
 def _created(server: "_Server", item: "_Item", other_than: str = "") -> str:
