@@ -12,7 +12,7 @@ from kmipfixture import AUTHORITY, CLIENT, connect
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
 from unlock import clikeys, config, keymanager, keyring, rekey, status, sync
 from unlock import switch as switching
-from unlock.errors import ProviderError, ProviderUnavailable
+from unlock.errors import ProviderUnavailable, Refused
 from unlock.providers import Ref
 from unlock.secret import Secret
 
@@ -101,12 +101,10 @@ def test_a_rotation_that_cannot_be_finished_holds_up_no_other_group(host: Host, 
     while not (host.state.journal and host.state.journal["made"]):
         assert killed_at(number, lambda: rekey.rekey(host.paths, "data", host.look))
         number += 100
-    away = host.disks.pop(0)
     kms.sick[host.state.journal["made"][0]] = "failure"
     found = run(host)
-    assert (found["data"], found["more"]) == ("unchanged", "unchanged") or found["more"] == "unchanged"
+    assert found["more"] == "unchanged"
     assert host.boot_opens()
-    host.disks.insert(0, away)
     kms.sick.clear()
     run(host)
     assert host.state.journal is None
@@ -172,5 +170,5 @@ def test_a_key_manager_that_was_left_and_taken_out_of_unlock_toml_is_no_trouble(
         assert status.table(status.status(host.paths))
         assert host.boot_opens()
         assert all(key.state == ACTIVE for key in kms.keys.values())
-        with pytest.raises((ProviderError, Exception)):
+        with pytest.raises(Refused):
             keymanager.test(host.paths, "kms", host.look)

@@ -566,8 +566,8 @@ def _ids(answer: "_Answer") -> list[str]:
     """Of a Locate; servers report "none" as success and as Item Not Found."""
     if isinstance(answer.problem, NotFoundOrDenied | Unsupported):
         return []
-    ids = [str(node.value) for node in answer.good().all(Tags.UNIQUE_IDENTIFIER)]
-    if not all(ids):
+    ids = [node.value for node in answer.good().all(Tags.UNIQUE_IDENTIFIER)]
+    if not all(isinstance(each, str) and each for each in ids):
         raise Garbage("a key without an id")
     return list(dict.fromkeys(ids))
 
@@ -723,6 +723,19 @@ class _Answer(NamedTuple):
 # One endpoint.
 
 
+def _is_too_much(answer: _Answer) -> bool:
+    return isinstance(answer.problem, Unsupported | ProviderProtocol)
+
+
+def _plainer(item: _Item) -> _Item | None:
+    """The same question without its details, for a server that does not know an attribute, or a key format."""
+    if item.operation is Operation.GET_ATTRIBUTES:
+        return _Item(item.operation, payloads.GetAttributesRequestPayload(item.payload.unique_identifier))
+    if item.operation is Operation.GET:
+        return _Item(item.operation, payloads.GetRequestPayload(item.payload.unique_identifier))
+    return None
+
+
 class _Refused(Exception):
     """The server refused the whole message, not one item of it."""
 
@@ -753,6 +766,8 @@ class _Server:
         self._random = random
         self._line: Line | None = None
         self._most = 2 * KEYS_A_REQUEST
+        self._said: list[ProviderError] = []
+        """What it answered to single items since `begin`: it works."""
 
     @property
     def connected(self) -> bool:
@@ -764,6 +779,7 @@ class _Server:
 
     def begin(self) -> None:
         self._end = self._clock() + _EXCHANGES * self._settings.timeout
+        self._said.clear()
 
     def worked(self) -> None:
         self._failures, self.off_until, self.off_for = 0, 0.0, None
@@ -771,6 +787,8 @@ class _Server:
     def failed(self, error: ProviderError) -> None:
         """Backs off, with jitter; after a wrong key, for good."""
         if isinstance(error, NotFoundOrDenied | StateBlocked | Unsupported | _Ambiguous):
+            return
+        if any(error is each for each in self._said):
             return
         self.drop()
         self._failures += 1
@@ -792,6 +810,15 @@ class _Server:
 
         Raises ProviderError and Garbage, for the whole exchange. Without `repeat` nothing is sent twice.
         """
+        answers = self._ask_all(items, repeat)
+        plainer = {at: _plainer(item) for at, item in enumerate(items) if _is_too_much(answers[at])}
+        again = {at: item for at, item in plainer.items() if item}
+        for at, answer in zip(again, self._ask_all(list(again.values()), repeat), strict=True):
+            if not answer.problem:
+                answers[at] = answer
+        return answers
+
+    def _ask_all(self, items: Sequence[_Item], repeat: bool) -> list[_Answer]:
         answers: list[_Answer] = []
         while len(answers) < len(items):
             part = items[len(answers) : len(answers) + self._most]
@@ -805,6 +832,8 @@ class _Server:
 
     def _exchange(self, items: Sequence[_Item], repeat: bool) -> list[_Answer]:
         until = Until(self._clock, min(self._settings.timeout, self._end - self._clock()))
+        if not repeat:
+            self.drop()  # the server may have closed it, which would look as if it did not answer
         fresh = not self.connected
         try:
             return self._send(items, self.version or VERSIONS[0], until)
@@ -861,18 +890,28 @@ class _Server:
         """The answers in the order of the questions. Raises Garbage, _Refused, ClientAuth."""
         header, batch = message.first(Tags.RESPONSE_HEADER), message.all(Tags.RESPONSE_BATCH_ITEM)
         version = header.within(Tags.PROTOCOL_VERSION) if header else None
-        if not header or not version or version.number(Tags.PROTOCOL_VERSION_MAJOR) != 1:
-            raise Garbage("an answer of another protocol version")
+        if not header or not version:
+            raise Garbage("an answer without a protocol version")
         if header.number(Tags.BATCH_COUNT) != len(batch) or not batch:
             raise Garbage("the batch count is wrong")
+        failed = [node for node in batch if node.number(Tags.RESULT_STATUS)]
+        if version.number(Tags.PROTOCOL_VERSION_MAJOR) != 1:
+            if len(failed) == len(batch):
+                raise _Refused(self.error(Unsupported, "the server speaks no KMIP version of 1.1 to 1.4"))
+            raise Garbage("an answer of another protocol version")
         by_id = {_batch_id(node): node for node in batch}
         if len(items) == 1 and by_id.keys() == {b""} and batch[0].first(Tags.OPERATION):
             by_id = {ids[0]: batch[0]}
-        if len(batch) == 1 and not by_id.keys() & set(ids) and batch[0].number(Tags.RESULT_STATUS):
+        if len(batch) == 1 and failed and (len(items) > 1 or not by_id.keys() & set(ids)):
             problem = self._problem(batch[0])
             raise problem if isinstance(problem, ClientAuth) else _Refused(problem)
+        if len(items) > 1 and by_id.keys() == {b""}:
+            raise _Refused(self.error(ProviderProtocol, "the server does not say which answer is to which question"))
+        if failed and batch[-1] is failed[0] and len(batch) < len(items):  # it stops at a failure, though asked not to
+            ids = ids[: len(batch)]
         if by_id.keys() != set(ids) or len(batch) != len(ids):
             raise Garbage("an answer to another question")
+        items = items[: len(ids)]
         return [self._answer(by_id[each], item) for each, item in zip(ids, items, strict=True)]
 
     def _answer(self, node: Node, item: _Item) -> _Answer:
@@ -883,6 +922,8 @@ class _Server:
         problem = self._problem(node) if failed else None
         if isinstance(problem, ClientAuth):
             raise problem
+        if problem:
+            self._said.append(problem)
         return _Answer(node.first(Tags.RESPONSE_PAYLOAD), problem, self.error)
 
     def _problem(self, node: Node) -> ProviderError:
