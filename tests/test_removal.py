@@ -219,6 +219,17 @@ def test_enabling_cut_at_every_tpm_command_claims_nothing_and_is_finished_by_the
     assert cut_at_every_command(chip, lambda: enable(host, chip), again) > 12
 
 
+@pytest.mark.parametrize("code", [0x922, 0x908, 0x920])
+def test_a_busy_tpm_is_waited_for(host: Host, chip: Swtpm, code: int) -> None:
+    disable(host)
+    for command in ("EvictControl", "NV_UndefineSpace", "Create", "NV_Write"):
+        chip.proxy.answer(command, code)
+    remove(host, chip)
+    enable(host, chip)
+    assert boot_gives(chip) == bytes(host.persistence)
+    assert host.boot_opens()
+
+
 def test_removal_and_enabling_killed_anywhere_are_finished_by_the_same_command(host: Host, chip: Swtpm) -> None:
     """Whenever the state says that keys are kept, the next boot has what they are wrapped with."""
 
