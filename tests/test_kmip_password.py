@@ -158,7 +158,7 @@ def test_pykmips_server_takes_it_too(host: Host, tmp_path: Path) -> None:
 CODE = """
 import sys
 from unlock.__main__ import main
-from unlock import cli, present
+from unlock import cli
 here = cli.Paths(sys.argv[1])
 cli.Paths = lambda: here
 sys.argv[1:2] = []
