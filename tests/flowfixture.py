@@ -53,13 +53,17 @@ class Host:
 
     def configure(self, *kms: Server, more: str = "") -> None:
         """unlock.toml: `kms` are the endpoints of the provider `kms`, in that order."""
-        ca = self.folder / "ca.pem"
-        ca.write_text(AUTHORITY.certificate)
         text = config.HEAD + more
         if kms:
             endpoints = tuple(f"127.0.0.1:{each.port}" for each in kms)
-            text += config.provider_table(config.ProviderConfig("kms", endpoints, str(ca), "", config.TIMEOUT))
+            text += config.provider_table(config.ProviderConfig("kms", endpoints, self.ca(), "", config.TIMEOUT))
         write_atomically(self.paths.config, text.encode())
+
+    def ca(self) -> str:
+        """A file with the key managers' CA."""
+        ca = self.folder / "ca.pem"
+        ca.write_text(AUTHORITY.certificate)
+        return str(ca)
 
     def _provide(self, state: State, kmip: bool) -> None:
         if kmip:

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGKILL for a flow: in a forked child, at its Nth call or return of a function of ours, or after some time."""
+"""SIGKILL for a flow: in a forked child, at its Nth call or return of a function of ours, or at a system call."""
 
 import os
+import re
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -18,12 +21,39 @@ def killed_at(number: int, work: Callable[[], object]) -> bool:
     return child(lambda: _count_down(number, work)) == -signal.SIGKILL
 
 
-def killed_after(seconds: float, work: Callable[[], object]) -> bool:
-    """The same by time, from outside: in the middle of anything."""
-    pid = _fork(work)
-    time.sleep(seconds)
-    os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+def killed_in(call: str, number: int, work: Callable[[], object]) -> bool:
+    """The same as it enters its Nth system call of that name, in the middle of a library too, whatever the load."""
+    return _traced(["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}"], work) == -signal.SIGKILL
+
+
+def calls_of(work: Callable[[], object]) -> dict[str, int]:
+    """The system calls of a child that runs `work`, by name."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        code = _traced(["-c", "-U", "calls,name", "-o", file.name], work)
+        assert code == 0, f"the child ended with {code}"
+        counts = re.findall(r"^ *(\d+) +([a-z]\w*)$", file.read(), re.MULTILINE)
+    return {name: int(count) for count, name in counts if name != "total"}
+
+
+def _traced(options: list[str], work: Callable[[], object]) -> int:
+    """The exit code of a child whose main thread strace(1) watches from before it begins."""
+    waits, go = os.pipe()
+
+    def begin() -> None:
+        os.close(go)
+        os.read(waits, 1)
+        work()
+
+    pid = _fork(begin)
+    os.close(waits)
+    output = [] if "-o" in options else ["-o", "/dev/null"]
+    with subprocess.Popen(["strace", "-qq", "-p", str(pid), *output, *options], stderr=subprocess.PIPE) as tracer:
+        while "TracerPid:\t0\n" in Path(f"/proc/{pid}/status").read_text():
+            assert tracer.poll() is None, tracer.communicate()[1].decode()
+            time.sleep(0.001)
+        os.write(go, b"!")
+        os.close(go)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def _count_down(number: int, work: Callable[[], object]) -> None:

@@ -14,7 +14,7 @@ from tpmfixture import Swtpm
 
 from tests.lab.kmipliar import Liar
 from unlock import config, disk, enroll, keyring, luks, members, policy, recoverykey, report, slots, sync
-from unlock.errors import Refused, UnlockError, Usage
+from unlock.errors import ClientAuth, Refused, UnlockError, Usage
 from unlock.paths import Paths
 from unlock.providers import native
 from unlock.secret import Secret
@@ -368,6 +368,19 @@ def test_init_with_a_key_manager_needs_no_native_provider(
         content = path.read_bytes() if path.is_file() else b""
         assert CLIENT.key.splitlines()[1] not in content, path
     assert [line.outcome for line in sync.sync(host)] == ["unchanged"]
+
+
+def test_init_with_a_key_manager_that_wants_a_password(host: Paths, chip: Swtpm, kms: Liar) -> None:
+    kms.credential = ("host-1", "of the client")
+    choices = kmip_choices(host, chip, kms)
+    assert choices.kms
+    with_user = choices.kms._replace(settings=choices.kms.settings._replace(username="host-1"))
+    with pytest.raises(ClientAuth):
+        enroll.init(host, choices._replace(kms=with_user))
+    enroll.init(host, choices._replace(kms=with_user._replace(password=Secret(b"of the client"))))
+    assert [line.outcome for line in sync.sync(host)] == ["unchanged"]
+    for path in Path(host.root).rglob("*"):
+        assert b"of the client" not in (path.read_bytes() if path.is_file() else b""), path
 
 
 @pytest.mark.parametrize("fault", ["silent", "denied", "zero key"])

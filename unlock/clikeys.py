@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     Words = argparse._SubParsersAction[argparse.ArgumentParser]
 
+PASSWORD = "unlock.kms-password"
+"""The systemd credential."""
+
 
 def add(words: "Words") -> None:
     """Adds the commands to the top parser."""
@@ -62,11 +65,12 @@ def _add_provider(verbs: "Words") -> None:
     switch.add_argument("name")
     switch.add_argument("--persistence", choices=("enabled", "disabled"))
     switch.add_argument("--json", action="store_true")
-    renew = verbs.add_parser("renew", help="a new client certificate", allow_abbrev=False)
+    renew = verbs.add_parser("renew", help="a new client certificate or password", allow_abbrev=False)
     renew.set_defaults(run=_provider_renew)
     renew.add_argument("name", nargs="?", default="", help="default: the one in use")
-    renew.add_argument("--client-cert", required=True, metavar="FILE")
-    renew.add_argument("--client-key", required=True, metavar="FILE")
+    renew.add_argument("--client-cert", default="", metavar="FILE", help="PEM; without it only the password is new")
+    renew.add_argument("--client-key", default="", metavar="FILE", help="PEM, not encrypted; read once")
+    renew.add_argument("--password-file", metavar="FILE", help=f"else credential {PASSWORD}; alone, else asked")
     backup = verbs.add_parser("backup", help="the native provider's key, under a password", allow_abbrev=False)
     backup.set_defaults(run=_provider_backup)
     backup.add_argument("file", metavar="FILE", help="must not exist")
@@ -82,11 +86,13 @@ def _add_persistence(verbs: "Words") -> None:
     status = verbs.add_parser("status", help="which disks carry which key", allow_abbrev=False)
     status.set_defaults(run=_persistence_status)
     status.add_argument("--json", action="store_true")
-    verbs.add_parser("enable", help="keep them", allow_abbrev=False).set_defaults(run=_persistence_enable)
+    enable = verbs.add_parser("enable", help="keep them", allow_abbrev=False)
+    enable.set_defaults(run=_persistence_enable)
     disable = verbs.add_parser("disable", help="keep them no more", allow_abbrev=False)
     disable.set_defaults(run=_persistence_disable)
     disable.add_argument("--remove-all-stored-keys", action="store_true", help="evict the TPM's sealed objects too")
-    disable.add_argument("--owner-auth-file", metavar="FILE", help="password of the TPM's owner, where one is set")
+    for each in (enable, disable):
+        each.add_argument("--owner-auth-file", metavar="FILE", help="password of the TPM's owner, where one is set")
 
 
 def add_client(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +106,10 @@ def add_client(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="use the key from its file at every start, instead of wrapped by the TPM's key: a risk",
     )
+    parser.add_argument("--username", default="", metavar="NAME", help="where the key manager wants one")
+    parser.add_argument(
+        "--password-file", metavar="FILE", help=f"of --username; else credential {PASSWORD}, else asked"
+    )
 
 
 def _client(options: argparse.Namespace, name: str) -> "tuple[config.ProviderConfig, keymanager.Client]":
@@ -108,11 +118,20 @@ def _client(options: argparse.Namespace, name: str) -> "tuple[config.ProviderCon
     for flag in ("endpoint", "ca", "client_cert", "client_key"):
         if not getattr(options, flag):
             raise Usage(f"a key manager needs --{flag.replace('_', '-')}", "unlock-kmip(7)")
+    if options.password_file and not options.username:
+        raise Usage("a password is for a user name", "--username NAME")
     key_file = os.path.abspath(options.client_key) if options.client_key_stays else ""
+    ca = os.path.abspath(options.ca)
     settings = config.ProviderConfig(
-        name, tuple(options.endpoint), os.path.abspath(options.ca), key_file, config.TIMEOUT
+        name, tuple(options.endpoint), ca, key_file, config.TIMEOUT, config.username(options.username)
     )
-    return settings, keymanager.Client(provide.public(options.client_cert), ask.from_file(options.client_key))
+    certificate, key = provide.public(options.client_cert), ask.from_file(options.client_key)
+    return settings, keymanager.Client(certificate, key, _password(options) if options.username else None)
+
+
+def _password(options: argparse.Namespace) -> Secret:
+    """Of the client's user name. Raises Usage."""
+    return secret(options.password_file, PASSWORD, "password at the key manager", "--password-file")
 
 
 def kmip_at_init(options: argparse.Namespace) -> "enroll.Kmip":
@@ -125,7 +144,7 @@ def kmip_at_init(options: argparse.Namespace) -> "enroll.Kmip":
             "--persistence enabled (it boots without the network, for whoever takes all of it too) or disabled",
         )
     settings, client = _client(options, options.name)
-    return enroll.Kmip(settings, client.certificate, client.key, options.persistence == "enabled")
+    return enroll.Kmip(settings, client.certificate, client.key, options.persistence == "enabled", client.password)
 
 
 def secret(file: str | None, credential: str, prompt: str, flag: str) -> Secret:
@@ -196,6 +215,7 @@ def _provider_list(paths: Paths, options: argparse.Namespace) -> int:
             ", ".join(row["endpoints"]),
             f"certificate: {days} days" if days is not None else "",
             f"groups: {', '.join(row['groups'])}" if row["groups"] else "",
+            f"replaced keys still active there: {row['not_retired']}" if row["not_retired"] else "",
         ]
         print(f"{row['name']}: {'; '.join(filter(None, facts))}")
     return 0
@@ -205,7 +225,7 @@ def _provider_add(paths: Paths, options: argparse.Namespace) -> int:
     from . import keymanager
 
     settings, client = _client(options, options.name)
-    with client.key:
+    with client.key, client.password or Secret(b""):
         keymanager.add(paths, settings, client)
     log.note(f"provider {options.name} answers; next: unlock provider test {options.name}, unlock provider switch")
     tell_key_file(options)
@@ -247,10 +267,16 @@ def _provider_switch(paths: Paths, options: argparse.Namespace) -> int:
 def _provider_renew(paths: Paths, options: argparse.Namespace) -> int:
     from . import keymanager, provide
 
-    with ask.from_file(options.client_key) as key:
-        client = keymanager.Client(provide.public(options.client_cert), key)
-        days = keymanager.renew(paths, client, options.name)
-    log.note(f"the new certificate was accepted and is in use; it is valid for {days} days")
+    if bool(options.client_cert) != bool(options.client_key):
+        raise Usage("a certificate and its key go together", "--client-cert FILE --client-key FILE")
+    certificate, key, password = "", Secret(b""), ask.credential(PASSWORD)
+    if options.password_file or not (options.client_cert or password):
+        password = _password(options)
+    if options.client_cert:
+        certificate, key = provide.public(options.client_cert), ask.from_file(options.client_key)
+    with key, password or Secret(b""):
+        days = keymanager.renew(paths, keymanager.Client(certificate, key, password), options.name)
+    log.note(f"accepted by the key manager, and in use; the certificate is valid for {days} days")
     return 0
 
 
@@ -289,7 +315,8 @@ def _persistence_status(paths: Paths, options: argparse.Namespace) -> int:
 def _persistence_enable(paths: Paths, options: argparse.Namespace) -> int:
     from . import persistence
 
-    return _tell(persistence.enable(paths))
+    with _owner(options) as owner:
+        return _tell(persistence.enable(paths, owner_auth=owner))
 
 
 def _persistence_disable(paths: Paths, options: argparse.Namespace) -> int:
@@ -297,11 +324,16 @@ def _persistence_disable(paths: Paths, options: argparse.Namespace) -> int:
 
     _tell(persistence.disable(paths))
     if options.remove_all_stored_keys:
-        owner = ask.from_file(options.owner_auth_file) if options.owner_auth_file else Secret(b"")
-        with owner:
-            persistence.remove_all_stored_keys(paths, "device:/dev/tpmrm0", owner)
+        with _owner(options) as owner:
+            persistence.remove_all_stored_keys(paths, persistence.TPM, owner)
+        log.note("until the next boot, unlock persistence enable takes that back")
         log.note("the TPM keeps nothing of this host: after the next boot every key comes from the key manager")
     return 0
+
+
+def _owner(options: argparse.Namespace) -> Secret:
+    """The password of the TPM's owner; empty where there is none. Raises Usage."""
+    return ask.from_file(options.owner_auth_file) if options.owner_auth_file else Secret(b"")
 
 
 def _cache_show(paths: Paths, options: argparse.Namespace) -> int:

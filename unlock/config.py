@@ -15,6 +15,7 @@ DEADLINE = 90
 
 TIMEOUT = 10
 """Seconds for one request to one endpoint of a provider."""
+USERNAME_MAX = 255
 DROP_ON = ("deactivated", "compromised", "destroyed")
 
 HEAD = """\
@@ -50,6 +51,8 @@ class ProviderConfig(NamedTuple):
     """PEM file of the client's key; '' when it is kept in the state, wrapped by the persistence key."""
     timeout: int
     """Seconds for one request to one endpoint."""
+    username: str = ""
+    """What the servers want beside the certificate, with a password that is in the state; '' for nothing."""
 
 
 class SyncConfig(NamedTuple):
@@ -105,7 +108,7 @@ def _provider(name: str, table: Any) -> ProviderConfig:
     where = f"provider.{name}."
     if not is_name(name) or not isinstance(table, dict):
         raise _bad(f"[provider.{name}] is not a provider")
-    _only(table, {"endpoints", "ca", "client_key", "timeout"}, where)
+    _only(table, {"endpoints", "ca", "client_key", "timeout", "username"}, where)
     endpoints: list[str] = _get(table, "endpoints", [], where)
     if not endpoints or not all(isinstance(each, str) and each for each in endpoints):
         raise _bad(f"{where}endpoints is not a list of HOST:PORT")
@@ -116,7 +119,11 @@ def _provider(name: str, table: Any) -> ProviderConfig:
     timeout = _get(table, "timeout", TIMEOUT, where)
     if not 1 <= timeout <= 300:
         raise _bad(f"{where}timeout is not from 1 to 300")
-    return ProviderConfig(name, tuple(endpoints), files["ca"], files["client_key"], timeout)
+    try:
+        user = username(_get(table, "username", "", where))
+    except Usage as error:
+        raise _bad(f"{where}username: {error}") from error
+    return ProviderConfig(name, tuple(endpoints), files["ca"], files["client_key"], timeout, user)
 
 
 def _sync(table: dict[str, Any]) -> SyncConfig:
@@ -162,6 +169,8 @@ def provider_table(provider: ProviderConfig) -> str:
     lines = [f"\n[provider.{key}]", f"endpoints = [{endpoints}]", f"ca = {_quoted(provider.ca)}"]
     if provider.client_key:
         lines.append(f"client_key = {_quoted(provider.client_key)}")
+    if provider.username:
+        lines.append(f"username = {_quoted(provider.username)}")
     if provider.timeout != TIMEOUT:
         lines.append(f"timeout = {provider.timeout}")
     return "\n".join(lines) + "\n"
@@ -177,6 +186,13 @@ def append(path: str, table: str) -> None:
     text = text.rstrip("\n") + "\n" + table
     parse(text)
     write_atomically(path, text.encode(), mode=0o644)
+
+
+def username(text: str) -> str:
+    """Of a key manager's client. Raises Usage."""
+    if not (text.isascii() and text.isprintable()) or len(text) > USERNAME_MAX:
+        raise Usage(f"{text!r} cannot be a user name", f"up to {USERNAME_MAX} printable ASCII characters")
+    return text
 
 
 def check_mount_point(path: str) -> str:

@@ -46,6 +46,8 @@ class Kmip(NamedTuple):
     """The client's, PEM."""
     persistent: bool
     """Whether its keys are kept on this host, wrapped."""
+    password: Secret | None = None
+    """Of the user name in the settings."""
 
 
 class Choices(NamedTuple):
@@ -141,12 +143,14 @@ def _use_kmip(paths: Paths, state: State, persistence: Secret, kms: Kmip) -> Sec
     stays = bool(kms.settings.client_key)
     provider_id = f"kmip-{os.urandom(16).hex()}"
     entry = state.kmip_entry(
-        kms.settings.name, provider_id, kms.certificate, until, persistence, None if stays else kms.key
+        kms.settings.name, provider_id, kms.certificate, until, persistence, None if stays else kms.key, kms.password
     )
     state.persistent = kms.persistent
     state.use_provider(entry)
     state.begin("init", "--provider kmip")
-    with closing(provide.kmip(kms.settings, provider_id, kms.certificate, Secret(bytes(kms.key)))) as provider:
+    password = Secret(bytes(kms.password)) if kms.password else None
+    key = Secret(bytes(kms.key))
+    with closing(provide.kmip(kms.settings, provider_id, kms.certificate, key, password)) as provider:
         made, host_key = provide.new_key(provider, provide.key_name(state.host, "host", 1))
     state.set_host_key(f"{provider_id}/{made.id}", made.name, 1, persistence, host_key)
     state.save()

@@ -3,10 +3,11 @@
 
 import os
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, NamedTuple
 
-from . import ask, config, present, provide, selfhosted
+from . import ask, config, present, provide, rotation, selfhosted
 from .errors import Integrity, ProviderError, Refused, Tampered, UnlockError, Usage
 from .groups import check_name
 from .paths import Paths
@@ -22,6 +23,8 @@ class Client(NamedTuple):
     """PEM."""
     key: Secret
     """PEM."""
+    password: Secret | None = None
+    """Of the user name in unlock.toml."""
 
 
 class Proof(NamedTuple):
@@ -45,9 +48,11 @@ def names(paths: Paths) -> list[dict[str, Any]]:
                 "id": entry["id"],
                 "in_use": entry is state.provider,
                 "endpoints": list(setting.endpoints) if setting else [],
+                "username": setting.username if setting else "",
                 "certificate_days": days_left(entry),
                 "client_key": "" if entry["kind"] == "native" else "file" if entry["client_key"] is None else "wrapped",
                 "groups": groups,
+                "not_retired": len(state.not_retired(entry)),
             }
         )
     return rows
@@ -71,7 +76,7 @@ def add(paths: Paths, settings: config.ProviderConfig, client: Client, look: pre
         selfhosted.refuse(work.state.groups, settings.endpoints)
         known = state.others.get(settings.name)
         provider_id = known["id"] if known else f"kmip-{os.urandom(16).hex()}"
-        with closing(provide.kmip(settings, provider_id, client.certificate, Secret(bytes(client.key)))) as provider:
+        with closing(_provider(settings, provider_id, client)) as provider:
             provider.capabilities()
         if settings.name not in work.settings.providers:
             config.append(paths.config, config.provider_table(settings))
@@ -84,11 +89,19 @@ def add(paths: Paths, settings: config.ProviderConfig, client: Client, look: pre
 def _entry(work: provide.Work, settings: config.ProviderConfig, provider_id: str, client: Client) -> dict[str, Any]:
     until = provide.certificate_until(client.certificate)
     key = None if settings.client_key else client.key
-    return work.state.kmip_entry(settings.name, provider_id, client.certificate, until, work.persistence, key)
+    return work.state.kmip_entry(
+        settings.name, provider_id, client.certificate, until, work.persistence, key, client.password
+    )
+
+
+def _provider(settings: config.ProviderConfig, provider_id: str, client: Client) -> Provider:
+    password = Secret(bytes(client.password)) if client.password else None
+    return provide.kmip(settings, provider_id, client.certificate, Secret(bytes(client.key)), password)
 
 
 def test(paths: Paths, name: str = "", look: present.Look = present.look) -> list[Proof]:
     """Every endpoint is asked; every key of this host is fetched and proven on its disks. Changes nothing at the disks.
+    What a switch could not deactivate there is deactivated.
 
     For a provider that is not in use yet, the host key that `switch` would take is made and fetched twice.
     """
@@ -108,8 +121,15 @@ def test(paths: Paths, name: str = "", look: present.Look = present.look) -> lis
             what = f"KEK of group {group.name}: fetched, proven on {len(nodes)} of {len(group.members)} disks"
             proofs.append(_prove(what, provider, ref, work.opens(), provide.prover(work, group, nodes)))
         proofs.append(_prove_host_key(work, entry, provider))
+        if left := len(work.state.not_retired(entry)):
+            rotation.retire(work, left=True)
+            proofs.append(Proof(f"replaced keys: {len(work.state.not_retired(entry))} of {left} still active there"))
         if work.settings.sync.open_from_provider_after_refusal and entry.get("client_key"):
             what = "client key in a file, for open_from_provider_after_refusal"
+            trouble = Refused("it is wrapped by the TPM's key, which that boot does not have", "unlock.toml(5)")
+            proofs.append(Proof(what, trouble))
+        if work.settings.sync.open_from_provider_after_refusal and entry.get("password"):
+            what = "no password, for open_from_provider_after_refusal"
             trouble = Refused("it is wrapped by the TPM's key, which that boot does not have", "unlock.toml(5)")
             proofs.append(Proof(what, trouble))
         return proofs
@@ -145,9 +165,10 @@ def _prove_host_key(work: provide.Work, entry: dict[str, Any], provider: Provide
 
 
 def renew(paths: Paths, client: Client, name: str = "", look: present.Look = present.look) -> int:
-    """A new client certificate, once the key manager has given a key for it; gives the days that it is valid.
+    """A new client certificate, or password, or both, once the key manager has given a key for them; gives the days
+    that the certificate is valid. What `client` leaves empty stays as it is.
 
-    Raises ProviderError, Malformed, Refused, Usage: the old one is then still in use.
+    Raises ProviderError, Malformed, Refused, Usage: the old ones are then still in use.
     """
     with exclusive(paths), provide.Work(paths, look) as work:
         state = work.state
@@ -155,16 +176,37 @@ def renew(paths: Paths, client: Client, name: str = "", look: present.Look = pre
         if entry["kind"] != "kmip":
             raise Refused(f"provider {entry['name']} has no client certificate", "unlock provider list", code="native")
         settings = work.settings_of(entry)
-        new = _entry(work, settings, entry["id"], client)
-        with closing(provide.kmip(settings, entry["id"], client.certificate, Secret(bytes(client.key)))) as provider:
-            proof = _prove_host_key(work, entry, provider)
-            if proof.error:
-                raise proof.error
-        if settings.client_key:
-            _same_file(settings.client_key, client)
+        if client.password and not settings.username:
+            hint = f"edit {paths.config}"
+            raise Usage(f"[provider.{settings.name}] has no username that the password is for", hint)
+        with _completed(work, settings, entry, client) as client:
+            new = _entry(work, settings, entry["id"], client)
+            with closing(_provider(settings, entry["id"], client)) as provider:
+                proof = _prove_host_key(work, entry, provider)
+                if proof.error:
+                    raise proof.error
+            if settings.client_key:
+                _same_file(settings.client_key, client)
+        entry.pop("password", None)
         entry.update(new)
         state.save()
         return days_left(entry) or 0
+
+
+@contextmanager
+def _completed(
+    work: provide.Work, settings: config.ProviderConfig, entry: dict[str, Any], client: Client
+) -> Iterator[Client]:
+    """`client`, with what is in use where it is empty."""
+    with ExitStack() as wiped:
+        if not client.certificate:
+            kept = entry["client_key"]
+            key = work.state.client_key(work.persistence, entry) if kept else ask.from_file(settings.client_key)
+            client = client._replace(certificate=entry["client_cert"], key=wiped.enter_context(key))
+        if settings.username and not client.password:
+            password = work.state.client_password(work.persistence, entry)
+            client = client._replace(password=wiped.enter_context(password) if password else None)
+        yield client
 
 
 def _same_file(path: str, client: Client) -> None:

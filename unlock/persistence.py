@@ -3,16 +3,19 @@
 
 enable     every key is on every disk, wrapped by the persistence key, before it says so
 disable    no disk carries a KEK any more; after the next boot groups open when the key manager answers
+remove     then the TPM forgets the persistence key; until the next boot `enable` seals it again, as it was sealed
 """
 
 from typing import Any
 
-from . import devices, disk, keyring, luks, present, provide, rotation, slots
+from . import devices, disk, keyring, luks, policy, present, provide, rotation, slots, thisboot
 from .errors import NoKey, Refused, UnlockError
 from .paths import Paths
 from .secret import Secret
 from .state import State, exclusive
 from .tpm import Tpm
+
+TPM = "device:/dev/tpmrm0"
 
 
 def status(paths: Paths, look: present.Look = present.look) -> dict[str, Any]:
@@ -40,16 +43,35 @@ def _keeps(work: provide.Work, node: str) -> bool:
     return False
 
 
-def enable(paths: Paths, look: present.Look = present.look) -> list[rotation.Outcome]:
-    """Raises ProviderError, NoKey, DiskFailed."""
+def enable(
+    paths: Paths, look: present.Look = present.look, tcti: str = TPM, owner_auth: Secret | None = None
+) -> list[rotation.Outcome]:
+    """Asks the TPM only where its keys were removed. Raises ProviderError, NoKey, DiskFailed, Refused, TpmFailed."""
     with exclusive(paths), provide.Work(paths, look) as work:
         for group in work.state.groups.values():
             provide.find_kek(work, group)[0].wipe()  # before anything is changed
         with _host_key(work) as host_key:
+            if work.state.removed:
+                _seal_again(work, work.state.removed, tcti, owner_auth)
+            work.state.removed = None
             work.state.begin("persistence", "enable")
             work.state.persistent = True
             work.state.set_host_key(*work.state.host_key_ref, work.persistence, host_key, former=False)
         return _apply(work)
+
+
+def _seal_again(work: provide.Work, sealed: dict[str, Any], tcti: str, owner_auth: Secret | None) -> None:
+    """The same key under the same policy, unless something of this host is in the TPM. Raises Refused, TpmFailed."""
+    host = bytes.fromhex(work.state.host)
+    early = thisboot.early(work.paths)
+    plain = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
+    payload = policy.Payload(work.persistence, early["facts"].get("unauthenticated_root", plain) if early else plain)
+    with Tpm(tcti) as tpm:
+        found = slots.current(tpm)
+        if found and found.host == host:
+            return
+        branches = [bytes.fromhex(each) for each in sealed["branches"]]
+        slots.persist(tpm, host, tuple(sealed["selection"]), branches, payload, owner_auth, cap=sealed["cap"])
 
 
 def disable(paths: Paths, look: present.Look = present.look) -> list[rotation.Outcome]:
@@ -104,9 +126,26 @@ def _apply(work: provide.Work) -> list[rotation.Outcome]:
 
 def remove_all_stored_keys(paths: Paths, tcti: str, owner_auth: Secret) -> None:
     """After `disable`: the sealed objects go, and every wrap on the disks and in the state is dead from the next boot
-    on. Raises Refused, TpmFailed."""
-    state = State.load(paths)
-    if state.persistent:
+    on. Finishes when run again. Raises Refused, TpmFailed."""
+    with exclusive(paths):
+        state = State.load(paths)
+        _refuse_removal(state)
+        with Tpm(tcti) as tpm:
+            found = slots.current(tpm)
+            if found and found.host != bytes.fromhex(state.host):
+                raise Refused(
+                    "the TPM keeps the persistence key of another installation", "unlock status", code="not-ours"
+                )
+            if found:
+                branches = [each.hex() for each in found.branches]
+                state.removed = {"selection": list(found.selection), "cap": found.cap, "branches": branches}
+                state.save()
+            slots.remove(tpm, owner_auth)
+
+
+def _refuse_removal(state: State) -> None:
+    """Raises Refused while something hangs on the persistence key."""
+    if state.persistent or state.journal:
         raise Refused("persistence is enabled", "unlock persistence disable", code="persistent")
     if state.provider["client_key"] is not None:
         raise Refused(
@@ -114,5 +153,10 @@ def remove_all_stored_keys(paths: Paths, tcti: str, owner_auth: Secret) -> None:
             "give [provider] a client_key file, and run unlock provider renew",
             code="client-key",
         )
-    with exclusive(paths), Tpm(tcti) as tpm:
-        slots.remove(tpm, owner_auth)
+    if state.provider.get("password"):
+        raise Refused(
+            "the key manager's password is wrapped by the persistence key: without it this host cannot ask",
+            "let the key manager accept the certificate alone, take username out of unlock.toml, and run "
+            "unlock provider renew",
+            code="password",
+        )

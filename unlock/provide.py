@@ -36,7 +36,18 @@ def connect(paths: Paths, state: State, persistence: Secret | None, entry: dict[
         raise NoKey("the client key is wrapped by the persistence key", "give [provider] a client_key file")
     else:
         key = state.client_key(persistence, entry)
-    return kmip(settings, entry["id"], entry["client_cert"], key)
+    return kmip(settings, entry["id"], entry["client_cert"], key, _password(state, persistence, settings, entry))
+
+
+def _password(
+    state: State, persistence: Secret | None, settings: config.ProviderConfig, entry: dict[str, Any]
+) -> Secret | None:
+    """What goes with the user name in unlock.toml; None without one. Raises NoKey."""
+    if not settings.username or not entry.get("password"):
+        return None
+    if persistence is None:
+        raise NoKey("the key manager's password is wrapped by the persistence key", "unlock status")
+    return state.client_password(persistence, entry)
 
 
 def settings_of(paths: Paths, entry: dict[str, Any]) -> config.ProviderConfig:
@@ -47,13 +58,16 @@ def settings_of(paths: Paths, entry: dict[str, Any]) -> config.ProviderConfig:
     return settings
 
 
-def kmip(settings: config.ProviderConfig, provider_id: str, certificate: str, key: Secret) -> Provider:
-    """A KMIP provider, which takes the key over. Raises Usage, Malformed."""
+def kmip(
+    settings: config.ProviderConfig, provider_id: str, certificate: str, key: Secret, password: Secret | None = None
+) -> Provider:
+    """A KMIP provider, which takes key and password over. Raises Usage, Malformed."""
     from .providers import kmip as door  # post-boot only
 
     endpoints = tuple(door.Endpoint.parse(each) for each in settings.endpoints)
     ca = public(settings.ca)
-    return door.Kmip(door.Settings(provider_id, endpoints, ca, certificate, key, timeout=settings.timeout))
+    user = settings.username
+    return door.Kmip(door.Settings(provider_id, endpoints, ca, certificate, key, user, password, settings.timeout))
 
 
 def certificate_until(certificate: str) -> int:

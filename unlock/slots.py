@@ -94,6 +94,16 @@ def persist(
     return record
 
 
+def current(tpm: Tpm) -> Record | None:
+    """The record of the current slot; None where there is none. Raises NewerFormat."""
+    states = [tpm.slot_state(slot) for slot in SLOTS]
+    for state in states:
+        if isinstance(state.problem, NewerFormat):
+            raise state.problem
+    complete = [state.record for state in states if state.record and state.complete]
+    return max(complete, key=lambda record: record.generation, default=None)
+
+
 def remove(tpm: Tpm, owner_auth: Secret | None = None) -> None:
     """Evict both slots: what they sealed is lost, and every key that it wraps. Finishes when run again."""
     for slot in SLOTS:

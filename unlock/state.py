@@ -4,7 +4,8 @@
     version     1
     host        host id, 32 hex digits
     provider    the one in use: {"name", "kind", "id"}; native: "scope", "kdk": wrapped; kmip: "client_key": wrapped,
-                or null when it stays in a file, "client_cert": PEM, "client_until": seconds since 1970
+                or null when it stays in a file, "client_cert": PEM, "client_until": seconds since 1970,
+                "password": wrapped, where the key manager wants one
     others      NAME -> the same, of providers that were added or left
     persistence whether the provider's keys are kept on this host, wrapped
     host_key    {"id", "name", "generation", "wrapped": null when it is not kept, "former": [the same]}
@@ -14,6 +15,7 @@
     manifests   NAME -> highest generation of a member list that was ever begun
     generations NAME -> highest generation of a KEK that a group of that name has had
     retire      [{"id", "group"}]: replaced KEKs, until the provider has deactivated them
+    removed     {"selection", "cap", "branches"}: the policy of what was evicted from the TPM on purpose; absent else
     journal     the operation under way, or null
 
 The file is replaced whole. The one journal: an operation writes what it is about to do before it starts,
@@ -170,12 +172,21 @@ class State:
         return {"name": name, "kind": "native", "id": provider_id, "scope": scope, "kdk": wrapped}
 
     def kmip_entry(
-        self, name: str, provider_id: str, certificate: str, until: int, persistence: Secret, key: Secret | None
+        self,
+        name: str,
+        provider_id: str,
+        certificate: str,
+        until: int,
+        persistence: Secret,
+        key: Secret | None,
+        password: Secret | None = None,
     ) -> dict[str, Any]:
         """`key` is the client's, as PEM; None when it stays in a file. `until`: when the certificate ends, in seconds
-        since 1970."""
+        since 1970. `password`: of its user name, where it has one."""
         wrapped = self._wrapped(persistence, "client-key", key) if key else None
-        client = {"client_cert": certificate, "client_until": until, "client_key": wrapped}
+        client: dict[str, Any] = {"client_cert": certificate, "client_until": until, "client_key": wrapped}
+        if password:
+            client["password"] = self._wrapped(persistence, "client-password", password)
         return {"name": name, "kind": "kmip", "id": provider_id, **client}
 
     def kdk(self, persistence: Secret, entry: dict[str, Any] | None = None) -> Secret:
@@ -186,11 +197,32 @@ class State:
         """A KMIP client's private key, as PEM. Raises Tampered."""
         return self._unwrapped(persistence, "client-key", entry["client_key"])
 
+    def client_password(self, persistence: Secret, entry: dict[str, Any]) -> Secret | None:
+        """The password of a KMIP client's user name; None where there is none. Raises Tampered."""
+        wrapped = entry.get("password")
+        return self._unwrapped(persistence, "client-password", wrapped) if wrapped else None
+
     @property
     def retire(self) -> list[dict[str, str]]:
         """KEKs that were replaced, and that the provider has not deactivated yet."""
         retire: list[dict[str, str]] = self._fields["retire"]
         return retire
+
+    def not_retired(self, entry: dict[str, Any]) -> list[dict[str, str]]:
+        """Those of one provider."""
+        return [each for each in self.retire if each["id"].startswith(f"{entry['id']}/")]
+
+    @property
+    def removed(self) -> dict[str, Any] | None:
+        """The policy under which the persistence key was sealed, when the TPM does not have it any more."""
+        removed: dict[str, Any] | None = self._fields.get("removed")
+        return removed
+
+    @removed.setter
+    def removed(self, sealed: dict[str, Any] | None) -> None:
+        self._fields.pop("removed", None)
+        if sealed:
+            self._fields["removed"] = sealed
 
     # Keys
 

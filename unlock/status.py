@@ -83,6 +83,11 @@ def table(found: dict[str, Any]) -> str:
             ("sync", _last_sync(found["sync"])),
         )
     ]
+    lines += [
+        f"left      {each['left']} replaced key(s) still active at {each['name']}: unlock provider test {each['name']}"
+        for each in found["providers"]
+        if each["left"]
+    ]
     rows = [("GROUP", "DISK", "DEVICE", "STATE", "KEY FROM", "MOUNT")]
     for group in found["groups"]:
         for i, each in enumerate(group["disks"]):
@@ -102,7 +107,10 @@ def _providers(state: State) -> list[dict[str, Any]]:
     for entry in filter(None, (state.provider, *state.others.values())):
         days = int((entry["client_until"] - time.time()) // 86400) if entry["kind"] == "kmip" else None
         said = f"{entry['name']} ({entry['kind']})" + (f", certificate: {days} days left" if days is not None else "")
-        rows.append({"name": entry["name"], "kind": entry["kind"], "certificate_days": days, "said": said})
+        left = 0 if entry is state.provider else len(state.not_retired(entry))
+        rows.append(
+            {"name": entry["name"], "kind": entry["kind"], "certificate_days": days, "said": said, "left": left}
+        )
     return rows
 
 

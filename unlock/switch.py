@@ -28,6 +28,8 @@ def switch(
             raise Refused(f"provider {name} is in use already", "unlock provider list", code="in-use")
         entry = work.entry(name)
         kept = _persistence_with(state, entry, persistent)
+        if kept and state.removed:
+            raise Refused("the TPM keeps nothing of this host", "unlock persistence enable", code="removed")
         if entry["kind"] == "kmip":
             selfhosted.refuse(state.groups, work.settings_of(entry).endpoints)
         provider = work.provider(entry)

@@ -88,16 +88,22 @@ def _ask(work: Work) -> list[Line]:
             lines.append(_judge(work, group, status))
         except UnlockError as error:
             lines.append(Line(group.name, error.code, str(error), error))
-    lines.append(_judge_host_key(work, statuses[-1]))
+    try:
+        lines.append(_judge_host_key(work, statuses[-1]))
+    except UnlockError as error:
+        lines.append(Line("host key", error.code, str(error), error))
     return lines
 
 
 def _finish(work: Work) -> list[Line]:
-    """A rotation that was killed."""
+    """A rotation that was killed; what keeps it from its end is its own trouble."""
     journal = work.state.journal
     if not journal or journal["operation"] != "rekey":
         return []
-    outcome = rotation.rotate(work, str(journal["about"]))
+    try:
+        outcome = rotation.rotate(work, str(journal["about"]))
+    except UnlockError as error:
+        return [Line(str(journal["about"]), error.code, str(error), error)]
     return [Line(outcome.group, "finished", _behind(outcome))]
 
 

@@ -20,7 +20,7 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,6 +114,24 @@ class Liar:
         self.hangs_up_on_versions = False
         self.discovers = True
         self.credential: tuple[str, str] | None = None
+        self.stops = False
+        """At the first item that fails, though it was asked to go on."""
+        self.refuses_by_id = False
+        """A request that is too large is refused with the id of its first item."""
+        self.echoes_ids = True
+        self.hangs_up_after_each = False
+        self.backwards = False
+        """Answers in another order."""
+        self.picky = False
+        """Get Attributes fails when a key lacks one that is asked for; Get knows no key format by name."""
+        self.extras = b""
+        """What is in each payload beside what is expected."""
+        self.refuses_as = (0, 0)
+        """The version in its refusals of others; (0, 0) for its best."""
+        self.lacks: set[str] = set()
+        """Attributes that it does not know."""
+        self.sick: dict[str, str] = {}
+        """Id or name of a key -> the refusal that questions about it get, or `garbled`: its State is a text."""
         self.mangle: Callable[[bytes], bytes] = bytes
         """What becomes of each answer on its way."""
         self.asked: list[list[str]] = []
@@ -252,7 +270,7 @@ class Liar:
         line.sendall(answer)
         if "hang" in lies:
             over.wait()
-        return not lies & {"truncated"}
+        return not lies & {"truncated"} and not self.hangs_up_after_each
 
     def _lies(self, fault: str, operations: list[str]) -> bool:
         return any(fault == name and (not on or on in operations) for name, on in self._faults)
@@ -270,12 +288,14 @@ class Liar:
         if self._lies("silent", operations):
             return b"", operations
         if version not in self.versions:
-            answer = b"" if self.hangs_up_on_versions else self._whole(self.versions[0], 0x04, "protocol version")
+            best = self.refuses_as if any(self.refuses_as) else self.versions[0]
+            answer = b"" if self.hangs_up_on_versions else self._whole(best, 0x04, "protocol version")
             return answer, operations
         if self.credential and self.credential != _credential(dict(header)):
             return self._whole(version, 0x03, "authentication not successful"), operations
         if self.most and len(items) > self.most:
-            return self._whole(version, 0x04, "too many batch items"), operations
+            parts = [blob(0x420093, items[0][0x420093])] if self.refuses_by_id else []
+            return self._whole(version, 0x04, "too many batch items", parts), operations
         answers = [self._item(operation, item, len(items)) for operation, item in zip(operations, items, strict=True)]
         if self._lies("swapped answers", operations):
             ids = [item[0x420093] for item in items]
@@ -283,6 +303,11 @@ class Liar:
                 self._item(name, {**item, 0x420093: ids[at - 1]}, 2)
                 for at, (name, item) in enumerate(zip(operations, items, strict=True))
             ]
+        if self.stops:
+            at = next((at for at, each in enumerate(answers) if enumeration(0x42007F, 1) in each), len(answers))
+            answers = answers[: at + 1]
+        if self.backwards:
+            answers.reverse()
         count = len(answers) + self._lies("wrong count", operations)
         return self._message((2, 0) if self._lies("version 2", operations) else version, count, answers), operations
 
@@ -290,14 +315,14 @@ class Liar:
         head = structure(0x42007A, _version(version), date(0x420092, int(time.time())), number(0x42000D, count))
         return structure(0x42007B, head, *answers)
 
-    def _whole(self, version: tuple[int, int], reason: int, text_: str) -> bytes:
-        failed = [enumeration(0x42007F, 1), enumeration(0x42007E, reason), text(0x42007D, text_)]
+    def _whole(self, version: tuple[int, int], reason: int, text_: str, parts: Sequence[bytes] = ()) -> bytes:
+        failed = [*parts, enumeration(0x42007F, 1), enumeration(0x42007E, reason), text(0x42007D, text_)]
         return self._message(version, 1, [structure(0x42000F, *failed)])
 
     def _item(self, operation: str, item: dict[int, Any], of: int) -> bytes:
         batch_id = os.urandom(8) if self._lies("wrong batch id", [operation]) else item[0x420093]
         parts = [enumeration(0x42005C, item[0x42005C])]
-        if of > 1 or self.echoes_single_id:
+        if self.echoes_ids and (of > 1 or self.echoes_single_id):
             parts.append(blob(0x420093, batch_id))
         try:
             for name, (reason, words) in REFUSALS.items():
@@ -307,7 +332,7 @@ class Liar:
                 self, "_" + operation.lower().replace(" ", "_").replace("-", "")
             )
             payload = list(method(item[0x420079]))
-            return structure(0x42000F, *parts, enumeration(0x42007F, 0), structure(0x42007C, *payload))
+            return structure(0x42000F, *parts, enumeration(0x42007F, 0), structure(0x42007C, *payload, self.extras))
         except Refusal as refusal:
             parts += [enumeration(0x42007F, 1), enumeration(0x42007E, refusal.reason)]
             return structure(0x42000F, *parts, *([text(0x42007D, refusal.text)] if refusal.text else []))
@@ -317,9 +342,14 @@ class Liar:
     def _key(self, payload: list[Any]) -> Key:
         key_id = dict(payload).get(0x420094)
         assert key_id, "an empty or missing id"
+        self._refuse_for(key_id)
         if key_id not in self.keys:
             raise Refusal(0x01, f"no object {key_id}")
         return self.keys[key_id]
+
+    def _refuse_for(self, what: str) -> None:
+        if self.sick.get(what, "garbled") != "garbled":
+            raise Refusal(*REFUSALS[self.sick[what]])
 
     def _create(self, payload: list[Any]) -> Iterator[bytes]:
         attributes = _attributes(dict(payload)[0x420091])
@@ -341,6 +371,8 @@ class Liar:
     def _locate(self, payload: list[Any]) -> Iterator[bytes]:
         attributes = [dict(value) for tag, value in payload if tag == 0x420008]
         names = [dict(each[0x42000B])[0x420055] for each in attributes if each[0x42000A] == "Name"]
+        for name in names:
+            self._refuse_for(name)
         for key in self.keys.values():
             if not self.filters or all(name in key.names for name in names):
                 yield text(0x420094, key.id)
@@ -349,6 +381,8 @@ class Liar:
         key = self._key(payload)
         if key.state in (DESTROYED, DESTROYED_COMPROMISED):
             raise Refusal(0x01, "destroyed")
+        if self.picky and any(tag == 0x420042 for tag, _ in payload):
+            raise Refusal(0x10, "no such format")
         lies = {fault for fault in OF_THE_KEY if self._lies(fault, ["Get"])}
         material = {"wrong length": key.material[:16], "zero key": bytes(32), "other key": os.urandom(32)}
         data = next((material[each] for each in material if each in lies), key.material)
@@ -365,14 +399,16 @@ class Liar:
     def _get_attributes(self, payload: list[Any]) -> Iterator[bytes]:
         key = self._key(payload)
         names = {value for tag, value in payload if tag == 0x42000A}
+        if self.picky and names - {name for name, _ in self._all(key)}:
+            raise Refusal(0x07, "no such attribute")
         yield text(0x420094, "id-9999" if self._lies("wrong id", ["Get Attributes"]) else key.id)
         for name, value in self._all(key):
-            if self.chatty or not names or name in names:
+            if (self.chatty or not names or name in names) and name not in self.lacks:
                 yield structure(0x420008, text(0x42000A, name), value)
 
     def _all(self, key: Key) -> Iterator[tuple[str, bytes]]:
         value = 0x42000B
-        yield "State", enumeration(value, key.state)
+        yield "State", text(value, "well") if key.id in self.sick else enumeration(value, key.state)
         yield "Object Type", enumeration(value, 2)
         yield "Cryptographic Algorithm", enumeration(value, 3)
         yield "Cryptographic Length", number(value, key.length)

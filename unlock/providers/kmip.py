@@ -29,6 +29,7 @@ from ..errors import (
     ClientAuth,
     ClockWrong,
     Integrity,
+    Malformed,
     NotFoundOrDenied,
     PeerUntrusted,
     ProviderError,
@@ -146,6 +147,12 @@ class Settings(NamedTuple):
     """Seconds for one exchange with one endpoint: name, connection, TLS, question, whole answer."""
 
 
+def _check_password(password: Secret | None) -> None:
+    """PyKMIP writes texts of one byte a character. Raises Malformed."""
+    if password and not password.value.isascii():
+        raise Malformed("the key manager's password is not ASCII", "give the client one of ASCII characters")
+
+
 def new_id() -> str:
     return f"kmip-{os.urandom(16).hex()}"
 
@@ -166,6 +173,7 @@ class Kmip:
         self._settings = settings
         self._clock = clock
         self._validity = validity(settings.certificate)
+        _check_password(settings.password)
         context = client_context(settings.ca, settings.certificate, settings.key)
         self._servers = [_Server(each, settings, context, clock, random) for each in settings.endpoints]
         self._capabilities: Capabilities | None = None
@@ -196,10 +204,10 @@ class Kmip:
         return statuses
 
     def _resolve(self, refs: Sequence[Ref]) -> list[Status]:
-        """What one endpoint does not know (it may lag), the others are asked for."""
+        """What one endpoint does not know (it may lag) or fails to say, the others are asked for."""
         first, statuses = self._read(lambda server: (server, _statuses(server, refs, USABLE)))
         for server in self._order():
-            missing = [at for at, status in enumerate(statuses) if not status.found]
+            missing = [at for at, status in enumerate(statuses) if _unanswered(status)]
             if not missing:
                 break
             if server is first or server.off():
@@ -210,7 +218,7 @@ class Kmip:
             except ProviderError:
                 continue
             for at, status in zip(missing, again, strict=True):
-                if status.found:
+                if not _unanswered(status):
                     statuses[at] = status
         return statuses
 
@@ -357,8 +365,9 @@ def _statuses(server: "_Server", refs: Sequence[Ref], ready: frozenset[str]) -> 
     items = [_get_attributes(ref.id) for ref in refs] + [_locate(ref.name) for ref in refs if ref.name]
     answers = iter(server.ask(items))
     facts = {ref.id: _facts_or_problem(next(answers), ref.id) for ref in refs}
-    named = {ref: _ids(next(answers)) if ref.name else [] for ref in refs}
-    wanted = {each for ids in named.values() if len(ids) <= _NAMESAKES_MAX for each in ids} | _links(facts)
+    named = {ref: _ids_or_problem(next(answers)) if ref.name else [] for ref in refs}
+    found = [ids for ids in named.values() if isinstance(ids, list) and len(ids) <= _NAMESAKES_MAX]
+    wanted = {each for ids in found for each in ids} | _links(facts)
     for _ in range(_HOPS):
         unknown = sorted(wanted - facts.keys())
         if not unknown:
@@ -369,14 +378,25 @@ def _statuses(server: "_Server", refs: Sequence[Ref], ready: frozenset[str]) -> 
     return [_judge(server, ref, facts, named[ref], ready) for ref in refs]
 
 
+def _unanswered(status: Status) -> bool:
+    """Whether another endpoint may know better. Two keys with one name are in all of them."""
+    return not status.found or (status.problem is not None and not isinstance(status.problem, Integrity))
+
+
 def _judge(
-    server: "_Server", ref: Ref, facts: dict[str, _Facts | ProviderError], named: list[str], ready: frozenset[str]
+    server: "_Server",
+    ref: Ref,
+    facts: dict[str, _Facts | ProviderError],
+    named: list[str] | ProviderError,
+    ready: frozenset[str],
 ) -> Status:
     """Which key `ref` is now. In doubt it stays what it is, with the doubt as its problem."""
+    own = facts[ref.id]
+    if isinstance(named, ProviderError):
+        return Status(ref, isinstance(own, _Facts), own.state if isinstance(own, _Facts) else UNKNOWN, ref.id, named)
     known = {key: each for key, each in facts.items() if isinstance(each, _Facts)}
     usable = {key for key, each in known.items() if each.state in ready and each.is_aes_256}
     bearers = {key for key in named if key in usable and ref.name in known[key].names} - {ref.id}
-    own = facts[ref.id]
     if isinstance(own, ProviderError):
         heirs = [key for key in bearers if known[key].replaces == ref.id]
         return Status(ref, False, UNKNOWN, heirs[0]) if len(heirs) == 1 else Status(ref, False, UNKNOWN, ref.id, own)
@@ -439,6 +459,9 @@ def _bearers(server: "_Server", name: str) -> list[str]:
         raise server.error(ProviderProtocol, f"the server returns {len(ids)} keys for the name {_shown(name)}")
     answers = server.ask([_get_attributes(each) for each in ids]) if ids else []
     found = [_facts_or_problem(answer, each) for answer, each in zip(answers, ids, strict=True)]
+    for problem in found:
+        if isinstance(problem, ProviderUnavailable | ProviderProtocol):
+            raise problem
     return [
         each
         for each, facts in zip(ids, found, strict=True)
@@ -507,8 +530,11 @@ def _facts(server: "_Server", key_id: str) -> _Facts:
 
 
 def _facts_or_problem(answer: "_Answer", key_id: str) -> _Facts | ProviderError:
-    """One sick key does not stop the others."""
-    return answer.problem or _read_facts(answer, key_id)
+    """One sick key does not stop the others. Raises Integrity for an answer about another key."""
+    try:
+        return answer.problem or _read_facts(answer, key_id)
+    except Garbage as garbage:
+        return answer.error(ProviderProtocol, f"the key {_shown(key_id)}: {garbage}")
 
 
 def _read_facts(answer: "_Answer", key_id: str) -> _Facts:
@@ -540,10 +566,19 @@ def _ids(answer: "_Answer") -> list[str]:
     """Of a Locate; servers report "none" as success and as Item Not Found."""
     if isinstance(answer.problem, NotFoundOrDenied | Unsupported):
         return []
-    ids = [str(node.value) for node in answer.good().all(Tags.UNIQUE_IDENTIFIER)]
-    if not all(ids):
+    ids = [node.value for node in answer.good().all(Tags.UNIQUE_IDENTIFIER)]
+    if not all(isinstance(each, str) and each for each in ids):
         raise Garbage("a key without an id")
     return list(dict.fromkeys(ids))
+
+
+def _ids_or_problem(answer: "_Answer") -> list[str] | ProviderError:
+    try:
+        return _ids(answer)
+    except Garbage as garbage:
+        return answer.error(ProviderProtocol, str(garbage))
+    except ProviderError as error:
+        return error
 
 
 def _created(server: "_Server", item: "_Item", other_than: str = "") -> str:
@@ -641,7 +676,7 @@ def _checked(key_id: str) -> str:
 def _request(items: Sequence[_Item], ids: Sequence[bytes], version: tuple[int, int], settings: Settings) -> bytes:
     authentication = None
     if settings.username:
-        password = bytes(settings.password).decode() if settings.password else None
+        password = bytes(settings.password).decode("ascii") if settings.password else None
         value = objects.UsernamePasswordCredential(settings.username, password)
         credential = objects.Credential(enums.CredentialType.USERNAME_AND_PASSWORD, value)
         authentication = contents.Authentication([credential])
@@ -688,6 +723,19 @@ class _Answer(NamedTuple):
 # One endpoint.
 
 
+def _is_too_much(answer: _Answer) -> bool:
+    return isinstance(answer.problem, Unsupported | ProviderProtocol)
+
+
+def _plainer(item: _Item) -> _Item | None:
+    """The same question without its details, for a server that does not know an attribute, or a key format."""
+    if item.operation is Operation.GET_ATTRIBUTES:
+        return _Item(item.operation, payloads.GetAttributesRequestPayload(item.payload.unique_identifier))
+    if item.operation is Operation.GET:
+        return _Item(item.operation, payloads.GetRequestPayload(item.payload.unique_identifier))
+    return None
+
+
 class _Refused(Exception):
     """The server refused the whole message, not one item of it."""
 
@@ -718,6 +766,8 @@ class _Server:
         self._random = random
         self._line: Line | None = None
         self._most = 2 * KEYS_A_REQUEST
+        self._said: list[ProviderError] = []
+        """What it answered to single items since `begin`: it works."""
 
     @property
     def connected(self) -> bool:
@@ -729,6 +779,7 @@ class _Server:
 
     def begin(self) -> None:
         self._end = self._clock() + _EXCHANGES * self._settings.timeout
+        self._said.clear()
 
     def worked(self) -> None:
         self._failures, self.off_until, self.off_for = 0, 0.0, None
@@ -736,6 +787,8 @@ class _Server:
     def failed(self, error: ProviderError) -> None:
         """Backs off, with jitter; after a wrong key, for good."""
         if isinstance(error, NotFoundOrDenied | StateBlocked | Unsupported | _Ambiguous):
+            return
+        if any(error is each for each in self._said):
             return
         self.drop()
         self._failures += 1
@@ -757,6 +810,15 @@ class _Server:
 
         Raises ProviderError and Garbage, for the whole exchange. Without `repeat` nothing is sent twice.
         """
+        answers = self._ask_all(items, repeat)
+        plainer = {at: _plainer(item) for at, item in enumerate(items) if _is_too_much(answers[at])}
+        again = {at: item for at, item in plainer.items() if item}
+        for at, answer in zip(again, self._ask_all(list(again.values()), repeat), strict=True):
+            if not answer.problem:
+                answers[at] = answer
+        return answers
+
+    def _ask_all(self, items: Sequence[_Item], repeat: bool) -> list[_Answer]:
         answers: list[_Answer] = []
         while len(answers) < len(items):
             part = items[len(answers) : len(answers) + self._most]
@@ -770,6 +832,8 @@ class _Server:
 
     def _exchange(self, items: Sequence[_Item], repeat: bool) -> list[_Answer]:
         until = Until(self._clock, min(self._settings.timeout, self._end - self._clock()))
+        if not repeat:
+            self.drop()  # the server may have closed it, which would look as if it did not answer
         fresh = not self.connected
         try:
             return self._send(items, self.version or VERSIONS[0], until)
@@ -826,18 +890,28 @@ class _Server:
         """The answers in the order of the questions. Raises Garbage, _Refused, ClientAuth."""
         header, batch = message.first(Tags.RESPONSE_HEADER), message.all(Tags.RESPONSE_BATCH_ITEM)
         version = header.within(Tags.PROTOCOL_VERSION) if header else None
-        if not header or not version or version.number(Tags.PROTOCOL_VERSION_MAJOR) != 1:
-            raise Garbage("an answer of another protocol version")
+        if not header or not version:
+            raise Garbage("an answer without a protocol version")
         if header.number(Tags.BATCH_COUNT) != len(batch) or not batch:
             raise Garbage("the batch count is wrong")
+        failed = [node for node in batch if node.number(Tags.RESULT_STATUS)]
+        if version.number(Tags.PROTOCOL_VERSION_MAJOR) != 1:
+            if len(failed) == len(batch):
+                raise _Refused(self.error(Unsupported, "the server speaks no KMIP version of 1.1 to 1.4"))
+            raise Garbage("an answer of another protocol version")
         by_id = {_batch_id(node): node for node in batch}
         if len(items) == 1 and by_id.keys() == {b""} and batch[0].first(Tags.OPERATION):
             by_id = {ids[0]: batch[0]}
-        if len(batch) == 1 and not by_id.keys() & set(ids) and batch[0].number(Tags.RESULT_STATUS):
+        if len(batch) == 1 and failed and (len(items) > 1 or not by_id.keys() & set(ids)):
             problem = self._problem(batch[0])
             raise problem if isinstance(problem, ClientAuth) else _Refused(problem)
+        if len(items) > 1 and by_id.keys() == {b""}:
+            raise _Refused(self.error(ProviderProtocol, "the server does not say which answer is to which question"))
+        if failed and batch[-1] is failed[0] and len(batch) < len(items):  # it stops at a failure, though asked not to
+            ids = ids[: len(batch)]
         if by_id.keys() != set(ids) or len(batch) != len(ids):
             raise Garbage("an answer to another question")
+        items = items[: len(ids)]
         return [self._answer(by_id[each], item) for each, item in zip(ids, items, strict=True)]
 
     def _answer(self, node: Node, item: _Item) -> _Answer:
@@ -848,6 +922,8 @@ class _Server:
         problem = self._problem(node) if failed else None
         if isinstance(problem, ClientAuth):
             raise problem
+        if problem:
+            self._said.append(problem)
         return _Answer(node.first(Tags.RESPONSE_PAYLOAD), problem, self.error)
 
     def _problem(self, node: Node) -> ProviderError:

@@ -66,8 +66,8 @@ class Node(NamedTuple):
                 node.wipe()
 
 
-STRUCTURE, _INTEGER, _LONG, _BIG, _ENUMERATION, _BOOLEAN, _TEXT, _BYTES, _DATE, _INTERVAL = range(1, 11)
-_FIXED = {_INTEGER: 4, _LONG: 8, _ENUMERATION: 4, _BOOLEAN: 8, _DATE: 8, _INTERVAL: 4}
+STRUCTURE, _INTEGER, _LONG, _BIG, _ENUMERATION, _BOOLEAN, _TEXT, _BYTES, _DATE, _INTERVAL, _MICROSECONDS = range(1, 12)
+_FIXED = {_INTEGER: 4, _LONG: 8, _ENUMERATION: 4, _BOOLEAN: 8, _DATE: 8, _INTERVAL: 4, _MICROSECONDS: 8}
 """Length in bytes by type."""
 
 
@@ -98,8 +98,8 @@ def _value(kind: int, data: memoryview, depth: int) -> _Value:
     if kind == _TEXT:
         try:
             return bytes(data).decode()
-        except UnicodeDecodeError as error:
-            raise Garbage("a text that is not UTF-8") from error
+        except UnicodeDecodeError:  # a vendor's own attribute, perhaps; no text for whoever asks for one
+            return Secret(data)  # type: ignore[arg-type]
     if kind in _FIXED:
         return int.from_bytes(data, signed=kind != _ENUMERATION)
     raise Garbage(f"an unknown TTLV type {kind}")

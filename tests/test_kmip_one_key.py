@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trouble with one key is that key's, and keys that were left at a dead key manager are no trouble. Real headers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flowfixture import HOST, Host
+from killing import killed_at
+from kmipfixture import AUTHORITY, CLIENT, connect
+
+from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
+from unlock import clikeys, config, keymanager, keyring, rekey, status, sync
+from unlock import switch as switching
+from unlock.errors import ProviderUnavailable, Refused
+from unlock.providers import Ref
+from unlock.secret import Secret
+
+pytestmark = pytest.mark.usefixtures("key_cache")
+
+
+@pytest.fixture
+def kms() -> Iterator[Liar]:
+    with Liar(AUTHORITY) as liar:
+        yield liar
+
+
+@pytest.fixture
+def host(tmp_path: Path, kms: Liar) -> Iterator[Host]:
+    """Groups `data` and `more`."""
+    host = Host(tmp_path, 1, kms)
+    host.add_group("more", 1)
+    yield host
+    keyring.flush()
+
+
+def run(host: Host) -> dict[str, str]:
+    return {each.key: each.outcome for each in sync.sync(host.paths, host.look)}
+
+
+def key_id(host: Host, group: str) -> str:
+    return host.state.groups[group].kek.rpartition("/")[2]
+
+
+SICK = [
+    ("failure", "provider-unavailable"),
+    ("unknown reason", "provider-protocol"),
+    ("denied", "not-found-or-denied"),
+    ("garbled", "provider-protocol"),
+]
+
+
+@pytest.mark.parametrize(("fault", "code"), SICK)
+def test_attributes_of_one_key_fail_and_the_others_are_followed(host: Host, kms: Liar, fault: str, code: str) -> None:
+    kms.replace(kms.keys[key_id(host, "more")])
+    kms.sick[key_id(host, "data")] = fault
+    for more in ("replaced", "unchanged"):
+        assert run(host) == {"data": code, "more": more, "host key": "unchanged"}
+        assert host.boot_opens()
+    kms.sick.clear()
+    assert set(run(host).values()) == {"unchanged"}
+
+
+@pytest.mark.parametrize(("fault", "code"), SICK[:2])
+def test_a_search_for_one_name_fails_and_the_others_are_followed(host: Host, kms: Liar, fault: str, code: str) -> None:
+    kms.replace(kms.keys[key_id(host, "more")])
+    kms.sick[f"unlock/{HOST}/kek/data/1"] = fault
+    assert run(host) == {"data": code, "more": "replaced", "host key": "unchanged"}
+    assert host.boot_opens()
+
+
+@pytest.mark.parametrize("where", ["id", "name"])
+def test_what_one_endpoint_fails_to_say_the_next_one_says(kms: Liar, where: str) -> None:
+    keys = [kms.add(f"k{at}") for at in range(3)]
+    with kms.replica() as other, connect(kms, other) as kmip:
+        kms.sick[keys[1].id if where == "id" else "k1"] = "failure"
+        statuses = kmip.resolve([Ref(key.id, f"k{at}") for at, key in enumerate(keys)])
+        assert [(each.found, each.state, each.problem) for each in statuses] == [(True, "active", None)] * 3
+        assert len(other.asked) == 1
+
+
+def test_a_namesake_that_cannot_be_read_is_no_reason_to_make_another_key(kms: Liar) -> None:
+    kms.sick[kms.add("k").id] = "failure"
+    with connect(kms) as kmip, pytest.raises(ProviderUnavailable):
+        kmip.create("k")
+    assert len(kms.keys) == 1
+
+
+def test_a_host_key_that_cannot_be_fetched_does_not_undo_what_was_said_of_the_groups(host: Host, kms: Liar) -> None:
+    new = kms.replace(kms.keys[host.state.host_key_ref[0].rpartition("/")[2]])
+    kms.replace(kms.keys[key_id(host, "data")])
+    with kms.replica() as other:
+        host.configure(other)
+        other.keys[new.id].material = bytes(32)
+        assert run(host) == {"data": "replaced", "more": "unchanged", "host key": "integrity"}
+        assert host.boot_opens()
+
+
+def test_a_rotation_that_cannot_be_finished_holds_up_no_other_group(host: Host, kms: Liar) -> None:
+    number = 1
+    while not (host.state.journal and host.state.journal["made"]):
+        assert killed_at(number, lambda: rekey.rekey(host.paths, "data", host.look))
+        number += 100
+    kms.sick[host.state.journal["made"][0]] = "failure"
+    found = run(host)
+    assert found["more"] == "unchanged"
+    assert host.boot_opens()
+    kms.sick.clear()
+    run(host)
+    assert host.state.journal is None
+    assert host.boot_opens()
+
+
+# What was left behind
+
+
+def left(host: Host) -> Liar:
+    """The host has gone to another key manager; the first one was dead."""
+    other = Liar(AUTHORITY)
+    settings = config.ProviderConfig("second", (f"127.0.0.1:{other.port}",), host.ca(), "", config.TIMEOUT)
+    client = keymanager.Client(CLIENT.certificate, Secret(CLIENT.key))
+    keymanager.add(host.paths, settings, client, host.look)
+    switching.switch(host.paths, "second", None, host.look)
+    return other
+
+
+def test_keys_left_at_a_dead_key_manager_are_no_trouble_and_are_told_once(
+    host: Host, kms: Liar, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kms.stop()
+    with left(host) as other:
+        assert len(host.state.retire) == 2
+        for _ in range(3):
+            before = other.traffic()
+            lines = sync.sync(host.paths, host.look)
+            assert {each.outcome for each in lines} == {"unchanged"}
+            assert not [each for each in lines if each.error]
+            assert other.traffic() - before == (1, 1)
+        rekey.rekey(host.paths, "data", host.look)
+        assert {each["name"]: each["not_retired"] for each in keymanager.names(host.paths)} == {"second": 0, "kms": 2}
+        clikeys._provider_list(host.paths, clikeys.argparse.Namespace(json=False))
+        assert capsys.readouterr().out.count("replaced keys still active there: 2") == 1
+        said = status.table(status.status(host.paths))
+        assert said.count("2 replaced key(s) still active at kms") == 1
+        assert "warning   2" not in said
+        assert host.boot_opens()
+
+
+def test_when_the_key_manager_that_was_left_answers_again_the_keys_are_deactivated_there(host: Host, kms: Liar) -> None:
+    kms.stop()
+    with left(host):
+        keymanager.test(host.paths, "kms", host.look)
+        assert len(host.state.retire) == 2
+        kms.start()
+        keymanager.test(host.paths, "kms", host.look)
+        assert host.state.retire == []
+        states = [key.state for key in kms.keys.values() if "/kek/" in "".join(key.names)]
+        assert states == [DEACTIVATED, DEACTIVATED]
+        assert "left " not in status.table(status.status(host.paths))
+
+
+def test_a_key_manager_that_was_left_and_taken_out_of_unlock_toml_is_no_trouble(host: Host, kms: Liar) -> None:
+    kms.stop()
+    with left(host) as other:
+        settings = config.ProviderConfig("second", (f"127.0.0.1:{other.port}",), host.ca(), "", config.TIMEOUT)
+        Path(host.paths.config).write_text(config.HEAD + config.provider_table(settings))
+        assert set(run(host).values()) == {"unchanged"}
+        rekey.rekey(host.paths, "", host.look)
+        assert len(host.state.retire) == 2
+        assert status.table(status.status(host.paths))
+        assert host.boot_opens()
+        assert all(key.state == ACTIVE for key in kms.keys.values())
+        with pytest.raises(Refused):
+            keymanager.test(host.paths, "kms", host.look)
