@@ -51,27 +51,14 @@ def open_all(paths: Paths, recovery: Secret) -> dict[str, Any]:
     """Every group whose members this recovery key authenticates; the result is this boot's report from then on."""
 
     def unwrap(container: luks.Container, each: token.Token) -> Secret:
-        try:
-            with disk.mac_key(recovery, each.host) as mac_key:
-                disk.check_recovery(container, each, mac_key)
-        except Tampered:
-            disk.by_recovery_key(container, recovery).wipe()  # NotOurs: the key is another one, the header may be good
-            raise
-        return disk.by_recovery_key(container, recovery)
+        return disk.by_checked_recovery_key(container, each, recovery)
 
     record = report.Report("recovery", announce=log.console)
     thisboot.unmark(paths, "ended")
     thisboot.mark(paths, "recovered")
     _continue_report(paths, record)
     monitor = devices.Monitor()
-    groups = opening.Opening("", unwrap, record)
-    done = opening.turn(groups, monitor, look=True)
-    end = report.now() + opening.ACTIVATION_TIMEOUT
-    while not done and report.now() < end:
-        opening.wait([monitor.fileno(), *groups.pipes()], 0.05)
-        done = opening.turn(groups, monitor, look=False)
-    groups.stop(opening.ACTIVATION_TIMEOUT)
-    groups.wipe()
+    opening.open_present(opening.Opening("", unwrap, record), monitor)
     thisboot.tell(paths, record)
     return record.plain()
 
