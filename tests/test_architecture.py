@@ -16,13 +16,13 @@ ROWS = [
     | {"providers.ttlv"},
     {"measured", "predict"},
     {"tpm", "wrap", "escrow", "devices", "luks", "keyring", "mount", "providers.tls"},
-    {"slots", "state", "disk", "thisboot", "providers", "providers.native", "providers.kmip", "handout"},
+    {"slots", "state", "disk", "thisboot", "providers", "providers.native", "providers.kmip", "handout", "bootcopy"},
     {"opening", "present", "selfhosted"},
     {"provide"},
     {"rotation"},
     {"boot", "late", "recovery", "enroll", "members", "status", "explain"}
     | {"cache", "kdk", "keymanager", "persistence", "recoveryops", "rekey", "switch", "sync"},
-    {"cli", "clikeys", "clirecovery", "__main__"},
+    {"cli", "clikeys", "clirecovery", "shell", "__main__"},
 ]
 """Lowest first: a module imports from lower rows only; in the lowest row and at the top, from its own too."""
 
