@@ -9,8 +9,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from flowfixture import Host
 
-from unlock import escrow, handout, recoverykey
+from unlock import escrow, handout, members, recoverykey
 from unlock.errors import Malformed, Refused, UnlockError, Usage
 from unlock.escrow import Escrow
 from unlock.secret import Secret
@@ -101,6 +102,20 @@ def test_what_is_no_certificate_is_refused(tmp_path: Path, content: bytes) -> No
         escrow.check(Escrow(str(tmp_path / "to"), str(tmp_path / "escrow.pem")))
     with pytest.raises(Usage):
         escrow.check(Escrow(str(tmp_path / "none"), str(tmp_path / "escrow.pem")))
+
+
+def test_the_key_that_a_host_has_goes_into_escrow_when_it_is_given(tmp_path: Path, key_cache: None) -> None:
+    """As `disk adopt` and `group create` do for a later group."""
+    host = Host(tmp_path, 0)
+    certificate, private = organisation(tmp_path)
+    escrow = Escrow(certificate, str(tmp_path / "escrow.pem"))
+    recoverykey.write_new_file(str(tmp_path / "key"), host.recovery)
+    recoverykey.write_new_file(str(tmp_path / "other"), recoverykey.new())
+    with pytest.raises(Refused, match="not the recovery key"):
+        members.recovery_key(host.state, host.persistence, str(tmp_path / "other"), escrow)
+    assert not Path(escrow.file).exists()
+    members.recovery_key(host.state, host.persistence, str(tmp_path / "key"), escrow)
+    assert decrypted(escrow.file, private) == bytes(host.recovery)
 
 
 def test_an_existing_file_is_never_overwritten(tmp_path: Path) -> None:

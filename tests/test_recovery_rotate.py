@@ -284,12 +284,14 @@ class Start:
         self._images = {image: image.read_bytes()[: 1 << 20] for image in host.disks}
         self._state = Path(host.paths.state).read_bytes()
 
-    def again(self) -> None:
+    def again(self, keep: bool = False) -> None:
+        """`keep`: the file with the key."""
         for image, content in self._images.items():
             with image.open("r+b") as file:
                 file.write(content)
         Path(self.host.paths.state).write_bytes(self._state)
-        Path(file_of(self.host)).unlink(missing_ok=True)
+        if not keep:
+            Path(file_of(self.host)).unlink(missing_ok=True)
 
 
 def step(host: Host) -> str:
@@ -360,6 +362,29 @@ def test_killed_and_the_disks_that_are_here_have_changed_meanwhile(host: Host) -
     assert recoveryops.new(host.paths, new, host.look).behind == ()
     assert outcomes(host, new) == ["ok"] * 3
     assert all((slots(image), len(host.tokens(image))) == (1, 1) for image in host.disks)
+
+
+def test_new_killed_at_every_boundary_finishes(host: Host) -> None:
+    """On a disk that was away; every second place."""
+    away = host.disks.pop()
+    rotate(host)
+    host.disks.append(away)
+    new = key_of(host)
+    start = Start(host)
+    number = 1
+    while True:
+        start.again(keep=True)
+        killed = killed_at(number, lambda: recoveryops.new(host.paths, new, host.look), WRITES)
+        assert authentic(away, host.recovery) or authentic(away, new), f"killed at {number}"
+        assert host.boot_opens()
+        recoveryops.new(host.paths, new, host.look)
+        assert (slots(away), len(host.tokens(away))) == (1, 1)
+        assert authentic(away, new)
+        assert host.state.journal is None and not host.state.recovery["behind"] and not host.state.recovery["former"]
+        if not killed:
+            break
+        number += 2
+    assert number > 8
 
 
 def test_a_disk_that_udev_shows_and_cannot_be_read_is_away(host: Host) -> None:

@@ -15,7 +15,21 @@ import pytest
 from flowfixture import HOST, Host
 from test_recovery_rotate import change_flags
 
-from unlock import ask, cli, devices, keyring, late, opening, policy, recoverykey, report, shell, thisboot
+from unlock import (
+    ask,
+    cli,
+    devices,
+    handout,
+    keyring,
+    late,
+    opening,
+    policy,
+    recoverykey,
+    recoveryops,
+    report,
+    shell,
+    thisboot,
+)
 from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.paths import Paths
 from unlock.secret import Secret
@@ -165,10 +179,10 @@ def test_help_in_the_booted_system_names_every_command(capsys: pytest.CaptureFix
 # Open
 
 
-def look(host: Host, image: Path, key: Secret) -> report.Report:
+def look(host: Host, image: Path, *keys: Secret) -> report.Report:
     """The disk under its recovery key, without device-mapper."""
     record = report.Report("open data")
-    groups = opening.Opening(HOST, late._by_recovery_key(key), record, "data")
+    groups = opening.Opening(HOST, late._by_recovery_key(*keys), record, "data")
     groups.saw(devices.Disk(str(image), image.name, "", "", "", 0, 0))
     groups.read_all()
     groups.wipe()
@@ -189,11 +203,36 @@ def test_open_authenticates_the_header_before_it_opens(tmp_path: Path, key_cache
     assert "data-0" in str(trouble)
 
 
+def test_a_member_that_was_away_at_a_rotation_opens_beside_the_others_when_both_keys_are_given(
+    tmp_path: Path, key_cache: None
+) -> None:
+    host = Host(tmp_path, 2)
+    recoveryops.test(host.paths, host.recovery, host.look)
+    away = host.disks.pop()
+    recoveryops.rotate(host.paths, handout.Keep(str(tmp_path / "new")), host.look)
+    new = handout.given(str(tmp_path / "new"))
+    outcome = {
+        (image.name, len(keys)): look(host, image, *keys).disks[str(image)]["outcome"]
+        for image in (*host.disks, away)
+        for keys in ((new,), (new, host.recovery), (host.recovery, new, recoverykey.new()))
+    }
+    assert outcome == {
+        ("data-0", 1): "waiting",
+        ("data-0", 2): "waiting",
+        ("data-0", 3): "waiting",
+        ("data-1", 1): "no-key",
+        ("data-1", 2): "waiting",
+        ("data-1", 3): "waiting",
+    }
+    change_flags(away)
+    assert look(host, away, new, host.recovery).disks[str(away)]["outcome"] == "tampered"
+
+
 def test_open_says_at_once_what_is_missing(tmp_path: Path, key_cache: None) -> None:
     host = Host(tmp_path, 1)
-    for key in (None, host.recovery):
+    for keys in ((), (host.recovery,)):
         with pytest.raises(UnlockError, match=r"data-0 .* is missing"):
-            late.open_group(host.paths, "data", key)
+            late.open_group(host.paths, "data", *keys)
     with pytest.raises(Usage, match="no group other"):
         late.open_group(host.paths, "other")
     keyring.flush()

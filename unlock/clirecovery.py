@@ -24,7 +24,7 @@ def add(words: "Words", top: argparse.ArgumentParser) -> None:
     opened.set_defaults(run=_open)
     opened.add_argument("group", nargs="*", help="default: every group")
     opened.add_argument("--recovery", action="store_true", help="by the recovery key, not from the key cache")
-    opened.add_argument("--recovery-key-file", default="", metavar="FILE", help=_GIVEN)
+    opened.add_argument("--recovery-key-file", action="append", default=[], metavar="FILE", help=_GIVEN)
 
     verbs = words.add_parser("recovery", help="the key that opens every disk, on any machine").add_subparsers(
         metavar="VERB", required=True
@@ -126,20 +126,18 @@ def _open(paths: Paths, options: argparse.Namespace) -> int:
     names = options.group or sorted(State.load(paths).groups)
     if options.recovery_key_file and not options.recovery:
         raise Usage("--recovery-key-file goes with --recovery", "unlock open --recovery --recovery-key-file FILE")
-    recovery = None
-    if options.recovery:
-        text = ask.from_file(options.recovery_key_file) if options.recovery_key_file else None
-        text = text or ask.credential(handout.CREDENTIAL) or ask.anyone("recovery key", handout.FLAG)
-        with text:
-            recovery = recoverykey.parse(text)
+    keys = [handout.given(file) for file in options.recovery_key_file]
+    if options.recovery and not keys:
+        with ask.credential(handout.CREDENTIAL) or ask.anyone("recovery key", handout.FLAG) as text:
+            keys = [recoverykey.parse(text)]
     status = 0
     for name in names:
         try:
-            late.open_group(paths, name, recovery)
+            late.open_group(paths, name, *keys)
             print(f"group {name}: open")
         except UnlockError as error:
             log.error(str(error), error.hint)
             status = max(status, error.status)
-    if recovery:
-        recovery.wipe()
+    for each in keys:
+        each.wipe()
     return status

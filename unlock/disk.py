@@ -95,9 +95,22 @@ def recovery_keyslot(container: luks.Container, recovery: Secret) -> tuple[int, 
     raise trouble
 
 
-def by_checked_recovery_key(container: luks.Container, each: token.Token, recovery: Secret) -> Secret:
-    """The DEK by the recovery key, its header's MAC checked first. Raises Tampered, and NotOurs when the key is another
-    one: the header may be good then."""
+def by_checked_recovery_key(container: luks.Container, each: token.Token, *recovery: Secret) -> Secret:
+    """The DEK by one of these recovery keys, its header's MAC checked first. Raises Tampered, and NotOurs when none of
+    them is this disk's: the header may be good then."""
+    trouble: UnlockError | None = None
+    for key in recovery:
+        try:
+            return _by_checked(container, each, key)
+        except NotOurs as error:
+            trouble = trouble or error
+        except UnlockError as error:
+            trouble = trouble if isinstance(trouble, Tampered) else error
+    assert trouble
+    raise trouble
+
+
+def _by_checked(container: luks.Container, each: token.Token, recovery: Secret) -> Secret:
     try:
         with mac_key(recovery, each.host) as key:
             check_recovery(container, each, key)

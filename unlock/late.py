@@ -78,10 +78,10 @@ def _opened_by_hand(paths: Paths, name: str) -> bool:
     return True
 
 
-def open_group(paths: Paths, name: str, recovery: Secret | None = None) -> None:
+def open_group(paths: Paths, name: str, *recovery: Secret) -> None:
     """Opens and mounts a group whose disks are all here, at once; one that is open already is mounted.
 
-    With `recovery`, headers are authenticated by the recovery key, and no other key is needed. Raises Usage, NoKey,
+    With recovery keys, headers are authenticated by them, and no other key is needed. Raises Usage, NoKey,
     Tampered, NotOurs for a wrong key, UnlockError with what is missing.
     """
     state = State.load(paths)
@@ -89,7 +89,7 @@ def open_group(paths: Paths, name: str, recovery: Secret | None = None) -> None:
         raise Usage(f"there is no group {name}", "unlock status")
     if not _opened_by_hand(paths, name):
         record = report.Report(f"open {name}")
-        unwrap = _by_recovery_key(recovery) if recovery else unwrapper(paths, name, record, report.now())
+        unwrap = _by_recovery_key(*recovery) if recovery else unwrapper(paths, name, record, report.now())
         monitor = devices.Monitor()
         opening.open_present(opening.Opening(state.host, unwrap, record, name), monitor)
         thisboot.write_report(paths, record, f"open-{name}.json")
@@ -102,8 +102,8 @@ def open_group(paths: Paths, name: str, recovery: Secret | None = None) -> None:
         units.start(name, settings.mount if settings else "")
 
 
-def _by_recovery_key(recovery: Secret) -> opening.Unwrap:
-    return lambda container, token: disk.by_checked_recovery_key(container, token, recovery)
+def _by_recovery_key(*recovery: Secret) -> opening.Unwrap:
+    return lambda container, token: disk.by_checked_recovery_key(container, token, *recovery)
 
 
 def _trouble(paths: Paths, record: report.Report, name: str) -> UnlockError:
@@ -113,6 +113,7 @@ def _trouble(paths: Paths, record: report.Report, name: str) -> UnlockError:
     if "tampered" in outcomes:
         return Tampered(message, hint)
     if "no-key" in outcomes:
+        hint = "give the key before it as well: --recovery-key-file twice" if "waiting" in outcomes else hint
         return NotOurs(message, hint, "no-key")
     return UnlockError(message, hint, "group-incomplete")
 

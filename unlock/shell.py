@@ -16,11 +16,12 @@ from . import ask, devices, disk, explain, luks, measured, recovery, recoverykey
 from .errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from .paths import Paths
 from .protect import protect
+from .secret import Secret
 
-LINES, COLUMNS = 24, 80
-"""Of the smallest console."""
+COLUMNS = 80
+"""Of the smallest console, which has 24 lines."""
 _TROUBLES = 6
-"""Lines of them at one prompt."""
+"""Lines of them at one prompt; all of it is 20 lines at most."""
 _TELLING = frozenset(("crashed", "trouble", "not-capped", "root-not-authenticated"))
 """Events of a report that are errors."""
 
@@ -57,16 +58,23 @@ def _open(paths: Paths, options: list[str]) -> int:
     if options and not file:
         raise Usage("every group is opened here", "unlock open --recovery [--recovery-key-file FILE]")
     protect()
-    with ask.from_file(file) if file else ask.anyone("recovery key", "--recovery-key-file") as typed:
-        key = recoverykey.parse(typed)
-    with key:
-        found = recovery.open_all(paths, key)
-    if any(each["outcome"] == "tampered" for each in found["disks"]):
-        raise Tampered("a header is not the one that this host wrote: that disk stays closed", "unlock status")
-    if not any(each["outcome"] == "open" for each in found["groups"]):
-        raise NotOurs("this recovery key opens no disk here", "unlock status", "no-key")
-    print('open; "exit" goes on booting')
-    return 0
+    keys: list[Secret] = []
+    try:
+        while True:
+            with ask.from_file(file) if file else ask.anyone("recovery key", "--recovery-key-file") as typed:
+                keys.append(recoverykey.parse(typed))
+            found = recovery.open_all(paths, *keys)
+            if any(each["outcome"] == "tampered" for each in found["disks"]):
+                raise Tampered("a header is not the one that this host wrote: that disk stays closed", "unlock status")
+            if any(each["outcome"] == "open" for each in found["groups"]):
+                print('open; "exit" goes on booting')
+                return 0
+            if file or not recovery.waits(found):
+                raise NotOurs("this recovery key opens no group here", "unlock status", "no-key")
+            print(recovery.ANOTHER)
+    finally:
+        for key in keys:
+            key.wipe()
 
 
 # Status
@@ -119,7 +127,7 @@ def screen(paths: Paths) -> int:
 
 
 def screen_lines(paths: Paths) -> list[str]:
-    """At most LINES of COLUMNS. What was told is remembered, so that the next prompt tells what is new."""
+    """At most 20 lines of COLUMNS. What was told is remembered, so that the next prompt tells what is new."""
     early = thisboot.early(paths)
     shown = thisboot.read_json(paths, "shown.json").get("troubles")
     troubles = _troubles(early)
@@ -132,7 +140,7 @@ def screen_lines(paths: Paths) -> list[str]:
         new = [each for each in troubles if each not in shown]
         lines = _listed("new", new) or ["new       nothing since the last prompt"]
     ends = ["", *HELP.splitlines()]
-    return [measured.printable_line(line, COLUMNS) for line in [*lines[: LINES - len(ends)], *ends]]
+    return [measured.printable_line(line, COLUMNS) for line in [*lines, *ends]]
 
 
 def _what(early: dict[str, Any] | None) -> list[str]:
