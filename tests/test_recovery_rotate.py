@@ -12,7 +12,7 @@ from killing import killed_at
 from test_escrow import decrypted, organisation
 
 from unlock import disk, handout, keyring, luks, present, recoverykey, recoveryops, rekey, sync
-from unlock.errors import NotOurs, Refused, Tampered, UnlockError
+from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.escrow import Escrow
 from unlock.secret import Secret
 
@@ -216,6 +216,30 @@ def test_a_changed_header_is_never_blessed(host: Host) -> None:
         with pytest.raises(Tampered):
             change()
         assert not authentic(host.disks[1], host.recovery)
+        assert host.state.journal is None, "other work may go on"
+    assert [authentic(image, host.recovery) for image in host.disks] == [True, False, True]
+
+
+def test_who_finishes_a_rotation_is_not_told_that_its_key_is_where_it_is_not(host: Host) -> None:
+    number = 1
+    while host.state.journal is None:
+        number += 1
+        assert killed_at(number, lambda: rotate(host), WRITES)
+    with pytest.raises(Usage, match="not in"):
+        rotate(host, "other")
+    assert not Path(file_of(host, "other")).exists()
+    certificate, _ = organisation(host.folder)
+    with pytest.raises(Usage, match="did not go to"):
+        recoveryops.rotate(host.paths, handout.Keep(escrow=Escrow(certificate, file_of(host, "e"))), host.look)
+    recoveryops.rotate(host.paths, handout.Keep(), host.look)
+    assert outcomes(host, key_of(host)) == ["ok"] * 3
+
+
+def test_without_a_disk_nothing_is_rotated(host: Host) -> None:
+    host.disks.clear()
+    with pytest.raises(Refused, match="no disk"):
+        rotate(host)
+    assert not Path(file_of(host)).exists()
 
 
 def test_a_rotation_that_one_disk_cannot_take_is_undone(host: Host) -> None:

@@ -20,7 +20,7 @@ import time
 from typing import NamedTuple
 
 from . import disk, handout, luks, present, provide, token
-from .errors import DiskFailed, Malformed, NotOurs, Refused, Tampered, UnlockError
+from .errors import DiskFailed, Malformed, NotOurs, Refused, Tampered, UnlockError, Usage
 from .groups import Group, Member
 from .paths import Paths
 from .provide import Work
@@ -142,7 +142,8 @@ def rotate(
 ) -> Changed:
     """A new recovery key for every disk of this host; the old one is not needed.
 
-    An ordinary failure is undone. After a kill the same command finishes; it needs no key then, and makes no new one.
+    A failure before every disk has it is undone; what fails later is left to `new`. After a kill the same command
+    finishes; it needs no key then, and makes no new one.
     Raises Refused, NoKey, ProviderError, DiskFailed, Usage.
     """
     with exclusive(paths), Work(paths, look, connect) as work:
@@ -150,7 +151,10 @@ def rotate(
         if not state.has_recovery_key:
             raise Refused("this host has no recovery key yet", "unlock group create", code="no-recovery-key")
         places, absent = _places(work)
+        if not places:
+            raise Refused("no disk of this host is here", "unlock status", code="missing")
         entry = state.unfinished("recovery", "rotate")
+        escrow = os.path.abspath(keep.escrow.file) if keep.escrow else ""
         if not entry:
             if state.journal:
                 state.begin("recovery", "rotate")
@@ -159,10 +163,11 @@ def rotate(
                 _check_new(work, keep.file)
             with handout.made(keep) as made:
                 wrapped = state.wrapped_recovery_key(work.persistence, made)
-            state.begin("recovery", "rotate", key=wrapped, written=False)
+            state.begin("recovery", "rotate", key=wrapped, escrow=escrow, written=False)
             entry = state.unfinished("recovery", "rotate")
             assert entry
         with state.unwrapped_recovery_key(work.persistence, entry["key"]) as recovery:
+            _check_kept(keep.file, escrow, entry["escrow"], recovery)
             if not entry["written"]:
                 _write_or_undo(work, places, recovery)
                 entry["written"] = True
@@ -193,6 +198,18 @@ def check_present(state: State, persistence: Secret, recovery: Secret) -> None:
     with disk.mac_key(recovery, state.host) as mac_key, state.mac_key(persistence) as expected:
         if mac_key != expected:
             raise Refused("this is not the recovery key of this host", "unlock recovery rotate", code="recovery-key")
+
+
+def _check_kept(file: str, escrow: str, began_with: str, recovery: Secret) -> None:
+    """Whoever finishes a rotation does not think that its key is where it is not. Raises Usage."""
+    hint = "unlock recovery rotate, without options, finishes it"
+    if escrow and escrow != began_with:
+        raise Usage(f"a rotation is under way whose key did not go to {escrow}", hint)
+    if file:
+        kept = handout.given(file) if os.path.exists(file) else Secret(b"")
+        with kept:
+            if kept != recovery:
+                raise Usage(f"a rotation is under way whose key is not in {file}", hint)
 
 
 def _check_new(work: Work, file: str) -> None:
@@ -299,7 +316,7 @@ def _note(state: State, place: Place, recovery: Secret) -> None:
 def _finish(work: Work, recovery: Secret) -> Changed:
     """All disks that are here: the key is on them, then nothing of an earlier one. One disk's trouble stops no other.
 
-    Raises that trouble at the end; the journal is still open then.
+    Raises that trouble at the end. The journal is closed then too: the state says of each disk what is left to do.
     """
     state = work.state
     trouble: UnlockError | None = None
@@ -314,10 +331,11 @@ def _finish(work: Work, recovery: Secret) -> Changed:
             done.append(each.member.name)
         except UnlockError as error:
             trouble = _of(each, error)
-    if trouble:
-        raise trouble
     state.journal = None
     state.save()
+    if trouble:
+        trouble.hint = trouble.hint or "unlock recovery new, when it is mended"
+        raise trouble
     return Changed(tuple(done), tuple(each.name for each in absent if _lags(state, each)))
 
 
