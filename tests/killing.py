@@ -16,9 +16,12 @@ from types import FrameType
 PACKAGE = str(Path(__file__).parents[1] / "unlock")
 
 
-def killed_at(number: int, work: Callable[[], object]) -> bool:
-    """Runs `work` in a child that kills itself at that event; False when it had ended before."""
-    return child(lambda: _count_down(number, work)) == -signal.SIGKILL
+def killed_at(number: int, work: Callable[[], object], only: frozenset[str] = frozenset()) -> bool:
+    """Runs `work` in a child that kills itself at that event; False when it had ended before.
+
+    `only`: functions whose calls and returns count; empty for all of ours.
+    """
+    return child(lambda: _count_down(number, work, only)) == -signal.SIGKILL
 
 
 def killed_in(call: str, number: int, work: Callable[[], object]) -> bool:
@@ -56,13 +59,13 @@ def _traced(options: list[str], work: Callable[[], object]) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _count_down(number: int, work: Callable[[], object]) -> None:
+def _count_down(number: int, work: Callable[[], object], only: frozenset[str]) -> None:
     left = number
 
     def event(frame: FrameType, kind: str, _: object) -> None:
         nonlocal left
         if kind in ("call", "return") and frame.f_code.co_filename.startswith(PACKAGE):
-            left -= 1
+            left -= not only or frame.f_code.co_name in only
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 

@@ -15,20 +15,20 @@ ROWS = [
     {"config", "token", "recoverykey", "policy", "report", "units", "tables", "plot", "eventlog", "uefi", "pe"}
     | {"providers.ttlv"},
     {"measured", "predict"},
-    {"tpm", "wrap", "devices", "luks", "keyring", "mount", "providers.tls"},
-    {"slots", "state", "disk", "thisboot", "providers", "providers.native", "providers.kmip"},
+    {"tpm", "wrap", "escrow", "devices", "luks", "keyring", "mount", "providers.tls"},
+    {"slots", "state", "disk", "thisboot", "providers", "providers.native", "providers.kmip", "handout", "bootcopy"},
     {"opening", "present", "selfhosted"},
     {"provide"},
     {"rotation"},
     {"boot", "late", "recovery", "enroll", "members", "status", "explain"}
-    | {"cache", "check", "kdk", "keymanager", "persistence", "rekey", "switch", "sync"},
-    {"cli", "clikeys", "__main__"},
+    | {"cache", "check", "kdk", "keymanager", "persistence", "recoveryops", "rekey", "switch", "sync"},
+    {"cli", "clikeys", "clirecovery", "shell", "__main__"},
 ]
 """Lowest first: a module imports from lower rows only; in the lowest row and at the top, from its own too."""
 
 DOORS = {
     "tpm2_pytss": {"tpm"},
-    "cryptography": {"wrap"},
+    "cryptography": {"wrap", "escrow"},
     "pyudev": {"devices"},
     "libcryptsetup": {"luks"},
     "kmip": {"providers.kmip"},

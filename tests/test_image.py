@@ -35,7 +35,7 @@ def test_early_boots_python_runs_in_the_unpacked_initramfs(tmp_path: Path) -> No
     assert order.index("check-resume") < order.index("local-premount/resume")
     code = (
         "import sys; sys.path.insert(0, '/usr/lib/unlock'); import unlock.__main__, unlock.boot, unlock.recovery; "
-        "import unlock.explain; "
+        "import unlock.explain, unlock.shell; "
         "from unlock import devices, luks, tpm, wrap; devices._pyudev(); luks._lib(); tpm._load(); print(*sys.modules)"
     )
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "CRYPTOGRAPHY_OPENSSL_NO_LEGACY": "1"}

@@ -12,12 +12,14 @@ def main() -> int:
     try:
         if sys.argv[1:2] == ["boot"]:
             return _boot(sys.argv[2:])
-        if sys.argv[1:] in (["explain"], ["explain", "--json"]):  # in the recovery shell there is no cli
-            from .explain import explain
+        try:
+            from .cli import cli
+        except ModuleNotFoundError as error:
+            if error.name != "unlock.cli":
+                raise
+            from .shell import shell  # the initramfs has no cli
 
-            return explain(Paths(), as_json="--json" in sys.argv)
-        from .cli import cli
-
+            return shell(Paths(), sys.argv[1:])
         return cli(sys.argv[1:])
     except UnlockError as error:
         log.error(str(error), error.hint)
@@ -42,6 +44,10 @@ def _boot(argv: list[str]) -> int:
         from .recovery import prompt
 
         return prompt(paths)
+    if argv == ["screen"]:
+        from .shell import screen
+
+        return screen(paths)
     if argv == ["drop"]:
         from .boot import drop
 
@@ -62,7 +68,7 @@ def _boot(argv: list[str]) -> int:
         from .late import gate
 
         return gate(paths, argv[1])
-    raise Usage("usage: unlock boot agent | prompt | secure | drop | heal | baseline | gate GROUP")
+    raise Usage("usage: unlock boot agent | prompt | screen | secure | drop | heal | baseline | gate GROUP")
 
 
 if __name__ == "__main__":

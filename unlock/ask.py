@@ -10,6 +10,10 @@ _MAX = 4096
 _ASKPASS = "/lib/cryptsetup/askpass"
 """cryptsetup's: it speaks with Plymouth, systemd and the plain console. Debian ships it for its initramfs."""
 
+_AGENTS = ("systemd-ask-password", "--no-tty", "--id=unlock:recovery-key", "--timeout=90")
+_INITRAMFS = "/scripts/unlock-functions"
+"""Is there in an initramfs alone."""
+
 
 def from_file(path: str) -> Secret:
     """The content without its last newline. Raises Usage."""
@@ -59,6 +63,19 @@ def terminal(prompt: str, flag: str) -> Secret:
     return Secret(typed.removesuffix(b"\n"))
 
 
+def anyone(prompt: str, flag: str) -> Secret:
+    """At the terminal; where there is none, by what asks for the system: systemd's agents (Plymouth, the console, a
+    logged-in administrator), or the askpass of an initramfs. Raises Usage that names `flag`."""
+    try:
+        return terminal(prompt, flag)
+    except Usage:
+        if os.path.exists("/run/systemd/system"):
+            return _ask([*_AGENTS, f"unlock: {prompt}:"])
+        if os.path.exists(_INITRAMFS):
+            return askpass(f"unlock: {prompt}: ")
+        raise
+
+
 def show(text: bytes) -> bool:
     """Writes to the terminal alone, never to a redirected standard output. False when there is none."""
     try:
@@ -72,10 +89,15 @@ def show(text: bytes) -> bool:
 
 def askpass(prompt: str) -> Secret:
     """Asks in the initramfs. Raises Usage when nothing can ask there."""
+    return _ask([_ASKPASS, prompt])
+
+
+def _ask(command: list[str]) -> Secret:
+    """What a program gets from a person. Raises Usage."""
     import subprocess
 
     try:
-        done = subprocess.run([_ASKPASS, prompt], stdout=subprocess.PIPE, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         raise Usage("nothing can ask for a key here") from error
     return Secret(done.stdout.removesuffix(b"\n"))

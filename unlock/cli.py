@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 
-from . import __version__, ask, clikeys, log
+from . import __version__, ask, clikeys, clirecovery, log
 from .errors import Refused, Usage
 from .paths import Paths
 from .protect import protect
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     create.add_argument(
         "--erase", nargs="+", action="extend", default=[], metavar="DEV", help="a disk whose data may go"
     )
-    _recovery(create)
+    clirecovery.add_keep(create)
 
     disk = words.add_parser("disk", help="single disks").add_subparsers(metavar="VERB", required=True)
     adopt = disk.add_parser("adopt", help="take in an existing LUKS2 disk, data untouched", allow_abbrev=False)
@@ -88,18 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     adopt.add_argument("--group", required=True, metavar="G")
     adopt.add_argument("--name", default="", help="mapping name (default: the one it has)")
     adopt.add_argument("--passphrase-file", metavar="FILE", help="else credential unlock.passphrase, else asked")
-    _recovery(adopt)
+    clirecovery.add_keep(adopt)
     clikeys.add(words)
+    clirecovery.add(words, top)
     return top
-
-
-def _recovery(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--recovery-key-file",
-        default="",
-        metavar="FILE",
-        help="read if it exists, else written; without it, asked or shown",
-    )
 
 
 def _pcrs(text: str) -> tuple[int, ...]:
@@ -185,6 +177,7 @@ def _group_create(paths: Paths, options: argparse.Namespace) -> int:
             frozenset(options.erase),
             options.recovery_key_file,
             options.policy,
+            clirecovery.escrow(options),
         ),
     )
     log.note(f"group {group.name}: {len(group.members)} disk(s) at {options.mount}")
@@ -197,6 +190,14 @@ def _disk_adopt(paths: Paths, options: argparse.Namespace) -> int:
     with clikeys.secret(
         options.passphrase_file, "unlock.passphrase", f"passphrase of {options.device}", "--passphrase-file"
     ) as passphrase:
-        group = disk_adopt(paths, options.device, options.group, passphrase, options.recovery_key_file, options.name)
+        group = disk_adopt(
+            paths,
+            options.device,
+            options.group,
+            passphrase,
+            options.recovery_key_file,
+            options.name,
+            clirecovery.escrow(options),
+        )
     log.note(f"{options.device} is in group {group.name}; its data, keyslots and name are untouched")
     return 0

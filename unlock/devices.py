@@ -19,6 +19,8 @@ TAG = "unlock"
 """What our udev rule puts on every LUKS2 disk."""
 BUFFER = 16 << 20
 """Bytes for udev's events: some 10,000 of them while the agent is busy."""
+_EFI_PARTITION = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
+"""UEFI Specification 2.10, table 5.8."""
 _DEEP = 32
 """More layers than any storage stack has."""
 
@@ -204,6 +206,17 @@ def opened_by(mountpoint: str, names: set[str], root: str = "/") -> bool:
 def is_encrypted(number: str, root: str = "/") -> bool:
     """Whether each way down from MAJOR:MINOR to a disk passes a dm-crypt mapping, whoever opened it."""
     return _crypted(_folder(number, root), _DEEP)
+
+
+def type_of_mount(mountpoint: str, root: str = "/") -> str:
+    """Type of the file system that is mounted there, '' if none is."""
+    return next((kind for _, where, _, kind in reversed(list(_mounts(root))) if where == mountpoint), "")
+
+
+def efi_partitions() -> list[str]:
+    """Nodes of the EFI system partitions, on disks with a GPT."""
+    found = _pyudev().Context().list_devices(subsystem="block", ID_PART_ENTRY_TYPE=_EFI_PARTITION)
+    return [each.device_node for each in found if each.device_node]
 
 
 def names_below(mountpoint: str, root: str = "/") -> set[str]:

@@ -79,15 +79,45 @@ def check_recovery(container: luks.Container, each: token.Token, mac_key: Secret
 def by_recovery_key(container: luks.Container, recovery: Secret) -> Secret:
     """The DEK from the recovery key's own keyslot. Raises NotOurs when there is none, DiskFailed when one cannot be
     read and no other takes the key."""
+    return recovery_keyslot(container, recovery)[1]
+
+
+def recovery_keyslot(container: luks.Container, recovery: Secret) -> tuple[int, Secret]:
+    """The number of that keyslot, and the DEK. Raises the same."""
     trouble: UnlockError = NotOurs(f"{container.device}: no keyslot takes the recovery key", code="no-key")
     for slot in container.cheap_keyslots():
         try:
-            return container.volume_key(recovery, slot)
+            return slot, container.volume_key(recovery, slot)
         except NotOurs:
             continue
         except DiskFailed as error:
             trouble = error
     raise trouble
+
+
+def by_checked_recovery_key(container: luks.Container, each: token.Token, *recovery: Secret) -> Secret:
+    """The DEK by one of these recovery keys, its header's MAC checked first. Raises Tampered, and NotOurs when none of
+    them is this disk's: the header may be good then."""
+    trouble: UnlockError | None = None
+    for key in recovery:
+        try:
+            return _by_checked(container, each, key)
+        except NotOurs as error:
+            trouble = trouble or error
+        except UnlockError as error:
+            trouble = trouble if isinstance(trouble, Tampered) else error
+    assert trouble
+    raise trouble
+
+
+def _by_checked(container: luks.Container, each: token.Token, recovery: Secret) -> Secret:
+    try:
+        with mac_key(recovery, each.host) as key:
+            check_recovery(container, each, key)
+    except Tampered:
+        by_recovery_key(container, recovery).wipe()
+        raise
+    return by_recovery_key(container, recovery)
 
 
 def mac_key(recovery: Secret, host: str) -> Secret:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from . import eventlog, log, measured, policy, report, thisboot
+from . import bootcopy, eventlog, log, measured, policy, report, thisboot
 from .errors import CommandFailed, Malformed, Refused, UnlockError
 from .eventlog import Event, Log
 from .measured import CAUSES, Baseline, Chip, Difference, Item
@@ -30,6 +30,9 @@ Other architectures do not tell; there the cap PCR does.
 """
 _NEW_ROOT = "root"
 """Where initramfs-tools mounts the root file system, with the baseline in it."""
+_INITRAMFS = "/scripts/unlock-functions"
+"""Is there in an initramfs alone."""
+COPIED = "by the copy on the EFI partition, which anyone could have edited"
 _IMA = 10
 """The PCR of the kernel's IMA, which keeps a log of its own."""
 _SHOWN = 160
@@ -123,6 +126,8 @@ class World(NamedTuple):
     kexec: bool
     kernel: str
     cmdline: str
+    copied: bool = False
+    """Whether the baseline is the copy that anybody could have edited."""
 
 
 class Cause(NamedTuple):
@@ -146,6 +151,8 @@ class Explanation(NamedTuple):
     """What could not be found out, and what else is worth knowing."""
     pcrs: Mapping[int, str]
     """For each PCR of the policy: same, changed, unexplained, or unknown."""
+    copied: bool = False
+    """Whether this is by the copy of the baseline that anybody could have edited."""
 
 
 # Judging ----------------------------------------------------------------------------------------------------
@@ -169,7 +176,9 @@ def judge(world: World) -> Explanation:
         causes = [_broken(world)]
     elif verdict != "unsealed":
         causes, pcrs = _mismatch(world, notes)
-    return Explanation(verdict, _summary(verdict, causes, pcrs), tuple(causes), tuple(notes), pcrs)
+    copied = world.copied and verdict not in ("unsealed", "handed-over")
+    summary = _summary(verdict, causes, pcrs) + (f" ({COPIED})" if copied else "")
+    return Explanation(verdict, summary, tuple(causes), tuple(notes), pcrs, copied)
 
 
 def _summary(verdict: str, causes: Sequence[Cause], pcrs: Mapping[int, str]) -> str:
@@ -341,6 +350,7 @@ def gather(paths: Paths, tcti: str = "device:/dev/tpmrm0") -> World:
     record, live, tpm_problem, chip, lockout = _ask_tpm(tcti)
     found, problem = _event_log(paths)
     baseline, baseline_problem = _baseline(paths)
+    copy = _copied(paths) if not baseline and os.path.exists(_INITRAMFS) else None
     return World(
         thisboot.early(paths),
         record,
@@ -349,13 +359,14 @@ def gather(paths: Paths, tcti: str = "device:/dev/tpmrm0") -> World:
         found,
         problem,
         eventlog.parse_systemd(_read(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG)),
-        baseline,
+        baseline or copy,
         baseline_problem,
         chip,
         lockout,
         _started_by_kexec(_read(paths.bootloader, 16)),
         measured.printable(os.uname().release, 256),
         measured.printable(_read(paths.cmdline, measured.TEXT_MAX).decode("utf-8", "replace"), measured.TEXT_MAX),
+        copy is not None,
     )
 
 
@@ -425,6 +436,16 @@ def _baseline(paths: Paths) -> tuple[Baseline | None, str]:
     return None, "there is no record of a good boot here: what was measured then cannot be told"
 
 
+def _copied(paths: Paths) -> Baseline | None:
+    """The first copy on an EFI partition that can be read."""
+    for data in bootcopy.read(paths):
+        try:
+            return Baseline.decode(data)
+        except Malformed:
+            continue
+    return None
+
+
 def _read(path: str, limit: int) -> bytes:
     """At most `limit` bytes; b"" when the file cannot be read."""
     try:
@@ -457,6 +478,10 @@ def keep_baseline(paths: Paths, tcti: str = "device:/dev/tpmrm0") -> Baseline | 
     data = baseline.encode()
     if _read(paths.baseline, measured.BASELINE_MAX) != data:
         write_atomically(paths.baseline, data)
+    try:
+        bootcopy.write(paths, data)
+    except OSError as error:
+        log.note(f"no copy for the recovery shell: {error}")
     return baseline
 
 
@@ -496,6 +521,7 @@ def fields(found: Explanation) -> dict[str, Any]:
         "summary": found.summary,
         "causes": [each._asdict() for each in found.causes],
         "notes": list(found.notes),
+        "copied": found.copied,
         "pcrs": {str(pcr): status for pcr, status in found.pcrs.items()},
     }
 

@@ -2,6 +2,7 @@
 """The real root: the gate of each group, and healing when a disk comes late. Fed from the key cache.
 
 gate(G)   what unlock-group@G runs: done when the group is open, failed at its deadline
+open_group(G)   `unlock open`: at once, with what is here, from the key cache or by the recovery key
 heal()    what udev starts for a new disk, or a sync for a new key, while a gate has failed
 
 Keys come from the cache. The provider is asked for two kinds of groups alone: those whose KEK only it keeps, and, if
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 from . import config, devices, disk, keyring, log, luks, opening, present, provide, report, thisboot, units
-from .errors import ClockWrong, CommandFailed, NoKey, ProviderUnavailable, UnlockError
+from .errors import ClockWrong, CommandFailed, NoKey, NotOurs, ProviderUnavailable, Tampered, UnlockError, Usage
 from .groups import Group
 from .paths import Paths, write_atomically
 from .protect import protect
@@ -75,6 +76,46 @@ def _opened_by_hand(paths: Paths, name: str) -> bool:
     thisboot.mark_open(paths, name, [each.name for each in group.members])
     thisboot.unmark(paths, "failed-groups", name)
     return True
+
+
+def open_group(paths: Paths, name: str, *recovery: Secret) -> None:
+    """Opens and mounts a group whose disks are all here, at once; one that is open already is mounted.
+
+    With recovery keys, headers are authenticated by them, and no other key is needed. Raises Usage, NoKey,
+    Tampered, NotOurs for a wrong key, UnlockError with what is missing.
+    """
+    state = State.load(paths)
+    if name not in state.groups:
+        raise Usage(f"there is no group {name}", "unlock status")
+    if not _opened_by_hand(paths, name):
+        record = report.Report(f"open {name}")
+        unwrap = _by_recovery_key(*recovery) if recovery else unwrapper(paths, name, record, report.now())
+        monitor = devices.Monitor()
+        opening.open_present(opening.Opening(state.host, unwrap, record, name), monitor)
+        thisboot.write_report(paths, record, f"open-{name}.json")
+        if not _is_open(record, name):
+            raise _trouble(paths, record, name)
+        thisboot.mark_open(paths, name, record.groups[name]["mappings"])
+        thisboot.unmark(paths, "failed-groups", name)
+    settings = config.load(paths.config).groups.get(name)
+    if units.running() and paths.root == "/":
+        units.start(name, settings.mount if settings else "")
+
+
+def _by_recovery_key(*recovery: Secret) -> opening.Unwrap:
+    return lambda container, token: disk.by_checked_recovery_key(container, token, *recovery)
+
+
+def _trouble(paths: Paths, record: report.Report, name: str) -> UnlockError:
+    """The worst of what its disks say."""
+    message, hint = _why(paths, record, name)
+    outcomes = {each["outcome"] for each in record.disks.values()}
+    if "tampered" in outcomes:
+        return Tampered(message, hint)
+    if "no-key" in outcomes:
+        hint = "give the key before it as well: --recovery-key-file twice" if "waiting" in outcomes else hint
+        return NotOurs(message, hint, "no-key")
+    return UnlockError(message, hint, "group-incomplete")
 
 
 def heal(paths: Paths) -> int:

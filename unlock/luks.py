@@ -176,6 +176,13 @@ class Container:
         """Numbers of the keyslots in use. Raises Malformed."""
         return [number for number, _ in _numbered(self.metadata, "keyslots", self.device)]
 
+    def salt(self, slot: int) -> str:
+        """The salt of a keyslot's PBKDF, as in the header: random, so no other keyslot has it. Raises Malformed."""
+        for number, fields in _numbered(self.metadata, "keyslots", self.device):
+            if number == slot:
+                return str(fields["kdf"]["salt"])
+        raise Malformed(f"{self.device} has no keyslot {slot}")
+
     def cheap_keyslots(self) -> list[int]:
         """Keyslots that cost next to nothing to try: what `add_keyslot` makes, for the key of the data alone.
 

@@ -86,6 +86,11 @@ def printable(text: str, limit: int) -> str:
     return "".join(each if each.isprintable() else "?" for each in line)[:limit].rstrip()
 
 
+def printable_line(text: str, limit: int) -> str:
+    """The same, its blanks as they are."""
+    return "".join(each if each.isprintable() else "?" for each in text[:limit]).rstrip()
+
+
 def _describe(event: Event) -> tuple[str, str]:
     kind, pcr = event.kind, event.pcr
     if kind == eventlog.SYSTEMD:

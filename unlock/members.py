@@ -8,8 +8,10 @@ import os
 import uuid as uuids
 from typing import Any, NamedTuple
 
-from . import ask, config, devices, disk, log, luks, provide, recoverykey, tables, thisboot, token, units
+from . import config, devices, disk, handout, luks, provide, tables, thisboot, token, units
 from .errors import NotOurs, Refused, UnlockError, Usage
+from .escrow import Escrow
+from .escrow import write as put_in_escrow
 from .groups import Group, Member, check_name, mapping_names
 from .paths import Paths
 from .run import run
@@ -31,6 +33,7 @@ class NewGroup(NamedTuple):
     """Read if it exists, else written; '' asks at the terminal."""
     policy: str = "persistent"
     """`provider`: the KEK is never kept on this host."""
+    escrow: Escrow | None = None
 
 
 def group_create(paths: Paths, wanted: NewGroup) -> Group:
@@ -66,7 +69,7 @@ def _create(work: provide.Work, wanted: NewGroup, nodes: list[str], unfinished: 
             f"group {wanted.name} was begun with {len(before)} disks", "name the same disks", code="unfinished"
         )
     _check_disks(nodes, wanted, before)
-    with recovery_key(state, persistence, wanted.recovery_file) as recovery:
+    with recovery_key(state, persistence, wanted.recovery_file, wanted.escrow) as recovery:
         if not before:
             names = mapping_names(wanted.name, len(nodes), _names(state).union(devices.mappings()))
             before = [
@@ -80,7 +83,7 @@ def _create(work: provide.Work, wanted: NewGroup, nodes: list[str], unfinished: 
             _make_file_system(group, wanted)
             with _keys(work, kek, recovery) as keys:
                 for member, node in zip(group.members, nodes, strict=True):
-                    with luks.Container(node) as container, disk.by_recovery_key(container, recovery) as dek:
+                    with luks.Container(node) as container, _dek(state, container, recovery) as dek:
                         each = disk.make_token(container, state.host, group, member, dek, keys.keys)
                         disk.write_token(node, each, dek, keys.keys)
         except UnlockError:
@@ -94,7 +97,13 @@ def _create(work: provide.Work, wanted: NewGroup, nodes: list[str], unfinished: 
 
 
 def disk_adopt(
-    paths: Paths, device: str, group_name: str, passphrase: Secret, recovery_file: str, name: str = ""
+    paths: Paths,
+    device: str,
+    group_name: str,
+    passphrase: Secret,
+    recovery_file: str,
+    name: str = "",
+    escrow: Escrow | None = None,
 ) -> Group:
     """Takes in an existing LUKS2 disk. Its data, keyslots and mapping name stay; a recovery keyslot and a token
     are added. On a member it mends what is missing.
@@ -125,7 +134,7 @@ def disk_adopt(
             )
         _check_policy(work, group, member)
         others = {each.uuid: _device_of(each) for each in group.members if each.uuid != uuid}
-        with dek, recovery_key(state, persistence, recovery_file) as recovery:
+        with dek, recovery_key(state, persistence, recovery_file, escrow) as recovery:
             state.begin("disk adopt", f"/dev/disk/by-uuid/{uuid} --group {group_name}", manifest=group.manifest)
             try:
                 with luks.Container(node) as container:
@@ -179,7 +188,7 @@ def _write_member_list(work: provide.Work, group: Group, kek: Secret, nodes: dic
         for member in group.members:
             node = nodes[member.uuid]
             with luks.Container(node) as container:
-                dek = disk.by_recovery_key(container, recovery)
+                dek = _dek(state, container, recovery)
                 each = disk.make_token(container, state.host, group, member, dek, keys.keys)
             disk.write_token(node, each, dek, keys.keys)
             written.append((node, each, dek))
@@ -201,48 +210,25 @@ def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, 
     return name
 
 
-def recovery_key(state: State, persistence: Secret, file: str) -> Secret:
+def recovery_key(state: State, persistence: Secret, file: str, escrow: Escrow | None = None) -> Secret:
     """This host's recovery key: made the first time, asked for later.
 
-    A named file is read if it exists and written if not. At a terminal a new key is shown and typed back.
-    Raises Usage for a typo, Refused for a key of another host.
+    A named file is read if it exists and written if not. At a terminal a new key is shown and typed back, unless it
+    goes into escrow alone. Raises Usage for a typo, Refused for a key of another host.
     """
-    if file and os.path.exists(file):
-        with ask.from_file(file) as text:
-            recovery = recoverykey.parse(text)
-    elif state.has_recovery_key:
-        with ask.terminal("recovery key of this host", "--recovery-key-file") as typed:
-            recovery = recoverykey.parse(typed)
-    elif file:
-        recovery = recoverykey.new()
-        recoverykey.write_new_file(file, recovery)
-    else:
-        recovery = _show_and_type_back()
-    with disk.mac_key(recovery, state.host) as mac_key:
-        if not state.has_recovery_key:
+    if not state.has_recovery_key:
+        recovery = handout.made(handout.Keep(file, escrow))
+        with disk.mac_key(recovery, state.host) as mac_key:
             state.set_mac_key(persistence, mac_key)
-            state.save()
-        else:
-            with state.mac_key(persistence) as expected:
-                if mac_key != expected:
-                    raise Refused("this is not the recovery key of this host", "unlock status", code="recovery-key")
+        state.save()
+        return recovery
+    recovery = handout.given(file if os.path.exists(file) else "")
+    with disk.mac_key(recovery, state.host) as mac_key, state.mac_key(persistence) as expected:
+        if mac_key != expected:
+            raise Refused("this is not the recovery key of this host", "unlock status", code="recovery-key")
+    if escrow:
+        put_in_escrow(escrow, recovery)
     return recovery
-
-
-def _show_and_type_back() -> Secret:
-    recovery = recoverykey.new()
-    shown = b"\nRecovery key of this host. It opens every disk, on any machine. Keep it off this host:\n\n    "
-    if not ask.show(shown + bytes(recovery) + b"\n\n"):
-        raise Usage("there is no terminal to show the recovery key on", "--recovery-key-file FILE")
-    for _ in range(5):
-        with ask.terminal("type it back", "--recovery-key-file") as typed:
-            try:
-                if recoverykey.parse(typed) == recovery:
-                    return recovery
-                log.note("that is another key")
-            except Usage as error:
-                log.note(str(error))
-    raise Refused("the recovery key was not typed back; nothing was changed", code="recovery-key")
 
 
 class _Keys:
@@ -278,6 +264,16 @@ def _add_recovery_keyslot(container: luks.Container, dek: Secret, recovery: Secr
         disk.by_recovery_key(container, recovery).wipe()
     except NotOurs:
         container.add_keyslot(dek, recovery)
+
+
+def _dek(state: State, container: luks.Container, recovery: Secret) -> Secret:
+    """The volume key by the recovery key, whose keyslot the state remembers. Raises NotOurs, DiskFailed."""
+    try:
+        slot, dek = disk.recovery_keyslot(container, recovery)
+    except NotOurs as error:
+        raise NotOurs(str(error), "unlock recovery new", "no-key") from error
+    state.recovery["keyslots"][container.uuid] = container.salt(slot)
+    return dek
 
 
 def _names(state: State) -> set[str]:

@@ -449,6 +449,17 @@ def turn(groups: Opening, monitor: Monitor, look: bool) -> bool:
     return settled and not groups.busy()
 
 
+def open_present(groups: Opening, monitor: Monitor) -> None:
+    """Opens what can be opened of the disks that are here now; waits for no other. Their keys are forgotten then."""
+    done = turn(groups, monitor, look=True)
+    end = now() + ACTIVATION_TIMEOUT
+    while not done and now() < end:
+        wait([monitor.fileno(), *groups.pipes()], 0.05)
+        done = turn(groups, monitor, look=False)
+    groups.stop(ACTIVATION_TIMEOUT)
+    groups.wipe()
+
+
 def wait(fds: list[int], seconds: float) -> None:
     """Until one of `fds` is readable, or `seconds` have passed."""
     poll = select.poll()

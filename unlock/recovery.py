@@ -10,6 +10,7 @@ from .protect import protect
 from .secret import Secret
 
 TRIES = 5
+ANOTHER = "a member is missing, or takes an earlier recovery key: type that too"
 
 
 def prompt(paths: Paths) -> int:
@@ -24,54 +25,51 @@ def prompt(paths: Paths) -> int:
     altered = _altered(thisboot.early(paths))
     other = "to give up" if altered else "for the stock prompt, which does not check the disk's header"
     log.console(f"type the recovery key (8 groups of 6 digits), or Enter alone {other}")
-    for _ in range(TRIES):
-        with ask.askpass("unlock: recovery key: ") as typed:
-            if not len(typed):
+    keys: list[Secret] = []
+    try:
+        for _ in range(TRIES):
+            with ask.askpass("unlock: recovery key: ") as typed:
+                if not len(typed):
+                    break
+                try:
+                    keys.append(recoverykey.parse(typed))
+                except Usage as error:
+                    log.console(str(error))
+                    continue
+            found = open_all(paths, *keys)
+            if _altered(found):
+                altered = True
                 break
-            try:
-                with recoverykey.parse(typed) as recovery:
-                    found = open_all(paths, recovery)
-            except Usage as error:
-                log.console(str(error))
-                continue
-        if _altered(found):
-            altered = True
-            break
-        if any(each["outcome"] == "open" for each in found["groups"]):
-            return 0
-        log.console("this recovery key opens no disk here")
+            if any(each["outcome"] == "open" for each in found["groups"]):
+                return 0
+            log.console(ANOTHER if waits(found) else "this recovery key opens no disk here")
+    finally:
+        for each in keys:
+            each.wipe()
     return Tampered.status if altered else 0
+
+
+def waits(found: dict[str, Any]) -> bool:
+    """Whether a disk is authentic and its group cannot open: another member was away when the key was rotated."""
+    return any(each["outcome"] == "waiting" for each in found["disks"])
 
 
 def _altered(found: dict[str, Any] | None) -> bool:
     return found is not None and any(each["outcome"] == "tampered" for each in found["disks"])
 
 
-def open_all(paths: Paths, recovery: Secret) -> dict[str, Any]:
-    """Every group whose members this recovery key authenticates; the result is this boot's report from then on."""
+def open_all(paths: Paths, *recovery: Secret) -> dict[str, Any]:
+    """Every group whose members these recovery keys authenticate; the result is this boot's report from then on."""
 
     def unwrap(container: luks.Container, each: token.Token) -> Secret:
-        try:
-            with disk.mac_key(recovery, each.host) as mac_key:
-                disk.check_recovery(container, each, mac_key)
-        except Tampered:
-            disk.by_recovery_key(container, recovery).wipe()  # NotOurs: the key is another one, the header may be good
-            raise
-        return disk.by_recovery_key(container, recovery)
+        return disk.by_checked_recovery_key(container, each, *recovery)
 
     record = report.Report("recovery", announce=log.console)
     thisboot.unmark(paths, "ended")
     thisboot.mark(paths, "recovered")
     _continue_report(paths, record)
     monitor = devices.Monitor()
-    groups = opening.Opening("", unwrap, record)
-    done = opening.turn(groups, monitor, look=True)
-    end = report.now() + opening.ACTIVATION_TIMEOUT
-    while not done and report.now() < end:
-        opening.wait([monitor.fileno(), *groups.pipes()], 0.05)
-        done = opening.turn(groups, monitor, look=False)
-    groups.stop(opening.ACTIVATION_TIMEOUT)
-    groups.wipe()
+    opening.open_present(opening.Opening("", unwrap, record), monitor)
     thisboot.tell(paths, record)
     return record.plain()
 

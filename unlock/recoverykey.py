@@ -37,13 +37,18 @@ def parse(typed: Secret) -> Secret:
         )
     parts = [digits[i * DIGITS : (i + 1) * DIGITS] for i in range(GROUPS)]
     for i, part in enumerate(parts):
-        word, rest = divmod(int(part), 11)
-        if rest != i + 1 or word > 0xFFFF:
+        if not fits(i, int(part)):
             raise Usage(
                 f"group {i + 1} of the recovery key is mistyped, or not in its place",
                 code="recovery-key-typo",
             )
     return Secret(b"-".join(parts))
+
+
+def fits(place: int, number: int) -> bool:
+    """Whether a group of this number may stand at this place, 0 to 7."""
+    word, rest = divmod(number, 11)
+    return rest == place + 1 and word <= 0xFFFF
 
 
 def write_new_file(path: str, key: Secret) -> None:

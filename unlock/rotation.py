@@ -159,7 +159,7 @@ def rewrap(work: Work, group: Group, kek: Secret) -> tuple[Outcome, Group]:
 def rewrap_disk(work: Work, group: Group, member: Member, node: str, kek: Secret) -> None:
     """One token beside the old one, read back and proven; then the old one goes. Raises DiskFailed, Tampered."""
     state = work.state
-    with work.host_key() as host_key, state.mac_key(work.persistence) as mac_key:
+    with work.host_key() as host_key, state.mac_key(work.persistence, member.uuid) as mac_key:
         keys = disk.Keys(work.persistence, host_key, kek, mac_key)
         with luks.Container(node) as container:
             dek = provide.dek(work, container, group)

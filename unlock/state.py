@@ -16,6 +16,10 @@
     generations NAME -> highest generation of a KEK that a group of that name has had
     retire      [{"id", "group"}]: replaced KEKs, until the provider has deactivated them
     removed     {"selection", "cap", "branches"}: the policy of what was evicted from the TPM on purpose; absent else
+    recovery    {"keyslots": UUID -> salt of the recovery key's keyslot on that disk,
+                "former": UUID -> salts of keyslots that go, those of earlier recovery keys,
+                "behind": UUID -> wrapped, the MAC key of an earlier recovery key that the disk still has,
+                "tested": UUID -> when the recovery key last opened it, seconds since 1970}
     journal     the operation under way, or null
 
 The file is replaced whole. The one journal: an operation writes what it is about to do before it starts,
@@ -47,6 +51,7 @@ class State:
     def __init__(self, path: str, fields: dict[str, Any]) -> None:
         self._path = path
         self._fields = fields
+        fields.setdefault("recovery", {"keyslots": {}, "former": {}, "behind": {}, "tested": {}})
         self.groups = {name: _group(name, entry) for name, entry in fields["groups"].items()}
 
     @classmethod
@@ -274,9 +279,30 @@ class State:
     def set_mac_key(self, persistence: Secret, key: Secret) -> None:
         self._fields["mac_key"] = self._wrapped(persistence, "mac-key", key)
 
-    def mac_key(self, persistence: Secret) -> Secret:
-        """The key of the headers' recovery MACs. Raises Tampered."""
-        return self._unwrapped(persistence, "mac-key", self._fields["mac_key"])
+    def mac_key(self, persistence: Secret, uuid: str = "") -> Secret:
+        """The key of the headers' recovery MACs; with `uuid`, the one that fits the recovery key that this disk has.
+        Raises Tampered."""
+        return self._unwrapped(persistence, "mac-key", self.recovery["behind"].get(uuid, self._fields["mac_key"]))
+
+    @property
+    def recovery(self) -> dict[str, dict[str, Any]]:
+        """What is known of the recovery key on each disk, by LUKS UUID."""
+        recovery: dict[str, dict[str, Any]] = self._fields["recovery"]
+        return recovery
+
+    def change_mac_key(self, persistence: Secret, key: Secret, behind: list[str]) -> None:
+        """Another recovery key; the disks `behind` still have the one before, or one before that."""
+        for uuid in behind:
+            self.recovery["behind"].setdefault(uuid, self._fields["mac_key"])
+        self.set_mac_key(persistence, key)
+
+    def wrapped_recovery_key(self, persistence: Secret, key: Secret) -> str:
+        """For the journal alone, while the key is brought to the disks."""
+        return self._wrapped(persistence, "recovery-key", key)
+
+    def unwrapped_recovery_key(self, persistence: Secret, wrapped: str) -> Secret:
+        """Raises Tampered."""
+        return self._unwrapped(persistence, "recovery-key", wrapped)
 
     def _wrapped(self, persistence: Secret, kind: str, key: Secret) -> str:
         return b64encode(wrap.wrap(persistence, key, token.key_aad(self.host, kind))).decode()

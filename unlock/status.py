@@ -57,6 +57,10 @@ def status(paths: Paths) -> dict[str, Any]:
             "detail": early["detail"] or report.VERDICTS.get(early["verdict"], "") if early else "no early boot report",
             "facts": early["facts"] if early else {},
         },
+        "recovery": {
+            "tested": state.recovery["tested"],
+            "behind": [each.name for group in state.groups.values() for each in group.members if _lags(state, each)],
+        },
         "unfinished": state.journal,
         "groups": groups,
     }
@@ -126,10 +130,18 @@ def _warnings(found: dict[str, Any]) -> list[str]:
     for group in found["groups"]:
         if group["behind"]:
             warnings.append(f"{', '.join(group['behind'])}: still under an earlier KEK; done when back, by unlock sync")
+    if found["recovery"]["behind"]:
+        names = ", ".join(found["recovery"]["behind"])
+        warnings.append(f"{names}: opens with an earlier recovery key too, or alone: unlock recovery new")
     for each in found["sync"].get("keys", ()):
         if each["outcome"] not in _CALM:
             warnings.append(f"sync: {each['key']}: {each['outcome']}: {each['detail']}")
     return warnings
+
+
+def _lags(state: State, member: Any) -> bool:
+    """Whether an earlier recovery key opens it."""
+    return member.uuid in state.recovery["behind"] or member.uuid in state.recovery["former"]
 
 
 _CALM = frozenset(("unchanged", "replaced", "caught-up", "finished", "cached", "persistent"))

@@ -5,6 +5,8 @@ report.json      what early boot did            verdict    its verdict, one word
 idle             every present disk has an outcome
 failed           a disk of this host that is present did not open
 capped           the TPM confirmed the cap
+dropped          what the TPM had opened was closed before a shell
+shown.json       the errors that the recovery shell has shown
 recovered        the recovery prompt opened disks, or tried to
 ended            the agent ended in order: keys and disks are handed over, or closed
 open/G           link to a mapping of group G, which is open; members/G lists them all

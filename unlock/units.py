@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of systemd units."""
+"""Names of systemd units, and starting those of a group."""
+
+import os
+
+from .run import run
 
 _PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789:_.")
 
@@ -19,6 +23,18 @@ def escape_path(path: str) -> str:
 def gate(group: str) -> str:
     """The service that is done when the group is open. A group's name needs no escaping."""
     return f"unlock-group@{group}.service"
+
+
+def running() -> bool:
+    """Whether systemd is the init of this system."""
+    return os.path.exists("/run/systemd/system")
+
+
+def start(group: str, mount_point: str) -> None:
+    """Gate and mount of a group that is open. Raises CommandFailed."""
+    run(["systemctl", "start", gate(group)])
+    if mount_point:
+        run(["systemctl", "start", mount(mount_point)])
 
 
 def mount(path: str) -> str:

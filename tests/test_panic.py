@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""scripts/panic: what happens before a shell, in which order, and at a second one. The scripts, with stand-ins for
+what they start."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parents[1]
+SHELLS = [shell for shell in (["dash"], ["busybox", "sh"], ["bash"]) if shutil.which(shell[0])]
+
+
+class Stage:
+    """A directory in the place of the initramfs. `failing`: words of `unlock boot` that fail."""
+
+    def __init__(self, home: Path, failing: str = "none") -> None:
+        self.home = home
+        self.run_folder = home / "run"
+        self.run_folder.mkdir(exist_ok=True)
+        self.console = home / "console"
+        self.console.touch()
+        self.log = home / "log"
+        self.log.touch()
+        self.program("unlock", f'echo "$*" >>{self.log}; case "$*" in *{failing}*) exit 1 ;; esac')
+        self.program("cap", f'echo "cap $*" >>{self.log}')
+        self.program("poweroff", f"echo poweroff >>{self.log}; kill $PPID")
+        self.program("umount", f'echo "umount" >>{self.log}; exit 1')
+        for name in ("functions", "panic"):
+            text = (TOP / "initramfs" / name).read_text()
+            for path, to in {
+                "/scripts/unlock-functions": home / "functions",
+                "/usr/sbin/unlock": home / "unlock",
+                "/usr/lib/unlock/cap": home / "cap",
+                "/dev/console": self.console,
+                "unlock_run=/run/unlock": f"unlock_run={self.run_folder}",
+                "/proc/sysrq-trigger": home / "sysrq",
+                "sleep 3": "sleep 0",
+            }.items():
+                text = text.replace(path, str(to))
+            (home / name).write_text(text)
+
+    def program(self, name: str, body: str) -> None:
+        path = self.home / name
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+
+    def panic(self, shell: list[str]) -> list[str]:
+        """What was started, in order."""
+        self.log.write_text("")
+        path = f"{self.home}:/usr/sbin:/usr/bin:/sbin:/bin"
+        subprocess.run([*shell, self.home / "panic"], env={"PATH": path}, timeout=60, check=False)
+        return self.log.read_text().splitlines()
+
+
+@pytest.fixture(params=SHELLS, ids=" ".join)
+def shell(request: pytest.FixtureRequest) -> list[str]:
+    assert isinstance(request.param, list)
+    return request.param
+
+
+def test_after_a_refused_boot_the_cap_comes_first_and_then_the_screen(tmp_path: Path, shell: list[str]) -> None:
+    stage = Stage(tmp_path)
+    (stage.run_folder / "verdict").write_text("pcr-mismatch\n")
+    assert stage.panic(shell) == ["cap shell", "boot screen"]
+
+
+def test_what_the_tpm_opened_is_closed_before_the_screen(tmp_path: Path, shell: list[str]) -> None:
+    stage = Stage(tmp_path)
+    (stage.run_folder / "verdict").write_text("unsealed\n")
+    assert stage.panic(shell) == ["cap shell", "umount", "boot drop", "boot screen"]
+
+
+def test_what_a_person_opened_at_the_first_prompt_stays_open_at_the_second(tmp_path: Path, shell: list[str]) -> None:
+    stage = Stage(tmp_path)
+    (stage.run_folder / "verdict").write_text("unsealed\n")
+    stage.panic(shell)
+    assert stage.panic(shell) == ["cap shell", "boot screen"]
+
+
+def test_disks_that_cannot_be_closed_power_off_and_the_next_prompt_would_try_again(
+    tmp_path: Path, shell: list[str]
+) -> None:
+    stage = Stage(tmp_path, failing="drop")
+    (stage.run_folder / "verdict").write_text("unsealed\n")
+    said = stage.panic(shell)
+    assert said[-1] == "poweroff"
+    assert "boot screen" not in said
+    assert not (stage.run_folder / "dropped").exists()
+
+
+def test_without_a_working_python_the_console_still_says_what_to_type(tmp_path: Path, shell: list[str]) -> None:
+    stage = Stage(tmp_path, failing="screen")
+    (stage.run_folder / "verdict").write_text("pcr-mismatch\n")
+    stage.panic(shell)
+    assert "unlock open --recovery" in stage.console.read_text()

@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock recovery test, new, rotate`: real headers; run twice, killed anywhere, disks away, disks that fail."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flowfixture import HOST, Host
+from killing import killed_at
+from test_escrow import decrypted, organisation
+
+from unlock import disk, handout, keyring, luks, present, recoverykey, recoveryops, rekey, sync
+from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
+from unlock.escrow import Escrow
+from unlock.secret import Secret
+
+pytestmark = pytest.mark.usefixtures("key_cache")
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    host = Host(tmp_path, 3)
+    assert all(each.outcome == "ok" for each in look_at(host, host.recovery))
+    yield host
+    keyring.flush()
+
+
+def look_at(host: Host, key: Secret) -> list[recoveryops.Tested]:
+    return recoveryops.test(host.paths, key, host.look)
+
+
+def outcomes(host: Host, key: Secret) -> list[str]:
+    return [each.outcome for each in look_at(host, key)]
+
+
+def file_of(host: Host, name: str = "new-key") -> str:
+    return str(host.folder / name)
+
+
+def rotate(host: Host, name: str = "new-key") -> recoveryops.Changed:
+    return recoveryops.rotate(host.paths, handout.Keep(file_of(host, name)), host.look)
+
+
+def key_of(host: Host, name: str = "new-key") -> Secret:
+    return handout.given(file_of(host, name))
+
+
+def authentic(image: Path, key: Secret) -> bool:
+    """As the prompt of early boot would open it: by some token whose MAC fits."""
+    with luks.Container(str(image)) as container:
+        for each in disk.tokens(container, HOST):
+            try:
+                with disk.by_checked_recovery_key(container, each, key):
+                    return True
+            except UnlockError:
+                continue
+    return False
+
+
+def opens_with_cryptsetup(image: Path, key: Secret) -> bool:
+    command = ["cryptsetup", "open", "--test-passphrase", "--key-file=-", str(image)]
+    return subprocess.run(command, input=bytes(key), capture_output=True, check=False).returncode == 0
+
+
+def slots(image: Path) -> int:
+    with luks.Container(str(image)) as container:
+        return len(container.keyslots())
+
+
+# Test
+
+
+def test_the_right_key_is_ok_on_every_disk_and_when_is_remembered(host: Host) -> None:
+    before = [image.read_bytes() for image in host.disks]
+    assert outcomes(host, host.recovery) == ["ok"] * 3
+    assert set(host.state.recovery["tested"]) == set(host.deks)
+    assert [image.read_bytes() for image in host.disks] == before, "nothing is written to a disk"
+
+
+def test_another_hosts_key_is_told_from_a_changed_header_and_an_absent_disk(host: Host) -> None:
+    assert outcomes(host, recoverykey.new()) == ["wrong-key"] * 3
+    change_flags(host.disks[0])
+    host.disks.pop(2)
+    found = look_at(host, host.recovery)
+    assert [each.outcome for each in found] == ["altered", "ok", "absent"]
+    assert recoveryops.status(found) == Tampered.status
+    assert recoveryops.status(look_at(host, recoverykey.new())) == NotOurs.status
+    assert recoveryops.status(found[1:]) == 1
+
+
+def change_flags(image: Path) -> None:
+    """What a thief could do with stock cryptsetup: the keyslot still opens."""
+    import ctypes
+
+    with luks.Container(str(image)) as container:
+        set_flags = luks._lib().crypt_persistent_flags_set
+        set_flags.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32)
+        assert set_flags(container._cd, 0, 1 << 3) == 0  # CRYPT_ACTIVATE_ALLOW_DISCARDS
+
+
+def test_a_disk_without_its_token_is_altered_for_the_right_key_alone(host: Host) -> None:
+    with luks.Container(str(host.disks[0])) as container:
+        for number, _ in container.tokens("unlock"):
+            container.remove_token(number)
+    assert outcomes(host, host.recovery) == ["altered", "ok", "ok"]
+    assert outcomes(host, recoverykey.new()) == ["wrong-key"] * 3
+
+
+def test_two_disks_with_one_uuid_are_not_taken_for_the_member(host: Host) -> None:
+    twin = host.folder / "twin"
+    twin.write_bytes(host.disks[0].read_bytes())
+    host.disks.append(twin)
+    found = look_at(host, host.recovery)
+    assert (found[0].outcome, found[0].detail) == ("absent", "2 disks have its UUID")
+
+
+# Rotate
+
+
+def test_after_a_rotation_the_new_key_opens_everything_and_the_old_one_nothing(host: Host) -> None:
+    assert rotate(host) == (("data-0", "data-1", "data-2"), ())
+    new = key_of(host)
+    assert host.state.recovery["tested"] == {}
+    assert outcomes(host, new) == ["ok"] * 3
+    assert outcomes(host, host.recovery) == ["wrong-key"] * 3
+    for image in host.disks:
+        assert opens_with_cryptsetup(image, new)
+        assert not opens_with_cryptsetup(image, host.recovery)
+        assert (slots(image), len(host.tokens(image))) == (1, 1)
+    assert host.boot_opens()
+    assert host.state.journal is None
+    assert "key" not in json.loads(Path(host.paths.state).read_text())["recovery"]
+
+
+def test_each_rotation_needs_a_new_file(host: Host) -> None:
+    rotate(host)
+    with pytest.raises(Refused) as caught:
+        rotate(host)
+    assert caught.value.code == "same-key"
+    rotate(host, "next")
+    assert outcomes(host, key_of(host, "next")) == ["ok"] * 3
+    assert outcomes(host, key_of(host)) == ["wrong-key"] * 3
+
+
+def test_an_operators_keyslots_stay_also_those_that_are_as_cheap(host: Host) -> None:
+    """clevis and systemd make such."""
+    for image in host.disks:
+        with luks.Container(str(image)) as container, Secret(host.deks[container.uuid]) as dek:
+            container.add_keyslot(dek, Secret(b"clevis"))
+    rotate(host)
+    assert all(opens_with_cryptsetup(image, Secret(b"clevis")) for image in host.disks)
+    assert all(not opens_with_cryptsetup(image, host.recovery) for image in host.disks)
+
+
+def test_without_knowing_the_old_keyslot_nothing_is_begun(host: Host) -> None:
+    state = host.state
+    state.recovery["keyslots"].clear()
+    state.save()
+    with pytest.raises(Refused) as caught:
+        rotate(host)
+    assert caught.value.code == "unknown-keyslot"
+    assert not Path(file_of(host)).exists()
+    assert outcomes(host, host.recovery) == ["ok"] * 3, "which tells it"
+    rotate(host)
+
+
+def test_a_disk_that_was_away_keeps_the_old_key_until_new_finds_it(host: Host) -> None:
+    away = host.disks.pop()
+    assert rotate(host) == (("data-0", "data-1"), ("data-2",))
+    host.disks.append(away)
+    new = key_of(host)
+    assert authentic(away, host.recovery)
+    found = look_at(host, new)
+    assert (found[2].outcome, found[2].detail) == (
+        "wrong-key",
+        "it was away when the key was rotated: unlock recovery new",
+    )
+    rekey.rekey(host.paths, "data", host.look)
+    assert authentic(away, host.recovery), "a new KEK leaves it with the MAC of the key that it has"
+    assert recoveryops.new(host.paths, new, host.look) == (("data-0", "data-1", "data-2"), ())
+    assert outcomes(host, new) == ["ok"] * 3
+    assert not authentic(away, host.recovery)
+    assert slots(away) == 1
+
+
+def test_a_disk_that_was_away_twice_gets_the_newest(host: Host) -> None:
+    away = host.disks.pop()
+    rotate(host)
+    rotate(host, "next")
+    host.disks.append(away)
+    sync.sync(host.paths, host.look)
+    assert authentic(away, host.recovery)
+    rotate(host, "third")
+    assert outcomes(host, key_of(host, "third")) == ["ok"] * 3
+    assert all(slots(image) == 1 for image in host.disks)
+
+
+def test_new_gives_a_lost_keyslot_back_and_is_nothing_where_none_is_lost(host: Host) -> None:
+    with luks.Container(str(host.disks[1])) as container:
+        container.remove_keyslot(disk.recovery_keyslot(container, host.recovery)[0])
+    assert outcomes(host, host.recovery) == ["ok", "wrong-key", "ok"]
+    recoveryops.new(host.paths, host.recovery, host.look)
+    assert outcomes(host, host.recovery) == ["ok"] * 3
+    before = [image.read_bytes() for image in host.disks]
+    recoveryops.new(host.paths, host.recovery, host.look)
+    assert [image.read_bytes() for image in host.disks] == before
+    with pytest.raises(Refused, match="not the recovery key"):
+        recoveryops.new(host.paths, recoverykey.new(), host.look)
+
+
+def test_a_changed_header_is_never_blessed(host: Host) -> None:
+    change_flags(host.disks[1])
+    for change in (lambda: rotate(host), lambda: recoveryops.new(host.paths, host.recovery, host.look)):
+        with pytest.raises(Tampered):
+            change()
+        assert not authentic(host.disks[1], host.recovery)
+        assert host.state.journal is None, "other work may go on"
+    assert [authentic(image, host.recovery) for image in host.disks] == [True, False, True]
+
+
+def test_who_finishes_a_rotation_is_not_told_that_its_key_is_where_it_is_not(host: Host) -> None:
+    number = 1
+    while host.state.journal is None:
+        number += 1
+        assert killed_at(number, lambda: rotate(host), WRITES)
+    with pytest.raises(Usage, match="not in"):
+        rotate(host, "other")
+    assert not Path(file_of(host, "other")).exists()
+    certificate, _ = organisation(host.folder)
+    with pytest.raises(Usage, match="did not go to"):
+        recoveryops.rotate(host.paths, handout.Keep(escrow=Escrow(certificate, file_of(host, "e"))), host.look)
+    recoveryops.rotate(host.paths, handout.Keep(), host.look)
+    assert outcomes(host, key_of(host)) == ["ok"] * 3
+
+
+def test_without_a_disk_nothing_is_rotated(host: Host) -> None:
+    host.disks.clear()
+    with pytest.raises(Refused, match="no disk"):
+        rotate(host)
+    assert not Path(file_of(host)).exists()
+
+
+def test_a_rotation_that_one_disk_cannot_take_is_undone(host: Host) -> None:
+    """The header of the last disk is full."""
+    with luks.Container(str(host.disks[2])) as container, Secret(host.deks[container.uuid]) as dek:
+        number = 0
+        with pytest.raises(UnlockError):
+            while number := number + 1:
+                container.add_keyslot(dek, Secret(b"more %d" % number))
+    with pytest.raises(UnlockError):
+        rotate(host)
+    assert host.state.journal is None
+    assert outcomes(host, host.recovery) == ["ok"] * 3
+    new = key_of(host)
+    assert all(not opens_with_cryptsetup(image, new) for image in host.disks)
+    assert [len(host.tokens(image)) for image in host.disks] == [1, 1, 1]
+    assert host.boot_opens()
+
+
+def test_a_disk_that_lost_its_token_stops_a_rotation_by_name_and_nothing_is_left_under_way(host: Host) -> None:
+    with luks.Container(str(host.disks[1])) as container:
+        for number, _ in container.tokens("unlock"):
+            container.remove_token(number)
+    with pytest.raises(NotOurs, match="data-1: it has no unlock token"):
+        rotate(host)
+    assert host.state.journal is None
+    assert outcomes(host, host.recovery) == ["ok", "altered", "ok"]
+    assert [slots(image) for image in host.disks] == [1, 1, 1]
+
+
+def test_a_rotation_into_escrow_alone(host: Host) -> None:
+    certificate, private = organisation(host.folder)
+    escrow = Escrow(certificate, file_of(host, "escrow.pem"))
+    recoveryops.rotate(host.paths, handout.Keep(escrow=escrow), host.look)
+    assert outcomes(host, Secret(decrypted(escrow.file, private))) == ["ok"] * 3
+
+
+def test_a_group_whose_key_only_the_provider_keeps(tmp_path: Path) -> None:
+    host = Host(tmp_path, 2, policy_of_group="provider")
+    look_at(host, host.recovery)
+    rotate(host)
+    assert outcomes(host, key_of(host)) == ["ok"] * 2
+    keyring.flush()
+
+
+def test_without_the_key_cache_it_says_so_and_begins_nothing(host: Host) -> None:
+    keyring.flush()
+    with pytest.raises(UnlockError) as caught:
+        rotate(host)
+    assert caught.value.code == "no-key"
+    assert not Path(file_of(host)).exists()
+
+
+# Killed
+
+
+WRITES = frozenset(("write_new_file", "write_atomically", "add_keyslot", "remove_keyslot", "set_token", "remove_token"))
+"""Before and after each of these a rotation is killed: they make all that is durable."""
+
+
+class Start:
+    """The same start each time."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self._images = {image: image.read_bytes()[: 1 << 20] for image in host.disks}
+        self._state = Path(host.paths.state).read_bytes()
+
+    def again(self, keep: bool = False) -> None:
+        """`keep`: the file with the key."""
+        for image, content in self._images.items():
+            with image.open("r+b") as file:
+                file.write(content)
+        Path(self.host.paths.state).write_bytes(self._state)
+        if not keep:
+            Path(file_of(self.host)).unlink(missing_ok=True)
+
+
+def step(host: Host) -> str:
+    """How far a rotation came."""
+    journal = host.state.journal
+    if journal is None:
+        return "done" if host.state.recovery["tested"] == {} else "nothing"
+    counts = tuple((slots(image), len(host.tokens(image))) for image in host.disks)
+    return f"{'new' if journal.get('written') else 'old'} counts {counts}"
+
+
+def test_killed_at_every_boundary_each_disk_opens_and_the_same_command_finishes(host: Host) -> None:
+    """Before and after everything that writes, with one disk away."""
+    away = host.disks.pop()
+    start = Start(host)
+    seen: dict[str, int] = {}
+    number = 1
+    while True:
+        start.again()
+        killed = killed_at(number, lambda: rotate(host), WRITES)
+        at = step(host)
+        seen[at] = seen.get(at, 0) + 1
+        keys = [host.recovery] + ([key_of(host)] if Path(file_of(host)).exists() else [])
+        journal = host.state.journal
+        valid = keys[-1] if (journal and journal["written"]) or at == "done" else host.recovery
+        assert all(authentic(image, valid) for image in host.disks), f"killed at {number}, {at}"
+        assert all(opens_with_cryptsetup(image, valid) for image in host.disks)
+        assert authentic(away, host.recovery)
+        assert host.boot_opens()
+        assert "altered" not in outcomes(host, host.recovery), "an earlier key is a wrong key, not a sign of a thief"
+        if at != "done":
+            rotate(host)
+        assert host.state.journal is None
+        assert outcomes(host, key_of(host)) == ["ok", "ok", "absent"]
+        assert [(slots(image), len(host.tokens(image))) for image in host.disks] == [(1, 1)] * 2
+        if not killed:
+            break
+        number += 1
+    print("\n" + "\n".join(f"{count:4} {at}" for at, count in seen.items()))
+    wanted = {
+        "nothing",
+        "old counts ((1, 1), (1, 1))",
+        "old counts ((2, 1), (1, 1))",
+        "old counts ((2, 2), (1, 1))",
+        "old counts ((2, 2), (2, 2))",
+        "new counts ((2, 2), (2, 2))",
+        "new counts ((1, 2), (2, 2))",
+        "new counts ((1, 1), (2, 2))",
+        "new counts ((1, 1), (1, 1))",
+        "done",
+    }
+    assert wanted <= seen.keys()
+
+
+def test_killed_and_the_disks_that_are_here_have_changed_meanwhile(host: Host) -> None:
+    """One that took part is away when it is run again, one that was away is back: nobody is left with the old key."""
+    third = host.disks.pop()
+    number = 1
+    while "new counts" not in step(host):
+        number += 1
+        assert killed_at(number, lambda: rotate(host), WRITES)
+    first = host.disks.pop(0)
+    host.disks.append(third)
+    assert rotate(host) == (("data-1", "data-2"), ("data-0",))
+    new = key_of(host)
+    assert authentic(first, new)
+    host.disks.append(first)
+    assert recoveryops.new(host.paths, new, host.look).behind == ()
+    assert outcomes(host, new) == ["ok"] * 3
+    assert all((slots(image), len(host.tokens(image))) == (1, 1) for image in host.disks)
+
+
+def test_new_killed_at_every_boundary_finishes(host: Host) -> None:
+    """On a disk that was away; every second place."""
+    away = host.disks.pop()
+    rotate(host)
+    host.disks.append(away)
+    new = key_of(host)
+    start = Start(host)
+    number = 1
+    while True:
+        start.again(keep=True)
+        killed = killed_at(number, lambda: recoveryops.new(host.paths, new, host.look), WRITES)
+        assert authentic(away, host.recovery) or authentic(away, new), f"killed at {number}"
+        assert host.boot_opens()
+        recoveryops.new(host.paths, new, host.look)
+        assert (slots(away), len(host.tokens(away))) == (1, 1)
+        assert authentic(away, new)
+        assert host.state.journal is None and not host.state.recovery["behind"] and not host.state.recovery["former"]
+        if not killed:
+            break
+        number += 2
+    assert number > 8
+
+
+def test_a_disk_that_udev_shows_and_cannot_be_read_is_away(host: Host) -> None:
+    host.disks[0].write_bytes(bytes(1 << 20))
+    assert present.node_of(host.look(), host.group.members[0]) == ""
+    assert rotate(host).behind == ("data-0",)

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recovery shell's screen and words, `unlock open`, and how a recovery key is asked for. Real headers."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flowfixture import HOST, Host
+from test_recovery_rotate import change_flags
+
+from unlock import (
+    ask,
+    cli,
+    devices,
+    handout,
+    keyring,
+    late,
+    opening,
+    policy,
+    recoverykey,
+    recoveryops,
+    report,
+    shell,
+    thisboot,
+)
+from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
+from unlock.paths import Paths
+from unlock.secret import Secret
+
+TOP = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    paths = Paths(str(tmp_path / "root"))
+    os.makedirs(paths.run)
+    return paths
+
+
+def refused(count: int = 2, verdict: str = "pcr-mismatch") -> report.Report:
+    """What early boot leaves when the TPM says no."""
+    record = report.Report("early-boot")
+    record.facts = {"cap_pcr_before": policy.UNSET.hex()}
+    record.judge(verdict, "the TPM refuses: PCR values do not match")
+    for number in range(count):
+        record.disk(f"/dev/sd{chr(97 + number)}", "no-key", record.why(), uuid=f"uuid-{number}")
+    return record
+
+
+def told(paths: Paths, record: report.Report | None) -> list[str]:
+    if record:
+        thisboot.write_report(paths, record, "report.json")
+    lines = shell.screen_lines(paths)
+    assert len(lines) <= 24
+    assert all(len(line) <= 80 and line.isprintable() for line in lines)
+    return lines
+
+
+# The screen
+
+
+def test_the_screen_says_what_happened_and_what_to_type(paths: Paths) -> None:
+    text = "\n".join(told(paths, refused()))
+    for words in (
+        "pcr-mismatch",
+        "2 without a key: /dev/sda /dev/sdb",
+        "unlock status",
+        "unlock explain",
+        "unlock open --recovery",
+        "exit",
+    ):
+        assert words in text
+
+
+def test_a_later_prompt_shows_what_is_new_alone(paths: Paths) -> None:
+    record = refused()
+    told(paths, record)
+    assert told(paths, record)[0] == "new       nothing since the last prompt"
+    record.disk("/dev/sdc", "tampered", "header or token are not what this host wrote", name="data-c")
+    again = told(paths, record)
+    assert again[0] == "new       /dev/sdc data-c: header or token are not what this host wrote"
+    assert not any("sda" in line for line in again)
+
+
+@pytest.mark.parametrize("count", [1, 30, 300])
+def test_it_fits_the_smallest_console_whatever_the_disks_say(paths: Paths, count: int) -> None:
+    record = refused(count)
+    for number in range(count):
+        record.disk(f"/dev/vd{number}", "failed", "\x1b[2Jbad " * 40, name="x" * 64)
+    lines = told(paths, record)
+    assert any("exit" in line for line in lines), "what to type is never cut off"
+    assert count < 7 or any(line.endswith("more: unlock status") for line in lines)
+
+
+def test_an_ordinary_host_sees_nothing(paths: Paths) -> None:
+    assert told(paths, refused(0, "no-slot")) == []
+
+
+def test_without_a_report_it_still_says_what_to_type(paths: Paths) -> None:
+    lines = told(paths, None)
+    assert "left no report" in lines[0]
+    assert any("unlock open --recovery" in line for line in lines)
+
+
+# Its words
+
+
+def test_status_shows_what_headers_say(tmp_path: Path, key_cache: None) -> None:
+    host = Host(tmp_path, 2)
+    record = refused(0)
+    disks = [devices.Disk(str(image), image.name, "", "", "", 0, 0) for image in host.disks]
+    record.disk(disks[0].node, "no-key", record.why(), uuid="x")
+    host.disks[1].write_bytes(bytes(1 << 20))
+    thisboot.write_report(host.paths, record, "report.json")
+    found = shell.status(host.paths, lambda: disks)
+    assert [(each["name"], each["group"], each["state"]) for each in found["disks"]] == [
+        ("data-0", "data", "no-key"),
+        ("", "", "damaged"),
+    ]
+    assert "pcr-mismatch" in shell.table(found)
+
+
+def test_words_that_do_not_work_in_it_name_help(paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["help"]):
+        assert shell.shell(paths, words) == 0
+        assert "unlock open --recovery" in capsys.readouterr().out
+    for words in (["rekey"], ["status", "--boot"], ["open", "--recovery", "data"], ["explain", "x"]):
+        with pytest.raises(Usage):
+            shell.shell(paths, words)
+    with pytest.raises(Refused):
+        shell.shell(paths, ["open"])
+
+
+def test_open_in_it_takes_a_file_and_tells_a_typo_and_a_key_that_opens_nothing(paths: Paths, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    key = bytearray(bytes(recoverykey.new()))
+    recoverykey.write_new_file(str(file), Secret(key))
+    with pytest.raises(NotOurs):
+        shell.shell(paths, ["open", "--recovery", "--recovery-key-file", str(file)])
+    assert os.path.exists(paths.of_this_boot("recovered"))
+    key[10] = key[10] ^ 1
+    file.write_bytes(key)
+    with pytest.raises(Usage, match="group 2 "):
+        shell.shell(paths, ["open", "--recovery", "--recovery-key-file", str(file)])
+
+
+def test_without_the_cli_the_same_program_is_the_shell(tmp_path: Path) -> None:
+    """As in the image: no cli, and none of what is heavy is imported for its words."""
+    package = tmp_path / "unlock"
+    for source in (TOP / "unlock").rglob("*.py"):
+        target = package / source.relative_to(TOP / "unlock")
+        target.parent.mkdir(exist_ok=True, parents=True)
+        if not source.name.startswith("cli"):
+            target.write_bytes(source.read_bytes())
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); from unlock.__main__ import main; main(); print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), "help"], capture_output=True, text=True, check=True
+    )
+    assert "exit" in done.stdout
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert not {"argparse", "asyncio", "logging", "importlib.metadata", "kmip", "tomllib"} & loaded
+
+
+def test_help_in_the_booted_system_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.cli(["help"]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("open", "recovery", "status", "explain"))
+
+
+# Open
+
+
+def look(host: Host, image: Path, *keys: Secret) -> report.Report:
+    """The disk under its recovery key, without device-mapper."""
+    record = report.Report("open data")
+    groups = opening.Opening(HOST, late._by_recovery_key(*keys), record, "data")
+    groups.saw(devices.Disk(str(image), image.name, "", "", "", 0, 0))
+    groups.read_all()
+    groups.wipe()
+    return record
+
+
+def test_open_authenticates_the_header_before_it_opens(tmp_path: Path, key_cache: None) -> None:
+    host = Host(tmp_path, 1)
+    (image,) = host.disks
+    wrong = look(host, image, recoverykey.new())
+    assert look(host, image, host.recovery).disks[str(image)]["outcome"] == "waiting"
+    assert isinstance(late._trouble(host.paths, wrong, "data"), NotOurs)
+    change_flags(image)
+    changed = look(host, image, host.recovery)
+    assert changed.disks[str(image)]["outcome"] == "tampered"
+    trouble = late._trouble(host.paths, changed, "data")
+    assert isinstance(trouble, Tampered)
+    assert "data-0" in str(trouble)
+
+
+def test_a_member_that_was_away_at_a_rotation_opens_beside_the_others_when_both_keys_are_given(
+    tmp_path: Path, key_cache: None
+) -> None:
+    host = Host(tmp_path, 2)
+    recoveryops.test(host.paths, host.recovery, host.look)
+    away = host.disks.pop()
+    recoveryops.rotate(host.paths, handout.Keep(str(tmp_path / "new")), host.look)
+    new = handout.given(str(tmp_path / "new"))
+    outcome = {
+        (image.name, len(keys)): look(host, image, *keys).disks[str(image)]["outcome"]
+        for image in (*host.disks, away)
+        for keys in ((new,), (new, host.recovery), (host.recovery, new, recoverykey.new()))
+    }
+    assert outcome == {
+        ("data-0", 1): "waiting",
+        ("data-0", 2): "waiting",
+        ("data-0", 3): "waiting",
+        ("data-1", 1): "no-key",
+        ("data-1", 2): "waiting",
+        ("data-1", 3): "waiting",
+    }
+    change_flags(away)
+    assert look(host, away, new, host.recovery).disks[str(away)]["outcome"] == "tampered"
+
+
+def test_open_says_at_once_what_is_missing(tmp_path: Path, key_cache: None) -> None:
+    host = Host(tmp_path, 1)
+    for keys in ((), (host.recovery,)):
+        with pytest.raises(UnlockError, match=r"data-0 .* is missing"):
+            late.open_group(host.paths, "data", *keys)
+    with pytest.raises(Usage, match="no group other"):
+        late.open_group(host.paths, "other")
+    keyring.flush()
+    with pytest.raises(UnlockError) as caught:
+        late.open_group(host.paths, "data")
+    assert caught.value.code == "no-key"
+    with pytest.raises(UnlockError, match="missing"):
+        late.open_group(host.paths, "data", host.recovery)
+
+
+# Asking
+
+ASK = """
+import os, sys
+from unlock import ask, handout
+from unlock.errors import Usage
+try:
+    print(bytes(eval(sys.argv[1])).decode())
+except Usage as error:
+    print(error, "/", error.hint)
+"""
+
+
+def asked(expression: str, **environment: str) -> str:
+    """In a process without a terminal."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, expression],
+        env={**os.environ, "PYTHONPATH": str(TOP), **environment},
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_a_credential_is_taken_without_a_terminal(tmp_path: Path) -> None:
+    key = recoverykey.new()
+    (tmp_path / "unlock.recovery-key").write_bytes(bytes(key).replace(b"-", b" ") + b"\n")
+    assert asked("handout.given()", CREDENTIALS_DIRECTORY=str(tmp_path)) == bytes(key).decode()
+
+
+def test_without_terminal_file_or_credential_the_flag_is_named() -> None:
+    for expression in ("handout.given()", "ask.anyone('recovery key', '--recovery-key-file')"):
+        assert "--recovery-key-file FILE" in asked(expression)
+
+
+def test_the_kernel_command_line_is_no_place_for_a_key() -> None:
+    for path in (TOP / "unlock").rglob("*.py"):
+        text = path.read_text()
+        assert "cmdline" not in text or path.stem in ("explain", "measured", "paths", "predict", "eventlog"), path
+
+
+@pytest.fixture
+def agent() -> Iterator[list[str]]:
+    """One of systemd's agents that answers every question; what it was asked."""
+    folder = Path("/run/systemd/ask-password")
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    questions: list[str] = []
+    stop = threading.Event()
+
+    def answer() -> None:
+        while not stop.is_set():
+            for path in folder.glob("ask.*"):
+                if path.name in questions:
+                    continue
+                text = path.read_text()
+                if "Socket=" in text and "unlock:" in text:
+                    questions.extend((path.name, text))
+                    to = next(line[7:] for line in text.splitlines() if line.startswith("Socket="))
+                    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+                        connection.sendto(b"+the answer", to)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    yield questions
+    stop.set()
+    thread.join()
+    if made:
+        folder.rmdir()
+
+
+@pytest.mark.skipif(not os.path.exists("/usr/bin/systemd-ask-password"), reason="not installed: systemd")
+def test_systemds_agents_are_asked_without_echo(agent: list[str]) -> None:
+    assert asked("ask._ask([*ask._AGENTS, 'unlock: recovery key:'])") == "the answer"
+    assert "Id=unlock:recovery-key" in agent[1]
+    assert "Echo=1" not in agent[1]
+
+
+def test_the_command_line_tells_test_results_and_an_exit_status(
+    tmp_path: Path, key_cache: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No disk is marked here by udev, so all are absent."""
+    host = Host(tmp_path, 2)
+    recoverykey.write_new_file(str(tmp_path / "key"), host.recovery)
+    options = cli._parser().parse_args(["recovery", "test", "--recovery-key-file", str(tmp_path / "key"), "--json"])
+    assert options.run(host.paths, options) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert [each["outcome"] for each in said["disks"]] == ["absent", "absent"]
+    options = cli._parser().parse_args(["recovery", "rotate", "--escrow-to", "x"])
+    with pytest.raises(Usage, match="escrow needs"):
+        options.run(host.paths, options)
+    assert ask.from_file(str(tmp_path / "key")) == host.recovery

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a recovery key comes to whoever keeps it, and back: a file, a terminal, escrow.
+
+Nothing depends on a new key before it is with its keeper: the file is durable, the escrow read back, or the key typed
+back by a person.
+"""
+
+import os
+from typing import NamedTuple
+
+from . import ask, log, recoverykey
+from .errors import Refused, Usage
+from .escrow import Escrow, check, write
+from .secret import Secret
+
+CREDENTIAL = "unlock.recovery-key"
+FLAG = "--recovery-key-file"
+
+
+class Keep(NamedTuple):
+    """Where the key is, or goes. With neither, a terminal."""
+
+    file: str = ""
+    escrow: Escrow | None = None
+
+
+def given(file: str = "") -> Secret:
+    """The recovery key that there is: from a file, a systemd credential, or asked for. Raises Usage."""
+    text = ask.from_file(file) if file else ask.credential(CREDENTIAL)
+    with text or ask.terminal("recovery key of this host", FLAG) as typed:
+        return recoverykey.parse(typed)
+
+
+def made(keep: Keep) -> Secret:
+    """A new one, with its keeper; or the one that a file holds, which an attempt that was killed may have written.
+
+    Raises Usage, Refused, Malformed, OSError.
+    """
+    if keep.escrow:
+        check(keep.escrow)
+    if keep.file and os.path.exists(keep.file):
+        recovery = given(keep.file)
+    elif keep.file:
+        recovery = recoverykey.new()
+        recoverykey.write_new_file(keep.file, recovery)
+    else:
+        recovery = recoverykey.new() if keep.escrow else _show_and_type_back()
+    if keep.escrow:
+        write(keep.escrow, recovery)
+    return recovery
+
+
+def _show_and_type_back() -> Secret:
+    recovery = recoverykey.new()
+    shown = b"\nRecovery key of this host. It opens every disk, on any machine. Keep it off this host:\n\n    "
+    if not ask.show(shown + bytes(recovery) + b"\n\n"):
+        raise Usage("there is no terminal to show the recovery key on", f"{FLAG} FILE")
+    for _ in range(5):
+        with ask.terminal("type it back", FLAG) as typed:
+            try:
+                if recoverykey.parse(typed) == recovery:
+                    return recovery
+                log.note("that is another key")
+            except Usage as error:
+                log.note(str(error))
+    raise Refused("the recovery key was not typed back; nothing was changed", code="recovery-key")
