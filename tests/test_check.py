@@ -15,7 +15,7 @@ from test_devices import Machine
 from tpmfixture import Swtpm
 
 from tests.lab.kmipliar import Liar
-from unlock import check, disk, keyring, luks, policy, report, slots, token
+from unlock import check, disk, keyring, luks, policy, recoveryops, report, slots, token
 from unlock.check import SAFE, UNPROVEN, UNSAFE
 from unlock.secret import Secret
 
@@ -94,7 +94,13 @@ def test_a_host_that_is_well_is_safe_and_nothing_is_written(world: World) -> Non
     before = contents()
     found = check.check(world.host.paths, world.chip.tcti, world.host.look)
     assert (found.verdict, world.check()) == (SAFE, (SAFE, {}))
-    assert {each.what for each in found.findings} == {"TPM", "group data", "root", "initrd.img-6.12.1-amd64"}
+    assert {each.what for each in found.findings} == {
+        "TPM",
+        "group data",
+        "root",
+        "initrd.img-6.12.1-amd64",
+        "recovery key",
+    }
     assert {name for name, data in contents().items() if before.get(name) != data} <= {
         world.chip.state / "tpm2-00.permall"
     }
@@ -194,6 +200,23 @@ def test_the_manifest_says_which_formats_the_code_reads() -> None:
     manifest = (Path(__file__).parents[1] / "initramfs/manifest").read_text()
     names = {line.split()[1] for line in manifest.splitlines() if line.startswith("reads ")}
     assert names == {f"{kind}-{version}" for kind, version in check._WRITTEN.items()}
+
+
+def test_a_recovery_key_that_was_tested_and_one_that_is_another_by_now(world: World) -> None:
+    def said() -> str:
+        found = check.check(world.host.paths, world.chip.tcti, world.host.look)
+        return next(each.detail for each in found.findings if each.what == "recovery key")
+
+    assert said() == "tested on 0 of 2 disk(s)"
+    recoveryops.test(world.host.paths, world.host.recovery, world.host.look)
+    assert said() == "tested on every disk"
+    with world.host.work() as work:
+        work.state.recovery["behind"]["uuid"] = ""
+        work.state.save()
+    assert world.check() == (
+        UNPROVEN,
+        {"recovery key": (UNPROVEN, "some disks still have an earlier one")},
+    )
 
 
 def test_a_loaded_kexec_kernel(world: World) -> None:

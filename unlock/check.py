@@ -270,8 +270,18 @@ def _operation(state: State) -> Iterator[Finding]:
 
 
 def _recovery(state: State) -> Iterator[Finding]:
+    """Nothing that opens by itself needs it; what does not, needs nothing else."""
     if not state.has_recovery_key:
         yield Finding("recovery key", UNPROVEN, "there is none: a refused boot is the end", "unlock disk adopt")
+        return
+    uuids = [member.uuid for group in state.groups.values() for member in group.members]
+    tested = sum(uuid in state.recovery["tested"] for uuid in uuids)
+    if state.recovery["behind"]:
+        yield Finding("recovery key", UNPROVEN, "some disks still have an earlier one", "unlock recovery new")
+    elif tested < len(uuids):
+        yield Finding("recovery key", SAFE, f"tested on {tested} of {len(uuids)} disk(s)", "unlock recovery test")
+    else:
+        yield Finding("recovery key", SAFE, "tested on every disk")
 
 
 def _provider(paths: Paths, state: State, persistence: Secret | None, connect: provide.Connect) -> Iterator[Finding]:
