@@ -120,19 +120,16 @@ def test_killed_anywhere_both_boots_open_and_it_finishes(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     host = Machine(tmp_path, OLD)
-    other = Boot("direct", kernel="not yet")
-    number, kills = 1, 0
-    while True:
-        host.predict(("to come", other))
-        host.boot(OLD)
-        if not killed_at(number, lambda: host.predict(("kernel", NEW))):
-            break
-        kills += 1
+    number, kills, ended = 1, 0, False
+    while not ended:
+        coming = (f"kernel {number}", Boot("direct", kernel=f"{number}"))
+        ended = not killed_at(number, lambda coming=coming: host.predict(coming))
+        kills += not ended
         assert host.boot(OLD) == "unsealed"
         assert host.reasons()[0] == "this boot" and allowed.UNKNOWN not in host.reasons()
-        host.predict(("kernel", NEW))
-        assert host.reasons() == ["this boot", "predicted: kernel"]
-        number += 23
-    assert kills > 15
+        host.predict(coming)
+        assert host.reasons() == ["this boot", f"predicted: {coming[0]}"]
+        number += 41
+    assert kills > 10
     record_property("shown", f"predicted states: killed at {kills} points, and run again")
     host.close()
