@@ -21,8 +21,8 @@ ROWS = [
     {"provide"},
     {"rotation", "allowed"},
     {"boot", "late", "recovery", "enroll", "members", "status", "explain"}
-    | {"cache", "kdk", "keymanager", "persistence", "rekey", "switch", "sync"},
-    {"cli", "clikeys", "__main__"},
+    | {"cache", "kdk", "keymanager", "persistence", "rekey", "switch", "sync", "window", "rebind"},
+    {"cli", "clikeys", "clipolicy", "__main__"},
 ]
 """Lowest first: a module imports from lower rows only; in the lowest row and at the top, from its own too."""
 

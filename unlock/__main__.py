@@ -56,8 +56,9 @@ def _boot(argv: list[str]) -> int:
         return heal(paths)
     if argv == ["baseline"]:
         from .explain import baseline
+        from .window import good_boot
 
-        return baseline(paths)
+        return max(baseline(paths), good_boot(paths))
     if len(argv) == 2 and argv[0] == "gate":
         from .late import gate
 

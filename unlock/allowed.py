@@ -142,12 +142,13 @@ def remember(state: HostState, found: Allowed, branches: Iterable[bytes], reason
     kept["states"] = entries
 
 
-def begin(state: HostState, branch: bytes, unauthenticated_root: bool) -> None:
+def begin(state: HostState, selection: Iterable[int], branch: bytes, unauthenticated_root: bool) -> None:
     """A policy for the state of this boot alone. Saves nothing."""
     state.tpm.update(
         states={branch.hex(): {"why": THIS, "proven": False, "made": utc()}},
         opened=branch.hex(),
         before="",
+        pcrs=list(selection),
         window=None,
         unauthenticated_root=unauthenticated_root,
     )

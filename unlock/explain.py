@@ -8,7 +8,6 @@
 It works in the recovery shell too, with what is there: without a baseline it cannot say what was before.
 """
 
-import glob
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -433,19 +432,14 @@ def explain(paths: Paths, as_json: bool) -> int:
     """`unlock explain`. Raises Refused without root."""
     if os.geteuid() != 0:
         raise Refused("unlock needs root", "sudo unlock explain", code="not-root")
-    found = judge(gather(paths, device()))
+    found = judge(gather(paths, thisboot.tpm_device()))
     print(json.dumps(fields(found), indent=1) if as_json else text(found))
     return 0
 
 
-def device() -> str:
-    """The TCTI of the first TPM that there is."""
-    return f"device:{min(glob.glob('/dev/tpmrm*'), default='/dev/tpmrm0')}"
-
-
 def baseline(paths: Paths) -> int:
     """`unlock boot baseline`, after a boot."""
-    kept = keep_baseline(paths, device())
+    kept = keep_baseline(paths, thisboot.tpm_device())
     log.note(f"baseline kept: {len(kept.items)} events" if kept else "no baseline: the TPM did not release the key")
     return 0
 
