@@ -86,6 +86,20 @@ def test_closed_by_hand_it_is_closed_and_only_this_boot_is_left(host: Machine) -
     assert host.boot(UPDATED) == "pcr-mismatch"
 
 
+def test_other_pcrs(host: Machine) -> None:
+    for _ in range(2):
+        window.set_pcrs(host.paths, (7, 9), host.chip.tcti)
+        assert host.allows().record.selection == (7, 9, 15) and host.reasons() == ["this boot"]
+    good(host)
+    window.open_window(host.paths, 1, (), host.chip.tcti)
+    good(host)
+    assert shown(host)["pcrs"] == [7, 9, 15]
+    assert host.boot(Boot("direct", kernel="another")) == "unsealed"  # PCR 4 counts no more
+    assert host.boot(THIEF) == "pcr-mismatch"
+    with pytest.raises(Usage):
+        window.set_pcrs(host.paths, (16,), host.chip.tcti)
+
+
 def test_a_good_boot_with_nothing_new_writes_nothing(host: Machine) -> None:
     good(host)
     assert host.allows().states[0].proven

@@ -26,6 +26,9 @@ def add(words: "Words") -> None:
     window.add_argument("--keep", type=pcrs, default=(), metavar="N,N", help="PCRs of 0 to 7 that still count")
     close = verbs.add_parser("close", help="this boot's state alone, over all PCRs", allow_abbrev=False)
     close.set_defaults(run=_close)
+    chosen = verbs.add_parser("set", help="other PCRs, for this boot's state", allow_abbrev=False)
+    chosen.set_defaults(run=_set)
+    chosen.add_argument("--pcrs", type=pcrs, required=True, metavar="N,N", help="the cap PCR comes on top")
     rebind = words.add_parser("rebind", help="another board or TPM, or a changed boot", allow_abbrev=False)
     rebind.set_defaults(run=_rebind)
     rebind.add_argument("--recovery-key-file", metavar="FILE", help="else credential unlock.recovery-key, else asked")
@@ -36,11 +39,12 @@ def add(words: "Words") -> None:
     rebind.add_argument("--client-key", metavar="FILE", help="kmip: PEM, where it was wrapped by the TPM's key")
     rebind.add_argument("--pcrs", type=pcrs, default=(), metavar="N,N", help="default: as before")
     rebind.add_argument("--accept", action="append", default=[], metavar="RISK", help="as for init")
-    for each in (window, close, rebind):
+    for each in (window, close, chosen, rebind):
         _owner_auth(each)
 
 
 def pcrs(text: str) -> tuple[int, ...]:
+    """ValueError, which argparse tells, for what is no list of numbers."""
     return tuple(int(part) for part in text.split(","))
 
 
@@ -84,6 +88,15 @@ def _close(paths: Paths, options: argparse.Namespace) -> int:
 
     with _owner(options) as owner:
         found = window.close(paths, thisboot.tpm_device(), owner)
+    log.note(f"the TPM allows the state of this boot alone, over PCRs {', '.join(map(str, found.record.selection))}")
+    return 0
+
+
+def _set(paths: Paths, options: argparse.Namespace) -> int:
+    from . import thisboot, window
+
+    with _owner(options) as owner:
+        found = window.set_pcrs(paths, options.pcrs, thisboot.tpm_device(), owner)
     log.note(f"the TPM allows the state of this boot alone, over PCRs {', '.join(map(str, found.record.selection))}")
     return 0
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock policy show`, `window` and `close`; and what each good boot teaches.
+"""`unlock policy show`, `window`, `close` and `set`; and what each good boot teaches.
 
     show       which states the TPM allows, and why each
     window     before a firmware update: fewer PCRs count, for a number of good boots
     good_boot  after each boot that the TPM allowed: its state is proven; the last boot of a window closes it
     close      the full selection again, and this boot's state alone
+    set        another selection
 
 The state says that a window is open before the TPM has it, and until the TPM does not have it any more: killed
 anywhere, a window is never forgotten. A boot that the TPM refused counts for nothing.
@@ -120,6 +121,24 @@ def close(paths: Paths, tcti: str = DEVICE, owner_auth: Secret | None = None) ->
     with exclusive(paths), Tpm(tcti) as tpm, _persistence() as persistence:
         state = State.load(paths)
         return _close(paths, tpm, state, allowed.look(paths, tpm, state), persistence, owner_auth)
+
+
+def set_pcrs(paths: Paths, pcrs: Iterable[int], tcti: str = DEVICE, owner_auth: Secret | None = None) -> Allowed:
+    """The policy over these PCRs, with the cap PCR, from now on: for this boot's state alone. A window is closed by it.
+
+    Raises Usage for PCRs that protect nothing, Refused for one that cannot be told, NoKey.
+    """
+    with exclusive(paths), Tpm(tcti) as tpm, _persistence() as persistence:
+        state = State.load(paths)
+        found = allowed.look(paths, tpm, state)
+        selection = policy.select(pcrs, found.record.cap)
+        branch = _of_this_boot(paths, tpm, found, selection)
+        state.tpm["pcrs"] = list(selection)
+        reasons = {} if branch in found.record.branches else {branch: "this boot, when the PCRs were chosen"}
+        changed = allowed.reseal(paths, tpm, state, persistence, found, selection, [branch], reasons, owner_auth)
+        state.tpm["window"] = None
+        state.save_if_changed()
+        return changed._replace(window=None)
 
 
 def good_boot(paths: Paths, tcti: str = "") -> int:
