@@ -61,6 +61,13 @@ class Machine(Disks):
         self.chip.proxy.clear()
         return verdict
 
+    def clear(self) -> None:
+        """Another TPM, or the same one cleared: nothing of ours is in it."""
+        self.chip.kill()
+        shutil.rmtree(self.chip.state)
+        self.chip.state.mkdir()
+        self.chip.start()
+
     def early(self) -> str:
         """As unlock.boot does it; the key cache is new."""
         keyring.flush()

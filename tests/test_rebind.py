@@ -2,7 +2,6 @@
 """A cleared TPM, another TPM, a changed boot: `unlock rebind` with the recovery key. A software TPM, real headers."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -48,14 +47,6 @@ def run(host: Machine, file: str = "", recovery: Secret | None = None, client_ke
     return rebind.rebind(host.paths, choices, host.look)
 
 
-def clear(host: Machine) -> None:
-    """Another TPM, or the same one cleared: nothing of ours is in it."""
-    host.chip.kill()
-    shutil.rmtree(host.chip.state)
-    host.chip.state.mkdir()
-    host.chip.start()
-
-
 def boots(host: Machine, boot: Boot | None = None) -> None:
     """The TPM releases one key, which opens every disk that is here and the state."""
     assert host.boot(boot) == "unsealed"
@@ -74,7 +65,7 @@ def headers(host: Machine) -> list[bytes]:
 def test_the_recovery_key_and_the_backup_bring_the_host_back(host: Machine, what: str) -> None:
     old, before = bytes(host.persistence), host.state.provider_id
     if what != "changed boot":
-        clear(host)
+        host.clear()
     boot = OLD if what == "cleared" else NEW
     assert host.boot(boot) in ("no-slot", "pcr-mismatch")
     found = run(host, backup(host))
@@ -91,7 +82,7 @@ def test_the_recovery_key_and_the_backup_bring_the_host_back(host: Machine, what
 
 def test_without_the_backup_a_new_key_gets_a_new_backup(host: Machine) -> None:
     before, file = host.state.provider_id, backup(host, "new")
-    clear(host)
+    host.clear()
     host.boot()
     with pytest.raises(Refused) as caught:
         run(host)
@@ -117,7 +108,7 @@ def test_run_again_with_the_key_at_hand_it_makes_another(host: Machine) -> None:
 
 
 def test_a_wrong_recovery_key_or_password_changes_nothing(host: Machine) -> None:
-    clear(host)
+    host.clear()
     host.boot()
     before = headers(host), Path(host.paths.state).read_bytes()
     with pytest.raises(UnlockError):
@@ -135,7 +126,7 @@ def test_a_wrong_recovery_key_or_password_changes_nothing(host: Machine) -> None
 
 
 def test_a_disk_that_was_away_opens_by_the_recovery_key_and_heals_when_it_is_back(host: Machine) -> None:
-    clear(host)
+    host.clear()
     host.boot()
     away = host.disks.pop()
     found = run(host, backup(host))
@@ -148,7 +139,7 @@ def test_a_disk_that_was_away_opens_by_the_recovery_key_and_heals_when_it_is_bac
 
 
 def test_a_header_that_was_changed_is_left_alone(host: Machine) -> None:
-    clear(host)
+    host.clear()
     host.boot()
     with luks.Container(str(host.disks[1])) as container:
         ((number, fields),) = container.tokens(token.TYPE)
@@ -160,8 +151,20 @@ def test_a_header_that_was_changed_is_left_alone(host: Machine) -> None:
     assert headers(host)[1] == before
 
 
+def test_another_board_that_boots_in_another_way_is_measured_by_its_own_pcrs(host: Machine) -> None:
+    host.clear()
+    host.write("sys/firmware/efi/efivars/StubInfo-4a67b082", b"")
+    uki = Boot("uki")._replace(kernel="another")
+    host.boot(uki)
+    state = host.state
+    state.tpm["pcrs"] = [4, 7, 8, 9, 14, 15]
+    state.save()
+    assert run(host, backup(host)).selection == (4, 7, 11, 12, 15)
+    boots(host, uki)
+
+
 def test_the_backup_of_another_host_is_refused(host: Machine) -> None:
-    clear(host)
+    host.clear()
     host.boot()
     file = backup(host, "foreign")
     from unlock.providers import native
@@ -176,7 +179,7 @@ def test_the_backup_of_another_host_is_refused(host: Machine) -> None:
 def test_a_key_manager_gives_the_keys_again(tmp_path: Path) -> None:
     with Liar(AUTHORITY) as kms:
         host = Machine(tmp_path, OLD, (), 2, kms)
-        clear(host)
+        host.clear()
         host.boot()
         with pytest.raises(Refused) as caught:
             run(host)
@@ -186,7 +189,7 @@ def test_a_key_manager_gives_the_keys_again(tmp_path: Path) -> None:
         assert host.group.generation == 1
         with provide.Work(host.paths, host.look) as work:
             assert work.provider().health().endpoints
-        clear(host)
+        host.clear()
         host.boot()
     before = headers(host)
     with pytest.raises(ProviderUnavailable):
@@ -202,7 +205,7 @@ def test_killed_anywhere_every_disk_still_opens_and_it_finishes(
     number, kills, ended = 1, 0, False
     while not ended:
         if how != "with the old key at hand":
-            clear(host)
+            host.clear()
             host.boot()
         file = {"with its backup": backup(host), "with a new key": backup(host, f"new-{number}")}.get(how, "")
         ended = not killed_at(number, lambda file=file: run(host, file))

@@ -154,8 +154,11 @@ def _this_boot(paths: Paths, tpm: Tpm, state: State, choices: Choices) -> tuple[
     """What is sealed to: PCRs, the branch of this boot, and whether the root file system is not authenticated."""
     values = atunseal.values(paths, tpm)
     boot = atunseal.how_booted(paths, tpm.read_pcrs(range(16)))
-    pcrs = choices.pcrs or _before(tpm, state) or atunseal.MEASURED_BY.get(boot, (7,))
-    if boot == "unmeasured" and not state.tpm["pcrs"]:
+    before = [pcr for pcr in _before(tpm, state) if pcr != policy.CAP_PCR]
+    if any(values.get(pcr) == policy.UNSET for pcr in before):  # another board, which boots in another way
+        before = []
+    pcrs = choices.pcrs or before or atunseal.MEASURED_BY.get(boot, (7,))
+    if boot == "unmeasured" and not before:
         _accepted(choices, "unmeasured-boot", "nothing measures the kernel and the initramfs")
     selection = policy.select(pcrs)
     plain_root = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})

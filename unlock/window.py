@@ -108,7 +108,7 @@ def open_window(
         selection = policy.select(set(full) - FIRMWARE | set(keep), found.record.cap)
         branch = _of_this_boot(paths, tpm, found, selection)
         window = {"reboots": reboots, "since": allowed.utc(), "pcrs": list(full), "boot": _boot(paths)}
-        state.tpm["window"] = window
+        state.tpm.update(window=window, pcrs=list(full))
         reasons = {branch: "a window for a firmware update"}
         return allowed.reseal(paths, tpm, state, persistence, found, selection, [branch], reasons, owner_auth)
 
