@@ -58,7 +58,10 @@ def _boot(argv: list[str]) -> int:
         from .explain import baseline
         from .window import good_boot
 
-        return max(baseline(paths), good_boot(paths))
+        try:
+            return baseline(paths)
+        finally:  # a window is closed even where no baseline can be kept
+            good_boot(paths)
     if len(argv) == 2 and argv[0] == "gate":
         from .late import gate
 
