@@ -12,7 +12,7 @@ from killing import EVERY, LASTING, TPM_WRITES, killed_at
 from kmipfixture import AUTHORITY, CLIENT
 
 from tests.lab.kmipliar import Liar
-from unlock import kdk, keyring, luks, provide, rebind, recoverykey, sync, token
+from unlock import kdk, keyring, luks, policy, provide, rebind, recoverykey, slots, sync, token
 from unlock.errors import ProviderUnavailable, Refused, UnlockError
 from unlock.secret import Secret
 
@@ -161,6 +161,26 @@ def test_another_board_that_boots_in_another_way_is_measured_by_its_own_pcrs(hos
     state.save()
     assert run(host, backup(host)).selection == (4, 7, 11, 12, 15)
     boots(host, uki)
+
+
+def test_a_tpm_that_another_host_uses_is_not_overwritten_unasked(host: Machine) -> None:
+    host.clear()
+    host.boot()
+    with host.chip.open() as tpm:
+        theirs = policy.Payload(Secret(bytes(32)))
+        kept = slots.persist(tpm, b"x" * 16, (7, 15), (policy.branch((7, 15), {7: bytes(32)}),), theirs)
+    with pytest.raises(Refused) as caught:
+        run(host, backup(host))
+    assert caught.value.code == "slots-in-use" and host.allows().record == kept
+    choices = rebind.Choices(
+        host.recovery,
+        backup(host),
+        Secret(PASSWORD),
+        accept=frozenset(("unauthenticated-root", "slots-in-use")),
+        tcti=host.chip.tcti,
+    )
+    rebind.rebind(host.paths, choices, host.look)
+    boots(host)
 
 
 def test_the_backup_of_another_host_is_refused(host: Machine) -> None:
