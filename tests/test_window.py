@@ -159,6 +159,19 @@ def test_status_says_loudly_that_a_window_is_open(host: Machine) -> None:
     assert "WINDOW" in status.table(status.status(host.paths))
 
 
+def test_what_was_predicted_outlives_a_closing_that_was_killed_in_its_last_step(host: Machine) -> None:
+    new = Boot("direct", kernel="another")
+    opened(host)
+    before = host.state.tpm["window"]
+    window.close(host.paths, host.chip.tcti)
+    state = host.state
+    state.tpm["window"] = before
+    state.save()
+    host.predict(("kernel", new))
+    good(host)
+    assert host.reasons() == ["this boot", "predicted: kernel"] and not host.state.tpm["window"]
+
+
 @pytest.mark.parametrize("what", ["opening", "closing"])
 def test_killed_anywhere_a_window_is_never_forgotten(
     host: Machine, what: str, record_property: Callable[[str, object], None]
