@@ -16,12 +16,17 @@ from types import FrameType
 PACKAGE = str(Path(__file__).parents[1] / "unlock")
 
 
-def killed_at(number: int, work: Callable[[], object], only: frozenset[str] = frozenset()) -> bool:
-    """Runs `work` in a child that kills itself at that event; False when it had ended before.
+EVERY = int(os.environ.get("UNLOCK_KILL_EVERY", "5"))
+"""Which of the steps below are tried: each fifth; 1 for a soak."""
+LASTING = frozenset(("save", "put", "forget", "write_backup", "set_token", "remove_token"))
+TPM_WRITES = frozenset(("_create", "_keep", "_define", "_undefine", "write_record"))
+"""What changes something that outlives the process, in a state, keyring, header or TPM."""
 
-    `only`: functions whose calls and returns count; empty for all of ours.
-    """
-    return child(lambda: _count_down(number, work, only)) == -signal.SIGKILL
+
+def killed_at(number: int, work: Callable[[], object], steps: frozenset[str] = frozenset()) -> bool:
+    """Runs `work` in a child that kills itself at that event; False when it had ended before. `steps` are the names of
+    the functions that count; all of ours when it is empty."""
+    return child(lambda: _count_down(number, work, steps)) == -signal.SIGKILL
 
 
 def killed_in(call: str, number: int, work: Callable[[], object]) -> bool:
@@ -59,13 +64,15 @@ def _traced(options: list[str], work: Callable[[], object]) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _count_down(number: int, work: Callable[[], object], only: frozenset[str]) -> None:
+def _count_down(number: int, work: Callable[[], object], steps: frozenset[str]) -> None:
     left = number
 
     def event(frame: FrameType, kind: str, _: object) -> None:
         nonlocal left
-        if kind in ("call", "return") and frame.f_code.co_filename.startswith(PACKAGE):
-            left -= not only or frame.f_code.co_name in only
+        code = frame.f_code
+        counts = code.co_filename.startswith(PACKAGE) and (not steps or code.co_name in steps)
+        if kind in ("call", "return") and counts:
+            left -= 1
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 

@@ -62,8 +62,12 @@ def _boot(argv: list[str]) -> int:
         return heal(paths)
     if argv == ["baseline"]:
         from .explain import baseline
+        from .window import good_boot
 
-        return baseline(paths)
+        try:
+            return baseline(paths)
+        finally:  # a window is closed even where no baseline can be kept
+            good_boot(paths)
     if len(argv) == 2 and argv[0] == "gate":
         from .late import gate
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 
-from . import __version__, ask, clikeys, clirecovery, log
+from . import __version__, ask, clikeys, clipolicy, clirecovery, log
 from .errors import Refused, Usage
 from .paths import Paths
 from .protect import protect
@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     clirecovery.add_keep(adopt)
     clikeys.add(words)
     clirecovery.add(words, top)
+    clipolicy.add(words)
     return top
 
 

@@ -9,7 +9,7 @@ remove     then the TPM forgets the persistence key; until the next boot `enable
 from typing import Any
 
 from . import devices, disk, keyring, luks, policy, present, provide, rotation, slots, thisboot
-from .errors import NoKey, Refused, UnlockError
+from .errors import NoKey, NoSlot, Refused, UnlockError
 from .paths import Paths
 from .secret import Secret
 from .state import State, exclusive
@@ -67,11 +67,18 @@ def _seal_again(work: provide.Work, sealed: dict[str, Any], tcti: str, owner_aut
     plain = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
     payload = policy.Payload(work.persistence, early["facts"].get("unauthenticated_root", plain) if early else plain)
     with Tpm(tcti) as tpm:
-        found = slots.current(tpm)
+        found = _sealed(tpm)
         if found and found.host == host:
             return
         branches = [bytes.fromhex(each) for each in sealed["branches"]]
         slots.persist(tpm, host, tuple(sealed["selection"]), branches, payload, owner_auth, cap=sealed["cap"])
+
+
+def _sealed(tpm: Tpm) -> policy.Record | None:
+    try:
+        return slots.current(tpm)[1]
+    except NoSlot:
+        return None
 
 
 def disable(paths: Paths, look: present.Look = present.look) -> list[rotation.Outcome]:
@@ -131,7 +138,7 @@ def remove_all_stored_keys(paths: Paths, tcti: str, owner_auth: Secret) -> None:
         state = State.load(paths)
         _refuse_removal(state)
         with Tpm(tcti) as tpm:
-            found = slots.current(tpm)
+            found = _sealed(tpm)
             if found and found.host != bytes.fromhex(state.host):
                 raise Refused(
                     "the TPM keeps the persistence key of another installation", "unlock status", code="not-ours"

@@ -158,7 +158,7 @@ def _first(paths: Paths, early: dict[str, Any] | None) -> list[str]:
     if early is None or early["verdict"] in ("unsealed", "handed-over"):
         return []
     try:
-        found = explain.judge(explain.gather(paths, explain.device()))
+        found = explain.judge(explain.gather(paths, thisboot.tpm_device()))
     except (UnlockError, OSError) as error:
         return [f"{'first':<10}cannot be told: {error}"]
     if not found.causes:
