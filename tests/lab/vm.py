@@ -13,14 +13,22 @@ from typing import Any, NamedTuple, Protocol
 
 from .console import Console
 from .guest import Guest
+from .loader import DISKS, Kind
 from .process import start
 from .qmp import Qmp
 from .swtpm import Command, SoftwareTpm
 
 # A third less work than `-cpu max` when emulated: no AVX state to keep, but the AES instructions are there.
 CPU = "qemu64,svm=off,+aes,+pclmulqdq,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand,+rdseed"
+SECURE_CPU = "max,la57=off"  # the firmware with Secure Boot does not start on the one above
 FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+SECURE = Path("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd")
+ENROLLED = {
+    "grub": Path("/usr/share/OVMF/OVMF_VARS_4M.ms.fd"),
+    "uki": Path("/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd"),
+}
+"""Variables with Secure Boot on, by what boots."""
 CACHE = {  # what QEMU's -drive cache=MODE means: (O_DIRECT, ignore flushes, the guest sees a write cache)
     "unsafe": (False, True, True),
     "writeback": (False, False, True),
@@ -63,6 +71,7 @@ class VM:
 
     The machine is what stays from boot to boot: `root.qcow2` (over the image's disk, which never changes),
     the TPM states, the UEFI variables. Each boot N leaves `console-N.log` and `tpm-N.log` there.
+    `loader`: the machine boots by itself, from its disks esp.qcow2 and, for GRUB, boot.qcow2, with Secure Boot.
     `tpm` names the TPM's state directory: another name is a replaced board, None is no TPM.
     `limit`: seconds after which the machine is killed, whatever happens.
     `log_writes`: each disk's writes and flushes go to writes-SERIAL.log in the order in which the guest made them.
@@ -76,6 +85,7 @@ class VM:
         disks: Sequence[Disk] = (),
         tpm: str | None = "tpm",
         uefi: bool = False,
+        loader: Kind = "",
         initrd: Path | None = None,
         cmdline: str | None = None,
         append: str = "",
@@ -91,7 +101,9 @@ class VM:
         self._image = image
         self._initrd = initrd or image.initrd
         self._cmdline = f"{cmdline or image.cmdline} {append}".strip()
-        self._disks = [Disk("root.qcow2", "root", cache), *disks]
+        self._loader = loader
+        self._loaders = [Disk(f"{name}.qcow2", name, cache) for name in DISKS[loader]]
+        self._disks = [*self._loaders, Disk("root.qcow2", "root", cache), *disks]
         self._tpm_name = tpm
         self._uefi = uefi
         self._memory = memory
@@ -167,15 +179,21 @@ class VM:
     # starting and stopping
 
     def _start(self) -> None:
-        arguments = ["-accel", "tcg,thread=multi", "-cpu", CPU, "-machine", "q35"]
+        cpu = SECURE_CPU if self._loader else CPU
+        arguments = ["-accel", "tcg,thread=multi", "-cpu", cpu, "-machine", "q35"]
         arguments += ["-smp", str(self._cores), "-m", self._memory, "-nodefaults", "-display", "none", "-nic", "none"]
-        arguments += ["-no-reboot", "-append", self._cmdline]
-        arguments += ["-kernel", str(self._image.kernel), "-initrd", str(self._initrd)]
-        if self._uefi:
+        arguments += ["-no-reboot"]
+        if self._loader:
+            arguments += ["-machine", "smm=on", "-global", "ICH9-LPC.disable_s3=1"]
+            arguments += ["-global", "driver=cfi.pflash01,property=secure,value=on"]
+        else:
+            arguments += ["-append", self._cmdline, "-kernel", str(self._image.kernel), "-initrd", str(self._initrd)]
+        if self._uefi or self._loader:
             variables = self.home / "vars.fd"
             if not variables.exists():
-                shutil.copyfile(VARIABLES, variables)
-            arguments += ["-drive", f"if=pflash,format=raw,readonly=on,file={FIRMWARE}"]
+                shutil.copyfile(ENROLLED.get(self._loader, VARIABLES), variables)
+            firmware = SECURE if self._loader else FIRMWARE
+            arguments += ["-drive", f"if=pflash,format=raw,readonly=on,file={firmware}"]
             arguments += ["-drive", f"if=pflash,format=raw,file={variables}"]
         ends: list[socket.socket] = []
 
@@ -202,9 +220,9 @@ class VM:
             chardev("tpm", self._tpm.port)
             arguments += ["-tpmdev", "emulator,id=tpm,chardev=tpm", "-device", "tpm-crb,tpmdev=tpm"]
         arguments += ["-device", "virtio-scsi-pci,id=scsi"]
-        root = self.home / "root.qcow2"
-        if not root.exists():
-            overlay(self._image.disk, root)
+        for disk in [*self._loaders, Disk("root.qcow2", "root")]:
+            if not (self.home / disk.path).exists():
+                overlay(self._image.disk.with_name(f"{disk.serial}.raw"), self.home / disk.path)
         for disk in self._disks:
             arguments += ["-blockdev", json.dumps(self._blockdev(disk))]
             arguments += ["-device", json.dumps(self._scsi(disk))]
@@ -260,6 +278,7 @@ class VM:
             "bus": "scsi.0",
             "drive": f"disk-{disk.serial}",
             "write-cache": "on" if write_cache else "off",
+            **({"bootindex": DISKS[self._loader].index(disk.serial)} if disk in self._loaders else {}),
         }
 
 
