@@ -17,9 +17,9 @@ ROWS = [
     {"measured", "predict"},
     {"tpm", "wrap", "devices", "luks", "keyring", "mount", "providers.tls"},
     {"slots", "state", "disk", "thisboot", "providers", "providers.native", "providers.kmip"},
-    {"opening", "present", "selfhosted"},
+    {"opening", "present", "selfhosted", "atunseal"},
     {"provide"},
-    {"rotation"},
+    {"rotation", "allowed"},
     {"boot", "late", "recovery", "enroll", "members", "status", "explain"}
     | {"cache", "kdk", "keymanager", "persistence", "rekey", "switch", "sync"},
     {"cli", "clikeys", "__main__"},

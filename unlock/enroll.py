@@ -12,7 +12,7 @@ import os
 from contextlib import closing
 from typing import NamedTuple
 
-from . import config, devices, keyring, log, policy, provide, slots, thisboot
+from . import allowed, atunseal, config, devices, keyring, log, policy, provide, slots, thisboot
 from .errors import Refused, Usage
 from .paths import Paths, write_atomically
 from .providers import native
@@ -105,6 +105,7 @@ def init(paths: Paths, choices: Choices) -> Preflight:
                     keyring.put("unlock:host", host_key)
         if not os.path.exists(paths.config):
             write_atomically(paths.config, config.HEAD.encode(), mode=0o644)
+        allowed.begin(state, found.branch, found.unauthenticated_root)
         state.journal = None
         state.save()
     return found
@@ -189,7 +190,8 @@ def preflight(paths: Paths, tpm: Tpm, choices: Choices, again: bool) -> Prefligh
         _refuse(choices, "unauthenticated-root", "encrypt the root file system")
     tpm.srk(choices.owner_auth)
     tpm.trial(selection)
-    return Preflight(boot, selection, policy.branch(selection, values), plain_root)
+    then = atunseal.of(selection, atunseal.values(paths, tpm))
+    return Preflight(boot, selection, policy.branch(selection, then), plain_root)
 
 
 def _check_chip(tpm: Tpm, choices: Choices, again: bool) -> None:

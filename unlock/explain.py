@@ -14,13 +14,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from . import eventlog, log, measured, policy, report, thisboot
-from .errors import CommandFailed, Malformed, Refused, UnlockError
+from . import atunseal, eventlog, log, measured, policy, report, thisboot
+from .errors import Malformed, Refused, UnlockError
 from .eventlog import Event, Log
 from .measured import CAUSES, Baseline, Chip, Difference, Item
 from .paths import Paths, write_atomically
 from .policy import Record
-from .run import run
 from .tpm import Tpm
 
 _KEXEC = 0xD
@@ -280,17 +279,11 @@ def _log_is_allowed(world: World) -> bool:
 
 def items_now(world: World, trusted: Mapping[int, Sequence[Event]]) -> tuple[Item, ...]:
     """What was measured before the TPM was asked, of believed PCRs."""
-    asked = _asked(world.early)
+    asked = atunseal.asked(world.early, float("inf"))
     events = [event for event in (world.log.events if world.log else ()) if event.pcr in trusted]
     later = (event for kept in trusted.values() for event in kept if event.kind == eventlog.SYSTEMD)
     events += sorted((event for event in later if event.time < asked), key=lambda event: event.time)
     return measured.with_command_line(map(measured.describe, events), world.cmdline)
-
-
-def _asked(early: dict[str, Any] | None) -> float:
-    """When the TPM was asked for the key: seconds since the kernel started."""
-    times = [time for time, kind, _ in early["events"] if kind == "key"] if early else []
-    return times[0] if times else float("inf")
 
 
 def _plain(code: str, pcr: int | None = None, new: str = "") -> Cause:
@@ -339,8 +332,9 @@ def _cut(text: str, start: int) -> str:
 def gather(paths: Paths, tcti: str = "device:/dev/tpmrm0") -> World:
     """Changes nothing but, in an initramfs, mounting the kernel's securityfs. What is not there is told in words."""
     record, live, tpm_problem, chip, lockout = _ask_tpm(tcti)
-    found, problem = _event_log(paths)
+    found, problem = atunseal.event_log(paths)
     baseline, baseline_problem = _baseline(paths)
+    cmdline = atunseal.read(paths.cmdline, measured.TEXT_MAX).decode("utf-8", "replace")
     return World(
         thisboot.early(paths),
         record,
@@ -348,14 +342,14 @@ def gather(paths: Paths, tcti: str = "device:/dev/tpmrm0") -> World:
         tpm_problem,
         found,
         problem,
-        eventlog.parse_systemd(_read(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG)),
+        eventlog.parse_systemd(atunseal.read(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG)),
         baseline,
         baseline_problem,
         chip,
         lockout,
-        _started_by_kexec(_read(paths.bootloader, 16)),
+        _started_by_kexec(atunseal.read(paths.bootloader, 16)),
         measured.printable(os.uname().release, 256),
-        measured.printable(_read(paths.cmdline, measured.TEXT_MAX).decode("utf-8", "replace"), measured.TEXT_MAX),
+        measured.printable(cmdline, measured.TEXT_MAX),
     )
 
 
@@ -392,46 +386,14 @@ def _current(tpm: Tpm) -> Record | None:
     return max(found, key=lambda each: each.generation, default=None)
 
 
-def _event_log(paths: Paths) -> tuple[Log | None, str]:
-    _mount_securityfs(paths)
-    data = _read(paths.event_log, eventlog.MAX_LOG + 1)
-    if not data:
-        return None, (
-            "the boot loader or the firmware passed no event log (GRUB before 2.12 does not): "
-            "which event changed cannot be told"
-        )
-    try:
-        return eventlog.parse(data), ""
-    except Malformed as error:
-        return None, f"{error}: which event changed cannot be told"
-
-
-def _mount_securityfs(paths: Paths) -> None:
-    """An initramfs leaves it unmounted."""
-    if paths.root == "/" and not os.path.exists(paths.event_log) and not os.path.ismount("/sys/kernel/security"):
-        try:
-            run(["mount", "-t", "securityfs", "securityfs", "/sys/kernel/security"], timeout=10)
-        except CommandFailed:
-            pass
-
-
 def _baseline(paths: Paths) -> tuple[Baseline | None, str]:
     for path in (paths.baseline, Paths(os.path.join(paths.root, _NEW_ROOT)).baseline):
         try:
-            if data := _read(path, measured.BASELINE_MAX + 1):
+            if data := atunseal.read(path, measured.BASELINE_MAX + 1):
                 return Baseline.decode(data), ""
         except Malformed as error:
             return None, str(error)
     return None, "there is no record of a good boot here: what was measured then cannot be told"
-
-
-def _read(path: str, limit: int) -> bytes:
-    """At most `limit` bytes; b"" when the file cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(limit)
-    except OSError:
-        return b""
 
 
 # The baseline -----------------------------------------------------------------------------------------------
@@ -455,7 +417,7 @@ def keep_baseline(paths: Paths, tcti: str = "device:/dev/tpmrm0") -> Baseline | 
         kept = {pcr: value for pcr, value in world.live.items() if pcr < 16 and pcr not in (11, policy.CAP_PCR)}
     baseline = Baseline(world.kernel, world.cmdline, world.chip or Chip("", ""), kept, items)
     data = baseline.encode()
-    if _read(paths.baseline, measured.BASELINE_MAX) != data:
+    if atunseal.read(paths.baseline, measured.BASELINE_MAX) != data:
         write_atomically(paths.baseline, data)
     return baseline
 

@@ -54,6 +54,8 @@ BASELINE_MAX = 2 << 20
 _VERSION = 1
 _ON = b"\x01"
 _SEPARATORS = (b"\0\0\0\0", b"\xff\xff\xff\xff")
+_GROWING = (10, 11)
+"""PCRs that IMA, and systemd without a log of it, extend after early boot."""
 _PHASES = ("enter-initrd", "leave-initrd", "sysinit", "ready")
 
 
@@ -302,6 +304,19 @@ def believed(log: Log, later: Sequence[Event], live: Mapping[int, bytes]) -> dic
             if more is not None:
                 found[pcr] = (*events, *more)
     return found
+
+
+def at(asked: float, log: Log | None, later: Sequence[Event], live: Mapping[int, bytes]) -> dict[int, bytes]:
+    """PCRs 0 to 15 as they were at the time `asked`, in seconds since the kernel started: believed PCRs without what
+    systemd added since; of the others those that nothing extends after early boot. What cannot be told is left out."""
+    trusted = believed(log, later, live) if log else {}
+    events = (
+        event for kept in trusted.values() for event in kept if event.kind != eventlog.SYSTEMD or event.time < asked
+    )
+    then = eventlog.replay(events, log.locality if log else 0)
+    touched = {event.pcr for event in later}
+    quiet = {pcr for pcr in range(16) if pcr not in touched and (pcr not in _GROWING or live[pcr] == policy.UNSET)}
+    return {pcr: then[pcr] if pcr in trusted else live[pcr] for pcr in range(16) if pcr in trusted or pcr in quiet}
 
 
 def replayed(log: Log) -> dict[int, tuple[tuple[Event, ...], bytes]]:

@@ -6,7 +6,7 @@ current one. It is not touched until the other one is complete; then it is evict
 old policy ends before its record does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from .errors import (
@@ -21,7 +21,7 @@ from .errors import (
 )
 from .policy import CAP_PCR, SLOTS, Payload, Record, Slot, select
 from .secret import Secret
-from .tpm import Tpm
+from .tpm import SlotState, Tpm
 
 _TELLING = (TpmRefused, Tampered, NewerFormat, Malformed, NoSlot)
 
@@ -54,6 +54,14 @@ def unseal(tpm: Tpm) -> Unsealed:
     raise min(problems, key=_rank)
 
 
+def current(tpm: Tpm) -> tuple[Slot, Record]:
+    """The complete slot of the highest generation. NV_Read and ReadPublic, each twice. NoSlot, NewerFormat."""
+    complete = _complete({slot: tpm.slot_state(slot) for slot in SLOTS})
+    if not complete:
+        raise NoSlot("the TPM holds no persistence key of this host", hint="unlock explain")
+    return max(complete.items(), key=lambda pair: pair[1].generation)
+
+
 def persist(
     tpm: Tpm,
     host: bytes,
@@ -72,10 +80,7 @@ def persist(
     """
     selection = select(selection, cap)
     states = {slot: tpm.slot_state(slot) for slot in SLOTS}
-    for state in states.values():
-        if isinstance(state.problem, NewerFormat):
-            raise state.problem
-    complete = {slot: state.record for slot, state in states.items() if state.record and state.complete}
+    complete = _complete(states)
     if not replace and any(record.host != host for record in complete.values()):
         raise Refused("the TPM keeps the persistence key of another installation")
     current = max(complete, key=lambda slot: complete[slot].generation, default=SLOTS[1])
@@ -92,6 +97,13 @@ def persist(
         raise TpmFailed(f"slot {target.name} does not read back as it was written")
     tpm.evict(current, owner_auth)
     return record
+
+
+def _complete(states: Mapping[Slot, SlotState]) -> dict[Slot, Record]:
+    for state in states.values():
+        if isinstance(state.problem, NewerFormat):
+            raise state.problem
+    return {slot: state.record for slot, state in states.items() if state.record and state.complete}
 
 
 def remove(tpm: Tpm, owner_auth: Secret | None = None) -> None:

@@ -14,6 +14,9 @@
     manifests   NAME -> highest generation of a member list that was ever begun
     generations NAME -> highest generation of a KEK that a group of that name has had
     retire      [{"id", "group"}]: replaced KEKs, until the provider has deactivated them
+    tpm         what the policy record in the TPM does not say; absent in older files. {"states": BRANCH, hex -> {"why",
+                "proven", "made"}, "opened", "before": BRANCH or "", "window": null or {"reboots", "since",
+                "pcrs", "boot"}, "unauthenticated_root"}
     journal     the operation under way, or null
 
 The file is replaced whole. The one journal: an operation writes what it is about to do before it starts,
@@ -90,7 +93,17 @@ class State:
         for group in self.groups.values():
             highest = self._fields["generations"].get(group.name, 0)
             self._fields["generations"][group.name] = max(highest, group.generation)
-        write_atomically(self._path, json.dumps(self._fields, indent=1).encode() + b"\n")
+        write_atomically(self._path, self._encoded())
+
+    def save_if_changed(self) -> None:
+        """Writes nothing when the file says the same already."""
+        with open(self._path, "rb") as file:
+            if file.read() == self._encoded():
+                return
+        self.save()
+
+    def _encoded(self) -> bytes:
+        return json.dumps(self._fields, indent=1).encode() + b"\n"
 
     @property
     def host(self) -> str:
@@ -139,6 +152,13 @@ class State:
     def skip_generation(self, group: str, generation: int) -> None:
         """The key of that generation was revoked before it was used: its name is spent."""
         self._fields["generations"][group] = max(generation, self._fields["generations"].get(group, 0))
+
+    @property
+    def tpm(self) -> dict[str, Any]:
+        """Why each state of the TPM's policy is allowed. It permits nothing: the record in the TPM does."""
+        empty: dict[str, Any] = {"states": {}, "opened": "", "before": "", "window": None, "unauthenticated_root": None}
+        tpm: dict[str, Any] = self._fields.setdefault("tpm", empty)
+        return tpm
 
     # Providers
 
@@ -193,6 +213,17 @@ class State:
         return retire
 
     # Keys
+
+    def prove(self, persistence: Secret) -> None:
+        """Raises Tampered unless this is the key that wraps what the state keeps."""
+        for kind, wrapped in (
+            ("kdk", self.provider.get("kdk")),
+            ("client-key", self.provider.get("client_key")),
+            ("host-key", self._fields["host_key"]["wrapped"]),
+            ("mac-key", self._fields["mac_key"]),
+        ):
+            if wrapped:
+                self._unwrapped(persistence, kind, wrapped).wipe()
 
     @property
     def persistent(self) -> bool:

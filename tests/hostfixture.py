@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole host for the TPM's policy: a software TPM that boots, event logs, LUKS2 images, state and key cache."""
+
+import os
+import shutil
+from hashlib import sha256
+from pathlib import Path
+
+from eventlogs import Boot, systemd_log
+from flowfixture import HOST
+from flowfixture import Host as Disks
+from tpmfixture import Swtpm
+
+from unlock import allowed, atunseal, keyring, policy, report, slots, thisboot
+from unlock.errors import UnlockError
+from unlock.secret import Secret
+from unlock.state import State
+
+MEASURED_BY = {"grub": (4, 7, 8, 9, 14), "uki": (4, 7, 11, 12), "direct": (4, 7, 9)}
+LATE = 1e9
+"""Seconds: what systemd measures after the unseal."""
+
+
+class Machine(Disks):
+    """`boot` powers it on; early boot fills the key cache, or leaves it empty when the TPM refuses."""
+
+    def __init__(self, home: Path, boot: Boot, pcrs: tuple[int, ...] = (), disks: int = 0) -> None:
+        self.chip = Swtpm(home / "tpm")
+        self.chip.start()
+        super().__init__(home, disks)
+        self.now = boot
+        self.boot(boot)
+        selection = policy.select(pcrs or MEASURED_BY[boot.kind])
+        with self.chip.open() as tpm:
+            branch = policy.branch(selection, atunseal.of(selection, atunseal.values(self.paths, tpm)))
+            slots.persist(tpm, bytes.fromhex(HOST), selection, (branch,), policy.Payload(self.persistence))
+        state = State.load(self.paths)
+        allowed.begin(state, branch, False)
+        state.save()
+        keyring.put("unlock:persistence", self.persistence)
+
+    def close(self) -> None:
+        self.chip.kill()
+        self.chip.proxy.close()
+
+    def boot(self, boot: Boot | None = None, *, log: bool = True) -> str:
+        """Power on, firmware, boot loader, kernel, early boot, systemd. The verdict."""
+        self.now = boot = boot or self.now
+        self.chip.power_cycle()
+        shutil.rmtree(self.paths.run, ignore_errors=True)
+        shutil.rmtree(self.folder / "root/run/log", ignore_errors=True)
+        self.write("proc/cmdline", boot.full_cmdline().encode() + b"\n")
+        self.write("proc/sys/kernel/bootloader_type", b"114\n")
+        self.write("sys/kernel/security/tpm0/binary_bios_measurements", boot.log() if log else b"")
+        self.extend([(entry.pcr, entry.sha256) for entry in boot.entries()])
+        verdict = self.early()
+        if boot.kind == "uki":
+            self.systemd(
+                (11, "phase", "sysinit", LATE), (15, "machine-id", "machine-id:12", LATE), (11, "phase", "ready", LATE)
+            )
+        self.chip.proxy.clear()
+        return verdict
+
+    def early(self) -> str:
+        """As unlock.boot does it; the key cache is new."""
+        keyring.flush()
+        record = report.Report("early-boot")
+        with self.chip.open() as tpm:
+            before = tpm.read_pcrs([policy.CAP_PCR])[policy.CAP_PCR].hex()
+            try:
+                unsealed = slots.unseal(tpm)
+                keyring.put("unlock:persistence", unsealed.payload.key)
+                record.facts = {"unauthenticated_root": unsealed.payload.unauthenticated_root}
+                record.judge("unsealed")
+            except UnlockError as error:
+                record.facts = {"cap_pcr_before": before}
+                record.judge(error.code, str(error))
+            tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+        os.makedirs(self.paths.run)
+        thisboot.write_report(self.paths, record, "report.json")
+        return record.verdict
+
+    def extend(self, pairs: list[tuple[int, bytes]]) -> None:
+        with self.chip.open() as tpm:
+            for pcr, digest in pairs:
+                tpm.extend(pcr, digest)
+
+    def systemd(self, *events: tuple[int, str, str, float]) -> None:
+        self.extend([(pcr, sha256(text.encode()).digest()) for pcr, _, text, _ in events])
+        self.write("run/log/systemd/tpm2-measure.log", systemd_log(events))
+
+    def write(self, name: str, data: bytes) -> None:
+        path = self.folder / "root" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    def values(self, boot: Boot) -> dict[int, bytes]:
+        """PCRs 0 to 15 when a boot like this asks the TPM."""
+        found = {pcr: bytes(32) for pcr in range(16)}
+        for entry in boot.entries():
+            found[entry.pcr] = sha256(found[entry.pcr] + entry.sha256).digest()
+        return found
+
+    def allows(self) -> allowed.Allowed:
+        with self.chip.open() as tpm:
+            return allowed.current(self.paths, tpm)
+
+    def reasons(self) -> list[str]:
+        return [each.why for each in self.allows().states]
+
+    def predict(self, *boots: tuple[str, Boot]) -> allowed.Allowed:
+        return allowed.predicted(self.paths, {words: self.values(boot) for words, boot in boots}, self.chip.tcti)
+
+    def sealed(self) -> Secret:
+        """What the TPM would release now, but for the cap."""
+        with self.chip.open() as tpm:
+            return slots.unseal(tpm).payload.key

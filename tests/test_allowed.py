@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which boots the TPM allows and why: predicted, booted, gone again; killed at every step. On a software TPM."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from eventlogs import Boot
+from hostfixture import Machine
+from killing import killed_at
+
+from unlock import allowed, keyring, policy
+from unlock.errors import NoKey, Tampered, UnlockError, Usage
+from unlock.secret import Secret
+
+pytestmark = pytest.mark.usefixtures("key_cache")
+
+OLD, NEW = Boot("direct"), Boot("direct", kernel="another", initrd="another")
+WRITES = {"NV_Write", "EvictControl", "Create", "NV_DefineSpace", "NV_UndefineSpace"}
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Machine]:
+    machine = Machine(tmp_path, OLD)
+    yield machine
+    machine.close()
+
+
+def test_a_predicted_kernel_boots_and_the_old_one_still_does(host: Machine) -> None:
+    assert host.reasons() == ["this boot"]
+    host.predict(("kernel 6.12.48", NEW))
+    assert host.reasons() == ["this boot", "predicted: kernel 6.12.48"]
+    assert host.boot(Boot("direct", kernel="an attacker's")) == "pcr-mismatch"
+    assert host.boot(NEW) == "unsealed"
+    assert host.reasons() == ["the boot before", "this boot"]
+    assert host.boot(OLD) == "unsealed"
+
+
+def test_predictions_replace_each_other_and_leave_what_has_booted(host: Machine) -> None:
+    first = host.allows().record.branches[0]
+    third = Boot("direct", kernel="third")
+    host.predict(("second", NEW))
+    host.predict(("third", third))
+    assert host.reasons() == ["this boot", "predicted: third"]
+    assert host.boot(NEW) == "pcr-mismatch"
+    assert host.boot(third) == "unsealed"
+    found = host.predict(("second", NEW))
+    assert [each.why for each in found.states] == ["the boot before", "this boot", "predicted: second"]
+    assert found.record.branches[0] == first
+    assert [each.why for each in host.predict().states] == ["the boot before", "this boot"]
+    assert host.boot(OLD) == "unsealed"
+
+
+def test_the_same_prediction_again_writes_nothing(host: Machine) -> None:
+    host.predict(("kernel", NEW))
+    host.chip.proxy.clear()
+    file = Path(host.paths.state).stat()
+    host.predict(("kernel", NEW))
+    host.predict(("kernel", NEW), ("the same again", NEW), ("as now", OLD))
+    assert not WRITES & set(host.chip.proxy.commands)
+    assert Path(host.paths.state).stat().st_ino == file.st_ino
+
+
+def test_there_is_room_for_eight(host: Machine) -> None:
+    boots = [(f"kernel {i}", Boot("direct", kernel=f"kernel {i}")) for i in range(8)]
+    with pytest.raises(Usage, match="7 have room"):
+        host.predict(*boots)
+    assert host.reasons() == ["this boot"]
+    host.predict(*boots[:7])
+    assert len(host.reasons()) == 8
+    assert host.boot(boots[6][1]) == "unsealed"
+
+
+def test_without_its_reason_a_state_still_opens_and_is_unknown(host: Machine) -> None:
+    host.predict(("kernel", NEW))
+    state = host.state
+    state.tpm["states"] = {}
+    state.save()
+    assert host.reasons() == ["this boot", "unknown"]
+    host.predict(("kernel", NEW))
+    assert host.reasons() == ["this boot", "predicted: kernel"]
+
+
+def test_another_key_in_the_cache_is_never_sealed(host: Machine) -> None:
+    before = host.allows().record
+    keyring.put("unlock:persistence", Secret(bytes(32)))
+    with pytest.raises(Tampered):
+        host.predict(("kernel", NEW))
+    keyring.flush()
+    with pytest.raises(NoKey):
+        host.predict(("kernel", NEW))
+    assert host.allows().record == before
+
+
+def test_a_boot_whose_state_cannot_be_told_keeps_every_state(tmp_path: Path) -> None:
+    """systemd extends PCR 11, and no log accounts for it."""
+    uki = Boot("uki")
+    host = Machine(tmp_path, uki)
+    host.boot(uki, log=False)
+    assert not host.allows().opened
+    for number in range(7):
+        found = host.predict((f"{number}", Boot("uki", kernel=f"{number}")))
+        assert len(found.states) == number + 2
+    with pytest.raises(UnlockError) as caught:
+        host.predict(("7", Boot("uki", kernel="7")))
+    assert caught.value.code == "pcr-unknown"
+    assert host.boot(uki) == "unsealed"
+    assert len(host.predict().states) == 1
+    host.close()
+
+
+def test_a_unified_kernel_image_is_sealed_to_what_it_was_before_systemd_went_on(tmp_path: Path) -> None:
+    host = Machine(tmp_path, Boot("uki"))
+    assert host.boot() == "unsealed"
+    assert host.allows().opened == policy.branch((4, 7, 11, 12, 15), host.values(Boot("uki")))
+    host.close()
+
+
+def test_killed_anywhere_both_boots_open_and_it_finishes(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    host = Machine(tmp_path, OLD)
+    other = Boot("direct", kernel="not yet")
+    number, kills = 1, 0
+    while True:
+        host.predict(("to come", other))
+        host.boot(OLD)
+        if not killed_at(number, lambda: host.predict(("kernel", NEW))):
+            break
+        kills += 1
+        assert host.boot(OLD) == "unsealed"
+        assert host.reasons()[0] == "this boot" and allowed.UNKNOWN not in host.reasons()
+        host.predict(("kernel", NEW))
+        assert host.reasons() == ["this boot", "predicted: kernel"]
+        number += 23
+    assert kills > 15
+    record_property("shown", f"predicted states: killed at {kills} points, and run again")
+    host.close()

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PCR values as they were when early boot asked the TPM for the key, told by a system that runs.
+
+    firmware's event log + systemd's log == the live PCR  ──> both are believed, and systemd's later part is taken off
+    a PCR without a believed log                          ──> its live value, if nothing extends it after early boot
+
+What is sealed to must be what the next boot has at that moment: systemd goes on measuring boot phases into PCR 11 of a
+unified kernel image, and IMA measures into PCR 10 for as long as the system runs.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from . import eventlog, measured, policy, thisboot
+from .errors import CommandFailed, Malformed, Refused
+from .eventlog import Log
+from .paths import Paths
+from .run import run
+from .tpm import Tpm
+
+
+def values(paths: Paths, tpm: Tpm) -> dict[int, bytes]:
+    """PCRs 0 to 15 but those whose value at that moment cannot be told; the cap PCR as the policy wants it.
+
+    PCR_Read x2.
+    """
+    live = tpm.read_pcrs(range(16))
+    log, _ = event_log(paths)
+    later = eventlog.parse_systemd(read(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG))
+    return {**measured.at(asked(thisboot.early(paths), 0.0), log, later, live), policy.CAP_PCR: policy.UNSET}
+
+
+def of(selection: Iterable[int], found: Mapping[int, bytes]) -> dict[int, bytes]:
+    """The values of these PCRs. Refused, code `pcr-unknown`, when one of them cannot be told."""
+    for pcr in selection:
+        if pcr not in found:
+            raise Refused(
+                f"PCR {pcr}: what it was when early boot asked the TPM cannot be told: no event log accounts for it",
+                "choose PCRs without it: --pcrs",
+                code="pcr-unknown",
+            )
+    return {pcr: found[pcr] for pcr in selection}
+
+
+def asked(early: dict[str, Any] | None, otherwise: float) -> float:
+    """When early boot asked the TPM for the key: seconds since the kernel started."""
+    times = [time for time, kind, _ in early["events"] if kind == "key"] if early else []
+    return float(times[0]) if times else otherwise
+
+
+def event_log(paths: Paths) -> tuple[Log | None, str]:
+    """The firmware's log, or why there is none. In an initramfs it mounts the kernel's securityfs."""
+    _mount_securityfs(paths)
+    data = read(paths.event_log, eventlog.MAX_LOG + 1)
+    if not data:
+        return None, (
+            "the boot loader or the firmware passed no event log (GRUB before 2.12 does not): "
+            "which event changed cannot be told"
+        )
+    try:
+        return eventlog.parse(data), ""
+    except Malformed as error:
+        return None, f"{error}: which event changed cannot be told"
+
+
+def _mount_securityfs(paths: Paths) -> None:
+    """An initramfs leaves it unmounted."""
+    if paths.root == "/" and not os.path.exists(paths.event_log) and not os.path.ismount("/sys/kernel/security"):
+        try:
+            run(["mount", "-t", "securityfs", "securityfs", "/sys/kernel/security"], timeout=10)
+        except CommandFailed:
+            pass
+
+
+def read(path: str, limit: int) -> bytes:
+    """At most `limit` bytes; b"" when the file cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(limit)
+    except OSError:
+        return b""
