@@ -12,17 +12,18 @@ PACKAGE = Path(__file__).parents[1] / "unlock"
 
 ROWS = [
     {"errors", "secret", "paths", "run", "log", "protect", "ask", "groups", "clock"},
-    {"config", "token", "recoverykey", "policy", "report", "units", "tables", "plot", "eventlog", "uefi", "pe"}
+    {"config", "token", "recoverykey", "policy", "report", "units", "tables", "plot", "eventlog", "uefi", "pe", "grub"}
     | {"providers.ttlv"},
     {"measured", "predict"},
     {"tpm", "wrap", "devices", "luks", "keyring", "mount", "providers.tls"},
     {"slots", "state", "disk", "thisboot", "providers", "providers.native", "providers.kmip"},
-    {"opening", "present", "selfhosted", "atunseal"},
+    {"opening", "present", "selfhosted", "atunseal", "booted"},
     {"provide"},
     {"rotation", "allowed"},
     {"boot", "late", "recovery", "enroll", "members", "status", "explain"}
     | {"cache", "kdk", "keymanager", "persistence", "rekey", "switch", "sync"},
-    {"cli", "clikeys", "__main__"},
+    {"foresee"},
+    {"cli", "clikeys", "clipredict", "__main__"},
 ]
 """Lowest first: a module imports from lower rows only; in the lowest row and at the top, from its own too."""
 

@@ -55,14 +55,19 @@ def _boot(argv: list[str]) -> int:
 
         return heal(paths)
     if argv == ["baseline"]:
-        from .explain import baseline
+        from .foresee import keep
 
-        return baseline(paths)
+        return keep(paths)
+    if argv == ["predict"]:
+        from .explain import device
+        from .foresee import hook
+
+        return hook(paths, device())
     if len(argv) == 2 and argv[0] == "gate":
         from .late import gate
 
         return gate(paths, argv[1])
-    raise Usage("usage: unlock boot agent | prompt | secure | drop | heal | baseline | gate GROUP")
+    raise Usage("usage: unlock boot agent | prompt | secure | drop | heal | baseline | predict | gate GROUP")
 
 
 if __name__ == "__main__":

@@ -83,9 +83,7 @@ class Image(NamedTuple):
         return cache.entry(f"{self.directory.name}-{name}", make) / "initrd"
 
 
-def build(
-    root: Root = "luks", *, product: bool = True, commands: Sequence[str] = (), boots: Kind = ""
-) -> Image:
+def build(root: Root = "luks", *, product: bool = True, commands: Sequence[str] = (), boots: Kind = "") -> Image:
     """The image of the checkout as it is now; with product=False of stock Debian.
 
     `commands` are run by sh in the tree before the initramfs is made. `boots`: what starts it from its own disks.

@@ -2,7 +2,7 @@
 """Disks that a machine boots from by itself: an EFI system partition, and /boot for GRUB. Whole disks, without a
 partition table.
 
-    grub    shim ──> GRUB ──> kernel and initramfs of /boot, all signed by Debian; Secure Boot with Microsoft's keys
+    grub    shim ──> GRUB ──> kernel and initramfs of /boot, all signed by Debian, without Secure Boot
     uki     a unified kernel image, signed with the key of ovmf's snakeoil variables; Secure Boot with that key
 """
 

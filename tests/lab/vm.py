@@ -24,11 +24,8 @@ SECURE_CPU = "max,la57=off"  # the firmware with Secure Boot does not start on t
 FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 SECURE = Path("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd")
-ENROLLED = {
-    "grub": Path("/usr/share/OVMF/OVMF_VARS_4M.ms.fd"),
-    "uki": Path("/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd"),
-}
-"""Variables with Secure Boot on, by what boots."""
+ENROLLED = Path("/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd")
+"""Variables with Secure Boot on, for a unified kernel image: shim, GRUB and kernel would take minutes to be verified."""
 CACHE = {  # what QEMU's -drive cache=MODE means: (O_DIRECT, ignore flushes, the guest sees a write cache)
     "unsafe": (False, True, True),
     "writeback": (False, False, True),
@@ -71,7 +68,7 @@ class VM:
 
     The machine is what stays from boot to boot: `root.qcow2` (over the image's disk, which never changes),
     the TPM states, the UEFI variables. Each boot N leaves `console-N.log` and `tpm-N.log` there.
-    `loader`: the machine boots by itself, from its disks esp.qcow2 and, for GRUB, boot.qcow2, with Secure Boot.
+    `loader`: the machine boots by itself, from its disks esp.qcow2 and, for GRUB, boot.qcow2; an image with Secure Boot.
     `tpm` names the TPM's state directory: another name is a replaced board, None is no TPM.
     `limit`: seconds after which the machine is killed, whatever happens.
     `log_writes`: each disk's writes and flushes go to writes-SERIAL.log in the order in which the guest made them.
@@ -179,20 +176,21 @@ class VM:
     # starting and stopping
 
     def _start(self) -> None:
-        cpu = SECURE_CPU if self._loader else CPU
+        secure = self._loader == "uki"
+        cpu = SECURE_CPU if secure else CPU
         arguments = ["-accel", "tcg,thread=multi", "-cpu", cpu, "-machine", "q35"]
         arguments += ["-smp", str(self._cores), "-m", self._memory, "-nodefaults", "-display", "none", "-nic", "none"]
         arguments += ["-no-reboot"]
-        if self._loader:
+        if secure:
             arguments += ["-machine", "smm=on", "-global", "ICH9-LPC.disable_s3=1"]
             arguments += ["-global", "driver=cfi.pflash01,property=secure,value=on"]
-        else:
+        if not self._loader:
             arguments += ["-append", self._cmdline, "-kernel", str(self._image.kernel), "-initrd", str(self._initrd)]
         if self._uefi or self._loader:
             variables = self.home / "vars.fd"
             if not variables.exists():
-                shutil.copyfile(ENROLLED.get(self._loader, VARIABLES), variables)
-            firmware = SECURE if self._loader else FIRMWARE
+                shutil.copyfile(ENROLLED if secure else VARIABLES, variables)
+            firmware = SECURE if secure else FIRMWARE
             arguments += ["-drive", f"if=pflash,format=raw,readonly=on,file={firmware}"]
             arguments += ["-drive", f"if=pflash,format=raw,file={variables}"]
         ends: list[socket.socket] = []

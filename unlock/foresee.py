@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock policy predict`: an update must not lock the host out.
+
+    Booted (what this boot has read), its event log, the files as they are now
+      ──foresee──> for each entry that may come next: words, what changed, PCR values or why they cannot be told
+      ──predict──> allowed.predicted: the TPM releases the key to those boots too
+
+Only a boot that the TPM allowed may predict, and only from files on the authenticated system that it runs. What a file
+does not tell (firmware, its settings, a new shim) is never guessed: those PCRs stay as they are, or it is Refused.
+"""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+from . import allowed, atunseal, booted, enroll, eventlog, explain, grub, log, pe, policy, predict, thisboot
+from .booted import Booted
+from .errors import Malformed, Refused, UnlockError
+from .eventlog import Event, Log
+from .paths import Paths
+from .tpm import Tpm
+
+WINDOW = "unlock policy window --reboots 1"
+MOST = 6
+"""Entries that are predicted: a policy holds eight states, and two are this boot's and the one before."""
+
+_SOME = b"\xff" * 32
+"""Of a PCR that was extended, and by what cannot be told."""
+
+
+class Entry(NamedTuple):
+    """A boot that may come next."""
+
+    words: str
+    """kernel 6.12.48; with the boot menu's title for all but the default entry."""
+    changes: tuple[str, ...]
+    """What differs from this boot."""
+    values: Mapping[int, bytes] | None
+    """PCRs 0 to 15 when early boot asks the TPM; None when they cannot be told."""
+    why: str
+    """Why not; empty when they can."""
+    default: bool
+
+
+class World(NamedTuple):
+    """All that is looked at."""
+
+    paths: Paths
+    log: Log
+    before: Booted
+    later: tuple[Event, ...]
+    """What systemd measured before early boot asked the TPM."""
+    values: Mapping[int, bytes]
+    """PCRs of this boot at that time."""
+
+
+class Foreseen(NamedTuple):
+    entries: tuple[Entry, ...]
+    notes: tuple[str, ...]
+    states: int
+    """How many the policy has now."""
+
+
+# Foreseeing -------------------------------------------------------------------------------------------------
+
+
+def foresee(world: World) -> tuple[list[Entry], list[str]]:
+    """The entries that may boot next, the default one first, and what else is worth knowing. Raises Refused."""
+    notes = _programs(world)
+    kind = enroll.how_booted(world.paths, {pcr: world.values.get(pcr, _SOME) for pcr in range(16)})
+    if kind == "shim+GRUB":
+        found = _grub(world)
+    elif kind == "UKI":
+        found = _ukis(world)
+    elif kind == "direct kernel":
+        found = _direct(world)
+    else:
+        raise _cannot("nothing measures what this host boots")
+    entries = list(found)
+    if len(entries) > MOST:
+        left = ", ".join(each.words for each in entries[MOST:])
+        notes.append(f"the policy has no room for all entries of the boot menu; not predicted: {left}")
+    return entries[:MOST], notes
+
+
+def _programs(world: World) -> list[str]:
+    """shim, GRUB, systemd-boot: all but the last of the programs that were started. Refused for a new shim."""
+    notes = []
+    for digest, path in world.before.images:
+        now = booted.authenticode(world.paths, path)
+        name = os.path.basename(path)
+        if now == digest or now is None:
+            continue
+        if path == world.before.images[0][1] and len(world.before.images) > 2:
+            raise _cannot(f"{name} is another shim than this boot's: what it measures of its revocations is not known")
+        if "grub" in name.lower() or "systemd-boot" in name.lower():
+            notes.append(f"{name} is another one than this boot's: predicted as if it did the same")
+    return notes
+
+
+def _grub(world: World) -> Iterator[Entry]:
+    before = world.before
+    images = {path: digest for digest, path in before.images}
+
+    def image(name: str) -> bytes:
+        path, _ = before.files.get(name, ("", b""))
+        if path not in images:
+            raise grub.Unknown(f"the kernel {name} is not on disk as it was booted")
+        return images[path]
+
+    learned = predict.learn(world.log, before.texts, image)
+    disk = _disk(world)
+    for name in before.texts:
+        if name != learned.name and name.endswith(".cfg") and _changed(world, name):
+            raise _cannot(f"{before.files[name][0]} has changed, and GRUB reads it before its menu")
+    text = disk.content(learned.name).decode("utf-8", "surrogateescape")
+    for number, (title, titles) in enumerate(predict.menu(learned, text, disk)):
+        yield _grub_entry(world, learned, text, title, titles, disk, not number)
+
+
+def _grub_entry(
+    world: World,
+    learned: predict.Learned,
+    text: str,
+    title: str,
+    titles: Sequence[str],
+    disk: predict.Disk,
+    default: bool,
+) -> Entry:
+    try:
+        events, kernel = predict.boot(learned, text, titles, disk)
+    except UnlockError as problem:
+        return Entry(f"menu entry {title}", (), None, str(problem), default)
+    old = learned.kernel
+    version, before = (_version(each.words[0]) for each in (kernel, old))
+    changes = []
+    if version != before:
+        changes.append(f"kernel {version} instead of {before}")
+    elif kernel.image != old.image:
+        changes.append(f"kernel {version} was replaced")
+    for name in kernel.initrds:
+        if name in old.initrds and _changed(world, name):
+            changes.append(f"initramfs of {_version(name)}")
+    if kernel.words[1:] != old.words[1:]:
+        changes.append("kernel command line")
+    if text != world.before.texts[learned.name]:
+        changes.append("grub.cfg")
+    if titles[-1] != learned.entry:
+        changes.append("another menu entry")
+    words = f"kernel {version}" + ("" if default else f", menu entry {title}")
+    return _entry(world, words, changes, events, default)
+
+
+def _changed(world: World, name: str) -> bool:
+    path, digest = world.before.files.get(name, ("", b""))
+    data = booted.read(world.paths, path) if path else None
+    return data is None or sha256(data).digest() != digest
+
+
+def _version(name: str) -> str:
+    """Of /vmlinuz-6.12.48 or /initrd.img-6.12.48."""
+    return os.path.basename(name).partition("-")[2] or os.path.basename(name)
+
+
+def _disk(world: World) -> predict.Disk:
+    """GRUB's names for files, as far as this boot's show where they are mounted."""
+    places = {}
+    for name, (path, _) in world.before.files.items():
+        device, rest = _parted(name)
+        if path.endswith(rest.lstrip("/")):
+            places[device] = path[: len(path) - len(rest.lstrip("/"))]
+
+    def where(name: str) -> str:
+        device, rest = _parted(name)
+        if device not in places or not rest.startswith("/") or ".." in rest.split("/"):
+            raise grub.Unknown(f"where {name} is on disk is not known")
+        return os.path.join(places[device], rest.lstrip("/"))
+
+    def content(name: str) -> bytes:
+        data = booted.read(world.paths, where(name))
+        if data is None:
+            raise grub.Unknown(f"{name} is not on disk")
+        return data
+
+    def exists(name: str) -> bool:
+        path = os.path.join(world.paths.root, where(name))
+        return os.path.isdir(path) or (os.path.isfile(path) and os.path.getsize(path) > 0)
+
+    return predict.Disk(content, exists)
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """(hd0,gpt2)/grub/grub.cfg: the device, which may be none, and the rest."""
+    if name.startswith("("):
+        device, _, rest = name.partition(")")
+        return f"{device})", rest
+    return "", name
+
+
+def _direct(world: World) -> Iterator[Entry]:
+    """The firmware starts the kernel. A kernel that is not on disk (QEMU -kernel) stays as it is."""
+    changes, words = [], []
+    version = ""
+    for digest, path in world.before.images[-1:]:
+        now = booted.authenticode(world.paths, path)
+        version = _version(path)
+        if now is None:
+            raise _cannot(f"the kernel {path} is not there any more")
+        if now != digest:
+            changes.append(predict.Change("the kernel", digest, now))
+            words.append(f"kernel {version} was replaced")
+    if path := world.before.initrd:
+        old = [e.digest for e in world.log.events if e.kind == eventlog.EVENT_TAG and e.data[:4] == predict.INITRD]
+        data = booted.read(world.paths, path)
+        if data is None:
+            raise _cannot(f"the initramfs {path} is not there any more")
+        version = version or _version(path)
+        if old[-1] and sha256(data).digest() != old[-1]:
+            changes.append(predict.Change("the initramfs", old[-1], sha256(data).digest()))
+            words.append(f"initramfs of {_version(path)}")
+    if not world.before.images and not world.before.initrd:
+        raise _cannot("neither the kernel nor the initramfs of this boot is a file on disk")
+    yield _entry(world, f"kernel {version}", words, predict.changed(world.log, changes), True)
+
+
+def _ukis(world: World) -> Iterator[Entry]:
+    """The unified kernel image that was booted, as it is now, and the others beside it, the newest name first."""
+    before = world.before
+    if not before.uki:
+        raise _cannot("the unified kernel image of this boot is not on disk as it was booted")
+    own = before.images[-1][1]
+    pattern = os.path.join(glob.escape(os.path.join(world.paths.root, os.path.dirname(own))), "*.[eE][fF][iI]")
+    found = {os.path.relpath(path, world.paths.root) for path in glob.glob(pattern)}
+    for path in [own, *sorted(found - {own}, reverse=True)]:
+        data = booted.read(world.paths, path)
+        try:
+            measured = tuple(predict.uki_measurements(data)) if data is not None else ()
+        except Malformed:
+            measured = ()
+        if not data or not measured:
+            if path == own:
+                yield Entry(os.path.basename(path), (), None, "it is no unified kernel image any more", True)
+            continue
+        events = predict.unified(world.log, before.images[-1][0], data)
+        changes = [] if pe.authenticode(data) == before.images[-1][0] else ["unified kernel image"]
+        if path != own:
+            changes.append("another menu entry")
+        yield _entry(world, f"unified kernel image {os.path.basename(path)}", changes, events, path == own)
+
+
+def _entry(world: World, words: str, changes: Iterable[str], events: Iterable[Event], default: bool) -> Entry:
+    """PCRs that are as the log has them now keep their value, whatever that is; of the others, the log must account."""
+    was = eventlog.replay([*world.log.events, *world.later], world.log.locality)
+    will = eventlog.replay([*events, *world.later], world.log.locality)
+    values = dict(world.values)
+    for pcr in range(16):
+        if pcr == policy.CAP_PCR or was.get(pcr) == will.get(pcr):
+            continue
+        if was.get(pcr) != world.values.get(pcr) or pcr not in will:
+            return Entry(words, tuple(changes), None, f"the event log does not account for PCR {pcr}", default)
+        values[pcr] = will[pcr]
+    return Entry(words, tuple(changes), values, "", default)
+
+
+def _cannot(why: str) -> Refused:
+    return Refused(f"the next boot's measurements cannot be predicted: {why}", WINDOW, "cannot-predict")
+
+
+# The host ---------------------------------------------------------------------------------------------------
+
+
+def gather(paths: Paths, tpm: Tpm) -> World:
+    """Refused when this boot left no log, or is none that the TPM allows. Sends reading commands alone."""
+    found, problem = atunseal.event_log(paths)
+    if found is None or found.problem:
+        raise _cannot(problem or f"the event log cannot be read to its end: {found.problem if found else ''}")
+    if not allowed.current(paths, tpm).opened:
+        raise Refused(
+            "this boot is none that the TPM allows: nothing is predicted from it", "unlock explain", "boot-not-allowed"
+        )
+    asked = atunseal.asked(thisboot.early(paths), 0.0)
+    later = eventlog.parse_systemd(atunseal.read(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG))
+    early = tuple(event for event in later if event.time < asked)
+    return World(paths, found, booted.load(paths, found), early, atunseal.values(paths, tpm))
+
+
+def run(paths: Paths, tcti: str, dry_run: bool = False) -> Foreseen:
+    """Foresees, and reseals. Refused, code `cannot-predict`, when the default entry is none of those that can be
+    predicted, after the others were; whatever `allowed.predicted` raises."""
+    with Tpm(tcti) as tpm:
+        entries, notes = foresee(gather(paths, tpm))
+        states = len(allowed.current(paths, tpm).states)
+    good = {each.words: each.values for each in entries if each.values is not None}
+    if good and not dry_run:
+        states = len(allowed.predicted(paths, good, tcti).states)
+    return Foreseen(tuple(entries), tuple(notes), states)
+
+
+def refused(found: Foreseen) -> Refused | None:
+    """When the default entry cannot be predicted."""
+    bad = [each for each in found.entries if each.default and each.values is None]
+    if found.entries and not bad:
+        return None
+    why = bad[0].why if bad else "there is no entry to boot"
+    prefix = "the next boot's measurements cannot be predicted: "
+    return _cannot(why.removeprefix(prefix))
+
+
+def keep(paths: Paths) -> int:
+    """`unlock boot baseline`, after a boot: what was measured, and which files it came from."""
+    early = thisboot.early(paths)
+    found, _ = atunseal.event_log(paths)
+    if early and early["verdict"] == "unsealed" and found:
+        booted.keep(paths, found)
+    return explain.baseline(paths)
+
+
+def hook(paths: Paths, tcti: str) -> int:
+    """`unlock boot predict`, after an update: never fails, and says on stderr what the next boot will do."""
+    if not os.path.exists(paths.state):
+        return 0
+    try:
+        found = run(paths, tcti)
+    except UnlockError as problem:
+        if problem.code in ("no-key", "not-initialised"):
+            return 0
+        _warn(problem)
+        return 0
+    except OSError as problem:
+        _warn(Refused(f"the next boot is not predicted: {problem}", WINDOW))
+        return 0
+    for each in found.entries:
+        if each.values is not None and each.changes:
+            log.note(f"next boot: {each.words} is predicted: {', '.join(each.changes)}")
+    for note in found.notes:
+        log.note(note)
+    if bad := refused(found):
+        _warn(bad)
+    return 0
+
+
+def _warn(problem: UnlockError) -> None:
+    log.error(str(problem), problem.hint)
+    log.note("at the next boot the TPM may refuse; the recovery key opens the disks then")
+
+
+def fields(found: Foreseen) -> dict[str, Any]:
+    """For scripts."""
+    return {
+        "version": 1,
+        "entries": [
+            {
+                "words": each.words,
+                "default": each.default,
+                "predicted": each.values is not None,
+                "changes": list(each.changes),
+                "why": each.why,
+                "pcrs": {str(pcr): value.hex() for pcr, value in sorted((each.values or {}).items())},
+            }
+            for each in found.entries
+        ],
+        "notes": list(found.notes),
+        "states": found.states,
+    }
+
+
+def text(found: Foreseen) -> str:
+    lines = []
+    for each in found.entries:
+        what = ", ".join(each.changes) or "as this boot"
+        lines.append(f"{each.words}: " + (f"predicted: {what}" if each.values is not None else f"not: {each.why}"))
+    return "\n".join([*lines, *(f"note: {each}" for each in found.notes)])
