@@ -86,31 +86,30 @@ def foresee(world: World) -> tuple[list[Entry], list[str]]:
 
 
 def _programs(world: World) -> list[str]:
-    """shim, GRUB, systemd-boot: all but the last of the programs that were started. Refused for a new shim."""
+    """What is said of a new GRUB or systemd-boot. Refused for a new shim."""
     notes = []
-    for digest, path in world.before.images:
-        now = booted.authenticode(world.paths, path)
-        name = os.path.basename(path)
-        if now == digest or now is None:
+    names = [os.path.basename(path).lower() for _, path in world.before.images]
+    for name, (digest, path) in zip(names, world.before.images, strict=True):
+        if booted.authenticode(world.paths, path) == digest:
             continue
-        if path == world.before.images[0][1] and len(world.before.images) > 2:
-            raise _cannot(f"{name} is another shim than this boot's: what it measures of its revocations is not known")
-        if "grub" in name.lower() or "systemd-boot" in name.lower():
+        if _loader(path):
             notes.append(f"{name} is another one than this boot's: predicted as if it did the same")
+        elif any("grub" in each for each in names[names.index(name) + 1 :]):
+            raise _cannot(f"{name} is not this boot's: which revocations a new shim measures is not known")
     return notes
+
+
+def _loader(path: str) -> bool:
+    """Whether this program loads the kernel by a menu of its own. shim and kernels do not."""
+    name = os.path.basename(path).lower()
+    return name.startswith(("grub", "systemd-boot"))
 
 
 def _grub(world: World) -> Iterator[Entry]:
     before = world.before
     images = {path: digest for digest, path in before.images}
 
-    def image(name: str) -> bytes:
-        path, _ = before.files.get(name, ("", b""))
-        if path not in images:
-            raise grub.Unknown(f"the kernel {name} is not on disk as it was booted")
-        return images[path]
-
-    learned = predict.learn(world.log, before.texts, image)
+    learned = predict.learn(world.log, before.texts, lambda name: images.get(before.files.get(name, ("", b""))[0], b""))
     disk = _disk(world)
     for name in before.texts:
         if name != learned.name and name.endswith(".cfg") and _changed(world, name):
@@ -138,7 +137,7 @@ def _grub_entry(
     changes = []
     if version != before:
         changes.append(f"kernel {version} instead of {before}")
-    elif kernel.image != old.image:
+    elif _changed(world, kernel.words[0]):
         changes.append(f"kernel {version} was replaced")
     for name in kernel.initrds:
         if name in old.initrds and _changed(world, name):
@@ -147,7 +146,7 @@ def _grub_entry(
         changes.append("kernel command line")
     if text != world.before.texts[learned.name]:
         changes.append("grub.cfg")
-    if titles[-1] != learned.entry:
+    if tuple(titles) != learned.way:
         changes.append("another menu entry")
     words = f"kernel {version}" + ("" if default else f", menu entry {title}")
     return _entry(world, words, changes, events, default)
@@ -188,7 +187,13 @@ def _disk(world: World) -> predict.Disk:
         path = os.path.join(world.paths.root, where(name))
         return os.path.isdir(path) or (os.path.isfile(path) and os.path.getsize(path) > 0)
 
-    return predict.Disk(content, exists)
+    def image(name: str) -> bytes:
+        digest = booted.authenticode(world.paths, where(name))
+        if digest is None:
+            raise grub.Unknown(f"{name} is no kernel that is on disk")
+        return digest
+
+    return predict.Disk(content, lambda name: sha256(content(name)).digest(), image, exists)
 
 
 def _parted(name: str) -> tuple[str, str]:
@@ -201,6 +206,8 @@ def _parted(name: str) -> tuple[str, str]:
 
 def _direct(world: World) -> Iterator[Entry]:
     """The firmware starts the kernel. A kernel that is not on disk (QEMU -kernel) stays as it is."""
+    if any(_loader(path) for _, path in world.before.images):
+        raise _cannot("entries of systemd-boot that are no unified kernel images are not understood")
     changes, words = [], []
     version = ""
     for digest, path in world.before.images[-1:]:
@@ -252,6 +259,8 @@ def _ukis(world: World) -> Iterator[Entry]:
 
 def _entry(world: World, words: str, changes: Iterable[str], events: Iterable[Event], default: bool) -> Entry:
     """PCRs that are as the log has them now keep their value, whatever that is; of the others, the log must account."""
+    programs = {digest: booted.authenticode(world.paths, path) for digest, path in world.before.images if _loader(path)}
+    events = [each._replace(digest=programs.get(each.digest or b"") or each.digest) for each in events]
     was = eventlog.replay([*world.log.events, *world.later], world.log.locality)
     will = eventlog.replay([*events, *world.later], world.log.locality)
     values = dict(world.values)

@@ -137,6 +137,9 @@ class Disk(NamedTuple):
     grub.Unknown for what it cannot tell."""
 
     content: Callable[[str], bytes]
+    sha256: Callable[[str], bytes]
+    image: Callable[[str], bytes]
+    """What the firmware measures of an EFI program: Authenticode."""
     exists: Callable[[str], bool]
     """Whether there is such a file, of any size but 0."""
 
@@ -146,7 +149,7 @@ class Kernel(NamedTuple):
 
     words: tuple[str, ...]
     image: bytes
-    """What the firmware measures of it: Authenticode."""
+    """What the firmware measures of it, where GRUB hands it on: Authenticode."""
     initrds: tuple[str, ...]
 
 
@@ -165,8 +168,8 @@ class Learned(NamedTuple):
     tail: tuple[Event, ...]
     """After the last command."""
     kernel: Kernel
-    entry: str
-    """What was booted."""
+    way: tuple[str, ...]
+    """Titles of what was booted: a menu entry, or a submenu and an entry in it."""
 
 
 def learn(log: Log, texts: Mapping[str, str], image: Callable[[str], bytes]) -> Learned:
@@ -195,7 +198,7 @@ def _learn(log: Log, texts: Mapping[str, str], image: Callable[[str], bytes]) ->
         else:
             segments.append((command, []))
     said = [command for command, _ in segments[1:]]
-    entry, outcomes = _follow(names[start], texts, variables, said)
+    way, outcomes = _follow(names[start], texts, variables, said)
     last = segments[-1][1]
     own = next((at for at, event in enumerate(last) if not grub_file(event)), len(last))
     segments[-1], tail = (said[-1], last[:own]), tuple(last[own:])
@@ -204,12 +207,44 @@ def _learn(log: Log, texts: Mapping[str, str], image: Callable[[str], bytes]) ->
         sides[command] = (*sides.get(command, ()), tuple(found))
     words = _words(said, "linux")
     kernel = Kernel(words, image(words[0]), _words(said, "initrd"))
-    return Learned(before, config, names[start], variables, outcomes, sides, tail, kernel, entry)
+    handed = {event.digest for event in after if event.kind == eventlog.EFI_APPLICATION}
+    if handed and kernel.image not in handed:
+        raise grub.Unknown(f"the kernel {words[0]} is not on disk as it was booted")
+    learned = Learned(before, config, names[start], variables, outcomes, sides, tail, kernel, way)
+    _check(log, learned, texts, image)
+    return learned
+
+
+def _check(log: Log, learned: Learned, texts: Mapping[str, str], image: Callable[[str], bytes]) -> None:
+    """The same boot again, from what the log says of the files, must give the same PCRs."""
+    digests = {name: event.digest or b"" for event in log.events if (name := grub_file(event))}
+
+    def content(name: str) -> bytes:
+        if name not in texts:
+            raise grub.Unknown(f"{name} is not on disk")
+        return _bytes(texts[name])
+
+    def digest(name: str) -> bytes:
+        if name not in digests:
+            raise grub.Unknown(f"this boot has not read {name}")
+        return digests[name]
+
+    disk = Disk(content, digest, image, lambda name: any(learned.outcomes.get(f"-{kind} {name}") for kind in "efsd"))
+    text = texts[learned.name]
+    run = _run(learned, text, disk)
+    for title in learned.way:
+        run.choose(next(each for each in run.entries if each.title == title))
+    events, _ = _measured(learned, run, text, disk)
+    again, was = (eventlog.replay(each, log.locality) for each in (events, log.events))
+    if again != was:
+        raise grub.Unknown(
+            f"PCRs {', '.join(str(pcr) for pcr in was if again.get(pcr) != was[pcr])} come out otherwise"
+        )
 
 
 def _follow(
     name: str, texts: Mapping[str, str], variables: dict[str, str], said: list[str]
-) -> tuple[str, dict[str, bool]]:
+) -> tuple[tuple[str, ...], dict[str, bool]]:
     """Which entry was booted, and which commands succeeded: found by trying, each at most once the other way."""
     outcomes: dict[str, bool] = {}
     flipped: set[str] = set()
@@ -221,17 +256,17 @@ def _follow(
 
     for _ in range(_FLIPS):
         run = grub.Run(grub.World(variables, read, lambda about: outcomes.setdefault(about, not about.startswith("-"))))
-        entry = ""
+        way: list[str] = []
         try:
             run.config(texts[name])
             while len(run.commands) < len(said) and run.commands == said[: len(run.commands)]:
                 title = said[len(run.commands)].removeprefix("setparams ")
-                entry = title
+                way.append(title)
                 run.choose(next(each for each in run.entries if each.title == title))
         except (grub.Unknown, StopIteration):
             pass
         if run.commands == said:
-            return entry, outcomes
+            return tuple(way), outcomes
         same = next((at for at, (a, b) in enumerate(zip(run.commands, said, strict=False)) if a != b), None)
         same = min(len(run.commands), len(said)) if same is None else same
         doubtful = [about for count, about in run.consulted if count <= same and about not in flipped]
@@ -290,8 +325,7 @@ def _run(learned: Learned, text: str, disk: Disk) -> grub.Run:
 
 def _measured(learned: Learned, run: grub.Run, text: str, disk: Disk) -> tuple[list[Event], Kernel]:
     words, initrds = _words(run.commands, "linux"), _words(run.commands, "initrd")
-    contents = [disk.content(name) for name in initrds]
-    kernel = Kernel(words, pe.authenticode(disk.content(words[0])), initrds)
+    kernel = Kernel(words, disk.image(words[0]), initrds)
     old = learned.kernel
     replaced = {
         sha256(_line(old.words)).digest(): sha256(_line(words)).digest(),
@@ -318,17 +352,16 @@ def _measured(learned: Learned, run: grub.Run, text: str, disk: Disk) -> tuple[l
         if _LOADS.get(word) == "linux":
             events += again(learned.sides[loaded][0])
         elif _LOADS.get(word) == "initrd":
-            events += [_file_event(name, data) for name, data in zip(initrds, contents, strict=True)]
+            events += [Event(9, eventlog.IPL, disk.sha256(name), name.encode()) for name in initrds]
         elif command in learned.sides:
             found = learned.sides[command]
             events += again(found[min(times.get(command, 0), len(found) - 1)])
             times[command] = times.get(command, 0) + 1
         elif word not in _SILENT and word not in run.functions and "=" not in word:
             raise grub.Unknown(f"what GRUB's `{command[:80]}` reads is not known")
-    whole = b"".join(data.ljust(-(-len(data) // 4) * 4, b"\0") for data in contents[:-1]) + b"".join(contents[-1:])
     for event in again(learned.tail):
-        initrd = event.kind == eventlog.EVENT_TAG and event.data[:4] == INITRD
-        events.append(event._replace(digest=sha256(whole).digest()) if initrd else event)
+        initrd = initrds and event.kind == eventlog.EVENT_TAG and event.data[:4] == INITRD
+        events.append(event._replace(digest=disk.sha256(initrds[0])) if initrd else event)
     return events, kernel
 
 
@@ -339,21 +372,18 @@ INITRD = (0x8F3B22EC).to_bytes(4, "little")
 def _renewed(name: str, event: Event, disk: Disk) -> bytes | None:
     """Of a file that is not on disk, such as those in GRUB's memory, the digest stays."""
     try:
-        return sha256(disk.content(name)).digest()
+        return disk.sha256(name)
     except grub.Unknown:
         return event.digest
-
-
-def _file_event(name: str, data: bytes) -> Event:
-    return Event(9, eventlog.IPL, sha256(data).digest(), name.encode())
 
 
 def _words(commands: Sequence[str], what: str) -> tuple[str, ...]:
     """The arguments of the one command that loads a kernel, or an initramfs."""
     found = [each.split(" ")[1:] for each in commands if _LOADS.get(each.partition(" ")[0]) == what]
-    if len(found) > 1 or (what == "linux" and not (found and found[0])):
-        raise grub.Unknown("not one kernel and one initramfs are loaded")
-    return tuple(found[0]) if found else ()
+    words = found[0] if found else []
+    if len(found) > 1 or (not words if what == "linux" else len(words) > 1):
+        raise grub.Unknown("not one kernel and at most one initramfs are loaded")
+    return tuple(words)
 
 
 def _line(words: Sequence[str]) -> bytes:

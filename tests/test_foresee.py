@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An update, the prediction, the next boot: event logs of real boots by shim and GRUB, on a software TPM.
+
+Kernels and initramfs files are too large to be kept: small ones take their place, on disk and in the log.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import pefile
+import pytest
+from eventlogs import DATA, LOGGED, Boot, Entry, log, real
+from hostfixture import Machine
+
+from unlock import booted, eventlog, explain, foresee, grub, pe, predict
+from unlock.errors import Refused, UnlockError
+from unlock.paths import Paths
+
+pytestmark = pytest.mark.usefixtures("key_cache")
+
+OLD, NEW = "6.12.117+deb13-cloud-amd64", "6.12.118+deb13-cloud-amd64"
+CONFIG, FIRST = "(hd1)/grub/grub.cfg", "(hd0)/EFI/debian/grub.cfg"
+FILES: dict[str, dict[str, list[str]]] = json.loads((DATA / "grub-files.json").read_text())
+"""Name of the boot -> GRUB's name of a file -> SHA-256, Authenticode where it is a program."""
+
+
+def text(name: str) -> str:
+    return (DATA / f"{name}.cfg").read_text()
+
+
+# from the logs alone
+
+
+@pytest.mark.parametrize("name", ["grub-0", "grub-1", "grub-2"])
+def test_the_log_accounts_for_the_pcrs(name: str) -> None:
+    made = real(name)
+    found = eventlog.parse(made.log)
+    assert found.problem == ""
+    replayed = eventlog.replay(found.events, found.locality)
+    assert {pcr: replayed[pcr] for pcr in LOGGED} == {pcr: made.pcrs[pcr] for pcr in LOGGED}
+
+
+def disk(name: str) -> predict.Disk:
+    files = FILES[name]
+
+    def known(place: int) -> Callable[[str], bytes]:
+        def of(file: str) -> bytes:
+            if file not in files:
+                raise grub.Unknown(file)
+            return bytes.fromhex(files[file][place])
+
+        return of
+
+    config = {CONFIG: text(name), FIRST: text("grub-first")}
+    return predict.Disk(lambda file: config[file].encode(), known(0), known(1), lambda file: file in config)
+
+
+def learned() -> predict.Learned:
+    texts = {CONFIG: text("grub-0"), FIRST: text("grub-first")}
+    return predict.learn(eventlog.parse(real("grub-0").log), texts, disk("grub-0").image)
+
+
+def test_kernel_initramfs_menu_and_command_line_were_predicted_as_the_next_boots_measured_them() -> None:
+    """Another kernel is the default now, both initramfs files and the command line are new; then its older brother is
+    chosen from the submenu, by hand."""
+    ways = list(predict.menu(learned(), text("grub-1"), disk("grub-1")))
+    assert [title for title, _ in ways] == [
+        "Debian GNU/Linux",
+        f"Debian GNU/Linux, with Linux {NEW}",
+        f"Debian GNU/Linux, with Linux {OLD}",
+    ]
+    for name, (_, titles) in (("grub-1", ways[0]), ("grub-2", ways[2])):
+        events, kernel = predict.boot(learned(), text("grub-1"), titles, disk("grub-1"))
+        found, made = eventlog.replay(events), real(name).pcrs
+        assert {pcr: found[pcr] for pcr in LOGGED} == {pcr: made[pcr] for pcr in LOGGED}
+        assert kernel.words[0] == f"/vmlinuz-{NEW if name == 'grub-1' else OLD}"
+        assert f"BOOT_IMAGE={' '.join(kernel.words)}".split() == real(name).cmdline.split()
+
+
+@pytest.mark.parametrize(
+    "old,new,why",
+    [
+        ("terminal_input console", "for i in 1 2; do echo $i; done", "`for` is not understood"),
+        ("insmod gzio", "insmod xfs", "`insmod xfs` reads is not known"),
+        ("terminal_input console", "if keystatus --shift; then true; fi", "whether GRUB's `keystatus --shift`"),
+        ("\tlinux\t/", "\tchainloader\t/", "not one kernel"),
+        ("set default=\"0\"", "set default=\"nothing>9\"", ""),
+        (f"/vmlinuz-{NEW} ", "/vmlinuz-6.99 ", "6.99"),
+    ],
+)  # fmt: skip
+def test_what_grub_will_do_is_never_guessed(old: str, new: str, why: str) -> None:
+    changed = text("grub-1").replace(old, new)
+    assert changed != text("grub-1")
+    if not why:
+        assert next(predict.menu(learned(), changed, disk("grub-1")))[0] == "Debian GNU/Linux"
+        return
+    with pytest.raises(Refused, match=why) as caught:
+        predict.boot(learned(), changed, ["Debian GNU/Linux"], disk("grub-1"))
+    assert caught.value.code == "cannot-predict"
+
+
+def test_a_log_that_grub_cfg_does_not_explain() -> None:
+    """A command typed at GRUB's prompt, another grub.cfg than the one that was read."""
+    image = disk("grub-0").image
+    with pytest.raises(Refused, match="is not understood"):
+        predict.learn(eventlog.parse(real("grub-0").log), {CONFIG: text("grub-1")}, image)
+    found = eventlog.parse(real("grub-0").log)
+    at = next(i for i, event in enumerate(found.events) if predict.grub_command(event) == "insmod gzio")
+    typed = found.events[at]._replace(data=b"grub_cmd: ls\0", digest=sha256(b"ls").digest())
+    events = (*found.events[:at], typed, *found.events[at:])
+    with pytest.raises(Refused, match="was not expected"):
+        predict.learn(found._replace(events=events), {CONFIG: text("grub-0")}, image)
+
+
+# a host
+
+
+class RealBoot(NamedTuple):
+    """A recorded boot with small files in the place of large ones. Stands in for eventlogs.Boot."""
+
+    name: str
+    contents: dict[str, bytes]
+    kind: str = "grub"
+
+    def entries(self) -> list[Entry]:
+        found = eventlog.parse(real(self.name).log)
+        replaced = {}
+        for file, digests in FILES[self.name].items():
+            data = self.contents[file]
+            replaced[bytes.fromhex(digests[0])] = sha256(data).digest()
+            if digests[1:]:
+                replaced[bytes.fromhex(digests[1])] = pe.authenticode(data)
+        return [
+            Entry(e.pcr, e.kind, b"", e.data, replaced.get(e.digest or b"", e.digest))
+            for e in found.events
+        ]  # fmt: skip
+
+    def log(self) -> bytes:
+        return log(self.entries())
+
+    def full_cmdline(self) -> str:
+        return real(self.name).cmdline
+
+
+PLACES = {"(hd0)/": "boot/efi/", "(hd1)/": "boot/", "/": "boot/"}
+
+
+def place(name: str) -> str:
+    device = name[: name.index("/") + 1]
+    return PLACES[device] + name[len(device) :]
+
+
+def contents(config: str, **more: bytes) -> dict[str, bytes]:
+    """What is on disk, by GRUB's name."""
+    programs = {file: pefile.build({".text": file.encode() * 30}) for file in FILES["grub-1"] if "vmlinuz" in file}
+    initrds = {file: more.get(config, b"") + file.encode() for file in FILES["grub-1"] if "initrd" in file}
+    files = {**programs, **initrds, CONFIG: text(config).encode(), FIRST: text("grub-first").encode()}
+    rest = {name: name.encode() for each in FILES.values() for name in each if name not in files}
+    return {**rest, **files}
+
+
+BEFORE = contents("grub-0")
+AFTER = contents("grub-1", **{"grub-1": b"new"})
+NOW = RealBoot("grub-0", BEFORE)
+NEXT, OLDER = RealBoot("grub-1", AFTER), RealBoot("grub-2", AFTER)
+
+
+def install(host: Machine, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        if name.startswith(("/", "(hd")):
+            host.write(place(name), data)
+
+
+def boot(host: Machine, next_boot: RealBoot) -> str:
+    host.write("proc/sys/kernel/random/boot_id", sha256(next_boot.name.encode()).hexdigest().encode())
+    return host.boot(next_boot)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Machine]:
+    """It has booted once since it was enrolled, and kept what it read."""
+    machine = Machine(tmp_path, NOW)  # type: ignore[arg-type]
+    machine.write("sys/firmware/efi/fw_platform_size", b"64\n")
+    install(machine, {name: data for name, data in BEFORE.items() if NEW not in name})
+    assert boot(machine, NOW) == "unsealed"
+    found = eventlog.parse(NOW.log())
+    booted.keep(machine.paths, found)
+    explain.keep_baseline(machine.paths, machine.chip.tcti)
+    yield machine
+    machine.close()
+
+
+def run(host: Machine, dry_run: bool = False) -> foresee.Foreseen:
+    return foresee.run(host.paths, host.chip.tcti, dry_run)
+
+
+def test_an_update_of_everything_and_the_host_boots_without_a_prompt(host: Machine) -> None:
+    install(host, AFTER)
+    assert len(run(host, dry_run=True).entries) == 3
+    assert host.reasons() == ["this boot"]
+    found = run(host)
+    assert foresee.refused(found) is None
+    assert found.entries[0].words == f"kernel {NEW}"
+    assert found.entries[0].changes == (f"kernel {NEW} instead of {OLD}", "kernel command line", "grub.cfg")
+    assert [each.default for each in found.entries] == [True, False, False]
+    assert f"initramfs of {OLD}" in found.entries[2].changes
+    assert run(host) == found
+    assert boot(host, NEXT) == "unsealed"
+    assert boot(host, OLDER) == "unsealed"
+    assert boot(host, NOW) == "unsealed"
+
+
+def test_an_initramfs_that_was_built_again(host: Machine) -> None:
+    """An update of unlock, or update-initramfs -u, changes nothing else."""
+    changed = {**BEFORE, f"/initrd.img-{OLD}": b"with a newer unlock"}
+    install(host, {f"/initrd.img-{OLD}": b"with a newer unlock"})
+    assert boot_after(host, lambda: None, RealBoot("grub-0", changed)) == "pcr-mismatch"
+    assert boot(host, NOW) == "unsealed"
+    install(host, {f"/initrd.img-{OLD}": b"with a newer unlock"})
+    found = run(host)
+    assert found.entries[0].changes == (f"initramfs of {OLD}",)
+    assert boot(host, RealBoot("grub-0", changed)) == "unsealed"
+
+
+def boot_after(host: Machine, act: Callable[[], object], next_boot: RealBoot) -> str:
+    act()
+    return boot(host, next_boot)
+
+
+def test_a_kernel_of_the_same_name(host: Machine) -> None:
+    """Nothing on disk tells any more what the old one was: that was kept after the boot."""
+    kernel = {f"/vmlinuz-{OLD}": pefile.build({".text": b"a security update" * 9})}
+    install(host, kernel)
+    assert run(host).entries[0].changes == (f"kernel {OLD} was replaced",)
+    assert boot(host, RealBoot("grub-0", {**BEFORE, **kernel})) == "unsealed"
+
+
+def test_what_a_thief_changes_is_not_predicted_and_explained(host: Machine) -> None:
+    run(host)
+    assert boot(host, RealBoot("grub-1", AFTER)) == "pcr-mismatch"
+    found = explain.judge(explain.gather(host.paths, host.chip.tcti))
+    assert {"kernel", "boot-loader-config"} & {cause.code for cause in found.causes}
+    with pytest.raises(Refused) as caught:
+        run(host)
+    assert caught.value.code == "boot-not-allowed"
+    assert boot(host, NOW) == "unsealed"
+
+
+def test_a_file_that_was_replaced_before_it_was_kept(host: Machine) -> None:
+    Path(host.paths.booted).unlink()
+    assert run(host).entries
+    install(host, AFTER)
+    with pytest.raises(Refused) as caught:
+        run(host)
+    assert caught.value.code == "cannot-predict" and caught.value.hint == foresee.WINDOW
+    assert host.reasons() == ["this boot"]
+
+
+def test_the_hook_never_fails_and_says_what_comes(host: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert foresee.hook(Paths(str(host.folder / "nowhere")), host.chip.tcti) == 0
+    install(host, AFTER)
+    assert foresee.hook(host.paths, host.chip.tcti) == 0
+    assert f"next boot: kernel {NEW} is predicted" in capsys.readouterr().err
+    install(host, {CONFIG: text("grub-1").replace("terminal_input console", "while true; do true; done").encode()})
+    assert foresee.hook(host.paths, host.chip.tcti) == 0
+    said = capsys.readouterr().err
+    assert "cannot be predicted" in said and foresee.WINDOW in said and "recovery key" in said
+    host.chip.kill()
+    assert foresee.hook(host.paths, host.chip.tcti) == 0
+    assert "unlock:" in capsys.readouterr().err
+
+
+def test_a_new_first_configuration_is_not_guessed(host: Machine) -> None:
+    install(host, {FIRST: b"configfile /elsewhere\n"})
+    with pytest.raises(Refused, match="GRUB reads it before its menu"):
+        run(host)
+
+
+def test_the_kept_files_are_read_as_written_and_nothing_else(host: Machine) -> None:
+    data = Path(host.paths.booted).read_bytes()
+    found = booted.Booted.decode(data)
+    assert found.encode() == data
+    assert found.files[CONFIG][0] == "boot/grub/grub.cfg" and CONFIG in found.texts
+    newer = json.dumps({**json.loads(data), "version": 2}).encode()
+    for bad in (b"", b"{}", data[:-9], newer, data.replace(b'"images":[', b'"images":[7,')):
+        with pytest.raises(UnlockError):
+            booted.Booted.decode(bad)
+
+
+_ = Boot
