@@ -7,13 +7,12 @@ from hashlib import sha256
 from pathlib import Path
 
 from eventlogs import Boot, systemd_log
-from flowfixture import HOST
+from flowfixture import HOST, Server
 from flowfixture import Host as Disks
 from tpmfixture import Swtpm
 
 from unlock import allowed, atunseal, keyring, policy, report, slots, thisboot
 from unlock.errors import UnlockError
-from unlock.secret import Secret
 from unlock.state import State
 
 MEASURED_BY = {"grub": (4, 7, 8, 9, 14), "uki": (4, 7, 11, 12), "direct": (4, 7, 9)}
@@ -24,10 +23,10 @@ LATE = 1e9
 class Machine(Disks):
     """`boot` powers it on; early boot fills the key cache, or leaves it empty when the TPM refuses."""
 
-    def __init__(self, home: Path, boot: Boot, pcrs: tuple[int, ...] = (), disks: int = 0) -> None:
+    def __init__(self, home: Path, boot: Boot, pcrs: tuple[int, ...] = (), disks: int = 0, *kms: Server) -> None:
         self.chip = Swtpm(home / "tpm")
         self.chip.start()
-        super().__init__(home, disks)
+        super().__init__(home, disks, *kms)
         self.now = boot
         self.boot(boot)
         selection = policy.select(pcrs or MEASURED_BY[boot.kind])
@@ -35,7 +34,7 @@ class Machine(Disks):
             branch = policy.branch(selection, atunseal.of(selection, atunseal.values(self.paths, tpm)))
             slots.persist(tpm, bytes.fromhex(HOST), selection, (branch,), policy.Payload(self.persistence))
         state = State.load(self.paths)
-        allowed.begin(state, branch, False)
+        allowed.begin(state, selection, branch, False)
         state.save()
         keyring.put("unlock:persistence", self.persistence)
 
@@ -49,6 +48,7 @@ class Machine(Disks):
         self.chip.power_cycle()
         shutil.rmtree(self.paths.run, ignore_errors=True)
         shutil.rmtree(self.folder / "root/run/log", ignore_errors=True)
+        self.write("proc/sys/kernel/random/boot_id", os.urandom(16).hex().encode() + b"\n")
         self.write("proc/cmdline", boot.full_cmdline().encode() + b"\n")
         self.write("proc/sys/kernel/bootloader_type", b"114\n")
         self.write("sys/kernel/security/tpm0/binary_bios_measurements", boot.log() if log else b"")
@@ -60,6 +60,13 @@ class Machine(Disks):
             )
         self.chip.proxy.clear()
         return verdict
+
+    def clear(self) -> None:
+        """Another TPM, or the same one cleared: nothing of ours is in it."""
+        self.chip.kill()
+        shutil.rmtree(self.chip.state)
+        self.chip.state.mkdir()
+        self.chip.start()
 
     def early(self) -> str:
         """As unlock.boot does it; the key cache is new."""
@@ -110,8 +117,3 @@ class Machine(Disks):
 
     def predict(self, *boots: tuple[str, Boot]) -> allowed.Allowed:
         return allowed.predicted(self.paths, {words: self.values(boot) for words, boot in boots}, self.chip.tcti)
-
-    def sealed(self) -> Secret:
-        """What the TPM would release now, but for the cap."""
-        with self.chip.open() as tpm:
-            return slots.unseal(tpm).payload.key

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which boots the TPM allows and why: predicted, booted, gone again; killed at every step. On a software TPM."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from eventlogs import Boot
 from hostfixture import Machine
 from killing import killed_at
 
-from unlock import allowed, keyring, policy
+from unlock import allowed, enroll, keyring, policy
 from unlock.errors import NoKey, Tampered, UnlockError, Usage
 from unlock.secret import Secret
 
@@ -116,23 +117,50 @@ def test_a_unified_kernel_image_is_sealed_to_what_it_was_before_systemd_went_on(
     host.close()
 
 
+def test_init_on_a_unified_kernel_image_seals_what_the_next_boot_has(tmp_path: Path) -> None:
+    host = Machine(tmp_path, Boot("uki"))
+    os.unlink(host.paths.state)
+    host.clear()
+    host.write("sys/firmware/efi/efivars/StubInfo-4a67b082", b"")
+    assert host.boot() == "no-slot"
+    accepted = frozenset(("unauthenticated-root",))
+    asked = enroll.Choices(str(tmp_path / "backup"), Secret(b"password"), accepted, (), Secret(b""), host.chip.tcti)
+    assert enroll.init(host.paths, asked).boot == "UKI"
+    assert host.reasons() == ["this boot"]
+    assert host.boot() == "unsealed"
+    assert host.boot(Boot("uki", initrd="another")) == "pcr-mismatch"
+    host.close()
+
+
+def test_init_refuses_a_pcr_whose_value_at_the_unseal_cannot_be_told(tmp_path: Path) -> None:
+    host = Machine(tmp_path, Boot("uki"))
+    os.unlink(host.paths.state)
+    host.clear()
+    host.boot(log=False)
+    accepted = frozenset(("unauthenticated-root", "unmeasured-boot"))
+    asked = enroll.Choices(
+        str(tmp_path / "backup"), Secret(b"password"), accepted, (7, 11), Secret(b""), host.chip.tcti
+    )
+    with pytest.raises(UnlockError) as caught:
+        enroll.init(host.paths, asked)
+    assert caught.value.code == "pcr-unknown"
+    host.close()
+
+
 def test_killed_anywhere_both_boots_open_and_it_finishes(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     host = Machine(tmp_path, OLD)
-    other = Boot("direct", kernel="not yet")
-    number, kills = 1, 0
-    while True:
-        host.predict(("to come", other))
-        host.boot(OLD)
-        if not killed_at(number, lambda: host.predict(("kernel", NEW))):
-            break
-        kills += 1
+    number, kills, ended = 1, 0, False
+    while not ended:
+        coming = (f"kernel {number}", Boot("direct", kernel=f"{number}"))
+        ended = not killed_at(number, lambda coming=coming: host.predict(coming))
+        kills += not ended
         assert host.boot(OLD) == "unsealed"
         assert host.reasons()[0] == "this boot" and allowed.UNKNOWN not in host.reasons()
-        host.predict(("kernel", NEW))
-        assert host.reasons() == ["this boot", "predicted: kernel"]
-        number += 23
-    assert kills > 15
+        host.predict(coming)
+        assert host.reasons() == ["this boot", f"predicted: {coming[0]}"]
+        number += 41
+    assert kills > 10
     record_property("shown", f"predicted states: killed at {kills} points, and run again")
     host.close()

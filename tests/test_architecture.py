@@ -21,9 +21,9 @@ ROWS = [
     {"provide"},
     {"rotation", "allowed"},
     {"boot", "late", "recovery", "enroll", "members", "status", "explain"}
-    | {"cache", "kdk", "keymanager", "persistence", "rekey", "switch", "sync"},
+    | {"cache", "kdk", "keymanager", "persistence", "rekey", "switch", "sync", "window", "rebind"},
     {"foresee"},
-    {"cli", "clikeys", "clipredict", "__main__"},
+    {"cli", "clikeys", "clipolicy", "clipredict", "__main__"},
 ]
 """Lowest first: a module imports from lower rows only; in the lowest row and at the top, from its own too."""
 

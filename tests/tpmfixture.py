@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A software TPM for tests, and a proxy before it that counts commands, keeps the bytes, cuts the line."""
 
+import os
 import shutil
 import socket
 import struct
@@ -132,6 +133,7 @@ class Proxy:
         self._answers: dict[str, list[bytes]] = {}
         self._open: list[socket.socket] = []
         self._listeners = _listen_pair()
+        os.register_at_fork(after_in_child=self._drop)  # a child that keeps a line open holds up the TPM
         self.port: int = self._listeners[0].getsockname()[1]
         for control, listener in enumerate(self._listeners):
             threading.Thread(target=self._accept, args=(listener, bool(control)), daemon=True).start()

@@ -56,13 +56,14 @@ def _boot(argv: list[str]) -> int:
         return heal(paths)
     if argv == ["baseline"]:
         from .foresee import keep
+        from .window import good_boot
 
-        return keep(paths)
+        return max(keep(paths), good_boot(paths))
     if argv == ["predict"]:
-        from .explain import device
         from .foresee import hook
+        from .thisboot import tpm_device
 
-        return hook(paths, device())
+        return hook(paths, tpm_device())
     if len(argv) == 2 and argv[0] == "gate":
         from .late import gate
 

@@ -24,6 +24,8 @@ from .tpm import Tpm
 
 DEVICE = "device:/dev/tpmrm0"
 UNKNOWN = "unknown"
+_PATIENCE = 60.0
+"""Seconds that a prediction, run by a package's hook, waits for another command to end."""
 THIS, BEFORE = "this boot", "the boot before"
 
 
@@ -79,7 +81,7 @@ def predicted(
     Writes nothing when nothing changes. Raises Usage for more than the policy holds, Refused when the branch that
     opened this boot cannot be told and one would have to go; NoKey, NoSlot, TpmFailed.
     """
-    with exclusive(paths), Tpm(tcti) as tpm, provide.persistence_key() as persistence:
+    with exclusive(paths, _PATIENCE), Tpm(tcti) as tpm, provide.persistence_key() as persistence:
         state = HostState.load(paths)
         found = look(paths, tpm, state)
         record = found.record
@@ -142,12 +144,13 @@ def remember(state: HostState, found: Allowed, branches: Iterable[bytes], reason
     kept["states"] = entries
 
 
-def begin(state: HostState, branch: bytes, unauthenticated_root: bool) -> None:
+def begin(state: HostState, selection: Iterable[int], branch: bytes, unauthenticated_root: bool) -> None:
     """A policy for the state of this boot alone. Saves nothing."""
     state.tpm.update(
         states={branch.hex(): {"why": THIS, "proven": False, "made": utc()}},
         opened=branch.hex(),
         before="",
+        pcrs=list(selection),
         window=None,
         unauthenticated_root=unauthenticated_root,
     )
@@ -160,11 +163,11 @@ def settle(kept: dict[str, Any], opened: bytes) -> None:
 
 
 def unauthenticated_root(paths: Paths, state: HostState) -> bool:
-    """What the operator accepted by name at init, as the sealed payload has it."""
+    """What the operator accepted by name at init; where the state does not say, as early boot found it sealed."""
+    if state.tpm["unauthenticated_root"] is not None:
+        return bool(state.tpm["unauthenticated_root"])
     early = thisboot.early(paths)
-    if early and early["verdict"] == "unsealed":
-        return bool(early["facts"]["unauthenticated_root"])
-    return bool(state.tpm["unauthenticated_root"])
+    return bool(early and early["facts"].get("unauthenticated_root"))
 
 
 def utc() -> str:

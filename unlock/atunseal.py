@@ -8,6 +8,7 @@ What is sealed to must be what the next boot has at that moment: systemd goes on
 unified kernel image, and IMA measures into PCR 10 for as long as the system runs.
 """
 
+import glob
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,6 +19,13 @@ from .eventlog import Log
 from .paths import Paths
 from .run import run
 from .tpm import Tpm
+
+MEASURED_BY = {
+    "shim+GRUB": (4, 7, 8, 9, 14),
+    "UKI": (4, 7, 11, 12),
+    "direct kernel": (4, 7, 9),
+}
+"""PCRs by how the host boots; the cap PCR always comes on top."""
 
 
 def values(paths: Paths, tpm: Tpm) -> dict[int, bytes]:
@@ -41,6 +49,19 @@ def of(selection: Iterable[int], found: Mapping[int, bytes]) -> dict[int, bytes]
                 code="pcr-unknown",
             )
     return {pcr: found[pcr] for pcr in selection}
+
+
+def how_booted(paths: Paths, values: dict[int, bytes]) -> str:
+    """By which way kernel and initramfs were measured; `values` are PCRs 0 to 15."""
+    if not os.path.exists(paths.efi):
+        return "unmeasured"
+    if values[11] != policy.UNSET and glob.glob(os.path.join(paths.efi, "efivars/StubInfo-*")):
+        return "UKI"
+    if values[8] != policy.UNSET and values[9] != policy.UNSET:
+        return "shim+GRUB"
+    if values[4] != policy.UNSET and values[9] != policy.UNSET:
+        return "direct kernel"
+    return "unmeasured"
 
 
 def asked(early: dict[str, Any] | None, otherwise: float) -> float:

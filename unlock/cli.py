@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 
-from . import __version__, ask, clikeys, clipredict, log
+from . import __version__, ask, clikeys, clipolicy, log
 from .errors import Refused, Usage
 from .paths import Paths
 from .protect import protect
@@ -86,8 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     adopt.add_argument("--passphrase-file", metavar="FILE", help="else credential unlock.passphrase, else asked")
     _recovery(adopt)
     clikeys.add(words)
-    policy = words.add_parser("policy", help="which boots the TPM allows").add_subparsers(metavar="VERB", required=True)
-    clipredict.add(policy)
+    clipolicy.add(words)
     return top
 
 

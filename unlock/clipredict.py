@@ -20,9 +20,9 @@ def add(verbs: Any) -> None:
 
 
 def _predict(paths: Paths, options: argparse.Namespace) -> int:
-    from . import explain, foresee
+    from . import foresee, thisboot
 
-    found = foresee.run(paths, explain.device(), options.dry_run)
+    found = foresee.run(paths, thisboot.tpm_device(), options.dry_run)
     print(json.dumps(foresee.fields(found), indent=1) if options.json else foresee.text(found))
     if problem := foresee.refused(found):
         raise problem

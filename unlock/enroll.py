@@ -7,7 +7,6 @@
 Killed before the end, it leaves nothing that a disk depends on; running it again starts over.
 """
 
-import glob
 import os
 from contextlib import closing
 from typing import NamedTuple
@@ -27,13 +26,6 @@ OVERRIDES = {
     "slots-in-use": "what another installation of unlock left in this TPM is overwritten",
 }
 """What `--accept NAME` can accept, and what that means."""
-
-MEASURED_BY = {
-    "shim+GRUB": (4, 7, 8, 9, 14),
-    "UKI": (4, 7, 11, 12),
-    "direct kernel": (4, 7, 9),
-}
-"""PCRs by how the host boots; the cap PCR always comes on top."""
 
 
 class Kmip(NamedTuple):
@@ -68,7 +60,7 @@ class Preflight(NamedTuple):
     """What was found out before anything was changed."""
 
     boot: str
-    """How the host boots: a key of MEASURED_BY, or 'unmeasured'."""
+    """How the host boots: a key of atunseal.MEASURED_BY, or 'unmeasured'."""
     selection: tuple[int, ...]
     branch: bytes
     unauthenticated_root: bool
@@ -105,7 +97,7 @@ def init(paths: Paths, choices: Choices) -> Preflight:
                     keyring.put("unlock:host", host_key)
         if not os.path.exists(paths.config):
             write_atomically(paths.config, config.HEAD.encode(), mode=0o644)
-        allowed.begin(state, found.branch, found.unauthenticated_root)
+        allowed.begin(state, found.selection, found.branch, found.unauthenticated_root)
         state.journal = None
         state.save()
     return found
@@ -181,10 +173,10 @@ def preflight(paths: Paths, tpm: Tpm, choices: Choices, again: bool) -> Prefligh
             "find what measures into it before the root file system is mounted",
             code="cap-pcr-used",
         )
-    boot = how_booted(paths, values)
+    boot = atunseal.how_booted(paths, values)
     if boot == "unmeasured":
         _refuse(choices, "unmeasured-boot", "boot with UEFI, which measures kernel and initramfs")
-    selection = policy.select(choices.pcrs or MEASURED_BY.get(boot, (7,)))
+    selection = policy.select(choices.pcrs or atunseal.MEASURED_BY.get(boot, (7,)))
     plain_root = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
     if plain_root:
         _refuse(choices, "unauthenticated-root", "encrypt the root file system")
@@ -217,19 +209,6 @@ def _check_chip(tpm: Tpm, choices: Choices, again: bool) -> None:
             "tpm2_getcap handles-persistent; tpm2_evictcontrol what is not needed",
             code="tpm-full",
         )
-
-
-def how_booted(paths: Paths, values: dict[int, bytes]) -> str:
-    """By which way kernel and initramfs were measured; `values` are PCRs 0 to 15."""
-    if not os.path.exists(paths.efi):
-        return "unmeasured"
-    if values[11] != policy.UNSET and glob.glob(os.path.join(paths.efi, "efivars/StubInfo-*")):
-        return "UKI"
-    if values[8] != policy.UNSET and values[9] != policy.UNSET:
-        return "shim+GRUB"
-    if values[4] != policy.UNSET and values[9] != policy.UNSET:
-        return "direct kernel"
-    return "unmeasured"
 
 
 def _refuse(choices: Choices, name: str, other: str) -> None:

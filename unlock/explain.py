@@ -8,7 +8,6 @@
 It works in the recovery shell too, with what is there: without a baseline it cannot say what was before.
 """
 
-import glob
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -33,34 +32,52 @@ _IMA = 10
 """The PCR of the kernel's IMA, which keeps a log of its own."""
 _SHOWN = 160
 """Characters of an old or new text."""
-_RETYPE = "type the recovery key: each disk then opens for this boot"
+_RETYPE = "type the recovery key; then, if the change was yours: unlock rebind"
+_REBIND = "type the recovery key, then: unlock rebind"
+_WINDOW = "; before the next one: unlock policy window --reboots 1"
+_PREDICT = "; after the next one, before the reboot: unlock policy predict"
 
 USUAL = {
-    "firmware": ("a firmware update", "fwupdmgr get-history; " + _RETYPE),
-    "firmware-settings": ("a change in the firmware's setup, or another device", "undo it in the firmware's setup"),
-    "option-rom": ("a device was added, removed, or got new firmware", "compare the devices with what should be there"),
+    "firmware": ("a firmware update", "fwupdmgr get-history; " + _RETYPE + _WINDOW),
+    "firmware-settings": (
+        "a change in the firmware's setup, or another device",
+        "undo it in the firmware's setup, or " + _RETYPE,
+    ),
+    "option-rom": (
+        "a device was added, removed, or got new firmware",
+        "compare the devices with what should be there; " + _RETYPE,
+    ),
     "boot-order": ("the boot order was changed, or another entry was chosen", "efibootmgr -v"),
     "boot-path": ("another boot entry came first and failed, or was chosen by hand", "efibootmgr -v, and reboot"),
-    "partition-table": ("the boot disk was partitioned anew, or is another one", "lsblk -f"),
+    "partition-table": ("the boot disk was partitioned anew, or is another one", "lsblk -f; " + _RETYPE),
     "secure-boot": ("Secure Boot was switched in the firmware's setup", "switch it back: mokutil --sb-state shows it"),
-    "secure-boot-keys": ("the firmware's keys were reset or updated", "mokutil --pk; mokutil --kek; mokutil --db"),
-    "dbx": ("an update of the revocation list, by fwupd or the firmware", "fwupdmgr get-history; " + _RETYPE),
+    "secure-boot-keys": (
+        "the firmware's keys were reset or updated",
+        "mokutil --pk; mokutil --kek; mokutil --db; " + _RETYPE,
+    ),
+    "dbx": ("an update of the revocation list, by fwupd or the firmware", "fwupdmgr get-history; " + _RETYPE + _WINDOW),
     "signer": ("a boot loader or kernel signed by somebody else", "reinstall the distribution's shim and boot loader"),
     "sbat": ("an update of shim, or another system on this host that raised the level", _RETYPE),
-    "mok": ("a key was enrolled or deleted: DKMS, mokutil", "mokutil --list-enrolled"),
-    "boot-loader": ("an update of shim, GRUB or systemd-boot", "check that it was yours; " + _RETYPE),
-    "boot-loader-files": ("an update of GRUB or its theme", "check that it was yours; " + _RETYPE),
-    "boot-loader-config": ("grub.cfg or loader.conf was generated anew, or edited", "compare it with what you expect"),
+    "mok": ("a key was enrolled or deleted: DKMS, mokutil", "mokutil --list-enrolled; " + _RETYPE),
+    "boot-loader": ("an update of shim, GRUB or systemd-boot", _RETYPE + _PREDICT),
+    "boot-loader-files": ("an update of GRUB or its theme", _RETYPE),
+    "boot-loader-config": (
+        "grub.cfg or loader.conf was generated anew, or edited",
+        "compare it with what you expect; " + _RETYPE + _PREDICT,
+    ),
     "grubenv": ("the boot before did not finish, or grub-reboot was used", "grub-editenv list; " + _RETYPE),
-    "kernel": ("a kernel update", "boot the previous kernel, or " + _RETYPE),
-    "initrd": ("update-initramfs ran: after an update, or a change in its configuration", _RETYPE),
+    "kernel": ("a kernel update", "boot the previous kernel, or " + _RETYPE + _PREDICT),
+    "initrd": ("update-initramfs ran: after an update, or a change in its configuration", _RETYPE + _PREDICT),
     "command-line": (
         "somebody edited it: in the boot menu for once, or in the configuration",
-        "cat /proc/cmdline; reboot",
+        "cat /proc/cmdline; reboot, or " + _RETYPE,
     ),
-    "uki": ("an update of the unified kernel image", "boot the previous image, or " + _RETYPE),
-    "extension": ("a file beside the kernel on the EFI partition came, went or changed", "look into the EFI partition"),
-    "ima": ("IMA is in a PCR of the policy: it changes at every boot", "choose PCRs without 10"),
+    "uki": ("an update of the unified kernel image", "boot the previous image, or " + _RETYPE + _PREDICT),
+    "extension": (
+        "a file beside the kernel on the EFI partition came, went or changed",
+        "look into the EFI partition; " + _RETYPE,
+    ),
+    "ima": ("IMA is in a PCR of the policy: it changes at every boot", _REBIND + " --pcrs N,N without 10"),
     "systemd": ("the initramfs, or systemd, is another version", _RETYPE),
     "other": ("not known", _RETYPE),
     "pcr-extended": ("a program extended it, by hand or on its own, before the TPM was asked", "reboot"),
@@ -69,12 +86,12 @@ USUAL = {
     "kexec": ("kexec keeps the PCRs, and the TPM has been locked since the last real boot", "reboot, not kexec"),
     "cap-pcr-extended": ("kexec, or a program that ran before unlock in the initramfs", "reboot, not kexec"),
     "no-tpm": ("it is off in the firmware's setup, or its driver is not in the initramfs", "ls /sys/class/tpm"),
-    "tpm-cleared": ("cleared in the firmware's setup, or by a firmware update", _RETYPE),
-    "tpm-replaced": ("another board, another TPM, or another virtual machine's state", _RETYPE),
-    "tpm-cleared-or-replaced": ("cleared in the firmware's setup; or another board", _RETYPE),
-    "slot-gone": ("another program evicted it, or this host was never enrolled", "tpm2_getcap handles-persistent"),
-    "srk-changed": ("another program evicted it, or made a new one", "tpm2_readpublic -c 0x81000001; " + _RETYPE),
-    "slot-broken": ("another program wrote to it", "tpm2_getcap handles-persistent; " + _RETYPE),
+    "tpm-cleared": ("cleared in the firmware's setup, or by a firmware update", _REBIND),
+    "tpm-replaced": ("another board, another TPM, or another virtual machine's state", _REBIND),
+    "tpm-cleared-or-replaced": ("cleared in the firmware's setup; or another board", _REBIND),
+    "slot-gone": ("another program evicted it, or this host was never enrolled", _REBIND + "; or unlock init"),
+    "srk-changed": ("another program evicted it, or made a new one", _REBIND),
+    "slot-broken": ("another program wrote to it", _REBIND),
     "tpm-lockout": ("wrong passwords were tried on the TPM", "wait, or tpm2_dictionarylockout --clear-lockout"),
     "tpm-failed": ("the TPM's firmware, or its driver", "dmesg | grep -i tpm"),
 }
@@ -433,19 +450,14 @@ def explain(paths: Paths, as_json: bool) -> int:
     """`unlock explain`. Raises Refused without root."""
     if os.geteuid() != 0:
         raise Refused("unlock needs root", "sudo unlock explain", code="not-root")
-    found = judge(gather(paths, device()))
+    found = judge(gather(paths, thisboot.tpm_device()))
     print(json.dumps(fields(found), indent=1) if as_json else text(found))
     return 0
 
 
-def device() -> str:
-    """The TCTI of the first TPM that there is."""
-    return f"device:{min(glob.glob('/dev/tpmrm*'), default='/dev/tpmrm0')}"
-
-
 def baseline(paths: Paths) -> int:
     """`unlock boot baseline`, after a boot."""
-    kept = keep_baseline(paths, device())
+    kept = keep_baseline(paths, thisboot.tpm_device())
     log.note(f"baseline kept: {len(kept.items)} events" if kept else "no baseline: the TPM did not release the key")
     return 0
 

@@ -15,14 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-from . import allowed, atunseal, booted, enroll, eventlog, explain, grub, log, pe, policy, predict, thisboot
+from . import allowed, atunseal, booted, eventlog, explain, grub, log, pe, policy, predict, thisboot
 from .booted import Booted
 from .errors import Malformed, Refused, UnlockError
 from .eventlog import Event, Log
 from .paths import Paths
 from .tpm import Tpm
 
-WINDOW = "unlock policy window --reboots 1"
 MOST = 6
 """Entries that are predicted: a policy holds eight states, and two are this boot's and the one before."""
 
@@ -69,7 +68,7 @@ class Foreseen(NamedTuple):
 def foresee(world: World) -> tuple[list[Entry], list[str]]:
     """The entries that may boot next, the default one first, and what else is worth knowing. Raises Refused."""
     notes = _programs(world)
-    kind = enroll.how_booted(world.paths, {pcr: world.values.get(pcr, _SOME) for pcr in range(16)})
+    kind = atunseal.how_booted(world.paths, {pcr: world.values.get(pcr, _SOME) for pcr in range(16)})
     if kind == "shim+GRUB":
         found = _grub(world)
     elif kind == "UKI":
@@ -77,7 +76,7 @@ def foresee(world: World) -> tuple[list[Entry], list[str]]:
     elif kind == "direct kernel":
         found = _direct(world)
     else:
-        raise _cannot("nothing measures what this host boots")
+        raise predict.cannot("nothing measures what this host boots")
     entries = list(found)
     if len(entries) > MOST:
         left = ", ".join(each.words for each in entries[MOST:])
@@ -95,7 +94,7 @@ def _programs(world: World) -> list[str]:
         if _loader(path):
             notes.append(f"{name} is another one than this boot's: predicted as if it did the same")
         elif any("grub" in each for each in names[names.index(name) + 1 :]):
-            raise _cannot(f"{name} is not this boot's: which revocations a new shim measures is not known")
+            raise predict.cannot(f"{name} is not this boot's: which revocations a new shim measures is not known")
     return notes
 
 
@@ -113,7 +112,7 @@ def _grub(world: World) -> Iterator[Entry]:
     disk = _disk(world)
     for name in before.texts:
         if name != learned.name and name.endswith(".cfg") and _changed(world, name):
-            raise _cannot(f"{before.files[name][0]} has changed, and GRUB reads it before its menu")
+            raise predict.cannot(f"{before.files[name][0]} has changed, and GRUB reads it before its menu")
     text = disk.content(learned.name).decode("utf-8", "surrogateescape")
     for number, (title, titles) in enumerate(predict.menu(learned, text, disk)):
         yield _grub_entry(world, learned, text, title, titles, disk, not number)
@@ -207,14 +206,14 @@ def _parted(name: str) -> tuple[str, str]:
 def _direct(world: World) -> Iterator[Entry]:
     """The firmware starts the kernel. A kernel that is not on disk (QEMU -kernel) stays as it is."""
     if any(_loader(path) for _, path in world.before.images):
-        raise _cannot("entries of systemd-boot that are no unified kernel images are not understood")
+        raise predict.cannot("entries of systemd-boot that are no unified kernel images are not understood")
     changes, words = [], []
     version = ""
     for digest, path in world.before.images[-1:]:
         now = booted.authenticode(world.paths, path)
         version = _version(path)
         if now is None:
-            raise _cannot(f"the kernel {path} is not there any more")
+            raise predict.cannot(f"the kernel {path} is not there any more")
         if now != digest:
             changes.append(predict.Change("the kernel", digest, now))
             words.append(f"kernel {version} was replaced")
@@ -222,13 +221,13 @@ def _direct(world: World) -> Iterator[Entry]:
         old = [e.digest for e in world.log.events if e.kind == eventlog.EVENT_TAG and e.data[:4] == predict.INITRD]
         data = booted.read(world.paths, path)
         if data is None:
-            raise _cannot(f"the initramfs {path} is not there any more")
+            raise predict.cannot(f"the initramfs {path} is not there any more")
         version = version or _version(path)
         if old[-1] and sha256(data).digest() != old[-1]:
             changes.append(predict.Change("the initramfs", old[-1], sha256(data).digest()))
             words.append(f"initramfs of {_version(path)}")
     if not world.before.images and not world.before.initrd:
-        raise _cannot("neither the kernel nor the initramfs of this boot is a file on disk")
+        raise predict.cannot("neither the kernel nor the initramfs of this boot is a file on disk")
     yield _entry(world, f"kernel {version}", words, predict.changed(world.log, changes), True)
 
 
@@ -236,7 +235,7 @@ def _ukis(world: World) -> Iterator[Entry]:
     """The unified kernel image that was booted, as it is now, and the others beside it, the newest name first."""
     before = world.before
     if not before.uki:
-        raise _cannot("the unified kernel image of this boot is not on disk as it was booted")
+        raise predict.cannot("the unified kernel image of this boot is not on disk as it was booted")
     own = before.images[-1][1]
     pattern = os.path.join(glob.escape(os.path.join(world.paths.root, os.path.dirname(own))), "*.[eE][fF][iI]")
     found = {os.path.relpath(path, world.paths.root) for path in glob.glob(pattern)}
@@ -273,10 +272,6 @@ def _entry(world: World, words: str, changes: Iterable[str], events: Iterable[Ev
     return Entry(words, tuple(changes), values, "", default)
 
 
-def _cannot(why: str) -> Refused:
-    return Refused(f"the next boot's measurements cannot be predicted: {why}", WINDOW, "cannot-predict")
-
-
 # The host ---------------------------------------------------------------------------------------------------
 
 
@@ -284,7 +279,7 @@ def gather(paths: Paths, tpm: Tpm) -> World:
     """Refused when this boot left no log, or is none that the TPM allows. Sends reading commands alone."""
     found, problem = atunseal.event_log(paths)
     if found is None or found.problem:
-        raise _cannot(problem or f"the event log cannot be read to its end: {found.problem if found else ''}")
+        raise predict.cannot(problem or f"the event log cannot be read to its end: {found.problem if found else ''}")
     if not allowed.current(paths, tpm).opened:
         raise Refused(
             "this boot is none that the TPM allows: nothing is predicted from it", "unlock explain", "boot-not-allowed"
@@ -314,7 +309,7 @@ def refused(found: Foreseen) -> Refused | None:
         return None
     why = bad[0].why if bad else "there is no entry to boot"
     prefix = "the next boot's measurements cannot be predicted: "
-    return _cannot(why.removeprefix(prefix))
+    return predict.cannot(why.removeprefix(prefix))
 
 
 def keep(paths: Paths) -> int:
@@ -338,7 +333,7 @@ def hook(paths: Paths, tcti: str) -> int:
         _warn(problem)
         return 0
     except OSError as problem:
-        _warn(Refused(f"the next boot is not predicted: {problem}", WINDOW))
+        _warn(predict.cannot(str(problem)))
         return 0
     for each in found.entries:
         if each.values is not None and each.changes:

@@ -21,6 +21,7 @@ class Paths:
         self.event_log = os.path.join(root, "sys/kernel/security/tpm0/binary_bios_measurements")
         self.systemd_log = os.path.join(root, "run/log/systemd/tpm2-measure.log")
         self.cmdline = os.path.join(root, "proc/cmdline")
+        self.boot_id = os.path.join(root, "proc/sys/kernel/random/boot_id")
         self.bootloader = os.path.join(root, "proc/sys/kernel/bootloader_type")
 
     def of_this_boot(self, name: str) -> str:

@@ -31,6 +31,8 @@ _SILENT = {
 }  # fmt: skip
 """Commands that read no file, so that GRUB measures nothing but their words."""
 _FLIPS = 100
+_ENDS = ("", "\0")
+"""Of the kernel's load options: GRUB 2.12 leaves the NUL out, others do not."""
 
 
 class Change(NamedTuple):
@@ -50,11 +52,11 @@ def changed(log: Log, changes: Iterable[Change]) -> list[Event]:
     for change in changes:
         before = replaced.setdefault(change.old, change)
         if before.new != change.new:
-            raise _cannot(f"{change.what} and {before.what} are measured alike now, and not later")
+            raise cannot(f"{change.what} and {before.what} are measured alike now, and not later")
     seen = {event.digest for event in log.events}
     for change in replaced.values():
         if change.old not in seen:
-            raise _cannot(f"this boot has not measured {change.what} as it is on disk")
+            raise cannot(f"this boot has not measured {change.what} as it is on disk")
     return [
         event._replace(digest=replaced[event.digest].new) if event.digest in replaced else event for event in log.events
     ]
@@ -68,9 +70,10 @@ def predict(log: Log, changes: Iterable[Change], later: Sequence[Event] = ()) ->
     return eventlog.replay([*changed(log, changes), *later], log.locality)
 
 
-def _cannot(why: str) -> Refused:
+def cannot(why: str) -> Refused:
+    """Refused, code `cannot-predict`."""
     return Refused(
-        f"the next boot's measurements cannot be predicted: {why}", "boot once with the recovery key", "cannot-predict"
+        f"the next boot's measurements cannot be predicted: {why}", "unlock policy window --reboots 1", "cannot-predict"
     )
 
 
@@ -100,7 +103,7 @@ def unified(log: Log, old: bytes, new: bytes) -> list[Event]:
     """
     images = [at for at, event in enumerate(log.events) if event.pcr == 4 and event.kind == eventlog.EFI_APPLICATION]
     if len(images) < 2 or log.events[images[-2]].digest != old:
-        raise _cannot("this boot has not started the unified kernel image, and its kernel last")
+        raise cannot("this boot has not started the unified kernel image, and its kernel last")
     sections = [Event(11, eventlog.IPL, digest, b"") for digest in uki_measurements(new)]
     kernel = pe.authenticode(_sections(new)[".linux"])
     events: list[Event] = []
@@ -180,7 +183,7 @@ def learn(log: Log, texts: Mapping[str, str], image: Callable[[str], bytes]) -> 
     try:
         return _learn(log, texts, image)
     except grub.Unknown as problem:
-        raise _cannot(f"GRUB's part of this boot is not understood: {problem}") from None
+        raise cannot(f"GRUB's part of this boot is not understood: {problem}") from None
 
 
 def _learn(log: Log, texts: Mapping[str, str], image: Callable[[str], bytes]) -> Learned:
@@ -210,6 +213,9 @@ def _learn(log: Log, texts: Mapping[str, str], image: Callable[[str], bytes]) ->
     handed = {event.digest for event in after if event.kind == eventlog.EFI_APPLICATION}
     if handed and kernel.image not in handed:
         raise grub.Unknown(f"the kernel {words[0]} is not on disk as it was booted")
+    options = {event.digest for event in tail if event.kind == eventlog.EVENT_TAG and event.data[:4] == _LOAD_OPTIONS}
+    if options - {_options(words, end) for end in _ENDS}:
+        raise grub.Unknown("the kernel's command line is not that of GRUB's command")
     learned = Learned(before, config, names[start], variables, outcomes, sides, tail, kernel, way)
     _check(log, learned, texts, image)
     return learned
@@ -287,7 +293,7 @@ def menu(learned: Learned, text: str, disk: Disk) -> Iterator[tuple[str, tuple[s
             inside = grub.entries_of(entry, run) if entry.is_menu else []
             ways += [[entry, each] for each in inside] if entry.is_menu else [[entry]]
     except grub.Unknown as problem:
-        raise _cannot(str(problem)) from None
+        raise cannot(str(problem)) from None
     seen = set()
     for way in ways:
         titles = tuple(each.title for each in way)
@@ -306,7 +312,7 @@ def boot(learned: Learned, text: str, titles: Sequence[str], disk: Disk) -> tupl
             run.choose(next(each for each in run.entries if each.title == title))
         return _measured(learned, run, text, disk)
     except grub.Unknown as problem:
-        raise _cannot(str(problem)) from None
+        raise cannot(str(problem)) from None
 
 
 def _run(learned: Learned, text: str, disk: Disk) -> grub.Run:
@@ -329,7 +335,7 @@ def _measured(learned: Learned, run: grub.Run, text: str, disk: Disk) -> tuple[l
     old = learned.kernel
     replaced = {
         sha256(_line(old.words)).digest(): sha256(_line(words)).digest(),
-        _options(old.words): _options(words),
+        **{_options(old.words, end): _options(words, end) for end in _ENDS},
         old.image: kernel.image,
     }
 
@@ -365,8 +371,8 @@ def _measured(learned: Learned, run: grub.Run, text: str, disk: Disk) -> tuple[l
     return events, kernel
 
 
-INITRD = (0x8F3B22EC).to_bytes(4, "little")
-"""LINUX_EFI_INITRD_MEDIA's event: linux drivers/firmware/efi/libstub/efistub.h."""
+INITRD, _LOAD_OPTIONS = ((0x8F3B22EC).to_bytes(4, "little"), (0x8F3B22ED).to_bytes(4, "little"))
+"""Of the events of the kernel's EFI stub: linux drivers/firmware/efi/libstub/efistub.h."""
 
 
 def _renewed(name: str, event: Event, disk: Disk) -> bytes | None:
@@ -390,9 +396,9 @@ def _line(words: Sequence[str]) -> bytes:
     return _bytes(" ".join(words))
 
 
-def _options(words: Sequence[str]) -> bytes:
-    """What the kernel's EFI stub gets from GRUB 2.12, and measures."""
-    return sha256(f"BOOT_IMAGE={' '.join(words)}\0".encode("utf-16-le", "replace")).digest()
+def _options(words: Sequence[str], end: str) -> bytes:
+    """What the kernel's EFI stub gets from GRUB, and measures."""
+    return sha256(f"BOOT_IMAGE={' '.join(words)}{end}".encode("utf-16-le", "replace")).digest()
 
 
 def grub_command(event: Event) -> str | None:

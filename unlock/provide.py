@@ -252,14 +252,22 @@ def dek(work: Work, container: luks.Container, group: Group) -> Secret:
     trouble: UnlockError | None = None
     for each in disk.tokens(container, work.state.host):
         try:
-            try:
-                return disk.volume_key(container, each, work.persistence)
-            except NoKey:
-                earlier = group._replace(kek=each.kek_id, generation=each.kek_generation, kek_name="")
-                kek, _ = find_kek(work, earlier)
-                with kek:
-                    return disk.by_kek(container, each, kek)
+            return _dek(work, container, each, group)
         except UnlockError as error:
             trouble = error
     assert trouble
     raise trouble
+
+
+def _dek(work: Work, container: luks.Container, each: token.Token, group: Group) -> Secret:
+    try:
+        return disk.volume_key(container, each, work.persistence)
+    except NoKey:
+        earlier = group._replace(kek=each.kek_id, generation=each.kek_generation, kek_name="")
+        kek, _ = find_kek(work, earlier)
+    except Tampered:  # or it was away while this host got another persistence key
+        if (each.kek_id, each.kek_generation) != (group.kek, group.generation):
+            raise
+        kek, _ = find_kek(work, group)
+    with kek:
+        return disk.by_kek(container, each, kek)

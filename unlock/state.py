@@ -15,8 +15,8 @@
     generations NAME -> highest generation of a KEK that a group of that name has had
     retire      [{"id", "group"}]: replaced KEKs, until the provider has deactivated them
     tpm         what the policy record in the TPM does not say; absent in older files. {"states": BRANCH, hex -> {"why",
-                "proven", "made"}, "opened", "before": BRANCH or "", "window": null or {"reboots", "since",
-                "pcrs", "boot"}, "unauthenticated_root"}
+                "proven", "made"}, "opened", "before": BRANCH or "", "pcrs": [PCR], "window": null or {"reboots",
+                "since", "pcrs", "boot"}, "unauthenticated_root"}
     journal     the operation under way, or null
 
 The file is replaced whole. The one journal: an operation writes what it is about to do before it starts,
@@ -26,6 +26,7 @@ and the save that records its result clears the entry, in the same rename.
 import fcntl
 import json
 import os
+import time
 from base64 import b64encode
 from binascii import Error as Base64Error
 from binascii import a2b_base64
@@ -156,7 +157,14 @@ class State:
     @property
     def tpm(self) -> dict[str, Any]:
         """Why each state of the TPM's policy is allowed. It permits nothing: the record in the TPM does."""
-        empty: dict[str, Any] = {"states": {}, "opened": "", "before": "", "window": None, "unauthenticated_root": None}
+        empty: dict[str, Any] = {
+            "states": {},
+            "opened": "",
+            "before": "",
+            "pcrs": [],
+            "window": None,
+            "unauthenticated_root": None,
+        }
         tpm: dict[str, Any] = self._fields.setdefault("tpm", empty)
         return tpm
 
@@ -277,6 +285,33 @@ class State:
         """The key of the headers' recovery MACs. Raises Tampered."""
         return self._unwrapped(persistence, "mac-key", self._fields["mac_key"])
 
+    def rewrap(self, old: Secret | None, new: Secret) -> list[str]:
+        """What `old` wraps is wrapped by `new`. Without it, host keys are not kept any more; gives the names of the
+        providers whose own key is lost. Saves nothing. Raises Tampered."""
+        lost = []
+        for entry in filter(None, (self.provider, *self.others.values())):
+            for field, kind in (("kdk", "kdk"), ("client_key", "client-key")):
+                if entry.get(field) and old:
+                    entry[field] = self._again(old, new, kind, entry[field])
+                elif entry.get(field):
+                    lost.append(str(entry["name"]))
+        for entry in (self._fields["host_key"], *self._fields["host_key"]["former"]):
+            entry["wrapped"] = self._again(old, new, "host-key", entry["wrapped"]) if entry["wrapped"] and old else None
+        return lost
+
+    def hide(self, new: Secret, old: Secret | None) -> str:
+        """The old persistence key, or none, wrapped by the new one: for the journal of a rebind."""
+        return self._wrapped(new, "rebind", old or Secret(bytes(32)))
+
+    def unhide(self, new: Secret, text: str) -> Secret | None:
+        """Raises Tampered when it is another key than the one of that rebind."""
+        old = self._unwrapped(new, "rebind", text)
+        return old if any(old.value) else None
+
+    def _again(self, old: Secret, new: Secret, kind: str, text: str) -> str:
+        with self._unwrapped(old, kind, text) as key:
+            return self._wrapped(new, kind, key)
+
     def _wrapped(self, persistence: Secret, kind: str, key: Secret) -> str:
         return b64encode(wrap.wrap(persistence, key, token.key_aad(self.host, kind))).decode()
 
@@ -289,18 +324,28 @@ class State:
 
 
 @contextmanager
-def exclusive(paths: Paths) -> Iterator[None]:
-    """One changing operation at a time on this host. Raises Refused at once when one is running."""
+def exclusive(paths: Paths, patience: float = 0.0) -> Iterator[None]:
+    """One changing operation at a time on this host. Raises Refused when one is still running after `patience`, in
+    seconds."""
     os.makedirs(paths.run, mode=0o700, exist_ok=True)
     fd = os.open(paths.of_this_boot("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    end = time.monotonic() + patience
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise Refused("another unlock command is changing this host", "wait for it", code="busy") from error
+        while not _locked(fd):
+            if time.monotonic() >= end:
+                raise Refused("another unlock command is changing this host", "wait for it", code="busy")
+            time.sleep(0.2)
         yield
     finally:
         os.close(fd)
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _group(name: str, entry: dict[str, Any]) -> Group:

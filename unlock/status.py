@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unlock status`: groups, disks, their states, and where each key would come from."""
 
+import calendar
 import time
 from typing import Any
 
@@ -58,6 +59,7 @@ def status(paths: Paths) -> dict[str, Any]:
             "facts": early["facts"] if early else {},
         },
         "unfinished": state.journal,
+        "window": _window(state),
         "groups": groups,
     }
 
@@ -110,9 +112,26 @@ CERTIFICATE_DAYS = 30
 """Days before its end from which a client certificate is warned of."""
 
 
+WINDOW_DAYS = 7
+"""Days after which an open window is no oversight any more."""
+
+
+def _window(state: State) -> dict[str, Any] | None:
+    """Of the TPM's policy, when one is open: `since` when and for how many good boots more."""
+    window = state.tpm["window"]
+    if not window:
+        return None
+    days = int((time.time() - calendar.timegm(time.strptime(window["since"], "%Y-%m-%dT%H:%M:%SZ"))) // 86400)
+    return {"since": window["since"], "days": days, "reboots": window["reboots"]}
+
+
 def _warnings(found: dict[str, Any]) -> list[str]:
     days = found["providers"][0]["certificate_days"]
     warnings = []
+    if window := found["window"]:
+        loud = f"THE WINDOW IS STILL OPEN after {window['days']} days" if window["days"] >= WINDOW_DAYS else ""
+        said = loud or f"a window is open since {window['since']}"
+        warnings.append(f"{said}: the TPM asks for fewer PCRs: reboot, or unlock policy close")
     if days is not None and days < CERTIFICATE_DAYS:
         warnings.append(f"the client certificate ends in {days} days: unlock provider renew")
     for group in found["groups"]:

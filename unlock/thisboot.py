@@ -13,6 +13,7 @@ keys.json        where keys came from that were cached since
 sync.json        how the last sync went
 """
 
+import glob
 import json
 import os
 from typing import Any
@@ -106,6 +107,11 @@ def read_json(paths: Paths, name: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def tpm_device() -> str:
+    """The TCTI of the first TPM that there is."""
+    return f"device:{min(glob.glob('/dev/tpmrm*'), default='/dev/tpmrm0')}"
 
 
 def early(paths: Paths) -> dict[str, Any] | None:

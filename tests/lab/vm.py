@@ -25,7 +25,7 @@ FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 SECURE = Path("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd")
 ENROLLED = Path("/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd")
-"""Variables with Secure Boot on, for a unified kernel image: shim, GRUB and kernel would take minutes to be verified."""
+"""Variables with Secure Boot on, for a unified kernel image: shim and GRUB would verify for minutes."""
 CACHE = {  # what QEMU's -drive cache=MODE means: (O_DIRECT, ignore flushes, the guest sees a write cache)
     "unsafe": (False, True, True),
     "writeback": (False, False, True),
@@ -68,7 +68,7 @@ class VM:
 
     The machine is what stays from boot to boot: `root.qcow2` (over the image's disk, which never changes),
     the TPM states, the UEFI variables. Each boot N leaves `console-N.log` and `tpm-N.log` there.
-    `loader`: the machine boots by itself, from its disks esp.qcow2 and, for GRUB, boot.qcow2; an image with Secure Boot.
+    `loader`: the machine boots by itself, from its disks esp.qcow2 and boot.qcow2 (loader.DISKS).
     `tpm` names the TPM's state directory: another name is a replaced board, None is no TPM.
     `limit`: seconds after which the machine is killed, whatever happens.
     `log_writes`: each disk's writes and flushes go to writes-SERIAL.log in the order in which the guest made them.

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cleared TPM, another TPM, a changed boot: `unlock rebind` with the recovery key. A software TPM, real headers."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from eventlogs import Boot
+from hostfixture import Machine
+from killing import killed_at
+from kmipfixture import AUTHORITY, CLIENT
+
+from tests.lab.kmipliar import Liar
+from unlock import kdk, keyring, luks, provide, rebind, recoverykey, sync, token
+from unlock.errors import ProviderUnavailable, Refused, UnlockError
+from unlock.secret import Secret
+
+pytestmark = pytest.mark.usefixtures("key_cache")
+
+OLD, NEW = Boot("direct"), Boot("direct", kernel="another", initrd="another")
+PASSWORD = b"of the backup"
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Machine]:
+    machine = Machine(tmp_path, OLD, disks=2)
+    with Secret(PASSWORD) as password:
+        kdk.backup(machine.paths, backup(machine), password, look=machine.look)
+    yield machine
+    machine.close()
+
+
+def backup(host: Machine, name: str = "backup") -> str:
+    return str(host.folder / name)
+
+
+def run(host: Machine, file: str = "", recovery: Secret | None = None, client_key: bytes = b"") -> rebind.Rebound:
+    choices = rebind.Choices(
+        recovery or host.recovery,
+        file,
+        Secret(PASSWORD) if file else None,
+        Secret(client_key) if client_key else None,
+        accept=frozenset(("unauthenticated-root",)),
+        tcti=host.chip.tcti,
+    )
+    return rebind.rebind(host.paths, choices, host.look)
+
+
+def boots(host: Machine, boot: Boot | None = None) -> None:
+    """The TPM releases one key, which opens every disk that is here and the state."""
+    assert host.boot(boot) == "unsealed"
+    host.persistence = keyring.get("unlock:persistence")
+    host.state.prove(host.persistence)
+    assert host.state.journal is None
+    assert host.boot_opens() and host.recovery_opens()
+    assert all(len(host.tokens(image)) == 1 for image in host.disks)
+
+
+def headers(host: Machine) -> list[bytes]:
+    return [image.read_bytes()[: 16 << 10] for image in host.disks]
+
+
+@pytest.mark.parametrize("what", ["cleared", "changed boot", "both"])
+def test_the_recovery_key_and_the_backup_bring_the_host_back(host: Machine, what: str) -> None:
+    old, before = bytes(host.persistence), host.state.provider_id
+    if what != "changed boot":
+        host.clear()
+    boot = OLD if what == "cleared" else NEW
+    assert host.boot(boot) in ("no-slot", "pcr-mismatch")
+    found = run(host, backup(host))
+    assert len(found.done) == 2 and not found.left and not found.lost
+    host.state.prove(keyring.get("unlock:persistence"))
+    assert host.reasons() == ["this boot"]
+    boots(host, boot)
+    assert bytes(host.persistence) != old and host.state.provider_id == before
+    if what != "cleared":
+        assert host.boot(OLD) == "pcr-mismatch"
+    host.boot(boot)
+    assert all(each.error is None for each in sync.sync(host.paths, host.look))
+
+
+def test_without_the_backup_a_new_key_gets_a_new_backup(host: Machine) -> None:
+    before, file = host.state.provider_id, backup(host, "new")
+    host.clear()
+    host.boot()
+    with pytest.raises(Refused) as caught:
+        run(host)
+    assert caught.value.code == "backup-needed" and host.state.journal is None
+    run(host, file)
+    assert host.state.provider_id != before and os.path.exists(file)
+    boots(host)
+    assert host.group.generation == 2
+    run(host, file)
+    boots(host)
+
+
+def test_run_again_with_the_key_at_hand_it_makes_another(host: Machine) -> None:
+    first = bytes(host.persistence)
+    host.boot()
+    run(host)
+    boots(host)
+    second = bytes(host.persistence)
+    run(host)
+    boots(host)
+    assert len({first, second, bytes(host.persistence)}) == 3
+    assert host.group.generation == 1
+
+
+def test_a_wrong_recovery_key_or_password_changes_nothing(host: Machine) -> None:
+    host.clear()
+    host.boot()
+    before = headers(host), Path(host.paths.state).read_bytes()
+    with pytest.raises(UnlockError):
+        run(host, backup(host), recoverykey.new())
+    choices = rebind.Choices(
+        host.recovery, backup(host), Secret(b"wrong"), accept=frozenset(("unauthenticated-root",)), tcti=host.chip.tcti
+    )
+    with pytest.raises(UnlockError):
+        rebind.rebind(host.paths, choices, host.look)
+    with pytest.raises(Refused) as caught:
+        rebind.rebind(host.paths, choices._replace(accept=frozenset()), host.look)
+    assert caught.value.code == "unauthenticated-root"
+    assert (headers(host), Path(host.paths.state).read_bytes()) == before
+    assert host.boot() == "no-slot"
+
+
+def test_a_disk_that_was_away_opens_by_the_recovery_key_and_heals_when_it_is_back(host: Machine) -> None:
+    host.clear()
+    host.boot()
+    away = host.disks.pop()
+    found = run(host, backup(host))
+    assert (found.done, found.left) == (("data-0",), {"data-1": "it is not here"})
+    boots(host)
+    host.disks.append(away)
+    assert not host.opens(away) and host.recovery_opens()
+    sync.sync(host.paths, host.look)
+    boots(host)
+
+
+def test_a_header_that_was_changed_is_left_alone(host: Machine) -> None:
+    host.clear()
+    host.boot()
+    with luks.Container(str(host.disks[1])) as container:
+        ((number, fields),) = container.tokens(token.TYPE)
+        container.remove_token(number)
+        container.set_token({**fields, "name": "root"})
+    before = headers(host)[1]
+    found = run(host, backup(host))
+    assert found.done == ("data-0",) and "header" in found.left["data-1"]
+    assert headers(host)[1] == before
+
+
+def test_another_board_that_boots_in_another_way_is_measured_by_its_own_pcrs(host: Machine) -> None:
+    host.clear()
+    host.write("sys/firmware/efi/efivars/StubInfo-4a67b082", b"")
+    uki = Boot("uki")._replace(kernel="another")
+    host.boot(uki)
+    state = host.state
+    state.tpm["pcrs"] = [4, 7, 8, 9, 14, 15]
+    state.save()
+    assert run(host, backup(host)).selection == (4, 7, 11, 12, 15)
+    boots(host, uki)
+
+
+def test_the_backup_of_another_host_is_refused(host: Machine) -> None:
+    host.clear()
+    host.boot()
+    file = backup(host, "foreign")
+    from unlock.providers import native
+
+    with native.Native(Secret.random(32), "cd" * 16) as other, Secret(PASSWORD) as password:
+        native.write_backup(file, other, password)
+    with pytest.raises(Refused) as caught:
+        run(host, file)
+    assert caught.value.code == "fingerprint" and host.state.journal is None
+
+
+def test_a_key_manager_gives_the_keys_again(tmp_path: Path) -> None:
+    with Liar(AUTHORITY) as kms:
+        host = Machine(tmp_path, OLD, (), 2, kms)
+        host.clear()
+        host.boot()
+        with pytest.raises(Refused) as caught:
+            run(host)
+        assert caught.value.code == "client-key" and host.state.journal is None
+        run(host, client_key=CLIENT.key)
+        boots(host)
+        assert host.group.generation == 1
+        with provide.Work(host.paths, host.look) as work:
+            assert work.provider().health().endpoints
+        host.clear()
+        host.boot()
+    before = headers(host)
+    with pytest.raises(ProviderUnavailable):
+        run(host, client_key=CLIENT.key)
+    assert host.state.journal is None and headers(host) == before
+    host.close()
+
+
+@pytest.mark.parametrize("how", ["with its backup", "with a new key", "with the old key at hand"])
+def test_killed_anywhere_every_disk_still_opens_and_it_finishes(
+    host: Machine, how: str, record_property: Callable[[str, object], None]
+) -> None:
+    number, kills, ended = 1, 0, False
+    while not ended:
+        if how != "with the old key at hand":
+            host.clear()
+            host.boot()
+        file = {"with its backup": backup(host), "with a new key": backup(host, f"new-{number}")}.get(how, "")
+        ended = not killed_at(number, lambda file=file: run(host, file))
+        kills += not ended
+        assert host.recovery_opens()
+        if kills % 2:  # a power cut, not a mere kill
+            host.boot()
+        if host.state.journal or not keyring.names():
+            run(host, file)
+        boots(host)
+        number += 331 if how == "with a new key" else 257
+    assert kills > 4
+    record_property("shown", f"rebind {how}: killed at {kills} points, and run again")

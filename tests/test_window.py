@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A firmware update and its window: opened, booted through, closed; refused, cut off and killed. On a software TPM."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from eventlogs import Boot
+from hostfixture import Machine
+from killing import killed_at
+
+from unlock import allowed, keyring, status, window
+from unlock.errors import NoKey, Refused, Usage
+
+pytestmark = pytest.mark.usefixtures("key_cache")
+
+OLD = Boot("direct")
+UPDATED = Boot("direct", dbx=230)
+"""The firmware measures something else into PCR 7."""
+THIEF = Boot("direct", initrd="a thief's")
+WRITES = {"NV_Write", "EvictControl", "Create", "NV_DefineSpace", "NV_UndefineSpace"}
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Machine]:
+    machine = Machine(tmp_path, OLD)
+    yield machine
+    machine.close()
+
+
+def good(host: Machine, boot: Boot | None = None) -> None:
+    assert host.boot(boot) == "unsealed"
+    window.good_boot(host.paths, host.chip.tcti)
+
+
+def shown(host: Machine) -> dict[str, object]:
+    found = window.show(host.paths, host.chip.tcti)
+    assert json.loads(json.dumps(found)) == found
+    assert window.text(found)
+    return found
+
+
+def test_a_firmware_update_goes_through_a_window_that_closes_itself(host: Machine) -> None:
+    assert host.boot(UPDATED) == "pcr-mismatch"
+    good(host, OLD)
+    found = window.open_window(host.paths, 1, (), host.chip.tcti)
+    assert found.record.selection == (9, 15)
+    assert shown(host)["window"]
+    window.good_boot(host.paths, host.chip.tcti)  # the same boot: not one of those that count
+    assert shown(host)["window"]
+    assert host.boot(THIEF) == "pcr-mismatch"  # what the kernel measures still counts
+    window.good_boot(host.paths, host.chip.tcti)
+    assert host.boot(UPDATED) == "unsealed"
+    assert "OPEN" in window.text(shown(host))
+    window.good_boot(host.paths, host.chip.tcti)
+    assert shown(host)["window"] is None and shown(host)["pcrs"] == [4, 7, 9, 15]
+    assert host.reasons() == ["this boot"] and not host.allows().states[0].proven
+    assert host.boot(OLD) == "pcr-mismatch"
+    good(host, UPDATED)
+    assert host.allows().states[0].proven
+
+
+def test_a_window_of_two_boots_and_the_pcr_that_was_kept(host: Machine) -> None:
+    window.open_window(host.paths, 2, (4,), host.chip.tcti)
+    assert host.allows().record.selection == (4, 9, 15)
+    good(host, UPDATED)
+    assert shown(host)["window"]
+    good(host, UPDATED)
+    assert shown(host)["window"] is None
+    for wrong in ((1, (3,)), (0, ()), (9, ())):
+        with pytest.raises(Usage):
+            window.open_window(host.paths, *wrong, host.chip.tcti)
+
+
+def test_closed_by_hand_it_is_closed_and_only_this_boot_is_left(host: Machine) -> None:
+    host.predict(("kernel", Boot("direct", kernel="another")))
+    window.open_window(host.paths, 1, (), host.chip.tcti)
+    good(host, UPDATED)
+    window.close(host.paths, host.chip.tcti)
+    host.predict(("kernel", Boot("direct", kernel="another", dbx=230)))
+    assert host.boot(Boot("direct", kernel="another", dbx=230)) == "unsealed"
+    for _ in range(2):
+        window.close(host.paths, host.chip.tcti)
+        assert host.reasons() == ["this boot"]
+    assert host.boot(UPDATED) == "pcr-mismatch"
+
+
+def test_other_pcrs(host: Machine) -> None:
+    for _ in range(2):
+        window.set_pcrs(host.paths, (7, 9), host.chip.tcti)
+        assert host.allows().record.selection == (7, 9, 15) and host.reasons() == ["this boot"]
+    good(host)
+    window.open_window(host.paths, 1, (), host.chip.tcti)
+    good(host)
+    assert shown(host)["pcrs"] == [7, 9, 15]
+    assert host.boot(Boot("direct", kernel="another")) == "unsealed"  # PCR 4 counts no more
+    assert host.boot(THIEF) == "pcr-mismatch"
+    with pytest.raises(Usage):
+        window.set_pcrs(host.paths, (16,), host.chip.tcti)
+
+
+def test_a_good_boot_with_nothing_new_writes_nothing(host: Machine) -> None:
+    good(host)
+    assert host.allows().states[0].proven
+    file = Path(host.paths.state).stat()
+    good(host)
+    window.good_boot(host.paths, host.chip.tcti)
+    assert not WRITES & set(host.chip.proxy.commands)
+    assert Path(host.paths.state).stat().st_ino == file.st_ino
+
+
+def test_the_predicted_state_that_booted_is_proven_and_the_former_is_the_boot_before(host: Machine) -> None:
+    new = Boot("direct", kernel="another")
+    good(host)
+    host.predict(("kernel 2", new))
+    good(host, new)
+    states = host.allows().states
+    assert [(each.why, each.proven) for each in states] == [("the boot before", True), ("this boot", True)]
+    good(host, OLD)
+    assert host.reasons() == ["this boot", "the boot before"]
+
+
+def test_the_key_cache_was_flushed(host: Machine) -> None:
+    window.open_window(host.paths, 1, (), host.chip.tcti)
+    assert host.boot(UPDATED) == "unsealed"
+    keyring.flush()
+    with pytest.raises(NoKey) as caught:
+        window.good_boot(host.paths, host.chip.tcti)
+    assert caught.value.hint.startswith("reboot")
+    with pytest.raises(NoKey):
+        window.close(host.paths, host.chip.tcti)
+    good(host, UPDATED)
+    assert shown(host)["window"] is None
+
+
+def test_a_boot_that_is_not_allowed_closes_nothing(host: Machine) -> None:
+    key = keyring.get("unlock:persistence")
+    assert host.boot(UPDATED) == "pcr-mismatch"
+    keyring.put("unlock:persistence", key)  # however it came there
+    with pytest.raises(Refused):
+        window.close(host.paths, host.chip.tcti)
+    with pytest.raises(Refused):
+        window.open_window(host.paths, 1, (), host.chip.tcti)
+    assert host.boot(OLD) == "unsealed"
+
+
+def test_status_says_loudly_that_a_window_is_open(host: Machine) -> None:
+    assert "window" not in status.table(status.status(host.paths))
+    window.open_window(host.paths, 1, (), host.chip.tcti)
+    assert "a window is open" in status.table(status.status(host.paths))
+    state = host.state
+    state.tpm["window"]["since"] = "2020-01-01T00:00:00Z"
+    state.save()
+    assert "WINDOW" in status.table(status.status(host.paths))
+
+
+@pytest.mark.parametrize("what", ["opening", "closing"])
+def test_killed_anywhere_a_window_is_never_forgotten(
+    host: Machine, what: str, record_property: Callable[[str, object], None]
+) -> None:
+    number, kills, ended = 1, 0, False
+    while not ended:
+        if what == "opening":
+            ended = not killed_at(number, lambda: window.open_window(host.paths, 1, (), host.chip.tcti))
+        else:
+            window.open_window(host.paths, 1, (), host.chip.tcti)
+            ended = not killed_at(number, lambda: window.close(host.paths, host.chip.tcti))
+        found = host.allows()
+        assert found.window or found.record.selection == (4, 7, 9, 15)
+        assert host.boot(OLD) == "unsealed"
+        window.good_boot(host.paths, host.chip.tcti)
+        assert host.allows().record.selection == (4, 7, 9, 15) and not host.state.tpm["window"]
+        assert allowed.UNKNOWN not in host.reasons()
+        kills += not ended
+        number += 211
+    assert kills > 5
+    record_property("shown", f"{what} a window: killed at {kills} points")

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line's words for the TPM's policy: policy, rebind. Imports a flow only when chosen."""
+
+import argparse
+import json
+import os
+from typing import TYPE_CHECKING
+
+from . import ask, clikeys, clipredict, log
+from .paths import Paths
+from .secret import Secret
+
+if TYPE_CHECKING:
+    Words = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add(words: "Words") -> None:
+    """Adds the commands to the top parser."""
+    verbs = words.add_parser("policy", help="which boots the TPM allows").add_subparsers(metavar="VERB", required=True)
+    show = verbs.add_parser("show", help="the allowed states, and why each", allow_abbrev=False)
+    show.set_defaults(run=_show)
+    show.add_argument("--json", action="store_true")
+    window = verbs.add_parser("window", help="fewer PCRs for a firmware update", allow_abbrev=False)
+    window.set_defaults(run=_window)
+    window.add_argument("--reboots", type=int, required=True, metavar="N", help="good boots until it closes")
+    window.add_argument("--keep", type=pcrs, default=(), metavar="N,N", help="PCRs of 0 to 7 that still count")
+    close = verbs.add_parser("close", help="this boot's state alone, over all PCRs", allow_abbrev=False)
+    close.set_defaults(run=_close)
+    chosen = verbs.add_parser("set", help="other PCRs, for this boot's state", allow_abbrev=False)
+    chosen.set_defaults(run=_set)
+    chosen.add_argument("--pcrs", type=pcrs, required=True, metavar="N,N", help="the cap PCR comes on top")
+    clipredict.add(verbs)
+    rebind = words.add_parser("rebind", help="another board or TPM, or a changed boot", allow_abbrev=False)
+    rebind.set_defaults(run=_rebind)
+    rebind.add_argument("--recovery-key-file", metavar="FILE", help="else credential unlock.recovery-key, else asked")
+    rebind.add_argument("--backup", default="", metavar="FILE", help="native: its backup, or a new file for a new key")
+    rebind.add_argument(
+        "--backup-password-file", metavar="FILE", help="else credential unlock.backup-password, else asked"
+    )
+    rebind.add_argument("--client-key", metavar="FILE", help="kmip: PEM, where it was wrapped by the TPM's key")
+    rebind.add_argument("--pcrs", type=pcrs, default=(), metavar="N,N", help="default: as before")
+    rebind.add_argument("--accept", action="append", default=[], metavar="RISK", help="as for init")
+    for each in (window, close, chosen, rebind):
+        _owner_auth(each)
+
+
+def pcrs(text: str) -> tuple[int, ...]:
+    """ValueError, which argparse tells, for what is no list of numbers."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def _owner_auth(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--owner-auth-file", metavar="FILE", help="password of the TPM's owner, where one is set")
+
+
+def _owner(options: argparse.Namespace) -> Secret:
+    return ask.from_file(options.owner_auth_file) if options.owner_auth_file else Secret(b"")
+
+
+# Flows
+
+
+def _show(paths: Paths, options: argparse.Namespace) -> int:
+    from . import thisboot, window
+
+    found = window.show(paths, thisboot.tpm_device())
+    print(json.dumps(found, indent=1) if options.json else window.text(found))
+    return 0
+
+
+def _window(paths: Paths, options: argparse.Namespace) -> int:
+    from . import thisboot, window
+
+    with _owner(options) as owner:
+        found = window.open_window(paths, options.reboots, options.keep, thisboot.tpm_device(), owner)
+        by_hand = len(owner) > 0
+    log.note(f"the window is open: only PCRs {', '.join(map(str, found.record.selection))} count")
+    log.note(f"until it closes, {window.risk(found.record.selection)}")
+    log.note("what was predicted for the next boot, and the state of the boot before, are dropped")
+    if by_hand:
+        log.note("the TPM's owner has a password: it is not closed by itself, but by unlock policy close")
+    else:
+        log.note(f"it closes by itself after {options.reboots} good boot(s), or now by unlock policy close")
+    return 0
+
+
+def _close(paths: Paths, options: argparse.Namespace) -> int:
+    from . import thisboot, window
+
+    with _owner(options) as owner:
+        found = window.close(paths, thisboot.tpm_device(), owner)
+    log.note(f"the TPM allows the state of this boot alone, over PCRs {', '.join(map(str, found.record.selection))}")
+    return 0
+
+
+def _set(paths: Paths, options: argparse.Namespace) -> int:
+    from . import thisboot, window
+
+    with _owner(options) as owner:
+        found = window.set_pcrs(paths, options.pcrs, thisboot.tpm_device(), owner)
+    log.note(f"the TPM allows the state of this boot alone, over PCRs {', '.join(map(str, found.record.selection))}")
+    return 0
+
+
+def _rebind(paths: Paths, options: argparse.Namespace) -> int:
+    from . import explain, rebind, recoverykey, thisboot
+
+    tcti = thisboot.tpm_device()
+    log.note("this boot, as the TPM sees it, is what will be allowed:")
+    print(explain.text(explain.judge(explain.gather(paths, tcti))))
+    with (
+        clikeys.secret(
+            options.recovery_key_file, "unlock.recovery-key", "recovery key", "--recovery-key-file"
+        ) as typed,
+        recoverykey.parse(typed) as recovery,
+        _password(options) as password,
+        ask.from_file(options.client_key) if options.client_key else Secret(b"") as client_key,
+        _owner(options) as owner,
+    ):
+        found = rebind.rebind(
+            paths,
+            rebind.Choices(
+                recovery,
+                options.backup,
+                password if len(password) else None,
+                client_key if len(client_key) else None,
+                options.pcrs,
+                frozenset(options.accept),
+                owner,
+                tcti,
+            ),
+        )
+    log.note(f"sealed to this boot, under PCRs {', '.join(map(str, found.selection))}: {len(found.done)} disk(s)")
+    for name, why in found.left.items():
+        log.error(f"{name}: {why}: it opens with the recovery key", "when it is back: unlock sync, or unlock rebind")
+    for name in found.lost:
+        log.error(f"provider {name}: the key that it is asked with is gone", "unlock provider list")
+    return 0
+
+
+def _password(options: argparse.Namespace) -> Secret:
+    """Of the backup; twice for one that is new."""
+    if not options.backup:
+        return Secret(b"")
+    if not os.path.exists(options.backup):
+        return clikeys.new_password(options.backup_password_file)
+    flag = "--backup-password-file"
+    return clikeys.secret(options.backup_password_file, "unlock.backup-password", "password of the backup", flag)

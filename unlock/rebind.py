@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock rebind`: a new board, a TPM that was cleared or replaced, or a changed boot that the operator accepts.
+
+    recovery key proven on the headers ──> provider, keys of the groups ──> journal, new persistence key ──>
+    TPM: sealed to this boot ──> each disk: token beside the old, proven, the old removed ──> state, journal closed
+
+Where the old persistence key is not in the key cache, what it wrapped comes from elsewhere: volume keys from the
+recovery keyslots, KEKs and host key from the provider. The native provider needs its backup for that, or, with the name
+of a new backup file, becomes a new provider with new KEKs; a key manager must answer.
+
+Killed anywhere, each disk opens by the old key, by the new one, or by the recovery key, and the same command finishes.
+A disk that is away opens by the recovery key until it is back.
+"""
+
+import os
+from contextlib import ExitStack, closing
+from typing import Any, NamedTuple
+
+from . import allowed, atunseal, devices, disk, keyring, luks, policy, present, provide, rotation, slots, thisboot
+from .errors import Malformed, NoKey, NoSlot, Refused, Tampered, UnlockError
+from .groups import Group
+from .paths import Paths
+from .providers import Provider, native
+from .secret import Secret
+from .state import State, exclusive
+from .tpm import Tpm
+
+_NEW = "unlock:rebind"
+"""The new persistence key in the key cache, until everything is under it."""
+
+
+class Choices(NamedTuple):
+    recovery: Secret
+    """As printed."""
+    backup: str = ""
+    """Native: the KDK's backup, or a file that does not exist, for that of a new KDK."""
+    password: Secret | None = None
+    """Of the backup."""
+    client_key: Secret | None = None
+    """KMIP: the client's key again, PEM, where it was wrapped."""
+    pcrs: tuple[int, ...] = ()
+    """Empty: as before, or by how the host boots."""
+    accept: frozenset[str] = frozenset()
+    """Of enroll.OVERRIDES: `unmeasured-boot`, `unauthenticated-root`."""
+    owner_auth: Secret | None = None
+    tcti: str = allowed.DEVICE
+
+
+class Rebound(NamedTuple):
+    selection: tuple[int, ...]
+    done: tuple[str, ...]
+    """Mapping names of the disks that open by the new key."""
+    left: dict[str, str]
+    """Mapping name -> why it opens by the recovery key alone."""
+    lost: tuple[str, ...]
+    """Other providers, whose key was wrapped by the old persistence key alone."""
+
+
+def rebind(paths: Paths, choices: Choices, look: present.Look = present.look) -> Rebound:
+    """Raises Refused, Usage, Tampered, TpmAbsent, TpmFailed, ProviderError: then nothing has changed, or the same
+    command finishes."""
+    with exclusive(paths), Tpm(choices.tcti) as tpm, ExitStack() as keys:
+        state = State.load(paths)
+        if not state.has_recovery_key:
+            raise Refused("this host has no recovery key, so no disk depends on its TPM", "unlock status")
+        seen = look()
+        mac_key = keys.enter_context(disk.mac_key(choices.recovery, state.host))
+        left = _check_disks(state, seen, choices.recovery, mac_key)
+        selection, branch, plain_root = _this_boot(paths, tpm, state, choices)
+        again = _ours(state) is not None
+        new, old = _keys_at_hand(state)
+        keys.enter_context(new)
+        keys.enter_context(old or Secret(b""))
+        before = _journal(state, new, old, choices)
+        try:
+            lost = state.rewrap(old, new)
+            state.set_mac_key(new, mac_key)
+            provider = keys.enter_context(closing(_provider(paths, state, old, new, choices)))
+            host_key = keys.enter_context(_host_key(state, provider, new))
+            keks = [_kek(state, provider, old, seen, group) for group in state.groups.values()]
+        except UnlockError:
+            if not again:
+                _give_up(paths, before)
+            raise
+        for _, kek in keks:
+            keys.enter_context(kek)
+        keyring.put(_NEW, new)
+        payload = policy.Payload(new, plain_root)
+        slots.persist(tpm, bytes.fromhex(state.host), selection, (branch,), payload, choices.owner_auth, replace=True)
+        done: list[str] = []
+        for group, kek in keks:
+            wraps = disk.Keys(new, host_key, kek, mac_key)
+            done += _rewrap(state, seen, group, wraps, choices.recovery, left)
+        allowed.begin(state, selection, branch, plain_root)
+        state.journal = before
+        keyring.put("unlock:persistence", new)
+        state.save()
+        _cache(paths, host_key, keks)
+        return Rebound(selection, tuple(done), left, tuple(name for name in lost if name != state.provider["name"]))
+
+
+def _give_up(paths: Paths, before: dict[str, Any] | None) -> None:
+    """Nothing has changed yet, so nothing is unfinished."""
+    state = State.load(paths)
+    state.journal = before
+    state.save()
+
+
+def _check_disks(
+    state: State, seen: dict[str, list[present.Found]], recovery: Secret, mac_key: Secret
+) -> dict[str, str]:
+    """Why a disk is left as it is, by mapping name. Refused when the recovery key opens none of those that are here."""
+    left: dict[str, str] = {}
+    good = 0
+    trouble: UnlockError | None = None
+    for group in state.groups.values():
+        for member in group.members:
+            node = present.node_of(seen, member)
+            if not node:
+                left[member.name] = "it is not here"
+                continue
+            try:
+                with luks.Container(node) as container:
+                    _check(container, state.host, mac_key)
+                    disk.by_recovery_key(container, recovery).wipe()
+                good += 1
+            except UnlockError as error:
+                left[member.name], trouble = str(error), error
+    if not good:
+        if isinstance(trouble, Tampered):
+            raise trouble
+        raise Refused(
+            "this recovery key opens no disk of this host that is here", "unlock status", code="wrong-recovery-key"
+        ) from trouble
+    return left
+
+
+def _check(container: luks.Container, host: str, mac_key: Secret) -> None:
+    """Raises Tampered when the header is not the one that the recovery key's owner was promised."""
+    trouble: UnlockError | None = None
+    for each in disk.tokens(container, host):
+        try:
+            disk.check_recovery(container, each, mac_key)
+            return
+        except Tampered as error:
+            trouble = error
+    assert trouble
+    raise Tampered(
+        f"{container.device}: its header is not the one that this host wrote, or the recovery key is another"
+    ) from trouble
+
+
+def _this_boot(paths: Paths, tpm: Tpm, state: State, choices: Choices) -> tuple[tuple[int, ...], bytes, bool]:
+    """What is sealed to: PCRs, the branch of this boot, and whether the root file system is not authenticated."""
+    values = atunseal.values(paths, tpm)
+    boot = atunseal.how_booted(paths, tpm.read_pcrs(range(16)))
+    before = [pcr for pcr in _before(tpm, state) if pcr != policy.CAP_PCR]
+    if any(values.get(pcr) == policy.UNSET for pcr in before):  # another board, which boots in another way
+        before = []
+    pcrs = choices.pcrs or before or atunseal.MEASURED_BY.get(boot, (7,))
+    if boot == "unmeasured" and not before:
+        _accepted(choices, "unmeasured-boot", "nothing measures the kernel and the initramfs")
+    selection = policy.select(pcrs)
+    plain_root = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
+    if plain_root and not state.tpm["unauthenticated_root"]:
+        _accepted(choices, "unauthenticated-root", "the root file system is not encrypted")
+    tpm.srk(choices.owner_auth)
+    tpm.trial(selection)
+    return selection, policy.branch(selection, atunseal.of(selection, values)), plain_root
+
+
+def _before(tpm: Tpm, state: State) -> tuple[int, ...]:
+    """The PCRs that the policy was over, without a window."""
+    if state.tpm["pcrs"]:
+        return tuple(state.tpm["pcrs"])
+    try:
+        return slots.current(tpm)[1].selection
+    except (NoSlot, Malformed):
+        return ()
+
+
+def _accepted(choices: Choices, name: str, what: str) -> None:
+    if name not in choices.accept:
+        raise Refused(f"{what}: whoever edits it gets the keys", f"--accept {name}", code=name)
+
+
+# Keys -------------------------------------------------------------------------------------------------------
+
+
+def _keys_at_hand(state: State) -> tuple[Secret, Secret | None]:
+    """The new persistence key, that of a run that was killed where it is known; and the old one, or None."""
+    entry = _ours(state)
+    for name in (_NEW, "unlock:persistence") if entry else ():
+        try:
+            new = keyring.get(name)
+            return new, state.unhide(new, entry["new"])  # type: ignore[index]
+        except (NoKey, Tampered):
+            continue
+    try:
+        old: Secret | None = keyring.get("unlock:persistence")
+        state.prove(old)  # type: ignore[arg-type]
+    except (NoKey, Tampered):
+        old = None
+    return Secret.random(32), old
+
+
+def _ours(state: State) -> dict[str, Any] | None:
+    """The entry of a rebind that was killed."""
+    return state.journal if state.journal and state.journal["operation"] == "rebind" else None
+
+
+def _journal(state: State, new: Secret, old: Secret | None, choices: Choices) -> dict[str, Any] | None:
+    """The rebind's entry, saved; gives what was in the journal before: an operation that goes on after this one."""
+    killed = _ours(state)
+    before: dict[str, Any] | None = killed["before"] if killed else state.journal
+    backup = killed["backup"] if killed else ""
+    if choices.backup and not os.path.exists(choices.backup):
+        backup = os.path.abspath(choices.backup)
+    state.journal = {
+        "operation": "rebind",
+        "about": f"--backup {choices.backup}" if choices.backup else "",
+        "new": state.hide(new, old),
+        "backup": backup,
+        "before": before,
+    }
+    state.save()
+    return before
+
+
+def _provider(paths: Paths, state: State, old: Secret | None, new: Secret, choices: Choices) -> Provider:
+    """The provider in use, its own key under the new persistence key."""
+    entry = state.provider
+    if old or (entry["kind"] == "kmip" and entry["client_key"] is None):
+        return provide.connect(paths, state, new, entry)
+    if entry["kind"] == "kmip":
+        if choices.client_key is None:
+            raise Refused(
+                "the client key was wrapped by the persistence key that is gone", "--client-key FILE", code="client-key"
+            )
+        with Secret(bytes(choices.client_key)) as key:
+            state.use_provider(
+                state.kmip_entry(entry["name"], entry["id"], entry["client_cert"], entry["client_until"], new, key)
+            )
+        return provide.connect(paths, state, new, state.provider)
+    provider = _native(state, choices)
+    state.use_provider(state.native_entry(entry["name"], provider.id, provider.scope, new, provider.kdk))
+    return provider
+
+
+def _native(state: State, choices: Choices) -> native.Native:
+    """From the KDK's backup, or new with a new backup. Raises Refused, Usage, Tampered, Malformed."""
+    if not choices.backup or choices.password is None:
+        raise Refused(
+            "the native provider's key was wrapped by the persistence key that is gone",
+            "--backup FILE: its backup; or a file that does not exist yet, for a new key",
+            code="backup-needed",
+        )
+    journal = state.journal or {}
+    ours = journal.get("backup") == os.path.abspath(choices.backup)
+    if os.path.exists(choices.backup):
+        try:
+            with open(choices.backup, "rb") as file:
+                provider = native.restore(file.read(native.BACKUP_MAX + 1), choices.password)
+        except Malformed:
+            if not ours:
+                raise
+            os.unlink(choices.backup)  # of a run that was killed while it wrote
+        else:
+            if provider.id != state.provider_id and not ours:
+                raise Refused(
+                    f"{choices.backup} is of another provider: {provider.id}, not {state.provider_id}",
+                    "--backup FILE",
+                    code="fingerprint",
+                )
+            return provider
+    provider = native.Native(Secret.random(32), state.host)
+    native.write_backup(choices.backup, provider, choices.password)
+    return provider
+
+
+def _host_key(state: State, provider: Provider, new: Secret) -> Secret:
+    """Kept in the state from now on, as far as this host keeps such keys. Raises ProviderError."""
+    kept = state.host_key(new)
+    if kept:
+        return kept
+    if not state.persistent:
+        return Secret(disk.ELSEWHERE)
+    key_id, name, generation = state.host_key_ref
+    if key_id.startswith(f"{provider.id}/"):
+        key = provider.fetch(key_id.removeprefix(f"{provider.id}/"), provide.OPENS)
+        state.set_host_key(key_id, name, generation, new, key, former=False)
+        return key
+    ref, key = provide.new_key(provider, provide.key_name(state.host, "host", generation + 1))
+    state.set_host_key(f"{provider.id}/{ref.id}", ref.name, generation + 1, new, key)
+    return key
+
+
+def _kek(
+    state: State, provider: Provider, old: Secret | None, seen: dict[str, list[present.Found]], group: Group
+) -> tuple[Group, Secret]:
+    """The KEK of a group, by the old persistence key or the provider; else a new one, and the group under it."""
+    for member in group.members if old else ():
+        node = present.node_of(seen, member)
+        try:
+            with luks.Container(node) as container:
+                for each in disk.tokens(container, state.host):
+                    if old and (each.kek_id, each.kek_generation) == (group.kek, group.generation):
+                        return group, disk.unwrap_kek(each, old)
+        except UnlockError:
+            continue
+    if group.kek.startswith(f"{provider.id}/"):
+        return group, provider.fetch(group.kek.removeprefix(f"{provider.id}/"), provide.OPENS)
+    generation = state.next_generation(group.name)
+    made, kek = provide.new_key(provider, provide.key_name(state.host, f"kek/{group.name}", generation))
+    return rotation.successor(group, provider.id, made, generation), kek
+
+
+# Disks ------------------------------------------------------------------------------------------------------
+
+
+def _rewrap(
+    state: State,
+    seen: dict[str, list[present.Found]],
+    group: Group,
+    keys: disk.Keys,
+    recovery: Secret,
+    left: dict[str, str],
+) -> list[str]:
+    """Each member that is here gets a token under the new keys; one disk's trouble is its own."""
+    done = []
+    for member in group.members:
+        if member.name in left:
+            continue
+        node = present.node_of(seen, member)
+        try:
+            with luks.Container(node) as container:
+                dek = disk.by_recovery_key(container, recovery)
+                each = disk.make_token(container, state.host, group, member, dek, keys)
+            with dek:
+                disk.write_token(node, each, dek, keys)
+                disk.drop_other_tokens(node, each, dek, keys)
+            done.append(member.name)
+        except UnlockError as error:
+            left[member.name] = str(error)
+    behind = tuple(member.uuid for member in group.members if member.name in left)
+    state.groups[group.name] = group._replace(behind=behind)
+    return done
+
+
+def _cache(paths: Paths, host_key: Secret, keks: list[tuple[Group, Secret]]) -> None:
+    """The running host works with the new keys from now on."""
+    if bytes(host_key) != disk.ELSEWHERE:
+        provide.remember(paths, "unlock:host", host_key, "provider")
+    for group, kek in keks:
+        provide.remember(paths, provide.cached(group.kek, group.generation), kek, "provider")
+    thisboot.note_source(paths, "unlock:persistence", "made")
+    keyring.forget(_NEW)

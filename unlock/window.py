@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock policy show`, `window`, `close` and `set`; and what each good boot teaches.
+
+    show       which states the TPM allows, and why each
+    window     before a firmware update: fewer PCRs count, for a number of good boots
+    good_boot  after each boot that the TPM allowed: its state is proven; the last boot of a window closes it
+    close      the full selection again, and this boot's state alone
+    set        another selection
+
+The state says that a window is open before the TPM has it, and until the TPM does not have it any more: killed
+anywhere, a window is never forgotten. A boot that the TPM refused counts for nothing.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from . import allowed, atunseal, log, policy, provide, thisboot
+from .allowed import DEVICE, Allowed
+from .errors import NoKey, Refused, Usage
+from .paths import Paths
+from .secret import Secret
+from .state import State, exclusive
+from .tpm import Tpm
+
+REBOOTS_MAX = 5
+FIRMWARE = frozenset(range(8))
+"""The PCRs that a firmware update may change: TCG "PC Client Platform Firmware Profile", section 3.3.4."""
+_BUSY = 120.0
+"""Seconds that a good boot waits for another command to end."""
+
+
+def show(paths: Paths, tcti: str = DEVICE) -> dict[str, Any]:
+    """Plain values."""
+    with Tpm(tcti) as tpm:
+        found = allowed.current(paths, tpm)
+    window = found.window
+    return {
+        "version": 1,
+        "slot": found.slot.name,
+        "generation": found.record.generation,
+        "pcrs": list(found.record.selection),
+        "cap_pcr": found.record.cap,
+        "pin": False,
+        "window": {key: window[key] for key in ("reboots", "since", "pcrs")} if window and _open(found) else None,
+        "states": [
+            {
+                "branch": each.branch.hex(),
+                "why": each.why,
+                "this_boot": each.branch == found.opened,
+                "proven": each.proven,
+                "made": each.made,
+            }
+            for each in found.states
+        ],
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """The same for people."""
+    lines = [
+        f"PCRs      {', '.join(map(str, found['pcrs']))} (PCR {found['cap_pcr']}: not after early boot)",
+        f"PIN       {'yes' if found['pin'] else 'no'}",
+        f"window    {said(found['window']) or 'closed'}",
+        "",
+    ]
+    rows = [("STATE", "WHY", "PROVEN", "SINCE")]
+    for each in found["states"]:
+        why = each["why"] + (" (opened this boot)" if each["this_boot"] and each["why"] != allowed.THIS else "")
+        proven = "yes" if each["proven"] else "no: unproven until it boots"
+        rows.append((each["branch"][:16], why, proven, each["made"] or "-"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def said(window: dict[str, Any] | None) -> str:
+    """An open window in a line."""
+    if not window:
+        return ""
+    left = window["reboots"]
+    return f"OPEN since {window['since']}: fewer PCRs count, for {left} more good boot{'' if left == 1 else 's'}"
+
+
+def risk(selection: Iterable[int]) -> str:
+    """What an open window means, in words."""
+    if 7 in selection:
+        return "whoever boots this host with any program that its Secure Boot accepts gets the keys"
+    if 4 in selection:
+        return "whoever boots this host with its boot loader, Secure Boot on or off, gets the keys"
+    return "whoever boots this host from any medium, with any program, gets the keys"
+
+
+def open_window(
+    paths: Paths, reboots: int, keep: Iterable[int] = (), tcti: str = DEVICE, owner_auth: Secret | None = None
+) -> Allowed:
+    """Until so many good boots, only this boot's PCRs 8 to 14 of the policy count, the cap PCR, and `keep`.
+
+    Raises Usage, Refused for a PCR that cannot be told, NoKey, TpmFailed. An open one may be opened again.
+    """
+    if not 1 <= reboots <= REBOOTS_MAX:
+        raise Usage(f"a window lasts 1 to {REBOOTS_MAX} good boots", "unlock policy window --reboots 1")
+    with exclusive(paths), Tpm(tcti) as tpm, _persistence() as persistence:
+        state = State.load(paths)
+        found = allowed.look(paths, tpm, state)
+        full = _full(found)
+        if not set(keep) <= set(full):
+            raise Usage(f"the policy is over PCRs {', '.join(map(str, full))}", "unlock policy show")
+        selection = policy.select(set(full) - FIRMWARE | set(keep), found.record.cap)
+        branch = _of_this_boot(paths, tpm, found, selection)
+        window = {"reboots": reboots, "since": allowed.utc(), "pcrs": list(full), "boot": _boot(paths)}
+        state.tpm.update(window=window, pcrs=list(full))
+        reasons = {branch: "a window for a firmware update"}
+        return allowed.reseal(paths, tpm, state, persistence, found, selection, [branch], reasons, owner_auth)
+
+
+def close(paths: Paths, tcti: str = DEVICE, owner_auth: Secret | None = None) -> Allowed:
+    """The full selection, and the state of this boot alone: predicted ones and that of the boot before are dropped.
+
+    Raises NoKey, Refused when the state of this boot is not one that the policy allows, or cannot be told.
+    """
+    with exclusive(paths), Tpm(tcti) as tpm, _persistence() as persistence:
+        state = State.load(paths)
+        return _close(paths, tpm, state, allowed.look(paths, tpm, state), persistence, owner_auth)
+
+
+def set_pcrs(paths: Paths, pcrs: Iterable[int], tcti: str = DEVICE, owner_auth: Secret | None = None) -> Allowed:
+    """The policy over these PCRs, with the cap PCR, from now on: for this boot's state alone. A window is closed by it.
+
+    Raises Usage for PCRs that protect nothing, Refused for one that cannot be told, NoKey.
+    """
+    with exclusive(paths), Tpm(tcti) as tpm, _persistence() as persistence:
+        state = State.load(paths)
+        found = allowed.look(paths, tpm, state)
+        selection = policy.select(pcrs, found.record.cap)
+        branch = _of_this_boot(paths, tpm, found, selection)
+        state.tpm["pcrs"] = list(selection)
+        reasons = {} if branch in found.record.branches else {branch: "this boot, when the PCRs were chosen"}
+        changed = allowed.reseal(paths, tpm, state, persistence, found, selection, [branch], reasons, owner_auth)
+        state.tpm["window"] = None
+        state.save_if_changed()
+        return changed._replace(window=None)
+
+
+def good_boot(paths: Paths, tcti: str = "") -> int:
+    """`unlock boot baseline`, after a boot: nothing after one that the TPM refused. Adds no state.
+
+    Raises NoKey when a window ends and the key cache was flushed, TpmFailed and others.
+    """
+    early = thisboot.early(paths)
+    if not early or early["verdict"] != "unsealed":
+        return 0
+    with exclusive(paths, patience=_BUSY), Tpm(tcti or thisboot.tpm_device()) as tpm:
+        state = State.load(paths)
+        found = allowed.look(paths, tpm, state)
+        allowed.remember(state, found, (), {})
+        if found.opened:
+            state.tpm["states"][found.opened.hex()]["proven"] = True
+        window = state.tpm["window"]
+        if window and window["boot"] != _boot(paths):
+            window.update(reboots=max(0, window["reboots"] - 1), boot=_boot(paths))
+        state.save_if_changed()
+        if window and not window["reboots"]:
+            with _persistence() as persistence:
+                _close(paths, tpm, state, found, persistence, None)
+            log.note("the window is closed: all PCRs of the policy count again")
+    return 0
+
+
+def _close(
+    paths: Paths, tpm: Tpm, state: State, found: Allowed, persistence: Secret, owner_auth: Secret | None
+) -> Allowed:
+    full = _full(found)
+    branch = _of_this_boot(paths, tpm, found, full)
+    reasons = {} if branch in found.record.branches else {branch: "this boot, when the window was closed"}
+    closed = allowed.reseal(paths, tpm, state, persistence, found, full, [branch], reasons, owner_auth)
+    state.tpm["window"] = None
+    state.save_if_changed()
+    return closed._replace(window=None)
+
+
+def _of_this_boot(paths: Paths, tpm: Tpm, found: Allowed, selection: tuple[int, ...]) -> bytes:
+    """The branch of this boot, which must be one that the policy allows as it is now."""
+    if not found.opened:
+        raise Refused(
+            "this boot is in no state that the policy allows, or its state cannot be told",
+            "unlock explain",
+            code="pcr-unknown",
+        )
+    if selection == found.record.selection:
+        return found.opened
+    return policy.branch(selection, atunseal.of(selection, atunseal.values(paths, tpm)), found.record.cap)
+
+
+def _full(found: Allowed) -> tuple[int, ...]:
+    """The selection without a window."""
+    if found.window:
+        return policy.select({*found.window["pcrs"], *found.record.selection}, found.record.cap)
+    return found.record.selection
+
+
+def _open(found: Allowed) -> bool:
+    """Whether the TPM has the window that the state speaks of."""
+    return found.record.selection != _full(found)
+
+
+def _persistence() -> Secret:
+    try:
+        return provide.persistence_key()
+    except NoKey as error:
+        raise NoKey(
+            "the persistence key is not in the key cache, so the TPM cannot be sealed anew in this boot",
+            "reboot: a boot that the TPM allows fills the cache, and ends a window whose time has come",
+        ) from error
+
+
+def _boot(paths: Paths) -> str:
+    """The kernel's random id of this boot."""
+    return atunseal.read(paths.boot_id, 64).decode("ascii", "replace").strip()
