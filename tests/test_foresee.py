@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import pefile
 import pytest
-from eventlogs import DATA, LOGGED, Entry, log, real
+from eventlogs import DATA, LOGGED, Entry, log, plain, program, real, tagged
 from hostfixture import Machine
 
-from unlock import booted, eventlog, explain, foresee, grub, pe, predict
+from unlock import booted, eventlog, explain, foresee, grub, pe, predict, uefi
 from unlock.errors import Refused, UnlockError
 from unlock.paths import Paths
 
@@ -119,6 +119,12 @@ def test_a_log_that_grub_cfg_does_not_explain() -> None:
 # a host
 
 
+LOADERS = {
+    path: pefile.build({".text": path.encode() * 9})
+    for path in ("\\EFI\\BOOT\\BOOTX64.EFI", "\\EFI\\BOOT\\grubx64.efi")
+}
+
+
 class RealBoot(NamedTuple):
     """A recorded boot with small files in the place of large ones. Stands in for eventlogs.Boot."""
 
@@ -134,6 +140,9 @@ class RealBoot(NamedTuple):
             replaced[bytes.fromhex(digests[0])] = sha256(data).digest()
             if digests[1:]:
                 replaced[bytes.fromhex(digests[1])] = pe.authenticode(data)
+        for event in found.events:
+            if event.kind == eventlog.EFI_APPLICATION and (path := uefi.image_path(event.data)) in LOADERS:
+                replaced[event.digest or b""] = pe.authenticode(LOADERS[path])
         return [
             Entry(e.pcr, e.kind, b"", e.data, replaced.get(e.digest or b"", e.digest))
             for e in found.events
@@ -144,6 +153,23 @@ class RealBoot(NamedTuple):
 
     def full_cmdline(self) -> str:
         return real(self.name).cmdline
+
+
+class Made(NamedTuple):
+    """A boot that was made up."""
+
+    made: list[Entry]
+    kind: str
+    name: str = "made"
+
+    def entries(self) -> list[Entry]:
+        return self.made
+
+    def log(self) -> bytes:
+        return log(self.made)
+
+    def full_cmdline(self) -> str:
+        return "root=x"
 
 
 PLACES = {"(hd0)/": "boot/efi/", "(hd1)/": "boot/", "/": "boot/"}
@@ -175,7 +201,7 @@ def install(host: Machine, files: dict[str, bytes]) -> None:
             host.write(place(name), data)
 
 
-def boot(host: Machine, next_boot: RealBoot) -> str:
+def boot(host: Machine, next_boot: RealBoot | Made) -> str:
     host.write("proc/sys/kernel/random/boot_id", sha256(next_boot.name.encode()).hexdigest().encode())
     return host.boot(next_boot)  # type: ignore[arg-type]
 
@@ -185,6 +211,8 @@ def host(tmp_path: Path) -> Iterator[Machine]:
     """It has booted once since it was enrolled, and kept what it read."""
     machine = Machine(tmp_path, NOW)  # type: ignore[arg-type]
     machine.write("sys/firmware/efi/fw_platform_size", b"64\n")
+    for path, data in LOADERS.items():
+        machine.write("boot/efi" + path.replace("\\", "/"), data)
     install(machine, {name: data for name, data in BEFORE.items() if NEW not in name})
     assert boot(machine, NOW) == "unsealed"
     found = eventlog.parse(NOW.log())
@@ -289,3 +317,119 @@ def test_the_kept_files_are_read_as_written_and_nothing_else(host: Machine) -> N
     for bad in (b"", b"{}", data[:-9], newer, data.replace(b'"images":[', b'"images":[7,')):
         with pytest.raises(UnlockError):
             booted.Booted.decode(bad)
+
+
+# without GRUB
+
+
+def enrolled(tmp_path: Path, now: RealBoot | Made, files: dict[str, bytes]) -> Machine:
+    machine = Machine(tmp_path, now)  # type: ignore[arg-type]
+    machine.write("sys/firmware/efi/efivars/StubInfo-1" if now.kind == "uki" else "sys/firmware/efi/x", b"")
+    for path, data in files.items():
+        machine.write(path, data)
+    assert boot(machine, now) == "unsealed"
+    booted.keep(machine.paths, eventlog.parse(now.log()))
+    return machine
+
+
+def stub(kernel: bytes, initrd: bytes) -> Made:
+    """The firmware starts a kernel of the EFI partition."""
+    entries = [
+        *(plain(pcr, 4, bytes(4)) for pcr in range(8)),
+        program("\\EFI\\debian\\VMLINUZ-6.1", "")._replace(digest=pe.authenticode(kernel)),
+        tagged(9, 0x8F3B22ED, "LOADED_IMAGE::LoadOptions", "root=x".encode("utf-16-le") + b"\0\0"),
+        tagged(9, 0x8F3B22EC, "Linux initrd", initrd),
+    ]
+    return Made(entries, "direct")
+
+
+def test_a_kernel_that_the_firmware_starts(tmp_path: Path) -> None:
+    old, new = (pefile.build({".text": code * 300}) for code in (b"old", b"new"))
+    kernel, initrd = "boot/efi/EFI/debian/vmlinuz-6.1", "boot/efi/EFI/debian/initrd.img-6.1"
+    host = enrolled(tmp_path, stub(old, b"one"), {kernel: old, initrd: b"one"})
+    for path, data in ((kernel, new), (initrd, b"two")):
+        host.write(path, data)
+    (entry,) = run(host).entries
+    assert (entry.words, entry.changes) == ("kernel 6.1", ("kernel 6.1 was replaced", "initramfs of 6.1"))
+    assert boot(host, stub(new, b"another")) == "pcr-mismatch"
+    assert boot(host, stub(new, b"two")) == "unsealed"
+    assert boot(host, stub(old, b"one")) == "unsealed"
+    host.close()
+
+
+def test_a_kernel_that_is_on_no_disk_stays_and_its_initramfs_is_predicted(tmp_path: Path) -> None:
+    """QEMU -kernel; a real log, the initramfs replaced."""
+    events = eventlog.parse(real("direct-0").log).events
+    made = [Entry(each.pcr, each.kind, b"", each.data, each.digest) for each in events]
+
+    def with_initrd(data: bytes) -> Made:
+        new = sha256(data).digest()
+        tag = predict.INITRD
+        return Made([each._replace(digest=new) if each.data[:4] == tag else each for each in made], "direct")
+
+    host = enrolled(tmp_path, with_initrd(b"one"), {"boot/initrd.img-6.12": b"one"})
+    host.write("boot/initrd.img-6.12", b"two")
+    (entry,) = run(host).entries
+    assert (entry.words, entry.changes) == ("kernel 6.12", ("initramfs of 6.12",))
+    assert boot(host, with_initrd(b"two")) == "unsealed"
+    host.close()
+
+
+def unified(code: bytes) -> bytes:
+    inner = pefile.build({".text": code * 300})
+    return pefile.build({".text": b"stub", ".linux": inner, ".cmdline": b"root=x", ".initrd": code * 99})
+
+
+def uki(image: bytes, name: str) -> Made:
+    linux = pe.section(image, pe.read(image), ".linux")
+    assert linux
+    entries = [
+        *(plain(pcr, 4, bytes(4)) for pcr in range(8)),
+        program("\\EFI\\BOOT\\BOOTX64.EFI", "")._replace(digest=pe.authenticode(LOADER)),
+        program(f"\\EFI\\Linux\\{name}", "")._replace(digest=pe.authenticode(image)),
+        *(Entry(11, 0x0D, b"", b"", digest) for digest in predict.uki_measurements(image)),
+        program("", "")._replace(digest=pe.authenticode(linux)),
+    ]
+    return Made(entries, "uki")
+
+
+LOADER = pefile.build({".text": b"systemd-boot"})
+
+
+def test_unified_kernel_images(tmp_path: Path) -> None:
+    """One is built again under its name, another comes beside it."""
+    old, again, newer = (unified(code) for code in (b"old", b"again", b"newer"))
+    now, linux = uki(old, "debian-6.1.efi"), "boot/efi/EFI/Linux"
+    host = enrolled(tmp_path, now, {f"{linux}/debian-6.1.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
+    host.write(f"{linux}/debian-6.1.efi", again)
+    host.write(f"{linux}/debian-6.2.efi", newer)
+    host.write(f"{linux}/addon.efi", b"no image")
+    found = run(host)
+    assert [each.words.split()[-1] for each in found.entries] == ["debian-6.1.efi", "debian-6.2.efi"]
+    assert boot(host, uki(newer, "debian-6.2.efi")) == "unsealed"
+    assert boot(host, uki(again, "debian-6.1.efi")) == "unsealed"
+    assert boot(host, uki(unified(b"a thief's"), "debian-6.1.efi")) == "pcr-mismatch"
+    host.close()
+
+
+def test_a_new_boot_loader(tmp_path: Path) -> None:
+    """systemd-boot is predicted to do the same, and that is said."""
+    image, newer = unified(b"kernel"), pefile.build({".text": b"newer systemd-boot" * 50})
+    now = uki(image, "debian.efi")
+    disks = {"boot/efi/EFI/Linux/debian.efi": image, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER}
+    host = enrolled(tmp_path, now, disks)
+    host.write("boot/efi/EFI/BOOT/BOOTX64.EFI", newer)
+    assert "as if it did the same" in run(host).notes[0]
+    digests = {pe.authenticode(LOADER): pe.authenticode(newer)}
+    updated = [each._replace(digest=digests.get(each.sha256, each.sha256)) for each in now.made]
+    assert boot(host, Made(updated, "uki")) == "unsealed"
+    host.close()
+
+
+def test_a_new_shim_is_not_guessed_and_a_new_grub_is_said(host: Machine) -> None:
+    host.write("boot/efi/EFI/BOOT/grubx64.efi", pefile.build({".text": b"grub 2.13" * 50}))
+    (note,) = run(host, dry_run=True).notes
+    assert "grubx64.efi" in note
+    host.write("boot/efi/EFI/BOOT/BOOTX64.EFI", pefile.build({".text": b"shim 17" * 50}))
+    with pytest.raises(Refused, match="new shim"):
+        run(host)

@@ -87,21 +87,21 @@ def foresee(world: World) -> tuple[list[Entry], list[str]]:
 def _programs(world: World) -> list[str]:
     """What is said of a new GRUB or systemd-boot. Refused for a new shim."""
     notes = []
-    names = [os.path.basename(path).lower() for _, path in world.before.images]
-    for name, (digest, path) in zip(names, world.before.images, strict=True):
+    shim = any(event.pcr == 14 and event.data.startswith(b"MokList") for event in world.log.events)
+    for number, (digest, path) in enumerate(_loaders(world)):
         if booted.authenticode(world.paths, path) == digest:
             continue
-        if _loader(path):
-            notes.append(f"{name} is another one than this boot's: predicted as if it did the same")
-        elif any("grub" in each for each in names[names.index(name) + 1 :]):
-            raise predict.cannot(f"{name} is not this boot's: which revocations a new shim measures is not known")
+        if shim and not number:
+            raise predict.cannot(f"{path} is not this boot's: which revocations a new shim measures is not known")
+        notes.append(f"{path} is not this boot's: predicted as if it did the same")
     return notes
 
 
-def _loader(path: str) -> bool:
-    """Whether this program loads the kernel by a menu of its own. shim and kernels do not."""
-    name = os.path.basename(path).lower()
-    return name.startswith(("grub", "systemd-boot"))
+def _loaders(world: World) -> list[tuple[bytes, str]]:
+    """The programs before the kernel, or before the unified kernel image: shim, and what has a boot menu."""
+    read = {path for path, _ in world.before.files.values()}
+    found = [(digest, path) for digest, path in world.before.images if path not in read]
+    return found if world.before.files else found[:-1]
 
 
 def _grub(world: World) -> Iterator[Entry]:
@@ -205,7 +205,7 @@ def _parted(name: str) -> tuple[str, str]:
 
 def _direct(world: World) -> Iterator[Entry]:
     """The firmware starts the kernel. A kernel that is not on disk (QEMU -kernel) stays as it is."""
-    if any(_loader(path) for _, path in world.before.images):
+    if _loaders(world):
         raise predict.cannot("entries of systemd-boot that are no unified kernel images are not understood")
     changes, words = [], []
     version = ""
@@ -258,7 +258,7 @@ def _ukis(world: World) -> Iterator[Entry]:
 
 def _entry(world: World, words: str, changes: Iterable[str], events: Iterable[Event], default: bool) -> Entry:
     """PCRs that are as the log has them now keep their value, whatever that is; of the others, the log must account."""
-    programs = {digest: booted.authenticode(world.paths, path) for digest, path in world.before.images if _loader(path)}
+    programs = {digest: booted.authenticode(world.paths, path) for digest, path in _loaders(world)}
     events = [each._replace(digest=programs.get(each.digest or b"") or each.digest) for each in events]
     was = eventlog.replay([*world.log.events, *world.later], world.log.locality)
     will = eventlog.replay([*events, *world.later], world.log.locality)
