@@ -29,7 +29,7 @@ FILES: dict[str, dict[str, list[str]]] = json.loads((DATA / "grub-files.json").r
 
 
 def text(name: str) -> str:
-    return (DATA / f"{name}.cfg").read_text()
+    return (DATA / f"{'grub-1' if name == 'grub-2' else name}.cfg").read_text()
 
 
 # from the logs alone
@@ -59,9 +59,26 @@ def disk(name: str) -> predict.Disk:
     return predict.Disk(lambda file: config[file].encode(), known(0), known(1), lambda file: file in config)
 
 
-def learned() -> predict.Learned:
-    texts = {CONFIG: text("grub-0"), FIRST: text("grub-first")}
-    return predict.learn(eventlog.parse(real("grub-0").log), texts, disk("grub-0").image)
+def learned(name: str = "grub-0") -> predict.Learned:
+    texts = {CONFIG: text(name), FIRST: text("grub-first")}
+    return predict.learn(eventlog.parse(real(name).log), texts, disk(name).image)
+
+
+WAYS = {
+    "grub-0": ("Debian GNU/Linux",),
+    "grub-1": ("Debian GNU/Linux",),
+    "grub-2": ("Advanced options for Debian GNU/Linux", f"Debian GNU/Linux, with Linux {OLD}"),
+}
+
+
+@pytest.mark.parametrize("now", WAYS)
+@pytest.mark.parametrize("then", WAYS)
+def test_each_boot_predicts_each_other(now: str, then: str) -> None:
+    """Also back to what was before the update, and from an entry of the submenu."""
+    assert learned(now).way == WAYS[now]
+    events, _ = predict.boot(learned(now), text(then), WAYS[then], disk(then))
+    found, made = eventlog.replay(events), real(then).pcrs
+    assert {pcr: found[pcr] for pcr in LOGGED} == {pcr: made[pcr] for pcr in LOGGED}
 
 
 def test_kernel_initramfs_menu_and_command_line_were_predicted_as_the_next_boots_measured_them() -> None:

@@ -90,7 +90,7 @@ def keep(paths: Paths, log: Log) -> Booted:
 
 
 def load(paths: Paths, log: Log) -> Booted:
-    """What was kept of this boot; when nothing was, what the files still tell. Raises NewerFormat."""
+    """What was kept of this boot; when nothing was that can be read, what the files still tell."""
     try:
         with open(paths.booted, "rb") as file:
             found = Booted.decode(file.read(MAX + 1))

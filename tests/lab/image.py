@@ -109,7 +109,7 @@ def build(root: Root = "luks", *, product: bool = True, commands: Sequence[str] 
                 _chroot(tree, command)
             _kernel(tree).rename(work / "vmlinuz")
             _mkinitramfs(tree, work / "initrd")
-            loader.disks(boots, tree, work, FS_UUID, _chroot)
+            loader.disks(boots, tree, work, Image(work, root).cmdline, FS_UUID, _chroot)
             _disk(tree, root, work / "root.raw")
 
         return Image(cache.entry(f"image-{name}", make), root, boots)

@@ -96,10 +96,34 @@ def prepare(kind: Kind, tree: Path, cmdline: str, chroot: Chroot) -> None:
         shutil.copy(cache.entry(f"kernel-{cache.key(modules.name, UPDATE)}", download) / to.name, to)
 
 
-def disks(kind: Kind, tree: Path, work: Path, root_uuid: str, chroot: Chroot) -> None:
-    """esp.raw and boot.raw in `work`; /boot is empty then."""
+def disks(kind: Kind, tree: Path, work: Path, cmdline: str, root_uuid: str, chroot: Chroot) -> None:
+    """esp.raw in `work`; for GRUB boot.raw too, and /boot is empty then."""
     if kind == "grub":
         _grub(tree, work, root_uuid, chroot)
+    elif kind == "uki":
+        files = unified(tree, work, {"debian.efi": (work / "vmlinuz", work / "initrd", cmdline)}, chroot)
+        esp(work / "esp.raw", files)
+
+
+def unified(tree: Path, work: Path, images: dict[str, tuple[Path, Path, str]], chroot: Chroot) -> dict[str, Path]:
+    """systemd-boot, and unified kernel images: name -> kernel, initramfs, command line. Signed. What `esp` takes."""
+    inside = tree / "uki"
+    inside.mkdir()
+    unlocked = ["openssl", "pkey", "-in", KEYS / "PkKek-1-snakeoil.key", "-passin", "pass:snakeoil"]
+    subprocess.run([*unlocked, "-out", inside / "key"], check=True)
+    shutil.copy(KEYS / "PkKek-1-snakeoil.pem", inside / "certificate")
+    for name, (kernel, initrd, cmdline) in images.items():
+        shutil.copy(kernel, inside / "linux")
+        shutil.copy(initrd, inside / "initrd")
+        (inside / "cmdline").write_text(cmdline)
+        keys = "--secureboot-private-key=key --secureboot-certificate=certificate"
+        chroot(tree, f"cd /uki; ukify build --linux=linux --initrd=initrd --cmdline=@cmdline {keys} --output={name}")
+    stub = "/usr/lib/systemd/boot/efi/systemd-bootx64.efi"
+    chroot(tree, f"cd /uki; sbsign --key key --cert certificate --output systemd-boot {stub}")
+    found = {f"EFI/Linux/{name}": inside / name for name in images} | {"EFI/BOOT/BOOTX64.EFI": inside / "systemd-boot"}
+    out = work / "uki"
+    inside.rename(out)
+    return {name: out / path.name for name, path in found.items()}
 
 
 def _grub(tree: Path, work: Path, root_uuid: str, chroot: Chroot) -> None:
