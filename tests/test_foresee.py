@@ -35,7 +35,7 @@ def text(name: str) -> str:
 # from the logs alone
 
 
-@pytest.mark.parametrize("name", ["grub-0", "grub-1", "grub-2"])
+@pytest.mark.parametrize("name", ["grub-0", "grub-1", "grub-2", "uki-0", "uki-1"])
 def test_the_log_accounts_for_the_pcrs(name: str) -> None:
     made = real(name)
     found = eventlog.parse(made.log)
@@ -96,6 +96,20 @@ def test_kernel_initramfs_menu_and_command_line_were_predicted_as_the_next_boots
         assert {pcr: found[pcr] for pcr in LOGGED} == {pcr: made[pcr] for pcr in LOGGED}
         assert kernel.words[0] == f"/vmlinuz-{NEW if name == 'grub-1' else OLD}"
         assert f"BOOT_IMAGE={' '.join(kernel.words)}".split() == real(name).cmdline.split()
+
+
+@pytest.mark.parametrize("now,then", [("uki-0", "uki-1"), ("uki-1", "uki-0")])
+def test_a_unified_kernel_image_was_predicted_as_the_next_boot_measured_it(now: str, then: str) -> None:
+    """systemd-boot, Secure Boot; another kernel, initramfs and command line in it."""
+    images = {}
+    for name, each in json.loads((DATA / "uki-files.json").read_text()).items():
+        sections = tuple(map(bytes.fromhex, each["sections"]))
+        images[name] = predict.Unified(bytes.fromhex(each["image"]), bytes.fromhex(each["kernel"]), sections)
+    events = predict.unified(eventlog.parse(real(now).log), images[now].image, images[then])
+    found, made = eventlog.replay(events), real(then).pcrs
+    own = set(LOGGED) - {9}
+    assert {pcr: found[pcr] for pcr in own} == {pcr: made[pcr] for pcr in own}
+    assert found[11] != real(now).pcrs[11] and found[4] != real(now).pcrs[4]
 
 
 @pytest.mark.parametrize(
@@ -293,6 +307,44 @@ def test_what_a_thief_changes_is_not_predicted_and_explained(host: Machine) -> N
         run(host)
     assert caught.value.code == "boot-not-allowed"
     assert boot(host, NOW) == "unsealed"
+
+
+def test_what_a_thief_put_beside_while_the_host_was_off_is_never_allowed(host: Machine) -> None:
+    """He has the disk for a night, and leaves alone what the host will boot: it boots, and is updated some day."""
+    install(host, AFTER)
+    run(host)
+    assert boot(host, NEXT) == "unsealed"
+    booted.keep(host.paths, eventlog.parse(NEXT.log()))
+    assert [each.why for each in run(host).entries] == ["", "", ""]
+    thief = {**AFTER, f"/initrd.img-{OLD}": b"sends the keys away"}
+    install(host, thief)
+    assert boot(host, NEXT) == "unsealed"
+    booted.keep(host.paths, eventlog.parse(NEXT.log()))
+    for _ in range(2):
+        found = run(host)
+        assert "while this host was off" in found.entries[2].why and foresee.refused(found) is None
+        assert not found.entries[0].why and not found.entries[1].why
+    assert boot(host, RealBoot("grub-2", thief)) == "pcr-mismatch"
+    assert boot(host, NEXT) == "unsealed"
+    booted.keep(host.paths, eventlog.parse(NEXT.log()))
+    assert run(host).entries[2].why
+    again = {**AFTER, f"/initrd.img-{OLD}": b"built again"}
+    install(host, again)
+    assert not run(host).entries[2].why
+    assert boot(host, RealBoot("grub-2", again)) == "unsealed"
+
+
+def test_the_operator_vouches_for_a_file(host: Machine) -> None:
+    install(host, AFTER)
+    run(host)
+    assert boot(host, NEXT) == "unsealed"
+    changed = {**AFTER, f"/initrd.img-{OLD}": b"from the rescue system"}
+    install(host, changed)
+    booted.keep(host.paths, eventlog.parse(NEXT.log()))
+    assert run(host).entries[2].why
+    assert not foresee.run(host.paths, host.chip.tcti, trust_files=True).entries[2].why
+    assert not run(host).entries[2].why
+    assert boot(host, RealBoot("grub-2", changed)) == "unsealed"
 
 
 def test_a_file_that_was_replaced_before_it_was_kept(host: Machine) -> None:

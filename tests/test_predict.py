@@ -146,11 +146,17 @@ def test_a_unified_kernel_image() -> None:
     new = unified(kernel=b"new", osrel=b"Debian", cmdline=b"quiet", initrd=b"2" * 7000, uname=b"6.2", pcrsig=b"gis")
     now = parsed(uki(old))
     for other in (new, unified(kernel=b"new", osrel=b"Debian"), old):
-        same(eventlog.replay(predict.unified(now, pe.authenticode(old), other)), uki(other), 4, 7, 11)
+        same(
+            eventlog.replay(predict.unified(now, pe.authenticode(old), predict.read_unified(other))),
+            uki(other),
+            4,
+            7,
+            11,
+        )
     with pytest.raises(Refused):
-        predict.unified(now, pe.authenticode(new), new)
+        predict.unified(now, pe.authenticode(new), predict.read_unified(new))
     with pytest.raises(Malformed):
-        predict.unified(now, pe.authenticode(old), pefile.build({".text": b"x"}))
+        predict.read_unified(pefile.build({".text": b"x"}))
 
 
 MEASURE = "/usr/lib/systemd/systemd-measure"

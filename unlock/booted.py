@@ -5,8 +5,15 @@
     /var/lib/unlock/booted.json: Booted, as a file, made after each good boot
 
 JSON, version 1: {"version", "boot": boot id, "files": NAME -> [PATH, 64 hex digits], "texts": NAME -> content,
-"images": [[64 hex digits, PATH], ...], "initrd": PATH, "uki": [64 hex digits]}. NAME is GRUB's, PATH below the root
-directory. What it says is believed only as far as the event log of the same boot has the same digests.
+"images": [[64 hex digits, PATH], ...], "initrd": PATH, "uki": [64 hex digits], "foreign": PATH -> 64 hex digits}.
+NAME is GRUB's, PATH below the root directory. What it says is believed only as far as the event log of the same boot
+has the same digests.
+
+Nothing authenticates /boot and the EFI system partition, and this boot has measured only what it has read. So a file of
+another entry (an older kernel's initramfs) may be a thief's who had the disk while the host was off: such a file is
+`foreign`, unless it is as /var/lib/unlock/boot-files.json has it from the last time that this host ran. One that has
+changed since this boot was changed by this system. boot-files.json, version 1: {"version", "files": PATH -> 64 hex
+digits}.
 """
 
 import glob
@@ -46,6 +53,8 @@ class Booted(NamedTuple):
     """The file that the kernel's EFI stub got as it is; "" when that is none."""
     uki: tuple[bytes, ...]
     """What systemd-stub extended PCR 11 with, when the last of `images` is a unified kernel image and says the same."""
+    foreign: Mapping[str, bytes]
+    """Files below /boot and on the EFI system partition that may have been changed while the host was off: SHA-256."""
 
     def encode(self) -> bytes:
         """Malformed for what would be too long for `decode`."""
@@ -57,6 +66,7 @@ class Booted(NamedTuple):
             "images": [[digest.hex(), path] for digest, path in self.images],
             "initrd": self.initrd,
             "uki": [digest.hex() for digest in self.uki],
+            "foreign": {path: digest.hex() for path, digest in self.foreign.items()},
         }
         data = json.dumps(fields, separators=(",", ":")).encode()
         if len(data) > MAX:
@@ -77,6 +87,7 @@ class Booted(NamedTuple):
                 tuple((_digest(hexed), _text(path)) for hexed, path in fields["images"]),
                 _text(fields["initrd"]),
                 tuple(map(_digest, fields["uki"])),
+                {_text(path): _digest(hexed) for path, hexed in fields["foreign"].items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Malformed(f"booted.json: cannot be read: {type(error).__name__}") from None
@@ -85,8 +96,12 @@ class Booted(NamedTuple):
 def keep(paths: Paths, log: Log) -> Booted:
     """For the predictions of this boot. Raises OSError, Malformed."""
     found = look(paths, log)
-    write_atomically(paths.booted, found.encode())
+    save(paths, found)
     return found
+
+
+def save(paths: Paths, found: Booted) -> None:
+    write_atomically(paths.booted, found.encode())
 
 
 def load(paths: Paths, log: Log) -> Booted:
@@ -136,7 +151,52 @@ def look(paths: Paths, log: Log) -> Booted:
     for path in sorted(paths_read):
         image = authenticode(paths, path)
         images += [(image, path)] if image and image in handed else []
-    return Booted(boot_id(paths), files, texts, tuple(images), initrd, uki)
+    measured = {*dict(files.values()), *(path for _, path in images), initrd}
+    known = _known(paths)
+    foreign = {} if known is None else {
+        path: digest
+        for path, digest in everything(paths)
+        if path not in measured and known.get(path) != digest
+    }  # fmt: skip
+    return Booted(boot_id(paths), files, texts, tuple(images), initrd, uki, foreign)
+
+
+def everything(paths: Paths) -> Iterator[tuple[str, bytes]]:
+    """All files below /boot and on the EFI system partition: path, SHA-256."""
+    for top in ("boot", "efi"):
+        for folder, _, names in os.walk(os.path.join(paths.root, top)):
+            for name in sorted(names):
+                path = os.path.relpath(os.path.join(folder, name), paths.root)
+                if os.path.isfile(os.path.join(paths.root, path)) and (digest := _sha256(paths, path)):
+                    yield path, digest
+
+
+def vouch(paths: Paths, before: Booted) -> None:
+    """For the next boot: the files as this system has them now, without those that are foreign still."""
+    files = {path: digest.hex() for path, digest in everything(paths) if before.foreign.get(path) != digest}
+    data = json.dumps({"version": _VERSION, "files": files}, separators=(",", ":")).encode()
+    if _read_own(paths.boot_files) != data:
+        write_atomically(paths.boot_files, data)
+
+
+def _known(paths: Paths) -> dict[str, bytes] | None:
+    """None before the first prediction: what is on disk then is taken as it is, as `init` does. What cannot be read
+    vouches for nothing."""
+    data = _read_own(paths.boot_files)
+    if data is None:
+        return None
+    try:
+        return {_text(path): _digest(hexed) for path, hexed in json.loads(data)["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _read_own(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return file.read(MAX + 1)
+    except FileNotFoundError:
+        return None
 
 
 def read(paths: Paths, path: str) -> bytes | None:

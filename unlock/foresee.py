@@ -5,13 +5,14 @@
       ──foresee──> for each entry that may come next: words, what changed, PCR values or why they cannot be told
       ──predict──> allowed.predicted: the TPM releases the key to those boots too
 
-Only a boot that the TPM allowed may predict, and only from files on the authenticated system that it runs. What a file
-does not tell (firmware, its settings, a new shim) is never guessed: those PCRs stay as they are, or it is Refused.
+Only a boot that the TPM allowed may predict, and only from files that it has measured, or that this system has written
+since: nothing else vouches for /boot (unlock.booted). What a file does not tell (firmware, its settings, a new shim) is
+never guessed: those PCRs stay as they are, or it is Refused.
 """
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -109,13 +110,14 @@ def _grub(world: World) -> Iterator[Entry]:
     images = {path: digest for digest, path in before.images}
 
     learned = predict.learn(world.log, before.texts, lambda name: images.get(before.files.get(name, ("", b""))[0], b""))
-    disk = _disk(world)
+    where = _places(world)
+    disk = _disk(world, where)
     for name in before.texts:
         if name != learned.name and name.endswith(".cfg") and _changed(world, name):
             raise predict.cannot(f"{before.files[name][0]} has changed, and GRUB reads it before its menu")
     text = disk.content(learned.name).decode("utf-8", "surrogateescape")
     for number, (title, titles) in enumerate(predict.menu(learned, text, disk)):
-        yield _grub_entry(world, learned, text, title, titles, disk, not number)
+        yield _grub_entry(world, learned, text, title, titles, disk, where, not number)
 
 
 def _grub_entry(
@@ -125,6 +127,7 @@ def _grub_entry(
     title: str,
     titles: Sequence[str],
     disk: predict.Disk,
+    where: Callable[[str], str],
     default: bool,
 ) -> Entry:
     try:
@@ -148,6 +151,9 @@ def _grub_entry(
     if tuple(titles) != learned.way:
         changes.append("another menu entry")
     words = f"kernel {version}" + ("" if default else f", menu entry {title}")
+    loaded = [where(name) for name in (kernel.words[0], *kernel.initrds)]
+    if foreign := _foreign(world, loaded):
+        return Entry(words, tuple(changes), None, foreign, default)
     return _entry(world, words, changes, events, default)
 
 
@@ -162,8 +168,21 @@ def _version(name: str) -> str:
     return os.path.basename(name).partition("-")[2] or os.path.basename(name)
 
 
-def _disk(world: World) -> predict.Disk:
-    """GRUB's names for files, as far as this boot's show where they are mounted."""
+def _foreign(world: World, loaded: Iterable[str]) -> str:
+    """Why nothing vouches for one of these files; empty when something does."""
+    for path in loaded:
+        data = booted.read(world.paths, path)
+        real = os.path.relpath(
+            os.path.realpath(os.path.join(world.paths.root, path)), os.path.realpath(world.paths.root)
+        )
+        known = {world.before.foreign.get(name) for name in (path, real)}
+        if data is not None and sha256(data).digest() in known:
+            return f"{path} was changed while this host was off, or before it was looked at: --trust-files if by you"
+    return ""
+
+
+def _places(world: World) -> Callable[[str], str]:
+    """GRUB's names for files -> paths below the root directory, as far as this boot's show where they are mounted."""
     places = {}
     for name, (path, _) in world.before.files.items():
         device, rest = _parted(name)
@@ -176,6 +195,10 @@ def _disk(world: World) -> predict.Disk:
             raise grub.Unknown(f"where {name} is on disk is not known")
         return os.path.join(places[device], rest.lstrip("/"))
 
+    return where
+
+
+def _disk(world: World, where: Callable[[str], str]) -> predict.Disk:
     def content(name: str) -> bytes:
         data = booted.read(world.paths, where(name))
         if data is None:
@@ -249,11 +272,18 @@ def _ukis(world: World) -> Iterator[Entry]:
             if path == own:
                 yield Entry(os.path.basename(path), (), None, "it is no unified kernel image any more", True)
             continue
-        events = predict.unified(world.log, before.images[-1][0], data)
+        events = predict.unified(world.log, before.images[-1][0], predict.read_unified(data))
         changes = [] if pe.authenticode(data) == before.images[-1][0] else ["unified kernel image"]
         if path != own:
             changes.append("another menu entry")
-        yield _entry(world, f"unified kernel image {os.path.basename(path)}", changes, events, path == own)
+        words = f"unified kernel image {os.path.basename(path)}"
+        if foreign := _foreign(world, [path]):
+            yield Entry(words, tuple(changes), None, foreign, path == own)
+            continue
+        entry = _entry(world, words, changes, events, path == own)
+        if changes and entry.values is not None:  # systemd-stub adds to what the kernel's own stub measures
+            entry = entry._replace(values={pcr: value for pcr, value in entry.values.items() if pcr != 9})
+        yield entry
 
 
 def _entry(world: World, words: str, changes: Iterable[str], events: Iterable[Event], default: bool) -> Entry:
@@ -290,15 +320,22 @@ def gather(paths: Paths, tpm: Tpm) -> World:
     return World(paths, found, booted.load(paths, found), early, atunseal.values(paths, tpm))
 
 
-def run(paths: Paths, tcti: str, dry_run: bool = False) -> Foreseen:
-    """Foresees, and reseals. Refused, code `cannot-predict`, when the default entry is none of those that can be
-    predicted, after the others were; whatever `allowed.predicted` raises."""
+def run(paths: Paths, tcti: str, dry_run: bool = False, trust_files: bool = False) -> Foreseen:
+    """Foresees, and reseals. `trust_files`: the operator vouches for those that are foreign. An entry that cannot be
+    predicted leaves out no other. Raises Refused, and whatever `allowed.predicted` raises."""
     with Tpm(tcti) as tpm:
-        entries, notes = foresee(gather(paths, tpm))
+        world = gather(paths, tpm)
+        if trust_files:
+            world = world._replace(before=world.before._replace(foreign={}))
+        entries, notes = foresee(world)
         states = len(allowed.current(paths, tpm).states)
     good = {each.words: each.values for each in entries if each.values is not None}
     if good and not dry_run:
         states = len(allowed.predicted(paths, good, tcti).states)
+    if not dry_run:
+        if trust_files:
+            booted.save(paths, world.before)
+        booted.vouch(paths, world.before)
     return Foreseen(tuple(entries), tuple(notes), states)
 
 

@@ -95,25 +95,42 @@ def command_line(old: str, new: str) -> Change:
     return Change("the kernel command line", *(sha256(f"{each}\0".encode("utf-16-le")).digest() for each in (old, new)))
 
 
-def unified(log: Log, old: bytes, new: bytes) -> list[Event]:
-    """The log's events when another unified kernel image is booted: itself and the kernel in it (PCR 4), its sections
-    (PCR 11). `old`: what the firmware measured of the one before; `new`: the file.
+class Unified(NamedTuple):
+    """What is measured of a unified kernel image."""
 
-    Refused when this boot did not start `old`, and a kernel in it. Malformed.
+    image: bytes
+    kernel: bytes
+    sections: tuple[bytes, ...]
+    """By systemd-stub, into PCR 11."""
+
+
+def read_unified(data: bytes) -> Unified:
+    """Raises Malformed."""
+    kernel = pe.authenticode(_sections(data)[".linux"])
+    return Unified(pe.authenticode(data), kernel, tuple(uki_measurements(data)))
+
+
+def unified(log: Log, old: bytes, new: Unified) -> list[Event]:
+    """The log's events when another unified kernel image is booted: itself and the kernel in it (PCR 4), its sections
+    (PCR 11). `old`: what the firmware measured of the one before.
+
+    Refused when this boot did not start `old`. What the kernel's EFI stub measures then (PCR 9) stays: systemd-stub
+    adds to command line and initramfs.
     """
     images = [at for at, event in enumerate(log.events) if event.pcr == 4 and event.kind == eventlog.EFI_APPLICATION]
-    if len(images) < 2 or log.events[images[-2]].digest != old:
-        raise cannot("this boot has not started the unified kernel image, and its kernel last")
-    sections = [Event(11, eventlog.IPL, digest, b"") for digest in uki_measurements(new)]
-    kernel = pe.authenticode(_sections(new)[".linux"])
+    own = next((at for at in images if log.events[at].digest == old), None)
+    handed = [at for at in images if own is not None and at > own]  # systemd-stub 257 starts the kernel by itself
+    if own is None or len(handed) > 1:
+        raise cannot("this boot has not started the unified kernel image, and at most a kernel after it")
+    renewed = {own: new.image, **dict.fromkeys(handed, new.kernel)}
+    sections = [Event(11, eventlog.IPL, digest, b"") for digest in new.sections]
     events: list[Event] = []
     for at, event in enumerate(log.events):
         if event.pcr == 11 and event.kind == eventlog.IPL:
             events += sections
             sections = []
         else:
-            digest = {images[-2]: pe.authenticode(new), images[-1]: kernel}.get(at, event.digest)
-            events.append(event._replace(digest=digest))
+            events.append(event._replace(digest=renewed.get(at, event.digest)))
     return events
 
 
