@@ -13,9 +13,17 @@ from types import FrameType
 PACKAGE = str(Path(__file__).parents[1] / "unlock")
 
 
-def killed_at(number: int, work: Callable[[], object]) -> bool:
-    """Runs `work` in a child that kills itself at that event; False when it had ended before."""
-    return child(lambda: _count_down(number, work)) == -signal.SIGKILL
+EVERY = int(os.environ.get("UNLOCK_KILL_EVERY", "5"))
+"""Which of the steps below are tried: each fifth; 1 for a soak."""
+LASTING = frozenset(("save", "put", "forget", "write_backup", "set_token", "remove_token"))
+TPM_WRITES = frozenset(("_create", "_keep", "_define", "_undefine", "write_record"))
+"""What changes something that outlives the process, in a state, keyring, header or TPM."""
+
+
+def killed_at(number: int, work: Callable[[], object], steps: frozenset[str] = frozenset()) -> bool:
+    """Runs `work` in a child that kills itself at that event; False when it had ended before. `steps` are the names of
+    the functions that count; all of ours when it is empty."""
+    return child(lambda: _count_down(number, work, steps)) == -signal.SIGKILL
 
 
 def killed_after(seconds: float, work: Callable[[], object]) -> bool:
@@ -26,12 +34,14 @@ def killed_after(seconds: float, work: Callable[[], object]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
-def _count_down(number: int, work: Callable[[], object]) -> None:
+def _count_down(number: int, work: Callable[[], object], steps: frozenset[str]) -> None:
     left = number
 
     def event(frame: FrameType, kind: str, _: object) -> None:
         nonlocal left
-        if kind in ("call", "return") and frame.f_code.co_filename.startswith(PACKAGE):
+        code = frame.f_code
+        counts = code.co_filename.startswith(PACKAGE) and (not steps or code.co_name in steps)
+        if kind in ("call", "return") and counts:
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)

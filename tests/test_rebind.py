@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from eventlogs import Boot
 from hostfixture import Machine
-from killing import killed_at
+from killing import EVERY, LASTING, TPM_WRITES, killed_at
 from kmipfixture import AUTHORITY, CLIENT
 
 from tests.lab.kmipliar import Liar
-from unlock import kdk, keyring, luks, provide, rebind, recoverykey, sync, token
+from unlock import kdk, keyring, luks, policy, provide, rebind, recoverykey, slots, sync, token
 from unlock.errors import ProviderUnavailable, Refused, UnlockError
 from unlock.secret import Secret
 
@@ -163,6 +163,26 @@ def test_another_board_that_boots_in_another_way_is_measured_by_its_own_pcrs(hos
     boots(host, uki)
 
 
+def test_a_tpm_that_another_host_uses_is_not_overwritten_unasked(host: Machine) -> None:
+    host.clear()
+    host.boot()
+    with host.chip.open() as tpm:
+        theirs = policy.Payload(Secret(bytes(32)))
+        kept = slots.persist(tpm, b"x" * 16, (7, 15), (policy.branch((7, 15), {7: bytes(32)}),), theirs)
+    with pytest.raises(Refused) as caught:
+        run(host, backup(host))
+    assert caught.value.code == "slots-in-use" and host.allows().record == kept
+    choices = rebind.Choices(
+        host.recovery,
+        backup(host),
+        Secret(PASSWORD),
+        accept=frozenset(("unauthenticated-root", "slots-in-use")),
+        tcti=host.chip.tcti,
+    )
+    rebind.rebind(host.paths, choices, host.look)
+    boots(host)
+
+
 def test_the_backup_of_another_host_is_refused(host: Machine) -> None:
     host.clear()
     host.boot()
@@ -208,14 +228,14 @@ def test_killed_anywhere_every_disk_still_opens_and_it_finishes(
             host.clear()
             host.boot()
         file = {"with its backup": backup(host), "with a new key": backup(host, f"new-{number}")}.get(how, "")
-        ended = not killed_at(number, lambda file=file: run(host, file))
+        ended = not killed_at(number, lambda file=file: run(host, file), LASTING | TPM_WRITES)
         kills += not ended
         assert host.recovery_opens()
         if kills % 2:  # a power cut, not a mere kill
             host.boot()
-        if host.state.journal or not keyring.names():
+        if not ended:
             run(host, file)
         boots(host)
-        number += 331 if how == "with a new key" else 257
-    assert kills > 4
+        number += EVERY
+    assert kills > 5
     record_property("shown", f"rebind {how}: killed at {kills} points, and run again")

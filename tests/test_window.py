@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from eventlogs import Boot
 from hostfixture import Machine
-from killing import killed_at
+from killing import EVERY, LASTING, TPM_WRITES, killed_at
 
-from unlock import allowed, keyring, status, window
+from unlock import allowed, cli, keyring, status, window
 from unlock.errors import NoKey, Refused, Usage
 
 pytestmark = pytest.mark.usefixtures("key_cache")
@@ -34,6 +34,10 @@ def good(host: Machine, boot: Boot | None = None) -> None:
     window.good_boot(host.paths, host.chip.tcti)
 
 
+def opened(host: Machine) -> allowed.Allowed:
+    return window.open_window(host.paths, 1, (), host.chip.tcti)
+
+
 def shown(host: Machine) -> dict[str, object]:
     found = window.show(host.paths, host.chip.tcti)
     assert json.loads(json.dumps(found)) == found
@@ -44,7 +48,7 @@ def shown(host: Machine) -> dict[str, object]:
 def test_a_firmware_update_goes_through_a_window_that_closes_itself(host: Machine) -> None:
     assert host.boot(UPDATED) == "pcr-mismatch"
     good(host, OLD)
-    found = window.open_window(host.paths, 1, (), host.chip.tcti)
+    found = opened(host)
     assert found.record.selection == (9, 15)
     assert shown(host)["window"]
     window.good_boot(host.paths, host.chip.tcti)  # the same boot: not one of those that count
@@ -75,7 +79,7 @@ def test_a_window_of_two_boots_and_the_pcr_that_was_kept(host: Machine) -> None:
 
 def test_closed_by_hand_it_is_closed_and_only_this_boot_is_left(host: Machine) -> None:
     host.predict(("kernel", Boot("direct", kernel="another")))
-    window.open_window(host.paths, 1, (), host.chip.tcti)
+    opened(host)
     good(host, UPDATED)
     window.close(host.paths, host.chip.tcti)
     host.predict(("kernel", Boot("direct", kernel="another", dbx=230)))
@@ -91,13 +95,13 @@ def test_other_pcrs(host: Machine) -> None:
         window.set_pcrs(host.paths, (7, 9), host.chip.tcti)
         assert host.allows().record.selection == (7, 9, 15) and host.reasons() == ["this boot"]
     good(host)
-    window.open_window(host.paths, 1, (), host.chip.tcti)
+    opened(host)
     good(host)
     assert shown(host)["pcrs"] == [7, 9, 15]
     assert host.boot(Boot("direct", kernel="another")) == "unsealed"  # PCR 4 counts no more
-    assert host.boot(THIEF) == "pcr-mismatch"
     with pytest.raises(Usage):
         window.set_pcrs(host.paths, (16,), host.chip.tcti)
+    assert host.boot(THIEF) == "pcr-mismatch"
 
 
 def test_a_good_boot_with_nothing_new_writes_nothing(host: Machine) -> None:
@@ -122,7 +126,7 @@ def test_the_predicted_state_that_booted_is_proven_and_the_former_is_the_boot_be
 
 
 def test_the_key_cache_was_flushed(host: Machine) -> None:
-    window.open_window(host.paths, 1, (), host.chip.tcti)
+    opened(host)
     assert host.boot(UPDATED) == "unsealed"
     keyring.flush()
     with pytest.raises(NoKey) as caught:
@@ -141,18 +145,31 @@ def test_a_boot_that_is_not_allowed_closes_nothing(host: Machine) -> None:
     with pytest.raises(Refused):
         window.close(host.paths, host.chip.tcti)
     with pytest.raises(Refused):
-        window.open_window(host.paths, 1, (), host.chip.tcti)
+        opened(host)
     assert host.boot(OLD) == "unsealed"
 
 
 def test_status_says_loudly_that_a_window_is_open(host: Machine) -> None:
     assert "window" not in status.table(status.status(host.paths))
-    window.open_window(host.paths, 1, (), host.chip.tcti)
+    opened(host)
     assert "a window is open" in status.table(status.status(host.paths))
     state = host.state
     state.tpm["window"]["since"] = "2020-01-01T00:00:00Z"
     state.save()
     assert "WINDOW" in status.table(status.status(host.paths))
+
+
+def test_what_was_predicted_outlives_a_closing_that_was_killed_in_its_last_step(host: Machine) -> None:
+    new = Boot("direct", kernel="another")
+    opened(host)
+    before = host.state.tpm["window"]
+    window.close(host.paths, host.chip.tcti)
+    state = host.state
+    state.tpm["window"] = before
+    state.save()
+    host.predict(("kernel", new))
+    good(host)
+    assert host.reasons() == ["this boot", "predicted: kernel"] and not host.state.tpm["window"]
 
 
 @pytest.mark.parametrize("what", ["opening", "closing"])
@@ -162,10 +179,12 @@ def test_killed_anywhere_a_window_is_never_forgotten(
     number, kills, ended = 1, 0, False
     while not ended:
         if what == "opening":
-            ended = not killed_at(number, lambda: window.open_window(host.paths, 1, (), host.chip.tcti))
+            ended = not killed_at(
+                number, lambda: window.open_window(host.paths, 1, (), host.chip.tcti), LASTING | TPM_WRITES
+            )
         else:
-            window.open_window(host.paths, 1, (), host.chip.tcti)
-            ended = not killed_at(number, lambda: window.close(host.paths, host.chip.tcti))
+            opened(host)
+            ended = not killed_at(number, lambda: window.close(host.paths, host.chip.tcti), LASTING | TPM_WRITES)
         found = host.allows()
         assert found.window or found.record.selection == (4, 7, 9, 15)
         assert host.boot(OLD) == "unsealed"
@@ -173,6 +192,21 @@ def test_killed_anywhere_a_window_is_never_forgotten(
         assert host.allows().record.selection == (4, 7, 9, 15) and not host.state.tpm["window"]
         assert allowed.UNKNOWN not in host.reasons()
         kills += not ended
-        number += 211
-    assert kills > 5
+        number += EVERY
+    assert kills > 2
     record_property("shown", f"{what} a window: killed at {kills} points")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "policy show --json",
+        "policy window --reboots 1 --keep 4,7",
+        "policy close --owner-auth-file FILE",
+        "policy set --pcrs 4,7,9",
+        "rebind --recovery-key-file R --backup B --backup-password-file P --accept unauthenticated-root",
+        "rebind --client-key K --pcrs 7,9",
+    ],
+)
+def test_the_words_of_the_command_line(line: str) -> None:
+    assert cli._parser().parse_args(line.split()).run.__module__ == "unlock.clipolicy"

@@ -58,7 +58,10 @@ def _boot(argv: list[str]) -> int:
         from .foresee import keep
         from .window import good_boot
 
-        return max(keep(paths), good_boot(paths))
+        try:
+            return keep(paths)
+        finally:  # a window is closed even where no baseline can be kept
+            good_boot(paths)
     if argv == ["predict"]:
         from .foresee import hook
         from .thisboot import tpm_device

@@ -28,6 +28,7 @@ def consequences(paths: Paths, look: present.Look = present.look) -> list[str]:
     lines = [
         "no disk that comes late opens, and no group that is closed now",
         "no sync, rekey, switch, adopt or renew: they need the persistence key",
+        "no change of the TPM's policy: no prediction for a new kernel, no window, and none that is open closes",
     ]
     try:
         work = provide.Work(paths, look)

@@ -39,7 +39,8 @@ def add(words: "Words") -> None:
     )
     rebind.add_argument("--client-key", metavar="FILE", help="kmip: PEM, where it was wrapped by the TPM's key")
     rebind.add_argument("--pcrs", type=pcrs, default=(), metavar="N,N", help="default: as before")
-    rebind.add_argument("--accept", action="append", default=[], metavar="RISK", help="as for init")
+    risks = ("unmeasured-boot", "unauthenticated-root", "slots-in-use")
+    rebind.add_argument("--accept", action="append", default=[], choices=risks, metavar="RISK", help="as for init")
     for each in (window, close, chosen, rebind):
         _owner_auth(each)
 

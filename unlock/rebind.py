@@ -25,6 +25,12 @@ from .secret import Secret
 from .state import State, exclusive
 from .tpm import Tpm
 
+RISKS = {
+    "unmeasured-boot": "nothing measures the kernel and the initramfs: whoever edits them gets the keys",
+    "unauthenticated-root": "the root file system is not encrypted: whoever edits it gets the keys",
+    "slots-in-use": "another installation of unlock uses this TPM: its key is overwritten",
+}
+"""What `--accept NAME` can accept, and what that means."""
 _NEW = "unlock:rebind"
 """The new persistence key in the key cache, until everything is under it."""
 
@@ -41,7 +47,7 @@ class Choices(NamedTuple):
     pcrs: tuple[int, ...] = ()
     """Empty: as before, or by how the host boots."""
     accept: frozenset[str] = frozenset()
-    """Of enroll.OVERRIDES: `unmeasured-boot`, `unauthenticated-root`."""
+    """Of RISKS."""
     owner_auth: Secret | None = None
     tcti: str = allowed.DEVICE
 
@@ -152,6 +158,8 @@ def _check(container: luks.Container, host: str, mac_key: Secret) -> None:
 
 def _this_boot(paths: Paths, tpm: Tpm, state: State, choices: Choices) -> tuple[tuple[int, ...], bytes, bool]:
     """What is sealed to: PCRs, the branch of this boot, and whether the root file system is not authenticated."""
+    if _is_of_another(tpm, state):
+        _accepted(choices, "slots-in-use")
     values = atunseal.values(paths, tpm)
     boot = atunseal.how_booted(paths, tpm.read_pcrs(range(16)))
     before = [pcr for pcr in _before(tpm, state) if pcr != policy.CAP_PCR]
@@ -159,14 +167,21 @@ def _this_boot(paths: Paths, tpm: Tpm, state: State, choices: Choices) -> tuple[
         before = []
     pcrs = choices.pcrs or before or atunseal.MEASURED_BY.get(boot, (7,))
     if boot == "unmeasured" and not before:
-        _accepted(choices, "unmeasured-boot", "nothing measures the kernel and the initramfs")
+        _accepted(choices, "unmeasured-boot")
     selection = policy.select(pcrs)
     plain_root = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
     if plain_root and not state.tpm["unauthenticated_root"]:
-        _accepted(choices, "unauthenticated-root", "the root file system is not encrypted")
+        _accepted(choices, "unauthenticated-root")
     tpm.srk(choices.owner_auth)
     tpm.trial(selection)
     return selection, policy.branch(selection, atunseal.of(selection, values)), plain_root
+
+
+def _is_of_another(tpm: Tpm, state: State) -> bool:
+    try:
+        return slots.current(tpm)[1].host.hex() != state.host
+    except NoSlot:
+        return False
 
 
 def _before(tpm: Tpm, state: State) -> tuple[int, ...]:
@@ -175,13 +190,13 @@ def _before(tpm: Tpm, state: State) -> tuple[int, ...]:
         return tuple(state.tpm["pcrs"])
     try:
         return slots.current(tpm)[1].selection
-    except (NoSlot, Malformed):
+    except NoSlot:
         return ()
 
 
-def _accepted(choices: Choices, name: str, what: str) -> None:
+def _accepted(choices: Choices, name: str) -> None:
     if name not in choices.accept:
-        raise Refused(f"{what}: whoever edits it gets the keys", f"--accept {name}", code=name)
+        raise Refused(RISKS[name], f"--accept {name}", code=name)
 
 
 # Keys -------------------------------------------------------------------------------------------------------

@@ -156,6 +156,8 @@ def good_boot(paths: Paths, tcti: str = "") -> int:
         if found.opened:
             state.tpm["states"][found.opened.hex()]["proven"] = True
         window = state.tpm["window"]
+        if not _open(found):  # or the command that opened or closed one was killed
+            window = state.tpm["window"] = None
         if window and window["boot"] != _boot(paths):
             window.update(reboots=max(0, window["reboots"] - 1), boot=_boot(paths))
         state.save_if_changed()
