@@ -10,10 +10,7 @@ from .paths import Paths
 
 def add(verbs: Any) -> None:
     """`verbs`: the subparsers of `unlock policy`."""
-    predict = verbs.add_parser(
-        "predict", help="allow what the files on disk will boot next, so that an update locks nobody out"
-    )
-    predict.allow_abbrev = False
+    predict = verbs.add_parser("predict", help="allow what the files on disk will boot next", allow_abbrev=False)
     predict.set_defaults(run=_predict)
     predict.add_argument("--json", action="store_true")
     predict.add_argument("--dry-run", action="store_true", help="say what would be allowed; change nothing")

@@ -353,8 +353,11 @@ def keep(paths: Paths) -> int:
     """`unlock boot baseline`, after a boot: what was measured, and which files it came from."""
     early = thisboot.early(paths)
     found, _ = atunseal.event_log(paths)
-    if early and early["verdict"] == "unsealed" and found:
-        booted.keep(paths, found)
+    try:
+        if early and early["verdict"] == "unsealed" and found:
+            booted.keep(paths, found)
+    except (OSError, Malformed) as problem:
+        log.error(f"the next boot will not be predicted: {problem}", "unlock policy predict")
     return explain.baseline(paths)
 
 
