@@ -147,6 +147,17 @@ def test_a_log_that_grub_cfg_does_not_explain() -> None:
         predict.learn(found._replace(events=events), {CONFIG: text("grub-0")}, image)
 
 
+def test_a_log_that_comes_out_otherwise() -> None:
+    """The kernel got another initramfs than GRUB has read."""
+    found = eventlog.parse(real("grub-0").log)
+    events = tuple(
+        each._replace(digest=bytes(32)) if each.data[:4] == predict.INITRD else each for each in found.events
+    )
+    texts = {CONFIG: text("grub-0"), FIRST: text("grub-first")}
+    with pytest.raises(Refused, match="PCRs 9 come out otherwise"):
+        predict.learn(found._replace(events=events), texts, disk("grub-0").image)
+
+
 # a host
 
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from typing import NamedTuple
 
-from . import eventlog, pe, predict, uefi
+from . import eventlog, grub, pe, predict, uefi
 from .errors import Malformed, NewerFormat
 from .eventlog import Log
 from .paths import Paths, write_atomically
@@ -31,8 +31,6 @@ from .paths import Paths, write_atomically
 MAX = 2 << 20
 """Bytes of booted.json."""
 MAX_FILE = 1 << 30
-MAX_TEXT = 256 << 10
-"""Bytes of a configuration file that is kept."""
 ESPS = ("boot/efi", "efi", "boot")
 """Where the EFI system partition is mounted."""
 BASES = ("boot", "boot/efi", "efi", "")
@@ -137,7 +135,7 @@ def look(paths: Paths, log: Log) -> Booted:
                 data = read(paths, path)
                 if data is not None and sha256(data).digest() == digest:
                     files[name] = path, digest
-                    if name.endswith((".cfg", "/grubenv")) and len(data) <= MAX_TEXT:
+                    if name.endswith((".cfg", "/grubenv")) and len(data) <= grub.MAX_TEXT:
                         texts[name] = data.decode("utf-8", "surrogateescape")
                     break
         elif event.kind == eventlog.EFI_APPLICATION and event.pcr == 4:

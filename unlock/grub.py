@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 MAX_COMMANDS = 20_000
+MAX_TEXT = 256 << 10
+"""Characters of a configuration file, and of a command."""
 _DEPTH = 30
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _VARIABLE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*|\d+|[?#@*])\}|([A-Za-z_][A-Za-z0-9_]*|\d|[?#@*])")
@@ -158,8 +160,8 @@ class Run:
             return
         text = " ".join(words)
         self.commands.append(text)
-        if len(self.commands) > MAX_COMMANDS:
-            raise Unknown("it runs too many commands")
+        if len(self.commands) > MAX_COMMANDS or len(text) > MAX_TEXT:
+            raise Unknown("it runs too many commands, or too long ones")
         self._pending = ""
         self._status = 0
         name, arguments = words[0], words[1:]
@@ -258,7 +260,7 @@ class Run:
                 parts[-1] += text
                 some = True
             elif char == "\\":
-                parts[-1] += word[at + 1 : at + 2]
+                parts[-1] += word[at + 1 : at + 2].replace("\n", "")
                 at += 2
             elif char == "$" and (found := _VARIABLE.match(word, at + 1)):
                 pieces = self._value(found[1] or found[2], arguments).split(" ")
@@ -342,8 +344,13 @@ _END = "\n"
 
 def parse(text: str) -> "list[_Node]":
     """Raises Unknown for what is no script, or uses loops."""
+    if len(text) > MAX_TEXT:
+        raise Unknown("grub.cfg: it is too long")
     tokens = list(_tokens(text))
-    nodes, at = _nodes(tokens, 0, frozenset())
+    try:
+        nodes, at = _nodes(tokens, 0, frozenset())
+    except RecursionError:
+        raise Unknown("grub.cfg: it is nested too deeply") from None
     if at != len(tokens):
         raise Unknown(f"grub.cfg: `{tokens[at]}` is out of place")
     return nodes
@@ -379,9 +386,10 @@ def _word_end(text: str, at: int) -> int:
         elif text[at] in "'\"":
             at = _quote_end(text, at)
         elif text.startswith("${", at):
-            at = text.find("}", at)
-            if at < 0:
-                break
+            found = _VARIABLE.match(text, at + 1)
+            if not found:
+                raise Unknown("grub.cfg: `${` is not understood")
+            at = found.end() - 1
         at += 1
     if not 0 <= at <= len(text):
         raise Unknown("grub.cfg: it ends within a word")
@@ -440,7 +448,7 @@ def _nodes(tokens: list[str], at: int, until: frozenset[str]) -> "tuple[list[_No
                 raise Unknown("grub.cfg: a function has no body")
             nodes.append(_Function(tokens[at + 1], parse(tokens[at + 2][1:-1])))
             at += 3
-        elif word in _UNSUPPORTED or word in ("then", "else", "elif", "fi") or word.startswith("{"):
+        elif word in _UNSUPPORTED or word in ("then", "else", "elif", "fi", "}") or re.match(r"\{|\w+\(\)", word):
             raise Unknown(f"grub.cfg: `{word[:20]}` is not understood")
         else:
             end = next((i for i in range(at, len(tokens)) if tokens[i] == _END), len(tokens))
