@@ -382,6 +382,14 @@ def test_the_hook_never_fails_and_says_what_comes(host: Machine, capsys: pytest.
     assert "unlock:" in capsys.readouterr().err
 
 
+def test_where_no_update_matters_nothing_is_predicted(tmp_path: Path) -> None:
+    host = Machine(tmp_path, NOW, (7,))  # type: ignore[arg-type]
+    host.write("sys/firmware/efi/x", b"")
+    found = run(host)
+    assert found.entries == () and "nothing to predict" in found.notes[0] and foresee.refused(found) is None
+    host.close()
+
+
 def test_a_new_first_configuration_is_not_guessed(host: Machine) -> None:
     install(host, {FIRST: b"configfile /elsewhere\n"})
     with pytest.raises(Refused, match="GRUB reads it before its menu"):

@@ -26,6 +26,10 @@ from .tpm import Tpm
 MOST = 6
 """Entries that are predicted: a policy holds eight states, and two are this boot's and the one before."""
 
+NOTHING = "unmeasured"
+"""How a host boots (atunseal.how_booted) where files are not measured."""
+_BY_FILES = {4, 5, 8, 9, 11, 12, 13}
+"""PCRs in which programs, configuration, kernel and initramfs are measured."""
 _SOME = b"\xff" * 32
 """Of a PCR that was extended, and by what cannot be told."""
 
@@ -77,7 +81,7 @@ def foresee(world: World) -> tuple[list[Entry], list[str]]:
     elif kind == "direct kernel":
         found = _direct(world)
     else:
-        raise predict.cannot("nothing measures what this host boots")
+        raise predict.cannot("how this host boots is not known")
     entries = list(found)
     if len(entries) > MOST:
         left = ", ".join(each.words for each in entries[MOST:])
@@ -324,6 +328,13 @@ def run(paths: Paths, tcti: str, dry_run: bool = False, trust_files: bool = Fals
     """Foresees, and reseals. `trust_files`: the operator vouches for those that are foreign. An entry that cannot be
     predicted leaves out no other. Raises Refused, and whatever `allowed.predicted` raises."""
     with Tpm(tcti) as tpm:
+        found = allowed.current(paths, tpm)
+        if (
+            not _BY_FILES & set(found.record.selection)
+            or atunseal.how_booted(paths, tpm.read_pcrs(range(16))) == NOTHING
+        ):
+            note = "no update of files changes what the TPM looks at: there is nothing to predict"
+            return Foreseen((), (note,), len(found.states))
         world = gather(paths, tpm)
         if trust_files:
             world = world._replace(before=world.before._replace(foreign={}))
@@ -342,11 +353,9 @@ def run(paths: Paths, tcti: str, dry_run: bool = False, trust_files: bool = Fals
 def refused(found: Foreseen) -> Refused | None:
     """When the default entry cannot be predicted."""
     bad = [each for each in found.entries if each.default and each.values is None]
-    if found.entries and not bad:
-        return None
-    why = bad[0].why if bad else "there is no entry to boot"
-    prefix = "the next boot's measurements cannot be predicted: "
-    return predict.cannot(why.removeprefix(prefix))
+    return (
+        predict.cannot(bad[0].why.removeprefix("the next boot's measurements cannot be predicted: ")) if bad else None
+    )
 
 
 def keep(paths: Paths) -> int:
