@@ -104,6 +104,9 @@ class Run:
         self._command(["setparams", entry.title])
         self._run(parse(entry.body), (entry.title,))
 
+    def variable(self, name: str) -> str:
+        return self._variables.get(name, "")
+
     @property
     def default(self) -> list[Entry]:
         """The way to the default entry: a submenu and an entry in it, or an entry. Raises Unknown."""

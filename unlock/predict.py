@@ -10,6 +10,7 @@ Every change names the old content too, and its digest must be in the log: what 
 the files before anything is said of the next one. Where it is not, the answer is Refused, never a guess.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import NamedTuple
@@ -30,6 +31,8 @@ _SILENT = {
     "terminal_input", "terminal_output", "save_env", "fwsetup",
 }  # fmt: skip
 """Commands that read no file, so that GRUB measures nothing but their words."""
+_SIZED = re.compile(r"(?:^| )-s (\S+)")
+"""GRUB's `test -s` opens the file; -e, -f and -d look into its directory."""
 _FLIPS = 100
 _ENDS = ("", "\0")
 """Of the kernel's load options: GRUB 2.12 leaves the NUL out, others do not."""
@@ -376,6 +379,9 @@ def _measured(learned: Learned, run: grub.Run, text: str, disk: Disk) -> tuple[l
             events += again(learned.sides[loaded][0])
         elif _LOADS.get(word) == "initrd":
             events += [Event(9, eventlog.IPL, disk.sha256(name), name.encode()) for name in initrds]
+        elif word in ("[", "test") or command == "load_env":
+            names = _SIZED.findall(command) if word != "load_env" else [f"{run.variable('prefix')}/grubenv"]
+            events += [Event(9, eventlog.IPL, disk.sha256(name), name.encode()) for name in names if disk.exists(name)]
         elif command in learned.sides:
             found = learned.sides[command]
             events += again(found[min(times.get(command, 0), len(found) - 1)])
