@@ -28,14 +28,18 @@ FILES: dict[str, dict[str, list[str]]] = json.loads((DATA / "grub-files.json").r
 """Name of the boot -> GRUB's name of a file -> SHA-256, Authenticode where it is a program."""
 
 
+SAME_CONFIG = {"grub-2": "grub-1", "grub-3": "grub-0"}
+ENV = "(hd1)/grub/grubenv"
+
+
 def text(name: str) -> str:
-    return (DATA / f"{'grub-1' if name == 'grub-2' else name}.cfg").read_text()
+    return (DATA / f"{SAME_CONFIG.get(name, name)}.cfg").read_text()
 
 
 # from the logs alone
 
 
-@pytest.mark.parametrize("name", ["grub-0", "grub-1", "grub-2", "uki-0", "uki-1"])
+@pytest.mark.parametrize("name", ["grub-0", "grub-1", "grub-2", "grub-3", "uki-0", "uki-1"])
 def test_the_log_accounts_for_the_pcrs(name: str) -> None:
     made = real(name)
     found = eventlog.parse(made.log)
@@ -55,26 +59,33 @@ def disk(name: str) -> predict.Disk:
 
         return of
 
-    config = {CONFIG: text(name), FIRST: text("grub-first")}
+    config = texts(name)
     return predict.Disk(lambda file: config[file].encode(), known(0), known(1), lambda file: file in config)
 
 
+def texts(name: str) -> dict[str, str]:
+    """Configuration files, by GRUB's name."""
+    env = {ENV: (DATA / f"{name}.env").read_text()} if ENV in FILES[name] else {}
+    return {CONFIG: text(name), FIRST: text("grub-first"), **env}
+
+
 def learned(name: str = "grub-0") -> predict.Learned:
-    texts = {CONFIG: text(name), FIRST: text("grub-first")}
-    return predict.learn(eventlog.parse(real(name).log), texts, disk(name).image)
+    return predict.learn(eventlog.parse(real(name).log), texts(name), disk(name).image)
 
 
 WAYS = {
     "grub-0": ("Debian GNU/Linux",),
     "grub-1": ("Debian GNU/Linux",),
     "grub-2": ("Advanced options for Debian GNU/Linux", f"Debian GNU/Linux, with Linux {OLD}"),
+    "grub-3": ("Debian GNU/Linux",),
 }
 
 
 @pytest.mark.parametrize("now", WAYS)
 @pytest.mark.parametrize("then", WAYS)
 def test_each_boot_predicts_each_other(now: str, then: str) -> None:
-    """Also back to what was before the update, and from an entry of the submenu."""
+    """Also back to what was before the update, from an entry of the submenu, and with GRUB's environment file, which
+    grub-common makes after the first boot."""
     assert learned(now).way == WAYS[now]
     events, _ = predict.boot(learned(now), text(then), WAYS[then], disk(then))
     found, made = eventlog.replay(events), real(then).pcrs
@@ -153,9 +164,8 @@ def test_a_log_that_comes_out_otherwise() -> None:
     events = tuple(
         each._replace(digest=bytes(32)) if each.data[:4] == predict.INITRD else each for each in found.events
     )
-    texts = {CONFIG: text("grub-0"), FIRST: text("grub-first")}
     with pytest.raises(Refused, match="PCRs 9 come out otherwise"):
-        predict.learn(found._replace(events=events), texts, disk("grub-0").image)
+        predict.learn(found._replace(events=events), texts("grub-0"), disk("grub-0").image)
 
 
 # a host
@@ -227,7 +237,7 @@ def contents(config: str, **more: bytes) -> dict[str, bytes]:
     programs = {file: pefile.build({".text": file.encode() * 30}) for file in FILES["grub-1"] if "vmlinuz" in file}
     initrds = {file: more.get(config, b"") + file.encode() for file in FILES["grub-1"] if "initrd" in file}
     files = {**programs, **initrds, CONFIG: text(config).encode(), FIRST: text("grub-first").encode()}
-    rest = {name: name.encode() for each in FILES.values() for name in each if name not in files}
+    rest = {name: name.encode() for each in FILES.values() for name in each if name not in (*files, ENV)}
     return {**rest, **files}
 
 
