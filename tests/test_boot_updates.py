@@ -56,8 +56,14 @@ def test_kernel_initramfs_command_line_and_menu_are_updated_and_a_thief_is_not(s
         console = up(booted)
         assert report(console)["verdict"] == "unsealed"
         assert console.sh("uname -r").out == old
-        console.sh("sed -i 's/audit=0/init=\\/bin\\/sh/' /boot/grub/grub.cfg; sync; reboot -f >/dev/null 2>&1 &")
+        console.sh("sed -i s/audit=0/audit=1/ /boot/grub/grub.cfg; sync; reboot -f >/dev/null 2>&1 &")
         booted.wait(120)
     with story.boot() as booted:
         booted.console.expect("cannot unseal: .*PCR", 600)
-        booted.console.expect("kernel command line|boot loader's configuration", 60)
+        booted.console.expect("recovery key: ", 60)
+        booted.console.send(story.recovery_key + "\n")
+        console = up(booted)
+        causes = {each["code"] for each in json.loads(console.sh("unlock explain --json").out)["causes"]}
+        assert causes & {"boot-loader-config", "command-line"}
+        refused = console.sh("unlock policy predict", check=False)
+        assert refused.code == 3 and "none that the TPM allows" in refused.err
