@@ -20,11 +20,9 @@ Chroot = Callable[[Path, str], None]
 
 BOOT_UUID = "6c616220-626f-4f74-8000-657874340002"
 ESP_UUID = "6C61-6203"
-FSTAB = {
-    "": "",
-    "grub": f"UUID={BOOT_UUID} /boot ext4 defaults 0 0\nUUID={ESP_UUID} /boot/efi vfat umask=0077 0 0\n",
-    "uki": f"UUID={ESP_UUID} /boot/efi vfat umask=0077 0 0\n",
-}
+_WAITS = "x-systemd.device-timeout=infinity"
+_ESP_LINE = f"UUID={ESP_UUID} /boot/efi vfat umask=0077,{_WAITS} 0 0\n"
+FSTAB = {"": "", "grub": f"UUID={BOOT_UUID} /boot ext4 {_WAITS} 0 0\n{_ESP_LINE}", "uki": _ESP_LINE}
 DISKS = {"": (), "grub": ("esp", "boot"), "uki": ("esp",)}
 ESP_SIZE, BOOT_SIZE = 160 << 20, 256 << 20
 KEYS = Path("/usr/share/ovmf")
