@@ -12,8 +12,10 @@ sbin = $(DESTDIR)/usr/sbin
 tools = $(DESTDIR)/usr/share/initramfs-tools
 systemd = $(DESTDIR)/usr/lib/systemd
 rules = $(DESTDIR)/usr/lib/udev/rules.d
+etc = $(DESTDIR)/etc
+updates = kernel/postinst.d/zzz-unlock kernel/postrm.d/zzz-unlock initramfs/post-update.d/zzz-unlock
 stages = init-premount local-top local-block local-bottom panic
-units = unlock-group@.service unlock-heal@.service unlock-baseline.service unlock-sync.service unlock-sync.timer
+units = unlock-group@.service unlock-heal@.service unlock-baseline.service unlock-predict.service unlock-sync.service unlock-sync.timer
 
 .PHONY: install uninstall
 
@@ -28,11 +30,14 @@ install:
 	$(DATA) initramfs/functions $(tools)/scripts/unlock-functions
 	for stage in $(stages); do $(RUN) initramfs/$$stage $(tools)/scripts/$$stage/unlock || exit; done
 	$(RUN) initramfs/local-premount $(tools)/scripts/local-premount/check-resume
+	$(RUN) hooks/predict $(home)/predict
+	for hook in $(updates); do $(RUN) hooks/run $(etc)/$$hook || exit; done
+	$(DATA) hooks/dpkg.cfg $(etc)/dpkg/dpkg.cfg.d/unlock
 	$(DATA) udev/65-unlock.rules $(rules)/65-unlock.rules
 	$(RUN) systemd/unlock-generator $(systemd)/system-generators/unlock-generator
 	for unit in $(units); do $(DATA) systemd/$$unit $(systemd)/system/$$unit || exit; done
 	$(INSTALL) -d -m 0755 $(systemd)/system/multi-user.target.wants $(systemd)/system/timers.target.wants
-	ln -sf ../unlock-baseline.service $(systemd)/system/multi-user.target.wants/
+	ln -sf ../unlock-baseline.service ../unlock-predict.service $(systemd)/system/multi-user.target.wants/
 	ln -sf ../unlock-sync.timer $(systemd)/system/timers.target.wants/
 
 uninstall:
@@ -40,7 +45,9 @@ uninstall:
 	rm -f $(sbin)/unlock $(tools)/hooks/unlock $(tools)/scripts/unlock-functions
 	rm -f $(stages:%=$(tools)/scripts/%/unlock) $(tools)/scripts/local-premount/check-resume
 	rm -f $(rules)/65-unlock.rules $(systemd)/system-generators/unlock-generator $(units:%=$(systemd)/system/%)
+	rm -f $(updates:%=$(etc)/%) $(etc)/dpkg/dpkg.cfg.d/unlock
 	rm -f $(systemd)/system/multi-user.target.wants/unlock-baseline.service
+	rm -f $(systemd)/system/multi-user.target.wants/unlock-predict.service
 	rm -f $(systemd)/system/timers.target.wants/unlock-sync.timer
 
 

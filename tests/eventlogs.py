@@ -287,7 +287,17 @@ class Real(NamedTuple):
 
 
 def real(name: str) -> Real:
-    """direct-0, direct-1: OVMF starts Debian 13's kernel; the second boot has another word on its command line."""
+    """Of a boot in a VM.
+
+    direct-0, direct-1: OVMF starts Debian 13's kernel; the second boot has another word on its command line.
+
+    grub-0, -1, -2: shim and GRUB 2.12 of Debian 13, without Secure Boot; before and after another kernel, other
+    initramfs files and another command line, and then the older kernel, from the submenu. NAME.cfg is its grub.cfg
+    (grub-2 has that of grub-1), grub-first.cfg the one on the EFI partition, grub-files.json the files' hashes.
+    grub-3: as grub-0, with GRUB's environment file (grub-3.env).
+    uki-0, -1: systemd-boot and a unified kernel image of systemd-stub 257, Secure Boot; the second has another kernel,
+    initramfs and command line in it. uki-files.json has what is measured of each.
+    """
     pcrs = re.findall(r"^(\d+) (\w{64})$", (DATA / f"{name}.pcrs").read_text(), re.MULTILINE)
     cmdline = (DATA / f"{name}.cmdline").read_text().rstrip("\n")
     return Real((DATA / f"{name}.bin").read_bytes(), {int(a): bytes.fromhex(b) for a, b in pcrs}, cmdline)

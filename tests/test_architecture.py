@@ -12,18 +12,19 @@ PACKAGE = Path(__file__).parents[1] / "unlock"
 
 ROWS = [
     {"errors", "secret", "paths", "run", "log", "protect", "ask", "groups", "clock"},
-    {"config", "token", "recoverykey", "policy", "report", "units", "tables", "plot", "eventlog", "uefi", "pe"}
+    {"config", "token", "recoverykey", "policy", "report", "units", "tables", "plot", "eventlog", "uefi", "pe", "grub"}
     | {"providers.ttlv"},
     {"measured", "predict"},
     {"tpm", "wrap", "escrow", "devices", "luks", "keyring", "mount", "providers.tls"},
     {"slots", "state", "disk", "thisboot", "providers", "providers.native", "providers.kmip", "handout", "bootcopy"},
-    {"opening", "present", "selfhosted", "atunseal"},
+    {"opening", "present", "selfhosted", "atunseal", "booted"},
     {"provide"},
     {"rotation", "allowed"},
     {"boot", "late", "recovery", "enroll", "members", "status", "explain"}
     | {"cache", "check", "kdk", "keymanager", "persistence", "recoveryops", "rekey", "switch", "sync"}
     | {"window", "rebind"},
-    {"cli", "clikeys", "clipolicy", "clirecovery", "shell", "__main__"},
+    {"foresee"},
+    {"cli", "clikeys", "clipolicy", "clipredict", "clirecovery", "shell", "__main__"},
 ]
 """Lowest first: a module imports from lower rows only; in the lowest row and at the top, from its own too."""
 

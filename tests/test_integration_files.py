@@ -19,6 +19,7 @@ TOP = Path(__file__).resolve().parent.parent
 GENERATOR = TOP / "systemd/unlock-generator"
 STAGES = ["init-premount", "local-top", "local-block", "local-bottom", "panic"]
 SCRIPTS = [TOP / "initramfs" / name for name in ("hook", *STAGES, "local-premount", "cap")]
+HOOKS = [TOP / "hooks" / name for name in ("predict", "run")]
 SHELLS = [["dash"], ["busybox", "sh"], ["/usr/lib/klibc/bin/sh"], ["bash"]]
 
 
@@ -32,7 +33,7 @@ def needs(*programs: str) -> pytest.MarkDecorator:
 
 @needs("shellcheck")
 def test_scripts_are_clean() -> None:
-    subprocess.run(["shellcheck", "-x", *SCRIPTS, TOP / "initramfs/functions"], check=True, cwd=TOP)
+    subprocess.run(["shellcheck", "-x", *SCRIPTS, TOP / "initramfs/functions", *HOOKS], check=True, cwd=TOP)
 
 
 @pytest.mark.parametrize("script", SCRIPTS[:-1], ids=lambda path: path.name)
@@ -450,6 +451,10 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
                 "usr/sbin/unlock",
                 "usr/lib/unlock/cap",
                 "usr/lib/unlock/gate",
+                "usr/lib/unlock/predict",
+                "etc/kernel/postinst.d/zzz-unlock",
+                "etc/kernel/postrm.d/zzz-unlock",
+                "etc/initramfs/post-update.d/zzz-unlock",
                 "usr/lib/unlock/initramfs/collect",
                 "usr/lib/systemd/system-generators/unlock-generator",
                 "usr/share/initramfs-tools/hooks/unlock",

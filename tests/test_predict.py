@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pefile
 import pytest
-from eventlogs import LOGGED, Entry, grub, grub_file, log, plain, program, real, tagged, values
+from eventlogs import LOGGED, Entry, log, plain, program, real, tagged, values
 
 from tests.lab import cache
 from tests.properties import Property
@@ -144,11 +144,19 @@ def uki(image: bytes) -> list[Entry]:
 def test_a_unified_kernel_image() -> None:
     old = unified(kernel=b"old", osrel=b"Debian", cmdline=b"quiet", initrd=b"1" * 5000, uname=b"6.1", pcrsig=b"sig")
     new = unified(kernel=b"new", osrel=b"Debian", cmdline=b"quiet", initrd=b"2" * 7000, uname=b"6.2", pcrsig=b"gis")
-    same(predict.predict(parsed(uki(old)), predict.uki(old, new)), uki(new), 4, 7, 11)
+    now = parsed(uki(old))
+    for other in (new, unified(kernel=b"new", osrel=b"Debian"), old):
+        same(
+            eventlog.replay(predict.unified(now, pe.authenticode(old), predict.read_unified(other))),
+            uki(other),
+            4,
+            7,
+            11,
+        )
     with pytest.raises(Refused):
-        predict.uki(old, unified(kernel=b"new", osrel=b"Debian"))
+        predict.unified(now, pe.authenticode(new), predict.read_unified(new))
     with pytest.raises(Malformed):
-        predict.uki(pefile.build({".text": b"x"}), new)
+        predict.read_unified(pefile.build({".text": b"x"}))
 
 
 MEASURE = "/usr/lib/systemd/systemd-measure"
@@ -173,118 +181,6 @@ def test_systemd_measure_says_the_same_of_a_unified_kernel_image(tmp_path: Path)
     for digest in [*predict.uki_measurements(image), sha256(b"enter-initrd").digest()]:
         value = eventlog.extended(value, digest)
     assert value.hex() in done.stdout
-
-
-# GRUB
-
-CONFIG = """\
-if [ -s $prefix/grubenv ]; then
-  load_env
-fi
-menuentry_id_option="--id"
-function load_video {{ insmod all_video; }}
-menuentry 'Debian' --class gnu-linux $menuentry_id_option 'gnulinux-simple-12' {{
-\tload_video
-\tif [ x$grub_platform = xxen ]; then insmod xzio; fi
-\techo\t'Loading Linux {new} ...'
-\tlinux\t/vmlinuz-{new} root=UUID=12 ro  quiet
-\tinitrd\t/initrd.img-{new}
-}}
-submenu 'Advanced options' $menuentry_id_option 'gnulinux-advanced-12' {{
-{nested}}}
-if [ "$grub_platform" = "efi" ]; then
-\tmenuentry 'UEFI Firmware Settings' $menuentry_id_option 'uefi-firmware' {{
-\t\tfwsetup
-\t}}
-fi
-"""
-NESTED = """\
-\tmenuentry 'Debian, with Linux {0}' --class gnu-linux $menuentry_id_option 'x-{0}' {{
-\t\tlinux\t/vmlinuz-{0} root=UUID=12 ro  quiet
-\t}}
-"""
-
-
-def config(*versions: str) -> str:
-    return CONFIG.format(new=versions[0], nested="".join(NESTED.format(each) for each in versions))
-
-
-def grub_boot(kernel: bytes, initrd: bytes, *versions: str) -> list[Entry]:
-    """As GRUB 2.12 on Debian 13 runs this configuration."""
-    new = versions[0]
-    line = f"/vmlinuz-{new} root=UUID=12 ro quiet"
-    nested = "".join(NESTED.format(each) for each in versions)
-    body = config(*versions).partition("'gnulinux-simple-12' ")[2].partition("\n}\n")[0] + "\n}"
-    said = [
-        "[ -s (hd0,gpt2)/grub/grubenv ]", "load_env", "menuentry_id_option=--id",
-        f"menuentry Debian --class gnu-linux --id gnulinux-simple-12 {body}",
-        f"submenu Advanced options --id gnulinux-advanced-12 {{\n{nested}}}",
-        "[ efi = efi ]", "menuentry UEFI Firmware Settings --id uefi-firmware {\n\t\tfwsetup\n\t}",
-        "setparams Debian", "load_video", "insmod all_video", "[ xefi = xxen ]",
-        f"echo Loading Linux {new} ...", f"linux {line}",
-    ]  # fmt: skip
-    return [
-        *SEPARATORS,
-        program("\\EFI\\debian\\grubx64.efi", "grub"),
-        grub_file("(hd0,gpt2)/grub/grub.cfg", config(*versions)),
-        *(grub("grub_cmd", each) for each in said),
-        grub_file(f"(hd0,gpt2)/vmlinuz-{new}", "")._replace(digest=sha256(kernel).digest()),
-        program("", "")._replace(digest=pe.authenticode(kernel)),
-        grub("kernel_cmdline", line),
-        grub("grub_cmd", f"initrd /initrd.img-{new}"),
-        grub_file(f"(hd0,gpt2)/initrd.img-{new}", "")._replace(digest=sha256(initrd).digest()),
-        tagged(9, 0x8F3B22ED, "LOADED_IMAGE::LoadOptions", f"BOOT_IMAGE={line}".encode("utf-16-le") + b"\0\0"),
-        tagged(9, 0x8F3B22EC, "Linux initrd", b"")._replace(digest=sha256(initrd).digest()),
-    ]
-
-
-def test_a_kernel_update_under_grub() -> None:
-    old, new = (pefile.build({".text": code * 700}) for code in (b"old", b"new"))
-    now = parsed(grub_boot(old, b"initrd 1", "6.1"))
-    changes = [
-        predict.image("the kernel", old, new),
-        predict.file("the kernel", old, new),
-        predict.file("the initramfs", b"initrd 1", b"initrd 2"),
-        *predict.grub_menu(now, config("6.1"), config("6.2", "6.1")),
-    ]
-    same(predict.predict(now, changes), grub_boot(new, b"initrd 2", "6.2", "6.1"), 4, 7, 8, 9)
-
-
-@pytest.mark.parametrize(
-    "old,new",
-    [
-        (config("6.1"), config("6.1").replace("load_env", "load_env --skip-sig")),  # outside the menu
-        (config("6.1"), config("6.1") + "\nmenuentry 'More' {\n}\n"),
-        (config("6.0"), config("6.2")),  # not what was booted
-        (config("6.1"), config("6.1").replace("\tinitrd\t", "\tinitrd\t/more ").replace("\tload_video\n", "", 1)),
-        (config("6.1"), config("6.1").replace("echo\t'Loading", "echo\t\t'Load")),
-    ],
-    ids=["script", "entries", "another", "commands", "fine"],
-)
-def test_what_grub_will_do_is_never_guessed(old: str, new: str, request: pytest.FixtureRequest) -> None:
-    now = parsed(grub_boot(pefile.build({".text": b"k"}), b"initrd", "6.1"))
-    if request.node.callspec.id == "fine":
-        assert predict.predict(now, predict.grub_menu(now, old, new))[8]
-        return
-    with pytest.raises(Refused):
-        predict.grub_menu(now, old, new)
-
-
-def test_a_line_that_grub_ran_in_a_way_that_is_not_understood() -> None:
-    """A variable that the log does not show: the command cannot be reproduced, so it is not predicted."""
-    lines = grub_boot(pefile.build({".text": b"k"}), b"initrd", "6.1")
-    odd = [
-        grub("grub_cmd", each.data[10:-1].decode() + " # odd") if b"linux /vm" in each.data else each for each in lines
-    ]
-    with pytest.raises(Refused, match="is not understood"):
-        predict.grub_menu(parsed(odd), config("6.1"), config("6.2"))
-
-
-def test_a_boot_from_the_submenu() -> None:
-    lines = grub_boot(pefile.build({".text": b"k"}), b"initrd", "6.1")
-    lines = [grub("grub_cmd", "setparams Advanced options") if b"setparams" in each.data else each for each in lines]
-    with pytest.raises(Refused, match="submenu"):
-        predict.grub_menu(parsed(lines), config("6.1"), config("6.2"))
 
 
 PROPERTIES = (Property("EFI programs", 0, lambda _: None, lambda _, dice: not fuzz(dice.randrange(1 << 32), 20)),)

@@ -61,18 +61,23 @@ def _boot(argv: list[str]) -> int:
 
         return heal(paths)
     if argv == ["baseline"]:
-        from .explain import baseline
+        from .foresee import keep
         from .window import good_boot
 
         try:
-            return baseline(paths)
+            return keep(paths)
         finally:  # a window is closed even where no baseline can be kept
             good_boot(paths)
+    if argv == ["predict"]:
+        from .foresee import hook
+        from .thisboot import tpm_device
+
+        return hook(paths, tpm_device())
     if len(argv) == 2 and argv[0] == "gate":
         from .late import gate
 
         return gate(paths, argv[1])
-    raise Usage("usage: unlock boot agent | prompt | screen | secure | drop | heal | baseline | gate GROUP")
+    raise Usage("usage: unlock boot agent | prompt | screen | secure | drop | heal | baseline | predict | gate GROUP")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from . import ask, clikeys, log
+from . import ask, clikeys, clipredict, log
 from .paths import Paths
 from .secret import Secret
 
@@ -29,6 +29,7 @@ def add(words: "Words") -> None:
     chosen = verbs.add_parser("set", help="other PCRs, for this boot's state", allow_abbrev=False)
     chosen.set_defaults(run=_set)
     chosen.add_argument("--pcrs", type=pcrs, required=True, metavar="N,N", help="the cap PCR comes on top")
+    clipredict.add(verbs)
     rebind = words.add_parser("rebind", help="another board or TPM, or a changed boot", allow_abbrev=False)
     rebind.set_defaults(run=_rebind)
     rebind.add_argument("--recovery-key-file", metavar="FILE", help="else credential unlock.recovery-key, else asked")

@@ -16,9 +16,13 @@ class Paths:
         self.run = os.path.join(root, "run/unlock")
         self.efi = os.path.join(root, "sys/firmware/efi")
         self.baseline = os.path.join(root, "var/lib/unlock/baseline.json")
+        self.booted = os.path.join(root, "var/lib/unlock/booted.json")
+        self.boot_files = os.path.join(root, "var/lib/unlock/boot-files.json")
+        self.boot_id = os.path.join(root, "proc/sys/kernel/random/boot_id")
         self.event_log = os.path.join(root, "sys/kernel/security/tpm0/binary_bios_measurements")
         self.systemd_log = os.path.join(root, "run/log/systemd/tpm2-measure.log")
         self.cmdline = os.path.join(root, "proc/cmdline")
+        self.boot_files = os.path.join(root, "var/lib/unlock/boot-files.json")
         self.boot_id = os.path.join(root, "proc/sys/kernel/random/boot_id")
         self.bootloader = os.path.join(root, "proc/sys/kernel/bootloader_type")
 

@@ -2,8 +2,8 @@
 """PCR values of a boot that has not happened: the log of this one, replayed with what changed on disk.
 
     direct kernel (4, 9)       image(), initrd(), command_line()
-    shim + GRUB (4, 8, 9)      image() and file() of the kernel, file() of the initramfs, grub_menu()
-    UKI, systemd-stub (4, 11)  uki()
+    shim + GRUB (4, 8, 9)      learn() this boot's log and grub.cfg ──boot──> events of an entry of the new one
+    UKI, systemd-stub (4, 11)  unified()
     ──> Changes, each from a digest that the log has to one that it will have ──predict──> PCR values
 
 Every change names the old content too, and its digest must be in the log: what this boot measured is reproduced from
@@ -11,11 +11,11 @@ the files before anything is said of the next one. Where it is not, the answer i
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import NamedTuple
 
-from . import eventlog, pe
+from . import eventlog, grub, pe
 from .errors import Malformed, Refused
 from .eventlog import Event, Log
 
@@ -24,9 +24,18 @@ SECTIONS = (
     ".profile", ".dtbauto", ".hwids", ".efifw",
 )  # fmt: skip
 """What systemd-stub measures into PCR 11, in this order: systemd src/fundamental/uki.c. .pcrsig signs it, so is not."""
-_GRUB_PREFIXES = (b"grub_cmd: ", b"kernel_cmdline: ")
-_WORD = re.compile(r"""(?:[^\s'"\\]|\\.|'[^']*'|"(?:[^"\\]|\\.)*")+""")
-_PIECE = re.compile(r"""'([^']*)'|"((?:[^"\\]|\\.)*)"|\\(.)|([^'"\\]+)""", re.DOTALL)
+_COMMAND, _KERNEL = b"grub_cmd: ", b"kernel_cmdline: "
+_LOADS = {"linux": "linux", "linuxefi": "linux", "initrd": "initrd", "initrdefi": "initrd"}
+_SILENT = {
+    "[", "test", "set", "unset", "export", "echo", "menuentry", "submenu", "setparams", "true", "false",
+    "terminal_input", "terminal_output", "save_env", "fwsetup",
+}  # fmt: skip
+"""Commands that read no file, so that GRUB measures nothing but their words."""
+_SIZED = re.compile(r"(?:^| )-s (\S+)")
+"""GRUB's `test -s` opens the file; -e, -f and -d look into its directory."""
+_FLIPS = 100
+_ENDS = ("", "\0")
+"""Of the kernel's load options: GRUB 2.12 leaves the NUL out, others do not."""
 
 
 class Change(NamedTuple):
@@ -37,8 +46,8 @@ class Change(NamedTuple):
     new: bytes
 
 
-def predict(log: Log, changes: Iterable[Change], later: Sequence[Event] = ()) -> dict[int, bytes]:
-    """PCR values after the log's events with these changes, then `later`: what systemd measures before the unseal.
+def changed(log: Log, changes: Iterable[Change]) -> list[Event]:
+    """The log's events with these changes.
 
     Refused when a change's old digest is not in the log, or two changes contradict each other.
     """
@@ -46,20 +55,28 @@ def predict(log: Log, changes: Iterable[Change], later: Sequence[Event] = ()) ->
     for change in changes:
         before = replaced.setdefault(change.old, change)
         if before.new != change.new:
-            raise _cannot(f"{change.what} and {before.what} are measured alike now, and not later")
+            raise cannot(f"{change.what} and {before.what} are measured alike now, and not later")
     seen = {event.digest for event in log.events}
     for change in replaced.values():
         if change.old not in seen:
-            raise _cannot(f"this boot has not measured {change.what} as it is on disk")
-    events = [
+            raise cannot(f"this boot has not measured {change.what} as it is on disk")
+    return [
         event._replace(digest=replaced[event.digest].new) if event.digest in replaced else event for event in log.events
     ]
-    return eventlog.replay([*events, *later], log.locality)
 
 
-def _cannot(why: str) -> Refused:
+def predict(log: Log, changes: Iterable[Change], later: Sequence[Event] = ()) -> dict[int, bytes]:
+    """PCR values after the log's events with these changes, then `later`: what systemd measures before the unseal.
+
+    Raises as `changed`.
+    """
+    return eventlog.replay([*changed(log, changes), *later], log.locality)
+
+
+def cannot(why: str) -> Refused:
+    """Refused, code `cannot-predict`."""
     return Refused(
-        f"the next boot's measurements cannot be predicted: {why}", "boot once with the recovery key", "cannot-predict"
+        f"the next boot's measurements cannot be predicted: {why}", "unlock policy window --reboots 1", "cannot-predict"
     )
 
 
@@ -81,17 +98,43 @@ def command_line(old: str, new: str) -> Change:
     return Change("the kernel command line", *(sha256(f"{each}\0".encode("utf-16-le")).digest() for each in (old, new)))
 
 
-def uki(old: bytes, new: bytes) -> tuple[Change, ...]:
-    """A unified kernel image: itself and the kernel in it (PCR 4), its sections (PCR 11).
+class Unified(NamedTuple):
+    """What is measured of a unified kernel image."""
 
-    Refused when the two have not the same sections. Malformed.
+    image: bytes
+    kernel: bytes
+    sections: tuple[bytes, ...]
+    """By systemd-stub, into PCR 11."""
+
+
+def read_unified(data: bytes) -> Unified:
+    """Raises Malformed."""
+    kernel = pe.authenticode(_sections(data)[".linux"])
+    return Unified(pe.authenticode(data), kernel, tuple(uki_measurements(data)))
+
+
+def unified(log: Log, old: bytes, new: Unified) -> list[Event]:
+    """The log's events when another unified kernel image is booted: itself and the kernel in it (PCR 4), its sections
+    (PCR 11). `old`: what the firmware measured of the one before.
+
+    Refused when this boot did not start `old`. What the kernel's EFI stub measures then (PCR 9) stays: systemd-stub
+    adds to command line and initramfs.
     """
-    before, now = (_sections(each) for each in (old, new))
-    if before.keys() != now.keys():
-        raise _cannot("the unified kernel image has other sections than before")
-    changes = [image("the unified kernel image", old, new)]
-    changes += [file(f"section {name}", before[name], now[name]) for name in before]
-    return (*changes, image("the kernel in the unified kernel image", before[".linux"], now[".linux"]))
+    images = [at for at, event in enumerate(log.events) if event.pcr == 4 and event.kind == eventlog.EFI_APPLICATION]
+    own = next((at for at in images if log.events[at].digest == old), None)
+    handed = [at for at in images if own is not None and at > own]  # systemd-stub 257 starts the kernel by itself
+    if own is None or len(handed) > 1:
+        raise cannot("this boot has not started the unified kernel image, and at most a kernel after it")
+    renewed = {own: new.image, **dict.fromkeys(handed, new.kernel)}
+    sections = [Event(11, eventlog.IPL, digest, b"") for digest in new.sections]
+    events: list[Event] = []
+    for at, event in enumerate(log.events):
+        if event.pcr == 11 and event.kind == eventlog.IPL:
+            events += sections
+            sections = []
+        else:
+            events.append(event._replace(digest=renewed.get(at, event.digest)))
+    return events
 
 
 def _sections(data: bytes) -> dict[str, bytes]:
@@ -112,144 +155,296 @@ def uki_measurements(data: bytes) -> list[bytes]:
 # GRUB -------------------------------------------------------------------------------------------------------
 
 
-class Block(NamedTuple):
-    """A menuentry or a submenu of grub.cfg."""
+class Disk(NamedTuple):
+    """What GRUB would find now, by the name that it has for a file: (hd0,gpt2)/grub/grub.cfg. Each raises
+    grub.Unknown for what it cannot tell."""
+
+    content: Callable[[str], bytes]
+    sha256: Callable[[str], bytes]
+    image: Callable[[str], bytes]
+    """What the firmware measures of an EFI program: Authenticode."""
+    exists: Callable[[str], bool]
+    """Whether there is such a file, of any size but 0."""
+
+
+class Kernel(NamedTuple):
+    """The files that GRUB starts. `words` are those of the command `linux`, the kernel's name first."""
 
     words: tuple[str, ...]
-    """As written, quotes and variables included."""
-    body: str
-    """From brace to brace."""
+    image: bytes
+    """What the firmware measures of it, where GRUB hands it on: Authenticode."""
+    initrds: tuple[str, ...]
 
 
-def grub_menu(log: Log, old: str, new: str) -> tuple[Change, ...]:
-    """grub.cfg was generated anew, and only what its menu entries say has changed (PCRs 8 and 9).
+class Learned(NamedTuple):
+    """A boot through GRUB, understood: running its grub.cfg again gives the commands that its log has."""
 
-    GRUB measures each command before it runs it: an entry with its words expanded and its body as written, when it is
-    defined; the commands in the body of the chosen entry, when it is booted. Both are found in the log by the old text
-    and replaced. Refused for any other change.
+    events: tuple[Event, ...]
+    """Before GRUB read grub.cfg."""
+    config: Event
+    name: str
+    """GRUB's, of grub.cfg."""
+    variables: Mapping[str, str]
+    outcomes: Mapping[str, bool]
+    sides: Mapping[str, tuple[tuple[Event, ...], ...]]
+    """Command -> what else was measured, each time that it was run, before the next one."""
+    tail: tuple[Event, ...]
+    """After the last command."""
+    kernel: Kernel
+    way: tuple[str, ...]
+    """Titles of what was booted: a menu entry, or a submenu and an entry in it."""
+
+
+def learn(log: Log, texts: Mapping[str, str], image: Callable[[str], bytes]) -> Learned:
+    """`texts`: by GRUB's name, the configuration files that this boot has read; `image`: the hash of a kernel file.
+
+    Refused when the log is not what GRUB makes of them.
     """
-    before, rest_before = _blocks(old)
-    now, rest_now = _blocks(new)
-    if rest_before != rest_now or len(before) != len(now):
-        raise _cannot("grub.cfg has changed outside its menu entries")
-    commands = [text for event in log.events if event.pcr == 8 if (text := grub_command(event)) is not None]
-    said, variables = set(commands), dict(_assignments(commands))
-    changes = [file("grub.cfg", old.encode(), new.encode())]
-    stale: set[str] = set()
-    for was, will in zip(before, now, strict=True):
-        shown = _render(was, variables)
-        if was == will:
-            said.discard(shown)
-            continue
-        if shown not in said:
-            raise _cannot(f"GRUB has not measured the entry {' '.join(was.words[1:2])} as it is in grub.cfg")
-        changes.append(_text("a menu entry", shown, _render(will, variables)))
-        if f"setparams {_expanded(was.words[1:2], variables)}" in said:
-            if was.words[0] == "submenu":
-                raise _cannot("this boot was chosen from a submenu")
-            stale |= set(_WORD.findall(was.body)) - set(_WORD.findall(will.body))
-            changes += _booted(log, was.body, will.body, said, variables)
-    replaced = {each.old for each in changes}
-    if left := [text for text in said if stale & set(text.split()) and sha256(_bytes(text)).digest() not in replaced]:
-        raise _cannot(f"GRUB's command `{left[0][:80]}` is not understood")
-    return tuple(dict.fromkeys(change for change in changes if change.old != change.new))
+    try:
+        return _learn(log, texts, image)
+    except grub.Unknown as problem:
+        raise cannot(f"GRUB's part of this boot is not understood: {problem}") from None
+
+
+def _learn(log: Log, texts: Mapping[str, str], image: Callable[[str], bytes]) -> Learned:
+    names = {at: name for at, event in enumerate(log.events) if (name := grub_file(event)) in texts}
+    if not names:
+        raise grub.Unknown("no grub.cfg that is on disk was read")
+    start = max(at for at, name in names.items() if name.endswith("/grub.cfg"))
+    before, config, after = log.events[:start], log.events[start], log.events[start + 1 :]
+    variables = grub.variables(names[start]) | dict(_assignments(map(grub_command, before)))
+    segments: list[tuple[str, list[Event]]] = [("", [])]
+    for event in after:
+        command = grub_command(event)
+        if command is None:
+            segments[-1][1].append(event)
+        else:
+            segments.append((command, []))
+    said = [command for command, _ in segments[1:]]
+    way, outcomes = _follow(names[start], texts, variables, said)
+    last = segments[-1][1]
+    own = next((at for at, event in enumerate(last) if not grub_file(event)), len(last))
+    segments[-1], tail = (said[-1], last[:own]), tuple(last[own:])
+    sides: dict[str, tuple[tuple[Event, ...], ...]] = {}
+    for command, found in segments:
+        sides[command] = (*sides.get(command, ()), tuple(found))
+    words = _words(said, "linux")
+    kernel = Kernel(words, image(words[0]), _words(said, "initrd"))
+    handed = {event.digest for event in after if event.kind == eventlog.EFI_APPLICATION}
+    if handed and kernel.image not in handed:
+        raise grub.Unknown(f"the kernel {words[0]} is not on disk as it was booted")
+    options = {event.digest for event in tail if event.kind == eventlog.EVENT_TAG and event.data[:4] == _LOAD_OPTIONS}
+    if options - {_options(words, end) for end in _ENDS}:
+        raise grub.Unknown("the kernel's command line is not that of GRUB's command")
+    learned = Learned(before, config, names[start], variables, outcomes, sides, tail, kernel, way)
+    _check(log, learned, texts, image)
+    return learned
+
+
+def _check(log: Log, learned: Learned, texts: Mapping[str, str], image: Callable[[str], bytes]) -> None:
+    """The same boot again, from what the log says of the files, must give the same PCRs."""
+    digests = {name: event.digest or b"" for event in log.events if (name := grub_file(event))}
+
+    def content(name: str) -> bytes:
+        if name not in texts:
+            raise grub.Unknown(f"{name} is not on disk")
+        return _bytes(texts[name])
+
+    def digest(name: str) -> bytes:
+        if name not in digests:
+            raise grub.Unknown(f"this boot has not read {name}")
+        return digests[name]
+
+    disk = Disk(content, digest, image, lambda name: any(learned.outcomes.get(f"-{kind} {name}") for kind in "efsd"))
+    text = texts[learned.name]
+    run = _run(learned, text, disk)
+    for title in learned.way:
+        run.choose(next(each for each in run.entries if each.title == title))
+    events, _ = _measured(learned, run, text, disk)
+    again, was = (eventlog.replay(each, log.locality) for each in (events, log.events))
+    if again != was:
+        raise grub.Unknown(
+            f"PCRs {', '.join(str(pcr) for pcr in was if again.get(pcr) != was[pcr])} come out otherwise"
+        )
+
+
+def _follow(
+    name: str, texts: Mapping[str, str], variables: dict[str, str], said: list[str]
+) -> tuple[tuple[str, ...], dict[str, bool]]:
+    """Which entry was booted, and which commands succeeded: found by trying, each at most once the other way."""
+    outcomes: dict[str, bool] = {}
+    flipped: set[str] = set()
+
+    def read(path: str) -> str:
+        if path not in texts:
+            raise grub.Unknown(f"{path} is not on disk")
+        return texts[path]
+
+    for _ in range(_FLIPS):
+        run = grub.Run(grub.World(variables, read, lambda about: outcomes.setdefault(about, not about.startswith("-"))))
+        way: list[str] = []
+        try:
+            run.config(texts[name])
+            while len(run.commands) < len(said) and run.commands == said[: len(run.commands)]:
+                title = said[len(run.commands)].removeprefix("setparams ")
+                way.append(title)
+                run.choose(next(each for each in run.entries if each.title == title))
+        except (grub.Unknown, StopIteration):
+            pass
+        if run.commands == said:
+            return tuple(way), outcomes
+        same = next((at for at, (a, b) in enumerate(zip(run.commands, said, strict=False)) if a != b), None)
+        same = min(len(run.commands), len(said)) if same is None else same
+        doubtful = [about for count, about in run.consulted if count <= same and about not in flipped]
+        if not doubtful:
+            raise grub.Unknown(f"`{said[same][:80]}` was not expected" if same < len(said) else "it ends too early")
+        flipped.add(doubtful[-1])
+        outcomes[doubtful[-1]] = not outcomes[doubtful[-1]]
+    raise grub.Unknown("too many commands whose result is not known")
+
+
+def menu(learned: Learned, text: str, disk: Disk) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The entries of a grub.cfg that start a kernel, the default one first: title, and titles on the way to it.
+    Those for repair (recovery mode) are left out. Raises Refused."""
+    try:
+        run = _run(learned, text, disk)
+        ways = [run.default]
+        for entry in run.entries:
+            inside = grub.entries_of(entry, run) if entry.is_menu else []
+            ways += [[entry, each] for each in inside] if entry.is_menu else [[entry]]
+    except grub.Unknown as problem:
+        raise cannot(str(problem)) from None
+    seen = set()
+    for way in ways:
+        titles = tuple(each.title for each in way)
+        lines = [line.split() for line in way[-1].body.splitlines()]
+        loads = [line for line in lines if line and line[0] in ("linux", "linuxefi")]
+        if titles not in seen and loads and not any({"single", "recovery"} & set(line) for line in loads):
+            seen.add(titles)
+            yield titles[-1], titles
+
+
+def boot(learned: Learned, text: str, titles: Sequence[str], disk: Disk) -> tuple[list[Event], Kernel]:
+    """What is measured when this grub.cfg boots the entry of these titles, up to the kernel. Raises Refused."""
+    try:
+        run = _run(learned, text, disk)
+        for title in titles:
+            run.choose(next(each for each in run.entries if each.title == title))
+        return _measured(learned, run, text, disk)
+    except grub.Unknown as problem:
+        raise cannot(str(problem)) from None
+
+
+def _run(learned: Learned, text: str, disk: Disk) -> grub.Run:
+    def succeeds(about: str) -> bool:
+        if about[0] == "-":
+            return disk.exists(about[3:])
+        if about not in learned.outcomes:
+            raise grub.Unknown(f"whether GRUB's `{about[:80]}` succeeds is not known")
+        return learned.outcomes[about]
+
+    read = disk.content
+    run = grub.Run(grub.World(dict(learned.variables), lambda name: read(name).decode("utf-8", "replace"), succeeds))
+    run.config(text)
+    return run
+
+
+def _measured(learned: Learned, run: grub.Run, text: str, disk: Disk) -> tuple[list[Event], Kernel]:
+    words, initrds = _words(run.commands, "linux"), _words(run.commands, "initrd")
+    kernel = Kernel(words, disk.image(words[0]), initrds)
+    old = learned.kernel
+    replaced = {
+        sha256(_line(old.words)).digest(): sha256(_line(words)).digest(),
+        **{_options(old.words, end): _options(words, end) for end in _ENDS},
+        old.image: kernel.image,
+    }
+
+    def again(events: Iterable[Event]) -> Iterator[Event]:
+        for event in events:
+            name = grub_file(event)
+            name = words[0] if name == old.words[0] else name
+            if name:
+                yield event._replace(digest=_renewed(name, event, disk), data=name.encode())
+            else:
+                yield event._replace(digest=replaced.get(event.digest or b"", event.digest))
+
+    config = learned.config._replace(digest=sha256(text.encode("utf-8", "surrogateescape")).digest())
+    events = [*again(learned.events), config, *again(learned.sides[""][0])]
+    times: dict[str, int] = {}
+    loaded = next(command for command in learned.sides if _LOADS.get(command.partition(" ")[0]) == "linux")
+    for command in run.commands:
+        events.append(Event(8, eventlog.IPL, sha256(_bytes(command)).digest(), _COMMAND + _bytes(command)))
+        word = command.partition(" ")[0]
+        if _LOADS.get(word) == "linux":
+            events += again(learned.sides[loaded][0])
+        elif _LOADS.get(word) == "initrd":
+            events += [Event(9, eventlog.IPL, disk.sha256(name), name.encode()) for name in initrds]
+        elif word in ("[", "test") or command == "load_env":
+            names = _SIZED.findall(command) if word != "load_env" else [f"{run.variable('prefix')}/grubenv"]
+            events += [Event(9, eventlog.IPL, disk.sha256(name), name.encode()) for name in names if disk.exists(name)]
+        elif command in learned.sides:
+            found = learned.sides[command]
+            events += again(found[min(times.get(command, 0), len(found) - 1)])
+            times[command] = times.get(command, 0) + 1
+        elif word not in _SILENT and word not in run.functions and "=" not in word:
+            raise grub.Unknown(f"what GRUB's `{command[:80]}` reads is not known")
+    for event in again(learned.tail):
+        initrd = initrds and event.kind == eventlog.EVENT_TAG and event.data[:4] == INITRD
+        events.append(event._replace(digest=disk.sha256(initrds[0])) if initrd else event)
+    return events, kernel
+
+
+INITRD, _LOAD_OPTIONS = ((0x8F3B22EC).to_bytes(4, "little"), (0x8F3B22ED).to_bytes(4, "little"))
+"""Of the events of the kernel's EFI stub: linux drivers/firmware/efi/libstub/efistub.h."""
+
+
+def _renewed(name: str, event: Event, disk: Disk) -> bytes | None:
+    """Of a file that is not on disk, such as those in GRUB's memory, the digest stays."""
+    try:
+        return disk.sha256(name)
+    except grub.Unknown:
+        return event.digest
+
+
+def _words(commands: Sequence[str], what: str) -> tuple[str, ...]:
+    """The arguments of the one command that loads a kernel, or an initramfs."""
+    found = [each.split(" ")[1:] for each in commands if _LOADS.get(each.partition(" ")[0]) == what]
+    words = found[0] if found else []
+    if len(found) > 1 or (not words if what == "linux" else len(words) > 1):
+        raise grub.Unknown("not one kernel and at most one initramfs are loaded")
+    return tuple(words)
+
+
+def _line(words: Sequence[str]) -> bytes:
+    return _bytes(" ".join(words))
+
+
+def _options(words: Sequence[str], end: str) -> bytes:
+    """What the kernel's EFI stub gets from GRUB, and measures."""
+    return sha256(f"BOOT_IMAGE={' '.join(words)}{end}".encode("utf-16-le", "replace")).digest()
 
 
 def grub_command(event: Event) -> str | None:
-    """The command or the command line that GRUB measured, when the log says it truly: the text has the digest."""
-    for prefix in _GRUB_PREFIXES:
-        if event.kind == eventlog.IPL and event.data.startswith(prefix):
-            text = event.data[len(prefix) :].partition(b"\0")[0]
-            return text.decode("utf-8", "surrogateescape") if sha256(text).digest() == event.digest else None
+    """The command that GRUB measured, when the log says it truly: the text has the digest."""
+    if event.kind == eventlog.IPL and event.pcr == 8 and event.data.startswith(_COMMAND):
+        text = event.data[len(_COMMAND) :].partition(b"\0")[0]
+        return text.decode("utf-8", "surrogateescape") if sha256(text).digest() == event.digest else None
     return None
 
 
-def _text(what: str, old: str, new: str) -> Change:
-    return Change(what, sha256(_bytes(old)).digest(), sha256(_bytes(new)).digest())
+def grub_file(event: Event) -> str:
+    """GRUB's name of the file that it read; '' for another event."""
+    if event.kind != eventlog.IPL or event.pcr != 9:
+        return ""
+    return event.data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def _blocks(text: str) -> tuple[list[Block], str]:
-    """The outermost menu entries and submenus, and all that is around them."""
-    blocks, rest, at = [], [], 0
-    for found in re.finditer(r"^[ \t]*(?:menuentry|submenu)\b[^\n]*?(\{)[ \t]*$", text, re.MULTILINE):
-        if found.start() < at:
-            continue  # inside the one before
-        end = _closing(text, found.start(1))
-        header = text[found.start() : found.start(1)]
-        blocks.append(Block(tuple(_WORD.findall(header)), text[found.start(1) : end]))
-        rest.append(text[at : found.start()])
-        at = end
-    return blocks, "\n".join([*rest, text[at:]])
-
-
-def _closing(text: str, at: int) -> int:
-    """Where the block that opens here ends."""
-    depth, quote = 0, ""
-    while at < len(text):
-        char = text[at]
-        if char == "\\" and quote != "'":
-            at += 1
-        elif quote:
-            quote = "" if char == quote else quote
-        elif char in "'\"":
-            quote = char
-        elif char == "{":
-            depth += 1
-        elif char == "}":
-            depth -= 1
-            if not depth:
-                return at + 1
-        at += 1
-    raise Malformed("grub.cfg: a menu entry does not end")
-
-
-def _assignments(said: Iterable[str]) -> Iterator[tuple[str, str]]:
+def _assignments(said: Iterable[str | None]) -> Iterator[tuple[str, str]]:
     for text in said:
-        name, equals, value = text.removeprefix("set ").partition("=")
-        if equals and re.fullmatch(r"\w+", name):
+        name, equals, value = (text or "").removeprefix("set ").partition("=")
+        if equals and name.isidentifier():
             yield name, value
-
-
-def _render(block: Block, variables: dict[str, str]) -> str:
-    return f"{_expanded(block.words, variables)} {block.body}"
-
-
-def _expanded(words: Iterable[str], variables: dict[str, str]) -> str:
-    return " ".join(_word(each, variables) for each in words)
-
-
-def _word(word: str, variables: dict[str, str]) -> str:
-    """Quotes taken away and variables filled in, as GRUB's script does it."""
-
-    def fill(text: str) -> str:
-        return re.sub(r"\$\{?(\w+)\}?", lambda found: variables.get(found[1], ""), text)
-
-    parts = []
-    for single, double, escaped, plain in _PIECE.findall(word):
-        parts.append(single or escaped or fill(re.sub(r'\\(["\\$])', r"\1", double)) or fill(plain))
-    return "".join(parts)
-
-
-def _booted(log: Log, old: str, new: str, said: set[str], variables: dict[str, str]) -> Iterator[Change]:
-    """The lines of the booted entry that changed, as they were run; and the command line that the kernel got."""
-    before, now = old.splitlines(), new.splitlines()
-    if len(before) != len(now):
-        raise _cannot("the menu entry of this boot has other commands than before")
-    digests = {event.digest for event in log.events}
-    for was, will in (
-        (_expanded(_WORD.findall(line), variables) for line in pair) for pair in zip(before, now, strict=True)
-    ):
-        if was == will or was not in said:  # or in a branch that is not taken
-            continue
-        yield _text("a command of the menu entry", was, will)
-        if was.startswith("linux ") and will.startswith("linux "):
-            arguments = was.removeprefix("linux "), will.removeprefix("linux ")
-            options = command_line(*(f"BOOT_IMAGE={each}" for each in arguments))
-            if arguments[0] in said:
-                yield _text("the kernel command line", *arguments)
-            if options.old in digests:  # GRUB 2.12 starts the kernel as an EFI program
-                yield options

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from . import cache, guest, luks
-from .rootfs import rootfs
+from . import cache, guest, loader, luks
+from .loader import Kind
+from .rootfs import LOADERS, rootfs
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PASSPHRASE = "lab passphrase"  # of the root disk's LUKS header
@@ -34,6 +35,8 @@ class Image(NamedTuple):
 
     directory: Path
     root: Root
+    loader: Kind = ""
+    """What boots it from its own disks; else QEMU loads kernel and initramfs."""
 
     @property
     def disk(self) -> Path:
@@ -80,17 +83,19 @@ class Image(NamedTuple):
         return cache.entry(f"{self.directory.name}-{name}", make) / "initrd"
 
 
-def build(root: Root = "luks", *, product: bool = True, commands: Sequence[str] = ()) -> Image:
+def build(root: Root = "luks", *, product: bool = True, commands: Sequence[str] = (), boots: Kind = "") -> Image:
     """The image of the checkout as it is now; with product=False of stock Debian.
 
-    `commands` are run by sh in the tree before the initramfs is made.
+    `commands` are run by sh in the tree before the initramfs is made. `boots`: what starts it from its own disks.
     """
     cache.ROOT.mkdir(parents=True, exist_ok=True)
     with cache.scratch() as installed:
         if product:
             _install(installed)
-        base = rootfs()
+        base = rootfs(LOADERS if boots else "")
         sources = [Path(module).read_bytes() for module in (__file__, guest.__file__, luks.__file__)]
+        if boots:
+            sources += [boots.encode(), Path(loader.__file__).read_bytes()]
         name = cache.key(root, base.parent.name, cache.tree_hash(installed), *commands, *sources)
         cache.prune("image-")
 
@@ -98,14 +103,16 @@ def build(root: Root = "luks", *, product: bool = True, commands: Sequence[str] 
             tree = work / "tree"
             _copy(base, tree)
             _overlay(installed, tree)
-            _configure(tree, root)
+            _configure(tree, root, boots)
+            loader.prepare(boots, tree, CONSOLE, _chroot)
             for command in commands:
                 _chroot(tree, command)
             _kernel(tree).rename(work / "vmlinuz")
             _mkinitramfs(tree, work / "initrd")
+            loader.disks(boots, tree, work, Image(work, root).cmdline, FS_UUID, _chroot)
             _disk(tree, root, work / "root.raw")
 
-        return Image(cache.entry(f"image-{name}", make), root)
+        return Image(cache.entry(f"image-{name}", make), root, boots)
 
 
 def _install(destination: Path) -> None:
@@ -131,10 +138,10 @@ def _write(tree: Path, files: Mapping[str, str]) -> None:
         path.chmod(0o755 if text.startswith("#!") else 0o644)
 
 
-def _configure(tree: Path, root: Root) -> None:
+def _configure(tree: Path, root: Root, boots: Kind) -> None:
     device = "/dev/mapper/root" if root == "luks" else f"UUID={FS_UUID}"
     files = {
-        "etc/fstab": f"{device} / ext4 defaults 0 0\n",
+        "etc/fstab": f"{device} / ext4 defaults 0 0\n{loader.FSTAB[boots]}",
         "etc/hostname": "lab\n",
         "etc/systemd/journald.conf.d/lab.conf": "[Journal]\nStorage=volatile\n",
         "usr/lib/lab/agent": guest.AGENT,

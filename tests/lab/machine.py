@@ -55,7 +55,7 @@ class Machine:
 
     def boot(self, *, without: tuple[str, ...] = (), **options: Any) -> VM:
         present = [disk for serial, disk in self.disks.items() if serial not in without]
-        return VM(self.home, self.image, uefi=self.uefi, disks=present, **options)
+        return VM(self.home, self.image, uefi=self.uefi, loader=self.image.loader, disks=present, **options)
 
     def clone(self, to: Path) -> "Machine":
         other = Machine(vm.clone(self.home, to), self.image, self.uefi)

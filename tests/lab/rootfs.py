@@ -12,17 +12,22 @@ PACKAGES = """
     initramfs-tools cryptsetup cryptsetup-initramfs keyutils strace lvm2 btrfs-progs e2fsprogs
     python3 python3-tpm2-pytss python3-cryptography python3-pyudev python3-pykmip libcryptsetup12
 """
+LOADERS = """
+    shim-signed grub-efi-amd64-signed grub-efi-amd64-bin grub2-common
+    systemd-boot-efi systemd-ukify sbsigntool efibootmgr
+"""
+"""What a machine needs beside that to boot from its own disk; the second kernel is for updates."""
 EXCLUDED = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*")
 
 
-def rootfs() -> Path:
-    """The directory of the cached file system; copy it before changing anything."""
-    name = cache.key(SUITE, PACKAGES, *EXCLUDED)
-    return cache.entry(f"rootfs-{name}", _bootstrap) / "root"
+def rootfs(more: str = "") -> Path:
+    """The directory of the cached file system, with `more` packages; copy it before changing anything."""
+    name = cache.key(SUITE, PACKAGES + more, *EXCLUDED)
+    return cache.entry(f"rootfs-{name}", lambda work: _bootstrap(work, PACKAGES + more)) / "root"
 
 
-def _bootstrap(work: Path) -> None:
-    packages = ",".join(PACKAGES.split())
+def _bootstrap(work: Path, listed: str) -> None:
+    packages = ",".join(listed.split())
     command = ["mmdebstrap", "--mode=root", "--variant=minbase", "--quiet", f"--include={packages}"]
     command += [f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED]
     subprocess.run([*command, SUITE, str(work / "root"), *_mirror()], check=True)

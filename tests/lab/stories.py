@@ -90,9 +90,14 @@ def unmeasured() -> Machine:
     return _enrolled("bios", "--accept unmeasured-boot", groups, {"pair-1": 200, "pair-2": 200})
 
 
+def by_grub() -> Machine:
+    """Enrolled on a machine that boots by shim and GRUB from its own disk: a LUKS root alone."""
+    return _enrolled("grub", "", {}, {})
+
+
 def _enrolled(kind: str, init: str, groups: dict[str, tuple[str, ...]], sizes: dict[str, int]) -> Machine:
     """Made once for all test files; the machine is for cloning only."""
-    built = image.build("luks")
+    built = image.build("luks", boots="grub" if kind == "grub" else "")
     name = cache.key(built.directory.name, kind, init, repr(groups), repr(sizes), inspect.getsource(enroll))
     home = cache.entry(
         f"image-{name}-enrolled",
@@ -139,7 +144,8 @@ def enroll(machine: Machine, init: str, groups: dict[str, tuple[str, ...]], size
             service = f"[Unit]\nRequiresMountsFor=/srv/{name}\n[Service]\nExecStart=/bin/sh -c '{start}'\n"
             service += "[Install]\nWantedBy=multi-user.target\n"
             console.write(f"/etc/systemd/system/app-{name}.service", service.encode())
-        console.sh("systemctl --quiet enable " + " ".join(f"app-{name}.service" for name in groups))
+        if groups:
+            console.sh("systemctl --quiet enable " + " ".join(f"app-{name}.service" for name in groups))
         states = status(console)
         assert states == dict.fromkeys(["root", *groups], "open")
         (machine.home / "recovery-key").write_bytes(console.read(RECOVERY))

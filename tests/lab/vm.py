@@ -13,15 +13,20 @@ from typing import Any, NamedTuple, Protocol
 
 from .console import Console
 from .guest import Guest
+from .loader import DISKS, Kind
 from .process import start
 from .qmp import Qmp
 from .swtpm import Command, SoftwareTpm
 
 # A third less work than `-cpu max` when emulated: no AVX state to keep, but the AES instructions are there.
 CPU = "qemu64,svm=off,+aes,+pclmulqdq,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand,+rdseed"
+SECURE_CPU = "max,la57=off"  # the firmware with Secure Boot does not start on the one above
 FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 GATEWAY, ADDRESS = "10.0.2.2", "10.0.2.15"  # of QEMU's user-mode network
+SECURE = Path("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd")
+ENROLLED = Path("/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd")
+"""Variables with Secure Boot on, for a unified kernel image: shim and GRUB would verify for minutes."""
 CACHE = {  # what QEMU's -drive cache=MODE means: (O_DIRECT, ignore flushes, the guest sees a write cache)
     "unsafe": (False, True, True),
     "writeback": (False, False, True),
@@ -64,6 +69,7 @@ class VM:
 
     The machine is what stays from boot to boot: `root.qcow2` (over the image's disk, which never changes),
     the TPM states, the UEFI variables. Each boot N leaves `console-N.log` and `tpm-N.log` there.
+    `loader`: the machine boots by itself, from its disks esp.qcow2 and boot.qcow2 (loader.DISKS).
     `tpm` names the TPM's state directory: another name is a replaced board, None is no TPM.
     `limit`: seconds after which the machine is killed, whatever happens.
     `network`: a card; this host's loopback is at GATEWAY, the guest is ADDRESS.
@@ -79,6 +85,7 @@ class VM:
         disks: Sequence[Disk] = (),
         tpm: str | None = "tpm",
         uefi: bool = False,
+        loader: Kind = "",
         initrd: Path | None = None,
         cmdline: str | None = None,
         append: str = "",
@@ -96,7 +103,9 @@ class VM:
         self._image = image
         self._initrd = initrd or image.initrd
         self._cmdline = f"{cmdline or image.cmdline} {append}".strip()
-        self._disks = [Disk("root.qcow2", "root", cache), *disks]
+        self._loader = loader
+        self._loaders = [Disk(f"{name}.qcow2", name, cache) for name in DISKS[loader]]
+        self._disks = [*self._loaders, Disk("root.qcow2", "root", cache), *disks]
         self._tpm_name = tpm
         self._uefi = uefi
         self._memory = memory
@@ -177,21 +186,22 @@ class VM:
     # starting and stopping
 
     def _start(self) -> None:
-        arguments = ["-accel", "tcg,thread=multi", "-cpu", CPU, "-machine", "q35"]
-        arguments += ["-smp", str(self._cores), "-m", self._memory, "-nodefaults", "-display", "none"]
-        arguments += [
-            "-nic",
-            "user,ipv6=off,model=virtio-net-pci" if self._network else "none",
-            "-rtc",
-            f"base={self._clock}",
-        ]
-        arguments += ["-no-reboot", "-append", self._cmdline]
-        arguments += ["-kernel", str(self._image.kernel), "-initrd", str(self._initrd)]
-        if self._uefi:
+        secure = self._loader == "uki"
+        cpu = SECURE_CPU if secure else CPU
+        arguments = ["-accel", "tcg,thread=multi", "-cpu", cpu, "-machine", "q35", "-rtc", f"base={self._clock}"]
+        arguments += ["-smp", str(self._cores), "-m", self._memory, "-nodefaults", "-display", "none", "-no-reboot"]
+        arguments += ["-nic", "user,ipv6=off,model=virtio-net-pci" if self._network else "none"]
+        if secure:
+            arguments += ["-machine", "smm=on", "-global", "ICH9-LPC.disable_s3=1"]
+            arguments += ["-global", "driver=cfi.pflash01,property=secure,value=on"]
+        if not self._loader:
+            arguments += ["-append", self._cmdline, "-kernel", str(self._image.kernel), "-initrd", str(self._initrd)]
+        if self._uefi or self._loader:
             variables = self.home / "vars.fd"
             if not variables.exists():
-                shutil.copyfile(VARIABLES, variables)
-            arguments += ["-drive", f"if=pflash,format=raw,readonly=on,file={FIRMWARE}"]
+                shutil.copyfile(ENROLLED if secure else VARIABLES, variables)
+            firmware = SECURE if secure else FIRMWARE
+            arguments += ["-drive", f"if=pflash,format=raw,readonly=on,file={firmware}"]
             arguments += ["-drive", f"if=pflash,format=raw,file={variables}"]
         ends: list[socket.socket] = []
 
@@ -218,9 +228,9 @@ class VM:
             chardev("tpm", self._tpm.port)
             arguments += ["-tpmdev", "emulator,id=tpm,chardev=tpm", "-device", "tpm-crb,tpmdev=tpm"]
         arguments += ["-device", "virtio-scsi-pci,id=scsi"]
-        root = self.home / "root.qcow2"
-        if not root.exists():
-            overlay(self._image.disk, root)
+        for disk in [*self._loaders, Disk("root.qcow2", "root")]:
+            if not (self.home / disk.path).exists():
+                overlay(self._image.disk.with_name(f"{disk.serial}.raw"), self.home / disk.path)
         for disk in self._disks:
             arguments += ["-blockdev", json.dumps(self._blockdev(disk))]
             arguments += ["-device", json.dumps(self._scsi(disk))]
@@ -276,6 +286,7 @@ class VM:
             "bus": "scsi.0",
             "drive": f"disk-{disk.serial}",
             "write-cache": "on" if write_cache else "off",
+            **({"bootindex": DISKS[self._loader].index(disk.serial)} if disk in self._loaders else {}),
         }
 
 

@@ -1,0 +1,533 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An update, the prediction, the next boot: event logs of real boots by shim and GRUB, on a software TPM.
+
+Kernels and initramfs files are too large to be kept: small ones take their place, on disk and in the log.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import pefile
+import pytest
+from eventlogs import DATA, LOGGED, Entry, log, plain, program, real, tagged
+from hostfixture import Machine
+
+from unlock import booted, eventlog, explain, foresee, grub, pe, predict, uefi
+from unlock.errors import Refused, UnlockError
+from unlock.paths import Paths
+
+pytestmark = pytest.mark.usefixtures("key_cache")
+
+WINDOW = "unlock policy window --reboots 1"
+OLD, NEW = "6.12.117+deb13-cloud-amd64", "6.12.118+deb13-cloud-amd64"
+CONFIG, FIRST = "(hd1)/grub/grub.cfg", "(hd0)/EFI/debian/grub.cfg"
+FILES: dict[str, dict[str, list[str]]] = json.loads((DATA / "grub-files.json").read_text())
+"""Name of the boot -> GRUB's name of a file -> SHA-256, Authenticode where it is a program."""
+
+
+SAME_CONFIG = {"grub-2": "grub-1", "grub-3": "grub-0"}
+ENV = "(hd1)/grub/grubenv"
+
+
+def text(name: str) -> str:
+    return (DATA / f"{SAME_CONFIG.get(name, name)}.cfg").read_text()
+
+
+# from the logs alone
+
+
+@pytest.mark.parametrize("name", ["grub-0", "grub-1", "grub-2", "grub-3", "uki-0", "uki-1"])
+def test_the_log_accounts_for_the_pcrs(name: str) -> None:
+    made = real(name)
+    found = eventlog.parse(made.log)
+    assert found.problem == ""
+    replayed = eventlog.replay(found.events, found.locality)
+    assert {pcr: replayed[pcr] for pcr in LOGGED} == {pcr: made.pcrs[pcr] for pcr in LOGGED}
+
+
+def disk(name: str) -> predict.Disk:
+    files = FILES[name]
+
+    def known(place: int) -> Callable[[str], bytes]:
+        def of(file: str) -> bytes:
+            if file not in files:
+                raise grub.Unknown(file)
+            return bytes.fromhex(files[file][place])
+
+        return of
+
+    config = texts(name)
+    return predict.Disk(lambda file: config[file].encode(), known(0), known(1), lambda file: file in config)
+
+
+def texts(name: str) -> dict[str, str]:
+    """Configuration files, by GRUB's name."""
+    env = {ENV: (DATA / f"{name}.env").read_text()} if ENV in FILES[name] else {}
+    return {CONFIG: text(name), FIRST: text("grub-first"), **env}
+
+
+def learned(name: str = "grub-0") -> predict.Learned:
+    return predict.learn(eventlog.parse(real(name).log), texts(name), disk(name).image)
+
+
+WAYS = {
+    "grub-0": ("Debian GNU/Linux",),
+    "grub-1": ("Debian GNU/Linux",),
+    "grub-2": ("Advanced options for Debian GNU/Linux", f"Debian GNU/Linux, with Linux {OLD}"),
+    "grub-3": ("Debian GNU/Linux",),
+}
+
+
+@pytest.mark.parametrize("now", WAYS)
+@pytest.mark.parametrize("then", WAYS)
+def test_each_boot_predicts_each_other(now: str, then: str) -> None:
+    """Also back to what was before the update, from an entry of the submenu, and with GRUB's environment file, which
+    grub-common makes after the first boot."""
+    assert learned(now).way == WAYS[now]
+    events, _ = predict.boot(learned(now), text(then), WAYS[then], disk(then))
+    found, made = eventlog.replay(events), real(then).pcrs
+    assert {pcr: found[pcr] for pcr in LOGGED} == {pcr: made[pcr] for pcr in LOGGED}
+
+
+def test_kernel_initramfs_menu_and_command_line_were_predicted_as_the_next_boots_measured_them() -> None:
+    """Another kernel is the default now, both initramfs files and the command line are new; then its older brother is
+    chosen from the submenu, by hand."""
+    ways = list(predict.menu(learned(), text("grub-1"), disk("grub-1")))
+    assert [title for title, _ in ways] == [
+        "Debian GNU/Linux",
+        f"Debian GNU/Linux, with Linux {NEW}",
+        f"Debian GNU/Linux, with Linux {OLD}",
+    ]
+    for name, (_, titles) in (("grub-1", ways[0]), ("grub-2", ways[2])):
+        events, kernel = predict.boot(learned(), text("grub-1"), titles, disk("grub-1"))
+        found, made = eventlog.replay(events), real(name).pcrs
+        assert {pcr: found[pcr] for pcr in LOGGED} == {pcr: made[pcr] for pcr in LOGGED}
+        assert kernel.words[0] == f"/vmlinuz-{NEW if name == 'grub-1' else OLD}"
+        assert f"BOOT_IMAGE={' '.join(kernel.words)}".split() == real(name).cmdline.split()
+
+
+@pytest.mark.parametrize("now,then", [("uki-0", "uki-1"), ("uki-1", "uki-0")])
+def test_a_unified_kernel_image_was_predicted_as_the_next_boot_measured_it(now: str, then: str) -> None:
+    """systemd-boot, Secure Boot; another kernel, initramfs and command line in it."""
+    images = {}
+    for name, each in json.loads((DATA / "uki-files.json").read_text()).items():
+        sections = tuple(map(bytes.fromhex, each["sections"]))
+        images[name] = predict.Unified(bytes.fromhex(each["image"]), bytes.fromhex(each["kernel"]), sections)
+    events = predict.unified(eventlog.parse(real(now).log), images[now].image, images[then])
+    found, made = eventlog.replay(events), real(then).pcrs
+    own = set(LOGGED) - {9}
+    assert {pcr: found[pcr] for pcr in own} == {pcr: made[pcr] for pcr in own}
+    assert found[11] != real(now).pcrs[11] and found[4] != real(now).pcrs[4]
+
+
+@pytest.mark.parametrize(
+    "old,new,why",
+    [
+        ("terminal_input console", "for i in 1 2; do echo $i; done", "`for` is not understood"),
+        ("insmod gzio", "insmod xfs", "`insmod xfs` reads is not known"),
+        ("terminal_input console", "if keystatus --shift; then true; fi", "whether GRUB's `keystatus --shift`"),
+        ("\tlinux\t/", "\tchainloader\t/", "not one kernel"),
+        ("set default=\"0\"", "set default=\"nothing>9\"", ""),
+        (f"/vmlinuz-{NEW} ", "/vmlinuz-6.99 ", "6.99"),
+    ],
+)  # fmt: skip
+def test_what_grub_will_do_is_never_guessed(old: str, new: str, why: str) -> None:
+    changed = text("grub-1").replace(old, new)
+    assert changed != text("grub-1")
+    if not why:
+        assert next(predict.menu(learned(), changed, disk("grub-1")))[0] == "Debian GNU/Linux"
+        return
+    with pytest.raises(Refused, match=why) as caught:
+        predict.boot(learned(), changed, ["Debian GNU/Linux"], disk("grub-1"))
+    assert caught.value.code == "cannot-predict"
+
+
+def test_a_log_that_grub_cfg_does_not_explain() -> None:
+    """A command typed at GRUB's prompt, another grub.cfg than the one that was read."""
+    image = disk("grub-0").image
+    with pytest.raises(Refused, match="is not understood"):
+        predict.learn(eventlog.parse(real("grub-0").log), {CONFIG: text("grub-1")}, image)
+    found = eventlog.parse(real("grub-0").log)
+    at = next(i for i, event in enumerate(found.events) if predict.grub_command(event) == "insmod gzio")
+    typed = found.events[at]._replace(data=b"grub_cmd: ls\0", digest=sha256(b"ls").digest())
+    events = (*found.events[:at], typed, *found.events[at:])
+    with pytest.raises(Refused, match="was not expected"):
+        predict.learn(found._replace(events=events), {CONFIG: text("grub-0")}, image)
+
+
+def test_a_log_that_comes_out_otherwise() -> None:
+    """The kernel got another initramfs than GRUB has read."""
+    found = eventlog.parse(real("grub-0").log)
+    events = tuple(
+        each._replace(digest=bytes(32)) if each.data[:4] == predict.INITRD else each for each in found.events
+    )
+    with pytest.raises(Refused, match="PCRs 9 come out otherwise"):
+        predict.learn(found._replace(events=events), texts("grub-0"), disk("grub-0").image)
+
+
+# a host
+
+
+LOADERS = {
+    path: pefile.build({".text": path.encode() * 9})
+    for path in ("\\EFI\\BOOT\\BOOTX64.EFI", "\\EFI\\BOOT\\grubx64.efi")
+}
+
+
+class RealBoot(NamedTuple):
+    """A recorded boot with small files in the place of large ones. Stands in for eventlogs.Boot."""
+
+    name: str
+    contents: dict[str, bytes]
+    kind: str = "grub"
+
+    def entries(self) -> list[Entry]:
+        found = eventlog.parse(real(self.name).log)
+        replaced = {}
+        for file, digests in FILES[self.name].items():
+            data = self.contents[file]
+            replaced[bytes.fromhex(digests[0])] = sha256(data).digest()
+            if digests[1:]:
+                replaced[bytes.fromhex(digests[1])] = pe.authenticode(data)
+        for event in found.events:
+            if event.kind == eventlog.EFI_APPLICATION and (path := uefi.image_path(event.data)) in LOADERS:
+                replaced[event.digest or b""] = pe.authenticode(LOADERS[path])
+        return [
+            Entry(e.pcr, e.kind, b"", e.data, replaced.get(e.digest or b"", e.digest))
+            for e in found.events
+        ]  # fmt: skip
+
+    def log(self) -> bytes:
+        return log(self.entries())
+
+    def full_cmdline(self) -> str:
+        return real(self.name).cmdline
+
+
+class Made(NamedTuple):
+    """A boot that was made up."""
+
+    made: list[Entry]
+    kind: str
+    name: str = "made"
+
+    def entries(self) -> list[Entry]:
+        return self.made
+
+    def log(self) -> bytes:
+        return log(self.made)
+
+    def full_cmdline(self) -> str:
+        return "root=x"
+
+
+PLACES = {"(hd0)/": "boot/efi/", "(hd1)/": "boot/", "/": "boot/"}
+
+
+def place(name: str) -> str:
+    device = name[: name.index("/") + 1]
+    return PLACES[device] + name[len(device) :]
+
+
+def contents(config: str, **more: bytes) -> dict[str, bytes]:
+    """What is on disk, by GRUB's name."""
+    programs = {file: pefile.build({".text": file.encode() * 30}) for file in FILES["grub-1"] if "vmlinuz" in file}
+    initrds = {file: more.get(config, b"") + file.encode() for file in FILES["grub-1"] if "initrd" in file}
+    files = {**programs, **initrds, CONFIG: text(config).encode(), FIRST: text("grub-first").encode()}
+    rest = {name: name.encode() for each in FILES.values() for name in each if name not in (*files, ENV)}
+    return {**rest, **files}
+
+
+BEFORE = contents("grub-0")
+AFTER = contents("grub-1", **{"grub-1": b"new"})
+NOW = RealBoot("grub-0", BEFORE)
+NEXT, OLDER = RealBoot("grub-1", AFTER), RealBoot("grub-2", AFTER)
+
+
+def install(host: Machine, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        if name.startswith(("/", "(hd")):
+            host.write(place(name), data)
+
+
+def boot(host: Machine, next_boot: RealBoot | Made) -> str:
+    host.write("proc/sys/kernel/random/boot_id", sha256(next_boot.name.encode()).hexdigest().encode())
+    return host.boot(next_boot)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Machine]:
+    """It has booted once since it was enrolled, and kept what it read."""
+    machine = Machine(tmp_path, NOW)  # type: ignore[arg-type]
+    machine.write("sys/firmware/efi/fw_platform_size", b"64\n")
+    for path, data in LOADERS.items():
+        machine.write("boot/efi" + path.replace("\\", "/"), data)
+    install(machine, {name: data for name, data in BEFORE.items() if NEW not in name})
+    assert boot(machine, NOW) == "unsealed"
+    found = eventlog.parse(NOW.log())
+    booted.keep(machine.paths, found)
+    explain.keep_baseline(machine.paths, machine.chip.tcti)
+    yield machine
+    machine.close()
+
+
+def run(host: Machine, dry_run: bool = False) -> foresee.Foreseen:
+    return foresee.run(host.paths, host.chip.tcti, dry_run)
+
+
+def test_an_update_of_everything_and_the_host_boots_without_a_prompt(host: Machine) -> None:
+    install(host, AFTER)
+    assert len(run(host, dry_run=True).entries) == 3
+    assert host.reasons() == ["this boot"]
+    found = run(host)
+    assert foresee.refused(found) is None
+    assert found.entries[0].words == f"kernel {NEW}"
+    assert found.entries[0].changes == (f"kernel {NEW} instead of {OLD}", "kernel command line", "grub.cfg")
+    assert [each.default for each in found.entries] == [True, False, False]
+    assert f"initramfs of {OLD}" in found.entries[2].changes
+    assert run(host) == found
+    assert boot(host, NEXT) == "unsealed"
+    assert boot(host, OLDER) == "unsealed"
+    assert boot(host, NOW) == "unsealed"
+
+
+def test_an_initramfs_that_was_built_again(host: Machine) -> None:
+    """An update of unlock, or update-initramfs -u, changes nothing else."""
+    changed = {**BEFORE, f"/initrd.img-{OLD}": b"with a newer unlock"}
+    install(host, {f"/initrd.img-{OLD}": b"with a newer unlock"})
+    assert boot_after(host, lambda: None, RealBoot("grub-0", changed)) == "pcr-mismatch"
+    assert boot(host, NOW) == "unsealed"
+    install(host, {f"/initrd.img-{OLD}": b"with a newer unlock"})
+    found = run(host)
+    assert found.entries[0].changes == (f"initramfs of {OLD}",)
+    assert boot(host, RealBoot("grub-0", changed)) == "unsealed"
+
+
+def boot_after(host: Machine, act: Callable[[], object], next_boot: RealBoot) -> str:
+    act()
+    return boot(host, next_boot)
+
+
+def test_a_kernel_of_the_same_name(host: Machine) -> None:
+    """Nothing on disk tells any more what the old one was: that was kept after the boot."""
+    kernel = {f"/vmlinuz-{OLD}": pefile.build({".text": b"a security update" * 9})}
+    install(host, kernel)
+    assert run(host).entries[0].changes == (f"kernel {OLD} was replaced",)
+    assert boot(host, RealBoot("grub-0", {**BEFORE, **kernel})) == "unsealed"
+
+
+def test_what_a_thief_changes_is_not_predicted_and_explained(host: Machine) -> None:
+    run(host)
+    assert boot(host, RealBoot("grub-1", AFTER)) == "pcr-mismatch"
+    found = explain.judge(explain.gather(host.paths, host.chip.tcti))
+    assert {"kernel", "boot-loader-config"} & {cause.code for cause in found.causes}
+    with pytest.raises(Refused) as caught:
+        run(host)
+    assert caught.value.code == "boot-not-allowed"
+    assert boot(host, NOW) == "unsealed"
+
+
+def test_what_a_thief_put_beside_while_the_host_was_off_is_never_allowed(host: Machine) -> None:
+    """He has the disk for a night, and leaves alone what the host will boot: it boots, and is updated some day."""
+    install(host, AFTER)
+    run(host)
+    assert boot(host, NEXT) == "unsealed"
+    booted.keep(host.paths, eventlog.parse(NEXT.log()))
+    assert [each.why for each in run(host).entries] == ["", "", ""]
+    thief = {**AFTER, f"/initrd.img-{OLD}": b"sends the keys away"}
+    install(host, thief)
+    assert boot(host, NEXT) == "unsealed"
+    booted.keep(host.paths, eventlog.parse(NEXT.log()))
+    for _ in range(2):
+        found = run(host)
+        assert "while this host was off" in found.entries[2].why and foresee.refused(found) is None
+        assert not found.entries[0].why and not found.entries[1].why
+    assert boot(host, RealBoot("grub-2", thief)) == "pcr-mismatch"
+    assert boot(host, NEXT) == "unsealed"
+    booted.keep(host.paths, eventlog.parse(NEXT.log()))
+    assert run(host).entries[2].why
+    again = {**AFTER, f"/initrd.img-{OLD}": b"built again"}
+    install(host, again)
+    assert not run(host).entries[2].why
+    assert boot(host, RealBoot("grub-2", again)) == "unsealed"
+
+
+def test_the_operator_vouches_for_a_file(host: Machine) -> None:
+    install(host, AFTER)
+    run(host)
+    assert boot(host, NEXT) == "unsealed"
+    changed = {**AFTER, f"/initrd.img-{OLD}": b"from the rescue system"}
+    install(host, changed)
+    booted.keep(host.paths, eventlog.parse(NEXT.log()))
+    assert run(host).entries[2].why
+    assert not foresee.run(host.paths, host.chip.tcti, trust_files=True).entries[2].why
+    assert not run(host).entries[2].why
+    assert boot(host, RealBoot("grub-2", changed)) == "unsealed"
+
+
+def test_a_file_that_was_replaced_before_it_was_kept(host: Machine) -> None:
+    Path(host.paths.booted).unlink()
+    assert run(host, dry_run=True).entries
+    install(host, AFTER)
+    with pytest.raises(Refused) as caught:
+        run(host)
+    assert caught.value.code == "cannot-predict" and caught.value.hint == WINDOW
+    assert host.reasons() == ["this boot"]
+
+
+def test_the_hook_never_fails_and_says_what_comes(host: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert foresee.hook(Paths(str(host.folder / "nowhere")), host.chip.tcti) == 0
+    install(host, AFTER)
+    assert foresee.hook(host.paths, host.chip.tcti) == 0
+    assert f"next boot: kernel {NEW} is predicted" in capsys.readouterr().err
+    install(host, {CONFIG: text("grub-1").replace("terminal_input console", "while true; do true; done").encode()})
+    assert foresee.hook(host.paths, host.chip.tcti) == 0
+    said = capsys.readouterr().err
+    assert "cannot be predicted" in said and WINDOW in said and "recovery key" in said
+    host.chip.kill()
+    assert foresee.hook(host.paths, host.chip.tcti) == 0
+    assert "unlock:" in capsys.readouterr().err
+
+
+def test_where_no_update_matters_nothing_is_predicted(tmp_path: Path) -> None:
+    host = Machine(tmp_path, NOW, (7,))  # type: ignore[arg-type]
+    host.write("sys/firmware/efi/x", b"")
+    found = run(host)
+    assert found.entries == () and "nothing to predict" in found.notes[0] and foresee.refused(found) is None
+    host.close()
+
+
+def test_a_new_first_configuration_is_not_guessed(host: Machine) -> None:
+    install(host, {FIRST: b"configfile /elsewhere\n"})
+    with pytest.raises(Refused, match="GRUB reads it before its menu"):
+        run(host)
+
+
+def test_the_kept_files_are_read_as_written_and_nothing_else(host: Machine) -> None:
+    data = Path(host.paths.booted).read_bytes()
+    found = booted.Booted.decode(data)
+    assert found.encode() == data
+    assert found.files[CONFIG][0] == "boot/grub/grub.cfg" and CONFIG in found.texts
+    newer = json.dumps({**json.loads(data), "version": 2}).encode()
+    for bad in (b"", b"{}", data[:-9], newer, data.replace(b'"images":[', b'"images":[7,')):
+        with pytest.raises(UnlockError):
+            booted.Booted.decode(bad)
+
+
+# without GRUB
+
+
+def enrolled(tmp_path: Path, now: RealBoot | Made, files: dict[str, bytes]) -> Machine:
+    machine = Machine(tmp_path, now)  # type: ignore[arg-type]
+    machine.write("sys/firmware/efi/efivars/StubInfo-1" if now.kind == "uki" else "sys/firmware/efi/x", b"")
+    for path, data in files.items():
+        machine.write(path, data)
+    assert boot(machine, now) == "unsealed"
+    booted.keep(machine.paths, eventlog.parse(now.log()))
+    return machine
+
+
+def stub(kernel: bytes, initrd: bytes) -> Made:
+    """The firmware starts a kernel of the EFI partition."""
+    entries = [
+        *(plain(pcr, 4, bytes(4)) for pcr in range(8)),
+        program("\\EFI\\debian\\VMLINUZ-6.1", "")._replace(digest=pe.authenticode(kernel)),
+        tagged(9, 0x8F3B22ED, "LOADED_IMAGE::LoadOptions", "root=x".encode("utf-16-le") + b"\0\0"),
+        tagged(9, 0x8F3B22EC, "Linux initrd", initrd),
+    ]
+    return Made(entries, "direct")
+
+
+def test_a_kernel_that_the_firmware_starts(tmp_path: Path) -> None:
+    old, new = (pefile.build({".text": code * 300}) for code in (b"old", b"new"))
+    kernel, initrd = "boot/efi/EFI/debian/vmlinuz-6.1", "boot/efi/EFI/debian/initrd.img-6.1"
+    host = enrolled(tmp_path, stub(old, b"one"), {kernel: old, initrd: b"one"})
+    for path, data in ((kernel, new), (initrd, b"two")):
+        host.write(path, data)
+    (entry,) = run(host).entries
+    assert (entry.words, entry.changes) == ("kernel 6.1", ("kernel 6.1 was replaced", "initramfs of 6.1"))
+    assert boot(host, stub(new, b"another")) == "pcr-mismatch"
+    assert boot(host, stub(new, b"two")) == "unsealed"
+    assert boot(host, stub(old, b"one")) == "unsealed"
+    host.close()
+
+
+def test_a_kernel_that_is_on_no_disk_stays_and_its_initramfs_is_predicted(tmp_path: Path) -> None:
+    """QEMU -kernel; a real log, the initramfs replaced."""
+    events = eventlog.parse(real("direct-0").log).events
+    made = [Entry(each.pcr, each.kind, b"", each.data, each.digest) for each in events]
+
+    def with_initrd(data: bytes) -> Made:
+        new = sha256(data).digest()
+        tag = predict.INITRD
+        return Made([each._replace(digest=new) if each.data[:4] == tag else each for each in made], "direct")
+
+    host = enrolled(tmp_path, with_initrd(b"one"), {"boot/initrd.img-6.12": b"one"})
+    host.write("boot/initrd.img-6.12", b"two")
+    (entry,) = run(host).entries
+    assert (entry.words, entry.changes) == ("kernel 6.12", ("initramfs of 6.12",))
+    assert boot(host, with_initrd(b"two")) == "unsealed"
+    host.close()
+
+
+def unified(code: bytes) -> bytes:
+    inner = pefile.build({".text": code * 300})
+    return pefile.build({".text": b"stub", ".linux": inner, ".cmdline": b"root=x", ".initrd": code * 99})
+
+
+def uki(image: bytes, name: str) -> Made:
+    linux = pe.section(image, pe.read(image), ".linux")
+    assert linux
+    entries = [
+        *(plain(pcr, 4, bytes(4)) for pcr in range(8)),
+        program("\\EFI\\BOOT\\BOOTX64.EFI", "")._replace(digest=pe.authenticode(LOADER)),
+        program(f"\\EFI\\Linux\\{name}", "")._replace(digest=pe.authenticode(image)),
+        *(Entry(11, 0x0D, b"", b"", digest) for digest in predict.uki_measurements(image)),
+        program("", "")._replace(digest=pe.authenticode(linux)),
+    ]
+    return Made(entries, "uki")
+
+
+LOADER = pefile.build({".text": b"systemd-boot"})
+
+
+def test_unified_kernel_images(tmp_path: Path) -> None:
+    """One is built again under its name, another comes beside it."""
+    old, again, newer = (unified(code) for code in (b"old", b"again", b"newer"))
+    now, linux = uki(old, "debian-6.1.efi"), "boot/efi/EFI/Linux"
+    host = enrolled(tmp_path, now, {f"{linux}/debian-6.1.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
+    host.write(f"{linux}/debian-6.1.efi", again)
+    host.write(f"{linux}/debian-6.2.efi", newer)
+    host.write(f"{linux}/addon.efi", b"no image")
+    found = run(host)
+    assert [each.words.split()[-1] for each in found.entries] == ["debian-6.1.efi", "debian-6.2.efi"]
+    assert boot(host, uki(newer, "debian-6.2.efi")) == "unsealed"
+    assert boot(host, uki(again, "debian-6.1.efi")) == "unsealed"
+    assert boot(host, uki(unified(b"a thief's"), "debian-6.1.efi")) == "pcr-mismatch"
+    host.close()
+
+
+def test_a_new_boot_loader(tmp_path: Path) -> None:
+    """systemd-boot is predicted to do the same, and that is said."""
+    image, newer = unified(b"kernel"), pefile.build({".text": b"newer systemd-boot" * 50})
+    now = uki(image, "debian.efi")
+    disks = {"boot/efi/EFI/Linux/debian.efi": image, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER}
+    host = enrolled(tmp_path, now, disks)
+    host.write("boot/efi/EFI/BOOT/BOOTX64.EFI", newer)
+    assert "as if it did the same" in run(host).notes[0]
+    digests = {pe.authenticode(LOADER): pe.authenticode(newer)}
+    updated = [each._replace(digest=digests.get(each.sha256, each.sha256)) for each in now.made]
+    assert boot(host, Made(updated, "uki")) == "unsealed"
+    host.close()
+
+
+def test_a_new_shim_is_not_guessed_and_a_new_grub_is_said(host: Machine) -> None:
+    host.write("boot/efi/EFI/BOOT/grubx64.efi", pefile.build({".text": b"grub 2.13" * 50}))
+    (note,) = run(host, dry_run=True).notes
+    assert "grubx64.efi" in note
+    host.write("boot/efi/EFI/BOOT/BOOTX64.EFI", pefile.build({".text": b"shim 17" * 50}))
+    with pytest.raises(Refused, match="new shim"):
+        run(host)

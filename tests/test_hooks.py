@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs after an update: the scripts as they are, with their paths moved below a directory."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parents[1]
+
+
+class Host:
+    def __init__(self, top: Path) -> None:
+        self.top = top
+        for name in ("boot", "efi", "run/unlock", "var/lib/unlock", "usr/sbin"):
+            (top / name).mkdir(parents=True)
+        (top / "boot/initrd.img").write_bytes(b"one")
+        (top / "var/lib/unlock/state.json").write_text("{}")
+        self.answer(0)
+
+    def answer(self, status: int) -> None:
+        program = self.top / "usr/sbin/unlock"
+        program.write_text(f'#!/bin/sh\necho "$@" >>{self.top}/ran\nexit {status}\n')
+        program.chmod(0o755)
+
+    def hook(self, *words: str, **environment: str) -> int:
+        """Runs it; how often `unlock boot predict` has run so far."""
+        text = (TOP / "hooks/predict").read_text()
+        for name in ("/run/unlock", "/var/lib/unlock", "/usr/sbin/unlock", "/boot /efi"):
+            moved = " ".join(f"{self.top}{part}" for part in name.split())
+            assert name in text
+            text = text.replace(name, moved)
+        subprocess.run(["sh", "-c", text, "predict", *words], env={**os.environ, **environment}, check=True)
+        ran = self.top / "ran"
+        lines = ran.read_text().splitlines() if ran.exists() else []
+        assert set(lines) <= {"boot predict"}
+        return len(lines)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+def test_it_runs_again_only_after_a_change_and_always_at_shutdown(host: Host) -> None:
+    assert host.hook() == 1
+    assert host.hook() == 1
+    (host.top / "boot/initrd.img").write_bytes(b"two")
+    assert host.hook() == 2
+    assert host.hook() == 2
+    (host.top / "boot/initrd.img").unlink()
+    assert host.hook() == 3
+    assert host.hook("always") == 4
+
+
+def test_a_failure_fails_no_package_operation_and_is_tried_again(host: Host) -> None:
+    host.answer(3)
+    assert host.hook() == 1
+    assert host.hook() == 2
+
+
+def test_inside_of_dpkg_it_waits_for_the_end(host: Host) -> None:
+    assert host.hook(DPKG_MAINTSCRIPT_PACKAGE="linux-image") == 0
+    assert host.hook("always", DPKG_MAINTSCRIPT_PACKAGE="unlock") == 1
+
+
+def test_a_host_that_is_not_initialised_is_left_alone(host: Host) -> None:
+    (host.top / "var/lib/unlock/state.json").unlink()
+    assert host.hook("always") == 0
+
+
+def test_dpkg_calls_it(tmp_path: Path) -> None:
+    """dpkg's own reading of the line in its configuration."""
+    line = next(each for each in (TOP / "hooks/dpkg.cfg").read_text().splitlines() if each.startswith("post-invoke="))
+    program = tmp_path / "predict"
+    program.write_text(f"#!/bin/sh\necho done >{tmp_path}/ran\n")
+    program.chmod(0o755)
+    root = tmp_path / "root"
+    (root / "var/lib/dpkg/updates").mkdir(parents=True)
+    (root / "var/lib/dpkg/status").write_text("")
+    command = line.removeprefix("post-invoke=").replace("/usr/lib/unlock/predict", str(program))
+    subprocess.run(["dpkg", f"--root={root}", f"--post-invoke={command}", "--configure", "-a"], check=True)
+    assert (tmp_path / "ran").exists()

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which files on disk this boot has read, and what was in them: an update replaces them before they can be asked.
+
+    event log: a name, a digest ──> a file on /boot or the EFI system partition that has this digest ──> Booted
+    /var/lib/unlock/booted.json: Booted, as a file, made after each good boot
+
+JSON, version 1: {"version", "boot": boot id, "files": NAME -> [PATH, 64 hex digits], "texts": NAME -> content,
+"images": [[64 hex digits, PATH], ...], "initrd": PATH, "uki": [64 hex digits], "foreign": PATH -> 64 hex digits}.
+NAME is GRUB's, PATH below the root directory. What it says is believed only as far as the event log of the same boot
+has the same digests.
+
+Nothing authenticates /boot and the EFI system partition, and this boot has measured only what it has read. So a file of
+another entry (an older kernel's initramfs) may be a thief's who had the disk while the host was off: such a file is
+`foreign`, unless it is as /var/lib/unlock/boot-files.json has it from the last time that this host ran. One that has
+changed since this boot was changed by this system. boot-files.json, version 1: {"version", "files": PATH -> 64 hex
+digits}.
+"""
+
+import glob
+import json
+import os
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from typing import NamedTuple
+
+from . import eventlog, grub, pe, predict, uefi
+from .errors import Malformed, NewerFormat
+from .eventlog import Log
+from .paths import Paths, write_atomically
+
+MAX = 2 << 20
+"""Bytes of booted.json."""
+MAX_FILE = 1 << 30
+ESPS = ("boot/efi", "efi", "boot")
+"""Where the EFI system partition is mounted."""
+BASES = ("boot", "boot/efi", "efi", "")
+"""What GRUB's names may be relative to."""
+_VERSION = 1
+
+
+class Booted(NamedTuple):
+    boot: str
+    """The kernel's id of this boot."""
+    files: Mapping[str, tuple[str, bytes]]
+    """GRUB's name -> file, SHA-256."""
+    texts: Mapping[str, str]
+    """GRUB's name -> content, of configuration files."""
+    images: tuple[tuple[bytes, str], ...]
+    """EFI programs in the order in which they were started: Authenticode, file. A kernel that GRUB read comes last."""
+    initrd: str
+    """The file that the kernel's EFI stub got as it is; "" when that is none."""
+    uki: tuple[bytes, ...]
+    """What systemd-stub extended PCR 11 with, when the last of `images` is a unified kernel image and says the same."""
+    foreign: Mapping[str, bytes]
+    """Files below /boot and on the EFI system partition that may have been changed while the host was off: SHA-256."""
+
+    def encode(self) -> bytes:
+        """Malformed for what would be too long for `decode`."""
+        fields = {
+            "version": _VERSION,
+            "boot": self.boot,
+            "files": {name: [path, digest.hex()] for name, (path, digest) in self.files.items()},
+            "texts": dict(self.texts),
+            "images": [[digest.hex(), path] for digest, path in self.images],
+            "initrd": self.initrd,
+            "uki": [digest.hex() for digest in self.uki],
+            "foreign": {path: digest.hex() for path, digest in self.foreign.items()},
+        }
+        data = json.dumps(fields, separators=(",", ":")).encode()
+        if len(data) > MAX:
+            raise Malformed(f"the files of this boot take too much room to keep: {len(data)} bytes")
+        return data
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Booted":
+        """Malformed, or NewerFormat, for anything that `encode` did not write."""
+        try:
+            fields = json.loads(data[: MAX + 1])
+            if type(fields["version"]) is int and fields["version"] > _VERSION:
+                raise NewerFormat("booted.json: written by a newer version", hint="update unlock")
+            return cls(
+                _text(fields["boot"]),
+                {_text(name): (_text(path), _digest(hexed)) for name, (path, hexed) in fields["files"].items()},
+                {_text(name): _text(content) for name, content in fields["texts"].items()},
+                tuple((_digest(hexed), _text(path)) for hexed, path in fields["images"]),
+                _text(fields["initrd"]),
+                tuple(map(_digest, fields["uki"])),
+                {_text(path): _digest(hexed) for path, hexed in fields["foreign"].items()},
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise Malformed(f"booted.json: cannot be read: {type(error).__name__}") from None
+
+
+def keep(paths: Paths, log: Log) -> Booted:
+    """For the predictions of this boot. Raises OSError, Malformed."""
+    found = look(paths, log)
+    save(paths, found)
+    return found
+
+
+def save(paths: Paths, found: Booted) -> None:
+    write_atomically(paths.booted, found.encode())
+
+
+def load(paths: Paths, log: Log) -> Booted:
+    """What was kept of this boot; when nothing was that can be read, what the files still tell."""
+    try:
+        with open(paths.booted, "rb") as file:
+            found = Booted.decode(file.read(MAX + 1))
+        if found.boot == boot_id(paths):
+            return found
+    except (OSError, Malformed):
+        pass
+    return look(paths, log)
+
+
+def boot_id(paths: Paths) -> str:
+    try:
+        with open(paths.boot_id, encoding="ascii") as file:
+            return file.read(64).strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def look(paths: Paths, log: Log) -> Booted:
+    """The files that have the digests of the log."""
+    files: dict[str, tuple[str, bytes]] = {}
+    texts = {}
+    images: list[tuple[bytes, str]] = []
+    initrd = ""
+    for event in log.events:
+        digest = event.digest or b""
+        if name := predict.grub_file(event):
+            for path in _named(name):
+                data = read(paths, path)
+                if data is not None and sha256(data).digest() == digest:
+                    files[name] = path, digest
+                    if name.endswith((".cfg", "/grubenv")) and len(data) <= grub.MAX_TEXT:
+                        texts[name] = data.decode("utf-8", "surrogateescape")
+                    break
+        elif event.kind == eventlog.EFI_APPLICATION and event.pcr == 4:
+            found = (path for path in _program(paths, event.data) if authenticode(paths, path) == digest)
+            images += [(digest, path) for path in found][:1]
+        elif event.kind == eventlog.EVENT_TAG and event.data[:4] == predict.INITRD:
+            initrd = next((each for each in _initrds(paths) if _sha256(paths, each) == digest), "")
+    uki = _uki(paths, log, images)
+    handed = {event.digest for event in log.events if event.kind == eventlog.EFI_APPLICATION} - {a for a, _ in images}
+    paths_read = {path for path, _ in files.values()} if handed else set()
+    for path in sorted(paths_read):
+        image = authenticode(paths, path)
+        images += [(image, path)] if image and image in handed else []
+    measured = {*dict(files.values()), *(path for _, path in images), initrd}
+    known = _known(paths)
+    foreign = {} if known is None else {
+        path: digest
+        for path, digest in everything(paths)
+        if path not in measured and known.get(path) != digest
+    }  # fmt: skip
+    return Booted(boot_id(paths), files, texts, tuple(images), initrd, uki, foreign)
+
+
+def everything(paths: Paths) -> Iterator[tuple[str, bytes]]:
+    """All files below /boot and on the EFI system partition: path, SHA-256."""
+    for top in ("boot", "efi"):
+        for folder, _, names in os.walk(os.path.join(paths.root, top)):
+            for name in sorted(names):
+                path = os.path.relpath(os.path.join(folder, name), paths.root)
+                if os.path.isfile(os.path.join(paths.root, path)) and (digest := _sha256(paths, path)):
+                    yield path, digest
+
+
+def vouch(paths: Paths, before: Booted) -> None:
+    """For the next boot: the files as this system has them now, without those that are foreign still."""
+    files = {path: digest.hex() for path, digest in everything(paths) if before.foreign.get(path) != digest}
+    data = json.dumps({"version": _VERSION, "files": files}, separators=(",", ":")).encode()
+    if _read_own(paths.boot_files) != data:
+        write_atomically(paths.boot_files, data)
+
+
+def _known(paths: Paths) -> dict[str, bytes] | None:
+    """None before the first prediction: what is on disk then is taken as it is, as `init` does. What cannot be read
+    vouches for nothing."""
+    data = _read_own(paths.boot_files)
+    if data is None:
+        return None
+    try:
+        return {_text(path): _digest(hexed) for path, hexed in json.loads(data)["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _read_own(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return file.read(MAX + 1)
+    except FileNotFoundError:
+        return None
+
+
+def read(paths: Paths, path: str) -> bytes | None:
+    """A file below the root directory; None when there is none, or it is too large."""
+    try:
+        with open(os.path.join(paths.root, path), "rb") as file:
+            data = file.read(MAX_FILE + 1)
+    except (OSError, ValueError):
+        return None
+    return data if len(data) <= MAX_FILE else None
+
+
+def authenticode(paths: Paths, path: str) -> bytes | None:
+    """None for a file that is not there, or no EFI program."""
+    data = read(paths, path)
+    try:
+        return pe.authenticode(data) if data is not None else None
+    except Malformed:
+        return None
+
+
+def _sha256(paths: Paths, path: str) -> bytes | None:
+    data = read(paths, path)
+    return sha256(data).digest() if data is not None else None
+
+
+def _named(name: str) -> Iterator[str]:
+    """Where a file that GRUB names may be."""
+    _, inside, rest = name.partition(")") if name.startswith("(") else ("", "", name)
+    if rest.startswith("/") and ".." not in rest.split("/") and (inside or not name.startswith("(")):
+        yield from (os.path.join(base, rest.lstrip("/")) for base in BASES)
+
+
+def _program(paths: Paths, data: bytes) -> Iterator[str]:
+    try:
+        name = uefi.image_path(data).replace("\\", "/").lstrip("/")
+    except Malformed:
+        return
+    if name and ".." not in name.split("/"):
+        for esp in ESPS:
+            yield from _any_case(paths, esp, name.split("/"))
+
+
+def _any_case(paths: Paths, folder: str, parts: list[str]) -> Iterator[str]:
+    """FAT does not tell upper from lower case."""
+    try:
+        names = os.listdir(os.path.join(paths.root, folder))
+    except OSError:
+        return
+    for name in names:
+        if name.lower() == parts[0].lower():
+            path = os.path.join(folder, name)
+            if parts[1:]:
+                yield from _any_case(paths, path, parts[1:])
+            else:
+                yield path
+
+
+def _initrds(paths: Paths) -> Iterator[str]:
+    for pattern in ("boot/initr*", "boot/efi/initr*", "efi/initr*", "boot/efi/EFI/*/initr*", "efi/EFI/*/initr*"):
+        for path in sorted(glob.glob(os.path.join(paths.root, pattern))):
+            yield os.path.relpath(path, paths.root)
+
+
+def _uki(paths: Paths, log: Log, images: list[tuple[bytes, str]]) -> tuple[bytes, ...]:
+    said = tuple(event.digest or b"" for event in log.events if event.pcr == 11 and event.kind == eventlog.IPL)
+    try:
+        data = read(paths, images[-1][1]) if images and said else None
+        return said if data is not None and tuple(predict.uki_measurements(data)) == said else ()
+    except Malformed:
+        return ()
+
+
+def _text(value: object) -> str:
+    if type(value) is not str:
+        raise ValueError
+    return value
+
+
+def _digest(value: str) -> bytes:
+    digest = bytes.fromhex(value)
+    if len(digest) != 32:
+        raise ValueError
+    return digest

@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock policy predict`: an update must not lock the host out.
+
+    Booted (what this boot has read), its event log, the files as they are now
+      ──foresee──> for each entry that may come next: words, what changed, PCR values or why they cannot be told
+      ──predict──> allowed.predicted: the TPM releases the key to those boots too
+
+Only a boot that the TPM allowed may predict, and only from files that it has measured, or that this system has written
+since: nothing else vouches for /boot (unlock.booted). What a file does not tell (firmware, its settings, a new shim) is
+never guessed: those PCRs stay as they are, or it is Refused.
+"""
+
+import glob
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+from . import allowed, atunseal, booted, eventlog, explain, grub, log, pe, policy, predict, thisboot
+from .booted import Booted
+from .errors import Malformed, Refused, UnlockError
+from .eventlog import Event, Log
+from .paths import Paths
+from .tpm import Tpm
+
+MOST = 6
+"""Entries that are predicted: a policy holds eight states, and two are this boot's and the one before."""
+
+NOTHING = "unmeasured"
+"""How a host boots (atunseal.how_booted) where files are not measured."""
+_BY_FILES = {4, 5, 8, 9, 11, 12, 13}
+"""PCRs in which programs, configuration, kernel and initramfs are measured."""
+_SOME = b"\xff" * 32
+"""Of a PCR that was extended, and by what cannot be told."""
+
+
+class Entry(NamedTuple):
+    """A boot that may come next."""
+
+    words: str
+    """kernel 6.12.48; with the boot menu's title for all but the default entry."""
+    changes: tuple[str, ...]
+    """What differs from this boot."""
+    values: Mapping[int, bytes] | None
+    """PCRs 0 to 15 when early boot asks the TPM; None when they cannot be told."""
+    why: str
+    """Why not; empty when they can."""
+    default: bool
+
+
+class World(NamedTuple):
+    """All that is looked at."""
+
+    paths: Paths
+    log: Log
+    before: Booted
+    later: tuple[Event, ...]
+    """What systemd measured before early boot asked the TPM."""
+    values: Mapping[int, bytes]
+    """PCRs of this boot at that time."""
+
+
+class Foreseen(NamedTuple):
+    entries: tuple[Entry, ...]
+    notes: tuple[str, ...]
+    states: int
+    """How many the policy has now."""
+
+
+# Foreseeing -------------------------------------------------------------------------------------------------
+
+
+def foresee(world: World) -> tuple[list[Entry], list[str]]:
+    """The entries that may boot next, the default one first, and what else is worth knowing. Raises Refused."""
+    notes = _programs(world)
+    kind = atunseal.how_booted(world.paths, {pcr: world.values.get(pcr, _SOME) for pcr in range(16)})
+    if kind == "shim+GRUB":
+        found = _grub(world)
+    elif kind == "UKI":
+        found = _ukis(world)
+    elif kind == "direct kernel":
+        found = _direct(world)
+    else:
+        raise predict.cannot("how this host boots is not known")
+    entries = list(found)
+    if len(entries) > MOST:
+        left = ", ".join(each.words for each in entries[MOST:])
+        notes.append(f"the policy has no room for all entries of the boot menu; not predicted: {left}")
+    return entries[:MOST], notes
+
+
+def _programs(world: World) -> list[str]:
+    """What is said of a new GRUB or systemd-boot. Refused for a new shim."""
+    notes = []
+    shim = any(event.pcr == 14 and event.data.startswith(b"MokList") for event in world.log.events)
+    for number, (digest, path) in enumerate(_loaders(world)):
+        if booted.authenticode(world.paths, path) == digest:
+            continue
+        if shim and not number:
+            raise predict.cannot(f"{path} is not this boot's: which revocations a new shim measures is not known")
+        notes.append(f"{path} is not this boot's: predicted as if it did the same")
+    return notes
+
+
+def _loaders(world: World) -> list[tuple[bytes, str]]:
+    """The programs before the kernel, or before the unified kernel image: shim, and what has a boot menu."""
+    read = {path for path, _ in world.before.files.values()}
+    found = [(digest, path) for digest, path in world.before.images if path not in read]
+    return found if world.before.files else found[:-1]
+
+
+def _grub(world: World) -> Iterator[Entry]:
+    before = world.before
+    images = {path: digest for digest, path in before.images}
+
+    learned = predict.learn(world.log, before.texts, lambda name: images.get(before.files.get(name, ("", b""))[0], b""))
+    where = _places(world)
+    disk = _disk(world, where)
+    for name in before.texts:
+        if name != learned.name and name.endswith(".cfg") and _changed(world, name):
+            raise predict.cannot(f"{before.files[name][0]} has changed, and GRUB reads it before its menu")
+    text = disk.content(learned.name).decode("utf-8", "surrogateescape")
+    for number, (title, titles) in enumerate(predict.menu(learned, text, disk)):
+        yield _grub_entry(world, learned, text, title, titles, disk, where, not number)
+
+
+def _grub_entry(
+    world: World,
+    learned: predict.Learned,
+    text: str,
+    title: str,
+    titles: Sequence[str],
+    disk: predict.Disk,
+    where: Callable[[str], str],
+    default: bool,
+) -> Entry:
+    try:
+        events, kernel = predict.boot(learned, text, titles, disk)
+    except UnlockError as problem:
+        return Entry(f"menu entry {title}", (), None, str(problem), default)
+    old = learned.kernel
+    version, before = (_version(each.words[0]) for each in (kernel, old))
+    changes = []
+    if version != before:
+        changes.append(f"kernel {version} instead of {before}")
+    elif _changed(world, kernel.words[0]):
+        changes.append(f"kernel {version} was replaced")
+    for name in kernel.initrds:
+        if name in old.initrds and _changed(world, name):
+            changes.append(f"initramfs of {_version(name)}")
+    if kernel.words[1:] != old.words[1:]:
+        changes.append("kernel command line")
+    if text != world.before.texts[learned.name]:
+        changes.append("grub.cfg")
+    if tuple(titles) != learned.way:
+        changes.append("another menu entry")
+    words = f"kernel {version}" + ("" if default else f", menu entry {title}")
+    loaded = [where(name) for name in (kernel.words[0], *kernel.initrds)]
+    if foreign := _foreign(world, loaded):
+        return Entry(words, tuple(changes), None, foreign, default)
+    return _entry(world, words, changes, events, default)
+
+
+def _changed(world: World, name: str) -> bool:
+    path, digest = world.before.files.get(name, ("", b""))
+    data = booted.read(world.paths, path) if path else None
+    return data is None or sha256(data).digest() != digest
+
+
+def _version(name: str) -> str:
+    """Of /vmlinuz-6.12.48 or /initrd.img-6.12.48."""
+    return os.path.basename(name).partition("-")[2] or os.path.basename(name)
+
+
+def _foreign(world: World, loaded: Iterable[str]) -> str:
+    """Why nothing vouches for one of these files; empty when something does."""
+    for path in loaded:
+        data = booted.read(world.paths, path)
+        real = os.path.relpath(
+            os.path.realpath(os.path.join(world.paths.root, path)), os.path.realpath(world.paths.root)
+        )
+        known = {world.before.foreign.get(name) for name in (path, real)}
+        if data is not None and sha256(data).digest() in known:
+            return f"{path} was changed while this host was off, or before it was looked at: --trust-files if by you"
+    return ""
+
+
+def _places(world: World) -> Callable[[str], str]:
+    """GRUB's names for files -> paths below the root directory, as far as this boot's show where they are mounted."""
+    places = {}
+    for name, (path, _) in world.before.files.items():
+        device, rest = _parted(name)
+        if path.endswith(rest.lstrip("/")):
+            places[device] = path[: len(path) - len(rest.lstrip("/"))]
+
+    def where(name: str) -> str:
+        device, rest = _parted(name)
+        if device not in places or not rest.startswith("/") or ".." in rest.split("/"):
+            raise grub.Unknown(f"where {name} is on disk is not known")
+        return os.path.join(places[device], rest.lstrip("/"))
+
+    return where
+
+
+def _disk(world: World, where: Callable[[str], str]) -> predict.Disk:
+    def content(name: str) -> bytes:
+        data = booted.read(world.paths, where(name))
+        if data is None:
+            raise grub.Unknown(f"{name} is not on disk")
+        return data
+
+    def exists(name: str) -> bool:
+        path = os.path.join(world.paths.root, where(name))
+        return os.path.isdir(path) or (os.path.isfile(path) and os.path.getsize(path) > 0)
+
+    def image(name: str) -> bytes:
+        digest = booted.authenticode(world.paths, where(name))
+        if digest is None:
+            raise grub.Unknown(f"{name} is no kernel that is on disk")
+        return digest
+
+    return predict.Disk(content, lambda name: sha256(content(name)).digest(), image, exists)
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """(hd0,gpt2)/grub/grub.cfg: the device, which may be none, and the rest."""
+    if name.startswith("("):
+        device, _, rest = name.partition(")")
+        return f"{device})", rest
+    return "", name
+
+
+def _direct(world: World) -> Iterator[Entry]:
+    """The firmware starts the kernel. A kernel that is not on disk (QEMU -kernel) stays as it is."""
+    if _loaders(world):
+        raise predict.cannot("entries of systemd-boot that are no unified kernel images are not understood")
+    changes, words = [], []
+    version = ""
+    for digest, path in world.before.images[-1:]:
+        now = booted.authenticode(world.paths, path)
+        version = _version(path)
+        if now is None:
+            raise predict.cannot(f"the kernel {path} is not there any more")
+        if now != digest:
+            changes.append(predict.Change("the kernel", digest, now))
+            words.append(f"kernel {version} was replaced")
+    if path := world.before.initrd:
+        old = [e.digest for e in world.log.events if e.kind == eventlog.EVENT_TAG and e.data[:4] == predict.INITRD]
+        data = booted.read(world.paths, path)
+        if data is None:
+            raise predict.cannot(f"the initramfs {path} is not there any more")
+        version = version or _version(path)
+        if old[-1] and sha256(data).digest() != old[-1]:
+            changes.append(predict.Change("the initramfs", old[-1], sha256(data).digest()))
+            words.append(f"initramfs of {_version(path)}")
+    if not world.before.images and not world.before.initrd:
+        raise predict.cannot("neither the kernel nor the initramfs of this boot is a file on disk")
+    yield _entry(world, f"kernel {version}", words, predict.changed(world.log, changes), True)
+
+
+def _ukis(world: World) -> Iterator[Entry]:
+    """The unified kernel image that was booted, as it is now, and the others beside it, the newest name first."""
+    before = world.before
+    if not before.uki:
+        raise predict.cannot("the unified kernel image of this boot is not on disk as it was booted")
+    own = before.images[-1][1]
+    pattern = os.path.join(glob.escape(os.path.join(world.paths.root, os.path.dirname(own))), "*.[eE][fF][iI]")
+    found = {os.path.relpath(path, world.paths.root) for path in glob.glob(pattern)}
+    for path in [own, *sorted(found - {own}, reverse=True)]:
+        data = booted.read(world.paths, path)
+        try:
+            measured = tuple(predict.uki_measurements(data)) if data is not None else ()
+        except Malformed:
+            measured = ()
+        if not data or not measured:
+            if path == own:
+                yield Entry(os.path.basename(path), (), None, "it is no unified kernel image any more", True)
+            continue
+        events = predict.unified(world.log, before.images[-1][0], predict.read_unified(data))
+        changes = [] if pe.authenticode(data) == before.images[-1][0] else ["unified kernel image"]
+        if path != own:
+            changes.append("another menu entry")
+        words = f"unified kernel image {os.path.basename(path)}"
+        if foreign := _foreign(world, [path]):
+            yield Entry(words, tuple(changes), None, foreign, path == own)
+            continue
+        entry = _entry(world, words, changes, events, path == own)
+        if changes and entry.values is not None:  # systemd-stub adds to what the kernel's own stub measures
+            entry = entry._replace(values={pcr: value for pcr, value in entry.values.items() if pcr != 9})
+        yield entry
+
+
+def _entry(world: World, words: str, changes: Iterable[str], events: Iterable[Event], default: bool) -> Entry:
+    """PCRs that are as the log has them now keep their value, whatever that is; of the others, the log must account."""
+    programs = {digest: booted.authenticode(world.paths, path) for digest, path in _loaders(world)}
+    events = [each._replace(digest=programs.get(each.digest or b"") or each.digest) for each in events]
+    was = eventlog.replay([*world.log.events, *world.later], world.log.locality)
+    will = eventlog.replay([*events, *world.later], world.log.locality)
+    values = dict(world.values)
+    for pcr in range(16):
+        if pcr == policy.CAP_PCR or was.get(pcr) == will.get(pcr):
+            continue
+        if was.get(pcr) != world.values.get(pcr) or pcr not in will:
+            return Entry(words, tuple(changes), None, f"the event log does not account for PCR {pcr}", default)
+        values[pcr] = will[pcr]
+    return Entry(words, tuple(changes), values, "", default)
+
+
+# The host ---------------------------------------------------------------------------------------------------
+
+
+def gather(paths: Paths, tpm: Tpm) -> World:
+    """Refused when this boot left no log, or is none that the TPM allows. Sends reading commands alone."""
+    found, problem = atunseal.event_log(paths)
+    if found is None or found.problem:
+        raise predict.cannot(problem or f"the event log cannot be read to its end: {found.problem if found else ''}")
+    if not allowed.current(paths, tpm).opened:
+        raise Refused(
+            "this boot is none that the TPM allows: nothing is predicted from it", "unlock explain", "boot-not-allowed"
+        )
+    asked = atunseal.asked(thisboot.early(paths), 0.0)
+    later = eventlog.parse_systemd(atunseal.read(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG))
+    early = tuple(event for event in later if event.time < asked)
+    return World(paths, found, booted.load(paths, found), early, atunseal.values(paths, tpm))
+
+
+def run(paths: Paths, tcti: str, dry_run: bool = False, trust_files: bool = False) -> Foreseen:
+    """Foresees, and reseals. `trust_files`: the operator vouches for those that are foreign. An entry that cannot be
+    predicted leaves out no other. Raises Refused, and whatever `allowed.predicted` raises."""
+    with Tpm(tcti) as tpm:
+        found = allowed.current(paths, tpm)
+        if (
+            not _BY_FILES & set(found.record.selection)
+            or atunseal.how_booted(paths, tpm.read_pcrs(range(16))) == NOTHING
+        ):
+            note = "no update of files changes what the TPM looks at: there is nothing to predict"
+            return Foreseen((), (note,), len(found.states))
+        world = gather(paths, tpm)
+        if trust_files:
+            world = world._replace(before=world.before._replace(foreign={}))
+        entries, notes = foresee(world)
+        states = len(allowed.current(paths, tpm).states)
+    good = {each.words: each.values for each in entries if each.values is not None}
+    if good and not dry_run:
+        states = len(allowed.predicted(paths, good, tcti).states)
+    if not dry_run:
+        if trust_files:
+            booted.save(paths, world.before)
+        booted.vouch(paths, world.before)
+    return Foreseen(tuple(entries), tuple(notes), states)
+
+
+def refused(found: Foreseen) -> Refused | None:
+    """When the default entry cannot be predicted."""
+    bad = [each for each in found.entries if each.default and each.values is None]
+    return (
+        predict.cannot(bad[0].why.removeprefix("the next boot's measurements cannot be predicted: ")) if bad else None
+    )
+
+
+def keep(paths: Paths) -> int:
+    """`unlock boot baseline`, after a boot: what was measured, and which files it came from."""
+    early = thisboot.early(paths)
+    found, _ = atunseal.event_log(paths)
+    try:
+        if early and early["verdict"] == "unsealed" and found:
+            booted.keep(paths, found)
+    except (OSError, Malformed) as problem:
+        log.error(f"the next boot will not be predicted: {problem}", "unlock policy predict")
+    return explain.baseline(paths)
+
+
+def hook(paths: Paths, tcti: str) -> int:
+    """`unlock boot predict`, after an update: never fails, and says on stderr what the next boot will do."""
+    if not os.path.exists(paths.state):
+        return 0
+    try:
+        found = run(paths, tcti)
+    except UnlockError as problem:
+        if problem.code in ("no-key", "not-initialised"):
+            return 0
+        _warn(problem)
+        return 0
+    except OSError as problem:
+        _warn(predict.cannot(str(problem)))
+        return 0
+    for each in found.entries:
+        if each.values is not None and each.changes:
+            log.note(f"next boot: {each.words} is predicted: {', '.join(each.changes)}")
+    for note in found.notes:
+        log.note(note)
+    if bad := refused(found):
+        _warn(bad)
+    return 0
+
+
+def _warn(problem: UnlockError) -> None:
+    log.error(str(problem), problem.hint)
+    log.note("at the next boot the TPM may refuse; the recovery key opens the disks then")
+
+
+def fields(found: Foreseen) -> dict[str, Any]:
+    """For scripts."""
+    return {
+        "version": 1,
+        "entries": [
+            {
+                "words": each.words,
+                "default": each.default,
+                "predicted": each.values is not None,
+                "changes": list(each.changes),
+                "why": each.why,
+                "pcrs": {str(pcr): value.hex() for pcr, value in sorted((each.values or {}).items())},
+            }
+            for each in found.entries
+        ],
+        "notes": list(found.notes),
+        "states": found.states,
+    }
+
+
+def text(found: Foreseen) -> str:
+    lines = []
+    for each in found.entries:
+        what = ", ".join(each.changes) or "as this boot"
+        lines.append(f"{each.words}: " + (f"predicted: {what}" if each.values is not None else f"not: {each.why}"))
+    return "\n".join([*lines, *(f"note: {each}" for each in found.notes)])
