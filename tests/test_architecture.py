@@ -21,9 +21,10 @@ ROWS = [
     {"provide"},
     {"rotation", "allowed"},
     {"boot", "late", "recovery", "enroll", "members", "status", "explain"}
-    | {"cache", "check", "kdk", "keymanager", "persistence", "recoveryops", "rekey", "switch", "sync"}
+    | {"cache", "kdk", "keymanager", "persistence", "recoveryops", "rekey", "switch", "sync"}
     | {"window", "rebind"},
     {"foresee"},
+    {"check"},
     {"cli", "clikeys", "clipolicy", "clipredict", "clirecovery", "shell", "__main__"},
 ]
 """Lowest first: a module imports from lower rows only; in the lowest row and at the top, from its own too."""

@@ -10,7 +10,7 @@ import pytest
 
 from tests.lab.guest import Guest
 from tests.lab.machine import Machine, report
-from tests.lab.stories import by_grub, up
+from tests.lab.stories import by_grub, checked, up
 
 pytestmark = pytest.mark.vm
 
@@ -40,10 +40,12 @@ def test_kernel_initramfs_command_line_and_menu_are_updated_and_a_thief_is_not(s
         again = json.loads(console.sh("unlock policy predict --json", timeout=120).out)
         assert again["entries"][0]["predicted"] and again["entries"][0]["default"]
         console.sh("sed -i 's/CMDLINE_LINUX=\"/&audit=0 /' /etc/default/grub && update-grub", timeout=300)
+        assert checked(console) == {"": "unsafe", "root": "safe"}  # no hook has seen that
         booted.poweroff(300)
     with story.boot() as booted:
         console = up(booted)
         assert report(console)["verdict"] == "unsealed"
+        assert checked(console) == {"": "safe", "root": "safe"}
         assert console.sh("uname -r").out != old
         assert "audit=0" in console.read("/proc/cmdline").decode()
         assert "recovery" not in booted.console.text.partition("Loading Linux")[2]

@@ -15,7 +15,7 @@ import pytest
 from eventlogs import DATA, LOGGED, Entry, log, plain, program, real, tagged
 from hostfixture import Machine
 
-from unlock import booted, eventlog, explain, foresee, grub, pe, predict, uefi
+from unlock import booted, check, eventlog, explain, foresee, grub, pe, predict, slots, uefi
 from unlock.errors import Refused, UnlockError
 from unlock.paths import Paths
 
@@ -278,8 +278,17 @@ def run(host: Machine, dry_run: bool = False) -> foresee.Foreseen:
     return foresee.run(host.paths, host.chip.tcti, dry_run)
 
 
+def checked(host: Machine) -> list[str]:
+    """What `unlock check` says of the entries that may come next."""
+    with host.chip.open() as tpm:
+        record = slots.current(tpm)[1]
+    return [each.verdict for each in check.next_boot(host.paths, host.chip.tcti, record)]
+
+
 def test_an_update_of_everything_and_the_host_boots_without_a_prompt(host: Machine) -> None:
+    assert checked(host) == [check.SAFE, check.NOTE]
     install(host, AFTER)
+    assert checked(host) == [check.UNSAFE, check.NOTE, check.NOTE]
     assert len(run(host, dry_run=True).entries) == 3
     assert host.reasons() == ["this boot"]
     found = run(host)
@@ -289,6 +298,7 @@ def test_an_update_of_everything_and_the_host_boots_without_a_prompt(host: Machi
     assert [each.default for each in found.entries] == [True, False, False]
     assert f"initramfs of {OLD}" in found.entries[2].changes
     assert run(host) == found
+    assert checked(host) == [check.SAFE] * 3
     assert boot(host, NEXT) == "unsealed"
     assert boot(host, OLDER) == "unsealed"
     assert boot(host, NOW) == "unsealed"

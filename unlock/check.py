@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unlock check`: is it safe to reboot?
 
-    TPM: slot, object, policy ──> every disk of every group ──> root, initramfs images, recovery key, key manager,
-    kexec, hibernation ──> one verdict, the worst of the findings
+    TPM: slot, object, policy ──> what the next boot measures ──> every disk of every group ──> root, initramfs images,
+    recovery key, key manager, kexec, hibernation ──> one verdict, the worst of the findings
 
 It changes nothing. What it cannot prove it says: after the cap nothing can be unsealed on trial, so that the sealed
 key is the one in the key cache follows from the object's name alone.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from . import devices, disk, keyring, luks, policy, present, provide, report, thisboot, token
+from . import atunseal, devices, disk, foresee, keyring, luks, policy, present, provide, report, thisboot, token, window
 from .errors import CommandFailed, NoKey, NoSlot, UnlockError
 from .groups import Group, Member
 from .paths import Paths
@@ -26,9 +26,11 @@ from .state import State
 from .tpm import Tpm
 
 VERSION = 1
-SAFE, UNPROVEN, UNSAFE = "safe", "unproven", "unsafe"
+NOTE, SAFE, UNPROVEN, UNSAFE = "note", "safe", "unproven", "unsafe"
+"""A note is worth knowing, and is not about the next boot."""
 STATUS = {SAFE: 0, UNPROVEN: 30, UNSAFE: 31}
 """Exit statuses, worst last."""
+_RANK = (NOTE, SAFE, UNPROVEN, UNSAFE)
 MEANING = {
     SAFE: "what opens by itself now opens by itself at the next boot",
     UNPROVEN: "nothing speaks against it, and not all of it can be proven",
@@ -75,7 +77,7 @@ def check(
         *_kexec(paths),
         *_hibernation(paths),
     ]
-    return Checked(max((each.verdict for each in findings), key=list(STATUS).index), tuple(findings))
+    return Checked(max((each.verdict for each in findings), key=_RANK.index), tuple(findings))
 
 
 def fields(found: Checked) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def fields(found: Checked) -> dict[str, Any]:
 
 def text(found: Checked) -> str:
     """For people: what is worst first, the verdict last."""
-    order = sorted(found.findings, key=lambda each: -STATUS[each.verdict])
+    order = sorted(found.findings, key=lambda each: -_RANK.index(each.verdict))
     lines = []
     for each in order:
         lines.append(f"{each.verdict:<9} {each.what}: {each.detail}")
@@ -119,6 +121,32 @@ def _tpm(paths: Paths, state: State, tcti: str) -> Iterator[Finding]:
     if verdict != "unsealed":
         why = report.VERDICTS.get(verdict, "early boot left no report")
         yield Finding("this boot", UNSAFE, f"{why}; the next one is like this one", "unlock explain")
+    else:
+        yield from next_boot(paths, tcti, record)
+    if state.tpm["window"]:
+        yield Finding("policy", NOTE, window.said(state.tpm["window"]), "unlock policy close")
+
+
+def next_boot(paths: Paths, tcti: str, record: Record) -> Iterator[Finding]:
+    """Whether the TPM allows what the files on disk will measure."""
+    try:
+        found = foresee.run(paths, tcti, dry_run=True)
+    except UnlockError as error:
+        yield Finding("next boot", UNPROVEN, str(error), error.hint)
+        return
+    for each in found.entries:
+        what, verdict = ("next boot", UNSAFE) if each.default else ("boot menu", NOTE)
+        if each.values is None:
+            yield Finding(what, verdict, f"{each.words}: {each.why}", "unlock policy predict")
+            continue
+        changes = ", ".join(each.changes) or "measures what this boot did"
+        branch = policy.branch(record.selection, atunseal.of(record.selection, each.values), record.cap)
+        if branch in record.branches:
+            yield Finding(what, SAFE, f"{each.words}: the TPM allows it: {changes}")
+        else:
+            yield Finding(what, verdict, f"{each.words}: the TPM will refuse it: {changes}", "unlock policy predict")
+    if not found.entries:
+        yield Finding("next boot", SAFE, found.notes[0])
 
 
 def _current(tpm: Tpm) -> tuple[policy.Slot, Record] | None:
@@ -225,7 +253,7 @@ def _images(paths: Paths, listing: Callable[[list[str]], str] = run) -> Iterator
         except CommandFailed as error:
             wrong = str(error)
         if wrong:
-            yield Finding(name, UNSAFE if newest else UNPROVEN, wrong, f"update-initramfs -u -k {name[11:]}")
+            yield Finding(name, UNSAFE if newest else NOTE, wrong, f"update-initramfs -u -k {name[11:]}")
         else:
             yield Finding(name, SAFE, "unlock is in it, and reads what is on the disks and in the TPM")
 
@@ -279,7 +307,7 @@ def _recovery(state: State) -> Iterator[Finding]:
     if state.recovery["behind"]:
         yield Finding("recovery key", UNPROVEN, "some disks still have an earlier one", "unlock recovery new")
     elif tested < len(uuids):
-        yield Finding("recovery key", SAFE, f"tested on {tested} of {len(uuids)} disk(s)", "unlock recovery test")
+        yield Finding("recovery key", NOTE, f"tested on {tested} of {len(uuids)} disk(s)", "unlock recovery test")
     else:
         yield Finding("recovery key", SAFE, "tested on every disk")
 

@@ -64,7 +64,9 @@ def checked(console: Guest) -> dict[str, str]:
     """What `unlock check` says: "" -> its verdict, group -> the worst of its disks."""
     found = json.loads(console.sh("unlock check --json", check=False, timeout=240).out)
     verdicts = {"": str(found["verdict"])}
-    for each in sorted(found["findings"], key=lambda each: ("safe", "unproven", "unsafe").index(each["verdict"])):
+    for each in sorted(
+        found["findings"], key=lambda each: ("note", "safe", "unproven", "unsafe").index(each["verdict"])
+    ):
         if each["what"].startswith("group "):
             verdicts[each["what"].removeprefix("group ").partition(",")[0]] = each["verdict"]
     return verdicts
