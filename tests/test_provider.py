@@ -368,7 +368,7 @@ def test_every_path_that_caches_a_key_is_known() -> None:
         "rebind: keyring.put(_NEW, new)",  # sealed next; a rebind that is killed goes on from it
         'rebind: keyring.put("unlock:persistence", new)',  # sealed before
         'rebind: provide.remember(paths, "unlock:host", host_key, "provider")',  # in state and tokens before
-        'rebind: provide.remember(paths, provide.cached(group.kek, group.generation), kek, "provider")',  # in the tokens
+        'rebind: provide.remember(paths, provide.cached(group.kek, group.generation), kek, "provider")',  # on the disks
         'enroll: keyring.put("unlock:host", host_key)',  # saved in the state before
         "provide: keyring.put(name, key)",
         'rotation: provide.remember(work.paths, "unlock:host", key, "provider")',  # saved in the state before
