@@ -20,7 +20,7 @@ import glob
 import json
 import os
 from collections.abc import Iterator, Mapping
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from typing import NamedTuple
 
 from . import eventlog, grub, pe, predict, uefi
@@ -201,10 +201,9 @@ def read(paths: Paths, path: str) -> bytes | None:
     """A file below the root directory; None when there is none, or it is too large."""
     try:
         with open(os.path.join(paths.root, path), "rb") as file:
-            data = file.read(MAX_FILE + 1)
+            return file.read() if os.fstat(file.fileno()).st_size <= MAX_FILE else None
     except (OSError, ValueError):
         return None
-    return data if len(data) <= MAX_FILE else None
 
 
 def authenticode(paths: Paths, path: str) -> bytes | None:
@@ -217,8 +216,11 @@ def authenticode(paths: Paths, path: str) -> bytes | None:
 
 
 def _sha256(paths: Paths, path: str) -> bytes | None:
-    data = read(paths, path)
-    return sha256(data).digest() if data is not None else None
+    try:
+        with open(os.path.join(paths.root, path), "rb") as file:
+            return file_digest(file, "sha256").digest()
+    except (OSError, ValueError):
+        return None
 
 
 def _named(name: str) -> Iterator[str]:

@@ -15,7 +15,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from . import atunseal, devices, disk, foresee, keyring, luks, policy, present, provide, report, thisboot, token, window
+from . import (
+    allowed,
+    atunseal,
+    devices,
+    disk,
+    foresee,
+    keyring,
+    luks,
+    policy,
+    present,
+    provide,
+    report,
+    thisboot,
+    token,
+    window,
+)
 from .errors import CommandFailed, NoKey, NoSlot, UnlockError
 from .groups import Group, Member
 from .paths import Paths
@@ -112,17 +127,23 @@ def _tpm(paths: Paths, state: State, tcti: str) -> Iterator[Finding]:
                 yield Finding("TPM", UNSAFE, f"slot {slot.name} is of another installation", "unlock explain")
                 return
             tpm.verify(slot, record)
+            opened = allowed.current(paths, tpm).opened
     except UnlockError as error:
         yield Finding("TPM", UNSAFE, str(error), error.hint or "unlock explain")
         return
     proven = f"slot {slot.name}: object and policy are what the record says, {len(record.branches)} allowed state(s)"
     yield Finding("TPM", SAFE, proven)
     verdict = early["verdict"] if early else ""
-    if verdict != "unsealed":
+    if verdict == "unsealed":
+        yield from next_boot(paths, tcti, record)
+    elif opened:
+        yield Finding(
+            "this boot", UNPROVEN, "the TPM allows what it has measured, and has not been asked yet", "reboot"
+        )
+        yield from next_boot(paths, tcti, record)
+    else:
         why = report.VERDICTS.get(verdict, "early boot left no report")
         yield Finding("this boot", UNSAFE, f"{why}; the next one is like this one", "unlock explain")
-    else:
-        yield from next_boot(paths, tcti, record)
     if state.tpm["window"]:
         yield Finding("policy", NOTE, window.said(state.tpm["window"]), "unlock policy close")
 
