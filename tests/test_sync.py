@@ -8,6 +8,8 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,9 +20,10 @@ from kmipfixture import AUTHORITY, CLIENT
 
 from tests.lab.kmipliar import ACTIVE, COMPROMISED, DEACTIVATED, DESTROYED, Liar
 from unlock import disk, keyring, luks, provide, rotation, sync, thisboot
-from unlock.errors import ClockWrong, NoKey, ProviderError, UnlockError
+from unlock.errors import ClockWrong, NoKey, ProviderError, Refused, UnlockError
 from unlock.groups import Group, Member
 from unlock.providers import native
+from unlock.state import exclusive
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -77,6 +80,27 @@ def test_nothing_changed_is_one_request_for_50_keys_and_no_write(host: Host, kms
         assert len(outcomes) == 50
         assert kms.traffic() - traffic == (1, 1)
         assert content(host) == before
+
+
+def test_a_command_waits_for_the_sync_that_the_timer_has_started(host: Host, capfd: pytest.CaptureFixture[str]) -> None:
+    """The second has the lock when the first has ended, and not before; a third that has no patience is refused."""
+    go, ended = os.pipe(), host.folder / "ended"
+
+    def first() -> None:
+        with exclusive(host.paths):
+            os.write(go[1], b"!")
+            time.sleep(1)
+            ended.touch()
+
+    runner = threading.Thread(target=lambda: child(first))
+    runner.start()
+    os.read(go[0], 1)
+    with pytest.raises(Refused, match="another unlock command"), exclusive(host.paths, 0):
+        pass
+    with exclusive(host.paths):
+        assert ended.exists()
+    runner.join()
+    assert "waiting for another unlock command" in capfd.readouterr().err
 
 
 def test_sync_imports_nothing_that_speaks_with_a_tpm() -> None:

@@ -141,6 +141,7 @@ class Proxy:
 
     def close(self) -> None:
         for listener in self._listeners:
+            listener.shutdown(socket.SHUT_RDWR)  # else the thread that accepts takes one connection more
             listener.close()
         self._drop()
 

@@ -40,13 +40,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from . import token, wrap
+from . import log, token, wrap
 from .errors import Malformed, NewerFormat, Refused
 from .groups import POLICIES, Group, Member, is_name
 from .paths import Paths, write_atomically
 from .secret import Secret
 
 VERSION = 1
+PATIENCE = 120.0
+"""Seconds for another command to end."""
 
 
 class State:
@@ -385,16 +387,20 @@ class State:
 
 
 @contextmanager
-def exclusive(paths: Paths, patience: float = 0.0) -> Iterator[None]:
-    """One changing operation at a time on this host. Raises Refused when one is still running after `patience`, in
-    seconds."""
+def exclusive(paths: Paths, patience: float = PATIENCE) -> Iterator[None]:
+    """One changing operation at a time on this host; the sync of the timer is one. Raises Refused when another is still
+    running after `patience`, in seconds."""
     os.makedirs(paths.run, mode=0o700, exist_ok=True)
     fd = os.open(paths.of_this_boot("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     end = time.monotonic() + patience
     try:
+        said = False
         while not _locked(fd):
+            if not said:
+                log.note("waiting for another unlock command to end")
+                said = True
             if time.monotonic() >= end:
-                raise Refused("another unlock command is changing this host", "wait for it", code="busy")
+                raise Refused("another unlock command is changing this host", "run it again later", code="busy")
             time.sleep(0.2)
         yield
     finally:

@@ -25,8 +25,6 @@ from .tpm import Tpm
 REBOOTS_MAX = 5
 FIRMWARE = frozenset(range(8))
 """The PCRs that a firmware update may change: TCG "PC Client Platform Firmware Profile", section 3.3.4."""
-_BUSY = 120.0
-"""Seconds that a good boot waits for another command to end."""
 
 
 def show(paths: Paths, tcti: str = DEVICE) -> dict[str, Any]:
@@ -149,7 +147,7 @@ def good_boot(paths: Paths, tcti: str = "") -> int:
     early = thisboot.early(paths)
     if not early or early["verdict"] != "unsealed":
         return 0
-    with exclusive(paths, patience=_BUSY), Tpm(tcti or thisboot.tpm_device()) as tpm:
+    with exclusive(paths), Tpm(tcti or thisboot.tpm_device()) as tpm:
         state = State.load(paths)
         found = allowed.look(paths, tpm, state)
         allowed.remember(state, found, (), {})
