@@ -61,7 +61,7 @@ packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-a
 	systemd kmod util-linux shellcheck strace busybox klibc-utils dosfstools mtools \
 	openssl gcc pkg-config libffi-dev python3-venv python3-dev
 
-.PHONY: setup test test-fast soak lint demo bench
+.PHONY: setup test test-updates test-fast soak lint demo bench
 
 # What tests and demo need, from the distribution and from PyPI; quick when it is all there.
 setup:
@@ -79,7 +79,12 @@ test-fast: lint
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not vm"
 
 test: lint
-	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 \
+		--ignore=tests/test_boot_updates.py
+
+# A host that boots by shim and GRUB from its own disk is updated: five boots and a second kernel from the network.
+test-updates: setup
+	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest tests/test_boot_updates.py
 
 # Made-up headers, tokens and records for an hour, or for `make soak SECONDS=60`.
 SECONDS = 3600

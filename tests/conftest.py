@@ -23,8 +23,7 @@ def key_cache() -> Iterator[None]:
 
 
 SLOW = (
-    *("test_boot_attacks", "test_boot_good", "test_boot_faults", "test_boot_keys", "test_boot_updates"),
-    *("test_power_cuts", "test_image"),
+    *("test_boot_attacks", "test_boot_good", "test_boot_faults", "test_boot_keys", "test_power_cuts", "test_image"),
 )
 """First, and in this order: the first two enrol different machines, so that no worker waits for the other."""
 
