@@ -22,6 +22,17 @@ def key_cache() -> Iterator[None]:
         keyring.flush()
 
 
+@pytest.fixture
+def kms() -> Iterator[Any]:
+    """A key manager, scripted, over mutual TLS."""
+    from kmipfixture import AUTHORITY
+
+    from tests.lab.kmipliar import Liar
+
+    with Liar(AUTHORITY) as liar:
+        yield liar
+
+
 SLOW = (
     *("test_boot_attacks", "test_boot_good", "test_boot_faults", "test_boot_keys", "test_power_cuts", "test_image"),
 )

@@ -13,6 +13,7 @@ from tpmfixture import Swtpm
 
 from unlock import allowed, atunseal, keyring, policy, report, slots, thisboot
 from unlock.errors import UnlockError
+from unlock.paths import Paths
 from unlock.state import State
 
 MEASURED_BY = {"grub": (4, 7, 8, 9, 14), "uki": (4, 7, 11, 12), "direct": (4, 7, 9)}
@@ -20,7 +21,33 @@ LATE = 1e9
 """Seconds: what systemd measures after the unseal."""
 
 
-class Machine(Disks):
+class Measures:
+    """What a boot leaves in a TPM, and in files below a root directory."""
+
+    chip: Swtpm
+    paths: Paths
+
+    def extend(self, pairs: list[tuple[int, bytes]]) -> None:
+        with self.chip.open() as tpm:
+            for pcr, digest in pairs:
+                tpm.extend(pcr, digest)
+
+    def systemd(self, *events: tuple[int, str, str, float]) -> None:
+        self.extend([(pcr, sha256(text.encode()).digest()) for pcr, _, text, _ in events])
+        self.write("run/log/systemd/tpm2-measure.log", systemd_log(events))
+
+    def files(self, boot: Boot, log: bool) -> None:
+        self.write("proc/cmdline", boot.full_cmdline().encode() + b"\n")
+        self.write("proc/sys/kernel/bootloader_type", b"114\n")
+        self.write("sys/kernel/security/tpm0/binary_bios_measurements", boot.log() if log else b"")
+
+    def write(self, name: str, data: bytes) -> None:
+        path = Path(self.paths.root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+class Machine(Measures, Disks):
     """`boot` powers it on; early boot fills the key cache, or leaves it empty when the TPM refuses."""
 
     def __init__(self, home: Path, boot: Boot, pcrs: tuple[int, ...] = (), disks: int = 0, *kms: Server) -> None:
@@ -49,9 +76,7 @@ class Machine(Disks):
         shutil.rmtree(self.paths.run, ignore_errors=True)
         shutil.rmtree(self.folder / "root/run/log", ignore_errors=True)
         self.write("proc/sys/kernel/random/boot_id", os.urandom(16).hex().encode() + b"\n")
-        self.write("proc/cmdline", boot.full_cmdline().encode() + b"\n")
-        self.write("proc/sys/kernel/bootloader_type", b"114\n")
-        self.write("sys/kernel/security/tpm0/binary_bios_measurements", boot.log() if log else b"")
+        self.files(boot, log)
         self.extend([(entry.pcr, entry.sha256) for entry in boot.entries()])
         verdict = self.early()
         if boot.kind == "uki":
@@ -86,20 +111,6 @@ class Machine(Disks):
         os.makedirs(self.paths.run)
         thisboot.write_report(self.paths, record, "report.json")
         return record.verdict
-
-    def extend(self, pairs: list[tuple[int, bytes]]) -> None:
-        with self.chip.open() as tpm:
-            for pcr, digest in pairs:
-                tpm.extend(pcr, digest)
-
-    def systemd(self, *events: tuple[int, str, str, float]) -> None:
-        self.extend([(pcr, sha256(text.encode()).digest()) for pcr, _, text, _ in events])
-        self.write("run/log/systemd/tpm2-measure.log", systemd_log(events))
-
-    def write(self, name: str, data: bytes) -> None:
-        path = self.folder / "root" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
 
     def values(self, boot: Boot) -> dict[int, bytes]:
         """PCRs 0 to 15 when a boot like this asks the TPM."""

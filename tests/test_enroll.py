@@ -334,12 +334,6 @@ def test_adopting_killed_at_any_step_finishes_when_run_again(
 # A key manager from the start
 
 
-@pytest.fixture
-def kms() -> Iterator[Liar]:
-    with Liar(AUTHORITY) as liar:
-        yield liar
-
-
 def kmip_choices(paths: Paths, chip: Swtpm, kms: Liar, persistent: bool = True) -> enroll.Choices:
     ca = os.path.join(paths.root, "ca.pem")
     Path(ca).write_text(AUTHORITY.certificate)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from eventlogs import Boot, systemd_log
+from hostfixture import MEASURED_BY, Measures
 from tpmfixture import Swtpm
 
 from unlock import explain, measured, policy, report, slots, thisboot
@@ -18,15 +19,15 @@ from unlock.measured import Baseline
 from unlock.paths import Paths
 from unlock.secret import Secret
 
-MEASURED_BY = {"grub": (4, 7, 8, 9, 14), "uki": (4, 7, 11, 12), "direct": (4, 7, 9)}
 HOST = b"h" * 16
 
 
-class Host:
+class Host(Measures):
     """A TPM and what of a running system `explain` reads."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        self.paths = Paths(str(home / "root"))
         self.chip = Swtpm(home / "tpm")
         self.chip.start()
 
@@ -67,29 +68,6 @@ class Host:
         with self.chip.open() as tpm, Secret.random(32) as key:
             branch = policy.branch(selection, tpm.read_pcrs(selection))
             slots.persist(tpm, HOST, selection, (branch,), policy.Payload(key))
-
-    def extend(self, pairs: list[tuple[int, bytes]]) -> None:
-        with self.chip.open() as tpm:
-            for pcr, digest in pairs:
-                tpm.extend(pcr, digest)
-
-    def systemd(self, *events: tuple[int, str, str, float]) -> None:
-        self.extend([(pcr, sha256(text.encode()).digest()) for pcr, _, text, _ in events])
-        self.write("run/log/systemd/tpm2-measure.log", systemd_log(events))
-
-    def files(self, boot: Boot, log: bool) -> None:
-        self.write("proc/cmdline", boot.full_cmdline().encode() + b"\n")
-        self.write("proc/sys/kernel/bootloader_type", b"114\n")
-        self.write("sys/kernel/security/tpm0/binary_bios_measurements", boot.log() if log else b"")
-
-    def write(self, name: str, data: bytes) -> None:
-        path = self.home / "root" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-    @property
-    def paths(self) -> Paths:
-        return Paths(str(self.home / "root"))
 
     def keep(self) -> Baseline | None:
         return explain.keep_baseline(self.paths, self.chip.tcti)

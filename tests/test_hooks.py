@@ -60,6 +60,12 @@ def test_a_failure_fails_no_package_operation_and_is_tried_again(host: Host) -> 
     assert host.hook() == 2
 
 
+def test_a_boot_without_unlock_in_its_initramfs_fails_no_package_operation(host: Host) -> None:
+    (host.top / "run/unlock").rmdir()
+    assert host.hook() == 1
+    assert host.hook("always") == 2
+
+
 def test_inside_of_dpkg_it_waits_for_the_end(host: Host) -> None:
     assert host.hook(DPKG_MAINTSCRIPT_PACKAGE="linux-image") == 0
     assert host.hook("always", DPKG_MAINTSCRIPT_PACKAGE="unlock") == 1

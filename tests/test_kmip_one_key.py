@@ -20,12 +20,6 @@ pytestmark = pytest.mark.usefixtures("key_cache")
 
 
 @pytest.fixture
-def kms() -> Iterator[Liar]:
-    with Liar(AUTHORITY) as liar:
-        yield liar
-
-
-@pytest.fixture
 def host(tmp_path: Path, kms: Liar) -> Iterator[Host]:
     """Groups `data` and `more`."""
     host = Host(tmp_path, 1, kms)

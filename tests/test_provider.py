@@ -45,12 +45,6 @@ PASSWORD = Secret(b"of the backup")
 
 
 @pytest.fixture
-def kms() -> Iterator[Liar]:
-    with Liar(AUTHORITY) as liar:
-        yield liar
-
-
-@pytest.fixture
 def host(tmp_path: Path, kms: Liar) -> Iterator[Host]:
     yield Host(tmp_path, 2, kms)
     keyring.flush()

@@ -6,19 +6,12 @@ from pathlib import Path
 
 import pytest
 from flowfixture import Host
-from kmipfixture import AUTHORITY
 
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
 from unlock import keyring, provide, rekey, rotation
 from unlock.errors import ProviderError, Refused, UnlockError, Usage
 
 pytestmark = pytest.mark.usefixtures("key_cache")
-
-
-@pytest.fixture
-def kms() -> Iterator[Liar]:
-    with Liar(AUTHORITY) as liar:
-        yield liar
 
 
 @pytest.fixture(params=["native", "kms", "kms with Re-key"])

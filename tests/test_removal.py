@@ -26,12 +26,6 @@ OTHER_BRANCH = b"\x07" * 32
 
 
 @pytest.fixture
-def kms() -> Iterator[Liar]:
-    with Liar(AUTHORITY) as liar:
-        yield liar
-
-
-@pytest.fixture
 def chip(tmp_path: Path) -> Iterator[Swtpm]:
     with Swtpm(tmp_path / "chip") as chip:
         yield chip

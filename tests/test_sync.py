@@ -29,12 +29,6 @@ pytestmark = pytest.mark.usefixtures("key_cache")
 
 
 @pytest.fixture
-def kms() -> Iterator[Liar]:
-    with Liar(AUTHORITY) as liar:
-        yield liar
-
-
-@pytest.fixture
 def host(tmp_path: Path, kms: Liar) -> Iterator[Host]:
     yield Host(tmp_path, 2, kms)
     keyring.flush()

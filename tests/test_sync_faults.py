@@ -18,12 +18,6 @@ pytestmark = pytest.mark.usefixtures("key_cache")
 
 
 @pytest.fixture
-def kms() -> Iterator[Liar]:
-    with Liar(AUTHORITY) as liar:
-        yield liar
-
-
-@pytest.fixture
 def host(tmp_path: Path, kms: Liar) -> Iterator[Host]:
     """Its key has been replaced at the key manager."""
     host = Host(tmp_path, 2, kms)

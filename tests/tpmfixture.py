@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A software TPM for tests, and a proxy before it that counts commands, keeps the bytes, cuts the line."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -141,7 +142,8 @@ class Proxy:
 
     def close(self) -> None:
         for listener in self._listeners:
-            listener.shutdown(socket.SHUT_RDWR)  # else the thread that accepts takes one connection more
+            with contextlib.suppress(OSError):  # closed already
+                listener.shutdown(socket.SHUT_RDWR)  # else the thread that accepts takes one connection more
             listener.close()
         self._drop()
 

@@ -26,6 +26,7 @@ from typing import NamedTuple
 from . import eventlog, grub, pe, predict, uefi
 from .errors import Malformed, NewerFormat
 from .eventlog import Log
+from .measured import digest_of
 from .paths import Paths, write_atomically
 
 MAX = 2 << 20
@@ -80,12 +81,12 @@ class Booted(NamedTuple):
                 raise NewerFormat("booted.json: written by a newer version", hint="update unlock")
             return cls(
                 _text(fields["boot"]),
-                {_text(name): (_text(path), _digest(hexed)) for name, (path, hexed) in fields["files"].items()},
+                {_text(name): (_text(path), digest_of(hexed)) for name, (path, hexed) in fields["files"].items()},
                 {_text(name): _text(content) for name, content in fields["texts"].items()},
-                tuple((_digest(hexed), _text(path)) for hexed, path in fields["images"]),
+                tuple((digest_of(hexed), _text(path)) for hexed, path in fields["images"]),
                 _text(fields["initrd"]),
-                tuple(map(_digest, fields["uki"])),
-                {_text(path): _digest(hexed) for path, hexed in fields["foreign"].items()},
+                tuple(map(digest_of, fields["uki"])),
+                {_text(path): digest_of(hexed) for path, hexed in fields["foreign"].items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Malformed(f"booted.json: cannot be read: {type(error).__name__}") from None
@@ -184,7 +185,7 @@ def _known(paths: Paths) -> dict[str, bytes] | None:
     if data is None:
         return None
     try:
-        return {_text(path): _digest(hexed) for path, hexed in json.loads(data)["files"].items()}
+        return {_text(path): digest_of(hexed) for path, hexed in json.loads(data)["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
@@ -274,10 +275,3 @@ def _text(value: object) -> str:
     if type(value) is not str:
         raise ValueError
     return value
-
-
-def _digest(value: str) -> bytes:
-    digest = bytes.fromhex(value)
-    if len(digest) != 32:
-        raise ValueError
-    return digest

@@ -518,7 +518,7 @@ class Baseline(NamedTuple):
             if version != _VERSION:
                 raise ValueError("its version")
             chip = Chip(_string(fields["chip"]["srk"], 68), _string(fields["chip"]["identity"], 68))
-            pcrs = {_pcr(int(pcr)): _digest(value) for pcr, value in fields["pcrs"].items()}
+            pcrs = {_pcr(int(pcr)): digest_of(value) for pcr, value in fields["pcrs"].items()}
             items = tuple(_item(*each) for each in fields["events"])
             return cls(_string(fields["kernel"], 256), _string(fields["cmdline"], TEXT_MAX), chip, pcrs, items)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -528,7 +528,7 @@ class Baseline(NamedTuple):
 def _item(pcr: Any, kind: Any, digest: Any, cause: Any, text: Any) -> Item:
     if type(kind) is not int or cause not in CAUSES:
         raise ValueError
-    return Item(_pcr(pcr), kind, _digest(digest), cause, _string(text, TEXT_MAX))
+    return Item(_pcr(pcr), kind, digest_of(digest), cause, _string(text, TEXT_MAX))
 
 
 def _pcr(value: Any) -> int:
@@ -537,7 +537,8 @@ def _pcr(value: Any) -> int:
     return value
 
 
-def _digest(value: Any) -> bytes:
+def digest_of(value: Any) -> bytes:
+    """A SHA-256 from hex. Raises ValueError, TypeError."""
     digest = bytes.fromhex(value)
     if len(digest) != 32:
         raise ValueError
