@@ -12,7 +12,7 @@ from killing import EVERY, LASTING, TPM_WRITES, killed_at
 from kmipfixture import AUTHORITY, CLIENT
 
 from tests.lab.kmipliar import Liar
-from unlock import kdk, keyring, luks, policy, provide, rebind, recoverykey, slots, sync, token
+from unlock import handout, kdk, keyring, luks, policy, provide, rebind, recoverykey, recoveryops, slots, sync, token
 from unlock.errors import ProviderUnavailable, Refused, UnlockError
 from unlock.secret import Secret
 
@@ -105,6 +105,39 @@ def test_run_again_with_the_key_at_hand_it_makes_another(host: Machine) -> None:
     boots(host)
     assert len({first, second, bytes(host.persistence)}) == 3
     assert host.group.generation == 1
+
+
+def rotation_killed(host: Machine) -> Callable[[], recoveryops.Changed]:
+    """A rotation of the recovery key that was killed between its disks; what finishes it."""
+    recoveryops.test(host.paths, host.recovery, host.look)
+
+    def rotate() -> recoveryops.Changed:
+        return recoveryops.rotate(host.paths, handout.Keep(str(host.folder / "new-key")), host.look)
+
+    assert killed_at(3, rotate, frozenset(("add_keyslot",)))
+    assert host.state.journal
+    return rotate
+
+
+def test_a_rotation_of_the_recovery_key_goes_on_after_it(host: Machine) -> None:
+    host.boot()
+    rotate = rotation_killed(host)
+    run(host)
+    assert len(rotate().done) == 2
+    host.recovery = handout.given(str(host.folder / "new-key"))
+    boots(host)
+
+
+def test_a_rotation_of_the_recovery_key_whose_key_is_lost_is_given_up(host: Machine) -> None:
+    rotate = rotation_killed(host)
+    host.clear()
+    host.boot()
+    run(host, backup(host))
+    boots(host)
+    os.unlink(host.folder / "new-key")
+    assert len(rotate().done) == 2
+    host.recovery = handout.given(str(host.folder / "new-key"))
+    boots(host)
 
 
 def test_a_wrong_recovery_key_or_password_changes_nothing(host: Machine) -> None:

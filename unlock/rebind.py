@@ -81,6 +81,7 @@ def rebind(paths: Paths, choices: Choices, look: present.Look = present.look) ->
         keys.enter_context(old or Secret(b""))
         before = _journal(state, new, old, choices)
         try:
+            goes_on = _goes_on(state, before, old, new)
             lost = state.rewrap(old, new)
             state.set_mac_key(new, mac_key)
             provider = keys.enter_context(closing(_provider(paths, state, old, new, choices)))
@@ -101,11 +102,22 @@ def rebind(paths: Paths, choices: Choices, look: present.Look = present.look) ->
             done += _rewrap(state, seen, group, wraps, choices.recovery, left)
         allowed.begin(state, selection, branch, plain_root)
         state.removed = None
-        state.journal = before
+        state.journal = goes_on
         keyring.put("unlock:persistence", new)
         state.save()
         _cache(paths, host_key, keks)
         return Rebound(selection, tuple(done), left, tuple(name for name in lost if name != state.provider["name"]))
+
+
+def _goes_on(state: State, before: dict[str, Any] | None, old: Secret | None, new: Secret) -> dict[str, Any] | None:
+    """What was under way, to be finished after this. A rotation of the recovery key whose key is lost is given up: the
+    one that was typed counts. Raises Tampered."""
+    if not before or "key" not in before:
+        return before
+    if old is None:
+        return None
+    with state.unwrapped_recovery_key(old, before["key"]) as key:
+        return {**before, "key": state.wrapped_recovery_key(new, key)}
 
 
 def _give_up(paths: Paths, before: dict[str, Any] | None) -> None:
