@@ -42,7 +42,7 @@ def header(banks: Iterable[tuple[int, int]] = ((4, 20), (11, 32)), vendor: bytes
 
 
 def event2(entry: Entry, banks: Iterable[int] = (4, 11)) -> bytes:
-    digests = {4: sha1(entry.measured).digest(), 11: entry.sha256, 12: bytes(48)}
+    digests = {4: sha1(entry.measured).digest(), 11: entry.sha256, 12: bytes(48), 0x12: bytes(32)}
     listed = list(banks)
     body = struct.pack("<III", entry.pcr, entry.kind, len(listed))
     body += b"".join(struct.pack("<H", bank) + digests[bank] for bank in listed)
@@ -138,6 +138,32 @@ def shim(pcr: int, name: str, content: bytes) -> Entry:
 
 def authority(name: str, data: bytes, vendor: bytes = IMAGE_SECURITY) -> Entry:
     return variable(7, name, data, 0x800000E0, vendor)
+
+
+def described(pcr: int, kind: int, name: str, content: bytes) -> Entry:
+    """UEFI_PLATFORM_FIRMWARE_BLOB2, UEFI_HANDOFF_TABLE_POINTERS2: they begin with a description."""
+    return Entry(pcr, kind, content, bytes([len(name)]) + name.encode() + struct.pack("<QQ", 0xFF000000, len(content)))
+
+
+def partition_table(names: Iterable[str], kind: int = 0x80000006) -> Entry:
+    """UEFI_GPT_DATA: the header, how many entries are used, and those."""
+    head = struct.pack("<8sIIIIQQQQ16sQIII", b"EFI PART", 0x10000, 92, 0, 0, 1, 9, 34, 99, OWNER, 2, 128, 128, 0)
+    entries = [bytes(56) + name.encode("utf-16-le").ljust(72, b"\0") for name in names]
+    return plain(5, kind, head + struct.pack("<Q", len(entries)) + b"".join(entries))
+
+
+def option_rom(slot: int, content: str, kind: int = 0x80000004) -> Entry:
+    """Of a PCI device behind a bridge: ACPI(PNP0A03), Pci(1c,0), Pci(SLOT,0), Offset(...)."""
+    path = bytes.fromhex("02010c00d041030a0000000001010600001c") + struct.pack("<BBHBB", 1, 1, 6, 0, slot)
+    path += struct.pack("<BBHIQQ", 4, 8, 24, 0, 0x15C00, 0x3FF) + struct.pack("<BBH", 0x7F, 0xFF, 4)
+    return Entry(2, kind, content.encode(), struct.pack("<QQQQ", 0xBEEED018, 205768, 0, len(path)) + path)
+
+
+def one_as_another(entries: Iterable[Entry], at: int) -> list[Entry]:
+    """The same boot, one of its events measured otherwise."""
+    changed = list(entries)
+    changed[at] = changed[at]._replace(measured=changed[at].measured + b"!")
+    return changed
 
 
 # Boots ------------------------------------------------------------------------------------------------------
@@ -258,6 +284,65 @@ _LEAVE = [
     plain(5, 0x80000007, b"Exit Boot Services Invocation"),
     plain(5, 0x80000007, b"Exit Boot Services Returned with Success"),
 ]
+
+
+def machine() -> dict[str, Entry]:
+    """A boot of a machine that one can buy, by what each event is about: Boot Guard, option ROMs, devices that measure
+    themselves, kinds of a vendor's own, names that no firmware of a VM logs; then shim and the GRUB of RHEL 8."""
+    guard = "Boot Guard Measured S-CRTM\0"
+    line = "(hd0,gpt2)/vmlinuz-4.18.0 root=/dev/mapper/root ro quiet"
+    accepted = OWNER + certificate("Microsoft Corporation UEFI CA 2011")
+    return {
+        "hcrtm": Entry(0, 0x80000010, b"hcrtm", b"HCRTM"),
+        "crtm": Entry(0, 0x07, b"the ACM's registers", guard.encode()),
+        "version": plain(0, 0x08, "N32ET75W \0".encode("utf-16-le")),
+        "blob": Entry(0, 0x80000008, b"volume", struct.pack("<QQ", 0xFF970000, 0x3C0000)),
+        "volume": described(0, 0x8000000A, "Fv(8C8CE578)", b"another volume"),
+        "acpi": Entry(0, 0x01, b"tables", b"ACPI DATA"),
+        "post": Entry(0, 0x13, b"code", b"\x09POST CODE" + bytes(16)),
+        "microcode": Entry(1, 0x09, b"microcode", b"CPU Microcode"),
+        "straps": Entry(1, 0x0A, b"straps", b"CPUSTRAP"),
+        "devices": Entry(1, 0x0B, b"devices", b"SPD"),
+        "tables": Entry(1, 0x80000009, b"old tables", struct.pack("<Q", 1) + bytes(24)),
+        "smbios": described(1, 0x8000000B, "SmbiosTable", b"smbios"),
+        "setup": variable(1, "Setup", b"", vendor=OWNER),
+        "authority": Entry(7, 0x80000001, b"who signed the ACM", guard.encode("utf-16-le")),
+        "secure boot": variable(7, "SecureBoot", b"\1"),
+        "platform key": variable(7, "PK", signature_list(X509, [certificate("SUPERMICRO PK CA 2018")])),
+        "exchange key": variable(7, "KEK", b"no signature list"),
+        "keys": variable(7, "db", signature_list(X509, [certificate("A CA")]), vendor=IMAGE_SECURITY),
+        "revoked": variable(7, "dbx", b"", vendor=IMAGE_SECURITY),
+        "dma": plain(7, 0x80000007, b"DMA Protection Disabled\0"),
+        "end of 7": plain(7, 0x04, bytes(4)),
+        "network card": option_rom(3, "rom"),
+        "disk controller": option_rom(4, "rom", 0x80000005),
+        "device": Entry(2, 0x800000E1, b"measurement", b"SPDM Device Sec2" + bytes(64)),
+        "device settings": Entry(3, 0x800000E2, b"measurement", b"SPDM Device Sec2" + bytes(64)),
+        "vendor": plain(6, 0x0C, b"Dell Configuration Information 1"),
+        "own kind": Entry(1, 0x90000001, b"what?", b"\xff\xfe\x00" * 30_000),
+        "boot order": variable(1, "BootOrder", b"\1\0\0\0", 0x80000002),
+        "boot entry": variable(1, "Boot0001", struct.pack("<IH", 1, 0) + "rhel\0".encode("utf-16-le"), 0x8000000C),
+        "omitted": plain(4, 0x12, b"BOOT ATTEMPTS OMITTED"),
+        "attempt": plain(4, 0x80000007, b"Calling EFI Application from Boot Option"),
+        **{f"end of {pcr}": plain(pcr, 0x04, b"\xff\xff\xff\xff") for pcr in range(7)},
+        "partitions": partition_table(["EFI System Partition", "", *("data" for _ in range(126))]),
+        "signer": authority("db", accepted),
+        "shim": program("\\EFI\\redhat\\shimx64.efi", "shim"),
+        "moks": shim(14, "MokList", b"keys"),
+        "trusted": shim(14, "MokListTrusted", b"\1"),
+        "sbat": authority("SbatLevel", b"sbat,1,2024010900\nshim,4\n", SHIM_LOCK),
+        "vendor key": authority("Shim", certificate("Red Hat Secure Boot CA 5"), SHIM_LOCK),
+        "grub": program("\\EFI\\redhat\\grubx64.efi", "grub"),
+        "command": Entry(8, 0x0D, b"set default=0", b"grub_cmd set default=0\0"),
+        "load": Entry(8, 0x0D, f"linux {line}".encode(), f"grub_cmd linux {line}\0".encode()),
+        "kernel": Entry(9, 0x0D, b"kernel", b"grub_linuxefi Kernel\0"),
+        "handed on": Entry(4, 0x80000003, b"authenticode", bytes(32) + bytes.fromhex("0090150000a01500af")),
+        "line": Entry(8, 0x0D, line.encode(), f"grub_kernel_cmdline {line}\0".encode()),
+        "initrd": Entry(9, 0x0D, b"initrd", b"grub_linuxefi Initrd\0"),
+        "options": tagged(9, 0x8F3B22ED, "LOADED_IMAGE::LoadOptions", b"options"),
+        "leave": plain(5, 0x80000007, b"Exit Boot Services Invocation"),
+        "left": plain(5, 0x80000007, b"Exit Boot Services Returned with Failure"),
+    }
 
 
 def systemd_log(events: Iterable[tuple[int, str, str, float]]) -> bytes:

@@ -8,11 +8,11 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from eventlogs import Boot, systemd_log
+from eventlogs import Boot, Entry, header, log, machine, one_as_another, systemd_log, values
 from hostfixture import MEASURED_BY, Measures
 from tpmfixture import Swtpm
 
-from unlock import explain, measured, policy, report, slots, thisboot
+from unlock import eventlog, explain, measured, policy, report, slots, thisboot
 from unlock.errors import Malformed, UnlockError
 from unlock.explain import Explanation
 from unlock.measured import Baseline
@@ -274,6 +274,167 @@ def test_there_is_no_tpm(host: Host) -> None:
     host.chip.kill()
     host.chip.proxy.close()
     assert [each.code for each in host.explain().causes] == ["no-tpm"]
+
+
+# What real machines log
+
+
+ONE_EVENT = {
+    # what is measured otherwise: the cause, what the person reads of it
+    "hcrtm": ("firmware", "hardware root of trust HCRTM"),
+    "crtm": ("firmware", "firmware root of trust Boot Guard Measured S-CRTM"),
+    "version": ("firmware", "firmware version N32ET75W"),
+    "blob": ("firmware", "firmware volume"),
+    "volume": ("firmware", "firmware volume Fv(8C8CE578)"),
+    "acpi": ("firmware", "firmware code (POST) ACPI DATA"),
+    "post": ("firmware", "firmware code (POST)"),
+    "microcode": ("firmware-settings", "CPU microcode"),
+    "straps": ("firmware-settings", "platform configuration CPUSTRAP"),
+    "devices": ("firmware-settings", "table of devices SPD"),
+    "tables": ("firmware-settings", "firmware tables (SMBIOS)"),
+    "smbios": ("firmware-settings", "firmware tables SmbiosTable"),
+    "setup": ("firmware-settings", "UEFI variable Setup"),
+    "authority": ("firmware", "Boot Guard Measured S-CRTM"),
+    "secure boot": ("secure-boot", "Secure Boot on"),
+    "platform key": ("secure-boot-keys", "PK: 1 entry (SUPERMICRO PK CA 2018)"),
+    "exchange key": ("secure-boot-keys", "KEK: 17 bytes"),
+    "keys": ("secure-boot-keys", "db: 1 entry (A CA)"),
+    "revoked": ("dbx", "dbx: 0 entries"),
+    "dma": ("firmware-settings", "the protection against devices that read memory is off (DMA Protection Disabled)"),
+    "end of 7": ("boot-path", "separator"),
+    "network card": ("option-rom", "driver PCI device 03.0"),
+    "disk controller": ("option-rom", "driver PCI device 04.0"),
+    "device": ("option-rom", "firmware of a device (SPDM)"),
+    "device settings": ("option-rom", "settings of a device (SPDM)"),
+    "vendor": ("firmware", "Dell Configuration Information 1"),
+    "own kind": ("firmware-settings", "event of type 0x90000001"),
+    "boot order": ("boot-order", "BootOrder: 0001 0000"),
+    "boot entry": ("boot-order", "Boot0001: rhel"),
+    "omitted": ("boot-path", "BOOT ATTEMPTS OMITTED"),
+    "attempt": ("boot-path", "Calling EFI Application from Boot Option"),
+    "partitions": ("partition-table", "no name, data, data"),
+    "signer": ("signer", "db: Microsoft Corporation UEFI CA 2011"),
+    "shim": ("boot-loader", "\\EFI\\redhat\\shimx64.efi"),
+    "moks": ("mok", "MokList"),
+    "trusted": ("mok", "MokListTrusted"),
+    "sbat": ("sbat", "SbatLevel: sbat,1,2024010900 shim,4"),
+    "vendor key": ("signer", "Shim: Red Hat Secure Boot CA 5"),
+    "grub": ("boot-loader", "\\EFI\\redhat\\grubx64.efi"),
+    "command": ("boot-loader-config", "GRUB command set default=0"),
+    "load": ("command-line", "command line (hd0,gpt2)/vmlinuz-4.18.0 root=/dev/mapper/root"),
+    "kernel": ("kernel", "kernel file Kernel"),
+    "handed on": ("kernel", "image that a boot loader handed on: the kernel"),
+    "line": ("command-line", "command line (hd0,gpt2)/vmlinuz-4.18.0 root=/dev/mapper/root"),
+    "initrd": ("initrd", "initramfs file Initrd"),
+    "options": ("command-line", "command line, as the kernel got it"),
+    "leave": ("boot-path", "Exit Boot Services Invocation"),
+    "left": ("boot-path", "Exit Boot Services Returned with Failure"),
+    **{f"end of {pcr}": ("boot-path", "separator") for pcr in range(7)},
+}
+
+
+def refused(now: bytes, live: dict[int, bytes], before: Baseline | None) -> explain.World:
+    """What `explain` finds after a refusal."""
+    found, problem = None, ""
+    try:
+        found = measured.settled(eventlog.parse(now), (), live)
+    except Malformed as error:
+        problem = str(error)
+    early = {"verdict": "pcr-mismatch", "facts": {}, "events": [], "detail": ""}
+    empty = measured.Chip("", "")
+    return explain.World(early, None, live, "", found, problem, (), before, "", empty, 0, False, "6", "", False)
+
+
+def good_machine(entries: list[Entry]) -> Baseline:
+    found = eventlog.parse(log(entries))
+    return Baseline("6", "", measured.Chip("", ""), values(entries), tuple(map(measured.describe, found.events)))
+
+
+def test_every_kind_of_event_of_a_machine_has_a_story() -> None:
+    assert ONE_EVENT.keys() == machine().keys()
+
+
+@pytest.mark.parametrize("name", ONE_EVENT)
+def test_one_event_of_a_machine_changes(name: str) -> None:
+    entries = list(machine().values())
+    at = list(machine()).index(name)
+    changed = one_as_another(entries, at)
+    found = explain.judge(refused(log(changed), values(changed), good_machine(entries)))
+    (cause,) = found.causes
+    code, words = ONE_EVENT[name]
+    assert (cause.code, cause.pcr) == (code, entries[at].pcr)
+    assert words in cause.old and words in cause.new and cause.old != cause.new, explain.text(found)
+    assert cause.title.startswith(f"PCR {cause.pcr}: ") and cause.usually and cause.do
+    assert {pcr for pcr, status in found.pcrs.items() if status != "same"} == {cause.pcr}
+
+
+@pytest.mark.parametrize("name", ONE_EVENT)
+def test_one_event_of_a_machine_comes_or_goes(name: str) -> None:
+    """Each kind: a device that is there for the first time, a boot that failed before this one."""
+    whole = list(machine().values())
+    at = list(machine()).index(name)
+    less = whole[:at] + whole[at + 1 :]
+    for old, new in ((less, whole), (whole, less)):
+        found = explain.judge(refused(log(new), values(new), good_machine(old)))
+        assert found.causes[0].pcr == whole[at].pcr
+        assert found.causes[0].code == ONE_EVENT[name][0] and any(
+            words in found.causes[0].title for words in ("an event is", "Secure Boot was switched")
+        )
+
+
+def test_a_log_that_ends_too_early_is_believed_for_the_pcrs_that_it_has_whole() -> None:
+    """The kernel and some firmware keep 64 KiB; here, up to GRUB's first command."""
+    entries = list(machine().values())
+    names = list(machine())
+    cut = names.index("command")
+    changed = one_as_another(one_as_another(entries, names.index("shim")), names.index("initrd"))
+    found = explain.judge(refused(log(changed[:cut]), values(changed), good_machine(entries)))
+    assert found.pcrs[7] == found.pcrs[14] == "same" and found.pcrs[8] == "same"
+    assert [(each.code, each.pcr) for each in found.causes] == [("log-mismatch", 4), ("log-mismatch", 9)]
+    assert found.causes[1].title.startswith("PCR 9, the files that GRUB read, the initramfs: ")
+
+
+@pytest.mark.parametrize(
+    "now,words",
+    [
+        (b"", "the event log is empty"),
+        (header([(12, 48)]), "no SHA-256 digests"),
+        (header([(4, 20)]), "no SHA-256 digests"),
+        (header()[32:] * 2, "SHA-1 digests only"),
+    ],
+    ids=["none", "sha384", "sha1", "old"],
+)
+def test_without_a_log_that_can_be_used_the_pcr_is_named(now: bytes, words: str) -> None:
+    entries = list(machine().values())
+    changed = one_as_another(entries, list(machine()).index("initrd"))
+    found = explain.judge(refused(now, values(changed), good_machine(entries)))
+    assert [(each.code, each.pcr) for each in found.causes] == [("pcr-changed", 9)]
+    assert "the files that GRUB read" in found.summary and words in found.notes[-1]
+
+
+def test_a_firmware_whose_log_is_never_right(host: Host) -> None:
+    """Of a PCR that the log does not account for, the value is known: the TPM has released the key for it."""
+    boot = Boot("grub")
+    wrong = [entry for entry in boot.entries() if entry.pcr != 4 or entry.kind != 0x80000007]
+    host.enroll(boot)
+    for now, expected in (
+        (boot, []),
+        (boot._replace(menu="x"), [("boot-loader-config", 9), ("boot-loader-config", 8)]),
+    ):
+        verdict = host.boot(now)
+        now_wrong = [entry for entry in now.entries() if entry.pcr != 4 or entry.kind != 0x80000007]
+        host.write("sys/kernel/security/tpm0/binary_bios_measurements", log(now_wrong))
+        if verdict == "unsealed":
+            kept = host.keep()
+            assert kept and 4 in kept.pcrs and not any(item.pcr == 4 for item in kept.items)
+        else:
+            found = host.explain()
+            assert [(each.code, each.pcr) for each in found.causes][:2] == expected and found.pcrs[4] == "same"
+    host.boot(boot._replace(loader="another"))
+    host.write("sys/kernel/security/tpm0/binary_bios_measurements", log(wrong))
+    found = host.explain()
+    assert [(each.code, each.pcr) for each in found.causes] == [("pcr-changed", 4)]
+    assert found.causes[0].title == f"PCR 4, {explain.HOLDS[4]}: it is not what it was"
 
 
 def test_the_boot_loader_passed_no_event_log(host: Host) -> None:

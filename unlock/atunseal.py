@@ -10,12 +10,13 @@ unified kernel image, and IMA measures into PCR 10 for as long as the system run
 
 import glob
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from . import eventlog, measured, policy, thisboot
 from .errors import CommandFailed, Malformed, Refused
-from .eventlog import Log
+from .eventlog import Event, Log
 from .paths import Paths
 from .run import run
 from .tpm import Tpm
@@ -34,8 +35,8 @@ def values(paths: Paths, tpm: Tpm) -> dict[int, bytes]:
     PCR_Read x2.
     """
     live = tpm.read_pcrs(range(16))
-    log, _ = event_log(paths)
     later = eventlog.parse_systemd(read(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG))
+    log, _ = event_log(paths, later, live)
     return {**measured.at(asked(thisboot.early(paths), 0.0), log, later, live), policy.CAP_PCR: policy.UNSET}
 
 
@@ -70,8 +71,11 @@ def asked(early: dict[str, Any] | None, otherwise: float) -> float:
     return float(times[0]) if times else otherwise
 
 
-def event_log(paths: Paths) -> tuple[Log | None, str]:
-    """The firmware's log, or why there is none. In an initramfs it mounts the kernel's securityfs."""
+def event_log(
+    paths: Paths, later: Sequence[Event] = (), live: Mapping[int, bytes] = MappingProxyType({})
+) -> tuple[Log | None, str]:
+    """The firmware's log, settled by what systemd measured `later` and the `live` PCRs; or why there is none. In an
+    initramfs it mounts the kernel's securityfs."""
     _mount_securityfs(paths)
     data = read(paths.event_log, eventlog.MAX_LOG + 1)
     if not data:
@@ -80,9 +84,10 @@ def event_log(paths: Paths) -> tuple[Log | None, str]:
             "which event changed cannot be told"
         )
     try:
-        return eventlog.parse(data), ""
+        return measured.settled(eventlog.parse(data), later, live), ""
     except Malformed as error:
-        return None, f"{error}: which event changed cannot be told"
+        hint = f"; {error.hint}" if error.hint else ""
+        return None, f"{error}: which event changed cannot be told{hint}"
 
 
 def _mount_securityfs(paths: Paths) -> None:

@@ -22,10 +22,11 @@ MAX_EVENTS = 20_000
 MAX_SYSTEMD_LOG = 1 << 20
 PCRS = 24
 
-NO_ACTION, SEPARATOR, ACTION, EVENT_TAG, IPL = 0x03, 0x04, 0x05, 0x06, 0x0D
+NO_ACTION, SEPARATOR, ACTION, EVENT_TAG, CRTM_VERSION, IPL = 0x03, 0x04, 0x05, 0x06, 0x08, 0x0D
 EFI_VARIABLE_DRIVER_CONFIG, EFI_VARIABLE_BOOT, EFI_APPLICATION = 0x80000001, 0x80000002, 0x80000003
 EFI_BOOT_DRIVER, EFI_RUNTIME_DRIVER, EFI_GPT, EFI_ACTION = 0x80000004, 0x80000005, 0x80000006, 0x80000007
-EFI_VARIABLE_BOOT2, EFI_VARIABLE_AUTHORITY = 0x8000000C, 0x800000E0
+EFI_BLOB2, EFI_TABLES2 = 0x8000000A, 0x8000000B
+EFI_VARIABLE_BOOT2, EFI_GPT2, EFI_VARIABLE_AUTHORITY = 0x8000000C, 0x8000000D, 0x800000E0
 SYSTEMD = -1
 """An event that systemd logged; its data is the kind, NUL, what was measured."""
 
@@ -35,6 +36,8 @@ _SIZES = {0x04: 20, _SHA256: 32, 0x0C: 48, 0x0D: 64, 0x12: 32, 0x27: 32, 0x28: 4
 _HEADER = struct.Struct("<II20sI")
 _SIGNATURE = b"Spec ID Event03\0"
 _LOCALITY = b"StartupLocality\0"
+_REST = bytes(16)
+"""An event of type 0 without digests and data is none: the buffer's rest begins, as Linux has it too."""
 _MAX_BANKS = 16
 _SHA1_HINT = "turn on the SHA-256 PCR bank in the firmware's setup"
 
@@ -70,7 +73,7 @@ def parse(data: bytes) -> Log:
     locality: int | None = None
     problem = ""
     end = len(data.rstrip(b"\0\xff"))  # padding; the last event may end in such bytes too: they stay in `data`
-    while at < end:
+    while at < end and data[at : at + 16] != _REST:
         if len(events) == MAX_EVENTS:
             problem = f"there are more than {MAX_EVENTS} events"
             break
@@ -81,7 +84,7 @@ def parse(data: bytes) -> Log:
             break
         if event.kind != NO_ACTION:
             events.append(event)
-        elif locality is None and event.data[:16] == _LOCALITY and len(event.data) == 17:
+        elif locality is None and event.data[:16] == _LOCALITY and len(event.data) > 16:
             locality = event.data[16]
     return Log(tuple(events), locality or 0, problem)
 

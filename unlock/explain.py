@@ -48,17 +48,23 @@ USUAL = {
     ),
     "option-rom": (
         "a device was added, removed, or got new firmware",
-        "compare the devices with what should be there; " + _RETYPE,
+        "lspci -nn, and compare with what should be there; " + _RETYPE,
     ),
     "boot-order": ("the boot order was changed, or another entry was chosen", "efibootmgr -v"),
-    "boot-path": ("another boot entry came first and failed, or was chosen by hand", "efibootmgr -v, and reboot"),
+    "boot-path": (
+        "another boot entry came first and failed, or was chosen by hand; or a firmware update, or MokManager, ran",
+        "efibootmgr -v, and reboot",
+    ),
     "partition-table": ("the boot disk was partitioned anew, or is another one", "lsblk -f; " + _RETYPE),
     "secure-boot": ("Secure Boot was switched in the firmware's setup", "switch it back: mokutil --sb-state shows it"),
     "secure-boot-keys": (
-        "the firmware's keys were reset or updated",
+        "the firmware's keys were reset, or updated by fwupd, Windows or the firmware",
         "mokutil --pk; mokutil --kek; mokutil --db; " + _RETYPE,
     ),
-    "dbx": ("an update of the revocation list, by fwupd or the firmware", "fwupdmgr get-history; " + _RETYPE + _WINDOW),
+    "dbx": (
+        "an update of the revocation list, by fwupd, Windows or the firmware",
+        "fwupdmgr get-history; " + _RETYPE + _WINDOW,
+    ),
     "signer": ("a boot loader or kernel signed by somebody else", "reinstall the distribution's shim and boot loader"),
     "sbat": ("an update of shim, or another system on this host that raised the level", _RETYPE),
     "mok": ("a key was enrolled or deleted: DKMS, mokutil", "mokutil --list-enrolled; " + _RETYPE),
@@ -99,6 +105,24 @@ USUAL = {
     "tpm-failed": ("the TPM's firmware, or its driver", "dmesg | grep -i tpm"),
 }
 """What usually causes it, and what to type. The keys of CAUSES, and those that no event stands for."""
+
+HOLDS = {
+    0: "the firmware",
+    1: "the firmware's settings and tables",
+    2: "the firmware of devices",
+    3: "the settings of devices",
+    4: "shim, the boot loader, and what else the firmware starts",
+    5: "the boot disk's partition table",
+    6: "what the vendor of the board measures",
+    7: "Secure Boot, its keys, and who signed",
+    8: "GRUB's commands and the kernel command line",
+    9: "the files that GRUB read, the initramfs",
+    11: "the unified kernel image",
+    12: "the command line and what is beside a unified kernel image",
+    13: "system extensions",
+    14: "the Machine Owner Keys",
+}
+"""For PCRs of which no event tells: what they are extended with."""
 
 TITLES = CAUSES | {
     "pcr-extended": "something that is not in the event log",
@@ -255,6 +279,9 @@ def _mismatch(world: World, notes: list[str]) -> tuple[list[Cause], dict[int, st
     if any(each.code == "kernel" for each in causes):
         menu = "a kernel update: the boot menu names another kernel"
         causes = [each._replace(usually=menu) if each.code == "boot-loader-config" else each for each in causes]
+    if any(each.pcr == 11 for each in differences):
+        image = "an update of the unified kernel image, which the firmware starts"
+        causes = [each._replace(usually=image) if each.code == "boot-loader" else each for each in causes]
     if not world.kexec:  # it loses what systemd logged before
         causes += [_unlogged(pcr, world, pcr in trusted) for pcr in selection if status[pcr] == "unexplained"]
     return causes, {pcr: status[pcr] for pcr in selection}
@@ -289,7 +316,10 @@ def _unlogged(pcr: int, world: World, trusted: bool) -> Cause:
     if world.log and not trusted:
         _, reached = measured.replayed(world.log).get(pcr, ((), b""))
         as_before = good is not None and measured.continued(pcr, reached, world.later, good) is not None
-        return _plain("pcr-extended" if as_before or _log_is_allowed(world) else "log-mismatch", pcr)
+        if as_before or _log_is_allowed(world):
+            return _plain("pcr-extended", pcr)
+        if good is None or _has_events(world.baseline, pcr):  # else the log was no better then
+            return _plain("log-mismatch", pcr)
     return _plain("pcr-changed", pcr)
 
 
@@ -297,10 +327,14 @@ def _log_is_allowed(world: World) -> bool:
     """Whether the policy would have been satisfied, had nothing but the log's events been measured."""
     if not world.record or not world.log:
         return False
-    values = {pcr: value for pcr, (_, value) in measured.replayed(world.log).items()}
-    if not set(world.record.selection) <= values.keys():
+    return _is_allowed(world.record, {pcr: value for pcr, (_, value) in measured.replayed(world.log).items()})
+
+
+def _is_allowed(record: Record, values: Mapping[int, bytes]) -> bool:
+    """Whether these PCRs, with a cap PCR that nothing has extended, are a state that the policy allows."""
+    if not set(record.selection) - {record.cap} <= values.keys():
         return False
-    return policy.branch(world.record.selection, values, world.record.cap) in world.record.branches
+    return policy.branch(record.selection, values, record.cap) in record.branches
 
 
 def items_now(world: World, trusted: Mapping[int, Sequence[Event]]) -> tuple[Item, ...]:
@@ -313,7 +347,11 @@ def items_now(world: World, trusted: Mapping[int, Sequence[Event]]) -> tuple[Ite
 
 
 def _plain(code: str, pcr: int | None = None, new: str = "") -> Cause:
-    where = f"PCR {pcr} was extended by " if code == "pcr-extended" else f"PCR {pcr}: " if pcr is not None else ""
+    where = f"PCR {pcr}: " if pcr is not None else ""
+    if code == "pcr-extended":
+        where = f"PCR {pcr} was extended by "
+    elif pcr in HOLDS and code in ("pcr-changed", "log-mismatch"):
+        where = f"PCR {pcr}, {HOLDS[pcr]}: "
     return Cause(code, pcr, where + TITLES[code], "", measured.printable(new, _SHOWN), *USUAL[code])
 
 
@@ -358,7 +396,8 @@ def _cut(text: str, start: int) -> str:
 def gather(paths: Paths, tcti: str = "device:/dev/tpmrm0") -> World:
     """Changes nothing but, in an initramfs, mounting the kernel's securityfs. What is not there is told in words."""
     record, live, tpm_problem, chip, lockout = _ask_tpm(tcti)
-    found, problem = atunseal.event_log(paths)
+    later = eventlog.parse_systemd(atunseal.read(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG))
+    found, problem = atunseal.event_log(paths, later, live)
     baseline, baseline_problem = _baseline(paths)
     copy = _copied(paths) if not baseline and os.path.exists(_INITRAMFS) else None
     cmdline = atunseal.read(paths.cmdline, measured.TEXT_MAX).decode("utf-8", "replace")
@@ -369,7 +408,7 @@ def gather(paths: Paths, tcti: str = "device:/dev/tpmrm0") -> World:
         tpm_problem,
         found,
         problem,
-        eventlog.parse_systemd(atunseal.read(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG)),
+        later,
         baseline or copy,
         baseline_problem,
         chip,
@@ -440,7 +479,9 @@ def _copied(paths: Paths) -> Baseline | None:
 def keep_baseline(paths: Paths, tcti: str = "device:/dev/tpmrm0") -> Baseline | None:
     """After a boot that the TPM allowed: keeps what was measured. None after any other, which teaches nothing.
 
-    Kept by PCR, and only where the log replays to the live value; where there is no log, the values alone.
+    Kept by PCR, and only where the log replays to the live value. Of a PCR of the policy that the log does not account
+    for, the value alone, if the policy proves it: what the TPM looked at is what there is now. Where there is no log,
+    the values alone.
     Raises OSError, Malformed.
     """
     early = thisboot.early(paths)
@@ -451,6 +492,9 @@ def keep_baseline(paths: Paths, tcti: str = "device:/dev/tpmrm0") -> Baseline | 
     items = items_now(world, trusted)
     if world.log:
         kept = {pcr: value for pcr, value in _values(items, world.log.locality).items() if pcr in trusted}
+        now = {**world.live, **kept}
+        if world.record and _is_allowed(world.record, now):
+            kept |= {pcr: now[pcr] for pcr in world.record.selection if pcr != policy.CAP_PCR}
     else:  # systemd goes on extending 11 and the cap PCR
         kept = {pcr: value for pcr, value in world.live.items() if pcr < 16 and pcr not in (11, policy.CAP_PCR)}
     baseline = Baseline(world.kernel, world.cmdline, world.chip or Chip("", ""), kept, items)

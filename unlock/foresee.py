@@ -311,15 +311,15 @@ def _entry(world: World, words: str, changes: Iterable[str], events: Iterable[Ev
 
 def gather(paths: Paths, tpm: Tpm) -> World:
     """Refused when this boot left no log, or is none that the TPM allows. Sends reading commands alone."""
-    found, problem = atunseal.event_log(paths)
-    if found is None or found.problem:
-        raise predict.cannot(problem or f"the event log cannot be read to its end: {found.problem if found else ''}")
+    later = eventlog.parse_systemd(atunseal.read(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG))
+    found, problem = atunseal.event_log(paths, later, tpm.read_pcrs(range(eventlog.PCRS)))
+    if found is None:
+        raise predict.cannot(problem)
     if not allowed.current(paths, tpm).opened:
         raise Refused(
             "this boot is none that the TPM allows: nothing is predicted from it", "unlock explain", "boot-not-allowed"
         )
     asked = atunseal.asked(thisboot.early(paths), 0.0)
-    later = eventlog.parse_systemd(atunseal.read(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG))
     early = tuple(event for event in later if event.time < asked)
     return World(paths, found, booted.load(paths, found), early, atunseal.values(paths, tpm))
 

@@ -10,9 +10,10 @@ Everything here is pure; the texts come from a log that anybody may have written
 
 import json
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
+from itertools import islice
 from typing import Any, NamedTuple
 
 from . import eventlog, policy, uefi
@@ -53,7 +54,7 @@ BASELINE_MAX = 2 << 20
 """Bytes."""
 _VERSION = 1
 _ON = b"\x01"
-_SEPARATORS = (b"\0\0\0\0", b"\xff\xff\xff\xff")
+_SEPARATORS = (sha256(bytes(4)).digest(), sha256(b"\xff" * 4).digest())
 _GROWING = (10, 11)
 """PCRs that IMA, and systemd without a log of it, extend after early boot."""
 _PHASES = ("enter-initrd", "leave-initrd", "sysinit", "ready")
@@ -78,7 +79,7 @@ def describe(event: Event) -> Item:
     try:
         cause, text = _describe(event)
     except Malformed:
-        cause, text = "other", f"event of type {event.kind:#x}"
+        cause, text = _by_pcr(event)
     return Item(event.pcr, event.kind, event.digest or b"", cause, printable(text, TEXT_MAX))
 
 
@@ -111,16 +112,79 @@ def _describe(event: Event) -> tuple[str, str]:
     if kind == eventlog.EVENT_TAG:
         return _tagged(event)
     if kind == eventlog.SEPARATOR:
-        wrong = event.data not in _SEPARATORS
+        wrong = event.digest not in _SEPARATORS
         return "boot-path", "separator: an error of the firmware" if wrong else "separator"
     if kind in (eventlog.ACTION, eventlog.EFI_ACTION):
-        return ("secure-boot" if pcr == 7 else "boot-path"), _text(event.data)
-    if kind == eventlog.EFI_GPT:
-        return "partition-table", "partition table of the boot disk"
-    return _FIRMWARE.get(kind, (_BY_PCR.get(pcr, "other"), f"event of type {kind:#x}"))
+        return _action(event)
+    if kind in (eventlog.EFI_GPT, eventlog.EFI_GPT2):
+        return "partition-table", _partitions(event.data)
+    return _firmware(event)
 
 
-_BY_PCR = {0: "firmware", 1: "firmware-settings", 2: "option-rom", 3: "firmware-settings", 6: "firmware"}
+def _partitions(data: bytes) -> str:
+    try:
+        disk, names = uefi.partitions(data)
+    except Malformed:
+        return "partition table of the boot disk"
+    more = f", and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+    return f"partition table of disk {disk}: {', '.join(name or 'no name' for name in names[:_NAMES])}{more}"
+
+
+_NAMES = 8
+
+
+def _by_pcr(event: Event) -> tuple[str, str]:
+    """For an event whose data is not of the documented form."""
+    return _BY_PCR.get(event.pcr, "other"), f"event of type {event.kind:#x}"
+
+
+_BY_PCR = {
+    0: "firmware",
+    1: "firmware-settings",
+    2: "option-rom",
+    3: "firmware-settings",
+    4: "boot-loader",
+    5: "partition-table",
+    6: "firmware",
+    7: "secure-boot-keys",
+}
+
+
+def _action(event: Event) -> tuple[str, str]:
+    text = _text(event.data)
+    if text in _SWITCHES:
+        return "firmware-settings", f"{_SWITCHES[text]} ({text})"
+    return ("secure-boot" if event.pcr == 7 else "boot-path"), text or "nothing said"
+
+
+_SWITCHES = {
+    "DMA Protection Disabled": "the protection against devices that read memory is off",
+    "UEFI Debug Mode": "the firmware can be debugged",
+}
+"""In PCR 7, and no part of Secure Boot."""
+
+
+def _firmware(event: Event) -> tuple[str, str]:
+    """Kinds that have a name, and perhaps a word of the firmware's: a version, or what is in a volume."""
+    if event.kind not in _FIRMWARE:
+        return _by_pcr(event)
+    cause, text = _FIRMWARE[event.kind]
+    if cause == "firmware":
+        cause = {1: "firmware-settings", 2: "option-rom", 3: "firmware-settings"}.get(event.pcr, cause)
+    data = event.data
+    if event.kind in (eventlog.EFI_BLOB2, eventlog.EFI_TABLES2):
+        data = data[1 : 1 + data[0]] if data else b""
+    said = _said(data)
+    if not said and event.kind == eventlog.CRTM_VERSION and len(data) == 16:
+        said = uefi.guid(data)
+    return cause, f"{text} {said}".rstrip()
+
+
+def _said(data: bytes) -> str:
+    """A text, when it looks like one."""
+    text = _text(data).strip()
+    return text if len(text) > 2 and text.isascii() and text.isprintable() else ""
+
 
 _FIRMWARE = {
     0x00: ("firmware", "firmware, before its code"),
@@ -131,6 +195,7 @@ _FIRMWARE = {
     0x0A: ("firmware-settings", "platform configuration"),
     0x0B: ("firmware-settings", "table of devices"),
     0x0C: ("firmware", "firmware, compact hash"),
+    0x0E: ("partition-table", "partition of the boot loader"),
     0x0F: ("option-rom", "code of another processor"),
     0x10: ("firmware-settings", "settings of another processor"),
     0x11: ("firmware", "information about another processor"),
@@ -140,7 +205,6 @@ _FIRMWARE = {
     0x80000009: ("firmware-settings", "firmware tables (SMBIOS)"),
     0x8000000A: ("firmware", "firmware volume"),
     0x8000000B: ("firmware-settings", "firmware tables"),
-    0x8000000D: ("partition-table", "partition table of the boot disk"),
     0x80000010: ("firmware", "hardware root of trust"),
     0x800000E1: ("option-rom", "firmware of a device (SPDM)"),
     0x800000E2: ("option-rom", "settings of a device (SPDM)"),
@@ -150,21 +214,31 @@ _FIRMWARE = {
 
 
 def _variable(event: Event) -> tuple[str, str]:
-    name, data = uefi.variable(event.data)
+    try:
+        name, data = uefi.variable(event.data)
+    except Malformed:  # Intel Boot Guard logs a string instead
+        said = _said(event.data)
+        return ("firmware", said) if said else _by_pcr(event)
     if name in ("SecureBoot", "AuditMode", "DeployedMode", "SetupMode"):
         title = "Secure Boot" if name == "SecureBoot" else name
         return "secure-boot", f"{title} {'on' if data[:1] == _ON else 'off'}"
     if name in ("PK", "KEK", "db", "dbx", "dbt", "dbr"):
-        found = uefi.signatures(data)
-        many = f"{found.entries} entr{'y' if found.entries == 1 else 'ies'}"
-        named = f" ({'; '.join(each or 'no name' for each in found.names)})" if found.names else ""
-        return ("dbx" if name == "dbx" else "secure-boot-keys"), f"{name}: {many}{named}"
+        return ("dbx" if name == "dbx" else "secure-boot-keys"), f"{name}: {_signatures(data)}"
     if name == "BootOrder":
         numbers = (f"{data[at + 1]:02X}{data[at]:02X}" for at in range(0, len(data) & ~1, 2))
         return "boot-order", f"BootOrder: {' '.join(numbers)}"
     if re.fullmatch("Boot[0-9A-F]{4}", name):
         return "boot-order", f"{name}: {uefi.load_option(data)}"
     return ("secure-boot-keys" if event.pcr == 7 else "firmware-settings"), f"UEFI variable {name}"
+
+
+def _signatures(data: bytes) -> str:
+    try:
+        found = uefi.signatures(data)
+    except Malformed:
+        return f"{len(data)} bytes"
+    many = f"{found.entries} entr{'y' if found.entries == 1 else 'ies'}"
+    return many + (f" ({'; '.join(each or 'no name' for each in found.names)})" if found.names else "")
 
 
 def _authority(event: Event) -> tuple[str, str]:
@@ -188,15 +262,23 @@ def _program(path: str) -> tuple[str, str]:
         return "kernel", "image that a boot loader handed on: the kernel"
     if path.startswith(("firmware file", "PCI device")):
         return "firmware", f"EFI program from {path}"
+    if file.startswith(_ONCE):
+        return "boot-path", f"EFI program {path}, which runs for one boot"
     return "boot-loader", f"EFI program {path}"
 
 
+_ONCE = ("fwupd", "mmx64", "mmaa64", "fbx64", "fbaa64", "mokmanager", "fallback")
+"""A firmware update of fwupd's, shim's MokManager, and shim's fallback that makes the boot entries anew."""
+
+
 def _is_kernel(file: str) -> bool:
-    return bool(re.match(r"(vmlinu|bzimage|kernel|linux|image)", file)) and not file.endswith((".cfg", ".mod", ".conf"))
+    return bool(re.match(r"(vmlinu|bzimage|kernel|linux|image|xen[-.])", file)) and not file.endswith(
+        (".cfg", ".mod", ".conf")
+    )
 
 
 def _is_initrd(file: str) -> bool:
-    return bool(re.match(r"(initrd|initramfs|ramdisk|booster)", file)) or file.endswith(("-ucode.img", "-ucode.cpio"))
+    return bool(re.match(r"(initrd|initramfs|ramdisk|booster)", file)) or file.endswith(("ucode.img", "ucode.cpio"))
 
 
 def _loader(event: Event) -> tuple[str, str]:
@@ -205,19 +287,20 @@ def _loader(event: Event) -> tuple[str, str]:
         name = event.digest == sha256(event.data).digest()
         return _SECTIONS.get(text, "uki"), f"section {text}{', its name' if name else ''}"
     if event.pcr == 14 or text.startswith("Mok"):
-        return "mok", text
-    for prefix in ("kernel_cmdline", "grub_kernel_cmdline"):
+        return "mok", text or "nothing said"
+    for prefix in ("kernel_cmdline", "grub_kernel_cmdline", "module_cmdline"):  # grub_: of the GRUB of RHEL 8
         if text.startswith(prefix):
             return "command-line", f"command line {text[len(prefix) :].lstrip(': ')}"
-    for prefix in ("grub_cmd", "module_cmdline"):
-        if text.startswith(prefix):
-            return _command(text[len(prefix) :].lstrip(": "))
+    if text.startswith("grub_cmd"):
+        return _command(text[len("grub_cmd") :].lstrip(": "))
     if event.pcr == 12:
         return ("extension", text) if _EXTENSION.search(text) else ("command-line", f"command line {text}")
     if event.pcr == 13:
-        return "extension", text
-    if event.pcr in (8, 9) and text:
-        return _file(text)
+        return "extension", text or "nothing said"
+    if event.pcr == 9 and text:
+        return _file(text.removeprefix("grub_linuxefi "))
+    if event.pcr == 8:  # systemd before 251
+        return "command-line", f"command line {text}"
     return ("boot-loader" if event.pcr in (4, 5) else "other"), text or "nothing said"
 
 
@@ -234,7 +317,8 @@ _SECTIONS = {
 
 def _command(line: str) -> tuple[str, str]:
     word, _, rest = line.partition(" ")
-    if word in ("linux", "linuxefi", "linux16"):
+    loaded = _is_kernel(rest.partition(" ")[0].rpartition("/")[2].lower())
+    if word in ("linux", "linuxefi", "linux16") or (word in ("module", "module2", "xen_module") and loaded):
         return "command-line", f"command line {rest}"
     return "boot-loader-config", f"GRUB command {line}"
 
@@ -269,9 +353,7 @@ _TAGS = {
 
 def _tagged(event: Event) -> tuple[str, str]:
     tag = int.from_bytes(event.data[:4], "little")
-    if known := _TAGS.get(tag):
-        return known
-    return _BY_PCR.get(event.pcr, "other"), f"tagged event {tag:#x}"
+    return _TAGS.get(tag) or (_BY_PCR.get(event.pcr, "other"), f"tagged event {tag:#x}")
 
 
 def _systemd(data: bytes) -> tuple[str, str]:
@@ -309,6 +391,44 @@ def believed(log: Log, later: Sequence[Event], live: Mapping[int, bytes]) -> dic
             if more is not None:
                 found[pcr] = (*events, *more)
     return found
+
+
+def settled(log: Log, later: Sequence[Event], live: Mapping[int, bytes]) -> Log:
+    """The log without two flaws that are known: a startup locality that the firmware did not tell, and events that the
+    kernel has appended a second time, from the firmware's table of final events. Each is taken out only where more
+    PCRs then replay to their live values, which proves it."""
+    best, count = log, len(believed(log, later, live))
+    for made in (_localities, _without_repeats):
+        for other in made(best):
+            if len(live) > count < (more := len(believed(other, later, live))):
+                best, count = other, more
+    return best
+
+
+def _localities(log: Log) -> Iterator[Log]:
+    return (log._replace(locality=each) for each in (0, 3, 4) if each != log.locality)
+
+
+def _without_repeats(log: Log) -> Iterator[Log]:
+    """Without one run of events that comes again at once: among the last events, the longest runs first."""
+    keys = [(event.pcr, event.digest) for event in log.events]
+    places: dict[tuple[int, bytes | None], list[int]] = {}
+    pairs = []
+    for at in range(max(0, len(keys) - _TAIL), len(keys)):
+        earlier = places.setdefault(keys[at], [])
+        pairs += [(at - each, at) for each in earlier]
+        earlier.append(at)
+    runs = (
+        (at, length)
+        for length, at in sorted(pairs, reverse=True)[:_PAIRS]
+        if keys[at - length : at] == keys[at : at + length]
+    )
+    for at, length in islice(runs, _RUNS):
+        yield log._replace(events=log.events[:at] + log.events[at + length :])
+
+
+_TAIL, _PAIRS, _RUNS = 500, 4096, 16
+"""How far a repetition is looked for."""
 
 
 def at(asked: float, log: Log | None, later: Sequence[Event], live: Mapping[int, bytes]) -> dict[int, bytes]:
@@ -421,17 +541,25 @@ def _differences(pcr: int, old: list[Item], new: list[tuple[int, Item]], end: in
 
 
 def _unmatched(these: list[Item], others: list[Item]) -> list[int]:
-    """Indices in `these` of what `others` lacks; a digest that both have is matched as often as both have it."""
-    count: dict[bytes, int] = {}
-    for item in others:
-        count[item.digest] = count.get(item.digest, 0) + 1
+    """Indices in `these` of what `others` lacks; a digest that both have is matched as often as both have it, and first
+    where the text is the same: two network cards have one option ROM."""
+    exact = Counter((item.digest, item.text) for item in others)
     left = []
     for at, item in enumerate(these):
-        if count.get(item.digest, 0):
-            count[item.digest] -= 1
+        if exact[item.digest, item.text]:
+            exact[item.digest, item.text] -= 1
         else:
             left.append(at)
-    return left
+    count: Counter[bytes] = Counter()
+    for (digest, _), many in exact.items():
+        count[digest] += many
+    lacking = []
+    for at in left:
+        if count[these[at].digest]:
+            count[these[at].digest] -= 1
+        else:
+            lacking.append(at)
+    return lacking
 
 
 def _subject(item: Item) -> tuple[Any, ...]:
@@ -445,9 +573,16 @@ def _subject(item: Item) -> tuple[Any, ...]:
         return item.kind, *words[:3], words[3].partition("=")[0] if words[2:3] == ["set"] and words[3:] else ""
     if item.kind in (eventlog.EFI_VARIABLE_DRIVER_CONFIG, eventlog.EFI_VARIABLE_BOOT, eventlog.EFI_VARIABLE_BOOT2):
         return item.kind, re.split("[: ]", item.text)[0]
-    if item.kind in (eventlog.EFI_VARIABLE_AUTHORITY, eventlog.EFI_APPLICATION, eventlog.SYSTEMD):
+    if item.kind in _ONE_OF_ITS_CAUSE:
         return item.kind, item.cause
     return item.kind, item.text
+
+
+_ONE_OF_ITS_CAUSE = (
+    eventlog.EFI_VARIABLE_AUTHORITY, eventlog.EFI_APPLICATION, eventlog.SYSTEMD, eventlog.CRTM_VERSION,
+    eventlog.EFI_GPT, eventlog.EFI_GPT2, eventlog.SEPARATOR,
+)  # fmt: skip
+"""Kinds whose text is what changes, not the name of a thing."""
 
 
 _KERNEL_BEFORE = re.compile("^command line (BOOT_IMAGE=)?")

@@ -14,10 +14,11 @@ _X509 = bytes.fromhex("a159c0a5e494a74a87b5ab155c2bf072")  # EFI_CERT_X509_GUID
 _COMMON_NAME = bytes.fromhex("0603550403")  # OBJECT IDENTIFIER 2.5.4.3
 _MAX_SIGNATURES = 100_000
 _MAX_NAME = 1024  # characters
+_MAX_PARTITIONS = 1024
 
 
 class Variable(NamedTuple):
-    """UEFI_VARIABLE_DATA."""
+    """UEFI_VARIABLE_DATA; of data that is cut short, what is there."""
 
     name: str
     data: bytes
@@ -29,7 +30,7 @@ def variable(data: bytes) -> Variable:
     except struct.error:
         raise Malformed("UEFI variable: cut short") from None
     start = 32 + 2 * name_length
-    if name_length > _MAX_NAME or size > len(data) - start:
+    if name_length > _MAX_NAME or start > len(data):
         raise Malformed("UEFI variable: a length is wrong")
     return Variable(data[32:start].decode("utf-16-le", "replace").rstrip("\0"), data[start : start + size])
 
@@ -113,6 +114,19 @@ def load_option(data: bytes) -> str:
     return utf16(data[6:])
 
 
+def partitions(data: bytes) -> tuple[str, tuple[str, ...]]:
+    """UEFI_GPT_DATA, which has the table's header, a count and the entries that are used: the disk's GUID, and the
+    partitions' names."""
+    if len(data) < 100 or data[:8] != b"EFI PART":
+        raise Malformed("UEFI partition table: not one")
+    (count,) = struct.unpack_from("<Q", data, 92)
+    size = int.from_bytes(data[84:88], "little")
+    if size < 128 or count > _MAX_PARTITIONS or count * size > len(data) - 100:
+        raise Malformed("UEFI partition table: a size is wrong")
+    names = tuple(utf16(data[at + 56 : at + 128]) for at in range(100, 100 + count * size, size))
+    return guid(data[56:72]), names
+
+
 def utf16(data: bytes) -> str:
     """UTF-16 up to the first NUL, or the end."""
     return data[: len(data) & ~1].decode("utf-16-le", "replace").partition("\0")[0]
@@ -139,6 +153,10 @@ def _device_path(data: bytes) -> str:
             other = f"firmware file {guid(body)}"
         elif (kind, subtype) == (1, 3):
             other = "memory"
+        elif (kind, subtype) == (3, 24):
+            other = f"network {body.decode('utf-8', 'replace')}".rstrip("\0 ")
+        elif (kind, subtype) == (3, 11):
+            other = f"network card {body[:6].hex(':')}"
         elif (kind, subtype) == (1, 1) and len(body) == 2:
             other = f"PCI device {body[1]:02x}.{body[0]}"
         at += length
