@@ -465,6 +465,36 @@ def test_a_kernel_that_the_firmware_starts(tmp_path: Path) -> None:
     host.close()
 
 
+class Untidy(Made):
+    """Its log is followed by what is none."""
+
+    def log(self) -> bytes:
+        return super().log() + b"\1" * 60
+
+
+class Cut(Made):
+    """Its log ends before the last event."""
+
+    def log(self) -> bytes:
+        return log(self.made[:-1])
+
+
+@pytest.mark.parametrize("form,predicted", [(Untidy, True), (Cut, False)])
+def test_a_log_is_good_for_the_pcrs_that_it_accounts_for(tmp_path: Path, form: type[Made], predicted: bool) -> None:
+    kernel, initrd = "boot/efi/EFI/debian/vmlinuz-6.1", "boot/efi/EFI/debian/initrd.img-6.1"
+    code = pefile.build({".text": b"code" * 300})
+    now = form(*stub(code, b"one"))
+    host = enrolled(tmp_path, now, {kernel: code, initrd: b"one"})
+    host.write(initrd, b"two")
+    if predicted:
+        assert [each.values is not None for each in run(host).entries] == [True]
+    else:
+        with pytest.raises(Refused, match="does not account for PCR 9"):
+            run(host)
+    assert boot(host, form(*stub(code, b"two"))) == ("unsealed" if predicted else "pcr-mismatch")
+    host.close()
+
+
 def test_a_kernel_that_is_on_no_disk_stays_and_its_initramfs_is_predicted(tmp_path: Path) -> None:
     """QEMU -kernel; a real log, the initramfs replaced."""
     events = eventlog.parse(real("direct-0").log).events

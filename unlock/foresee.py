@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-from . import allowed, atunseal, booted, eventlog, explain, grub, log, pe, policy, predict, thisboot
+from . import allowed, atunseal, booted, eventlog, explain, grub, log, measured, pe, policy, predict, thisboot
 from .booted import Booted
 from .errors import Malformed, Refused, UnlockError
 from .eventlog import Event, Log
@@ -269,10 +269,10 @@ def _ukis(world: World) -> Iterator[Entry]:
     for path in [own, *sorted(found - {own}, reverse=True)]:
         data = booted.read(world.paths, path)
         try:
-            measured = tuple(predict.uki_measurements(data)) if data is not None else ()
+            sections = tuple(predict.uki_measurements(data)) if data is not None else ()
         except Malformed:
-            measured = ()
-        if not data or not measured:
+            sections = ()
+        if not data or not sections:
             if path == own:
                 yield Entry(os.path.basename(path), (), None, "it is no unified kernel image any more", True)
             continue
@@ -310,15 +310,21 @@ def _entry(world: World, words: str, changes: Iterable[str], events: Iterable[Ev
 
 
 def gather(paths: Paths, tpm: Tpm) -> World:
-    """Refused when this boot left no log, or is none that the TPM allows. Sends reading commands alone."""
+    """Refused when this boot left no log, or one that does not account for what files change, or is none that the TPM
+    allows. Sends reading commands alone."""
     later = eventlog.parse_systemd(atunseal.read(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG))
-    found, problem = atunseal.event_log(paths, later, tpm.read_pcrs(range(eventlog.PCRS)))
+    live = tpm.read_pcrs(range(eventlog.PCRS))
+    found, problem = atunseal.event_log(paths, later, live)
     if found is None:
         raise predict.cannot(problem)
-    if not allowed.current(paths, tpm).opened:
+    allows = allowed.current(paths, tpm)
+    if not allows.opened:
         raise Refused(
             "this boot is none that the TPM allows: nothing is predicted from it", "unlock explain", "boot-not-allowed"
         )
+    unknown = _BY_FILES & set(allows.record.selection) - measured.believed(found, later, live).keys()
+    if unknown:
+        raise predict.cannot(f"the event log does not account for PCR {min(unknown)}: what is measured is not known")
     asked = atunseal.asked(thisboot.early(paths), 0.0)
     early = tuple(event for event in later if event.time < asked)
     return World(paths, found, booted.load(paths, found), early, atunseal.values(paths, tpm))
