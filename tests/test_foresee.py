@@ -465,6 +465,25 @@ def test_a_kernel_that_the_firmware_starts(tmp_path: Path) -> None:
     host.close()
 
 
+def test_a_host_that_was_initialised_in_this_boot_may_be_updated_before_the_next(tmp_path: Path) -> None:
+    """Its files are kept, as `init` does it, before they are replaced; and a refusal at the first boot is explained."""
+    old, new = (pefile.build({".text": code * 300}) for code in (b"old", b"new"))
+    host = Machine(tmp_path, stub(old, b"one"))  # type: ignore[arg-type]
+    host.write("sys/firmware/efi/x", b"")
+    for path, data in (("vmlinuz-6.1", old), ("initrd.img-6.1", b"one")):
+        host.write(f"boot/efi/EFI/debian/{path}", data)
+    foresee.keep(host.paths, host.chip.tcti)
+    host.write("boot/efi/EFI/debian/vmlinuz-6.1", new)
+    (entry,) = run(host).entries
+    assert entry.changes == ("kernel 6.1 was replaced",)
+    assert boot(host, stub(new, b"another")) == "pcr-mismatch"
+    foresee.keep(host.paths, host.chip.tcti)  # teaches nothing
+    found = explain.judge(explain.gather(host.paths, host.chip.tcti))
+    assert [each.code for each in found.causes] == ["kernel", "initrd"]
+    assert boot(host, stub(new, b"one")) == "unsealed"
+    host.close()
+
+
 def test_a_kernel_that_is_on_no_disk_stays_and_its_initramfs_is_predicted(tmp_path: Path) -> None:
     """QEMU -kernel; a real log, the initramfs replaced."""
     events = eventlog.parse(real("direct-0").log).events

@@ -358,16 +358,17 @@ def refused(found: Foreseen) -> Refused | None:
     )
 
 
-def keep(paths: Paths) -> int:
-    """`unlock boot baseline`, after a boot: what was measured, and which files it came from."""
-    early = thisboot.early(paths)
+def keep(paths: Paths, tcti: str) -> None:
+    """After a boot that the TPM allowed, and when the key was sealed to this one: what was measured, and which files it
+    came from, before an update replaces them."""
+    sealed = allowed.this_boot(paths, tcti)
     found, _ = atunseal.event_log(paths)
     try:
-        if early and early["verdict"] == "unsealed" and found:
+        explain.keep_baseline(paths, tcti, sealed)
+        if sealed and found:
             booted.keep(paths, found)
     except (OSError, Malformed) as problem:
-        log.error(f"the next boot will not be predicted: {problem}", "unlock policy predict")
-    return explain.baseline(paths)
+        log.error(f"what this boot has measured cannot be kept: {problem}", "unlock check")
 
 
 def hook(paths: Paths, tcti: str) -> int:
@@ -386,9 +387,9 @@ def hook(paths: Paths, tcti: str) -> int:
         return 0
     for each in found.entries:
         if each.values is not None and each.changes:
-            log.note(f"next boot: {each.words} is predicted: {', '.join(each.changes)}")
+            log.note(f"unlock: next boot: {each.words} is predicted: {', '.join(each.changes)}")
     for note in found.notes:
-        log.note(note)
+        log.note(f"unlock: {note}")
     if bad := refused(found):
         _warn(bad)
     return 0
@@ -396,7 +397,7 @@ def hook(paths: Paths, tcti: str) -> int:
 
 def _warn(problem: UnlockError) -> None:
     log.error(str(problem), problem.hint)
-    log.note("at the next boot the TPM may refuse; the recovery key opens the disks then")
+    log.note("unlock: at the next boot the TPM may refuse; the recovery key opens the disks then")
 
 
 def fields(found: Foreseen) -> dict[str, Any]:
