@@ -524,18 +524,24 @@ LOADER = pefile.build({".text": b"systemd-boot"})
 
 
 def test_unified_kernel_images(tmp_path: Path) -> None:
-    """One is built again under its name, another comes beside it."""
-    old, again, newer = (unified(code) for code in (b"old", b"again", b"newer"))
-    now, linux = uki(old, "debian-6.1.efi"), "boot/efi/EFI/Linux"
-    host = enrolled(tmp_path, now, {f"{linux}/debian-6.1.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
-    host.write(f"{linux}/debian-6.1.efi", again)
-    host.write(f"{linux}/debian-6.2.efi", newer)
+    """One is built again under its name, another comes beside it: systemd-boot may start either by itself."""
+    older, old, again, newer = (unified(code) for code in (b"older", b"old", b"again", b"newer"))
+    now, linux = uki(old, "debian-6.9.efi"), "boot/efi/EFI/Linux"
+    host = enrolled(tmp_path, now, {f"{linux}/debian-6.9.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
+    host.write(f"{linux}/debian-6.9.efi", again)
+    host.write(f"{linux}/debian-6.12.efi", newer)
+    host.write(f"{linux}/debian-6.1\N{SUPERSCRIPT TWO}.efi", older)
     host.write(f"{linux}/addon.efi", b"no image")
     found = run(host)
-    assert [each.words.split()[-1] for each in found.entries] == ["debian-6.1.efi", "debian-6.2.efi"]
-    assert boot(host, uki(newer, "debian-6.2.efi")) == "unsealed"
-    assert boot(host, uki(again, "debian-6.1.efi")) == "unsealed"
-    assert boot(host, uki(unified(b"a thief's"), "debian-6.1.efi")) == "pcr-mismatch"
+    assert [each.words.split()[-1] for each in found.entries] == [
+        "debian-6.9.efi",
+        "debian-6.12.efi",
+        "debian-6.1\N{SUPERSCRIPT TWO}.efi",
+    ]
+    assert [each.default for each in found.entries] == [True, True, False]
+    assert boot(host, uki(newer, "debian-6.12.efi")) == "unsealed"
+    assert boot(host, uki(again, "debian-6.9.efi")) == "unsealed"
+    assert boot(host, uki(unified(b"a thief's"), "debian-6.9.efi")) == "pcr-mismatch"
     host.close()
 
 
