@@ -61,7 +61,7 @@ packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-a
 	systemd kmod util-linux fdisk shellcheck strace busybox klibc-utils dosfstools mtools \
 	openssl gcc pkg-config libffi-dev python3-venv python3-dev
 
-.PHONY: setup test test-updates test-fast soak lint demo demo-short bench
+.PHONY: setup test test-long test-fast soak lint demo demo-short bench
 
 # What tests and demo need, from the distribution and from PyPI; quick when it is all there.
 setup:
@@ -80,11 +80,12 @@ test-fast: lint
 
 test: lint
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 \
-		--ignore=tests/test_boot_updates.py
+		$(long:%=--ignore=tests/%.py)
 
-# Hosts that boot by GRUB, by a unified kernel image, and by the firmware alone are updated: ten boots, half an hour.
-test-updates: setup
-	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest tests/test_boot_updates.py
+# What takes an hour more: updates by GRUB, by a unified kernel image and by the firmware alone, rebind.
+long = test_boot_updates test_boot_rebind
+test-long: setup
+	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist load $(long:%=tests/%.py)
 
 # Made-up headers, tokens and records for an hour, or for `make soak SECONDS=60`.
 SECONDS = 3600

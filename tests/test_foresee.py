@@ -473,6 +473,8 @@ def test_a_host_that_was_initialised_in_this_boot_may_be_updated_before_the_next
     for path, data in (("vmlinuz-6.1", old), ("initrd.img-6.1", b"one")):
         host.write(f"boot/efi/EFI/debian/{path}", data)
     foresee.keep(host.paths, host.chip.tcti)
+    found = explain.judge(explain.gather(host.paths, host.chip.tcti))
+    assert (found.verdict, found.causes) == ("no-slot", ())
     host.write("boot/efi/EFI/debian/vmlinuz-6.1", new)
     (entry,) = run(host).entries
     assert entry.changes == ("kernel 6.1 was replaced",)

@@ -183,6 +183,8 @@ def judge(world: World) -> Explanation:
     pcrs: Mapping[int, str] = {}
     if verdict == "no-tpm":
         causes = [_plain("no-tpm")]
+    elif verdict == "no-slot" and _log_is_allowed(world):
+        notes.append("since then the key was sealed to this boot")
     elif verdict == "no-slot":
         causes = [_plain(_no_slot(world))]
     elif verdict == "tpm-failed":
