@@ -140,10 +140,10 @@ def tell(*lines: str) -> None:
         print(f"    {line}", flush=True)
 
 
-def show(console: Guest, command: str) -> None:
+def show(console: Guest, command: str, timeout: int = 300) -> None:
     """Runs a command in the guest as an operator would, and shows it."""
     tell(f"# {command}")
-    done = console.sh(command, timeout=300)
+    done = console.sh(command, timeout=timeout)
     tell(*filter(None, f"{done.out}\n{done.err}".splitlines()))
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A host that boots by shim and GRUB is updated with the distribution's own tools, and boots on; offline."""
+"""Hosts that boot from their own disks are updated with the distribution's own tools, and boot on; offline, with no
+prompt. Each is enrolled and updated in its first boot, whose root disk opens by its passphrase."""
 
 import json
 import shutil
@@ -8,64 +9,167 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab import image
 from tests.lab.guest import Guest
+from tests.lab.loader import Kind
 from tests.lab.machine import Machine, report
-from tests.lab.stories import by_grub, checked, up
+from tests.lab.stories import CAPPED, checked, pcr, take_in_root, unseal_as_root, up
+from tests.lab.vm import VM
 
 pytestmark = pytest.mark.vm
 
 DOWN, ENTER = "\x1b[B", "\r"
+SAFE = {"": "safe", "root": "safe"}
+INSTALL = "DEBIAN_FRONTEND=noninteractive apt-get -qq install /usr/lib/lab/linux-image.deb"
 
 
 @pytest.fixture
-def story(tmp_path: Path) -> Iterator[Machine]:
-    yield by_grub().clone(tmp_path / "machine")
+def home(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "machine"
     shutil.rmtree(tmp_path / "machine", ignore_errors=True)
 
 
-def why(console: Guest) -> list[str]:
+def host(home: Path, boots: Kind) -> Machine:
+    return Machine(home, image.build("luks", boots=boots))
+
+
+def install_kernel(console: Guest) -> str:
+    """The kernel that ran until now."""
+    old = console.sh("uname -r").out
+    assert console.sh("ls /lib/modules").out == old
+    said = console.sh(f"{INSTALL} 2>&1", timeout=1200).out
+    assert "unlock: next boot: " in said and "is predicted" in said, said
+    assert any(each.startswith("predicted: ") for each in allowed(console))
+    again = json.loads(console.sh("unlock policy predict --json", timeout=120).out)
+    assert all(each["predicted"] for each in again["entries"])
+    return old
+
+
+def allowed(console: Guest) -> list[str]:
+    """Why the TPM allows each of its states."""
     return [each["why"] for each in json.loads(console.sh("unlock policy show --json").out)["states"]]
 
 
-def test_kernel_initramfs_command_line_and_menu_are_updated_and_a_thief_is_not(story: Machine) -> None:
+def unsealed(booted: VM) -> Guest:
+    """Waits for a boot in which nobody was asked for anything."""
+    console = up(booted)
+    assert report(console)["verdict"] == "unsealed"
+    assert "recovery key" not in booted.console.text
+    assert pcr(console, 15) == CAPPED
+    return console
+
+
+def test_shim_and_grub(home: Path) -> None:
     """A kernel package, then another command line with update-grub by hand, which no hook sees but shutdown's. The new
-    kernel boots; the old one does too, from the submenu; what a thief writes into grub.cfg does not, and is named."""
-    with story.boot() as booted:
-        console = up(booted)
-        assert report(console)["verdict"] == "unsealed"
-        old = console.sh("uname -r").out
-        done = console.sh("dpkg -i /usr/lib/lab/linux-image.deb", timeout=900)
-        assert "next boot: kernel 6.12." in done.err and "is predicted" in done.err
-        assert len([each for each in why(console) if each.startswith("predicted: kernel")]) >= 2
-        again = json.loads(console.sh("unlock policy predict --json", timeout=120).out)
-        assert again["entries"][0]["predicted"] and again["entries"][0]["default"]
+    kernel boots; the old one does too, from the submenu. What a thief writes into grub.cfg is named and gets no key."""
+    story = host(home, "grub")
+    with story.boot(limit=1800) as booted:
+        console = take_in_root(booted, story)
+        old = install_kernel(console)
         console.sh("sed -i 's/CMDLINE_LINUX=\"/&audit=0 /' /etc/default/grub && update-grub", timeout=300)
         assert checked(console) == {"": "unsafe", "root": "safe"}  # no hook has seen that
         booted.poweroff(300)
     with story.boot() as booted:
-        console = up(booted)
-        assert report(console)["verdict"] == "unsealed"
-        assert checked(console) == {"": "safe", "root": "safe"}
+        console = unsealed(booted)
         assert console.sh("uname -r").out != old
         assert "audit=0" in console.read("/proc/cmdline").decode()
-        assert "recovery" not in booted.console.text.partition("Loading Linux")[2]
+        assert checked(console) == SAFE
         booted.poweroff(300)
     with story.boot() as booted:
         booted.console.expect("Advanced options", 300)
         booted.console.send(DOWN + ENTER)
         booted.console.expect("recovery mode", 60)
         booted.console.send(DOWN + DOWN + ENTER)
-        console = up(booted)
-        assert report(console)["verdict"] == "unsealed"
+        console = unsealed(booted)
         assert console.sh("uname -r").out == old
-        console.sh("sed -i s/audit=0/audit=1/ /boot/grub/grub.cfg; sync; reboot -f >/dev/null 2>&1 &")
-        booted.wait(120)
+        thief = "s/audit=0/audit=0 break=mount/"
+        console.sh(f"sed -i '{thief}' /boot/grub/grub.cfg; sync")
+        booted.kill()
     with story.boot() as booted:
-        booted.console.expect("cannot unseal: .*PCR", 600)
-        booted.console.expect("recovery key: ", 60)
-        booted.console.send(story.recovery_key + "\n")
-        console = up(booted)
+        console = recovered_in_the_shell(booted, story)
         causes = {each["code"] for each in json.loads(console.sh("unlock explain --json").out)["causes"]}
         assert causes & {"boot-loader-config", "command-line"}
         refused = console.sh("unlock policy predict", check=False)
         assert refused.code == 3 and "none that the TPM allows" in refused.err
+
+
+def recovered_in_the_shell(booted: VM, story: Machine) -> Guest:
+    """The shell of break=mount: a screen that says what happened; a mistyped key, then the right one; exit boots on."""
+
+    def typed(command: str) -> str:
+        booted.console.send(f"{command}\n")
+        return booted.console.expect(r"((.|\n)*?)\(initramfs\) $", 120)[1]
+
+    screen = booted.console.expect(r"Spawning shell|\(initramfs\)", 600) and typed("")
+    screen = booted.console.text
+    shown = screen[screen.rindex("boot      ") :].splitlines()
+    assert len(shown) <= 24 and all(len(line) <= 80 for line in shown)
+    assert "pcr-mismatch" in shown[0]
+    first = "\n".join(shown)
+    assert "first     " in first and "unlock open --recovery" in first and "break=mount" in first
+    assert CAPPED.lower() in typed("cat /sys/class/tpm/tpm0/pcr-sha256/15").lower()
+    assert "no-key" in typed("unlock status")
+    assert "PCR 8" in typed("unlock explain")
+    assert "TPM is locked" in typed("unlock open")
+    booted.console.send("unlock open --recovery\n")
+    booted.console.expect("recovery key: ", 60)
+    wrong = story.recovery_key[:-1] + str((int(story.recovery_key[-1]) + 1) % 10)
+    booted.console.send(wrong + "\n")
+    booted.console.expect("group 8 of the recovery key is mistyped", 60)
+    booted.console.expect(r"\(initramfs\)", 60)
+    booted.console.send("unlock open --recovery\n")
+    booted.console.expect("recovery key: ", 60)
+    booted.console.send(story.recovery_key + "\n")
+    booted.console.expect('"exit" goes on booting', 120)
+    booted.console.expect(r"\(initramfs\)", 60)
+    assert "open" in typed("unlock status")
+    booted.console.send("exit\n")
+    console = up(booted)
+    assert story.recovery_key not in booted.console.text
+    assert pcr(console, 15) == CAPPED
+    assert unseal_as_root(console) == "pcr-mismatch"
+    assert console.sh("keyctl list @u; true").out.count("unlock:") == 0
+    return console
+
+
+def test_a_unified_kernel_image_under_secure_boot(home: Path) -> None:
+    """kernel-install makes and signs an image of the new kernel, systemd-boot starts it by itself, and the old one
+    once, when it is told to."""
+    story = host(home, "uki")
+    with story.boot(limit=2400) as booted:
+        console = take_in_root(booted, story)
+        assert "enabled" in console.sh("bootctl status 2>/dev/null | grep -m 1 'Secure Boot'").out
+        old = install_kernel(console)
+        assert checked(console) == SAFE
+        booted.poweroff(300)
+    with story.boot() as booted:
+        console = unsealed(booted)
+        assert console.sh("uname -r").out != old
+        assert checked(console) == SAFE
+        console.sh(f"bootctl set-oneshot debian-{old}.efi")
+        booted.poweroff(300)
+    with story.boot() as booted:
+        console = unsealed(booted)
+        assert console.sh("uname -r").out == old
+        booted.kill()
+
+
+def test_a_kernel_that_the_firmware_starts(home: Path) -> None:
+    """Its files on the EFI system partition are replaced with each update; then by one that changes only unlock."""
+    story = host(home, "direct")
+    with story.boot(limit=1800) as booted:
+        console = take_in_root(booted, story)
+        old = install_kernel(console)
+        assert checked(console) == SAFE
+        booted.poweroff(300)
+    with story.boot() as booted:
+        console = unsealed(booted)
+        assert console.sh("uname -r").out != old
+        before = console.sh("sha256sum /boot/efi/EFI/debian/*").out.split()
+        console.sh("echo 'NEW = 1' >>/usr/lib/unlock/unlock/log.py && update-initramfs -u", timeout=600)
+        after = console.sh("sha256sum /boot/efi/EFI/debian/*").out.split()
+        assert [a == b for a, b in zip(before[::2], after[::2], strict=True)] == [False, True]
+        booted.poweroff(300)
+    with story.boot() as booted:
+        assert checked(unsealed(booted)) == SAFE
+        booted.kill()

@@ -495,6 +495,27 @@ def test_a_log_is_good_for_the_pcrs_that_it_accounts_for(tmp_path: Path, form: t
     host.close()
 
 
+def test_a_host_that_was_initialised_in_this_boot_may_be_updated_before_the_next(tmp_path: Path) -> None:
+    """Its files are kept, as `init` does it, before they are replaced; and a refusal at the first boot is explained."""
+    old, new = (pefile.build({".text": code * 300}) for code in (b"old", b"new"))
+    host = Machine(tmp_path, stub(old, b"one"))  # type: ignore[arg-type]
+    host.write("sys/firmware/efi/x", b"")
+    for path, data in (("vmlinuz-6.1", old), ("initrd.img-6.1", b"one")):
+        host.write(f"boot/efi/EFI/debian/{path}", data)
+    foresee.keep(host.paths, host.chip.tcti)
+    found = explain.judge(explain.gather(host.paths, host.chip.tcti))
+    assert (found.verdict, found.causes) == ("no-slot", ())
+    host.write("boot/efi/EFI/debian/vmlinuz-6.1", new)
+    (entry,) = run(host).entries
+    assert entry.changes == ("kernel 6.1 was replaced",)
+    assert boot(host, stub(new, b"another")) == "pcr-mismatch"
+    foresee.keep(host.paths, host.chip.tcti)  # teaches nothing
+    found = explain.judge(explain.gather(host.paths, host.chip.tcti))
+    assert [each.code for each in found.causes] == ["kernel", "initrd"]
+    assert boot(host, stub(new, b"one")) == "unsealed"
+    host.close()
+
+
 def test_a_kernel_that_is_on_no_disk_stays_and_its_initramfs_is_predicted(tmp_path: Path) -> None:
     """QEMU -kernel; a real log, the initramfs replaced."""
     events = eventlog.parse(real("direct-0").log).events
@@ -535,18 +556,24 @@ LOADER = pefile.build({".text": b"systemd-boot"})
 
 
 def test_unified_kernel_images(tmp_path: Path) -> None:
-    """One is built again under its name, another comes beside it."""
-    old, again, newer = (unified(code) for code in (b"old", b"again", b"newer"))
-    now, linux = uki(old, "debian-6.1.efi"), "boot/efi/EFI/Linux"
-    host = enrolled(tmp_path, now, {f"{linux}/debian-6.1.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
-    host.write(f"{linux}/debian-6.1.efi", again)
-    host.write(f"{linux}/debian-6.2.efi", newer)
+    """One is built again under its name, another comes beside it: systemd-boot may start either by itself."""
+    older, old, again, newer = (unified(code) for code in (b"older", b"old", b"again", b"newer"))
+    now, linux = uki(old, "debian-6.9.efi"), "boot/efi/EFI/Linux"
+    host = enrolled(tmp_path, now, {f"{linux}/debian-6.9.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
+    host.write(f"{linux}/debian-6.9.efi", again)
+    host.write(f"{linux}/debian-6.12.efi", newer)
+    host.write(f"{linux}/debian-6.1\N{SUPERSCRIPT TWO}.efi", older)
     host.write(f"{linux}/addon.efi", b"no image")
     found = run(host)
-    assert [each.words.split()[-1] for each in found.entries] == ["debian-6.1.efi", "debian-6.2.efi"]
-    assert boot(host, uki(newer, "debian-6.2.efi")) == "unsealed"
-    assert boot(host, uki(again, "debian-6.1.efi")) == "unsealed"
-    assert boot(host, uki(unified(b"a thief's"), "debian-6.1.efi")) == "pcr-mismatch"
+    assert [each.words.split()[-1] for each in found.entries] == [
+        "debian-6.9.efi",
+        "debian-6.12.efi",
+        "debian-6.1\N{SUPERSCRIPT TWO}.efi",
+    ]
+    assert [each.default for each in found.entries] == [True, True, False]
+    assert boot(host, uki(newer, "debian-6.12.efi")) == "unsealed"
+    assert boot(host, uki(again, "debian-6.9.efi")) == "unsealed"
+    assert boot(host, uki(unified(b"a thief's"), "debian-6.9.efi")) == "pcr-mismatch"
     host.close()
 
 

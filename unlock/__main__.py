@@ -62,12 +62,14 @@ def _boot(argv: list[str]) -> int:
         return heal(paths)
     if argv == ["baseline"]:
         from .foresee import keep
+        from .thisboot import tpm_device
         from .window import good_boot
 
         try:
-            return keep(paths)
+            keep(paths, tpm_device())
         finally:  # a window is closed even where no baseline can be kept
             good_boot(paths)
+        return 0
     if argv == ["predict"]:
         from .foresee import hook
         from .thisboot import tpm_device

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from . import atunseal, policy, provide, slots, thisboot
-from .errors import Refused, Usage
+from .errors import Refused, UnlockError, Usage
 from .paths import Paths
 from .policy import Record, Slot
 from .secret import Secret
@@ -142,6 +142,18 @@ def remember(state: HostState, found: Allowed, branches: Iterable[bytes], reason
             entry = {**entry, "why": reasons[branch], "made": entry["made"] or now}
         entries[branch.hex()] = entry
     kept["states"] = entries
+
+
+def this_boot(paths: Paths, tcti: str = DEVICE) -> bool:
+    """Whether the TPM released the key to this boot, or would now: it was sealed to this boot since."""
+    early = thisboot.early(paths)
+    if early and early["verdict"] == "unsealed":
+        return True
+    try:
+        with Tpm(tcti) as tpm:
+            return bool(current(paths, tpm).opened)
+    except UnlockError:
+        return False
 
 
 def begin(state: HostState, selection: Iterable[int], branch: bytes, unauthenticated_root: bool) -> None:

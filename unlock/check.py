@@ -262,7 +262,7 @@ _WRITTEN = {"token": token.VERSION, "record": 1}
 
 
 def _images(paths: Paths, listing: Callable[[list[str]], str] = run) -> Iterator[Finding]:
-    images = sorted(glob.glob(os.path.join(paths.root, "boot/initrd.img-*")), key=_version)
+    images = sorted(glob.glob(os.path.join(paths.root, "boot/initrd.img-*")), key=foresee.natural)
     images = [each for each in images if not each.endswith((".bak", ".dpkg-bak", ".new"))]
     if not images:
         yield Finding("initramfs", UNPROVEN, "there is no /boot/initrd.img-*: whether unlock is in it is not known")
@@ -289,11 +289,6 @@ def _unreadable(listed: str) -> str:
         if max(found, default=0) < written:
             return f"the unlock in it does not read {kind}s of version {written}"
     return ""
-
-
-def _version(path: str) -> list[tuple[bool, int, str]]:
-    """Sorts kernel versions as their numbers: 6.9 before 6.12."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", path)]
 
 
 def _kexec(paths: Paths) -> Iterator[Finding]:

@@ -100,6 +100,7 @@ def _pcrs(text: str) -> tuple[int, ...]:
 
 
 def _init(paths: Paths, options: argparse.Namespace) -> int:
+    from . import foresee, thisboot
     from .enroll import OVERRIDES, Choices, init
 
     unknown = set(options.accept) - OVERRIDES.keys()
@@ -122,6 +123,7 @@ def _init(paths: Paths, options: argparse.Namespace) -> int:
                 kms=kms,
             ),
         )
+    foresee.keep(paths, thisboot.tpm_device())
     log.note(f"boot: {found.boot}; sealed under PCRs {', '.join(map(str, found.selection))}")
     if kms:
         log.note(f"keys come from {', '.join(kms.settings.endpoints)}; the host key was made and fetched")

@@ -105,7 +105,7 @@ def _set(paths: Paths, options: argparse.Namespace) -> int:
 
 
 def _rebind(paths: Paths, options: argparse.Namespace) -> int:
-    from . import explain, rebind, recoverykey, thisboot
+    from . import explain, foresee, rebind, recoverykey, thisboot
 
     tcti = thisboot.tpm_device()
     log.note("this boot, as the TPM sees it, is what will be allowed:")
@@ -134,6 +134,7 @@ def _rebind(paths: Paths, options: argparse.Namespace) -> int:
                 tcti,
             ),
         )
+    foresee.keep(paths, tcti)
     log.note(f"sealed to this boot, under PCRs {', '.join(map(str, found.selection))}: {len(found.done)} disk(s)")
     for name, why in found.left.items():
         log.error(f"{name}: {why}: it opens with the recovery key", "when it is back: unlock sync, or unlock rebind")

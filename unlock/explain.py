@@ -207,6 +207,8 @@ def judge(world: World) -> Explanation:
     pcrs: Mapping[int, str] = {}
     if verdict == "no-tpm":
         causes = [_plain("no-tpm")]
+    elif verdict == "no-slot" and _log_is_allowed(world):
+        notes.append("since then the key was sealed to this boot")
     elif verdict == "no-slot":
         causes = [_plain(_no_slot(world))]
     elif verdict == "tpm-failed":
@@ -476,18 +478,18 @@ def _copied(paths: Paths) -> Baseline | None:
 # The baseline -----------------------------------------------------------------------------------------------
 
 
-def keep_baseline(paths: Paths, tcti: str = "device:/dev/tpmrm0") -> Baseline | None:
+def keep_baseline(paths: Paths, tcti: str = "device:/dev/tpmrm0", sealed: bool = False) -> Baseline | None:
     """After a boot that the TPM allowed: keeps what was measured. None after any other, which teaches nothing.
+    `sealed`: it is one that the TPM would allow now.
 
     Kept by PCR, and only where the log replays to the live value. Of a PCR of the policy that the log does not account
     for, the value alone, if the policy proves it: what the TPM looked at is what there is now. Where there is no log,
     the values alone.
     Raises OSError, Malformed.
     """
-    early = thisboot.early(paths)
-    if not early or early["verdict"] != "unsealed":
-        return None
     world = gather(paths, tcti)
+    if not sealed and (not world.early or world.early["verdict"] != "unsealed"):
+        return None
     trusted = _trusted(world)
     items = items_now(world, trusted)
     if world.log:
@@ -521,13 +523,6 @@ def explain(paths: Paths, as_json: bool) -> int:
         raise Refused("unlock needs root", "sudo unlock explain", code="not-root")
     found = judge(gather(paths, thisboot.tpm_device()))
     print(json.dumps(fields(found), indent=1) if as_json else text(found))
-    return 0
-
-
-def baseline(paths: Paths) -> int:
-    """`unlock boot baseline`, after a boot."""
-    kept = keep_baseline(paths, thisboot.tpm_device())
-    log.note(f"baseline kept: {len(kept.items)} events" if kept else "no baseline: the TPM did not release the key")
     return 0
 
 

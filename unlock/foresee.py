@@ -12,6 +12,7 @@ never guessed: those PCRs stay as they are, or it is Refused.
 
 import glob
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -259,14 +260,17 @@ def _direct(world: World) -> Iterator[Entry]:
 
 
 def _ukis(world: World) -> Iterator[Entry]:
-    """The unified kernel image that was booted, as it is now, and the others beside it, the newest name first."""
+    """The unified kernel image that was booted, as it is now, and the others beside it, the newest name first.
+    systemd-boot starts the newest by itself, or the one that it was told to."""
     before = world.before
     if not before.uki:
         raise predict.cannot("the unified kernel image of this boot is not on disk as it was booted")
     own = before.images[-1][1]
     pattern = os.path.join(glob.escape(os.path.join(world.paths.root, os.path.dirname(own))), "*.[eE][fF][iI]")
     found = {os.path.relpath(path, world.paths.root) for path in glob.glob(pattern)}
-    for path in [own, *sorted(found - {own}, reverse=True)]:
+    newest = max(found, key=natural, default=own)
+    for path in [own, *sorted(found - {own}, key=natural, reverse=True)]:
+        default = path in (own, newest)
         data = booted.read(world.paths, path)
         try:
             sections = tuple(predict.uki_measurements(data)) if data is not None else ()
@@ -282,12 +286,17 @@ def _ukis(world: World) -> Iterator[Entry]:
             changes.append("another menu entry")
         words = f"unified kernel image {os.path.basename(path)}"
         if foreign := _foreign(world, [path]):
-            yield Entry(words, tuple(changes), None, foreign, path == own)
+            yield Entry(words, tuple(changes), None, foreign, default)
             continue
-        entry = _entry(world, words, changes, events, path == own)
+        entry = _entry(world, words, changes, events, default)
         if changes and entry.values is not None:  # systemd-stub adds to what the kernel's own stub measures
             entry = entry._replace(values={pcr: value for pcr, value in entry.values.items() if pcr != 9})
         yield entry
+
+
+def natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts versions in names as numbers: 6.9 before 6.12."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _entry(world: World, words: str, changes: Iterable[str], events: Iterable[Event], default: bool) -> Entry:
@@ -364,16 +373,17 @@ def refused(found: Foreseen) -> Refused | None:
     )
 
 
-def keep(paths: Paths) -> int:
-    """`unlock boot baseline`, after a boot: what was measured, and which files it came from."""
-    early = thisboot.early(paths)
+def keep(paths: Paths, tcti: str) -> None:
+    """After a boot that the TPM allowed, and when the key was sealed to this one: what was measured, and which files it
+    came from, before an update replaces them."""
+    sealed = allowed.this_boot(paths, tcti)
     found, _ = atunseal.event_log(paths)
     try:
-        if early and early["verdict"] == "unsealed" and found:
+        explain.keep_baseline(paths, tcti, sealed)
+        if sealed and found:
             booted.keep(paths, found)
     except (OSError, Malformed) as problem:
-        log.error(f"the next boot will not be predicted: {problem}", "unlock policy predict")
-    return explain.baseline(paths)
+        log.error(f"what this boot has measured cannot be kept: {problem}", "unlock check")
 
 
 def hook(paths: Paths, tcti: str) -> int:
@@ -392,9 +402,9 @@ def hook(paths: Paths, tcti: str) -> int:
         return 0
     for each in found.entries:
         if each.values is not None and each.changes:
-            log.note(f"next boot: {each.words} is predicted: {', '.join(each.changes)}")
+            log.note(f"unlock: next boot: {each.words} is predicted: {', '.join(each.changes)}")
     for note in found.notes:
-        log.note(note)
+        log.note(f"unlock: {note}")
     if bad := refused(found):
         _warn(bad)
     return 0
@@ -402,7 +412,7 @@ def hook(paths: Paths, tcti: str) -> int:
 
 def _warn(problem: UnlockError) -> None:
     log.error(str(problem), problem.hint)
-    log.note("at the next boot the TPM may refuse; the recovery key opens the disks then")
+    log.note("unlock: at the next boot the TPM may refuse; the recovery key opens the disks then")
 
 
 def fields(found: Foreseen) -> dict[str, Any]:

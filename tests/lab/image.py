@@ -108,7 +108,7 @@ def build(root: Root = "luks", *, product: bool = True, commands: Sequence[str] 
             _copy(base, tree)
             _overlay(installed, tree)
             _configure(tree, root, boots)
-            loader.prepare(boots, tree, CONSOLE, _chroot)
+            loader.prepare(boots, tree, Image(work, root).cmdline, _chroot)
             for command in commands:
                 _chroot(tree, command)
             _kernel(tree).rename(work / "vmlinuz")
@@ -151,6 +151,8 @@ def _configure(tree: Path, root: Root, boots: Kind) -> None:
         "usr/lib/lab/agent": guest.AGENT,
         "usr/lib/systemd/system/lab-agent.service": guest.UNIT,
     }
+    if boots:  # it makes initramfs images itself, emulated
+        files["etc/initramfs-tools/conf.d/lab"] = "COMPRESS=zstd\nCOMPRESSLEVEL=1\n"
     if root == "luks":
         files["etc/crypttab"] = f"root UUID={LUKS_UUID} none luks,initramfs\n"
     _write(tree, files)

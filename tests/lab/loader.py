@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks that a machine boots from by itself: an EFI system partition, and /boot for GRUB. Whole disks, without a
-partition table.
+"""What a machine boots from by itself: a disk with an EFI system partition, and for GRUB another that is /boot.
 
-    grub    shim ──> GRUB ──> kernel and initramfs of /boot, all signed by Debian, without Secure Boot
-    uki     a unified kernel image, signed with the key of ovmf's snakeoil variables; Secure Boot with that key
+grub    shim ──> GRUB ──> kernel and initramfs of /boot, all signed by Debian, without Secure Boot
+uki     systemd-boot ──> a unified kernel image, both signed with the key of ovmf's snakeoil variables; Secure Boot
+direct  kernel and initramfs on the EFI system partition, by an entry of the firmware's own boot menu
 """
 
 import os
@@ -15,17 +15,28 @@ from typing import Literal
 
 from . import cache
 
-Kind = Literal["", "grub", "uki"]
+Kind = Literal["", "grub", "uki", "direct"]
 Chroot = Callable[[Path, str], None]
 
 BOOT_UUID = "6c616220-626f-4f74-8000-657874340002"
 ESP_UUID = "6C61-6203"
 _WAITS = "x-systemd.device-timeout=infinity"
 _ESP_LINE = f"UUID={ESP_UUID} /boot/efi vfat umask=0077,{_WAITS} 0 0\n"
-FSTAB = {"": "", "grub": f"UUID={BOOT_UUID} /boot ext4 {_WAITS} 0 0\n{_ESP_LINE}", "uki": _ESP_LINE}
-DISKS = {"": (), "grub": ("esp", "boot"), "uki": ("esp",)}
+FSTAB = {
+    "": "",
+    "grub": f"UUID={BOOT_UUID} /boot ext4 {_WAITS} 0 0\n{_ESP_LINE}",
+    "uki": _ESP_LINE,
+    "direct": _ESP_LINE,
+}
+DISKS = {"": (), "grub": ("esp", "boot"), "uki": ("esp",), "direct": ("esp",)}
 ESP_SIZE, BOOT_SIZE = 160 << 20, 256 << 20
+ESP_START = 1 << 20
+VARIABLES = {"uki": Path("/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd")}
+"""Of the firmware, at the first boot; those of `direct` are the image's own."""
+NO_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 KEYS = Path("/usr/share/ovmf")
+KERNEL, INITRD = "EFI/debian/vmlinuz", "initrd=\\EFI\\debian\\initrd.img "
+"""Of `direct`: the kernel on the EFI system partition, and how its options begin."""
 DEFAULTS = """\
 GRUB_DEFAULT=0
 GRUB_TIMEOUT=5
@@ -65,6 +76,22 @@ mount --bind /grub-probe /usr/sbin/grub-probe
 grub-mkconfig -o /boot/grub/grub.cfg
 cp /boot/grub/grub.cfg /grub.cfg
 """
+INSTALL = {
+    "etc/kernel/install.conf": "layout=uki\nuki_generator=ukify\n",
+    "etc/kernel/entry-token": "debian\n",
+    "etc/kernel/uki.conf": """\
+[UKI]
+SecureBootPrivateKey=/etc/kernel/secure-boot.key
+SecureBootCertificate=/etc/kernel/secure-boot.pem
+""",
+}
+"""With these, kernel-install makes a signed unified kernel image of each kernel that is installed."""
+COPY = """\
+#!/bin/sh
+# To the EFI system partition, when a kernel has got its initramfs; whole, whenever the power goes.
+cd /boot/efi/EFI/debian && cp "/boot/vmlinuz-$1" vmlinuz.new && cp "$2" initrd.img.new && sync -f . &&
+	mv vmlinuz.new vmlinuz && mv initrd.img.new initrd.img && sync -f .
+"""
 UPDATE = """
 cd /usr/lib/lab
 lists="-o Dir::State::Lists=/tmp/lists -o Dir::Etc::SourceList=/tmp/security.list -o Dir::Etc::SourceParts=/dev/null"
@@ -74,54 +101,81 @@ apt-get -qq $lists update
 newest=$(apt-cache $lists pkgnames linux-image-6.12. | grep -E 'deb13(\\.[0-9]+)?-cloud-amd64$' |
     grep -vxF "linux-image-$(ls /lib/modules)" | sort -V | tail -n 1)
 apt-get -qq $lists -o APT::Sandbox::User=root download "$newest"
-mv linux-image-*.deb linux-image.deb
-rm -rf /tmp/lists /tmp/security.list
+dpkg-deb --raw-extract linux-image-*.deb /tmp/kernel
+dpkg-deb --build -Znone /tmp/kernel linux-image.deb
+rm -rf linux-image-*.deb /tmp/lists /tmp/security.list /tmp/kernel
 """
-"""Another kernel of the same release, as a file."""
+"""Another kernel of the same release, as a file; not compressed, which would cost the emulated guest a minute."""
 
 
 def prepare(kind: Kind, tree: Path, cmdline: str, chroot: Chroot) -> None:
-    """What the operator's system has beside the kernel, before the initramfs is made."""
+    """What the operator's system has beside the kernel, before the initramfs is made. `cmdline`: the kernel's."""
+    if kind == "":
+        return
+    (tree / "boot/efi").mkdir()
     if kind == "grub":
-        (tree / "etc/default/grub").write_text(DEFAULTS.format(cmdline))
-        to = tree / "usr/lib/lab/linux-image.deb"
+        (tree / "etc/default/grub").write_text(DEFAULTS.format(cmdline.partition(" ro ")[2]))
+    elif kind == "uki":
+        for name, text in (INSTALL | {"etc/kernel/cmdline": f"{cmdline}\n"}).items():
+            (tree / name).write_text(text)
+        unlocked = ["openssl", "pkey", "-in", KEYS / "PkKek-1-snakeoil.key", "-passin", "pass:snakeoil"]
+        subprocess.run([*unlocked, "-out", tree / "etc/kernel/secure-boot.key"], check=True)
+        shutil.copy(KEYS / "PkKek-1-snakeoil.pem", tree / "etc/kernel/secure-boot.pem")
+    else:
+        hook = tree / "etc/initramfs/post-update.d/zz-esp"
+        hook.write_text(COPY)
+        hook.chmod(0o755)
+    to = tree / "usr/lib/lab/linux-image.deb"
 
-        def download(work: Path) -> None:
-            chroot(tree, UPDATE)
-            to.rename(work / to.name)
+    def download(work: Path) -> None:
+        chroot(tree, UPDATE)
+        to.rename(work / to.name)
 
-        (modules,) = (tree / "usr/lib/modules").iterdir()
-        shutil.copy(cache.entry(f"kernel-{cache.key(modules.name, UPDATE)}", download) / to.name, to)
+    (modules,) = (tree / "usr/lib/modules").iterdir()
+    shutil.copy(cache.entry(f"kernel-{cache.key(modules.name, UPDATE)}", download) / to.name, to)
 
 
 def disks(kind: Kind, tree: Path, work: Path, cmdline: str, root_uuid: str, chroot: Chroot) -> None:
-    """esp.raw in `work`; for GRUB boot.raw too, and /boot is empty then."""
+    """esp.raw in `work`, from its vmlinuz and initrd; for GRUB boot.raw too, and /boot is empty then."""
     if kind == "grub":
         _grub(tree, work, root_uuid, chroot)
     elif kind == "uki":
-        files = unified(tree, work, {"debian.efi": (work / "vmlinuz", work / "initrd", cmdline)}, chroot)
-        esp(work / "esp.raw", files)
+        _uki(tree, work, cmdline, chroot)
+    elif kind == "direct":
+        esp(work / "esp.raw", {KERNEL: work / "vmlinuz", "EFI/debian/initrd.img": work / "initrd"})
+        entry(work / "vars.fd", KERNEL, INITRD + cmdline)
 
 
-def unified(tree: Path, work: Path, images: dict[str, tuple[Path, Path, str]], chroot: Chroot) -> dict[str, Path]:
-    """systemd-boot, and unified kernel images: name -> kernel, initramfs, command line. Signed. What `esp` takes."""
+def entry(to: Path, name: str, options: str) -> None:
+    """The firmware's one boot entry, in its variables `to`, as `efibootmgr --create --unicode OPTIONS` makes it."""
+    from virt.firmware.efi import devpath, ucs16
+    from virt.firmware.varstore import edk2
+
+    if not to.exists():
+        shutil.copyfile(NO_VARIABLES, to)
+    store = edk2.Edk2VarStore(os.fspath(to))
+    variables = store.get_varlist()
+    path = devpath.DevicePath.filepath("\\" + name.replace("/", "\\"))
+    variables.set_boot_entry(0, "Debian", path, bytes(ucs16.from_string(options)))
+    if "BootOrder" not in variables:
+        variables.append_boot_order(0)
+    store.write_varstore(os.fspath(to), variables)
+
+
+def _uki(tree: Path, work: Path, cmdline: str, chroot: Chroot) -> None:
+    (modules,) = (tree / "usr/lib/modules").iterdir()
     inside = tree / "uki"
     inside.mkdir()
-    unlocked = ["openssl", "pkey", "-in", KEYS / "PkKek-1-snakeoil.key", "-passin", "pass:snakeoil"]
-    subprocess.run([*unlocked, "-out", inside / "key"], check=True)
-    shutil.copy(KEYS / "PkKek-1-snakeoil.pem", inside / "certificate")
-    for name, (kernel, initrd, cmdline) in images.items():
-        shutil.copy(kernel, inside / "linux")
-        shutil.copy(initrd, inside / "initrd")
-        (inside / "cmdline").write_text(cmdline)
-        keys = "--secureboot-private-key=key --secureboot-certificate=certificate"
-        chroot(tree, f"cd /uki; ukify build --linux=linux --initrd=initrd --cmdline=@cmdline {keys} --output={name}")
-    stub = "/usr/lib/systemd/boot/efi/systemd-bootx64.efi"
-    chroot(tree, f"cd /uki; sbsign --key key --cert certificate --output systemd-boot {stub}")
-    found = {f"EFI/Linux/{name}": inside / name for name in images} | {"EFI/BOOT/BOOTX64.EFI": inside / "systemd-boot"}
-    out = work / "uki"
-    inside.rename(out)
-    return {name: out / path.name for name, path in found.items()}
+    shutil.copy(work / "vmlinuz", inside / "linux")
+    shutil.copy(work / "initrd", inside / "initrd")
+    kernel = f"--linux=linux --initrd=initrd --cmdline=@/etc/kernel/cmdline --uname={modules.name}"
+    chroot(tree, f"cd /uki; ukify build --config=/etc/kernel/uki.conf {kernel} --output=unified")
+    stub, keys = "/usr/lib/systemd/boot/efi/systemd-bootx64.efi", "/etc/kernel/secure-boot"
+    chroot(tree, f"cd /uki; sbsign --key {keys}.key --cert {keys}.pem --output systemd-boot {stub}")
+    loaders = ("EFI/BOOT/BOOTX64.EFI", "EFI/systemd/systemd-bootx64.efi")
+    files = dict.fromkeys(loaders, inside / "systemd-boot")
+    esp(work / "esp.raw", files | {f"EFI/Linux/debian-{modules.name}.efi": inside / "unified"})
+    shutil.rmtree(inside)
 
 
 def _grub(tree: Path, work: Path, root_uuid: str, chroot: Chroot) -> None:
@@ -130,7 +184,6 @@ def _grub(tree: Path, work: Path, root_uuid: str, chroot: Chroot) -> None:
     fonts = tree / "boot/grub/fonts"
     fonts.mkdir(parents=True)
     shutil.copy(tree / "usr/share/grub/unicode.pf2", fonts)
-    (tree / "boot/efi").mkdir()
     (tree / "grub-probe").write_text(PROBE.replace("ROOT-UUID", root_uuid).replace("BOOT-UUID", BOOT_UUID))
     (tree / "grub-probe").chmod(0o755)
     chroot(tree, MKCONFIG)
@@ -158,12 +211,17 @@ def _ext4(tree: Path, to: Path) -> None:
 
 
 def esp(to: Path, files: dict[str, Path]) -> None:
-    """A FAT file system with these files."""
+    """A disk with an EFI system partition that has these files."""
     with to.open("wb") as file:
         file.truncate(ESP_SIZE)
-    subprocess.run(["mkfs.vfat", "-F", "32", "-i", ESP_UUID.replace("-", ""), to], check=True, capture_output=True)
+    table = f"label: gpt\nstart={ESP_START >> 9}, type=uefi\n"
+    subprocess.run(["sfdisk", "--quiet", to], input=table, text=True, check=True)
+    room = str((ESP_SIZE - 2 * ESP_START) >> 10)
+    make = ["mkfs.vfat", "-F", "32", "-i", ESP_UUID.replace("-", ""), "--offset", str(ESP_START >> 9), to, room]
+    subprocess.run(make, check=True, capture_output=True)
     folders = sorted({str(parent) for name in files for parent in Path(name).parents} - {"."})
     environment = os.environ | {"MTOOLS_SKIP_CHECK": "1"}
-    subprocess.run(["mmd", "-i", to, *(f"::{each}" for each in folders)], check=True, env=environment)
+    inside = f"{to}@@{ESP_START}"
+    subprocess.run(["mmd", "-i", inside, *(f"::{each}" for each in folders)], check=True, env=environment)
     for name, source in files.items():
-        subprocess.run(["mcopy", "-i", to, source, f"::{name}"], check=True, env=environment)
+        subprocess.run(["mcopy", "-i", inside, source, f"::{name}"], check=True, env=environment)

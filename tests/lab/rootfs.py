@@ -14,7 +14,7 @@ PACKAGES = """
 """
 LOADERS = """
     shim-signed grub-efi-amd64-signed grub-efi-amd64-bin grub2-common
-    systemd-boot-efi systemd-ukify sbsigntool efibootmgr
+    systemd-boot systemd-boot-efi systemd-ukify sbsigntool efibootmgr
 """
 """What a machine needs beside that to boot from its own disk; the second kernel is for updates."""
 EXCLUDED = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*")

@@ -13,6 +13,8 @@ from .vm import VM, Disk
 
 CAPPED = "C07F2888CEEB55738145657AC754AA052AC7CB24FAF81D0857304456E7589499"
 """PCR 15 after the cap and nothing else: SHA-256(32 zero bytes || SHA-256("unlock cap"))."""
+BACKUP, PASSWORD = "/root/kdk.backup", "of the backup"
+"""Of the native provider's key, in the guest."""
 UNSEAL = """
 import sys
 sys.path.insert(0, "/usr/lib/unlock")
@@ -92,15 +94,16 @@ def unmeasured() -> Machine:
     return _enrolled("bios", "--accept unmeasured-boot", groups, {"pair-1": 200, "pair-2": 200})
 
 
-def by_grub() -> Machine:
-    """Enrolled on a machine that boots by shim and GRUB from its own disk: a LUKS root alone."""
-    return _enrolled("grub", "", {}, {})
+def by_firmware() -> Machine:
+    """Enrolled on a machine whose firmware starts the kernel of its EFI system partition: a LUKS root, three disks."""
+    return _enrolled("direct", "", {"data": ("d1", "d2", "d3")}, dict.fromkeys(("d1", "d2", "d3"), 200))
 
 
 def _enrolled(kind: str, init: str, groups: dict[str, tuple[str, ...]], sizes: dict[str, int]) -> Machine:
     """Made once for all test files; the machine is for cloning only."""
-    built = image.build("luks", boots="grub" if kind == "grub" else "")
-    name = cache.key(built.directory.name, kind, init, repr(groups), repr(sizes), inspect.getsource(enroll))
+    built = image.build("luks", boots="direct" if kind == "direct" else "")
+    sources = inspect.getsource(enroll), inspect.getsource(take_in_root)
+    name = cache.key(built.directory.name, kind, init, repr(groups), repr(sizes), *sources)
     home = cache.entry(
         f"image-{name}-enrolled",
         lambda work: enroll(Machine(work, built, uefi=kind == "uefi"), init, groups, sizes),
@@ -117,21 +120,7 @@ def enroll(machine: Machine, init: str, groups: dict[str, tuple[str, ...]], size
         for serial in serials:
             machine.disk(serial, sizes.get(serial, 40))
     with machine.boot(log_writes=True) as booted:
-        booted.console.expect("unlock disk root", 300)
-        booted.console.send(image.PASSPHRASE + "\n")
-        console = up(booted)
-        console.write("/root/password", b"of the backup\n", 0o600)
-        console.write("/root/passphrase", image.PASSPHRASE.encode(), 0o600)
-        console.sh(f"unlock init --backup /root/kdk.backup --backup-password-file /root/password {init}", timeout=180)
-        again = console.sh("unlock init --backup /root/x --backup-password-file /root/password", check=False)
-        assert (again.code, again.err.splitlines()[0]) == (3, "unlock: this host is initialised already")
-        adopt = f"unlock disk adopt /dev/disk/by-uuid/{image.LUKS_UUID} --group root --passphrase-file /root/passphrase"
-        before = console.sh("cryptsetup luksDump /dev/disk/by-uuid/" + image.LUKS_UUID).out
-        console.sh(f"{adopt} --recovery-key-file {RECOVERY}", timeout=120)
-        console.sh(f"{adopt} --recovery-key-file {RECOVERY}", timeout=120)  # twice is once
-        after = console.sh("cryptsetup luksDump /dev/disk/by-uuid/" + image.LUKS_UUID).out
-        assert re.search(r"  0: luks2\n(\t.*\n)+", before)[0] in after  # type: ignore[index]
-        assert "root UUID=" in console.read("/etc/crypttab").decode()
+        console = take_in_root(booted, machine, init)
         for name, serials in groups.items():
             create = f"unlock group create {name} --disk {machine.devices(*serials)} --mount /srv/{name}"
             create += f" --recovery-key-file {RECOVERY}"
@@ -150,8 +139,29 @@ def enroll(machine: Machine, init: str, groups: dict[str, tuple[str, ...]], size
             console.sh("systemctl --quiet enable " + " ".join(f"app-{name}.service" for name in groups))
         states = status(console)
         assert states == dict.fromkeys(["root", *groups], "open")
-        (machine.home / "recovery-key").write_bytes(console.read(RECOVERY))
         (machine.home / "secrets.json").write_bytes(console.sh(f"python3 -I -c '{SECRETS}'").stdout)
         slow = r"/^\[group.\(pair\|ruined\|far\)\]/a deadline = 25"
-        console.sh(f"sed -i '{slow}' /etc/unlock/unlock.toml; rm /root/password /root/passphrase")
+        console.sh(f"sed -i '{slow}' /etc/unlock/unlock.toml")
         booted.poweroff()
+
+
+def take_in_root(booted: VM, machine: Machine, init: str = "") -> Guest:
+    """The root disk, opened at the first boot by its passphrase; each command twice."""
+    booted.console.expect("unlock disk root", 300)
+    booted.console.send(image.PASSPHRASE + "\n")
+    console = up(booted)
+    console.write("/root/password", PASSWORD.encode(), 0o600)
+    console.write("/root/passphrase", image.PASSPHRASE.encode(), 0o600)
+    console.sh(f"unlock init --backup {BACKUP} --backup-password-file /root/password {init}", timeout=180)
+    again = console.sh("unlock init --backup /root/x --backup-password-file /root/password", check=False)
+    assert (again.code, again.err.splitlines()[0]) == (3, "unlock: this host is initialised already")
+    adopt = f"unlock disk adopt /dev/disk/by-uuid/{image.LUKS_UUID} --group root --passphrase-file /root/passphrase"
+    before = console.sh("cryptsetup luksDump /dev/disk/by-uuid/" + image.LUKS_UUID).out
+    console.sh(f"{adopt} --recovery-key-file {RECOVERY}", timeout=120)
+    console.sh(f"{adopt} --recovery-key-file {RECOVERY}", timeout=120)  # twice is once
+    after = console.sh("cryptsetup luksDump /dev/disk/by-uuid/" + image.LUKS_UUID).out
+    assert re.search(r"  0: luks2\n(\t.*\n)+", before)[0] in after  # type: ignore[index]
+    assert "root UUID=" in console.read("/etc/crypttab").decode()
+    (machine.home / "recovery-key").write_bytes(console.read(RECOVERY))
+    console.sh("rm /root/password /root/passphrase")
+    return console

@@ -13,20 +13,19 @@ from typing import Any, NamedTuple, Protocol
 
 from .console import Console
 from .guest import Guest
-from .loader import DISKS, Kind
+from .loader import DISKS, NO_VARIABLES, VARIABLES, Kind
 from .process import start
 from .qmp import Qmp
 from .swtpm import Command, SoftwareTpm
 
 # A third less work than `-cpu max` when emulated: no AVX state to keep, but the AES instructions are there.
 CPU = "qemu64,svm=off,+aes,+pclmulqdq,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand,+rdseed"
+ACCELERATORS = {"tcg": ("tcg,thread=multi", CPU), "kvm": ("kvm", "host")}
 SECURE_CPU = "max,la57=off"  # the firmware with Secure Boot does not start on the one above
 FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
-VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 GATEWAY, ADDRESS = "10.0.2.2", "10.0.2.15"  # of QEMU's user-mode network
 SECURE = Path("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd")
-ENROLLED = Path("/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd")
-"""Variables with Secure Boot on, for a unified kernel image: shim and GRUB would verify for minutes."""
+"""Firmware with Secure Boot, for a unified kernel image: shim and GRUB would verify for minutes."""
 CACHE = {  # what QEMU's -drive cache=MODE means: (O_DIRECT, ignore flushes, the guest sees a write cache)
     "unsafe": (False, True, True),
     "writeback": (False, False, True),
@@ -73,6 +72,7 @@ class VM:
     `tpm` names the TPM's state directory: another name is a replaced board, None is no TPM.
     `limit`: seconds after which the machine is killed, whatever happens.
     `network`: a card; this host's loopback is at GATEWAY, the guest is ADDRESS.
+    `accelerator`: a key of ACCELERATORS.
     `clock`: the guest's at the start, as YYYY-MM-DDTHH:MM:SS in UTC.
     `log_writes`: each disk's writes and flushes go to writes-SERIAL.log in the order in which the guest made them.
     """
@@ -96,6 +96,7 @@ class VM:
         log_writes: bool = False,
         network: bool = False,
         clock: str = "utc",
+        accelerator: str = "tcg",
         extra: Sequence[str] = (),
     ) -> None:
         self.home = home
@@ -114,6 +115,7 @@ class VM:
         self._log_writes = log_writes
         self._network = network
         self._clock = clock
+        self._accelerator = accelerator
         self._tpm: SoftwareTpm | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._ports: list[socket.socket] = []
@@ -177,6 +179,10 @@ class VM:
         self.qmp.event("DEVICE_DELETED")
         self.qmp.do("blockdev-del", **{"node-name": f"disk-{disk.serial}"})
 
+    def cut_network(self) -> None:
+        """Pull the card's cable."""
+        self.qmp.do("set_link", name="network", up=False)
+
     # the TPM
 
     def tpm_commands(self, skip: int = 0) -> list[Command]:
@@ -187,10 +193,11 @@ class VM:
 
     def _start(self) -> None:
         secure = self._loader == "uki"
-        cpu = SECURE_CPU if secure else CPU
-        arguments = ["-accel", "tcg,thread=multi", "-cpu", cpu, "-machine", "q35", "-rtc", f"base={self._clock}"]
+        how, cpu = ACCELERATORS[self._accelerator]
+        arguments = ["-accel", how, "-cpu", SECURE_CPU if secure else cpu]
+        arguments += ["-machine", "q35", "-rtc", f"base={self._clock}"]
         arguments += ["-smp", str(self._cores), "-m", self._memory, "-nodefaults", "-display", "none", "-no-reboot"]
-        arguments += ["-nic", "user,ipv6=off,model=virtio-net-pci" if self._network else "none"]
+        arguments += ["-nic", "user,id=network,ipv6=off,model=virtio-net-pci" if self._network else "none"]
         if secure:
             arguments += ["-machine", "smm=on", "-global", "ICH9-LPC.disable_s3=1"]
             arguments += ["-global", "driver=cfi.pflash01,property=secure,value=on"]
@@ -199,7 +206,9 @@ class VM:
         if self._uefi or self._loader:
             variables = self.home / "vars.fd"
             if not variables.exists():
-                shutil.copyfile(ENROLLED if secure else VARIABLES, variables)
+                own = self._image.kernel.with_name("vars.fd")
+                first = own if own.exists() else VARIABLES.get(self._loader, NO_VARIABLES)
+                shutil.copyfile(first, variables)
             firmware = SECURE if secure else FIRMWARE
             arguments += ["-drive", f"if=pflash,format=raw,readonly=on,file={firmware}"]
             arguments += ["-drive", f"if=pflash,format=raw,file={variables}"]
@@ -288,6 +297,18 @@ class VM:
             "write-cache": "on" if write_cache else "off",
             **({"bootindex": DISKS[self._loader].index(disk.serial)} if disk in self._loaders else {}),
         }
+
+
+def accelerator(kernel: Path) -> str:
+    """`kvm` where it runs this kernel, which takes a moment to see; not every /dev/kvm does."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "tcg"
+    how, cpu = ACCELERATORS["kvm"]
+    command = ["timeout", "10", "qemu-system-x86_64", "-accel", how, "-cpu", cpu, "-machine", "q35", "-m", "512"]
+    command += ["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", os.fspath(kernel)]
+    command += ["-append", "console=ttyS0 earlyprintk=ttyS0 panic=-1"]  # without a root file system it ends at once
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    return "kvm" if b"Kernel panic" in done.stdout else "tcg"
 
 
 def overlay(base: Path, path: Path) -> Path:
