@@ -64,8 +64,7 @@ def check(escrow: Escrow) -> None:
 
 def write(escrow: Escrow, key: Secret) -> None:
     """Durable, and read back: what was written is there, and is for these recipients, as far as that can be told
-    without a private key. Raises Usage, Refused, Malformed, CommandFailed, OSError."""
-    check(escrow)
+    without a private key. Replaces what is there. Raises Usage, Refused, Malformed, CommandFailed, OSError."""
     sealed = _sealed(escrow.to, key)
     write_atomically(os.path.abspath(escrow.file), sealed)
     with open(escrow.file, "rb") as file:
