@@ -11,7 +11,7 @@ from flowfixture import HOST, Host
 from killing import killed_at
 from test_escrow import decrypted, organisation
 
-from unlock import disk, handout, keyring, luks, present, recoverykey, recoveryops, rekey, sync
+from unlock import disk, handout, keyring, luks, present, recoverykey, recoveryops, rekey, status, sync
 from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.escrow import Escrow
 from unlock.secret import Secret
@@ -136,10 +136,10 @@ def test_after_a_rotation_the_new_key_opens_everything_and_the_old_one_nothing(h
 
 def test_each_rotation_needs_a_new_file(host: Host) -> None:
     rotate(host)
-    with pytest.raises(Refused) as caught:
-        rotate(host)
-    assert caught.value.code == "same-key"
     rotate(host, "next")
+    for former in ("new-key", "next"):
+        with pytest.raises(Usage, match="exists already"):
+            rotate(host, former)
     assert outcomes(host, key_of(host, "next")) == ["ok"] * 3
     assert outcomes(host, key_of(host)) == ["wrong-key"] * 3
 
@@ -220,19 +220,57 @@ def test_a_changed_header_is_never_blessed(host: Host) -> None:
     assert [authentic(image, host.recovery) for image in host.disks] == [True, False, True]
 
 
-def test_who_finishes_a_rotation_is_not_told_that_its_key_is_where_it_is_not(host: Host) -> None:
-    number = 1
-    while host.state.journal is None:
-        number += 1
-        assert killed_at(number, lambda: rotate(host), WRITES)
-    with pytest.raises(Usage, match="not in"):
-        rotate(host, "other")
-    assert not Path(file_of(host, "other")).exists()
-    certificate, _ = organisation(host.folder)
-    with pytest.raises(Usage, match="did not go to"):
-        recoveryops.rotate(host.paths, handout.Keep(escrow=Escrow(certificate, file_of(host, "e"))), host.look)
+def killed_before_the_first_keyslot(host: Host, keep: handout.Keep) -> None:
+    assert killed_at(1, lambda: recoveryops.rotate(host.paths, keep, host.look), frozenset(("add_keyslot",)))
+
+
+def test_who_finishes_a_rotation_gets_its_key_wherever_they_ask_for_it(host: Host) -> None:
+    certificate, private = organisation(host.folder)
+    killed_before_the_first_keyslot(host, handout.Keep(file_of(host)))
+    recoverykey.write_new_file(file_of(host, "another"), recoverykey.new())
+    with pytest.raises(Usage, match="another key"):
+        rotate(host, "another")
+    escrow = Escrow(certificate, file_of(host, "e"))
+    recoveryops.rotate(host.paths, handout.Keep(file_of(host, "copy"), escrow), host.look)
+    assert key_of(host, "copy") == key_of(host) == Secret(decrypted(escrow.file, private))
+    assert outcomes(host, key_of(host)) == ["ok"] * 3
+
+
+@pytest.mark.parametrize("into", ["file", "escrow"])
+def test_a_rotation_whose_key_went_with_the_power_does_not_end_without_it(host: Host, into: str) -> None:
+    """It was on a file system in memory. The old key may go only when somebody has the new one."""
+    certificate, private = organisation(host.folder)
+    lost = Path(file_of(host))
+    keep = handout.Keep(str(lost)) if into == "file" else handout.Keep(escrow=Escrow(certificate, str(lost)))
+    killed_before_the_first_keyslot(host, keep)
+    lost.unlink()
+    with pytest.raises(Refused) as caught:
+        recoveryops.rotate(host.paths, handout.Keep(), host.look)
+    assert caught.value.code == "recovery-key-gone"
+    assert outcomes(host, host.recovery) == ["ok"] * 3
+    recoveryops.rotate(host.paths, keep, host.look)
+    new = key_of(host) if into == "file" else Secret(decrypted(str(lost), private))
+    assert outcomes(host, new) == ["ok"] * 3
+
+
+def test_without_options_a_rotation_ends_that_left_its_key_where_it_is(host: Host) -> None:
+    killed_before_the_first_keyslot(host, handout.Keep(file_of(host)))
     recoveryops.rotate(host.paths, handout.Keep(), host.look)
     assert outcomes(host, key_of(host)) == ["ok"] * 3
+
+
+def test_a_key_that_cannot_be_handed_out_leaves_nothing_under_way(host: Host) -> None:
+    for keep in (handout.Keep(str(host.folder / "none" / "key")), handout.Keep(str(host.folder / "data-0" / "key"))):
+        with pytest.raises((OSError, UnlockError)):
+            recoveryops.rotate(host.paths, keep, host.look)
+        assert host.state.journal is None
+    assert outcomes(host, host.recovery) == ["ok"] * 3
+
+
+def test_status_tells_what_is_under_way_and_no_key_not_even_a_wrapped_one(host: Host) -> None:
+    killed_before_the_first_keyslot(host, handout.Keep(file_of(host)))
+    assert host.state.journal and host.state.journal["key"]
+    assert status.status(host.paths)["unfinished"] == {"operation": "recovery", "about": "rotate"}
 
 
 def test_without_a_disk_nothing_is_rotated(host: Host) -> None:
@@ -386,6 +424,32 @@ def test_killed_and_the_disks_that_are_here_have_changed_meanwhile(host: Host) -
     assert recoveryops.new(host.paths, new, host.look).behind == ()
     assert outcomes(host, new) == ["ok"] * 3
     assert all((slots(image), len(host.tokens(image))) == (1, 1) for image in host.disks)
+
+
+def test_a_rotation_into_escrow_alone_killed_at_every_boundary_is_finished_by_the_same_command(host: Host) -> None:
+    certificate, private = organisation(host.folder)
+    escrow = Escrow(certificate, file_of(host, "escrow.pem"))
+    start = Start(host)
+
+    def rotate() -> recoveryops.Changed:
+        return recoveryops.rotate(host.paths, handout.Keep(escrow=escrow), host.look)
+
+    number = 1
+    while True:
+        start.again()
+        Path(escrow.file).unlink(missing_ok=True)
+        killed = killed_at(number, rotate, WRITES)
+        keys = [host.recovery]
+        if Path(escrow.file).exists():
+            keys.append(Secret(decrypted(escrow.file, private)))
+        assert all(any(authentic(image, key) for key in keys) for image in host.disks), f"killed at {number}"
+        if step(host) != "done":
+            rotate()
+        assert outcomes(host, Secret(decrypted(escrow.file, private))) == ["ok"] * 3, f"killed at {number}"
+        if not killed:
+            break
+        number += 1 if number < 8 else 4
+    assert number > 20
 
 
 def test_new_killed_at_every_boundary_finishes(host: Host) -> None:

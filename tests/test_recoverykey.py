@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from unlock import recoverykey
+from unlock import paths, recoverykey
 from unlock.errors import Usage
 from unlock.secret import Secret
 
@@ -43,6 +43,24 @@ def test_what_is_no_key_at_all_is_refused_without_showing_it(typed: bytes) -> No
     with pytest.raises(Usage) as caught:
         recoverykey.parse(Secret(typed))
     assert typed.decode() not in str(caught.value) or not typed
+
+
+def test_what_lies_under_the_passing_name_gives_nobody_the_key(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Left by an attempt that was killed, or put there by who wants to read along."""
+    planted, path, mine = tmp_path / "recovery.new", tmp_path / "recovery", tmp_path / "mine"
+    planted.write_text("")
+    planted.chmod(0o666)
+    with planted.open() as reader:
+        recoverykey.write_new_file(str(path), recoverykey.new())
+        assert reader.read() == ""
+    assert path.stat().st_mode & 0o777 == 0o600
+    mine.write_text("precious")
+    for name in ("other", "third"):
+        (tmp_path / f"{name}.new").symlink_to(mine)
+    recoverykey.write_new_file(str(tmp_path / "other"), recoverykey.new())
+    paths.write_atomically(str(tmp_path / "third"), b"escrow")
+    assert mine.read_text() == "precious"
+    assert not (tmp_path / "third").is_symlink()
 
 
 def test_a_key_file_is_new_private_and_never_overwritten(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -57,14 +57,16 @@ def add_keep(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_escrow(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--escrow-to", default="", metavar="CERT", help="encrypt it to this X.509 certificate (RSA)")
+    parser.add_argument(
+        "--escrow-to", default="", metavar="KEY", help="encrypt it: X.509 certificate, or age recipient"
+    )
     parser.add_argument("--escrow-file", default="", metavar="FILE", help="where to; must not exist")
 
 
 def escrow(options: argparse.Namespace) -> "Escrow | None":
     """Raises Usage for one of the two options without the other."""
     if bool(options.escrow_to) != bool(options.escrow_file):
-        raise Usage("escrow needs a certificate and a file", "--escrow-to CERT --escrow-file FILE")
+        raise Usage("escrow needs a public key and a file", "--escrow-to KEY --escrow-file FILE")
     if not options.escrow_to:
         return None
     from .escrow import Escrow

@@ -34,24 +34,31 @@ def given(file: str = "") -> Secret:
 def made(keep: Keep) -> Secret:
     """A new one, with its keeper; or the one that a file holds, which an attempt that was killed may have written.
 
-    Raises Usage, Refused, Malformed, OSError.
+    Raises Usage, Refused, Malformed, CommandFailed, OSError.
     """
     if keep.escrow:
         check(keep.escrow)
-    if keep.file and os.path.exists(keep.file):
-        recovery = given(keep.file)
-    elif keep.file:
-        recovery = recoverykey.new()
-        recoverykey.write_new_file(keep.file, recovery)
-    else:
-        recovery = recoverykey.new() if keep.escrow else _show_and_type_back()
-    if keep.escrow:
-        write(keep.escrow, recovery)
+    recovery = given(keep.file) if keep.file and os.path.exists(keep.file) else recoverykey.new()
+    hand(keep, recovery)
     return recovery
 
 
-def _show_and_type_back() -> Secret:
-    recovery = recoverykey.new()
+def hand(keep: Keep, recovery: Secret) -> None:
+    """Brings a key to its keeper; a file that holds it already will do. Raises Usage for a file that holds another,
+    Refused, Malformed, CommandFailed, OSError."""
+    if keep.file and os.path.exists(keep.file):
+        with given(keep.file) as held:
+            if held != recovery:
+                raise Usage(f"{keep.file} holds another key", f"{FLAG} with a file that does not exist yet")
+    elif keep.file:
+        recoverykey.write_new_file(keep.file, recovery)
+    if keep.escrow:
+        write(keep.escrow, recovery)
+    if not keep.file and not keep.escrow:
+        _show_and_type_back(recovery)
+
+
+def _show_and_type_back(recovery: Secret) -> None:
     shown = b"\nRecovery key of this host. It opens every disk, on any machine. Keep it off this host:\n\n    "
     if not ask.show(shown + bytes(recovery) + b"\n\n"):
         raise Usage("there is no terminal to show the recovery key on", f"{FLAG} FILE")
@@ -59,7 +66,7 @@ def _show_and_type_back() -> Secret:
         with ask.terminal("type it back", FLAG) as typed:
             try:
                 if recoverykey.parse(typed) == recovery:
-                    return recovery
+                    return
                 log.note("that is another key")
             except Usage as error:
                 log.note(str(error))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from . import config, devices, disk, handout, luks, provide, tables, thisboot, token, units
 from .errors import NotOurs, Refused, UnlockError, Usage
 from .escrow import Escrow
+from .escrow import check as check_escrow
 from .escrow import write as put_in_escrow
 from .groups import Group, Member, check_name, mapping_names
 from .paths import Paths
@@ -227,6 +228,7 @@ def recovery_key(state: State, persistence: Secret, file: str, escrow: Escrow | 
         if mac_key != expected:
             raise Refused("this is not the recovery key of this host", "unlock status", code="recovery-key")
     if escrow:
+        check_escrow(escrow)
         put_in_escrow(escrow, recovery)
     return recovery
 

@@ -39,7 +39,7 @@ def write_atomically(path: str, data: bytes, mode: int = 0o600) -> None:
     folder = os.path.dirname(path)
     os.makedirs(folder, mode=0o700, exist_ok=True)
     temporary = f"{path}.new"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    fd = create(temporary, mode)
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(data)
@@ -50,6 +50,13 @@ def write_atomically(path: str, data: bytes, mode: int = 0o600) -> None:
         os.unlink(temporary)
         raise
     sync_folder(folder)
+
+
+def create(path: str, mode: int = 0o600) -> int:
+    """A descriptor of a file that nobody else has: one that is there, left or planted, goes. Raises OSError."""
+    if os.path.lexists(path):
+        os.unlink(path)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
 
 
 def sync_folder(folder: str) -> None:

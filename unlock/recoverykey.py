@@ -10,7 +10,7 @@ The idea of multiples of 11 is that of BitLocker's recovery password; the positi
 import os
 
 from .errors import Usage
-from .paths import sync_folder
+from .paths import create, sync_folder
 from .secret import Secret
 
 GROUPS = 8
@@ -57,8 +57,7 @@ def write_new_file(path: str, key: Secret) -> None:
     Raises Usage if the file exists, OSError otherwise.
     """
     partial = f"{path}.new"
-    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(fd, "wb") as file:
+    with os.fdopen(create(partial), "wb") as file:
         file.write(key.value)
         file.write(b"\n")
         file.flush()

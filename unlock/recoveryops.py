@@ -2,7 +2,7 @@
 """`unlock recovery`: is the key that the operator keeps the one that opens the disks; and another key instead.
 
     test      each disk: header authenticated, keyslot tried; nothing is opened
-    rotate    a new key for this host, with its keeper ──> journal ──>
+    rotate    a new key for this host ──> journal ──> with its keeper ──>
               each disk here: keyslot beside the old one, proven; token with the new MAC beside the old one, proven ──>
               state: the new MAC key, and which disks are behind ──>
               each disk here: the old keyslot goes, then the old token; the journal is closed
@@ -17,9 +17,9 @@ systemd make such).
 
 import os
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from . import disk, handout, luks, present, provide, token
+from . import disk, escrow, handout, luks, present, provide, recoverykey, token
 from .errors import DiskFailed, Malformed, NotOurs, Refused, Tampered, UnlockError, Usage
 from .groups import Group, Member
 from .paths import Paths
@@ -143,8 +143,8 @@ def rotate(
     """A new recovery key for every disk of this host; the old one is not needed.
 
     A failure before every disk has it is undone; what fails later is left to `new`. After a kill the same command
-    finishes; it needs no key then, and makes no new one.
-    Raises Refused, NoKey, ProviderError, DiskFailed, Usage.
+    finishes with the key that it had made, and sees to it that its keeper has it.
+    Raises Refused, NoKey, ProviderError, DiskFailed, Usage, Malformed, CommandFailed, OSError.
     """
     with exclusive(paths), Work(paths, look, connect) as work:
         state = work.state
@@ -153,21 +153,16 @@ def rotate(
         places, absent = _places(work)
         if not places:
             raise Refused("no disk of this host is here", "unlock status", code="missing")
-        entry = state.unfinished("recovery", "rotate")
-        escrow = os.path.abspath(keep.escrow.file) if keep.escrow else ""
-        if not entry:
-            if state.journal:
-                state.begin("recovery", "rotate")
-            _check_known(work, places)
-            if keep.file and os.path.exists(keep.file):
-                _check_new(work, keep.file)
-            with handout.made(keep) as made:
-                wrapped = state.wrapped_recovery_key(work.persistence, made)
-            state.begin("recovery", "rotate", key=wrapped, escrow=escrow, written=False)
-            entry = state.unfinished("recovery", "rotate")
-            assert entry
+        begun = state.unfinished("recovery", "rotate")
+        entry = begun or _begin(work, places, keep)
         with state.unwrapped_recovery_key(work.persistence, entry["key"]) as recovery:
-            _check_kept(keep.file, escrow, entry["escrow"], recovery)
+            try:
+                _hand_out(work, entry, keep, recovery)
+            except BaseException:
+                if not begun:
+                    state.journal = None
+                    state.save()
+                raise
             if not entry["written"]:
                 _write_or_undo(work, places, recovery)
                 entry["written"] = True
@@ -200,28 +195,57 @@ def check_present(state: State, persistence: Secret, recovery: Secret) -> None:
             raise Refused("this is not the recovery key of this host", "unlock recovery rotate", code="recovery-key")
 
 
-def _check_kept(file: str, escrow: str, began_with: str, recovery: Secret) -> None:
-    """Whoever finishes a rotation does not think that its key is where it is not. Raises Usage."""
-    hint = "unlock recovery rotate, without options, finishes it"
-    if escrow and escrow != began_with:
-        raise Usage(f"a rotation is under way whose key did not go to {escrow}", hint)
-    if file:
-        kept = handout.given(file) if os.path.exists(file) else Secret(b"")
-        with kept:
-            if kept != recovery:
-                raise Usage(f"a rotation is under way whose key is not in {file}", hint)
+def _begin(work: Work, places: list[Place], keep: handout.Keep) -> dict[str, Any]:
+    """The journal's entry, with a new key. `kept`: it is with its keeper, in `file` or `escrow`, or typed back."""
+    state = work.state
+    if state.journal:
+        state.begin("recovery", "rotate")
+    _check_known(work, places)
+    if keep.file and os.path.lexists(keep.file):
+        raise Usage(f"{keep.file} exists already", f"{handout.FLAG} with a file that does not exist yet")
+    if keep.escrow:
+        escrow.check(keep.escrow)
+    with recoverykey.new() as key:
+        wrapped = state.wrapped_recovery_key(work.persistence, key)
+    state.begin("recovery", "rotate", key=wrapped, **_where(keep), kept=False, written=False)
+    assert state.journal
+    return state.journal
 
 
-def _check_new(work: Work, file: str) -> None:
-    """A file that an attempt has left, killed before the journal. Raises Refused for one with the present key."""
-    with (
-        handout.given(file) as recovery,
-        disk.mac_key(recovery, work.state.host) as mac_key,
-        work.state.mac_key(work.persistence) as before,
-    ):
-        if mac_key == before:
-            hint = f"{handout.FLAG} with a file that does not exist yet"
-            raise Refused(f"{file} holds the present recovery key", hint, "same-key")
+def _where(keep: handout.Keep) -> dict[str, str]:
+    return {
+        "file": os.path.abspath(keep.file) if keep.file else "",
+        "escrow": os.path.abspath(keep.escrow.file) if keep.escrow else "",
+    }
+
+
+def _hand_out(work: Work, entry: dict[str, Any], keep: handout.Keep, recovery: Secret) -> None:
+    """Durable before any disk depends on it. Whoever finishes a rotation names another place, or leaves the key where
+    it is: Refused when it is not there any more."""
+    where = _where(keep)
+    if entry["kept"] and not any(where.values()):
+        _check_kept(entry, recovery)
+        return
+    if keep.escrow and where["escrow"] != entry["escrow"]:
+        escrow.check(keep.escrow)
+    handout.hand(keep, recovery)
+    entry.update(where, kept=True)
+    work.state.save()
+
+
+def _check_kept(entry: dict[str, Any], recovery: Secret) -> None:
+    """It may have been in memory when the power went. Raises Refused."""
+    places = [each for each in (entry["file"], entry["escrow"]) if each]
+    if os.path.exists(entry["file"]):
+        with handout.given(entry["file"]) as held:
+            if held == recovery:
+                return
+    if places and not os.path.exists(entry["escrow"]):
+        raise Refused(
+            f"the new recovery key is not in {' or '.join(places)} any more, and the old one is about to go",
+            f"unlock recovery rotate {handout.FLAG} FILE, which writes it again",
+            code="recovery-key-gone",
+        )
 
 
 def _check_known(work: Work, places: list[Place]) -> None:

@@ -4,12 +4,14 @@
 from .errors import CommandFailed
 
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+_LINE = 300
+"""Characters of what a program says that are passed on."""
 
 
 def run(argv: list[str], stdin: bytes = b"", timeout: float = 600) -> str:
     """Runs a program and gives its standard output.
 
-    `timeout` is in seconds. Raises CommandFailed with the program's own last words.
+    `timeout` is in seconds. Raises CommandFailed with the line in which the program speaks of an error, else its last.
     """
     import subprocess  # 10 ms, and early boot rarely needs it
 
@@ -21,5 +23,6 @@ def run(argv: list[str], stdin: bytes = b"", timeout: float = 600) -> str:
         raise CommandFailed(f"{argv[0]} did not finish in {timeout:.0f} s") from error
     if done.returncode:
         words = done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"status {done.returncode}"]
-        raise CommandFailed(f"{' '.join(argv[:2])}: {words[-1]}")
+        said = next((line for line in words if "error" in line.lower()), words[-1])
+        raise CommandFailed(f"{' '.join(argv[:2])}: {said[:_LINE]}")
     return done.stdout.decode("utf-8", "replace")

@@ -62,7 +62,7 @@ def status(paths: Paths) -> dict[str, Any]:
             "tested": state.recovery["tested"],
             "behind": [each.name for group in state.groups.values() for each in group.members if _lags(state, each)],
         },
-        "unfinished": state.journal,
+        "unfinished": {name: state.journal[name] for name in ("operation", "about")} if state.journal else None,
         "window": _window(state),
         "groups": groups,
     }
