@@ -12,8 +12,9 @@ from flowfixture import Host as Disks
 from tpmfixture import Swtpm
 
 from unlock import allowed, atunseal, keyring, policy, report, slots, thisboot
-from unlock.errors import UnlockError
+from unlock.errors import PinWrong, UnlockError
 from unlock.paths import Paths
+from unlock.secret import Secret
 from unlock.state import State
 
 MEASURED_BY = {"grub": (4, 7, 8, 9, 14), "uki": (4, 7, 11, 12), "direct": (4, 7, 9)}
@@ -53,6 +54,11 @@ class Machine(Measures, Disks):
     def __init__(self, home: Path, boot: Boot, pcrs: tuple[int, ...] = (), disks: int = 0, *kms: Server) -> None:
         self.chip = Swtpm(home / "tpm")
         self.chip.start()
+        self.chip.set_lockout(32)
+        self.types: list[str] = []
+        """What a person answers when a boot asks for the PIN; nothing more after that."""
+        self.asked = 0
+        """How often the last boot has."""
         super().__init__(home, disks, *kms)
         self.now = boot
         self.boot(boot)
@@ -96,13 +102,19 @@ class Machine(Measures, Disks):
     def early(self) -> str:
         """As unlock.boot does it; the key cache is new."""
         keyring.flush()
+        self.asked = 0
         record = report.Report("early-boot")
         with self.chip.open() as tpm:
             before = tpm.read_pcrs([policy.CAP_PCR])[policy.CAP_PCR].hex()
             try:
-                unsealed = slots.unseal(tpm)
+                unsealed = slots.unseal(tpm, self._person)
                 keyring.put("unlock:persistence", unsealed.payload.key)
-                record.facts = {"unauthenticated_root": unsealed.payload.unauthenticated_root}
+                if unsealed.pin_auth:
+                    keyring.put("unlock:pin-auth", unsealed.pin_auth)
+                record.facts = {
+                    "unauthenticated_root": unsealed.payload.unauthenticated_root,
+                    "pin": unsealed.record.pin,
+                }
                 record.judge("unsealed")
             except UnlockError as error:
                 record.facts = {"cap_pcr_before": before}
@@ -111,6 +123,13 @@ class Machine(Measures, Disks):
         os.makedirs(self.paths.run)
         thisboot.write_report(self.paths, record, "report.json")
         return record.verdict
+
+    def _person(self, left: int) -> Secret:
+        assert left == slots.PIN_TRIES - self.asked
+        if self.asked == len(self.types):
+            raise PinWrong("no PIN was typed")
+        self.asked += 1
+        return Secret(self.types[self.asked - 1].encode())
 
     def values(self, boot: Boot) -> dict[int, bytes]:
         """PCRs 0 to 15 when a boot like this asks the TPM."""

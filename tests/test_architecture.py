@@ -17,7 +17,7 @@ ROWS = [
     {"measured", "predict"},
     {"tpm", "wrap", "escrow", "devices", "luks", "keyring", "mount", "providers.tls"},
     {"slots", "state", "disk", "thisboot", "providers", "providers.native", "providers.kmip", "handout", "bootcopy"},
-    {"opening", "present", "selfhosted", "atunseal", "booted"},
+    {"opening", "present", "selfhosted", "atunseal", "booted", "images"},
     {"provide"},
     {"rotation", "allowed"},
     {"boot", "late", "recovery", "enroll", "members", "status", "explain"}

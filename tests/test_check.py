@@ -201,10 +201,25 @@ def test_the_newest_image_needs_unlock_and_the_formats_that_are_in_use(world: Wo
     assert world.check()[0] == UNPROVEN
 
 
+def test_where_a_pin_is_set_the_image_must_read_that_and_ask(world: World) -> None:
+    auth = policy.pin_auth(bytes.fromhex(HOST), Secret(b"4711"))
+    with world.chip.open() as tpm:
+        unsealed = slots.unseal(tpm)
+        record = unsealed.record
+        slots.persist(tpm, record.host, record.selection, record.branches, unsealed.payload, pin_auth=auth)
+    what, newer, asks = "initrd.img-6.12.1-amd64", "usr/lib/unlock/reads/record-2", "usr/lib/cryptsetup/askpass"
+    assert "does not read records of version 2" in world.check()[1][what][1]
+    world.image("6.12.1-amd64", CODE, READS[0], newer)
+    assert "asks for the PIN" in world.check()[1][what][1]
+    world.image("6.12.1-amd64", CODE, READS[0], newer, asks)
+    verdict, wrong = world.check()
+    assert verdict == SAFE and what not in wrong
+
+
 def test_the_manifest_says_which_formats_the_code_reads() -> None:
     manifest = (Path(__file__).parents[1] / "initramfs/manifest").read_text()
     names = {line.split()[1] for line in manifest.splitlines() if line.startswith("reads ")}
-    assert names == {f"{kind}-{version}" for kind, version in check._WRITTEN.items()}
+    assert names == {f"token-{token.VERSION}", f"record-{policy.RECORD_VERSION}"}
 
 
 def test_a_recovery_key_that_was_tested_and_one_that_is_another_by_now(world: World) -> None:

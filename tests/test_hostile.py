@@ -556,10 +556,12 @@ RECORD = Record(7, b"h" * 16, (4, 7, 9, 15), 15, (b"1" * 32, b"2" * 32), b"\0\x0
 def a_record(_: object, random: Random) -> bool:
     """Any policy record, and any sealed payload: read as it would be written, or Malformed."""
     data = bytearray(
-        RECORD._replace(branches=tuple(random.randbytes(32) for _ in range(random.randrange(1, 9)))).encode()
+        RECORD._replace(
+            branches=tuple(random.randbytes(32) for _ in range(random.randrange(1, 9))), pin=random.random() < 0.5
+        ).encode()
     )
     for _ in range(random.choice((0, 1, 1, 2, 3))):
-        at = random.choice((7, 8, 15, 16, 32, 33, 34, 35, 37, 40, 41, 74, 108, random.randrange(416)))
+        at = random.choice((7, 8, 15, 16, 32, 33, 34, 35, 37, 38, 40, 41, 74, 108, random.randrange(416)))
         value = random.choice((b"\0", b"\1", b"\2", b"\x0f", b"\x10", b"\xff", b"\xff" * 8, random.randbytes(4)))
         data[at : at + len(value)] = value
     body = bytes(data[:416])

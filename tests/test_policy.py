@@ -23,6 +23,7 @@ records = st.builds(
     branches=st.lists(st.binary(min_size=32, max_size=32), min_size=1, max_size=8).map(tuple),
     srk_name=names,
     object_name=names,
+    pin=st.booleans(),
 )
 RECORD = Record(7, b"h" * 16, (4, 7, 9, 15), 15, (b"1" * 32, b"2" * 32), b"\0\x0b" + b"s" * 32, b"\0\x0b" + b"o" * 32)
 
@@ -75,7 +76,7 @@ def test_a_torn_write_is_found(record: Record, size: int) -> None:
 
 def test_a_newer_record_is_named_as_such() -> None:
     with pytest.raises(NewerFormat):
-        Record.decode(resealed(RECORD.encode(), 7, b"\x02"))
+        Record.decode(resealed(RECORD.encode(), 7, b"\x03"))
     with pytest.raises(Malformed) as refused:
         Record.decode(resealed(RECORD.encode(), 7, b"\0"))
     assert refused.value.code == "malformed"

@@ -356,8 +356,11 @@ def test_every_path_that_caches_a_key_is_known() -> None:
         if "keyring.put(" in line or "provide.remember(" in line
     }
     assert callers == {
-        'boot: keyring.put("unlock:persistence", persistence)',  # unsealed from the TPM
-        "boot: keyring.put(name, key)",  # from a token
+        'boot: keyring.put("unlock:persistence", key.persistence)',  # unsealed from the TPM
+        'boot: keyring.put("unlock:pin-auth", key.pin_auth)',  # it opened the sealed object
+        "boot: keyring.put(name, unwrapped)",  # from a token
+        "allowed: keyring.put(PIN_AUTH, auth)",  # sealed next; a change that is killed goes on with it
+        "rebind: keyring.put(allowed.PIN_AUTH, pin_auth)",  # the same
         'enroll: keyring.put("unlock:persistence", persistence)',  # sealed before
         "rebind: keyring.put(_NEW, new)",  # sealed next; a rebind that is killed goes on from it
         'rebind: keyring.put("unlock:persistence", new)',  # sealed before

@@ -61,7 +61,8 @@ def write_raw(tpm: Tpm, slot: Slot, data: bytes) -> None:
 
 
 def unsealed(tpm: Tpm, slot: Slot = A) -> bytes:
-    with tpm.unseal(slot, tpm.read_record(slot)) as payload:
+    record = tpm.read_record(slot)
+    with tpm.unseal(tpm.verify(slot, record), record) as payload:
         return bytes(payload)
 
 
@@ -162,7 +163,7 @@ def test_an_object_with_a_password_is_not_ours(chip: Swtpm, monkeypatch: pytest.
             patch.setattr(
                 policy,
                 "sealed_template",
-                lambda digest: struct.pack(">HHI", 8, 0xB, 0x452) + template(digest)[8:],
+                lambda *sealed: struct.pack(">HHI", 8, 0xB, 0x452) + template(*sealed)[8:],
             )
             enroll(tpm, A, Secret(b"payload"))
         with pytest.raises(Tampered):
@@ -212,7 +213,7 @@ def test_damaged_records(chip: Swtpm) -> None:
 def test_a_newer_record(chip: Swtpm) -> None:
     with chip.open() as tpm:
         body = bytearray(enroll(tpm, A, Secret(b"payload")).encode()[:-32])
-        body[7] = 2
+        body[7] = 3
         write_raw(tpm, A, bytes(body) + sha256(body).digest())
         with pytest.raises(NewerFormat):
             tpm.read_record(A)
@@ -358,12 +359,12 @@ def test_no_session_and_no_object_is_left(chip: Swtpm) -> None:
     with chip.open() as tpm:
         record = enroll(tpm, A, Secret(b"payload"))
         for _ in range(24):
-            tpm.unseal(A, record).wipe()
+            tpm.unseal(tpm.verify(A, record), record).wipe()
             tpm.trial(SELECTION)
         tpm.extend(9, bytes(32))
         for _ in range(24):
             with pytest.raises(TpmRefused):
-                tpm.unseal(A, record)
+                tpm.unseal(tpm.verify(A, record), record)
         for first in (0x02000000, 0x03000000, 0x80000000):
             assert tpm._handles(first) == ()
 
@@ -403,7 +404,7 @@ def test_a_failing_tpm_is_named(chip: Swtpm) -> None:
         chip.proxy.answer("PCR_Extend", 0x101)
         with pytest.raises(TpmFailed):
             tpm.extend(15, policy.CAP_DIGEST)
-        assert tpm.unseal(A, record) == Secret(b"payload")
+        assert tpm.unseal(tpm.verify(A, record), record) == Secret(b"payload")
 
 
 def test_a_line_that_breaks(chip: Swtpm) -> None:
@@ -434,7 +435,7 @@ def test_an_object_of_another_hash_is_not_ours_and_is_replaced(chip: Swtpm, monk
         record = enroll(tpm, A, Secret(b"payload"))
         template = policy.sealed_template
         with monkeypatch.context() as patch:
-            patch.setattr(policy, "sealed_template", lambda _: struct.pack(">HHIHHH", 8, 0xC, 0x452, 0, 0x10, 0))
+            patch.setattr(policy, "sealed_template", lambda *_: struct.pack(">HHIHHH", 8, 0xC, 0x452, 0, 0x10, 0))
             patch.setattr(Tpm, "_area", lambda *_: b"")
             tpm.seal(A, record.branches, Secret(b"payload"))
         assert policy.sealed_template is template

@@ -92,7 +92,7 @@ def test_closed_by_hand_it_is_closed_and_only_this_boot_is_left(host: Machine) -
 
 def test_other_pcrs(host: Machine) -> None:
     for _ in range(2):
-        window.set_pcrs(host.paths, (7, 9), host.chip.tcti)
+        window.choose(host.paths, (7, 9), tcti=host.chip.tcti)
         assert host.allows().record.selection == (7, 9, 15) and host.reasons() == ["this boot"]
     good(host)
     opened(host)
@@ -100,7 +100,7 @@ def test_other_pcrs(host: Machine) -> None:
     assert shown(host)["pcrs"] == [7, 9, 15]
     assert host.boot(Boot("direct", kernel="another")) == "unsealed"  # PCR 4 counts no more
     with pytest.raises(Usage):
-        window.set_pcrs(host.paths, (16,), host.chip.tcti)
+        window.choose(host.paths, (16,), tcti=host.chip.tcti)
     assert host.boot(THIEF) == "pcr-mismatch"
 
 

@@ -27,7 +27,10 @@ COMMANDS = {
     0x14E: "NV_Read",
     0x153: "Create",
     0x157: "Load",
+    0x139: "DictionaryAttackLockReset",
+    0x13A: "DictionaryAttackParameters",
     0x15E: "Unseal",
+    0x16B: "PolicyAuthValue",
     0x165: "FlushContext",
     0x169: "NV_ReadPublic",
     0x171: "PolicyOR",
@@ -97,6 +100,12 @@ class Swtpm:
         with self.open() as tpm:
             new = tpm._ffi.new("TPM2B_AUTH *", {"size": len(value), "buffer": bytes(value)})
             tpm._send("HierarchyChangeAuth", 0x101, 0xFF, 0xFFF, 0xFFF, new)
+
+    def set_lockout(self, tries: int, seconds: int = 1000) -> None:
+        """It locks after so many wrong tries and forgets one every so many seconds; all are forgotten now."""
+        with self.open() as tpm:
+            tpm._send("DictionaryAttackParameters", 0x10A, 0xFF, 0xFFF, 0xFFF, tries, seconds, seconds)
+            tpm._send("DictionaryAttackLockReset", 0x10A, 0xFF, 0xFFF, 0xFFF)
 
     def handles(self, first: int) -> tuple[int, ...]:
         """All handles of a type: 0x02000000 loaded sessions, 0x03000000 saved, 0x80000000 transients."""

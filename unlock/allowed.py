@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from . import atunseal, policy, provide, slots, thisboot
-from .errors import Refused, UnlockError, Usage
+from . import atunseal, keyring, policy, provide, slots, thisboot
+from .errors import NoKey, Refused, UnlockError, Usage
 from .paths import Paths
 from .policy import Record, Slot
 from .secret import Secret
@@ -23,6 +23,8 @@ from .state import exclusive
 from .tpm import Tpm
 
 DEVICE = "device:/dev/tpmrm0"
+PIN_AUTH = "unlock:pin-auth"
+"""In the key cache while the host is up: what the PIN makes, so that unattended changes of the policy keep it."""
 UNKNOWN = "unknown"
 _PATIENCE = 60.0
 """Seconds that a prediction, run by a package's hook, waits for another command to end."""
@@ -53,6 +55,13 @@ class Allowed(NamedTuple):
     """The branch that this boot has been in when early boot asked; b"" when that is none, or cannot be told."""
     window: dict[str, Any] | None
     """`reboots` left, `since` (UTC), when fewer PCRs count for a while."""
+
+
+class Pin(NamedTuple):
+    """A choice of the operator's. Where there is none, what a boot is asked for stays as it is."""
+
+    typed: Secret | None
+    """None: no PIN any more."""
 
 
 def current(paths: Paths, tpm: Tpm) -> Allowed:
@@ -113,21 +122,55 @@ def reseal(
     branches: Iterable[bytes],
     reasons: Mapping[bytes, str],
     owner_auth: Secret | None = None,
+    pin: Pin | None = None,
 ) -> Allowed:
     """This policy, in the place of what is in the TPM, and why. The state is saved first: it has the reasons of both.
 
-    Does nothing when nothing changes. Raises Tampered for a persistence key that is not this host's.
+    Does nothing when nothing changes. Raises Tampered for a persistence key that is not this host's, Refused, code
+    `pin-needed`, when a PIN is set and what it makes is not in the key cache.
     """
     branches, selection = list(branches), policy.select(selection, found.record.cap)
+    record = found.record
     remember(state, found, branches, reasons)
-    if branches != list(found.record.branches) or selection != found.record.selection:
-        state.prove(persistence)
+    same = branches == list(record.branches) and selection == record.selection
+    if same and (pin is None or (pin.typed is None and not record.pin)):
+        state.tpm["pin"] = record.pin
         state.save_if_changed()
+        return look(paths, tpm, state)
+    state.prove(persistence)
+    with auth_for(state.host, record.pin, pin) or Secret(b"") as auth:
+        state.tpm["pin"] = record.pin or len(auth) > 0
+        state.save_if_changed()
+        if pin and pin.typed is not None:
+            # before the TPM: the next change of the policy finishes a run that is killed in between
+            keyring.put(PIN_AUTH, auth)
         payload = policy.Payload(persistence, unauthenticated_root(paths, state))
-        slots.persist(tpm, bytes.fromhex(state.host), selection, branches, payload, owner_auth, cap=found.record.cap)
-    else:
-        state.save_if_changed()
+        host, pin_auth = bytes.fromhex(state.host), auth if len(auth) else None
+        slots.persist(tpm, host, selection, branches, payload, owner_auth, pin_auth=pin_auth, cap=record.cap)
+    state.tpm["pin"] = pin_auth is not None
+    if pin_auth is None:
+        keyring.forget(PIN_AUTH)
+    state.save_if_changed()
     return look(paths, tpm, state)
+
+
+def auth_for(host: str, is_set: bool, pin: Pin | None = None) -> Secret | None:
+    """What the sealed object asks for from now on: by the operator's choice, else as it is. None without a PIN.
+
+    Raises Usage for a PIN too short or too long; Refused, code `pin-needed`.
+    """
+    if pin:
+        return policy.pin_auth(bytes.fromhex(host), pin.typed) if pin.typed is not None else None
+    if not is_set:
+        return None
+    try:
+        return keyring.get(PIN_AUTH)
+    except NoKey:
+        raise Refused(
+            "a PIN is set, and what it makes is not in the key cache, so the TPM cannot be sealed anew",
+            "unlock policy set --pin",
+            code="pin-needed",
+        ) from None
 
 
 def remember(state: HostState, found: Allowed, branches: Iterable[bytes], reasons: Mapping[bytes, str]) -> None:
@@ -156,7 +199,9 @@ def this_boot(paths: Paths, tcti: str = DEVICE) -> bool:
         return False
 
 
-def begin(state: HostState, selection: Iterable[int], branch: bytes, unauthenticated_root: bool) -> None:
+def begin(
+    state: HostState, selection: Iterable[int], branch: bytes, unauthenticated_root: bool, pin: bool = False
+) -> None:
     """A policy for the state of this boot alone. Saves nothing."""
     state.tpm.update(
         states={branch.hex(): {"why": THIS, "proven": False, "made": utc()}},
@@ -165,6 +210,7 @@ def begin(state: HostState, selection: Iterable[int], branch: bytes, unauthentic
         pcrs=list(selection),
         window=None,
         unauthenticated_root=unauthenticated_root,
+        pin=pin,
     )
 
 

@@ -2,12 +2,13 @@
 """Secrets from a person, a file or a systemd credential; never from argv or the environment."""
 
 import os
+from collections.abc import Callable
 
 from .errors import Usage
 from .secret import Secret
 
 _MAX = 4096
-_ASKPASS = "/lib/cryptsetup/askpass"
+ASKPASS = "/lib/cryptsetup/askpass"
 """cryptsetup's: it speaks with Plymouth, systemd and the plain console. Debian ships it for its initramfs."""
 
 _AGENTS = ("systemd-ask-password", "--no-tty", "--id=unlock:recovery-key", "--timeout=90")
@@ -87,9 +88,68 @@ def show(text: bytes) -> bool:
     return True
 
 
-def askpass(prompt: str) -> Secret:
-    """Asks in the initramfs. Raises Usage when nothing can ask there."""
-    return _ask([_ASKPASS, prompt])
+def askpass(prompt: str, stopped: Callable[[], bool] = lambda: False, program: str = ASKPASS) -> Secret:
+    """Asks in the initramfs, for as long as it takes; gives up, five times a second, when `stopped` says so.
+
+    Raises Usage then, and when nothing can ask there.
+    """
+    import select
+    import subprocess
+
+    console = _console()
+    before = _settings(console)
+    typed = bytearray()
+    try:
+        with subprocess.Popen([program, prompt], stdin=console, stdout=subprocess.PIPE) as asking:
+            assert asking.stdout
+            fd = asking.stdout.fileno()
+            try:
+                while not stopped():
+                    if select.select([fd], [], [], 0.2)[0]:
+                        piece = os.read(fd, 1024)
+                        if not piece:
+                            break
+                        typed += piece
+            finally:
+                if stopped():
+                    asking.kill()
+        if asking.returncode:
+            raise Usage("nothing can ask for a key here")
+        return Secret(typed.removesuffix(b"\n"))
+    except OSError as error:
+        raise Usage("nothing can ask for a key here") from error
+    finally:
+        typed[:] = bytes(len(typed))
+        _restore(console, before)
+        os.close(console)
+
+
+def _console() -> int:
+    try:
+        return os.open("/dev/console", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+
+
+def _settings(console: int) -> "list[object] | None":
+    """Of the terminal; None when it is none."""
+    import termios
+
+    try:
+        return termios.tcgetattr(console)
+    except termios.error:
+        return None
+
+
+def _restore(console: int, before: "list[object] | None") -> None:
+    """A program that was stopped while it asked has left the echo off."""
+    import termios
+
+    try:
+        if before and termios.tcgetattr(console) != before:
+            termios.tcsetattr(console, termios.TCSANOW, before)  # type: ignore[arg-type]
+    except termios.error:
+        pass
 
 
 def _ask(command: list[str]) -> Secret:

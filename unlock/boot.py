@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Early boot: `unlock boot agent`, one a boot, started by the initramfs.
 
-    unseal once ──> cap ──> disks as udev shows them ──> groups open ──> stop: keys handed over, report
+    [PIN ──>] unseal once ──> cap ──> disks as udev shows them ──> groups open ──> stop: keys handed over, report
 
 It talks with the initramfs scripts through files in /run/unlock and signals:
 SIGUSR1 asks it to look at every disk again and to write `idle` when each has an outcome; SIGTERM ends it.
@@ -10,10 +10,11 @@ SIGUSR1 asks it to look at every disk again and to write `idle` when each has an
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
-from . import devices, disk, keyring, log, luks, mount, opening, policy, report, slots, thisboot
-from .errors import UnlockError
+from . import ask, devices, disk, keyring, log, luks, mount, opening, policy, report, slots, thisboot
+from .errors import PinWrong, UnlockError, Usage
 from .paths import Paths
 from .protect import protect
 from .secret import Secret
@@ -35,7 +36,7 @@ def agent(paths: Paths) -> int:
     os.makedirs(paths.run, mode=0o700, exist_ok=True)
     monitor = devices.Monitor()
     signals = Signals()
-    key = unseal_once(paths, record)
+    key = unseal_once(paths, record, pin_prompt(paths, lambda: signals.stop))
     groups = (
         opening.Opening(key.host, lambda container, token: disk.volume_key(container, token, key.persistence), record)
         if key
@@ -44,12 +45,12 @@ def agent(paths: Paths) -> int:
     try:
         watch(paths, groups, monitor, signals, record)
         groups.stop(STOP_PATIENCE)
-        safe = hand_over(groups, key.persistence, record) if key else True
+        safe = hand_over(groups, key, record) if key else True
     except Exception as error:  # no bug of ours leaves disks open behind it
         record.event("crashed", type(error).__name__)
         safe = groups.close_all()
     if key:
-        key.persistence.wipe()
+        key.wipe()
     groups.wipe()
     record.event("stop")
     thisboot.tell(paths, record)
@@ -79,9 +80,16 @@ class Key(NamedTuple):
 
     host: str
     persistence: Secret
+    pin_auth: Secret | None
+    """What the PIN made: the policy is sealed anew with it, unattended."""
+
+    def wipe(self) -> None:
+        self.persistence.wipe()
+        if self.pin_auth:
+            self.pin_auth.wipe()
 
 
-def unseal_once(paths: Paths, record: report.Report) -> Key | None:
+def unseal_once(paths: Paths, record: report.Report, pin: slots.Ask = slots.no_pin) -> Key | None:
     """The host id and the persistence key, or None with the verdict in the record; then the cap, at once:
     whatever runs later, a shell included, finds a TPM that refuses."""
     tcti = await_tpm()
@@ -94,12 +102,13 @@ def unseal_once(paths: Paths, record: report.Report) -> Key | None:
     try:
         with Tpm(tcti) as tpm:
             try:
-                unsealed = slots.unseal(tpm)
-                key = Key(unsealed.record.host.hex(), unsealed.payload.key)
+                unsealed = slots.unseal(tpm, pin)
+                key = Key(unsealed.record.host.hex(), unsealed.payload.key, unsealed.pin_auth)
                 record.facts = {
                     "slot": unsealed.slot.name,
                     "generation": unsealed.record.generation,
                     "unauthenticated_root": unsealed.payload.unauthenticated_root,
+                    "pin": unsealed.record.pin,
                 }
                 record.judge("unsealed")
             except UnlockError as error:
@@ -114,6 +123,30 @@ def unseal_once(paths: Paths, record: report.Report) -> Key | None:
         record.event("not-capped", str(error))
     conclude(paths, record)
     return key
+
+
+def pin_prompt(paths: Paths, stopped: Callable[[], bool], program: str = ask.ASKPASS) -> slots.Ask:
+    """Asks at the console. /run/unlock/asking is there meanwhile: the boot scripts wait, and no deadline runs.
+
+    Not before the boot scripts wait for the agent: Plymouth has started by then, and the console is nobody else's.
+    """
+
+    def typed(left: int) -> Secret:
+        thisboot.mark(paths, "asking")
+        try:
+            while not os.path.exists(paths.of_this_boot("waiting")) and not stopped():
+                time.sleep(0.1)
+            wrong = "" if left == slots.PIN_TRIES else f"wrong PIN, {left} more tr{'y' if left == 1 else 'ies'}; "
+            pin = ask.askpass(f"unlock: {wrong}PIN: ", stopped, program)
+        except Usage as error:
+            raise PinWrong(f"the TPM asks for a PIN: {error}") from None
+        finally:
+            thisboot.unmark(paths, "asking")
+        if not len(pin):
+            raise PinWrong("no PIN was typed", "reboot, or type the recovery key")
+        return pin
+
+    return typed
 
 
 def _verdict(error: UnlockError) -> str:
@@ -146,7 +179,7 @@ def conclude(paths: Paths, record: report.Report) -> None:
         log.console(f"cannot unseal: {record.detail or report.VERDICTS[record.verdict]}")
 
 
-def hand_over(groups: opening.Opening, persistence: Secret, record: report.Report) -> bool:
+def hand_over(groups: opening.Opening, key: Key, record: report.Report) -> bool:
     """Keys and open disks cross into the real root only if that root came from a disk that this process opened,
     or from dm-verity. Else everything is closed: a thief's root file system gets nothing. False if that failed."""
     ours = {name for opened in groups.opened.values() for name in opened}
@@ -155,14 +188,16 @@ def hand_over(groups: opening.Opening, persistence: Secret, record: report.Repor
         if ours:
             log.console("the root file system is not authenticated: disks closed, keys dropped")
         return groups.close_all()
-    keyring.put("unlock:persistence", persistence)
+    keyring.put("unlock:persistence", key.persistence)
+    if key.pin_auth:
+        keyring.put("unlock:pin-auth", key.pin_auth)
     for token in groups.tokens():
         kek_name = f"unlock:kek:{token.kek_id}:{token.kek_generation}"
         for name, unwrap in ((kek_name, disk.unwrap_kek), ("unlock:host", disk.unwrap_host_key)):
             try:
-                with unwrap(token, persistence) as key:
-                    if bytes(key) != disk.ELSEWHERE:
-                        keyring.put(name, key)
+                with unwrap(token, key.persistence) as unwrapped:
+                    if bytes(unwrapped) != disk.ELSEWHERE:
+                        keyring.put(name, unwrapped)
             except UnlockError as error:
                 record.event("trouble", f"{token.name}: {error}")
     record.event("handed-over")

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unlock cache`: the keys that are in the kernel keyring, where each came from, and what is lost when they go."""
 
-from . import keyring, present, provide, thisboot
+from . import allowed, keyring, present, provide, thisboot
 from .errors import NoKey
 from .paths import Paths
 from .state import State, exclusive
+
+_WHAT = {
+    "unlock:persistence": "persistence key",
+    "unlock:host": "host key",
+    allowed.PIN_AUTH: "what the PIN makes",
+}
 
 
 def show(paths: Paths) -> list[dict[str, str]]:
@@ -16,7 +22,7 @@ def show(paths: Paths) -> list[dict[str, str]]:
     keks = {provide.cached(group.kek, group.generation): group.name for group in state.groups.values()}
     rows = []
     for name in keyring.names():
-        what = {"unlock:persistence": "persistence key", "unlock:host": "host key"}.get(name, "")
+        what = _WHAT.get(name, "")
         if name in keks:
             what = f"KEK of group {keks[name]}"
         rows.append({"key": name, "what": what or "a former KEK", "source": sources.get(name, at_boot)})
@@ -34,6 +40,8 @@ def consequences(paths: Paths, look: present.Look = present.look) -> list[str]:
         work = provide.Work(paths, look)
     except NoKey:
         return ["nothing more than now: this boot was not unsealed"]
+    if allowed.PIN_AUTH in keyring.names():
+        lines.append("the PIN stays as it is, and is asked for at the next boot")
     with work:
         for group in work.state.groups.values():
             if group.behind:

@@ -8,10 +8,8 @@ It changes nothing. What it cannot prove it says: after the cap nothing can be u
 key is the one in the key cache follows from the object's name alone.
 """
 
-import glob
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ from . import (
     devices,
     disk,
     foresee,
+    images,
     keyring,
     luks,
     policy,
@@ -35,7 +34,6 @@ from .errors import CommandFailed, NoKey, NoSlot, UnlockError
 from .groups import Group, Member
 from .paths import Paths
 from .policy import Record
-from .run import run
 from .secret import Secret
 from .state import State
 from .tpm import Tpm
@@ -86,7 +84,7 @@ def check(
         *_operation(state),
         *(each for group in state.groups.values() for each in _group(state, group, seen, persistence)),
         *_root(paths, state),
-        *_images(paths),
+        *_images(paths, _written(tcti)),
         *_recovery(state),
         *_provider(paths, state, persistence, connect),
         *_kexec(paths),
@@ -144,8 +142,19 @@ def _tpm(paths: Paths, state: State, tcti: str) -> Iterator[Finding]:
     else:
         why = report.VERDICTS.get(verdict, "early boot left no report")
         yield Finding("this boot", UNSAFE, f"{why}; the next one is like this one", "unlock explain")
+    yield from _pin(record)
     if state.tpm["window"]:
         yield Finding("policy", NOTE, window.said(state.tpm["window"]), "unlock policy close")
+
+
+def _pin(record: Record) -> Iterator[Finding]:
+    if not record.pin:
+        return
+    asked = "the TPM asks for it at every boot: this host does not boot unattended"
+    yield Finding("PIN", NOTE, asked, "unlock policy set --no-pin")
+    if allowed.PIN_AUTH not in keyring.names():
+        lost = "what it makes is not in the key cache: no change of the policy, so no prediction either"
+        yield Finding("PIN", NOTE, lost, "unlock policy set --pin")
 
 
 def next_boot(paths: Paths, tcti: str, record: Record) -> Iterator[Finding]:
@@ -257,37 +266,44 @@ def _root(paths: Paths, state: State) -> Iterator[Finding]:
 
 # What boots -------------------------------------------------------------------------------------------------
 
-_WRITTEN = {"token": token.VERSION, "record": 1}
-"""Formats that an installed initramfs must read; it says what it reads by the names of files (initramfs/manifest)."""
+
+def _written(tcti: str) -> dict[str, int]:
+    """Format -> the version that an installed initramfs must read."""
+    try:
+        with Tpm(tcti) as tpm:
+            found = _current(tpm)
+    except UnlockError:
+        found = None
+    return {"token": token.VERSION, "record": found[1].version if found else 1}
 
 
-def _images(paths: Paths, listing: Callable[[list[str]], str] = run) -> Iterator[Finding]:
-    images = sorted(glob.glob(os.path.join(paths.root, "boot/initrd.img-*")), key=foresee.natural)
-    images = [each for each in images if not each.endswith((".bak", ".dpkg-bak", ".new"))]
-    if not images:
+def _images(paths: Paths, written: dict[str, int]) -> Iterator[Finding]:
+    found = images.installed(paths)
+    if not found:
         yield Finding("initramfs", UNPROVEN, "there is no /boot/initrd.img-*: whether unlock is in it is not known")
-    for image in images:
-        newest = image == images[-1]
+    for image in found:
+        newest = image == found[-1]
         name = os.path.basename(image)
         try:
-            wrong = _unreadable(listing(["lsinitramfs", image]))
+            wrong = _unreadable(images.contents(image), written)
         except CommandFailed as error:
             wrong = str(error)
         if wrong:
-            yield Finding(name, UNSAFE if newest else NOTE, wrong, f"update-initramfs -u -k {name[11:]}")
+            do = f"update-initramfs -u -k {images.kernel(image)}"
+            yield Finding(name, UNSAFE if newest else NOTE, wrong, do)
         else:
             yield Finding(name, SAFE, "unlock is in it, and reads what is on the disks and in the TPM")
 
 
-def _unreadable(listed: str) -> str:
-    """What is wrong with an image that has these files; '' if nothing."""
-    names = set(listed.split())
-    if "usr/lib/unlock/unlock/boot.pyc" not in names:
+def _unreadable(image: images.Contents, written: dict[str, int]) -> str:
+    """What is wrong with it; '' if nothing."""
+    if not image.unlock:
         return "unlock is not in it"
-    for kind, written in _WRITTEN.items():
-        found = [int(each[1]) for name in names if (each := re.fullmatch(rf"usr/lib/unlock/reads/{kind}-(\d+)", name))]
-        if max(found, default=0) < written:
-            return f"the unlock in it does not read {kind}s of version {written}"
+    for kind, version in written.items():
+        if image.reads.get(kind, 0) < version:
+            return f"the unlock in it does not read {kind}s of version {version}"
+    if written["record"] > 1 and not image.asks:
+        return "no program is in it that asks for the PIN"
     return ""
 
 

@@ -156,12 +156,17 @@ def secret(file: str | None, credential: str, prompt: str, flag: str) -> Secret:
 
 def new_password(file: str | None, flag: str = "--backup-password-file") -> Secret:
     """A backup's password; typed twice at a terminal. Raises Usage."""
-    password = secret(file, "unlock.backup-password", "password for the backup", flag)
-    if not file and not ask.credential("unlock.backup-password"):
-        with ask.terminal("the same password again", flag) as again:
-            if again != password or not len(password):
-                raise Usage("the two passwords are not the same, or empty", "run it again; nothing was changed")
-    return password
+    return new_secret(file, "unlock.backup-password", "password for the backup", flag)
+
+
+def new_secret(file: str | None, credential: str, prompt: str, flag: str) -> Secret:
+    """One that a person makes; typed twice at a terminal. Raises Usage."""
+    typed = secret(file, credential, prompt, flag)
+    if not file and not ask.credential(credential):
+        with ask.terminal("the same again", flag) as again:
+            if again != typed or not len(typed):
+                raise Usage("the two are not the same, or empty", "run it again; nothing was changed")
+    return typed
 
 
 # Flows

@@ -7,10 +7,13 @@ import os
 from typing import TYPE_CHECKING
 
 from . import ask, clikeys, clipredict, log
+from .errors import Usage
 from .paths import Paths
 from .secret import Secret
 
 if TYPE_CHECKING:
+    from . import allowed
+
     Words = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
@@ -26,9 +29,9 @@ def add(words: "Words") -> None:
     window.add_argument("--keep", type=pcrs, default=(), metavar="N,N", help="PCRs of 0 to 7 that still count")
     close = verbs.add_parser("close", help="this boot's state alone, over all PCRs", allow_abbrev=False)
     close.set_defaults(run=_close)
-    chosen = verbs.add_parser("set", help="other PCRs, for this boot's state", allow_abbrev=False)
+    chosen = verbs.add_parser("set", help="other PCRs, for this boot's state; or a PIN", allow_abbrev=False)
     chosen.set_defaults(run=_set)
-    chosen.add_argument("--pcrs", type=pcrs, required=True, metavar="N,N", help="the cap PCR comes on top")
+    chosen.add_argument("--pcrs", type=pcrs, default=(), metavar="N,N", help="the cap PCR comes on top")
     clipredict.add(verbs)
     rebind = words.add_parser("rebind", help="another board or TPM, or a changed boot", allow_abbrev=False)
     rebind.set_defaults(run=_rebind)
@@ -42,6 +45,8 @@ def add(words: "Words") -> None:
     rebind.add_argument("--pcrs", type=pcrs, default=(), metavar="N,N", help="default: as before")
     risks = ("unmeasured-boot", "unauthenticated-root", "slots-in-use")
     rebind.add_argument("--accept", action="append", default=[], choices=risks, metavar="RISK", help="as for init")
+    for each in (chosen, rebind):
+        _pin(each)
     for each in (window, close, chosen, rebind):
         _owner_auth(each)
 
@@ -49,6 +54,24 @@ def add(words: "Words") -> None:
 def pcrs(text: str) -> tuple[int, ...]:
     """ValueError, which argparse tells, for what is no list of numbers."""
     return tuple(int(part) for part in text.split(","))
+
+
+def _pin(parser: argparse.ArgumentParser) -> None:
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--pin", action="store_true", help="the TPM asks for one: credential unlock.pin, else asked twice")
+    one.add_argument("--pin-file", metavar="FILE", help="the TPM asks for the one in this file")
+    one.add_argument("--no-pin", action="store_true", help="the TPM asks for none any more")
+
+
+def _chosen_pin(options: argparse.Namespace, needed: bool = False) -> "allowed.Pin | None":
+    """Raises Usage when two PINs that were typed differ, or there is no terminal."""
+    from .allowed import Pin
+
+    if options.no_pin:
+        return Pin(None)
+    if options.pin or options.pin_file or needed:
+        return Pin(clikeys.new_secret(options.pin_file, "unlock.pin", "new PIN", "--pin-file"))
+    return None
 
 
 def _owner_auth(parser: argparse.ArgumentParser) -> None:
@@ -98,9 +121,18 @@ def _close(paths: Paths, options: argparse.Namespace) -> int:
 def _set(paths: Paths, options: argparse.Namespace) -> int:
     from . import thisboot, window
 
-    with _owner(options) as owner:
-        found = window.set_pcrs(paths, options.pcrs, thisboot.tpm_device(), owner)
-    log.note(f"the TPM allows the state of this boot alone, over PCRs {', '.join(map(str, found.record.selection))}")
+    pin = _chosen_pin(options)
+    if not options.pcrs and pin is None:
+        raise Usage("what is to be set?", "--pcrs N,N, --pin, or --no-pin")
+    with _owner(options) as owner, (pin and pin.typed) or Secret(b""):
+        found = window.choose(paths, options.pcrs, pin, thisboot.tpm_device(), owner)
+    if options.pcrs:
+        numbers = ", ".join(map(str, found.record.selection))
+        log.note(f"the TPM allows the state of this boot alone, over PCRs {numbers}")
+    if found.record.pin:
+        log.note("the TPM asks for the PIN at every boot: this host does not boot unattended")
+    elif pin:
+        log.note("the TPM asks for no PIN")
     return 0
 
 
@@ -110,7 +142,12 @@ def _rebind(paths: Paths, options: argparse.Namespace) -> int:
     tcti = thisboot.tpm_device()
     log.note("this boot, as the TPM sees it, is what will be allowed:")
     print(explain.text(explain.judge(explain.gather(paths, tcti))))
+    pin = _chosen_pin(options)
+    if pin is None and rebind.lacks_pin(paths, tcti):
+        log.note("a PIN is set, and the key cache lacks what it makes: the same one again, another one, or --no-pin")
+        pin = _chosen_pin(options, needed=True)
     with (
+        (pin and pin.typed) or Secret(b""),
         clikeys.secret(
             options.recovery_key_file, "unlock.recovery-key", "recovery key", "--recovery-key-file"
         ) as typed,
@@ -129,6 +166,7 @@ def _rebind(paths: Paths, options: argparse.Namespace) -> int:
                 client_key if len(client_key) else None,
                 client_password if len(client_password) else None,
                 options.pcrs,
+                pin,
                 frozenset(options.accept),
                 owner,
                 tcti,

@@ -96,6 +96,18 @@ class CommandFailed(UnlockError):
     code, status = "command-failed", 13
 
 
+class PinWrong(UnlockError):
+    """The TPM asks for a PIN, and none was typed that is right."""
+
+    code, status = "pin-wrong", 14
+
+
+class PinLockout(UnlockError):
+    """Too many wrong tries: the TPM takes no PIN for a while."""
+
+    code, status = "pin-lockout", 15
+
+
 class ProviderError(UnlockError):
     """A key provider did not do what it was asked; the kinds below differ in what to do next."""
 

@@ -102,6 +102,14 @@ USUAL = {
     "srk-changed": ("another program evicted it, or made a new one", _REBIND),
     "slot-broken": ("another program wrote to it", _REBIND),
     "tpm-lockout": ("wrong passwords were tried on the TPM", "wait, or tpm2_dictionarylockout --clear-lockout"),
+    "pin-wrong": (
+        "it was mistyped, or is another one by now",
+        "reboot and type the PIN; forgotten: type the recovery key, then: unlock rebind --pin",
+    ),
+    "pin-lockout": (
+        "wrong PINs were typed, here or by somebody who tried; each power cut after a right one counts too",
+        "wait with the power on, reboot and type the PIN; or type the recovery key",
+    ),
     "tpm-failed": ("the TPM's firmware, or its driver", "dmesg | grep -i tpm"),
 }
 """What usually causes it, and what to type. The keys of CAUSES, and those that no event stands for."""
@@ -138,6 +146,8 @@ TITLES = CAUSES | {
     "srk-changed": "the TPM's storage root key is gone, or another one",
     "slot-broken": "what unlock kept in the TPM was changed",
     "tpm-lockout": "the TPM is locked out",
+    "pin-wrong": "no right PIN was typed",
+    "pin-lockout": "the TPM is locked out after wrong PINs",
     "tpm-failed": "the TPM does not work as it should",
 }
 
@@ -214,6 +224,8 @@ def judge(world: World) -> Explanation:
     elif verdict == "tpm-failed":
         detail = world.early["detail"] if world.early else ""
         causes = [_plain("tpm-lockout" if world.lockout else "tpm-failed", new=detail)]
+    elif verdict in ("pin-wrong", "pin-lockout"):
+        causes = [_plain(verdict, new=world.early["detail"] if world.early else "")]
     elif verdict in ("tampered", "malformed", "newer-format"):
         causes = [_broken(world)]
     elif verdict != "unsealed":

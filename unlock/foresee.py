@@ -12,7 +12,6 @@ never guessed: those PCRs stay as they are, or it is Refused.
 
 import glob
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from . import allowed, atunseal, booted, eventlog, explain, grub, log, measured,
 from .booted import Booted
 from .errors import Malformed, Refused, UnlockError
 from .eventlog import Event, Log
+from .images import natural
 from .paths import Paths
 from .tpm import Tpm
 
@@ -292,11 +292,6 @@ def _ukis(world: World) -> Iterator[Entry]:
         if changes and entry.values is not None:  # systemd-stub adds to what the kernel's own stub measures
             entry = entry._replace(values={pcr: value for pcr, value in entry.values.items() if pcr != 9})
         yield entry
-
-
-def natural(name: str) -> list[tuple[bool, int, str]]:
-    """Sorts versions in names as numbers: 6.9 before 6.12."""
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _entry(world: World, words: str, changes: Iterable[str], events: Iterable[Event], default: bool) -> Entry:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The key cache: keys of type `user` in root's user keyring, which outlives switch_root and every process.
 
-Names: unlock:persistence, unlock:host, unlock:kek:ID. The system calls are used directly (keyctl(2)).
+Names: unlock:persistence, unlock:pin-auth, unlock:host, unlock:kek:ID. The system calls are used directly (keyctl(2)).
 A later root process, whatever its session keyring, reads them by its uid; nobody else may.
 """
 

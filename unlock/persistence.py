@@ -8,7 +8,7 @@ remove     then the TPM forgets the persistence key; until the next boot `enable
 
 from typing import Any
 
-from . import devices, disk, keyring, luks, policy, present, provide, rotation, slots, thisboot
+from . import allowed, devices, disk, keyring, luks, policy, present, provide, rotation, slots, thisboot
 from .errors import NoKey, NoSlot, Refused, UnlockError
 from .paths import Paths
 from .secret import Secret
@@ -71,7 +71,10 @@ def _seal_again(work: provide.Work, sealed: dict[str, Any], tcti: str, owner_aut
         if found and found.host == host:
             return
         branches = [bytes.fromhex(each) for each in sealed["branches"]]
-        slots.persist(tpm, host, tuple(sealed["selection"]), branches, payload, owner_auth, cap=sealed["cap"])
+        with allowed.auth_for(work.state.host, bool(sealed.get("pin"))) or Secret(b"") as auth:
+            pin_auth = auth if len(auth) else None
+            selection, cap = tuple(sealed["selection"]), sealed["cap"]
+            slots.persist(tpm, host, selection, branches, payload, owner_auth, pin_auth=pin_auth, cap=cap)
 
 
 def _sealed(tpm: Tpm) -> policy.Record | None:
@@ -145,7 +148,12 @@ def remove_all_stored_keys(paths: Paths, tcti: str, owner_auth: Secret) -> None:
                 )
             if found:
                 branches = [each.hex() for each in found.branches]
-                state.removed = {"selection": list(found.selection), "cap": found.cap, "branches": branches}
+                state.removed = {
+                    "selection": list(found.selection),
+                    "cap": found.cap,
+                    "branches": branches,
+                    "pin": found.pin,
+                }
                 state.save()
             slots.remove(tpm, owner_auth)
 

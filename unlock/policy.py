@@ -2,7 +2,7 @@
 """What the TPM keeps for this host, as bytes: policy digests, the policy record, the sealed payload.
 
 Structures and digests are those of the TCG "TPM 2.0 Library", part 2 (structures) and part 3 (PolicyPCR,
-PolicyOR); integers are big-endian.
+PolicyOR, PolicyAuthValue); integers are big-endian.
 """
 
 import struct
@@ -28,6 +28,9 @@ RECORD_SIZE = 448
 """Below 512, the least NV buffer of a PC Client TPM: read and written by one command."""
 MAX_BRANCHES = 8
 MAX_SEALED = 128
+PIN_MIN, PIN_MAX = 4, 256
+"""Bytes of a PIN, any text: systemd-cryptenroll sets no least length, and a TPM that forgets one wrong try every two
+hours takes two years for the 10,000 PINs of 4 digits."""
 
 
 class Slot(NamedTuple):
@@ -76,8 +79,25 @@ def alternatives(branches: Sequence[bytes]) -> tuple[bytes, ...]:
 
 
 def either(branches: Sequence[bytes]) -> bytes:
-    """The policyDigest after PolicyOR: the authPolicy of the sealed object."""
+    """The policyDigest after PolicyOR."""
     return sha256(bytes(32) + struct.pack(">I", 0x171) + b"".join(alternatives(branches))).digest()
+
+
+def auth_policy(branches: Sequence[bytes], pin: bool = False) -> bytes:
+    """The authPolicy of the sealed object: PolicyOR, and with a PIN PolicyAuthValue after it."""
+    digest = either(branches)
+    return sha256(digest + struct.pack(">I", 0x16B)).digest() if pin else digest
+
+
+def pin_auth(host: bytes, pin: Secret) -> Secret:
+    """The sealed object's authValue: SHA-256 of a label, the host id and the PIN. Usage for one too short or too long.
+
+    No salt and no slow hash: the value never leaves the TPM, which counts the tries. The host id keeps one PIN on two
+    hosts from being one value.
+    """
+    if not PIN_MIN <= len(pin) <= PIN_MAX:
+        raise Usage(f"a PIN is {PIN_MIN} to {PIN_MAX} bytes long", "digits, letters or both")
+    return Secret(sha256(b"unlock PIN\0" + host + pin.value).digest())
 
 
 # Public areas -----------------------------------------------------------------------------------------------
@@ -102,9 +122,11 @@ def srk_template() -> bytes:
     return struct.pack(">HHIH HHHHHH HH", _ECC, BANK, _STORAGE, 0, _AES, 128, _CFB, _NULL, _P256, _NULL, 0, 0)
 
 
-def sealed_template(auth_policy: bytes) -> bytes:
-    """TPMT_PUBLIC of the sealed object: for this TPM only, opened by the policy only, outside the lockout."""
-    return struct.pack(">HHIH32sHH", _KEYEDHASH, BANK, _FIXED | _NO_DA, 32, auth_policy, _NULL, 0)
+def sealed_template(branches: Sequence[bytes], pin: bool = False) -> bytes:
+    """TPMT_PUBLIC of the sealed object: for this TPM only, opened by the policy only; with a PIN the TPM counts wrong
+    tries and locks itself, without one it is outside the lockout."""
+    attributes = _FIXED if pin else _FIXED | _NO_DA
+    return struct.pack(">HHIH32sHH", _KEYEDHASH, BANK, attributes, 32, auth_policy(branches, pin), _NULL, 0)
 
 
 def nv_public(slot: Slot, written: bool) -> bytes:
@@ -112,9 +134,9 @@ def nv_public(slot: Slot, written: bool) -> bytes:
     return struct.pack(">IHIHH", slot.nv, BANK, _NV | (_NV_WRITTEN if written else 0), 0, RECORD_SIZE)
 
 
-def is_sealed_under(public: bytes, auth_policy: bytes) -> bool:
-    """Whether this TPMT_PUBLIC is `sealed_template(auth_policy)`, its unique field filled in."""
-    template = sealed_template(auth_policy)
+def is_sealed_under(public: bytes, branches: Sequence[bytes], pin: bool = False) -> bool:
+    """Whether this TPMT_PUBLIC is `sealed_template(branches, pin)`, its unique field filled in."""
+    template = sealed_template(branches, pin)
     return len(public) == len(template) + 32 and public.startswith(template[:-2])
 
 
@@ -140,7 +162,11 @@ def storage_problem(public: bytes) -> str:
 
 _MAGIC = b"unlock\0"
 _VERSION = 1
-_RECORD = struct.Struct(">7sBQ16sBB3s3x34s34s256s")
+"""Of the sealed payload."""
+RECORD_VERSION = 2
+"""The newest that is read. Without a PIN version 1 is written: an initramfs of an earlier unlock reads that alone."""
+_PIN = 0x01
+_RECORD = struct.Struct(">7sBQ16sBB3sB2x34s34s256s")
 _MAX_GENERATION = 1 << 63
 
 
@@ -148,8 +174,9 @@ class Record(NamedTuple):
     """The public part of the policy, in the NV index beside the sealed object.
 
     448 bytes: magic "unlock\\0", version u8, generation u64, host id 16, cap PCR u8, number of branches u8,
-    PCR bitmap 3, zero 3, SRK name 34, object name 34, eight branches of 32, zeros, and SHA-256 of all before
-    it. The checksum finds torn writes; it authenticates nothing.
+    PCR bitmap 3, flags u8, zero 2, SRK name 34, object name 34, eight branches of 32, zeros, and SHA-256 of all before
+    it. Version 1 has no flags, version 2 has 0x01: the TPM asks for a PIN. The checksum finds torn writes; it
+    authenticates nothing: a flag that does not fit the object's public area is found by `is_sealed_under`.
     """
 
     generation: int
@@ -159,14 +186,20 @@ class Record(NamedTuple):
     branches: tuple[bytes, ...]
     srk_name: bytes
     object_name: bytes
+    pin: bool = False
+
+    @property
+    def version(self) -> int:
+        """Of the format that `encode` writes."""
+        return 2 if self.pin else 1
 
     def encode(self) -> bytes:
         """RECORD_SIZE bytes; Malformed for what `decode` would refuse."""
         if problem := self._problem():
             raise Malformed(f"policy record: {problem}")
         body = _RECORD.pack(
-            _MAGIC, _VERSION, self.generation, self.host, self.cap, len(self.branches),
-            _bitmap(self.selection), self.srk_name, self.object_name, b"".join(self.branches),
+            _MAGIC, self.version, self.generation, self.host, self.cap, len(self.branches),
+            _bitmap(self.selection), _PIN if self.pin else 0, self.srk_name, self.object_name, b"".join(self.branches),
         ).ljust(RECORD_SIZE - 32, b"\0")  # fmt: skip
         return body + sha256(body).digest()
 
@@ -178,9 +211,11 @@ class Record(NamedTuple):
             raise Malformed("policy record: not one of ours")
         if sha256(body).digest() != checksum:
             raise Malformed("policy record: the checksum is wrong")
-        if body[len(_MAGIC)] > _VERSION:
+        _, version, generation, host, cap, count, bitmap, flags, srk_name, object_name, digests = _RECORD.unpack_from(
+            body
+        )
+        if version > RECORD_VERSION or (version == RECORD_VERSION and flags & ~_PIN):
             raise NewerFormat("policy record: written by a newer version", hint="update unlock")
-        _, version, generation, host, cap, count, bitmap, srk_name, object_name, digests = _RECORD.unpack_from(body)
         record = cls(
             generation,
             host,
@@ -189,8 +224,9 @@ class Record(NamedTuple):
             tuple(digests[at : at + 32] for at in range(0, 32 * min(count, MAX_BRANCHES), 32)),
             srk_name,
             object_name,
+            bool(flags & _PIN),
         )
-        if version != _VERSION or count > MAX_BRANCHES or record.encode() != data:
+        if version != record.version or count > MAX_BRANCHES or record.encode() != data:
             raise Malformed("policy record: a field is out of its range")
         return record
 

@@ -16,7 +16,21 @@ import os
 from contextlib import ExitStack, closing
 from typing import Any, NamedTuple
 
-from . import allowed, atunseal, devices, disk, keyring, luks, policy, present, provide, rotation, slots, thisboot
+from . import (
+    allowed,
+    atunseal,
+    devices,
+    disk,
+    images,
+    keyring,
+    luks,
+    policy,
+    present,
+    provide,
+    rotation,
+    slots,
+    thisboot,
+)
 from .errors import Malformed, NoKey, NoSlot, Refused, Tampered, UnlockError
 from .groups import Group
 from .paths import Paths
@@ -48,6 +62,8 @@ class Choices(NamedTuple):
     """KMIP: the password again, where there is one."""
     pcrs: tuple[int, ...] = ()
     """Empty: as before, or by how the host boots."""
+    pin: allowed.Pin | None = None
+    """None: the one that was set stays, which needs the key cache."""
     accept: frozenset[str] = frozenset()
     """Of RISKS."""
     owner_auth: Secret | None = None
@@ -64,9 +80,19 @@ class Rebound(NamedTuple):
     """Other providers, whose key was wrapped by the old persistence key alone."""
 
 
+def lacks_pin(paths: Paths, tcti: str = allowed.DEVICE) -> bool:
+    """Whether a PIN was set and what it makes is not in the key cache: `rebind` must be given one. Raises Refused when
+    the host is not initialised, TpmAbsent, TpmFailed."""
+    with Tpm(tcti) as tpm:
+        return _has_pin(tpm, State.load(paths)) and allowed.PIN_AUTH not in keyring.names()
+
+
 def rebind(paths: Paths, choices: Choices, look: present.Look = present.look) -> Rebound:
     """Raises Refused, Usage, Tampered, TpmAbsent, TpmFailed, ProviderError: then nothing has changed, or the same
-    command finishes."""
+    command finishes. Refused, code `pin-needed`, where a PIN was set and neither is one chosen nor what it makes in
+    the key cache: a PIN is never dropped in silence."""
+    if choices.pin and choices.pin.typed is not None:
+        images.need_pin(paths)
     with exclusive(paths), Tpm(choices.tcti) as tpm, ExitStack() as keys:
         state = State.load(paths)
         if not state.has_recovery_key:
@@ -75,6 +101,7 @@ def rebind(paths: Paths, choices: Choices, look: present.Look = present.look) ->
         mac_key = keys.enter_context(disk.mac_key(choices.recovery, state.host))
         left = _check_disks(state, seen, choices.recovery, mac_key)
         selection, branch, plain_root = _this_boot(paths, tpm, state, choices)
+        pin_auth = keys.enter_context(_pin_auth(tpm, state, choices))
         again = _ours(state) is not None
         new, old = _keys_at_hand(state)
         keys.enter_context(new)
@@ -95,16 +122,30 @@ def rebind(paths: Paths, choices: Choices, look: present.Look = present.look) ->
             keys.enter_context(kek)
         keyring.put(_NEW, new)
         payload = policy.Payload(new, plain_root)
-        slots.persist(tpm, bytes.fromhex(state.host), selection, (branch,), payload, choices.owner_auth, replace=True)
+        has_pin = len(pin_auth) > 0
+        if has_pin:
+            keyring.put(allowed.PIN_AUTH, pin_auth)
+        slots.persist(
+            tpm,
+            bytes.fromhex(state.host),
+            selection,
+            (branch,),
+            payload,
+            choices.owner_auth,
+            pin_auth=pin_auth if has_pin else None,
+            replace=True,
+        )
         done: list[str] = []
         for group, kek in keks:
             wraps = disk.Keys(new, host_key, kek, mac_key)
             done += _rewrap(state, seen, group, wraps, choices.recovery, left)
-        allowed.begin(state, selection, branch, plain_root)
+        allowed.begin(state, selection, branch, plain_root, has_pin)
         state.removed = None
         state.journal = goes_on
         keyring.put("unlock:persistence", new)
         state.save()
+        if not has_pin:
+            keyring.forget(allowed.PIN_AUTH)
         _cache(paths, host_key, keks)
         return Rebound(selection, tuple(done), left, tuple(name for name in lost if name != state.provider["name"]))
 
@@ -190,6 +231,24 @@ def _this_boot(paths: Paths, tpm: Tpm, state: State, choices: Choices) -> tuple[
     tpm.srk(choices.owner_auth)
     tpm.trial(selection)
     return selection, policy.branch(selection, atunseal.of(selection, values)), plain_root
+
+
+def _has_pin(tpm: Tpm, state: State) -> bool:
+    """By the TPM; where it keeps nothing of this host, by the state."""
+    try:
+        record = slots.current(tpm)[1]
+    except NoSlot:
+        return bool(state.tpm.get("pin"))
+    return record.pin if record.host.hex() == state.host else bool(state.tpm.get("pin"))
+
+
+def _pin_auth(tpm: Tpm, state: State, choices: Choices) -> Secret:
+    """Empty without a PIN. Raises Usage, Refused."""
+    try:
+        return allowed.auth_for(state.host, _has_pin(tpm, state), choices.pin) or Secret(b"")
+    except Refused as error:
+        error.hint = "--pin, or --pin-file FILE: the same PIN or another one; or --no-pin"
+        raise
 
 
 def _is_of_another(tpm: Tpm, state: State) -> bool:

@@ -19,6 +19,8 @@ VERDICTS = {
     "tampered": "the TPM's slot is not what its record says",
     "malformed": "the TPM's record cannot be read",
     "newer-format": "a later unlock wrote the TPM's record",
+    "pin-wrong": "no PIN was typed that is right",
+    "pin-lockout": "the TPM is locked out: too many wrong PINs",
     "tpm-failed": "the TPM does not work as it should",
     "no-key": "the persistence key is not in the key cache",
 }

@@ -6,37 +6,56 @@ current one. It is not touched until the other one is complete; then it is evict
 old policy ends before its record does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from . import policy
 from .errors import (
     Malformed,
     NewerFormat,
     NoSlot,
+    PinWrong,
     Refused,
     Tampered,
     TpmFailed,
     TpmRefused,
     UnlockError,
+    Usage,
 )
 from .policy import CAP_PCR, SLOTS, Payload, Record, Slot, select
 from .secret import Secret
-from .tpm import SlotState, Tpm
+from .tpm import SlotState, Tpm, not_allowed
 
 _TELLING = (TpmRefused, Tampered, NewerFormat, Malformed, NoSlot)
+PIN_TRIES = 3
+"""In one boot. Many TPMs lock themselves after not many more."""
+
+Ask = Callable[[int], Secret]
+"""Asks a person for the PIN: with how many tries are left, from PIN_TRIES down. PinWrong gives up."""
 
 
 class Unsealed(NamedTuple):
     payload: Payload
     slot: Slot
     record: Record
+    pin_auth: Secret | None = None
+    """The value that the PIN made, where there is one."""
 
 
-def unseal(tpm: Tpm) -> Unsealed:
+def no_pin(_left: int) -> Secret:
+    """Where nobody can be asked."""
+    raise PinWrong("the TPM asks for a PIN, and nobody can be asked for it here")
+
+
+def unseal(tpm: Tpm, ask: Ask = no_pin) -> Unsealed:
     """Unseal the current slot: 8 TPM commands in either slot, at most 14 when the other must be tried too.
 
-    TpmRefused, Tampered, Malformed or NoSlot, the most telling of the two slots; TpmFailed at once, as it
-    says nothing of a slot.
+    With a PIN 10, or 12: the PCRs are read first, so that nobody is asked in a boot that is not allowed. One more for
+    a policy over more than 8 PCRs, and one where the TPM wants the first command that it counts sent again
+    (TPM_RC_RETRY). Each wrong PIN costs 6.
+
+    TpmRefused, Tampered, Malformed or NoSlot, the most telling of the two slots; PinWrong, PinLockout and TpmFailed at
+    once, as they say nothing of a slot.
     """
     found: list[tuple[Slot, Record]] = []
     problems: list[UnlockError] = []
@@ -45,13 +64,38 @@ def unseal(tpm: Tpm) -> Unsealed:
             found.append((slot, tpm.read_record(slot)))
         except (NoSlot, Malformed, Tampered) as problem:
             problems.append(problem)
+    pcrs: dict[int, bytes] = {}
     for slot, record in sorted(found, key=lambda pair: pair[1].generation, reverse=True):
         try:
-            with tpm.unseal(slot, record) as sealed:
+            objects = tpm.verify(slot, record)
+            if record.pin:
+                pcrs = pcrs or tpm.read_pcrs(sorted({pcr for _, each in found if each.pin for pcr in each.selection}))
+                if policy.pcr_policy(record.selection, pcrs) not in record.branches:
+                    raise not_allowed(record.selection)
+                return _by_pin(tpm, slot, record, objects, ask)
+            with tpm.unseal(objects, record) as sealed:
                 return Unsealed(Payload.decode(sealed), slot, record)
         except (NoSlot, Malformed, Tampered, TpmRefused) as problem:
             problems.append(problem)
     raise min(problems, key=_rank)
+
+
+def _by_pin(tpm: Tpm, slot: Slot, record: Record, objects: tuple[int, int], ask: Ask) -> Unsealed:
+    for left in range(PIN_TRIES, 0, -1):
+        with ask(left) as pin:
+            try:
+                auth = policy.pin_auth(record.host, pin)
+            except Usage:  # no PIN is that short or long: the TPM need not count it
+                continue
+        try:
+            with tpm.unseal(objects, record, auth) as sealed:
+                return Unsealed(Payload.decode(sealed), slot, record, auth)
+        except PinWrong:
+            auth.wipe()
+        except BaseException:
+            auth.wipe()
+            raise
+    raise PinWrong(f"the PIN was wrong {PIN_TRIES} times", "reboot, or type the recovery key")
 
 
 def current(tpm: Tpm) -> tuple[Slot, Record]:
@@ -70,11 +114,13 @@ def persist(
     payload: Payload,
     owner_auth: Secret | None = None,
     *,
+    pin_auth: Secret | None = None,
     cap: int = CAP_PCR,
     replace: bool = False,
 ) -> Record:
     """Seal `payload` under the policy in the slot that is not current, prove the pair, then evict the other.
 
+    With `pin_auth` a boot asks for the PIN that makes this value.
     Killed anywhere, one slot or both open; run again, it finishes. Refused, unless `replace`, while a slot
     holds the key of another host.
     """
@@ -88,9 +134,9 @@ def persist(
 
     srk_name = tpm.srk(owner_auth)
     with payload.encode() as sealed:
-        object_name = tpm.seal(target, branches, sealed, owner_auth)
+        object_name = tpm.seal(target, branches, sealed, owner_auth, pin_auth)
     generation = 1 + (complete[current].generation if current in complete else 0)
-    record = Record(generation, host, selection, cap, tuple(branches), srk_name, object_name)
+    record = Record(generation, host, selection, cap, tuple(branches), srk_name, object_name, pin_auth is not None)
     tpm.write_record(target, record, owner_auth)
     state = tpm.slot_state(target)
     if state.record != record or not state.complete:

@@ -15,14 +15,16 @@
     manifests   NAME -> highest generation of a member list that was ever begun
     generations NAME -> highest generation of a KEK that a group of that name has had
     retire      [{"id", "group"}]: replaced KEKs, until the provider has deactivated them
-    removed     {"selection", "cap", "branches"}: the policy of what was evicted from the TPM on purpose; absent else
+    removed     {"selection", "cap", "branches", "pin"}: the policy of what was evicted from the TPM on purpose; else
+                absent
     recovery    {"keyslots": UUID -> salt of the recovery key's keyslot on that disk,
                 "former": UUID -> salts of keyslots that go, those of earlier recovery keys,
                 "behind": UUID -> wrapped, the MAC key of an earlier recovery key that the disk still has,
                 "tested": UUID -> when the recovery key last opened it, seconds since 1970}
     tpm         what the policy record in the TPM does not say; absent in older files. {"states": BRANCH, hex -> {"why",
                 "proven", "made"}, "opened", "before": BRANCH or "", "pcrs": [PCR], "window": null or {"reboots",
-                "since", "pcrs", "boot"}, "unauthenticated_root"}
+                "since", "pcrs", "boot"}, "unauthenticated_root", "pin": absent in older files; before the TPM asks for
+                one, and until it does not any more}
     journal     the operation under way, or null
 
 The file is replaced whole. The one journal: an operation writes what it is about to do before it starts,
@@ -173,6 +175,7 @@ class State:
             "pcrs": [],
             "window": None,
             "unauthenticated_root": None,
+            "pin": False,
         }
         tpm: dict[str, Any] = self._fields.setdefault("tpm", empty)
         return tpm

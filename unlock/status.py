@@ -64,6 +64,7 @@ def status(paths: Paths) -> dict[str, Any]:
         },
         "unfinished": {name: state.journal[name] for name in ("operation", "about")} if state.journal else None,
         "window": _window(state),
+        "pin": bool(state.tpm.get("pin")),
         "groups": groups,
     }
 
@@ -84,6 +85,7 @@ def table(found: dict[str, Any]) -> str:
         f"{name:<9} {where}"
         for name, where in (
             ("key", found["keys"]["persistence key"]),
+            ("PIN", "asked for at every boot" if found["pin"] else "none"),
             ("recovery", found["keys"]["recovery key"]),
             ("provider", found["providers"][0]["said"]),
             ("sync", _last_sync(found["sync"])),

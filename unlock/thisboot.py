@@ -4,6 +4,8 @@
 report.json      what early boot did            verdict    its verdict, one word
 idle             every present disk has an outcome
 failed           a disk of this host that is present did not open
+waiting          the boot scripts wait for the agent: it may ask a person
+asking           it does: no deadline runs
 capped           the TPM confirmed the cap
 dropped          what the TPM had opened was closed before a shell
 shown.json       the errors that the recovery shell has shown

@@ -16,6 +16,8 @@ from . import policy
 from .errors import (
     Malformed,
     NoSlot,
+    PinLockout,
+    PinWrong,
     Refused,
     Tampered,
     TpmAbsent,
@@ -48,6 +50,7 @@ _BUSY = (0x922, 0x908, 0x90A, 0x920)  # RETRY, YIELDED, TESTING, NV_RATE
 _PCR_CHANGED, _NV_RANGE, _NV_UNINITIALIZED = 0x128, 0x146, 0x14A
 _NO_READING = (0x148, 0x149, 0x8E, 0xA2, 0x12F, 0x921)  # locked, wrong or no authorization, lockout
 _VALUE, _HANDLE, _POLICY_FAIL = 0x84, 0x8B, 0x9D
+_AUTH_FAIL, _LOCKOUT = 0x8E, 0x921
 _HINTS = {
     0x8E: "the owner authorization is wrong",
     0xA2: "the owner authorization is wrong",
@@ -153,15 +156,15 @@ class Tpm:
             raise
         return Record.decode(bytes(self._taken(data, "buffer")))
 
-    def unseal(self, slot: Slot, record: Record) -> Secret:
-        """ReadPublic x2, StartAuthSession, PolicyPCR, PolicyOR, Unseal; FlushContext if it fails.
+    def unseal(self, objects: tuple[int, int], record: Record, auth: Secret | None = None) -> Secret:
+        """StartAuthSession, PolicyPCR, PolicyOR, [PolicyAuthValue], Unseal; FlushContext if it fails.
 
-        The session is salted to the SRK whose name the record has, and encrypts the answer. NoSlot if the
-        object is gone, Tampered if it or the SRK is another, TpmRefused if the PCRs are in no allowed state.
-        Repeated, bounded, if a PCR changes meanwhile.
+        `objects` are those of `verify`; `auth` is the value that the PIN makes, where the record has one. The session
+        is salted to the SRK and encrypts the answer; the value itself never crosses the bus. TpmRefused if the PCRs
+        are in no allowed state, which costs no try of the PIN; PinWrong, PinLockout. Repeated, bounded, if a PCR
+        changes meanwhile.
         """
-        srk, sealed = self.verify(slot, record)
-        return self._unsealed(srk, sealed, record.selection, record.branches)
+        return self._unsealed(*objects, record.selection, record.branches, auth)
 
     def verify(self, slot: Slot, record: Record) -> tuple[int, int]:
         """ReadPublic x2: SRK and sealed object are those that the record describes, and the object's policy is what
@@ -170,7 +173,7 @@ class Tpm:
         sealed, public = self._public(slot.object, f"slot {slot.name} of the TPM has no sealed object")
         if policy.name(public) != record.object_name:
             raise Tampered(f"the sealed object of slot {slot.name} is not the one of its policy record")
-        if not policy.is_sealed_under(public, policy.either(record.branches)):
+        if not policy.is_sealed_under(public, record.branches, record.pin):
             raise Tampered(f"the sealed object of slot {slot.name} has another policy than its record says")
         return srk, sealed
 
@@ -219,14 +222,22 @@ class Tpm:
         finally:
             self._flush(key)
 
-    def seal(self, slot: Slot, branches: Sequence[bytes], payload: Secret, owner_auth: Secret | None = None) -> bytes:
+    def seal(
+        self,
+        slot: Slot,
+        branches: Sequence[bytes],
+        payload: Secret,
+        owner_auth: Secret | None = None,
+        auth: Secret | None = None,
+    ) -> bytes:
         """Seal `payload`, at most 128 bytes, in the place of what is in the slot; the new object's name.
 
+        With `auth` it is opened by the policy and this value, and the TPM counts wrong ones.
         ReadPublic (SRK), StartAuthSession, Create, Load, ReadPublic, [EvictControl], EvictControl,
-        FlushContext. The payload is encrypted on its way. Not CreateLoaded: TPMs older than revision 1.38
+        FlushContext. Payload and value are encrypted on their way. Not CreateLoaded: TPMs older than revision 1.38
         lack it.
         """
-        sealed, name = self._create(branches, payload)
+        sealed, name = self._create(branches, payload, auth)
         try:
             self._evict_object(slot, owner_auth)
             self._keep(sealed, slot.object, owner_auth)
@@ -388,16 +399,32 @@ class Tpm:
             )
         return resource
 
-    def _unsealed(self, srk: int, sealed: int, selection: Sequence[int], branches: Sequence[bytes]) -> Secret:
+    def _unsealed(
+        self, srk: int, sealed: int, selection: Sequence[int], branches: Sequence[bytes], auth: Secret | None = None
+    ) -> Secret:
         for _ in range(_TRIES):
             try:
-                return self._unsealed_once(srk, sealed, selection, branches)
+                return self._unsealed_once(srk, sealed, selection, branches, auth)
             except _Answer as failure:
+                if auth is not None and failure.answer == _AUTH_FAIL:
+                    raise PinWrong("the PIN is wrong") from None
+                if auth is not None and failure.answer == _LOCKOUT:
+                    raise self._locked_out() from None
                 if failure.answer != _PCR_CHANGED:
                     raise
         raise TpmFailed("PCRs keep changing while the TPM unseals")
 
-    def _unsealed_once(self, srk: int, sealed: int, selection: Sequence[int], branches: Sequence[bytes]) -> Secret:
+    def _locked_out(self) -> PinLockout:
+        """GetCapability, about 5."""
+        try:
+            wait = f"it forgets one try in {self.facts().lockout_interval} s with the power on"
+        except TpmFailed as error:
+            wait = str(error)
+        return PinLockout(f"the TPM takes no PIN after too many wrong ones: {wait}", "wait, or type the recovery key")
+
+    def _unsealed_once(
+        self, srk: int, sealed: int, selection: Sequence[int], branches: Sequence[bytes], auth: Secret | None
+    ) -> Secret:
         data = self._ffi.new("TPM2B_SENSITIVE_DATA **")
         digests = [{"size": len(digest), "buffer": digest} for digest in policy.alternatives(branches)]
         allowed = self._ffi.new("TPML_DIGEST *", {"count": len(digests), "digests": digests})
@@ -406,20 +433,23 @@ class Tpm:
             self._send("PolicyPCR", session, *_NO_SESSIONS, present, self._selection(selection))
             try:
                 self._send("PolicyOR", session, *_NO_SESSIONS, allowed)
+                if auth is not None:
+                    self._send("PolicyAuthValue", session, *_NO_SESSIONS)
+                    self._set_auth(sealed, auth)
                 self._send("Unseal", sealed, session, _NONE, _NONE, data)
             except _Answer as failure:
                 if failure.answer in (_VALUE, _POLICY_FAIL):
-                    numbers = ", ".join(map(str, selection))
-                    raise TpmRefused(
-                        f"the TPM refuses: PCRs {numbers} are in no state that the policy allows"
-                    ) from None
+                    raise not_allowed(selection) from None
                 raise
+            finally:
+                if auth is not None:
+                    self._set_auth(sealed, Secret(b""))
         return Secret(self._taken(data, "buffer"))
 
-    def _create(self, branches: Sequence[bytes], payload: Secret) -> tuple[int, bytes]:
+    def _create(self, branches: Sequence[bytes], payload: Secret, auth: Secret | None = None) -> tuple[int, bytes]:
         """A transient sealed object and its name."""
         srk, _ = self._public(SRK, f"the TPM has no storage root key at {SRK:#x}")
-        ffi, template = self._ffi, self._template(policy.sealed_template(policy.either(branches)))
+        ffi, template = self._ffi, self._template(policy.sealed_template(branches, auth is not None))
         sensitive = ffi.new("TPM2B_SENSITIVE_CREATE *")
         private, public, sealed = (
             ffi.new("TPM2B_PRIVATE **"),
@@ -431,6 +461,9 @@ class Tpm:
         try:
             sensitive.sensitive.data.size = len(payload)
             ffi.memmove(sensitive.sensitive.data.buffer, payload.value, len(payload))
+            if auth is not None:
+                sensitive.sensitive.userAuth.size = len(auth)
+                ffi.memmove(sensitive.sensitive.userAuth.buffer, auth.value, len(auth))
             with self._session(srk, _HMAC, _DECRYPT) as session:
                 creation = (*self._no_creation_data(), private, public, *[ffi.NULL] * 3)
                 self._send("Create", srk, session, _NONE, _NONE, sensitive, template, *creation)
@@ -502,16 +535,20 @@ class Tpm:
         if len(auth) > 64:
             raise Usage("the owner authorization is longer than a TPM takes: 64 bytes")
         session = self._session(_NONE, _HMAC, 0)
-        value = self._ffi.new("TPM2B_AUTH *", {"size": len(auth)})
-        self._ffi.memmove(value.buffer, auth.value, len(auth))
-        self._send("TR_SetAuth", _OWNER, value)
-        self._ffi.memmove(value, bytes(66), 66)
+        self._set_auth(_OWNER, auth)
         return session
 
+    def _set_auth(self, resource: int, auth: Secret) -> None:
+        """What ESYS proves to the TPM that it knows; b"" wipes it: ESYS would send the owner's in clear later."""
+        value = self._ffi.new("TPM2B_AUTH *", {"size": len(auth)})
+        self._ffi.memmove(value.buffer, auth.value, len(auth))
+        self._send("TR_SetAuth", resource, value)
+        self._ffi.memmove(value, bytes(66), 66)
+
     def _end(self, session: int, failed: bool) -> None:
-        """Flush a session whose command failed; wipe the owner's value: ESYS would send it in clear later."""
+        """Flush a session whose command failed; wipe the owner's value."""
         if session != _PASSWORD:
-            self._send("TR_SetAuth", _OWNER, self._ffi.new("TPM2B_AUTH *"))
+            self._set_auth(_OWNER, Secret(b""))
             if failed:
                 self._flush(session)
 
@@ -578,6 +615,12 @@ class Tpm:
             if not more or not listed:
                 break
         return tuple(found)
+
+
+def not_allowed(selection: Sequence[int]) -> TpmRefused:
+    """The error for PCRs in no state that the policy has."""
+    numbers = ", ".join(map(str, selection))
+    return TpmRefused(f"the TPM refuses: PCRs {numbers} are in no state that the policy allows")
 
 
 class _Session:

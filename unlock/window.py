@@ -5,7 +5,7 @@
     window     before a firmware update: fewer PCRs count, for a number of good boots
     good_boot  after each boot that the TPM allowed: its state is proven; the last boot of a window closes it
     close      the full selection again, and this boot's state alone
-    set        another selection
+    set        another selection, or a PIN
 
 The state says that a window is open before the TPM has it, and until the TPM does not have it any more: killed
 anywhere, a window is never forgotten. A boot that the TPM refused counts for nothing.
@@ -14,8 +14,8 @@ anywhere, a window is never forgotten. A boot that the TPM refused counts for no
 from collections.abc import Iterable
 from typing import Any
 
-from . import allowed, atunseal, log, policy, provide, thisboot
-from .allowed import DEVICE, Allowed
+from . import allowed, atunseal, images, log, policy, provide, thisboot
+from .allowed import DEVICE, Allowed, Pin
 from .errors import NoKey, Refused, Usage
 from .paths import Paths
 from .secret import Secret
@@ -38,7 +38,7 @@ def show(paths: Paths, tcti: str = DEVICE) -> dict[str, Any]:
         "generation": found.record.generation,
         "pcrs": list(found.record.selection),
         "cap_pcr": found.record.cap,
-        "pin": False,
+        "pin": found.record.pin,
         "window": {key: window[key] for key in ("reboots", "since", "pcrs")} if window and _open(found) else None,
         "states": [
             {
@@ -55,9 +55,10 @@ def show(paths: Paths, tcti: str = DEVICE) -> dict[str, Any]:
 
 def text(found: dict[str, Any]) -> str:
     """The same for people."""
+    pin = "yes: the TPM asks for it at every boot" if found["pin"] else "no"
     lines = [
         f"PCRs      {', '.join(map(str, found['pcrs']))} (PCR {found['cap_pcr']}: not after early boot)",
-        f"PIN       {'yes' if found['pin'] else 'no'}",
+        f"PIN       {pin}",
         f"window    {said(found['window']) or 'closed'}",
         "",
     ]
@@ -121,19 +122,32 @@ def close(paths: Paths, tcti: str = DEVICE, owner_auth: Secret | None = None) ->
         return _close(paths, tpm, state, allowed.look(paths, tpm, state), persistence, owner_auth)
 
 
-def set_pcrs(paths: Paths, pcrs: Iterable[int], tcti: str = DEVICE, owner_auth: Secret | None = None) -> Allowed:
+def choose(
+    paths: Paths,
+    pcrs: Iterable[int] = (),
+    pin: Pin | None = None,
+    tcti: str = DEVICE,
+    owner_auth: Secret | None = None,
+) -> Allowed:
     """The policy over these PCRs, with the cap PCR, from now on: for this boot's state alone. A window is closed by it.
+    Without PCRs only what a boot is asked for changes.
 
-    Raises Usage for PCRs that protect nothing, Refused for one that cannot be told, NoKey.
+    Raises Usage for PCRs that protect nothing and for a PIN too short or too long; Refused for a PCR that cannot be
+    told, and for a PIN that an installed initramfs cannot ask for; NoKey, TpmFailed.
     """
+    if pin and pin.typed is not None:
+        images.need_pin(paths)
     with exclusive(paths), Tpm(tcti) as tpm, _persistence() as persistence:
         state = State.load(paths)
         found = allowed.look(paths, tpm, state)
+        if not pcrs:
+            same = found.record.selection, found.record.branches
+            return allowed.reseal(paths, tpm, state, persistence, found, *same, {}, owner_auth, pin)
         selection = policy.select(pcrs, found.record.cap)
         branch = _of_this_boot(paths, tpm, found, selection)
         state.tpm["pcrs"] = list(selection)
         reasons = {} if branch in found.record.branches else {branch: "this boot, when the PCRs were chosen"}
-        changed = allowed.reseal(paths, tpm, state, persistence, found, selection, [branch], reasons, owner_auth)
+        changed = allowed.reseal(paths, tpm, state, persistence, found, selection, [branch], reasons, owner_auth, pin)
         state.tpm["window"] = None
         state.save_if_changed()
         return changed._replace(window=None)
