@@ -82,8 +82,8 @@ test: lint
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 \
 		$(long:%=--ignore=tests/%.py)
 
-# What takes an hour more: updates by GRUB, by a unified kernel image and by the firmware alone, rebind.
-long = test_boot_updates test_boot_rebind
+# What takes an hour more: updates by GRUB, by a unified kernel image and by the firmware alone, rebind, a PIN.
+long = test_boot_updates test_boot_rebind test_boot_pin
 test-long: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist load $(long:%=tests/%.py)
 
