@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attacks on a boot. Each is seen to fail; and to succeed, with its defence taken out of the initramfs: so it bites."""
+"""Attacks on a boot. Each is seen to fail; and to succeed, with its defence taken out of the initramfs: so it bites.
+What succeeds is among the long tests."""
 
 import base64
 import shutil
@@ -95,6 +96,7 @@ def test_plaintext_behind_genuine_headers_opens_neither_by_tpm_nor_by_recovery_k
         booted.kill()
 
 
+@pytest.mark.long
 def test_plaintext_would_open_by_tpm_without_authentication(story: Machine) -> None:
     attacks.plaintext_root(story)
     attacks.plaintext_data(story.home / "copy-1.raw")
@@ -106,6 +108,7 @@ def test_plaintext_would_open_by_tpm_without_authentication(story: Machine) -> N
         booted.kill()
 
 
+@pytest.mark.long
 def test_plaintext_would_open_by_recovery_key_without_authentication(story: Machine) -> None:
     attacks.plaintext_root(story)
     with story.boot(initrd=believing(story), tpm=None) as booted:
@@ -120,6 +123,7 @@ def test_a_thiefs_root_of_the_same_uuid_gets_no_key_and_no_disk(story: Machine) 
     assert console == (set(), {"root"})
 
 
+@pytest.mark.long
 def test_a_thiefs_root_would_get_all_of_it_if_keys_crossed_into_any_root(story: Machine) -> None:
     keys, mappings = thiefs_root(story, believing(story))
     assert "unlock:persistence" in keys
@@ -152,6 +156,7 @@ def test_a_thiefs_key_in_the_tpm_opens_no_disk_of_the_host(story: Machine) -> No
         booted.kill()
 
 
+@pytest.mark.long
 def test_a_thiefs_key_would_open_them_if_keys_were_mixed(story: Machine) -> None:
     attacks.own_key(story)
     with story.boot(initrd=story.image.initramfs({}, EVERY_KEY)) as booted:
@@ -187,6 +192,7 @@ def test_no_shell_on_the_way_and_no_kexec_can_unseal(story: Machine) -> None:
         booted.kill()
 
 
+@pytest.mark.long
 def test_every_shell_and_kexec_would_unseal_without_the_cap(story: Machine) -> None:
     initrd = story.image.initramfs({}, (*NO_CAP, CAP_SCRIPT))
     with shells(story, initrd, "top") as booted:

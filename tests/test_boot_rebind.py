@@ -13,7 +13,7 @@ from tests.lab.guest import Guest
 from tests.lab.machine import RECOVERY, SENT, Machine, agent_commands, report
 from tests.lab.stories import BACKUP, CAPPED, PASSWORD, checked, measured, pcr, status, unseal_as_root, up
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 ALL = ("", "root", "data")
 

@@ -16,7 +16,7 @@ from tests.lab.machine import Machine, report
 from tests.lab.stories import CAPPED, checked, pcr, take_in_root, unseal_as_root, up
 from tests.lab.vm import VM
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 DOWN, ENTER = "\x1b[B", "\r"
 SAFE = {"": "safe", "root": "safe"}

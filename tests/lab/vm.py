@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Virtual machines: QEMU without KVM, a software TPM, disks, a console and an agent; a network card if asked for."""
 
+import fcntl
 import json
 import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -119,8 +122,10 @@ class VM:
         self._tpm: SoftwareTpm | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._ports: list[socket.socket] = []
+        self._turn = -1
 
     def __enter__(self) -> "VM":
+        self._turn = turn()
         self.home.mkdir(parents=True, exist_ok=True)
         self.boot = 1 + sum(1 for _ in self.home.glob("console-*.log"))
         try:
@@ -270,6 +275,7 @@ class VM:
             self._tpm.stop()
         for port in self._ports:
             port.close()
+        os.close(self._turn)
 
     def _blockdev(self, disk: Disk) -> dict[str, Any]:
         direct, no_flush, _ = CACHE[disk.cache]
@@ -297,6 +303,21 @@ class VM:
             "write-cache": "on" if write_cache else "off",
             **({"bootindex": DISKS[self._loader].index(disk.serial)} if disk in self._loaders else {}),
         }
+
+
+def turn() -> int:
+    """Waits until fewer machines run here than there are cores; a file descriptor that is closed when this one ends.
+    More of them, each in need of a core, would only take longer than the tests wait."""
+    locks = [Path(tempfile.gettempdir(), f"unlock-lab-vm-{core}.lock") for core in range(os.cpu_count() or 1)]
+    while True:
+        for lock in locks:
+            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return fd
+            except BlockingIOError:
+                os.close(fd)
+        time.sleep(0.5)
 
 
 def accelerator(kernel: Path) -> str:
