@@ -104,7 +104,7 @@ def edited(machine: Machine) -> None:
 
 def moved(machine: Machine, kms: KmipServer) -> None:
     say("Boot 4: a network, and a key manager on it (PyKMIP's server, mutual TLS)")
-    with machine.boot(cores=2, network=True) as booted:
+    with machine.boot(cores=2, network=True, cache="writeback") as booted:
         console = booted.guest
         console.booted()
         join(console, kms)

@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def updated(machine: Machine, kms: KmipServer, how: str) -> None:
-    with machine.boot(network=True, cores=2, accelerator=how) as booted:
+    with machine.boot(network=True, cores=2, accelerator=how, cache="writeback") as booted:
         console = booted.guest
         console.booted()
         join(console, kms)

@@ -48,7 +48,7 @@ def synced(console: Guest) -> dict[str, str]:
 def test_keys_move_to_a_key_manager_and_outlive_it(story: Machine, tmp_path: Path) -> None:
     vault = story.disk("vault", 40)
     with KmipServer(tmp_path / "kms", AUTHORITY) as kms:
-        with on_the_network(story) as booted:
+        with on_the_network(story, cache="writeback") as booted:
             moves_to_it(booted, kms, story, vault)
             booted.kill()
         before = kms.traffic()

@@ -77,7 +77,7 @@ def test_shim_and_grub(home: Path) -> None:
         assert "audit=0" in console.read("/proc/cmdline").decode()
         assert checked(console) == SAFE
         booted.poweroff(300)
-    with story.boot() as booted:
+    with story.boot(cache="writeback") as booted:
         booted.console.expect("Advanced options", 300)
         booted.console.send(DOWN + ENTER)
         booted.console.expect("recovery mode", 60)
