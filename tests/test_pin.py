@@ -37,9 +37,20 @@ from unlock import (
     window,
 )
 from unlock.allowed import Pin
-from unlock.errors import Malformed, NewerFormat, PinLockout, PinWrong, Refused, Tampered, TpmRefused, Usage
+from unlock.errors import (
+    Malformed,
+    NewerFormat,
+    PinLockout,
+    PinWrong,
+    Refused,
+    Tampered,
+    TpmFailed,
+    TpmRefused,
+    Usage,
+)
 from unlock.policy import A, B, Payload, Record
 from unlock.secret import Secret
+from unlock.tpm import Tpm
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -276,6 +287,32 @@ def test_the_policy_of_an_object_is_with_the_pin_or_without() -> None:
         assert not policy.is_sealed_under(public, NOW, not pin)
 
 
+def test_a_thief_in_another_system_tries_all_short_pins_unless_the_lockout_has_a_password(chip: Swtpm) -> None:
+    """As the manual says: any TPM answers whether a value is an object's, in any state, and only counts."""
+
+    def tries(tpm: Tpm, pin: int) -> int:
+        srk, sealed = (tpm._public(handle, "")[0] for handle in (policy.SRK, A.object))
+        tpm._set_auth(sealed, policy.pin_auth(HOST, Secret(f"{pin:04}".encode())))
+        out, new = tpm._ffi.new("TPM2B_PRIVATE **"), tpm._ffi.new("TPM2B_AUTH *")
+        return int(tpm._lib.Esys_ObjectChangeAuth(tpm._context[0], sealed, srk, 0xFF, 0xFFF, 0xFFF, new, out)) & 0xFBF
+
+    persist(chip, "0009")
+    chip.set_lockout(2)
+    chip.extend(9)
+    wrong, locked = 0x98E & 0xFBF, 0x921
+    with chip.open() as tpm:
+        answers = []
+        for pin in range(10):
+            answers.append(tries(tpm, pin))
+            tpm._send("DictionaryAttackLockReset", 0x10A, 0xFF, 0xFFF, 0xFFF)
+        assert answers == [wrong] * 9 + [0]
+    chip.set_lockout_auth(Secret(b"only the owner knows"))
+    with chip.open() as tpm:
+        assert [tries(tpm, 0), tries(tpm, 1), tries(tpm, 9)] == [wrong, wrong, locked & 0xFBF]
+        with pytest.raises(TpmFailed):
+            tpm._send("DictionaryAttackLockReset", 0x10A, 0xFF, 0xFFF, 0xFFF)
+
+
 def summed(body: bytes) -> bytes:
     return body[:416] + sha256(body[:416]).digest()
 
@@ -467,6 +504,8 @@ def test_check_says_that_somebody_must_type(host: Machine) -> None:
     host.write("proc/self/mountinfo", b"")
     assert notes() == []
     set_pin(host)
+    assert len(notes()) == 2 and "unattended" in notes()[0] and "clears the count" in notes()[1]
+    host.chip.set_lockout_auth(Secret(b"only the owner knows"))
     assert len(notes()) == 1 and "unattended" in notes()[0]
     keyring.forget("unlock:pin-auth")
     assert len(notes()) == 2

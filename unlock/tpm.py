@@ -76,6 +76,8 @@ class Facts(NamedTuple):
     sha256_bank: bool
     """All of PCRs 0 to 23 have a sha256 value."""
     owner_auth_set: bool
+    lockout_auth_set: bool
+    """Else anyone who boots this host, in whatever state, has wrong tries forgotten."""
     in_lockout: bool
     lockout_counter: int
     lockout_interval: int
@@ -324,6 +326,7 @@ class Tpm:
             manufacturer=fixed.get(0x105, 0).to_bytes(4, "big").decode("ascii", "replace").strip("\0 "),
             sha256_bank=self._bits(banks.data.assignedPCR) & 0xFFFFFF == 0xFFFFFF,
             owner_auth_set=bool(permanent & 1),
+            lockout_auth_set=bool(permanent & 1 << 2),
             in_lockout=bool(permanent & 1 << 9),
             lockout_counter=variable.get(0x20E, 0),
             lockout_interval=variable.get(0x210, 0),
