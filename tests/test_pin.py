@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import threading
@@ -718,6 +719,43 @@ def test_a_shell_that_ends_the_agent_ends_the_prompt_too(tmp_path: Path, ready: 
     prompt.stop = True
     thread.join(10)
     assert caught and not thread.is_alive() and not prompt.has("asking")
+
+
+def alive(pid: str) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("stop", ["term", "kill"])
+def test_nothing_goes_on_asking_at_the_console_when_the_agent_is_gone(tmp_path: Path, stop: str) -> None:
+    """Else it and the prompt for the recovery key get every second line each. Ended in order, not even what askpass has
+    started, which is plymouth's."""
+    prompt = Prompt(tmp_path, f"sleep 600 & echo $! >{tmp_path}/plymouth; echo $$ >{tmp_path}/pid; wait")
+    prompt.ready()
+    pid = os.fork()
+    if pid == 0:
+        signals = boot.Signals()
+        try:
+            boot.pin_prompt(prompt.paths, lambda: signals.stop, str(prompt.program))(3)
+        except PinWrong:
+            os._exit(0)
+    asks = tmp_path / "pid"
+    while not (asks.exists() and asks.read_text().strip()):
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGTERM if stop == "term" else signal.SIGKILL)
+    os.waitpid(pid, 0)
+    left = [asks.read_text().strip(), (tmp_path / "plymouth").read_text().strip()]
+    try:
+        end = time.monotonic() + 10
+        gone = left if stop == "term" else left[:1]
+        while any(map(alive, gone)) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not any(map(alive, gone))
+    finally:
+        for each in filter(alive, left):
+            os.kill(int(each), signal.SIGKILL)
 
 
 SHELLS = [shell for shell in (["dash"], ["busybox", "sh"]) if shutil.which(shell[0])]
