@@ -144,6 +144,23 @@ def test_at_most_fifteen_when_the_other_slot_must_be_tried(chip: Swtpm, pcrs: tu
         assert len(chip.proxy.commands) == sent
 
 
+def test_at_most_fifteen_when_the_newer_slot_has_no_pin_and_is_of_another_state(chip: Swtpm) -> None:
+    """Killed while `policy set --pcrs --no-pin` evicted the old one, and booted in a state that the old one allows."""
+    selection, auth = policy.select(range(16)), policy.pin_auth(HOST, Secret(PIN.encode()))
+    with chip.open() as tpm, Payload(Secret(b"x" * 32)).encode() as sealed:
+        branches = (policy.branch(selection, tpm.read_pcrs(selection)),)
+        record = slots.persist(tpm, HOST, selection, branches, Payload(Secret(b"k" * 32)), pin_auth=auth)
+        name = tpm.seal(B, (b"later".ljust(32),), sealed)
+        later = record._replace(generation=9, branches=(b"later".ljust(32),), object_name=name, pin=False)
+        tpm.write_record(B, later)
+    chip.power_cycle()
+    with chip.open() as tpm:
+        chip.proxy.clear()
+        assert slots.unseal(tpm, Person(PIN)).slot is A
+        tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+        assert len(chip.proxy.commands) == 15
+
+
 def test_what_is_typed_never_crosses_the_bus(chip: Swtpm) -> None:
     auth = bytes(policy.pin_auth(HOST, Secret(PIN.encode())))
     chip.proxy.clear()

@@ -50,8 +50,8 @@ def no_pin(_left: int) -> Secret:
 def unseal(tpm: Tpm, ask: Ask = no_pin) -> Unsealed:
     """Unseal the current slot: 8 TPM commands in either slot, at most 14 when the other must be tried too.
 
-    With a PIN 10, or 12: the PCRs are read first, so that nobody is asked in a boot that is not allowed. One more for
-    a policy over more than 8 PCRs, and one where the TPM wants the first command that it counts sent again
+    Where a slot has a PIN 10, or 12: the PCRs are read first, so that nobody is asked in a boot that is not allowed. One
+    more for a policy over more than 8 PCRs, and one where the TPM wants the first command that it counts sent again
     (TPM_RC_RETRY). Each wrong PIN costs 6.
 
     TpmRefused, Tampered, Malformed or NoSlot, the most telling of the two slots; PinWrong, PinLockout and TpmFailed at
@@ -64,14 +64,15 @@ def unseal(tpm: Tpm, ask: Ask = no_pin) -> Unsealed:
             found.append((slot, tpm.read_record(slot)))
         except (NoSlot, Malformed, Tampered) as problem:
             problems.append(problem)
+    read = sorted({pcr for _, each in found for pcr in each.selection}) if any(each.pin for _, each in found) else []
     pcrs: dict[int, bytes] = {}
     for slot, record in sorted(found, key=lambda pair: pair[1].generation, reverse=True):
         try:
             objects = tpm.verify(slot, record)
+            pcrs = pcrs or tpm.read_pcrs(read)
+            if read and policy.pcr_policy(record.selection, pcrs) not in record.branches:
+                raise not_allowed(record.selection)
             if record.pin:
-                pcrs = pcrs or tpm.read_pcrs(sorted({pcr for _, each in found if each.pin for pcr in each.selection}))
-                if policy.pcr_policy(record.selection, pcrs) not in record.branches:
-                    raise not_allowed(record.selection)
                 return _by_pin(tpm, slot, record, objects, ask)
             with tpm.unseal(objects, record) as sealed:
                 return Unsealed(Payload.decode(sealed), slot, record)
