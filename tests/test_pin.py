@@ -482,6 +482,22 @@ def test_without_what_it_makes_nothing_is_sealed_anew_and_the_pin_is_never_dropp
     assert host.boot(NEW) == "unsealed"
 
 
+def test_a_pin_that_could_not_be_set_is_not_set_by_a_later_change(host: Machine) -> None:
+    """The old one counts; nothing is sealed with another until somebody says which."""
+    set_pin(host)
+    host.chip.proxy.answer("EvictControl", 0x9A2)
+    with pytest.raises(TpmFailed):
+        set_pin(host, "another one")
+    with pytest.raises(Refused) as caught:
+        host.predict(("kernel 2", NEW))
+    assert caught.value.code == "pin-needed"
+    host.types = ["another one", PIN]
+    assert host.boot() == "unsealed" and host.asked == 2
+    host.predict(("kernel 2", NEW))
+    host.types = [PIN]
+    assert host.boot(NEW) == "unsealed"
+
+
 def test_a_refused_boot_leaves_nothing_to_seal_with(host: Machine) -> None:
     set_pin(host)
     host.types = ["wrong"] * 3
