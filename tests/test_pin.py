@@ -482,6 +482,23 @@ def test_without_what_it_makes_nothing_is_sealed_anew_and_the_pin_is_never_dropp
     assert host.boot(NEW) == "unsealed"
 
 
+def test_a_power_cut_before_the_old_slot_went_leaves_no_way_around_the_pin(host: Machine) -> None:
+    """The boot asks for the PIN, so the operator takes it for done; the owner could evict the newer slot."""
+    old = host.allows().slot
+    killed_at(1, lambda: set_pin(host), frozenset(("evict",)))
+    host.types = [PIN]
+    assert host.boot() == "unsealed" and host.asked == 1
+    window.good_boot(host.paths, host.chip.tcti)
+    with host.chip.open() as tpm:
+        assert host.allows().record.pin
+        assert not tpm.slot_state(old).complete, "what needs no PIN is still there"
+        chosen = host.allows().slot
+        host.chip.proxy.clear()
+        window.good_boot(host.paths, host.chip.tcti)
+        assert "EvictControl" not in host.chip.proxy.commands
+        assert tpm.slot_state(chosen).complete
+
+
 def test_a_pin_that_could_not_be_set_is_not_set_by_a_later_change(host: Machine) -> None:
     """The old one counts; nothing is sealed with another until somebody says which."""
     set_pin(host)

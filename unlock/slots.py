@@ -131,7 +131,7 @@ def persist(
     if not replace and any(record.host != host for record in complete.values()):
         raise Refused("the TPM keeps the persistence key of another installation")
     current = max(complete, key=lambda slot: complete[slot].generation, default=SLOTS[1])
-    target = SLOTS[0] if current is SLOTS[1] else SLOTS[1]
+    target = _other(current)
 
     srk_name = tpm.srk(owner_auth)
     with payload.encode() as sealed:
@@ -144,6 +144,19 @@ def persist(
         raise TpmFailed(f"slot {target.name} does not read back as it was written")
     tpm.evict(current, owner_auth)
     return record
+
+
+def finish(tpm: Tpm, current: Slot, host: bytes) -> None:
+    """Evicts what a `persist` that was killed has left beside the current slot: an older policy of this host, perhaps
+    one without the PIN. NV_Read, ReadPublic, and what `Tpm.evict` sends. Raises TpmFailed."""
+    other = _other(current)
+    record = tpm.slot_state(other).record
+    if record and record.host == host:
+        tpm.evict(other)
+
+
+def _other(slot: Slot) -> Slot:
+    return SLOTS[0] if slot is SLOTS[1] else SLOTS[1]
 
 
 def _complete(states: Mapping[Slot, SlotState]) -> dict[Slot, Record]:
