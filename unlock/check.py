@@ -155,7 +155,7 @@ def _pin(record: Record, counts: bool) -> Iterator[Finding]:
     asked = "the TPM asks for it at every boot: this host does not boot unattended"
     yield Finding("PIN", NOTE, asked, "unlock policy set --no-pin")
     if not counts:
-        free = "the TPM's lockout has no password: whoever boots another system tries all short PINs, and clears the count"
+        free = "the TPM's lockout has no password: whoever boots another system clears the count, and tries on"
         yield Finding("PIN", NOTE, free, "tpm2_changeauth -c lockout")
     if allowed.PIN_AUTH not in keyring.names():
         lost = "what it makes is not in the key cache: no change of the policy, so no prediction either"

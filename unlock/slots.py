@@ -50,8 +50,8 @@ def no_pin(_left: int) -> Secret:
 def unseal(tpm: Tpm, ask: Ask = no_pin) -> Unsealed:
     """Unseal the current slot: 8 TPM commands in either slot, at most 14 when the other must be tried too.
 
-    Where a slot has a PIN 10, or 12: the PCRs are read first, so that nobody is asked in a boot that is not allowed. One
-    more for a policy over more than 8 PCRs, and one where the TPM wants the first command that it counts sent again
+    Where a slot has a PIN 10, or 12: the PCRs are read first, so that nobody is asked in a boot that is not allowed.
+    One more for a policy over more than 8 PCRs, and one where the TPM wants the first command that it counts sent again
     (TPM_RC_RETRY). Each wrong PIN costs 6.
 
     TpmRefused, Tampered, Malformed or NoSlot, the most telling of the two slots; PinWrong, PinLockout and TpmFailed at
