@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import threading
@@ -37,9 +38,20 @@ from unlock import (
     window,
 )
 from unlock.allowed import Pin
-from unlock.errors import Malformed, NewerFormat, PinLockout, PinWrong, Refused, Tampered, TpmRefused, Usage
+from unlock.errors import (
+    Malformed,
+    NewerFormat,
+    PinLockout,
+    PinWrong,
+    Refused,
+    Tampered,
+    TpmFailed,
+    TpmRefused,
+    Usage,
+)
 from unlock.policy import A, B, Payload, Record
 from unlock.secret import Secret
+from unlock.tpm import Tpm
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -130,6 +142,23 @@ def test_at_most_fifteen_when_the_other_slot_must_be_tried(chip: Swtpm, pcrs: tu
         tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
         assert person.left == [3]
         assert len(chip.proxy.commands) == sent
+
+
+def test_at_most_fifteen_when_the_newer_slot_has_no_pin_and_is_of_another_state(chip: Swtpm) -> None:
+    """Killed while `policy set --pcrs --no-pin` evicted the old one, and booted in a state that the old one allows."""
+    selection, auth = policy.select(range(16)), policy.pin_auth(HOST, Secret(PIN.encode()))
+    with chip.open() as tpm, Payload(Secret(b"x" * 32)).encode() as sealed:
+        branches = (policy.branch(selection, tpm.read_pcrs(selection)),)
+        record = slots.persist(tpm, HOST, selection, branches, Payload(Secret(b"k" * 32)), pin_auth=auth)
+        name = tpm.seal(B, (b"later".ljust(32),), sealed)
+        later = record._replace(generation=9, branches=(b"later".ljust(32),), object_name=name, pin=False)
+        tpm.write_record(B, later)
+    chip.power_cycle()
+    with chip.open() as tpm:
+        chip.proxy.clear()
+        assert slots.unseal(tpm, Person(PIN)).slot is A
+        tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+        assert len(chip.proxy.commands) == 15
 
 
 def test_what_is_typed_never_crosses_the_bus(chip: Swtpm) -> None:
@@ -274,6 +303,32 @@ def test_the_policy_of_an_object_is_with_the_pin_or_without() -> None:
         public = template[:-2] + struct.pack(">H", 32) + bytes(32)
         assert policy.is_sealed_under(public, NOW, pin)
         assert not policy.is_sealed_under(public, NOW, not pin)
+
+
+def test_a_thief_in_another_system_tries_all_short_pins_unless_the_lockout_has_a_password(chip: Swtpm) -> None:
+    """As the manual says: any TPM answers whether a value is an object's, in any state, and only counts."""
+
+    def tries(tpm: Tpm, pin: int) -> int:
+        srk, sealed = (tpm._public(handle, "")[0] for handle in (policy.SRK, A.object))
+        tpm._set_auth(sealed, policy.pin_auth(HOST, Secret(f"{pin:04}".encode())))
+        out, new = tpm._ffi.new("TPM2B_PRIVATE **"), tpm._ffi.new("TPM2B_AUTH *")
+        return int(tpm._lib.Esys_ObjectChangeAuth(tpm._context[0], sealed, srk, 0xFF, 0xFFF, 0xFFF, new, out)) & 0xFBF
+
+    persist(chip, "0009")
+    chip.set_lockout(2)
+    chip.extend(9)
+    wrong, locked = 0x98E & 0xFBF, 0x921
+    with chip.open() as tpm:
+        answers = []
+        for pin in range(10):
+            answers.append(tries(tpm, pin))
+            tpm._send("DictionaryAttackLockReset", 0x10A, 0xFF, 0xFFF, 0xFFF)
+        assert answers == [wrong] * 9 + [0]
+    chip.set_lockout_auth(Secret(b"only the owner knows"))
+    with chip.open() as tpm:
+        assert [tries(tpm, 0), tries(tpm, 1), tries(tpm, 9)] == [wrong, wrong, locked & 0xFBF]
+        with pytest.raises(TpmFailed):
+            tpm._send("DictionaryAttackLockReset", 0x10A, 0xFF, 0xFFF, 0xFFF)
 
 
 def summed(body: bytes) -> bytes:
@@ -427,6 +482,39 @@ def test_without_what_it_makes_nothing_is_sealed_anew_and_the_pin_is_never_dropp
     assert host.boot(NEW) == "unsealed"
 
 
+def test_a_power_cut_before_the_old_slot_went_leaves_no_way_around_the_pin(host: Machine) -> None:
+    """The boot asks for the PIN, so the operator takes it for done; the owner could evict the newer slot."""
+    old = host.allows().slot
+    killed_at(1, lambda: set_pin(host), frozenset(("evict",)))
+    host.types = [PIN]
+    assert host.boot() == "unsealed" and host.asked == 1
+    window.good_boot(host.paths, host.chip.tcti)
+    with host.chip.open() as tpm:
+        assert host.allows().record.pin
+        assert not tpm.slot_state(old).complete, "what needs no PIN is still there"
+        chosen = host.allows().slot
+        host.chip.proxy.clear()
+        window.good_boot(host.paths, host.chip.tcti)
+        assert "EvictControl" not in host.chip.proxy.commands
+        assert tpm.slot_state(chosen).complete
+
+
+def test_a_pin_that_could_not_be_set_is_not_set_by_a_later_change(host: Machine) -> None:
+    """The old one counts; nothing is sealed with another until somebody says which."""
+    set_pin(host)
+    host.chip.proxy.answer("EvictControl", 0x9A2)
+    with pytest.raises(TpmFailed):
+        set_pin(host, "another one")
+    with pytest.raises(Refused) as caught:
+        host.predict(("kernel 2", NEW))
+    assert caught.value.code == "pin-needed"
+    host.types = ["another one", PIN]
+    assert host.boot() == "unsealed" and host.asked == 2
+    host.predict(("kernel 2", NEW))
+    host.types = [PIN]
+    assert host.boot(NEW) == "unsealed"
+
+
 def test_a_refused_boot_leaves_nothing_to_seal_with(host: Machine) -> None:
     set_pin(host)
     host.types = ["wrong"] * 3
@@ -467,6 +555,8 @@ def test_check_says_that_somebody_must_type(host: Machine) -> None:
     host.write("proc/self/mountinfo", b"")
     assert notes() == []
     set_pin(host)
+    assert len(notes()) == 2 and "unattended" in notes()[0] and "clears the count" in notes()[1]
+    host.chip.set_lockout_auth(Secret(b"only the owner knows"))
     assert len(notes()) == 1 and "unattended" in notes()[0]
     keyring.forget("unlock:pin-auth")
     assert len(notes()) == 2
@@ -679,6 +769,43 @@ def test_a_shell_that_ends_the_agent_ends_the_prompt_too(tmp_path: Path, ready: 
     prompt.stop = True
     thread.join(10)
     assert caught and not thread.is_alive() and not prompt.has("asking")
+
+
+def alive(pid: str) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("stop", ["term", "kill"])
+def test_nothing_goes_on_asking_at_the_console_when_the_agent_is_gone(tmp_path: Path, stop: str) -> None:
+    """Else it and the prompt for the recovery key get every second line each. Ended in order, not even what askpass has
+    started, which is plymouth's."""
+    prompt = Prompt(tmp_path, f"sleep 600 & echo $! >{tmp_path}/plymouth; echo $$ >{tmp_path}/pid; wait")
+    prompt.ready()
+    pid = os.fork()
+    if pid == 0:
+        signals = boot.Signals()
+        try:
+            boot.pin_prompt(prompt.paths, lambda: signals.stop, str(prompt.program))(3)
+        except PinWrong:
+            os._exit(0)
+    asks = tmp_path / "pid"
+    while not (asks.exists() and asks.read_text().strip()):
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGTERM if stop == "term" else signal.SIGKILL)
+    os.waitpid(pid, 0)
+    left = [asks.read_text().strip(), (tmp_path / "plymouth").read_text().strip()]
+    try:
+        end = time.monotonic() + 10
+        gone = left if stop == "term" else left[:1]
+        while any(map(alive, gone)) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not any(map(alive, gone))
+    finally:
+        for each in filter(alive, left):
+            os.kill(int(each), signal.SIGKILL)
 
 
 SHELLS = [shell for shell in (["dash"], ["busybox", "sh"]) if shutil.which(shell[0])]

@@ -290,6 +290,21 @@ def test_another_srk_is_found_before_it_is_used(chip: Swtpm, monkeypatch: pytest
         assert "StartAuthSession" not in chip.proxy.commands
 
 
+def test_an_srk_that_may_leave_the_tpm_is_not_salted_to_whatever_the_record_says(
+    chip: Swtpm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner can make one that he may duplicate, and name it in the record: he would read the salt on the bus."""
+    with chip.open() as tpm:
+        record = enroll(tpm, A, Secret(b"payload"))
+        tpm._keep(tpm._public(policy.SRK, "")[0], policy.SRK, None)
+        make_srk(tpm, monkeypatch, rsa_template(0x30472 & ~0x12))  # neither fixedTPM nor fixedParent
+        tpm.write_record(A, record._replace(srk_name=tpm.srk_name()))
+        chip.proxy.clear()
+        with pytest.raises(Tampered, match="storage root key"):
+            unsealed(tpm)
+        assert "StartAuthSession" not in chip.proxy.commands
+
+
 def test_a_public_area_under_a_false_name(chip: Swtpm) -> None:
     """An interposer shows its own key under the pinned name: ESYS would salt to it."""
 

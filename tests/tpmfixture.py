@@ -24,6 +24,7 @@ COMMANDS = {
     0x12A: "NV_DefineSpace",
     0x131: "CreatePrimary",
     0x137: "NV_Write",
+    0x150: "ObjectChangeAuth",
     0x14E: "NV_Read",
     0x153: "Create",
     0x157: "Load",
@@ -96,10 +97,13 @@ class Swtpm:
         self.start()
         self.proxy.restore()
 
-    def set_owner_auth(self, value: Secret) -> None:
+    def set_owner_auth(self, value: Secret, hierarchy: int = 0x101) -> None:
         with self.open() as tpm:
             new = tpm._ffi.new("TPM2B_AUTH *", {"size": len(value), "buffer": bytes(value)})
-            tpm._send("HierarchyChangeAuth", 0x101, 0xFF, 0xFFF, 0xFFF, new)
+            tpm._send("HierarchyChangeAuth", hierarchy, 0xFF, 0xFFF, 0xFFF, new)
+
+    def set_lockout_auth(self, value: Secret) -> None:
+        self.set_owner_auth(value, 0x10A)
 
     def set_lockout(self, tries: int, seconds: int = 1000) -> None:
         """It locks after so many wrong tries and forgets one every so many seconds; all are forgotten now."""

@@ -142,14 +142,16 @@ def reseal(
         state.tpm["pin"] = record.pin or len(auth) > 0
         state.save_if_changed()
         if pin and pin.typed is not None:
-            # before the TPM: the next change of the policy finishes a run that is killed in between
-            keyring.put(PIN_AUTH, auth)
+            # until the TPM has it: no later change of the policy may set a PIN that nobody was told of
+            keyring.forget(PIN_AUTH)
         payload = policy.Payload(persistence, unauthenticated_root(paths, state))
         host, pin_auth = bytes.fromhex(state.host), auth if len(auth) else None
         slots.persist(tpm, host, selection, branches, payload, owner_auth, pin_auth=pin_auth, cap=record.cap)
+        if pin_auth:
+            keyring.put(PIN_AUTH, pin_auth)
+        else:
+            keyring.forget(PIN_AUTH)
     state.tpm["pin"] = pin_auth is not None
-    if pin_auth is None:
-        keyring.forget(PIN_AUTH)
     state.save_if_changed()
     return look(paths, tpm, state)
 

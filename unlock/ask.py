@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 
 from .errors import Usage
+from .protect import end_with_parent
 from .secret import Secret
 
 _MAX = 4096
@@ -91,16 +92,21 @@ def show(text: bytes) -> bool:
 def askpass(prompt: str, stopped: Callable[[], bool] = lambda: False, program: str = ASKPASS) -> Secret:
     """Asks in the initramfs, for as long as it takes; gives up, five times a second, when `stopped` says so.
 
-    Raises Usage then, and when nothing can ask there.
+    Raises Usage then, and when nothing can ask there. What asks ends with this process, and then also what that has
+    started, Plymouth's client perhaps: the next prompt has the console alone.
     """
     import select
+    import signal
     import subprocess
 
     console = _console()
     before = _settings(console)
     typed = bytearray()
     try:
-        with subprocess.Popen([program, prompt], stdin=console, stdout=subprocess.PIPE) as asking:
+        command = [program, prompt]
+        with subprocess.Popen(
+            command, stdin=console, stdout=subprocess.PIPE, process_group=0, preexec_fn=end_with_parent
+        ) as asking:
             assert asking.stdout
             fd = asking.stdout.fileno()
             try:
@@ -112,7 +118,7 @@ def askpass(prompt: str, stopped: Callable[[], bool] = lambda: False, program: s
                         typed += piece
             finally:
                 if stopped():
-                    asking.kill()
+                    os.killpg(asking.pid, signal.SIGKILL)
         if asking.returncode:
             raise Usage("nothing can ask for a key here")
         return Secret(typed.removesuffix(b"\n"))

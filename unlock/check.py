@@ -126,6 +126,7 @@ def _tpm(paths: Paths, state: State, tcti: str) -> Iterator[Finding]:
                 return
             tpm.verify(slot, record)
             opened = allowed.current(paths, tpm).opened
+            counts = tpm.facts().lockout_auth_set
     except UnlockError as error:
         yield Finding("TPM", UNSAFE, str(error), error.hint or "unlock explain")
         return
@@ -142,16 +143,20 @@ def _tpm(paths: Paths, state: State, tcti: str) -> Iterator[Finding]:
     else:
         why = report.VERDICTS.get(verdict, "early boot left no report")
         yield Finding("this boot", UNSAFE, f"{why}; the next one is like this one", "unlock explain")
-    yield from _pin(record)
+    yield from _pin(record, counts)
     if state.tpm["window"]:
         yield Finding("policy", NOTE, window.said(state.tpm["window"]), "unlock policy close")
 
 
-def _pin(record: Record) -> Iterator[Finding]:
+def _pin(record: Record, counts: bool) -> Iterator[Finding]:
+    """`counts`: not anyone can have the TPM forget its count of wrong tries."""
     if not record.pin:
         return
     asked = "the TPM asks for it at every boot: this host does not boot unattended"
     yield Finding("PIN", NOTE, asked, "unlock policy set --no-pin")
+    if not counts:
+        free = "the TPM's lockout has no password: whoever boots another system clears the count, and tries on"
+        yield Finding("PIN", NOTE, free, "tpm2_changeauth -c lockout")
     if allowed.PIN_AUTH not in keyring.names():
         lost = "what it makes is not in the key cache: no change of the policy, so no prediction either"
         yield Finding("PIN", NOTE, lost, "unlock policy set --pin")

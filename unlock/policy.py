@@ -30,7 +30,7 @@ MAX_BRANCHES = 8
 MAX_SEALED = 128
 PIN_MIN, PIN_MAX = 4, 256
 """Bytes of a PIN, any text: systemd-cryptenroll sets no least length, and a TPM that forgets one wrong try every two
-hours takes two years for the 10,000 PINs of 4 digits."""
+hours takes two years for the 10,000 PINs of 4 digits; where its lockout has no password, it takes minutes."""
 
 
 class Slot(NamedTuple):

@@ -123,8 +123,8 @@ def rebind(paths: Paths, choices: Choices, look: present.Look = present.look) ->
         keyring.put(_NEW, new)
         payload = policy.Payload(new, plain_root)
         has_pin = len(pin_auth) > 0
-        if has_pin:
-            keyring.put(allowed.PIN_AUTH, pin_auth)
+        if choices.pin and has_pin:
+            keyring.forget(allowed.PIN_AUTH)
         slots.persist(
             tpm,
             bytes.fromhex(state.host),
@@ -135,6 +135,8 @@ def rebind(paths: Paths, choices: Choices, look: present.Look = present.look) ->
             pin_auth=pin_auth if has_pin else None,
             replace=True,
         )
+        if has_pin:
+            keyring.put(allowed.PIN_AUTH, pin_auth)
         done: list[str] = []
         for group, kek in keks:
             wraps = disk.Keys(new, host_key, kek, mac_key)

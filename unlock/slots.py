@@ -50,8 +50,8 @@ def no_pin(_left: int) -> Secret:
 def unseal(tpm: Tpm, ask: Ask = no_pin) -> Unsealed:
     """Unseal the current slot: 8 TPM commands in either slot, at most 14 when the other must be tried too.
 
-    With a PIN 10, or 12: the PCRs are read first, so that nobody is asked in a boot that is not allowed. One more for
-    a policy over more than 8 PCRs, and one where the TPM wants the first command that it counts sent again
+    Where a slot has a PIN 10, or 12: the PCRs are read first, so that nobody is asked in a boot that is not allowed.
+    One more for a policy over more than 8 PCRs, and one where the TPM wants the first command that it counts sent again
     (TPM_RC_RETRY). Each wrong PIN costs 6.
 
     TpmRefused, Tampered, Malformed or NoSlot, the most telling of the two slots; PinWrong, PinLockout and TpmFailed at
@@ -64,14 +64,15 @@ def unseal(tpm: Tpm, ask: Ask = no_pin) -> Unsealed:
             found.append((slot, tpm.read_record(slot)))
         except (NoSlot, Malformed, Tampered) as problem:
             problems.append(problem)
+    read = sorted({pcr for _, each in found for pcr in each.selection}) if any(each.pin for _, each in found) else []
     pcrs: dict[int, bytes] = {}
     for slot, record in sorted(found, key=lambda pair: pair[1].generation, reverse=True):
         try:
             objects = tpm.verify(slot, record)
+            pcrs = pcrs or tpm.read_pcrs(read)
+            if read and policy.pcr_policy(record.selection, pcrs) not in record.branches:
+                raise not_allowed(record.selection)
             if record.pin:
-                pcrs = pcrs or tpm.read_pcrs(sorted({pcr for _, each in found if each.pin for pcr in each.selection}))
-                if policy.pcr_policy(record.selection, pcrs) not in record.branches:
-                    raise not_allowed(record.selection)
                 return _by_pin(tpm, slot, record, objects, ask)
             with tpm.unseal(objects, record) as sealed:
                 return Unsealed(Payload.decode(sealed), slot, record)
@@ -130,7 +131,7 @@ def persist(
     if not replace and any(record.host != host for record in complete.values()):
         raise Refused("the TPM keeps the persistence key of another installation")
     current = max(complete, key=lambda slot: complete[slot].generation, default=SLOTS[1])
-    target = SLOTS[0] if current is SLOTS[1] else SLOTS[1]
+    target = _other(current)
 
     srk_name = tpm.srk(owner_auth)
     with payload.encode() as sealed:
@@ -143,6 +144,19 @@ def persist(
         raise TpmFailed(f"slot {target.name} does not read back as it was written")
     tpm.evict(current, owner_auth)
     return record
+
+
+def finish(tpm: Tpm, current: Slot, host: bytes) -> None:
+    """Evicts what a `persist` that was killed has left beside the current slot: an older policy of this host, perhaps
+    one without the PIN. NV_Read, ReadPublic, and what `Tpm.evict` sends. Raises TpmFailed."""
+    other = _other(current)
+    record = tpm.slot_state(other).record
+    if record and record.host == host:
+        tpm.evict(other)
+
+
+def _other(slot: Slot) -> Slot:
+    return SLOTS[0] if slot is SLOTS[1] else SLOTS[1]
 
 
 def _complete(states: Mapping[Slot, SlotState]) -> dict[Slot, Record]:

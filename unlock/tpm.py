@@ -76,6 +76,8 @@ class Facts(NamedTuple):
     sha256_bank: bool
     """All of PCRs 0 to 23 have a sha256 value."""
     owner_auth_set: bool
+    lockout_auth_set: bool
+    """Else anyone who boots this host, in whatever state, has wrong tries forgotten."""
     in_lockout: bool
     lockout_counter: int
     lockout_interval: int
@@ -167,8 +169,12 @@ class Tpm:
         return self._unsealed(*objects, record.selection, record.branches, auth)
 
     def verify(self, slot: Slot, record: Record) -> tuple[int, int]:
-        """ReadPublic x2: SRK and sealed object are those that the record describes, and the object's policy is what
-        the record's branches make. Gives both as ESYS_TR. NoSlot, Tampered."""
+        """ReadPublic x2: SRK and sealed object are those that the record describes, the SRK is a key that has never
+        been outside of this TPM, and the object's policy is what the record's branches make. Gives both as ESYS_TR.
+
+        NoSlot, Tampered. The record itself may be anybody's: with the owner's authorization it could name an SRK whose
+        private part he has, and who listens on the bus would read what is unsealed, and guess the PIN from its proof.
+        """
         srk = self._named(SRK, record.srk_name, "the storage root key")
         sealed, public = self._public(slot.object, f"slot {slot.name} of the TPM has no sealed object")
         if policy.name(public) != record.object_name:
@@ -320,6 +326,7 @@ class Tpm:
             manufacturer=fixed.get(0x105, 0).to_bytes(4, "big").decode("ascii", "replace").strip("\0 "),
             sha256_bank=self._bits(banks.data.assignedPCR) & 0xFFFFFF == 0xFFFFFF,
             owner_auth_set=bool(permanent & 1),
+            lockout_auth_set=bool(permanent & 1 << 2),
             in_lockout=bool(permanent & 1 << 9),
             lockout_counter=variable.get(0x20E, 0),
             lockout_interval=variable.get(0x210, 0),
@@ -392,7 +399,7 @@ class Tpm:
             resource, public = self._public(handle, "")
         except NoSlot:
             raise Tampered(f"{what} at {handle:#x} is gone", hint="reboot and type the recovery key") from None
-        if policy.name(public) != name:
+        if policy.name(public) != name or policy.storage_problem(public):
             raise Tampered(
                 f"{what} at {handle:#x} is another one than when this host was enrolled",
                 hint="reboot and type the recovery key",

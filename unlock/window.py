@@ -3,7 +3,8 @@
 
     show       which states the TPM allows, and why each
     window     before a firmware update: fewer PCRs count, for a number of good boots
-    good_boot  after each boot that the TPM allowed: its state is proven; the last boot of a window closes it
+    good_boot  after each boot that the TPM allowed: its state is proven, an older policy that a power cut left is
+               evicted; the last boot of a window closes it
     close      the full selection again, and this boot's state alone
     set        another selection, or a PIN
 
@@ -14,7 +15,7 @@ anywhere, a window is never forgotten. A boot that the TPM refused counts for no
 from collections.abc import Iterable
 from typing import Any
 
-from . import allowed, atunseal, images, log, policy, provide, thisboot
+from . import allowed, atunseal, images, log, policy, provide, slots, thisboot
 from .allowed import DEVICE, Allowed, Pin
 from .errors import NoKey, Refused, Usage
 from .paths import Paths
@@ -177,6 +178,8 @@ def good_boot(paths: Paths, tcti: str = "") -> int:
             with _persistence() as persistence:
                 _close(paths, tpm, state, found, persistence, None)
             log.note("the window is closed: all PCRs of the policy count again")
+        elif found.opened:
+            slots.finish(tpm, found.slot, found.record.host)
     return 0
 
 
