@@ -388,6 +388,26 @@ def test_a_file_that_was_replaced_before_it_was_kept(host: Machine) -> None:
     assert host.reasons() == ["this boot"]
 
 
+def test_another_default_entry_is_not_hidden_by_those_that_are_understood(host: Machine) -> None:
+    """xen-hypervisor's entry comes first once it is installed; recovery mode may be the saved entry."""
+    first = text("grub-0").index("menuentry ")
+    xen = "menuentry 'Debian GNU/Linux, with Xen hypervisor' {\n\tmultiboot2 /xen.gz\n\tmodule2 /vmlinuz\n}\n"
+    install(host, {CONFIG: (text("grub-0")[:first] + xen + text("grub-0")[first:]).encode()})
+    assert checked(host)[0] == check.UNSAFE
+    assert (bad := foresee.refused(run(host))) and "not one kernel" in str(bad)
+    saved = f"Advanced options for Debian GNU/Linux>Debian GNU/Linux, with Linux {OLD} (recovery mode)"
+    install(host, {CONFIG: text("grub-0").replace('set default="0"', f'set default="{saved}"').encode()})
+    assert checked(host)[0] == check.UNSAFE
+    assert "recovery mode" not in run(host).entries[0].why and checked(host)[0] == check.SAFE
+
+
+def test_boot_is_not_mounted(host: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(host.paths.root, "boot/grub").rename(Path(host.paths.root, "elsewhere"))
+    assert checked(host) == [check.UNPROVEN]
+    assert foresee.hook(host.paths, host.chip.tcti) == 0
+    assert "not on disk" in capsys.readouterr().err
+
+
 def test_the_hook_never_fails_and_says_what_comes(host: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     assert foresee.hook(Paths(str(host.folder / "nowhere")), host.chip.tcti) == 0
     install(host, AFTER)

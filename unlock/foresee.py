@@ -120,7 +120,10 @@ def _grub(world: World) -> Iterator[Entry]:
     for name in before.texts:
         if name != learned.name and name.endswith(".cfg") and _changed(world, name):
             raise predict.cannot(f"{before.files[name][0]} has changed, and GRUB reads it before its menu")
-    text = disk.content(learned.name).decode("utf-8", "surrogateescape")
+    try:
+        text = disk.content(learned.name).decode("utf-8", "surrogateescape")
+    except grub.Unknown as problem:
+        raise predict.cannot(str(problem)) from None
     for number, (title, titles) in enumerate(predict.menu(learned, text, disk)):
         yield _grub_entry(world, learned, text, title, titles, disk, where, not number)
 
