@@ -365,6 +365,31 @@ def test_what_a_thief_put_beside_while_the_host_was_off_is_never_allowed(host: M
     assert boot(host, RealBoot("grub-2", again)) == "unsealed"
 
 
+def test_nor_what_he_put_there_before_the_first_prediction(host: Machine) -> None:
+    """He pulls the plug of a host that was only just initialised: neither an update nor a shutdown has predicted."""
+    install(host, AFTER)
+    run(host)
+    assert boot(host, NEXT) == "unsealed"
+    for path in (host.paths.boot_files, host.paths.booted):
+        Path(path).unlink()
+    foresee.keep(host.paths, host.chip.tcti)  # init
+    install(host, {**AFTER, f"/initrd.img-{OLD}": b"sends the keys away"})
+    assert boot(host, NEXT) == "unsealed"
+    foresee.keep(host.paths, host.chip.tcti)
+    assert "while this host was off" in run(host).entries[2].why
+
+
+def test_files_that_cannot_be_seen_at_shutdown_stay_vouched_for(host: Machine) -> None:
+    run(host)
+    before = Path(host.paths.boot_files).read_bytes()
+    folder = Path(host.paths.root, "boot")
+    folder.rename(folder.with_name("unmounted"))
+    folder.mkdir()
+    foresee.hook(host.paths, host.chip.tcti)
+    booted.vouch(host.paths, booted.load(host.paths, eventlog.parse(NOW.log())))
+    assert Path(host.paths.boot_files).read_bytes() == before
+
+
 def test_the_operator_vouches_for_a_file(host: Machine) -> None:
     install(host, AFTER)
     run(host)

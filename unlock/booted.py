@@ -171,7 +171,11 @@ def everything(paths: Paths) -> Iterator[tuple[str, bytes]]:
 
 
 def vouch(paths: Paths, before: Booted) -> None:
-    """For the next boot: the files as this system has them now, without those that are foreign still."""
+    """For the next boot: the files as this system has them now, without those that are foreign still. Nothing where a
+    folder of this boot's files is gone: the others are not all there to be seen."""
+    measured = {*(path for path, _ in before.files.values()), *(path for _, path in before.images), before.initrd}
+    if not all(os.path.isdir(os.path.join(paths.root, os.path.dirname(path))) for path in measured):
+        return
     files = {path: digest.hex() for path, digest in everything(paths) if before.foreign.get(path) != digest}
     data = json.dumps({"version": _VERSION, "files": files}, separators=(",", ":")).encode()
     if _read_own(paths.boot_files) != data:
@@ -179,8 +183,8 @@ def vouch(paths: Paths, before: Booted) -> None:
 
 
 def _known(paths: Paths) -> dict[str, bytes] | None:
-    """None before the first prediction: what is on disk then is taken as it is, as `init` does. What cannot be read
-    vouches for nothing."""
+    """None before `init` and the first prediction: what is on disk then is taken as it is. What cannot be read vouches
+    for nothing."""
     data = _read_own(paths.boot_files)
     if data is None:
         return None

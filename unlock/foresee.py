@@ -379,7 +379,9 @@ def keep(paths: Paths, tcti: str) -> None:
     try:
         explain.keep_baseline(paths, tcti, sealed)
         if sealed and found:
-            booted.keep(paths, found)
+            before = booted.keep(paths, found)
+            if not os.path.exists(paths.boot_files):
+                booted.vouch(paths, before)
     except (OSError, Malformed) as problem:
         log.error(f"what this boot has measured cannot be kept: {problem}", "unlock check")
 
