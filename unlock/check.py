@@ -30,7 +30,7 @@ from . import (
     token,
     window,
 )
-from .errors import CommandFailed, NoKey, NoSlot, UnlockError
+from .errors import CommandFailed, Malformed, NewerFormat, NoKey, NoSlot, UnlockError
 from .groups import Group, Member
 from .paths import Paths
 from .policy import Record
@@ -180,14 +180,17 @@ def next_boot(paths: Paths, tcti: str, record: Record) -> Iterator[Finding]:
 
 
 def _current(tpm: Tpm) -> tuple[policy.Slot, Record] | None:
-    """The slot that early boot tries first."""
-    found = []
+    """The slot that early boot tries first. One that is damaged keeps it from none."""
+    found, problems = [], []
     for slot in policy.SLOTS:
         state = tpm.slot_state(slot)
         if state.record and state.complete:
             found.append((slot, state.record))
         elif state.problem and not isinstance(state.problem, NoSlot):
-            raise state.problem
+            problems.append(state.problem)
+    newer = [each for each in problems if isinstance(each, NewerFormat)]
+    if newer or (problems and not found):
+        raise (newer or problems)[0]
     return max(found, key=lambda pair: pair[1].generation, default=None)
 
 
