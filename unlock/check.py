@@ -9,6 +9,7 @@ key is the one in the key cache follows from the object's name alone.
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -317,6 +318,9 @@ def _kexec(paths: Paths) -> Iterator[Finding]:
     if _line(paths, "sys/kernel/kexec_loaded") == "1":
         why = "a kernel is loaded, and a reboot may start it without a reset of the TPM, which is locked until then"
         yield Finding("kexec", UNSAFE, why, "kexec --unload")
+    if re.search("(?m)^LOAD_KEXEC=[\"']?true", _line(paths, "etc/default/kexec")):
+        why = "kexec-tools loads a kernel at each reboot, which starts without a reset of the TPM"
+        yield Finding("kexec", UNSAFE, why, "LOAD_KEXEC=false in /etc/default/kexec")
 
 
 def _hibernation(paths: Paths) -> Iterator[Finding]:
