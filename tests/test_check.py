@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import eventlogs
 import pytest
 from flowfixture import HOST, Host
 from kmipfixture import AUTHORITY

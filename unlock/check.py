@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 from . import (
     allowed,
     atunseal,
+    config,
     devices,
     disk,
+    eventlog,
     foresee,
     images,
     keyring,
@@ -29,6 +31,7 @@ from . import (
     report,
     thisboot,
     token,
+    uefi,
     window,
 )
 from .errors import CommandFailed, Malformed, NewerFormat, NoKey, NoSlot, UnlockError
@@ -88,6 +91,8 @@ def check(
         *_images(paths, _written(tcti)),
         *_recovery(state),
         *_provider(paths, state, persistence, connect),
+        *_configuration(paths),
+        *_firmware(paths),
         *_kexec(paths),
         *_hibernation(paths),
     ]
@@ -312,6 +317,46 @@ def _unreadable(image: images.Contents, written: dict[str, int]) -> str:
     if written["record"] > 1 and not image.asks:
         return "no program is in it that asks for the PIN"
     return ""
+
+
+def _configuration(paths: Paths) -> Iterator[Finding]:
+    try:
+        config.load(paths.config)
+    except (UnlockError, OSError) as error:
+        yield Finding("unlock.toml", UNSAFE, f"no group that it names is mounted: {error}", f"edit {paths.config}")
+
+
+def _firmware(paths: Paths) -> Iterator[Finding]:
+    """Whether the firmware starts what it has started now. The order of this boot is the one in the log: the first
+    entry may well be one that never starts, such as the network."""
+    now, order = _variable(paths, "BootCurrent"), _variable(paths, "BootOrder")
+    once = _variable(paths, "BootNext")
+    if once and once != now:
+        name = f"Boot{int.from_bytes(once, 'little'):04X}"
+        why = f"it will start {name} once: a firmware update, or another system"
+        yield Finding("firmware", UNPROVEN, why, "efibootmgr -v; efibootmgr -N, or unlock policy window --reboots 1")
+    log, _ = atunseal.event_log(paths)
+    measured = [each for each in log.events if each.kind in _BOOT_VARIABLES] if log else []
+    orders = [found.data for found in map(_named, measured) if found.name == "BootOrder"]
+    if order and orders and order != orders[-1]:
+        yield Finding("firmware", UNPROVEN, "its boot order has changed since this boot", "efibootmgr -v")
+
+
+_GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
+"""EFI_GLOBAL_VARIABLE: UEFI Specification 2.10, section 3.3."""
+_BOOT_VARIABLES = (eventlog.EFI_VARIABLE_BOOT, eventlog.EFI_VARIABLE_BOOT2)
+
+
+def _named(event: eventlog.Event) -> uefi.Variable:
+    try:
+        return uefi.variable(event.data)
+    except Malformed:
+        return uefi.Variable("", b"")
+
+
+def _variable(paths: Paths, name: str) -> bytes:
+    """A UEFI variable, without its attributes; b"" when there is none (linux Documentation/filesystems/efivarfs)."""
+    return atunseal.read(os.path.join(paths.efi, f"efivars/{name}-{_GLOBAL}"), 1 << 16)[4:]
 
 
 def _kexec(paths: Paths) -> Iterator[Finding]:
