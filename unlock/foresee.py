@@ -27,8 +27,6 @@ from .tpm import Tpm
 MOST = 6
 """Entries that are predicted: a policy holds eight states, and two are this boot's and the one before."""
 
-NOTHING = "unmeasured"
-"""How a host boots (atunseal.how_booted) where files are not measured."""
 _BY_FILES = {4, 5, 8, 9, 11, 12, 13}
 """PCRs in which programs, configuration, kernel and initramfs are measured."""
 _SOME = b"\xff" * 32
@@ -342,10 +340,7 @@ def run(paths: Paths, tcti: str, dry_run: bool = False, trust_files: bool = Fals
     predicted leaves out no other. Raises Refused, and whatever `allowed.predicted` raises."""
     with Tpm(tcti) as tpm:
         found = allowed.current(paths, tpm)
-        if (
-            not _BY_FILES & set(found.record.selection)
-            or atunseal.how_booted(paths, tpm.read_pcrs(range(16))) == NOTHING
-        ):
+        if not _BY_FILES & set(found.record.selection):
             note = "no update of files changes what the TPM looks at: there is nothing to predict"
             return Foreseen((), (note,), len(found.states))
         world = gather(paths, tpm)
