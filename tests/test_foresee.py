@@ -4,7 +4,9 @@
 Kernels and initramfs files are too large to be kept: small ones take their place, on disk and in the log.
 """
 
+import gzip
 import json
+import subprocess
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +23,7 @@ from unlock.paths import Paths
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
+READS = ("usr/lib/unlock/reads/token-1", "usr/lib/unlock/reads/record-1")
 WINDOW = "unlock policy window --reboots 1"
 OLD, NEW = "6.12.117+deb13-cloud-amd64", "6.12.118+deb13-cloud-amd64"
 CONFIG, FIRST = "(hd1)/grub/grub.cfg", "(hd0)/EFI/debian/grub.cfg"
@@ -282,7 +285,7 @@ def checked(host: Machine) -> list[str]:
     """What `unlock check` says of the entries that may come next."""
     with host.chip.open() as tpm:
         record = slots.current(tpm)[1]
-    return [each.verdict for each in check.next_boot(host.paths, host.chip.tcti, record)]
+    return [each.verdict for each in check.next_boot(check.foreseen(host.paths, host.chip.tcti), record)]
 
 
 def test_an_update_of_everything_and_the_host_boots_without_a_prompt(host: Machine) -> None:
@@ -424,6 +427,38 @@ def test_another_default_entry_is_not_hidden_by_those_that_are_understood(host: 
     install(host, {CONFIG: text("grub-0").replace('set default="0"', f'set default="{saved}"').encode()})
     assert checked(host)[0] == check.UNSAFE
     assert "recovery mode" not in run(host).entries[0].why and checked(host)[0] == check.SAFE
+
+
+def initramfs(folder: Path, *names: str) -> bytes:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    cpio = ["cpio", "--quiet", "-o", "-H", "newc"]
+    made = subprocess.run(cpio, input="\n".join(names).encode(), capture_output=True, cwd=folder)
+    return gzip.compress(made.stdout)
+
+
+def about_images(host: Machine) -> dict[str, str]:
+    found = check.check(host.paths, host.chip.tcti, dict).findings
+    return {each.what: each.verdict for each in found if each.what.startswith("initr")}
+
+
+def test_the_image_that_counts_is_that_of_the_default_entry(host: Machine, tmp_path: Path) -> None:
+    """A kernel that is older, and a rescue image that sorts behind them all."""
+    host.write("proc/self/mountinfo", b"")
+    with_unlock = initramfs(tmp_path / "tree", "usr/lib/unlock/unlock/boot.pyc", *READS)
+    without = initramfs(tmp_path / "tree", "bin/sh")
+    files = {**AFTER, f"/initrd.img-{NEW}": with_unlock, f"/initrd.img-{OLD}": without, "/initrd.img-rescue": without}
+    install(host, files)
+    run(host)
+    assert boot(host, RealBoot("grub-1", files)) == "unsealed"
+    foresee.keep(host.paths, host.chip.tcti)
+    new, old, rescue = f"initrd.img-{NEW}", f"initrd.img-{OLD}", "initrd.img-rescue"
+    assert about_images(host) == {new: check.SAFE, old: check.NOTE, rescue: check.NOTE}
+    older = f"Advanced options for Debian GNU/Linux>Debian GNU/Linux, with Linux {OLD}"
+    install(host, {CONFIG: text("grub-1").replace('set default="0"', f'set default="{older}"').encode()})
+    assert run(host).entries[0].words == f"kernel {OLD}" and checked(host)[0] == check.SAFE
+    assert about_images(host) == {new: check.SAFE, old: check.UNSAFE, rescue: check.NOTE}
 
 
 def test_boot_is_not_mounted(host: Machine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -622,6 +657,23 @@ def test_unified_kernel_images(tmp_path: Path) -> None:
     host.close()
 
 
+def test_a_policy_over_a_pcr_that_cannot_be_foreseen_leaves_out_that_entry_alone(tmp_path: Path) -> None:
+    """PCR 9 of another unified kernel image."""
+    old, newer = unified(b"old"), unified(b"newer")
+    now, linux = uki(old, "debian-6.9.efi"), "boot/efi/EFI/Linux"
+    now.made.append(tagged(9, 0x8F3B22EC, "Linux initrd", b"initrd"))
+    host = Machine(tmp_path, now, (4, 9, 11))  # type: ignore[arg-type]
+    host.write("sys/firmware/efi/efivars/StubInfo-1", b"")
+    for path, data in ((f"{linux}/debian-6.9.efi", old), ("boot/efi/EFI/BOOT/BOOTX64.EFI", LOADER)):
+        host.write(path, data)
+    assert boot(host, now) == "unsealed"
+    foresee.keep(host.paths, host.chip.tcti)
+    host.write(f"{linux}/debian-6.12.efi", newer)
+    assert checked(host) == [check.SAFE, check.UNSAFE]
+    assert ["PCR 9" in each.why for each in run(host).entries] == [False, True]
+    host.close()
+
+
 def test_a_new_boot_loader(tmp_path: Path) -> None:
     """systemd-boot is predicted to do the same, and that is said."""
     image, newer = unified(b"kernel"), pefile.build({".text": b"newer systemd-boot" * 50})
@@ -638,8 +690,9 @@ def test_a_new_boot_loader(tmp_path: Path) -> None:
 
 def test_a_new_shim_is_not_guessed_and_a_new_grub_is_said(host: Machine) -> None:
     host.write("boot/efi/EFI/BOOT/grubx64.efi", pefile.build({".text": b"grub 2.13" * 50}))
-    (note,) = run(host, dry_run=True).notes
+    (note,) = run(host).notes
     assert "grubx64.efi" in note
+    assert checked(host) == [check.SAFE, check.SAFE, check.UNPROVEN]
     host.write("boot/efi/EFI/BOOT/BOOTX64.EFI", pefile.build({".text": b"shim 17" * 50}))
     with pytest.raises(Refused, match="new shim"):
         run(host)

@@ -35,6 +35,7 @@ from . import (
     window,
 )
 from .errors import CommandFailed, Malformed, NewerFormat, NoKey, NoSlot, UnlockError
+from .foresee import Foreseen
 from .groups import Group, Member
 from .paths import Paths
 from .policy import Record
@@ -83,12 +84,13 @@ def check(
     except NoKey:
         persistence = None
     seen = look()
+    comes = foreseen(paths, tcti)
     findings = [
-        *_tpm(paths, state, tcti),
+        *_tpm(paths, state, tcti, comes),
         *_operation(state),
         *(each for group in state.groups.values() for each in _group(state, group, seen, persistence)),
         *_root(paths, state),
-        *_images(paths, _written(tcti)),
+        *_images(paths, _written(tcti), comes),
         *_recovery(state),
         *_provider(paths, state, persistence, connect),
         *_configuration(paths),
@@ -118,7 +120,7 @@ def text(found: Checked) -> str:
 # The TPM ----------------------------------------------------------------------------------------------------
 
 
-def _tpm(paths: Paths, state: State, tcti: str) -> Iterator[Finding]:
+def _tpm(paths: Paths, state: State, tcti: str, comes: Foreseen | UnlockError) -> Iterator[Finding]:
     early = thisboot.early(paths)
     try:
         with Tpm(tcti) as tpm:
@@ -139,12 +141,12 @@ def _tpm(paths: Paths, state: State, tcti: str) -> Iterator[Finding]:
     yield Finding("TPM", SAFE, proven)
     verdict = early["verdict"] if early else ""
     if verdict == "unsealed":
-        yield from next_boot(paths, tcti, record)
+        yield from next_boot(comes, record)
     elif opened:
         yield Finding(
             "this boot", UNPROVEN, "the TPM allows what it has measured, and has not been asked yet", "reboot"
         )
-        yield from next_boot(paths, tcti, record)
+        yield from next_boot(comes, record)
     else:
         why = report.VERDICTS.get(verdict, "early boot left no report")
         yield Finding("this boot", UNSAFE, f"{why}; the next one is like this one", "unlock explain")
@@ -163,12 +165,18 @@ def _pin(record: Record) -> Iterator[Finding]:
         yield Finding("PIN", NOTE, lost, "unlock policy set --pin")
 
 
-def next_boot(paths: Paths, tcti: str, record: Record) -> Iterator[Finding]:
-    """Whether the TPM allows what the files on disk will measure."""
+def foreseen(paths: Paths, tcti: str) -> Foreseen | UnlockError:
+    """What the files on disk will measure, or why that cannot be told."""
     try:
-        found = foresee.run(paths, tcti, dry_run=True)
+        return foresee.run(paths, tcti, dry_run=True)
     except UnlockError as error:
-        yield Finding("next boot", UNPROVEN, str(error), error.hint)
+        return error
+
+
+def next_boot(found: Foreseen | UnlockError, record: Record) -> Iterator[Finding]:
+    """Whether the TPM allows it."""
+    if isinstance(found, UnlockError):
+        yield Finding("next boot", UNPROVEN, str(found), found.hint)
         return
     for each in found.entries:
         what, verdict = ("next boot", UNSAFE) if each.default else ("boot menu", NOTE)
@@ -183,6 +191,8 @@ def next_boot(paths: Paths, tcti: str, record: Record) -> Iterator[Finding]:
             yield Finding(what, verdict, f"{each.words}: the TPM will refuse it: {changes}", "unlock policy predict")
     if not found.entries:
         yield Finding("next boot", SAFE, found.notes[0])
+    for doubt in found.doubts:
+        yield Finding("next boot", UNPROVEN, doubt, "unlock policy window --reboots 1")
 
 
 def _current(tpm: Tpm) -> tuple[policy.Slot, Record] | None:
@@ -289,12 +299,14 @@ def _written(tcti: str) -> dict[str, int]:
     return {"token": token.VERSION, "record": found[1].version if found else 1}
 
 
-def _images(paths: Paths, written: dict[str, int]) -> Iterator[Finding]:
+def _images(paths: Paths, written: dict[str, int], comes: Foreseen | UnlockError) -> Iterator[Finding]:
+    """Those of what boots by itself count; where that is not known, the newest."""
     found = images.installed(paths)
-    if not found:
+    entries = () if isinstance(comes, UnlockError) else comes.entries
+    needed = [os.path.join(paths.root, each.initrd) for each in entries if each.default and each.initrd] or found[-1:]
+    if not needed:
         yield Finding("initramfs", UNPROVEN, "there is no /boot/initrd.img-*: whether unlock is in it is not known")
-    for image in found:
-        newest = image == found[-1]
+    for image in dict.fromkeys([*found, *needed]):
         name = os.path.basename(image)
         try:
             wrong = _unreadable(images.contents(image), written)
@@ -302,7 +314,7 @@ def _images(paths: Paths, written: dict[str, int]) -> Iterator[Finding]:
             wrong = str(error)
         if wrong:
             do = f"update-initramfs -u -k {images.kernel(image)}"
-            yield Finding(name, UNSAFE if newest else NOTE, wrong, do)
+            yield Finding(name, UNSAFE if image in needed else NOTE, wrong, do)
         else:
             yield Finding(name, SAFE, "unlock is in it, and reads what is on the disks and in the TPM")
 

@@ -45,6 +45,8 @@ class Entry(NamedTuple):
     why: str
     """Why not; empty when they can."""
     default: bool
+    initrd: str = ""
+    """The file with its initramfs, below the root directory; "" when that is not known."""
 
 
 class World(NamedTuple):
@@ -64,14 +66,17 @@ class Foreseen(NamedTuple):
     notes: tuple[str, ...]
     states: int
     """How many the policy has now."""
+    doubts: tuple[str, ...] = ()
+    """Those of the notes that what is predicted depends on."""
 
 
 # Foreseeing -------------------------------------------------------------------------------------------------
 
 
-def foresee(world: World) -> tuple[list[Entry], list[str]]:
-    """The entries that may boot next, the default one first, and what else is worth knowing. Raises Refused."""
-    notes = _programs(world)
+def foresee(world: World) -> tuple[list[Entry], list[str], list[str]]:
+    """The entries that may boot next, the default one first, what that depends on, and what else is worth knowing.
+    Raises Refused."""
+    doubts, notes = _programs(world), []
     kind = atunseal.how_booted(world.paths, {pcr: world.values.get(pcr, _SOME) for pcr in range(16)})
     if kind == "shim+GRUB":
         found = _grub(world)
@@ -85,7 +90,7 @@ def foresee(world: World) -> tuple[list[Entry], list[str]]:
     if len(entries) > MOST:
         left = ", ".join(each.words for each in entries[MOST:])
         notes.append(f"the policy has no room for all entries of the boot menu; not predicted: {left}")
-    return entries[:MOST], notes
+    return entries[:MOST], doubts, notes
 
 
 def _programs(world: World) -> list[str]:
@@ -160,7 +165,8 @@ def _grub_entry(
     loaded = [where(name) for name in (kernel.words[0], *kernel.initrds)]
     if foreign := _foreign(world, loaded):
         return Entry(words, tuple(changes), None, foreign, default)
-    return _entry(world, words, changes, events, default)
+    entry = _entry(world, words, changes, events, default)
+    return entry._replace(initrd=loaded[1]) if loaded[1:] else entry
 
 
 def _changed(world: World, name: str) -> bool:
@@ -257,7 +263,8 @@ def _direct(world: World) -> Iterator[Entry]:
             words.append(f"initramfs of {_version(path)}")
     if not world.before.images and not world.before.initrd:
         raise predict.cannot("neither the kernel nor the initramfs of this boot is a file on disk")
-    yield _entry(world, f"kernel {version}", words, predict.changed(world.log, changes), True)
+    entry = _entry(world, f"kernel {version}", words, predict.changed(world.log, changes), True)
+    yield entry._replace(initrd=world.before.initrd)
 
 
 def _ukis(world: World) -> Iterator[Entry]:
@@ -346,7 +353,8 @@ def run(paths: Paths, tcti: str, dry_run: bool = False, trust_files: bool = Fals
         world = gather(paths, tpm)
         if trust_files:
             world = world._replace(before=world.before._replace(foreign={}))
-        entries, notes = foresee(world)
+        entries, doubts, notes = foresee(world)
+        entries = [_told(each, found.record.selection) for each in entries]
         states = len(allowed.current(paths, tpm).states)
     good = {each.words: each.values for each in entries if each.values is not None}
     if good and not dry_run:
@@ -355,7 +363,18 @@ def run(paths: Paths, tcti: str, dry_run: bool = False, trust_files: bool = Fals
         if trust_files:
             booted.save(paths, world.before)
         booted.vouch(paths, world.before)
-    return Foreseen(tuple(entries), tuple(notes), states)
+    return Foreseen(tuple(entries), (*doubts, *notes), states, tuple(doubts))
+
+
+def _told(entry: Entry, selection: Iterable[int]) -> Entry:
+    """Not predicted when a PCR of the policy is not told."""
+    try:
+        atunseal.of(selection, entry.values or {})
+    except Refused:
+        if entry.values is not None:
+            unknown = min(set(selection) - entry.values.keys())
+            return entry._replace(values=None, why=f"what it will measure into PCR {unknown} cannot be told")
+    return entry
 
 
 def refused(found: Foreseen) -> Refused | None:

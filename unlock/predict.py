@@ -314,7 +314,7 @@ def menu(learned: Learned, text: str, disk: Disk) -> Iterator[tuple[str, tuple[s
             ways += [[entry, each] for each in inside] if entry.is_menu else [[entry]]
     except grub.Unknown as problem:
         raise cannot(str(problem)) from None
-    seen = set()
+    seen: set[tuple[str, ...]] = set()
     for way in ways:
         titles = tuple(each.title for each in way)
         lines = [line.split() for line in way[-1].body.splitlines()]
