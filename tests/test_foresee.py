@@ -657,6 +657,56 @@ def test_unified_kernel_images(tmp_path: Path) -> None:
     host.close()
 
 
+def test_what_systemd_boot_was_told_to_start_is_what_comes(tmp_path: Path) -> None:
+    """By bootctl set-oneshot and loader.conf; try counters are no part of an entry's name."""
+
+    def defaults() -> list[str]:
+        return [each.words.split()[-1] for each in run(host, dry_run=True).entries if each.default]
+
+    old, older, newer = (unified(code) for code in (b"old", b"older", b"newer"))
+    now, linux = uki(old, "b-6.9.efi"), "boot/efi/EFI/Linux"
+    host = enrolled(tmp_path, now, {f"{linux}/b-6.9.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
+    host.write(f"{linux}/b-6.1+2-1.efi", older)
+    host.write(f"{linux}/a-6.2.efi", newer)
+    assert defaults() == ["b-6.9.efi"]
+    host.write("boot/efi/loader/loader.conf", b"timeout 3\ndefault A-6*\n")
+    assert defaults() == ["b-6.9.efi", "a-6.2.efi"]
+    once = f"sys/firmware/efi/efivars/LoaderEntryOneShot-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
+    host.write(once, bytes(4) + "b-6.1.efi\0".encode("utf-16-le"))
+    assert defaults() == ["b-6.9.efi", "b-6.1+2-1.efi", "a-6.2.efi"]
+    host.write(once, bytes(4) + "auto-windows\0".encode("utf-16-le"))
+    assert checked(host)[-1] == check.UNSAFE and "auto-windows" in defaults()
+    host.close()
+
+
+def test_an_add_on_or_a_credential_beside_a_unified_kernel_image_is_measured_too(tmp_path: Path) -> None:
+    image, linux = unified(b"code"), "boot/efi/EFI/Linux"
+    now, addon = uki(image, "debian.efi"), f"{linux}/debian.efi.extra.d/quiet.addon.efi"
+    host = enrolled(
+        tmp_path, now, {f"{linux}/debian.efi": image, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER, addon: b"quiet"}
+    )
+    assert checked(host) == [check.SAFE]
+    host.write("boot/efi/loader/credentials/x.cred", b"secret")
+    assert checked(host) == [check.UNSAFE]
+    Path(host.paths.root, "boot/efi/loader/credentials/x.cred").unlink()
+    assert checked(host) == [check.SAFE]
+    host.write(addon, b"not quiet")
+    assert checked(host) == [check.UNSAFE] and "add-ons" in run(host).entries[0].why
+    host.close()
+
+
+def test_a_boot_that_was_blessed_has_another_name(tmp_path: Path) -> None:
+    """systemd-bless-boot takes the counter away after the boot."""
+    image, linux = unified(b"code"), "boot/efi/EFI/Linux"
+    now = uki(image, "debian+2-1.efi")
+    host = enrolled(tmp_path, now, {f"{linux}/debian+2-1.efi": image, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
+    Path(host.paths.root, f"{linux}/debian+2-1.efi").rename(Path(host.paths.root, f"{linux}/debian.efi"))
+    assert checked(host) == [check.SAFE]
+    Path(host.paths.booted).unlink()
+    assert checked(host) == [check.SAFE]
+    host.close()
+
+
 def test_a_policy_over_a_pcr_that_cannot_be_foreseen_leaves_out_that_entry_alone(tmp_path: Path) -> None:
     """PCR 9 of another unified kernel image."""
     old, newer = unified(b"old"), unified(b"newer")

@@ -10,6 +10,7 @@ since: nothing else vouches for /boot (unlock.booted). What a file does not tell
 never guessed: those PCRs stay as they are, or it is Refused.
 """
 
+import fnmatch
 import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -273,12 +274,17 @@ def _ukis(world: World) -> Iterator[Entry]:
     before = world.before
     if not before.uki:
         raise predict.cannot("the unified kernel image of this boot is not on disk as it was booted")
-    own = before.images[-1][1]
+    own = _now_named(world, before.images[-1][1])
     pattern = os.path.join(glob.escape(os.path.join(world.paths.root, os.path.dirname(own))), "*.[eE][fF][iI]")
     found = {os.path.relpath(path, world.paths.root) for path in glob.glob(pattern)}
     newest = max(found, key=natural, default=own)
+    told = _told_to_start(world, own)
+    ids = {path: booted.COUNTER.sub(".efi", os.path.basename(path).lower()) for path in (own, *found)}
+    for name in told:
+        if not any(fnmatch.fnmatchcase(each, name) for each in ids.values()) and _is_entry(world, own, name):
+            yield Entry(f"boot entry {name}", (), None, "it is no unified kernel image like this boot's", True)
     for path in [own, *sorted(found - {own}, key=natural, reverse=True)]:
-        default = path in (own, newest)
+        default = path in (own, newest) or any(fnmatch.fnmatchcase(ids[path], name) for name in told)
         data = booted.read(world.paths, path)
         try:
             sections = tuple(predict.uki_measurements(data)) if data is not None else ()
@@ -296,10 +302,46 @@ def _ukis(world: World) -> Iterator[Entry]:
         if foreign := _foreign(world, [path]):
             yield Entry(words, tuple(changes), None, foreign, default)
             continue
+        if booted.beside(world.paths, path) != before.beside:
+            other = "add-ons or credentials beside it are not those of this boot"
+            yield Entry(words, tuple(changes), None, other, default)
+            continue
         entry = _entry(world, words, changes, events, default)
         if changes and entry.values is not None:  # systemd-stub adds to what the kernel's own stub measures
             entry = entry._replace(values={pcr: value for pcr, value in entry.values.items() if pcr != 9})
         yield entry
+
+
+_SYSTEMD_BOOT = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
+"""The vendor of its variables: systemd.io/BOOT_LOADER_INTERFACE."""
+
+
+def _now_named(world: World, own: str) -> str:
+    """This boot's image; after a boot that was good its name has no counter any more."""
+    blessed = booted.COUNTER.sub(".efi", own)
+    return own if os.path.exists(os.path.join(world.paths.root, own)) else blessed
+
+
+def _told_to_start(world: World, own: str) -> list[str]:
+    """Patterns of entries that systemd-boot was told to start: once, by default, by loader.conf; lower case."""
+    names = []
+    for variable in ("LoaderEntryOneShot", "LoaderEntryDefault"):
+        data = atunseal.read(os.path.join(world.paths.efi, f"efivars/{variable}-{_SYSTEMD_BOOT}"), 4096)[4:]
+        names.append(data.decode("utf-16-le", "replace").partition("\0")[0])
+    config = booted.read(world.paths, os.path.join(booted.esp_of(own), "loader/loader.conf")) or b""
+    lines = [line.split(None, 1) for line in config.decode("utf-8", "replace").splitlines()]
+    names += [words[1].strip() for words in lines if words[:1] == ["default"] and words[1:]]
+    return [name.lower() for name in names if name]
+
+
+def _is_entry(world: World, own: str, name: str) -> bool:
+    """Whether there is such an entry that is no unified kernel image."""
+    folder = os.path.join(world.paths.root, booted.esp_of(own), "loader/entries")
+    try:
+        names = [each.lower() for each in os.listdir(folder)]
+    except OSError:
+        names = []
+    return name.startswith("auto-") or any(fnmatch.fnmatchcase(each, name) for each in names)
 
 
 def _entry(world: World, words: str, changes: Iterable[str], events: Iterable[Event], default: bool) -> Entry:
