@@ -7,7 +7,7 @@ Kernels and initramfs files are too large to be kept: small ones take their plac
 import gzip
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -188,19 +188,22 @@ class RealBoot(NamedTuple):
     kind: str = "grub"
 
     def entries(self) -> list[Entry]:
-        found = eventlog.parse(real(self.name).log)
+        return self.small(eventlog.parse(real(self.name).log).events)
+
+    def small(self, events: Iterable[eventlog.Event]) -> list[Entry]:
         replaced = {}
         for file, digests in FILES[self.name].items():
             data = self.contents[file]
             replaced[bytes.fromhex(digests[0])] = sha256(data).digest()
             if digests[1:]:
                 replaced[bytes.fromhex(digests[1])] = pe.authenticode(data)
-        for event in found.events:
+        events = list(events)
+        for event in events:
             if event.kind == eventlog.EFI_APPLICATION and (path := uefi.image_path(event.data)) in LOADERS:
                 replaced[event.digest or b""] = pe.authenticode(LOADERS[path])
         return [
             Entry(e.pcr, e.kind, b"", e.data, replaced.get(e.digest or b"", e.digest))
-            for e in found.events
+            for e in events
         ]  # fmt: skip
 
     def log(self) -> bytes:
@@ -322,6 +325,38 @@ def test_an_initramfs_that_was_built_again(host: Machine) -> None:
 def boot_after(host: Machine, act: Callable[[], object], next_boot: RealBoot) -> str:
     act()
     return boot(host, next_boot)
+
+
+def test_grub_reboot_once_and_the_boot_after_it(host: Machine) -> None:
+    """GRUB itself takes next_entry out of its environment, after it has measured it."""
+    env = texts("grub-3")[ENV]
+    once, after = (f"{env.rstrip('#')}next_entry={value}\n".ljust(1024, "#") for value in ("0", ""))
+
+    def like(content: str) -> Made:
+        now = RealBoot("grub-3", {**BEFORE, ENV: env.encode()})
+        files = disk("grub-3")
+        files = files._replace(
+            content=lambda name: content.encode() if name == ENV else disk("grub-3").content(name),
+            sha256=lambda name: sha256(content.encode()).digest() if name == ENV else disk("grub-3").sha256(name),
+        )
+        events, _ = predict.boot(learned("grub-3"), text("grub-3"), WAYS["grub-3"], files)
+        return Made(now.small(events), "grub", content)
+
+    install(host, {ENV: env.encode()})
+    run(host)
+    assert boot(host, like(env)) == "unsealed"
+    foresee.keep(host.paths, host.chip.tcti)
+    install(host, {ENV: once.encode()})
+    assert [each.words for each in run(host).entries if each.default] == [f"kernel {OLD}"]
+    assert boot(host, like(once)) == "unsealed"
+    install(host, {ENV: after.encode()})
+    assert boot(host, like(after)) == "unsealed"  # by a power cut: nothing was predicted in between
+    install(host, {ENV: once.encode()})
+    assert boot(host, like(once)) == "unsealed"
+    install(host, {ENV: after.encode()})
+    foresee.keep(host.paths, host.chip.tcti)
+    assert checked(host)[0] == check.SAFE and foresee.refused(run(host)) is None
+    assert boot(host, like(after)) == "unsealed"
 
 
 def test_a_kernel_of_the_same_name(host: Machine) -> None:
@@ -671,7 +706,7 @@ def test_what_systemd_boot_was_told_to_start_is_what_comes(tmp_path: Path) -> No
     assert defaults() == ["b-6.9.efi"]
     host.write("boot/efi/loader/loader.conf", b"timeout 3\ndefault A-6*\n")
     assert defaults() == ["b-6.9.efi", "a-6.2.efi"]
-    once = f"sys/firmware/efi/efivars/LoaderEntryOneShot-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
+    once = "sys/firmware/efi/efivars/LoaderEntryOneShot-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
     host.write(once, bytes(4) + "b-6.1.efi\0".encode("utf-16-le"))
     assert defaults() == ["b-6.9.efi", "b-6.1+2-1.efi", "a-6.2.efi"]
     host.write(once, bytes(4) + "auto-windows\0".encode("utf-16-le"))

@@ -147,6 +147,9 @@ def look(paths: Paths, log: Log) -> Booted:
                     if name.endswith((".cfg", "/grubenv")) and len(data) <= grub.MAX_TEXT:
                         texts[name] = data.decode("utf-8", "surrogateescape")
                     break
+                if data is not None and name.endswith("/grubenv") and (before := _before_grub(data, digest, log)):
+                    files[name], texts[name] = (path, digest), before
+                    break
         elif event.kind == eventlog.EFI_APPLICATION and event.pcr == 4:
             found = (path for path in _program(paths, event.data) if authenticode(paths, path) == digest)
             images += [(digest, path) for path in found][:1]
@@ -167,6 +170,19 @@ def look(paths: Paths, log: Log) -> Booted:
     }  # fmt: skip
     added = beside(paths, images[-1][1]) if uki else {}
     return Booted(boot_id(paths), files, texts, tuple(images), initrd, uki, added, foreign)
+
+
+def _before_grub(data: bytes, digest: bytes, log: Log) -> str:
+    """The text of grubenv as GRUB has read it, before it wrote to it in this boot; "" when that is not known."""
+    text = data.decode("utf-8", "surrogateescape")
+    said = filter(None, map(predict.grub_command, log.events))
+    values = {each.removeprefix("set default=") for each in said if each.startswith("set default=")}
+    for name in ("next_entry", "saved_entry"):
+        for value in values:
+            before = grub.with_variable(text, name, value)
+            if sha256(before.encode("utf-8", "surrogateescape")).digest() == digest:
+                return before
+    return ""
 
 
 def beside(paths: Paths, image: str) -> dict[str, bytes]:

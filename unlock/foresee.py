@@ -128,8 +128,13 @@ def _grub(world: World) -> Iterator[Entry]:
         text = disk.content(learned.name).decode("utf-8", "surrogateescape")
     except grub.Unknown as problem:
         raise predict.cannot(str(problem)) from None
+    later = _without_once(disk, f"{learned.variables['prefix']}/grubenv")
     for number, (title, titles) in enumerate(predict.menu(learned, text, disk)):
         yield _grub_entry(world, learned, text, title, titles, disk, where, not number)
+        if later and not number:
+            title, titles = next(predict.menu(learned, text, later))
+            after = _grub_entry(world, learned, text, title, titles, later, where, False)
+            yield after._replace(words=f"{after.words}, after the next boot")
 
 
 def _grub_entry(
@@ -229,6 +234,21 @@ def _disk(world: World, where: Callable[[str], str]) -> predict.Disk:
         return digest
 
     return predict.Disk(content, lambda name: sha256(content(name)).digest(), image, exists)
+
+
+def _without_once(disk: predict.Disk, environment: str) -> predict.Disk | None:
+    """What the boot after `grub-reboot` will have found: GRUB takes the entry out of its environment. None without."""
+    try:
+        old = disk.content(environment).decode("utf-8", "surrogateescape")
+    except grub.Unknown:
+        return None
+    new = grub.with_variable(old, "next_entry", "").encode("utf-8", "surrogateescape")
+    if new.decode("utf-8", "surrogateescape") == old:
+        return None
+    return disk._replace(
+        content=lambda name: new if name == environment else disk.content(name),
+        sha256=lambda name: sha256(new).digest() if name == environment else disk.sha256(name),
+    )
 
 
 def _parted(name: str) -> tuple[str, str]:
