@@ -463,7 +463,8 @@ def keep(paths: Paths, tcti: str) -> None:
 
 
 def hook(paths: Paths, tcti: str) -> int:
-    """`unlock boot predict`, after an update: never fails, and says on stderr what the next boot will do."""
+    """`unlock boot predict`, after an update: says on stderr what the next boot will do. 1 when it is worth
+    trying again though no file changes: another command was at work, or the TPM failed."""
     if not os.path.exists(paths.state):
         return 0
     try:
@@ -472,10 +473,10 @@ def hook(paths: Paths, tcti: str) -> int:
         if problem.code in ("no-key", "not-initialised"):
             return 0
         _warn(problem)
-        return 0
+        return 0 if problem.code in ("cannot-predict", "boot-not-allowed", "pin-needed") else 1
     except OSError as problem:
         _warn(predict.cannot(str(problem)))
-        return 0
+        return 1
     for each in found.entries:
         if each.values is not None and each.changes:
             log.note(f"unlock: next boot: {each.words} is predicted: {', '.join(each.changes)}")
