@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import eventlogs
 import pytest
 from flowfixture import HOST, Host
 from kmipfixture import AUTHORITY
@@ -255,10 +256,80 @@ def test_hibernation_only_to_an_encrypted_disk(world: World, number: str, verdic
 def test_a_root_that_somebody_else_opens(world: World) -> None:
     world.machine.mapping("luks-root", "253:1", "CRYPT-LUKS2-" + "1" * 32 + "-luks-root", "sdb")
     world.machine.mount("253:1", "/", "/dev/mapper/luks-root", "ext4")
-    assert world.check() == (
-        UNPROVEN,
-        {"root": (UNPROVEN, "it is encrypted, and something else than unlock opens it")},
-    )
+    verdict, wrong = world.check()
+    assert (verdict, list(wrong)) == (UNSAFE, ["root"]) and "closes all disks" in wrong["root"][1]
+
+
+def test_a_plain_root_is_safe_only_when_it_was_accepted(world: World) -> None:
+    """Early boot gives it no keys, and closes what it has opened: as boot.hand_over does."""
+    world.machine.mount("8:16", "/", "/dev/sdb", "ext4")
+    assert world.check()[1]["root"][0] == UNSAFE
+    with world.host.work() as work:
+        work.state.tpm["unauthenticated_root"] = True
+        work.state.save()
+    assert world.check() == (SAFE, {})
+
+
+def test_a_power_cut_while_the_policy_was_replaced_leaves_the_other_slot(world: World) -> None:
+    class Cut:
+        def encode(self) -> bytes:
+            return bytes(448)
+
+    with world.chip.open() as tpm:
+        [other] = [slot for slot in policy.SLOTS if slot != slots.current(tpm)[0]]
+        tpm.write_record(other, Cut())  # type: ignore[arg-type]
+        assert slots.unseal(tpm).slot != other
+    assert world.check() == (SAFE, {})
+
+
+def test_kexec_tools_that_load_a_kernel_at_shutdown(world: World) -> None:
+    world.write("etc/default/kexec", "# kexec-tools\nLOAD_KEXEC=false\nKERNEL_IMAGE=/vmlinuz\n")
+    assert world.check() == (SAFE, {})
+    world.write("etc/default/kexec", "LOAD_KEXEC=true\n")
+    verdict, wrong = world.check()
+    assert verdict == UNSAFE and list(wrong) == ["kexec"]
+
+
+def test_a_configuration_that_nobody_can_read_mounts_nothing(world: World) -> None:
+    world.write("etc/unlock/unlock.toml", "[group.data\n")
+    verdict, wrong = world.check()
+    assert verdict == UNSAFE and list(wrong) == ["unlock.toml"]
+
+
+def test_the_firmware_is_told_to_start_something_else(world: World) -> None:
+    """A firmware update that waits, another system that put itself first: the log has the order of this boot."""
+
+    def set_variable(name: str, *numbers: int) -> None:
+        path = world.root / f"sys/firmware/efi/efivars/{name}-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"".join(each.to_bytes(2, "little") for each in (7, 0, *numbers)))
+
+    measured = eventlogs.log([eventlogs.variable(1, "BootOrder", b"\x02\0\x01\0", 0x80000002)])
+    log = world.root / "sys/kernel/security/tpm0/binary_bios_measurements"
+    log.parent.mkdir(parents=True)
+    log.write_bytes(measured)
+    set_variable("BootCurrent", 1)
+    set_variable("BootOrder", 2, 1)
+    assert world.check() == (SAFE, {})
+    set_variable("BootNext", 1)
+    assert world.check() == (SAFE, {})
+    set_variable("BootNext", 3)
+    verdict, wrong = world.check()
+    assert verdict == UNPROVEN and "0003" in wrong["firmware"][1]
+    (world.root / "sys/firmware/efi/efivars/BootNext-8be4df61-93ca-11d2-aa0d-00e098032b8c").unlink()
+    set_variable("BootOrder", 3, 2, 1)
+    verdict, wrong = world.check()
+    assert verdict == UNPROVEN and "boot order" in wrong["firmware"][1]
+
+
+def test_pcrs_of_files_where_nothing_measures_the_kernel(world: World) -> None:
+    """A new boot loader changes PCR 4, whatever measures the kernel."""
+    selection = policy.select((4, 7))
+    with world.chip.open() as tpm:
+        branch = policy.branch(selection, tpm.read_pcrs(selection))
+        payload = policy.Payload(Secret(bytes(world.host.persistence)))
+        slots.persist(tpm, bytes.fromhex(HOST), selection, (branch,), payload)
+    assert world.check()[1]["next boot"][0] == UNPROVEN
 
 
 def test_a_group_that_only_the_key_manager_opens(tmp_path: Path, chip: Swtpm) -> None:

@@ -4,8 +4,10 @@
 Kernels and initramfs files are too large to be kept: small ones take their place, on disk and in the log.
 """
 
+import gzip
 import json
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +23,7 @@ from unlock.paths import Paths
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
+READS = ("usr/lib/unlock/reads/token-1", "usr/lib/unlock/reads/record-1")
 WINDOW = "unlock policy window --reboots 1"
 OLD, NEW = "6.12.117+deb13-cloud-amd64", "6.12.118+deb13-cloud-amd64"
 CONFIG, FIRST = "(hd1)/grub/grub.cfg", "(hd0)/EFI/debian/grub.cfg"
@@ -185,19 +188,22 @@ class RealBoot(NamedTuple):
     kind: str = "grub"
 
     def entries(self) -> list[Entry]:
-        found = eventlog.parse(real(self.name).log)
+        return self.small(eventlog.parse(real(self.name).log).events)
+
+    def small(self, events: Iterable[eventlog.Event]) -> list[Entry]:
         replaced = {}
         for file, digests in FILES[self.name].items():
             data = self.contents[file]
             replaced[bytes.fromhex(digests[0])] = sha256(data).digest()
             if digests[1:]:
                 replaced[bytes.fromhex(digests[1])] = pe.authenticode(data)
-        for event in found.events:
+        events = list(events)
+        for event in events:
             if event.kind == eventlog.EFI_APPLICATION and (path := uefi.image_path(event.data)) in LOADERS:
                 replaced[event.digest or b""] = pe.authenticode(LOADERS[path])
         return [
             Entry(e.pcr, e.kind, b"", e.data, replaced.get(e.digest or b"", e.digest))
-            for e in found.events
+            for e in events
         ]  # fmt: skip
 
     def log(self) -> bytes:
@@ -282,7 +288,7 @@ def checked(host: Machine) -> list[str]:
     """What `unlock check` says of the entries that may come next."""
     with host.chip.open() as tpm:
         record = slots.current(tpm)[1]
-    return [each.verdict for each in check.next_boot(host.paths, host.chip.tcti, record)]
+    return [each.verdict for each in check.next_boot(check.foreseen(host.paths, host.chip.tcti), record)]
 
 
 def test_an_update_of_everything_and_the_host_boots_without_a_prompt(host: Machine) -> None:
@@ -319,6 +325,38 @@ def test_an_initramfs_that_was_built_again(host: Machine) -> None:
 def boot_after(host: Machine, act: Callable[[], object], next_boot: RealBoot) -> str:
     act()
     return boot(host, next_boot)
+
+
+def test_grub_reboot_once_and_the_boot_after_it(host: Machine) -> None:
+    """GRUB itself takes next_entry out of its environment, after it has measured it."""
+    env = texts("grub-3")[ENV]
+    once, after = (f"{env.rstrip('#')}next_entry={value}\n".ljust(1024, "#") for value in ("0", ""))
+
+    def like(content: str) -> Made:
+        now = RealBoot("grub-3", {**BEFORE, ENV: env.encode()})
+        files = disk("grub-3")
+        files = files._replace(
+            content=lambda name: content.encode() if name == ENV else disk("grub-3").content(name),
+            sha256=lambda name: sha256(content.encode()).digest() if name == ENV else disk("grub-3").sha256(name),
+        )
+        events, _ = predict.boot(learned("grub-3"), text("grub-3"), WAYS["grub-3"], files)
+        return Made(now.small(events), "grub", content)
+
+    install(host, {ENV: env.encode()})
+    run(host)
+    assert boot(host, like(env)) == "unsealed"
+    foresee.keep(host.paths, host.chip.tcti)
+    install(host, {ENV: once.encode()})
+    assert [each.words for each in run(host).entries if each.default] == [f"kernel {OLD}"]
+    assert boot(host, like(once)) == "unsealed"
+    install(host, {ENV: after.encode()})
+    assert boot(host, like(after)) == "unsealed"  # by a power cut: nothing was predicted in between
+    install(host, {ENV: once.encode()})
+    assert boot(host, like(once)) == "unsealed"
+    install(host, {ENV: after.encode()})
+    foresee.keep(host.paths, host.chip.tcti)
+    assert checked(host)[0] == check.SAFE and foresee.refused(run(host)) is None
+    assert boot(host, like(after)) == "unsealed"
 
 
 def test_a_kernel_of_the_same_name(host: Machine) -> None:
@@ -365,6 +403,31 @@ def test_what_a_thief_put_beside_while_the_host_was_off_is_never_allowed(host: M
     assert boot(host, RealBoot("grub-2", again)) == "unsealed"
 
 
+def test_nor_what_he_put_there_before_the_first_prediction(host: Machine) -> None:
+    """He pulls the plug of a host that was only just initialised: neither an update nor a shutdown has predicted."""
+    install(host, AFTER)
+    run(host)
+    assert boot(host, NEXT) == "unsealed"
+    for path in (host.paths.boot_files, host.paths.booted):
+        Path(path).unlink()
+    foresee.keep(host.paths, host.chip.tcti)  # init
+    install(host, {**AFTER, f"/initrd.img-{OLD}": b"sends the keys away"})
+    assert boot(host, NEXT) == "unsealed"
+    foresee.keep(host.paths, host.chip.tcti)
+    assert "while this host was off" in run(host).entries[2].why
+
+
+def test_files_that_cannot_be_seen_at_shutdown_stay_vouched_for(host: Machine) -> None:
+    run(host)
+    before = Path(host.paths.boot_files).read_bytes()
+    folder = Path(host.paths.root, "boot")
+    folder.rename(folder.with_name("unmounted"))
+    folder.mkdir()
+    foresee.hook(host.paths, host.chip.tcti)
+    booted.vouch(host.paths, booted.load(host.paths, eventlog.parse(NOW.log())))
+    assert Path(host.paths.boot_files).read_bytes() == before
+
+
 def test_the_operator_vouches_for_a_file(host: Machine) -> None:
     install(host, AFTER)
     run(host)
@@ -388,6 +451,58 @@ def test_a_file_that_was_replaced_before_it_was_kept(host: Machine) -> None:
     assert host.reasons() == ["this boot"]
 
 
+def test_another_default_entry_is_not_hidden_by_those_that_are_understood(host: Machine) -> None:
+    """xen-hypervisor's entry comes first once it is installed; recovery mode may be the saved entry."""
+    first = text("grub-0").index("menuentry ")
+    xen = "menuentry 'Debian GNU/Linux, with Xen hypervisor' {\n\tmultiboot2 /xen.gz\n\tmodule2 /vmlinuz\n}\n"
+    install(host, {CONFIG: (text("grub-0")[:first] + xen + text("grub-0")[first:]).encode()})
+    assert checked(host)[0] == check.UNSAFE
+    assert (bad := foresee.refused(run(host))) and "not one kernel" in str(bad)
+    saved = f"Advanced options for Debian GNU/Linux>Debian GNU/Linux, with Linux {OLD} (recovery mode)"
+    install(host, {CONFIG: text("grub-0").replace('set default="0"', f'set default="{saved}"').encode()})
+    assert checked(host)[0] == check.UNSAFE
+    assert "recovery mode" not in run(host).entries[0].why and checked(host)[0] == check.SAFE
+
+
+def initramfs(folder: Path, *names: str) -> bytes:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    cpio = ["cpio", "--quiet", "-o", "-H", "newc"]
+    made = subprocess.run(cpio, input="\n".join(names).encode(), capture_output=True, cwd=folder)
+    return gzip.compress(made.stdout)
+
+
+def about_images(host: Machine) -> dict[str, str]:
+    found = check.check(host.paths, host.chip.tcti, dict).findings
+    return {each.what: each.verdict for each in found if each.what.startswith("initr")}
+
+
+def test_the_image_that_counts_is_that_of_the_default_entry(host: Machine, tmp_path: Path) -> None:
+    """A kernel that is older, and a rescue image that sorts behind them all."""
+    host.write("proc/self/mountinfo", b"")
+    with_unlock = initramfs(tmp_path / "tree", "usr/lib/unlock/unlock/boot.pyc", *READS)
+    without = initramfs(tmp_path / "tree", "bin/sh")
+    files = {**AFTER, f"/initrd.img-{NEW}": with_unlock, f"/initrd.img-{OLD}": without, "/initrd.img-rescue": without}
+    install(host, files)
+    run(host)
+    assert boot(host, RealBoot("grub-1", files)) == "unsealed"
+    foresee.keep(host.paths, host.chip.tcti)
+    new, old, rescue = f"initrd.img-{NEW}", f"initrd.img-{OLD}", "initrd.img-rescue"
+    assert about_images(host) == {new: check.SAFE, old: check.NOTE, rescue: check.NOTE}
+    older = f"Advanced options for Debian GNU/Linux>Debian GNU/Linux, with Linux {OLD}"
+    install(host, {CONFIG: text("grub-1").replace('set default="0"', f'set default="{older}"').encode()})
+    assert run(host).entries[0].words == f"kernel {OLD}" and checked(host)[0] == check.SAFE
+    assert about_images(host) == {new: check.SAFE, old: check.UNSAFE, rescue: check.NOTE}
+
+
+def test_boot_is_not_mounted(host: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(host.paths.root, "boot/grub").rename(Path(host.paths.root, "elsewhere"))
+    assert checked(host) == [check.UNPROVEN]
+    assert foresee.hook(host.paths, host.chip.tcti) == 0
+    assert "not on disk" in capsys.readouterr().err
+
+
 def test_the_hook_never_fails_and_says_what_comes(host: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     assert foresee.hook(Paths(str(host.folder / "nowhere")), host.chip.tcti) == 0
     install(host, AFTER)
@@ -398,7 +513,7 @@ def test_the_hook_never_fails_and_says_what_comes(host: Machine, capsys: pytest.
     said = capsys.readouterr().err
     assert "cannot be predicted" in said and WINDOW in said and "recovery key" in said
     host.chip.kill()
-    assert foresee.hook(host.paths, host.chip.tcti) == 0
+    assert foresee.hook(host.paths, host.chip.tcti) == 1  # the next hook tries again
     assert "unlock:" in capsys.readouterr().err
 
 
@@ -577,6 +692,73 @@ def test_unified_kernel_images(tmp_path: Path) -> None:
     host.close()
 
 
+def test_what_systemd_boot_was_told_to_start_is_what_comes(tmp_path: Path) -> None:
+    """By bootctl set-oneshot and loader.conf; try counters are no part of an entry's name."""
+
+    def defaults() -> list[str]:
+        return [each.words.split()[-1] for each in run(host, dry_run=True).entries if each.default]
+
+    old, older, newer = (unified(code) for code in (b"old", b"older", b"newer"))
+    now, linux = uki(old, "b-6.9.efi"), "boot/efi/EFI/Linux"
+    host = enrolled(tmp_path, now, {f"{linux}/b-6.9.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
+    host.write(f"{linux}/b-6.1+2-1.efi", older)
+    host.write(f"{linux}/a-6.2.efi", newer)
+    assert defaults() == ["b-6.9.efi"]
+    host.write("boot/efi/loader/loader.conf", b"timeout 3\ndefault A-6*\n")
+    assert defaults() == ["b-6.9.efi", "a-6.2.efi"]
+    once = "sys/firmware/efi/efivars/LoaderEntryOneShot-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
+    host.write(once, bytes(4) + "b-6.1.efi\0".encode("utf-16-le"))
+    assert defaults() == ["b-6.9.efi", "b-6.1+2-1.efi", "a-6.2.efi"]
+    host.write(once, bytes(4) + "auto-windows\0".encode("utf-16-le"))
+    assert checked(host)[-1] == check.UNSAFE and "auto-windows" in defaults()
+    host.close()
+
+
+def test_an_add_on_or_a_credential_beside_a_unified_kernel_image_is_measured_too(tmp_path: Path) -> None:
+    image, linux = unified(b"code"), "boot/efi/EFI/Linux"
+    now, addon = uki(image, "debian.efi"), f"{linux}/debian.efi.extra.d/quiet.addon.efi"
+    host = enrolled(
+        tmp_path, now, {f"{linux}/debian.efi": image, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER, addon: b"quiet"}
+    )
+    assert checked(host) == [check.SAFE]
+    host.write("boot/efi/loader/credentials/x.cred", b"secret")
+    assert checked(host) == [check.UNSAFE]
+    Path(host.paths.root, "boot/efi/loader/credentials/x.cred").unlink()
+    assert checked(host) == [check.SAFE]
+    host.write(addon, b"not quiet")
+    assert checked(host) == [check.UNSAFE] and "add-ons" in run(host).entries[0].why
+    host.close()
+
+
+def test_a_boot_that_was_blessed_has_another_name(tmp_path: Path) -> None:
+    """systemd-bless-boot takes the counter away after the boot."""
+    image, linux = unified(b"code"), "boot/efi/EFI/Linux"
+    now = uki(image, "debian+2-1.efi")
+    host = enrolled(tmp_path, now, {f"{linux}/debian+2-1.efi": image, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
+    Path(host.paths.root, f"{linux}/debian+2-1.efi").rename(Path(host.paths.root, f"{linux}/debian.efi"))
+    assert checked(host) == [check.SAFE]
+    Path(host.paths.booted).unlink()
+    assert checked(host) == [check.SAFE]
+    host.close()
+
+
+def test_a_policy_over_a_pcr_that_cannot_be_foreseen_leaves_out_that_entry_alone(tmp_path: Path) -> None:
+    """PCR 9 of another unified kernel image."""
+    old, newer = unified(b"old"), unified(b"newer")
+    now, linux = uki(old, "debian-6.9.efi"), "boot/efi/EFI/Linux"
+    now.made.append(tagged(9, 0x8F3B22EC, "Linux initrd", b"initrd"))
+    host = Machine(tmp_path, now, (4, 9, 11))  # type: ignore[arg-type]
+    host.write("sys/firmware/efi/efivars/StubInfo-1", b"")
+    for path, data in ((f"{linux}/debian-6.9.efi", old), ("boot/efi/EFI/BOOT/BOOTX64.EFI", LOADER)):
+        host.write(path, data)
+    assert boot(host, now) == "unsealed"
+    foresee.keep(host.paths, host.chip.tcti)
+    host.write(f"{linux}/debian-6.12.efi", newer)
+    assert checked(host) == [check.SAFE, check.UNSAFE]
+    assert ["PCR 9" in each.why for each in run(host).entries] == [False, True]
+    host.close()
+
+
 def test_a_new_boot_loader(tmp_path: Path) -> None:
     """systemd-boot is predicted to do the same, and that is said."""
     image, newer = unified(b"kernel"), pefile.build({".text": b"newer systemd-boot" * 50})
@@ -593,8 +775,9 @@ def test_a_new_boot_loader(tmp_path: Path) -> None:
 
 def test_a_new_shim_is_not_guessed_and_a_new_grub_is_said(host: Machine) -> None:
     host.write("boot/efi/EFI/BOOT/grubx64.efi", pefile.build({".text": b"grub 2.13" * 50}))
-    (note,) = run(host, dry_run=True).notes
+    (note,) = run(host).notes
     assert "grubx64.efi" in note
+    assert checked(host) == [check.SAFE, check.SAFE, check.UNPROVEN]
     host.write("boot/efi/EFI/BOOT/BOOTX64.EFI", pefile.build({".text": b"shim 17" * 50}))
     with pytest.raises(Refused, match="new shim"):
         run(host)

@@ -5,7 +5,8 @@
     /var/lib/unlock/booted.json: Booted, as a file, made after each good boot
 
 JSON, version 1: {"version", "boot": boot id, "files": NAME -> [PATH, 64 hex digits], "texts": NAME -> content,
-"images": [[64 hex digits, PATH], ...], "initrd": PATH, "uki": [64 hex digits], "foreign": PATH -> 64 hex digits}.
+"images": [[64 hex digits, PATH], ...], "initrd": PATH, "uki": [64 hex digits], "beside": NAME -> 64 hex digits,
+"foreign": PATH -> 64 hex digits}.
 NAME is GRUB's, PATH below the root directory. What it says is believed only as far as the event log of the same boot
 has the same digests.
 
@@ -19,6 +20,7 @@ digits}.
 import glob
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from hashlib import file_digest, sha256
 from typing import NamedTuple
@@ -36,6 +38,8 @@ ESPS = ("boot/efi", "efi", "boot")
 """Where the EFI system partition is mounted."""
 BASES = ("boot", "boot/efi", "efi", "")
 """What GRUB's names may be relative to."""
+COUNTER = re.compile(r"(\+\d+(-\d+)?)?\.efi$")
+"""systemd's automatic boot assessment: tries left, tries done; taken out of the name after a boot that was good."""
 _VERSION = 1
 
 
@@ -52,6 +56,8 @@ class Booted(NamedTuple):
     """The file that the kernel's EFI stub got as it is; "" when that is none."""
     uki: tuple[bytes, ...]
     """What systemd-stub extended PCR 11 with, when the last of `images` is a unified kernel image and says the same."""
+    beside: Mapping[str, bytes]
+    """What systemd-stub adds to the unified kernel image: `beside`."""
     foreign: Mapping[str, bytes]
     """Files below /boot and on the EFI system partition that may have been changed while the host was off: SHA-256."""
 
@@ -65,6 +71,7 @@ class Booted(NamedTuple):
             "images": [[digest.hex(), path] for digest, path in self.images],
             "initrd": self.initrd,
             "uki": [digest.hex() for digest in self.uki],
+            "beside": {name: digest.hex() for name, digest in self.beside.items()},
             "foreign": {path: digest.hex() for path, digest in self.foreign.items()},
         }
         data = json.dumps(fields, separators=(",", ":")).encode()
@@ -86,6 +93,7 @@ class Booted(NamedTuple):
                 tuple((digest_of(hexed), _text(path)) for hexed, path in fields["images"]),
                 _text(fields["initrd"]),
                 tuple(map(digest_of, fields["uki"])),
+                {_text(name): digest_of(hexed) for name, hexed in fields["beside"].items()},
                 {_text(path): digest_of(hexed) for path, hexed in fields["foreign"].items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -139,6 +147,9 @@ def look(paths: Paths, log: Log) -> Booted:
                     if name.endswith((".cfg", "/grubenv")) and len(data) <= grub.MAX_TEXT:
                         texts[name] = data.decode("utf-8", "surrogateescape")
                     break
+                if data is not None and name.endswith("/grubenv") and (before := _before_grub(data, digest, log)):
+                    files[name], texts[name] = (path, digest), before
+                    break
         elif event.kind == eventlog.EFI_APPLICATION and event.pcr == 4:
             found = (path for path in _program(paths, event.data) if authenticode(paths, path) == digest)
             images += [(digest, path) for path in found][:1]
@@ -157,7 +168,38 @@ def look(paths: Paths, log: Log) -> Booted:
         for path, digest in everything(paths)
         if path not in measured and known.get(path) != digest
     }  # fmt: skip
-    return Booted(boot_id(paths), files, texts, tuple(images), initrd, uki, foreign)
+    added = beside(paths, images[-1][1]) if uki else {}
+    return Booted(boot_id(paths), files, texts, tuple(images), initrd, uki, added, foreign)
+
+
+def _before_grub(data: bytes, digest: bytes, log: Log) -> str:
+    """The text of grubenv as GRUB has read it, before it wrote to it in this boot; "" when that is not known."""
+    text = data.decode("utf-8", "surrogateescape")
+    said = filter(None, map(predict.grub_command, log.events))
+    values = {each.removeprefix("set default=") for each in said if each.startswith("set default=")}
+    for name in ("next_entry", "saved_entry"):
+        for value in values:
+            before = grub.with_variable(text, name, value)
+            if sha256(before.encode("utf-8", "surrogateescape")).digest() == digest:
+                return before
+    return ""
+
+
+def beside(paths: Paths, image: str) -> dict[str, bytes]:
+    """Add-ons, extensions and credentials that systemd-stub(7) measures with this image: name, SHA-256."""
+    found = {}
+    for folder in (
+        f"{image}.extra.d",
+        *(os.path.join(esp_of(image), "loader", each) for each in ("addons", "credentials")),
+    ):
+        for path in sorted(glob.glob(os.path.join(glob.escape(os.path.join(paths.root, folder)), "*"))):
+            found[os.path.basename(path)] = _sha256(paths, os.path.relpath(path, paths.root)) or bytes(32)
+    return found
+
+
+def esp_of(image: str) -> str:
+    """Where the file system of a unified kernel image, in EFI/Linux, is mounted."""
+    return os.path.dirname(os.path.dirname(os.path.dirname(image)))
 
 
 def everything(paths: Paths) -> Iterator[tuple[str, bytes]]:
@@ -171,7 +213,11 @@ def everything(paths: Paths) -> Iterator[tuple[str, bytes]]:
 
 
 def vouch(paths: Paths, before: Booted) -> None:
-    """For the next boot: the files as this system has them now, without those that are foreign still."""
+    """For the next boot: the files as this system has them now, without those that are foreign still. Nothing where a
+    folder of this boot's files is gone: the others are not all there to be seen."""
+    measured = {*(path for path, _ in before.files.values()), *(path for _, path in before.images), before.initrd}
+    if not all(os.path.isdir(os.path.join(paths.root, os.path.dirname(path))) for path in measured):
+        return
     files = {path: digest.hex() for path, digest in everything(paths) if before.foreign.get(path) != digest}
     data = json.dumps({"version": _VERSION, "files": files}, separators=(",", ":")).encode()
     if _read_own(paths.boot_files) != data:
@@ -179,8 +225,8 @@ def vouch(paths: Paths, before: Booted) -> None:
 
 
 def _known(paths: Paths) -> dict[str, bytes] | None:
-    """None before the first prediction: what is on disk then is taken as it is, as `init` does. What cannot be read
-    vouches for nothing."""
+    """None before `init` and the first prediction: what is on disk then is taken as it is. What cannot be read vouches
+    for nothing."""
     data = _read_own(paths.boot_files)
     if data is None:
         return None
@@ -237,8 +283,9 @@ def _program(paths: Paths, data: bytes) -> Iterator[str]:
     except Malformed:
         return
     if name and ".." not in name.split("/"):
-        for esp in ESPS:
-            yield from _any_case(paths, esp, name.split("/"))
+        for each in dict.fromkeys((name, COUNTER.sub(".efi", name))):
+            for esp in ESPS:
+                yield from _any_case(paths, esp, each.split("/"))
 
 
 def _any_case(paths: Paths, folder: str, parts: list[str]) -> Iterator[str]:

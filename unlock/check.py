@@ -9,6 +9,7 @@ key is the one in the key cache follows from the object's name alone.
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -16,8 +17,10 @@ from typing import Any, NamedTuple
 from . import (
     allowed,
     atunseal,
+    config,
     devices,
     disk,
+    eventlog,
     foresee,
     images,
     keyring,
@@ -28,9 +31,11 @@ from . import (
     report,
     thisboot,
     token,
+    uefi,
     window,
 )
-from .errors import CommandFailed, NoKey, NoSlot, UnlockError
+from .errors import CommandFailed, Malformed, NewerFormat, NoKey, NoSlot, UnlockError
+from .foresee import Foreseen
 from .groups import Group, Member
 from .paths import Paths
 from .policy import Record
@@ -79,14 +84,17 @@ def check(
     except NoKey:
         persistence = None
     seen = look()
+    comes = foreseen(paths, tcti)
     findings = [
-        *_tpm(paths, state, tcti),
+        *_tpm(paths, state, tcti, comes),
         *_operation(state),
         *(each for group in state.groups.values() for each in _group(state, group, seen, persistence)),
         *_root(paths, state),
-        *_images(paths, _written(tcti)),
+        *_images(paths, _written(tcti), comes),
         *_recovery(state),
         *_provider(paths, state, persistence, connect),
+        *_configuration(paths),
+        *_firmware(paths),
         *_kexec(paths),
         *_hibernation(paths),
     ]
@@ -112,7 +120,7 @@ def text(found: Checked) -> str:
 # The TPM ----------------------------------------------------------------------------------------------------
 
 
-def _tpm(paths: Paths, state: State, tcti: str) -> Iterator[Finding]:
+def _tpm(paths: Paths, state: State, tcti: str, comes: Foreseen | UnlockError) -> Iterator[Finding]:
     early = thisboot.early(paths)
     try:
         with Tpm(tcti) as tpm:
@@ -134,12 +142,12 @@ def _tpm(paths: Paths, state: State, tcti: str) -> Iterator[Finding]:
     yield Finding("TPM", SAFE, proven)
     verdict = early["verdict"] if early else ""
     if verdict == "unsealed":
-        yield from next_boot(paths, tcti, record)
+        yield from next_boot(comes, record)
     elif opened:
         yield Finding(
             "this boot", UNPROVEN, "the TPM allows what it has measured, and has not been asked yet", "reboot"
         )
-        yield from next_boot(paths, tcti, record)
+        yield from next_boot(comes, record)
     else:
         why = report.VERDICTS.get(verdict, "early boot left no report")
         yield Finding("this boot", UNSAFE, f"{why}; the next one is like this one", "unlock explain")
@@ -162,12 +170,18 @@ def _pin(record: Record, counts: bool) -> Iterator[Finding]:
         yield Finding("PIN", NOTE, lost, "unlock policy set --pin")
 
 
-def next_boot(paths: Paths, tcti: str, record: Record) -> Iterator[Finding]:
-    """Whether the TPM allows what the files on disk will measure."""
+def foreseen(paths: Paths, tcti: str) -> Foreseen | UnlockError:
+    """What the files on disk will measure, or why that cannot be told."""
     try:
-        found = foresee.run(paths, tcti, dry_run=True)
+        return foresee.run(paths, tcti, dry_run=True)
     except UnlockError as error:
-        yield Finding("next boot", UNPROVEN, str(error), error.hint)
+        return error
+
+
+def next_boot(found: Foreseen | UnlockError, record: Record) -> Iterator[Finding]:
+    """Whether the TPM allows it."""
+    if isinstance(found, UnlockError):
+        yield Finding("next boot", UNPROVEN, str(found), found.hint)
         return
     for each in found.entries:
         what, verdict = ("next boot", UNSAFE) if each.default else ("boot menu", NOTE)
@@ -182,17 +196,22 @@ def next_boot(paths: Paths, tcti: str, record: Record) -> Iterator[Finding]:
             yield Finding(what, verdict, f"{each.words}: the TPM will refuse it: {changes}", "unlock policy predict")
     if not found.entries:
         yield Finding("next boot", SAFE, found.notes[0])
+    for doubt in found.doubts:
+        yield Finding("next boot", UNPROVEN, doubt, "unlock policy window --reboots 1")
 
 
 def _current(tpm: Tpm) -> tuple[policy.Slot, Record] | None:
-    """The slot that early boot tries first."""
-    found = []
+    """The slot that early boot tries first. One that is damaged keeps it from none."""
+    found, problems = [], []
     for slot in policy.SLOTS:
         state = tpm.slot_state(slot)
         if state.record and state.complete:
             found.append((slot, state.record))
         elif state.problem and not isinstance(state.problem, NoSlot):
-            raise state.problem
+            problems.append(state.problem)
+    newer = [each for each in problems if isinstance(each, NewerFormat)]
+    if newer or (problems and not found):
+        raise (newer or problems)[0]
     return max(found, key=lambda pair: pair[1].generation, default=None)
 
 
@@ -263,6 +282,9 @@ def _root(paths: Paths, state: State) -> Iterator[Finding]:
     ours = {member.name for group in state.groups.values() for member in group.members}
     if devices.opened_by("/", ours, paths.root):
         yield Finding("root", SAFE, "it lies on disks that unlock opens")
+    elif ours and not allowed.unauthenticated_root(paths, state):
+        closed = "unlock does not open it: early boot gives it no keys, and closes all disks"
+        yield Finding("root", UNSAFE, closed, "unlock disk adopt")
     elif any(devices.is_encrypted(number, paths.root) for number in devices.root_chain("/", paths.root)):
         yield Finding("root", UNPROVEN, "it is encrypted, and something else than unlock opens it", "unlock disk adopt")
     else:
@@ -282,12 +304,14 @@ def _written(tcti: str) -> dict[str, int]:
     return {"token": token.VERSION, "record": found[1].version if found else 1}
 
 
-def _images(paths: Paths, written: dict[str, int]) -> Iterator[Finding]:
+def _images(paths: Paths, written: dict[str, int], comes: Foreseen | UnlockError) -> Iterator[Finding]:
+    """Those of what boots by itself count; where that is not known, the newest."""
     found = images.installed(paths)
-    if not found:
+    entries = () if isinstance(comes, UnlockError) else comes.entries
+    needed = [os.path.join(paths.root, each.initrd) for each in entries if each.default and each.initrd] or found[-1:]
+    if not needed:
         yield Finding("initramfs", UNPROVEN, "there is no /boot/initrd.img-*: whether unlock is in it is not known")
-    for image in found:
-        newest = image == found[-1]
+    for image in dict.fromkeys([*found, *needed]):
         name = os.path.basename(image)
         try:
             wrong = _unreadable(images.contents(image), written)
@@ -295,7 +319,7 @@ def _images(paths: Paths, written: dict[str, int]) -> Iterator[Finding]:
             wrong = str(error)
         if wrong:
             do = f"update-initramfs -u -k {images.kernel(image)}"
-            yield Finding(name, UNSAFE if newest else NOTE, wrong, do)
+            yield Finding(name, UNSAFE if image in needed else NOTE, wrong, do)
         else:
             yield Finding(name, SAFE, "unlock is in it, and reads what is on the disks and in the TPM")
 
@@ -312,10 +336,53 @@ def _unreadable(image: images.Contents, written: dict[str, int]) -> str:
     return ""
 
 
+def _configuration(paths: Paths) -> Iterator[Finding]:
+    try:
+        config.load(paths.config)
+    except (UnlockError, OSError) as error:
+        yield Finding("unlock.toml", UNSAFE, f"no group that it names is mounted: {error}", f"edit {paths.config}")
+
+
+def _firmware(paths: Paths) -> Iterator[Finding]:
+    """Whether the firmware starts what it has started now. The order of this boot is the one in the log: the first
+    entry may well be one that never starts, such as the network."""
+    now, order = _variable(paths, "BootCurrent"), _variable(paths, "BootOrder")
+    once = _variable(paths, "BootNext")
+    if once and once != now:
+        name = f"Boot{int.from_bytes(once, 'little'):04X}"
+        why = f"it will start {name} once: a firmware update, or another system"
+        yield Finding("firmware", UNPROVEN, why, "efibootmgr -v; efibootmgr -N, or unlock policy window --reboots 1")
+    log, _ = atunseal.event_log(paths)
+    measured = [each for each in log.events if each.kind in _BOOT_VARIABLES] if log else []
+    orders = [found.data for found in map(_named, measured) if found.name == "BootOrder"]
+    if order and orders and order != orders[-1]:
+        yield Finding("firmware", UNPROVEN, "its boot order has changed since this boot", "efibootmgr -v")
+
+
+_GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
+"""EFI_GLOBAL_VARIABLE: UEFI Specification 2.10, section 3.3."""
+_BOOT_VARIABLES = (eventlog.EFI_VARIABLE_BOOT, eventlog.EFI_VARIABLE_BOOT2)
+
+
+def _named(event: eventlog.Event) -> uefi.Variable:
+    try:
+        return uefi.variable(event.data)
+    except Malformed:
+        return uefi.Variable("", b"")
+
+
+def _variable(paths: Paths, name: str) -> bytes:
+    """A UEFI variable, without its attributes; b"" when there is none (linux Documentation/filesystems/efivarfs)."""
+    return atunseal.read(os.path.join(paths.efi, f"efivars/{name}-{_GLOBAL}"), 1 << 16)[4:]
+
+
 def _kexec(paths: Paths) -> Iterator[Finding]:
     if _line(paths, "sys/kernel/kexec_loaded") == "1":
         why = "a kernel is loaded, and a reboot may start it without a reset of the TPM, which is locked until then"
         yield Finding("kexec", UNSAFE, why, "kexec --unload")
+    if re.search("(?m)^LOAD_KEXEC=[\"']?true", _line(paths, "etc/default/kexec")):
+        why = "kexec-tools loads a kernel at each reboot, which starts without a reset of the TPM"
+        yield Finding("kexec", UNSAFE, why, "LOAD_KEXEC=false in /etc/default/kexec")
 
 
 def _hibernation(paths: Paths) -> Iterator[Finding]:

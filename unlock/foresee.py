@@ -10,6 +10,7 @@ since: nothing else vouches for /boot (unlock.booted). What a file does not tell
 never guessed: those PCRs stay as they are, or it is Refused.
 """
 
+import fnmatch
 import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,8 +28,6 @@ from .tpm import Tpm
 MOST = 6
 """Entries that are predicted: a policy holds eight states, and two are this boot's and the one before."""
 
-NOTHING = "unmeasured"
-"""How a host boots (atunseal.how_booted) where files are not measured."""
 _BY_FILES = {4, 5, 8, 9, 11, 12, 13}
 """PCRs in which programs, configuration, kernel and initramfs are measured."""
 _SOME = b"\xff" * 32
@@ -47,6 +46,8 @@ class Entry(NamedTuple):
     why: str
     """Why not; empty when they can."""
     default: bool
+    initrd: str = ""
+    """The file with its initramfs, below the root directory; "" when that is not known."""
 
 
 class World(NamedTuple):
@@ -66,14 +67,17 @@ class Foreseen(NamedTuple):
     notes: tuple[str, ...]
     states: int
     """How many the policy has now."""
+    doubts: tuple[str, ...] = ()
+    """Those of the notes that what is predicted depends on."""
 
 
 # Foreseeing -------------------------------------------------------------------------------------------------
 
 
-def foresee(world: World) -> tuple[list[Entry], list[str]]:
-    """The entries that may boot next, the default one first, and what else is worth knowing. Raises Refused."""
-    notes = _programs(world)
+def foresee(world: World) -> tuple[list[Entry], list[str], list[str]]:
+    """The entries that may boot next, the default one first, what that depends on, and what else is worth knowing.
+    Raises Refused."""
+    doubts, notes = _programs(world), []
     kind = atunseal.how_booted(world.paths, {pcr: world.values.get(pcr, _SOME) for pcr in range(16)})
     if kind == "shim+GRUB":
         found = _grub(world)
@@ -87,7 +91,7 @@ def foresee(world: World) -> tuple[list[Entry], list[str]]:
     if len(entries) > MOST:
         left = ", ".join(each.words for each in entries[MOST:])
         notes.append(f"the policy has no room for all entries of the boot menu; not predicted: {left}")
-    return entries[:MOST], notes
+    return entries[:MOST], doubts, notes
 
 
 def _programs(world: World) -> list[str]:
@@ -120,9 +124,17 @@ def _grub(world: World) -> Iterator[Entry]:
     for name in before.texts:
         if name != learned.name and name.endswith(".cfg") and _changed(world, name):
             raise predict.cannot(f"{before.files[name][0]} has changed, and GRUB reads it before its menu")
-    text = disk.content(learned.name).decode("utf-8", "surrogateescape")
+    try:
+        text = disk.content(learned.name).decode("utf-8", "surrogateescape")
+    except grub.Unknown as problem:
+        raise predict.cannot(str(problem)) from None
+    later = _without_once(disk, f"{learned.variables['prefix']}/grubenv")
     for number, (title, titles) in enumerate(predict.menu(learned, text, disk)):
         yield _grub_entry(world, learned, text, title, titles, disk, where, not number)
+        if later and not number:
+            title, titles = next(predict.menu(learned, text, later))
+            after = _grub_entry(world, learned, text, title, titles, later, where, False)
+            yield after._replace(words=f"{after.words}, after the next boot")
 
 
 def _grub_entry(
@@ -159,7 +171,8 @@ def _grub_entry(
     loaded = [where(name) for name in (kernel.words[0], *kernel.initrds)]
     if foreign := _foreign(world, loaded):
         return Entry(words, tuple(changes), None, foreign, default)
-    return _entry(world, words, changes, events, default)
+    entry = _entry(world, words, changes, events, default)
+    return entry._replace(initrd=loaded[1]) if loaded[1:] else entry
 
 
 def _changed(world: World, name: str) -> bool:
@@ -223,6 +236,21 @@ def _disk(world: World, where: Callable[[str], str]) -> predict.Disk:
     return predict.Disk(content, lambda name: sha256(content(name)).digest(), image, exists)
 
 
+def _without_once(disk: predict.Disk, environment: str) -> predict.Disk | None:
+    """What the boot after `grub-reboot` will have found: GRUB takes the entry out of its environment. None without."""
+    try:
+        old = disk.content(environment).decode("utf-8", "surrogateescape")
+    except grub.Unknown:
+        return None
+    new = grub.with_variable(old, "next_entry", "").encode("utf-8", "surrogateescape")
+    if new.decode("utf-8", "surrogateescape") == old:
+        return None
+    return disk._replace(
+        content=lambda name: new if name == environment else disk.content(name),
+        sha256=lambda name: sha256(new).digest() if name == environment else disk.sha256(name),
+    )
+
+
 def _parted(name: str) -> tuple[str, str]:
     """(hd0,gpt2)/grub/grub.cfg: the device, which may be none, and the rest."""
     if name.startswith("("):
@@ -256,7 +284,8 @@ def _direct(world: World) -> Iterator[Entry]:
             words.append(f"initramfs of {_version(path)}")
     if not world.before.images and not world.before.initrd:
         raise predict.cannot("neither the kernel nor the initramfs of this boot is a file on disk")
-    yield _entry(world, f"kernel {version}", words, predict.changed(world.log, changes), True)
+    entry = _entry(world, f"kernel {version}", words, predict.changed(world.log, changes), True)
+    yield entry._replace(initrd=world.before.initrd)
 
 
 def _ukis(world: World) -> Iterator[Entry]:
@@ -265,12 +294,17 @@ def _ukis(world: World) -> Iterator[Entry]:
     before = world.before
     if not before.uki:
         raise predict.cannot("the unified kernel image of this boot is not on disk as it was booted")
-    own = before.images[-1][1]
+    own = _now_named(world, before.images[-1][1])
     pattern = os.path.join(glob.escape(os.path.join(world.paths.root, os.path.dirname(own))), "*.[eE][fF][iI]")
     found = {os.path.relpath(path, world.paths.root) for path in glob.glob(pattern)}
     newest = max(found, key=natural, default=own)
+    told = _told_to_start(world, own)
+    ids = {path: booted.COUNTER.sub(".efi", os.path.basename(path).lower()) for path in (own, *found)}
+    for name in told:
+        if not any(fnmatch.fnmatchcase(each, name) for each in ids.values()) and _is_entry(world, own, name):
+            yield Entry(f"boot entry {name}", (), None, "it is no unified kernel image like this boot's", True)
     for path in [own, *sorted(found - {own}, key=natural, reverse=True)]:
-        default = path in (own, newest)
+        default = path in (own, newest) or any(fnmatch.fnmatchcase(ids[path], name) for name in told)
         data = booted.read(world.paths, path)
         try:
             sections = tuple(predict.uki_measurements(data)) if data is not None else ()
@@ -288,10 +322,46 @@ def _ukis(world: World) -> Iterator[Entry]:
         if foreign := _foreign(world, [path]):
             yield Entry(words, tuple(changes), None, foreign, default)
             continue
+        if booted.beside(world.paths, path) != before.beside:
+            other = "add-ons or credentials beside it are not those of this boot"
+            yield Entry(words, tuple(changes), None, other, default)
+            continue
         entry = _entry(world, words, changes, events, default)
         if changes and entry.values is not None:  # systemd-stub adds to what the kernel's own stub measures
             entry = entry._replace(values={pcr: value for pcr, value in entry.values.items() if pcr != 9})
         yield entry
+
+
+_SYSTEMD_BOOT = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
+"""The vendor of its variables: systemd.io/BOOT_LOADER_INTERFACE."""
+
+
+def _now_named(world: World, own: str) -> str:
+    """This boot's image; after a boot that was good its name has no counter any more."""
+    blessed = booted.COUNTER.sub(".efi", own)
+    return own if os.path.exists(os.path.join(world.paths.root, own)) else blessed
+
+
+def _told_to_start(world: World, own: str) -> list[str]:
+    """Patterns of entries that systemd-boot was told to start: once, by default, by loader.conf; lower case."""
+    names = []
+    for variable in ("LoaderEntryOneShot", "LoaderEntryDefault"):
+        data = atunseal.read(os.path.join(world.paths.efi, f"efivars/{variable}-{_SYSTEMD_BOOT}"), 4096)[4:]
+        names.append(data.decode("utf-16-le", "replace").partition("\0")[0])
+    config = booted.read(world.paths, os.path.join(booted.esp_of(own), "loader/loader.conf")) or b""
+    lines = [line.split(None, 1) for line in config.decode("utf-8", "replace").splitlines()]
+    names += [words[1].strip() for words in lines if words[:1] == ["default"] and words[1:]]
+    return [name.lower() for name in names if name]
+
+
+def _is_entry(world: World, own: str, name: str) -> bool:
+    """Whether there is such an entry that is no unified kernel image."""
+    folder = os.path.join(world.paths.root, booted.esp_of(own), "loader/entries")
+    try:
+        names = [each.lower() for each in os.listdir(folder)]
+    except OSError:
+        names = []
+    return name.startswith("auto-") or any(fnmatch.fnmatchcase(each, name) for each in names)
 
 
 def _entry(world: World, words: str, changes: Iterable[str], events: Iterable[Event], default: bool) -> Entry:
@@ -339,16 +409,14 @@ def run(paths: Paths, tcti: str, dry_run: bool = False, trust_files: bool = Fals
     predicted leaves out no other. Raises Refused, and whatever `allowed.predicted` raises."""
     with Tpm(tcti) as tpm:
         found = allowed.current(paths, tpm)
-        if (
-            not _BY_FILES & set(found.record.selection)
-            or atunseal.how_booted(paths, tpm.read_pcrs(range(16))) == NOTHING
-        ):
+        if not _BY_FILES & set(found.record.selection):
             note = "no update of files changes what the TPM looks at: there is nothing to predict"
             return Foreseen((), (note,), len(found.states))
         world = gather(paths, tpm)
         if trust_files:
             world = world._replace(before=world.before._replace(foreign={}))
-        entries, notes = foresee(world)
+        entries, doubts, notes = foresee(world)
+        entries = [_told(each, found.record.selection) for each in entries]
         states = len(allowed.current(paths, tpm).states)
     good = {each.words: each.values for each in entries if each.values is not None}
     if good and not dry_run:
@@ -357,7 +425,18 @@ def run(paths: Paths, tcti: str, dry_run: bool = False, trust_files: bool = Fals
         if trust_files:
             booted.save(paths, world.before)
         booted.vouch(paths, world.before)
-    return Foreseen(tuple(entries), tuple(notes), states)
+    return Foreseen(tuple(entries), (*doubts, *notes), states, tuple(doubts))
+
+
+def _told(entry: Entry, selection: Iterable[int]) -> Entry:
+    """Not predicted when a PCR of the policy is not told."""
+    try:
+        atunseal.of(selection, entry.values or {})
+    except Refused:
+        if entry.values is not None:
+            unknown = min(set(selection) - entry.values.keys())
+            return entry._replace(values=None, why=f"what it will measure into PCR {unknown} cannot be told")
+    return entry
 
 
 def refused(found: Foreseen) -> Refused | None:
@@ -376,13 +455,16 @@ def keep(paths: Paths, tcti: str) -> None:
     try:
         explain.keep_baseline(paths, tcti, sealed)
         if sealed and found:
-            booted.keep(paths, found)
+            before = booted.keep(paths, found)
+            if not os.path.exists(paths.boot_files):
+                booted.vouch(paths, before)
     except (OSError, Malformed) as problem:
         log.error(f"what this boot has measured cannot be kept: {problem}", "unlock check")
 
 
 def hook(paths: Paths, tcti: str) -> int:
-    """`unlock boot predict`, after an update: never fails, and says on stderr what the next boot will do."""
+    """`unlock boot predict`, after an update: says on stderr what the next boot will do. 1 when it is worth
+    trying again though no file changes: another command was at work, or the TPM failed."""
     if not os.path.exists(paths.state):
         return 0
     try:
@@ -391,10 +473,10 @@ def hook(paths: Paths, tcti: str) -> int:
         if problem.code in ("no-key", "not-initialised"):
             return 0
         _warn(problem)
-        return 0
+        return 0 if problem.code in ("cannot-predict", "boot-not-allowed", "pin-needed") else 1
     except OSError as problem:
         _warn(predict.cannot(str(problem)))
-        return 0
+        return 1
     for each in found.entries:
         if each.values is not None and each.changes:
             log.note(f"unlock: next boot: {each.words} is predicted: {', '.join(each.changes)}")

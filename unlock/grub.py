@@ -76,6 +76,12 @@ def variables(config: str) -> dict[str, str]:
     return {**own, "prefix": folder, **{f"feature_{each}": "y" for each in _FEATURES}}
 
 
+def with_variable(environment: str, name: str, value: str) -> str:
+    """grubenv after GRUB's `save_env` of a variable that it has: its size stays (grub-core/lib/envblk.c)."""
+    changed = re.sub(rf"(?m)^{name}=.*$", lambda _: f"{name}={value}", environment.rstrip("#"))
+    return changed.ljust(len(environment), "#")
+
+
 class Run:
     """One run of a configuration. `commands` grows."""
 

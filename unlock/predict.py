@@ -304,8 +304,8 @@ def _follow(
 
 
 def menu(learned: Learned, text: str, disk: Disk) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The entries of a grub.cfg that start a kernel, the default one first: title, and titles on the way to it.
-    Those for repair (recovery mode) are left out. Raises Refused."""
+    """The default entry of a grub.cfg, whatever it starts, and the others that start a kernel: title, and titles on
+    the way to it. Others for repair (recovery mode) are left out. Raises Refused."""
     try:
         run = _run(learned, text, disk)
         ways = [run.default]
@@ -314,12 +314,13 @@ def menu(learned: Learned, text: str, disk: Disk) -> Iterator[tuple[str, tuple[s
             ways += [[entry, each] for each in inside] if entry.is_menu else [[entry]]
     except grub.Unknown as problem:
         raise cannot(str(problem)) from None
-    seen = set()
+    seen: set[tuple[str, ...]] = set()
     for way in ways:
         titles = tuple(each.title for each in way)
         lines = [line.split() for line in way[-1].body.splitlines()]
         loads = [line for line in lines if line and line[0] in ("linux", "linuxefi")]
-        if titles not in seen and loads and not any({"single", "recovery"} & set(line) for line in loads):
+        usual = loads and not any({"single", "recovery"} & set(line) for line in loads)
+        if titles not in seen and (usual or not seen):
             seen.add(titles)
             yield titles[-1], titles
 
