@@ -89,8 +89,8 @@ SecureBootCertificate=/etc/kernel/secure-boot.pem
 COPY = """\
 #!/bin/sh
 # To the EFI system partition, when a kernel has got its initramfs; whole, whenever the power goes.
-cd /boot/efi/EFI/debian && cp "/boot/vmlinuz-$1" vmlinuz.new && cp "$2" initrd.img.new && sync -f . &&
-	mv vmlinuz.new vmlinuz && mv initrd.img.new initrd.img && sync -f .
+cd /boot/efi/EFI/debian && cp "/boot/vmlinuz-$1" vmlinuz.new && cp "$2" initrd.img.new &&
+	sync vmlinuz.new initrd.img.new && mv vmlinuz.new vmlinuz && mv initrd.img.new initrd.img && sync .
 """
 UPDATE = """
 cd /usr/lib/lab
