@@ -64,6 +64,7 @@ def test_an_edited_command_line_is_refused_and_the_recovery_key_still_opens_ever
         booted.console.expect("group 8 of the recovery key is mistyped", 60)
         booted.console.expect("recovery key: ", 60)
         booted.console.send(story.recovery_key + "\n")
+        booted.console.expect("PCR 9: the kernel command line changed", 120)
         console = up(booted)
         found = report(console)
         assert found["verdict"] == "pcr-mismatch"

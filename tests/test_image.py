@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What unlock adds to an initramfs: its size, and that its python runs there with nothing else."""
 
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -27,16 +28,23 @@ def test_the_initramfs_grows_by_at_most_9_mb(record_property: Callable[[str, obj
 
 
 def test_early_boots_python_runs_in_the_unpacked_initramfs(tmp_path: Path) -> None:
-    """All modules that early boot may import are there, and nothing heavy is loaded."""
+    """All modules that early boot may import are there, nothing heavy is loaded, and event logs can be told."""
     initrd = image.build("luks").initrd
     subprocess.run(["unmkinitramfs", initrd, tmp_path], check=True)
     tree = tmp_path / "main" if (tmp_path / "main").exists() else tmp_path
     order = (tree / "scripts/local-premount/ORDER").read_text()
     assert order.index("check-resume") < order.index("local-premount/resume")
+    shutil.copytree(Path(__file__).parent / "data/eventlogs", tree / "logs")
     code = (
-        "import sys; sys.path.insert(0, '/usr/lib/unlock'); import unlock.__main__, unlock.boot, unlock.recovery; "
+        "import os, sys; sys.path.insert(0, '/usr/lib/unlock'); import unlock.__main__, unlock.boot, unlock.recovery; "
         "import unlock.explain, unlock.shell; "
-        "from unlock import devices, luks, tpm, wrap; devices._pyudev(); luks._lib(); tpm._load(); print(*sys.modules)"
+        "from unlock import devices, luks, tpm, wrap; devices._pyudev(); luks._lib(); tpm._load()\n"
+        "print(*sys.modules)\n"
+        "from unlock import eventlog, measured\n"
+        "for name in os.listdir('/logs'):\n"
+        "    if name.endswith('.bin'):\n"
+        "        log = eventlog.parse(open(f'/logs/{name}', 'rb').read())\n"
+        "        measured.with_command_line(map(measured.describe, log.events), 'quiet')\n"
     )
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "CRYPTOGRAPHY_OPENSSL_NO_LEGACY": "1"}
     command = ["chroot", tree, "/usr/bin/python3", "-I", "-c", code]
