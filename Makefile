@@ -94,7 +94,7 @@ soak:
 demo: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.demo
 
-# An update, then no key manager, network and power; then an edited command line. By KVM, where it runs, a minute.
+# An update, then no key manager, network and power; then an edited command line. By KVM where it runs the machine.
 demo-short: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.demo_short
 
