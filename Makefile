@@ -79,7 +79,7 @@ test-fast: lint
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not vm"
 
 test: lint
-	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=15 -m "not long"
+	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -m "not long"
 
 # What takes an hour more: updates by GRUB, by a unified kernel image and by the firmware alone, rebind, a PIN, and
 # attacks that succeed because the defence is gone.
