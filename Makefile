@@ -81,8 +81,8 @@ test-fast: lint
 test: lint
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -m "not long"
 
-# What takes an hour more: updates by GRUB, by a unified kernel image and by the firmware alone, rebind, a PIN, and
-# attacks that succeed because the defence is gone.
+# What takes hours more: updates by GRUB, by a unified kernel image and by the firmware alone, what check says and what
+# then happens, rebind, a PIN, group create killed on the way, and attacks that succeed because the defence is gone.
 test-long: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist load --durations=15 -m long
 

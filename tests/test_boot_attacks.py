@@ -233,8 +233,12 @@ if libc.syscall(320, kernel, initrd, ctypes.c_long(len(command)), command, 0):  
 
 def kexec(story: Machine, booted: VM, initrd: Path | None = None) -> None:
     """Starts the same kernel again, without a reset of the TPM."""
+    load_kexec(story, booted, initrd)
+    booted.guest.sh("systemctl kexec --no-block")
+
+
+def load_kexec(story: Machine, booted: VM, initrd: Path | None = None) -> None:
     for name, source in (("kernel", story.image.kernel), ("initrd", initrd or story.image.initrd)):
         booted.guest.write(f"/run/{name}", source.read_bytes())
     booted.guest.write("/run/cmdline", story.image.cmdline.encode())
     booted.guest.sh(f"python3 -I -c '{KEXEC}'", timeout=120)
-    booted.guest.sh("systemctl kexec --no-block")

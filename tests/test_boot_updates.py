@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import image
+from tests.lab import image, loader
 from tests.lab.guest import Guest
 from tests.lab.loader import Kind
 from tests.lab.machine import Machine, report
@@ -19,6 +19,8 @@ from tests.lab.vm import VM
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 DOWN, ENTER = "\x1b[B", "\r"
+OWNER = "605dab50-e046-4300-abb6-3dd810dd8b23"
+"""Of a key or a hash in the firmware's lists: shim's GUID, here."""
 SAFE = {"": "safe", "root": "safe"}
 NEW = {"": "unproven", "root": "safe"}
 """What `check` says in the boot in which the host was initialised: the TPM has not been asked yet."""
@@ -93,6 +95,12 @@ def test_shim_and_grub(home: Path) -> None:
         assert causes & {"boot-loader-config", "command-line"}
         refused = console.sh("unlock policy predict", check=False)
         assert refused.code == 3 and "none that the TPM allows" in refused.err
+        booted.poweroff(300)
+    with loader.variables(story.home / "vars.fd") as firmware:
+        firmware.add_cert("MokList", OWNER, str(loader.KEYS / "PkKek-1-snakeoil.pem"))
+    with story.boot() as booted:  # shim measures its keys before GRUB is there
+        booted.console.expect("first     PCR 14: the Machine Owner Keys", 600)
+        booted.kill()
 
 
 def recovered_in_the_shell(booted: VM, story: Machine) -> Guest:
@@ -136,7 +144,7 @@ def recovered_in_the_shell(booted: VM, story: Machine) -> Guest:
 
 def test_a_unified_kernel_image_under_secure_boot(home: Path) -> None:
     """kernel-install makes and signs an image of the new kernel, systemd-boot starts it by itself, and the old one
-    once, when it is told to."""
+    once, when it is told to. A revocation and Secure Boot switched off are told at the prompt."""
     story = host(home, "uki")
     with story.boot(limit=2400) as booted:
         console = take_in_root(booted, story)
@@ -153,6 +161,19 @@ def test_a_unified_kernel_image_under_secure_boot(home: Path) -> None:
     with story.boot() as booted:
         console = unsealed(booted)
         assert console.sh("uname -r").out == old
+        booted.kill()
+    with loader.variables(story.home / "vars.fd") as firmware:
+        firmware.add_hash("dbx", OWNER, "ab" * 32)
+    refused(story, "PCR 7: the Secure Boot revocation list (dbx) changed")
+    with loader.variables(story.home / "vars.fd") as firmware:
+        firmware.set_bool("SecureBootEnable", False)
+    refused(story, "PCR 7: Secure Boot was switched off")
+
+
+def refused(story: Machine, first: str) -> None:
+    with story.boot() as booted:
+        booted.console.expect("recovery key: ", 600)
+        assert f"first     {first}" in booted.console.text
         booted.kill()
 
 

@@ -18,6 +18,7 @@ from tpmfixture import Swtpm
 from tests.lab.kmipliar import Liar
 from unlock import check, disk, keyring, luks, policy, recoveryops, report, slots, token
 from unlock.check import NOTE, SAFE, UNPROVEN, UNSAFE
+from unlock.errors import UnlockError
 from unlock.secret import Secret
 
 pytestmark = pytest.mark.usefixtures("key_cache")
@@ -215,6 +216,11 @@ def test_where_a_pin_is_set_the_image_must_read_that_and_ask(world: World) -> No
     world.image("6.12.1-amd64", CODE, READS[0], newer, asks)
     verdict, wrong = world.check()
     assert verdict == SAFE and what not in wrong
+    world.chip.set_lockout(1, 1234)
+    with world.chip.open() as tpm, pytest.raises(UnlockError):
+        slots.unseal(tpm, lambda _: Secret(b"another"))
+    verdict, wrong = world.check()
+    assert verdict == UNSAFE and "forgets one in 1234 s" in wrong["PIN"][1]
 
 
 def test_the_manifest_says_which_formats_the_code_reads() -> None:

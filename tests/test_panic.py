@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scripts/panic: what happens before a shell, in which order, and at a second one. The scripts, with stand-ins for
-what they start."""
+"""What happens before a shell, and before the recovery prompt, and in which order. The scripts, with stand-ins for what
+they start."""
 
 import shutil
 import subprocess
@@ -37,6 +37,7 @@ class Stage:
                 "unlock_run=/run/unlock": f"unlock_run={self.run_folder}",
                 "/proc/sysrq-trigger": home / "sysrq",
                 "sleep 3": "sleep 0",
+                "sleep 0.1": "sleep 0.01",
             }.items():
                 text = text.replace(path, str(to))
             (home / name).write_text(text)
@@ -48,9 +49,16 @@ class Stage:
 
     def panic(self, shell: list[str]) -> list[str]:
         """What was started, in order."""
+        return self.started([*shell, str(self.home / "panic")])
+
+    def gives_up(self, shell: list[str]) -> list[str]:
+        """The same, when root does not open by itself."""
+        return self.started([*shell, "-c", f". {self.home}/functions; unlock_give_up"])
+
+    def started(self, command: list[str]) -> list[str]:
         self.log.write_text("")
         path = f"{self.home}:/usr/sbin:/usr/bin:/sbin:/bin"
-        subprocess.run([*shell, self.home / "panic"], env={"PATH": path}, timeout=60, check=False)
+        subprocess.run(command, env={"PATH": path}, timeout=60, check=False)
         return self.log.read_text().splitlines()
 
 
@@ -95,3 +103,19 @@ def test_without_a_working_python_the_console_still_says_what_to_type(tmp_path: 
     (stage.run_folder / "verdict").write_text("pcr-mismatch\n")
     stage.panic(shell)
     assert "unlock open --recovery" in stage.console.read_text()
+
+
+def test_before_the_recovery_key_is_asked_for_the_prompt_says_why(tmp_path: Path, shell: list[str]) -> None:
+    stage = Stage(tmp_path)
+    (stage.run_folder / "verdict").write_text("pcr-mismatch\n")
+    assert stage.gives_up(shell) == ["cap ", "boot why", "boot prompt"]
+    (stage.run_folder / "verdict").write_text("unsealed\n")  # the disk is what is wrong
+    assert stage.gives_up(shell) == ["cap ", "boot prompt"]
+
+
+def test_the_prompt_comes_when_the_reason_does_not(tmp_path: Path, shell: list[str]) -> None:
+    stage = Stage(tmp_path, failing="why")
+    (stage.run_folder / "verdict").write_text("pcr-mismatch\n")
+    assert stage.gives_up(shell)[-1] == "boot prompt"
+    stage.program("unlock", f'echo "$*" >>{stage.log}; case "$*" in *why) exec sleep 600 ;; esac')
+    assert stage.gives_up(shell)[-1] == "boot prompt"

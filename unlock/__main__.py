@@ -44,6 +44,10 @@ def _boot(argv: list[str]) -> int:
         from .recovery import prompt
 
         return prompt(paths)
+    if argv == ["why"]:
+        from .shell import why
+
+        return why(paths)
     if argv == ["screen"]:
         from .shell import screen
 
@@ -79,7 +83,7 @@ def _boot(argv: list[str]) -> int:
         from .late import gate
 
         return gate(paths, argv[1])
-    raise Usage("usage: unlock boot agent | prompt | screen | secure | drop | heal | baseline | predict | gate GROUP")
+    raise Usage("usage: unlock boot agent|why|prompt|screen|secure|drop|heal|baseline|predict|gate GROUP")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from .paths import Paths
 from .policy import Record
 from .secret import Secret
 from .state import State
-from .tpm import Tpm
+from .tpm import Facts, Tpm
 
 VERSION = 1
 NOTE, SAFE, UNPROVEN, UNSAFE = "note", "safe", "unproven", "unsafe"
@@ -134,7 +134,7 @@ def _tpm(paths: Paths, state: State, tcti: str, comes: Foreseen | UnlockError) -
                 return
             tpm.verify(slot, record)
             opened = allowed.current(paths, tpm).opened
-            counts = tpm.facts().lockout_auth_set
+            facts = tpm.facts()
     except UnlockError as error:
         yield Finding("TPM", UNSAFE, str(error), error.hint or "unlock explain")
         return
@@ -151,18 +151,20 @@ def _tpm(paths: Paths, state: State, tcti: str, comes: Foreseen | UnlockError) -
     else:
         why = report.VERDICTS.get(verdict, "early boot left no report")
         yield Finding("this boot", UNSAFE, f"{why}; the next one is like this one", "unlock explain")
-    yield from _pin(record, counts)
+    yield from _pin(record, facts)
     if state.tpm["window"]:
         yield Finding("policy", NOTE, window.said(state.tpm["window"]), "unlock policy close")
 
 
-def _pin(record: Record, counts: bool) -> Iterator[Finding]:
-    """`counts`: not anyone can have the TPM forget its count of wrong tries."""
+def _pin(record: Record, facts: Facts) -> Iterator[Finding]:
     if not record.pin:
         return
+    if facts.in_lockout:
+        locked = f"the TPM is locked out after wrong PINs, and forgets one in {facts.lockout_interval} s"
+        yield Finding("PIN", UNSAFE, locked, "wait, or tpm2_dictionarylockout --clear-lockout")
     asked = "the TPM asks for it at every boot: this host does not boot unattended"
     yield Finding("PIN", NOTE, asked, "unlock policy set --no-pin")
-    if not counts:
+    if not facts.lockout_auth_set:
         free = "the TPM's lockout has no password: whoever boots another system clears the count, and tries on"
         yield Finding("PIN", NOTE, free, "tpm2_changeauth -c lockout")
     if allowed.PIN_AUTH not in keyring.names():

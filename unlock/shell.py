@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recovery shell of the initramfs: the screen before its prompt, and the words that work in it.
 
+why()               before the recovery prompt: which measurement made the TPM refuse
 screen()            what happened, what differs, what to type; at a later prompt, what is new
 shell(ARGUMENTS)    status, explain, open --recovery, help: as in the booted system, with what is known here
 
@@ -118,6 +119,14 @@ def table(found: dict[str, Any]) -> str:
 # The screen
 
 
+def why(paths: Paths) -> int:
+    """Prints what differs first from the last good boot; nothing where that cannot be told."""
+    found = explain.judge(explain.gather(paths, thisboot.tpm_device()))
+    if found.causes:
+        print("\n".join(_printable(_cause(found))), flush=True)
+    return 0
+
+
 def screen(paths: Paths) -> int:
     """Prints it; nothing on a host that unlock has no part in."""
     lines = screen_lines(paths)
@@ -140,7 +149,11 @@ def screen_lines(paths: Paths) -> list[str]:
         new = [each for each in troubles if each not in shown]
         lines = _listed("new", new) or ["new       nothing since the last prompt"]
     ends = ["", *HELP.splitlines()]
-    return [measured.printable_line(line, COLUMNS) for line in [*lines, *ends]]
+    return _printable([*lines, *ends])
+
+
+def _printable(lines: list[str]) -> list[str]:
+    return [measured.printable_line(line, COLUMNS) for line in lines]
 
 
 def _what(early: dict[str, Any] | None) -> list[str]:
@@ -163,6 +176,10 @@ def _first(paths: Paths, early: dict[str, Any] | None) -> list[str]:
         return [f"{'first':<10}cannot be told: {error}"]
     if not found.causes:
         return [f"{'first':<10}{found.summary}"]
+    return _cause(found)
+
+
+def _cause(found: explain.Explanation) -> list[str]:
     cause = found.causes[0]
     rows = [("first", cause.title), ("was", cause.old), ("is", cause.new), ("usually", cause.usually)]
     if found.copied:

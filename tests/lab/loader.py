@@ -9,9 +9,10 @@ direct  kernel and initramfs on the EFI system partition, by an entry of the fir
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from . import cache
 
@@ -149,17 +150,25 @@ def disks(kind: Kind, tree: Path, work: Path, cmdline: str, root_uuid: str, chro
 def entry(to: Path, name: str, options: str) -> None:
     """The firmware's one boot entry, in its variables `to`, as `efibootmgr --create --unicode OPTIONS` makes it."""
     from virt.firmware.efi import devpath, ucs16
-    from virt.firmware.varstore import edk2
 
     if not to.exists():
         shutil.copyfile(NO_VARIABLES, to)
-    store = edk2.Edk2VarStore(os.fspath(to))
-    variables = store.get_varlist()
     path = devpath.DevicePath.filepath("\\" + name.replace("/", "\\"))
-    variables.set_boot_entry(0, "Debian", path, bytes(ucs16.from_string(options)))
-    if "BootOrder" not in variables:
-        variables.append_boot_order(0)
-    store.write_varstore(os.fspath(to), variables)
+    with variables(to) as found:
+        found.set_boot_entry(0, "Debian", path, bytes(ucs16.from_string(options)))
+        if "BootOrder" not in found:
+            found.append_boot_order(0)
+
+
+@contextmanager
+def variables(path: Path) -> Iterator[Any]:
+    """The firmware's variables, to be changed while the machine is off: virt-firmware's EfiVarList."""
+    from virt.firmware.varstore import edk2
+
+    store = edk2.Edk2VarStore(os.fspath(path))
+    found = store.get_varlist()
+    yield found
+    store.write_varstore(os.fspath(path), found)
 
 
 def _uki(tree: Path, work: Path, cmdline: str, chroot: Chroot) -> None:

@@ -5,6 +5,7 @@ plays on a clone of it. None has a network card."""
 import inspect
 import json
 import re
+from typing import Any
 
 from . import cache, image
 from .guest import Guest
@@ -64,14 +65,24 @@ def status(console: Guest) -> dict[str, str]:
 
 def checked(console: Guest) -> dict[str, str]:
     """What `unlock check` says: "" -> its verdict, group -> the worst of its disks."""
-    found = json.loads(console.sh("unlock check --json", check=False, timeout=240).out)
-    verdicts = {"": str(found["verdict"])}
+    return verdicts(findings(console))
+
+
+def findings(console: Guest) -> dict[str, Any]:
+    """What `unlock check` says, in full."""
+    found: dict[str, Any] = json.loads(console.sh("unlock check --json", check=False, timeout=240).out)
+    return found
+
+
+def verdicts(found: dict[str, Any]) -> dict[str, str]:
+    """The empty name -> the verdict, group -> the worst of its disks."""
+    by_group = {"": str(found["verdict"])}
     for each in sorted(
         found["findings"], key=lambda each: ("note", "safe", "unproven", "unsafe").index(each["verdict"])
     ):
         if each["what"].startswith("group "):
-            verdicts[each["what"].removeprefix("group ").partition(",")[0]] = each["verdict"]
-    return verdicts
+            by_group[each["what"].removeprefix("group ").partition(",")[0]] = each["verdict"]
+    return by_group
 
 
 def pcr(console: Guest, number: int) -> str:

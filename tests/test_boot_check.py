@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock check` against reality: something befalls a healthy host, check says what will come of it, the power is cut,
+and the host boots. Every row is printed: what was done, what check said, what the boot did.
+
+All of it is done to one running host, and undone again; copies of its disks, TPM and firmware variables are booted.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.lab import image
+from tests.lab.guest import Guest
+from tests.lab.machine import Machine, report
+from tests.lab.stories import by_firmware, findings, up, verdicts
+from tests.lab.vm import VM
+from tests.test_boot_attacks import load_kexec
+
+pytestmark = [pytest.mark.vm, pytest.mark.long]
+
+INITRD = "/boot/efi/EFI/debian/initrd.img"
+VARIABLE = "/sys/firmware/efi/efivars/{}-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+"""EFI_GLOBAL_VARIABLE (UEFI Specification 2.10, section 3.3)."""
+ENTRY, SECOND, NEXT = (VARIABLE.format(each) for each in ("Boot0000", "Boot0001", "BootNext"))
+SCRIPTS = {
+    # a boot entry with another kernel command line: options come last (UEFI Specification 2.10, section 3.1.3)
+    "edited": """
+import sys
+entry = open(sys.argv[1], "rb").read()
+open(sys.argv[2], "wb", 0).write(entry.removesuffix(bytes(2)) + " audit=0".encode("utf-16-le") + bytes(2))
+""",
+    "take-token": """
+import json, subprocess, sys
+dump = subprocess.run(["cryptsetup", "luksDump", "--dump-json-metadata", sys.argv[1]], stdout=-1, check=True)
+ours = next(n for n, each in json.loads(dump.stdout)["tokens"].items() if each["type"] == "unlock")
+for what in ("export", "remove"):
+    subprocess.run(["cryptsetup", "token", what, "--token-id", ours, sys.argv[1]], check=True)
+""",
+    "extend-pcr": """
+from tpm2_pytss import ESAPI, ESYS_TR, TPM2_ALG, TPML_DIGEST_VALUES, TPMT_HA, TPMU_HA
+with ESAPI("device:/dev/tpmrm0") as chip:
+    chip.pcr_extend(ESYS_TR.PCR9, TPML_DIGEST_VALUES([TPMT_HA(TPM2_ALG.SHA256, TPMU_HA(sha256=bytes(32)))]))
+""",
+    "clear-tpm": """
+from tpm2_pytss import ESAPI, ESYS_TR
+with ESAPI("device:/dev/tpmrm0") as chip:
+    chip.clear(ESYS_TR.LOCKOUT)
+""",
+}
+OPENS = "opens by itself"
+PART = "opens root alone by itself"
+ASKS = "asks for the recovery key"
+STOCK = "asks for root's passphrase"
+
+
+class Row(NamedTuple):
+    """Something that befalls a host between two boots."""
+
+    what: str
+    do: str
+    """Run in the guest, in a directory with SCRIPTS."""
+    undo: str
+    says: dict[str, str]
+    """What check says: of all, of each group."""
+    because: str
+    """A part of its reasons."""
+    does: str
+    """What the next boot does."""
+    why: str = ""
+    """Stands before the prompt."""
+
+
+SAFE = {"": "safe", "root": "safe", "data": "safe"}
+UNPROVEN, UNSAFE = SAFE | {"": "unproven"}, SAFE | {"": "unsafe"}
+EDITED = "PCR 9: the kernel command line changed"
+ROWS = (
+    Row("nothing", "", "", SAFE, "the TPM allows it", OPENS),
+    Row(
+        "a window for a firmware update is opened",
+        "unlock policy window --reboots 1",
+        "unlock policy close",
+        SAFE,
+        "OPEN since",
+        OPENS,
+    ),
+    Row(
+        "the kernel command line is edited in the firmware's boot entry",
+        f"chattr -i {ENTRY}; cp {ENTRY} entry; python3 edited entry {ENTRY}",
+        f"chattr -i {ENTRY}; cat entry >{ENTRY}",
+        UNSAFE,
+        "the TPM will refuse it: the kernel command line",
+        ASKS,
+        EDITED,
+    ),
+    Row(
+        "the firmware is told to start another entry once",
+        f"python3 edited {ENTRY} {SECOND}; printf '\\7\\0\\0\\0\\1\\0' >{NEXT}",
+        f"chattr -i {SECOND} {NEXT}; rm {SECOND} {NEXT}",
+        UNPROVEN,
+        "it will start Boot0001 once",
+        ASKS,
+        EDITED,
+    ),
+    Row(
+        "the initramfs is replaced, and no hook has seen it",
+        f"cp {INITRD} initrd; head -c 512 /dev/zero >>{INITRD}",
+        f"cp initrd {INITRD}",
+        UNSAFE,
+        "the TPM will refuse it: the initramfs",
+        ASKS,
+        "PCR 9: the initramfs changed",
+    ),
+    Row(
+        "the initramfs is one without unlock, and the TPM allows it",
+        f"cp {INITRD} initrd; cp stock {INITRD}; unlock policy predict",
+        f"cp initrd {INITRD}; unlock policy predict",
+        UNSAFE,
+        "unlock is not in it",
+        STOCK,
+    ),
+    Row(
+        "the configuration is mangled",
+        "cp /etc/unlock/unlock.toml .; echo '[' >>/etc/unlock/unlock.toml",
+        "cp unlock.toml /etc/unlock/unlock.toml",
+        UNSAFE,
+        "no group that it names is mounted",
+        PART,
+    ),
+    Row(
+        "a data disk has lost its token",
+        "python3 take-token {d2} >token",
+        "cryptsetup token import --token-id 0 --json-file token {d2}",
+        UNSAFE | {"data": "unsafe"},
+        "its token is not of the group as it is now",
+        PART,
+    ),
+    Row(
+        "the root disk has lost its token",
+        "python3 take-token {root} >token",
+        "cryptsetup token import --token-id 0 --json-file token {root}",
+        UNSAFE | {"root": "unsafe"},
+        "its token is not of the group as it is now",
+        STOCK,
+    ),
+    Row("a program extends a PCR of this boot", "python3 extend-pcr", "", UNPROVEN, "PCR 9", OPENS),
+    Row("the TPM is cleared", "python3 clear-tpm", "", UNSAFE, "it keeps nothing of this host", ASKS, "was cleared"),
+)
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Iterator[Machine]:
+    """A clone of the enrolled machine."""
+    yield by_firmware().clone(tmp_path / "machine")
+    shutil.rmtree(tmp_path / "machine", ignore_errors=True)
+
+
+def test_what_check_says_is_what_the_next_boot_does(
+    story: Machine, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    disks = {"d2": story.disks["d2"].device, "root": f"/dev/disk/by-uuid/{image.LUKS_UUID}"}
+    before = []
+    with story.boot(cache="writeback", limit=2400) as booted:
+        console = up(booted)
+        for name, text in SCRIPTS.items():
+            console.write(f"/root/{name}", text.encode())
+        console.write("/root/stock", image.build(product=False).initrd.read_bytes())
+        for number, row in enumerate(ROWS):
+            run(console, row.do.format(**disks))
+            said = findings(console)
+            assert verdicts(said) == row.says, (row.what, said)
+            assert any(row.because in f"{each['what']}: {each['detail']}" for each in said["findings"]), (row, said)
+            before.append(powerless(booted, story, tmp_path / f"row-{number}"))
+            run(console, row.undo.format(**disks))
+        booted.kill()
+    for row, machine in zip(ROWS, before, strict=True):
+        with machine.boot() as booted:
+            told = happens(booted, row)
+            if row.what == "nothing":
+                load_kexec(machine, booted)
+                said = findings(booted.guest)
+                assert verdicts(said) == UNSAFE
+                booted.guest.sh("systemctl kexec --no-block")
+                booted.console.expect("cannot unseal: .*PCR", 300)
+                record_property("shown", "check: unsafe; the boot asks for the recovery key: kexec is used")
+            booted.kill()
+        record_property("shown", f"check: {row.says['']}; the boot {told}: {row.what}")
+        shutil.rmtree(machine.home)
+
+
+def run(console: Guest, script: str) -> None:
+    console.sh(f"set -e; cd /root; {script or 'true'}", timeout=240)
+
+
+def powerless(booted: VM, story: Machine, to: Path) -> Machine:
+    """A copy of the machine as it would be if its power were cut now."""
+    booted.guest.sh("sync -f /boot/efi; sync")
+    booted.qmp.do("stop")
+    copy = story.clone(to)
+    booted.qmp.do("cont")
+    return copy
+
+
+def happens(booted: VM, row: Row) -> str:
+    """What the boot does; it is what the row says."""
+    if row.does == STOCK:
+        booted.console.expect("unlock disk root", 300)
+        assert "recovery key" not in booted.console.text
+    elif row.does == ASKS:
+        booted.console.expect("recovery key: ", 300)
+        assert row.why in booted.console.text
+    else:
+        console = up(booted)
+        assert report(console)["verdict"] == "unsealed"
+        assert "recovery key" not in booted.console.text and "unlock disk" not in booted.console.text
+        mounted = console.sh("mountpoint -q /srv/data", check=False).code == 0
+        assert mounted == (row.does == OPENS)
+    return row.does
