@@ -102,8 +102,8 @@ def test_an_entry_that_grub_reboot_chose() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["while true; do a; done", "for i in 1; do a; done", "if true; then", "fi", "echo 'a", "menuentry x {", "a && b",
-     "a | b", "if a; then " * 2000, "x=xx\n" + "x=$x$x$x$x\n" * 40,
+    ["while true; do a; done", "for i in 1; do a; done", "if true; then", "fi", "echo 'a", "menuentry x {",
+     "menuentry x {\\", "a && b", "a | b", "if a; then " * 2000, "x=xx\n" + "x=$x$x$x$x\n" * 40,
      "[ a -nt b ]", "function f", "f() { a; }", "source /none", "echo ${x", "function f { f; }\nf", "}"],
 )  # fmt: skip
 def test_what_is_not_known_is_said(text: str) -> None:

@@ -435,7 +435,7 @@ def _block_end(text: str, at: int) -> int:
             depth -= 1
             if not depth:
                 return at + 1
-        fresh = text[at] in " \t\n;{"
+        fresh = text[at : at + 1] in " \t\n;{"
         at += 1
     raise Unknown("grub.cfg: a block does not end")
 
