@@ -88,7 +88,7 @@ def edited(machine: Machine, how: str) -> None:
     with machine.boot(cores=2, accelerator=how) as booted:
         booted.console.expect("cannot unseal: .*PCR", 300)
         booted.console.expect("recovery key: ", 60)
-        tell(*(line for line in booted.console.text.splitlines() if line.startswith("unlock: ")))
+        tell(*booted.console.text[booted.console.text.index("unlock: cannot unseal") :].splitlines()[:-1])
         say("Nothing is open, and the TPM is locked. The operator types the recovery key")
         booted.console.send(machine.recovery_key + "\n")
         booted.console.expect("the kernel command line changed", 120)

@@ -88,7 +88,7 @@ ROWS = (
     ),
     Row(
         "the kernel command line is edited in the firmware's boot entry",
-        f"chattr -i {ENTRY}; cp {ENTRY} entry; python3 edited entry {ENTRY}",
+        f"chattr -i {ENTRY}; cat {ENTRY} >entry; python3 edited entry {ENTRY}",
         f"chattr -i {ENTRY}; cat entry >{ENTRY}",
         UNSAFE,
         "the TPM will refuse it: the kernel command line",

@@ -98,7 +98,7 @@ def _row(node: str, known: dict[str, Any], opened: dict[str, str]) -> dict[str, 
             if name := opened.get(container.uuid):
                 row.update(name=name, state="open")
             each = disk.tokens(container, "")[0]
-            row.update(name=row["name"] or each.name, group=each.group)
+            row.update(name=row["name"] or each.name, group=each.group, state=row["state"] or "closed")
     except UnlockError as error:
         row["state"] = row["state"] or (error.code if error.code in report.OUTCOMES else "damaged")
     return row
@@ -168,7 +168,7 @@ def _what(early: dict[str, Any] | None) -> list[str]:
 
 def _first(paths: Paths, early: dict[str, Any] | None) -> list[str]:
     """The first event that differs from the last good boot."""
-    if early is None or early["verdict"] in ("unsealed", "handed-over"):
+    if early and early["verdict"] in ("unsealed", "handed-over"):
         return []
     try:
         found = explain.judge(explain.gather(paths, thisboot.tpm_device()))
