@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 CPU = 3.0
 """Seconds for one case; a usual one takes some milliseconds."""
-WALL = 300
+WALL = 1800
 """Seconds for one batch, for what hangs without using the CPU."""
 MEMORY = 64 << 20
 """Bytes that a batch may add to what the process has, at the worst moment of any case."""

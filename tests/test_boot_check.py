@@ -21,10 +21,10 @@ from tests.test_boot_attacks import load_kexec
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 
-INITRD = "/boot/efi/EFI/debian/initrd.img"
+KERNEL, INITRD = "/boot/efi/EFI/debian/vmlinuz", "/boot/efi/EFI/debian/initrd.img"
 VARIABLE = "/sys/firmware/efi/efivars/{}-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 """EFI_GLOBAL_VARIABLE (UEFI Specification 2.10, section 3.3)."""
-ENTRY, SECOND, NEXT = (VARIABLE.format(each) for each in ("Boot0000", "Boot0001", "BootNext"))
+ENTRY, SECOND, NEXT, ORDER = (VARIABLE.format(each) for each in ("Boot0000", "Boot0042", "BootNext", "BootOrder"))
 SCRIPTS = {
     # a boot entry with another kernel command line: options come last (UEFI Specification 2.10, section 3.1.3)
     "edited": """
@@ -70,11 +70,12 @@ class Row(NamedTuple):
     does: str
     """What the next boot does."""
     why: str = ""
-    """Stands before the prompt."""
+    """Stands before the prompt: what differs first."""
 
 
 SAFE = {"": "safe", "root": "safe", "data": "safe"}
 UNPROVEN, UNSAFE = SAFE | {"": "unproven"}, SAFE | {"": "unsafe"}
+UNTRIED = dict.fromkeys(SAFE, "unproven")
 EDITED = "PCR 9: the kernel command line changed"
 ROWS = (
     Row("nothing", "", "", SAFE, "the TPM allows it", OPENS),
@@ -91,25 +92,46 @@ ROWS = (
         f"chattr -i {ENTRY}; cat {ENTRY} >entry; python3 edited entry {ENTRY}",
         f"chattr -i {ENTRY}; cat entry >{ENTRY}",
         UNSAFE,
-        "the TPM will refuse it: the kernel command line",
+        "the TPM will refuse it: kernel command line",
         ASKS,
         EDITED,
     ),
     Row(
         "the firmware is told to start another entry once",
-        f"python3 edited {ENTRY} {SECOND}; printf '\\7\\0\\0\\0\\1\\0' >{NEXT}",
+        f"python3 edited {ENTRY} {SECOND}; printf '\\7\\0\\0\\0\\102\\0' >{NEXT}",
         f"chattr -i {SECOND} {NEXT}; rm {SECOND} {NEXT}",
         UNPROVEN,
-        "it will start Boot0001 once",
+        "it will start Boot0042 once",
         ASKS,
         EDITED,
+    ),
+    Row(
+        "another entry comes first in the firmware's boot order",
+        f"""
+        python3 edited {ENTRY} {SECOND}; cat {ORDER} >order; chattr -i {ORDER}
+        (head -c 4 order; printf '\\102\\0'; tail -c +5 order) >new; cat new >{ORDER}
+        """,
+        f"chattr -i {SECOND} {ORDER}; rm {SECOND}; cat order >{ORDER}",
+        UNPROVEN,
+        "its boot order has changed",
+        ASKS,
+        EDITED,
+    ),
+    Row(
+        "the kernel is replaced, and no hook has seen it",
+        f"cp {KERNEL} kernel; head -c 8 /dev/zero >>{KERNEL}",
+        f"cp kernel {KERNEL}",
+        UNSAFE,
+        "the TPM will refuse it: kernel vmlinuz was replaced",
+        ASKS,
+        "PCR 4: the kernel changed",
     ),
     Row(
         "the initramfs is replaced, and no hook has seen it",
         f"cp {INITRD} initrd; head -c 512 /dev/zero >>{INITRD}",
         f"cp initrd {INITRD}",
         UNSAFE,
-        "the TPM will refuse it: the initramfs",
+        "the TPM will refuse it: initramfs",
         ASKS,
         "PCR 9: the initramfs changed",
     ),
@@ -130,6 +152,14 @@ ROWS = (
         PART,
     ),
     Row(
+        "fstab names the mount point of a group",
+        "cp /etc/fstab .; echo 'LABEL=x /srv/data ext4 nofail 0 0' >>/etc/fstab",
+        "cp fstab /etc/fstab",
+        UNSAFE,
+        "group data is not mounted",
+        PART,
+    ),
+    Row(
         "a data disk has lost its token",
         "python3 take-token {d2} >token",
         "cryptsetup token import --token-id 0 --json-file token {d2}",
@@ -146,7 +176,16 @@ ROWS = (
         STOCK,
     ),
     Row("a program extends a PCR of this boot", "python3 extend-pcr", "", UNPROVEN, "PCR 9", OPENS),
-    Row("the TPM is cleared", "python3 clear-tpm", "", UNSAFE, "it keeps nothing of this host", ASKS, "was cleared"),
+    Row("the key cache is flushed", "unlock cache flush", "", UNTRIED, "the key cache is empty", OPENS),
+    Row(
+        "the TPM is cleared",
+        "python3 clear-tpm",
+        "",
+        UNTRIED | {"": "unsafe"},
+        "it keeps nothing of this host",
+        ASKS,
+        "the TPM was cleared",
+    ),
 )
 
 
@@ -162,7 +201,7 @@ def test_what_check_says_is_what_the_next_boot_does(
 ) -> None:
     disks = {"d2": story.disks["d2"].device, "root": f"/dev/disk/by-uuid/{image.LUKS_UUID}"}
     before = []
-    with story.boot(cache="writeback", limit=2400) as booted:
+    with story.boot(cache="writeback", limit=3000) as booted:
         console = up(booted)
         for name, text in SCRIPTS.items():
             console.write(f"/root/{name}", text.encode())
@@ -210,7 +249,7 @@ def happens(booted: VM, row: Row) -> str:
         assert "recovery key" not in booted.console.text
     elif row.does == ASKS:
         booted.console.expect("recovery key: ", 300)
-        assert row.why in booted.console.text
+        assert f"first     {row.why}" in booted.console.text
     else:
         console = up(booted)
         assert report(console)["verdict"] == "unsealed"

@@ -12,11 +12,13 @@ from tests.lab import image
 from tests.lab.machine import REACHED, SENT, Machine, agent_commands, report
 from tests.lab.stories import (
     CAPPED,
+    MEASURED,
     begun,
     checked,
     measured,
     outcomes,
     pcr,
+    replayed,
     status,
     unmeasured,
     unseal_as_root,
@@ -47,6 +49,7 @@ def test_a_host_boots_offline_again_and_again(story: Machine) -> None:
             assert console.sh("systemctl --failed --no-legend").out == ""
             assert pcr(console, 15) == CAPPED
             assert unseal_as_root(console) == "pcr-mismatch"
+            assert replayed(console) >= MEASURED
             assert "recovery" not in booted.console.text
             assert checked(console) == {"": "safe", "root": "safe", "data": "safe"}
             ours = agent_commands(booted)
@@ -66,6 +69,7 @@ def test_an_edited_command_line_is_refused_and_the_recovery_key_still_opens_ever
         booted.console.send(story.recovery_key + "\n")
         booted.console.expect("PCR 9: the kernel command line changed", 120)
         console = up(booted)
+        assert replayed(console) >= MEASURED
         found = report(console)
         assert found["verdict"] == "pcr-mismatch"
         assert "PCR" in found["detail"]

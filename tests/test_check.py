@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import eventlogs
+import pefile
 import pytest
 from flowfixture import HOST, Host
 from kmipfixture import AUTHORITY
@@ -16,9 +17,9 @@ from test_devices import Machine
 from tpmfixture import Swtpm
 
 from tests.lab.kmipliar import Liar
-from unlock import check, disk, keyring, luks, policy, recoveryops, report, slots, token
+from unlock import check, disk, images, keyring, luks, policy, recoveryops, report, slots, token
 from unlock.check import NOTE, SAFE, UNPROVEN, UNSAFE
-from unlock.errors import UnlockError
+from unlock.errors import CommandFailed, UnlockError
 from unlock.secret import Secret
 
 pytestmark = pytest.mark.usefixtures("key_cache")
@@ -302,30 +303,90 @@ def test_a_configuration_that_nobody_can_read_mounts_nothing(world: World) -> No
     assert verdict == UNSAFE and list(wrong) == ["unlock.toml"]
 
 
-def test_the_firmware_is_told_to_start_something_else(world: World) -> None:
-    """A firmware update that waits, another system that put itself first: the log has the order of this boot."""
+GLOBAL, SHIM = "8be4df61-93ca-11d2-aa0d-00e098032b8c", "605dab50-e046-4300-abb6-3dd810dd8b23"
+IMAGE_SECURITY = "d719b2cb-3d3a-4596-a3bc-dad00e67656f"
 
-    def set_variable(name: str, *numbers: int) -> None:
-        path = world.root / f"sys/firmware/efi/efivars/{name}-8be4df61-93ca-11d2-aa0d-00e098032b8c"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"".join(each.to_bytes(2, "little") for each in (7, 0, *numbers)))
 
-    measured = eventlogs.log([eventlogs.variable(1, "BootOrder", b"\x02\0\x01\0", 0x80000002)])
+def set_variable(world: World, name: str, data: bytes, vendor: str = GLOBAL) -> None:
+    world.write(f"sys/firmware/efi/efivars/{name}-{vendor}", "")
+    (world.root / f"sys/firmware/efi/efivars/{name}-{vendor}").write_bytes(b"\7\0\0\0" + data)
+
+
+def measured(world: World, *events: eventlogs.Entry) -> None:
     log = world.root / "sys/kernel/security/tpm0/binary_bios_measurements"
     log.parent.mkdir(parents=True)
-    log.write_bytes(measured)
-    set_variable("BootCurrent", 1)
-    set_variable("BootOrder", 2, 1)
+    log.write_bytes(eventlogs.log(list(events)))
+
+
+def test_the_firmware_is_told_to_start_something_else(world: World) -> None:
+    """A firmware update that waits, another system that put itself first: the log has the order of this boot."""
+    entry = b"\1\0\0\0\2\0D\0\0\0pp"
+    measured(
+        world,
+        eventlogs.variable(1, "BootOrder", b"\2\0\1\0", 0x80000002),
+        eventlogs.variable(1, "Boot0001", entry, 0x80000002),
+    )
+    set_variable(world, "BootCurrent", b"\1\0")
+    set_variable(world, "BootOrder", b"\2\0\1\0")
+    set_variable(world, "Boot0001", entry)
+    set_variable(world, "OsIndications", bytes(8))
     assert world.check() == (SAFE, {})
-    set_variable("BootNext", 1)
+    set_variable(world, "BootNext", b"\1\0")
     assert world.check() == (SAFE, {})
-    set_variable("BootNext", 3)
+    for name, data, good, why in (
+        ("BootNext", b"\3\0", b"\1\0", "start Boot0003 once"),
+        ("BootOrder", b"\3\0\2\0\1\0", b"\2\0\1\0", "its boot order has changed"),
+        ("Boot0001", entry + b"options", entry, "its boot entry Boot0001 has changed"),
+        ("OsIndications", b"\4" + bytes(7), bytes(8), "an update of it waits"),
+        ("OsIndications", b"\1" + bytes(7), bytes(8), "its setup"),
+    ):
+        set_variable(world, name, data)
+        verdict, wrong = world.check()
+        assert verdict == UNPROVEN and why in wrong["firmware"][1]
+        set_variable(world, name, good)
+    assert world.check() == (SAFE, {})
+
+
+def test_keys_of_secure_boot_were_updated_and_the_next_boot_measures_that(world: World) -> None:
+    """fwupd writes dbx, mokutil leaves a request for MokManager; both while the host runs."""
+    revoked = eventlogs.signature_list(eventlogs.SHA256, [bytes(32)])
+    measured(world, eventlogs.variable(7, "dbx", revoked, vendor=eventlogs.IMAGE_SECURITY))
+    set_variable(world, "dbx", revoked, IMAGE_SECURITY)
+    assert world.check() == (SAFE, {})
+    set_variable(world, "dbx", revoked * 2, IMAGE_SECURITY)
     verdict, wrong = world.check()
-    assert verdict == UNPROVEN and "0003" in wrong["firmware"][1]
-    (world.root / "sys/firmware/efi/efivars/BootNext-8be4df61-93ca-11d2-aa0d-00e098032b8c").unlink()
-    set_variable("BootOrder", 3, 2, 1)
+    assert verdict == UNSAFE and "dbx was updated" in wrong["Secure Boot"][1]
+    set_variable(world, "dbx", revoked, IMAGE_SECURITY)
+    set_variable(world, "MokNew", b"x", SHIM)
+    assert world.check() == (SAFE, {}), "PCRs 4 and 14 are not in the policy"
+    selection = policy.select((7, 14))
+    with world.chip.open() as tpm:
+        unsealed = slots.unseal(tpm)
+        branch = policy.branch(selection, tpm.read_pcrs(selection))
+        slots.persist(tpm, unsealed.record.host, selection, (branch,), unsealed.payload)
     verdict, wrong = world.check()
-    assert verdict == UNPROVEN and "boot order" in wrong["firmware"][1]
+    assert verdict == UNSAFE and "MokManager comes first (MokNew)" in wrong["Secure Boot"][1]
+
+
+def test_a_mount_point_that_fstab_has_too(world: World) -> None:
+    world.write("etc/unlock/unlock.toml", 'version = 1\n[group.data]\nmount = "/srv"\n')
+    assert world.check() == (SAFE, {})
+    world.write("etc/fstab", "LABEL=x /srv ext4 defaults 0 0\n")
+    verdict, wrong = world.check()
+    assert verdict == UNSAFE and "/etc/fstab or another group has /srv" in wrong["unlock.toml"][1]
+
+
+def test_the_initramfs_in_a_unified_kernel_image(world: World) -> None:
+    good = (world.root / "boot/initrd.img-6.12.1-amd64").read_bytes()
+    image = world.root / "boot/efi/EFI/Linux/debian.efi"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(pefile.build({".linux": b"kernel", ".initrd": good}))
+    assert images.contents(str(image)).unlock
+    image.write_bytes(pefile.build({".linux": b"kernel"}))
+    for data in (b"", b"MZ", image.read_bytes()):
+        image.write_bytes(data)
+        with pytest.raises(CommandFailed):
+            images.contents(str(image))
 
 
 def test_pcrs_of_files_where_nothing_measures_the_kernel(world: World) -> None:

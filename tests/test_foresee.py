@@ -6,6 +6,7 @@ Kernels and initramfs files are too large to be kept: small ones take their plac
 
 import gzip
 import json
+import struct
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
@@ -14,10 +15,10 @@ from typing import NamedTuple
 
 import pefile
 import pytest
-from eventlogs import DATA, LOGGED, Entry, log, plain, program, real, tagged
+from eventlogs import DATA, LOGGED, Entry, log, plain, program, real, tagged, variable
 from hostfixture import Machine
 
-from unlock import booted, check, eventlog, explain, foresee, grub, pe, predict, slots, uefi
+from unlock import atunseal, booted, check, eventlog, explain, foresee, grub, pe, predict, slots, uefi
 from unlock.errors import Refused, UnlockError
 from unlock.paths import Paths
 
@@ -555,12 +556,19 @@ def enrolled(tmp_path: Path, now: RealBoot | Made, files: dict[str, bytes]) -> M
     return machine
 
 
-def stub(kernel: bytes, initrd: bytes) -> Made:
-    """The firmware starts a kernel of the EFI partition."""
+def boot_entry(options: str, path: str = "kernel") -> bytes:
+    """EFI_LOAD_OPTION."""
+    start = struct.pack("<IH", 1, len(path)) + "Debian\0".encode("utf-16-le") + path.encode()
+    return start + f"{options}\0".encode("utf-16-le")
+
+
+def stub(kernel: bytes, initrd: bytes, options: str = "root=x") -> Made:
+    """The firmware starts a kernel of the EFI partition by its entry Boot0007."""
     entries = [
+        variable(1, "Boot0007", boot_entry(options), 0x80000002),
         *(plain(pcr, 4, bytes(4)) for pcr in range(8)),
         program("\\EFI\\debian\\VMLINUZ-6.1", "")._replace(digest=pe.authenticode(kernel)),
-        tagged(9, 0x8F3B22ED, "LOADED_IMAGE::LoadOptions", "root=x".encode("utf-16-le") + b"\0\0"),
+        tagged(9, 0x8F3B22ED, "LOADED_IMAGE::LoadOptions", f"{options}\0".encode("utf-16-le")),
         tagged(9, 0x8F3B22EC, "Linux initrd", initrd),
     ]
     return Made(entries, "direct")
@@ -577,6 +585,22 @@ def test_a_kernel_that_the_firmware_starts(tmp_path: Path) -> None:
     assert boot(host, stub(new, b"another")) == "pcr-mismatch"
     assert boot(host, stub(new, b"two")) == "unsealed"
     assert boot(host, stub(old, b"one")) == "unsealed"
+    host.close()
+
+
+def test_a_kernel_command_line_in_the_entry_of_the_firmware(tmp_path: Path) -> None:
+    """efibootmgr has changed it; an entry that is new, or has another name, changes nothing."""
+    program = pefile.build({".text": b"kernel" * 300})
+    kernel, initrd = "boot/efi/EFI/debian/vmlinuz-6.1", "boot/efi/EFI/debian/initrd.img-6.1"
+    host = enrolled(tmp_path, stub(program, b"one"), {kernel: program, initrd: b"one"})
+    for name, data in {"BootCurrent": b"\7\0", "Boot0007": boot_entry("root=x"), "Boot0001": boot_entry("y")}.items():
+        host.write(f"sys/firmware/efi/efivars/{name}-{atunseal.GLOBAL}", bytes(4) + data)
+    assert run(host).entries[0].changes == ()
+    host.write(f"sys/firmware/efi/efivars/Boot0007-{atunseal.GLOBAL}", bytes(4) + boot_entry("root=x quiet"))
+    assert boot(host, stub(program, b"one", "root=x quiet")) == "pcr-mismatch"
+    assert boot(host, stub(program, b"one")) == "unsealed"
+    assert run(host).entries[0].changes == ("kernel command line",)
+    assert boot(host, stub(program, b"one", "root=x quiet")) == "unsealed"
     host.close()
 
 

@@ -33,7 +33,7 @@ def same(predicted: dict[int, bytes], entries: list[Entry], *pcrs: int) -> None:
 
 
 def test_a_command_line_was_predicted_as_the_next_boot_measured_it() -> None:
-    change = predict.command_line(real("direct-0").cmdline, real("direct-1").cmdline)
+    change = predict.command_line(*(f"{real(each).cmdline}\0".encode("utf-16-le") for each in ("direct-0", "direct-1")))
     found = predict.predict(eventlog.parse(real("direct-0").log), [change])
     made = real("direct-1").pcrs
     assert found[9] != real("direct-0").pcrs[9]
@@ -58,7 +58,7 @@ def test_kernel_initramfs_and_command_line_of_a_direct_boot() -> None:
     changes = [
         predict.image("the kernel", old, new),
         predict.file("the initramfs", b"initrd 1", b"initrd 2"),
-        predict.command_line("root=x quiet", "root=x"),
+        predict.command_line(*(f"{each}\0".encode("utf-16-le") for each in ("root=x quiet", "root=x"))),
     ]
     same(predict.predict(now, changes), direct(new, b"initrd 2", "root=x"), 4, 7, 9)
     same(predict.predict(now, changes[:1]), direct(new, b"initrd 1", "root=x quiet"), 4, 7, 9)

@@ -11,10 +11,11 @@ unified kernel image, and IMA measures into PCR 10 for as long as the system run
 import glob
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
 from types import MappingProxyType
 from typing import Any
 
-from . import eventlog, measured, policy, thisboot
+from . import eventlog, measured, policy, thisboot, uefi
 from .errors import CommandFailed, Malformed, Refused
 from .eventlog import Event, Log
 from .paths import Paths
@@ -27,6 +28,8 @@ MEASURED_BY = {
     "direct kernel": (4, 7, 9),
 }
 """PCRs by how the host boots; the cap PCR always comes on top."""
+_VARIABLE_MAX = 1 << 20
+"""Bytes; a dbx has some 20,000."""
 
 
 def values(paths: Paths, tpm: Tpm) -> dict[int, bytes]:
@@ -97,6 +100,32 @@ def _mount_securityfs(paths: Paths) -> None:
             run(["mount", "-t", "securityfs", "securityfs", "/sys/kernel/security"], timeout=10)
         except CommandFailed:
             pass
+
+
+GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
+"""EFI_GLOBAL_VARIABLE: UEFI Specification 2.10, section 3.3."""
+_VARIABLES = (eventlog.EFI_VARIABLE_DRIVER_CONFIG, eventlog.EFI_VARIABLE_BOOT, eventlog.EFI_VARIABLE_BOOT2)
+
+
+def variable(paths: Paths, name: str, vendor: str = GLOBAL) -> bytes:
+    """A UEFI variable as it is now, without its attributes; b"" when there is none (Linux,
+    Documentation/filesystems/efivarfs.rst)."""
+    return read(os.path.join(paths.efi, f"efivars/{name}-{vendor}"), _VARIABLE_MAX)[4:]
+
+
+def variables(log: Log) -> dict[str, bytes]:
+    """Name -> content of the UEFI variables that this boot has measured, where the log says it truly. The digest is of
+    the content with its name, or of it alone (TCG "PC Client Platform Firmware Profile", section 10.4)."""
+    found = {}
+    for event in log.events:
+        if event.kind in _VARIABLES:
+            try:
+                each = uefi.variable(event.data)
+            except Malformed:
+                continue
+            if event.digest in (sha256(event.data).digest(), sha256(each.data).digest()):
+                found[each.name] = each.data
+    return found
 
 
 def read(path: str, limit: int) -> bytes:

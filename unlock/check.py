@@ -20,7 +20,6 @@ from . import (
     config,
     devices,
     disk,
-    eventlog,
     foresee,
     images,
     keyring,
@@ -29,12 +28,12 @@ from . import (
     present,
     provide,
     report,
+    tables,
     thisboot,
     token,
-    uefi,
     window,
 )
-from .errors import CommandFailed, Malformed, NewerFormat, NoKey, NoSlot, UnlockError
+from .errors import CommandFailed, NewerFormat, NoKey, NoSlot, UnlockError
 from .foresee import Foreseen
 from .groups import Group, Member
 from .paths import Paths
@@ -143,11 +142,13 @@ def _tpm(paths: Paths, state: State, tcti: str, comes: Foreseen | UnlockError) -
     verdict = early["verdict"] if early else ""
     if verdict == "unsealed":
         yield from next_boot(comes, record)
+        yield from _keys(paths, record.selection)
     elif opened:
         yield Finding(
             "this boot", UNPROVEN, "the TPM allows what it has measured, and has not been asked yet", "reboot"
         )
         yield from next_boot(comes, record)
+        yield from _keys(paths, record.selection)
     else:
         why = report.VERDICTS.get(verdict, "early boot left no report")
         yield Finding("this boot", UNSAFE, f"{why}; the next one is like this one", "unlock explain")
@@ -320,7 +321,8 @@ def _images(paths: Paths, written: dict[str, int], comes: Foreseen | UnlockError
         except CommandFailed as error:
             wrong = str(error)
         if wrong:
-            do = f"update-initramfs -u -k {images.kernel(image)}"
+            unified = images.is_unified(image)
+            do = "kernel-install add-all" if unified else f"update-initramfs -u -k {images.kernel(image)}"
             yield Finding(name, UNSAFE if image in needed else NOTE, wrong, do)
         else:
             yield Finding(name, SAFE, "unlock is in it, and reads what is on the disks and in the TPM")
@@ -340,42 +342,74 @@ def _unreadable(image: images.Contents, written: dict[str, int]) -> str:
 
 def _configuration(paths: Paths) -> Iterator[Finding]:
     try:
-        config.load(paths.config)
+        groups = config.load(paths.config).groups
     except (UnlockError, OSError) as error:
         yield Finding("unlock.toml", UNSAFE, f"no group that it names is mounted: {error}", f"edit {paths.config}")
+        return
+    taken = tables.fstab_targets(paths.fstab)
+    for group in groups.values():
+        if group.mount in taken:
+            why = f"group {group.name} is not mounted: /etc/fstab or another group has {group.mount}"
+            yield Finding("unlock.toml", UNSAFE, why, f"edit {paths.config}")
+        taken |= {group.mount} - {""}
 
 
 def _firmware(paths: Paths) -> Iterator[Finding]:
-    """Whether the firmware starts what it has started now. The order of this boot is the one in the log: the first
-    entry may well be one that never starts, such as the network."""
-    now, order = _variable(paths, "BootCurrent"), _variable(paths, "BootOrder")
-    once = _variable(paths, "BootNext")
-    if once and once != now:
-        name = f"Boot{int.from_bytes(once, 'little'):04X}"
-        why = f"it will start {name} once: a firmware update, or another system"
+    """Whether the firmware starts what it has started now, and as it has. The order of this boot is the one in the log:
+    the first entry may well be one that never starts, such as the network."""
+    current, once = (atunseal.variable(paths, name) for name in ("BootCurrent", "BootNext"))
+    if once and once != current:
+        why = f"it will start {_entry(once)} once: a firmware update, or another system"
         yield Finding("firmware", UNPROVEN, why, "efibootmgr -v; efibootmgr -N, or unlock policy window --reboots 1")
+    was = _measured(paths)
+    for name, what in {"BootOrder": "boot order", _entry(current): f"boot entry {_entry(current)}"}.items():
+        now = atunseal.variable(paths, name)
+        if now and was.get(name) and now != was[name]:
+            yield Finding("firmware", UNPROVEN, f"its {what} has changed since this boot", "efibootmgr -v")
+    asked = int.from_bytes(atunseal.variable(paths, "OsIndications"), "little")
+    if asked & _CAPSULE:
+        why = "an update of it waits on the EFI system partition"
+        yield Finding("firmware", UNPROVEN, why, "unlock policy window --reboots 1")
+    if asked & _SETUP:
+        yield Finding("firmware", UNPROVEN, "it will stop in its setup, where anything may be changed", "efibootmgr -v")
+
+
+_SETUP, _CAPSULE = 0x1, 0x4
+"""Of OsIndications: UEFI Specification 2.10, section 8.5.4."""
+_IMAGE_SECURITY = "d719b2cb-3d3a-4596-a3bc-dad00e67656f"
+"""EFI_IMAGE_SECURITY_DATABASE_GUID: UEFI Specification 2.10, section 32.4.1."""
+_SHIM = "605dab50-e046-4300-abb6-3dd810dd8b23"
+_REQUESTS = ("MokNew", "MokDel", "MokXNew", "MokXDel", "MokSB", "MokDB", "MokPW")
+"""What mokutil leaves for shim's MokManager, which comes before the boot loader then."""
+
+
+def _entry(number: bytes) -> str:
+    return f"Boot{int.from_bytes(number, 'little'):04X}"
+
+
+def _measured(paths: Paths) -> dict[str, bytes]:
     log, _ = atunseal.event_log(paths)
-    measured = [each for each in log.events if each.kind in _BOOT_VARIABLES] if log else []
-    orders = [found.data for found in map(_named, measured) if found.name == "BootOrder"]
-    if order and orders and order != orders[-1]:
-        yield Finding("firmware", UNPROVEN, "its boot order has changed since this boot", "efibootmgr -v")
+    return atunseal.variables(log) if log else {}
 
 
-_GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
-"""EFI_GLOBAL_VARIABLE: UEFI Specification 2.10, section 3.3."""
-_BOOT_VARIABLES = (eventlog.EFI_VARIABLE_BOOT, eventlog.EFI_VARIABLE_BOOT2)
-
-
-def _named(event: eventlog.Event) -> uefi.Variable:
-    try:
-        return uefi.variable(event.data)
-    except Malformed:
-        return uefi.Variable("", b"")
-
-
-def _variable(paths: Paths, name: str) -> bytes:
-    """A UEFI variable, without its attributes; b"" when there is none (linux Documentation/filesystems/efivarfs)."""
-    return atunseal.read(os.path.join(paths.efi, f"efivars/{name}-{_GLOBAL}"), 1 << 16)[4:]
+def _keys(paths: Paths, selection: Sequence[int]) -> Iterator[Finding]:
+    """What fwupd and mokutil change while the host runs, and the next boot measures."""
+    was = _measured(paths)
+    for name, vendor in {
+        "PK": atunseal.GLOBAL,
+        "KEK": atunseal.GLOBAL,
+        "db": _IMAGE_SECURITY,
+        "dbx": _IMAGE_SECURITY,
+    }.items():
+        now = atunseal.variable(paths, name, vendor)
+        if 7 in selection and now and name in was and now != was[name]:
+            why = f"{name} was updated since this boot: the TPM will refuse the next one"
+            yield Finding("Secure Boot", UNSAFE, why, "unlock policy window --reboots 1")
+    waits = [name for name in _REQUESTS if atunseal.variable(paths, name, _SHIM)]
+    if waits and {4, 14} & set(selection):
+        why = f"shim's MokManager comes first ({', '.join(waits)}): the TPM will refuse that boot, and the new keys"
+        do = "mokutil --revoke-import, --revoke-delete; or the recovery key then, and unlock rebind"
+        yield Finding("Secure Boot", UNSAFE, why, do)
 
 
 def _kexec(paths: Paths) -> Iterator[Finding]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-from . import allowed, atunseal, booted, eventlog, explain, grub, log, measured, pe, policy, predict, thisboot
+from . import allowed, atunseal, booted, eventlog, explain, grub, log, measured, pe, policy, predict, thisboot, uefi
 from .booted import Booted
 from .errors import Malformed, Refused, UnlockError
 from .eventlog import Event, Log
@@ -47,7 +47,8 @@ class Entry(NamedTuple):
     """Why not; empty when they can."""
     default: bool
     initrd: str = ""
-    """The file with its initramfs, below the root directory; "" when that is not known."""
+    """The file with its initramfs, or the unified kernel image that it is in, below the root directory; "" when that is
+    not known."""
 
 
 class World(NamedTuple):
@@ -282,10 +283,24 @@ def _direct(world: World) -> Iterator[Entry]:
         if old[-1] and sha256(data).digest() != old[-1]:
             changes.append(predict.Change("the initramfs", old[-1], sha256(data).digest()))
             words.append(f"initramfs of {_version(path)}")
+    if line := _options(world):
+        changes.append(line)
+        words.append("kernel command line")
     if not world.before.images and not world.before.initrd:
         raise predict.cannot("neither the kernel nor the initramfs of this boot is a file on disk")
     entry = _entry(world, f"kernel {version}", words, predict.changed(world.log, changes), True)
     yield entry._replace(initrd=world.before.initrd)
+
+
+def _options(world: World) -> predict.Change | None:
+    """The kernel command line, when it was changed in the boot entry by which the firmware has started the kernel."""
+    entry = f"Boot{int.from_bytes(atunseal.variable(world.paths, 'BootCurrent'), 'little'):04X}"
+    try:
+        was = uefi.load_option(atunseal.variables(world.log).get(entry, b"")).options
+        now = uefi.load_option(atunseal.variable(world.paths, entry)).options
+    except Malformed:  # nothing was started by an entry, or it is gone
+        return None
+    return predict.command_line(was, now) if was != now else None
 
 
 def _ukis(world: World) -> Iterator[Entry]:
@@ -329,7 +344,7 @@ def _ukis(world: World) -> Iterator[Entry]:
         entry = _entry(world, words, changes, events, default)
         if changes and entry.values is not None:  # systemd-stub adds to what the kernel's own stub measures
             entry = entry._replace(values={pcr: value for pcr, value in entry.values.items() if pcr != 9})
-        yield entry
+        yield entry._replace(initrd=path)
 
 
 _SYSTEMD_BOOT = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
@@ -346,7 +361,7 @@ def _told_to_start(world: World, own: str) -> list[str]:
     """Patterns of entries that systemd-boot was told to start: once, by default, by loader.conf; lower case."""
     names = []
     for variable in ("LoaderEntryOneShot", "LoaderEntryDefault"):
-        data = atunseal.read(os.path.join(world.paths.efi, f"efivars/{variable}-{_SYSTEMD_BOOT}"), 4096)[4:]
+        data = atunseal.variable(world.paths, variable, _SYSTEMD_BOOT)
         names.append(data.decode("utf-16-le", "replace").partition("\0")[0])
     config = booted.read(world.paths, os.path.join(booted.esp_of(own), "loader/loader.conf")) or b""
     lines = [line.split(None, 1) for line in config.decode("utf-8", "replace").splitlines()]

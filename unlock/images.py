@@ -7,10 +7,13 @@ An image says it by the names of empty files: usr/lib/unlock/reads/NAME-N (initr
 import glob
 import os
 import re
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from .errors import Refused
+from . import pe
+from .errors import CommandFailed, Malformed, Refused
 from .paths import Paths
 from .run import run
 
@@ -40,13 +43,37 @@ def kernel(image: str) -> str:
     return os.path.basename(image).removeprefix("initrd.img-")
 
 
+def is_unified(image: str) -> bool:
+    """Whether it is a unified kernel image."""
+    return image.lower().endswith(".efi")
+
+
 def contents(image: str, listing: Listing = run) -> Contents:
-    """Raises CommandFailed."""
-    names = set(listing(["lsinitramfs", image]).split())
+    """Of an initramfs, or of the one in a unified kernel image. Raises CommandFailed."""
+    with _initramfs(image) as path:
+        names = set(listing(["lsinitramfs", path]).split())
     reads: dict[str, int] = {}
     for found in filter(None, map(_READS.fullmatch, names)):
         reads[found[1]] = max(int(found[2]), reads.get(found[1], 0))
     return Contents(_AGENT in names, reads, not names.isdisjoint(_ASKPASS))
+
+
+@contextmanager
+def _initramfs(image: str) -> Iterator[str]:
+    """Its file."""
+    if not is_unified(image):
+        yield image
+        return
+    try:
+        with open(image, "rb") as file:
+            data = file.read()
+        inside = pe.section(data, pe.read(data), ".initrd")
+    except (OSError, Malformed) as error:
+        raise CommandFailed(f"{os.path.basename(image)}: {error}") from error
+    with tempfile.NamedTemporaryFile() as copy:
+        copy.write(inside or b"")
+        copy.flush()
+        yield copy.name
 
 
 def need_pin(paths: Paths, listing: Listing = run) -> None:

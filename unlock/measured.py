@@ -228,7 +228,7 @@ def _variable(event: Event) -> tuple[str, str]:
         numbers = (f"{data[at + 1]:02X}{data[at]:02X}" for at in range(0, len(data) & ~1, 2))
         return "boot-order", f"BootOrder: {' '.join(numbers)}"
     if re.fullmatch("Boot[0-9A-F]{4}", name):
-        return "boot-order", f"{name}: {uefi.load_option(data)}"
+        return "boot-order", f"{name}: {uefi.load_option(data).description}"
     return ("secure-boot-keys" if event.pcr == 7 else "firmware-settings"), f"UEFI variable {name}"
 
 

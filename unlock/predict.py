@@ -93,9 +93,9 @@ def file(what: str, old: bytes, new: bytes) -> Change:
     return Change(what, sha256(old).digest(), sha256(new).digest())
 
 
-def command_line(old: str, new: str) -> Change:
-    """Load options: what the kernel's EFI stub measures (PCR 9), UTF-16 with its NUL."""
-    return Change("the kernel command line", *(sha256(f"{each}\0".encode("utf-16-le")).digest() for each in (old, new)))
+def command_line(old: bytes, new: bytes) -> Change:
+    """Load options, which the kernel's EFI stub measures as they are (PCR 9): UTF-16, most often with its NUL."""
+    return Change("the kernel command line", sha256(old).digest(), sha256(new).digest())
 
 
 class Unified(NamedTuple):

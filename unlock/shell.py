@@ -29,7 +29,7 @@ _TELLING = frozenset(("crashed", "trouble", "not-capped", "root-not-authenticate
 HELP = """\
 unlock status            groups and disks, as far as they can be told here
 unlock explain           what differs from the last good boot, in full; --json
-unlock open --recovery   opens all disks by the recovery key; checks their headers
+unlock open --recovery   opens all disks by the recovery key, headers checked
                          --recovery-key-file FILE, else it is asked for
 exit                     goes on booting, with what is open then"""
 

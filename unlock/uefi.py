@@ -107,11 +107,24 @@ def _skip(data: bytes, at: int) -> int:
     return _der(data, at)[1]
 
 
-def load_option(data: bytes) -> str:
-    """The description in an EFI_LOAD_OPTION: what the firmware's boot menu shows."""
+class LoadOption(NamedTuple):
+    """EFI_LOAD_OPTION: an entry of the firmware's boot menu."""
+
+    description: str
+    path: bytes
+    """Device paths of what it starts."""
+    options: bytes
+    """What that gets with it."""
+
+
+def load_option(data: bytes) -> LoadOption:
+    """Of data that is cut short after the description, what is there."""
     if len(data) < 8:
         raise Malformed("UEFI load option: cut short")
-    return utf16(data[6:])
+    description = utf16(data[6:])
+    start = 6 + len(description.encode("utf-16-le", "surrogatepass")) + 2
+    end = start + int.from_bytes(data[4:6], "little")
+    return LoadOption(description, data[start:end], data[end:])
 
 
 def partitions(data: bytes) -> tuple[str, tuple[str, ...]]:

@@ -36,6 +36,20 @@ sys.path.insert(0, "/usr/lib/unlock")
 from unlock import keyring
 print(json.dumps({name: bytes(keyring.get(name)).hex() for name in keyring.names()}))
 """
+REPLAY = """
+import sys
+sys.path.insert(0, "/usr/lib/unlock")
+from unlock import atunseal, eventlog, measured
+from unlock.paths import Paths
+from unlock.tpm import Tpm
+later = eventlog.parse_systemd(atunseal.read(Paths().systemd_log, eventlog.MAX_SYSTEMD_LOG))
+with Tpm() as chip:
+    live = chip.read_pcrs(range(eventlog.PCRS))
+log, _ = atunseal.event_log(Paths(), later, live)
+print(*measured.believed(log, later, live))
+"""
+MEASURED = {*range(10), *range(11, 15)}
+"""PCRs that only early boot extends, which the event log must account for; IMA has 10, the cap is in 15."""
 
 
 def begun(machine: VM) -> Guest:
@@ -87,6 +101,11 @@ def verdicts(found: dict[str, Any]) -> dict[str, str]:
 
 def pcr(console: Guest, number: int) -> str:
     return console.sh(f"cat /sys/class/tpm/tpm0/pcr-sha256/{number}").out
+
+
+def replayed(console: Guest) -> set[int]:
+    """PCRs of which the replayed event log gives the TPM's value."""
+    return set(map(int, console.sh(f"python3 -I -c '{REPLAY}'").out.split()))
 
 
 def unseal_as_root(console: Guest) -> str:
