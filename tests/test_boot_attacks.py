@@ -51,6 +51,9 @@ NO_CAP = (
 """Together with the next: nothing locks the TPM, and any disk may be resumed from."""
 CAP_SCRIPT = ("usr/lib/unlock/cap", "run=/run/unlock\n", "exit 0\nrun=/run/unlock\n")
 
+TRY = f"echo {base64.b64encode(UNSEAL.encode()).decode()} | base64 -d | python3 -I -"
+"""What a person could try at a shell's prompt."""
+
 
 @pytest.fixture
 def story(tmp_path: Path) -> Iterator[Machine]:
@@ -90,6 +93,7 @@ def test_plaintext_behind_genuine_headers_opens_neither_by_tpm_nor_by_recovery_k
         assert tampered.count('"tampered"') == 4, "root, copy, twin, far"
         names = set(in_shell(booted, "ls /dev/mapper").split())
         assert names.isdisjoint(("root", "copy-a", "twin-a", "far-a"))
+        assert in_shell(booted, TRY) == "pcr-mismatch"
         booted.console.send("exit\n")
         booted.console.expect(r"\(initramfs\)", 240)  # no prompt that does not check the header
         assert "unlock disk" not in booted.console.text
@@ -167,7 +171,6 @@ def test_a_thiefs_key_would_open_them_if_keys_were_mixed(story: Machine) -> None
 
 
 SHELLS = ("top", "modules", "premount", "mount", "mountroot", "bottom", "init")
-TRY = f"echo {base64.b64encode(UNSEAL.encode()).decode()} | base64 -d | python3 -I -"
 
 
 def test_no_shell_on_the_way_and_no_kexec_can_unseal(story: Machine) -> None:

@@ -135,6 +135,7 @@ def test_on_another_board_nothing_opens_by_itself(story: Machine) -> None:
         assert checked(console)[""] == "unsafe"
         console.sh("sha256sum --quiet -c /root/sums")
         assert pcr(console, 15) == CAPPED
+        assert unseal_as_root(console) == "no-slot"
         booted.kill()
 
 
