@@ -354,6 +354,15 @@ def test_the_first_difference_in_the_log_comes_first_whatever_its_pcr() -> None:
     assert [each.pcr for each in measured.compare([], now, [4, 9])] == [9, 4]
 
 
+def test_an_event_that_is_gone_comes_where_it_was_whatever_its_pcr() -> None:
+    same, end = items("a", pcr=8), [*items("z", pcr=8), *items("z", pcr=9)]
+    old = [*same, *items("file", pcr=9), *items("set b=1", pcr=8), *end]
+    found = measured.compare(old, [*same, *end], [8, 9])
+    assert [(each.pcr, each.new) for each in found] == [(9, None), (8, None)]
+    changed = measured.compare([*items("set b=1"), *old], [*items("set b=2"), *same, *end], [8, 9])
+    assert [(each.pcr, each.new is None) for each in changed] == [(8, False), (9, True), (8, True)]
+
+
 def test_pairs_are_about_the_same_thing() -> None:
     old, new = items("set a=1", "menuentry A { old }", "set c=1"), items("menuentry B { new }", "set b=2", "set c=2")
     pairs = [(d.old.text, d.new.text) for d in measured.compare(old, new, [8]) if d.old and d.new]

@@ -8,7 +8,24 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from eventlogs import Boot, Entry, header, log, machine, one_as_another, systemd_log, values
+from eventlogs import (
+    IMAGE_SECURITY,
+    LOGGED,
+    SHA256,
+    Boot,
+    Entry,
+    Real,
+    header,
+    log,
+    machine,
+    one_as_another,
+    real,
+    shim,
+    signature_list,
+    systemd_log,
+    values,
+    variable,
+)
 from hostfixture import MEASURED_BY, Measures
 from tpmfixture import Swtpm
 
@@ -380,6 +397,141 @@ def test_one_event_of_a_machine_comes_or_goes(name: str) -> None:
         assert found.causes[0].code == ONE_EVENT[name][0] and any(
             words in found.causes[0].title for words in ("an event is", "Secure Boot was switched")
         )
+
+
+# Real boots: what firmware, shim, GRUB, systemd-boot and the kernel logged of them
+
+BETWEEN = [
+    # the good boot, the refused one, the first cause, its PCR, what the person sees of old and new, what else differs
+    ("direct-0", "direct-1", "command-line", 9, ("initrd=initrd", "audit=0"), set()),
+    ("direct-1", "direct-0", "command-line", 9, ("audit=0", "initrd=initrd"), set()),
+    # the new grub.cfg is read before any of its commands runs, and before what they load
+    ("grub-0", "grub-1", "boot-loader-config", 9, ("grub.cfg", "grub.cfg"), {"kernel", "initrd"}),
+    ("grub-1", "grub-0", "boot-loader-config", 9, ("grub.cfg", "grub.cfg"), {"kernel", "initrd"}),
+    # the same kernel, by another grub.cfg, and its initramfs built anew
+    ("grub-0", "grub-2", "boot-loader-config", 9, ("grub.cfg", "grub.cfg"), {"command-line", "initrd"}),
+    ("grub-2", "grub-0", "boot-loader-config", 9, ("grub.cfg", "grub.cfg"), {"command-line", "initrd"}),
+    # the same files: another entry was chosen
+    ("grub-1", "grub-2", "boot-loader-config", 8, ("Debian", "Advanced options"), {"kernel", "initrd"}),
+    ("grub-2", "grub-1", "boot-loader-config", 8, ("Advanced options", "Debian"), {"kernel", "initrd"}),
+    # the same grub.cfg, which tests for grubenv; that is read before the command that notes that it is there
+    ("grub-0", "grub-3", "grubenv", 9, ("", "grubenv"), {"boot-loader-config"}),
+    ("grub-3", "grub-0", "grubenv", 9, ("grubenv", ""), {"boot-loader-config"}),
+    ("grub-1", "grub-3", "boot-loader-config", 9, ("grub.cfg", "grub.cfg"), {"grubenv", "kernel", "initrd"}),
+    ("grub-3", "grub-1", "boot-loader-config", 9, ("grub.cfg", "grub.cfg"), {"grubenv", "kernel", "initrd"}),
+    ("grub-2", "grub-3", "boot-loader-config", 9, ("grub.cfg", "grub.cfg"), {"grubenv", "command-line", "initrd"}),
+    ("grub-3", "grub-2", "boot-loader-config", 9, ("grub.cfg", "grub.cfg"), {"grubenv", "command-line", "initrd"}),
+    # the image as the firmware starts it, before the stub measures its sections
+    ("uki-0", "uki-1", "uki", 4, ("debian.efi", "debian.efi"), {"kernel", "command-line", "initrd"}),
+    ("uki-1", "uki-0", "uki", 4, ("debian.efi", "debian.efi"), {"kernel", "command-line", "initrd"}),
+]
+
+
+def good_boot(name: str) -> Baseline:
+    made = real(name)
+    found = measured.believed(eventlog.parse(made.log), (), made.pcrs)
+    kept = {pcr: made.pcrs[pcr] for pcr in found}
+    before = refused(made.log, made.pcrs, None)._replace(cmdline=made.cmdline)
+    items = explain.items_now(before, found)
+    return Baseline("6", made.cmdline, measured.Chip("", ""), kept, items)
+
+
+def refused_boot(now: Real, before: Baseline) -> explain.World:
+    """Under a policy that allows the good boot alone, over all that the firmware's log accounts for."""
+    branch = policy.branch(LOGGED, before.pcrs)
+    record = policy.Record(1, HOST, policy.select(LOGGED), policy.CAP_PCR, (branch,), bytes(34), bytes(34))
+    return refused(now.log, now.pcrs, before)._replace(cmdline=now.cmdline, record=record)
+
+
+def test_each_pair_of_real_boots_of_a_kind_has_a_story() -> None:
+    names = [f"{kind}-{number}" for kind, count in (("direct", 2), ("grub", 4), ("uki", 2)) for number in range(count)]
+    pairs = {(a, b) for a in names for b in names if a != b and a.partition("-")[0] == b.partition("-")[0]}
+    assert {(before, now) for before, now, *_ in BETWEEN} == pairs
+
+
+@pytest.mark.parametrize("before,now,code,pcr,words,also", BETWEEN, ids=[f"{s[0]}-then-{s[1]}" for s in BETWEEN])
+def test_between_two_real_boots_the_first_cause_is_named(
+    before: str, now: str, code: str, pcr: int, words: tuple[str, str], also: set[str]
+) -> None:
+    found = explain.judge(refused_boot(real(now), good_boot(before)))
+    first = found.causes[0]
+    assert (first.code, first.pcr) == (code, pcr), explain.text(found)
+    assert words[0] in first.old and words[1] in first.new
+    assert {each.code for each in found.causes} >= also
+    differ = {pcr for pcr in found.pcrs if real(before).pcrs[pcr] != real(now).pcrs[pcr]}
+    assert {pcr for pcr, status in found.pcrs.items() if status != "same"} == differ
+    assert {each.pcr for each in found.causes} == differ and found.notes == ()
+
+
+REAL = ("direct-0", "direct-1", "grub-0", "grub-1", "grub-2", "grub-3", "uki-0", "uki-1")
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_boot_as_it_was_differs_in_nothing(name: str) -> None:
+    found = explain.judge(refused_boot(real(name), good_boot(name)))
+    assert found.causes == () and set(found.pcrs.values()) == {"same"}
+
+
+@pytest.mark.parametrize("pcr", [0, 4, 7, 8, 9, 11, 14])
+@pytest.mark.parametrize("name", REAL)
+def test_after_a_real_boot_a_pcr_was_extended_by_hand(name: str, pcr: int) -> None:
+    made = real(name)
+    live = made.pcrs | {pcr: eventlog.extended(made.pcrs[pcr], b"x" * 32)}
+    (cause,) = explain.judge(refused_boot(made._replace(pcrs=live), good_boot(name))).causes
+    assert (cause.code, cause.pcr) == ("pcr-extended", pcr)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_after_a_real_boot_kexec(name: str) -> None:
+    """The firmware's log and the PCRs stay; the kernel's command line is another."""
+    world = refused_boot(real(name), good_boot(name))._replace(kexec=True, cmdline="root=/dev/mapper/root")
+    found = explain.judge(world)
+    assert [each.code for each in found.causes] == ["kexec"] and found.causes[0].do == "reboot, not kexec"
+
+
+def replaced(made: Real, at: int, event: Entry) -> Real:
+    """The same boot, one event of it another one; what nothing logs stays as it was."""
+    entries = [Entry(each.pcr, each.kind, b"", each.data, each.digest) for each in eventlog.parse(made.log).events]
+    entries[at] = event
+    new, old = values(entries), eventlog.replay(eventlog.parse(made.log).events)
+    return made._replace(log=log(entries), pcrs=made.pcrs | {pcr: new[pcr] for pcr in new if new[pcr] != old[pcr]})
+
+
+def another(event: eventlog.Event) -> Entry:
+    """Of something that the log has by its digest alone."""
+    return Entry(event.pcr, event.kind, b"", event.data, sha256(event.digest or b"").digest())
+
+
+BOOT_LOADER = "EFI program \\EFI\\BOOT\\BOOTX64.EFI"
+DBX = variable(7, "dbx", signature_list(SHA256, [bytes(32)] * 9), vendor=IMAGE_SECURITY)
+CHANGES = [
+    # which boots, the event's words, what it is instead, the first cause, its PCR
+    ("direct grub uki", "dbx", DBX, "dbx", 7),
+    ("direct grub", "Secure Boot off", variable(7, "SecureBoot", b"\1"), "secure-boot", 7),
+    ("uki", "Secure Boot on", variable(7, "SecureBoot", b"\0"), "secure-boot", 7),
+    ("grub", "MokList", shim(14, "MokList", b"another key"), "mok", 14),
+    ("grub uki", BOOT_LOADER, None, "boot-loader", 4),
+    ("grub", "EFI program \\EFI\\BOOT\\grubx64.efi", None, "boot-loader", 4),
+    ("direct", "kernel image", None, "kernel", 4),
+    ("grub", "kernel file", None, "kernel", 9),
+    ("uki", "unified kernel image", None, "uki", 4),
+    ("direct grub uki", "initramfs, as the kernel got it", None, "initrd", 9),
+    ("grub", "initramfs file", None, "initrd", 9),
+]
+
+
+@pytest.mark.parametrize(
+    "name,words,event,code,pcr",
+    [(name, *rest) for kinds, *rest in CHANGES for name in REAL if name.partition("-")[0] in kinds.split()],
+)
+def test_one_event_of_a_real_boot_changes(name: str, words: str, event: Entry | None, code: str, pcr: int) -> None:
+    made = real(name)
+    events = eventlog.parse(made.log).events
+    at = next(at for at, each in enumerate(events) if measured.describe(each).text.startswith(words))
+    found = explain.judge(refused_boot(replaced(made, at, event or another(events[at])), good_boot(name)))
+    (cause,) = found.causes
+    assert (cause.code, cause.pcr) == (code, pcr) and cause.old != cause.new, explain.text(found)
+    assert {each for each, status in found.pcrs.items() if status != "same"} == {pcr}
 
 
 def test_a_log_that_ends_too_early_is_believed_for_the_pcrs_that_it_has_whole() -> None:

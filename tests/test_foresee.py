@@ -18,7 +18,7 @@ import pytest
 from eventlogs import DATA, LOGGED, Entry, log, plain, program, real, tagged, variable
 from hostfixture import Machine
 
-from unlock import atunseal, booted, check, eventlog, explain, foresee, grub, pe, predict, slots, uefi
+from unlock import atunseal, booted, cache, check, eventlog, explain, foresee, grub, pe, predict, slots, uefi
 from unlock.errors import Refused, UnlockError
 from unlock.paths import Paths
 
@@ -516,6 +516,28 @@ def test_the_hook_never_fails_and_says_what_comes(host: Machine, capsys: pytest.
     host.chip.kill()
     assert foresee.hook(host.paths, host.chip.tcti) == 1  # the next hook tries again
     assert "unlock:" in capsys.readouterr().err
+
+
+def test_after_a_flush_of_the_key_cache_the_hook_says_that_nothing_can_be_sealed(
+    host: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache.flush(host.paths)
+    install(host, AFTER)
+    assert foresee.hook(host.paths, host.chip.tcti) == 0  # tried again it would say the same
+    said = capsys.readouterr().err
+    assert "nothing can be sealed" in said and "it was flushed" in said and "after a flush: reboot" in said
+    assert "recovery key opens the disks" in said and "is predicted" not in said
+    assert host.reasons() == ["this boot"]
+    assert boot(host, NEXT) == "pcr-mismatch"
+
+
+def test_after_a_boot_that_the_tpm_refused_the_hook_says_so(host: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    cache.flush(host.paths)
+    assert boot(host, NEXT) == "pcr-mismatch"
+    install(host, AFTER)
+    assert foresee.hook(host.paths, host.chip.tcti) == 0
+    said = capsys.readouterr().err
+    assert "none that the TPM allows" in said and "unlock explain" in said and "key cache" not in said
 
 
 def test_where_no_update_matters_nothing_is_predicted(tmp_path: Path) -> None:

@@ -409,7 +409,7 @@ def test_the_cache_tells_where_each_key_came_from_and_what_goes_with_it(host: Ho
     assert cache.flush(host.paths)
     assert cache.show(host.paths) == []
     assert cache.flush(host.paths) == []
-    assert cache.consequences(host.paths, host.look) == ["nothing more than now: this boot was not unsealed"]
+    assert cache.consequences(host.paths, host.look) == ["nothing more than now: the persistence key is not there"]
 
 
 def test_keys_in_the_cache_have_no_timeout(host: Host, kms: Liar) -> None:

@@ -39,7 +39,7 @@ def consequences(paths: Paths, look: present.Look = present.look) -> list[str]:
     try:
         work = provide.Work(paths, look)
     except NoKey:
-        return ["nothing more than now: this boot was not unsealed"]
+        return ["nothing more than now: the persistence key is not there"]
     if allowed.PIN_AUTH in keyring.names():
         lines.append("the PIN stays as it is, and is asked for at the next boot")
     with work:

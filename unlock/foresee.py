@@ -485,10 +485,10 @@ def hook(paths: Paths, tcti: str) -> int:
     try:
         found = run(paths, tcti)
     except UnlockError as problem:
-        if problem.code in ("no-key", "not-initialised"):
+        if problem.code == "not-initialised":
             return 0
         _warn(problem)
-        return 0 if problem.code in ("cannot-predict", "boot-not-allowed", "pin-needed") else 1
+        return 0 if problem.code in ("cannot-predict", "boot-not-allowed", "no-key", "pin-needed") else 1
     except OSError as problem:
         _warn(predict.cannot(str(problem)))
         return 1

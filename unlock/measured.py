@@ -501,43 +501,60 @@ class Difference(NamedTuple):
 
 
 def compare(old: Sequence[Item], new: Sequence[Item], pcrs: Iterable[int]) -> tuple[Difference, ...]:
-    """All differences in these PCRs, in the order of the new log; linear in the number of events.
+    """All differences in these PCRs, in the order of the new log, an event that is gone behind the last one before it
+    that is not; linear in the number of events.
 
     In each PCR, events with the same digest are the same, wherever they are. Of the rest, those about the same
     thing (a variable, a file, a command) belong together: old and new.
     """
-    found = []
-    for pcr in sorted(set(pcrs)):
-        before = [item for item in old if item.pcr == pcr]
-        now = [(place, item) for place, item in enumerate(new) if item.pcr == pcr]
-        found += _differences(pcr, before, now, len(new))
+    found: list[Difference] = []
+    there: dict[int, int] = {}
+    wanted = set(pcrs)
+    for pcr in sorted(wanted):
+        before, now = ([each for each in enumerate(items) if each[1].pcr == pcr] for items in (old, new))
+        found += _differences(pcr, before, now, there)
+    place = 0
+    for at, item in enumerate(old):
+        if at in there:
+            place = there[at] + 1
+        elif item.pcr in wanted:
+            found.append(Difference(item.pcr, item.cause, item, None, place))
     return tuple(sorted(found, key=lambda each: each.place))
 
 
-def _differences(pcr: int, old: list[Item], new: list[tuple[int, Item]], end: int) -> list[Difference]:
+def _differences(
+    pcr: int, old: list[tuple[int, Item]], new: list[tuple[int, Item]], there: dict[int, int]
+) -> list[Difference]:
+    """What came or changed. `there` gets the places in the old log of what is not gone, and those in the new one."""
     same = 0
-    while same < min(len(old), len(new)) and old[same].digest == new[same][1].digest:
+    while same < min(len(old), len(new)) and old[same][1].digest == new[same][1].digest:
         same += 1
-    gone = _unmatched(old[same:], [item for _, item in new[same:]])
-    came = _unmatched([item for _, item in new[same:]], old[same:])
-    places = [place for place, _ in new[same:]]
-    if not gone and not came:
-        if same == len(old):
-            return []
-        return [Difference(pcr, new[same][1].cause, old[same], new[same][1], new[same][0])]
+    there |= {before: now for (before, _), (now, _) in zip(old[:same], new[:same], strict=True)}
+    old, new = old[same:], new[same:]
+    before, now = [item for _, item in old], [item for _, item in new]
+    gone, came = _unmatched(before, now), _unmatched(now, before)
+    kept = _without(old, gone), _without(new, came)
+    there |= {at: place for (at, _), (place, _) in zip(*kept, strict=True)}
+    if old and not gone and not came:
+        (place, item), (_, was) = new[0], old[0]
+        return [Difference(pcr, item.cause, was, item, place)]
     waiting: dict[tuple[Any, ...], deque[int]] = {}
     for at in gone:
-        waiting.setdefault(_subject(old[same + at]), deque()).append(at)
+        waiting.setdefault(_subject(before[at]), deque()).append(at)
     found = []
     for at in came:
-        item = new[same + at][1]
-        partners = waiting.get(_subject(item))
-        partner = old[same + partners.popleft()] if partners else None
-        found.append(Difference(pcr, _cause(partner, item), partner, item, places[at]))
-    for at in sorted(each for partners in waiting.values() for each in partners):
-        place = places[at] if at < len(places) else end
-        found.append(Difference(pcr, old[same + at].cause, old[same + at], None, place))
+        place, item = new[at]
+        partner = None
+        if partners := waiting.get(_subject(item)):
+            replaced, partner = old[partners.popleft()]
+            there[replaced] = place
+        found.append(Difference(pcr, _cause(partner, item), partner, item, place))
     return found
+
+
+def _without(these: list[tuple[int, Item]], left_out: Iterable[int]) -> list[tuple[int, Item]]:
+    out = set(left_out)
+    return [each for at, each in enumerate(these) if at not in out]
 
 
 def _unmatched(these: list[Item], others: list[Item]) -> list[int]:

@@ -87,7 +87,7 @@ def public(path: str) -> str:
 
 
 class Work:
-    """Raises Refused when the host is not initialised, NoKey when this boot was not unsealed."""
+    """Raises Refused when the host is not initialised, NoKey as `persistence_key` does."""
 
     def __init__(self, paths: Paths, look: present.Look = present.look, connect: Connect = connect) -> None:
         self.paths = paths
@@ -147,12 +147,14 @@ class Work:
 
 
 def persistence_key() -> Secret:
-    """Raises NoKey when this boot was not unsealed."""
+    """Raises NoKey when this boot was not unsealed, or the key cache was flushed."""
     try:
         return keyring.get("unlock:persistence")
     except NoKey as error:
         raise NoKey(
-            "the persistence key is not in the key cache: this boot was not unsealed", "unlock status"
+            "the persistence key is not in the key cache, so nothing can be sealed or unwrapped: it was flushed, or "
+            "this boot was not unsealed",
+            "after a flush: reboot; else: unlock explain",
         ) from error
 
 

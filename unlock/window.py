@@ -17,7 +17,7 @@ from typing import Any
 
 from . import allowed, atunseal, images, log, policy, provide, slots, thisboot
 from .allowed import DEVICE, Allowed, Pin
-from .errors import NoKey, Refused, Usage
+from .errors import Refused, Usage
 from .paths import Paths
 from .secret import Secret
 from .state import State, exclusive
@@ -99,7 +99,7 @@ def open_window(
     """
     if not 1 <= reboots <= REBOOTS_MAX:
         raise Usage(f"a window lasts 1 to {REBOOTS_MAX} good boots", "unlock policy window --reboots 1")
-    with exclusive(paths), Tpm(tcti) as tpm, _persistence() as persistence:
+    with exclusive(paths), Tpm(tcti) as tpm, provide.persistence_key() as persistence:
         state = State.load(paths)
         found = allowed.look(paths, tpm, state)
         full = _full(found)
@@ -118,7 +118,7 @@ def close(paths: Paths, tcti: str = DEVICE, owner_auth: Secret | None = None) ->
 
     Raises NoKey, Refused when the state of this boot is not one that the policy allows, or cannot be told.
     """
-    with exclusive(paths), Tpm(tcti) as tpm, _persistence() as persistence:
+    with exclusive(paths), Tpm(tcti) as tpm, provide.persistence_key() as persistence:
         state = State.load(paths)
         return _close(paths, tpm, state, allowed.look(paths, tpm, state), persistence, owner_auth)
 
@@ -138,7 +138,7 @@ def choose(
     """
     if pin and pin.typed is not None:
         images.need_pin(paths)
-    with exclusive(paths), Tpm(tcti) as tpm, _persistence() as persistence:
+    with exclusive(paths), Tpm(tcti) as tpm, provide.persistence_key() as persistence:
         state = State.load(paths)
         found = allowed.look(paths, tpm, state)
         if not pcrs:
@@ -175,7 +175,7 @@ def good_boot(paths: Paths, tcti: str = "") -> int:
             window.update(reboots=max(0, window["reboots"] - 1), boot=_boot(paths))
         state.save_if_changed()
         if window and not window["reboots"]:
-            with _persistence() as persistence:
+            with provide.persistence_key() as persistence:
                 _close(paths, tpm, state, found, persistence, None)
             log.note("the window is closed: all PCRs of the policy count again")
         elif found.opened:
@@ -218,16 +218,6 @@ def _full(found: Allowed) -> tuple[int, ...]:
 def _open(found: Allowed) -> bool:
     """Whether the TPM has the window that the state speaks of."""
     return found.record.selection != _full(found)
-
-
-def _persistence() -> Secret:
-    try:
-        return provide.persistence_key()
-    except NoKey as error:
-        raise NoKey(
-            "the persistence key is not in the key cache, so the TPM cannot be sealed anew in this boot",
-            "reboot: a boot that the TPM allows fills the cache, and ends a window whose time has come",
-        ) from error
 
 
 def _boot(paths: Paths) -> str:
