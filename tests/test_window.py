@@ -10,8 +10,10 @@ from eventlogs import Boot
 from hostfixture import Machine
 from killing import EVERY, LASTING, TPM_WRITES, killed_at
 
-from unlock import allowed, cli, keyring, status, window
+from unlock import allowed, check, cli, foresee, keyring, rebind, status, window
 from unlock.errors import NoKey, Refused, Usage
+from unlock.paths import Paths
+from unlock.secret import Secret
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -195,6 +197,27 @@ def test_killed_anywhere_a_window_is_never_forgotten(
         number += EVERY
     assert kills > 2
     record_property("shown", f"{what} a window: killed at {kills} points")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        check.check,
+        window.show,
+        lambda paths, tcti: window.open_window(paths, 1, (), tcti),
+        window.close,
+        lambda paths, tcti: window.choose(paths, (4,), None, tcti),
+        foresee.run,
+        rebind.lacks_pin,
+        lambda paths, tcti: rebind.rebind(paths, rebind.Choices(Secret(b""), tcti=tcti)),
+    ],
+)
+def test_a_host_that_is_not_initialised_is_told_so_before_its_tpm_is_asked(
+    tmp_path: Path, command: Callable[[Paths, str], object]
+) -> None:
+    with pytest.raises(Refused, match="not initialised") as caught:
+        command(Paths(str(tmp_path)), "device:/dev/there-is-none")
+    assert (caught.value.code, caught.value.hint) == ("not-initialised", "unlock init")
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,9 @@ def _set(paths: Paths, options: argparse.Namespace) -> int:
 
 def _rebind(paths: Paths, options: argparse.Namespace) -> int:
     from . import explain, foresee, rebind, recoverykey, thisboot
+    from .state import State
 
+    State.load(paths)
     tcti = thisboot.tpm_device()
     log.note("this boot, as the TPM sees it, is what will be allowed:")
     print(explain.text(explain.judge(explain.gather(paths, tcti))))

@@ -410,6 +410,14 @@ def exclusive(paths: Paths, patience: float = PATIENCE) -> Iterator[None]:
         os.close(fd)
 
 
+@contextmanager
+def changing(paths: Paths, patience: float = PATIENCE) -> Iterator[State]:
+    """The same, with the state as no other operation changes it. Raises what `State.load` raises, before anything else
+    is asked."""
+    with exclusive(paths, patience):
+        yield State.load(paths)
+
+
 def _locked(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
