@@ -210,7 +210,8 @@ def _check(container: luks.Container, host: str, mac_key: Secret) -> None:
             trouble = error
     assert trouble
     raise Tampered(
-        f"{container.device}: its header is not the one that this host wrote, or the recovery key is another"
+        f"{container.device}: its header is not the one that this host wrote, or the recovery key is another",
+        "unlock recovery test",
     ) from trouble
 
 
