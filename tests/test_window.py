@@ -233,3 +233,12 @@ def test_a_host_that_is_not_initialised_is_told_so_before_its_tpm_is_asked(
 )
 def test_the_words_of_the_command_line(line: str) -> None:
     assert cli._parser().parse_args(line.split()).run.__module__ == "unlock.clipolicy"
+
+
+@pytest.mark.parametrize(
+    "option", ["policy window --reboots 1 --keep", "policy set --pcrs", "rebind --pcrs", "init --pcrs"]
+)
+def test_what_is_no_list_of_pcrs_is_said_in_words(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli._parser().parse_args([*option.split(), "4;7"])
+    assert "'4;7': PCR numbers are wanted, as in 4,7,9" in capsys.readouterr().err

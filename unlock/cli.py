@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument(
         "--accept", action="append", default=[], metavar="RISK", help="a refusal that you accept, by name"
     )
-    init.add_argument("--pcrs", type=_pcrs, default=(), metavar="N,N", help="default: by how this host boots")
+    init.add_argument("--pcrs", type=clipolicy.pcrs, default=(), metavar="N,N", help="default: by how this host boots")
     init.add_argument("--owner-auth-file", metavar="FILE", help="password of the TPM's owner, where one is set")
 
     clikeys.add_client(init)
@@ -93,10 +93,6 @@ def _parser() -> argparse.ArgumentParser:
     clirecovery.add(words, top)
     clipolicy.add(words)
     return top
-
-
-def _pcrs(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def _init(paths: Paths, options: argparse.Namespace) -> int:
