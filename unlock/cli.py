@@ -5,12 +5,16 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from . import __version__, ask, clikeys, clipolicy, clirecovery, log
 from .errors import Refused, Usage
 from .paths import Paths
 from .protect import protect
 from .secret import Secret
+
+if TYPE_CHECKING:
+    from .members import NewGroup
 
 
 def cli(argv: list[str]) -> int:
@@ -164,23 +168,26 @@ def _check(paths: Paths, options: argparse.Namespace) -> int:
 
 
 def _group_create(paths: Paths, options: argparse.Namespace) -> int:
-    from .members import NewGroup, group_create
+    from .members import group_create
 
-    group = group_create(
-        paths,
-        NewGroup(
-            options.name,
-            tuple(options.disk),
-            options.mount,
-            options.profile,
-            frozenset(options.erase),
-            options.recovery_key_file,
-            options.policy,
-            clirecovery.escrow(options),
-        ),
-    )
+    group = group_create(paths, _wanted(options))
     log.note(f"group {group.name}: {len(group.members)} disk(s) at {options.mount}")
     return 0
+
+
+def _wanted(options: argparse.Namespace) -> "NewGroup":
+    from .members import NewGroup
+
+    return NewGroup(
+        options.name,
+        tuple(options.disk),
+        options.mount,
+        options.profile,
+        frozenset(options.erase),
+        options.recovery_key_file,
+        options.policy,
+        clirecovery.escrow(options),
+    )
 
 
 def _disk_adopt(paths: Paths, options: argparse.Namespace) -> int:
