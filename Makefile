@@ -86,7 +86,7 @@ test: lint
 test-long: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist load --durations=15 -m long
 
-# Made-up headers, tokens and records for an hour, or for `make soak SECONDS=60`.
+# Made-up headers, tokens, records, event logs, GRUB scripts and EFI programs for an hour, or for `make soak SECONDS=60`.
 SECONDS = 3600
 soak:
 	SECONDS=$(SECONDS) $(VENV)/bin/python -m tests.soak

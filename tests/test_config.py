@@ -2,12 +2,15 @@
 """unlock.toml, crypttab and state.json: what is written is read, and what is mangled is said by name."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
-from unlock import config, tables
+from unlock import cli, config, members, tables
 from unlock.errors import Malformed, NewerFormat, Refused
+from unlock.escrow import Escrow
+from unlock.members import NewGroup
 from unlock.paths import Paths
 from unlock.state import State
 
@@ -86,3 +89,21 @@ def test_state_is_whole_or_refused(tmp_path: Path) -> None:
     Path(paths.state).write_text(json.dumps({**json.loads(whole), "version": 2}))
     with pytest.raises(NewerFormat):
         State.load(paths)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        NewGroup("data", ("/dev/sdb",), "/srv/data", "", frozenset(), ""),
+        NewGroup("data", ("/dev/sdb", "/dev/sdc"), "/srv/my data", "raid0", frozenset(), "/root/key", "provider"),
+        NewGroup(
+            "data", ("/dev/sdb",), "/srv/data", "", frozenset({"/dev/sdb"}), "", escrow=Escrow("age1x", "/root/e")
+        ),
+    ],
+)
+def test_what_finishes_a_group_that_was_begun_can_be_typed(tmp_path: Path, wanted: NewGroup) -> None:
+    state = State.new(Paths(str(tmp_path)), "ab" * 16)
+    assert not state.to_finish
+    state.begin("group create", wanted.name, members=[], options=members._options(wanted))
+    typed = cli._parser().parse_args(shlex.split(State.load(Paths(str(tmp_path))).to_finish)[1:])
+    assert cli._wanted(typed) == wanted._replace(erase=frozenset())

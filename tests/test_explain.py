@@ -177,6 +177,7 @@ def test_a_section_of_a_unified_kernel_image_is_named(host: Host) -> None:
     host.boot(Boot("uki", initrd="another"))
     found = host.explain()
     assert [(each.code, each.pcr) for each in found.causes] == [("uki", 4), ("initrd", 11)]
+    assert found.causes[0].title == "PCR 4: the unified kernel image changed"
 
 
 @pytest.mark.parametrize("pcr", [7, 9, 12])

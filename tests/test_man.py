@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manual pages: what they refer to exists, and each error of a provider is in the page of that provider."""
+"""The manual pages: what they refer to exists; commands, options, exit statuses and errors are those that there are."""
 
+import argparse
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from unlock import cli, clikeys, errors
+from unlock import check, cli, enroll, errors, rebind
 
 PAGES = {path.name.removesuffix(".md"): path.read_text() for path in (Path(__file__).parents[1] / "man").glob("*.md")}
 
@@ -38,13 +40,66 @@ def test_each_error_of_a_key_manager_is_explained(kind: type[errors.ProviderErro
         assert f"**{kind.status} {kind.code}**\n:   " in PAGES["unlock-kmip.7"]
 
 
-def test_each_option_for_key_managers_is_in_the_manual() -> None:
-    parser = cli._parser()
-    words = next(each for each in parser._actions if isinstance(each, clikeys.argparse._SubParsersAction))
-    verbs = words.choices["provider"]._actions[-1]
-    assert isinstance(verbs, clikeys.argparse._SubParsersAction)
-    pages = "".join(PAGES.values())
-    for parser in (words.choices["init"], words.choices["persistence"], *verbs.choices.values()):
-        for action in parser._actions:
-            for flag in action.option_strings:
-                assert flag in ("-h", "--help") or f"**{flag}**" in pages or f"**{flag} " in pages, flag
+def commands(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], set[str]]]:
+    """The words of each command, and its options."""
+    options = {flag for each in parser._actions for flag in each.option_strings} - {"-h", "--help"}
+    verbs = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
+    if options or not verbs:
+        yield path, options
+    for each in verbs:
+        for word, below in each.choices.items():
+            yield from commands(below, (*path, word))
+
+
+def synopsis() -> dict[tuple[str, ...], set[str]]:
+    """The same, from the page: a paragraph has one command, or several of one noun with bars between."""
+    found: dict[tuple[str, ...], set[str]] = {}
+    for paragraph in section("SYNOPSIS").split("\n\n"):
+        noun: list[str] = []
+        for part in outside_of_brackets(paragraph):
+            words = part.removeprefix("**").partition("**")[0].split()
+            if words[0] == "unlock":
+                noun = words[1:-1]
+            path = tuple(each for each in (*noun, words[-1]) if not each.startswith("--"))
+            found.setdefault(path, set()).update(re.findall(r"--[a-z-]+", part))
+    return found
+
+
+def outside_of_brackets(text: str) -> list[str]:
+    """Split at the bars that are in no brackets."""
+    parts, depth = [""], 0
+    for piece in re.split(r"( \| |\[|\])", text):
+        depth += (piece == "[") - (piece == "]")
+        if piece == " | " and not depth:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts
+
+
+def section(title: str) -> str:
+    return PAGES["unlock.8"].partition(f"\n# {title}\n")[2].partition("\n# ")[0].strip()
+
+
+COMMANDS = dict(commands(cli._parser()))
+
+
+def test_the_synopsis_has_every_command_and_no_other() -> None:
+    assert synopsis().keys() == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_the_synopsis_has_every_option_of_a_command_and_no_other(path: tuple[str, ...]) -> None:
+    assert synopsis()[path] == COMMANDS[path]
+
+
+def test_every_exit_status_is_in_the_manual() -> None:
+    kinds = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, errors.UnlockError)]
+    statuses = {0, *check.STATUS.values(), *(each.status for each in kinds)}
+    assert {int(each) for each in re.findall(r"\b(\d+) ", section("EXIT STATUS"))} == statuses
+
+
+@pytest.mark.parametrize(("command", "risks"), [("init", enroll.OVERRIDES), ("rebind", rebind.RISKS)])
+def test_every_risk_that_can_be_accepted_is_named(command: str, risks: dict[str, str]) -> None:
+    told = section("COMMANDS").partition(f"**{command}**\n:   ")[2].partition("\n\n")[0]
+    assert set(re.findall(r"\*\*([a-z]+(?:-[a-z]+)+)\*\*", told)) >= risks.keys()

@@ -128,7 +128,7 @@ def test_status_shows_what_headers_say(tmp_path: Path, key_cache: None) -> None:
 
 
 def test_words_that_do_not_work_in_it_name_help(paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["help"]):
+    for words in ([], ["help"], ["status", "--help"], ["explain", "--help"], ["open", "--help"]):
         assert shell.shell(paths, words) == 0
         assert "unlock open --recovery" in capsys.readouterr().out
     for words in (["rekey"], ["status", "--boot"], ["open", "--recovery", "data"], ["explain", "x"]):

@@ -200,8 +200,9 @@ def test_a_newer_format_is_never_overwritten(chip: Swtpm) -> None:
 def test_another_hosts_key_is_replaced_only_by_name(chip: Swtpm) -> None:
     with chip.open() as tpm:
         persist(tpm, 1, host=b"o" * 16)
-        with pytest.raises(Refused):
+        with pytest.raises(Refused) as caught:
             persist(tpm, 2)
+        assert caught.value.hint == "unlock rebind --accept slots-in-use"
         assert found(tpm) == 1
         persist(tpm, 2, replace=True)
         assert found(tpm) == 2 and len(complete(tpm)) == 1

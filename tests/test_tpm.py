@@ -128,8 +128,9 @@ def test_another_tpm_has_no_slot(chip: Swtpm, tmp_path: Path) -> None:
 
 def test_no_tpm_at_all() -> None:
     for tcti in ("device:/dev/there-is-none", "swtpm:host=127.0.0.1,port=1", "nonsense:"):
-        with pytest.raises(TpmAbsent):
+        with pytest.raises(TpmAbsent) as caught:
             Tpm(tcti)
+        assert caught.value.hint == "unlock explain"
 
 
 def test_an_object_swapped_under_the_record(chip: Swtpm) -> None:

@@ -10,8 +10,10 @@ from eventlogs import Boot
 from hostfixture import Machine
 from killing import EVERY, LASTING, TPM_WRITES, killed_at
 
-from unlock import allowed, cli, keyring, status, window
+from unlock import allowed, check, cli, foresee, keyring, rebind, status, window
 from unlock.errors import NoKey, Refused, Usage
+from unlock.paths import Paths
+from unlock.secret import Secret
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -198,6 +200,27 @@ def test_killed_anywhere_a_window_is_never_forgotten(
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        check.check,
+        window.show,
+        lambda paths, tcti: window.open_window(paths, 1, (), tcti),
+        window.close,
+        lambda paths, tcti: window.choose(paths, (4,), None, tcti),
+        foresee.run,
+        rebind.lacks_pin,
+        lambda paths, tcti: rebind.rebind(paths, rebind.Choices(Secret(b""), tcti=tcti)),
+    ],
+)
+def test_a_host_that_is_not_initialised_is_told_so_before_its_tpm_is_asked(
+    tmp_path: Path, command: Callable[[Paths, str], object]
+) -> None:
+    with pytest.raises(Refused, match="not initialised") as caught:
+        command(Paths(str(tmp_path)), "device:/dev/there-is-none")
+    assert (caught.value.code, caught.value.hint) == ("not-initialised", "unlock init")
+
+
+@pytest.mark.parametrize(
     "line",
     [
         "policy show --json",
@@ -210,3 +233,12 @@ def test_killed_anywhere_a_window_is_never_forgotten(
 )
 def test_the_words_of_the_command_line(line: str) -> None:
     assert cli._parser().parse_args(line.split()).run.__module__ == "unlock.clipolicy"
+
+
+@pytest.mark.parametrize(
+    "option", ["policy window --reboots 1 --keep", "policy set --pcrs", "rebind --pcrs", "init --pcrs"]
+)
+def test_what_is_no_list_of_pcrs_is_said_in_words(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli._parser().parse_args([*option.split(), "4;7"])
+    assert "'4;7': PCR numbers are wanted, as in 4,7,9" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from .paths import Paths
 from .policy import Record, Slot
 from .secret import Secret
 from .state import State as HostState
-from .state import exclusive
+from .state import changing
 from .tpm import Tpm
 
 DEVICE = "device:/dev/tpmrm0"
@@ -90,8 +90,7 @@ def predicted(
     Writes nothing when nothing changes. Raises Usage for more than the policy holds, Refused when the branch that
     opened this boot cannot be told and one would have to go; NoKey, NoSlot, TpmFailed.
     """
-    with exclusive(paths, _PATIENCE), Tpm(tcti) as tpm, provide.persistence_key() as persistence:
-        state = HostState.load(paths)
+    with changing(paths, _PATIENCE) as state, Tpm(tcti) as tpm, provide.persistence_key() as persistence:
         found = look(paths, tpm, state)
         record = found.record
         new: dict[bytes, str] = {}

@@ -25,7 +25,7 @@ def from_file(path: str) -> Secret:
     except OSError as error:
         raise Usage(f"{path} cannot be read: {error.strerror}") from error
     if not content.strip() or len(content) > _MAX:
-        raise Usage(f"{path} is empty, or too large for a secret")
+        raise Usage(f"{path} is empty, or too large for a secret", f"a file with it alone, at most {_MAX} bytes")
     return Secret(content.removesuffix(b"\n"))
 
 
@@ -70,11 +70,15 @@ def anyone(prompt: str, flag: str) -> Secret:
     logged-in administrator), or the askpass of an initramfs. Raises Usage that names `flag`."""
     try:
         return terminal(prompt, flag)
-    except Usage:
-        if os.path.exists("/run/systemd/system"):
-            return _ask([*_AGENTS, f"unlock: {prompt}:"])
-        if os.path.exists(_INITRAMFS):
-            return askpass(f"unlock: {prompt}: ")
+    except Usage as no_terminal:
+        try:
+            if os.path.exists("/run/systemd/system"):
+                return _ask([*_AGENTS, f"unlock: {prompt}:"])
+            if os.path.exists(_INITRAMFS):
+                return askpass(f"unlock: {prompt}: ")
+        except Usage as error:
+            error.hint = no_terminal.hint
+            raise
         raise
 
 

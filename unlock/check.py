@@ -432,8 +432,7 @@ def _hibernation(paths: Paths) -> Iterator[Finding]:
 
 
 def _operation(state: State) -> Iterator[Finding]:
-    if state.journal:
-        what = f"unlock {state.journal['operation']} {state.journal['about']}"
+    if what := state.to_finish:
         yield Finding("operation", UNPROVEN, f"`{what}` was stopped before its end", what)
 
 

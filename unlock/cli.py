@@ -5,12 +5,16 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from . import __version__, ask, clikeys, clipolicy, clirecovery, log
 from .errors import Refused, Usage
 from .paths import Paths
 from .protect import protect
 from .secret import Secret
+
+if TYPE_CHECKING:
+    from .members import NewGroup
 
 
 def cli(argv: list[str]) -> int:
@@ -41,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument(
         "--accept", action="append", default=[], metavar="RISK", help="a refusal that you accept, by name"
     )
-    init.add_argument("--pcrs", type=_pcrs, default=(), metavar="N,N", help="default: by how this host boots")
+    init.add_argument("--pcrs", type=clipolicy.pcrs, default=(), metavar="N,N", help="default: by how this host boots")
     init.add_argument("--owner-auth-file", metavar="FILE", help="password of the TPM's owner, where one is set")
 
     clikeys.add_client(init)
@@ -93,10 +97,6 @@ def _parser() -> argparse.ArgumentParser:
     clirecovery.add(words, top)
     clipolicy.add(words)
     return top
-
-
-def _pcrs(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def _init(paths: Paths, options: argparse.Namespace) -> int:
@@ -168,23 +168,26 @@ def _check(paths: Paths, options: argparse.Namespace) -> int:
 
 
 def _group_create(paths: Paths, options: argparse.Namespace) -> int:
-    from .members import NewGroup, group_create
+    from .members import group_create
 
-    group = group_create(
-        paths,
-        NewGroup(
-            options.name,
-            tuple(options.disk),
-            options.mount,
-            options.profile,
-            frozenset(options.erase),
-            options.recovery_key_file,
-            options.policy,
-            clirecovery.escrow(options),
-        ),
-    )
+    group = group_create(paths, _wanted(options))
     log.note(f"group {group.name}: {len(group.members)} disk(s) at {options.mount}")
     return 0
+
+
+def _wanted(options: argparse.Namespace) -> "NewGroup":
+    from .members import NewGroup
+
+    return NewGroup(
+        options.name,
+        tuple(options.disk),
+        options.mount,
+        options.profile,
+        frozenset(options.erase),
+        options.recovery_key_file,
+        options.policy,
+        clirecovery.escrow(options),
+    )
 
 
 def _disk_adopt(paths: Paths, options: argparse.Namespace) -> int:

@@ -52,8 +52,11 @@ def add(words: "Words") -> None:
 
 
 def pcrs(text: str) -> tuple[int, ...]:
-    """ValueError, which argparse tells, for what is no list of numbers."""
-    return tuple(int(part) for part in text.split(","))
+    """A type of an argument. Raises ArgumentTypeError."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: PCR numbers are wanted, as in 4,7,9") from error
 
 
 def _pin(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +141,9 @@ def _set(paths: Paths, options: argparse.Namespace) -> int:
 
 def _rebind(paths: Paths, options: argparse.Namespace) -> int:
     from . import explain, foresee, rebind, recoverykey, thisboot
+    from .state import State
 
+    State.load(paths)
     tcti = thisboot.tpm_device()
     log.note("this boot, as the TPM sees it, is what will be allowed:")
     print(explain.text(explain.judge(explain.gather(paths, tcti))))

@@ -68,7 +68,10 @@ USUAL = {
     "signer": ("a boot loader or kernel signed by somebody else", "reinstall the distribution's shim and boot loader"),
     "sbat": ("an update of shim, or another system on this host that raised the level", _RETYPE),
     "mok": ("a key was enrolled or deleted: DKMS, mokutil", "mokutil --list-enrolled; " + _RETYPE),
-    "boot-loader": ("an update of shim, GRUB or systemd-boot", _RETYPE + _PREDICT),
+    "boot-loader": (
+        "an update of shim, GRUB or systemd-boot",
+        _RETYPE + _PREDICT + "; where that refuses a new shim: unlock policy window --reboots 1",
+    ),
     "boot-loader-files": ("an update of GRUB or its theme", _RETYPE),
     "boot-loader-config": (
         "grub.cfg or loader.conf was generated anew, or edited",

@@ -23,6 +23,7 @@ from .errors import Malformed, Refused, UnlockError
 from .eventlog import Event, Log
 from .images import natural
 from .paths import Paths
+from .state import State
 from .tpm import Tpm
 
 MOST = 6
@@ -422,6 +423,7 @@ def gather(paths: Paths, tpm: Tpm) -> World:
 def run(paths: Paths, tcti: str, dry_run: bool = False, trust_files: bool = False) -> Foreseen:
     """Foresees, and reseals. `trust_files`: the operator vouches for those that are foreign. An entry that cannot be
     predicted leaves out no other. Raises Refused, and whatever `allowed.predicted` raises."""
+    State.load(paths)
     with Tpm(tcti) as tpm:
         found = allowed.current(paths, tpm)
         if not _BY_FILES & set(found.record.selection):

@@ -70,4 +70,5 @@ def _show_and_type_back(recovery: Secret) -> None:
                 log.note("that is another key")
             except Usage as error:
                 log.note(str(error))
-    raise Refused("the recovery key was not typed back; nothing was changed", code="recovery-key")
+    again = f"run it again, or give {FLAG} FILE"
+    raise Refused("the recovery key was not typed back; nothing was changed", again, code="recovery-key")

@@ -40,7 +40,7 @@ CAUSES = {
     "kernel": "the kernel",
     "initrd": "the initramfs",
     "command-line": "the kernel command line",
-    "uki": "a section of the unified kernel image",
+    "uki": "the unified kernel image",
     "extension": "a credential, add-on or extension image beside the kernel",
     "ima": "what IMA measured",
     "systemd": "what systemd measured",

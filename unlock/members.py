@@ -5,6 +5,7 @@ Nothing half-made is believed: a group opens only when every disk has a token wi
 """
 
 import os
+import shlex
 import uuid as uuids
 from typing import Any, NamedTuple
 
@@ -77,7 +78,8 @@ def _create(work: provide.Work, wanted: NewGroup, nodes: list[str], unfinished: 
                 Member(str(uuids.uuid4()), name, devices.disk(node).serial)
                 for name, node in zip(names, nodes, strict=True)
             ]
-            state.begin("group create", wanted.name, members=[member._asdict() for member in before])
+            members = [member._asdict() for member in before]
+            state.begin("group create", wanted.name, members=members, options=_options(wanted))
         try:
             group, kek = _new_group(work, wanted.name, tuple(before), 1, wanted.policy)
             _format(group, nodes, recovery)
@@ -95,6 +97,18 @@ def _create(work: provide.Work, wanted: NewGroup, nodes: list[str], unfinished: 
             raise
     state.groups[group.name] = group
     state.save()
+
+
+def _options(wanted: NewGroup) -> str:
+    """The words after the name, without --erase: at another boot another disk may have that name."""
+    words = ["--disk", *wanted.devices, "--mount", wanted.mount, "--policy", wanted.policy]
+    if wanted.profile:
+        words += ["--profile", wanted.profile]
+    if wanted.recovery_file:
+        words += ["--recovery-key-file", os.path.abspath(wanted.recovery_file)]
+    if wanted.escrow:
+        words += ["--escrow-to", wanted.escrow.to, "--escrow-file", os.path.abspath(wanted.escrow.file)]
+    return shlex.join(words)
 
 
 def disk_adopt(

@@ -36,7 +36,7 @@ from .groups import Group
 from .paths import Paths
 from .providers import Provider, native
 from .secret import Secret
-from .state import State, exclusive
+from .state import State, changing
 from .tpm import Tpm
 
 RISKS = {
@@ -83,8 +83,9 @@ class Rebound(NamedTuple):
 def lacks_pin(paths: Paths, tcti: str = allowed.DEVICE) -> bool:
     """Whether a PIN was set and what it makes is not in the key cache: `rebind` must be given one. Raises Refused when
     the host is not initialised, TpmAbsent, TpmFailed."""
+    state = State.load(paths)
     with Tpm(tcti) as tpm:
-        return _has_pin(tpm, State.load(paths)) and allowed.PIN_AUTH not in keyring.names()
+        return _has_pin(tpm, state) and allowed.PIN_AUTH not in keyring.names()
 
 
 def rebind(paths: Paths, choices: Choices, look: present.Look = present.look) -> Rebound:
@@ -93,8 +94,7 @@ def rebind(paths: Paths, choices: Choices, look: present.Look = present.look) ->
     the key cache: a PIN is never dropped in silence."""
     if choices.pin and choices.pin.typed is not None:
         images.need_pin(paths)
-    with exclusive(paths), Tpm(choices.tcti) as tpm, ExitStack() as keys:
-        state = State.load(paths)
+    with changing(paths) as state, Tpm(choices.tcti) as tpm, ExitStack() as keys:
         if not state.has_recovery_key:
             raise Refused("this host has no recovery key, so no disk depends on its TPM", "unlock status")
         seen = look()
@@ -210,7 +210,8 @@ def _check(container: luks.Container, host: str, mac_key: Secret) -> None:
             trouble = error
     assert trouble
     raise Tampered(
-        f"{container.device}: its header is not the one that this host wrote, or the recovery key is another"
+        f"{container.device}: its header is not the one that this host wrote, or the recovery key is another",
+        "unlock recovery test",
     ) from trouble
 
 

@@ -37,7 +37,7 @@ exit                     goes on booting, with what is open then"""
 def shell(paths: Paths, argv: list[str]) -> int:
     """One command. Raises UnlockError."""
     word, rest = argv[:1], argv[1:]
-    if word in ([], ["help"], ["--help"]):
+    if word in ([], ["help"]) or "--help" in argv:
         print(HELP)
         return 0
     if word == ["explain"] and rest in ([], ["--json"]):

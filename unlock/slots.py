@@ -129,7 +129,7 @@ def persist(
     states = {slot: tpm.slot_state(slot) for slot in SLOTS}
     complete = _complete(states)
     if not replace and any(record.host != host for record in complete.values()):
-        raise Refused("the TPM keeps the persistence key of another installation")
+        raise Refused("the TPM keeps the key of another installation", "unlock rebind --accept slots-in-use")
     current = max(complete, key=lambda slot: complete[slot].generation, default=SLOTS[1])
     target = _other(current)
 

@@ -132,13 +132,11 @@ class State:
         self._fields["journal"] = entry
 
     def begin(self, operation: str, about: str, **more: Any) -> None:
-        """Journals an operation, durably. Raises Refused when another one is unfinished.
-
-        `unlock OPERATION ABOUT` is what a person types to finish it.
+        """Journals an operation, durably: `about` tells it from others of its kind. Raises Refused when another one is
+        unfinished.
         """
         if self.journal and (self.journal["operation"], self.journal["about"]) != (operation, about):
-            unfinished = f"{self.journal['operation']} {self.journal['about']}"
-            raise Refused(f"`unlock {unfinished}` is not finished", "run it again first", code="unfinished")
+            raise Refused(f"`{self.to_finish}` is not finished", "run it again first", code="unfinished")
         self.journal = {"operation": operation, "about": about, **more}
         self.save()
 
@@ -146,6 +144,14 @@ class State:
         """The journal entry of the same operation, killed earlier."""
         entry = self.journal
         return entry if entry and (entry["operation"], entry["about"]) == (operation, about) else None
+
+    @property
+    def to_finish(self) -> str:
+        """What a person types to finish what is journaled: `unlock OPERATION ABOUT`, and the entry's `options`, if any;
+        '' when nothing is unfinished."""
+        entry = self.journal or {}
+        words = [entry[each] for each in ("operation", "about", "options") if entry.get(each)]
+        return " ".join(["unlock", *words]) if words else ""
 
     def next_manifest(self, group: str) -> int:
         """A generation of a member list that no disk has seen, whatever became of earlier attempts."""
@@ -408,6 +414,14 @@ def exclusive(paths: Paths, patience: float = PATIENCE) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+@contextmanager
+def changing(paths: Paths, patience: float = PATIENCE) -> Iterator[State]:
+    """The same, with the state as no other operation changes it. Raises what `State.load` raises, before anything else
+    is asked."""
+    with exclusive(paths, patience):
+        yield State.load(paths)
 
 
 def _locked(fd: int) -> bool:

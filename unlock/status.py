@@ -63,6 +63,7 @@ def status(paths: Paths) -> dict[str, Any]:
             "behind": [each.name for group in state.groups.values() for each in group.members if _lags(state, each)],
         },
         "unfinished": {name: state.journal[name] for name in ("operation", "about")} if state.journal else None,
+        "to_finish": state.to_finish,
         "window": _window(state),
         "pin": bool(state.tpm.get("pin")),
         "groups": groups,
@@ -77,9 +78,8 @@ def table(found: dict[str, Any]) -> str:
         lines.append(
             "warning   the root file system is not encrypted: persistence protects lost disks, not a stolen host"
         )
-    if found["unfinished"]:
-        entry = found["unfinished"]
-        lines.append(f"warning   `unlock {entry['operation']} {entry['about']}` is not finished: run it again")
+    if found["to_finish"]:
+        lines.append(f"warning   `{found['to_finish']}` is not finished: run it again")
     lines += [f"warning   {text}" for text in _warnings(found)]
     lines += [
         f"{name:<9} {where}"

@@ -115,7 +115,7 @@ class Tpm:
         self._tcti, self._context = self._ffi.new("TSS2_TCTI_CONTEXT **"), self._ffi.new("ESYS_CONTEXT **")
         self._resources: dict[int, int] = {}  # ESYS_TR by handle of what is persistent
         if rc := self._lib.Tss2_TctiLdr_Initialize(tcti.encode(), self._tcti):
-            raise TpmAbsent(f"cannot open the TPM {tcti}: {rc:#x}")
+            raise TpmAbsent(f"cannot open the TPM {tcti}: {rc:#x}", "unlock explain")
         if rc := self._lib.Esys_Initialize(self._context, self._tcti[0], self._ffi.NULL):
             self._lib.Tss2_TctiLdr_Finalize(self._tcti)
             raise TpmFailed(f"Esys_Initialize failed: {rc:#x}")

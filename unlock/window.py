@@ -20,7 +20,7 @@ from .allowed import DEVICE, Allowed, Pin
 from .errors import Refused, Usage
 from .paths import Paths
 from .secret import Secret
-from .state import State, exclusive
+from .state import State, changing
 from .tpm import Tpm
 
 REBOOTS_MAX = 5
@@ -30,8 +30,9 @@ FIRMWARE = frozenset(range(8))
 
 def show(paths: Paths, tcti: str = DEVICE) -> dict[str, Any]:
     """Plain values."""
+    state = State.load(paths)
     with Tpm(tcti) as tpm:
-        found = allowed.current(paths, tpm)
+        found = allowed.look(paths, tpm, state)
     window = found.window
     return {
         "version": 1,
@@ -99,8 +100,7 @@ def open_window(
     """
     if not 1 <= reboots <= REBOOTS_MAX:
         raise Usage(f"a window lasts 1 to {REBOOTS_MAX} good boots", "unlock policy window --reboots 1")
-    with exclusive(paths), Tpm(tcti) as tpm, provide.persistence_key() as persistence:
-        state = State.load(paths)
+    with changing(paths) as state, Tpm(tcti) as tpm, provide.persistence_key() as persistence:
         found = allowed.look(paths, tpm, state)
         full = _full(found)
         if not set(keep) <= set(full):
@@ -118,8 +118,7 @@ def close(paths: Paths, tcti: str = DEVICE, owner_auth: Secret | None = None) ->
 
     Raises NoKey, Refused when the state of this boot is not one that the policy allows, or cannot be told.
     """
-    with exclusive(paths), Tpm(tcti) as tpm, provide.persistence_key() as persistence:
-        state = State.load(paths)
+    with changing(paths) as state, Tpm(tcti) as tpm, provide.persistence_key() as persistence:
         return _close(paths, tpm, state, allowed.look(paths, tpm, state), persistence, owner_auth)
 
 
@@ -138,8 +137,7 @@ def choose(
     """
     if pin and pin.typed is not None:
         images.need_pin(paths)
-    with exclusive(paths), Tpm(tcti) as tpm, provide.persistence_key() as persistence:
-        state = State.load(paths)
+    with changing(paths) as state, Tpm(tcti) as tpm, provide.persistence_key() as persistence:
         found = allowed.look(paths, tpm, state)
         if not pcrs:
             same = found.record.selection, found.record.branches
@@ -162,8 +160,7 @@ def good_boot(paths: Paths, tcti: str = "") -> int:
     early = thisboot.early(paths)
     if not early or early["verdict"] != "unsealed":
         return 0
-    with exclusive(paths), Tpm(tcti or thisboot.tpm_device()) as tpm:
-        state = State.load(paths)
+    with changing(paths) as state, Tpm(tcti or thisboot.tpm_device()) as tpm:
         found = allowed.look(paths, tpm, state)
         allowed.remember(state, found, (), {})
         if found.opened:
