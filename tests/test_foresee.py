@@ -610,6 +610,31 @@ def test_a_kernel_that_the_firmware_starts(tmp_path: Path) -> None:
     host.close()
 
 
+def test_an_initramfs_that_the_command_line_names_is_not_measured(tmp_path: Path) -> None:
+    """It is found, so that `check` can look into it; what it is changes nothing that the TPM sees."""
+    program = pefile.build({".text": b"kernel" * 300})
+    kernel, initrd = "boot/efi/EFI/debian/vmlinuz-6.1", "boot/efi/EFI/debian/initrd.img"
+    now = stub(program, b"")
+    now = Made([each for each in now.entries() if b"Linux initrd" not in each.data], "direct")
+    host = enrolled(tmp_path, now, {kernel: program, initrd: b"one"})
+    host.write("proc/cmdline", b"root=x initrd=\\EFI\\debian\\initrd.img quiet")
+    host.write(initrd, b"a thief's")
+    (entry,) = run(host).entries
+    assert (entry.changes, entry.initrd) == ((), initrd)
+    assert boot(host, now) == "unsealed"
+    host.close()
+
+
+@pytest.mark.parametrize("name", ["direct-0", "uki-0", "grub-0"])
+def test_whether_the_initramfs_was_measured_is_told_by_the_log(name: str) -> None:
+    kind = {"direct": "direct kernel", "uki": "UKI", "grub": "shim+GRUB"}[name[:-2]]
+    found = eventlog.parse(real(name).log)
+    assert not atunseal.hides_initramfs(kind, found)
+    less = found._replace(events=tuple(each for each in found.events if each.data[:4] != eventlog.INITRD))
+    assert atunseal.hides_initramfs(kind, less) == (kind != "shim+GRUB"), "GRUB measures it too"
+    assert atunseal.hides_initramfs(kind, None) == (kind == "direct kernel")
+
+
 def test_a_kernel_command_line_in_the_entry_of_the_firmware(tmp_path: Path) -> None:
     """efibootmgr has changed it; an entry that is new, or has another name, changes nothing."""
     program = pefile.build({".text": b"kernel" * 300})
@@ -684,7 +709,7 @@ def test_a_kernel_that_is_on_no_disk_stays_and_its_initramfs_is_predicted(tmp_pa
 
     def with_initrd(data: bytes) -> Made:
         new = sha256(data).digest()
-        tag = predict.INITRD
+        tag = eventlog.INITRD
         return Made([each._replace(digest=new) if each.data[:4] == tag else each for each in made], "direct")
 
     host = enrolled(tmp_path, with_initrd(b"one"), {"boot/initrd.img-6.12": b"one"})

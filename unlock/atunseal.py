@@ -102,6 +102,16 @@ def _mount_securityfs(paths: Paths) -> None:
             pass
 
 
+def hides_initramfs(boot: str, log: Log | None) -> bool:
+    """Whether a host that boots so may have an initramfs that nothing has measured. Linux's EFI stub measures what a
+    boot loader hands on to it, and nothing that `initrd=` names: linux drivers/firmware/efi/libstub,
+    efi_load_initrd()."""
+    if boot == "UKI" and log is None:  # what is in the image is in PCR 11
+        return False
+    tags = [event.data[:4] for event in log.events if event.kind == eventlog.EVENT_TAG] if log else []
+    return boot in ("UKI", "direct kernel") and eventlog.INITRD not in tags
+
+
 GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
 """EFI_GLOBAL_VARIABLE: UEFI Specification 2.10, section 3.3."""
 _VARIABLES = (eventlog.EFI_VARIABLE_DRIVER_CONFIG, eventlog.EFI_VARIABLE_BOOT, eventlog.EFI_VARIABLE_BOOT2)

@@ -153,7 +153,7 @@ def look(paths: Paths, log: Log) -> Booted:
         elif event.kind == eventlog.EFI_APPLICATION and event.pcr == 4:
             found = (path for path in _program(paths, event.data) if authenticode(paths, path) == digest)
             images += [(digest, path) for path in found][:1]
-        elif event.kind == eventlog.EVENT_TAG and event.data[:4] == predict.INITRD:
+        elif event.kind == eventlog.EVENT_TAG and event.data[:4] == eventlog.INITRD:
             initrd = next((each for each in _initrds(paths) if _sha256(paths, each) == digest), "")
     uki = _uki(paths, log, images)
     handed = {event.digest for event in log.events if event.kind == eventlog.EFI_APPLICATION} - {a for a, _ in images}

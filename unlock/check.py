@@ -134,6 +134,7 @@ def _tpm(paths: Paths, state: State, tcti: str, comes: Foreseen | UnlockError) -
             tpm.verify(slot, record)
             opened = allowed.current(paths, tpm).opened
             facts = tpm.facts()
+            boot = atunseal.how_booted(paths, tpm.read_pcrs(range(16)))
     except UnlockError as error:
         yield Finding("TPM", UNSAFE, str(error), error.hint or "unlock explain")
         return
@@ -153,6 +154,9 @@ def _tpm(paths: Paths, state: State, tcti: str, comes: Foreseen | UnlockError) -
         why = report.VERDICTS.get(verdict, "early boot left no report")
         yield Finding("this boot", UNSAFE, f"{why}; the next one is like this one", "unlock explain")
     yield from _pin(record, facts)
+    if atunseal.hides_initramfs(boot, atunseal.event_log(paths)[0]):
+        edited = "nothing measures it, as `initrd=` names it: whoever edits it gets the keys"
+        yield Finding("initramfs", NOTE, edited, "boot a unified kernel image")
     if state.tpm["window"]:
         yield Finding("policy", NOTE, window.said(state.tpm["window"]), "unlock policy close")
 

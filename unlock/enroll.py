@@ -21,7 +21,7 @@ from .tpm import Tpm
 
 OVERRIDES = {
     "initramfs-without-unlock": "this boot's initramfs did not run unlock: the next boot measures differently",
-    "unmeasured-boot": "nothing measures the kernel and the initramfs: whoever edits them gets the keys",
+    "unmeasured-boot": "the kernel or the initramfs is not measured: whoever edits it gets the keys",
     "unauthenticated-root": "the root file system is not encrypted: whoever edits it gets the keys",
     "slots-in-use": "what another installation of unlock left in this TPM is overwritten",
 }
@@ -180,6 +180,8 @@ def preflight(paths: Paths, tpm: Tpm, choices: Choices, again: bool) -> Prefligh
     boot = atunseal.how_booted(paths, values)
     if boot == "unmeasured":
         _refuse(choices, "unmeasured-boot", "boot with UEFI, which measures kernel and initramfs")
+    elif atunseal.hides_initramfs(boot, atunseal.event_log(paths)[0]):
+        _refuse(choices, "unmeasured-boot", "boot a unified kernel image: Linux does not measure what initrd= names")
     selection = policy.select(choices.pcrs or atunseal.MEASURED_BY.get(boot, (7,)))
     plain_root = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
     if plain_root:

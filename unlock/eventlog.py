@@ -27,6 +27,9 @@ EFI_VARIABLE_DRIVER_CONFIG, EFI_VARIABLE_BOOT, EFI_APPLICATION = 0x80000001, 0x8
 EFI_BOOT_DRIVER, EFI_RUNTIME_DRIVER, EFI_GPT, EFI_ACTION = 0x80000004, 0x80000005, 0x80000006, 0x80000007
 EFI_BLOB2, EFI_TABLES2 = 0x8000000A, 0x8000000B
 EFI_VARIABLE_BOOT2, EFI_GPT2, EFI_VARIABLE_AUTHORITY = 0x8000000C, 0x8000000D, 0x800000E0
+INITRD, LOAD_OPTIONS = ((0x8F3B22EC).to_bytes(4, "little"), (0x8F3B22ED).to_bytes(4, "little"))
+"""How the data of an EVENT_TAG begins that the kernel's EFI stub has measured: linux
+drivers/firmware/efi/libstub/efistub.h."""
 SYSTEMD = -1
 """An event that systemd logged; its data is the kind, NUL, what was measured."""
 

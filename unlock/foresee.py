@@ -13,6 +13,7 @@ never guessed: those PCRs stay as they are, or it is Refused.
 import fnmatch
 import glob
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -276,7 +277,7 @@ def _direct(world: World) -> Iterator[Entry]:
             changes.append(predict.Change("the kernel", digest, now))
             words.append(f"kernel {version} was replaced")
     if path := world.before.initrd:
-        old = [e.digest for e in world.log.events if e.kind == eventlog.EVENT_TAG and e.data[:4] == predict.INITRD]
+        old = [e.digest for e in world.log.events if e.kind == eventlog.EVENT_TAG and e.data[:4] == eventlog.INITRD]
         data = booted.read(world.paths, path)
         if data is None:
             raise predict.cannot(f"the initramfs {path} is not there any more")
@@ -290,7 +291,18 @@ def _direct(world: World) -> Iterator[Entry]:
     if not world.before.images and not world.before.initrd:
         raise predict.cannot("neither the kernel nor the initramfs of this boot is a file on disk")
     entry = _entry(world, f"kernel {version}", words, predict.changed(world.log, changes), True)
-    yield entry._replace(initrd=world.before.initrd)
+    yield entry._replace(initrd=world.before.initrd or _named_initrd(world))
+
+
+def _named_initrd(world: World) -> str:
+    """The file that `initrd=` names, on the EFI system partition that the kernel is on; "" when it is not there."""
+    name = re.search(r"(?:^|\s)initrd=(\S+)", atunseal.read(world.paths.cmdline, 4096).decode("utf-8", "replace"))
+    kernel = world.before.images[-1][1] if world.before.images else ""
+    for esp in booted.ESPS if name and kernel else ():
+        path = os.path.join(esp, name[1].replace("\\", "/").lstrip("/"))  # type: ignore[index]
+        if kernel.startswith(f"{esp}/") and os.path.isfile(os.path.join(world.paths.root, path)):
+            return path
+    return ""
 
 
 def _options(world: World) -> predict.Change | None:

@@ -233,7 +233,9 @@ def _learn(log: Log, texts: Mapping[str, str], image: Callable[[str], bytes]) ->
     handed = {event.digest for event in after if event.kind == eventlog.EFI_APPLICATION}
     if handed and kernel.image not in handed:
         raise grub.Unknown(f"the kernel {words[0]} is not on disk as it was booted")
-    options = {event.digest for event in tail if event.kind == eventlog.EVENT_TAG and event.data[:4] == _LOAD_OPTIONS}
+    options = {
+        event.digest for event in tail if event.kind == eventlog.EVENT_TAG and event.data[:4] == eventlog.LOAD_OPTIONS
+    }
     if options - {_options(words, end) for end in _ENDS}:
         raise grub.Unknown("the kernel's command line is not that of GRUB's command")
     learned = Learned(before, config, names[start], variables, outcomes, sides, tail, kernel, way)
@@ -390,13 +392,9 @@ def _measured(learned: Learned, run: grub.Run, text: str, disk: Disk) -> tuple[l
         elif word not in _SILENT and word not in run.functions and "=" not in word:
             raise grub.Unknown(f"what GRUB's `{command[:80]}` reads is not known")
     for event in again(learned.tail):
-        initrd = initrds and event.kind == eventlog.EVENT_TAG and event.data[:4] == INITRD
+        initrd = initrds and event.kind == eventlog.EVENT_TAG and event.data[:4] == eventlog.INITRD
         events.append(event._replace(digest=disk.sha256(initrds[0])) if initrd else event)
     return events, kernel
-
-
-INITRD, _LOAD_OPTIONS = ((0x8F3B22EC).to_bytes(4, "little"), (0x8F3B22ED).to_bytes(4, "little"))
-"""Of the events of the kernel's EFI stub: linux drivers/firmware/efi/libstub/efistub.h."""
 
 
 def _renewed(name: str, event: Event, disk: Disk) -> bytes | None:

@@ -40,7 +40,7 @@ from .state import State, changing
 from .tpm import Tpm
 
 RISKS = {
-    "unmeasured-boot": "nothing measures the kernel and the initramfs: whoever edits them gets the keys",
+    "unmeasured-boot": "the kernel or the initramfs is not measured: whoever edits it gets the keys",
     "unauthenticated-root": "the root file system is not encrypted: whoever edits it gets the keys",
     "slots-in-use": "another installation of unlock uses this TPM: its key is overwritten",
 }
@@ -225,7 +225,7 @@ def _this_boot(paths: Paths, tpm: Tpm, state: State, choices: Choices) -> tuple[
     if any(values.get(pcr) == policy.UNSET for pcr in before):  # another board, which boots in another way
         before = []
     pcrs = choices.pcrs or before or atunseal.MEASURED_BY.get(boot, (7,))
-    if boot == "unmeasured" and not before:
+    if (boot == "unmeasured" and not before) or atunseal.hides_initramfs(boot, atunseal.event_log(paths)[0]):
         _accepted(choices, "unmeasured-boot")
     selection = policy.select(pcrs)
     plain_root = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})

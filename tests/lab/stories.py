@@ -30,6 +30,8 @@ else:
     print("UNSEALED")
 """
 """What root could try after the cap."""
+UNMEASURED = "--accept unmeasured-boot"
+"""For a firmware that measures nothing, and for an initramfs that the kernel's command line names."""
 SECRETS = """
 import json, sys
 sys.path.insert(0, "/usr/lib/unlock")
@@ -121,12 +123,12 @@ def unmeasured() -> Machine:
     """Enrolled under a firmware that measures nothing, with many groups."""
     groups: dict[str, tuple[str, ...]] = {each: (f"{each}-1",) for each in ("late", "copy", "ruined", "twin", "far")}
     groups["pair"] = ("pair-1", "pair-2")
-    return _enrolled("bios", "--accept unmeasured-boot", groups, {"pair-1": 200, "pair-2": 200})
+    return _enrolled("bios", UNMEASURED, groups, {"pair-1": 200, "pair-2": 200})
 
 
 def by_firmware() -> Machine:
     """Enrolled on a machine whose firmware starts the kernel of its EFI system partition: a LUKS root, three disks."""
-    return _enrolled("direct", "", {"data": ("d1", "d2", "d3")}, dict.fromkeys(("d1", "d2", "d3"), 200))
+    return _enrolled("direct", UNMEASURED, {"data": ("d1", "d2", "d3")}, dict.fromkeys(("d1", "d2", "d3"), 200))
 
 
 def _enrolled(kind: str, init: str, groups: dict[str, tuple[str, ...]], sizes: dict[str, int]) -> Machine:
@@ -182,7 +184,11 @@ def take_in_root(booted: VM, machine: Machine, init: str = "") -> Guest:
     console = up(booted)
     console.write("/root/password", PASSWORD.encode(), 0o600)
     console.write("/root/passphrase", image.PASSPHRASE.encode(), 0o600)
-    console.sh(f"unlock init --backup {BACKUP} --backup-password-file /root/password {init}", timeout=180)
+    first = f"unlock init --backup {BACKUP} --backup-password-file /root/password"
+    if init == UNMEASURED:
+        refused = console.sh(first, check=False, timeout=180)
+        assert (refused.code, UNMEASURED in refused.err) == (3, True)
+    console.sh(f"{first} {init}", timeout=180)
     again = console.sh("unlock init --backup /root/x --backup-password-file /root/password", check=False)
     assert (again.code, again.err.splitlines()[0]) == (3, "unlock: this host is initialised already")
     adopt = f"unlock disk adopt /dev/disk/by-uuid/{image.LUKS_UUID} --group root --passphrase-file /root/passphrase"
