@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make demo-short`: a host whose keys come from a key manager is updated, loses the key manager, its network and its
-power, and boots; then somebody edits its kernel command line. The host is enrolled once, and kept in the cache."""
+power, and boots; then somebody edits its kernel command line in GRUB's menu. The host is enrolled once, and kept in the
+cache."""
 
 import json
 import sys
@@ -10,20 +11,21 @@ from pathlib import Path
 
 from tests.demo import say, show, tell
 from tests.kmipfixture import AUTHORITY, add_command, join, rotate_there
-from tests.lab import loader
 from tests.lab.kmipserver import KmipServer, Traffic
 from tests.lab.machine import SENT, Machine, agent_commands
-from tests.lab.stories import by_firmware, status
+from tests.lab.stories import by_grub, status
 from tests.lab.vm import accelerator
 
 KERNEL = "/usr/lib/lab/linux-image.deb"
+DOWN, END, BOOT = "\x1b[B", "\x05", "\x18"
+"""Keys of GRUB's editor."""
 
 
 def main() -> int:
     """Exit status 0 when everything that is shown was also checked."""
     try:
         say("A host with a LUKS2 root and three data disks, from the cache; the first time it is made, in minutes")
-        enrolled = by_firmware()
+        enrolled = by_grub()
         how = accelerator(enrolled.image.kernel)
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="unlock-demo-", dir="/var/tmp") as home:
@@ -32,11 +34,11 @@ def main() -> int:
                 updated(machine, kms, how)
                 before = kms.traffic()
                 kms.start()
-                boots(machine, how)
+                menu = boots(machine, how)
                 if kms.traffic() - before != Traffic(0, 0):
                     raise RuntimeError("it has asked the key manager")
                 tell("connections to the key manager: 0")
-            edited(machine, how)
+            edited(machine, how, menu)
     except (Exception, KeyboardInterrupt) as error:
         print(f"\nFAILED: {type(error).__name__}: {error}")
         return 1
@@ -66,7 +68,8 @@ def updated(machine: Machine, kms: KmipServer, how: str) -> None:
         booted.kill()
 
 
-def boots(machine: Machine, how: str) -> None:
+def boots(machine: Machine, how: str) -> list[str]:
+    """The lines of GRUB's configuration."""
     say("Power is back: no network card, nobody at the console")
     with machine.boot(cores=2, accelerator=how) as booted:
         console = booted.guest
@@ -78,14 +81,20 @@ def boots(machine: Machine, how: str) -> None:
         if sent != SENT:
             raise RuntimeError(f"other TPM commands than expected: {sent}")
         tell(f"TPM commands sent: {len(sent)}, for {len(machine.disks) + 1} disks")
+        menu = console.read("/boot/grub/grub.cfg").decode().splitlines()
         booted.kill()
+    return menu
 
 
-def edited(machine: Machine, how: str) -> None:
-    say("The same disks and the same board. Somebody has edited the kernel command line")
-    options = f"{loader.INITRD}{machine.image.cmdline} init=/bin/sh"
-    loader.entry(machine.home / "vars.fd", loader.KERNEL, options)
+def edited(machine: Machine, how: str, menu: list[str]) -> None:
+    say("The same disks and the same board. Somebody edits the kernel command line in the boot menu")
+    first = next(at for at, line in enumerate(menu) if line.startswith("menuentry "))
+    kernel = next(at for at, line in enumerate(menu) if at > first and line.split()[:1] == ["linux"])
     with machine.boot(cores=2, accelerator=how) as booted:
+        booted.console.expect("Advanced options", 300)
+        booted.console.send("e")
+        booted.console.expect("Minimum Emacs-like", 60)
+        booted.console.send(DOWN * (kernel - first + 1) + END + " init=/bin/sh" + BOOT)
         booted.console.expect("cannot unseal: .*PCR", 300)
         booted.console.expect("recovery key: ", 60)
         tell(*booted.console.text[booted.console.text.index("unlock: cannot unseal") :].splitlines()[:-1])

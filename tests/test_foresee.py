@@ -166,7 +166,7 @@ def test_a_log_that_comes_out_otherwise() -> None:
     """The kernel got another initramfs than GRUB has read."""
     found = eventlog.parse(real("grub-0").log)
     events = tuple(
-        each._replace(digest=bytes(32)) if each.data[:4] == predict.INITRD else each for each in found.events
+        each._replace(digest=bytes(32)) if each.data[:4] == eventlog.INITRD else each for each in found.events
     )
     with pytest.raises(Refused, match="PCRs 9 come out otherwise"):
         predict.learn(found._replace(events=events), texts("grub-0"), disk("grub-0").image)
@@ -290,6 +290,14 @@ def checked(host: Machine) -> list[str]:
     with host.chip.open() as tpm:
         record = slots.current(tpm)[1]
     return [each.verdict for each in check.next_boot(check.foreseen(host.paths, host.chip.tcti), record)]
+
+
+def test_what_this_boot_has_read_is_kept_while_an_update_replaces_it(host: Machine) -> None:
+    """`rebind` after the update keeps again what this boot has measured."""
+    install(host, AFTER)
+    foresee.keep(host.paths, host.chip.tcti)
+    assert len(run(host).entries) == 3
+    assert boot(host, NEXT) == "unsealed"
 
 
 def test_an_update_of_everything_and_the_host_boots_without_a_prompt(host: Machine) -> None:

@@ -101,8 +101,8 @@ class Booted(NamedTuple):
 
 
 def keep(paths: Paths, log: Log) -> Booted:
-    """For the predictions of this boot. Raises OSError, Malformed."""
-    found = look(paths, log)
+    """For the predictions of this boot; what was kept of it before an update stays. Raises OSError, Malformed."""
+    found = load(paths, log)
     save(paths, found)
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import cache, image
 from .guest import Guest
+from .loader import Kind
 from .machine import RECOVERY, Machine, report
 from .vm import VM, Disk
 
@@ -126,6 +127,11 @@ def unmeasured() -> Machine:
     return _enrolled("bios", UNMEASURED, groups, {"pair-1": 200, "pair-2": 200})
 
 
+def by_grub() -> Machine:
+    """Enrolled on a machine that shim and GRUB start: a LUKS root and three disks."""
+    return _enrolled("grub", "", {"data": ("d1", "d2", "d3")}, dict.fromkeys(("d1", "d2", "d3"), 200))
+
+
 def by_firmware() -> Machine:
     """Enrolled on a machine whose firmware starts the kernel of its EFI system partition: a LUKS root, three disks."""
     return _enrolled("direct", UNMEASURED, {"data": ("d1", "d2", "d3")}, dict.fromkeys(("d1", "d2", "d3"), 200))
@@ -133,7 +139,8 @@ def by_firmware() -> Machine:
 
 def _enrolled(kind: str, init: str, groups: dict[str, tuple[str, ...]], sizes: dict[str, int]) -> Machine:
     """Made once for all test files; the machine is for cloning only."""
-    built = image.build("luks", boots="direct" if kind == "direct" else "")
+    kinds: dict[str, Kind] = {"grub": "grub", "direct": "direct"}
+    built = image.build("luks", boots=kinds.get(kind, ""))
     sources = inspect.getsource(enroll), inspect.getsource(take_in_root)
     name = cache.key(built.directory.name, kind, init, repr(groups), repr(sizes), *sources)
     home = cache.entry(
