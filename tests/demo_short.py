@@ -71,7 +71,7 @@ def updated(machine: Machine, kms: KmipServer, how: str) -> None:
 def boots(machine: Machine, how: str) -> list[str]:
     """The lines of GRUB's configuration."""
     say("Power is back: no network card, nobody at the console")
-    with machine.boot(cores=2, accelerator=how) as booted:
+    with machine.boot(cores=2, accelerator=how, cache="writeback") as booted:
         console = booted.guest
         console.booted()
         show(console, "uname -r; unlock status; sha256sum -c /root/sums")
