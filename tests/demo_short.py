@@ -101,6 +101,7 @@ def edited(machine: Machine, how: str, menu: list[str]) -> None:
         say("Nothing is open, and the TPM is locked. The operator types the recovery key")
         booted.console.send(machine.recovery_key + "\n")
         booted.console.expect("the kernel command line changed", 120)
+        booted.console.expect(r"^ *usually .*\n", 60)
         booted.kill()
         tell(*booted.console.text.rpartition("recovery key: ")[2].splitlines()[1:])
 
