@@ -177,7 +177,7 @@ ROWS = (
         STOCK,
     ),
     Row("a program extends a PCR of this boot", "python3 extend-pcr", "", UNPROVEN, "PCR 9", OPENS),
-    Row("the key cache is flushed", "unlock cache flush", "", UNTRIED, "the key cache is empty", OPENS),
+    Row("the key cache is flushed", "unlock cache flush --yes", "", UNTRIED, "the key cache is empty", OPENS),
     Row(
         "the TPM is cleared",
         "python3 clear-tpm",

@@ -360,9 +360,13 @@ def _cache_flush(paths: Paths, options: argparse.Namespace) -> int:
     for line in cache.consequences(paths):
         log.note(f"  {line}")
     if not options.yes:
-        with ask.terminal("type yes to forget the keys", "--yes") as answer:
-            if bytes(answer).strip() != b"yes":
-                raise Refused("nothing was forgotten", "--yes", code="not-confirmed")
+        try:
+            answer = bytes(ask.terminal("type yes to forget the keys", "--yes"))
+        except Usage as error:
+            error.hint = "unlock cache flush --yes"
+            raise
+        if answer.strip() != b"yes":
+            raise Refused("nothing was forgotten", "unlock cache flush --yes", code="not-confirmed")
     for name in cache.flush(paths):
         print(f"forgotten: {name}")
     return 0
