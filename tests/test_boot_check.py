@@ -165,7 +165,7 @@ ROWS = (
         "python3 take-token {d2} >token",
         "cryptsetup token import --token-id 0 --json-file token {d2}",
         UNSAFE | {"data": "unsafe"},
-        "its token is not of the group as it is now",
+        "it has no unlock token",
         PART,
     ),
     Row(
@@ -173,10 +173,10 @@ ROWS = (
         "python3 take-token {root} >token",
         "cryptsetup token import --token-id 0 --json-file token {root}",
         UNSAFE | {"root": "unsafe"},
-        "its token is not of the group as it is now",
+        "it has no unlock token",
         STOCK,
     ),
-    Row("a program extends a PCR of this boot", "python3 extend-pcr", "", UNPROVEN, "PCR 9", OPENS),
+    Row("a program extends a PCR of this boot", "python3 extend-pcr", "", UNPROVEN, "this boot is none that", OPENS),
     Row("the key cache is flushed", "unlock cache flush --yes", "", UNTRIED, "the key cache is empty", OPENS),
     Row(
         "the TPM is cleared",
