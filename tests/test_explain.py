@@ -713,3 +713,7 @@ def test_long_texts_are_shown_where_they_differ() -> None:
     old, new = explain.excerpts(head + "old" + tail, head + "new" + tail)
     assert "old" in old and "new" in new and len(old) < 200 and old.startswith("… ") and old.endswith("…")
     assert explain.excerpts("short", "text") == ("short", "text")
+    line = "root=x ro module_blacklist=" + "x_tables," * 30
+    for cmdline in (line, "root=x ro quiet module_blacklist=ip_tables,x_tables"):
+        old, new = explain.excerpts(cmdline, cmdline + " init=/bin/sh", 67)
+        assert new.endswith(" init=/bin/sh") and max(len(old), len(new)) <= 70

@@ -394,17 +394,20 @@ def _difference(each: Difference, world: World) -> Cause:
     return Cause(each.cause, each.pcr, f"PCR {each.pcr}: {how}", *excerpts(old, new), *USUAL[each.cause])
 
 
-def excerpts(old: str, new: str) -> tuple[str, str]:
-    """The part of two long texts where they begin to differ."""
+def excerpts(old: str, new: str, most: int = _SHOWN) -> tuple[str, str]:
+    """The part of two long texts where they begin to differ: `most` characters of each, from a word's start if that
+    is near."""
     same = next((at for at, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-    start = max(0, same - _SHOWN // 2) if max(len(old), len(new)) > _SHOWN else 0
-    start = old.rfind(" ", 0, start + 1) + 1
-    return _cut(old, start), _cut(new, start)
+    start = max(0, same - most // 2) if max(len(old), len(new)) > most else 0
+    word = old.rfind(" ", 0, start + 1) + 1
+    if same - word <= most * 3 // 4:
+        start = word
+    return _cut(old, start, most), _cut(new, start, most)
 
 
-def _cut(text: str, start: int) -> str:
-    part = text[start : start + _SHOWN]
-    return ("… " if start and part else "") + part + ("…" if len(text) > start + _SHOWN else "")
+def _cut(text: str, start: int, most: int) -> str:
+    part = text[start : start + most]
+    return ("… " if start and part else "") + part + ("…" if len(text) > start + most else "")
 
 
 # Gathering --------------------------------------------------------------------------------------------------

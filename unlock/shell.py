@@ -181,7 +181,8 @@ def _first(paths: Paths, early: dict[str, Any] | None) -> list[str]:
 
 def _cause(found: explain.Explanation) -> list[str]:
     cause = found.causes[0]
-    rows = [("first", cause.title), ("was", cause.old), ("is", cause.new), ("usually", cause.usually)]
+    old, new = explain.excerpts(cause.old, cause.new, COLUMNS - 13)  # beside the title, and both ellipses
+    rows = [("first", cause.title), ("was", old), ("is", new), ("usually", cause.usually)]
     if found.copied:
         rows.append(("", explain.COPIED))
     return [f"{name:<10}{text}" for name, text in rows if text]
