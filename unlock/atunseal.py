@@ -105,11 +105,9 @@ def _mount_securityfs(paths: Paths) -> None:
 def hides_initramfs(boot: str, log: Log | None) -> bool:
     """Whether a host that boots so may have an initramfs that nothing has measured. Linux's EFI stub measures what a
     boot loader hands on to it, and nothing that `initrd=` names: linux drivers/firmware/efi/libstub,
-    efi_load_initrd()."""
-    if boot == "UKI" and log is None:  # what is in the image is in PCR 11
-        return False
+    efi_load_initrd(). GRUB and systemd-stub measure it themselves."""
     tags = [event.data[:4] for event in log.events if event.kind == eventlog.EVENT_TAG] if log else []
-    return boot in ("UKI", "direct kernel") and eventlog.INITRD not in tags
+    return boot == "direct kernel" and eventlog.INITRD not in tags
 
 
 GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
