@@ -33,14 +33,13 @@ def kms() -> Iterator[Any]:
         yield liar
 
 
-SLOW = (
-    *("test_boot_attacks", "test_boot_good", "test_boot_faults", "test_boot_keys", "test_power_cuts", "test_image"),
-)
-"""First, and in this order: the first two enrol different machines, so that no worker waits for the other."""
+ORDER = ("test_boot_attacks", "", "test_boot_faults", "test_boot_good", "test_boot_keys", "test_power_cuts")
+"""Machines beside all that needs none, which waits for the one key cache: two of the latter would wait for each other.
+"": the rest."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+    items.sort(key=lambda item: ORDER.index(item.path.stem if item.path.stem in ORDER else ""))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
