@@ -450,12 +450,17 @@ def turn(groups: Opening, monitor: Monitor, look: bool) -> bool:
 
 
 def open_present(groups: Opening, monitor: Monitor) -> None:
-    """Opens what can be opened of the disks that are here now; waits for no other. Their keys are forgotten then."""
+    """Opens what can be opened of the disks that are here now; waits for no other. Their keys are forgotten then.
+
+    Each disk has its own deadline, so many of them take as long as they take; udev is not waited for without end.
+    """
     done = turn(groups, monitor, look=True)
     end = now() + ACTIVATION_TIMEOUT
     while not done and now() < end:
         wait([monitor.fileno(), *groups.pipes()], 0.05)
         done = turn(groups, monitor, look=False)
+        if groups.busy():
+            end = now() + ACTIVATION_TIMEOUT
     groups.stop(ACTIVATION_TIMEOUT)
     groups.wipe()
 
