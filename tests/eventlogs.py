@@ -371,6 +371,13 @@ class Real(NamedTuple):
     """/proc/cmdline."""
 
 
+class Unmeasured(Boot):
+    """The kernel's command line names the initramfs, which Linux does not measure."""
+
+    def entries(self) -> list[Entry]:
+        return [each for each in super().entries() if b"Linux initrd" not in each.data]
+
+
 def real(name: str) -> Real:
     """Of a boot in a VM.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from eventlogs import Boot
+from eventlogs import Boot, Unmeasured
 from hostfixture import Machine
 from killing import EVERY, LASTING, TPM_WRITES, killed_at
 
@@ -129,6 +129,25 @@ def test_init_on_a_unified_kernel_image_seals_what_the_next_boot_has(tmp_path: P
     assert host.reasons() == ["this boot"]
     assert host.boot() == "unsealed"
     assert host.boot(Boot("uki", initrd="another")) == "pcr-mismatch"
+    host.close()
+
+
+def test_init_refuses_an_initramfs_that_is_not_measured(tmp_path: Path) -> None:
+    host = Machine(tmp_path, Unmeasured("direct"))
+    os.unlink(host.paths.state)
+    host.clear()
+    assert host.boot() == "no-slot"
+    host.write("sys/firmware/efi/fw_platform_size", b"64\n")
+
+    def asked(*accepted: str) -> enroll.Choices:
+        risks = frozenset(("unauthenticated-root", *accepted))
+        return enroll.Choices(str(tmp_path / "backup"), Secret(b"password"), risks, (), Secret(b""), host.chip.tcti)
+
+    with pytest.raises(UnlockError) as caught:
+        enroll.init(host.paths, asked())
+    assert caught.value.code == "unmeasured-boot" and "initrd=" in caught.value.hint
+    assert enroll.init(host.paths, asked("unmeasured-boot")).boot == "direct kernel"
+    assert host.boot() == "unsealed"
     host.close()
 
 

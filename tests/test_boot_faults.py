@@ -128,6 +128,7 @@ def test_without_its_tpm_the_host_asks_for_the_recovery_key(story: Machine) -> N
 def test_on_another_board_nothing_opens_by_itself(story: Machine) -> None:
     with story.boot(tpm="another") as booted:
         booted.console.expect("recovery key: ", 300)
+        assert "first     the TPM was cleared, or is another one" in booted.console.text
         booted.console.send(story.recovery_key.replace("-", "") + "\n")  # without the dashes
         console = up(booted)
         assert report(console)["verdict"] == "no-slot"

@@ -314,7 +314,7 @@ def set_variable(world: World, name: str, data: bytes, vendor: str = GLOBAL) -> 
 
 def measured(world: World, *events: eventlogs.Entry) -> None:
     log = world.root / "sys/kernel/security/tpm0/binary_bios_measurements"
-    log.parent.mkdir(parents=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
     log.write_bytes(eventlogs.log(list(events)))
 
 
@@ -350,7 +350,8 @@ def test_the_firmware_is_told_to_start_something_else(world: World) -> None:
 def test_keys_of_secure_boot_were_updated_and_the_next_boot_measures_that(world: World) -> None:
     """fwupd writes dbx, mokutil leaves a request for MokManager; both while the host runs."""
     revoked = eventlogs.signature_list(eventlogs.SHA256, [bytes(32)])
-    measured(world, eventlogs.variable(7, "dbx", revoked, vendor=eventlogs.IMAGE_SECURITY))
+    dbx = eventlogs.variable(7, "dbx", revoked, vendor=eventlogs.IMAGE_SECURITY)
+    measured(world, dbx)
     set_variable(world, "dbx", revoked, IMAGE_SECURITY)
     assert world.check() == (SAFE, {})
     set_variable(world, "dbx", revoked * 2, IMAGE_SECURITY)
@@ -364,8 +365,21 @@ def test_keys_of_secure_boot_were_updated_and_the_next_boot_measures_that(world:
         unsealed = slots.unseal(tpm)
         branch = policy.branch(selection, tpm.read_pcrs(selection))
         slots.persist(tpm, unsealed.record.host, selection, (branch,), unsealed.payload)
+    assert world.check()[0] != UNSAFE, "without shim there is no MokManager"
+    measured(world, dbx, eventlogs.shim(14, "MokList", b"keys"))
     verdict, wrong = world.check()
     assert verdict == UNSAFE and "MokManager comes first (MokNew)" in wrong["Secure Boot"][1]
+
+
+def test_an_initramfs_that_nothing_measures_is_told(world: World) -> None:
+    """PCRs 4 and 9 have the kernel and its command line, and no event says that the initramfs was measured."""
+    (world.root / "sys/firmware/efi").mkdir(parents=True)
+    with world.chip.open() as tpm:
+        for pcr in (4, 9):
+            tpm.extend(pcr, bytes(32))
+    found = check.check(world.host.paths, world.chip.tcti, world.host.look)
+    assert found.verdict == SAFE
+    assert next(each.detail for each in found.findings if each.what == "initramfs").startswith("nothing measures it")
 
 
 def test_a_mount_point_that_fstab_has_too(world: World) -> None:

@@ -36,6 +36,7 @@ class Stage:
                 "/dev/console": self.console,
                 "unlock_run=/run/unlock": f"unlock_run={self.run_folder}",
                 "/proc/sysrq-trigger": home / "sysrq",
+                "/proc/mounts": home / "mounts",
                 "sleep 3": "sleep 0",
                 "sleep 0.1": "sleep 0.01",
             }.items():
@@ -119,3 +120,10 @@ def test_the_prompt_comes_when_the_reason_does_not(tmp_path: Path, shell: list[s
     assert stage.gives_up(shell)[-1] == "boot prompt"
     stage.program("unlock", f'echo "$*" >>{stage.log}; case "$*" in *why) exec sleep 600 ;; esac')
     assert stage.gives_up(shell)[-1] == "boot prompt"
+
+
+def test_what_was_looked_into_for_the_reason_is_not_left_mounted(tmp_path: Path, shell: list[str]) -> None:
+    stage = Stage(tmp_path, failing="why")
+    (stage.run_folder / "verdict").write_text("pcr-mismatch\n")
+    (tmp_path / "mounts").write_text(f"/dev/sda1 {stage.run_folder}/efi vfat ro 0 0\n")
+    assert stage.gives_up(shell) == ["cap ", "boot why", "umount", "boot prompt"]

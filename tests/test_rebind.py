@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from eventlogs import Boot
+from eventlogs import Boot, Unmeasured
 from hostfixture import Machine
 from killing import EVERY, LASTING, TPM_WRITES, killed_at
 from kmipfixture import AUTHORITY, CLIENT
@@ -35,16 +35,33 @@ def backup(host: Machine, name: str = "backup") -> str:
     return str(host.folder / name)
 
 
-def run(host: Machine, file: str = "", recovery: Secret | None = None, client_key: bytes = b"") -> rebind.Rebound:
+def run(
+    host: Machine,
+    file: str = "",
+    recovery: Secret | None = None,
+    client_key: bytes = b"",
+    accept: tuple[str, ...] = (),
+) -> rebind.Rebound:
     choices = rebind.Choices(
         recovery or host.recovery,
         file,
         Secret(PASSWORD) if file else None,
         Secret(client_key) if client_key else None,
-        accept=frozenset(("unauthenticated-root",)),
+        accept=frozenset(("unauthenticated-root", *accept)),
         tcti=host.chip.tcti,
     )
     return rebind.rebind(host.paths, choices, host.look)
+
+
+def test_an_initramfs_that_is_not_measured_is_not_accepted_in_silence(host: Machine) -> None:
+    host.write("sys/firmware/efi/fw_platform_size", b"64\n")
+    host.boot(Unmeasured("direct"))
+    with pytest.raises(UnlockError) as caught:
+        run(host, backup(host))
+    assert caught.value.code == "unmeasured-boot"
+    assert host.state.journal is None
+    run(host, backup(host), accept=("unmeasured-boot",))
+    boots(host)
 
 
 def boots(host: Machine, boot: Boot | None = None) -> None:

@@ -189,6 +189,34 @@ def look(host: Host, image: Path, *keys: Secret) -> report.Report:
     return record
 
 
+class Slow:
+    """Many disks, as `open_present` sees them: there is work for some seconds, each step of it in time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+        self.left = True
+
+    def saw(self, found: devices.Disk) -> None: ...
+    def collect(self) -> None: ...
+    def advance(self, settled: bool) -> None: ...
+    def wipe(self) -> None: ...
+    def pipes(self) -> list[int]:
+        return []
+
+    def busy(self) -> bool:
+        return time.monotonic() < self.end
+
+    def stop(self, patience: float) -> None:
+        self.left = self.busy()
+
+
+def test_many_disks_may_take_longer_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "ACTIVATION_TIMEOUT", 0.3)
+    disks = Slow(1.5)
+    opening.open_present(disks, devices.Monitor())  # type: ignore[arg-type]
+    assert not disks.left
+
+
 def test_open_authenticates_the_header_before_it_opens(tmp_path: Path, key_cache: None) -> None:
     host = Host(tmp_path, 1)
     (image,) = host.disks

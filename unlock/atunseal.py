@@ -121,6 +121,12 @@ def variable(paths: Paths, name: str, vendor: str = GLOBAL) -> bytes:
     return read(os.path.join(paths.efi, f"efivars/{name}-{vendor}"), _VARIABLE_MAX)[4:]
 
 
+def boot_entry(paths: Paths, which: str = "BootCurrent") -> str:
+    """The firmware's entry that this boot was started by, or BootNext's: Boot0001; "" when there is none."""
+    number = variable(paths, which)
+    return f"Boot{int.from_bytes(number[:2], 'little'):04X}" if number else ""
+
+
 def variables(log: Log) -> dict[str, bytes]:
     """Name -> content of the UEFI variables that this boot has measured, where the log says it truly. The digest is of
     the content with its name, or of it alone (TCG "PC Client Platform Firmware Profile", section 10.4)."""

@@ -34,6 +34,7 @@ from . import (
     window,
 )
 from .errors import CommandFailed, NewerFormat, NoKey, NoSlot, UnlockError
+from .eventlog import Log
 from .foresee import Foreseen
 from .groups import Group, Member
 from .paths import Paths
@@ -84,8 +85,9 @@ def check(
         persistence = None
     seen = look()
     comes = foreseen(paths, tcti)
+    log, _ = atunseal.event_log(paths)
     findings = [
-        *_tpm(paths, state, tcti, comes),
+        *_tpm(paths, state, tcti, comes, log),
         *_operation(state),
         *(each for group in state.groups.values() for each in _group(state, group, seen, persistence)),
         *_root(paths, state),
@@ -93,7 +95,7 @@ def check(
         *_recovery(state),
         *_provider(paths, state, persistence, connect),
         *_configuration(paths),
-        *_firmware(paths),
+        *_firmware(paths, log),
         *_kexec(paths),
         *_hibernation(paths),
     ]
@@ -119,7 +121,7 @@ def text(found: Checked) -> str:
 # The TPM ----------------------------------------------------------------------------------------------------
 
 
-def _tpm(paths: Paths, state: State, tcti: str, comes: Foreseen | UnlockError) -> Iterator[Finding]:
+def _tpm(paths: Paths, state: State, tcti: str, comes: Foreseen | UnlockError, log: Log | None) -> Iterator[Finding]:
     early = thisboot.early(paths)
     try:
         with Tpm(tcti) as tpm:
@@ -143,18 +145,18 @@ def _tpm(paths: Paths, state: State, tcti: str, comes: Foreseen | UnlockError) -
     verdict = early["verdict"] if early else ""
     if verdict == "unsealed":
         yield from next_boot(comes, record)
-        yield from _keys(paths, record.selection)
+        yield from _keys(paths, log, record.selection)
     elif opened:
         yield Finding(
             "this boot", UNPROVEN, "the TPM allows what it has measured, and has not been asked yet", "reboot"
         )
         yield from next_boot(comes, record)
-        yield from _keys(paths, record.selection)
+        yield from _keys(paths, log, record.selection)
     else:
         why = report.VERDICTS.get(verdict, "early boot left no report")
         yield Finding("this boot", UNSAFE, f"{why}; the next one is like this one", "unlock explain")
     yield from _pin(record, facts)
-    if atunseal.hides_initramfs(boot, atunseal.event_log(paths)[0]):
+    if atunseal.hides_initramfs(boot, log):
         edited = "nothing measures it, as `initrd=` names it: whoever edits it gets the keys"
         yield Finding("initramfs", NOTE, edited, "boot a unified kernel image")
     if state.tpm["window"]:
@@ -358,15 +360,15 @@ def _configuration(paths: Paths) -> Iterator[Finding]:
         taken |= {group.mount} - {""}
 
 
-def _firmware(paths: Paths) -> Iterator[Finding]:
+def _firmware(paths: Paths, log: Log | None) -> Iterator[Finding]:
     """Whether the firmware starts what it has started now, and as it has. The order of this boot is the one in the log:
     the first entry may well be one that never starts, such as the network."""
-    current, once = (atunseal.variable(paths, name) for name in ("BootCurrent", "BootNext"))
+    current, once = (atunseal.boot_entry(paths, which) for which in ("BootCurrent", "BootNext"))
     if once and once != current:
-        why = f"it will start {_entry(once)} once: a firmware update, or another system"
+        why = f"it will start {once} once: a firmware update, or another system"
         yield Finding("firmware", UNPROVEN, why, "efibootmgr -v; efibootmgr -N, or unlock policy window --reboots 1")
-    was = _measured(paths)
-    for name, what in {"BootOrder": "boot order", _entry(current): f"boot entry {_entry(current)}"}.items():
+    was = atunseal.variables(log) if log else {}
+    for name, what in {"BootOrder": "boot order", current: f"boot entry {current}"}.items():
         now = atunseal.variable(paths, name)
         if now and was.get(name) and now != was[name]:
             yield Finding("firmware", UNPROVEN, f"its {what} has changed since this boot", "efibootmgr -v")
@@ -382,35 +384,23 @@ _SETUP, _CAPSULE = 0x1, 0x4
 """Of OsIndications: UEFI Specification 2.10, section 8.5.4."""
 _IMAGE_SECURITY = "d719b2cb-3d3a-4596-a3bc-dad00e67656f"
 """EFI_IMAGE_SECURITY_DATABASE_GUID: UEFI Specification 2.10, section 32.4.1."""
+_KEYS = {"PK": atunseal.GLOBAL, "KEK": atunseal.GLOBAL, "db": _IMAGE_SECURITY, "dbx": _IMAGE_SECURITY}
 _SHIM = "605dab50-e046-4300-abb6-3dd810dd8b23"
 _REQUESTS = ("MokNew", "MokDel", "MokXNew", "MokXDel", "MokSB", "MokDB", "MokPW")
 """What mokutil leaves for shim's MokManager, which comes before the boot loader then."""
 
 
-def _entry(number: bytes) -> str:
-    return f"Boot{int.from_bytes(number, 'little'):04X}"
-
-
-def _measured(paths: Paths) -> dict[str, bytes]:
-    log, _ = atunseal.event_log(paths)
-    return atunseal.variables(log) if log else {}
-
-
-def _keys(paths: Paths, selection: Sequence[int]) -> Iterator[Finding]:
+def _keys(paths: Paths, log: Log | None, selection: Sequence[int]) -> Iterator[Finding]:
     """What fwupd and mokutil change while the host runs, and the next boot measures."""
-    was = _measured(paths)
-    for name, vendor in {
-        "PK": atunseal.GLOBAL,
-        "KEK": atunseal.GLOBAL,
-        "db": _IMAGE_SECURITY,
-        "dbx": _IMAGE_SECURITY,
-    }.items():
+    was = atunseal.variables(log) if log else {}
+    for name, vendor in _KEYS.items():
         now = atunseal.variable(paths, name, vendor)
         if 7 in selection and now and name in was and now != was[name]:
             why = f"{name} was updated since this boot: the TPM will refuse the next one"
             yield Finding("Secure Boot", UNSAFE, why, "unlock policy window --reboots 1")
     waits = [name for name in _REQUESTS if atunseal.variable(paths, name, _SHIM)]
-    if waits and {4, 14} & set(selection):
+    shim = log and any(event.pcr == 14 for event in log.events)
+    if waits and shim and {4, 14} & set(selection):
         why = f"shim's MokManager comes first ({', '.join(waits)}): the TPM will refuse that boot, and the new keys"
         do = "mokutil --revoke-import, --revoke-delete; or the recovery key then, and unlock rebind"
         yield Finding("Secure Boot", UNSAFE, why, do)

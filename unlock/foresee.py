@@ -307,7 +307,7 @@ def _named_initrd(world: World) -> str:
 
 def _options(world: World) -> predict.Change | None:
     """The kernel command line, when it was changed in the boot entry by which the firmware has started the kernel."""
-    entry = f"Boot{int.from_bytes(atunseal.variable(world.paths, 'BootCurrent'), 'little'):04X}"
+    entry = atunseal.boot_entry(world.paths)
     try:
         was = uefi.load_option(atunseal.variables(world.log).get(entry, b"")).options
         now = uefi.load_option(atunseal.variable(world.paths, entry)).options
