@@ -18,7 +18,7 @@ ROWS = [
     {"tpm", "wrap", "escrow", "devices", "luks", "keyring", "mount", "providers.tls"},
     {"slots", "state", "disk", "thisboot", "providers", "providers.native", "providers.kmip", "handout", "bootcopy"},
     {"opening", "present", "selfhosted", "atunseal", "booted", "images"},
-    {"provide"},
+    {"provide", "sdboot"},
     {"rotation", "allowed"},
     {"boot", "late", "recovery", "enroll", "members", "status", "explain"}
     | {"cache", "kdk", "keymanager", "persistence", "recoveryops", "rekey", "switch", "sync"}

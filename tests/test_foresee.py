@@ -728,9 +728,10 @@ def test_a_kernel_that_is_on_no_disk_stays_and_its_initramfs_is_predicted(tmp_pa
     host.close()
 
 
-def unified(code: bytes) -> bytes:
+def unified(code: bytes, system: bytes = b'ID=debian\nVERSION_ID="13"\n') -> bytes:
     inner = pefile.build({".text": code * 300})
-    return pefile.build({".text": b"stub", ".linux": inner, ".cmdline": b"root=x", ".initrd": code * 99})
+    sections = {".text": b"stub", ".osrel": system, ".linux": inner, ".cmdline": b"root=x", ".initrd": code * 99}
+    return pefile.build(sections)
 
 
 def uki(image: bytes, name: str) -> Made:
@@ -785,11 +786,63 @@ def test_what_systemd_boot_was_told_to_start_is_what_comes(tmp_path: Path) -> No
     assert defaults() == ["b-6.9.efi"]
     host.write("boot/efi/loader/loader.conf", b"timeout 3\ndefault A-6*\n")
     assert defaults() == ["b-6.9.efi", "a-6.2.efi"]
+    host.write("boot/efi/loader/loader.conf", b"default b-*\n")
+    assert defaults() == ["b-6.9.efi"]
+    host.write("boot/efi/loader/loader.conf", b"timeout 3\ndefault A-6*\n")
     once = "sys/firmware/efi/efivars/LoaderEntryOneShot-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
     host.write(once, bytes(4) + "b-6.1.efi\0".encode("utf-16-le"))
     assert defaults() == ["b-6.9.efi", "b-6.1+2-1.efi", "a-6.2.efi"]
     host.write(once, bytes(4) + "auto-windows\0".encode("utf-16-le"))
     assert checked(host)[-1] == check.UNSAFE and "auto-windows" in defaults()
+    host.close()
+
+
+def test_the_order_of_systemd_boots_menu(tmp_path: Path) -> None:
+    """It says what comes where nothing was told: sort key, machine, version and name, in this order, and what has no
+    try left last. An entry that is no unified kernel image counts where it comes first."""
+    linux, entries = "boot/efi/EFI/Linux", "boot/efi/loader/entries"
+    now = uki(unified(b"old"), "b.efi")
+    host = enrolled(tmp_path, now, {f"{linux}/b.efi": unified(b"old"), "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
+
+    def defaults() -> list[str]:
+        return [each.words.split()[-1] for each in run(host, dry_run=True).entries if each.default]
+
+    def entry(name: str, *lines: str) -> None:
+        host.write(f"{entries}/{name}", "\n".join(("title x", "linux /EFI/Linux/b.efi", *lines)).encode())
+
+    assert defaults() == ["b.efi"]
+    host.write(f"{linux}/a.efi", unified(b"14", b"ID=debian\nVERSION_ID=14\n"))  # a later release, whatever its name
+    assert defaults() == ["b.efi", "a.efi"]
+    host.write(f"{linux}/z.efi", unified(b"fedora", b"ID=fedora\nVERSION_ID=99\n"))
+    host.write(f"{linux}/zz+0-3.efi", unified(b"failed", b"ID=debian\nVERSION_ID=15\n"))
+    host.write(f"{linux}/zzz.efi", unified(b"of nobody", b"NAME=x\n"))
+    entry("z.conf", "version 99")
+    entry("y.conf", "sort-key debian", "machine-id 0123", "version 99")
+    entry("x.conf", "sort-key e", "version 99")
+    entry("gone.conf", "sort-key a", "linux /EFI/gone")
+    host.write(f"{entries}/w.conf", b"sort-key a\ntitle without a program\n")
+    assert defaults() == ["b.efi", "a.efi"]
+    entry("v.conf", "sort-key debian", "version 13")
+    assert defaults() == ["b.efi", "a.efi"]
+    entry("v.conf", "sort-key debian", "version 15")
+    assert defaults() == ["v.conf", "b.efi"] and checked(host)[0] == check.UNSAFE
+    entry("u+2.conf", "sort-key cloud")
+    assert defaults() == ["u.conf", "b.efi"]
+    host.close()
+
+
+def test_the_unified_kernel_image_of_this_boot_was_removed(tmp_path: Path) -> None:
+    """With its kernel: the other one comes. Without another, nothing is predicted."""
+    old, newer = unified(b"old"), unified(b"newer")
+    now, linux = uki(old, "6.9.efi"), "boot/efi/EFI/Linux"
+    host = enrolled(tmp_path, now, {f"{linux}/6.9.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
+    host.write(f"{linux}/6.12.efi", newer)
+    run(host)
+    assert checked(host) == [check.SAFE, check.SAFE]
+    Path(host.paths.root, linux, "6.9.efi").unlink()
+    assert checked(host) == [check.SAFE]
+    Path(host.paths.root, linux, "6.12.efi").unlink()
+    assert checked(host) == [check.UNPROVEN]
     host.close()
 
 

@@ -10,19 +10,31 @@ since: nothing else vouches for /boot (unlock.booted). What a file does not tell
 never guessed: those PCRs stay as they are, or it is Refused.
 """
 
-import fnmatch
-import glob
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-from . import allowed, atunseal, booted, eventlog, explain, grub, log, measured, pe, policy, predict, thisboot, uefi
+from . import (
+    allowed,
+    atunseal,
+    booted,
+    eventlog,
+    explain,
+    grub,
+    log,
+    measured,
+    pe,
+    policy,
+    predict,
+    sdboot,
+    thisboot,
+    uefi,
+)
 from .booted import Booted
 from .errors import Malformed, Refused, UnlockError
 from .eventlog import Event, Log
-from .images import natural
 from .paths import Paths
 from .state import State
 from .tpm import Tpm
@@ -317,28 +329,29 @@ def _options(world: World) -> predict.Change | None:
 
 
 def _ukis(world: World) -> Iterator[Entry]:
-    """The unified kernel image that was booted, as it is now, and the others beside it, the newest name first.
-    systemd-boot starts the newest by itself, or the one that it was told to."""
+    """The unified kernel image that was booted, as it is now, and the others of the menu, what comes by itself among
+    them."""
     before = world.before
     if not before.uki:
         raise predict.cannot("the unified kernel image of this boot is not on disk as it was booted")
     own = _now_named(world, before.images[-1][1])
-    pattern = os.path.join(glob.escape(os.path.join(world.paths.root, os.path.dirname(own))), "*.[eE][fF][iI]")
-    found = {os.path.relpath(path, world.paths.root) for path in glob.glob(pattern)}
-    newest = max(found, key=natural, default=own)
-    told = _told_to_start(world, own)
-    ids = {path: booted.COUNTER.sub(".efi", os.path.basename(path).lower()) for path in (own, *found)}
-    for name in told:
-        if not any(fnmatch.fnmatchcase(each, name) for each in ids.values()) and _is_entry(world, own, name):
-            yield Entry(f"boot entry {name}", (), None, "it is no unified kernel image like this boot's", True)
-    for path in [own, *sorted(found - {own}, key=natural, reverse=True)]:
-        default = path in (own, newest) or any(fnmatch.fnmatchcase(ids[path], name) for name in told)
+    listed = sdboot.menu(world.paths, own)
+    comes = sdboot.comes(world.paths, own, listed)
+    unified = {each.path: each.id for each in listed if each.unified}
+    for name in sorted(comes - set(unified.values())):
+        yield Entry(f"boot entry {name}", (), None, "it is no unified kernel image like this boot's", True)
+    if not comes:
+        raise predict.cannot("no unified kernel image is there any more")
+    for path in [own, *(each for each in unified if each != own)]:
+        default = path == own or unified[path] in comes
         data = booted.read(world.paths, path)
+        if data is None:  # its kernel was removed
+            continue
         try:
-            sections = tuple(predict.uki_measurements(data)) if data is not None else ()
+            sections = tuple(predict.uki_measurements(data))
         except Malformed:
             sections = ()
-        if not data or not sections:
+        if not sections:
             if path == own:
                 yield Entry(os.path.basename(path), (), None, "it is no unified kernel image any more", True)
             continue
@@ -360,42 +373,17 @@ def _ukis(world: World) -> Iterator[Entry]:
         yield entry._replace(initrd=path)
 
 
-_SYSTEMD_BOOT = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
-"""The vendor of its variables: systemd.io/BOOT_LOADER_INTERFACE."""
-
-
 def _now_named(world: World, own: str) -> str:
     """This boot's image; after a boot that was good its name has no counter any more."""
     blessed = booted.COUNTER.sub(".efi", own)
     return own if os.path.exists(os.path.join(world.paths.root, own)) else blessed
 
 
-def _told_to_start(world: World, own: str) -> list[str]:
-    """Patterns of entries that systemd-boot was told to start: once, by default, by loader.conf; lower case."""
-    names = []
-    for variable in ("LoaderEntryOneShot", "LoaderEntryDefault"):
-        data = atunseal.variable(world.paths, variable, _SYSTEMD_BOOT)
-        names.append(data.decode("utf-16-le", "replace").partition("\0")[0])
-    config = booted.read(world.paths, os.path.join(booted.esp_of(own), "loader/loader.conf")) or b""
-    lines = [line.split(None, 1) for line in config.decode("utf-8", "replace").splitlines()]
-    names += [words[1].strip() for words in lines if words[:1] == ["default"] and words[1:]]
-    return [name.lower() for name in names if name]
-
-
-def _is_entry(world: World, own: str, name: str) -> bool:
-    """Whether there is such an entry that is no unified kernel image."""
-    folder = os.path.join(world.paths.root, booted.esp_of(own), "loader/entries")
-    try:
-        names = [each.lower() for each in os.listdir(folder)]
-    except OSError:
-        names = []
-    return name.startswith("auto-") or any(fnmatch.fnmatchcase(each, name) for each in names)
-
-
 def _entry(world: World, words: str, changes: Iterable[str], events: Iterable[Event], default: bool) -> Entry:
     """PCRs that are as the log has them now keep their value, whatever that is; of the others, the log must account."""
-    programs = {digest: booted.authenticode(world.paths, path) for digest, path in _loaders(world)}
-    events = [each._replace(digest=programs.get(each.digest or b"") or each.digest) for each in events]
+    programs = {digest: booted.authenticode(world.paths, path) or digest for digest, path in _loaders(world)}
+    changes = [*changes, *(["boot loader"] if any(was != now for was, now in programs.items()) else [])]
+    events = [each._replace(digest=programs.get(each.digest or b"", each.digest)) for each in events]
     was = eventlog.replay([*world.log.events, *world.later], world.log.locality)
     will = eventlog.replay([*events, *world.later], world.log.locality)
     values = dict(world.values)

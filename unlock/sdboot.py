@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What systemd-boot starts when nobody is at its menu: what it was told to, else the first entry in its order
+(systemd-boot(7); the Boot Loader Specification, "Sorting")."""
+
+import fnmatch
+import glob
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from . import atunseal, booted, pe
+from .errors import Malformed
+from .images import natural
+from .paths import Paths
+
+_VENDOR = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
+"""Of its variables: systemd.io/BOOT_LOADER_INTERFACE."""
+_COUNTER = re.compile(r"\+(\d+)(-\d+)?(?=\.(efi|conf)$)", re.I)
+"""Tries left, tries done."""
+
+
+class Listed(NamedTuple):
+    """An entry of the menu."""
+
+    id: str
+    """The file's name, lower case, without the counter."""
+    path: str
+    """Below the root directory."""
+    unified: bool
+    """A unified kernel image; else a file in loader/entries."""
+    sort_key: str
+    machine_id: str
+    version: str
+
+
+_ORDER: tuple[tuple[Callable[[Listed], Any], bool], ...] = (
+    (lambda each: natural(each.id), True),
+    (lambda each: natural(each.version) if each.sort_key else [], True),
+    (lambda each: each.machine_id if each.sort_key else "", False),
+    (lambda each: each.sort_key, False),
+    (lambda each: not each.sort_key, False),
+    (lambda each: (left := _COUNTER.search(each.path)) is not None and int(left[1]) == 0, False),
+)
+"""What tells two entries apart, and whether the larger comes first; what counts most is last."""
+
+
+def menu(paths: Paths, own: str) -> list[Listed]:
+    """All entries in its order. `own`: a unified kernel image of the EFI system partition."""
+    found = [*_unified(paths, os.path.dirname(own)), *_configured(paths)]
+    for key, reverse in _ORDER:
+        found.sort(key=key, reverse=reverse)
+    return found
+
+
+def comes(paths: Paths, own: str, listed: list[Listed]) -> set[str]:
+    """Ids of those that may be started next; `auto-` those that are never listed."""
+    first = {each.id for each in listed[:1]}
+    for pattern in _told(paths, own):
+        matching = [each.id for each in listed if fnmatch.fnmatchcase(each.id, pattern)]
+        first |= {pattern} if pattern.startswith("auto-") else {*matching[:1]}
+    return first
+
+
+def _told(paths: Paths, own: str) -> Iterator[str]:
+    """Patterns of what it is to start: once, by default, by loader.conf; lower case."""
+    names = []
+    for variable in ("LoaderEntryOneShot", "LoaderEntryDefault"):
+        data = atunseal.variable(paths, variable, _VENDOR)
+        names.append(data.decode("utf-16-le", "replace").partition("\0")[0])
+    config = booted.read(paths, os.path.join(booted.esp_of(own), "loader/loader.conf")) or b""
+    names.append(_fields(config).get("default", ""))
+    return (name.lower() for name in names if name)
+
+
+def _unified(paths: Paths, folder: str) -> Iterator[Listed]:
+    for path in _files(paths, folder, "*.[eE][fF][iI]"):
+        data = booted.read(paths, path) or b""
+        try:
+            said = (pe.section(data, pe.read(data), ".osrel") or b"").rstrip(b"\0")
+        except Malformed:
+            continue
+        system = {name: value.strip("\"'") for name, value in _fields(said.replace(b"=", b" ")).items()}
+        sort_key = system.get("IMAGE_ID") or system.get("ID", "")
+        versions = ("IMAGE_VERSION", "VERSION", "VERSION_ID", "BUILD_ID")
+        version = next((system[each] for each in versions if system.get(each)), "")
+        yield Listed(_id(path), path, True, sort_key, "", version)
+
+
+def _configured(paths: Paths) -> Iterator[Listed]:
+    """Those whose program is there."""
+    for esp in booted.ESPS:
+        for path in _files(paths, os.path.join(esp, "loader/entries"), "*.[cC][oO][nN][fF]"):
+            fields = _fields(booted.read(paths, path) or b"")
+            program = next((fields[each] for each in ("linux", "efi", "uki") if each in fields), "")
+            if os.path.isfile(os.path.join(paths.root, esp, program.replace("\\", "/").lstrip("/"))):
+                words = (fields.get(each, "") for each in ("sort-key", "machine-id", "version"))
+                yield Listed(_id(path), path, False, *words)
+
+
+def _files(paths: Paths, folder: str, pattern: str) -> Iterator[str]:
+    for path in glob.glob(os.path.join(glob.escape(os.path.join(paths.root, folder)), pattern)):
+        yield os.path.relpath(path, paths.root)
+
+
+def _id(path: str) -> str:
+    return _COUNTER.sub("", os.path.basename(path)).lower()
+
+
+def _fields(text: bytes) -> Mapping[str, str]:
+    """Of lines of a name, white space, and a value."""
+    lines = (line.split(None, 1) for line in text.decode("utf-8", "replace").splitlines())
+    return {words[0]: words[1].strip() for words in lines if words[1:]}
