@@ -655,6 +655,32 @@ def test_rebind_never_drops_a_pin_in_silence(disks: Machine) -> None:
     assert disks.boot() == "unsealed" and disks.asked == 0
 
 
+def test_rebind_with_another_pin_killed_anywhere_keeps_the_one_or_the_other(disks: Machine) -> None:
+    """And no PIN is dropped: without --pin it goes on only where it knows which of the two the TPM has."""
+    set_pin(disks)
+    before, number, kept, ended = PIN, 1, set(), False
+    while not ended:
+        pin = f"pin {number}"
+        chosen = Pin(Secret(pin.encode()))
+        ended = not killed_at(number, lambda chosen=chosen: rebound(disks, chosen), LASTING | TPM_WRITES)
+        assert disks.allows().record.pin
+        if not ended:
+            try:
+                rebound(disks)
+                disks.types = [before, pin]
+                assert disks.boot() == "unsealed"
+                kept.add(disks.asked)
+            except Refused as error:
+                assert error.code == "pin-needed"
+                kept.add(0)
+            rebound(disks, chosen)
+        disks.types = [pin]
+        assert disks.boot() == "unsealed" and disks.asked == 1
+        disks.chip.set_lockout(32)
+        before, number = pin, number + 2
+    assert kept == {0, 1, 2}, "asked for a PIN, the old one, the new one"
+
+
 # Images -----------------------------------------------------------------------------------------------------
 
 AGENT = "usr/lib/unlock/unlock/boot.pyc"
