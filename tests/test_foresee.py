@@ -828,6 +828,13 @@ def test_the_order_of_systemd_boots_menu(tmp_path: Path) -> None:
     assert defaults() == ["v.conf", "b.efi"] and checked(host)[0] == check.UNSAFE
     entry("u+2.conf", "sort-key cloud")
     assert defaults() == ["u.conf", "b.efi"]
+    host.write("boot/efi/loader/loader.conf", b"default @saved\n")
+    assert defaults() == ["u.conf", "b.efi"]
+    last = "sys/firmware/efi/efivars/LoaderEntryLastBooted-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
+    host.write(last, bytes(4) + "b.efi\0".encode("utf-16-le"))
+    assert defaults() == ["b.efi"]
+    host.write(last.replace("LastBooted", "Default"), bytes(4) + "v*\0".encode("utf-16-le"))
+    assert defaults() == ["v.conf", "b.efi"]
     host.close()
 
 

@@ -54,23 +54,25 @@ def menu(paths: Paths, own: str) -> list[Listed]:
 
 
 def comes(paths: Paths, own: str, listed: list[Listed]) -> set[str]:
-    """Ids of those that may be started next; `auto-` those that are never listed."""
-    first = {each.id for each in listed[:1]}
-    for pattern in _told(paths, own):
-        matching = [each.id for each in listed if fnmatch.fnmatchcase(each.id, pattern)]
-        first |= {pattern} if pattern.startswith("auto-") else {*matching[:1]}
-    return first
+    """Ids of those that may be started next: what it was told to start once, and what comes after that. An `auto-` one
+    is never listed."""
 
+    def matching(pattern: str) -> set[str]:
+        if pattern.startswith("auto-"):
+            return {pattern}
+        return set([each.id for each in listed if fnmatch.fnmatchcase(each.id, pattern)][:1])
 
-def _told(paths: Paths, own: str) -> Iterator[str]:
-    """Patterns of what it is to start: once, by default, by loader.conf; lower case."""
-    names = []
-    for variable in ("LoaderEntryOneShot", "LoaderEntryDefault"):
-        data = atunseal.variable(paths, variable, _VENDOR)
-        names.append(data.decode("utf-16-le", "replace").partition("\0")[0])
     config = booted.read(paths, os.path.join(booted.esp_of(own), "loader/loader.conf")) or b""
-    names.append(_fields(config).get("default", ""))
-    return (name.lower() for name in names if name)
+    configured = _fields(config).get("default", "").lower()
+    if configured == "@saved":
+        configured = _variable(paths, "LoaderEntryLastBooted")
+    lasting = (_variable(paths, "LoaderEntryDefault"), configured, "*")
+    always = next((found for pattern in lasting if (found := matching(pattern))), set())
+    return matching(_variable(paths, "LoaderEntryOneShot")) | always
+
+
+def _variable(paths: Paths, name: str) -> str:
+    return atunseal.variable(paths, name, _VENDOR).decode("utf-16-le", "replace").partition("\0")[0].lower()
 
 
 def _unified(paths: Paths, folder: str) -> Iterator[Listed]:
