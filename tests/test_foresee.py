@@ -58,13 +58,13 @@ def disk(name: str) -> predict.Disk:
     def known(place: int) -> Callable[[str], bytes]:
         def of(file: str) -> bytes:
             if file not in files:
-                raise grub.Unknown(file)
+                raise grub.Elsewhere(file)
             return bytes.fromhex(files[file][place])
 
         return of
 
     config = texts(name)
-    return predict.Disk(lambda file: config[file].encode(), known(0), known(1), lambda file: file in config)
+    return predict.Disk(lambda file: config[file].encode(), known(0), known(1), lambda _, file: file in config)
 
 
 def texts(name: str) -> dict[str, str]:
@@ -910,6 +910,65 @@ def test_a_new_boot_loader(tmp_path: Path) -> None:
     updated = [each._replace(digest=digests.get(each.sha256, each.sha256)) for each in now.made]
     assert boot(host, Made(updated, "uki")) == "unsealed"
     host.close()
+
+
+def test_what_grub_would_read_of_its_own_accord_is_not_guessed(tmp_path: Path) -> None:
+    """A language or a theme may be a file. An empty custom.cfg is one, too, and `test -f` finds it. What GRUB has read
+    in this boot must be there to be read again."""
+    english = text("grub-0").replace("terminal_input console", "set lang=en_US\nterminal_input console")
+    german = english.replace("en_US", "de_DE")
+    assert english != text("grub-0")
+    events, _ = predict.boot(learned("grub-0"), text("grub-0"), WAYS["grub-0"], disk("grub-0"))
+    said = next(event for event in events if event.data == b"grub_cmd: terminal_input console")
+    lang = b"set lang=en_US"
+    at = events.index(said)
+    events.insert(at, said._replace(digest=sha256(lang).digest(), data=b"grub_cmd: " + lang))
+    font = eventlog.Event(9, eventlog.IPL, sha256(b"font").digest(), b"(hd1)/grub/fonts/unicode.pf2\0")
+    events.insert(at + 2, font)
+    config = next(at for at, event in enumerate(events) if event.data.partition(b"\0")[0] == CONFIG.encode())
+    events[config] = events[config]._replace(digest=sha256(english.encode()).digest())
+    host = Machine(tmp_path, Made(NOW.small(events), "grub"))  # type: ignore[arg-type]
+    host.write("sys/firmware/efi/fw_platform_size", b"64\n")
+    for path, data in LOADERS.items():
+        host.write("boot/efi" + path.replace("\\", "/"), data)
+    files = {**BEFORE, CONFIG: english.encode(), "(hd1)/grub/fonts/unicode.pf2": b"font"}
+    install(host, {name: data for name, data in files.items() if NEW not in name})
+    foresee.keep(host.paths, host.chip.tcti)
+    assert {each.why for each in run(host).entries} == {""}
+    install(host, {CONFIG: german.encode()})
+    assert "`set lang=de_DE` reads is not known" in run(host).entries[0].why
+    install(host, {CONFIG: english.encode()})
+    host.write("boot/grub/custom.cfg", b"")
+    assert "custom.cfg" in run(host).entries[0].why
+    Path(host.paths.root, "boot/grub/custom.cfg").unlink()
+    assert {each.why for each in run(host).entries} == {""}
+    Path(host.paths.root, "boot/grub/fonts/unicode.pf2").unlink()
+    assert "is not on disk" in run(host).entries[0].why
+    host.close()
+
+
+def test_a_menu_entry_without_an_initramfs_opens_nothing(host: Machine) -> None:
+    """/boot was full when it was made, and update-grub has left it out."""
+    lines = [line for line in text("grub-1").splitlines(keepends=True) if f"initrd\t/initrd.img-{NEW}" not in line]
+    install(host, {**AFTER, CONFIG: "".join(lines).encode()})
+    assert "no initramfs" in run(host).entries[0].why
+    assert checked(host)[0] == check.UNSAFE
+
+
+def test_a_disk_that_came_or_went_may_have_renumbered_those_of_grub(host: Machine) -> None:
+    def plug(name: str, at: str) -> None:
+        host.write(f"sys/devices/{at}/{name}/size", b"")
+        Path(host.paths.root, "sys/block").mkdir(exist_ok=True)
+        Path(host.paths.root, "sys/block", name).symlink_to(f"../devices/{at}/{name}")
+
+    for name, at in (("dm-0", "virtual/block"), ("loop0", "virtual/block"), ("sr0", "pci0000:00/ata1/block")):
+        plug(name, at)
+    assert check.UNPROVEN not in checked(host)
+    plug("sdb", "pci0000:00/usb1/host2/block")
+    assert check.UNPROVEN in checked(host) and "disks came or went" in run(host).doubts[0]
+    Path(host.paths.root, "sys/block/sdb").unlink()
+    plug("nvme0n1", "virtual/nvme-subsystem/nvme-subsys0")
+    assert check.UNPROVEN in checked(host)
 
 
 def test_a_new_shim_is_not_guessed_and_a_new_grub_is_said(host: Machine) -> None:

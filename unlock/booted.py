@@ -6,7 +6,7 @@
 
 JSON, version 1: {"version", "boot": boot id, "files": NAME -> [PATH, 64 hex digits], "texts": NAME -> content,
 "images": [[64 hex digits, PATH], ...], "initrd": PATH, "uki": [64 hex digits], "beside": NAME -> 64 hex digits,
-"foreign": PATH -> 64 hex digits}.
+"foreign": PATH -> 64 hex digits, "disks": [DEVICE, ...]}.
 NAME is GRUB's, PATH below the root directory. What it says is believed only as far as the event log of the same boot
 has the same digests.
 
@@ -60,6 +60,8 @@ class Booted(NamedTuple):
     """What systemd-stub adds to the unified kernel image: `beside`."""
     foreign: Mapping[str, bytes]
     """Files below /boot and on the EFI system partition that may have been changed while the host was off: SHA-256."""
+    disks: tuple[str, ...]
+    """Where the whole disks are, below /sys/devices."""
 
     def encode(self) -> bytes:
         """Malformed for what would be too long for `decode`."""
@@ -73,6 +75,7 @@ class Booted(NamedTuple):
             "uki": [digest.hex() for digest in self.uki],
             "beside": {name: digest.hex() for name, digest in self.beside.items()},
             "foreign": {path: digest.hex() for path, digest in self.foreign.items()},
+            "disks": list(self.disks),
         }
         data = json.dumps(fields, separators=(",", ":")).encode()
         if len(data) > MAX:
@@ -95,6 +98,7 @@ class Booted(NamedTuple):
                 tuple(map(digest_of, fields["uki"])),
                 {_text(name): digest_of(hexed) for name, hexed in fields["beside"].items()},
                 {_text(path): digest_of(hexed) for path, hexed in fields["foreign"].items()},
+                tuple(map(_text, fields["disks"])),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Malformed(f"booted.json: cannot be read: {type(error).__name__}") from None
@@ -169,7 +173,7 @@ def look(paths: Paths, log: Log) -> Booted:
         if path not in measured and known.get(path) != digest
     }  # fmt: skip
     added = beside(paths, images[-1][1]) if uki else {}
-    return Booted(boot_id(paths), files, texts, tuple(images), initrd, uki, added, foreign)
+    return Booted(boot_id(paths), files, texts, tuple(images), initrd, uki, added, foreign, disks(paths))
 
 
 def _before_grub(data: bytes, digest: bytes, log: Log) -> str:
@@ -195,6 +199,15 @@ def beside(paths: Paths, image: str) -> dict[str, bytes]:
         for path in sorted(glob.glob(os.path.join(glob.escape(os.path.join(paths.root, folder)), "*"))):
             found[os.path.basename(path)] = _sha256(paths, os.path.relpath(path, paths.root)) or bytes(32)
     return found
+
+
+def disks(paths: Paths) -> tuple[str, ...]:
+    """Where the whole disks are that the firmware may number: below /sys/devices, without their kernel names."""
+    top = os.path.realpath(os.path.join(paths.root, "sys/devices"))
+    found = [os.path.realpath(each) for each in glob.glob(os.path.join(glob.escape(paths.root), "sys/block/*"))]
+    hard = (each for each in found if not each.startswith(f"{top}/virtual/block/"))
+    disks = (each for each in hard if not os.path.basename(each).startswith(("sr", "fd")))
+    return tuple(sorted(os.path.relpath(os.path.dirname(each), top) for each in disks))
 
 
 def esp_of(image: str) -> str:

@@ -96,6 +96,8 @@ def foresee(world: World) -> tuple[list[Entry], list[str], list[str]]:
     kind = atunseal.how_booted(world.paths, {pcr: world.values.get(pcr, _SOME) for pcr in range(16)})
     if kind == "shim+GRUB":
         found = _grub(world)
+        if world.before.disks != booted.disks(world.paths):
+            doubts.append("disks came or went since this boot: GRUB measures their numbers, which may be others then")
     elif kind == "UKI":
         found = _ukis(world)
     elif kind == "direct kernel":
@@ -183,6 +185,8 @@ def _grub_entry(
     if tuple(titles) != learned.way:
         changes.append("another menu entry")
     words = f"kernel {version}" + ("" if default else f", menu entry {title}")
+    if old.initrds and not kernel.initrds:
+        return Entry(words, tuple(changes), None, "it starts no initramfs, so nothing opens a disk", default)
     loaded = [where(name) for name in (kernel.words[0], *kernel.initrds)]
     if foreign := _foreign(world, loaded):
         return Entry(words, tuple(changes), None, foreign, default)
@@ -225,7 +229,7 @@ def _places(world: World) -> Callable[[str], str]:
     def where(name: str) -> str:
         device, rest = _parted(name)
         if device not in places or not rest.startswith("/") or ".." in rest.split("/"):
-            raise grub.Unknown(f"where {name} is on disk is not known")
+            raise grub.Elsewhere(f"where {name} is on disk is not known")
         return os.path.join(places[device], rest.lstrip("/"))
 
     return where
@@ -238,9 +242,11 @@ def _disk(world: World, where: Callable[[str], str]) -> predict.Disk:
             raise grub.Unknown(f"{name} is not on disk")
         return data
 
-    def exists(name: str) -> bool:
+    def test(kind: str, name: str) -> bool:
         path = os.path.join(world.paths.root, where(name))
-        return os.path.isdir(path) or (os.path.isfile(path) and os.path.getsize(path) > 0)
+        if kind == "s":
+            return os.path.isfile(path) and os.path.getsize(path) > 0
+        return {"d": os.path.isdir, "e": os.path.exists, "f": os.path.isfile}[kind](path)
 
     def image(name: str) -> bytes:
         digest = booted.authenticode(world.paths, where(name))
@@ -248,7 +254,7 @@ def _disk(world: World, where: Callable[[str], str]) -> predict.Disk:
             raise grub.Unknown(f"{name} is no kernel that is on disk")
         return digest
 
-    return predict.Disk(content, lambda name: sha256(content(name)).digest(), image, exists)
+    return predict.Disk(content, lambda name: sha256(content(name)).digest(), image, test)
 
 
 def _without_once(disk: predict.Disk, environment: str) -> predict.Disk | None:

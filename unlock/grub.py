@@ -34,6 +34,10 @@ class Unknown(Exception):
     """What GRUB will do cannot be told; the text says where."""
 
 
+class Elsewhere(Unknown):
+    """A file is on no file system that is mounted here: in GRUB's memory, most often."""
+
+
 class World(NamedTuple):
     """What a script depends on."""
 

@@ -31,6 +31,8 @@ _SILENT = {
     "terminal_input", "terminal_output", "save_env", "fwsetup",
 }  # fmt: skip
 """Commands that read no file, so that GRUB measures nothing but their words."""
+_CATALOG = re.compile(r"(?:set )?(?:lang|locale_dir|secondary_locale_dir|theme)=")
+"""GRUB reads a catalog, or a theme, when these are set; which, it alone knows."""
 _SIZED = re.compile(r"(?:^| )-s (\S+)")
 """GRUB's `test -s` opens the file; -e, -f and -d look into its directory."""
 _FLIPS = 100
@@ -163,8 +165,8 @@ class Disk(NamedTuple):
     sha256: Callable[[str], bytes]
     image: Callable[[str], bytes]
     """What the firmware measures of an EFI program: Authenticode."""
-    exists: Callable[[str], bool]
-    """Whether there is such a file, of any size but 0."""
+    test: Callable[[str, str], bool]
+    """GRUB's `test` of a file: d, e, f or s."""
 
 
 class Kernel(NamedTuple):
@@ -257,7 +259,7 @@ def _check(log: Log, learned: Learned, texts: Mapping[str, str], image: Callable
             raise grub.Unknown(f"this boot has not read {name}")
         return digests[name]
 
-    disk = Disk(content, digest, image, lambda name: any(learned.outcomes.get(f"-{kind} {name}") for kind in "efsd"))
+    disk = Disk(content, digest, image, lambda kind, name: learned.outcomes.get(f"-{kind} {name}", False))
     text = texts[learned.name]
     run = _run(learned, text, disk)
     for title in learned.way:
@@ -341,7 +343,7 @@ def boot(learned: Learned, text: str, titles: Sequence[str], disk: Disk) -> tupl
 def _run(learned: Learned, text: str, disk: Disk) -> grub.Run:
     def succeeds(about: str) -> bool:
         if about[0] == "-":
-            return disk.exists(about[3:])
+            return disk.test(about[1], about[3:])
         if about not in learned.outcomes:
             raise grub.Unknown(f"whether GRUB's `{about[:80]}` succeeds is not known")
         return learned.outcomes[about]
@@ -384,12 +386,13 @@ def _measured(learned: Learned, run: grub.Run, text: str, disk: Disk) -> tuple[l
             events += [Event(9, eventlog.IPL, disk.sha256(name), name.encode()) for name in initrds]
         elif word in ("[", "test") or command == "load_env":
             names = _SIZED.findall(command) if word != "load_env" else [f"{run.variable('prefix')}/grubenv"]
-            events += [Event(9, eventlog.IPL, disk.sha256(name), name.encode()) for name in names if disk.exists(name)]
+            found = [name for name in names if disk.test("s", name)]
+            events += [Event(9, eventlog.IPL, disk.sha256(name), name.encode()) for name in found]
         elif command in learned.sides:
-            found = learned.sides[command]
-            events += again(found[min(times.get(command, 0), len(found) - 1)])
+            sides = learned.sides[command]
+            events += again(sides[min(times.get(command, 0), len(sides) - 1)])
             times[command] = times.get(command, 0) + 1
-        elif word not in _SILENT and word not in run.functions and "=" not in word:
+        elif _CATALOG.match(command) or (word not in _SILENT and word not in run.functions and "=" not in word):
             raise grub.Unknown(f"what GRUB's `{command[:80]}` reads is not known")
     for event in again(learned.tail):
         initrd = initrds and event.kind == eventlog.EVENT_TAG and event.data[:4] == eventlog.INITRD
@@ -398,10 +401,10 @@ def _measured(learned: Learned, run: grub.Run, text: str, disk: Disk) -> tuple[l
 
 
 def _renewed(name: str, event: Event, disk: Disk) -> bytes | None:
-    """Of a file that is not on disk, such as those in GRUB's memory, the digest stays."""
+    """Of a file in GRUB's memory the digest stays. Raises Unknown for one that is not on disk any more."""
     try:
         return disk.sha256(name)
-    except grub.Unknown:
+    except grub.Elsewhere:
         return event.digest
 
 
