@@ -4,6 +4,7 @@
 import gzip
 import json
 import os
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -347,6 +348,37 @@ def test_the_firmware_is_told_to_start_something_else(world: World) -> None:
     assert world.check() == (SAFE, {})
 
 
+def test_this_boot_was_chosen_by_hand_and_another_comes_by_itself(world: World) -> None:
+    """At the firmware's menu, for once. What comes first and cannot start, the network or a disk that was taken out,
+    is no reason for doubt; nor is a second entry for the same file."""
+
+    def option(path: bytes, attributes: int = 1) -> bytes:
+        return struct.pack("<IH", attributes, len(path)) + "x\0".encode("utf-16-le") + path
+
+    shim = eventlogs.file_path("\\EFI\\debian\\shimx64.efi")
+    other = eventlogs.file_path("\\EFI\\other\\grubx64.efi")
+    world.write("boot/efi/EFI/debian/shimx64.efi", "")
+    network = struct.pack("<BBH", 3, 11, 37) + bytes(33) + struct.pack("<BBH", 0x7F, 0xFF, 4)
+    for name, data in {"1": option(shim), "2": option(network), "3": option(other), "4": option(shim)}.items():
+        set_variable(world, f"Boot000{name}", data)
+    set_variable(world, "BootCurrent", b"\1\0")
+    set_variable(world, "BootOrder", b"\2\0\3\0\4\0\1\0")
+    assert world.check() == (SAFE, {})
+    world.write("boot/efi/EFI/OTHER/GRUBX64.EFI", "")
+    verdict, wrong = world.check()
+    assert verdict == UNPROVEN and "Boot0003, boot/efi/EFI/OTHER/GRUBX64.EFI, comes before it" in wrong["firmware"][1]
+    set_variable(world, "Boot0003", option(other, 0))
+    assert world.check() == (SAFE, {})
+    set_variable(world, "Boot0003", option(other))
+    set_variable(world, "BootOrder", b"\1\0\3\0")
+    assert world.check() == (SAFE, {})
+    set_variable(world, "BootOrder", b"\2\0\3\0")
+    verdict, wrong = world.check()
+    assert verdict == UNPROVEN and "Boot0001, which is not in its boot order" in wrong["firmware"][1]
+    set_variable(world, "BootNext", b"\1\0")
+    assert world.check() == (SAFE, {}), "it is told to start it again"
+
+
 def test_keys_of_secure_boot_were_updated_and_the_next_boot_measures_that(world: World) -> None:
     """fwupd writes dbx, mokutil leaves a request for MokManager; both while the host runs."""
     revoked = eventlogs.signature_list(eventlogs.SHA256, [bytes(32)])
@@ -369,6 +401,16 @@ def test_keys_of_secure_boot_were_updated_and_the_next_boot_measures_that(world:
     measured(world, dbx, eventlogs.shim(14, "MokList", b"keys"))
     verdict, wrong = world.check()
     assert verdict == UNSAFE and "MokManager comes first (MokNew)" in wrong["Secure Boot"][1]
+    (world.root / f"sys/firmware/efi/efivars/MokNew-{SHIM}").unlink()
+    assert "Secure Boot" not in world.check()[1]
+    set_variable(world, "MokListTrustedNew", b"x", SHIM)
+    assert "MokManager comes first (MokListTrustedNew)" in world.check()[1]["Secure Boot"][1]
+    (world.root / f"sys/firmware/efi/efivars/MokListTrustedNew-{SHIM}").unlink()
+    set_variable(world, "SbatPolicy", b"\1", SHIM)
+    verdict, why = world.check()[1]["Secure Boot"]
+    assert verdict == UNPROVEN and "SbatPolicy" in why
+    measured(world, dbx)
+    assert "Secure Boot" not in world.check()[1], "without shim nobody reads it"
 
 
 def test_an_initramfs_that_nothing_measures_is_told(world: World) -> None:

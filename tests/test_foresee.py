@@ -4,6 +4,7 @@
 Kernels and initramfs files are too large to be kept: small ones take their place, on disk and in the log.
 """
 
+import datetime
 import gzip
 import json
 import struct
@@ -15,6 +16,10 @@ from typing import NamedTuple
 
 import pefile
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 from eventlogs import DATA, LOGGED, Entry, log, plain, program, real, tagged, variable
 from hostfixture import Machine
 
@@ -552,6 +557,7 @@ def test_where_no_update_matters_nothing_is_predicted(tmp_path: Path) -> None:
     host = Machine(tmp_path, NOW, (7,))  # type: ignore[arg-type]
     host.write("sys/firmware/efi/x", b"")
     found = run(host)
+    assert checked(host) == [check.SAFE]
     assert found.entries == () and "nothing to predict" in found.notes[0] and foresee.refused(found) is None
     host.close()
 
@@ -568,7 +574,13 @@ def test_the_kept_files_are_read_as_written_and_nothing_else(host: Machine) -> N
     assert found.encode() == data
     assert found.files[CONFIG][0] == "boot/grub/grub.cfg" and CONFIG in found.texts
     newer = json.dumps({**json.loads(data), "version": 2}).encode()
-    for bad in (b"", b"{}", data[:-9], newer, data.replace(b'"images":[', b'"images":[7,')):
+    unsigned = b'"signed":{"boot/x":"",'
+    assert booted.Booted.decode(data.replace(b'"signed":{', unsigned)).signed["boot/x"] == b""
+    wrong = [
+        data.replace(b'"images":[', b'"images":[7,'),
+        *(data.replace(b'"signed":{', unsigned.replace(b'""', each)) for each in (b"null", b'"7"')),
+    ]
+    for bad in (b"", b"{}", data[:-9], newer, *wrong):
         with pytest.raises(UnlockError):
             booted.Booted.decode(bad)
 
@@ -728,10 +740,10 @@ def test_a_kernel_that_is_on_no_disk_stays_and_its_initramfs_is_predicted(tmp_pa
     host.close()
 
 
-def unified(code: bytes, system: bytes = b'ID=debian\nVERSION_ID="13"\n') -> bytes:
+def unified(code: bytes, system: bytes = b'ID=debian\nVERSION_ID="13"\n', signature: bytes = b"") -> bytes:
     inner = pefile.build({".text": code * 300})
     sections = {".text": b"stub", ".osrel": system, ".linux": inner, ".cmdline": b"root=x", ".initrd": code * 99}
-    return pefile.build(sections)
+    return pefile.build(sections, signature=signature)
 
 
 def uki(image: bytes, name: str) -> Made:
@@ -792,8 +804,81 @@ def test_what_systemd_boot_was_told_to_start_is_what_comes(tmp_path: Path) -> No
     once = "sys/firmware/efi/efivars/LoaderEntryOneShot-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
     host.write(once, bytes(4) + "b-6.1.efi\0".encode("utf-16-le"))
     assert defaults() == ["b-6.9.efi", "b-6.1+2-1.efi", "a-6.2.efi"]
-    host.write(once, bytes(4) + "auto-windows\0".encode("utf-16-le"))
-    assert checked(host)[-1] == check.UNSAFE and "auto-windows" in defaults()
+    for name in ("auto-windows", "b-6.9.efi@1"):  # another system, a profile of a unified kernel image
+        host.write(once, bytes(4) + f"{name}\0".encode("utf-16-le"))
+        assert checked(host)[0] == check.UNSAFE and defaults() == [name, "b-6.9.efi", "a-6.2.efi"]
+    host.write(once.replace("OneShot", "Default"), bytes(4) + "b-6.9.efi@2\0".encode("utf-16-le"))
+    assert defaults() == ["b-6.9.efi@1", "b-6.9.efi@2", "b-6.9.efi"]
+    host.write(f"{linux}/b-6.9.efi@2.efi", older)
+    host.write(once.replace("OneShot", "Default"), bytes(4) + "b-6.9.efi@2.efi\0".encode("utf-16-le"))
+    assert defaults() == ["b-6.9.efi@1", "b-6.9.efi", "b-6.9.efi@2.efi"]
+    host.close()
+
+
+def test_unified_kernel_images_on_an_extended_boot_loader_partition(tmp_path: Path) -> None:
+    """systemd-boot and what it was told are on the EFI system partition, which may hold images too."""
+    old, newer, newest = (unified(code) for code in (b"old", b"newer", b"newest"))
+    now, linux = uki(newer, "6.12.efi"), "boot/EFI/Linux"
+    host = enrolled(tmp_path, now, {f"{linux}/6.12.efi": newer, "efi/EFI/BOOT/BOOTX64.EFI": LOADER})
+    host.write(f"{linux}/6.9.efi", old)
+    host.write("boot/loader/loader.conf", b"default nobody-reads-this\n")
+    assert checked(host) == [check.SAFE, check.NOTE]
+    host.write("efi/loader/loader.conf", b"default 6.9*\n")
+    assert checked(host) == [check.SAFE, check.UNSAFE]
+    host.write("efi/loader/loader.conf", b"timeout 3\n")
+    host.write("efi/EFI/Linux/6.13.efi", newest)
+    assert checked(host) == [check.SAFE, check.UNSAFE, check.NOTE]
+    Path(host.paths.root, "boot/efi").symlink_to("../efi")  # an image that is reached twice
+    run(host)
+    assert checked(host) == [check.SAFE] * 3
+    assert boot(host, uki(newest, "6.13.efi")) == "unsealed"
+    host.close()
+
+
+def test_the_default_entry_is_among_those_that_there_is_room_for(tmp_path: Path) -> None:
+    image, linux = {f"{number}.efi": unified(b"%d" % number) for number in range(1, 10)}, "boot/efi/EFI/Linux"
+    files = {f"{linux}/{name}": data for name, data in image.items()}
+    host = enrolled(tmp_path, uki(image["9.efi"], "9.efi"), {**files, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
+    host.write("boot/efi/loader/loader.conf", b"default 1.efi\n")
+    assert len(run(host).entries) == foresee.MOST
+    assert boot(host, uki(image["1.efi"], "1.efi")) == "unsealed"
+    host.close()
+
+
+def test_programs_in_the_menu_that_would_not_start_as_they_should(tmp_path: Path) -> None:
+    """systemd-boot lists what says which system it is: an image that is cut short, as the partition is full, and a
+    program without a kernel."""
+    linux, later = "boot/efi/EFI/Linux", b'ID=debian\nVERSION_ID="14"\n'
+    signed = pefile.build({".osrel": later, ".linux": pefile.build({".text": b"kernel"})}, signature=bytes(2000))
+    now, cut = uki(unified(b"old"), "6.9.efi"), unified(b"newer", later)[:-200]
+    host = enrolled(tmp_path, now, {f"{linux}/6.9.efi": unified(b"old"), "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
+    host.write(f"{linux}/memtest.efi", pefile.build({".text": b"of no system, so in no menu"}))
+    assert checked(host) == [check.SAFE]
+    host.write(f"{linux}/none.efi", pefile.build({".osrel": b"ID=z\n", ".text": b"no kernel"}))
+    assert checked(host) == [check.SAFE, check.NOTE]
+    host.write("boot/efi/loader/loader.conf", b"default none*\n")
+    assert checked(host) == [check.SAFE, check.UNSAFE]
+    Path(host.paths.root, linux, "none.efi").unlink()
+    for data in (cut, signed[:-200]):
+        host.write(f"{linux}/6.12.efi", data)
+        assert run(host).entries[1].why and checked(host) == [check.SAFE, check.UNSAFE]
+    Path(host.paths.root, linux, "6.12.efi").unlink()
+    Path(host.paths.root, linux, "6.9.efi").unlink()
+    assert checked(host) == [check.UNPROVEN]
+    host.close()
+
+
+def test_a_unified_kernel_image_that_the_firmware_starts(tmp_path: Path) -> None:
+    """It has no menu: what lies beside it does not come by itself, and nothing does when it is gone."""
+    old, newer = unified(b"old"), unified(b"newer")
+    now, linux = uki(old, "6.9.efi"), "boot/efi/EFI/Linux"
+    now.made.remove(next(each for each in now.made if each.digest == pe.authenticode(LOADER)))
+    host = enrolled(tmp_path, now, {f"{linux}/6.9.efi": old})
+    host.write(f"{linux}/6.12.efi", newer)
+    assert checked(host) == [check.SAFE, check.NOTE]
+    run(host)
+    Path(host.paths.root, linux, "6.9.efi").unlink()
+    assert checked(host) == [check.UNPROVEN]
     host.close()
 
 
@@ -833,8 +918,12 @@ def test_the_order_of_systemd_boots_menu(tmp_path: Path) -> None:
     last = "sys/firmware/efi/efivars/LoaderEntryLastBooted-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
     host.write(last, bytes(4) + "b.efi\0".encode("utf-16-le"))
     assert defaults() == ["b.efi"]
-    host.write(last.replace("LastBooted", "Default"), bytes(4) + "v*\0".encode("utf-16-le"))
+    told = last.replace("LastBooted", "Default")
+    host.write(told, bytes(4) + "v*\0".encode("utf-16-le"))
     assert defaults() == ["v.conf", "b.efi"]
+    host.write("boot/efi/loader/loader.conf", b"default v*\n")
+    host.write(told, bytes(4) + "@saved\0".encode("utf-16-le"))
+    assert defaults() == ["b.efi"]
     host.close()
 
 
@@ -869,15 +958,71 @@ def test_an_add_on_or_a_credential_beside_a_unified_kernel_image_is_measured_too
     host.close()
 
 
+@pytest.mark.parametrize("handed", [True, False])
+def test_an_add_on_is_a_program_too_and_stays_as_it_is(tmp_path: Path, handed: bool) -> None:
+    """The firmware measures it between the image and its kernel, or last, where systemd-stub starts the kernel."""
+    old, newer, addon = unified(b"old"), unified(b"newer"), pefile.build({".cmdline": b"quiet"})
+    linux = "boot/efi/EFI/Linux"
+
+    def with_addon(image: bytes, name: str) -> Made:
+        *made, kernel = uki(image, name).made
+        added = program(f"\\EFI\\Linux\\{name}.extra.d\\quiet.ADDON.EFI", "")._replace(digest=pe.authenticode(addon))
+        return Made([*made, added, *([kernel] if handed else [])], "uki")
+
+    now = with_addon(old, "6.9.efi")
+    files = {f"{linux}/6.9.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER}
+    host = enrolled(tmp_path, now, {**files, f"{linux}/6.9.efi.extra.d/quiet.ADDON.EFI": addon})
+    assert checked(host) == [check.SAFE]
+    for name, data in ((f"{linux}/6.12.efi", newer), (f"{linux}/6.12.efi.extra.d/quiet.ADDON.EFI", addon)):
+        host.write(name, data)
+    run(host)
+    assert checked(host) == [check.SAFE, check.SAFE]
+    assert boot(host, with_addon(newer, "6.12.efi")) == "unsealed"
+    host.close()
+
+
 def test_a_boot_that_was_blessed_has_another_name(tmp_path: Path) -> None:
     """systemd-bless-boot takes the counter away after the boot."""
     image, linux = unified(b"code"), "boot/efi/EFI/Linux"
     now = uki(image, "debian+2-1.efi")
     host = enrolled(tmp_path, now, {f"{linux}/debian+2-1.efi": image, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
+    host.write(f"{linux}/debian.efi.extra.d/x.cred", b"one")
+    assert checked(host) == [check.UNSAFE]
+    booted.save(host.paths, booted.look(host.paths, eventlog.parse(now.log())))
+    assert checked(host) == [check.SAFE]
     Path(host.paths.root, f"{linux}/debian+2-1.efi").rename(Path(host.paths.root, f"{linux}/debian.efi"))
     assert checked(host) == [check.SAFE]
     Path(host.paths.booted).unlink()
     assert checked(host) == [check.SAFE]
+    host.close()
+
+
+def test_a_trial_that_failed_is_the_file_that_it_was(tmp_path: Path) -> None:
+    """systemd-boot has counted it in its name, and the operator has chosen the old one. What a thief has put there
+    stays his, whatever is counted."""
+    old, newer, his = (unified(code) for code in (b"old", b"newer", b"a thief's"))
+    now, linux = uki(old, "6.9.efi"), "boot/efi/EFI/Linux"
+    host = enrolled(tmp_path, now, {f"{linux}/6.9.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
+
+    def again() -> list[str]:
+        assert boot(host, now) == "unsealed"
+        booted.save(host.paths, booted.look(host.paths, eventlog.parse(now.log())))
+        return checked(host)
+
+    def renamed(name: str, to: str) -> None:
+        Path(host.paths.root, linux, name).rename(Path(host.paths.root, linux, to))
+
+    host.write(f"{linux}/6.12+3.efi", newer)
+    run(host)
+    renamed("6.12+3.efi", "6.12+2-1.efi")
+    assert again() == [check.SAFE, check.SAFE]
+    host.write(f"{linux}/6.12+2-1.efi", his)
+    assert again() == [check.SAFE, check.UNSAFE]
+    renamed("6.12+2-1.efi", "6.12+1-2.EFI")
+    for _ in range(2):
+        assert "while this host was off" in run(host).entries[1].why
+        assert again() == [check.SAFE, check.UNSAFE]
+    assert boot(host, uki(his, "6.12+1-2.EFI")) == "pcr-mismatch"
     host.close()
 
 
@@ -979,3 +1124,167 @@ def test_a_new_shim_is_not_guessed_and_a_new_grub_is_said(host: Machine) -> None
     host.write("boot/efi/EFI/BOOT/BOOTX64.EFI", pefile.build({".text": b"shim 17" * 50}))
     with pytest.raises(Refused, match="new shim"):
         run(host)
+
+
+EFI = "boot/efi/EFI/BOOT"
+
+
+def test_a_boot_loader_that_could_not_be_looked_at_when_the_boot_was_recorded(host: Machine) -> None:
+    """The EFI partition is mounted later: what is on it then is compared with the log. A new one was never this
+    boot's."""
+    Path(host.paths.booted).unlink()
+    esp, away = Path(host.paths.root, "boot/efi"), Path(host.paths.root, "boot/not-mounted")
+    esp.rename(away)
+    esp.mkdir()
+    foresee.keep(host.paths, host.chip.tcti)
+    assert check.UNPROVEN in checked(host)
+    doubts = run(host, dry_run=True).doubts
+    assert ["is the EFI system partition mounted" in each for each in doubts] == [True, True]
+    esp.rmdir()
+    away.rename(esp)
+    assert checked(host) == [check.SAFE, check.NOTE]
+    host.write(f"{EFI}/grubx64.efi", pefile.build({".text": b"grub 2.13" * 50}))
+    assert checked(host) == [check.SAFE, check.NOTE, check.UNPROVEN]
+    (note,) = run(host).notes
+    assert "grubx64.efi is not on disk as it was booted" in note
+    host.write(f"{EFI}/BOOTX64.EFI", pefile.build({".text": b"shim 17" * 50}))
+    assert checked(host) == [check.UNPROVEN]
+    with pytest.raises(Refused, match="new shim"):
+        run(host)
+
+
+def test_systemd_boot_was_updated_before_the_boot_was_recorded(tmp_path: Path) -> None:
+    image, newer = unified(b"kernel"), pefile.build({".text": b"newer systemd-boot" * 50})
+    now = uki(image, "debian.efi")
+    host = enrolled(tmp_path, now, {"boot/efi/EFI/Linux/debian.efi": image, f"{EFI}/BOOTX64.EFI": LOADER})
+    assert checked(host) == [check.SAFE]
+    Path(host.paths.booted).unlink()
+    host.write(f"{EFI}/BOOTX64.EFI", newer)
+    foresee.keep(host.paths, host.chip.tcti)
+    assert checked(host) == [check.SAFE, check.UNPROVEN]
+    host.close()
+
+
+# Secure Boot
+
+
+def signature(subject: str, issuer: str = "") -> bytes:
+    """A table with one signature (WIN_CERTIFICATE, PKCS #7), by a certificate of this issuer or by one of its own."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, each)]) for each in (subject, issuer or subject)]
+    day = datetime.datetime(2025, 1, 1)
+    made = x509.CertificateBuilder(names[1], names[0], key.public_key(), 7, day, day + datetime.timedelta(days=9000))
+    own = made.sign(key, SHA256())
+    signer = pkcs7.PKCS7SignatureBuilder().set_data(b"x").add_signer(own, key, SHA256())
+    data = signer.sign(Encoding.DER, [pkcs7.PKCS7Options.Binary])
+    data += bytes(-len(data) % 8)
+    return struct.pack("<IHH", len(data) + 8, 0x200, 2) + data
+
+
+def secure(now: Made) -> Made:
+    on = variable(7, "SecureBoot", b"\1")
+    return now._replace(made=[on, *(each for each in now.made if b"S\0e\0c\0u\0r\0e\0B" not in each.data)])
+
+
+def test_who_signed_a_unified_kernel_image(tmp_path: Path) -> None:
+    """Another signer of the same authority is an update like any other. Another authority is another event in PCR 7.
+    What nobody has signed does not start. The image of this boot is gone from the disk by then."""
+    image = "boot/efi/EFI/Linux/debian.efi"
+    old = unified(b"old", signature=signature("Signer 2022", "CA"))
+    now = secure(uki(old, "debian.efi"))
+    host = enrolled(tmp_path, now, {image: old, f"{EFI}/BOOTX64.EFI": LOADER})
+
+    def after(table: bytes) -> list[str]:
+        host.write(image, unified(b"new", signature=table))
+        run(host)
+        return checked(host)
+
+    assert checked(host) == [check.SAFE]
+    assert after(signature("Signer 2025", "CA")) == [check.SAFE]
+    assert after(signature("Signer 2022", "Another CA")) == [check.SAFE, check.UNPROVEN]
+    assert f"{image} is signed by another key: PCR 7 may change" in run(host).notes
+    assert after(signature("CA")) == [check.SAFE, check.UNPROVEN]
+    assert after(struct.pack("<IHH", 64, 0x200, 2) + b"\xff" * 56) == [check.SAFE, check.UNPROVEN]
+    for nothing in (b"\1", bytes(64), signature("Signer 2025", "CA")[:-60], b""):
+        assert after(nothing) == [check.UNSAFE]
+    assert run(host).entries[0].why == "it is not signed, and Secure Boot is on"
+    host.close()
+
+
+def test_signatures_that_cannot_be_read_are_those_of_nobody_known() -> None:
+    table = signature("Signer", "CA")
+    (ca,) = uefi.authorities(table)
+    assert ca.endswith(b"CA") and uefi.authorities(table + signature("Another signer", "CA")) == {ca}
+    assert len(uefi.authorities(table + signature("CA", "Root"))) == 2
+    for at in range(len(table)):
+        assert uefi.authorities(table[:at]) == set()
+        for value in (0, 0x80, 0x84, 0xFF):
+            uefi.authorities(table[:at] + bytes([value]) + table[at + 1 :])
+
+
+def test_where_secure_boot_is_off_nobody_asks_who_signed(tmp_path: Path) -> None:
+    image = "boot/efi/EFI/Linux/debian.efi"
+    old = unified(b"old", signature=signature("Signer", "CA"))
+    host = enrolled(tmp_path, uki(old, "debian.efi"), {image: old, f"{EFI}/BOOTX64.EFI": LOADER})
+    host.write(image, unified(b"new"))
+    run(host)
+    assert checked(host) == [check.SAFE]
+    host.close()
+
+
+def test_who_signed_a_boot_loader(tmp_path: Path) -> None:
+    image, loader = unified(b"kernel"), f"{EFI}/BOOTX64.EFI"
+
+    def systemd_boot(code: bytes, table: bytes = b"") -> bytes:
+        return pefile.build({".text": code * 50}, signature=table)
+
+    old = systemd_boot(b"systemd-boot 257", signature("of this host"))
+    now = uki(image, "debian.efi")
+    made = [each._replace(digest=pe.authenticode(old)) if b"B\0O\0O\0T\0X" in each.data else each for each in now.made]
+    host = enrolled(tmp_path, secure(now._replace(made=made)), {"boot/efi/EFI/Linux/debian.efi": image, loader: old})
+    assert checked(host) == [check.SAFE]
+    host.write(loader, systemd_boot(b"systemd-boot 257", signature("of this host")))  # another key of that name
+    assert checked(host) == [check.SAFE, check.UNPROVEN]
+    host.write(loader, systemd_boot(b"systemd-boot 258"))
+    assert checked(host) == [check.UNPROVEN]
+    with pytest.raises(Refused, match="it is not signed, and Secure Boot is on"):
+        run(host)
+    Path(host.paths.root, loader).unlink()
+    assert checked(host) == [check.SAFE, check.UNPROVEN]
+    host.close()
+
+
+def test_who_signed_a_kernel_that_the_firmware_starts(tmp_path: Path) -> None:
+    kernel, initrd = "boot/efi/EFI/debian/vmlinuz-6.1", "boot/efi/EFI/debian/initrd.img-6.1"
+    old = pefile.build({".text": b"old" * 300}, signature=signature("of this host"))
+    host = enrolled(tmp_path, secure(stub(old, b"one")), {kernel: old, initrd: b"one"})
+    assert checked(host) == [check.SAFE]
+    host.write(kernel, pefile.build({".text": b"new" * 300}, signature=signature("of this host")))
+    run(host)
+    assert checked(host) == [check.SAFE, check.UNPROVEN]
+    host.write(kernel, pefile.build({".text": b"new" * 300}))
+    assert checked(host) == [check.UNSAFE]
+    host.close()
+
+
+def test_who_signed_a_kernel_that_grub_starts(tmp_path: Path) -> None:
+    """shim measures it, and asks who signed. A kernel that one has built oneself, and not signed, is the default."""
+    old, new = (
+        {f"/vmlinuz-{version}": pefile.build({".text": version.encode() * 9}, signature=signature("of Debian", "CA"))}
+        for version in (OLD, NEW)
+    )
+    files = {**BEFORE, **old}
+    entries = RealBoot("grub-0", files).entries()
+    at = next(i for i, each in enumerate(entries) if each.data.startswith(b"grub_cmd: linux"))
+    handed = program("", "")._replace(digest=pe.authenticode(old[f"/vmlinuz-{OLD}"]))
+    now = secure(Made([*entries[: at + 1], handed, *entries[at + 1 :]], "grub"))
+    disks = {f"boot/efi{path.replace(chr(92), '/')}": data for path, data in LOADERS.items()}
+    disks |= {place(name): data for name, data in files.items() if NEW not in name and name.startswith(("/", "(hd"))}
+    host = enrolled(tmp_path, now, disks)
+    assert checked(host)[0] == check.SAFE
+    install(host, {**AFTER, **old, **new})
+    assert run(host).entries[0].words == f"kernel {NEW}" and checked(host) == [check.SAFE] * 3
+    install(host, {f"/vmlinuz-{NEW}": AFTER[f"/vmlinuz-{NEW}"]})
+    assert checked(host)[:2] == [check.UNSAFE, check.NOTE]
+    assert run(host).entries[0].why == "it is not signed, and Secure Boot is on"
+    host.close()

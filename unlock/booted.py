@@ -5,8 +5,8 @@
     /var/lib/unlock/booted.json: Booted, as a file, made after each good boot
 
 JSON, version 1: {"version", "boot": boot id, "files": NAME -> [PATH, 64 hex digits], "texts": NAME -> content,
-"images": [[64 hex digits, PATH], ...], "initrd": PATH, "uki": [64 hex digits], "beside": NAME -> 64 hex digits,
-"foreign": PATH -> 64 hex digits, "disks": [DEVICE, ...]}.
+"images": [[64 hex digits, PATH], ...], "signed": PATH -> 64 hex digits or "", "initrd": PATH, "uki": [64 hex digits],
+"beside": NAME -> 64 hex digits, "foreign": PATH -> 64 hex digits, "disks": [DEVICE, ...]}.
 NAME is GRUB's, PATH below the root directory. What it says is believed only as far as the event log of the same boot
 has the same digests.
 
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from . import eventlog, grub, pe, predict, uefi
 from .errors import Malformed, NewerFormat
-from .eventlog import Log
+from .eventlog import Event, Log
 from .measured import digest_of
 from .paths import Paths, write_atomically
 
@@ -35,10 +35,10 @@ MAX = 2 << 20
 """Bytes of booted.json."""
 MAX_FILE = 1 << 30
 ESPS = ("boot/efi", "efi", "boot")
-"""Where the EFI system partition is mounted."""
+"""Where the EFI system partition is mounted, and an extended boot loader partition."""
 BASES = ("boot", "boot/efi", "efi", "")
 """What GRUB's names may be relative to."""
-COUNTER = re.compile(r"(\+\d+(-\d+)?)?\.efi$")
+COUNTER = re.compile(r"\+(\d+)(-\d+)?(?=\.(efi|conf)$)", re.I)
 """systemd's automatic boot assessment: tries left, tries done; taken out of the name after a boot that was good."""
 _VERSION = 1
 
@@ -52,6 +52,8 @@ class Booted(NamedTuple):
     """GRUB's name -> content, of configuration files."""
     images: tuple[tuple[bytes, str], ...]
     """EFI programs in the order in which they were started: Authenticode, file. A kernel that GRUB read comes last."""
+    signed: Mapping[str, bytes]
+    """Who has signed them, by file: `signed`."""
     initrd: str
     """The file that the kernel's EFI stub got as it is; "" when that is none."""
     uki: tuple[bytes, ...]
@@ -63,6 +65,10 @@ class Booted(NamedTuple):
     disks: tuple[str, ...]
     """Where the whole disks are, below /sys/devices."""
 
+    def is_foreign(self, path: str, digest: bytes) -> bool:
+        """Whether this file is one of `foreign`, under a name with another counter too."""
+        return any(digest == each and uncounted(path) == uncounted(name) for name, each in self.foreign.items())
+
     def encode(self) -> bytes:
         """Malformed for what would be too long for `decode`."""
         fields = {
@@ -71,6 +77,7 @@ class Booted(NamedTuple):
             "files": {name: [path, digest.hex()] for name, (path, digest) in self.files.items()},
             "texts": dict(self.texts),
             "images": [[digest.hex(), path] for digest, path in self.images],
+            "signed": {path: digest.hex() for path, digest in self.signed.items()},
             "initrd": self.initrd,
             "uki": [digest.hex() for digest in self.uki],
             "beside": {name: digest.hex() for name, digest in self.beside.items()},
@@ -94,6 +101,7 @@ class Booted(NamedTuple):
                 {_text(name): (_text(path), digest_of(hexed)) for name, (path, hexed) in fields["files"].items()},
                 {_text(name): _text(content) for name, content in fields["texts"].items()},
                 tuple((digest_of(hexed), _text(path)) for hexed, path in fields["images"]),
+                {_text(path): digest_of(hexed) if hexed != "" else b"" for path, hexed in fields["signed"].items()},
                 _text(fields["initrd"]),
                 tuple(map(digest_of, fields["uki"])),
                 {_text(name): digest_of(hexed) for name, hexed in fields["beside"].items()},
@@ -154,9 +162,9 @@ def look(paths: Paths, log: Log) -> Booted:
                 if data is not None and name.endswith("/grubenv") and (before := _before_grub(data, digest, log)):
                     files[name], texts[name] = (path, digest), before
                     break
-        elif event.kind == eventlog.EFI_APPLICATION and event.pcr == 4:
-            found = (path for path in _program(paths, event.data) if authenticode(paths, path) == digest)
-            images += [(digest, path) for path in found][:1]
+        elif event.kind == eventlog.EFI_APPLICATION and event.pcr == 4 and not predict.is_addon(event):
+            path = started(paths, event)
+            images += [(digest, path)] if path else []
         elif event.kind == eventlog.EVENT_TAG and event.data[:4] == eventlog.INITRD:
             initrd = next((each for each in _initrds(paths) if _sha256(paths, each) == digest), "")
     uki = _uki(paths, log, images)
@@ -170,10 +178,11 @@ def look(paths: Paths, log: Log) -> Booted:
     foreign = {} if known is None else {
         path: digest
         for path, digest in everything(paths)
-        if path not in measured and known.get(path) != digest
+        if path not in measured and (uncounted(path), digest) not in known
     }  # fmt: skip
     added = beside(paths, images[-1][1]) if uki else {}
-    return Booted(boot_id(paths), files, texts, tuple(images), initrd, uki, added, foreign, disks(paths))
+    who = {path: signed(paths, path) or b"" for _, path in images}
+    return Booted(boot_id(paths), files, texts, tuple(images), who, initrd, uki, added, foreign, disks(paths))
 
 
 def _before_grub(data: bytes, digest: bytes, log: Log) -> str:
@@ -193,7 +202,7 @@ def beside(paths: Paths, image: str) -> dict[str, bytes]:
     """Add-ons, extensions and credentials that systemd-stub(7) measures with this image: name, SHA-256."""
     found = {}
     for folder in (
-        f"{image}.extra.d",
+        f"{COUNTER.sub('', image)}.extra.d",
         *(os.path.join(esp_of(image), "loader", each) for each in ("addons", "credentials")),
     ):
         for path in sorted(glob.glob(os.path.join(glob.escape(os.path.join(paths.root, folder)), "*"))):
@@ -210,9 +219,15 @@ def disks(paths: Paths) -> tuple[str, ...]:
     return tuple(sorted(os.path.relpath(os.path.dirname(each), top) for each in disks))
 
 
-def esp_of(image: str) -> str:
-    """Where the file system of a unified kernel image, in EFI/Linux, is mounted."""
-    return os.path.dirname(os.path.dirname(os.path.dirname(image)))
+def esp_of(path: str) -> str:
+    """Where the file system of a file in EFI/Linux, EFI/BOOT or loader/entries is mounted."""
+    return os.path.dirname(os.path.dirname(os.path.dirname(path)))
+
+
+def uncounted(path: str) -> str:
+    """The same for all names that a file has while systemd-boot counts its tries; FAT does not tell upper from lower
+    case."""
+    return COUNTER.sub("", path).lower()
 
 
 def everything(paths: Paths) -> Iterator[tuple[str, bytes]]:
@@ -231,22 +246,22 @@ def vouch(paths: Paths, before: Booted) -> None:
     measured = {*(path for path, _ in before.files.values()), *(path for _, path in before.images), before.initrd}
     if not all(os.path.isdir(os.path.join(paths.root, os.path.dirname(path))) for path in measured):
         return
-    files = {path: digest.hex() for path, digest in everything(paths) if before.foreign.get(path) != digest}
+    files = {path: digest.hex() for path, digest in everything(paths) if not before.is_foreign(path, digest)}
     data = json.dumps({"version": _VERSION, "files": files}, separators=(",", ":")).encode()
     if _read_own(paths.boot_files) != data:
         write_atomically(paths.boot_files, data)
 
 
-def _known(paths: Paths) -> dict[str, bytes] | None:
-    """None before `init` and the first prediction: what is on disk then is taken as it is. What cannot be read vouches
-    for nothing."""
+def _known(paths: Paths) -> set[tuple[str, bytes]] | None:
+    """Names without a counter, SHA-256. None before `init` and the first prediction: what is on disk then is taken as
+    it is. What cannot be read vouches for nothing."""
     data = _read_own(paths.boot_files)
     if data is None:
         return None
     try:
-        return {_text(path): digest_of(hexed) for path, hexed in json.loads(data)["files"].items()}
+        return {(uncounted(_text(path)), digest_of(hexed)) for path, hexed in json.loads(data)["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
+        return set()
 
 
 def _read_own(path: str) -> bytes | None:
@@ -275,6 +290,15 @@ def authenticode(paths: Paths, path: str) -> bytes | None:
         return None
 
 
+def signed(paths: Paths, path: str) -> bytes | None:
+    """SHA-256 of who has signed an EFI program; b"" when nobody has, None for a file that is not there, or none."""
+    try:
+        found = sorted(uefi.authorities(pe.signatures(read(paths, path) or b"")))
+    except Malformed:
+        return None
+    return sha256(b"".join(sha256(each).digest() for each in found)).digest() if found else b""
+
+
 def _sha256(paths: Paths, path: str) -> bytes | None:
     try:
         with open(os.path.join(paths.root, path), "rb") as file:
@@ -290,28 +314,38 @@ def _named(name: str) -> Iterator[str]:
         yield from (os.path.join(base, rest.lstrip("/")) for base in BASES)
 
 
-def _program(paths: Paths, data: bytes) -> Iterator[str]:
+def started(paths: Paths, event: Event) -> str:
+    """The file of an EFI program that was started; "" when none is as it was."""
+    found = programs(paths, program(event))
+    return next((path for path in found if authenticode(paths, path) == event.digest), "")
+
+
+def program(event: Event) -> str:
+    """The name of an EFI program that was started: \\EFI\\debian\\shimx64.efi, or where else it came from."""
     try:
-        name = uefi.image_path(data).replace("\\", "/").lstrip("/")
+        return uefi.image_path(event.data)
     except Malformed:
-        return
+        return ""
+
+
+def programs(paths: Paths, name: str) -> Iterator[str]:
+    """Files on the EFI system partition that have this name."""
+    name = name.replace("\\", "/").lstrip("/")
     if name and ".." not in name.split("/"):
-        for each in dict.fromkeys((name, COUNTER.sub(".efi", name))):
-            for esp in ESPS:
-                yield from _any_case(paths, esp, each.split("/"))
+        for esp in ESPS:
+            yield from _uncounted_in(paths, esp, uncounted(name).split("/"))
 
 
-def _any_case(paths: Paths, folder: str, parts: list[str]) -> Iterator[str]:
-    """FAT does not tell upper from lower case."""
+def _uncounted_in(paths: Paths, folder: str, parts: list[str]) -> Iterator[str]:
     try:
         names = os.listdir(os.path.join(paths.root, folder))
     except OSError:
         return
     for name in names:
-        if name.lower() == parts[0].lower():
+        if uncounted(name) == parts[0]:
             path = os.path.join(folder, name)
             if parts[1:]:
-                yield from _any_case(paths, path, parts[1:])
+                yield from _uncounted_in(paths, path, parts[1:])
             else:
                 yield path
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from . import (
     allowed,
     atunseal,
+    booted,
     config,
     devices,
     disk,
@@ -31,9 +32,10 @@ from . import (
     tables,
     thisboot,
     token,
+    uefi,
     window,
 )
-from .errors import CommandFailed, NewerFormat, NoKey, NoSlot, UnlockError
+from .errors import CommandFailed, Malformed, NewerFormat, NoKey, NoSlot, UnlockError
 from .eventlog import Log
 from .foresee import Foreseen
 from .groups import Group, Member
@@ -203,7 +205,7 @@ def next_boot(found: Foreseen | UnlockError, record: Record) -> Iterator[Finding
             yield Finding(what, SAFE, f"{each.words}: the TPM allows it: {changes}")
         else:
             yield Finding(what, verdict, f"{each.words}: the TPM will refuse it: {changes}", "unlock policy predict")
-    if not found.entries:
+    if not found.needed:
         yield Finding("next boot", SAFE, found.notes[0])
     for doubt in found.doubts:
         yield Finding("next boot", UNPROVEN, doubt, "unlock policy window --reboots 1")
@@ -367,6 +369,8 @@ def _firmware(paths: Paths, log: Log | None) -> Iterator[Finding]:
     if once and once != current:
         why = f"it will start {once} once: a firmware update, or another system"
         yield Finding("firmware", UNPROVEN, why, "efibootmgr -v; efibootmgr -N, or unlock policy window --reboots 1")
+    elif current and not once and (why := _starts_another(paths, current)):
+        yield Finding("firmware", UNPROVEN, why, "efibootmgr -v; efibootmgr -o")
     was = atunseal.variables(log) if log else {}
     for name, what in {"BootOrder": "boot order", current: f"boot entry {current}"}.items():
         now = atunseal.variable(paths, name)
@@ -380,13 +384,36 @@ def _firmware(paths: Paths, log: Log | None) -> Iterator[Finding]:
         yield Finding("firmware", UNPROVEN, "it will stop in its setup, where anything may be changed", "efibootmgr -v")
 
 
+def _starts_another(paths: Paths, current: str) -> str:
+    """Why the firmware by itself may start another entry than this boot's; "" when it does not. Others that come first
+    and name no file that is there (the network, a removable disk) are taken for those that never start."""
+    order = atunseal.variable(paths, "BootOrder")
+    entries = [f"Boot{int.from_bytes(order[at : at + 2], 'little'):04X}" for at in range(0, len(order), 2)]
+    if current not in entries:
+        return f"this boot was started by {current}, which is not in its boot order"
+    own = _file(paths, current)
+    for entry in entries[: entries.index(current)]:
+        if (file := _file(paths, entry)) and file != own:
+            return f"this boot was started by {current}, and {entry}, {file}, comes before it"
+    return ""
+
+
+def _file(paths: Paths, entry: str) -> str:
+    """What an active boot entry starts from the EFI system partition; "" when that is not there."""
+    try:
+        option = uefi.load_option(atunseal.variable(paths, entry))
+    except Malformed:
+        return ""
+    return next(booted.programs(paths, option.file), "") if option.active else ""
+
+
 _SETUP, _CAPSULE = 0x1, 0x4
 """Of OsIndications: UEFI Specification 2.10, section 8.5.4."""
 _IMAGE_SECURITY = "d719b2cb-3d3a-4596-a3bc-dad00e67656f"
 """EFI_IMAGE_SECURITY_DATABASE_GUID: UEFI Specification 2.10, section 32.4.1."""
 _KEYS = {"PK": atunseal.GLOBAL, "KEK": atunseal.GLOBAL, "db": _IMAGE_SECURITY, "dbx": _IMAGE_SECURITY}
 _SHIM = "605dab50-e046-4300-abb6-3dd810dd8b23"
-_REQUESTS = ("MokNew", "MokDel", "MokXNew", "MokXDel", "MokSB", "MokDB", "MokPW")
+_REQUESTS = ("MokNew", "MokDel", "MokXNew", "MokXDel", "MokSB", "MokDB", "MokPW", "MokListTrustedNew")
 """What mokutil leaves for shim's MokManager, which comes before the boot loader then."""
 
 
@@ -404,6 +431,9 @@ def _keys(paths: Paths, log: Log | None, selection: Sequence[int]) -> Iterator[F
         why = f"shim's MokManager comes first ({', '.join(waits)}): the TPM will refuse that boot, and the new keys"
         do = "mokutil --revoke-import, --revoke-delete; or the recovery key then, and unlock rebind"
         yield Finding("Secure Boot", UNSAFE, why, do)
+    if atunseal.variable(paths, "SbatPolicy", _SHIM) and shim and 7 in selection:
+        why = "shim is told to choose its revocations anew (SbatPolicy): the TPM may refuse that boot"
+        yield Finding("Secure Boot", UNPROVEN, why, "unlock policy window --reboots 1")
 
 
 def _kexec(paths: Paths) -> Iterator[Finding]:

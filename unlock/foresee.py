@@ -25,7 +25,6 @@ from . import (
     grub,
     log,
     measured,
-    pe,
     policy,
     predict,
     sdboot,
@@ -44,6 +43,7 @@ MOST = 6
 
 _BY_FILES = {4, 5, 8, 9, 11, 12, 13}
 """PCRs in which programs, configuration, kernel and initramfs are measured."""
+_UNSIGNED = "it is not signed, and Secure Boot is on"
 _SOME = b"\xff" * 32
 """Of a PCR that was extended, and by what cannot be told."""
 
@@ -63,6 +63,8 @@ class Entry(NamedTuple):
     initrd: str = ""
     """The file with its initramfs, or the unified kernel image that it is in, below the root directory; "" when that is
     not known."""
+    doubt: str = ""
+    """What the values depend on; "" when that is nothing."""
 
 
 class World(NamedTuple):
@@ -75,6 +77,8 @@ class World(NamedTuple):
     """What systemd measured before early boot asked the TPM."""
     values: Mapping[int, bytes]
     """PCRs of this boot at that time."""
+    secure: bool
+    """Whether Secure Boot is on, and who signed counts: the policy has PCR 7."""
 
 
 class Foreseen(NamedTuple):
@@ -84,6 +88,8 @@ class Foreseen(NamedTuple):
     """How many the policy has now."""
     doubts: tuple[str, ...] = ()
     """Those of the notes that what is predicted depends on."""
+    needed: bool = True
+    """Whether the TPM looks at what an update of files changes; else there are no entries."""
 
 
 # Foreseeing -------------------------------------------------------------------------------------------------
@@ -92,7 +98,7 @@ class Foreseen(NamedTuple):
 def foresee(world: World) -> tuple[list[Entry], list[str], list[str]]:
     """The entries that may boot next, the default one first, what that depends on, and what else is worth knowing.
     Raises Refused."""
-    doubts, notes = _programs(world), []
+    doubts, notes = _programs(world), list[str]()
     kind = atunseal.how_booted(world.paths, {pcr: world.values.get(pcr, _SOME) for pcr in range(16)})
     if kind == "shim+GRUB":
         found = _grub(world)
@@ -104,7 +110,11 @@ def foresee(world: World) -> tuple[list[Entry], list[str], list[str]]:
         found = _direct(world)
     else:
         raise predict.cannot("how this host boots is not known")
-    entries = list(found)
+    entries = sorted(found, key=lambda each: not each.default)
+    if not entries or not entries[0].default:
+        raise predict.cannot("what it would start by itself is not there any more")
+    doubts += dict.fromkeys(each.doubt for each in entries if each.doubt and each.default)
+    notes += dict.fromkeys(each.doubt for each in entries if each.doubt and each.doubt not in doubts)
     if len(entries) > MOST:
         left = ", ".join(each.words for each in entries[MOST:])
         notes.append(f"the policy has no room for all entries of the boot menu; not predicted: {left}")
@@ -112,16 +122,41 @@ def foresee(world: World) -> tuple[list[Entry], list[str], list[str]]:
 
 
 def _programs(world: World) -> list[str]:
-    """What is said of a new GRUB or systemd-boot. Refused for a new shim."""
+    """What is said of a GRUB or systemd-boot that is new, or not on disk as it was booted. Refused for such a shim."""
     notes = []
     shim = any(event.pcr == 14 and event.data.startswith(b"MokList") for event in world.log.events)
-    for number, (digest, path) in enumerate(_loaders(world)):
-        if booted.authenticode(world.paths, path) == digest:
+    loaders, images = dict(_loaders(world)), dict(world.before.images)
+    started = [each for each in world.log.events if each.kind == eventlog.EFI_APPLICATION and each.pcr == 4]
+    files = [(each, name) for each in started if "\\" in (name := booted.program(each))]
+    for number, (event, name) in enumerate(files):
+        digest = event.digest or b""
+        path = images.get(digest) or booted.started(world.paths, event)
+        if path and (digest not in loaders or booted.authenticode(world.paths, path) == digest):
             continue
-        if shim and not number:
-            raise predict.cannot(f"{path} is not this boot's: which revocations a new shim measures is not known")
-        notes.append(f"{path} is not this boot's: predicted as if it did the same")
+        there = path or next(booted.programs(world.paths, name), "")
+        if shim and not number and there:
+            why = "is not this boot's: which revocations a new shim measures is not known"
+            raise predict.cannot(f"{there} {why}")
+        if path:
+            notes.append(f"{path} is not this boot's: predicted as if it did the same")
+        elif there:
+            notes.append(f"{there} is not on disk as it was booted")
+        else:
+            notes.append(f"{name} cannot be seen: is the EFI system partition mounted?")
+    for path in loaders.values():
+        why, doubt = _signed(world, path, path)
+        if why:
+            raise predict.cannot(f"{path}: {why}")
+        notes += [doubt] if doubt else []
     return notes
+
+
+def _signed(world: World, old: str, new: str) -> tuple[str, str]:
+    """Why a program that comes in the place of another will not start, and what is doubtful about it."""
+    was = world.before.signed.get(old)
+    if not world.secure or not was or (now := booted.signed(world.paths, new)) in (was, None):
+        return "", ""
+    return ("", f"{new} is signed by another key: PCR 7 may change") if now else (_UNSIGNED, "")
 
 
 def _loaders(world: World) -> list[tuple[bytes, str]]:
@@ -190,7 +225,7 @@ def _grub_entry(
     loaded = [where(name) for name in (kernel.words[0], *kernel.initrds)]
     if foreign := _foreign(world, loaded):
         return Entry(words, tuple(changes), None, foreign, default)
-    entry = _entry(world, words, changes, events, default)
+    entry = _entry(world, words, changes, events, default, loaded[0])
     return entry._replace(initrd=loaded[1]) if loaded[1:] else entry
 
 
@@ -208,12 +243,12 @@ def _version(name: str) -> str:
 def _foreign(world: World, loaded: Iterable[str]) -> str:
     """Why nothing vouches for one of these files; empty when something does."""
     for path in loaded:
-        data = booted.read(world.paths, path)
+        data = booted.read(world.paths, path) or b""
         real = os.path.relpath(
             os.path.realpath(os.path.join(world.paths.root, path)), os.path.realpath(world.paths.root)
         )
-        known = {world.before.foreign.get(name) for name in (path, real)}
-        if data is not None and sha256(data).digest() in known:
+        digest = sha256(data).digest()
+        if any(world.before.is_foreign(name, digest) for name in (path, real)):
             return f"{path} was changed while this host was off, or before it was looked at: --trust-files if by you"
     return ""
 
@@ -308,7 +343,8 @@ def _direct(world: World) -> Iterator[Entry]:
         words.append("kernel command line")
     if not world.before.images and not world.before.initrd:
         raise predict.cannot("neither the kernel nor the initramfs of this boot is a file on disk")
-    entry = _entry(world, f"kernel {version}", words, predict.changed(world.log, changes), True)
+    kernel = world.before.images[-1][1] if world.before.images else ""
+    entry = _entry(world, f"kernel {version}", words, predict.changed(world.log, changes), True, kernel)
     yield entry._replace(initrd=world.before.initrd or _named_initrd(world))
 
 
@@ -340,32 +376,27 @@ def _ukis(world: World) -> Iterator[Entry]:
     before = world.before
     if not before.uki:
         raise predict.cannot("the unified kernel image of this boot is not on disk as it was booted")
-    own = _now_named(world, before.images[-1][1])
-    listed = sdboot.menu(world.paths, own)
-    comes = sdboot.comes(world.paths, own, listed)
+    listed = sdboot.menu(world.paths)
+    own = _now_named(before.images[-1][1], listed)
+    comes = sdboot.comes(world.paths, _started_from(world), listed) if _has_menu(world) else set()
     unified = {each.path: each.id for each in listed if each.unified}
     for name in sorted(comes - set(unified.values())):
         yield Entry(f"boot entry {name}", (), None, "it is no unified kernel image like this boot's", True)
-    if not comes:
-        raise predict.cannot("no unified kernel image is there any more")
     for path in [own, *(each for each in unified if each != own)]:
         default = path == own or unified[path] in comes
         data = booted.read(world.paths, path)
         if data is None:  # its kernel was removed
             continue
+        words = f"unified kernel image {os.path.basename(path)}"
         try:
-            sections = tuple(predict.uki_measurements(data))
-        except Malformed:
-            sections = ()
-        if not sections:
-            if path == own:
-                yield Entry(os.path.basename(path), (), None, "it is no unified kernel image any more", True)
+            image = predict.read_unified(data)
+        except Malformed as problem:
+            yield Entry(words, (), None, str(problem), default)
             continue
-        events = predict.unified(world.log, before.images[-1][0], predict.read_unified(data))
-        changes = [] if pe.authenticode(data) == before.images[-1][0] else ["unified kernel image"]
+        events = predict.unified(world.log, before.images[-1][0], image)
+        changes = [] if image.image == before.images[-1][0] else ["unified kernel image"]
         if path != own:
             changes.append("another menu entry")
-        words = f"unified kernel image {os.path.basename(path)}"
         if foreign := _foreign(world, [path]):
             yield Entry(words, tuple(changes), None, foreign, default)
             continue
@@ -373,21 +404,41 @@ def _ukis(world: World) -> Iterator[Entry]:
             other = "add-ons or credentials beside it are not those of this boot"
             yield Entry(words, tuple(changes), None, other, default)
             continue
-        entry = _entry(world, words, changes, events, default)
+        entry = _entry(world, words, changes, events, default, path)
         if changes and entry.values is not None:  # systemd-stub adds to what the kernel's own stub measures
             entry = entry._replace(values={pcr: value for pcr, value in entry.values.items() if pcr != 9})
         yield entry._replace(initrd=path)
 
 
-def _now_named(world: World, own: str) -> str:
+def _now_named(own: str, listed: Iterable[sdboot.Listed]) -> str:
     """This boot's image; after a boot that was good its name has no counter any more."""
-    blessed = booted.COUNTER.sub(".efi", own)
-    return own if os.path.exists(os.path.join(world.paths.root, own)) else blessed
+    names = [each.path for each in listed if booted.uncounted(each.path) == booted.uncounted(own)]
+    return names[0] if names and own not in names else own
 
 
-def _entry(world: World, words: str, changes: Iterable[str], events: Iterable[Event], default: bool) -> Entry:
-    """PCRs that are as the log has them now keep their value, whatever that is; of the others, the log must account."""
-    programs = {digest: booted.authenticode(world.paths, path) or digest for digest, path in _loaders(world)}
+def _has_menu(world: World) -> bool:
+    """Whether a program has started the unified kernel image: systemd-boot, and not the firmware."""
+    programs = (each.digest for each in world.log.events if each.kind == eventlog.EFI_APPLICATION and each.pcr == 4)
+    return next(programs, b"") != world.before.images[-1][0]
+
+
+def _started_from(world: World) -> str:
+    """Where the file system with systemd-boot is mounted. The image may lie on another: an extended boot loader
+    partition."""
+    return [booted.esp_of(path) for _, path in (world.before.images[-1], *_loaders(world))][-1]
+
+
+def _entry(
+    world: World, words: str, changes: Iterable[str], events: Iterable[Event], default: bool, kernel: str
+) -> Entry:
+    """PCRs that are as the log has them now keep their value, whatever that is; of the others, the log must account.
+    `kernel`: the file that comes in the place of this boot's kernel, or unified kernel image; "" for one on no disk."""
+    loaders = _loaders(world)
+    old = next((path for digest, path in reversed(world.before.images) if (digest, path) not in loaders), "")
+    unsigned, doubt = _signed(world, old, kernel)
+    if unsigned:
+        return Entry(words, tuple(changes), None, unsigned, default)
+    programs = {digest: booted.authenticode(world.paths, path) or digest for digest, path in loaders}
     changes = [*changes, *(["boot loader"] if any(was != now for was, now in programs.items()) else [])]
     events = [each._replace(digest=programs.get(each.digest or b"", each.digest)) for each in events]
     was = eventlog.replay([*world.log.events, *world.later], world.log.locality)
@@ -399,7 +450,7 @@ def _entry(world: World, words: str, changes: Iterable[str], events: Iterable[Ev
         if was.get(pcr) != world.values.get(pcr) or pcr not in will:
             return Entry(words, tuple(changes), None, f"the event log does not account for PCR {pcr}", default)
         values[pcr] = will[pcr]
-    return Entry(words, tuple(changes), values, "", default)
+    return Entry(words, tuple(changes), values, "", default, doubt=doubt)
 
 
 # The host ---------------------------------------------------------------------------------------------------
@@ -423,7 +474,8 @@ def gather(paths: Paths, tpm: Tpm) -> World:
         raise predict.cannot(f"the event log does not account for PCR {min(unknown)}: what is measured is not known")
     asked = atunseal.asked(thisboot.early(paths), 0.0)
     early = tuple(event for event in later if event.time < asked)
-    return World(paths, found, booted.load(paths, found), early, atunseal.values(paths, tpm))
+    secure = 7 in allows.record.selection and atunseal.variables(found).get("SecureBoot") == b"\1"
+    return World(paths, found, booted.load(paths, found), early, atunseal.values(paths, tpm), secure)
 
 
 def run(paths: Paths, tcti: str, dry_run: bool = False, trust_files: bool = False) -> Foreseen:
@@ -434,7 +486,7 @@ def run(paths: Paths, tcti: str, dry_run: bool = False, trust_files: bool = Fals
         found = allowed.current(paths, tpm)
         if not _BY_FILES & set(found.record.selection):
             note = "no update of files changes what the TPM looks at: there is nothing to predict"
-            return Foreseen((), (note,), len(found.states))
+            return Foreseen((), (note,), len(found.states), needed=False)
         world = gather(paths, tpm)
         if trust_files:
             world = world._replace(before=world.before._replace(foreign={}))

@@ -41,15 +41,16 @@ class Image(NamedTuple):
     sections: tuple[Section, ...]
 
 
-def read(data: bytes) -> Image:
-    """The layout of a PE32 or PE32+ file. Malformed."""
+def read(data: bytes, whole: bool = True) -> Image:
+    """The layout of a PE32 or PE32+ file. Malformed; without `whole`, not for one that ends too early behind its
+    headers."""
     try:
-        return _read(data)
+        return _read(data, whole)
     except struct.error:
         raise Malformed("not an EFI program: cut short") from None
 
 
-def _read(data: bytes) -> Image:
+def _read(data: bytes, whole: bool) -> Image:
     (pe,) = struct.unpack_from("<I", data, 0x3C)
     if data[:2] != b"MZ" or data[pe : pe + 4] != b"PE\0\0":
         raise Malformed("not an EFI program")
@@ -63,14 +64,14 @@ def _read(data: bytes) -> Image:
     (headers,) = struct.unpack_from("<I", data, optional + 60)
     (entries,) = struct.unpack_from("<I", data, optional + directories - 4)
     security = optional + directories + 8 * _SECURITY if entries > _SECURITY else 0
-    signatures = struct.unpack_from("<II", data, security)[1] if security else 0
+    start, signatures = struct.unpack_from("<II", data, security) if security else (0, 0)
     sections = []
     for each in range(count):
         name, size, _, raw, offset = _SECTION.unpack_from(data, optional + optional_size + _SECTION_SIZE * each)
-        if raw and offset + raw > len(data):
+        if whole and raw and offset + raw > len(data):
             raise Malformed("not an EFI program: a section lies outside the file")
         sections.append(Section(name.rstrip(b"\0").decode("ascii", "replace"), size, raw, offset))
-    if headers > len(data) or security + 8 > headers or signatures > len(data):
+    if headers > len(data) or security + 8 > headers or (whole and start + signatures > len(data)):
         raise Malformed("not an EFI program: a size is wrong")
     return Image(optional + 64, security, headers, signatures, tuple(sections))
 
@@ -91,6 +92,13 @@ def authenticode(data: bytes) -> bytes:
     if hashed + image.signatures < len(data):  # what comes after the sections, up to the signatures
         digest.update(view[hashed : len(data) - image.signatures])
     return digest.digest()
+
+
+def signatures(data: bytes) -> bytes:
+    """The table of its signatures; b"" when it has none. Malformed."""
+    image = read(data)
+    start = struct.unpack_from("<I", data, image.security)[0] if image.security else 0
+    return data[start : start + image.signatures]
 
 
 def section(data: bytes, image: Image, name: str) -> bytes | None:

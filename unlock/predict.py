@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import NamedTuple
 
-from . import eventlog, grub, pe
+from . import eventlog, grub, pe, uefi
 from .errors import Malformed, Refused
 from .eventlog import Event, Log
 
@@ -122,7 +122,8 @@ def unified(log: Log, old: bytes, new: Unified) -> list[Event]:
     Refused when this boot did not start `old`. What the kernel's EFI stub measures then (PCR 9) stays: systemd-stub
     adds to command line and initramfs.
     """
-    images = [at for at, event in enumerate(log.events) if event.pcr == 4 and event.kind == eventlog.EFI_APPLICATION]
+    programs = (at for at, event in enumerate(log.events) if event.pcr == 4 and event.kind == eventlog.EFI_APPLICATION)
+    images = [at for at in programs if not is_addon(log.events[at])]
     own = next((at for at in images if log.events[at].digest == old), None)
     handed = [at for at in images if own is not None and at > own]  # systemd-stub 257 starts the kernel by itself
     if own is None or len(handed) > 1:
@@ -137,6 +138,14 @@ def unified(log: Log, old: bytes, new: Unified) -> list[Event]:
         else:
             events.append(event._replace(digest=renewed.get(at, event.digest)))
     return events
+
+
+def is_addon(program: Event) -> bool:
+    """Whether it is no program, but what systemd-stub adds to the unified kernel image: systemd-stub(7)."""
+    try:
+        return uefi.image_path(program.data).lower().endswith(".addon.efi")
+    except Malformed:
+        return False
 
 
 def _sections(data: bytes) -> dict[str, bytes]:

@@ -5,7 +5,6 @@
 import fnmatch
 import glob
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,8 +15,6 @@ from .paths import Paths
 
 _VENDOR = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
 """Of its variables: systemd.io/BOOT_LOADER_INTERFACE."""
-_COUNTER = re.compile(r"\+(\d+)(-\d+)?(?=\.(efi|conf)$)", re.I)
-"""Tries left, tries done."""
 
 
 class Listed(NamedTuple):
@@ -40,34 +37,32 @@ _ORDER: tuple[tuple[Callable[[Listed], Any], bool], ...] = (
     (lambda each: each.machine_id if each.sort_key else "", False),
     (lambda each: each.sort_key, False),
     (lambda each: not each.sort_key, False),
-    (lambda each: (left := _COUNTER.search(each.path)) is not None and int(left[1]) == 0, False),
+    (lambda each: (left := booted.COUNTER.search(each.path)) is not None and int(left[1]) == 0, False),
 )
 """What tells two entries apart, and whether the larger comes first; what counts most is last."""
 
 
-def menu(paths: Paths, own: str) -> list[Listed]:
-    """All entries in its order. `own`: a unified kernel image of the EFI system partition."""
-    found = [*_unified(paths, os.path.dirname(own)), *_configured(paths)]
+def menu(paths: Paths) -> list[Listed]:
+    """All entries in its order."""
+    found = [*_unified(paths), *_configured(paths)]
     for key, reverse in _ORDER:
         found.sort(key=key, reverse=reverse)
     return found
 
 
-def comes(paths: Paths, own: str, listed: list[Listed]) -> set[str]:
-    """Ids of those that may be started next: what it was told to start once, and what comes after that. An `auto-` one
-    is never listed."""
+def comes(paths: Paths, esp: str, listed: list[Listed]) -> set[str]:
+    """Ids of those that may be started next: what it was told to start once, and what comes after that. `esp`: where
+    the file system that it was started from is mounted. What it finds by itself (`auto-`) and the profiles of a unified
+    kernel image (`@`) are not listed."""
 
-    def matching(pattern: str) -> set[str]:
-        if pattern.startswith("auto-"):
-            return {pattern}
-        return set([each.id for each in listed if fnmatch.fnmatchcase(each.id, pattern)][:1])
+    def matching(told: str) -> set[str]:
+        pattern = _variable(paths, "LoaderEntryLastBooted") if told == "@saved" else told
+        found = [each.id for each in listed if fnmatch.fnmatchcase(each.id, pattern)][:1]
+        return set(found or ([pattern] if pattern.startswith("auto-") or "@" in pattern else []))
 
-    config = booted.read(paths, os.path.join(booted.esp_of(own), "loader/loader.conf")) or b""
-    configured = _fields(config).get("default", "").lower()
-    if configured == "@saved":
-        configured = _variable(paths, "LoaderEntryLastBooted")
+    configured = _fields(booted.read(paths, os.path.join(esp, "loader/loader.conf")) or b"").get("default", "").lower()
     lasting = (_variable(paths, "LoaderEntryDefault"), configured, "*")
-    always = next((found for pattern in lasting if (found := matching(pattern))), set())
+    always = next((found for told in lasting if (found := matching(told))), set())
     return matching(_variable(paths, "LoaderEntryOneShot")) | always
 
 
@@ -75,12 +70,16 @@ def _variable(paths: Paths, name: str) -> str:
     return atunseal.variable(paths, name, _VENDOR).decode("utf-16-le", "replace").partition("\0")[0].lower()
 
 
-def _unified(paths: Paths, folder: str) -> Iterator[Listed]:
-    for path in _files(paths, folder, "*.[eE][fF][iI]"):
+def _unified(paths: Paths) -> Iterator[Listed]:
+    """Those that say which system they are. Whether there is a kernel in them, and whether they are whole, is seen when
+    they are started."""
+    for path in _files(paths, "EFI/Linux", "*.[eE][fF][iI]"):
         data = booted.read(paths, path) or b""
         try:
-            said = (pe.section(data, pe.read(data), ".osrel") or b"").rstrip(b"\0")
+            said = (pe.section(data, pe.read(data, whole=False), ".osrel") or b"").rstrip(b"\0")
         except Malformed:
+            continue
+        if not said:
             continue
         system = {name: value.strip("\"'") for name, value in _fields(said.replace(b"=", b" ")).items()}
         sort_key = system.get("IMAGE_ID") or system.get("ID", "")
@@ -91,22 +90,29 @@ def _unified(paths: Paths, folder: str) -> Iterator[Listed]:
 
 def _configured(paths: Paths) -> Iterator[Listed]:
     """Those whose program is there."""
-    for esp in booted.ESPS:
-        for path in _files(paths, os.path.join(esp, "loader/entries"), "*.[cC][oO][nN][fF]"):
-            fields = _fields(booted.read(paths, path) or b"")
-            program = next((fields[each] for each in ("linux", "efi", "uki") if each in fields), "")
-            if os.path.isfile(os.path.join(paths.root, esp, program.replace("\\", "/").lstrip("/"))):
-                words = (fields.get(each, "") for each in ("sort-key", "machine-id", "version"))
-                yield Listed(_id(path), path, False, *words)
+    for path in _files(paths, "loader/entries", "*.[cC][oO][nN][fF]"):
+        fields = _fields(booted.read(paths, path) or b"")
+        program = next((fields[each] for each in ("linux", "efi", "uki") if each in fields), "")
+        if os.path.isfile(os.path.join(paths.root, booted.esp_of(path), program.replace("\\", "/").lstrip("/"))):
+            words = (fields.get(each, "") for each in ("sort-key", "machine-id", "version"))
+            yield Listed(_id(path), path, False, *words)
 
 
 def _files(paths: Paths, folder: str, pattern: str) -> Iterator[str]:
-    for path in glob.glob(os.path.join(glob.escape(os.path.join(paths.root, folder)), pattern)):
-        yield os.path.relpath(path, paths.root)
+    """A folder that is reached in two ways counts once."""
+    folders: dict[tuple[int, int], str] = {}
+    for esp in booted.ESPS:
+        path = os.path.join(paths.root, esp, folder)
+        if os.path.isdir(path):
+            found = os.stat(path)
+            folders.setdefault((found.st_dev, found.st_ino), path)
+    for path in folders.values():
+        for each in glob.glob(os.path.join(glob.escape(path), pattern)):
+            yield os.path.relpath(each, paths.root)
 
 
 def _id(path: str) -> str:
-    return _COUNTER.sub("", os.path.basename(path)).lower()
+    return booted.uncounted(os.path.basename(path))
 
 
 def _fields(text: bytes) -> Mapping[str, str]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """UEFI structures that the event log quotes, as far as a person wants to read them.
 
-From the UEFI specification 2.10: variables and load options (3), device paths (10), signature lists (32.4.1).
+From the UEFI specification 2.10: variables and load options (3), device paths (10), signatures of programs (32.2.4),
+signature lists (32.4.1).
 Everything here raises Malformed for bytes that are not of that form, and reads each byte a bounded number of times.
 """
 
@@ -12,6 +13,7 @@ from .errors import Malformed
 
 _X509 = bytes.fromhex("a159c0a5e494a74a87b5ab155c2bf072")  # EFI_CERT_X509_GUID
 _COMMON_NAME = bytes.fromhex("0603550403")  # OBJECT IDENTIFIER 2.5.4.3
+_PKCS_SIGNED_DATA = 2  # WIN_CERT_TYPE_PKCS_SIGNED_DATA
 _MAX_SIGNATURES = 100_000
 _MAX_NAME = 1024  # characters
 _MAX_PARTITIONS = 1024
@@ -73,14 +75,56 @@ def signer(data: bytes) -> str:
     return ""
 
 
+def authorities(table: bytes) -> set[bytes]:
+    """Who vouches for an EFI program, by its table of signatures, a sequence of WIN_CERTIFICATE: the issuers of their
+    certificates, and those that issued themselves. What is in it and cannot be read stands for itself."""
+    found: set[bytes] = set()
+    at = 0
+    while at + 8 < len(table):
+        length, _, kind = struct.unpack_from("<IHH", table, at)
+        if not 8 < length <= len(table) - at:
+            break
+        body = table[at + 8 : at + length]
+        found |= (_issuers(body) if kind == _PKCS_SIGNED_DATA else set()) or {body}
+        at += -(-length // 8) * 8
+    return found
+
+
+def _issuers(signed: bytes) -> set[bytes]:
+    """Of the certificates in a PKCS #7 SignedData (RFC 2315, section 9.1), DER; empty when there are none."""
+    found = set()
+    try:
+        content, _ = _der(signed, 0)
+        data, _ = _der(_der(content, _skip(content, 0))[0], 0)
+        at = 0
+        for _ in range(3):  # version, algorithms, what is signed
+            at = _skip(data, at)
+        certificates, _ = _der(data, at) if data[at] == 0xA0 else (b"", 0)
+        at = 0
+        while at < len(certificates):
+            start, at = at, _skip(certificates, at)
+            issuer, subject = _names(certificates[start:at])
+            found.add(certificates[start:at] if issuer == subject else issuer)
+    except (IndexError, ValueError):
+        return set()
+    return found
+
+
+def _names(certificate: bytes) -> tuple[bytes, bytes]:
+    """Issuer and subject of an X.509 certificate. IndexError, ValueError."""
+    body, _ = _der(_der(certificate, 0)[0], 0)  # TBSCertificate
+    at = _skip(body, 0) if body[:1] == b"\xa0" else 0  # the version
+    for _ in range(2):  # serial number, algorithm
+        at = _skip(body, at)
+    issuer, at = _der(body, at)
+    subject, _ = _der(body, _skip(body, at))  # after the validity
+    return issuer, subject
+
+
 def common_name(certificate: bytes) -> str:
     """The subject's common name of an X.509 certificate; '' when there is none, or it is no certificate."""
     try:
-        body, _ = _der(_der(certificate, 0)[0], 0)  # TBSCertificate
-        at = _skip(body, 0) if body[:1] == b"\xa0" else 0  # the version
-        for _ in range(4):  # serial number, algorithm, issuer, validity
-            at = _skip(body, at)
-        subject, _ = _der(body, at)
+        _, subject = _names(certificate)
         found = subject.rfind(_COMMON_NAME)
         if found < 0:
             return ""
@@ -110,9 +154,11 @@ def _skip(data: bytes, at: int) -> int:
 class LoadOption(NamedTuple):
     """EFI_LOAD_OPTION: an entry of the firmware's boot menu."""
 
+    active: bool
+    """Whether the firmware tries it by itself."""
     description: str
-    path: bytes
-    """Device paths of what it starts."""
+    file: str
+    """What it starts: a file's path, or what else the device path ends in; '' when it has none."""
     options: bytes
     """What that gets with it."""
 
@@ -124,7 +170,7 @@ def load_option(data: bytes) -> LoadOption:
     description = utf16(data[6:])
     start = 6 + len(description.encode("utf-16-le", "surrogatepass")) + 2
     end = start + int.from_bytes(data[4:6], "little")
-    return LoadOption(description, data[start:end], data[end:])
+    return LoadOption(bool(data[0] & 1), description, _device_path(data[start:end]), data[end:])
 
 
 def partitions(data: bytes) -> tuple[str, tuple[str, ...]]:
