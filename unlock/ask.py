@@ -12,6 +12,7 @@ _MAX = 4096
 ASKPASS = "/lib/cryptsetup/askpass"
 """cryptsetup's: it speaks with Plymouth, systemd and the plain console. Debian ships it for its initramfs."""
 
+_PLYMOUTH = "/bin/plymouth"
 _AGENTS = ("systemd-ask-password", "--no-tty", "--id=unlock:recovery-key", "--timeout=90")
 _INITRAMFS = "/scripts/unlock-functions"
 """Is there in an initramfs alone."""
@@ -132,6 +133,19 @@ def askpass(prompt: str, stopped: Callable[[], bool] = lambda: False, program: s
         typed[:] = bytes(len(typed))
         _restore(console, before)
         os.close(console)
+
+
+def tell(line: str) -> None:
+    """On Plymouth's splash, which hides the console; nowhere where there is none."""
+    import subprocess
+
+    command = [_PLYMOUTH, "display-message", f"--text={line}"]
+    try:
+        subprocess.run(
+            command, timeout=5, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.SubprocessError):
+        pass
 
 
 def _console() -> int:

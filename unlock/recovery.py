@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening disks with the recovery key, header authenticated first: `unlock boot prompt` in the initramfs."""
 
+import os
 from typing import Any
 
 from . import ask, devices, disk, log, luks, opening, recoverykey, report, thisboot, token
@@ -21,7 +22,10 @@ def prompt(paths: Paths) -> int:
     check it.
     """
     protect()
-    log.console(_what_happened(paths))
+    happened = _what_happened(paths)
+    log.console(happened)
+    if not os.path.exists(paths.of_this_boot("told")):  # more than that, by `unlock boot why`
+        ask.tell(happened)
     altered = _altered(thisboot.early(paths))
     other = "to give up" if altered else "for the stock prompt, which does not check the disk's header"
     log.console(f"type the recovery key (8 groups of 6 digits), or Enter alone {other}")
@@ -34,7 +38,7 @@ def prompt(paths: Paths) -> int:
                 try:
                     keys.append(recoverykey.parse(typed))
                 except Usage as error:
-                    log.console(str(error))
+                    _say(str(error))
                     continue
             found = open_all(paths, *keys)
             if _altered(found):
@@ -42,11 +46,16 @@ def prompt(paths: Paths) -> int:
                 break
             if any(each["outcome"] == "open" for each in found["groups"]):
                 return 0
-            log.console(ANOTHER if waits(found) else "this recovery key opens no disk here")
+            _say(ANOTHER if waits(found) else "this recovery key opens no disk here")
     finally:
         for each in keys:
             each.wipe()
     return Tampered.status if altered else 0
+
+
+def _say(line: str) -> None:
+    log.console(line)
+    ask.tell(line)
 
 
 def waits(found: dict[str, Any]) -> bool:

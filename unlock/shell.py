@@ -124,6 +124,8 @@ def why(paths: Paths) -> int:
     found = explain.judge(explain.gather(paths, thisboot.tpm_device()))
     if found.causes:
         print("\n".join(_printable(_cause(found))), flush=True)
+        ask.tell(measured.printable_line(found.causes[0].title, COLUMNS))
+        thisboot.mark(paths, "told")
     return 0
 
 
