@@ -13,7 +13,7 @@ from tests.demo import say, show, tell
 from tests.kmipfixture import AUTHORITY, add_command, join, rotate_there
 from tests.lab.kmipserver import KmipServer, Traffic
 from tests.lab.machine import SENT, Machine, agent_commands
-from tests.lab.stories import by_grub, status
+from tests.lab.stories import by_itself, status
 from tests.lab.vm import accelerator
 
 KERNEL = "/usr/lib/lab/linux-image.deb"
@@ -25,7 +25,7 @@ def main() -> int:
     """Exit status 0 when everything that is shown was also checked."""
     try:
         say("A host with a LUKS2 root and three data disks, from the cache; the first time it is made, in minutes")
-        enrolled = by_grub()
+        enrolled = by_itself("grub")
         how = accelerator(enrolled.image.kernel)
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="unlock-demo-", dir="/var/tmp") as home:

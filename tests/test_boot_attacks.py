@@ -29,8 +29,11 @@ BELIEVES = (  # what authenticates is believed without a look
 )
 EVERY_KEY = (  # each disk may be opened by any key that the TPM gives
     (f"{CODE}/slots.py", "_TELLING = ", "ALL = []\n_TELLING = "),
-    (f"{CODE}/slots.py", "return Unsealed(Payload.decode(sealed)", "ALL.append(Unsealed(Payload.decode(sealed)"),
-    (f"{CODE}/slots.py", "slot, record)\n        except", "slot, record))\n        except"),
+    (
+        f"{CODE}/slots.py",
+        "return Unsealed(Payload.decode(sealed), slot, record)\n",
+        "ALL.append(Unsealed(Payload.decode(sealed), slot, record))\n",
+    ),
     (f"{CODE}/slots.py", "    raise min(problems", "    if ALL:\n        return ALL[0]\n    raise min(problems"),
     (
         f"{CODE}/disk.py",

@@ -2,25 +2,29 @@
 """`unlock check` against reality: something befalls a healthy host, check says what will come of it, the power is cut,
 and the host boots. Every row is printed: what was done, what check said, what the boot did.
 
-All of it is done to one running host, and undone again; copies of its disks, TPM and firmware variables are booted.
+All rows of a kind are done to one running host, and undone again; copies of its disks, TPM and firmware variables are
+booted. What has nothing to do with how a host boots is done to the one whose kernel the firmware starts.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from tests.lab import image
-from tests.lab.guest import Guest
+from tests.lab.console import ConsoleError
+from tests.lab.guest import Guest, GuestError
+from tests.lab.loader import Kind
 from tests.lab.machine import Machine, report
-from tests.lab.stories import by_firmware, findings, up, verdicts
+from tests.lab.stories import by_itself, findings, up, verdicts
 from tests.lab.vm import VM
 from tests.test_boot_attacks import load_kexec
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 
+ESP = "/boot/efi/EFI"
 KERNEL, INITRD = "/boot/efi/EFI/debian/vmlinuz", "/boot/efi/EFI/debian/initrd.img"
 VARIABLE = "/sys/firmware/efi/efivars/{}-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 """EFI_GLOBAL_VARIABLE (UEFI Specification 2.10, section 3.3)."""
@@ -52,6 +56,21 @@ with ESAPI("device:/dev/tpmrm0") as chip:
     chip.clear(ESYS_TR.LOCKOUT)
 """,
 }
+UNIFIED = "edited.efi"
+"""The host's image with another command line, signed."""
+SCRIPTS["unify"] = f"""
+import glob, subprocess, sys
+sys.path.insert(0, "/usr/lib/unlock")
+from unlock import pe
+(own,) = glob.glob("{ESP}/Linux/*.efi")
+data = open(own, "rb").read()
+found = {{name: pe.section(data, pe.read(data), "." + name) for name in ("linux", "initrd", "osrel")}}
+for name, content in found.items():
+    open(name, "wb").write(content)
+line = open("/etc/kernel/cmdline").read().strip() + " audit=0"
+sections = ["--linux=linux", "--initrd=initrd", "--os-release=@osrel", "--cmdline=" + line]
+subprocess.run(["ukify", "build", "--config=/etc/kernel/uki.conf", *sections, "--output={UNIFIED}"], check=True)
+"""
 OPENS = "opens by itself"
 PART = "opens root alone by itself"
 ASKS = "asks for the recovery key"
@@ -79,8 +98,9 @@ SAFE = {"": "safe", "root": "safe", "data": "safe"}
 UNPROVEN, UNSAFE = SAFE | {"": "unproven"}, SAFE | {"": "unsafe"}
 UNTRIED = dict.fromkeys(SAFE, "unproven")
 EDITED = "PCR 9: the kernel command line changed"
-ROWS = (
-    Row("nothing", "", "", SAFE, "the TPM allows it", OPENS),
+NOTHING = Row("nothing", "", "", SAFE, "the TPM allows it", OPENS)
+BY_FIRMWARE = (
+    NOTHING,
     Row(
         "a window for a firmware update is opened",
         "unlock policy window --reboots 1",
@@ -190,24 +210,181 @@ ROWS = (
 )
 
 
-@pytest.fixture
-def story(tmp_path: Path) -> Iterator[Machine]:
-    """A clone of the enrolled machine."""
-    yield by_firmware().clone(tmp_path / "machine")
-    shutil.rmtree(tmp_path / "machine", ignore_errors=True)
+GRUB_CFG, LINUX = "/boot/grub/grub.cfg", r"s/^\s*linux\s.*/& {}/"
+PATCH = "LC_ALL=C sed 's/DOS mode/dos mode/'"
+REQUEST = "/sys/firmware/efi/efivars/MokNew-605dab50-e046-4300-abb6-3dd810dd8b23"
+BY_GRUB = (
+    NOTHING,
+    Row(
+        "grub.cfg is edited by hand",
+        f"cp {GRUB_CFG} .; sed -i '{LINUX.format('audit=1')}' {GRUB_CFG}",
+        f"cp grub.cfg {GRUB_CFG}",
+        UNSAFE,
+        "the TPM will refuse it: kernel command line, grub.cfg",
+        ASKS,
+        "PCR 9: the boot loader's configuration changed",
+    ),
+    Row(
+        "grub.cfg is edited by hand, and predicted",
+        f"cp {GRUB_CFG} .; sed -i '{LINUX.format('audit=0')}' {GRUB_CFG}; unlock policy predict",
+        f"cp grub.cfg {GRUB_CFG}",
+        SAFE,
+        "the TPM allows it: kernel command line, grub.cfg",
+        OPENS,
+    ),
+    Row(
+        "another menu entry is to boot once",
+        "cp /boot/grub/grubenv . || true; grub-reboot '1>0'",
+        "if test -e grubenv; then cp grubenv /boot/grub/; else rm /boot/grub/grubenv; fi",
+        UNSAFE,
+        "the TPM will refuse it: another menu entry",
+        ASKS,
+        "PCR ",
+    ),
+    Row(
+        "another menu entry is to boot once, and predicted",
+        "grub-reboot '1>0'; unlock policy predict",
+        "if test -e grubenv; then cp grubenv /boot/grub/; else rm /boot/grub/grubenv; fi",
+        SAFE,
+        "the TPM allows it: another menu entry",
+        OPENS,
+    ),
+    Row(
+        "the kernel is replaced, and no hook has seen it",
+        "cp /boot/vmlinuz-* .; for each in /boot/vmlinuz-*; do head -c 8 /dev/zero >>$each; done",
+        "cp vmlinuz-* /boot",
+        UNSAFE,
+        "was replaced",
+        ASKS,
+        "PCR ",
+    ),
+    Row(
+        "the initramfs is edited",
+        """
+        cp /boot/initrd.img-* .
+        for each in initrd.img-*; do (echo edited | cpio --quiet -o -H newc; cat $each) >/boot/$each; done
+        """,
+        "cp initrd.img-* /boot",
+        UNSAFE,
+        "the TPM will refuse it: initramfs of",
+        ASKS,
+        "PCR 9: the initramfs changed",
+    ),
+    Row(
+        "GRUB is replaced",
+        f"cp {ESP}/BOOT/grubx64.efi .; {PATCH} grubx64.efi >{ESP}/BOOT/grubx64.efi",
+        f"cp grubx64.efi {ESP}/BOOT",
+        UNSAFE,
+        "the TPM will refuse it: boot loader",
+        ASKS,
+        "PCR 4: ",
+    ),
+    Row(
+        "shim is replaced",
+        f"cp {ESP}/BOOT/BOOTX64.EFI .; {PATCH} BOOTX64.EFI >{ESP}/BOOT/BOOTX64.EFI",
+        f"cp BOOTX64.EFI {ESP}/BOOT",
+        UNPROVEN,
+        "a new shim",
+        ASKS,
+        "PCR 4: ",
+    ),
+    Row(
+        "a key for shim waits to be confirmed",
+        f"printf '\\7\\0\\0\\0x' >{REQUEST}",
+        f"chattr -i {REQUEST}; rm {REQUEST}",
+        UNSAFE,
+        "shim's MokManager comes first (MokNew)",
+        ASKS,
+        "PCR 4: ",
+    ),
+)
+OWN, BOOT = f"{ESP}/Linux/debian-*.efi", f"{ESP}/BOOT/BOOTX64.EFI"
+BY_UNIFIED = (
+    NOTHING,
+    Row(
+        "the image is built again, and no hook has seen it",
+        f"cp {OWN} own.efi; for each in {OWN}; do cp {UNIFIED} $each; done",
+        f"for each in {OWN}; do cp own.efi $each; done",
+        UNSAFE,
+        "the TPM will refuse it: unified kernel image",
+        ASKS,
+        "PCR 4: ",
+    ),
+    Row(
+        "a newer image comes beside it",
+        f"cp {UNIFIED} {ESP}/Linux/debian-99.efi",
+        f"rm {ESP}/Linux/debian-99.efi",
+        UNSAFE,
+        "the TPM will refuse it: unified kernel image, another menu entry",
+        ASKS,
+        "PCR 4: ",
+    ),
+    Row(
+        "a newer image comes beside it, and is predicted",
+        f"cp {UNIFIED} {ESP}/Linux/debian-99.efi; unlock policy predict",
+        f"rm {ESP}/Linux/debian-99.efi",
+        SAFE,
+        "debian-99.efi: the TPM allows it",
+        OPENS,
+    ),
+    Row(
+        "an entry comes first that is no unified kernel image",
+        f"""
+        mkdir -p {ESP}/other /boot/efi/loader/entries; cp {OWN} {ESP}/other/linux.efi
+        printf 'title x\\nsort-key a\\nefi /EFI/other/linux.efi\\noptions audit=0\\n' >/boot/efi/loader/entries/x.conf
+        """,
+        f"rm -r {ESP}/other /boot/efi/loader/entries",
+        UNSAFE,
+        "boot entry x.conf: it is no unified kernel image like this boot's",
+        ASKS,
+        "PCR ",
+    ),
+    Row(
+        "systemd-boot is replaced",
+        f"""
+        cp {BOOT} loader.efi; cp {BOOT} new.efi; sbattach --remove new.efi; head -c 8 /dev/zero >>new.efi
+        sbsign --key /etc/kernel/secure-boot.key --cert /etc/kernel/secure-boot.pem --output {BOOT} new.efi
+        """,
+        f"cp loader.efi {BOOT}",
+        UNSAFE,
+        "the TPM will refuse it: boot loader",
+        ASKS,
+        "PCR 4: ",
+    ),
+    Row(
+        "a credential is put beside the image",
+        "mkdir -p /boot/efi/loader/credentials; echo x >/boot/efi/loader/credentials/x.cred",
+        "rm -r /boot/efi/loader/credentials",
+        UNSAFE,
+        "add-ons or credentials beside it are not those of this boot",
+        ASKS,
+        "PCR 12: ",
+    ),
+)
+HOSTS: dict[Kind, tuple[str, tuple[Row, ...]]] = {
+    "direct": ("true", BY_FIRMWARE),
+    "grub": ("true", BY_GRUB),
+    "uki": ("python3 unify", BY_UNIFIED),
+}
+"""What the rows need, and the rows."""
 
 
+@pytest.mark.parametrize("kind", HOSTS)
 def test_what_check_says_is_what_the_next_boot_does(
-    story: Machine, tmp_path: Path, record_property: Callable[[str, object], None]
+    kind: Kind, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
+    prepare, rows = HOSTS[kind]
+    story = by_itself(kind).clone(tmp_path / "machine")
     disks = {"d2": story.disks["d2"].device, "root": f"/dev/disk/by-uuid/{image.LUKS_UUID}"}
     before, otherwise = [], []
-    with story.boot(cache="writeback", limit=3000) as booted:
+    with story.boot(cache="writeback", limit=4500) as booted:
         console = up(booted)
         for name, text in SCRIPTS.items():
             console.write(f"/root/{name}", text.encode())
-        console.write("/root/stock", image.build(product=False).initrd.read_bytes())
-        for number, row in enumerate(ROWS):
+        if kind == "direct":
+            console.write("/root/stock", image.build(product=False).initrd.read_bytes())
+        run(console, prepare)
+        for number, row in enumerate(rows):
             run(console, row.do.format(**disks))
             said = findings(console)
             reasons = [f"{each['verdict']} {each['what']}: {each['detail']}" for each in said["findings"]]
@@ -216,24 +393,30 @@ def test_what_check_says_is_what_the_next_boot_does(
             before.append(powerless(booted, story, tmp_path / f"row-{number}"))
             run(console, row.undo.format(**disks))
         booted.kill()
+    shutil.rmtree(story.home)
     assert not otherwise, "\n\n".join(otherwise)
-    for row, machine in zip(ROWS, before, strict=True):
+    for row, machine in zip(rows, before, strict=True):
         with machine.boot() as booted:
-            told = happens(booted, row)
-            if row.what == "nothing":
+            try:
+                happens(booted, row)
+            except (AssertionError, ConsoleError, GuestError) as problem:
+                otherwise.append(f"{row.what}: {problem}\n{booted.console.text[-2000:]}")
+                continue
+            if kind == "direct" and row.what == "nothing":
                 load_kexec(machine, booted)
                 said = findings(booted.guest)
                 assert verdicts(said) == UNSAFE
                 booted.guest.sh("systemctl kexec --no-block")
-                booted.console.expect("cannot unseal: .*PCR", 300)
+                booted.console.expect("cannot unseal: .*PCR", 600)
                 record_property("shown", "check: unsafe; the boot asks for the recovery key: kexec is used")
             booted.kill()
-        record_property("shown", f"check: {row.says['']}; the boot {told}: {row.what}")
+        record_property("shown", f"{kind}: check: {row.says['']}; the boot {row.does}: {row.what}")
         shutil.rmtree(machine.home)
+    assert not otherwise, "\n\n".join(otherwise)
 
 
 def run(console: Guest, script: str) -> None:
-    console.sh(f"set -e; cd /root; {script or 'true'}", timeout=240)
+    console.sh(f"set -e; cd /root; {script or 'true'}", timeout=900)
 
 
 def powerless(booted: VM, story: Machine, to: Path) -> Machine:
@@ -245,13 +428,13 @@ def powerless(booted: VM, story: Machine, to: Path) -> Machine:
     return copy
 
 
-def happens(booted: VM, row: Row) -> str:
-    """What the boot does; it is what the row says."""
+def happens(booted: VM, row: Row) -> None:
+    """The boot does what the row says."""
     if row.does == STOCK:
-        booted.console.expect("unlock disk root", 300)
+        booted.console.expect("unlock disk root", 600)
         assert "recovery key" not in booted.console.text
     elif row.does == ASKS:
-        booted.console.expect("recovery key: ", 300)
+        booted.console.expect("recovery key: ", 600)
         assert f"first     {row.why}" in booted.console.text
     else:
         console = up(booted)
@@ -259,4 +442,3 @@ def happens(booted: VM, row: Row) -> str:
         assert "recovery key" not in booted.console.text and "unlock disk" not in booted.console.text
         mounted = console.sh("mountpoint -q /srv/data", check=False).code == 0
         assert mounted == (row.does == OPENS)
-    return row.does

@@ -125,6 +125,7 @@ def test_without_its_tpm_the_host_asks_for_the_recovery_key(story: Machine) -> N
         booted.kill()
 
 
+@pytest.mark.long
 def test_on_another_board_nothing_opens_by_itself(story: Machine) -> None:
     with story.boot(tpm="another") as booted:
         booted.console.expect("recovery key: ", 300)

@@ -28,6 +28,9 @@ MASKED = """
     apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer fstrim.timer e2scrub_all.timer
     e2scrub_reap.service systemd-firstboot.service getty@tty1.service serial-getty@ttyS0.service
     modprobe@drm.service sys-kernel-debug.mount sys-kernel-tracing.mount
+    modprobe@configfs.service modprobe@fuse.service modprobe@efi_pstore.service sys-kernel-config.mount
+    sys-fs-fuse-connections.mount systemd-binfmt.service proc-sys-fs-binfmt_misc.automount systemd-pstore.service
+    lvm2-monitor.service blk-availability.service systemd-udev-load-credentials.service systemd-hostnamed.socket
 """  # what takes time in a boot and nothing here needs
 
 GENERATORS = "debug getty gpt-auto hibernate-resume integritysetup rc-local run ssh system-update sysv tpm2 veritysetup"
@@ -160,6 +163,7 @@ def _configure(tree: Path, root: Root, boots: Kind) -> None:
     for each in GENERATORS.split():
         (tree / f"etc/systemd/system-generators/systemd-{each}-generator").symlink_to("/dev/null")
     _chroot(tree, f"systemctl --quiet enable lab-agent.service && systemctl --quiet mask {' '.join(MASKED.split())}")
+    _chroot(tree, "systemd-machine-id-setup && /usr/lib/systemd/systemd-update-done")  # no work of a first boot
 
 
 def _chroot(tree: Path, command: str) -> None:

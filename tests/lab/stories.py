@@ -58,7 +58,7 @@ MEASURED = {*range(10), *range(11, 15)}
 def begun(machine: VM) -> Guest:
     """Waits until early boot and what it handed over to are through; services may still be starting."""
     machine.guest.ready(360)
-    machine.guest.sh("until systemctl is-active --quiet sysinit.target; do sleep 1; done", timeout=180)
+    machine.guest.sh("systemctl start sysinit.target", timeout=240)  # waits for the job that is there
     return machine.guest
 
 
@@ -117,37 +117,34 @@ def unseal_as_root(console: Guest) -> str:
 
 def measured() -> Machine:
     """Enrolled under UEFI, which measures kernel, initramfs and command line: a LUKS root and three disks."""
-    return _enrolled("uefi", "", {"data": ("d1", "d2", "d3")}, dict.fromkeys(("d1", "d2", "d3"), 200))
+    return _enrolled("", "", {"data": ("d1", "d2", "d3")}, dict.fromkeys(("d1", "d2", "d3"), 200), uefi=True)
 
 
 def unmeasured() -> Machine:
     """Enrolled under a firmware that measures nothing, with many groups."""
     groups: dict[str, tuple[str, ...]] = {each: (f"{each}-1",) for each in ("late", "copy", "ruined", "twin", "far")}
     groups["pair"] = ("pair-1", "pair-2")
-    return _enrolled("bios", UNMEASURED, groups, {"pair-1": 200, "pair-2": 200})
+    return _enrolled("", UNMEASURED, groups, {"pair-1": 200, "pair-2": 200})
 
 
-def by_grub() -> Machine:
-    """Enrolled on a machine that shim and GRUB start: a LUKS root and three disks."""
-    return _enrolled("grub", "", {"data": ("d1", "d2", "d3")}, dict.fromkeys(("d1", "d2", "d3"), 200))
+def by_itself(kind: Kind) -> Machine:
+    """Enrolled on a machine that boots from its own disks: a LUKS root and three more."""
+    init = UNMEASURED if kind == "direct" else ""
+    return _enrolled(kind, init, {"data": ("d1", "d2", "d3")}, dict.fromkeys(("d1", "d2", "d3"), 200))
 
 
-def by_firmware() -> Machine:
-    """Enrolled on a machine whose firmware starts the kernel of its EFI system partition: a LUKS root, three disks."""
-    return _enrolled("direct", UNMEASURED, {"data": ("d1", "d2", "d3")}, dict.fromkeys(("d1", "d2", "d3"), 200))
-
-
-def _enrolled(kind: str, init: str, groups: dict[str, tuple[str, ...]], sizes: dict[str, int]) -> Machine:
+def _enrolled(
+    boots: Kind, init: str, groups: dict[str, tuple[str, ...]], sizes: dict[str, int], uefi: bool = False
+) -> Machine:
     """Made once for all test files; the machine is for cloning only."""
-    kinds: dict[str, Kind] = {"grub": "grub", "direct": "direct"}
-    built = image.build("luks", boots=kinds.get(kind, ""))
+    built = image.build("luks", boots=boots)
     sources = inspect.getsource(enroll), inspect.getsource(take_in_root)
-    name = cache.key(built.directory.name, kind, init, repr(groups), repr(sizes), *sources)
+    name = cache.key(built.directory.name, str(uefi), init, repr(groups), repr(sizes), *sources)
     home = cache.entry(
         f"image-{name}-enrolled",
-        lambda work: enroll(Machine(work, built, uefi=kind == "uefi"), init, groups, sizes),
+        lambda work: enroll(Machine(work, built, uefi=uefi), init, groups, sizes),
     )
-    machine = Machine(home, built, uefi=kind == "uefi")
+    machine = Machine(home, built, uefi=uefi)
     for serial in (serial for serials in groups.values() for serial in serials):
         machine.disks[serial] = Disk(f"{serial}.raw", serial)
     return machine
