@@ -3,6 +3,7 @@
 
 import random
 import shutil
+import struct
 import subprocess
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +14,7 @@ from eventlogs import LOGGED, Entry, log, plain, program, real, tagged, values
 
 from tests.lab import cache
 from tests.properties import Property
-from unlock import eventlog, pe, predict
+from unlock import eventlog, pe, predict, uefi
 from unlock.errors import Malformed, Refused
 from unlock.eventlog import Log
 
@@ -111,6 +112,8 @@ def fuzz(seed: int, cases: int) -> None:
             work[at : at + 4] = dice.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", dice.randbytes(4)))
         data = bytes(work[: dice.choice((len(work), dice.randrange(len(work))))])
         try:
+            assert len(pe.section(data, pe.read(data, whole=False), ".cmdline") or b"") <= len(data) + pe.MAX_PADDING
+            uefi.authorities(pe.signatures(data))
             assert len(pe.authenticode(data)) == 32
             predict.uki_measurements(data)
         except Malformed:
@@ -185,3 +188,14 @@ def test_systemd_measure_says_the_same_of_a_unified_kernel_image(tmp_path: Path)
 
 PROPERTIES = (Property("EFI programs", 0, lambda _: None, lambda _, dice: not fuzz(dice.randrange(1 << 32), 20)),)
 """For `make soak`: each case is twenty; `make test` runs its own above."""
+
+
+def test_a_section_that_claims_more_than_the_file_has_takes_no_memory() -> None:
+    """A boot menu reads the headers of a file that was cut short."""
+    image = bytearray(pefile.build({".osrel": b"ID=debian"}))
+    at = image.index(b".osrel\0\0") + 8
+    for field in (at, at + 8):
+        struct.pack_into("<I", image, field, 1 << 26)
+    layout = pe.read(bytes(image), whole=False)
+    with pytest.raises(Malformed, match="larger than the file has it"):
+        pe.section(bytes(image), layout, ".osrel")

@@ -105,7 +105,8 @@ def section(data: bytes, image: Image, name: str) -> bytes | None:
     """The content of a section as it is in memory, zeros at its end included; None when there is no such section."""
     for each in image.sections:
         if each.name == name:
-            if each.size - each.raw > MAX_PADDING:
+            content = data[each.offset : each.offset + min(each.raw, each.size)]
+            if each.size - len(content) > MAX_PADDING:
                 raise Malformed(f"EFI program: its section {name} is larger than the file has it")
-            return data[each.offset : each.offset + min(each.raw, each.size)].ljust(each.size, b"\0")
+            return content.ljust(each.size, b"\0")
     return None
