@@ -161,6 +161,7 @@ done
 """
 
 
+@pytest.mark.long
 def test_group_create_cut_off_when_the_first_header_is_written_finishes_when_run_again(story: Machine) -> None:
     device = with_a_disk(story)
     path = story.home / "kill.raw"

@@ -280,12 +280,13 @@ def _why(paths: Paths, record: report.Report, name: str) -> tuple[str, str]:
 def _mark_failed(paths: Paths, name: str) -> None:
     """Notes what waits for this group now: these are the units that fail by dependency in a moment."""
     try:
-        jobs = run(["systemctl", "list-jobs", "--no-legend", "--plain"], timeout=10)
+        jobs = run(["systemctl", "list-jobs", "--no-legend", "--plain"])
         settings = config.load(paths.config).groups.get(name)
         wanted = _dependents(units.mount(settings.mount)) if settings and settings.mount else set()
         queued = {line.split()[1] for line in jobs.splitlines() if len(line.split()) > 2}
         waiting = sorted(queued & wanted)
-    except UnlockError:
+    except UnlockError as error:
+        log.error(f"group {name}: what waits for it will not start with it: {error}", "systemctl start default.target")
         waiting = []
     if name in thisboot.failed_groups(paths):
         waiting = sorted({*waiting, *_waiting(paths, name)})
@@ -298,7 +299,7 @@ def _dependents(unit: str) -> set[str]:
     new = {unit}
     while new:
         found |= new
-        listed = run(["systemctl", "show", "-p", "RequiredBy", "-p", "BoundBy", "--value", *sorted(new)], timeout=10)
+        listed = run(["systemctl", "show", "-p", "RequiredBy", "-p", "BoundBy", "--value", *sorted(new)])
         new = set(listed.split()) - found
     return found - {unit}
 

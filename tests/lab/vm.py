@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Virtual machines: QEMU without KVM, a software TPM, disks, a console and an agent; a network card if asked for."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from .console import Console
-from .guest import Guest
+from .guest import Guest, GuestError
 from .loader import DISKS, NO_VARIABLES, VARIABLES, Kind
 from .process import start
 from .qmp import Qmp
@@ -136,10 +137,16 @@ class VM:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stop()
         if exception[0]:  # the machine's directory is gone when the test has failed
+            self._tell_journal()
+        self._stop()
+        if exception[0]:
             print(f"qemu ended with {self._process and self._process.returncode}; the end of its console:")
             print("\n".join(self.console.text.splitlines()[-60:]))
+
+    def _tell_journal(self) -> None:
+        with contextlib.suppress(GuestError):
+            print(self.guest.sh("journalctl -b --no-pager -o short-monotonic -n 150", timeout=30).out)
 
     # the life of the machine
 
