@@ -18,8 +18,8 @@ ROWS = [
     {"tpm", "wrap", "escrow", "devices", "luks", "keyring", "mount", "providers.tls"},
     {"slots", "state", "disk", "thisboot", "providers", "providers.native", "providers.kmip", "handout", "bootcopy"},
     {"opening", "present", "selfhosted", "atunseal", "booted", "images"},
-    {"provide", "sdboot"},
-    {"rotation", "allowed"},
+    {"provide", "sdboot", "nextboot"},
+    {"rotation", "allowed", "nextgrub", "nextuki", "nextkernel"},
     {"boot", "late", "recovery", "enroll", "members", "status", "explain"}
     | {"cache", "kdk", "keymanager", "persistence", "recoveryops", "rekey", "switch", "sync"}
     | {"window", "rebind"},

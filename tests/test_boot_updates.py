@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.long]
 DOWN, ENTER = "\x1b[B", "\r"
 OWNER = "605dab50-e046-4300-abb6-3dd810dd8b23"
 """Of a key or a hash in the firmware's lists: shim's GUID, here."""
+SECURE_BOOT = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 SAFE = {"": "safe", "root": "safe"}
 NEW = {"": "unproven", "root": "safe"}
 """What `check` says in the boot in which the host was initialised: the TPM has not been asked yet."""
@@ -34,8 +35,8 @@ def home(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path / "machine", ignore_errors=True)
 
 
-def host(home: Path, boots: Kind) -> Machine:
-    return Machine(home, image.build("luks", boots=boots))
+def host(home: Path, boots: Kind, secure: bool = False) -> Machine:
+    return Machine(home, image.build("luks", boots=boots), secure=secure)
 
 
 def install_kernel(console: Guest) -> str:
@@ -65,12 +66,14 @@ def unsealed(booted: VM) -> Guest:
     return console
 
 
-def test_shim_and_grub(home: Path) -> None:
+@pytest.mark.parametrize("secure", [False, True], ids=["", "under Secure Boot"])
+def test_shim_and_grub(home: Path, secure: bool) -> None:
     """A kernel package, then another command line with update-grub by hand, which no hook sees but shutdown's. The new
     kernel boots; the old one does too, from the submenu. What a thief writes into grub.cfg is named and gets no key."""
-    story = host(home, "grub")
+    story = host(home, "grub", secure)
     with story.boot(limit=1800) as booted:
         console = take_in_root(booted, story)
+        assert console.sh(f"tail -c 1 {SECURE_BOOT}").stdout == (b"\1" if secure else b"\0")
         old = install_kernel(console)
         console.sh("sed -i 's/CMDLINE_LINUX=\"/&audit=0 /' /etc/default/grub && update-grub", timeout=300)
         assert checked(console) == {"": "unsafe", "root": "safe"}  # no hook has seen that

@@ -311,7 +311,7 @@ def test_without_terminal_file_or_credential_the_flag_is_named() -> None:
 
 def test_the_kernel_command_line_is_no_place_for_a_key() -> None:
     readers = {path.stem for path in (TOP / "unlock").rglob("*.py") if "cmdline" in path.read_text()}
-    assert readers == {"explain", "foresee", "measured", "paths", "predict"}
+    assert readers == {"explain", "measured", "nextkernel", "paths", "predict"}
 
 
 @pytest.fixture

@@ -35,10 +35,10 @@ REACHED = (
 
 
 class Machine:
-    """A machine that is off: its home, image and disks."""
+    """A machine that is off: its home, image and disks. `uefi`, `secure`: its firmware, see VM."""
 
-    def __init__(self, home: Path, built: image.Image, uefi: bool = False) -> None:
-        self.home, self.image, self.uefi = home, built, uefi
+    def __init__(self, home: Path, built: image.Image, uefi: bool = False, secure: bool = False) -> None:
+        self.home, self.image, self.uefi, self.secure = home, built, uefi, secure
         self.disks: dict[str, Disk] = {}
         home.mkdir(parents=True, exist_ok=True)
 
@@ -55,10 +55,11 @@ class Machine:
 
     def boot(self, *, without: tuple[str, ...] = (), **options: Any) -> VM:
         present = [disk for serial, disk in self.disks.items() if serial not in without]
-        return VM(self.home, self.image, uefi=self.uefi, loader=self.image.loader, disks=present, **options)
+        firmware = {"uefi": self.uefi, "secure": self.secure, "loader": self.image.loader}
+        return VM(self.home, self.image, disks=present, **firmware, **options)
 
     def clone(self, to: Path) -> "Machine":
-        other = Machine(vm.clone(self.home, to), self.image, self.uefi)
+        other = Machine(vm.clone(self.home, to), self.image, self.uefi, self.secure)
         other.disks = dict(self.disks)
         return other
 

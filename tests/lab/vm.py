@@ -29,7 +29,8 @@ SECURE_CPU = "max,la57=off"  # the firmware with Secure Boot does not start on t
 FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 GATEWAY, ADDRESS = "10.0.2.2", "10.0.2.15"  # of QEMU's user-mode network
 SECURE = Path("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd")
-"""Firmware with Secure Boot, for a unified kernel image: shim and GRUB would verify for minutes."""
+MICROSOFT = Path("/usr/share/OVMF/OVMF_VARS_4M.ms.fd")
+"""The keys of most computers: Debian's shim starts."""
 CACHE = {  # what QEMU's -drive cache=MODE means: (O_DIRECT, ignore flushes, the guest sees a write cache)
     "unsafe": (False, True, True),
     "writeback": (False, False, True),
@@ -73,6 +74,7 @@ class VM:
     The machine is what stays from boot to boot: `root.qcow2` (over the image's disk, which never changes),
     the TPM states, the UEFI variables. Each boot N leaves `console-N.log` and `tpm-N.log` there.
     `loader`: the machine boots by itself, from its disks esp.qcow2 and boot.qcow2 (loader.DISKS).
+    `secure`: with Secure Boot and Microsoft's keys; a unified kernel image has Secure Boot with keys of its own.
     `tpm` names the TPM's state directory: another name is a replaced board, None is no TPM.
     `limit`: seconds after which the machine is killed, whatever happens.
     `network`: a card; this host's loopback is at GATEWAY, the guest is ADDRESS.
@@ -89,6 +91,7 @@ class VM:
         disks: Sequence[Disk] = (),
         tpm: str | None = "tpm",
         uefi: bool = False,
+        secure: bool = False,
         loader: Kind = "",
         initrd: Path | None = None,
         cmdline: str | None = None,
@@ -113,6 +116,7 @@ class VM:
         self._disks = [*self._loaders, Disk("root.qcow2", "root", cache), *disks]
         self._tpm_name = tpm
         self._uefi = uefi
+        self._secure = secure
         self._memory = memory
         self._cores = cores
         self._extra = extra
@@ -204,7 +208,7 @@ class VM:
     # starting and stopping
 
     def _start(self) -> None:
-        secure = self._loader == "uki"
+        secure = self._secure or self._loader == "uki"
         how, cpu = ACCELERATORS[self._accelerator]
         arguments = ["-accel", how, "-cpu", SECURE_CPU if secure else cpu]
         arguments += ["-machine", "q35", "-rtc", f"base={self._clock}"]
@@ -220,7 +224,7 @@ class VM:
             if not variables.exists():
                 own = self._image.kernel.with_name("vars.fd")
                 first = own if own.exists() else VARIABLES.get(self._loader, NO_VARIABLES)
-                shutil.copyfile(first, variables)
+                shutil.copyfile(MICROSOFT if self._secure else first, variables)
             firmware = SECURE if secure else FIRMWARE
             arguments += ["-drive", f"if=pflash,format=raw,readonly=on,file={firmware}"]
             arguments += ["-drive", f"if=pflash,format=raw,file={variables}"]
