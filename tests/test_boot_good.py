@@ -80,6 +80,7 @@ def test_an_edited_command_line_is_refused_and_the_recovery_key_still_opens_ever
         booted.poweroff()
 
 
+@pytest.mark.long
 def test_a_plain_root_is_refused_until_it_is_accepted_by_name(tmp_path: Path) -> None:
     with Machine(tmp_path, image.build("plain")).boot() as booted:
         console = begun(booted)
