@@ -15,10 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from unlock import thisboot
-from unlock.paths import Paths
-from unlock.report import Report
-
 TOP = Path(__file__).resolve().parent.parent
 GENERATOR = TOP / "systemd/unlock-generator"
 STAGES = ["init-premount", "local-top", "local-block", "local-bottom", "panic"]
@@ -415,34 +411,6 @@ def test_systemd_accepts_the_units(host: Host, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SYSTEMD_UNIT_PATH": f"{units}:"})
     ours = [line for line in done.stderr.splitlines() if "unlock" in line or "srv-" in line]
     assert not ours
-
-
-# disks that do not answer
-
-
-@pytest.mark.parametrize("silent", [(), ("sda",), ("sdb", "sda"), ("sdab",)], ids=" ".join)
-@pytest.mark.parametrize("shell", SHELLS, ids=lambda shell: shell[0].split("/")[-1])
-def test_the_stock_prompt_is_not_shown_a_disk_that_does_not_answer(
-    shell: list[str], tmp_path: Path, silent: tuple[str, ...]
-) -> None:
-    paths = Paths(str(tmp_path))
-    record = Report("test")
-    for name in ("sda", "sdab", "sdb", "sdc"):
-        (tmp_path / name).touch()
-        record.disk(str(tmp_path / name), "no-answer" if name in silent else "foreign")
-    (tmp_path / "by-uuid").symlink_to(tmp_path / "sda")
-    os.makedirs(paths.run)
-    thisboot.tell(paths, record)
-    lines = {"root": f"root {tmp_path}/by-uuid none luks,discard\n", "other": f"other\\040x {tmp_path}/sdc none luks\n"}
-    functions = (TOP / "initramfs/functions").read_text().replace("unlock_run=/run/unlock", f"unlock_run={paths.run}")
-    (tmp_path / "functions").write_text(functions)
-    ask = f'. {tmp_path}/functions; unlock_answering; printf \'%s\' "$present"; echo "late=$late"'
-    for shown in (lines, {}):
-        environment = {**os.environ, "present": "".join(shown.values()), "late": ""}
-        done = subprocess.run([*shell, "-c", ask], capture_output=True, text=True, check=True, env=environment)
-        gone = {"root"} & set(shown) if "sda" in silent else set()
-        left = "".join(line for name, line in shown.items() if name not in gone)
-        assert (done.stdout, done.stderr) == (f"{left}late={'yes' if gone else ''}\n", "")
 
 
 # resume

@@ -29,9 +29,8 @@ ACTIVATION_TIMEOUT = 20.0
 
 
 READ_TIMEOUT = 10.0
-"""Seconds for the first read of one disk, until the others go on without it; it is taken up when it answers after all.
-Whoever waits for the kernel in it cannot be interrupted, hence the forked reader. A disk that answers once and then no
-more still blocks everything."""
+"""Seconds for the first read of one disk. Whoever waits for the kernel in it cannot be interrupted, hence the
+forked reader. A disk that answers once and then no more still blocks everything."""
 
 
 class Candidate(NamedTuple):
@@ -82,8 +81,6 @@ class Opening:
         self.unread: dict[str, Disk] = {}
         """By node: disks that have not been looked at yet."""
         self.reader: Reader | None = None
-        self.slow: dict[int, Reader] = {}
-        """By their pipe: readers whose one disk has not answered in time, and may yet."""
         self.read_timeout = READ_TIMEOUT
         self.candidates: dict[str, list[Candidate]] = {}
         """Group -> authentic disks that are not open; a disk with two tokens is in it twice."""
@@ -170,8 +167,6 @@ class Opening:
     def gone(self, node: str) -> None:
         """A disk was unplugged: what waits for its group waits without it."""
         self.unread.pop(node, None)
-        for reader in [each for each in self.slow.values() if each.disks[0].node == node]:
-            self._end(self.slow.pop(reader.pipe), os.WNOHANG)
         for group, candidates in self.candidates.items():
             self.candidates[group] = [each for each in candidates if each.disk.node != node]
         if self.report.disks.get(node, {}).get("outcome") not in ("opened", "already-open"):
@@ -307,7 +302,7 @@ class Opening:
 
     def pipes(self) -> list[int]:
         """File descriptors that become readable when a worker has finished or a disk has answered."""
-        return [*self.workers, *self.slow, *([self.reader.pipe] if self.reader else [])]
+        return [*self.workers, *([self.reader.pipe] if self.reader else [])]
 
     def collect(self, wait: float = 0) -> None:
         """Takes in finished workers and disks that answer, and ends what is past its deadline; waits up to `wait`
@@ -321,9 +316,6 @@ class Opening:
             if self.reader and fd == self.reader.pipe:
                 self._answered(self.reader)
                 continue
-            if fd in self.slow:
-                self._answered_late(self.slow.pop(fd))
-                continue
             worker = self.workers.pop(fd)
             said = os.read(fd, 4096).decode("utf-8", "replace")
             os.close(fd)
@@ -333,7 +325,7 @@ class Opening:
             if now() > worker.deadline:
                 self._kill(worker)
         if self.reader and now() > self.reader.deadline:
-            self._leave(self.reader)
+            self._give_up(self.reader, "timed-out", f"does not answer for {self.read_timeout:.0f} s")
 
     def _start_reader(self) -> None:
         disks = list(self.unread.values())
@@ -355,37 +347,19 @@ class Opening:
         for found in reader.disks[:answers]:
             self._look(found)
         self.reader = reader._replace(disks=reader.disks[answers:], deadline=now() + self.read_timeout)
-        if not answers:
-            self._ended(reader.disks[0])
-        if not answers or not self.reader.disks:
-            self.reader = None
-            self._end(reader, 0)
+        if not self.reader.disks:
+            self._end_reader(self.reader, 0)
+        elif not answers:
+            self._give_up(self.reader, "failed", "its reader ended")
 
-    def _ended(self, found: Disk) -> None:
-        """Its reader ended without a word; another takes the disks behind it."""
-        if self.unread.pop(found.node, None):
-            self.report.disk(found.node, "failed", "its reader ended")
+    def _give_up(self, reader: Reader, outcome: str, why: str) -> None:
+        """On the disk that the reader is at; another reader takes those behind it."""
+        self._end_reader(reader, os.WNOHANG)  # a device that does not answer holds it, not us
+        if self.unread.pop(reader.disks[0].node, None):
+            self.report.disk(reader.disks[0].node, outcome, why)
 
-    def _leave(self, reader: Reader) -> None:
-        """To the disk that does not answer; another reader takes those behind it."""
+    def _end_reader(self, reader: Reader, flags: int) -> None:
         self.reader = None
-        found = reader.disks[0]
-        if not self.unread.pop(found.node, None):  # gone meanwhile
-            self._end(reader, os.WNOHANG)
-            return
-        self.slow[reader.pipe] = reader._replace(disks=[found])
-        self.report.disk(found.node, "no-answer", f"does not answer for {self.read_timeout:.0f} s")
-
-    def _answered_late(self, reader: Reader) -> None:
-        """The disk is looked at as if it had just come."""
-        (found,) = reader.disks
-        self.unread[found.node] = found
-        if not os.read(reader.pipe, 1):
-            self._ended(found)
-        self._end(reader, os.WNOHANG)  # it goes on to the disks behind it, and may be held by another
-
-    def _end(self, reader: Reader, flags: int) -> None:
-        """`flags`: os.WNOHANG for one that a device may hold."""
         os.close(reader.pipe)
         os.kill(reader.pid, signal.SIGKILL)
         os.waitpid(reader.pid, flags)
@@ -415,11 +389,10 @@ class Opening:
 
     def stop(self, patience: float) -> None:
         """No new activation; running ones get `patience` seconds. What did not open is closed again."""
-        for reader in [*self.slow.values(), *([self.reader] if self.reader else [])]:
-            self._end(reader, os.WNOHANG)
-        self.slow, self.reader = {}, None
+        if self.reader:
+            self._end_reader(self.reader, os.WNOHANG)
         for node in self.unread:
-            self.report.disk(node, "no-answer", "early boot ended before it answered")
+            self.report.disk(node, "timed-out", "early boot ended before it answered")
         self.unread.clear()
         for each in self.queue:
             self.report.disk(each.disk.node, "timed-out", "early boot ended before it was opened")

@@ -40,7 +40,6 @@ OUTCOMES = {
     "provider": "its key is kept by the key manager only: it opens when that answers",
     "name-taken": "its mapping name is in use",
     "failed": "the kernel or the device refused to open it",
-    "no-answer": "it does not answer",
     "timed-out": "opening it took too long and was stopped",
     "closed-again": "closed again: another member failed, or the root file system is not authenticated",
     "stale": "its token is older than that of the rest of the group",
@@ -49,7 +48,7 @@ OUTCOMES = {
 HARMLESS = frozenset(("opened", "already-open", "waiting", "foreign", "other-host", "provider"))
 """Outcomes that are no failure of a disk of this host that is present."""
 
-_ANYBODYS = frozenset(("damaged", "duplicate", "no-answer"))
+_ANYBODYS = frozenset(("damaged", "duplicate"))
 
 _SILENT = frozenset(("waiting", "foreign", "other-host", "already-open", "no-key", "provider"))
 
@@ -107,10 +106,6 @@ class Report:
     def failures(self) -> list[str]:
         """Nodes of disks that are present and could not be opened, as far as they are known to be this host's."""
         return [node for node, disk in self.disks.items() if disk["outcome"] not in HARMLESS | _ANYBODYS]
-
-    def silent(self) -> list[str]:
-        """Nodes of disks that do not answer, this host's or another's."""
-        return [node for node, disk in self.disks.items() if disk["outcome"] == "no-answer"]
 
     def plain(self) -> dict[str, Any]:
         """The report as `read` gives it."""

@@ -4,7 +4,6 @@
 report.json      what early boot did            verdict    its verdict, one word
 idle             every present disk has an outcome
 failed           a disk of this host that is present did not open
-silent           disks that do not answer: they are waited for as if they were not there
 waiting          the boot scripts wait for the agent: it may ask a person
 asking           it does: no deadline runs
 capped           the TPM confirmed the cap
@@ -37,8 +36,6 @@ def tell(paths: Paths, record: Report) -> None:
             unmark(paths, "open", name)
     if record.failures():
         mark(paths, "failed")
-    with open(paths.of_this_boot("silent"), "w", encoding="ascii") as file:
-        file.write(" ".join([*record.silent(), "\n"]) if record.silent() else "")
     write_report(paths, record, "report.json")
     mark(paths, "idle")
 
