@@ -4,6 +4,7 @@ costs no key. Real headers, real KMIP over TLS; faults are the key manager's."""
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -95,6 +96,19 @@ def test_a_command_waits_for_the_sync_that_the_timer_has_started(host: Host, cap
         assert ended.exists()
     runner.join()
     assert "waiting for another unlock command" in capfd.readouterr().err
+
+
+def test_a_process_that_a_dead_disk_holds_does_not_keep_the_lock_of_its_command(host: Host) -> None:
+    with exclusive(host.paths):
+        pid = os.fork()
+        if not pid:
+            time.sleep(600)
+    try:
+        with exclusive(host.paths, 0):
+            pass
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def test_sync_imports_nothing_that_speaks_with_a_tpm() -> None:

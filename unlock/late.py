@@ -123,7 +123,10 @@ def heal(paths: Paths) -> int:
     protect()
     with open(paths.of_this_boot("heal.lock"), "w") as lock:  # one at a time; who waited sees what the other did
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return _heal(paths)
+        try:
+            return _heal(paths)
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a reader that a device holds has the file open too
 
 
 def _heal(paths: Paths) -> int:

@@ -413,6 +413,7 @@ def exclusive(paths: Paths, patience: float = PATIENCE) -> Iterator[None]:
             time.sleep(0.2)
         yield
     finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # a forked process that a device holds has the file open too
         os.close(fd)
 
 
