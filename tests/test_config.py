@@ -2,6 +2,7 @@
 """unlock.toml, crypttab and state.json: what is written is read, and what is mangled is said by name."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -107,3 +108,10 @@ def test_what_finishes_a_group_that_was_begun_can_be_typed(tmp_path: Path, wante
     state.begin("group create", wanted.name, members=[], options=members._options(wanted))
     typed = cli._parser().parse_args(shlex.split(State.load(Paths(str(tmp_path))).to_finish)[1:])
     assert cli._wanted(typed) == wanted._replace(erase=frozenset())
+
+
+def test_what_finishes_a_group_that_was_begun_can_be_typed_in_another_directory() -> None:
+    wanted = NewGroup("data", ("/dev/sdb",), "/srv/data", "", frozenset(), "key", escrow=Escrow("ours.pem", "e"))
+    words = shlex.split(members._options(wanted))
+    named = {words[words.index(option) + 1] for option in ("--recovery-key-file", "--escrow-to", "--escrow-file")}
+    assert named == {os.path.abspath(name) for name in ("key", "ours.pem", "e")}

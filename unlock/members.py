@@ -107,7 +107,8 @@ def _options(wanted: NewGroup) -> str:
     if wanted.recovery_file:
         words += ["--recovery-key-file", os.path.abspath(wanted.recovery_file)]
     if wanted.escrow:
-        words += ["--escrow-to", wanted.escrow.to, "--escrow-file", os.path.abspath(wanted.escrow.file)]
+        to = wanted.escrow.to if wanted.escrow.to.startswith("age1") else os.path.abspath(wanted.escrow.to)
+        words += ["--escrow-to", to, "--escrow-file", os.path.abspath(wanted.escrow.file)]
     return shlex.join(words)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a machine boots from by itself: a disk with an EFI system partition, and for GRUB another that is /boot.
 
-grub    shim ──> GRUB ──> kernel and initramfs of /boot, all signed by Debian, without Secure Boot
+grub    shim ──> GRUB ──> kernel and initramfs of /boot, all signed by Debian, with Secure Boot or without
 uki     systemd-boot ──> a unified kernel image, both signed with the key of ovmf's snakeoil variables; Secure Boot
 direct  kernel and initramfs on the EFI system partition, by an entry of the firmware's own boot menu
 """
