@@ -387,6 +387,7 @@ def real(name: str) -> Real:
     initramfs files and another command line, and then the older kernel, from the submenu. NAME.cfg is its grub.cfg
     (grub-2 has that of grub-1), grub-first.cfg the one on the EFI partition, grub-files.json the files' hashes.
     grub-3: as grub-0, with GRUB's environment file (grub-3.env).
+    secure-0: shim and GRUB under Secure Boot, by Microsoft's keys.
     uki-0, -1: systemd-boot and a unified kernel image of systemd-stub 257, Secure Boot; the second has another kernel,
     initramfs and command line in it. uki-files.json has what is measured of each.
     """

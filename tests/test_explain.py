@@ -464,7 +464,7 @@ def test_between_two_real_boots_the_first_cause_is_named(
     assert {each.pcr for each in found.causes} == differ and found.notes == ()
 
 
-REAL = ("direct-0", "direct-1", "grub-0", "grub-1", "grub-2", "grub-3", "uki-0", "uki-1")
+REAL = ("direct-0", "direct-1", "grub-0", "grub-1", "grub-2", "grub-3", "secure-0", "uki-0", "uki-1")
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -507,17 +507,19 @@ BOOT_LOADER = "EFI program \\EFI\\BOOT\\BOOTX64.EFI"
 DBX = variable(7, "dbx", signature_list(SHA256, [bytes(32)] * 9), vendor=IMAGE_SECURITY)
 CHANGES = [
     # which boots, the event's words, what it is instead, the first cause, its PCR
-    ("direct grub uki", "dbx", DBX, "dbx", 7),
+    ("direct grub secure uki", "dbx", DBX, "dbx", 7),
     ("direct grub", "Secure Boot off", variable(7, "SecureBoot", b"\1"), "secure-boot", 7),
-    ("uki", "Secure Boot on", variable(7, "SecureBoot", b"\0"), "secure-boot", 7),
-    ("grub", "MokList", shim(14, "MokList", b"another key"), "mok", 14),
-    ("grub uki", BOOT_LOADER, None, "boot-loader", 4),
-    ("grub", "EFI program \\EFI\\BOOT\\grubx64.efi", None, "boot-loader", 4),
+    ("secure uki", "Secure Boot on", variable(7, "SecureBoot", b"\0"), "secure-boot", 7),
+    ("secure", "SbatLevel", None, "sbat", 7),
+    ("secure", "MokListRT", None, "mok", 7),
+    ("grub secure", "MokList", shim(14, "MokList", b"another key"), "mok", 14),
+    ("grub secure uki", BOOT_LOADER, None, "boot-loader", 4),
+    ("grub secure", "EFI program \\EFI\\BOOT\\grubx64.efi", None, "boot-loader", 4),
     ("direct", "kernel image", None, "kernel", 4),
-    ("grub", "kernel file", None, "kernel", 9),
+    ("grub secure", "kernel file", None, "kernel", 9),
     ("uki", "unified kernel image", None, "uki", 4),
-    ("direct grub uki", "initramfs, as the kernel got it", None, "initrd", 9),
-    ("grub", "initramfs file", None, "initrd", 9),
+    ("direct grub secure uki", "initramfs, as the kernel got it", None, "initrd", 9),
+    ("grub secure", "initramfs file", None, "initrd", 9),
 ]
 
 

@@ -48,7 +48,7 @@ def text(name: str) -> str:
 # from the logs alone
 
 
-@pytest.mark.parametrize("name", ["grub-0", "grub-1", "grub-2", "grub-3", "uki-0", "uki-1"])
+@pytest.mark.parametrize("name", ["grub-0", "grub-1", "grub-2", "grub-3", "secure-0", "uki-0", "uki-1"])
 def test_the_log_accounts_for_the_pcrs(name: str) -> None:
     made = real(name)
     found = eventlog.parse(made.log)
