@@ -87,13 +87,13 @@ def _programs(world: World) -> list[str]:
     """What is said of a GRUB or systemd-boot that is new, or not on disk as it was booted. Refused for such a shim."""
     notes = []
     shim = any(event.pcr == 14 and event.data.startswith(b"MokList") for event in world.log.events)
-    menus, images = dict(loaders(world)), dict(world.before.images)
+    known, images = dict(loaders(world)), dict(world.before.images)
     started = [each for each in world.log.events if each.kind == eventlog.EFI_APPLICATION and each.pcr == 4]
     files = [(each, name) for each in started if "\\" in (name := booted.program(each))]
     for number, (event, name) in enumerate(files):
         digest = event.digest or b""
         path = images.get(digest) or booted.started(world.paths, event)
-        if path and (digest not in menus or booted.authenticode(world.paths, path) == digest):
+        if path and (digest not in known or booted.authenticode(world.paths, path) == digest):
             continue
         there = path or next(booted.programs(world.paths, name), "")
         if shim and not number and there:
@@ -105,7 +105,7 @@ def _programs(world: World) -> list[str]:
             notes.append(f"{there} is not on disk as it was booted")
         else:
             notes.append(f"{name} cannot be seen: is the EFI system partition mounted?")
-    for path in menus.values():
+    for path in known.values():
         why, doubt = signed(world, path, path)
         if why:
             raise predict.cannot(f"{path}: {why}")

@@ -16,7 +16,7 @@ from .booted import Booted
 from .eventlog import Event, Log
 from .paths import Paths
 
-UNSIGNED = "it is not signed, and Secure Boot is on"
+_UNSIGNED = "it is not signed, and Secure Boot is on"
 
 
 class Entry(NamedTuple):
@@ -82,7 +82,7 @@ def signed(world: World, old: str, new: str) -> tuple[str, str]:
     was = world.before.signed.get(old)
     if not world.secure or not was or (now := booted.signed(world.paths, new)) in (was, None):
         return "", ""
-    return ("", f"{new} is signed by another key: PCR 7 may change") if now else (UNSIGNED, "")
+    return ("", f"{new} is signed by another key: PCR 7 may change") if now else (_UNSIGNED, "")
 
 
 def loaders(world: World) -> list[tuple[bytes, str]]:

@@ -11,6 +11,7 @@ from .nextboot import Entry, World, predicted, unvouched, version_of
 
 
 def entries(world: World) -> Iterator[Entry]:
+    """The entries of GRUB's menu, first the one that it starts by itself. Raises Refused."""
     before = world.before
     images = {path: digest for digest, path in before.images}
 

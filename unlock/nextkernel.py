@@ -13,7 +13,7 @@ from .nextboot import Entry, World, loaders, predicted, version_of
 
 
 def entries(world: World) -> Iterator[Entry]:
-    """The firmware starts the kernel. A kernel that is not on disk (QEMU -kernel) stays as it is."""
+    """One. A kernel that is not on disk (QEMU -kernel) stays as it is. Raises Refused."""
     if loaders(world):
         raise predict.cannot("entries of systemd-boot that are no unified kernel images are not understood")
     changes, words = [], []

@@ -11,7 +11,7 @@ from .nextboot import Entry, World, loaders, predicted, unvouched
 
 def entries(world: World) -> Iterator[Entry]:
     """The unified kernel image that was booted, as it is now, and the others of the menu, what comes by itself among
-    them."""
+    them. Raises Refused."""
     before = world.before
     if not before.uki:
         raise predict.cannot("the unified kernel image of this boot is not on disk as it was booted")
