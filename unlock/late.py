@@ -282,15 +282,18 @@ def _why(paths: Paths, record: report.Report, name: str) -> tuple[str, str]:
 
 def _mark_failed(paths: Paths, name: str) -> None:
     """Notes what waits for this group now: these are the units that fail by dependency in a moment."""
+    waiting: list[str] = []
+    mount = ""
     try:
-        jobs = run(["systemctl", "list-jobs", "--no-legend", "--plain"])
         settings = config.load(paths.config).groups.get(name)
-        wanted = _dependents(units.mount(settings.mount)) if settings and settings.mount else set()
-        queued = {line.split()[1] for line in jobs.splitlines() if len(line.split()) > 2}
-        waiting = sorted(queued & wanted)
+        if settings and settings.mount:
+            mount = units.mount(settings.mount)
+            jobs = run(["systemctl", "list-jobs", "--no-legend", "--plain"])
+            queued = {line.split()[1] for line in jobs.splitlines() if len(line.split()) > 2}
+            waiting = sorted(queued & _dependents(mount))
     except UnlockError as error:
-        log.error(f"group {name}: what waits for it will not start with it: {error}", "systemctl start default.target")
-        waiting = []
+        what = f"group {name}: what waits for it will not start with it: {error}"
+        log.error(what, f"systemctl list-dependencies --reverse {mount or units.gate(name)}")
     if name in thisboot.failed_groups(paths):
         waiting = sorted({*waiting, *_waiting(paths, name)})
     write_atomically(os.path.join(paths.of_this_boot("failed-groups"), name), json.dumps(waiting).encode(), mode=0o600)
