@@ -13,7 +13,7 @@ from kmipfixture import AUTHORITY, CLIENT
 from tpmfixture import Swtpm
 
 from tests.lab.kmipliar import Liar
-from unlock import config, disk, enroll, keyring, luks, members, policy, recoverykey, report, slots, sync
+from unlock import cache, config, disk, enroll, keyring, luks, members, policy, recoverykey, report, slots, sync
 from unlock.errors import ClientAuth, PinWrong, Refused, TpmFailed, UnlockError, Usage
 from unlock.paths import Paths
 from unlock.providers import native
@@ -64,6 +64,8 @@ def test_init_seals_backs_up_and_leaves_no_key_in_a_file(host: Paths, chip: Swtp
     assert unsealed.slot is policy.A
     assert unsealed.payload.unauthenticated_root
     assert keyring.get("unlock:persistence") == persistence
+    sources = {row["what"]: row["source"] for row in cache.show(host)}
+    assert sources == {"persistence key": "made", "host key": "provider"}
     state = State.load(host)
     assert (state.journal, state.has_recovery_key) == (None, False)
     with open(asked.backup, "rb") as file, native.restore(file.read(), asked.password) as restored:

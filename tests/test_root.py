@@ -20,6 +20,7 @@ from test_devices import Machine
 from tests.lab.kmipliar import COMPROMISED, Liar
 from unlock import (
     boot,
+    cache,
     config,
     disk,
     keyring,
@@ -116,6 +117,7 @@ class Early:
     """Early boot that has opened the disks of these groups."""
 
     def __init__(self, host: Host, *groups: str, accepted: bool = False) -> None:
+        self.paths = host.paths
         self.record = report.Report("early-boot")
         self.record.facts = {"unauthenticated_root": accepted}
         self.key = boot.Key(HOST, Secret(bytes(host.persistence)), None)
@@ -128,7 +130,7 @@ class Early:
 
     def ends(self) -> list[str]:
         """The names of the keys that are in the key cache afterwards."""
-        boot.hand_over(self.groups, self.key, self.record)
+        boot.hand_over(self.paths, self.groups, self.key, self.record)
         return keyring.names()
 
     def said(self) -> set[str]:
@@ -151,6 +153,7 @@ def test_a_root_on_a_disk_that_early_boot_opened_gets_the_keys(host: Host, machi
 
     assert "not authenticated" not in machine.inside(work)
     assert keyring.get("unlock:persistence") == host.persistence
+    assert {row["source"] for row in cache.show(host.paths)} == {"TPM"}
 
 
 def test_keys_of_disks_that_did_not_open_stay_where_they_are(host: Host, machine: Seen) -> None:

@@ -198,7 +198,7 @@ def _await_kek(paths: Paths, group: Group, end: float, look: present.Look, conne
         with provide.Work(paths, look, connect) as work:
             kek, source = provide.find_kek(work, group)
             with kek:
-                provide.remember(paths, provide.cached(group.kek, group.generation), kek, source)
+                thisboot.remember(paths, source, {provide.cached(group.kek, group.generation): kek})
 
     _until(end, fetch)
 

@@ -120,7 +120,7 @@ def rebind(paths: Paths, choices: Choices, look: present.Look = present.look) ->
             raise
         for _, kek in keks:
             keys.enter_context(kek)
-        keyring.put(_NEW, new)
+        thisboot.remember(paths, "made", {_NEW: new})
         payload = policy.Payload(new, plain_root)
         has_pin = len(pin_auth) > 0
         if choices.pin and has_pin:
@@ -136,7 +136,7 @@ def rebind(paths: Paths, choices: Choices, look: present.Look = present.look) ->
             replace=True,
         )
         if has_pin:
-            keyring.put(allowed.PIN_AUTH, pin_auth)
+            thisboot.remember(paths, "PIN", {allowed.PIN_AUTH: pin_auth})
         done: list[str] = []
         for group, kek in keks:
             wraps = disk.Keys(new, host_key, kek, mac_key)
@@ -144,7 +144,7 @@ def rebind(paths: Paths, choices: Choices, look: present.Look = present.look) ->
         allowed.begin(state, selection, branch, plain_root, has_pin)
         state.removed = None
         state.journal = goes_on
-        keyring.put("unlock:persistence", new)
+        thisboot.remember(paths, "made", {"unlock:persistence": new})
         state.save()
         if not has_pin:
             keyring.forget(allowed.PIN_AUTH)
@@ -446,8 +446,7 @@ def _rewrap(
 def _cache(paths: Paths, host_key: Secret, keks: list[tuple[Group, Secret]]) -> None:
     """The running host works with the new keys from now on."""
     if bytes(host_key) != disk.ELSEWHERE:
-        provide.remember(paths, "unlock:host", host_key, "provider")
+        thisboot.remember(paths, "provider", {"unlock:host": host_key})
     for group, kek in keks:
-        provide.remember(paths, provide.cached(group.kek, group.generation), kek, "provider")
-    thisboot.note_source(paths, "unlock:persistence", "made")
+        thisboot.remember(paths, "provider", {provide.cached(group.kek, group.generation): kek})
     keyring.forget(_NEW)
