@@ -364,9 +364,9 @@ def test_every_path_that_caches_a_key_is_known() -> None:
         'enroll: thisboot.remember(paths, "made", {"unlock:persistence": persistence})',  # sealed before
         'rebind: thisboot.remember(paths, "made", {_NEW: new})',  # the same
         'rebind: thisboot.remember(paths, "made", {"unlock:persistence": new})',  # sealed before
-        'rebind: thisboot.remember(paths, "provider", {"unlock:host": host_key})',  # in state and tokens before
+        'rebind: thisboot.remember(paths, source, {"unlock:host": host_key})',  # in state and tokens before
         # on the disks
-        'rebind: thisboot.remember(paths, "provider", {provide.cached(group.kek, group.generation): kek})',
+        "rebind: thisboot.remember(paths, source, {provide.cached(group.kek, group.generation): kek})",
         'enroll: thisboot.remember(paths, "provider", {"unlock:host": host_key})',  # saved in the state before
         "thisboot: keyring.put(name, key)",
         'rotation: thisboot.remember(work.paths, "provider", {"unlock:host": key})',  # saved in the state before
