@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `group create` and `disk adopt` refuse, and that a refused disk is as it was. Real disks, on loop devices."""
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from flowfixture import Host
+from test_devices import UDEV, python, rules
 from test_disk import edit
 
 from unlock import config, luks, members, recoverykey, token
@@ -16,6 +18,8 @@ from unlock.errors import DiskFailed, NotOurs, Refused, UnlockError, Usage
 from unlock.members import NewGroup
 
 pytestmark = pytest.mark.usefixtures("key_cache")
+
+__all__ = ["rules"]
 
 SMALL, BTRFS = 32 << 20, 256 << 20
 OPERATOR = b"operator"
@@ -242,6 +246,13 @@ def test_a_profile_needs_as_many_disks_as_mkfs_btrfs_says(tmp_path: Path) -> Non
 # group create: its name, and what was begun
 
 
+def test_a_creation_that_fails_is_undone_and_another_may_follow(host: Host, loops: Loops) -> None:
+    for name in ("data", "other"):
+        with pytest.raises(DiskFailed):
+            members.group_create(host.paths, wanted(host, *loops(1, 1 << 20), name=name))
+        assert (host.state.groups, host.state.journal) == ({}, None)
+
+
 def test_a_group_that_exists_is_not_created_again(tmp_path: Path, loops: Loops) -> None:
     host = Host(tmp_path, 1)
     assert not_created(host, wanted(host, *loops())).code == "group-exists"
@@ -428,3 +439,71 @@ def test_a_group_takes_in_no_disk_while_one_of_its_members_is_missing(host: Host
     error = not_adopted(host, second)  # no udev here has marked the first
     assert (error.code, "data-a" in str(error)) == ("missing", True)
     assert [each.name for each in host.group.members] == ["data-a"]
+
+
+GROWING = """
+    sys.path.insert(0, os.environ["PYTHONPATH"] + "/tests")
+    from flowfixture import Host
+    from test_members import adopt, luks_format
+    from pathlib import Path
+    from unlock.errors import UnlockError
+    from unlock import recoverykey
+
+    host, made = Host(Path(image), 0), []
+
+    def disk(copied=""):
+        path = f"{image}/disk-{len(made)}"
+        if copied:
+            sh(f"cp --sparse=always {copied} {path}")
+        else:
+            sh(f"truncate --size=32M {path}")
+            luks_format(path)
+        made.append(sh(f"losetup --find --show {path}"))
+        wait(lambda: made[-1] in [each.node for each in devices.marked()])
+        return made[-1]
+
+    def refused(node):
+        before = host.state.groups
+        try:
+            adopt(host, node)
+        except UnlockError as error:
+            assert (host.state.groups, host.state.journal) == (before, None)
+            return [error.code, str(error), error.hint]
+
+    def tokens():
+        return [host.tokens(Path(each)) for each in made]
+
+    try:
+        first, second = disk(), disk()
+        adopt(host, first)
+        adopt(host, second)
+        found = [sorted(each.name for each in host.group.members), tokens()]
+        third = disk()
+        twin = disk(f"{image}/disk-1")
+        found.append(refused(third))
+        sh(f"losetup --detach {made.pop()}")
+        wait(lambda: twin not in [each.node for each in devices.marked()])
+        with luks.Container(first) as container:
+            container.remove_keyslot(container.test_passphrase(host.recovery))
+        found.append(refused(third))
+        adopt(host, first)
+        adopt(host, third)
+        print(json.dumps([*found, tokens(), host.group.manifest]))
+    finally:
+        for each in made:
+            sh(f"losetup --detach {each}")
+        udevd.terminate()
+        udevd.wait()
+"""
+
+
+def test_a_group_grows_only_while_every_member_is_here_once_and_takes_the_recovery_key(
+    tmp_path: Path, rules: Path
+) -> None:
+    """A real udevd marks the disks; all members are rewritten when one comes."""
+    names, two, twice, no_key, three, manifest = json.loads(python(UDEV + GROWING, str(rules), str(tmp_path)))
+    assert names == ["data-a", "data-b"]
+    assert [len(each) for each in two] == [1, 1] and [len(each) for each in three] == [1, 1, 1]
+    assert (twice[0], "data-b of the group is there twice" in twice[1]) == ("missing", True)
+    assert (no_key[0], no_key[2]) == ("no-key", "unlock recovery new")
+    assert manifest >= 4, "no number of a member list is used twice"

@@ -9,7 +9,7 @@ import shlex
 import uuid as uuids
 from typing import Any, NamedTuple
 
-from . import config, devices, disk, handout, luks, provide, tables, thisboot, token, units
+from . import config, devices, disk, handout, luks, present, provide, tables, thisboot, token, units
 from .errors import NotOurs, Refused, UnlockError, Usage
 from .escrow import Escrow
 from .escrow import check as check_escrow
@@ -151,7 +151,8 @@ def disk_adopt(
                 manifest=manifest, members=(*(old.members if old else ()), member)
             )
         _check_policy(work, group, member)
-        others = {each.uuid: _device_of(each) for each in group.members if each.uuid != uuid}
+        seen = work.look() if len(group.members) > 1 else {}
+        others = {each.uuid: _node_of(seen, each) for each in group.members if each.uuid != uuid}
         with dek, recovery_key(state, persistence, recovery_file, escrow) as recovery:
             state.begin("disk adopt", f"/dev/disk/by-uuid/{uuid} --group {group_name}", manifest=group.manifest)
             try:
@@ -299,24 +300,16 @@ def _names(state: State) -> set[str]:
     return {member.name for group in state.groups.values() for member in group.members}
 
 
-def _device_of(member: Member) -> str:
+def _node_of(seen: dict[str, list[present.Found]], member: Member) -> str:
     """The node of a member that must be there. Raises Refused."""
-    found = []
-    for each in devices.marked():
-        try:
-            with luks.Container(each.node) as container:
-                if container.uuid == member.uuid:
-                    found.append(each)
-        except UnlockError:
-            continue
-    found = [each for each in found if len(found) == 1 or (each.serial and each.serial == member.serial)]
-    if len(found) != 1:
+    node = present.node_of(seen, member)
+    if not node:
         raise Refused(
-            f"{member.name} of the group is {'missing' if not found else 'there twice'}",
+            f"{member.name} of the group is {'there twice' if seen.get(member.uuid) else 'missing'}",
             "plug in every member, once: all are rewritten",
             code="missing",
         )
-    return found[0].node
+    return node
 
 
 _NEEDED_TO_BOOT = ("/var/lib/unlock", "/etc/unlock", "/run", "/usr", "/boot", "/dev", "/proc", "/sys")
