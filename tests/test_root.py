@@ -419,3 +419,16 @@ def test_after_a_refused_boot_the_key_manager_never_opens_the_root(kmip: Host, m
             late.unwrapper(kmip.paths, "root", report.Report("gate root"), 0, kmip.look)
 
     machine.inside(look)
+
+
+def test_a_group_of_any_name_is_healed_after_its_gate_gave_up(bare: Host) -> None:
+    keyring.flush()
+
+    def give_up() -> None:
+        for name in ("data", "data.new"):
+            with pytest.raises(NoKey):
+                late.gate(bare.paths, name)
+
+    assert child(give_up) == 0
+    assert thisboot.failed_groups(bare.paths) == ["data", "data.new"]
+    assert late._waiting(bare.paths, "data.new") == []

@@ -79,9 +79,18 @@ def unmark(paths: Paths, *names: str) -> None:
 def failed_groups(paths: Paths) -> list[str]:
     """Groups whose gate failed."""
     try:
-        return sorted(name for name in os.listdir(paths.of_this_boot("failed-groups")) if not name.endswith(".new"))
+        return sorted(os.listdir(paths.of_this_boot("failed-groups")))
     except FileNotFoundError:
         return []
+
+
+def mark_failed(paths: Paths, group: str, waiting: list[str]) -> None:
+    """Its gate failed; the units that waited. Written beside the folder: a group may have any name in it."""
+    os.makedirs(paths.of_this_boot("failed-groups"), mode=0o700, exist_ok=True)
+    new = paths.of_this_boot(f"failed-group-{group}")
+    with open(new, "w", encoding="utf-8") as file:
+        json.dump(waiting, file)
+    os.rename(new, paths.of_this_boot(os.path.join("failed-groups", group)))
 
 
 def remember(paths: Paths, source: str, keys: dict[str, Secret]) -> None:
