@@ -159,6 +159,22 @@ def test_a_tpm_without_room_for_a_second_sealed_object_is_refused_before_the_fir
     assert goes_on(host, choices(host, chip))
 
 
+def test_what_an_earlier_installation_left_in_a_full_tpm_makes_room_for_one_object(host: Paths, chip: Swtpm) -> None:
+    with chip.open() as tpm:
+        branch = policy.branch(policy.select([7]), tpm.read_pcrs(range(16)))
+        slots.persist(tpm, b"x" * 16, policy.select([7]), (branch,), policy.Payload(Secret(bytes(32))))
+        key = tpm._primary(0x101, tpm._owner(None))
+        handles = iter(range(0x81010000, 0x81010100))
+        while tpm.facts().persistent_free:
+            last = next(handles)
+            tpm._keep(key, last, None)
+    accepted = ACCEPTED | {"slots-in-use"}
+    assert refused(host, choices(host, chip, accepted)) == "tpm-full", "its record is no room for a second object"
+    with chip.open() as tpm:
+        tpm._keep(tpm._find(last), last, None)
+    assert goes_on(host, choices(host, chip, accepted))
+
+
 @pytest.mark.parametrize("what", [0x117, 0x12C])
 def test_a_tpm_that_cannot_keep_or_read_a_whole_record_is_refused(host: Paths, chip: Swtpm, what: int) -> None:
     """TPM_PT_NV_INDEX_MAX and TPM_PT_NV_BUFFER_MAX of another make."""

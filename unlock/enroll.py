@@ -206,8 +206,9 @@ def _check_chip(tpm: Tpm, choices: Choices, again: bool) -> None:
         raise Refused("the TPM's owner has a password", "--owner-auth-file FILE", code="owner-auth-set")
     if facts.taken and not again:
         _refuse(choices, "slots-in-use", "tpm2_getcap handles-persistent")
+    ours = sum(slot.object in facts.taken for slot in policy.SLOTS)
     if (
-        facts.persistent_free + len(facts.taken) < 2 + (not facts.srk)
+        facts.persistent_free + ours < 2 + (not facts.srk)
         or min(facts.nv_buffer, facts.nv_index_size) < policy.RECORD_SIZE
     ):
         raise Refused(
