@@ -210,6 +210,16 @@ def test_a_tpm_without_room_for_a_record_says_what_to_free(chip: Swtpm) -> None:
         assert slots.unseal(tpm).payload.key == payload.key
 
 
+def test_a_tpm_that_does_not_unseal_what_it_has_sealed_gets_no_key(host: Paths, chip: Swtpm) -> None:
+    chip.proxy.answer("Unseal", 0x101)  # TPM_RC_FAILURE
+    with pytest.raises(TpmFailed):
+        enroll.init(host, choices(host, chip))
+    assert not os.path.exists(choices(host, chip).backup)
+    with chip.open() as tpm:
+        assert tpm.facts().taken == ()
+    assert goes_on(host, choices(host, chip))
+
+
 def test_an_object_in_the_place_of_the_storage_root_key_is_refused(host: Paths, chip: Swtpm) -> None:
     make = ["tpm2_createprimary", "-T", chip.tcti, "-c", f"{host.root}/key", "-G", "ecc"]
     subprocess.run([*make, "-a", "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|sign"], check=True)
