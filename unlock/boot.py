@@ -45,7 +45,7 @@ def agent(paths: Paths) -> int:
     try:
         watch(paths, groups, monitor, signals, record)
         groups.stop(STOP_PATIENCE)
-        safe = hand_over(groups, key, record) if key else True
+        safe = hand_over(paths, groups, key, record) if key else True
     except Exception as error:  # no bug of ours leaves disks open behind it
         record.event("crashed", type(error).__name__)
         safe = groups.close_all()
@@ -179,7 +179,7 @@ def conclude(paths: Paths, record: report.Report) -> None:
         log.console(f"cannot unseal: {record.detail or report.VERDICTS[record.verdict]}")
 
 
-def hand_over(groups: opening.Opening, key: Key, record: report.Report) -> bool:
+def hand_over(paths: Paths, groups: opening.Opening, key: Key, record: report.Report) -> bool:
     """Keys and open disks cross into the real root only if that root came from a disk that this process opened,
     or from dm-verity. Else everything is closed: a thief's root file system gets nothing. False if that failed."""
     ours = {name for opened in groups.opened.values() for name in opened}
@@ -188,16 +188,16 @@ def hand_over(groups: opening.Opening, key: Key, record: report.Report) -> bool:
         if ours:
             log.console("the root file system is not authenticated: disks closed, keys dropped")
         return groups.close_all()
-    keyring.put("unlock:persistence", key.persistence)
+    thisboot.remember(paths, "TPM", {"unlock:persistence": key.persistence})
     if key.pin_auth:
-        keyring.put("unlock:pin-auth", key.pin_auth)
+        thisboot.remember(paths, "PIN", {"unlock:pin-auth": key.pin_auth})
     for token in groups.tokens():
         kek_name = f"unlock:kek:{token.kek_id}:{token.kek_generation}"
         for name, unwrap in ((kek_name, disk.unwrap_kek), ("unlock:host", disk.unwrap_host_key)):
             try:
                 with unwrap(token, key.persistence) as unwrapped:
                     if bytes(unwrapped) != disk.ELSEWHERE:
-                        keyring.put(name, unwrapped)
+                        thisboot.remember(paths, "TPM", {name: unwrapped})
             except UnlockError as error:
                 record.event("trouble", f"{token.name}: {error}")
     record.event("handed-over")

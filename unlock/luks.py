@@ -164,6 +164,12 @@ class Container:
         self._do("has no readable metadata", "crypt_dump_json", ctypes.byref(text), 0)
         return parse(text.value or b"", self.device)
 
+    @property
+    def requirements(self) -> Any:
+        """What the header says that a program must understand: a re-encryption that is not finished, mostly; None or
+        empty else. Raises Malformed."""
+        return _object(self.metadata, "config", self.device).get("requirements")
+
     def tokens(self, kind: str) -> list[tuple[int, dict[str, Any]]]:
         """(number, object) of each token of a type, in order. Raises Malformed."""
         return [
