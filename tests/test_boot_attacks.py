@@ -3,7 +3,7 @@
 
 import base64
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -176,26 +176,30 @@ def test_a_thiefs_key_would_open_them_if_keys_were_mixed(story: Machine) -> None
         booted.kill()
 
 
-SHELLS = ("top", "modules", "premount", "mount", "mountroot", "bottom", "init")
+SHELLS = ("modules", "premount", "mount", "mountroot", "bottom", "init")
+FIRST_OF_ALL = "top"
+"""The TPM of a fast machine is not there yet at this one."""
 
 
 def test_no_shell_on_the_way_can_unseal(story: Machine) -> None:
-    with shells(story) as booted:
-        shell_after_shell(booted, story)
+    with shells(story, SHELLS) as booted:
+        shell_after_shell(booted, story, SHELLS)
+        booted.kill()
 
 
 @pytest.mark.long(minutes=8)
 def test_no_shell_no_resumed_image_and_no_kexec_can_unseal(emulated: Machine) -> None:
-    with shells(emulated) as booted:
-        shell_after_shell(booted, emulated)
+    every = (FIRST_OF_ALL, *SHELLS)
+    with shells(emulated, every) as booted:
+        shell_after_shell(booted, emulated, every)
         assert booted.guest.sh("cat /sys/power/resume").out == "0:0"
         kexec(emulated, booted)
         booted.console.expect("cannot unseal: .*PCR", 300)
         booted.kill()
 
 
-def shell_after_shell(booted: Running, story: Machine) -> None:
-    for name in SHELLS:
+def shell_after_shell(booted: Running, story: Machine, names: Sequence[str]) -> None:
+    for name in names:
         if name == "bottom":  # each shell ended the agent, and the cap came before the first
             booted.console.expect("unlock disk root", 300)
             booted.console.send(story.recovery_key + "\n")
@@ -212,7 +216,7 @@ def shell_after_shell(booted: Running, story: Machine) -> None:
 
 
 def test_every_shell_would_unseal_without_the_cap(story: Machine) -> None:
-    with shells(story, story.image.initramfs({}, (*NO_CAP, CAP_SCRIPT)), "top") as booted:
+    with shells(story, SHELLS[:1], story.image.initramfs({}, (*NO_CAP, CAP_SCRIPT))) as booted:
         unsealed_in_shells(booted)
         booted.kill()
 
@@ -220,7 +224,7 @@ def test_every_shell_would_unseal_without_the_cap(story: Machine) -> None:
 @pytest.mark.long(minutes=7)
 def test_every_shell_a_resumed_image_and_kexec_would_unseal_without_the_cap(emulated: Machine) -> None:
     initrd = emulated.image.initramfs({}, (*NO_CAP, CAP_SCRIPT))
-    with shells(emulated, initrd, "top") as booted:
+    with shells(emulated, [FIRST_OF_ALL], initrd) as booted:
         console = unsealed_in_shells(booted)
         assert console.sh("cat /sys/power/resume").out != "0:0"
         kexec(emulated, booted, initrd)
@@ -238,15 +242,14 @@ def unsealed_in_shells(booted: Running) -> Guest:
     return booted.guest
 
 
-def shells(story: Machine, initrd: Path | None = None, *names: str) -> Running:
+def shells(story: Machine, names: Sequence[str], initrd: Path | None = None) -> Running:
     """Every place at which a command line can ask for a shell, and a disk to resume from."""
     story.disks = {"swap": Disk("swap.raw", "swap")}
     swap = bytearray(64 << 20)
     swap[4086:4096] = b"SWAPSPACE2"
     swap[1024:1036] = (1).to_bytes(4, "little") + ((64 << 20) // 4096 - 1).to_bytes(4, "little") + bytes(4)
     (story.home / "swap.raw").write_bytes(swap)
-    stops = ",".join(names or SHELLS)
-    append = f"break={stops} rd.break systemd.unit=emergency.target resume={story.disks['swap'].device}"
+    append = f"break={','.join(names)} rd.break systemd.unit=emergency.target resume={story.disks['swap'].device}"
     return story.boot(initrd=initrd, cmdline=story.image.cmdline.replace("panic=-1", ""), append=append)
 
 

@@ -27,9 +27,8 @@ class Write(NamedTuple):
     flush: bool
 
 
-def read(log: Path, below: int, start: int = 0) -> Iterator[Write]:
-    """The writes that reach into the first `below` bytes, and all flushes, in order. `start`: where the disk begins in
-    the file that was logged."""
+def read(log: Path, below: int) -> Iterator[Write]:
+    """The writes that reach into the first `below` bytes, and all flushes, in order."""
     with log.open("rb") as file:
         magic, _, _, sector = struct.unpack("<QQQI", file.read(28))
         assert magic == _MAGIC, f"{log} is not a log of writes"
@@ -42,10 +41,9 @@ def read(log: Path, below: int, start: int = 0) -> Iterator[Write]:
                 yield Write(0, b"", True)
             if not size:
                 continue
-            offset = at * sector - start
-            if 0 <= offset < below:
+            if at * sector < below:
                 data = bytes(size) if flags & _DISCARD else file.read(size)
-                yield Write(offset, data[: below - offset], False)
+                yield Write(at * sector, data[: below - at * sector], False)
                 if flags & _FUA:
                     yield Write(0, b"", True)
             elif not flags & _DISCARD:

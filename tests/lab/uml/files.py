@@ -7,19 +7,21 @@ from pathlib import Path
 from .kernel import kernel, vtpm
 from .line import AGENT, SHARED
 
-CMDLINE = "console=ttyS0 quiet panic=-1 systemd.show_status=no init_on_alloc=0 pty.legacy_count=0"
-"""udev would trigger each of 256 old pseudo-terminals. Zeroing memory costs time."""
+CMDLINE = "console=ttyS0 quiet panic=-1 systemd.show_status=no init_on_alloc=0 pty.legacy_count=0 dummy.numdummies=0"
+"""udev would trigger each of 256 old pseudo-terminals, zeroing memory costs time, and a dummy is no network card."""
 START_TPM = "/usr/lib/lab/vtpm /dev/ttyS3 </dev/null >/dev/kmsg 2>&1"
 FIRST = f"""#!/bin/sh
-# First in the initramfs: what the host shares, the clock, the TPM, and what an UEFI would have left.
+# First in the initramfs: what the host shares, the clock, what the firmware would have left, the TPM.
 [ "$1" = prereqs ] && {{ echo udev; exit; }}
 mkdir -p {SHARED}
 mount -t hostfs none {SHARED}
 [ ! -e {SHARED}/clock ] || date -s "$(tr T ' ' <{SHARED}/clock)" >/dev/null
 [ -e {SHARED}/eventlog ] || exit 0
+mount -t tmpfs firmware /sys/firmware
+mkdir -p /sys/firmware/acpi/tables
+: >/sys/firmware/acpi/tables/TPM2
 [ ! -s {SHARED}/eventlog ] || {{
     cat {SHARED}/eventlog >/run/tpm-eventlog
-    mount -t tmpfs efi /sys/firmware
     mkdir -p /sys/firmware/efi/efivars
 }}
 {START_TPM}

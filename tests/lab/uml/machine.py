@@ -51,7 +51,8 @@ class Uml(Running):
     `uefi`: the PCRs and the event log are those of a UEFI that starts this kernel, initramfs and command line.
     `network`: a card; this host's loopback is at running.GATEWAY, the guest is running.ADDRESS.
     `clock`: the guest's at the start, as YYYY-MM-DDTHH:MM:SS in UTC.
-    `log_writes`: each disk FILE's writes and flushes go to FILE.writes, in the order in which the guest made them.
+    `log_writes`: each disk FILE's writes and flushes go to FILE.writes, in the order in which the guest made them; the
+    root disk's only if it is a whole one, as ubd does not flush what lies over another file.
     """
 
     patience = 90
@@ -118,9 +119,11 @@ class Uml(Running):
     def _root(self) -> str:
         self._letters["root"] = "a"
         whole, over = ROOT
+        if not (self.home / whole).exists():
+            return f"ubda={over},{self._image.disk},root"
         if self._log_writes:
-            (self.home / f"{over}.writes").touch()
-        return f"ubda={whole},,root" if (self.home / whole).exists() else f"ubda={over},{self._image.disk},root"
+            (self.home / f"{whole}.writes").touch()
+        return f"ubda={whole},,root"
 
     def _start(self) -> None:
         shared = self.home / "line"
