@@ -16,7 +16,8 @@ ROWS = [
     | {"providers.ttlv"},
     {"measured", "predict"},
     {"tpm", "wrap", "escrow", "devices", "luks", "keyring", "mount", "providers.tls"},
-    {"slots", "state", "disk", "thisboot", "providers", "providers.native", "providers.kmip", "handout", "bootcopy"},
+    {"slots", "state", "disk", "thisboot", "worker", "handout", "bootcopy"}
+    | {"providers", "providers.native", "providers.kmip"},
     {"opening", "present", "selfhosted", "atunseal", "booted", "images"},
     {"provide", "sdboot", "nextboot"},
     {"rotation", "allowed", "nextgrub", "nextuki", "nextkernel"},

@@ -432,8 +432,7 @@ def test_a_disk_that_does_not_answer_holds_up_no_other(lab: Lab, tmp_path: Path)
     opening.advance(settled=True)
     assert sorted(each.disk.sysname for each in opening.queue) == ["honest", "victim"]
     assert not opening.pipes()
-    for candidates in opening.candidates.values():
-        candidates[0].container.close()
+    opening.wipe()
 
 
 def test_early_boot_ends_while_a_disk_does_not_answer(lab: Lab, tmp_path: Path) -> None:
@@ -456,7 +455,7 @@ def test_a_disk_that_is_gone_before_it_answers_is_not_looked_at(lab: Lab) -> Non
     opening.gone(str(lab.victim))
     opening.read_all()
     assert list(report.disks) == [str(lab.honest)]
-    opening.candidates["safe"][0].container.close()
+    opening.wipe()
 
 
 def test_a_group_that_another_disk_passes_for_is_not_ready_to_heal(lab: Lab, tmp_path: Path) -> None:
@@ -469,8 +468,7 @@ def test_a_group_that_another_disk_passes_for_is_not_ready_to_heal(lab: Lab, tmp
             opening.saw(Disk(str(path), path.name, "", "", "", 0, 0.0))
         opening.read_all()
         assert opening.ready("safe") is count
-        for candidate in opening.candidates["safe"]:
-            candidate.container.close()
+        opening.wipe()
 
 
 # Many made-up ones

@@ -2,6 +2,7 @@
 """Early boot: `unlock boot agent`, one a boot, started by the initramfs.
 
     [PIN ──>] unseal once ──> cap ──> disks as udev shows them ──> groups open ──> stop: keys handed over, report
+              while the TPM works, the headers of the disks that are there are read
 
 It talks with the initramfs scripts through files in /run/unlock and signals:
 SIGUSR1 asks it to look at every disk again and to write `idle` when each has an outcome; SIGTERM ends it.
@@ -18,7 +19,7 @@ from .errors import PinWrong, UnlockError, Usage
 from .paths import Paths
 from .protect import protect
 from .secret import Secret
-from .tpm import Tpm
+from .tpm import Meanwhile, Tpm
 
 TPM_WAIT = 10.0
 """Seconds for the driver of a TPM that the firmware's tables promise."""
@@ -34,14 +35,12 @@ def agent(paths: Paths) -> int:
     record = report.Report("early-boot", announce=log.console)
     record.event("start")
     os.makedirs(paths.run, mode=0o700, exist_ok=True)
-    monitor = devices.Monitor()
     signals = Signals()
-    key = unseal_once(paths, record, pin_prompt(paths, lambda: signals.stop))
-    groups = (
-        opening.Opening(key.host, lambda container, token: disk.volume_key(container, token, key.persistence), record)
-        if key
-        else opening.Opening("", None, record)
-    )
+    monitor = devices.Monitor()
+    groups = opening.Opening("", None, record)
+    key = unseal_once(paths, record, pin_prompt(paths, lambda: signals.stop), lambda: begin(groups, monitor))
+    if key:
+        groups.host, groups.unwrap = key.host, lambda header, token: disk.volume_key(header, token, key.persistence)
     try:
         watch(paths, groups, monitor, signals, record)
         groups.stop(STOP_PATIENCE)
@@ -57,6 +56,15 @@ def agent(paths: Paths) -> int:
     if safe:
         thisboot.mark(paths, "ended")
     return 0
+
+
+def begin(groups: opening.Opening, monitor: devices.Monitor) -> None:
+    """Workers start to read the disks that are there. Whatever fails here, `watch` does it again."""
+    try:
+        for found in monitor.marked():
+            groups.saw(found)
+    except Exception as error:
+        groups.report.event("trouble", type(error).__name__)
 
 
 def watch(
@@ -89,7 +97,9 @@ class Key(NamedTuple):
             self.pin_auth.wipe()
 
 
-def unseal_once(paths: Paths, record: report.Report, pin: slots.Ask = slots.no_pin) -> Key | None:
+def unseal_once(
+    paths: Paths, record: report.Report, pin: slots.Ask = slots.no_pin, meanwhile: Meanwhile = None
+) -> Key | None:
     """The host id and the persistence key, or None with the verdict in the record; then the cap, at once:
     whatever runs later, a shell included, finds a TPM that refuses."""
     tcti = await_tpm()
@@ -102,7 +112,7 @@ def unseal_once(paths: Paths, record: report.Report, pin: slots.Ask = slots.no_p
     try:
         with Tpm(tcti) as tpm:
             try:
-                unsealed = slots.unseal(tpm, pin)
+                unsealed = slots.unseal(tpm, pin, meanwhile)
                 key = Key(unsealed.record.host.hex(), unsealed.payload.key, unsealed.pin_auth)
                 record.facts = {
                     "slot": unsealed.slot.name,

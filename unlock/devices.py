@@ -43,18 +43,29 @@ class Disk(NamedTuple):
 
 
 class Monitor:
-    """Events of marked disks. Make it before `marked()` is asked, so that no disk falls between the two."""
+    """Marked disks: those that are there, and events. It listens from its first use on: none falls between the two."""
 
     def __init__(self) -> None:
-        pyudev = _pyudev()
-        self._monitor = pyudev.Monitor.from_netlink(pyudev.Context(), "udev")
-        self._monitor.filter_by("block")
-        self._monitor.filter_by_tag(TAG)
-        try:
-            self._monitor.set_receive_buffer_size(BUFFER)
-        except OSError:
-            pass  # without CAP_NET_ADMIN the kernel's default has to do
-        self._monitor.start()
+        self._listening: Any = None
+
+    @property
+    def _monitor(self) -> Any:
+        if not self._listening:
+            pyudev = _pyudev()
+            self._listening = pyudev.Monitor.from_netlink(pyudev.Context(), "udev")
+            self._listening.filter_by("block")
+            self._listening.filter_by_tag(TAG)
+            try:
+                self._listening.set_receive_buffer_size(BUFFER)
+            except OSError:
+                pass  # without CAP_NET_ADMIN the kernel's default has to do
+            self._listening.start()
+        return self._listening
+
+    def marked(self) -> list[Disk]:
+        """The disks that carry our mark now; what changes from now on, `read` tells."""
+        self.fileno()
+        return marked()
 
     def fileno(self) -> int:
         """Readable when `read` has something to give."""

@@ -97,72 +97,26 @@ class _Luks2(ctypes.Structure):
     ]
 
 
-class Container:
-    """One LUKS2 disk or image file, its header read and validated.
+class Header:
+    """What the header of one LUKS2 disk says: its UUID and metadata, of one reading. Raises Malformed."""
 
-    Raises NotOurs if there is no LUKS2 header, Malformed if both copies are ruined, DiskFailed if it cannot
-    be read. One ruined copy is repaired from the other, as cryptsetup does. Close it, or use `with`.
-    A forked child may use it, but two processes never at once: they share the file offset of its device.
-    """
-
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, uuid: str, dump: bytes) -> None:
         self.device = device
-        self._cd = c_void_p()
-        _do(device, "cannot be used", "crypt_init", ctypes.byref(self._cd), os.fsencode(device))
-        try:
-            self._load()
-        except BaseException:
-            self.close()
-            raise
-
-    def _load(self) -> None:
-        _said.clear()
-        _check_size(self.device)
-        result = _lib().crypt_load(self._cd, b"LUKS2", None)
-        if result == 0:
-            return
-        said = _words()
-        version = _luks_version(self.device)
-        if version == 0:
-            raise NotOurs(f"{self.device} is not LUKS2", code="not-luks2")
-        if version == 1:
-            hint = f"cryptsetup convert --type luks2 {self.device}"
-            raise NotOurs(f"{self.device} is LUKS1", hint=hint, code="not-luks2")
-        if result != -errno.EINVAL or "lock" in said:
-            raise DiskFailed(f"{self.device} cannot be read{said or ': ' + os.strerror(-result)}")
-        hint = f"cryptsetup luksHeaderRestore {self.device} --header-backup-file FILE"
-        raise Malformed(f"{self.device}: the LUKS2 header is ruined", hint=hint)
-
-    def close(self) -> None:
-        """Frees the context; safe to call twice."""
-        if self._cd:
-            _lib().crypt_free(self._cd)
-            self._cd = c_void_p()
-
-    def __enter__(self) -> "Container":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    # What the header says
+        self._uuid, self._metadata = uuid, parse(dump, device)
 
     @property
     def uuid(self) -> str:
-        """The LUKS UUID, as in the header."""
-        return (_lib().crypt_get_uuid(self._cd) or b"").decode("ascii", "replace")
-
-    @property
-    def volume_key_size(self) -> int:
-        """Bytes."""
-        return int(_lib().crypt_get_volume_key_size(self._cd))
+        """The LUKS UUID."""
+        return self._uuid
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The JSON of this context, never read anew from the disk. Raises Malformed."""
-        text = c_char_p()
-        self._do("has no readable metadata", "crypt_dump_json", ctypes.byref(text), 0)
-        return parse(text.value or b"", self.device)
+        """The metadata as JSON."""
+        return self._metadata
+
+    def volume_key(self, passphrase: Secret, slot: int = ANY) -> Secret:
+        """The volume key, out of a keyslot. Raises NotOurs if the passphrase opens none."""
+        raise NotImplementedError
 
     def tokens(self, kind: str) -> list[tuple[int, dict[str, Any]]]:
         """(number, object) of each token of a type, in order. Raises Malformed."""
@@ -224,6 +178,75 @@ class Container:
             "digest": {name: value for name, value in digest.items() if name != "keyslots"},
         }
 
+
+class Container(Header):
+    """One LUKS2 disk or image file, its header read and validated by libcryptsetup.
+
+    Raises NotOurs if there is no LUKS2 header, Malformed if both copies are ruined, DiskFailed if it cannot
+    be read. One ruined copy is repaired from the other, as cryptsetup does. Close it, or use `with`.
+    A forked child may use it, but two processes never at once: they share the file offset of its device.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._cd = c_void_p()
+        _do(device, "cannot be used", "crypt_init", ctypes.byref(self._cd), os.fsencode(device))
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self) -> None:
+        _said.clear()
+        _check_size(self.device)
+        result = _lib().crypt_load(self._cd, b"LUKS2", None)
+        if result == 0:
+            return
+        said = _words()
+        version = _luks_version(self.device)
+        if version == 0:
+            raise NotOurs(f"{self.device} is not LUKS2", code="not-luks2")
+        if version == 1:
+            hint = f"cryptsetup convert --type luks2 {self.device}"
+            raise NotOurs(f"{self.device} is LUKS1", hint=hint, code="not-luks2")
+        if result != -errno.EINVAL or "lock" in said:
+            raise DiskFailed(f"{self.device} cannot be read{said or ': ' + os.strerror(-result)}")
+        hint = f"cryptsetup luksHeaderRestore {self.device} --header-backup-file FILE"
+        raise Malformed(f"{self.device}: the LUKS2 header is ruined", hint=hint)
+
+    def close(self) -> None:
+        """Frees the context; safe to call twice."""
+        if self._cd:
+            _lib().crypt_free(self._cd)
+            self._cd = c_void_p()
+
+    def __enter__(self) -> "Container":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def uuid(self) -> str:
+        return (_lib().crypt_get_uuid(self._cd) or b"").decode("ascii", "replace")
+
+    @property
+    def volume_key_size(self) -> int:
+        """Bytes."""
+        return int(_lib().crypt_get_volume_key_size(self._cd))
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The JSON of this context, never read anew from the disk. Raises Malformed."""
+        return parse(self.dump(), self.device)
+
+    def dump(self) -> bytes:
+        """The metadata of this context as the library writes it, never read anew from the disk."""
+        text = c_char_p()
+        self._do("has no readable metadata", "crypt_dump_json", ctypes.byref(text), 0)
+        return text.value or b""
+
     # Tokens
 
     def set_token(self, fields: dict[str, Any], number: int | None = None) -> int:
@@ -241,7 +264,6 @@ class Container:
     # Keys
 
     def volume_key(self, passphrase: Secret, slot: int = ANY) -> Secret:
-        """The volume key, out of a keyslot. Raises NotOurs if the passphrase opens none."""
         if slot != ANY and slot not in self.keyslots():
             raise NotOurs(f"{self.device} has no keyslot {slot}")
         size = c_size_t(max(_lib().crypt_get_volume_key_size(self._cd), 0) or MAX_KEY)
@@ -340,14 +362,13 @@ def format(device: str, volume_key: Secret, uuid: str | None = None, label: str 
     return Container(device)
 
 
-def touch(device: str) -> None:
-    """Reads what a header of the usual size takes, and forgets it; an error is as good an answer."""
-    try:
-        file = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-        os.pread(file, 0x8000, 0)
-        os.close(file)
-    except OSError:
-        pass
+def prepare() -> None:
+    """Loads the library and its cryptography, so that forked processes need not. Raises DiskFailed."""
+    if _library is None:
+        context = c_void_p()
+        _do("libcryptsetup", "cannot be used", "crypt_init", ctypes.byref(context), None)
+        _lib().crypt_set_pbkdf_type(context, ctypes.byref(_minimum()))  # the first call that needs a hash
+        _lib().crypt_free(context)
 
 
 def deactivate(name: str, deferred: bool = False) -> None:
