@@ -17,7 +17,6 @@ keys.json        where keys came from that were cached since
 sync.json        how the last sync went
 """
 
-import glob
 import json
 import os
 from typing import Any
@@ -115,7 +114,8 @@ def read_json(paths: Paths, name: str) -> dict[str, Any]:
 
 def tpm_device() -> str:
     """The TCTI of the first TPM that there is."""
-    return f"device:{min(glob.glob('/dev/tpmrm*'), default='/dev/tpmrm0')}"
+    found = [name for name in os.listdir("/dev") if name.startswith("tpmrm")]
+    return f"device:/dev/{min(found, default='tpmrm0')}"
 
 
 def early(paths: Paths) -> dict[str, Any] | None:

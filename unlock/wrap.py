@@ -2,12 +2,13 @@
 """Wrapping keys with keys: AES-256-GCM, HKDF-SHA256, scrypt. The only file that imports `cryptography`.
 
 A wrapped key is 12 bytes of random nonce, the ciphertext, 16 bytes of tag (NIST SP 800-38D).
+AESGCM is taken from the compiled part of the package: every boot would else import all other ciphers too.
 """
 
 import os
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.bindings._rust import openssl
 
 from .errors import Tampered
 from .secret import Secret
@@ -20,13 +21,13 @@ _SCRYPT = {"n": 2**17, "r": 8, "p": 1}
 def wrap(key: Secret, plain: Secret, aad: bytes) -> bytes:
     """`plain` encrypted and authenticated together with `aad`; 28 bytes longer than `plain`."""
     nonce = os.urandom(_NONCE)
-    return nonce + AESGCM(key.value).encrypt(nonce, plain.value, aad)
+    return nonce + openssl.aead.AESGCM(key.value).encrypt(nonce, plain.value, aad)
 
 
 def unwrap(key: Secret, wrapped: bytes, aad: bytes) -> Secret:
     """The plain key. Raises Tampered when key, bytes or `aad` are not those of the wrapping."""
     try:
-        return Secret(AESGCM(key.value).decrypt(wrapped[:_NONCE], wrapped[_NONCE:], aad))
+        return Secret(openssl.aead.AESGCM(key.value).decrypt(wrapped[:_NONCE], wrapped[_NONCE:], aad))
     except (InvalidTag, ValueError) as error:
         raise Tampered("a wrapped key does not authenticate") from error
 
