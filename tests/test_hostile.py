@@ -38,7 +38,7 @@ from tests.lab.hostile import (
     render,
 )  # fmt: skip
 from tests.properties import BATCH, NOTHING, Property, run, told
-from unlock import disk, luks, policy, token
+from unlock import disk, luks, policy, strictjson, token
 from unlock.devices import Disk
 from unlock.errors import Malformed, NotOurs, Tampered, UnlockError
 from unlock.opening import Opening
@@ -581,7 +581,8 @@ def a_record(_: object, random: Random) -> bool:
 
 
 OF_LUKS = (
-    luks.parse, luks._no_duplicates, luks._bounded, luks._finite, luks._object, luks._numbered, luks._digest,
+    strictjson.parse, strictjson._no_duplicates, strictjson._bounded, strictjson._finite,
+    luks.parse, luks._object, luks._numbered, luks._digest,
     luks._check_size, luks._is_whole, luks._luks_version, luks.Container._load, luks.Container.metadata,
     luks.Container.tokens, luks.Container.facts, luks.Container.cheap_keyslots,
     disk.tokens, disk.volume_key, disk.unwrap_kek, disk.check_recovery, disk.by_recovery_key,

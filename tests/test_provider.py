@@ -356,9 +356,9 @@ def test_every_path_that_caches_a_key_is_known() -> None:
         if "keyring.put(" in line or "provide.remember(" in line
     }
     assert callers == {
-        'boot: keyring.put("unlock:persistence", key.persistence)',  # unsealed from the TPM
-        'boot: keyring.put("unlock:pin-auth", key.pin_auth)',  # it opened the sealed object
-        "boot: keyring.put(name, unwrapped)",  # from a token
+        'handover: keyring.put("unlock:persistence", persistence)',  # unsealed from the TPM
+        'handover: keyring.put("unlock:pin-auth", pin_auth)',  # it opened the sealed object
+        "handover: keyring.put(name, unwrapped)",  # from a token
         "allowed: keyring.put(PIN_AUTH, pin_auth)",  # sealed next; a change that is killed goes on with it
         "rebind: keyring.put(allowed.PIN_AUTH, pin_auth)",  # the same
         'enroll: keyring.put("unlock:persistence", persistence)',  # sealed before

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One disk and its token: from the persistence key to the volume key, and back."""
 
-from typing import NamedTuple
-
 from . import luks, token, wrap
 from .errors import DiskFailed, Malformed, NoKey, NotOurs, Tampered, UnlockError
 from .groups import Group, Member
+from .light import NamedTuple
 from .secret import Secret
 
 ELSEWHERE = bytes(32)

@@ -11,10 +11,12 @@ import errno
 import os
 from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint32, c_void_p
 from hashlib import sha256
-from typing import Any
 
+from . import strictjson
 from .errors import DiskFailed, Malformed, NotOurs, Tampered
+from .light import Any
 from .secret import Secret
+from .strictjson import canonical
 
 ANY = -1
 """Any keyslot: each is tried in turn, which costs its PBKDF."""
@@ -436,51 +438,16 @@ def _removal(name: str) -> bytes:
 
 
 def parse(text: bytes, device: str) -> dict[str, Any]:
-    """LUKS2 metadata, strictly: bounded, no duplicate names, no NaN, nothing endless. Raises Malformed."""
-    import json
-
+    """LUKS2 metadata, strictly and bounded. Raises Malformed."""
     if len(text) > MAX_METADATA:
         raise Malformed(f"{device}: the LUKS2 metadata is too large")
     try:
-        metadata = json.loads(
-            text.decode(),
-            object_pairs_hook=_no_duplicates,
-            parse_float=_finite,
-            parse_int=_bounded,
-            parse_constant=_finite,
-        )
+        metadata = strictjson.parse(text.decode())
     except (ValueError, RecursionError) as error:
         raise Malformed(f"{device}: the LUKS2 metadata is not proper JSON") from error
     if not isinstance(metadata, dict):
         raise Malformed(f"{device}: the LUKS2 metadata is not an object")
     return metadata
-
-
-def canonical(fields: object) -> bytes:
-    """One JSON text for one value: names sorted, no spaces, ASCII. Raises ValueError for NaN."""
-    import json
-
-    return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name twice")
-    return found
-
-
-def _bounded(digits: str) -> int:
-    if len(digits) > 20:
-        raise ValueError("a number too long")
-    return int(digits)
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if value - value != 0:
-        raise ValueError("not a finite number")
-    return value
 
 
 def _object(metadata: dict[str, Any], name: str, device: str) -> dict[str, Any]:
@@ -522,16 +489,19 @@ def _check_size(device: str) -> None:
     """libcryptsetup takes 80 bytes of memory for each byte of JSON: a header larger than any that has a use is not
     given to it. It looks for a second copy until it finds a whole one. Raises Malformed, DiskFailed."""
     try:
-        with open(device, "rb", buffering=0) as file:
+        file = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+        try:
             for offset in _COPIES:
-                head = os.pread(file.fileno(), 4096, offset)
+                head = os.pread(file, 4096, offset)
                 size = int.from_bytes(head[8:16], "big")
                 if head[:8] != _magic(offset) + b"\0\2":
                     continue
                 if size > MAX_HEADER:
                     raise Malformed(f"{device}: the LUKS2 header claims more than {MAX_HEADER} bytes")
-                if _is_whole(head + os.pread(file.fileno(), max(0, size - 4096), offset + 4096)):
+                if _is_whole(head + os.pread(file, max(0, size - 4096), offset + 4096)):
                     return
+        finally:
+            os.close(file)
     except OSError as error:
         raise DiskFailed(f"{device} cannot be read: {error.strerror}") from error
 

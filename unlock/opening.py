@@ -11,13 +11,12 @@ A worker keeps the context that its header came from, and activates that one: no
 
 import os
 import select
-from collections.abc import Callable
-from typing import NamedTuple
 
-from . import disk, luks, mount, token
+from . import luks, mount, token
 from .devices import Disk, Monitor
 from .devices import settled as settled_now
 from .errors import Malformed, NotOurs, Tampered, UnlockError
+from .light import Callable, NamedTuple
 from .report import OUTCOMES, Report, now
 from .secret import Secret
 from .worker import Ended, Header, Worker
@@ -69,8 +68,15 @@ class Opening:
         """Group -> nodes that are being opened together."""
         self.open_uuids: dict[str, str] = {}
         self.failed: set[str] = set()
+        self.looked = False
 
     # Disks
+
+    def look(self, monitor: Monitor) -> None:
+        """All marked disks that are there; what appears or changes from now on, the monitor tells."""
+        for found in monitor.marked():
+            self.saw(found)
+        self.looked = True
 
     def saw(self, found: Disk) -> None:
         """One disk, for the first time or again after a change. Nothing about one disk stops the others."""
@@ -120,6 +126,8 @@ class Opening:
 
     def _examine(self, found: Disk, header: Header) -> bool:
         """True when the disk is a candidate now, and its worker stays."""
+        from . import disk  # loaded when the first workers have been forked: they need none of it
+
         uuid = header.uuid
         tokens = disk.tokens(header, self.host)
         if self.only and all(each.group != self.only for each in tokens):
@@ -395,8 +403,7 @@ def turn(groups: Opening, monitor: Monitor, look: bool) -> bool:
     """
     settled = settled_now()
     if look:
-        for found in monitor.marked():
-            groups.saw(found)
+        groups.look(monitor)
     for action, found in monitor.read():
         if action == "remove":
             groups.gone(found.node)

@@ -6,9 +6,6 @@ current one. It is not touched until the other one is complete; then it is evict
 old policy ends before its record does.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
-
 from . import policy
 from .errors import (
     Malformed,
@@ -22,6 +19,7 @@ from .errors import (
     UnlockError,
     Usage,
 )
+from .light import Callable, Mapping, NamedTuple, Sequence
 from .policy import CAP_PCR, SLOTS, Payload, Record, Slot, select
 from .secret import Secret
 from .tpm import Meanwhile, SlotState, Tpm, not_allowed

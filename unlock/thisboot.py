@@ -17,11 +17,10 @@ keys.json        where keys came from that were cached since
 sync.json        how the last sync went
 """
 
-import json
 import os
-from typing import Any
 
 from .errors import Malformed
+from .light import Any
 from .paths import Paths
 from .report import Report, read
 
@@ -95,6 +94,8 @@ def sources(paths: Paths) -> dict[str, str]:
 
 def write_json(paths: Paths, name: str, content: dict[str, Any]) -> None:
     """Whole or not at all; /run needs no fsync."""
+    import json
+
     path = paths.of_this_boot(name)
     os.makedirs(paths.run, mode=0o700, exist_ok=True)
     with open(f"{path}.new", "w", encoding="ascii") as file:
@@ -104,6 +105,8 @@ def write_json(paths: Paths, name: str, content: dict[str, Any]) -> None:
 
 def read_json(paths: Paths, name: str) -> dict[str, Any]:
     """Empty when there is none that can be read."""
+    import json
+
     try:
         with open(paths.of_this_boot(name), "rb") as file:
             found = json.load(file)

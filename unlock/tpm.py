@@ -9,8 +9,6 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 from . import policy
 from .errors import (
@@ -26,6 +24,7 @@ from .errors import (
     UnlockError,
     Usage,
 )
+from .light import Any, Callable, NamedTuple, Sequence
 from .policy import BANK, SLOTS, SRK, Record, Slot
 from .secret import Secret
 

@@ -14,12 +14,11 @@ libcryptsetup is not thread-safe, so processes are also the way to activate disk
 
 import os
 import select
-import signal
-from typing import NamedTuple
 
 from . import errors, luks
 from .devices import Disk
 from .errors import DiskFailed, UnlockError
+from .light import NamedTuple, signal
 from .protect import end_with_parent
 from .report import now
 from .secret import Secret, wipe_all

@@ -2,12 +2,12 @@
 """Wrapping keys with keys: AES-256-GCM, HKDF-SHA256, scrypt. The only file that imports `cryptography`.
 
 A wrapped key is 12 bytes of random nonce, the ciphertext, 16 bytes of tag (NIST SP 800-38D).
-AESGCM is taken from the compiled part of the package: every boot would else import all other ciphers too.
+AESGCM is taken from the compiled part of the package, and its exception where it is raised: every boot would else
+import all other ciphers, and `typing`.
 """
 
 import os
 
-from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.bindings._rust import openssl
 
 from .errors import Tampered
@@ -28,8 +28,12 @@ def unwrap(key: Secret, wrapped: bytes, aad: bytes) -> Secret:
     """The plain key. Raises Tampered when key, bytes or `aad` are not those of the wrapping."""
     try:
         return Secret(openssl.aead.AESGCM(key.value).decrypt(wrapped[:_NONCE], wrapped[_NONCE:], aad))
-    except (InvalidTag, ValueError) as error:
-        raise Tampered("a wrapped key does not authenticate") from error
+    except Exception as error:
+        from cryptography.exceptions import InvalidTag
+
+        if isinstance(error, InvalidTag | ValueError):
+            raise Tampered("a wrapped key does not authenticate") from error
+        raise
 
 
 def derive(key: Secret, salt: bytes, info: bytes, size: int = 32) -> Secret:
