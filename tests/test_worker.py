@@ -115,18 +115,18 @@ def test_an_error_crosses_with_its_kind_its_code_and_its_hint(tmp_path: Path) ->
     process.end()
 
 
-def test_a_worker_that_is_killed_costs_its_own_disk_alone(lab: Lab) -> None:
-    """By the kernel for want of memory, or for a crash in libcryptsetup."""
+def test_a_worker_that_is_killed_costs_its_own_disk_alone(lab: Lab, tmp_path: Path) -> None:
+    """By the kernel for want of memory, or for a crash in libcryptsetup; while it reads, and later."""
+    os.mkfifo(tmp_path / "stalled")  # opening it blocks, as reading a dead disk does
     report = Report("test")
     opening = Opening(HOST, lab.by_tpm, report)
-    opening.parallel = 2
-    for path in (lab.victim, lab.honest):
+    for path in (tmp_path / "stalled", lab.honest):
         opening.saw(at(path))
-    victim = next(each for each in opening.reading.values() if each.disk.node == str(lab.victim))
-    os.kill(victim.pid, signal.SIGKILL)
+    stalled = next(each for each in opening.reading.values() if each.disk.sysname == "stalled")
+    os.kill(stalled.pid, signal.SIGKILL)
     opening.read_all()
-    assert report.disks[str(lab.victim)]["outcome"] == "failed"
-    assert report.disks[str(lab.victim)]["detail"] == "the worker ended with status 9"
+    entry = report.disks[stalled.disk.node]
+    assert (entry["outcome"], entry["detail"]) == ("failed", "the worker ended with status 9")
     assert report.disks[str(lab.honest)]["outcome"] == "waiting"
     (honest,) = opening.candidates["safe"]
     os.kill(honest.header.worker.pid, signal.SIGKILL)
