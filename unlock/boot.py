@@ -46,13 +46,14 @@ def agent(paths: Paths) -> int:
     meanwhile()
     groups, monitor = begun[0]
     from . import disk
-    from .handover import hand_over
 
     if key:
         groups.host, groups.unwrap = key.host, lambda header, token: disk.volume_key(header, token, key.persistence)
     try:
         watch(paths, groups, monitor, signals, record)
         groups.stop(STOP_PATIENCE)
+        from .handover import hand_over
+
         safe = hand_over(groups, key.persistence, key.pin_auth, record) if key else True
     except Exception as error:  # no bug of ours leaves disks open behind it
         record.event("crashed", type(error).__name__)
