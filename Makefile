@@ -59,7 +59,8 @@ PYTHON ?= python3
 packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-archive-keyring cryptsetup-bin \
 	libcryptsetup12 libtss2-dev libtss2-tcti-swtpm0 tpm2-tools udev btrfs-progs e2fsprogs initramfs-tools-core zstd cpio \
 	age systemd kmod util-linux fdisk shellcheck strace busybox klibc-utils dosfstools mtools \
-	openssl gcc pkg-config libffi-dev python3-venv python3-dev
+	openssl gcc pkg-config libffi-dev python3-venv python3-dev \
+	make bc bison flex m4 perl xz-utils libc6-dev slirp4netns iproute2
 
 .PHONY: setup test test-long test-fast soak lint demo demo-short bench
 
@@ -69,6 +70,7 @@ setup:
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(packages); }
 	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check tpm2-pytss cryptography pykmip virt-firmware pytest pytest-xdist hypothesis mypy ruff
+	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.lab.uml.kernel
 
 lint:
 	$(VENV)/bin/ruff check .
@@ -79,10 +81,10 @@ test-fast: lint
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not vm"
 
 test: lint
-	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -m "not long"
+	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist load --durations=15 --long 12
 
-# What takes hours more: updates by GRUB, by a unified kernel image and by the firmware alone, what check says and what
-# then happens, rebind, a PIN, group create killed on the way, and attacks that succeed because the defence is gone.
+# All that boot emulated machines, hours: updates by GRUB, by a unified kernel image and by the firmware alone, what check
+# says and what they then do, kexec, Plymouth. `make test` takes one or two of them, by turns.
 test-long: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist load --durations=15 -m long
 

@@ -10,7 +10,7 @@ from kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from tests.lab.kmipserver import KmipServer
 from tests.lab.pki import Leaf
-from unlock import config, disk, keyring, luks, policy, present, provide, recoverykey, report
+from unlock import config, disk, keyring, luks, policy, present, provide, recoverykey, report, thisboot
 from unlock.errors import UnlockError
 from unlock.groups import Group, Member
 from unlock.paths import Paths, write_atomically
@@ -34,8 +34,8 @@ class Host:
         self.persistence = Secret.random(32)
         self.refused = False
         keyring.flush()
-        keyring.put("unlock:persistence", self.persistence)
         os.makedirs(self.paths.run)
+        thisboot.remember(self.paths, "TPM", {"unlock:persistence": self.persistence})
         early = report.Report("early-boot")
         early.judge("unsealed")
         early.facts = {"unauthenticated_root": False, "cap_pcr_before": policy.UNSET.hex()}

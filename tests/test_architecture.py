@@ -11,7 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "unlock"
 
 ROWS = [
-    {"errors", "secret", "paths", "run", "log", "protect", "ask", "groups", "clock", "light", "strictjson"},
+    {"errors", "secret", "paths", "run", "log", "protect", "ask", "groups", "clock", "endpoint"}
+    | {"light", "strictjson"},
     {"config", "token", "recoverykey", "policy", "report", "units", "tables", "plot", "eventlog", "uefi", "pe", "grub"}
     | {"providers.ttlv"},
     {"measured", "predict"},

@@ -54,7 +54,7 @@ def agent(paths: Paths) -> int:
         groups.stop(STOP_PATIENCE)
         from .handover import hand_over
 
-        safe = hand_over(groups, key.persistence, key.pin_auth, record) if key else True
+        safe = hand_over(paths, groups, key.persistence, key.pin_auth, record) if key else True
     except Exception as error:  # no bug of ours leaves disks open behind it
         record.event("crashed", type(error).__name__)
         safe = groups.close_all()

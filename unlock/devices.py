@@ -14,6 +14,7 @@ import stat
 from .errors import DiskFailed
 from .groups import SERIAL_MAX
 from .light import Any, Iterable, Mapping, NamedTuple
+from .tables import unescape
 
 TAG = "unlock"
 """What our udev rule puts on every LUKS2 disk."""
@@ -176,7 +177,7 @@ def _used_by(folder: str, root: str) -> str:
             return f"is part of the mounted btrfs {uuid}"
     with open(_at(root, "proc/swaps"), encoding="utf-8") as swaps:
         for line in swaps.readlines()[1:]:
-            if _number(_unescape(line.split()[0]), root) == number:
+            if _number(unescape(line.split()[0]), root) == number:
                 return "is swap"
     return ""
 
@@ -218,6 +219,11 @@ def is_encrypted(number: str, root: str = "/") -> bool:
 def type_of_mount(mountpoint: str, root: str = "/") -> str:
     """Type of the file system that is mounted there, '' if none is."""
     return next((kind for _, where, _, kind in reversed(list(_mounts(root))) if where == mountpoint), "")
+
+
+def mount_points(root: str = "/") -> list[str]:
+    """Where something is mounted, sorted."""
+    return sorted({where for _, where, _, _ in _mounts(root)})
 
 
 def efi_partitions() -> list[str]:
@@ -303,14 +309,8 @@ def _mounts(root: str) -> list[tuple[str, str, str, str]]:
         for line in file:
             fields = line.split()
             rest = fields[fields.index("-", 6) + 1 :]
-            found.append((fields[2], _unescape(fields[4]), _unescape(rest[1]), rest[0]))
+            found.append((fields[2], unescape(fields[4]), unescape(rest[1]), rest[0]))
     return found
-
-
-def _unescape(text: str) -> str:
-    for octal, plain in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\043", "#"), ("\\134", "\\")):
-        text = text.replace(octal, plain)
-    return text
 
 
 def _folder(number: str, root: str) -> str:

@@ -12,7 +12,9 @@ NEW_ROOT = "/root"
 """Where initramfs-tools mounts the root file system."""
 
 
-def hand_over(groups: opening.Opening, persistence: Secret, pin_auth: Secret | None, record: report.Report) -> bool:
+def hand_over(
+    paths: Paths, groups: opening.Opening, persistence: Secret, pin_auth: Secret | None, record: report.Report
+) -> bool:
     """Keys and open disks cross into the real root only if that root came from a disk that this process opened,
     or from dm-verity. Else everything is closed: a thief's root file system gets nothing. False if that failed."""
     ours = {name for opened in groups.opened.values() for name in opened}
@@ -21,16 +23,16 @@ def hand_over(groups: opening.Opening, persistence: Secret, pin_auth: Secret | N
         if ours:
             log.console("the root file system is not authenticated: disks closed, keys dropped")
         return groups.close_all()
-    keyring.put("unlock:persistence", persistence)
+    thisboot.remember(paths, "TPM", {"unlock:persistence": persistence})
     if pin_auth:
-        keyring.put("unlock:pin-auth", pin_auth)
+        thisboot.remember(paths, "PIN", {"unlock:pin-auth": pin_auth})
     for token in groups.tokens():
         kek_name = f"unlock:kek:{token.kek_id}:{token.kek_generation}"
         for name, unwrap in ((kek_name, disk.unwrap_kek), ("unlock:host", disk.unwrap_host_key)):
             try:
                 with unwrap(token, persistence) as unwrapped:
                     if bytes(unwrapped) != disk.ELSEWHERE:
-                        keyring.put(name, unwrapped)
+                        thisboot.remember(paths, "TPM", {name: unwrapped})
             except UnlockError as error:
                 record.event("trouble", f"{token.name}: {error}")
     record.event("handed-over")

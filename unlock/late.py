@@ -20,7 +20,7 @@ from contextlib import closing
 from . import config, devices, disk, keyring, log, luks, opening, present, provide, report, thisboot, units
 from .errors import ClockWrong, CommandFailed, NoKey, NotOurs, ProviderUnavailable, Tampered, UnlockError, Usage
 from .groups import Group
-from .paths import Paths, write_atomically
+from .paths import Paths
 from .protect import protect
 from .run import run
 from .secret import Secret
@@ -198,7 +198,7 @@ def _await_kek(paths: Paths, group: Group, end: float, look: present.Look, conne
         with provide.Work(paths, look, connect) as work:
             kek, source = provide.find_kek(work, group)
             with kek:
-                provide.remember(paths, provide.cached(group.kek, group.generation), kek, source)
+                thisboot.remember(paths, source, {provide.cached(group.kek, group.generation): kek})
 
     _until(end, fetch)
 
@@ -296,7 +296,7 @@ def _mark_failed(paths: Paths, name: str) -> None:
         log.error(what, f"systemctl list-dependencies --reverse {mount or units.gate(name)}")
     if name in thisboot.failed_groups(paths):
         waiting = sorted({*waiting, *_waiting(paths, name)})
-    write_atomically(os.path.join(paths.of_this_boot("failed-groups"), name), json.dumps(waiting).encode(), mode=0o600)
+    thisboot.mark_failed(paths, name, waiting)
 
 
 def _dependents(unit: str) -> set[str]:

@@ -120,6 +120,12 @@ class Header:
         """The volume key, out of a keyslot. Raises NotOurs if the passphrase opens none."""
         raise NotImplementedError
 
+    @property
+    def requirements(self) -> Any:
+        """What the header says that a program must understand: a re-encryption that is not finished, mostly; None or
+        empty else. Raises Malformed."""
+        return _object(self.metadata, "config", self.device).get("requirements")
+
     def tokens(self, kind: str) -> list[tuple[int, dict[str, Any]]]:
         """(number, object) of each token of a type, in order. Raises Malformed."""
         return [

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a disk holds when the power is cut: from the log of its writes, every state that it can be left in.
 
-The log is QEMU's `blklogwrites`, in the format of the kernel's dm-log-writes
+The log is that of uml/ubdlog.c, in the format of the kernel's dm-log-writes
 (https://docs.kernel.org/admin-guide/device-mapper/log-writes.html). A disk keeps what was written before its last
 flush; of what came after, any part may be missing, and what is there may have come in any order.
 """
@@ -27,8 +27,9 @@ class Write(NamedTuple):
     flush: bool
 
 
-def read(log: Path, below: int) -> Iterator[Write]:
-    """The writes that reach into the first `below` bytes, and all flushes, in order."""
+def read(log: Path, below: int, start: int = 0) -> Iterator[Write]:
+    """The writes that reach into the first `below` bytes, and all flushes, in order. `start`: where the disk begins in
+    the file that was logged."""
     with log.open("rb") as file:
         magic, _, _, sector = struct.unpack("<QQQI", file.read(28))
         assert magic == _MAGIC, f"{log} is not a log of writes"
@@ -41,9 +42,10 @@ def read(log: Path, below: int) -> Iterator[Write]:
                 yield Write(0, b"", True)
             if not size:
                 continue
-            if at * sector < below:
+            offset = at * sector - start
+            if 0 <= offset < below:
                 data = bytes(size) if flags & _DISCARD else file.read(size)
-                yield Write(at * sector, data[: below - at * sector], False)
+                yield Write(offset, data[: below - offset], False)
                 if flags & _FUA:
                     yield Write(0, b"", True)
             elif not flags & _DISCARD:
