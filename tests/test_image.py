@@ -38,7 +38,7 @@ def test_early_boots_python_runs_in_the_unpacked_initramfs(tmp_path: Path) -> No
     code = (
         "import os, sys; sys.path.insert(0, '/usr/lib/unlock'); import unlock.__main__, unlock.boot, unlock.recovery; "
         "import unlock.explain, unlock.shell; "
-        "from unlock import devices, luks, tpm, wrap; devices._pyudev(); luks._lib(); tpm._load()\n"
+        "from unlock import devices, luks, tpm, wrap; devices._udev(); luks.prepare(); tpm._load()\n"
         "print(*sys.modules)\n"
         "from unlock import eventlog, measured\n"
         "for name in os.listdir('/logs'):\n"

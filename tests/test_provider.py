@@ -356,9 +356,9 @@ def test_every_path_that_caches_a_key_is_known() -> None:
         if "keyring.put(" in line or "thisboot.remember(" in line
     }
     assert callers == {
-        'boot: thisboot.remember(paths, "TPM", {"unlock:persistence": key.persistence})',  # unsealed from the TPM
-        'boot: thisboot.remember(paths, "PIN", {"unlock:pin-auth": key.pin_auth})',  # it opened the sealed object
-        'boot: thisboot.remember(paths, "TPM", {name: unwrapped})',  # from a token
+        'handover: thisboot.remember(paths, "TPM", {"unlock:persistence": persistence})',  # unsealed from the TPM
+        'handover: thisboot.remember(paths, "PIN", {"unlock:pin-auth": pin_auth})',  # it opened the sealed object
+        'handover: thisboot.remember(paths, "TPM", {name: unwrapped})',  # from a token
         'allowed: thisboot.remember(paths, "PIN", {PIN_AUTH: pin_auth})',  # sealed next; killed, it goes on with it
         'rebind: thisboot.remember(paths, "PIN", {allowed.PIN_AUTH: pin_auth})',  # the same
         'enroll: thisboot.remember(paths, "made", {"unlock:persistence": persistence})',  # sealed before

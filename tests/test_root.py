@@ -23,6 +23,7 @@ from unlock import (
     cache,
     config,
     disk,
+    handover,
     keyring,
     late,
     luks,
@@ -132,7 +133,7 @@ class Early:
 
     def ends(self) -> list[str]:
         """The names of the keys that are in the key cache afterwards."""
-        self.safe = boot.hand_over(self.paths, self.groups, self.key, self.record)
+        self.safe = handover.hand_over(self.paths, self.groups, self.key.persistence, self.key.pin_auth, self.record)
         return keyring.names()
 
     def said(self) -> set[str]:
@@ -260,7 +261,7 @@ def test_what_a_recovery_key_opened_stays_below_a_root_that_it_opened(bare: Host
     recovered(bare, outcome)
     machine.mount(machine.opened("root-0"), "/root", "/dev/mapper/root-0")
     machine.opened("data-0")
-    assert machine.inside(lambda: _equal(boot.secure(bare.paths), 0)) == ""
+    assert machine.inside(lambda: _equal(handover.secure(bare.paths), 0)) == ""
     assert keyring.names() == ["unlock:persistence"]
 
 
@@ -274,7 +275,7 @@ def test_below_a_root_that_the_stock_prompt_opened_nothing_else_stays_open(
     machine.mount(machine.opened("root-0"), "/root", "/dev/mapper/root-0")
     machine.opened("data-0")
     machine.opened("vg-swap", kind="LVM-{}{}")
-    said = machine.inside(lambda: _equal(boot.secure(bare.paths), 1))
+    said = machine.inside(lambda: _equal(handover.secure(bare.paths), 1))
     assert said == "unlock: data-0 stays open\r\n", "there is no device-mapper here that could close it"
     assert keyring.names() == []
 
@@ -283,14 +284,14 @@ def test_below_a_thiefs_root_what_a_recovery_key_opened_is_closed(bare: Host, ma
     recovered(bare, "opened")
     machine.opened("root-0")
     machine.mount(machine.plain(), "/root", "/dev/vda")
-    assert "root-0 stays open" in machine.inside(lambda: _equal(boot.secure(bare.paths), 1))
+    assert "root-0 stays open" in machine.inside(lambda: _equal(handover.secure(bare.paths), 1))
     assert keyring.names() == []
 
 
 def test_with_nothing_open_there_is_nothing_to_close(bare: Host, machine: Seen) -> None:
     machine.mount(machine.plain(), "/root", "/dev/vda")
     machine.opened("vg-root", kind="LVM-{}{}")
-    assert machine.inside(lambda: _equal(boot.secure(bare.paths), 0)) == ""
+    assert machine.inside(lambda: _equal(handover.secure(bare.paths), 0)) == ""
 
 
 # The root's own disk in the running system

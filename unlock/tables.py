@@ -2,7 +2,6 @@
 """The operator's tables, /etc/crypttab and /etc/fstab. All that we ever write there is `noauto` for a data disk."""
 
 import os
-import re
 import stat
 
 from .paths import write_atomically
@@ -33,6 +32,10 @@ def fstab_targets(path: str) -> set[str]:
 
 def unescape(field: str) -> str:
     """A field of fstab(5) or of a table in /proc, where blanks and backslashes are octal."""
+    if "\\" not in field:
+        return field
+    import re
+
     return os.fsdecode(re.sub(rb"\\([0-3][0-7]{2})", lambda found: bytes([int(found[1], 8)]), os.fsencode(field)))
 
 

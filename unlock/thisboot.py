@@ -17,13 +17,11 @@ keys.json        where each cached key came from
 sync.json        how the last sync went
 """
 
-import glob
-import json
 import os
-from typing import Any
 
 from . import keyring
 from .errors import Malformed
+from .light import Any
 from .paths import Paths
 from .report import Report, read
 from .secret import Secret
@@ -86,6 +84,8 @@ def failed_groups(paths: Paths) -> list[str]:
 
 def mark_failed(paths: Paths, group: str, waiting: list[str]) -> None:
     """Its gate failed; the units that waited. Written beside the folder: a group may have any name in it."""
+    import json
+
     os.makedirs(paths.of_this_boot("failed-groups"), mode=0o700, exist_ok=True)
     new = paths.of_this_boot(f"failed-group-{group}")
     with open(new, "w", encoding="utf-8") as file:
@@ -114,6 +114,8 @@ def sources(paths: Paths) -> dict[str, str]:
 
 def write_json(paths: Paths, name: str, content: dict[str, Any]) -> None:
     """Whole or not at all; /run needs no fsync."""
+    import json
+
     path = paths.of_this_boot(name)
     os.makedirs(paths.run, mode=0o700, exist_ok=True)
     with open(f"{path}.new", "w", encoding="ascii") as file:
@@ -123,6 +125,8 @@ def write_json(paths: Paths, name: str, content: dict[str, Any]) -> None:
 
 def read_json(paths: Paths, name: str) -> dict[str, Any]:
     """Empty when there is none that can be read."""
+    import json
+
     try:
         with open(paths.of_this_boot(name), "rb") as file:
             found = json.load(file)
@@ -133,7 +137,8 @@ def read_json(paths: Paths, name: str) -> dict[str, Any]:
 
 def tpm_device() -> str:
     """The TCTI of the first TPM that there is."""
-    return f"device:{min(glob.glob('/dev/tpmrm*'), default='/dev/tpmrm0')}"
+    found = [name for name in os.listdir("/dev") if name.startswith("tpmrm")]
+    return f"device:/dev/{min(found, default='tpmrm0')}"
 
 
 def early(paths: Paths) -> dict[str, Any] | None:

@@ -108,12 +108,9 @@ class Lab:
             assert not detail.isidentifier(), f"an error without a type of ours: {detail}"
             assert (outcome == "waiting") == ("victim" in queued), outcome
             if "victim" in queued:
-                self._is_authentic(queued["victim"].container, queued["victim"].token)
+                self._is_authentic(queued["victim"].header, queued["victim"].token)
                 assert queued["victim"].dek == self.dek
         finally:
-            for candidates in opening.candidates.values():
-                for each in candidates:
-                    each.container.close()
             opening.wipe()
         return outcome, detail
 
