@@ -10,6 +10,7 @@ log are what this file says: they try a policy's logic, not a firmware's habits.
 
 import contextlib
 import os
+import shutil
 import socket
 import string
 import struct
@@ -30,6 +31,8 @@ from .line import LineGuest
 
 ROOT = ("root.raw", "root.cow")
 """The root disk in a machine's directory: one that a test has put there, or what was written over the image's."""
+UMID = "control"
+"""The directory of the kernel's own console."""
 NETWORK = """
 ip link add bridge type bridge
 ip tuntap add guest mode tap
@@ -130,6 +133,7 @@ class Uml(Running):
         shared.mkdir(exist_ok=True, mode=0o700)
         for each in shared.iterdir():
             each.unlink()
+        shutil.rmtree(self.home / UMID, ignore_errors=True)
         if self._clock:
             (shared / "clock").write_text(self._clock)
         arguments = [
@@ -197,7 +201,7 @@ class Uml(Running):
 
     def _ask(self, request: str) -> None:
         """The kernel's own console: https://docs.kernel.org/virt/uml/user_mode_linux_howto_v2.html#mconsole"""
-        directory = os.open(self.home / "uml", os.O_PATH)
+        directory = os.open(self.home / UMID, os.O_PATH)
         try:  # a path of any length
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as port:
                 port.bind("")
