@@ -126,7 +126,7 @@ def test_a_worker_that_is_killed_costs_its_own_disk_alone(lab: Lab, tmp_path: Pa
     os.kill(stalled.pid, signal.SIGKILL)
     opening.read_all()
     entry = report.disks[stalled.disk.node]
-    assert (entry["outcome"], entry["detail"]) == ("failed", "the worker ended with status 9")
+    assert (entry["outcome"], entry["detail"]) == ("failed", "the worker ended without an answer")
     assert report.disks[str(lab.honest)]["outcome"] == "waiting"
     (honest,) = opening.candidates["safe"]
     os.kill(honest.header.worker.pid, signal.SIGKILL)
