@@ -27,12 +27,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from tests.tpmfixture import Swtpm
 from unlock import (
     allowed,
-    atunseal,
     boot,
     bootcopy,
     booted,
     disk,
-    eventlog,
     keyring,
     luks,
     measured,
@@ -150,7 +148,16 @@ def branches(count: int) -> tuple[bytes, ...]:
 def record(pin: bool = False) -> policy.Record:
     name = b"\0\x0b" + bytes(range(32))
     many = branches(BRANCHES if pin else 1)
-    return policy.Record(7, bytes.fromhex(HOST), policy.select(MEASURED), policy.CAP_PCR, many, name, b"\0\x0b" + bytes(range(32, 64)), pin)
+    return policy.Record(
+        7,
+        bytes.fromhex(HOST),
+        policy.select(MEASURED),
+        policy.CAP_PCR,
+        many,
+        name,
+        b"\0\x0b" + bytes(range(32, 64)),
+        pin,
+    )
 
 
 def policies(keys: Keys) -> dict[str, Any]:
@@ -201,9 +208,7 @@ def tokens(image: Path, keys: Keys) -> dict[str, dict[str, Any]]:
     """A token for this disk of each policy that a group may have."""
     with luks.Container(str(image)) as container:
         return {
-            each: token.encode(
-                disk.make_token(container, HOST, keys.group(each), MEMBERS[0], keys.dek, keys.wraps())
-            )
+            each: token.encode(disk.make_token(container, HOST, keys.group(each), MEMBERS[0], keys.dek, keys.wraps()))
             for each in ("persistent", "provider")
         }
 
@@ -298,13 +303,65 @@ def a_report() -> report.Report:
 
 
 WORDS = {
-    "verdicts": "unsealed handed-over no-tpm no-slot pcr-mismatch tampered malformed newer-format pin-wrong pin-lockout "
-    "tpm-failed no-key".split(),
-    "outcomes": "opened already-open waiting foreign other-host duplicate damaged malformed newer-format tampered no-key "
-    "provider name-taken failed timed-out closed-again stale".split(),
-    "causes": "firmware firmware-settings option-rom boot-order boot-path partition-table secure-boot secure-boot-keys "
-    "dbx signer sbat mok boot-loader boot-loader-files boot-loader-config grubenv kernel initrd command-line uki "
-    "extension ima systemd other".split(),
+    "verdicts": [
+        "unsealed",
+        "handed-over",
+        "no-tpm",
+        "no-slot",
+        "pcr-mismatch",
+        "tampered",
+        "malformed",
+        "newer-format",
+        "pin-wrong",
+        "pin-lockout",
+        "tpm-failed",
+        "no-key",
+    ],
+    "outcomes": [
+        "opened",
+        "already-open",
+        "waiting",
+        "foreign",
+        "other-host",
+        "duplicate",
+        "damaged",
+        "malformed",
+        "newer-format",
+        "tampered",
+        "no-key",
+        "provider",
+        "name-taken",
+        "failed",
+        "timed-out",
+        "closed-again",
+        "stale",
+    ],
+    "causes": [
+        "firmware",
+        "firmware-settings",
+        "option-rom",
+        "boot-order",
+        "boot-path",
+        "partition-table",
+        "secure-boot",
+        "secure-boot-keys",
+        "dbx",
+        "signer",
+        "sbat",
+        "mok",
+        "boot-loader",
+        "boot-loader-files",
+        "boot-loader-config",
+        "grubenv",
+        "kernel",
+        "initrd",
+        "command-line",
+        "uki",
+        "extension",
+        "ima",
+        "systemd",
+        "other",
+    ],
 }
 """The words of verdict, report.json and baseline.json. Others may be added."""
 

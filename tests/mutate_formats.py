@@ -9,6 +9,7 @@ tests let through.
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import re
@@ -24,7 +25,13 @@ import pytest
 TOP = Path(__file__).parents[1]
 CODE = ("unlock", "initramfs")
 PARTS = (*CODE, "docs", "tests/data/formats")
-FILES = ("tests/conftest.py", "tests/test_formats.py", "tests/formats.py", "tests/formatreader.py", "tests/tpmfixture.py")
+FILES = (
+    "tests/conftest.py",
+    "tests/test_formats.py",
+    "tests/formats.py",
+    "tests/formatreader.py",
+    "tests/tpmfixture.py",
+)
 PRELOADED = (
     "cryptography.hazmat.primitives.ciphers.aead",
     "cryptography.hazmat.primitives.kdf.hkdf",
@@ -37,6 +44,9 @@ PRELOADED = (
     "tomllib",
 )
 """Libraries that each run would import anew: nothing of unlock."""
+
+LATER = 2**31
+"""Seconds since 1970: the time of a changed file."""
 
 Change = tuple[str, str, str]
 """Name of the files, text, other text."""
@@ -64,10 +74,16 @@ CHANGES: dict[str, list[Change]] = {
     "AES-256-GCM": [("wrap.py", "AESGCM", "ChaCha20Poly1305")],
     "nonce size": [("wrap.py", "_NONCE = 12", "_NONCE = 16")],
     "nonce before ciphertext": [
-        ("wrap.py", "nonce + AESGCM(key.value).encrypt(nonce, plain.value, aad)",
-         "AESGCM(key.value).encrypt(nonce, plain.value, aad) + nonce"),
-        ("wrap.py", "decrypt(wrapped[:_NONCE], wrapped[_NONCE:], aad)",
-         "decrypt(wrapped[-_NONCE:], wrapped[:-_NONCE], aad)"),
+        (
+            "wrap.py",
+            "nonce + AESGCM(key.value).encrypt(nonce, plain.value, aad)",
+            "AESGCM(key.value).encrypt(nonce, plain.value, aad) + nonce",
+        ),
+        (
+            "wrap.py",
+            "decrypt(wrapped[:_NONCE], wrapped[_NONCE:], aad)",
+            "decrypt(wrapped[-_NONCE:], wrapped[:-_NONCE], aad)",
+        ),
     ],
     "HKDF hash": [("wrap.py", "SHA256", "SHA512")],
     "HKDF size": [("wrap.py", "size: int = 32", "size: int = 16")],
@@ -137,7 +153,10 @@ CHANGES: dict[str, list[Change]] = {
     "recovery key: digits": [("recoverykey.py", "DIGITS = 6", "DIGITS = 7")],
     "recovery key: dash": [("recoverykey.py", '"-".join', '" ".join')],
     "escrow: CMS binary": [("escrow.py", "PKCS7Options.Binary", "PKCS7Options.Text")],
-    "escrow: no line end": [("escrow.py", "bytes(key)", 'bytes(key) + b"\\n"'), ("escrow.py", "len(key)", "len(key) + 1")],
+    "escrow: no line end": [
+        ("escrow.py", "bytes(key)", 'bytes(key) + b"\\n"'),
+        ("escrow.py", "len(key)", "len(key) + 1"),
+    ],
     "escrow: age armor": [("escrow.py", '"--armor", ', "")],
     # the native provider
     "fingerprint size": [("native.py", 'fingerprint-1", 16', 'fingerprint-1", 20')],
@@ -178,7 +197,10 @@ CHANGES: dict[str, list[Change]] = {
     "record size": [("policy.py", "RECORD_SIZE = 448", "RECORD_SIZE = 480")],
     "record magic": [("policy.py", 'b"unlock\\0"', 'b"Unlock\\0"')],
     "record version without PIN": [("policy.py", "return 2 if self.pin else 1", "return 2")],
-    "record version with PIN": [("policy.py", "return 2 if", "return 3 if"), ("policy.py", "VERSION = 2", "VERSION = 3")],
+    "record version with PIN": [
+        ("policy.py", "return 2 if", "return 3 if"),
+        ("policy.py", "VERSION = 2", "VERSION = 3"),
+    ],
     "record flag PIN": [("policy.py", "_PIN = 0x01", "_PIN = 0x02")],
     "record byte order": [("policy.py", '">7sBQ', '"<7sBQ')],
     "record names": [
@@ -188,14 +210,19 @@ CHANGES: dict[str, list[Change]] = {
     "record checksum": [("policy.py", "sha256(body)", 'sha256(body + b"1")')],
     "payload version": [("policy.py", "\n_VERSION = 1", "\n_VERSION = 2")],
     "payload flag": [("policy.py", "_UNAUTHENTICATED_ROOT = 0x01", "_UNAUTHENTICATED_ROOT = 0x02")],
-    "payload key": [("policy.py", "data.value[2:] = self.key.value", "data.value[2:] = self.key.value[::-1]"),
-                    ("policy.py", "Secret(value[2:])", "Secret(value[2:][::-1])")],
+    "payload key": [
+        ("policy.py", "data.value[2:] = self.key.value", "data.value[2:] = self.key.value[::-1]"),
+        ("policy.py", "Secret(value[2:])", "Secret(value[2:][::-1])"),
+    ],
     # files
+    "report: outcome": [("report.py", "outcome=outcome", "outcom=outcome"), ("*.py", '"outcome"', '"outcom"')],
     "state version": [("state.py", "\nVERSION = 1", "\nVERSION = 2")],
     "state indent": [("state.py", "indent=1", "indent=2")],
     "baseline version": [("measured.py", "_VERSION = 1", "_VERSION = 2")],
-    "baseline order of an event": [("measured.py", "[each.pcr, each.kind,", "[each.kind, each.pcr,"),
-                                   ("measured.py", "def _item(pcr: Any, kind: Any,", "def _item(kind: Any, pcr: Any,")],
+    "baseline order of an event": [
+        ("measured.py", "[each.pcr, each.kind,", "[each.kind, each.pcr,"),
+        ("measured.py", "def _item(pcr: Any, kind: Any,", "def _item(kind: Any, pcr: Any,"),
+    ],
     "booted version": [("booted.py", "_VERSION = 1", "_VERSION = 2")],
     "report version": [("report.py", "VERSION = 1", "VERSION = 2")],
     "sync version": [("sync.py", "VERSION = 1", "VERSION = 2")],
@@ -228,10 +255,17 @@ FIELDS = {
 }
 """Format -> where the names of its fields stand."""
 NAMED = {
-    "state: uuid": [("*.py", "    uuid: str", "    uuie: str"), ("*.py", ".uuid", ".uuie"), ("state.py", '"uuid"', '"uuie"')],
-    "state: serial": [("state.py", "members\": [member._asdict()", "members\": [{**member._asdict(), \"serial\": 0}")],
+    "state: uuid": [
+        ("*.py", "    uuid: str", "    uuie: str"),
+        ("*.py", ".uuid", ".uuie"),
+        ("state.py", '"uuid"', '"uuie"'),
+    ],
+    "state: serial": [("state.py", 'members": [member._asdict()', 'members": [{**member._asdict(), "serial": 0}')],
     "baseline: srk": [("measured.py", "    srk: str", "    sro: str"), ("measured.py", '"srk"', '"sro"')],
-    "baseline: identity": [("measured.py", "    identity: str", "    identite: str"), ("measured.py", '"identity"', '"identite"')],
+    "baseline: identity": [
+        ("measured.py", "    identity: str", "    identite: str"),
+        ("measured.py", '"identity"', '"identite"'),
+    ],
 }
 """Fields that are those of a tuple."""
 
@@ -260,25 +294,43 @@ def changes(item: str) -> list[Change]:
     return [(FIELDS[form], f"{quote}{name}{quote}", f"{quote}{name}q{quote}") for quote in "\"'"]
 
 
+def places(tree: Path, item: str) -> Iterator[tuple[Path, str, str]]:
+    """Files that a change is made in, its text and the other one. Raises LookupError when it stands nowhere."""
+    nowhere = True
+    for names, old, new in changes(item):
+        files = {each for name in names.split() for part in CODE for each in (tree / part).rglob(name)}
+        found = [each for each in sorted(files) if old.encode() in each.read_bytes()]
+        if not found and item in CHANGES:
+            raise LookupError(f"{item}: {old!r} stands nowhere in {names}")
+        nowhere = nowhere and not found
+        yield from ((each, old, new) for each in found)
+    if nowhere:
+        raise LookupError(f"{item} stands nowhere")
+
+
+def disagreement() -> str:
+    """What docs/formats.md lists and is not changed here, or the other way round; "" when nothing."""
+    items = listed()
+    known = {*CHANGES, *NAMED, *(f"`{each}`" for each in LABELS)}
+    unknown = [each for each in items if each not in known and each.partition(": ")[0] not in FIELDS]
+    twice = [each for each in items if items.count(each) > 1]
+    return ", ".join([*unknown, *twice, *sorted(known - set(items))])
+
+
 @contextlib.contextmanager
 def changed(tree: Path, item: str) -> Iterator[None]:
-    """The tree with one change; bytecode of an earlier one is not believed."""
-    before: dict[Path, bytes] = {}
+    """The tree with one change, in files of another time: no bytecode that is there fits them."""
+    before: dict[Path, tuple[bytes, int]] = {}
     try:
-        for names, old, new in changes(item):
-            files = [each for name in names.split() for part in CODE for each in (tree / part).rglob(name)]
-            found = [each for each in files if old.encode() in each.read_bytes()]
-            if item in CHANGES and not found:
-                sys.exit(f"{item}: {old!r} stands nowhere in {names}: bring tests/mutate_formats.py up to date")
-            for each in found:
-                before.setdefault(each, each.read_bytes())
-                each.write_bytes(each.read_bytes().replace(old.encode(), new.encode()))
-        if not before:
-            sys.exit(f"{item} stands nowhere: bring docs/formats.md up to date")
+        for each, old, new in list(places(tree, item)):
+            before.setdefault(each, (each.read_bytes(), each.stat().st_mtime_ns))
+            each.write_bytes(each.read_bytes().replace(old.encode(), new.encode()))
+            os.utime(each, (LATER, LATER))
         yield
     finally:
-        for each, content in before.items():
+        for each, (content, time_ns) in before.items():
             each.write_bytes(content)
+            os.utime(each, ns=(time_ns, time_ns))
 
 
 class Seen:
@@ -313,7 +365,17 @@ def run(tree: Path) -> str:
             for name in [each for each in sys.modules if each == "tests" or each.startswith("tests.")]:
                 del sys.modules[name]
             seen = Seen()
-            options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(tree), "--basetemp", str(tree / "tmp")]
+            options = [
+                "-x",
+                "-q",
+                "--tb=line",
+                "-p",
+                "no:cacheprovider",
+                "--rootdir",
+                str(tree),
+                "--basetemp",
+                str(tree / "tmp"),
+            ]
             status = pytest.main([*options, "tests/test_formats.py"], [seen])
             told = seen.first or ("" if status == 0 else f"pytest ends with {int(status)} |")
             os.write(write, told.encode())
@@ -328,16 +390,13 @@ def run(tree: Path) -> str:
 
 def main() -> None:
     words = sys.argv[1:]
-    items = listed()
-    known = {*CHANGES, *NAMED, *(f"`{each}`" for each in LABELS)}
-    unknown = [each for each in items if each not in known and each.partition(": ")[0] not in FIELDS]
-    missing = known - set(items)
-    if unknown or missing or len(items) != len(set(items)):
-        sys.exit(f"docs/formats.md and tests/mutate_formats.py list other things: {unknown} {sorted(missing)}")
+    if found := disagreement():
+        sys.exit(f"docs/formats.md and tests/mutate_formats.py do not list the same: {found}")
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    sys.dont_write_bytecode = True
+    sys.dont_write_bytecode = False
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.freeze()
     begun = time.monotonic()
     green = []
     with tempfile.TemporaryDirectory() as place:
@@ -348,7 +407,8 @@ def main() -> None:
             shutil.copy(TOP / file, tree / file)
         if told := run(tree):
             sys.exit(f"without a change a test fails: {told}")
-        chosen = [each for each in items if not words or words[0] in each]
+        sys.dont_write_bytecode = True  # what that first run left is good for all
+        chosen = [each for each in listed() if not words or words[0] in each]
         print("| change | first test that fails | how |\n| --- | --- | --- |")
         for item in chosen:
             with changed(tree, item):

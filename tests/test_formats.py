@@ -36,7 +36,6 @@ from unlock import (
     recoverykey,
     report,
     slots,
-    thisboot,
     token,
     window,
 )
@@ -70,12 +69,322 @@ def raw(name: str) -> bytes:
     return bytes.fromhex(KEYS[name])
 
 
-# The document's reader opens all of it
+def image() -> bytes:
+    return lzma.decompress(frozen("disk.img.xz"))
+
+
+def derived(generation: int = 1, what: str = "kek/data") -> bytes:
+    return reader.native_key(raw("kdk"), HOST, f"unlock/{HOST}/{what}", generation)
+
+
+# One text for each value
 
 
 def test_a_json_value_has_one_text() -> None:
     for value in {"b": [1, None, True], "a": {"é": "ä\n", "A": ""}}, [2**53, -1, "\x7f"], {}:
         assert token.canonical(value) == luks.canonical(value) == reader.canonical(value)
+
+
+# What comes out the same each time
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return formats.fixed(Paths(str(tmp_path_factory.mktemp("fixed"))), formats.frozen_keys())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "record-1.bin",
+        "record-2.bin",
+        "payload-0.bin",
+        "payload-1.bin",
+        "policy.json",
+        "baseline.json",
+        "booted.json",
+        "boot-files.json",
+        "run/report.json",
+        "run/verdict",
+        "run/members/data",
+        "run/failed-groups/data",
+    ],
+)
+def test_the_same_bytes_are_written(name: str, made: dict[str, bytes]) -> None:
+    assert made[name] == frozen(name)
+
+
+def test_the_copy_on_the_efi_partition_is_the_baseline_itself(made: dict[str, bytes]) -> None:
+    assert made["boot/efi/EFI/unlock/baseline.json"] == frozen("baseline.json")
+
+
+def test_the_shell_script_caps_with_the_digest_of_the_document() -> None:
+    """And initramfs/cap is without python: it has the bytes themselves."""
+    text = (TOP / "initramfs/cap").read_text()
+    (octal,) = re.findall(r"^digest='([\\0-7]+)'$", text, re.M)
+    assert bytes(int(each, 8) for each in octal.split("\\")[1:]) == reader.cap_digest()
+
+
+# Code as it is opens it
+
+
+def test_a_record_is_read() -> None:
+    for version, pin in ((1, False), (2, True)):
+        assert policy.Record.decode(frozen(f"record-{version}.bin")) == formats.record(pin)
+
+
+def test_a_payload_is_read() -> None:
+    for flag in 0, 1:
+        found = policy.Payload.decode(Secret(frozen(f"payload-{flag}.bin")))
+        assert (bytes(found.key), found.unauthenticated_root) == (raw("persistence"), bool(flag))
+
+
+def test_the_native_provider_makes_the_same_keys(keys: Keys) -> None:
+    assert keys.provider.id == reader.native_id(raw("kdk"))
+    assert bytes(keys.kek) == derived() and bytes(keys.host_key) == derived(what="host")
+    assert (keys.kek_name, keys.host_name) == (f"unlock/{HOST}/kek/data/1", f"unlock/{HOST}/host/1")
+
+
+def test_a_baseline_is_read() -> None:
+    assert measured.Baseline.decode(frozen("baseline.json")) == formats.baseline()
+
+
+def test_a_record_of_boot_is_read(tmp_path: Path) -> None:
+    assert booted.Booted.decode(frozen("booted.json")) == formats.of_boot()
+    place = Paths(str(tmp_path))
+    formats.tree(place)
+    Path(place.boot_files).parent.mkdir(parents=True)
+    Path(place.boot_files).write_bytes(frozen("boot-files.json"))
+    assert set(booted.look(place, Log((), 0, "")).foreign) == {"boot/old"}
+
+
+@pytest.fixture
+def plugged(tmp_path: Path) -> Path:
+    """The frozen disk."""
+    return formats.unpacked(tmp_path / "disk")
+
+
+def test_a_disk_opens_by_the_persistence_key(plugged: Path, keys: Keys) -> None:
+    with luks.Container(str(plugged)) as container:
+        (each,) = disk.tokens(container, HOST)
+        assert bytes(disk.volume_key(container, each, keys.persistence)) == raw("dek")
+        assert disk.unwrap_host_key(each, keys.persistence) == keys.host_key
+        container.verify_volume_key(keys.dek)
+
+
+def test_a_disk_whose_kek_only_the_provider_keeps_opens_by_that_kek(plugged: Path, keys: Keys) -> None:
+    each = token.decode(said("token-provider.json"))
+    with luks.Container(str(plugged)) as container:
+        with pytest.raises(NoKey):
+            disk.volume_key(container, each, keys.persistence)
+        assert bytes(disk.by_kek(container, each, keys.kek)) == raw("dek")
+    assert bytes(32) == disk.ELSEWHERE
+
+
+def test_a_disk_opens_by_the_recovery_key_its_header_authenticated(plugged: Path, keys: Keys) -> None:
+    with luks.Container(str(plugged)) as container:
+        (each,) = disk.tokens(container, HOST)
+        assert bytes(disk.by_checked_recovery_key(container, each, keys.recovery)) == raw("dek")
+
+
+def test_a_cheap_keyslot_of_a_disk_with_another_cipher_is_tried(plugged: Path) -> None:
+    """libcryptsetup falls back to aes-xts-plain64 for it where it cannot use the cipher of the data."""
+    data = bytearray(plugged.read_bytes()[: 1 << 15])
+    for at in 0, 1 << 14:
+        text = bytes(data[at + 4096 : at + (1 << 14)])
+        other = text.replace(
+            b'"encryption":"aes-xts-plain64","sector_size"', b'"encryption":"aes-cbc-plain64","sector_size"'
+        )
+        assert other != text
+        data[at + 4096 : at + (1 << 14)] = other
+        data[at + 448 : at + 512] = bytes(64)
+        data[at + 448 : at + 480] = policy.sha256(data[at : at + (1 << 14)]).digest()
+    with plugged.open("r+b") as file:
+        file.write(data)
+    with luks.Container(str(plugged)) as container:
+        assert container.facts()["segments"]["0"]["encryption"] == "aes-cbc-plain64"
+        assert container.cheap_keyslots() == [0]
+
+
+def test_a_new_disk_has_the_same_form(tmp_path: Path, keys: Keys) -> None:
+    """libcryptsetup draws salts; where it puts the areas is its own."""
+
+    def form(found: dict[str, Any]) -> list[Any]:
+        (slot,), (segment,), digest = found["keyslots"].values(), found["segments"].values(), reader.data_digest(found)
+        kdf = {name: slot["kdf"][name] for name in ("type", "hash", "iterations")}
+        cipher = slot["area"]["encryption"], slot["area"]["key_size"], segment["encryption"], slot["key_size"]
+        return [found["uuid"], kdf, cipher, digest["type"], digest["hash"], digest["iterations"]]
+
+    formats.formatted(tmp_path / "new", keys)
+    with (tmp_path / "new").open("rb") as file:
+        assert form(reader.header(file.read(1 << 14))) == form(reader.header(image()))
+
+
+def test_new_tokens_say_the_same_and_wrap_the_same(plugged: Path, keys: Keys) -> None:
+    """All but the nonces."""
+    facts = reader.header_facts(reader.header(image()))
+    for name, written in formats.tokens(plugged, keys).items():
+        was = said(f"token-{name}.json")
+        opened = [
+            (
+                reader.host_key(each, raw("persistence")),
+                reader.dek(each, derived(), facts),
+                *((reader.kek(each, raw("persistence")),) if name == "persistent" else ()),
+                *((reader.elsewhere(each, raw("persistence"), facts),) if name == "provider" else ()),
+            )
+            for each in (was, written)
+        ]
+        assert opened[0] == opened[1]
+        plain = [
+            each | dict.fromkeys(("dek", "host_key")) | {"kek": each["kek"] | {"wrapped": 0}} for each in (was, written)
+        ]
+        assert plain[0] == plain[1]
+        assert len(token.canonical(written)) == len(frozen(f"token-{name}.json").strip()) == 2048
+        assert token.encode(token.decode(was)) == was
+
+
+# state.json
+
+
+@pytest.mark.parametrize("name", ["native", "kmip"])
+def test_a_state_is_read_and_saved_as_it_was(name: str, tmp_path: Path, keys: Keys) -> None:
+    place = Paths(str(tmp_path))
+    formats.put(Path(place.state), frozen(f"state-{name}.json"))
+    state = State.load(place)
+    state.prove(keys.persistence)
+    assert bytes(state.kdk(keys.persistence, {"native": state.provider, **state.others}["native"])) == raw("kdk")
+    if name == "native":
+        assert bytes(state.host_key(keys.persistence) or b"") == derived(2, "host")
+        assert state.mac_key(keys.persistence, UUIDS[1]) == keys.mac_key
+        journal = state.journal or {}
+        assert state.unhide(keys.next_persistence, journal["new"]) == keys.persistence
+        assert state.unwrapped_recovery_key(keys.persistence, journal["before"]["key"]) == keys.next_recovery
+    else:
+        assert state.client_key(keys.persistence, state.provider) == keys.text("client_key")
+        assert state.client_password(keys.persistence, state.provider) == keys.text("client_password")
+    state.save()
+    assert Path(place.state).read_bytes() == frozen(f"state-{name}.json")
+
+
+@pytest.mark.parametrize("name", ["native", "kmip"])
+def test_a_new_state_is_the_same_but_for_its_nonces(name: str, tmp_path: Path, keys: Keys) -> None:
+    """And in the same order."""
+    place = Paths(str(tmp_path))
+    {"native": formats.native_state, "kmip": formats.kmip_state}[name](place, keys)
+    written = Path(place.state).read_text()
+    wraps = re.compile(r'("[a-z_]+"|"5ee1c0de-[-0-9]+"): "[A-Za-z0-9+/]{70,}=*"')
+    assert wraps.sub(r"\1: wrapped", written) == wraps.sub(r"\1: wrapped", frozen(f"state-{name}.json").decode())
+    unwrapped = [
+        [(kind, reader.unwrap(raw("persistence"), b64decode(text), reader.key_aad(HOST, kind))) for kind, text in each]
+        for each in map(reader.state_wraps, (json.loads(written), said(f"state-{name}.json")))
+    ]
+    assert unwrapped[0] == unwrapped[1]
+
+
+# The recovery key, in escrow too
+
+
+def test_the_recovery_key_is_read_as_it_was_printed() -> None:
+    text = frozen("recovery-key").decode().strip()
+    assert text == KEYS["recovery"] and reader.recovery_key_is_well_formed(text)
+    for typed in text, text.replace("-", ""), f" {text.replace('-', ' ')}\n":
+        assert bytes(recoverykey.parse(Secret(typed.encode()))) == text.encode()
+
+
+def test_a_new_recovery_key_is_of_the_documents_form() -> None:
+    for _ in range(20):
+        assert reader.recovery_key_is_well_formed(bytes(recoverykey.new()).decode())
+
+
+def test_one_wrong_digit_and_two_groups_in_another_order_are_found() -> None:
+    groups = KEYS["recovery"].split("-")
+    swapped, typo = [groups[1], groups[0], *groups[2:]], [f"{(int(groups[0][0]) + 1) % 10}{groups[0][1:]}", *groups[1:]]
+    too_large = [f"{65536 * 11 + 1}", *groups[1:]]
+    for wrong in swapped, typo, too_large:
+        assert not reader.recovery_key_is_well_formed("-".join(wrong))
+        with pytest.raises(Usage):
+            recoverykey.parse(Secret("-".join(wrong).encode()))
+
+
+def decrypted(folder: Path) -> list[bytes]:
+    """By stock tools and the organisation's private keys."""
+    commands = (
+        [
+            "openssl",
+            "cms",
+            "-decrypt",
+            "-inform",
+            "PEM",
+            "-in",
+            folder / "escrow.pem",
+            "-inkey",
+            FOLDER / "certificate-key.pem",
+        ],
+        ["age", "--decrypt", "--identity", FOLDER / "age-identity", folder / "escrow.age"],
+    )
+    return [subprocess.run(command, capture_output=True, check=True).stdout for command in commands]
+
+
+def test_an_escrow_file_gives_the_recovery_key_to_stock_tools(tmp_path: Path, keys: Keys) -> None:
+    assert decrypted(FOLDER) == [KEYS["recovery"].encode()] * 2
+    formats.escrowed(FOLDER, tmp_path, keys)
+    assert decrypted(tmp_path) == [KEYS["recovery"].encode()] * 2
+    for name in "escrow.pem", "escrow.age":
+        assert (tmp_path / name).read_bytes().splitlines()[0] == frozen(name).splitlines()[0]
+
+
+# /run/unlock and the key cache: between an initramfs and the system, which may have another version
+
+
+def test_a_report_is_read() -> None:
+    found = report.read(str(FOLDER / "run/report.json"))
+    assert found["verdict"] == "unsealed" and len(found["disks"]) == len(formats.WORDS["outcomes"])
+
+
+def test_every_word_still_has_its_meaning() -> None:
+    assert set(formats.WORDS["verdicts"]) <= report.VERDICTS.keys()
+    assert set(formats.WORDS["outcomes"]) <= report.OUTCOMES.keys()
+    assert set(formats.WORDS["causes"]) <= measured.CAUSES.keys()
+    for words in formats.WORDS.values():
+        assert all(f"`{word}`" in DOCUMENT for word in words)
+
+
+def test_a_sync_leaves_the_same_record(tmp_path: Path, key_cache: None, keys: Keys) -> None:
+    """All but the time."""
+    written = formats.synced(Paths(str(tmp_path)), keys)
+    assert written["run/keys.json"] == frozen("run/keys.json")
+    time = re.compile(rb'"at": \d{10}')
+    assert time.sub(b"", written["run/sync.json"]) == time.sub(b"", frozen("run/sync.json")) != frozen("run/sync.json")
+    assert State.load(Paths(str(tmp_path))).retire == []
+
+
+def test_keys_cross_into_the_system_under_the_same_names(tmp_path: Path, key_cache: None, keys: Keys) -> None:
+    record = report.Report("early-boot")
+    record.facts = {"unauthenticated_root": True}
+    os.makedirs(Paths(str(tmp_path)).run)
+    opened = SimpleNamespace(opened={}, tokens=lambda: [token.decode(said("token-persistent.json"))])
+    key = boot.Key(HOST, Secret(bytes(keys.persistence)), Secret(bytes(keys.pin_auth)))
+    boot.hand_over(Paths(str(tmp_path)), opened, key, record)  # type: ignore[arg-type]
+    kek = f"unlock:kek:{reader.native_id(raw('kdk'))}/unlock/{HOST}/kek/data/1:1"
+    assert keyring.names() == sorted([kek, "unlock:host", "unlock:persistence", "unlock:pin-auth"])
+    assert (provide.persistence_key(), keyring.get(allowed.PIN_AUTH)) == (keys.persistence, keys.pin_auth)
+    assert keyring.get(provide.cached(keys.group().kek, 1)) == keys.kek
+    assert keyring.get("unlock:host") == keys.host_key
+
+
+def test_the_files_are_where_they_were() -> None:
+    place = Paths()
+    assert [place.state, place.baseline, place.booted, place.boot_files, place.run] == [
+        "/var/lib/unlock/state.json",
+        "/var/lib/unlock/baseline.json",
+        "/var/lib/unlock/booted.json",
+        "/var/lib/unlock/boot-files.json",
+        "/run/unlock",
+    ]
+    assert bootcopy.NAME == "EFI/unlock/baseline.json"
+
+
+# The document's reader opens all of it: no code of unlock is tried by these
 
 
 def test_the_reader_of_the_document_has_no_line_of_unlock() -> None:
@@ -86,14 +395,6 @@ def test_the_reader_of_the_document_has_no_line_of_unlock() -> None:
 
 def test_the_data_says_that_its_keys_are_test_keys() -> None:
     assert KEYS["warning"] == formats.WARNING
-
-
-def image() -> bytes:
-    return lzma.decompress(frozen("disk.img.xz"))
-
-
-def derived(generation: int = 1, what: str = "kek/data") -> bytes:
-    return reader.native_key(raw("kdk"), HOST, f"unlock/{HOST}/{what}", generation)
 
 
 def test_the_document_tells_how_a_disk_is_opened_at_boot() -> None:
@@ -169,279 +470,6 @@ def test_the_document_tells_how_every_key_in_the_state_is_unwrapped() -> None:
         ("kdk", raw("kdk")),
         ("mac-key", mac_key),
     ]
-
-
-# What comes out the same each time
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    return formats.fixed(Paths(str(tmp_path_factory.mktemp("fixed"))), formats.frozen_keys())
-
-
-@pytest.mark.parametrize(
-    "name",
-    "record-1.bin record-2.bin payload-0.bin payload-1.bin policy.json baseline.json booted.json boot-files.json "
-    "run/report.json run/verdict run/members/data run/failed-groups/data".split(),
-)
-def test_the_same_bytes_are_written(name: str, made: dict[str, bytes]) -> None:
-    assert made[name] == frozen(name)
-
-
-def test_the_copy_on_the_efi_partition_is_the_baseline_itself(made: dict[str, bytes]) -> None:
-    assert made["boot/efi/EFI/unlock/baseline.json"] == frozen("baseline.json")
-
-
-def test_the_shell_script_caps_with_the_digest_of_the_document() -> None:
-    """And initramfs/cap is without python: it has the bytes themselves."""
-    text = (TOP / "initramfs/cap").read_text()
-    (octal,) = re.findall(r"^digest='([\\0-7]+)'$", text, re.M)
-    assert bytes(int(each, 8) for each in octal.split("\\")[1:]) == reader.cap_digest()
-
-
-# Code as it is opens it
-
-
-def test_a_record_is_read() -> None:
-    for version, pin in ((1, False), (2, True)):
-        assert policy.Record.decode(frozen(f"record-{version}.bin")) == formats.record(pin)
-
-
-def test_a_payload_is_read() -> None:
-    for flag in 0, 1:
-        found = policy.Payload.decode(Secret(frozen(f"payload-{flag}.bin")))
-        assert (bytes(found.key), found.unauthenticated_root) == (raw("persistence"), bool(flag))
-
-
-def test_the_native_provider_makes_the_same_keys(keys: Keys) -> None:
-    assert keys.provider.id == reader.native_id(raw("kdk"))
-    assert bytes(keys.kek) == derived() and bytes(keys.host_key) == derived(what="host")
-    assert (keys.kek_name, keys.host_name) == (f"unlock/{HOST}/kek/data/1", f"unlock/{HOST}/host/1")
-
-
-def test_a_baseline_is_read() -> None:
-    assert measured.Baseline.decode(frozen("baseline.json")) == formats.baseline()
-
-
-def test_a_record_of_boot_is_read(tmp_path: Path) -> None:
-    assert booted.Booted.decode(frozen("booted.json")) == formats.of_boot()
-    place = Paths(str(tmp_path))
-    formats.tree(place)
-    Path(place.boot_files).parent.mkdir(parents=True)
-    Path(place.boot_files).write_bytes(frozen("boot-files.json"))
-    assert set(booted.look(place, Log((), 0, "")).foreign) == {"boot/old"}
-
-
-@pytest.fixture
-def plugged(tmp_path: Path) -> Path:
-    """The frozen disk."""
-    return formats.unpacked(tmp_path / "disk")
-
-
-def test_a_disk_opens_by_the_persistence_key(plugged: Path, keys: Keys) -> None:
-    with luks.Container(str(plugged)) as container:
-        (each,) = disk.tokens(container, HOST)
-        assert bytes(disk.volume_key(container, each, keys.persistence)) == raw("dek")
-        assert disk.unwrap_host_key(each, keys.persistence) == keys.host_key
-        container.verify_volume_key(keys.dek)
-
-
-def test_a_disk_whose_kek_only_the_provider_keeps_opens_by_that_kek(plugged: Path, keys: Keys) -> None:
-    each = token.decode(said("token-provider.json"))
-    with luks.Container(str(plugged)) as container:
-        with pytest.raises(NoKey):
-            disk.volume_key(container, each, keys.persistence)
-        assert bytes(disk.by_kek(container, each, keys.kek)) == raw("dek")
-    assert disk.ELSEWHERE == bytes(32)
-
-
-def test_a_disk_opens_by_the_recovery_key_its_header_authenticated(plugged: Path, keys: Keys) -> None:
-    with luks.Container(str(plugged)) as container:
-        (each,) = disk.tokens(container, HOST)
-        assert bytes(disk.by_checked_recovery_key(container, each, keys.recovery)) == raw("dek")
-
-
-def test_a_cheap_keyslot_of_a_disk_with_another_cipher_is_tried(plugged: Path) -> None:
-    """libcryptsetup falls back to aes-xts-plain64 for it where it cannot use the cipher of the data."""
-    data = bytearray(plugged.read_bytes()[: 1 << 15])
-    for at in 0, 1 << 14:
-        text = bytes(data[at + 4096 : at + (1 << 14)])
-        other = text.replace(b'"encryption":"aes-xts-plain64","sector_size"', b'"encryption":"aes-cbc-plain64","sector_size"')
-        assert other != text
-        data[at + 4096 : at + (1 << 14)] = other
-        data[at + 448 : at + 512] = bytes(64)
-        data[at + 448 : at + 480] = policy.sha256(data[at : at + (1 << 14)]).digest()
-    with plugged.open("r+b") as file:
-        file.write(data)
-    with luks.Container(str(plugged)) as container:
-        assert container.facts()["segments"]["0"]["encryption"] == "aes-cbc-plain64"
-        assert container.cheap_keyslots() == [0]
-
-
-def test_a_new_disk_has_the_same_form(tmp_path: Path, keys: Keys) -> None:
-    """libcryptsetup draws salts; where it puts the areas is its own."""
-
-    def form(found: dict[str, Any]) -> list[Any]:
-        (slot,), (segment,), digest = found["keyslots"].values(), found["segments"].values(), reader.data_digest(found)
-        kdf = {name: slot["kdf"][name] for name in ("type", "hash", "iterations")}
-        cipher = slot["area"]["encryption"], slot["area"]["key_size"], segment["encryption"], slot["key_size"]
-        return [found["uuid"], kdf, cipher, digest["type"], digest["hash"], digest["iterations"]]
-
-    formats.formatted(tmp_path / "new", keys)
-    with (tmp_path / "new").open("rb") as file:
-        assert form(reader.header(file.read(1 << 14))) == form(reader.header(image()))
-
-
-def test_new_tokens_say_the_same_and_wrap_the_same(plugged: Path, keys: Keys) -> None:
-    """All but the nonces."""
-    facts = reader.header_facts(reader.header(image()))
-    for name, written in formats.tokens(plugged, keys).items():
-        was = said(f"token-{name}.json")
-        opened = [
-            (
-                reader.host_key(each, raw("persistence")),
-                reader.dek(each, derived(), facts),
-                *((reader.kek(each, raw("persistence")),) if name == "persistent" else ()),
-                *((reader.elsewhere(each, raw("persistence"), facts),) if name == "provider" else ()),
-            )
-            for each in (was, written)
-        ]
-        assert opened[0] == opened[1]
-        plain = [each | dict.fromkeys(("dek", "host_key")) | {"kek": each["kek"] | {"wrapped": 0}} for each in (was, written)]
-        assert plain[0] == plain[1] and list(written) == list(written)
-        assert len(token.canonical(written)) == len(frozen(f"token-{name}.json").strip()) == 2048
-    assert token.encode(token.decode(was)) == was
-
-
-# state.json
-
-
-@pytest.mark.parametrize("name", ["native", "kmip"])
-def test_a_state_is_read_and_saved_as_it_was(name: str, tmp_path: Path, keys: Keys) -> None:
-    place = Paths(str(tmp_path))
-    formats.put(Path(place.state), frozen(f"state-{name}.json"))
-    state = State.load(place)
-    state.prove(keys.persistence)
-    assert bytes(state.kdk(keys.persistence, {"native": state.provider, **state.others}["native"])) == raw("kdk")
-    if name == "native":
-        assert bytes(state.host_key(keys.persistence) or b"") == derived(2, "host")
-        assert state.mac_key(keys.persistence, UUIDS[1]) == keys.mac_key
-        journal = state.journal or {}
-        assert state.unhide(keys.next_persistence, journal["new"]) == keys.persistence
-        assert state.unwrapped_recovery_key(keys.persistence, journal["before"]["key"]) == keys.next_recovery
-    else:
-        assert state.client_key(keys.persistence, state.provider) == keys.text("client_key")
-        assert state.client_password(keys.persistence, state.provider) == keys.text("client_password")
-    state.save()
-    assert Path(place.state).read_bytes() == frozen(f"state-{name}.json")
-
-
-@pytest.mark.parametrize("name", ["native", "kmip"])
-def test_a_new_state_is_the_same_but_for_its_nonces(name: str, tmp_path: Path, keys: Keys) -> None:
-    """And in the same order."""
-    place = Paths(str(tmp_path))
-    {"native": formats.native_state, "kmip": formats.kmip_state}[name](place, keys)
-    written = Path(place.state).read_text()
-    wraps = re.compile(r'("[a-z_]+"|"5ee1c0de-[-0-9]+"): "[A-Za-z0-9+/]{70,}=*"')
-    assert wraps.sub(r"\1: wrapped", written) == wraps.sub(r"\1: wrapped", frozen(f"state-{name}.json").decode())
-    unwrapped = [
-        [(kind, reader.unwrap(raw("persistence"), b64decode(text), reader.key_aad(HOST, kind))) for kind, text in each]
-        for each in map(reader.state_wraps, (json.loads(written), said(f"state-{name}.json")))
-    ]
-    assert unwrapped[0] == unwrapped[1]
-
-
-# The recovery key, in escrow too
-
-
-def test_the_recovery_key_is_read_as_it_was_printed() -> None:
-    text = frozen("recovery-key").decode().strip()
-    assert text == KEYS["recovery"] and reader.recovery_key_is_well_formed(text)
-    for typed in text, text.replace("-", ""), f" {text.replace('-', ' ')}\n":
-        assert bytes(recoverykey.parse(Secret(typed.encode()))) == text.encode()
-
-
-def test_a_new_recovery_key_is_of_the_documents_form() -> None:
-    for _ in range(20):
-        assert reader.recovery_key_is_well_formed(bytes(recoverykey.new()).decode())
-
-
-def test_one_wrong_digit_and_two_groups_in_another_order_are_found() -> None:
-    groups = KEYS["recovery"].split("-")
-    swapped, typo = [groups[1], groups[0], *groups[2:]], [f"{(int(groups[0][0]) + 1) % 10}{groups[0][1:]}", *groups[1:]]
-    too_large = [f"{65536 * 11 + 1}", *groups[1:]]
-    for wrong in swapped, typo, too_large:
-        assert not reader.recovery_key_is_well_formed("-".join(wrong))
-        with pytest.raises(Usage):
-            recoverykey.parse(Secret("-".join(wrong).encode()))
-
-
-def decrypted(folder: Path) -> list[bytes]:
-    """By stock tools and the organisation's private keys."""
-    commands = (
-        ["openssl", "cms", "-decrypt", "-inform", "PEM", "-in", folder / "escrow.pem", "-inkey", FOLDER / "certificate-key.pem"],
-        ["age", "--decrypt", "--identity", FOLDER / "age-identity", folder / "escrow.age"],
-    )
-    return [subprocess.run(command, capture_output=True, check=True).stdout for command in commands]
-
-
-def test_an_escrow_file_gives_the_recovery_key_to_stock_tools(tmp_path: Path, keys: Keys) -> None:
-    assert decrypted(FOLDER) == [KEYS["recovery"].encode()] * 2
-    formats.escrowed(FOLDER, tmp_path, keys)
-    assert decrypted(tmp_path) == [KEYS["recovery"].encode()] * 2
-    for name in "escrow.pem", "escrow.age":
-        assert (tmp_path / name).read_bytes().splitlines()[0] == frozen(name).splitlines()[0]
-
-
-# /run/unlock and the key cache: between an initramfs and the system, which may have another version
-
-
-def test_a_report_is_read() -> None:
-    found = report.read(str(FOLDER / "run/report.json"))
-    assert found["verdict"] == "unsealed" and len(found["disks"]) == len(formats.WORDS["outcomes"])
-
-
-def test_every_word_still_has_its_meaning() -> None:
-    assert set(formats.WORDS["verdicts"]) <= report.VERDICTS.keys()
-    assert set(formats.WORDS["outcomes"]) <= report.OUTCOMES.keys()
-    assert set(formats.WORDS["causes"]) <= measured.CAUSES.keys()
-    for words in formats.WORDS.values():
-        assert all(f"`{word}`" in DOCUMENT for word in words)
-
-
-def test_a_sync_leaves_the_same_record(tmp_path: Path, key_cache: None, keys: Keys) -> None:
-    """All but the time."""
-    written = formats.synced(Paths(str(tmp_path)), keys)
-    assert written["run/keys.json"] == frozen("run/keys.json")
-    time = re.compile(rb'"at": \d{10}')
-    assert time.sub(b"", written["run/sync.json"]) == time.sub(b"", frozen("run/sync.json")) != frozen("run/sync.json")
-    assert State.load(Paths(str(tmp_path))).retire == []
-
-
-def test_keys_cross_into_the_system_under_the_same_names(tmp_path: Path, key_cache: None, keys: Keys) -> None:
-    record = report.Report("early-boot")
-    record.facts = {"unauthenticated_root": True}
-    os.makedirs(Paths(str(tmp_path)).run)
-    opened = SimpleNamespace(opened={}, tokens=lambda: [token.decode(said("token-persistent.json"))])
-    key = boot.Key(HOST, Secret(bytes(keys.persistence)), Secret(bytes(keys.pin_auth)))
-    boot.hand_over(Paths(str(tmp_path)), opened, key, record)  # type: ignore[arg-type]
-    kek = f"unlock:kek:{reader.native_id(raw('kdk'))}/unlock/{HOST}/kek/data/1:1"
-    assert keyring.names() == sorted([kek, "unlock:host", "unlock:persistence", "unlock:pin-auth"])
-    assert (provide.persistence_key(), keyring.get(allowed.PIN_AUTH)) == (keys.persistence, keys.pin_auth)
-    assert keyring.get(provide.cached(keys.group().kek, 1)) == keys.kek
-    assert keyring.get("unlock:host") == keys.host_key
-
-
-def test_the_files_are_where_they_were() -> None:
-    place = Paths()
-    assert [place.state, place.baseline, place.booted, place.boot_files, place.run] == [
-        "/var/lib/unlock/state.json",
-        "/var/lib/unlock/baseline.json",
-        "/var/lib/unlock/booted.json",
-        "/var/lib/unlock/boot-files.json",
-        "/run/unlock",
-    ]
-    assert bootcopy.NAME == "EFI/unlock/baseline.json"
 
 
 # A TPM that was sealed once
