@@ -255,12 +255,17 @@ FIELDS = {
 }
 """Format -> where the names of its fields stand."""
 NAMED = {
-    "state: uuid": [
-        ("*.py", "    uuid: str", "    uuie: str"),
-        ("*.py", ".uuid", ".uuie"),
-        ("state.py", '"uuid"', '"uuie"'),
-    ],
-    "state: serial": [("state.py", 'members": [member._asdict()', 'members": [{**member._asdict(), "serial": 0}')],
+    **{
+        f"state: {name}": [
+            ("state.py", f'm["{name}"]', f'm["{name}q"]'),
+            (
+                "state.py",
+                "member._asdict()",
+                f'{{k.replace("{name}", "{name}q"): v for k, v in member._asdict().items()}}',
+            ),
+        ]
+        for name in ("uuid", "serial")
+    },
     "baseline: srk": [("measured.py", "    srk: str", "    sro: str"), ("measured.py", '"srk"', '"sro"')],
     "baseline: identity": [
         ("measured.py", "    identity: str", "    identite: str"),
@@ -300,7 +305,7 @@ def places(tree: Path, item: str) -> Iterator[tuple[Path, str, str]]:
     for names, old, new in changes(item):
         files = {each for name in names.split() for part in CODE for each in (tree / part).rglob(name)}
         found = [each for each in sorted(files) if old.encode() in each.read_bytes()]
-        if not found and item in CHANGES:
+        if not found and (item in CHANGES or item in NAMED):
             raise LookupError(f"{item}: {old!r} stands nowhere in {names}")
         nowhere = nowhere and not found
         yield from ((each, old, new) for each in found)
