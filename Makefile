@@ -62,7 +62,7 @@ packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-a
 	openssl gcc pkg-config libffi-dev python3-venv python3-dev \
 	make bc bison flex m4 perl xz-utils libc6-dev slirp4netns iproute2
 
-.PHONY: setup test test-long test-fast soak lint demo demo-short bench
+.PHONY: setup test test-long test-fast soak mutate-formats lint demo demo-short bench
 
 # What tests and demo need, from the distribution and from PyPI; quick when it is all there.
 setup:
@@ -92,6 +92,10 @@ test-long: setup
 SECONDS = 3600
 soak:
 	SECONDS=$(SECONDS) $(VENV)/bin/python -m tests.soak
+
+# Changes each label, derivation and field of docs/formats.md alone: tests/test_formats.py must see each. A minute or two.
+mutate-formats:
+	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.mutate_formats
 
 demo: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.demo
