@@ -72,7 +72,7 @@ LABELS = (
 CHANGES: dict[str, list[Change]] = {
     # wraps
     "AES-256-GCM": [("wrap.py", "AESGCM", "ChaCha20Poly1305")],
-    "nonce size": [("wrap.py", "_NONCE = 12", "_NONCE = 16")],
+    "nonce size": [("wrap.py", "_NONCE, _TAG = 12,", "_NONCE, _TAG = 16,")],
     "nonce before ciphertext": [
         (
             "wrap.py",
@@ -81,8 +81,8 @@ CHANGES: dict[str, list[Change]] = {
         ),
         (
             "wrap.py",
-            "decrypt(wrapped[:_NONCE], wrapped[_NONCE:], aad)",
-            "decrypt(wrapped[-_NONCE:], wrapped[:-_NONCE], aad)",
+            "wrapped[:_NONCE], wrapped[_NONCE:-_TAG], wrapped[-_TAG:]",
+            "wrapped[-_NONCE:], wrapped[: -_TAG - _NONCE], wrapped[-_TAG - _NONCE : -_NONCE]",
         ),
     ],
     "HKDF hash": [("wrap.py", "SHA256", "SHA512")],
@@ -92,10 +92,12 @@ CHANGES: dict[str, list[Change]] = {
     "scrypt r": [("wrap.py", '"r": 8', '"r": 9')],
     "scrypt p": [("wrap.py", '"p": 1', '"p": 2')],
     "scrypt size": [("wrap.py", "length=32", "length=16")],
-    "canonical: names sorted": [("*.py", "json.dumps(value, sort_keys=True", "json.dumps(value, sort_keys=False")],
-    "canonical: no blanks": [("token.py", 'separators=(",", ":")', 'separators=(", ", ":")')],
-    "canonical: ASCII": [("token.py", "ensure_ascii=True", "ensure_ascii=False")],
-    "base64": [("token.py", "b64encode(value)", 'b64encode(value, b"-_")')],
+    "canonical: names sorted": [("strictjson.py", '":", ",", True', '":", ",", False')],
+    "canonical: no blanks": [("strictjson.py", '":", ",", True', '":", ", ", True')],
+    "canonical: ASCII": [
+        ("strictjson.py", "import encode_basestring_ascii,", "import encode_basestring as encode_basestring_ascii,")
+    ],
+    "base64": [("token.py", "newline=False).decode()", 'newline=False).decode().replace("+", "-")')],
     # AADs
     "`unlock-KIND-1`": [("token.py", 'f"unlock-{kind}-1"', 'f"unlock-{kind}-2"')],
     "KIND `host-key`": [("*.py", '"host-key"', '"host-kez"')],

@@ -23,10 +23,10 @@ from tests.formats import FOLDER, HOST, UUIDS, Keys
 from tests.tpmfixture import Swtpm
 from unlock import (
     allowed,
-    boot,
     bootcopy,
     booted,
     disk,
+    handover,
     keyring,
     luks,
     measured,
@@ -362,9 +362,8 @@ def test_keys_cross_into_the_system_under_the_same_names(tmp_path: Path, key_cac
     record = report.Report("early-boot")
     record.facts = {"unauthenticated_root": True}
     os.makedirs(Paths(str(tmp_path)).run)
-    opened = SimpleNamespace(opened={}, tokens=lambda: [token.decode(said("token-persistent.json"))])
-    key = boot.Key(HOST, Secret(bytes(keys.persistence)), Secret(bytes(keys.pin_auth)))
-    boot.hand_over(Paths(str(tmp_path)), opened, key, record)  # type: ignore[arg-type]
+    opened: Any = SimpleNamespace(opened={}, tokens=lambda: [token.decode(said("token-persistent.json"))])
+    handover.hand_over(Paths(str(tmp_path)), opened, keys.persistence, keys.pin_auth, record)
     kek = f"unlock:kek:{reader.native_id(raw('kdk'))}/unlock/{HOST}/kek/data/1:1"
     assert keyring.names() == sorted([kek, "unlock:host", "unlock:persistence", "unlock:pin-auth"])
     assert (provide.persistence_key(), keyring.get(allowed.PIN_AUTH)) == (keys.persistence, keys.pin_auth)
