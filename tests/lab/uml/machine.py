@@ -139,7 +139,7 @@ class Uml(Running):
         arguments = [
             f"mem={self._memory}",
             "uml_dir=./",
-            "umid=uml",
+            f"umid={UMID}",
             "noreboot",
             f"hostfs={shared}",
             "con=null",
