@@ -38,6 +38,29 @@ def story(tmp_path: Path) -> Iterator[Machine]:
     shutil.rmtree(tmp_path / "machine", ignore_errors=True)
 
 
+BY_PYUDEV = """
+import os, sys
+sys.path.insert(0, "/usr/lib/unlock")
+import pyudev
+from unlock import devices
+theirs = {
+    (each.device_node, each.sys_name, f"{os.major(each.device_number)}:{os.minor(each.device_number)}",
+     each.properties.get("ID_SERIAL", ""), each.attributes.asint("size") * 512, each.is_initialized)
+    for each in pyudev.Context().list_devices(subsystem="block").match_tag("unlock")
+}
+ours = {
+    (each.node, each.sysname, each.number, each.serial, each.size, each.initialized > 0)
+    for each in devices.marked()
+}
+assert ours == theirs == {
+    (each.node, each.sysname, each.number, each.serial, each.size, each.initialized > 0)
+    for each in map(devices.disk, (node for node, *_ in theirs))
+}, (ours, theirs)
+print(len(ours))
+"""
+"""libudev as we call it and as pyudev does say the same of the marked disks."""
+
+
 def test_a_host_boots_offline(story: Machine) -> None:
     with story.boot() as booted:
         console = up(booted)
@@ -50,6 +73,7 @@ def test_a_host_boots_offline(story: Machine) -> None:
         assert unseal_as_root(console) == "pcr-mismatch"
         assert replayed(console) >= MEASURED
         assert "recovery" not in booted.console.text
+        assert console.sh(f"python3 -I -c '{BY_PYUDEV}'").out == "4"
         assert checked(console) == {"": "safe", "root": "safe", "data": "safe"}
         ours = agent_commands(booted)
         assert [name for name in ours if name in SENT] == list(SENT)
