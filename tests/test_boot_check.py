@@ -124,7 +124,7 @@ ANYWHERE = (
     ),
     Row(
         "fstab names the mount point of a group",
-        "cp /etc/fstab .; echo 'LABEL=x /srv/data ext4 nofail 0 0' >>/etc/fstab",
+        "cp /etc/fstab .; echo 'LABEL=x /srv/data ext4 nofail,x-systemd.device-timeout=5 0 0' >>/etc/fstab",
         "cp fstab /etc/fstab",
         UNSAFE,
         "group data is not mounted",
