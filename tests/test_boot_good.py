@@ -38,6 +38,19 @@ def story(tmp_path: Path) -> Iterator[Machine]:
     shutil.rmtree(tmp_path / "machine", ignore_errors=True)
 
 
+INTERRUPTED = """
+import signal, sys
+sys.path.insert(0, "/usr/lib/unlock")
+from unlock.tpm import Tpm
+signal.signal(signal.SIGALRM, lambda *_: None)
+with Tpm() as chip:
+    signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
+    for _ in range(400):
+        chip.read_pcrs(range(8))
+    signal.setitimer(signal.ITIMER_REAL, 0)
+print("answered")
+"""
+"""Signals while the TPM works: early boot is asked by SIGUSR1 to look at the disks again, whenever a script wants."""
 BY_PYUDEV = """
 import os, sys
 sys.path.insert(0, "/usr/lib/unlock")
@@ -74,6 +87,7 @@ def test_a_host_boots_offline(story: Machine) -> None:
         assert replayed(console) >= MEASURED
         assert "recovery" not in booted.console.text
         assert console.sh(f"python3 -I -c '{BY_PYUDEV}'").out == "4"
+        assert console.sh(f"python3 -I -c '{INTERRUPTED}'").out == "answered"
         assert checked(console) == {"": "safe", "root": "safe", "data": "safe"}
         ours = agent_commands(booted)
         assert [name for name in ours if name in SENT] == list(SENT)

@@ -24,7 +24,7 @@ from .errors import (
     UnlockError,
     Usage,
 )
-from .light import Any, Callable, NamedTuple, Sequence
+from .light import Any, Callable, NamedTuple, Sequence, signal
 from .policy import BANK, SLOTS, SRK, Record, Slot
 from .secret import Secret
 
@@ -108,6 +108,17 @@ class SlotState(NamedTuple):
     def complete(self) -> bool:
         """The object is there and the record describes it."""
         return self.record is not None and self.record.object_name == self.object_name
+
+
+
+def _uninterrupted(call: Callable[..., int], *arguments: Any) -> int:
+    """The result of a call that exchanges bytes with the TPM. Signals wait: the TCTI takes a poll(2) that one ends for a
+    broken line (0xa000a), and the answer is lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        return call(*arguments)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Tpm:
@@ -349,12 +360,12 @@ class Tpm:
     def _send(self, call: str, *arguments: Any) -> None:
         """Call ESYS, again while the TPM is busy."""
         function = getattr(self._lib, "Esys_" + call)
-        rc = function(self._context[0], *arguments)
+        rc = _uninterrupted(function, self._context[0], *arguments)
         for pause in _PAUSES:
             if rc not in _BUSY:
                 break
             time.sleep(pause)
-            rc = function(self._context[0], *arguments)
+            rc = _uninterrupted(function, self._context[0], *arguments)
         if rc:
             raise _Answer(call.replace("TR_FromTPMPublic", "ReadPublic"), rc)
 
@@ -542,7 +553,7 @@ class Tpm:
 
     def _flush(self, handle: int) -> None:
         """FlushContext, as well as it can be: it cleans up after a failure and must not hide it."""
-        self._lib.Esys_FlushContext(self._context[0], handle)
+        _uninterrupted(self._lib.Esys_FlushContext, self._context[0], handle)
 
     # Sessions -----------------------------------------------------------------------------------------------
 
@@ -558,12 +569,13 @@ class Tpm:
 
     def _started(self, what: tuple[Any, ...], handle: Any, meanwhile: Callable[[], None]) -> bool:
         """StartAuthSession, and `meanwhile` before its answer is taken. False if it failed."""
-        if self._lib.Esys_StartAuthSession_Async(self._context[0], *what):
+        if _uninterrupted(self._lib.Esys_StartAuthSession_Async, self._context[0], *what):
             return False
         meanwhile()
         self._lib.Esys_SetTimeout(self._context[0], -1)
-        while (rc := self._lib.Esys_StartAuthSession_Finish(self._context[0], handle)) & 0xFFFF == _TRY_AGAIN:
-            pass  # ESYS has sent it again
+        finish, rc = self._lib.Esys_StartAuthSession_Finish, _TRY_AGAIN
+        while rc & 0xFFFF == _TRY_AGAIN:  # ESYS has sent it again
+            rc = _uninterrupted(finish, self._context[0], handle)
         return not rc
 
     def _owner(self, auth: Secret | None) -> "_Session":
