@@ -70,10 +70,12 @@ setup:
 	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check tpm2-pytss cryptography pyudev pykmip virt-firmware pytest pytest-xdist hypothesis mypy ruff
 
+scripts = bin/unlock initramfs/collect systemd/unlock-generator
 lint:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	for script in $(scripts); do $(VENV)/bin/mypy --no-error-summary $$script || exit; done
 
 test-fast: lint
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not vm"

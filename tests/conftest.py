@@ -25,8 +25,7 @@ def key_cache() -> Iterator[None]:
 @pytest.fixture
 def kms() -> Iterator[Any]:
     """A key manager, scripted, over mutual TLS."""
-    from kmipfixture import AUTHORITY
-
+    from tests.kmipfixture import AUTHORITY
     from tests.lab.kmipliar import Liar
 
     with Liar(AUTHORITY) as liar:

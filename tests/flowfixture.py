@@ -5,8 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from kmipfixture import AUTHORITY, CLIENT
-
+from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from tests.lab.kmipserver import KmipServer
 from tests.lab.pki import Leaf

@@ -3,13 +3,14 @@
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from eventlogs import Boot, Unmeasured
-from hostfixture import Machine
-from killing import EVERY, LASTING, TPM_WRITES, killed_at
 
+from tests.eventlogs import Boot, Unmeasured
+from tests.hostfixture import Machine
+from tests.killing import EVERY, LASTING, TPM_WRITES, killed_at
 from unlock import allowed, enroll, keyring, policy
 from unlock.errors import NoKey, Tampered, UnlockError, Usage
 from unlock.secret import Secret
@@ -173,7 +174,7 @@ def test_killed_anywhere_both_boots_open_and_it_finishes(
     number, kills, ended = 1, 0, False
     while not ended:
         coming = (f"kernel {number}", Boot("direct", kernel=f"{number}"))
-        ended = not killed_at(number, lambda coming=coming: host.predict(coming), LASTING | TPM_WRITES)
+        ended = not killed_at(number, partial(host.predict, coming), LASTING | TPM_WRITES)
         kills += not ended
         assert host.boot(OLD) == "unsealed"
         assert host.reasons()[0] == "this boot" and allowed.UNKNOWN not in host.reasons()

@@ -9,15 +9,14 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import eventlogs
-import pefile
 import pytest
-from flowfixture import HOST, Host
-from kmipfixture import AUTHORITY
-from test_devices import Machine
-from tpmfixture import Swtpm
 
+from tests import eventlogs, pefile
+from tests.flowfixture import HOST, Host
+from tests.kmipfixture import AUTHORITY
 from tests.lab.kmipliar import Liar
+from tests.test_devices import Machine
+from tests.tpmfixture import Swtpm
 from unlock import check, disk, images, keyring, luks, policy, recoveryops, report, slots, token
 from unlock.check import NOTE, SAFE, UNPROVEN, UNSAFE
 from unlock.errors import CommandFailed, UnlockError

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from kmipfixture import AUTHORITY, CLIENT
-from tpmfixture import Swtpm
 
+from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
+from tests.tpmfixture import Swtpm
 from unlock import config, disk, enroll, keyring, luks, members, policy, recoverykey, report, slots, sync
 from unlock.errors import ClientAuth, Refused, UnlockError, Usage
 from unlock.paths import Paths
@@ -68,7 +68,9 @@ def test_init_seals_backs_up_and_leaves_no_key_in_a_file(host: Paths, chip: Swtp
     with open(asked.backup, "rb") as file, native.restore(file.read(), asked.password) as restored:
         assert restored.id == state.provider_id
         kdk = bytes(restored.kdk)
-    host_key = bytes(state.host_key(persistence))
+    host_secret = state.host_key(persistence)
+    assert host_secret
+    host_key = bytes(host_secret)
     for path in Path(host.root).rglob("*"):
         content = path.read_bytes() if path.is_file() else b""
         for secret in (bytes(persistence), kdk, host_key, PASSWORD):

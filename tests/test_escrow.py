@@ -12,9 +12,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from flowfixture import Host
-from killing import calls_of, child, killed_in
 
+from tests.flowfixture import Host
+from tests.killing import calls_of, child, killed_in
 from unlock import escrow, handout, members, recoverykey, recoveryops, run
 from unlock.errors import CommandFailed, Malformed, Refused, UnlockError, Usage
 from unlock.escrow import Escrow

@@ -74,6 +74,11 @@ def digest(**change: Any) -> Callable[[Lab, dict[str, Any]], object]:
     return lambda lab, fields: fields["digests"]["0"].update(change)
 
 
+def add_null_keyslot(_: Lab, fields: dict[str, Any]) -> None:
+    add_keyslot(fields, first=True, encryption="null")
+    bind(fields, "0")
+
+
 def ours(**change: Any) -> Callable[[Lab, dict[str, Any]], object]:
     return lambda lab, fields: fields["tokens"]["0"].update(change)
 
@@ -133,7 +138,7 @@ CHANGED_JSON = {
         "tampered", "keyslot 0 is not encrypted",
     ),
     "cipher_null keyslot beside": Row(
-        lambda lab, fields: add_keyslot(fields, first=True, encryption="null") or bind(fields, "0"),
+        add_null_keyslot,
         "tampered", "keyslot 0 is not encrypted",
     ),
     "a keyslot of two digests": Row(lambda lab, fields: bind(fields, "0"), "damaged", "ruined"),
@@ -290,7 +295,7 @@ def test_a_hostile_token_beside_hides_nothing(lab: Lab) -> None:
     assert lab.judge(lab.by_tpm)[0] == lab.judge(lab.by_recovery)[0] == "waiting"
 
 
-KEYSLOTS_BESIDE = {
+KEYSLOTS_BESIDE: dict[str, dict[str, Any]] = {
     "that takes hours": {"iterations": 2**31 - 1},
     "that takes the memory": {"type": "argon2id", "time": 4, "memory": 4 << 20, "cpus": 4},
     "of a cipher that the kernel would have to load": {"encryption": "capi:xts(serpent)-plain64"},

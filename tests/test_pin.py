@@ -11,15 +11,16 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from eventlogs import Boot
-from hostfixture import Machine
-from killing import LASTING, TPM_WRITES, killed_at
-from tpmfixture import Swtpm
 
+from tests.eventlogs import Boot
+from tests.hostfixture import Machine
+from tests.killing import LASTING, TPM_WRITES, killed_at
+from tests.tpmfixture import Swtpm
 from unlock import (
     allowed,
     ask,
@@ -47,6 +48,7 @@ from unlock.errors import (
     Tampered,
     TpmFailed,
     TpmRefused,
+    UnlockError,
     Usage,
 )
 from unlock.policy import A, B, Payload, Record
@@ -88,7 +90,8 @@ class Person:
     """Types these, one after the other; then Enter alone."""
 
     def __init__(self, *types: str) -> None:
-        self.types, self.left = list(types), []
+        self.types = list(types)
+        self.left: list[int] = []
 
     def __call__(self, left: int) -> Secret:
         self.left.append(left)
@@ -389,7 +392,7 @@ def test_a_cut_after_every_command_leaves_the_old_or_the_new(
             try:
                 persist(chip, after, 2)
                 raise AssertionError("nothing left to cut")
-            except (AssertionError, slots.UnlockError):
+            except (AssertionError, UnlockError):
                 pass
             if power:
                 chip.power_cycle()
@@ -465,11 +468,12 @@ def test_without_what_it_makes_nothing_is_sealed_anew_and_the_pin_is_never_dropp
     set_pin(host)
     keyring.forget("unlock:pin-auth")
     before = host.chip.proxy.commands[:]
-    for change in (
+    changes: tuple[Callable[[], object], ...] = (
         lambda: host.predict(("kernel 2", NEW)),
         lambda: window.open_window(host.paths, 1, (), host.chip.tcti),
         lambda: window.choose(host.paths, (7, 9), tcti=host.chip.tcti),
-    ):
+    )
+    for change in changes:
         with pytest.raises(Refused) as caught:
             change()
         assert (caught.value.code, caught.value.hint) == ("pin-needed", "unlock policy set --pin")
@@ -520,7 +524,7 @@ def test_a_refused_boot_leaves_nothing_to_seal_with(host: Machine) -> None:
     host.types = ["wrong"] * 3
     assert host.boot() == "pin-wrong" and host.asked == 3
     assert keyring.names() == []
-    with pytest.raises(slots.UnlockError) as caught:
+    with pytest.raises(UnlockError) as caught:
         set_pin(host)
     assert caught.value.code == "no-key"
 
@@ -662,7 +666,7 @@ def test_rebind_with_another_pin_killed_anywhere_keeps_the_one_or_the_other(disk
     while not ended:
         pin = f"pin {number}"
         chosen = Pin(Secret(pin.encode()))
-        ended = not killed_at(number, lambda chosen=chosen: rebound(disks, chosen), LASTING | TPM_WRITES)
+        ended = not killed_at(number, partial(rebound, disks, chosen), LASTING | TPM_WRITES)
         assert disks.allows().record.pin
         if not ended:
             try:

@@ -7,13 +7,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from flowfixture import HOST, Host
-from killing import killed_at
-from kmipfixture import AUTHORITY, CLIENT
 
+from tests.flowfixture import HOST, Host
+from tests.killing import killed_at
+from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
 from tests.lab.kmipserver import KmipServer
 from unlock import (
@@ -164,7 +165,7 @@ def test_a_switch_killed_anywhere_is_finished_by_the_same_command(host: Host) ->
         names = ["second", "third"]
         while killed:
             target = names[0] if host.state.provider["name"] != names[0] else names[1]
-            killed = killed_at(number, lambda target=target: switching.switch(host.paths, target, None, host.look))
+            killed = killed_at(number, partial(switching.switch, host.paths, target, None, host.look))
             assert host.boot_opens()
             assert host.recovery_opens()
             if killed and host.state.provider["name"] != target:

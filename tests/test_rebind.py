@@ -3,14 +3,15 @@
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from eventlogs import Boot, Unmeasured
-from hostfixture import Machine
-from killing import EVERY, LASTING, TPM_WRITES, killed_at
-from kmipfixture import AUTHORITY, CLIENT
 
+from tests.eventlogs import Boot, Unmeasured
+from tests.hostfixture import Machine
+from tests.killing import EVERY, LASTING, TPM_WRITES, killed_at
+from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from unlock import handout, kdk, keyring, luks, policy, provide, rebind, recoverykey, recoveryops, slots, sync, token
 from unlock.errors import ProviderUnavailable, Refused, UnlockError
@@ -278,7 +279,7 @@ def test_killed_anywhere_every_disk_still_opens_and_it_finishes(
             host.clear()
             host.boot()
         file = {"with its backup": backup(host), "with a new key": backup(host, f"new-{number}")}.get(how, "")
-        ended = not killed_at(number, lambda file=file: run(host, file), LASTING | TPM_WRITES)
+        ended = not killed_at(number, partial(run, host, file), LASTING | TPM_WRITES)
         kills += not ended
         assert host.recovery_opens()
         if kills % 2:  # a power cut, not a mere kill

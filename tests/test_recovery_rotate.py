@@ -3,14 +3,14 @@
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from flowfixture import HOST, Host
-from killing import killed_at
-from test_escrow import decrypted, organisation
 
+from tests.flowfixture import HOST, Host
+from tests.killing import killed_at
+from tests.test_escrow import decrypted, organisation
 from unlock import disk, handout, keyring, luks, present, recoverykey, recoveryops, rekey, status, sync
 from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.escrow import Escrow
@@ -212,7 +212,11 @@ def test_new_gives_a_lost_keyslot_back_and_is_nothing_where_none_is_lost(host: H
 
 def test_a_changed_header_is_never_blessed(host: Host) -> None:
     change_flags(host.disks[1])
-    for change in (lambda: rotate(host), lambda: recoveryops.new(host.paths, host.recovery, host.look)):
+    changes: tuple[Callable[[], object], ...] = (
+        lambda: rotate(host),
+        lambda: recoveryops.new(host.paths, host.recovery, host.look),
+    )
+    for change in changes:
         with pytest.raises(Tampered):
             change()
         assert not authentic(host.disks[1], host.recovery)

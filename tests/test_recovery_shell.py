@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from flowfixture import HOST, Host
-from test_recovery_rotate import change_flags
 
+from tests.flowfixture import HOST, Host
+from tests.test_recovery_rotate import change_flags
 from unlock import (
     ask,
     cli,

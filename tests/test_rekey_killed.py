@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from flowfixture import Host
-from killing import calls_of, killed_at, killed_in
-from kmipfixture import AUTHORITY
 
+from tests.flowfixture import Host
+from tests.killing import calls_of, killed_at, killed_in
+from tests.kmipfixture import AUTHORITY
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, PRE_ACTIVE, Liar
 from unlock import keyring, provide, rekey
 from unlock.errors import ProviderError, StateBlocked

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from flowfixture import HOST, Host
-from killing import killed_at
-from kmipfixture import AUTHORITY, CLIENT
-from tpmfixture import Swtpm
 
+from tests.flowfixture import HOST, Host
+from tests.killing import killed_at
+from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
+from tests.tpmfixture import Swtpm
 from unlock import config, keymanager, keyring, persistence, policy, slots, sync
 from unlock import switch as switching
 from unlock.errors import NoKey, NoSlot, Refused, TpmRefused, UnlockError

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from flowfixture import HOST, Host
-from killing import child, killed_at
-from kmipfixture import AUTHORITY, CLIENT
 
+from tests.flowfixture import HOST, Host
+from tests.killing import child, killed_at
+from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import ACTIVE, COMPROMISED, DEACTIVATED, DESTROYED, Liar
 from unlock import disk, keyring, luks, provide, rotation, sync, thisboot
 from unlock.errors import ClockWrong, NoKey, ProviderError, Refused, UnlockError
@@ -487,7 +487,7 @@ def test_a_full_keyring_costs_no_key(kms: Liar) -> None:
     """Users who are not root have 200 keys: one of them plays root here, with all of the host's files."""
     uid = 100_000 + os.getpid()
 
-    def story() -> None:
+    def story(host: Host) -> None:
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
         keyring.put("unlock:persistence", host.persistence)
@@ -504,7 +504,7 @@ def test_a_full_keyring_costs_no_key(kms: Liar) -> None:
         for path in [host.folder, *host.folder.rglob("*")]:
             os.chown(path, uid, uid)
         kms.replace(kms.keys[key_id(host)])
-        assert child(story) == 0
+        assert child(lambda: story(host)) == 0
         assert host.boot_opens()
         assert host.group.generation == 2
         keyring.flush()

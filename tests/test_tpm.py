@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tpmfixture import Swtpm
 
+from tests.tpmfixture import Swtpm
 from unlock import policy
 from unlock.errors import (
     Malformed,

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from eventlogs import Boot
-from hostfixture import Machine
-from killing import EVERY, LASTING, TPM_WRITES, killed_at
 
+from tests.eventlogs import Boot
+from tests.hostfixture import Machine
+from tests.killing import EVERY, LASTING, TPM_WRITES, killed_at
 from unlock import allowed, check, cli, foresee, keyring, rebind, status, window
 from unlock.errors import NoKey, Refused, Usage
 from unlock.paths import Paths
@@ -74,9 +74,9 @@ def test_a_window_of_two_boots_and_the_pcr_that_was_kept(host: Machine) -> None:
     assert shown(host)["window"]
     good(host, UPDATED)
     assert shown(host)["window"] is None
-    for wrong in ((1, (3,)), (0, ()), (9, ())):
+    for boots, keep in ((1, (3,)), (0, ()), (9, ())):
         with pytest.raises(Usage):
-            window.open_window(host.paths, *wrong, host.chip.tcti)
+            window.open_window(host.paths, boots, keep, host.chip.tcti)
 
 
 def test_closed_by_hand_it_is_closed_and_only_this_boot_is_left(host: Machine) -> None:

@@ -38,7 +38,9 @@ class Lab:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.recovery = recoverykey.new()
-        self.keys = disk.Keys(*(Secret.random(32) for _ in range(3)), disk.mac_key(self.recovery, HOST))
+        self.keys = disk.Keys(
+            Secret.random(32), Secret.random(32), Secret.random(32), disk.mac_key(self.recovery, HOST)
+        )
         self.dek = Secret.random(64)
         self.victim = self._make("victim", "data", self.dek)
         self.honest = self._make("honest", "safe", Secret.random(64))
@@ -298,7 +300,7 @@ def _near(value: Any, random: Random) -> Any:
     )
 
 
-def damage(data: bytes, random: Random) -> bytes:
+def damage(data: bytes | bytearray, random: Random) -> bytes:
     """Bytes flipped, cut out, doubled, overwritten, added."""
     out = bytearray(data)
     for _ in range(random.randrange(1, 4)):
