@@ -93,6 +93,7 @@ def test_an_outside_library_has_one_door(library: str) -> None:
             assert f"{library}.so" not in path.read_text(), name
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_early_boot_imports_nothing_heavy() -> None:
     code = (
         "import sys; before = set(sys.modules); import unlock.__main__, unlock.boot; print(*set(sys.modules) - before)"

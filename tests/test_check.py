@@ -22,7 +22,7 @@ from unlock.check import NOTE, SAFE, UNPROVEN, UNSAFE
 from unlock.errors import CommandFailed, UnlockError
 from unlock.secret import Secret
 
-pytestmark = pytest.mark.usefixtures("key_cache")
+pytestmark = [pytest.mark.usefixtures("key_cache"), pytest.mark.root]
 
 CODE = "usr/lib/unlock/unlock/boot.pyc"
 READS = ("usr/lib/unlock/reads/token-1", "usr/lib/unlock/reads/record-1")

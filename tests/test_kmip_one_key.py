@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.flowfixture import HOST, Host
-from tests.killing import killed_at
+from tests.killing import LASTING, killed_at
 from tests.kmipfixture import AUTHORITY, CLIENT, connect
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
 from unlock import clikeys, config, keymanager, keyring, rekey, status, sync
@@ -94,8 +94,8 @@ def test_a_host_key_that_cannot_be_fetched_does_not_undo_what_was_said_of_the_gr
 def test_a_rotation_that_cannot_be_finished_holds_up_no_other_group(host: Host, kms: Liar) -> None:
     number = 1
     while not (host.state.journal and host.state.journal["made"]):
-        assert killed_at(number, lambda: rekey.rekey(host.paths, "data", host.look))
-        number += 100
+        assert killed_at(number, lambda: rekey.rekey(host.paths, "data", host.look), LASTING)
+        number += 1
     kms.sick[host.state.journal["made"][0]] = "failure"
     found = run(host)
     assert found["more"] == "unchanged"

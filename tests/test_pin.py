@@ -19,7 +19,7 @@ import pytest
 
 from tests.eventlogs import Boot
 from tests.hostfixture import Machine
-from tests.killing import LASTING, TPM_WRITES, killed_at
+from tests.killing import Killer, killed_at
 from tests.tpmfixture import Swtpm
 from unlock import (
     allowed,
@@ -489,7 +489,7 @@ def test_without_what_it_makes_nothing_is_sealed_anew_and_the_pin_is_never_dropp
 def test_a_power_cut_before_the_old_slot_went_leaves_no_way_around_the_pin(host: Machine) -> None:
     """The boot asks for the PIN, so the operator takes it for done; the owner could evict the newer slot."""
     old = host.allows().slot
-    killed_at(1, lambda: set_pin(host), frozenset(("evict",)))
+    assert killed_at(1, lambda: set_pin(host), [Tpm.evict])
     host.types = [PIN]
     assert host.boot() == "unsealed" and host.asked == 1
     window.good_boot(host.paths, host.chip.tcti)
@@ -590,12 +590,16 @@ def test_a_hook_says_what_to_type_and_fails_nothing(
 
 
 @pytest.mark.parametrize("to", [PIN, None])
-def test_killed_anywhere_the_old_or_the_new_and_the_same_command_finishes(host: Machine, to: str | None) -> None:
+def test_killed_anywhere_the_old_or_the_new_and_the_same_command_finishes(
+    host: Machine, to: str | None, killer: Killer
+) -> None:
     from_pin = "before 1" if to is None else None
-    number = 1
-    while True:
+
+    def begin(_: int) -> Callable[[], object]:
         set_pin(host, from_pin)
-        ended = not killed_at(number, lambda: set_pin(host, to), LASTING | TPM_WRITES)
+        return partial(set_pin, host, to)
+
+    for _ in killer(begin):
         assert host.allows().record.pin in (to is not None, from_pin is not None)
         assert not host.allows().record.pin or host.state.tpm["pin"], "a PIN is never forgotten"
         host.types = [each for each in (to, from_pin) if each]
@@ -604,10 +608,6 @@ def test_killed_anywhere_the_old_or_the_new_and_the_same_command_finishes(host: 
         host.types = [to] if to else []
         assert host.boot() == "unsealed" and host.asked == (1 if to else 0)
         host.chip.set_lockout(32)
-        if ended:
-            break
-        number += 3
-    assert number > 6
 
 
 # rebind -----------------------------------------------------------------------------------------------------
@@ -659,29 +659,29 @@ def test_rebind_never_drops_a_pin_in_silence(disks: Machine) -> None:
     assert disks.boot() == "unsealed" and disks.asked == 0
 
 
-def test_rebind_with_another_pin_killed_anywhere_keeps_the_one_or_the_other(disks: Machine) -> None:
+def test_rebind_with_another_pin_killed_anywhere_keeps_the_one_or_the_other(disks: Machine, killer: Killer) -> None:
     """And no PIN is dropped: without --pin it goes on only where it knows which of the two the TPM has."""
     set_pin(disks)
-    before, number, kept, ended = PIN, 1, set(), False
-    while not ended:
-        pin = f"pin {number}"
-        chosen = Pin(Secret(pin.encode()))
-        ended = not killed_at(number, partial(rebound, disks, chosen), LASTING | TPM_WRITES)
+    before, kept = PIN, set()
+
+    def chosen(attempt: int) -> Pin:
+        return Pin(Secret(f"pin {attempt}".encode()))
+
+    for attempt, killed in killer(lambda attempt: partial(rebound, disks, chosen(attempt))):
         assert disks.allows().record.pin
-        if not ended:
+        if killed:
             try:
                 rebound(disks)
-                disks.types = [before, pin]
+                disks.types = [before, f"pin {attempt}"]
                 assert disks.boot() == "unsealed"
                 kept.add(disks.asked)
             except Refused as error:
                 assert error.code == "pin-needed"
                 kept.add(0)
-            rebound(disks, chosen)
-        disks.types = [pin]
+            rebound(disks, chosen(attempt))
+        disks.types = [before := f"pin {attempt}"]
         assert disks.boot() == "unsealed" and disks.asked == 1
         disks.chip.set_lockout(32)
-        before, number = pin, number + 2
     assert kept == {0, 1, 2}, "asked for a PIN, the old one, the new one"
 
 
