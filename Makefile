@@ -59,16 +59,18 @@ PYTHON ?= python3
 packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-archive-keyring cryptsetup-bin \
 	libcryptsetup12 libtss2-dev libtss2-tcti-swtpm0 tpm2-tools udev btrfs-progs e2fsprogs initramfs-tools-core zstd cpio \
 	age systemd kmod util-linux fdisk shellcheck strace busybox klibc-utils dosfstools mtools \
-	openssl gcc pkg-config libffi-dev python3-venv python3-dev
+	openssl gcc pkg-config libffi-dev python3-venv python3-dev \
+	make bc bison flex m4 perl xz-utils libc6-dev slirp4netns iproute2
 
-.PHONY: setup test test-long test-fast soak lint demo demo-short bench
+.PHONY: setup test test-long test-fast soak mutate-formats lint demo demo-short bench
 
 # What tests and demo need, from the distribution and from PyPI; quick when it is all there.
 setup:
 	dpkg-query -W $(packages) >/dev/null 2>&1 || { apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(packages); }
 	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check tpm2-pytss cryptography pyudev pykmip virt-firmware pytest pytest-xdist pytest-timeout coverage hypothesis mypy ruff
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check tpm2-pytss cryptography pykmip virt-firmware pytest pytest-xdist pytest-timeout coverage hypothesis mypy ruff
+	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.lab.uml.kernel
 
 scripts = bin/unlock initramfs/collect systemd/unlock-generator
 lint:
@@ -78,15 +80,15 @@ lint:
 	for script in $(scripts); do $(VENV)/bin/mypy --no-error-summary $$script || exit; done
 
 # At the end: the time of each part, and which modules are run by less than nine tenths.
-test: setup
+test:
 	UNLOCK_CACHE=$(CACHE) VENV=$(VENV) $(VENV)/bin/python -m tests.whole
 
 # The same without a machine.
-test-fast: setup
+test-fast:
 	UNLOCK_CACHE=$(CACHE) VENV=$(VENV) $(VENV)/bin/python -m tests.whole fast
 
-# What takes hours more: updates by GRUB, by a unified kernel image and by the firmware alone, what check says and what
-# then happens, rebind, a PIN, group create killed on the way, and attacks that succeed because the defence is gone.
+# All that boot emulated machines, hours: updates by GRUB, by a unified kernel image and by the firmware alone, what check
+# says and what they then do, kexec, Plymouth. `make test` takes one or two of them, by turns.
 test-long: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist load --durations=15 -m long
 
@@ -94,6 +96,10 @@ test-long: setup
 SECONDS = 3600
 soak:
 	SECONDS=$(SECONDS) $(VENV)/bin/python -m tests.soak
+
+# Changes each label, derivation and field of docs/formats.md alone: tests/test_formats.py must see each. A minute or two.
+mutate-formats:
+	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.mutate_formats
 
 demo: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.demo

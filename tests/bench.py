@@ -119,9 +119,11 @@ def keys() -> None:
     print(f"\nThe key path on this machine, {os.uname().machine}, Python {sys.version.split()[0]}, swtpm; medians")
     bare = median(15, lambda: run("pass"))
     load = "import unlock.__main__, unlock.boot, unlock.devices, unlock.luks, unlock.tpm, unlock.wrap; "
-    load += "unlock.devices._pyudev(); unlock.luks._lib(); unlock.tpm._load()"
+    load += "unlock.devices._udev(); unlock.luks.prepare(); unlock.tpm._load()"
     ours = median(15, lambda: run(load))
-    whole = median(15, lambda: run("import tpm2_pytss, cryptography.hazmat.primitives.ciphers.aead, pyudev, ctypes"))
+    whole = median(
+        15, lambda: run("import tpm2_pytss, cryptography.hazmat.primitives.ciphers.aead, ctypes, json, typing")
+    )
     print(f"  bare interpreter                       {bare * 1000:8.1f} ms of CPU")
     print(f"  with all that early boot imports       {ours * 1000:8.1f} ms, {1000 * (ours - bare):.1f} ms more")
     print(f"  the same libraries, imported whole     {whole * 1000:8.1f} ms, {1000 * (whole - bare):.1f} ms more")
@@ -251,6 +253,7 @@ def compare(machine: Machine, links: list[str]) -> tuple[list[Result], dict[str,
     more: dict[str, Any] = {}
     disks, machine.disks = machine.disks, {}
     with machine.boot(cores=2, limit=7200) as booted:
+        assert isinstance(booted, VM)
         console = up(booted)
         for count in COUNTS:
             names = [f"b{number:02}" for number in range(count)]

@@ -2,10 +2,9 @@
 """For all tests. What one wants shown, it gives to `record_property("shown", ...)`: it is printed when all is done."""
 
 import faulthandler
-import fcntl
+import hashlib
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,14 @@ from typing import Any
 import pytest
 
 from tests import killing
+from tests.flowfixture import key_cache_alone
 from unlock import wrap
 
 
 @pytest.fixture
 def key_cache() -> Iterator[None]:
-    """The user keyring is one for all processes of root in a user namespace: whoever puts keys into it is alone with
-    it."""
-    from unlock import keyring
-
-    namespace = os.stat("/proc/self/ns/user").st_ino
-    with Path(tempfile.gettempdir(), f"unlock-test-keyring-{namespace}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        keyring.flush()
+    with key_cache_alone():
         yield
-        keyring.flush()
 
 
 @pytest.fixture
@@ -48,7 +40,7 @@ def killer(request: pytest.FixtureRequest, record_property: Callable[[str, objec
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For programs that tell what they import: coverage imports much."""
+    """For programs that tell what they import, as coverage imports much, or whose time is limited."""
     monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
 
 
@@ -67,7 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[STDERR] = os.dup(2)
 
 
-LIMITS = {"vm": 1800}
+LIMITS = {"long": 7200, "vm": 1200}
 """Seconds for a test with that marker; pyproject.toml has those of the others."""
 
 
@@ -92,19 +84,39 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--alone", action="store_true", help="each worker in a user namespace, with its own key cache")
+    parser.addoption("--long", default="all", metavar="MINUTES", help="of the long tests, as many as take so long")
 
 
-ORDER = ("test_boot_attacks", "", "test_boot_faults", "test_boot_good", "test_boot_keys", "test_power_cuts")
-"""Machines beside all that needs none, which waits for the one key cache: two of the latter would wait for each other.
-"": the rest."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: ORDER.index(item.path.stem if item.path.stem in ORDER else ""))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The dearest first, so that the last worker does not work alone."""
+    if config.getoption("--long") != "all":
+        chosen = rotation(
+            [each for each in items if each.get_closest_marker("long")], float(config.getoption("--long"))
+        )
+        left = [each for each in items if each.get_closest_marker("long") and each not in chosen]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [each for each in items if each not in left]
+    items.sort(key=lambda item: (-minutes(item), item.get_closest_marker("vm") is None))
     for item in items:
         for name, limit in LIMITS.items():
             if item.get_closest_marker(name) and not item.get_closest_marker("timeout"):
                 item.add_marker(pytest.mark.timeout(limit))
+
+
+def rotation(items: list[pytest.Item], budget: float) -> list[pytest.Item]:
+    """Those of `items` that this commit's hash chooses, as many as `budget` minutes allow: in time, each has a turn."""
+    chosen = []
+    for each in sorted(items, key=lambda item: hashlib.sha256((killing.commit() + item.nodeid).encode()).digest()):
+        if minutes(each) <= budget:
+            chosen.append(each)
+            budget -= minutes(each)
+    return chosen
+
+
+def minutes(item: pytest.Item) -> float:
+    """What a long test takes beside another machine, its enrolment included."""
+    marker = item.get_closest_marker("long")
+    return float(marker.kwargs["minutes"]) if marker else 0
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A host for the flows after boot: real LUKS2 images, keyring and state, and a scripted key manager over TLS."""
 
+import fcntl
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from tests.lab.kmipserver import KmipServer
 from tests.lab.pki import Leaf
-from unlock import config, disk, keyring, luks, policy, present, provide, recoverykey, report
+from unlock import config, disk, keyring, luks, policy, present, provide, recoverykey, report, thisboot
 from unlock.errors import UnlockError
 from unlock.groups import Group, Member
 from unlock.paths import Paths, write_atomically
@@ -19,6 +22,17 @@ from unlock.state import State
 
 HOST = "ab" * 16
 Server = Liar | KmipServer
+
+
+@contextmanager
+def key_cache_alone() -> Iterator[None]:
+    """The user keyring is one for all processes of root in a user namespace: whoever puts keys into it is alone."""
+    namespace = os.stat("/proc/self/ns/user").st_ino
+    with Path(tempfile.gettempdir(), f"unlock-test-keyring-{namespace}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        keyring.flush()
+        yield
+        keyring.flush()
 
 
 class Host:
@@ -33,8 +47,8 @@ class Host:
         self.persistence = Secret.random(32)
         self.refused = False
         keyring.flush()
-        keyring.put("unlock:persistence", self.persistence)
         os.makedirs(self.paths.run)
+        thisboot.remember(self.paths, "TPM", {"unlock:persistence": self.persistence})
         early = report.Report("early-boot")
         early.judge("unsealed")
         early.facts = {"unauthenticated_root": False, "cap_pcr_before": policy.UNSET.hex()}

@@ -68,7 +68,7 @@ class Machine(Measures, Disks):
         state = State.load(self.paths)
         allowed.begin(state, selection, branch, False)
         state.save()
-        keyring.put("unlock:persistence", self.persistence)
+        thisboot.remember(self.paths, "made", {"unlock:persistence": self.persistence})
 
     def close(self) -> None:
         self.chip.kill()
@@ -107,9 +107,9 @@ class Machine(Measures, Disks):
             before = tpm.read_pcrs([policy.CAP_PCR])[policy.CAP_PCR].hex()
             try:
                 unsealed = slots.unseal(tpm, self._person)
-                keyring.put("unlock:persistence", unsealed.payload.key)
+                thisboot.remember(self.paths, "TPM", {"unlock:persistence": unsealed.payload.key})
                 if unsealed.pin_auth:
-                    keyring.put("unlock:pin-auth", unsealed.pin_auth)
+                    thisboot.remember(self.paths, "PIN", {"unlock:pin-auth": unsealed.pin_auth})
                 record.facts = {
                     "unauthenticated_root": unsealed.payload.unauthenticated_root,
                     "pin": unsealed.record.pin,
@@ -119,7 +119,7 @@ class Machine(Measures, Disks):
                 record.facts = {"cap_pcr_before": before}
                 record.judge(error.code, str(error))
             tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
-        os.makedirs(self.paths.run)
+        os.makedirs(self.paths.run, exist_ok=True)
         thisboot.write_report(self.paths, record, "report.json")
         return record.verdict
 

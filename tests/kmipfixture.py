@@ -7,7 +7,7 @@ from tests.lab.guest import Guest
 from tests.lab.kmipliar import Liar
 from tests.lab.kmipserver import KmipServer
 from tests.lab.pki import Authority, Leaf
-from tests.lab.vm import ADDRESS, GATEWAY
+from tests.lab.running import ADDRESS, GATEWAY
 from unlock import provide
 from unlock.providers.kmip import Endpoint, Kmip, Settings, new_id
 from unlock.secret import Secret

@@ -8,17 +8,21 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 PACKAGE = Path(__file__).parents[1] / "unlock"
 
 ROWS = [
-    {"errors", "secret", "paths", "run", "log", "protect", "ask", "groups", "clock"},
+    {"errors", "secret", "paths", "run", "log", "protect", "ask", "groups", "clock", "endpoint"}
+    | {"light", "strictjson"},
     {"config", "token", "recoverykey", "policy", "report", "units", "tables", "plot", "eventlog", "uefi", "pe", "grub"}
     | {"providers.ttlv"},
     {"measured", "predict"},
     {"tpm", "wrap", "escrow", "devices", "luks", "keyring", "mount", "providers.tls"},
-    {"slots", "state", "disk", "thisboot", "providers", "providers.native", "providers.kmip", "handout", "bootcopy"},
+    {"slots", "state", "disk", "thisboot", "worker", "handout", "bootcopy"}
+    | {"providers", "providers.native", "providers.kmip"},
     {"opening", "present", "selfhosted", "atunseal", "booted", "images"},
-    {"provide", "sdboot", "nextboot"},
+    {"provide", "sdboot", "nextboot", "handover"},
     {"rotation", "allowed", "nextgrub", "nextuki", "nextkernel"},
     {"boot", "late", "recovery", "enroll", "members", "status", "explain"}
     | {"cache", "kdk", "keymanager", "persistence", "recoveryops", "rekey", "switch", "sync"}
@@ -32,7 +36,8 @@ ROWS = [
 DOORS = {
     "tpm2_pytss": {"tpm"},
     "cryptography": {"wrap", "escrow"},
-    "pyudev": {"devices"},
+    "libudev": {"devices"},
+    "libcrypto": {"wrap"},
     "libcryptsetup": {"luks"},
     "kmip": {"providers.kmip"},
 }
@@ -93,19 +98,39 @@ def test_an_outside_library_has_one_door(library: str) -> None:
             assert f"{library}.so" not in path.read_text(), name
 
 
-@pytest.mark.usefixtures("unmeasured")
 def test_early_boot_imports_nothing_heavy() -> None:
     code = (
         "import sys; before = set(sys.modules); import unlock.__main__, unlock.boot; print(*set(sys.modules) - before)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code + "\nimport unlock.devices; unlock.devices._pyudev(); print(*sys.modules)"],
+        [sys.executable, "-c", code + "\nimport unlock.devices; unlock.devices._udev(); print(*sys.modules)"],
         capture_output=True,
         text=True,
         check=True,
         cwd=PACKAGE.parent,
     )
     assert not HEAVY & set(done.stdout.split())
+
+
+def test_early_boot_starts_without_half_of_the_standard_library() -> None:
+    """As bin/unlock starts it. Each of these costs a boot some milliseconds, or brings others that do."""
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:]; import unlock.__main__, unlock.boot, unlock.opening, unlock.disk; "
+        "from unlock import devices, luks, tpm; devices._udev(); luks.prepare(); tpm._load(); print(*sys.modules)"
+    )
+    command = [sys.executable, "-IS", "-c", code, str(PACKAGE.parent), *filter(None, sys.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "unlock.opening" in loaded
+    assert not {"typing", "collections", "functools", "enum", "signal", "re", "json", "glob", "cryptography"} & loaded
+    assert len(loaded) < 100
+
+
+def test_nothing_that_the_tpm_does_not_need_is_loaded_before_it_works() -> None:
+    code = "import unlock.__main__, unlock.boot, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    late = {"unlock.opening", "unlock.disk", "unlock.luks", "unlock.devices", "unlock.wrap", "cryptography", "_json"}
+    assert not late & set(done.stdout.split())
 
 
 def test_nothing_speaks_of_this_machine() -> None:

@@ -80,7 +80,6 @@ def test_an_edited_command_line_is_refused_and_the_recovery_key_still_opens_ever
         booted.poweroff()
 
 
-@pytest.mark.long
 def test_a_plain_root_is_refused_until_it_is_accepted_by_name(tmp_path: Path) -> None:
     with Machine(tmp_path, image.build("plain")).boot() as booted:
         console = begun(booted)
@@ -102,7 +101,7 @@ def test_twenty_four_disks_cost_the_tpm_no_more_than_one(
     many = unmeasured().clone(tmp_path / "machine")
     many.disks = {}
     add_group(many, "many", 24)
-    with many.boot(cores=2) as booted:
+    with many.boot() as booted:
         console = begun(booted)
         found = report(console)
         assert found["verdict"] == "unsealed"

@@ -13,8 +13,8 @@ from tests.lab.guest import Guest
 from tests.lab.image import PASSPHRASE
 from tests.lab.kmipserver import KmipServer, Traffic
 from tests.lab.machine import SENT, Machine, agent_commands, report
+from tests.lab.running import Running
 from tests.lab.stories import begun, checked, measured, outcomes, status, up
-from tests.lab.vm import VM
 
 pytestmark = pytest.mark.vm
 
@@ -42,7 +42,7 @@ def kms(story: Machine, tmp_path: Path) -> Iterator[KmipServer]:
     """A key manager that the machine moves its keys to; then the power goes."""
     vault = story.disk("vault", 40)
     with KmipServer(tmp_path / "kms", AUTHORITY) as kms:
-        with story.boot(network=True, cache="writeback") as booted:
+        with story.boot(network=True) as booted:
             moves_to_it(booted, kms, story, vault)
             booted.kill()
         yield kms
@@ -56,7 +56,6 @@ def test_keys_move_to_a_key_manager_and_outlive_it(story: Machine, kms: KmipServ
     assert kms.traffic() == before
 
 
-@pytest.mark.long
 def test_a_refused_host_opens_its_data_from_the_key_manager_and_seals_nothing(story: Machine, kms: KmipServer) -> None:
     before = kms.traffic()
     with story.boot(network=True, append="audit=0") as booted:
@@ -65,7 +64,7 @@ def test_a_refused_host_opens_its_data_from_the_key_manager_and_seals_nothing(st
     assert kms.traffic().requests > before.requests
 
 
-def moves_to_it(booted: VM, kms: KmipServer, story: Machine, vault: str) -> None:
+def moves_to_it(booted: Running, kms: KmipServer, story: Machine, vault: str) -> None:
     """`provider add`, `test` and `switch` while the groups are mounted; then a KEK is rotated at the key manager."""
     console = up(booted)
     join(console, kms)
@@ -93,7 +92,7 @@ def moves_to_it(booted: VM, kms: KmipServer, story: Machine, vault: str) -> None
     assert checked(console) == {"": "unproven", "root": "safe", "data": "safe", "vault": "unproven"}
 
 
-def is_refused_and_reseals_nothing(booted: VM, story: Machine) -> None:
+def is_refused_and_reseals_nothing(booted: Running, story: Machine) -> None:
     """The root disk opens by its own passphrase at the stock prompt, the data groups from the key manager."""
     booted.console.expect("cannot unseal: .*PCR", 300)
     booted.console.expect("recovery key: ", 60)
@@ -114,7 +113,7 @@ def is_refused_and_reseals_nothing(booted: VM, story: Machine) -> None:
     assert not SEALING & {command.name for command in booted.tpm_commands()}
 
 
-def is_offline_for_months(booted: VM, story: Machine) -> None:
+def is_offline_for_months(booted: Running, story: Machine) -> None:
     """No card, the clock three months on. A missing disk comes back: its group opens, with the KEK of the rotation."""
     console = begun(booted)
     console.booted(600)

@@ -8,7 +8,7 @@ import pytest
 from tests.lab import image
 from tests.lab.stories import measured, status, up
 
-pytestmark = [pytest.mark.vm, pytest.mark.long]
+pytestmark = [pytest.mark.vm, pytest.mark.long(minutes=8)]
 
 INSTALL = """
 echo "deb http://deb.debian.org/debian trixie main" >/tmp/main.list
@@ -22,8 +22,8 @@ rm -rf /tmp/lists /tmp/main.list
 
 def test_plymouth_says_why_and_asks_for_the_recovery_key(tmp_path: Path) -> None:
     """An initramfs with a splash comes in place of the one that was enrolled."""
-    story = measured().clone(tmp_path / "machine")
-    splash = image.build(commands=(INSTALL,)).initrd
+    story = measured("qemu").clone(tmp_path / "machine")
+    splash = image.build(runs="qemu", commands=(INSTALL,)).initrd
     with story.boot(initrd=splash, append="splash") as booted:
         booted.console.expect("unlock: recovery key:", 600)
         booted.console.send(story.recovery_key[:-1] + str((int(story.recovery_key[-1]) + 1) % 10) + "\r")

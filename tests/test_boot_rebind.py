@@ -25,7 +25,7 @@ from tests.lab.stories import (
     up,
 )
 
-pytestmark = [pytest.mark.vm, pytest.mark.long]
+pytestmark = pytest.mark.vm
 
 ALL = ("", "root", "data")
 

@@ -268,7 +268,7 @@ def test_a_root_that_somebody_else_opens(world: World) -> None:
 
 
 def test_a_plain_root_is_safe_only_when_it_was_accepted(world: World) -> None:
-    """Early boot gives it no keys, and closes what it has opened: as boot.hand_over does."""
+    """Early boot gives it no keys, and closes what it has opened: as handover.hand_over does."""
     world.machine.mount("8:16", "/", "/dev/sdb", "ext4")
     assert world.check()[1]["root"][0] == UNSAFE
     with world.host.work() as work:

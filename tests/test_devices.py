@@ -320,24 +320,6 @@ def python(program: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_pyudev_loads_without_ldconfig_and_half_of_the_standard_library() -> None:
-    said = python(
-        """
-        import os, sys
-        os.environ["PATH"] = "/nowhere"
-        from unlock import devices
-        assert "pyudev" not in sys.modules
-        pyudev = devices._pyudev()
-        pyudev.Context()
-        assert devices._pyudev() is pyudev
-        print([name for name in ("subprocess", "ctypes.util", "shutil", "asyncio") if name in sys.modules])
-        import ctypes.util, subprocess
-        subprocess.Popen, ctypes.util.find_library
-        """
-    )
-    assert said == "[]\n"
-
-
 UDEV = """
     import json, os, select, subprocess, sys, time
     rules, image = sys.argv[1:]

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from unlock import disk, luks, recoverykey, token
-from unlock.errors import NotOurs, Tampered, UnlockError
+from unlock import disk, luks, recoverykey, token, wrap
+from unlock.errors import DiskFailed, NotOurs, Tampered, UnlockError
 from unlock.groups import Group, Member
 from unlock.secret import Secret
 
@@ -91,6 +91,73 @@ def test_a_new_member_list_is_written_beside_the_old_one_which_goes_last(protect
     disk.drop_other_tokens(protected.path, each, protected.dek, protected.keys)
     with luks.Container(protected.path) as container:
         assert [found.manifest for found in disk.tokens(container, HOST)] == [2]
+
+
+def generations(protected: Protected, host: str = HOST) -> list[int]:
+    with luks.Container(protected.path) as container:
+        return [each.manifest for each in disk.tokens(container, host)]
+
+
+def newer(protected: Protected) -> token.Token:
+    """A token with a later member list, which is on no disk yet."""
+    with luks.Container(protected.path) as container:
+        group = protected.group._replace(manifest=2)
+        return disk.make_token(container, HOST, group, protected.member, protected.dek, protected.keys)
+
+
+def drop(protected: Protected, keep: token.Token) -> None:
+    disk.drop_other_tokens(protected.path, keep, protected.dek, protected.keys)
+
+
+def test_the_old_token_stays_when_the_new_one_did_not_reach_the_disk(protected: Protected) -> None:
+    with pytest.raises(DiskFailed, match="the old one stays"):
+        drop(protected, newer(protected))
+    assert generations(protected) == [1]
+    assert protected.open() == protected.dek
+
+
+@pytest.mark.parametrize("field", ["dek", "host_key", "mac"])
+def test_the_old_token_stays_when_the_new_one_reads_back_wrong(protected: Protected, field: str) -> None:
+    each = newer(protected)
+    zeros: dict[str, Any] = {field: bytes(len(getattr(each, field)))}
+    wrong = each._replace(**zeros)
+    with luks.Container(protected.path) as container:
+        container.set_token(token.encode(wrong))
+    with pytest.raises(DiskFailed, match="the old one stays"):
+        drop(protected, each)
+    assert generations(protected) == [2, 1]
+
+
+@pytest.mark.parametrize("which", ["persistence", "host_key", "kek"])
+def test_the_old_token_stays_when_the_new_one_gives_other_keys(protected: Protected, which: str) -> None:
+    """As the next boot would find it: sealed is another persistence key, or the KEK is not the one that is kept."""
+    each = newer(protected)
+    with luks.Container(protected.path) as container:
+        container.set_token(token.encode(each))
+    right = protected.keys
+    protected.keys = right._replace(**{which: Secret.random(32)})
+    if which == "kek":  # the token keeps it
+        each = each._replace(kek=wrap.wrap(right.persistence, Secret.random(32), b"of something else"))
+    with pytest.raises(DiskFailed):
+        drop(protected, each)
+    assert generations(protected) == [2, 1]
+
+
+def test_a_token_of_another_host_stays_when_ours_is_replaced(protected: Protected) -> None:
+    """Its host reads its own, should the disk go back to it."""
+    other = "cd" * 16
+    with luks.Container(protected.path) as container:
+        (ours,) = disk.tokens(container, HOST)
+        container.set_token(token.encode(ours._replace(host=other)))
+    each = newer(protected)
+    disk.write_token(protected.path, each, protected.dek, protected.keys)
+    drop(protected, each)
+    assert (generations(protected), generations(protected, other)) == ([2], [1])
+
+
+def test_a_token_that_does_not_give_what_it_should_is_not_taken_for_written(protected: Protected) -> None:
+    with pytest.raises(DiskFailed, match="does not read back"):
+        disk.write_token(protected.path, newer(protected), Secret.random(64), protected.keys)
 
 
 def test_a_disk_of_another_host_and_a_foreign_one_are_left_alone(protected: Protected, tmp_path: Path) -> None:

@@ -15,12 +15,13 @@ from tests.killing import Killer, child, killed_in
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from tests.tpmfixture import Swtpm
-from unlock import config, disk, enroll, keyring, luks, members, policy, recoverykey, report, slots, sync
-from unlock.errors import ClientAuth, Refused, UnlockError, Usage
+from unlock import cache, config, disk, enroll, keyring, luks, members, policy, recoverykey, report, slots, sync
+from unlock.errors import ClientAuth, PinWrong, Refused, TpmFailed, UnlockError, Usage
 from unlock.paths import Paths
 from unlock.providers import native
 from unlock.secret import Secret
 from unlock.state import State
+from unlock.tpm import Tpm
 
 PASSWORD = b"of the backup"
 ACCEPTED = frozenset(("unmeasured-boot", "unauthenticated-root"))
@@ -65,6 +66,8 @@ def test_init_seals_backs_up_and_leaves_no_key_in_a_file(host: Paths, chip: Swtp
     assert unsealed.slot is policy.A
     assert unsealed.payload.unauthenticated_root
     assert keyring.get("unlock:persistence") == persistence
+    sources = {row["what"]: row["source"] for row in cache.show(host)}
+    assert sources == {"persistence key": "made", "host key": "provider"}
     state = State.load(host)
     assert (state.journal, state.has_recovery_key) == (None, False)
     with open(asked.backup, "rb") as file, native.restore(file.read(), asked.password) as restored:
@@ -104,6 +107,141 @@ def test_each_refusal_has_its_name(host: Paths, chip: Swtpm) -> None:
     chip.set_owner_auth(Secret(b"owner"))
     assert refused(host, choices(host, chip)) == "owner-auth-set"
     enroll.init(host, choices(host, chip, ACCEPTED | {"slots-in-use"}, b"owner"))
+
+
+def goes_on(paths: Paths, asked: enroll.Choices) -> enroll.Preflight:
+    with Tpm(asked.tcti) as tpm:
+        return enroll.preflight(paths, tpm, asked, again=False)
+
+
+def test_a_locked_out_tpm_is_waited_for(host: Paths, chip: Swtpm) -> None:
+    with chip.open() as tpm:
+        right, wrong = Secret(b"right".ljust(32)), Secret(b"wrong".ljust(32))
+        branch = policy.branch(policy.select([7]), tpm.read_pcrs(range(16)))
+        slots.persist(tpm, b"x" * 16, policy.select([7]), (branch,), policy.Payload(Secret(bytes(32))), pin_auth=right)
+    chip.set_lockout(1, 1234)
+    with chip.open() as tpm:
+        record = tpm.read_record(policy.A)
+        with pytest.raises(PinWrong):
+            tpm.unseal(tpm.verify(policy.A, record), record, wrong)
+        tpm.evict(policy.A)
+    with pytest.raises(Refused, match="locked out after 1 wrong") as caught:
+        enroll.init(host, choices(host, chip))
+    assert (caught.value.code, "1234 s" in caught.value.hint) == ("tpm-lockout", True)
+    chip.set_lockout(32)
+    assert goes_on(host, choices(host, chip))
+
+
+def pcr_banks(chip: Swtpm, banks: str) -> None:
+    """What the firmware's setup turns on; it counts from the next start."""
+    subprocess.run(["tpm2_pcrallocate", "-T", chip.tcti, banks], check=True, capture_output=True)
+    chip.power_cycle()
+
+
+def test_a_tpm_whose_sha256_bank_is_off_measures_nothing_that_counts(host: Paths, chip: Swtpm) -> None:
+    for banks in ("sha1:all+sha256:none", "sha1:all+sha256:0,1,2,3,4,5,6,7"):
+        pcr_banks(chip, banks)
+        assert refused(host, choices(host, chip)) == "no-sha256-bank"
+    pcr_banks(chip, "sha256:all")
+    assert goes_on(host, choices(host, chip))
+
+
+def test_a_tpm_without_room_for_a_second_sealed_object_is_refused_before_the_first_policy_change(
+    host: Paths, chip: Swtpm
+) -> None:
+    with chip.open() as tpm:
+        key = tpm._primary(0x101, tpm._owner(None))
+        handles = iter(range(0x81010000, 0x81010100))
+        used = []
+        while tpm.facts().persistent_free > 2:
+            used.append(next(handles))
+            tpm._keep(key, used[-1], None)
+    assert refused(host, choices(host, chip)) == "tpm-full", "an SRK and two sealed objects are three"
+    with chip.open() as tpm:
+        assert not tpm.facts().srk, "nothing was made"
+        tpm._keep(tpm._find(used[-1]), used[-1], None)
+    assert goes_on(host, choices(host, chip))
+
+
+def test_what_an_earlier_installation_left_in_a_full_tpm_makes_room_for_one_object(host: Paths, chip: Swtpm) -> None:
+    with chip.open() as tpm:
+        branch = policy.branch(policy.select([7]), tpm.read_pcrs(range(16)))
+        slots.persist(tpm, b"x" * 16, policy.select([7]), (branch,), policy.Payload(Secret(bytes(32))))
+        key = tpm._primary(0x101, tpm._owner(None))
+        handles = iter(range(0x81010000, 0x81010100))
+        while tpm.facts().persistent_free:
+            last = next(handles)
+            tpm._keep(key, last, None)
+    accepted = ACCEPTED | {"slots-in-use"}
+    assert refused(host, choices(host, chip, accepted)) == "tpm-full", "its record is no room for a second object"
+    with chip.open() as tpm:
+        tpm._keep(tpm._find(last), last, None)
+    assert goes_on(host, choices(host, chip, accepted))
+
+
+@pytest.mark.parametrize("what", [0x117, 0x12C])
+def test_a_tpm_that_cannot_keep_or_read_a_whole_record_is_refused(host: Paths, chip: Swtpm, what: int) -> None:
+    """TPM_PT_NV_INDEX_MAX and TPM_PT_NV_BUFFER_MAX of another make."""
+
+    def small(command: str, answer: bytes) -> bytes:
+        at = answer.find(what.to_bytes(4, "big")) if command == "GetCapability" else -1
+        return answer[: at + 4] + (policy.RECORD_SIZE - 1).to_bytes(4, "big") + answer[at + 8 :] if at > 0 else answer
+
+    honest, chip.proxy.tamper = chip.proxy.tamper, small
+    assert refused(host, choices(host, chip)) == "tpm-full"
+    chip.proxy.tamper = honest
+    assert goes_on(host, choices(host, chip))
+
+
+def test_a_tpm_without_room_for_a_record_says_what_to_free(chip: Swtpm) -> None:
+    """It does not tell beforehand how many more NV indexes fit."""
+    defined, free = [], iter(range(0x1500010, 0x1500100))
+    for size in ("2048", "512", "128", "16"):
+        while True:
+            index = hex(next(free))
+            command = ["tpm2_nvdefine", "-T", chip.tcti, "-s", size, index]
+            if subprocess.run(command, capture_output=True, check=False).returncode:
+                break
+            defined.append(index)
+    with chip.open() as tpm:
+        selection, payload = policy.select([7]), policy.Payload(Secret.random(32))
+        branch = policy.branch(selection, tpm.read_pcrs(range(16)))
+        with pytest.raises(TpmFailed) as caught:
+            slots.persist(tpm, b"x" * 16, selection, (branch,), payload)
+        assert "tpm2_getcap handles-nv-index" in caught.value.hint
+        subprocess.run(["tpm2_nvundefine", "-T", chip.tcti, defined[0]], check=True, capture_output=True)
+        slots.persist(tpm, b"x" * 16, selection, (branch,), payload, replace=True)
+        assert slots.unseal(tpm).payload.key == payload.key
+
+
+def test_a_tpm_that_does_not_unseal_what_it_has_sealed_gets_no_key(host: Paths, chip: Swtpm) -> None:
+    chip.proxy.answer("Unseal", 0x101)  # TPM_RC_FAILURE
+    with pytest.raises(TpmFailed):
+        enroll.init(host, choices(host, chip))
+    assert not os.path.exists(choices(host, chip).backup)
+    with chip.open() as tpm:
+        assert tpm.facts().taken == ()
+    assert goes_on(host, choices(host, chip))
+
+
+def test_an_object_in_the_place_of_the_storage_root_key_is_refused(host: Paths, chip: Swtpm) -> None:
+    make = ["tpm2_createprimary", "-T", chip.tcti, "-c", f"{host.root}/key", "-G", "ecc"]
+    subprocess.run([*make, "-a", "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|sign"], check=True)
+    keep = ["tpm2_evictcontrol", "-T", chip.tcti, "-c", f"{host.root}/key", "0x81000001"]
+    subprocess.run(keep, check=True, capture_output=True)
+    with pytest.raises(Refused, match="no storage root key"):
+        enroll.init(host, choices(host, chip))
+    assert not os.path.exists(choices(host, chip).backup)
+
+
+def test_without_a_report_of_early_boot_the_cap_pcr_itself_is_looked_at(host: Paths, chip: Swtpm) -> None:
+    os.unlink(host.of_this_boot("report.json"))
+    accepted = ACCEPTED | {"initramfs-without-unlock"}
+    chip.extend(policy.CAP_PCR)
+    assert refused(host, choices(host, chip, accepted)) == "cap-pcr-used"
+    chip.power_cycle()
+    chip.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+    assert goes_on(host, choices(host, chip, accepted))
 
 
 def test_an_existing_backup_file_is_never_overwritten(host: Paths, chip: Swtpm) -> None:

@@ -38,13 +38,14 @@ from tests.lab.hostile import (
     render,
 )  # fmt: skip
 from tests.properties import BATCH, NOTHING, Property, run, told
-from unlock import disk, luks, policy, token
+from unlock import disk, luks, policy, strictjson, token
 from unlock.devices import Disk
 from unlock.errors import Malformed, NotOurs, Tampered, UnlockError
 from unlock.opening import Opening
 from unlock.policy import Payload, Record
 from unlock.report import Report
 from unlock.secret import Secret
+from unlock.strictjson import canonical
 
 SEED = 20_240_229
 
@@ -365,6 +366,7 @@ SECOND_READ = """
 import os, sys
 from unlock import disk, luks, token
 from unlock.secret import Secret
+from unlock.strictjson import canonical
 path, host, persistence = sys.argv[1], sys.argv[2], Secret(bytes.fromhex(sys.stdin.read()))
 with luks.Container(path) as container:
     os.access("/first-read-done", os.F_OK)
@@ -437,8 +439,7 @@ def test_a_disk_that_does_not_answer_holds_up_no_other(lab: Lab, tmp_path: Path)
     opening.advance(settled=True)
     assert sorted(each.disk.sysname for each in opening.queue) == ["honest", "victim"]
     assert not opening.pipes()
-    for candidates in opening.candidates.values():
-        candidates[0].container.close()
+    opening.wipe()
 
 
 def test_early_boot_ends_while_a_disk_does_not_answer(lab: Lab, tmp_path: Path) -> None:
@@ -461,7 +462,7 @@ def test_a_disk_that_is_gone_before_it_answers_is_not_looked_at(lab: Lab) -> Non
     opening.gone(str(lab.victim))
     opening.read_all()
     assert list(report.disks) == [str(lab.honest)]
-    opening.candidates["safe"][0].container.close()
+    opening.wipe()
 
 
 def test_a_group_that_another_disk_passes_for_is_not_ready_to_heal(lab: Lab, tmp_path: Path) -> None:
@@ -474,8 +475,7 @@ def test_a_group_that_another_disk_passes_for_is_not_ready_to_heal(lab: Lab, tmp
             opening.saw(Disk(str(path), path.name, "", "", "", 0, 0.0))
         opening.read_all()
         assert opening.ready("safe") is count
-        for candidate in opening.candidates["safe"]:
-            candidate.container.close()
+        opening.wipe()
 
 
 # Many made-up ones
@@ -545,7 +545,7 @@ def a_text(lab: Lab, random: Random) -> bool:
         parsed = luks.parse(text, "/dev/sdx")
     except Malformed:
         return False
-    assert luks.parse(luks.canonical(parsed), "/dev/sdx") == parsed
+    assert luks.parse(canonical(parsed), "/dev/sdx") == parsed
     json.loads(text, object_pairs_hook=_each_once)
     return True
 
@@ -588,7 +588,8 @@ def a_record(_: object, random: Random) -> bool:
 
 
 OF_LUKS = (
-    luks.parse, luks._no_duplicates, luks._bounded, luks._finite, luks._object, luks._numbered, luks._digest,
+    strictjson.parse, strictjson._no_duplicates, strictjson._bounded, strictjson._finite,
+    luks.parse, luks._object, luks._numbered, luks._digest,
     luks._check_size, luks._is_whole, luks._luks_version, luks.Container._load, luks.Container.metadata,
     luks.Container.tokens, luks.Container.facts, luks.Container.cheap_keyslots,
     disk.tokens, disk.volume_key, disk.unwrap_kek, disk.check_recovery, disk.by_recovery_key,

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from unlock import config, units
+from unlock.errors import UnlockError
+
 TOP = Path(__file__).resolve().parent.parent
 GENERATOR = TOP / "systemd/unlock-generator"
 STAGES = ["init-premount", "local-top", "local-block", "local-bottom", "panic"]
@@ -252,7 +255,11 @@ class Host:
         self.root = directory / "root"
         self.out = directory / "out"
         self.errors = ""
+        self.generator = directory / "usr/lib/systemd/system-generators/unlock-generator"
         (self.root / "etc/unlock").mkdir(parents=True)
+        self.generator.parent.mkdir(parents=True)
+        self.generator.symlink_to(GENERATOR)
+        (directory / "usr/lib/unlock").symlink_to(TOP)
 
     def generate(self, config: str | bytes | None, fstab: str | None = None) -> set[str]:
         """Runs it; the paths of what it made."""
@@ -263,7 +270,7 @@ class Host:
             (self.root / "etc/fstab").write_text(fstab)
         shutil.rmtree(self.out, ignore_errors=True)
         self.out.mkdir()
-        command: list[str | Path] = [sys.executable, "-IS", GENERATOR, self.out, self.out, self.out, self.root]
+        command: list[str | Path] = [sys.executable, "-IS", self.generator, self.out, self.out, self.out, self.root]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         self.errors = done.stderr
         return {str(path.relative_to(self.out)) for path in self.out.rglob("*") if not path.is_dir()}
@@ -317,18 +324,53 @@ def test_paths_are_escaped_and_names_need_not_be(host: Host) -> None:
 @needs("systemd-escape")
 @pytest.mark.parametrize("path", ["/", "/a", "/.a/.b", "/srv/a-b_c:d.e", "/a b/%x/ü/\\", "//a//b/"])
 def test_escape_is_that_of_systemd(path: str) -> None:
-    module: dict[str, object] = {"__name__": "generator"}
-    exec(compile(GENERATOR.read_text(), GENERATOR, "exec"), module)
-    escape = module["escape"]
-    assert callable(escape)
     theirs = subprocess.run(["systemd-escape", "--path", path], capture_output=True, text=True, check=True).stdout
-    assert escape("/" + "/".join(part for part in path.split("/") if part)) == theirs.rstrip("\n")
+    assert units.escape_path("/" + "/".join(part for part in path.split("/") if part)) == theirs.rstrip("\n")
 
 
 def test_a_target_of_fstab_is_refused(host: Host) -> None:
     fstab = "# /srv/data is ours\n/dev/sda1 / ext4 defaults 0 1\nUUID=1 /srv/data/ ext4 nofail 0 2\n"
     assert host.generate(DATA, fstab) == {GATE}
     assert "/srv/data is mounted by /etc/fstab" in host.errors
+
+
+def test_a_target_of_fstab_is_known_however_it_is_written(host: Host) -> None:
+    named = {"two words": "two\\040words", "back\\slash": "back\\134slash", "a\\040b": "a\\134040b", "ü": "\\303\\274",
+             "nu#ll": "nu\\043ll", "twice": "/twice//", "dot": "./dot/."}  # fmt: skip
+    table = "".join(f"UUID=1 /srv/{written} ext4 nofail 0 2\n" for written in named.values())
+    groups = "".join(f"[group.g{i}]\nmount = '/srv/{where}'\n" for i, where in enumerate(named))
+    made = host.generate(groups, table)
+    assert not [each for each in made if each.endswith(".mount")]
+    assert host.errors.count("mounted by /etc/fstab") == len(named)
+
+
+NAMES = ["data", "my-data.2", "0", "_data", ".data", "-data", "Data", "a b", "../x", "ü", "a" * 64, "a" * 65, ""]
+SETTINGS = [
+    'mount = "/srv/x"', 'mount = "/srv//x/./y/"', 'mount = "/srv/.../y"', 'mount = "/srv/ü y"', 'mount = "srv"',
+    'mount = "/"', 'mount = "//."', 'mount = "/srv/../x"', 'mount = "/srv/.."', 'mount = "/a\\nb"', 'mount = "/a\\tb"',
+    "mount = 3", 'mount = "/srv/x"\ntype = "a\\nb"', 'mount = "/srv/x"\noptions = "a\\nb"',
+    'mount = "/srv/x"\noptions = 3', 'mount = "/srv/x"\noptions = "a,b c"',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("which", ["names", "settings"])
+def test_generator_and_commands_say_the_same_of_a_group(host: Host, which: str) -> None:
+    """A gate whose command does not know the group would fail; a mount point that only one of them accepts has no
+    unit, or one of another name."""
+    groups = [(name, 'mount = "/srv/x"') for name in NAMES]
+    if which == "settings":
+        groups = [("data", setting) for setting in SETTINGS]
+    accepted = 0
+    for name, setting in groups:
+        text = f'[group."{name}"]\n{setting}\n'
+        mounts = {each for each in host.generate(text) if each.endswith(".mount") and "wants" not in each}
+        try:
+            expected = {units.mount(config.parse(text).groups[name].mount)}
+        except UnlockError:
+            expected = set()
+        assert mounts == expected, text
+        accepted += bool(mounts)
+    assert 0 < accepted < len(groups)
 
 
 def test_two_groups_cannot_share_a_target(host: Host) -> None:
@@ -351,6 +393,8 @@ def test_no_configuration_is_no_error(host: Host) -> None:
         '[group."../x"]\nmount = "/srv/x"',
         '[group."a b"]\n',
         "group.data = 3",
+        f"[group.{'a' * 65}]\n",
+        "[group._data]\n",
         "[[group]]",
     ],
 )

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from unlock import luks
 from unlock.errors import DiskFailed, Malformed, NotOurs, UnlockError
 from unlock.secret import Secret
+from unlock.strictjson import canonical
 
 PASSPHRASE = b"012345-678901-234567-890123-456789-012345-678901-234567"
 AREA = 0x4000
@@ -252,7 +253,7 @@ def test_a_token_too_large_for_the_header_is_refused_and_changes_nothing(image: 
 
 def test_facts_change_with_what_an_attacker_would_change(image: Path, tmp_path: Path) -> None:
     with luks.Container(str(image)) as container:
-        honest = luks.canonical(container.facts())
+        honest = canonical(container.facts())
     changes: list[Callable[[dict[str, Any]], object]] = [
         lambda m: m["segments"]["0"].update(encryption="cipher_null-ecb"),
         lambda m: m["segments"]["0"].update(sector_size=512),
@@ -265,11 +266,11 @@ def test_facts_change_with_what_an_attacker_would_change(image: Path, tmp_path: 
         path = copy(image, tmp_path / "changed")
         edit_json(path, change)
         with luks.Container(str(path)) as container:
-            assert luks.canonical(container.facts()) != honest
+            assert canonical(container.facts()) != honest
     path = copy(image, tmp_path / "changed")
     edit(path, lambda area: area.__setitem__(slice(168, 170), b"ff"))
     with luks.Container(str(path)) as container:
-        assert luks.canonical(container.facts()) != honest, "another UUID"
+        assert canonical(container.facts()) != honest, "another UUID"
 
 
 def test_a_second_digest_over_the_data_is_malformed(image: Path) -> None:
@@ -297,9 +298,9 @@ def test_a_container_once_read_is_not_read_again(image: Path, volume_key: Secret
 
 
 def test_canonical_json_is_one_text_for_one_value() -> None:
-    assert luks.canonical({"b": [1, "é"], "a": None}) == b'{"a":null,"b":[1,"\\u00e9"]}'
+    assert canonical({"b": [1, "é"], "a": None}) == b'{"a":null,"b":[1,"\\u00e9"]}'
     with pytest.raises(ValueError, match="JSON"):
-        luks.canonical(float("nan"))
+        canonical(float("nan"))
 
 
 @pytest.mark.parametrize(
@@ -553,7 +554,7 @@ def outcome(path: Path, template: Path) -> str:
         try:
             with luks.Container(str(path)) as container:
                 container.tokens("unlock")
-                luks.canonical(container.facts())
+                canonical(container.facts())
                 if all(container.metadata[name] == honest[name] for name in ("digests", "keyslots")):
                     container.verify_volume_key(Secret(bytes(range(64))))
                     container.test_passphrase(Secret(PASSPHRASE))

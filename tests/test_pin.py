@@ -568,7 +568,7 @@ def test_check_says_that_somebody_must_type(host: Machine) -> None:
 
 def test_the_cache_has_what_it_makes_and_says_so(host: Machine) -> None:
     set_pin(host)
-    assert {"key": "unlock:pin-auth", "what": "what the PIN makes", "source": "made"} in cache.show(host.paths)
+    assert {"key": "unlock:pin-auth", "what": "what the PIN makes", "source": "PIN"} in cache.show(host.paths)
     assert any("PIN" in line for line in cache.consequences(host.paths, host.look))
     cache.flush(host.paths)
     assert "unlock:pin-auth" not in keyring.names()

@@ -355,26 +355,27 @@ def test_every_path_that_caches_a_key_is_known() -> None:
         f"{path.stem}: {line.strip()}"
         for path in package.rglob("*.py")
         for line in path.read_text().splitlines()
-        if "keyring.put(" in line or "provide.remember(" in line
+        if "keyring.put(" in line or "thisboot.remember(" in line
     }
     assert callers == {
-        'boot: keyring.put("unlock:persistence", key.persistence)',  # unsealed from the TPM
-        'boot: keyring.put("unlock:pin-auth", key.pin_auth)',  # it opened the sealed object
-        "boot: keyring.put(name, unwrapped)",  # from a token
-        "allowed: keyring.put(PIN_AUTH, pin_auth)",  # sealed next; a change that is killed goes on with it
-        "rebind: keyring.put(allowed.PIN_AUTH, pin_auth)",  # the same
-        'enroll: keyring.put("unlock:persistence", persistence)',  # sealed before
-        "rebind: keyring.put(_NEW, new)",  # sealed next; a rebind that is killed goes on from it
-        'rebind: keyring.put("unlock:persistence", new)',  # sealed before
-        'rebind: provide.remember(paths, "unlock:host", host_key, "provider")',  # in state and tokens before
-        'rebind: provide.remember(paths, provide.cached(group.kek, group.generation), kek, "provider")',  # on the disks
-        'enroll: keyring.put("unlock:host", host_key)',  # saved in the state before
-        "provide: keyring.put(name, key)",
-        'rotation: provide.remember(work.paths, "unlock:host", key, "provider")',  # saved in the state before
-        'rotation: provide.remember(work.paths, provide.cached(group.kek, group.generation), kek, "provider")',
-        'switch: provide.remember(work.paths, "unlock:host", key, "provider")',  # saved in the state before
-        "sync: provide.remember(work.paths, provide.cached(group.kek, group.generation), kek, source)",  # never kept
-        "late: provide.remember(paths, provide.cached(group.kek, group.generation), kek, source)",  # never kept
+        'handover: thisboot.remember(paths, "TPM", {"unlock:persistence": persistence})',  # unsealed from the TPM
+        'handover: thisboot.remember(paths, "PIN", {"unlock:pin-auth": pin_auth})',  # it opened the sealed object
+        'handover: thisboot.remember(paths, "TPM", {name: unwrapped})',  # from a token
+        'allowed: thisboot.remember(paths, "PIN", {PIN_AUTH: pin_auth})',  # sealed next; killed, it goes on with it
+        'rebind: thisboot.remember(paths, "PIN", {allowed.PIN_AUTH: pin_auth})',  # the same
+        'enroll: thisboot.remember(paths, "made", {"unlock:persistence": persistence})',  # sealed before
+        'rebind: thisboot.remember(paths, "made", {_NEW: new})',  # the same
+        'rebind: thisboot.remember(paths, "made", {"unlock:persistence": new})',  # sealed before
+        'rebind: thisboot.remember(paths, source, {"unlock:host": host_key})',  # in state and tokens before
+        # on the disks
+        "rebind: thisboot.remember(paths, source, {provide.cached(group.kek, group.generation): kek})",
+        'enroll: thisboot.remember(paths, "provider", {"unlock:host": host_key})',  # saved in the state before
+        "thisboot: keyring.put(name, key)",
+        'rotation: thisboot.remember(work.paths, "provider", {"unlock:host": key})',  # saved in the state before
+        "rotation: thisboot.remember(work.paths, source, {provide.cached(group.kek, group.generation): kek})",
+        'switch: thisboot.remember(work.paths, "provider", {"unlock:host": key})',  # saved in the state before
+        "sync: thisboot.remember(work.paths, source, {provide.cached(group.kek, group.generation): kek})",  # never kept
+        "late: thisboot.remember(paths, source, {provide.cached(group.kek, group.generation): kek})",  # never kept
     }
 
 
@@ -412,6 +413,28 @@ def test_the_cache_tells_where_each_key_came_from_and_what_goes_with_it(host: Ho
     assert cache.show(host.paths) == []
     assert cache.flush(host.paths) == []
     assert cache.consequences(host.paths, host.look) == ["nothing more than now: the persistence key is not there"]
+
+
+def test_a_key_that_was_in_the_cache_keeps_its_source(tmp_path: Path, kms: Liar) -> None:
+    """A gate finds there what a sync has put there; a change of policy, what the disks gave."""
+    host = Host(tmp_path, 1, kms, policy_of_group="provider")
+    name = provide.cached(host.group.kek, 1)
+
+    def source() -> str:
+        return {row["key"]: row["source"] for row in cache.show(host.paths)}[name]
+
+    sync.sync(host.paths, host.look)
+    assert source() == "provider"
+    unwrapper(host)
+    persistence.disable(host.paths, host.look)
+    assert source() == "provider"
+    keyring.forget(name)
+    (tmp_path / "two").mkdir()
+    host = Host(tmp_path / "two", 1, kms)
+    name = provide.cached(host.group.kek, 1)
+    persistence.disable(host.paths, host.look)
+    assert source() == "TPM", "the token of the disk had it"
+    keyring.flush()
 
 
 def test_keys_in_the_cache_have_no_timeout(host: Host, kms: Liar) -> None:

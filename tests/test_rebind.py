@@ -13,7 +13,21 @@ from tests.hostfixture import Machine
 from tests.killing import Killer, killed_at
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
-from unlock import handout, kdk, keyring, luks, policy, provide, rebind, recoverykey, recoveryops, slots, sync, token
+from unlock import (
+    cache,
+    handout,
+    kdk,
+    keyring,
+    luks,
+    policy,
+    provide,
+    rebind,
+    recoverykey,
+    recoveryops,
+    slots,
+    sync,
+    token,
+)
 from unlock.errors import ProviderUnavailable, Refused, UnlockError
 from unlock.secret import Secret
 
@@ -75,6 +89,10 @@ def boots(host: Machine, boot: Boot | None = None) -> None:
     assert all(len(host.tokens(image)) == 1 for image in host.disks)
 
 
+def sources(host: Machine) -> dict[str, str]:
+    return {row["what"]: row["source"] for row in cache.show(host.paths)}
+
+
 def headers(host: Machine) -> list[bytes]:
     return [image.read_bytes()[: 16 << 10] for image in host.disks]
 
@@ -90,6 +108,7 @@ def test_the_recovery_key_and_the_backup_bring_the_host_back(host: Machine, what
     assert len(found.done) == 2 and not found.left and not found.lost
     host.state.prove(keyring.get("unlock:persistence"))
     assert host.reasons() == ["this boot"]
+    assert sources(host) == {"persistence key": "made", "KEK of group data": "provider", "host key": "provider"}
     boots(host, boot)
     assert bytes(host.persistence) != old and host.state.provider_id == before
     if what != "cleared":
@@ -108,6 +127,9 @@ def test_without_the_backup_a_new_key_gets_a_new_backup(host: Machine) -> None:
     run(host, file)
     assert host.state.provider_id != before and os.path.exists(file)
     boots(host)
+    assert sources(host) == {"persistence key": "TPM"}
+    run(host, file)
+    assert sources(host) == {"persistence key": "made", "KEK of group data": "TPM", "host key": "TPM"}
     assert host.group.generation == 2
     run(host, file)
     boots(host)

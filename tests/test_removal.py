@@ -12,7 +12,7 @@ from tests.killing import Killer
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from tests.tpmfixture import Swtpm
-from unlock import config, keymanager, keyring, persistence, policy, slots, sync
+from unlock import config, keymanager, keyring, persistence, policy, slots, status, sync
 from unlock import switch as switching
 from unlock.errors import NoKey, NoSlot, Refused, TpmRefused, UnlockError
 from unlock.policy import CAP_DIGEST, CAP_PCR, Payload, Record
@@ -89,10 +89,12 @@ def test_removed_the_tpm_keeps_nothing_and_the_disks_need_the_key_manager(host: 
                 slots.unseal(tpm)
     with pytest.raises(NoSlot):
         boot_gives(chip)
+    assert "key       key cache until the next boot: the TPM keeps nothing" in status.table(status.status(host.paths))
     assert not any(host.opens(image) for image in host.disks)
     assert {each.outcome for each in sync.sync(host.paths, host.look)} == {"unchanged"}
     assert host.recovery_opens()
     keyring.flush()  # as the next boot finds it
+    assert "key       none: the TPM keeps nothing" in status.table(status.status(host.paths))
     with pytest.raises(NoKey):
         enable(host, chip)
     with chip.open() as tpm:

@@ -4,6 +4,7 @@
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -408,6 +409,37 @@ def test_a_busy_tpm_is_waited_for(chip: Swtpm, code: int) -> None:
         assert unsealed(tpm) == b"payload"
         tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
         assert tpm.read_pcrs([policy.CAP_PCR]) == {15: sha256(bytes(32) + policy.CAP_DIGEST).digest()}
+
+
+def test_there_is_something_else_to_do_while_the_tpm_makes_the_session(chip: Swtpm) -> None:
+    """The TPM's answer stays away until it is done."""
+    done = threading.Event()
+
+    def late(command: str, answer: bytes) -> bytes:
+        assert command != "StartAuthSession" or done.wait(30), "the answer is waited for first"
+        return answer
+
+    with chip.open() as tpm:
+        record = enroll(tpm, A, Secret(b"payload"))
+        objects = tpm.verify(A, record)
+        chip.proxy.commands.clear()
+        chip.proxy.tamper = late
+        with tpm.unseal(objects, record, meanwhile=done.set) as found:
+            assert bytes(found) == b"payload"
+        assert chip.proxy.commands == ["StartAuthSession", "PolicyPCR", "PolicyOR", "Unseal"]
+        assert tpm._handles(0x02000000) == ()
+
+
+@pytest.mark.parametrize("code", [0x922, 0x90A, 0x101])
+def test_a_session_that_is_not_made_at_once_is_made_later(chip: Swtpm, code: int) -> None:
+    calls: list[None] = []
+    with chip.open() as tpm:
+        record = enroll(tpm, A, Secret(b"payload"))
+        for _ in range(1 if code == 0x101 else 7):
+            chip.proxy.answer("StartAuthSession", code)
+        with tpm.unseal(tpm.verify(A, record), record, meanwhile=lambda: calls.append(None)) as found:
+            assert bytes(found) == b"payload"
+    assert len(calls) == 1
 
 
 def test_a_failing_tpm_is_named(chip: Swtpm) -> None:

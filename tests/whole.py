@@ -17,12 +17,13 @@ from pathlib import Path
 WANTED = 90
 """Percent of the lines and branches of a module: those with less are told."""
 
-WORKERS = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--durations=10")
-NO_MACHINE = "not vm and not root and not long"
+NO_MACHINE = ("--alone", "--dist", "loadfile", "--no-loadscope-reorder", "-m", "not vm and not root and not long")
+ROOT = ("--dist", "load", "-m", "root")
+MACHINES = ("--dist", "load", "-m", "vm or root or long", "--long", "12")
 
 
 def pytest(*options: str) -> bool:
-    return run(sys.executable, "-m", "coverage", "run", "-m", "pytest", *WORKERS, *options)
+    return run(sys.executable, "-m", "coverage", "run", "-m", "pytest", "-n", "2", "--durations=10", *options)
 
 
 def run(*command: str) -> bool:
@@ -33,7 +34,7 @@ def coverage() -> bool:
     """One table of the modules with less than WANTED."""
     data = os.environ["UNLOCK_COVERAGE"]
     with tempfile.NamedTemporaryFile("r") as file:
-        if not run(sys.executable, "-m", "coverage", "combine", "-q", data) or not run(
+        if not run(sys.executable, "-W", "ignore", "-m", "coverage", "combine", "-q", data) or not run(
             sys.executable, "-m", "coverage", "json", "-q", "-o", file.name
         ):
             return False
@@ -50,8 +51,8 @@ def main() -> int:
     fast = sys.argv[1:] == ["fast"]
     parts: dict[str, Callable[[], bool]] = {
         "lint": lambda: run("make", "--no-print-directory", "lint"),
-        "no machine": lambda: pytest("--alone", "-m", NO_MACHINE),
-        "root" if fast else "machines": lambda: pytest("-m", "root" if fast else "(vm or root) and not long"),
+        "no machine": lambda: pytest(*NO_MACHINE),
+        "root" if fast else "machines": lambda: pytest(*(ROOT if fast else MACHINES)),
         "coverage": coverage,
     }
     told = []

@@ -53,11 +53,11 @@ def _boot(argv: list[str]) -> int:
 
         return screen(paths)
     if argv == ["drop"]:
-        from .boot import drop
+        from .handover import drop
 
         return drop(keep=set())
     if argv == ["secure"]:
-        from .boot import secure
+        from .handover import secure
 
         return secure(paths)
     if argv == ["heal"]:

@@ -147,7 +147,7 @@ def reseal(
         host, pin_auth = bytes.fromhex(state.host), auth if len(auth) else None
         slots.persist(tpm, host, selection, branches, payload, owner_auth, pin_auth=pin_auth, cap=record.cap)
         if pin_auth:
-            keyring.put(PIN_AUTH, pin_auth)
+            thisboot.remember(paths, "PIN", {PIN_AUTH: pin_auth})
         else:
             keyring.forget(PIN_AUTH)
     state.tpm["pin"] = pin_auth is not None

@@ -2,9 +2,9 @@
 """Secrets from a person, a file or a systemd credential; never from argv or the environment."""
 
 import os
-from collections.abc import Callable
 
 from .errors import Usage
+from .light import Callable
 from .protect import end_with_parent
 from .secret import Secret
 

@@ -2,30 +2,31 @@
 """Early boot: `unlock boot agent`, one a boot, started by the initramfs.
 
     [PIN ──>] unseal once ──> cap ──> disks as udev shows them ──> groups open ──> stop: keys handed over, report
+              while the TPM works, the headers of the disks that are there are read
 
 It talks with the initramfs scripts through files in /run/unlock and signals:
 SIGUSR1 asks it to look at every disk again and to write `idle` when each has an outcome; SIGTERM ends it.
 """
 
 import os
-import signal
 import time
-from collections.abc import Callable
-from typing import NamedTuple
 
-from . import ask, devices, disk, keyring, log, luks, mount, opening, policy, report, slots, thisboot
+from . import ask, log, policy, report, slots, thisboot
 from .errors import PinWrong, UnlockError, Usage
+from .light import TYPE_CHECKING, Callable, NamedTuple, signal
 from .paths import Paths
 from .protect import protect
 from .secret import Secret
-from .tpm import Tpm
+from .tpm import Meanwhile, Tpm
+
+if TYPE_CHECKING:
+    from .devices import Monitor
+    from .opening import Opening
 
 TPM_WAIT = 10.0
 """Seconds for the driver of a TPM that the firmware's tables promise."""
 STOP_PATIENCE = 20.0
 """Seconds for activations that run when early boot ends."""
-NEW_ROOT = "/root"
-"""Where initramfs-tools mounts the root file system."""
 
 
 def agent(paths: Paths) -> int:
@@ -34,18 +35,26 @@ def agent(paths: Paths) -> int:
     record = report.Report("early-boot", announce=log.console)
     record.event("start")
     os.makedirs(paths.run, mode=0o700, exist_ok=True)
-    monitor = devices.Monitor()
     signals = Signals()
-    key = unseal_once(paths, record, pin_prompt(paths, lambda: signals.stop))
-    groups = (
-        opening.Opening(key.host, lambda container, token: disk.volume_key(container, token, key.persistence), record)
-        if key
-        else opening.Opening("", None, record)
-    )
+    begun: list[tuple[Opening, Monitor]] = []
+
+    def meanwhile() -> None:
+        if not begun:
+            begun.append(begin(record))
+
+    key = unseal_once(paths, record, pin_prompt(paths, lambda: signals.stop), meanwhile)
+    meanwhile()
+    groups, monitor = begun[0]
+    from . import disk
+
+    if key:
+        groups.host, groups.unwrap = key.host, lambda header, token: disk.volume_key(header, token, key.persistence)
     try:
         watch(paths, groups, monitor, signals, record)
         groups.stop(STOP_PATIENCE)
-        safe = hand_over(groups, key, record) if key else True
+        from .handover import hand_over
+
+        safe = hand_over(paths, groups, key.persistence, key.pin_auth, record) if key else True
     except Exception as error:  # no bug of ours leaves disks open behind it
         record.event("crashed", type(error).__name__)
         safe = groups.close_all()
@@ -59,18 +68,33 @@ def agent(paths: Paths) -> int:
     return 0
 
 
-def watch(
-    paths: Paths, groups: opening.Opening, monitor: devices.Monitor, signals: "Signals", record: report.Report
-) -> None:
+def begin(record: report.Report) -> "tuple[Opening, Monitor]":
+    """Workers start to read the disks that are there. What deals with disks is loaded now, while the TPM works."""
+    from .devices import Monitor
+    from .opening import Opening
+
+    groups, monitor = Opening("", None, record), Monitor()
+    try:
+        groups.look(monitor)
+    except Exception as error:  # `watch` looks again
+        record.event("trouble", type(error).__name__)
+    from . import disk  # noqa: F401 - the workers need none of it
+
+    return groups, monitor
+
+
+def watch(paths: Paths, groups: "Opening", monitor: "Monitor", signals: "Signals", record: report.Report) -> None:
     """Opens what appears, and says `idle` when asked, until SIGTERM."""
-    asked = look = True
+    from .opening import turn, wait
+
+    asked, look = True, not groups.looked
     while not signals.stop:
-        done = opening.turn(groups, monitor, look)
+        done = turn(groups, monitor, look)
         look = False
         if asked and done:
             asked = False
             thisboot.tell(paths, record)
-        opening.wait([monitor.fileno(), signals.fd, *groups.pipes()], 1.0 if done else 0.05)
+        wait([monitor.fileno(), signals.fd, *groups.pipes()], 1.0 if done else 0.05)
         if signals.asked():
             asked = look = True
 
@@ -89,7 +113,9 @@ class Key(NamedTuple):
             self.pin_auth.wipe()
 
 
-def unseal_once(paths: Paths, record: report.Report, pin: slots.Ask = slots.no_pin) -> Key | None:
+def unseal_once(
+    paths: Paths, record: report.Report, pin: slots.Ask = slots.no_pin, meanwhile: Meanwhile = None
+) -> Key | None:
     """The host id and the persistence key, or None with the verdict in the record; then the cap, at once:
     whatever runs later, a shell included, finds a TPM that refuses."""
     tcti = await_tpm()
@@ -102,7 +128,7 @@ def unseal_once(paths: Paths, record: report.Report, pin: slots.Ask = slots.no_p
     try:
         with Tpm(tcti) as tpm:
             try:
-                unsealed = slots.unseal(tpm, pin)
+                unsealed = slots.unseal(tpm, pin, meanwhile)
                 key = Key(unsealed.record.host.hex(), unsealed.payload.key, unsealed.pin_auth)
                 record.facts = {
                     "slot": unsealed.slot.name,
@@ -177,69 +203,6 @@ def conclude(paths: Paths, record: report.Report) -> None:
         file.write(record.verdict + "\n")
     if record.verdict not in ("unsealed", "no-slot", "no-tpm"):  # an ordinary host has no slot, and hears nothing
         log.console(f"cannot unseal: {record.detail or report.VERDICTS[record.verdict]}")
-
-
-def hand_over(groups: opening.Opening, key: Key, record: report.Report) -> bool:
-    """Keys and open disks cross into the real root only if that root came from a disk that this process opened,
-    or from dm-verity. Else everything is closed: a thief's root file system gets nothing. False if that failed."""
-    ours = {name for opened in groups.opened.values() for name in opened}
-    if not record.facts["unauthenticated_root"] and not authentic(ours):
-        record.event("root-not-authenticated")
-        if ours:
-            log.console("the root file system is not authenticated: disks closed, keys dropped")
-        return groups.close_all()
-    keyring.put("unlock:persistence", key.persistence)
-    if key.pin_auth:
-        keyring.put("unlock:pin-auth", key.pin_auth)
-    for token in groups.tokens():
-        kek_name = f"unlock:kek:{token.kek_id}:{token.kek_generation}"
-        for name, unwrap in ((kek_name, disk.unwrap_kek), ("unlock:host", disk.unwrap_host_key)):
-            try:
-                with unwrap(token, key.persistence) as unwrapped:
-                    if bytes(unwrapped) != disk.ELSEWHERE:
-                        keyring.put(name, unwrapped)
-            except UnlockError as error:
-                record.event("trouble", f"{token.name}: {error}")
-    record.event("handed-over")
-    return True
-
-
-def authentic(names: set[str]) -> bool:
-    """Whether the new root, and its /usr where that is another file system, lie on these mappings alone."""
-    usr = os.path.join(NEW_ROOT, "usr")
-    return devices.opened_by(NEW_ROOT, names) and (not devices.root_chain(usr) or devices.opened_by(usr, names))
-
-
-def secure(paths: Paths) -> int:
-    """Before the real root, when the agent did not end in order: after the recovery prompt, or a crash.
-
-    What a recovery key opened stays only below a root that it opened too. Else all but the root's own disks are
-    closed. 1 when one stays open.
-    """
-    early = thisboot.early(paths)
-    recovered = early["disks"] if early and early["phase"] == "recovery" else []
-    if authentic({each["name"] for each in recovered if each["outcome"] in ("opened", "already-open")}):
-        return 0
-    return drop(keep=devices.names_below(NEW_ROOT))
-
-
-def drop(keep: set[str]) -> int:
-    """Closes every LUKS2 disk but `keep`, and forgets the keys. 1 when one stays open.
-
-    By what the kernel knows, not by a report; without waiting for udev, which may have ended.
-    """
-    for name, uuid in devices.mappings().items():
-        if uuid and name not in keep:
-            mount.forget(name)
-            luks.abandon(name)
-    try:
-        keyring.flush()
-    except UnlockError as error:
-        log.console(str(error))
-    left = [name for name, uuid in devices.mappings().items() if uuid and name not in keep]
-    for name in left:
-        log.console(f"{name} stays open")
-    return 1 if left else 0
 
 
 class Signals:

@@ -17,15 +17,13 @@ def show(paths: Paths) -> list[dict[str, str]]:
     """Name, source and what it is; never a key."""
     state = State.load(paths)
     sources = thisboot.sources(paths)
-    early = thisboot.early(paths)
-    at_boot = "TPM" if early and early["verdict"] == "unsealed" else "made"
     keks = {provide.cached(group.kek, group.generation): group.name for group in state.groups.values()}
     rows = []
     for name in keyring.names():
         what = _WHAT.get(name, "")
         if name in keks:
             what = f"KEK of group {keks[name]}"
-        rows.append({"key": name, "what": what or "a former KEK", "source": sources.get(name, at_boot)})
+        rows.append({"key": name, "what": what or "a former KEK", "source": sources.get(name, "not recorded")})
     return rows
 
 

@@ -4,6 +4,7 @@
 import os
 from typing import Any, NamedTuple, TypeVar
 
+from .endpoint import Endpoint
 from .errors import Malformed, NewerFormat, Usage
 from .groups import POLICIES, is_name
 from .paths import write_atomically
@@ -44,7 +45,7 @@ class ProviderConfig(NamedTuple):
 
     name: str
     endpoints: tuple[str, ...]
-    """HOST[:PORT][=NAME IN ITS CERTIFICATE], in the order in which they are asked."""
+    """What Endpoint.parse reads, in the order in which they are asked."""
     ca: str
     """PEM file of the CAs that may sign the servers' certificates."""
     client_key: str
@@ -92,16 +93,19 @@ def _group(name: str, table: Any) -> GroupConfig:
     if not is_name(name) or not isinstance(table, dict):
         raise _bad(f"[group.{name}] is not a group")
     _only(table, {"mount", "type", "options", "deadline", "policy"}, where)
-    mount = _get(table, "mount", "", where)
-    if mount and (not mount.startswith("/") or os.path.normpath(mount) != mount or mount == "/"):
-        raise _bad(f"{where}mount is not an absolute path")
+    mount = _line(table, "mount", where)
+    try:
+        mount = mount and mount_point(mount)
+    except Usage as error:
+        raise _bad(f"{where}mount: {error}") from error
     deadline = _get(table, "deadline", DEADLINE, where)
     if deadline < 1:
         raise _bad(f"{where}deadline is not at least 1")
     policy = _get(table, "policy", POLICIES[0], where)
     if policy not in POLICIES:
         raise _bad(f"{where}policy is not one of {', '.join(POLICIES)}")
-    return GroupConfig(name, mount, _get(table, "type", "", where), _get(table, "options", "", where), deadline, policy)
+    kind, options = _line(table, "type", where), _line(table, "options", where)
+    return GroupConfig(name, mount, kind, options, deadline, policy)
 
 
 def _provider(name: str, table: Any) -> ProviderConfig:
@@ -110,8 +114,13 @@ def _provider(name: str, table: Any) -> ProviderConfig:
         raise _bad(f"[provider.{name}] is not a provider")
     _only(table, {"endpoints", "ca", "client_key", "timeout", "username"}, where)
     endpoints: list[str] = _get(table, "endpoints", [], where)
-    if not endpoints or not all(isinstance(each, str) and each for each in endpoints):
+    if not endpoints or not all(isinstance(each, str) for each in endpoints):
         raise _bad(f"{where}endpoints is not a list of HOST:PORT")
+    try:
+        for each in endpoints:
+            Endpoint.parse(each)
+    except Usage as error:
+        raise _bad(f"{where}endpoints: {error}") from error
     files = {key: _get(table, key, "", where) for key in ("ca", "client_key")}
     for key, path in files.items():
         if not os.path.isabs(path or "/") or not files["ca"]:
@@ -195,11 +204,12 @@ def username(text: str) -> str:
     return text
 
 
-def check_mount_point(path: str) -> str:
-    """Raises Usage when a group cannot be mounted there."""
-    if not path.startswith("/") or os.path.normpath(path) != path or path == "/" or not path.isprintable():
+def mount_point(path: str) -> str:
+    """The path as systemd names its mount unit: without empty parts, `.` and the last slash. Raises Usage."""
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if not path.startswith("/") or not parts or ".." in parts or not path.isprintable():
         raise Usage(f"{path!r} cannot be a mount point", "give an absolute path")
-    return path
+    return "/" + "/".join(parts)
 
 
 def _quoted(text: str) -> str:
@@ -217,6 +227,13 @@ def _only(table: dict[str, Any], known: set[str], where: str) -> None:
 
 def _table(top: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     return _get(top, key, {}, where)
+
+
+def _line(table: dict[str, Any], key: str, where: str) -> str:
+    value = _get(table, key, "", where)
+    if not value.isprintable():
+        raise _bad(f"{where}{key} is not a line of text")
+    return value
 
 
 def _get(table: dict[str, Any], key: str, default: T, where: str) -> T:

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block devices: which disks udev marked, what one is used for, and what a mounted file system stands on.
 
-What udev knows comes through pyudev, loaded by the first function that needs it. What only the kernel can
+What udev knows comes through libudev by ctypes; this is the only file that knows of it. What only the kernel can
 say truthfully (mounts, holders, what is below a mapping) comes from /proc and /sys below `root`, a prefix for
 tests.
 """
 
+import ctypes
 import errno
 import os
 import stat
-from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 from .errors import DiskFailed
 from .groups import SERIAL_MAX
+from .light import Any, Iterable, Mapping, NamedTuple
+from .tables import unescape
 
 TAG = "unlock"
 """What our udev rule puts on every LUKS2 disk."""
@@ -21,6 +22,7 @@ BUFFER = 16 << 20
 """Bytes for udev's events: some 10,000 of them while the agent is busy."""
 _EFI_PARTITION = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
 """UEFI Specification 2.10, table 5.8."""
+_SERIALS = ("ID_SCSI_SERIAL", "ID_SERIAL_SHORT", "ID_SERIAL")
 _DEEP = 32
 """More layers than any storage stack has."""
 
@@ -43,22 +45,28 @@ class Disk(NamedTuple):
 
 
 class Monitor:
-    """Events of marked disks. Make it before `marked()` is asked, so that no disk falls between the two."""
+    """Marked disks: those that are there, and events. It listens from its first use on: none falls between the two."""
 
     def __init__(self) -> None:
-        pyudev = _pyudev()
-        self._monitor = pyudev.Monitor.from_netlink(pyudev.Context(), "udev")
-        self._monitor.filter_by("block")
-        self._monitor.filter_by_tag(TAG)
-        try:
-            self._monitor.set_receive_buffer_size(BUFFER)
-        except OSError:
-            pass  # without CAP_NET_ADMIN the kernel's default has to do
-        self._monitor.start()
+        self._monitor: Any = None
 
     def fileno(self) -> int:
         """Readable when `read` has something to give."""
-        return int(self._monitor.fileno())
+        udev = _udev()
+        if not self._monitor:
+            self._monitor = udev.udev_monitor_new_from_netlink(udev.context, b"udev")
+            udev.udev_monitor_filter_add_match_subsystem_devtype(self._monitor, b"block", None)
+            udev.udev_monitor_filter_add_match_tag(self._monitor, TAG.encode())
+            # without CAP_NET_ADMIN the kernel's default has to do
+            udev.udev_monitor_set_receive_buffer_size(self._monitor, BUFFER)
+            if udev.udev_monitor_enable_receiving(self._monitor) < 0:
+                raise DiskFailed("udev's events cannot be received")
+        return int(udev.udev_monitor_get_fd(self._monitor))
+
+    def marked(self) -> list[Disk]:
+        """The disks that carry our mark now; what changes from now on, `read` tells."""
+        self.fileno()
+        return marked()
 
     def read(self) -> list[tuple[str, Disk]]:
         """(action, disk) of the events that are there; never waits. Actions are udev's: add, change, remove.
@@ -66,34 +74,34 @@ class Monitor:
         A disk that has lost its mark comes once more, as `change`. When the kernel dropped events because the
         buffer was full, all marked disks come as `change`; a `remove` may then be missed.
         """
+        self.fileno()
         found = []
-        try:
-            while device := self._monitor.poll(timeout=0):
-                found.append((device.action or "change", _disk(device)))
-        except OSError:  # pyudev does not say which; the socket does, and only once
-            try:
-                os.read(self.fileno(), 1)
-            except OSError as error:
-                if error.errno not in (errno.ENOBUFS, errno.EAGAIN):
-                    raise
+        while device := _udev().udev_monitor_receive_device(self._monitor):
+            action = os.fsdecode(_udev().udev_device_get_action(device) or b"change")
+            found.append((action, _disk(device)))
+            _udev().udev_device_unref(device)
+        if ctypes.get_errno() == errno.ENOBUFS:
             found += [("change", disk) for disk in marked()]
         return found
 
 
 def marked() -> list[Disk]:
     """The disks that carry our mark now, in order of their sysfs paths."""
-    devices = _pyudev().Context().list_devices(subsystem="block", tag=TAG)
     # TAGS is for life, CURRENT_TAGS (since udev 247) of the last event: a disk that was reformatted lost it
-    return [_disk(each) for each in devices if f":{TAG}:" in each.properties.get("CURRENT_TAGS", "")]
+    found = _found("udev_enumerate_add_match_tag", TAG)
+    return [_disk(each) for each in found if f":{TAG}:" in _property(each, "CURRENT_TAGS")]
 
 
 def disk(node: str) -> Disk:
     """What udev knows of one device, marked or not. Raises DiskFailed."""
-    pyudev = _pyudev()
+    udev, number = _udev(), _rdev(node, "/")
+    device = udev.udev_device_new_from_devnum(udev.context, b"b", number)
+    if not device:
+        raise DiskFailed(f"{node} is not known to udev")
     try:
-        return _disk(pyudev.Devices.from_device_number(pyudev.Context(), "block", _rdev(node, "/")))
-    except pyudev.DeviceNotFoundError as error:
-        raise DiskFailed(f"{node} is not known to udev") from error
+        return _disk(device)
+    finally:
+        udev.udev_device_unref(device)
 
 
 def settled(root: str = "/") -> bool:
@@ -108,7 +116,7 @@ def serial(properties: Mapping[str, str]) -> str:
     same for ATA, NVMe and USB; for SCSI it is a WWN, or what the host adapter made up. virtio-blk has only
     ID_SERIAL.
     """
-    for name in ("ID_SCSI_SERIAL", "ID_SERIAL_SHORT", "ID_SERIAL"):
+    for name in _SERIALS:
         found = properties.get(name, "").strip()
         if found and found.isascii() and found.isprintable():
             return found[:SERIAL_MAX]
@@ -169,7 +177,7 @@ def _used_by(folder: str, root: str) -> str:
             return f"is part of the mounted btrfs {uuid}"
     with open(_at(root, "proc/swaps"), encoding="utf-8") as swaps:
         for line in swaps.readlines()[1:]:
-            if _number(_unescape(line.split()[0]), root) == number:
+            if _number(unescape(line.split()[0]), root) == number:
                 return "is swap"
     return ""
 
@@ -213,10 +221,15 @@ def type_of_mount(mountpoint: str, root: str = "/") -> str:
     return next((kind for _, where, _, kind in reversed(list(_mounts(root))) if where == mountpoint), "")
 
 
+def mount_points(root: str = "/") -> list[str]:
+    """Where something is mounted, sorted."""
+    return sorted({where for _, where, _, _ in _mounts(root)})
+
+
 def efi_partitions() -> list[str]:
     """Nodes of the EFI system partitions, on disks with a GPT."""
-    found = _pyudev().Context().list_devices(subsystem="block", ID_PART_ENTRY_TYPE=_EFI_PARTITION)
-    return [each.device_node for each in found if each.device_node]
+    found = _found("udev_enumerate_add_match_property", "ID_PART_ENTRY_TYPE", _EFI_PARTITION)
+    return [disk.node for disk in map(_disk, found)]
 
 
 def names_below(mountpoint: str, root: str = "/") -> set[str]:
@@ -296,14 +309,8 @@ def _mounts(root: str) -> list[tuple[str, str, str, str]]:
         for line in file:
             fields = line.split()
             rest = fields[fields.index("-", 6) + 1 :]
-            found.append((fields[2], _unescape(fields[4]), _unescape(rest[1]), rest[0]))
+            found.append((fields[2], unescape(fields[4]), unescape(rest[1]), rest[0]))
     return found
-
-
-def _unescape(text: str) -> str:
-    for octal, plain in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\043", "#"), ("\\134", "\\")):
-        text = text.replace(octal, plain)
-    return text
 
 
 def _folder(number: str, root: str) -> str:
@@ -350,43 +357,91 @@ def _line(*path: str) -> str:
         return ""
 
 
-# pyudev
+# libudev: libudev.h of systemd. Contexts, devices and searches are opaque pointers.
+
+_POINTER, _TEXT, _INT = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "udev_new": (_POINTER,),
+    "udev_enumerate_new": (_POINTER, _POINTER),
+    "udev_enumerate_add_match_subsystem": (_INT, _POINTER, _TEXT),
+    "udev_enumerate_add_match_tag": (_INT, _POINTER, _TEXT),
+    "udev_enumerate_add_match_property": (_INT, _POINTER, _TEXT, _TEXT),
+    "udev_enumerate_scan_devices": (_INT, _POINTER),
+    "udev_enumerate_get_list_entry": (_POINTER, _POINTER),
+    "udev_enumerate_unref": (_POINTER, _POINTER),
+    "udev_list_entry_get_next": (_POINTER, _POINTER),
+    "udev_list_entry_get_name": (_TEXT, _POINTER),
+    "udev_device_new_from_syspath": (_POINTER, _POINTER, _TEXT),
+    "udev_device_new_from_devnum": (_POINTER, _POINTER, ctypes.c_char, ctypes.c_ulonglong),
+    "udev_device_get_devnode": (_TEXT, _POINTER),
+    "udev_device_get_sysname": (_TEXT, _POINTER),
+    "udev_device_get_syspath": (_TEXT, _POINTER),
+    "udev_device_get_devnum": (ctypes.c_ulonglong, _POINTER),
+    "udev_device_get_action": (_TEXT, _POINTER),
+    "udev_device_get_property_value": (_TEXT, _POINTER, _TEXT),
+    "udev_device_unref": (_POINTER, _POINTER),
+    "udev_monitor_new_from_netlink": (_POINTER, _POINTER, _TEXT),
+    "udev_monitor_filter_add_match_subsystem_devtype": (_INT, _POINTER, _TEXT, _TEXT),
+    "udev_monitor_filter_add_match_tag": (_INT, _POINTER, _TEXT),
+    "udev_monitor_set_receive_buffer_size": (_INT, _POINTER, _INT),
+    "udev_monitor_enable_receiving": (_INT, _POINTER),
+    "udev_monitor_get_fd": (_INT, _POINTER),
+    "udev_monitor_receive_device": (_POINTER, _POINTER),
+}
+"""Result and arguments."""
+_library: Any = None
 
 
-def _disk(device: Any) -> Disk:
-    properties, sysname = device.properties, device.sys_name
-    return Disk(
-        node=device.device_node or f"/dev/{sysname}",
-        sysname=sysname,
-        number=f"{os.major(device.device_number)}:{os.minor(device.device_number)}",
-        serial=serial(properties),
-        model=properties.get("ID_MODEL", ""),
-        size=int(_line(device.sys_path, "size") or 0) * 512,
-        initialized=int(properties.get("USEC_INITIALIZED", 0)) / 1e6,
-    )
+def _udev() -> Any:
+    """libudev, loaded once, with a `context`. Raises DiskFailed."""
+    global _library
+    if not _library:
+        try:
+            library: Any = ctypes.CDLL("libudev.so.1", use_errno=True)
+        except OSError as error:
+            raise DiskFailed("libudev is not installed", hint="apt install libudev1") from error
+        for name, (result, *arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        library.context = library.udev_new()
+        _library = library
+    return _library
 
 
-def _pyudev() -> Any:
-    """pyudev, without what it imports only to find libudev's file name and udev's version.
-
-    It would run ldconfig, which an initramfs does not have, and import subprocess and much of the standard
-    library for that: 26 ms instead of 12. So stand-ins take their places during the import.
-    """
-    import sys
-    from types import ModuleType
-
-    if "pyudev" in sys.modules:
-        return sys.modules["pyudev"]
-    finder, starter = ModuleType("ctypes.util"), ModuleType("subprocess")
-    finder.__dict__["find_library"] = {"udev": "libudev.so.1", "c": "libc.so.6"}.get
-    starter.__dict__["check_output"] = None
-    standins = {"ctypes.util": finder, "subprocess": starter}
-    before = {name: sys.modules[name] for name in standins if name in sys.modules}
-    sys.modules.update(standins)
+def _found(match: str, *what: str) -> Iterable[int]:
+    """Block devices, in order of their sysfs paths."""
+    udev = _udev()
+    search = udev.udev_enumerate_new(udev.context)
     try:
-        import pyudev
+        udev.udev_enumerate_add_match_subsystem(search, b"block")
+        getattr(udev, match)(search, *(each.encode() for each in what))
+        udev.udev_enumerate_scan_devices(search)
+        entry = udev.udev_enumerate_get_list_entry(search)
+        while entry:
+            if device := udev.udev_device_new_from_syspath(udev.context, udev.udev_list_entry_get_name(entry)):
+                yield device
+                udev.udev_device_unref(device)
+            entry = udev.udev_list_entry_get_next(entry)
     finally:
-        for name in standins:
-            del sys.modules[name]
-        sys.modules.update(before)
-    return pyudev
+        udev.udev_enumerate_unref(search)
+
+
+def _property(device: int, name: str) -> str:
+    return os.fsdecode(_udev().udev_device_get_property_value(device, name.encode()) or b"")
+
+
+def _disk(device: int) -> Disk:
+    udev = _udev()
+    sysname = os.fsdecode(udev.udev_device_get_sysname(device))
+    number = udev.udev_device_get_devnum(device)
+    names = (*_SERIALS, "ID_MODEL", "USEC_INITIALIZED")
+    properties = {name: _property(device, name) for name in names}
+    return Disk(
+        node=os.fsdecode(udev.udev_device_get_devnode(device) or f"/dev/{sysname}".encode()),
+        sysname=sysname,
+        number=f"{os.major(number)}:{os.minor(number)}",
+        serial=serial(properties),
+        model=properties["ID_MODEL"],
+        size=int(_line(os.fsdecode(udev.udev_device_get_syspath(device)), "size") or 0) * 512,
+        initialized=int(properties["USEC_INITIALIZED"] or 0) / 1e6,
+    )

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One disk and its token: from the persistence key to the volume key, and back."""
 
-from typing import NamedTuple
-
 from . import luks, token, wrap
 from .errors import DiskFailed, Malformed, NoKey, NotOurs, Tampered, UnlockError
 from .groups import Group, Member
+from .light import NamedTuple
 from .secret import Secret
 
 ELSEWHERE = bytes(32)
@@ -21,7 +20,7 @@ class Keys(NamedTuple):
     mac_key: Secret
 
 
-def tokens(container: luks.Container, host: str) -> list[token.Token]:
+def tokens(header: luks.Header, host: str) -> list[token.Token]:
     """The tokens of `host` on a disk ('' for any host), the newest member list first.
 
     Raises NotOurs ("foreign" or "other-host"), Malformed, NewerFormat. One token that cannot be read does not
@@ -29,7 +28,7 @@ def tokens(container: luks.Container, host: str) -> list[token.Token]:
     """
     found: list[token.Token] = []
     trouble: UnlockError | None = None
-    for _, fields in container.tokens(token.TYPE):
+    for _, fields in header.tokens(token.TYPE):
         try:
             found.append(token.decode(fields))
         except Malformed as error:
@@ -44,21 +43,21 @@ def tokens(container: luks.Container, host: str) -> list[token.Token]:
     return sorted(ours, key=lambda each: (each.manifest, each.kek_generation), reverse=True)
 
 
-def volume_key(container: luks.Container, each: token.Token, persistence: Secret) -> Secret:
+def volume_key(header: luks.Header, each: token.Token, persistence: Secret) -> Secret:
     """The DEK. Raises Tampered when the token or the header is not what this host wrote, NoKey ("provider") when
     this host says truly that only the provider keeps the KEK."""
     try:
         kek = unwrap_kek(each, persistence)
     except Tampered:
-        wrap.unwrap(persistence, each.kek, token.elsewhere_aad(each, container.facts()))
+        wrap.unwrap(persistence, each.kek, token.elsewhere_aad(each, header.facts()))
         raise NoKey("its key is kept by the key manager only", "unlock sync", code="provider") from None
     with kek:
-        return by_kek(container, each, kek)
+        return by_kek(header, each, kek)
 
 
-def by_kek(container: luks.Container, each: token.Token, kek: Secret) -> Secret:
+def by_kek(header: luks.Header, each: token.Token, kek: Secret) -> Secret:
     """The DEK, from the KEK itself. Raises Tampered."""
-    return wrap.unwrap(kek, each.dek, token.dek_aad(each, container.facts()))
+    return wrap.unwrap(kek, each.dek, token.dek_aad(each, header.facts()))
 
 
 def unwrap_kek(each: token.Token, persistence: Secret) -> Secret:
@@ -71,23 +70,23 @@ def unwrap_host_key(each: token.Token, persistence: Secret) -> Secret:
     return wrap.unwrap(persistence, each.host_key, token.key_aad(each.host, "host-key"))
 
 
-def check_recovery(container: luks.Container, each: token.Token, mac_key: Secret) -> None:
+def check_recovery(header: luks.Header, each: token.Token, mac_key: Secret) -> None:
     """Raises Tampered unless the header is the one that the recovery key's owner was promised."""
-    wrap.check_mac(mac_key, token.mac_data(each, container.facts()), each.mac)
+    wrap.check_mac(mac_key, token.mac_data(each, header.facts()), each.mac)
 
 
-def by_recovery_key(container: luks.Container, recovery: Secret) -> Secret:
+def by_recovery_key(header: luks.Header, recovery: Secret) -> Secret:
     """The DEK from the recovery key's own keyslot. Raises NotOurs when there is none, DiskFailed when one cannot be
     read and no other takes the key."""
-    return recovery_keyslot(container, recovery)[1]
+    return recovery_keyslot(header, recovery)[1]
 
 
-def recovery_keyslot(container: luks.Container, recovery: Secret) -> tuple[int, Secret]:
+def recovery_keyslot(header: luks.Header, recovery: Secret) -> tuple[int, Secret]:
     """The number of that keyslot, and the DEK. Raises the same."""
-    trouble: UnlockError = NotOurs(f"{container.device}: no keyslot takes the recovery key", code="no-key")
-    for slot in container.cheap_keyslots():
+    trouble: UnlockError = NotOurs(f"{header.device}: no keyslot takes the recovery key", code="no-key")
+    for slot in header.cheap_keyslots():
         try:
-            return slot, container.volume_key(recovery, slot)
+            return slot, header.volume_key(recovery, slot)
         except NotOurs:
             continue
         except DiskFailed as error:
@@ -95,13 +94,13 @@ def recovery_keyslot(container: luks.Container, recovery: Secret) -> tuple[int, 
     raise trouble
 
 
-def by_checked_recovery_key(container: luks.Container, each: token.Token, *recovery: Secret) -> Secret:
+def by_checked_recovery_key(header: luks.Header, each: token.Token, *recovery: Secret) -> Secret:
     """The DEK by one of these recovery keys, its header's MAC checked first. Raises Tampered, and NotOurs when none of
     them is this disk's: the header may be good then."""
     trouble: UnlockError | None = None
     for key in recovery:
         try:
-            return _by_checked(container, each, key)
+            return _by_checked(header, each, key)
         except NotOurs as error:
             trouble = trouble or error
         except UnlockError as error:
@@ -110,14 +109,14 @@ def by_checked_recovery_key(container: luks.Container, each: token.Token, *recov
     raise trouble
 
 
-def _by_checked(container: luks.Container, each: token.Token, recovery: Secret) -> Secret:
+def _by_checked(header: luks.Header, each: token.Token, recovery: Secret) -> Secret:
     try:
         with mac_key(recovery, each.host) as key:
-            check_recovery(container, each, key)
+            check_recovery(header, each, key)
     except Tampered:
-        by_recovery_key(container, recovery).wipe()
+        by_recovery_key(header, recovery).wipe()
         raise
-    return by_recovery_key(container, recovery)
+    return by_recovery_key(header, recovery)
 
 
 def mac_key(recovery: Secret, host: str) -> Secret:

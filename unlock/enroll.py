@@ -11,7 +11,7 @@ import os
 from contextlib import closing
 from typing import NamedTuple
 
-from . import allowed, atunseal, config, devices, keyring, log, policy, provide, slots, thisboot
+from . import allowed, atunseal, config, devices, log, policy, provide, slots, thisboot
 from .errors import Refused, Usage
 from .paths import Paths, write_atomically
 from .providers import native
@@ -95,8 +95,8 @@ def init(paths: Paths, choices: Choices) -> Preflight:
                         choices.owner_auth,
                         replace="slots-in-use" in choices.accept or unfinished is not None,
                     )
-                    keyring.put("unlock:persistence", persistence)
-                    keyring.put("unlock:host", host_key)
+                    thisboot.remember(paths, "made", {"unlock:persistence": persistence})
+                    thisboot.remember(paths, "provider", {"unlock:host": host_key})
         if not os.path.exists(paths.config):
             write_atomically(paths.config, config.HEAD.encode(), mode=0o644)
         allowed.begin(state, found.selection, found.branch, found.unauthenticated_root)
@@ -206,8 +206,9 @@ def _check_chip(tpm: Tpm, choices: Choices, again: bool) -> None:
         raise Refused("the TPM's owner has a password", "--owner-auth-file FILE", code="owner-auth-set")
     if facts.taken and not again:
         _refuse(choices, "slots-in-use", "tpm2_getcap handles-persistent")
+    ours = sum(slot.object in facts.taken for slot in policy.SLOTS)
     if (
-        facts.persistent_free + len(facts.taken) < 2 + (not facts.srk)
+        facts.persistent_free + ours < 2 + (not facts.srk)
         or min(facts.nv_buffer, facts.nv_index_size) < policy.RECORD_SIZE
     ):
         raise Refused(

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups of disks: their names and their members."""
 
-from typing import NamedTuple
-
 from .errors import Usage
+from .light import NamedTuple
 
 _ALLOWED = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_.-")
 NAME_MAX = 64

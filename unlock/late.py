@@ -20,7 +20,7 @@ from contextlib import closing
 from . import config, devices, disk, keyring, log, luks, opening, present, provide, report, thisboot, units
 from .errors import ClockWrong, CommandFailed, NoKey, NotOurs, ProviderUnavailable, Tampered, UnlockError, Usage
 from .groups import Group
-from .paths import Paths, write_atomically
+from .paths import Paths
 from .protect import protect
 from .run import run
 from .secret import Secret
@@ -103,7 +103,7 @@ def open_group(paths: Paths, name: str, *recovery: Secret) -> None:
 
 
 def _by_recovery_key(*recovery: Secret) -> opening.Unwrap:
-    return lambda container, token: disk.by_checked_recovery_key(container, token, *recovery)
+    return lambda header, token: disk.by_checked_recovery_key(header, token, *recovery)
 
 
 def _trouble(paths: Paths, record: report.Report, name: str) -> UnlockError:
@@ -181,12 +181,12 @@ def unwrapper(
     if group and group.policy == "provider":
         _await_kek(paths, group, end, look, connect)
 
-    def unwrap(container: luks.Container, token: Token) -> Secret:
+    def unwrap(header: luks.Header, token: Token) -> Secret:
         try:
-            return disk.volume_key(container, token, persistence)
+            return disk.volume_key(header, token, persistence)
         except NoKey:
             with keyring.get(provide.cached(token.kek_id, token.kek_generation)) as kek:
-                return disk.by_kek(container, token, kek)
+                return disk.by_kek(header, token, kek)
 
     return unwrap
 
@@ -198,7 +198,7 @@ def _await_kek(paths: Paths, group: Group, end: float, look: present.Look, conne
         with provide.Work(paths, look, connect) as work:
             kek, source = provide.find_kek(work, group)
             with kek:
-                provide.remember(paths, provide.cached(group.kek, group.generation), kek, source)
+                thisboot.remember(paths, source, {provide.cached(group.kek, group.generation): kek})
 
     _until(end, fetch)
 
@@ -229,8 +229,8 @@ def _from_provider(
                 keks[kek_id, generation] = provider.fetch(provide.ref(entry, kek_id, "").id, opens)
         return keks[kek_id, generation]
 
-    def unwrap(container: luks.Container, token: Token) -> Secret:
-        return disk.by_kek(container, token, kek_of(token.kek_id, token.kek_generation))
+    def unwrap(header: luks.Header, token: Token) -> Secret:
+        return disk.by_kek(header, token, kek_of(token.kek_id, token.kek_generation))
 
     _until(end, lambda: kek_of(group.kek, group.generation))
     record.event("opened-from-provider", f"{group.name}: {_early_verdict(paths)}")
@@ -296,7 +296,7 @@ def _mark_failed(paths: Paths, name: str) -> None:
         log.error(what, f"systemctl list-dependencies --reverse {mount or units.gate(name)}")
     if name in thisboot.failed_groups(paths):
         waiting = sorted({*waiting, *_waiting(paths, name)})
-    write_atomically(os.path.join(paths.of_this_boot("failed-groups"), name), json.dumps(waiting).encode(), mode=0o600)
+    thisboot.mark_failed(paths, name, waiting)
 
 
 def _dependents(unit: str) -> set[str]:

@@ -11,10 +11,12 @@ import errno
 import os
 from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint32, c_void_p
 from hashlib import sha256
-from typing import Any
 
+from . import strictjson
 from .errors import DiskFailed, Malformed, NotOurs, Tampered
+from .light import Any
 from .secret import Secret
+from .strictjson import canonical
 
 ANY = -1
 """Any keyslot: each is tried in turn, which costs its PBKDF."""
@@ -97,72 +99,32 @@ class _Luks2(ctypes.Structure):
     ]
 
 
-class Container:
-    """One LUKS2 disk or image file, its header read and validated.
+class Header:
+    """What the header of one LUKS2 disk says: its UUID and metadata, of one reading. Raises Malformed."""
 
-    Raises NotOurs if there is no LUKS2 header, Malformed if both copies are ruined, DiskFailed if it cannot
-    be read. One ruined copy is repaired from the other, as cryptsetup does. Close it, or use `with`.
-    A forked child may use it, but two processes never at once: they share the file offset of its device.
-    """
-
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, uuid: str, dump: bytes) -> None:
         self.device = device
-        self._cd = c_void_p()
-        _do(device, "cannot be used", "crypt_init", ctypes.byref(self._cd), os.fsencode(device))
-        try:
-            self._load()
-        except BaseException:
-            self.close()
-            raise
-
-    def _load(self) -> None:
-        _said.clear()
-        _check_size(self.device)
-        result = _lib().crypt_load(self._cd, b"LUKS2", None)
-        if result == 0:
-            return
-        said = _words()
-        version = _luks_version(self.device)
-        if version == 0:
-            raise NotOurs(f"{self.device} is not LUKS2", code="not-luks2")
-        if version == 1:
-            hint = f"cryptsetup convert --type luks2 {self.device}"
-            raise NotOurs(f"{self.device} is LUKS1", hint=hint, code="not-luks2")
-        if result != -errno.EINVAL or "lock" in said:
-            raise DiskFailed(f"{self.device} cannot be read{said or ': ' + os.strerror(-result)}")
-        hint = f"cryptsetup luksHeaderRestore {self.device} --header-backup-file FILE"
-        raise Malformed(f"{self.device}: the LUKS2 header is ruined", hint=hint)
-
-    def close(self) -> None:
-        """Frees the context; safe to call twice."""
-        if self._cd:
-            _lib().crypt_free(self._cd)
-            self._cd = c_void_p()
-
-    def __enter__(self) -> "Container":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    # What the header says
+        self._uuid, self._metadata = uuid, parse(dump, device)
 
     @property
     def uuid(self) -> str:
-        """The LUKS UUID, as in the header."""
-        return (_lib().crypt_get_uuid(self._cd) or b"").decode("ascii", "replace")
-
-    @property
-    def volume_key_size(self) -> int:
-        """Bytes."""
-        return int(_lib().crypt_get_volume_key_size(self._cd))
+        """The LUKS UUID."""
+        return self._uuid
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The JSON of this context, never read anew from the disk. Raises Malformed."""
-        text = c_char_p()
-        self._do("has no readable metadata", "crypt_dump_json", ctypes.byref(text), 0)
-        return parse(text.value or b"", self.device)
+        """The metadata as JSON."""
+        return self._metadata
+
+    def volume_key(self, passphrase: Secret, slot: int = ANY) -> Secret:
+        """The volume key, out of a keyslot. Raises NotOurs if the passphrase opens none."""
+        raise NotImplementedError
+
+    @property
+    def requirements(self) -> Any:
+        """What the header says that a program must understand: a re-encryption that is not finished, mostly; None or
+        empty else. Raises Malformed."""
+        return _object(self.metadata, "config", self.device).get("requirements")
 
     def tokens(self, kind: str) -> list[tuple[int, dict[str, Any]]]:
         """(number, object) of each token of a type, in order. Raises Malformed."""
@@ -224,6 +186,75 @@ class Container:
             "digest": {name: value for name, value in digest.items() if name != "keyslots"},
         }
 
+
+class Container(Header):
+    """One LUKS2 disk or image file, its header read and validated by libcryptsetup.
+
+    Raises NotOurs if there is no LUKS2 header, Malformed if both copies are ruined, DiskFailed if it cannot
+    be read. One ruined copy is repaired from the other, as cryptsetup does. Close it, or use `with`.
+    A forked child may use it, but two processes never at once: they share the file offset of its device.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._cd = c_void_p()
+        _do(device, "cannot be used", "crypt_init", ctypes.byref(self._cd), os.fsencode(device))
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self) -> None:
+        _said.clear()
+        _check_size(self.device)
+        result = _lib().crypt_load(self._cd, b"LUKS2", None)
+        if result == 0:
+            return
+        said = _words()
+        version = _luks_version(self.device)
+        if version == 0:
+            raise NotOurs(f"{self.device} is not LUKS2", code="not-luks2")
+        if version == 1:
+            hint = f"cryptsetup convert --type luks2 {self.device}"
+            raise NotOurs(f"{self.device} is LUKS1", hint=hint, code="not-luks2")
+        if result != -errno.EINVAL or "lock" in said:
+            raise DiskFailed(f"{self.device} cannot be read{said or ': ' + os.strerror(-result)}")
+        hint = f"cryptsetup luksHeaderRestore {self.device} --header-backup-file FILE"
+        raise Malformed(f"{self.device}: the LUKS2 header is ruined", hint=hint)
+
+    def close(self) -> None:
+        """Frees the context; safe to call twice."""
+        if self._cd:
+            _lib().crypt_free(self._cd)
+            self._cd = c_void_p()
+
+    def __enter__(self) -> "Container":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def uuid(self) -> str:
+        return (_lib().crypt_get_uuid(self._cd) or b"").decode("ascii", "replace")
+
+    @property
+    def volume_key_size(self) -> int:
+        """Bytes."""
+        return int(_lib().crypt_get_volume_key_size(self._cd))
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The JSON of this context, never read anew from the disk. Raises Malformed."""
+        return parse(self.dump(), self.device)
+
+    def dump(self) -> bytes:
+        """The metadata of this context as the library writes it, never read anew from the disk."""
+        text = c_char_p()
+        self._do("has no readable metadata", "crypt_dump_json", ctypes.byref(text), 0)
+        return text.value or b""
+
     # Tokens
 
     def set_token(self, fields: dict[str, Any], number: int | None = None) -> int:
@@ -241,7 +272,6 @@ class Container:
     # Keys
 
     def volume_key(self, passphrase: Secret, slot: int = ANY) -> Secret:
-        """The volume key, out of a keyslot. Raises NotOurs if the passphrase opens none."""
         if slot != ANY and slot not in self.keyslots():
             raise NotOurs(f"{self.device} has no keyslot {slot}")
         size = c_size_t(max(_lib().crypt_get_volume_key_size(self._cd), 0) or MAX_KEY)
@@ -340,14 +370,13 @@ def format(device: str, volume_key: Secret, uuid: str | None = None, label: str 
     return Container(device)
 
 
-def touch(device: str) -> None:
-    """Reads what a header of the usual size takes, and forgets it; an error is as good an answer."""
-    try:
-        file = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-        os.pread(file, 0x8000, 0)
-        os.close(file)
-    except OSError:
-        pass
+def prepare() -> None:
+    """Loads the library and its cryptography, so that forked processes need not. Raises DiskFailed."""
+    if _library is None:
+        context = c_void_p()
+        _do("libcryptsetup", "cannot be used", "crypt_init", ctypes.byref(context), None)
+        _lib().crypt_set_pbkdf_type(context, ctypes.byref(_minimum()))  # the first call that needs a hash
+        _lib().crypt_free(context)
 
 
 def deactivate(name: str, deferred: bool = False) -> None:
@@ -415,51 +444,16 @@ def _removal(name: str) -> bytes:
 
 
 def parse(text: bytes, device: str) -> dict[str, Any]:
-    """LUKS2 metadata, strictly: bounded, no duplicate names, no NaN, nothing endless. Raises Malformed."""
-    import json
-
+    """LUKS2 metadata, strictly and bounded. Raises Malformed."""
     if len(text) > MAX_METADATA:
         raise Malformed(f"{device}: the LUKS2 metadata is too large")
     try:
-        metadata = json.loads(
-            text.decode(),
-            object_pairs_hook=_no_duplicates,
-            parse_float=_finite,
-            parse_int=_bounded,
-            parse_constant=_finite,
-        )
+        metadata = strictjson.parse(text.decode())
     except (ValueError, RecursionError) as error:
         raise Malformed(f"{device}: the LUKS2 metadata is not proper JSON") from error
     if not isinstance(metadata, dict):
         raise Malformed(f"{device}: the LUKS2 metadata is not an object")
     return metadata
-
-
-def canonical(fields: object) -> bytes:
-    """One JSON text for one value: names sorted, no spaces, ASCII. Raises ValueError for NaN."""
-    import json
-
-    return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name twice")
-    return found
-
-
-def _bounded(digits: str) -> int:
-    if len(digits) > 20:
-        raise ValueError("a number too long")
-    return int(digits)
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if value - value != 0:
-        raise ValueError("not a finite number")
-    return value
 
 
 def _object(metadata: dict[str, Any], name: str, device: str) -> dict[str, Any]:
@@ -501,16 +495,19 @@ def _check_size(device: str) -> None:
     """libcryptsetup takes 80 bytes of memory for each byte of JSON: a header larger than any that has a use is not
     given to it. It looks for a second copy until it finds a whole one. Raises Malformed, DiskFailed."""
     try:
-        with open(device, "rb", buffering=0) as file:
+        file = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+        try:
             for offset in _COPIES:
-                head = os.pread(file.fileno(), 4096, offset)
+                head = os.pread(file, 4096, offset)
                 size = int.from_bytes(head[8:16], "big")
                 if head[:8] != _magic(offset) + b"\0\2":
                     continue
                 if size > MAX_HEADER:
                     raise Malformed(f"{device}: the LUKS2 header claims more than {MAX_HEADER} bytes")
-                if _is_whole(head + os.pread(file.fileno(), max(0, size - 4096), offset + 4096)):
+                if _is_whole(head + os.pread(file, max(0, size - 4096), offset + 4096)):
                     return
+        finally:
+            os.close(file)
     except OSError as error:
         raise DiskFailed(f"{device} cannot be read: {error.strerror}") from error
 

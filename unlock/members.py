@@ -9,7 +9,7 @@ import shlex
 import uuid as uuids
 from typing import Any, NamedTuple
 
-from . import config, devices, disk, handout, luks, provide, tables, thisboot, token, units
+from . import config, devices, disk, handout, luks, present, provide, tables, thisboot, token, units
 from .errors import NotOurs, Refused, UnlockError, Usage
 from .escrow import Escrow
 from .escrow import check as check_escrow
@@ -44,6 +44,7 @@ def group_create(paths: Paths, wanted: NewGroup) -> Group:
     An ordinary failure is undone and may be followed by anything; after a kill the same command finishes.
     """
     check_name(wanted.name)
+    wanted = wanted._replace(mount=config.mount_point(wanted.mount))
     with exclusive(paths), provide.Work(paths) as work:
         state = work.state
         nodes = [_node(device) for device in wanted.devices]
@@ -52,6 +53,7 @@ def group_create(paths: Paths, wanted: NewGroup) -> Group:
             raise Refused(f"there is a group {wanted.name} already", "unlock status", code="group-exists")
         if wanted.name not in state.groups:
             _check_mount_point(paths, wanted)
+            _check_profile(wanted)
             _create(work, wanted, nodes, unfinished)
         group = state.groups[wanted.name]
         kind = _type(group, wanted)
@@ -149,7 +151,8 @@ def disk_adopt(
                 manifest=manifest, members=(*(old.members if old else ()), member)
             )
         _check_policy(work, group, member)
-        others = {each.uuid: _device_of(each) for each in group.members if each.uuid != uuid}
+        seen = work.look() if len(group.members) > 1 else {}
+        others = {each.uuid: _node_of(seen, each) for each in group.members if each.uuid != uuid}
         with dek, recovery_key(state, persistence, recovery_file, escrow) as recovery:
             state.begin("disk adopt", f"/dev/disk/by-uuid/{uuid} --group {group_name}", manifest=group.manifest)
             try:
@@ -297,31 +300,23 @@ def _names(state: State) -> set[str]:
     return {member.name for group in state.groups.values() for member in group.members}
 
 
-def _device_of(member: Member) -> str:
+def _node_of(seen: dict[str, list[present.Found]], member: Member) -> str:
     """The node of a member that must be there. Raises Refused."""
-    found = []
-    for each in devices.marked():
-        try:
-            with luks.Container(each.node) as container:
-                if container.uuid == member.uuid:
-                    found.append(each)
-        except UnlockError:
-            continue
-    found = [each for each in found if len(found) == 1 or (each.serial and each.serial == member.serial)]
-    if len(found) != 1:
+    node = present.node_of(seen, member)
+    if not node:
         raise Refused(
-            f"{member.name} of the group is {'missing' if not found else 'there twice'}",
+            f"{member.name} of the group is {'there twice' if seen.get(member.uuid) else 'missing'}",
             "plug in every member, once: all are rewritten",
             code="missing",
         )
-    return found[0].node
+    return node
 
 
 _NEEDED_TO_BOOT = ("/var/lib/unlock", "/etc/unlock", "/run", "/usr", "/boot", "/dev", "/proc", "/sys")
 
 
 def _check_mount_point(paths: Paths, wanted: NewGroup) -> None:
-    where = config.check_mount_point(wanted.mount)
+    where = wanted.mount
     if any(f"{needed}/".startswith(f"{where}/") or where.startswith(f"{needed}/") for needed in _NEEDED_TO_BOOT):
         raise Refused(f"{where} is needed before groups are mounted", "another --mount", code="mount-taken")
     if where in tables.fstab_targets(paths.fstab):
@@ -333,6 +328,29 @@ def _check_mount_point(paths: Paths, wanted: NewGroup) -> None:
         raise Refused(f"{where} is not a directory, or reached by a link", "another --mount", code="mount-taken")
     if os.path.isdir(where) and (os.path.ismount(where) or os.listdir(where)):
         raise Refused(f"{where} is mounted or not empty", "another --mount", code="mount-taken")
+
+
+PROFILES = {
+    "single": 1,
+    "dup": 1,
+    "raid0": 1,
+    "raid1": 2,
+    "raid1c3": 3,
+    "raid1c4": 4,
+    "raid10": 2,
+    "raid5": 2,
+    "raid6": 3,
+}
+"""btrfs data profile -> the fewest disks that mkfs.btrfs takes for it (mkfs.btrfs(8), since btrfs-progs 5.15)."""
+
+
+def _check_profile(wanted: NewGroup) -> None:
+    """Raises Usage, before a disk is touched: mkfs.btrfs says it when the disks are formatted already."""
+    if wanted.profile and wanted.profile not in PROFILES:
+        raise Usage(f"{wanted.profile!r} is no btrfs profile", f"--profile takes {', '.join(PROFILES)}")
+    least = PROFILES[wanted.profile] if wanted.profile else 1
+    if len(wanted.devices) < least:
+        raise Usage(f"profile {wanted.profile} needs {least} disks", f"name {least} with --disk, or another --profile")
 
 
 def _check_disks(nodes: list[str], wanted: NewGroup, before: list[Member]) -> None:
@@ -404,11 +422,11 @@ def _start(unit: str) -> None:
 
 
 def _check_adoptable(container: luks.Container, device: str) -> None:
+    if container.requirements:  # first: two digests cover the data then
+        raise Refused(f"{device} is being re-encrypted", "cryptsetup reencrypt --resume-only", code="reencrypting")
     facts = container.facts()
     if container.volume_key_size > token.DEK_MAX:
         raise Refused(f"{device} has integrity or a volume key longer than {token.DEK_MAX} bytes", code="not-supported")
-    if facts["requirements"]:
-        raise Refused(f"{device} is being re-encrypted", "cryptsetup reencrypt --resume-only", code="reencrypting")
     for segment in facts["segments"].values():
         if segment.get("type") != "crypt" or "cipher_null" in str(segment.get("encryption")):
             raise Refused(f"{device} is not encrypted throughout", "cryptsetup luksDump", code="not-encrypted")

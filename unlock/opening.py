@@ -1,66 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks appear; groups open when all their members are there and proven. Nothing half-open is left behind.
 
-    saw(disk)   a forked reader finds out whether it answers at all
-    collect()   if so: its header is read once, its token found, its volume key unwrapped; finished workers
-    advance()   groups that are complete go to workers
-    stop()      no new activation, workers joined or killed
+    saw(disk)   a worker of its own reads the disk's header
+    collect()   takes in headers: a token is found, its volume key unwrapped; and activations that are done
+    advance()   the workers of groups that are complete get their volume keys, at most one a core at a time
+    stop()      no new activation, running ones joined or killed
 
-libcryptsetup is not thread-safe, so each activation runs in a forked process, at most one a core. The
-child uses the context that its parent read and authenticated: the header is never read twice.
+A worker keeps the context that its header came from, and activates that one: no header is read twice.
 """
 
 import os
 import select
-import signal
-from collections.abc import Callable
-from typing import NamedTuple
 
-from . import disk, luks, mount, token
-from .devices import Disk, Monitor, marked
+from . import luks, mount, token
+from .devices import Disk, Monitor
 from .devices import settled as settled_now
 from .errors import Malformed, NotOurs, Tampered, UnlockError
-from .protect import end_with_parent
+from .light import Callable, NamedTuple
 from .report import OUTCOMES, Report, now
 from .secret import Secret
+from .worker import Ended, Header, Worker
 
 ACTIVATION_TIMEOUT = 20.0
 """Seconds for one activation; libcryptsetup waits in it for udev."""
-
-
 READ_TIMEOUT = 10.0
-"""Seconds for the first read of one disk. Whoever waits for the kernel in it cannot be interrupted, hence the
-forked reader. A disk that answers once and then no more still blocks everything."""
+"""Seconds until a disk has told its header, or a part of it."""
 
 
 class Candidate(NamedTuple):
     """A disk whose header is authentic, with what opens it."""
 
     disk: Disk
-    container: luks.Container
+    header: Header
     token: token.Token
     dek: Secret
 
 
-class Worker(NamedTuple):
-    """A forked process that activates one disk; it writes its error to the pipe, or nothing."""
-
-    pid: int
-    pipe: int
-    deadline: float
-    candidate: Candidate
-
-
-class Reader(NamedTuple):
-    """A forked process that reads disks one after the other, and writes a byte to the pipe for each."""
-
-    pid: int
-    pipe: int
-    deadline: float
-    disks: list[Disk]
-
-
-Unwrap = Callable[[luks.Container, token.Token], Secret]
+Unwrap = Callable[[luks.Header, token.Token], Secret]
 """Gives a disk's volume key once header and token are authentic. Raises Tampered and other UnlockErrors."""
 
 
@@ -78,61 +54,82 @@ class Opening:
         self.parallel = workers or len(os.sched_getaffinity(0))
         self.seen: dict[str, str] = {}
         """Node -> LUKS UUID of each disk with an outcome."""
-        self.unread: dict[str, Disk] = {}
-        """By node: disks that have not been looked at yet."""
-        self.reader: Reader | None = None
+        self.reading: dict[int, Worker] = {}
+        """By file descriptor: workers whose header is awaited."""
         self.read_timeout = READ_TIMEOUT
         self.candidates: dict[str, list[Candidate]] = {}
         """Group -> authentic disks that are not open; a disk with two tokens is in it twice."""
         self.queue: list[Candidate] = []
-        self.workers: dict[int, Worker] = {}
-        """By the file descriptor of their pipe."""
+        self.activating: dict[int, Candidate] = {}
+        """By file descriptor of their workers: disks that have got their keys."""
         self.opened: dict[str, dict[str, str]] = {}
         """Group -> mapping name -> node, of what this process opened."""
         self.wanted: dict[str, set[str]] = {}
         """Group -> nodes that are being opened together."""
         self.open_uuids: dict[str, str] = {}
         self.failed: set[str] = set()
+        self.looked = False
 
     # Disks
 
+    def look(self, monitor: Monitor) -> None:
+        """All marked disks that are there; what appears or changes from now on, the monitor tells."""
+        for found in monitor.marked():
+            self.saw(found)
+        self.looked = True
+
     def saw(self, found: Disk) -> None:
         """One disk, for the first time or again after a change. Nothing about one disk stops the others."""
-        if self.report.disks.get(found.node, {}).get("outcome") in (None, "foreign", "damaged", "failed"):
-            self.unread[found.node] = found
+        if self.report.disks.get(found.node, {}).get("outcome") not in (None, "foreign", "damaged", "failed"):
+            return
+        if any(each.disk.node == found.node for each in self.reading.values()):
+            return
+        try:
+            worker = Worker(found)
+        except (UnlockError, OSError) as error:
+            self.report.disk(found.node, "failed", f"no worker: {error}")
+            return
+        worker.deadline = now() + self.read_timeout
+        self.reading[worker.fileno()] = worker
 
     def read_all(self) -> None:
         """Looks at every disk that was seen, for a caller without a loop."""
-        while self.unread:
+        while self.reading:
             self.collect(wait=1.0)
 
-    def _look(self, found: Disk) -> None:
-        if self.unread.pop(found.node, None) is None:
-            return  # gone meanwhile
-        container = None
+    def _look(self, worker: Worker) -> None:
+        """What the worker says of its disk, or a part of it."""
+        node, fd = worker.disk.node, worker.fileno()
+        answer = None
         try:
-            container = luks.Container(found.node)
-            if self._examine(found, container):
+            answer = worker.read()
+            if not answer:
+                worker.deadline = now() + self.read_timeout
+                return
+            if self._examine(worker.disk, Header(worker, answer)):
+                del self.reading[fd]
                 return
         except NotOurs as error:
             outcome = "foreign" if error.code == "not-luks2" else error.code
-            self.report.disk(found.node, outcome if outcome in OUTCOMES else "failed", str(error))
+            self.report.disk(node, outcome if outcome in OUTCOMES else "failed", str(error))
         except Malformed as error:
-            outcome = error.code if container else "damaged"
-            self.report.disk(found.node, outcome, str(error))
+            outcome = error.code if answer else "damaged"
+            self.report.disk(node, outcome, str(error))
         except Tampered as error:
-            self.report.disk(found.node, "tampered", str(error))
+            self.report.disk(node, "tampered", str(error))
         except UnlockError as error:
-            self.report.disk(found.node, error.code if error.code in OUTCOMES else "failed", str(error))
+            self.report.disk(node, error.code if error.code in OUTCOMES else "failed", str(error))
         except Exception as error:  # whatever a hostile disk makes of us, it is alone
-            self.report.disk(found.node, "failed", type(error).__name__)
-        if container:
-            container.close()
+            self.report.disk(node, "failed", type(error).__name__)
+        del self.reading[fd]
+        worker.end()
 
-    def _examine(self, found: Disk, container: luks.Container) -> bool:
-        """True when the disk is a candidate now, and its container stays in use."""
-        uuid = container.uuid
-        tokens = disk.tokens(container, self.host)
+    def _examine(self, found: Disk, header: Header) -> bool:
+        """True when the disk is a candidate now, and its worker stays."""
+        from . import disk  # loaded when the first workers have been forked: they need none of it
+
+        uuid = header.uuid
+        tokens = disk.tokens(header, self.host)
         if self.only and all(each.group != self.only for each in tokens):
             return False
         if not self.unwrap:
@@ -145,7 +142,7 @@ class Opening:
         trouble: UnlockError | None = None
         for each in tokens:
             try:
-                proven.append(Candidate(found, container, each, self.unwrap(container, each)))
+                proven.append(Candidate(found, header, each, self.unwrap(header, each)))
             except UnlockError as error:
                 trouble = error
         if not proven:
@@ -166,9 +163,14 @@ class Opening:
 
     def gone(self, node: str) -> None:
         """A disk was unplugged: what waits for its group waits without it."""
-        self.unread.pop(node, None)
+        for fd, worker in list(self.reading.items()):
+            if worker.disk.node == node:
+                self.reading.pop(fd).end()
         for group, candidates in self.candidates.items():
             self.candidates[group] = [each for each in candidates if each.disk.node != node]
+            for each in candidates:
+                if each.disk.node == node and each.header.worker.fileno() not in self.activating:
+                    each.header.worker.end()
         if self.report.disks.get(node, {}).get("outcome") not in ("opened", "already-open"):
             self.report.disks.pop(node, None)
 
@@ -176,14 +178,14 @@ class Opening:
 
     def advance(self, settled: bool) -> None:
         """Starts what can start. `settled`: udev knows of no disk that it has not shown yet."""
-        settled = settled and not self.unread
+        settled = settled and not self.reading
         for group in list(self.candidates):
             if group not in self.wanted:
                 try:
                     self._consider(group, settled)
                 except (UnlockError, OSError) as error:
                     self.report.event("trouble", f"group {group}: {error}")
-        while self.queue and len(self.workers) < self.parallel:
+        while self.queue and len(self.activating) < self.parallel:
             self._start(self.queue.pop(0))
 
     def _consider(self, group: str, settled: bool) -> None:
@@ -206,7 +208,7 @@ class Opening:
         so that the right one, if it is there, is seen first."""
         by_uuid: dict[str, list[Candidate]] = {}
         for candidate in {each.disk.node: each for each in candidates}.values():
-            by_uuid.setdefault(candidate.container.uuid, []).append(candidate)
+            by_uuid.setdefault(candidate.header.uuid, []).append(candidate)
         chosen = []
         for same in by_uuid.values():
             named = [each for each in same if each.token.serial and each.token.serial == each.disk.serial]
@@ -220,7 +222,7 @@ class Opening:
                 losers = same
             for loser in losers:
                 if settled and self.report.disks[loser.disk.node]["outcome"] != "duplicate":
-                    self.report.disk(loser.disk.node, "duplicate", f"UUID {loser.container.uuid}")
+                    self.report.disk(loser.disk.node, "duplicate", f"UUID {loser.header.uuid}")
         return chosen
 
     def _open(self, group: str, chosen: list[Candidate]) -> None:
@@ -228,7 +230,7 @@ class Opening:
         active = {each.token.name: luks.active_uuid(each.token.name) for each in chosen}
         self.opened.setdefault(group, {})
         self.wanted[group] = {each.disk.node for each in chosen}
-        blocked = [each for each in chosen if active[each.token.name] not in (None, each.container.uuid)]
+        blocked = [each for each in chosen if active[each.token.name] not in (None, each.header.uuid)]
         if blocked or len(set(names)) != len(names):
             for each in blocked or chosen:
                 self.report.disk(each.disk.node, "name-taken", f"/dev/mapper/{each.token.name}")
@@ -236,10 +238,10 @@ class Opening:
             return
         self.queue += [each for each in chosen if active[each.token.name] is None]
         for each in chosen:
-            self.open_uuids[each.container.uuid] = each.disk.node
+            self.open_uuids[each.header.uuid] = each.disk.node
         for each in self.candidates[group]:
-            if each.disk.node not in self.wanted[group] and each.container.uuid in self.open_uuids:
-                self.report.disk(each.disk.node, "duplicate", f"{self.open_uuids[each.container.uuid]} is opened")
+            if each.disk.node not in self.wanted[group] and each.header.uuid in self.open_uuids:
+                self.report.disk(each.disk.node, "duplicate", f"{self.open_uuids[each.header.uuid]} is opened")
         self._finish(group)
 
     def _finish(self, group: str) -> None:
@@ -247,7 +249,7 @@ class Opening:
         nodes = self.wanted[group]
         if any(each.disk.node in nodes for each in self.queue):
             return
-        if any(each.candidate.disk.node in nodes for each in self.workers.values()):
+        if any(each.disk.node in nodes for each in self.activating.values()):
             return
         if all(self._outcome(node) in ("opened", "already-open") for node in nodes):
             mappings = sorted(self.report.disks[node]["name"] for node in nodes)
@@ -288,84 +290,50 @@ class Opening:
     # Workers
 
     def _start(self, candidate: Candidate) -> None:
+        worker = candidate.header.worker
         try:
-            read, write = os.pipe()
-            pid = os.fork()
-        except OSError as error:
-            self.report.disk(candidate.disk.node, "failed", f"no worker: {error.strerror}")
-            self._finish(candidate.token.group)
+            worker.activate(candidate.token.name, candidate.dek)
+        except Ended as error:
+            self._result(candidate, str(error))
             return
-        if pid == 0:
-            _activate_and_exit(candidate, write)
-        os.close(write)
-        self.workers[read] = Worker(pid, read, now() + ACTIVATION_TIMEOUT, candidate)
+        worker.deadline = now() + ACTIVATION_TIMEOUT
+        self.activating[worker.fileno()] = candidate
 
     def pipes(self) -> list[int]:
-        """File descriptors that become readable when a worker has finished or a disk has answered."""
-        return [*self.workers, *([self.reader.pipe] if self.reader else [])]
+        """File descriptors that become readable when a disk has answered or is activated."""
+        return [*self.reading, *self.activating]
 
     def collect(self, wait: float = 0) -> None:
-        """Takes in finished workers and disks that answer, and ends what is past its deadline; waits up to `wait`
-        seconds for one."""
-        if self.unread and not self.reader:
-            self._start_reader()
+        """Takes in what workers say, and ends those past their deadline; waits up to `wait` seconds for one."""
         poll = select.poll()
         for fd in self.pipes():
             poll.register(fd, select.POLLIN | select.POLLHUP)
         for fd, _ in poll.poll(wait * 1000) if self.pipes() else []:
-            if self.reader and fd == self.reader.pipe:
-                self._answered(self.reader)
-                continue
-            worker = self.workers.pop(fd)
-            said = os.read(fd, 4096).decode("utf-8", "replace")
-            os.close(fd)
-            _, status = os.waitpid(worker.pid, 0)
-            self._result(worker, said or ("" if status == 0 else f"the worker ended with status {status}"))
-        for worker in list(self.workers.values()):
+            if fd in self.reading:
+                self._look(self.reading[fd])
+            else:
+                self._activated(fd)
+        for fd, worker in list(self.reading.items()):
             if now() > worker.deadline:
-                self._kill(worker)
-        if self.reader and now() > self.reader.deadline:
-            self._give_up(self.reader, "timed-out", f"does not answer for {self.read_timeout:.0f} s")
+                self.reading.pop(fd).end()
+                self.report.disk(worker.disk.node, "timed-out", f"does not answer for {self.read_timeout:.0f} s")
+        for fd, candidate in list(self.activating.items()):
+            if now() > candidate.header.worker.deadline:
+                self._kill(fd)
 
-    def _start_reader(self) -> None:
-        disks = list(self.unread.values())
+    def _activated(self, fd: int) -> None:
+        candidate = self.activating[fd]
+        trouble = ""
         try:
-            read, write = os.pipe()
-            pid = os.fork()
-        except OSError as error:
-            for found in disks:
-                del self.unread[found.node]
-                self.report.disk(found.node, "failed", f"no reader: {error.strerror}")
-            return
-        if pid == 0:
-            _read_and_exit(disks, write)
-        os.close(write)
-        self.reader = Reader(pid, read, now() + self.read_timeout, disks)
+            if not candidate.header.worker.read():
+                return
+        except UnlockError as error:
+            trouble = str(error)
+        del self.activating[fd]
+        candidate.header.worker.end()
+        self._result(candidate, trouble)
 
-    def _answered(self, reader: Reader) -> None:
-        answers = len(os.read(reader.pipe, 1))  # one disk a turn: its activation begins while the next is looked at
-        for found in reader.disks[:answers]:
-            self._look(found)
-        self.reader = reader._replace(disks=reader.disks[answers:], deadline=now() + self.read_timeout)
-        if not self.reader.disks:
-            self._end_reader(self.reader, 0)
-        elif not answers:
-            self._give_up(self.reader, "failed", "its reader ended")
-
-    def _give_up(self, reader: Reader, outcome: str, why: str) -> None:
-        """On the disk that the reader is at; another reader takes those behind it."""
-        self._end_reader(reader, os.WNOHANG)  # a device that does not answer holds it, not us
-        if self.unread.pop(reader.disks[0].node, None):
-            self.report.disk(reader.disks[0].node, outcome, why)
-
-    def _end_reader(self, reader: Reader, flags: int) -> None:
-        self.reader = None
-        os.close(reader.pipe)
-        os.kill(reader.pid, signal.SIGKILL)
-        os.waitpid(reader.pid, flags)
-
-    def _result(self, worker: Worker, trouble: str) -> None:
-        candidate = worker.candidate
+    def _result(self, candidate: Candidate, trouble: str) -> None:
         group, node = candidate.token.group, candidate.disk.node
         if trouble:
             self.report.disk(node, "failed", trouble)
@@ -374,34 +342,31 @@ class Opening:
             self.report.disk(node, "opened", opened=round(now(), 4))
         self._finish(group)
 
-    def _kill(self, worker: Worker) -> None:
+    def _kill(self, fd: int) -> None:
         """Ends an activation that hangs: the process, its udev cookie, its mapping."""
-        del self.workers[worker.pipe]
-        os.close(worker.pipe)
-        os.kill(worker.pid, signal.SIGKILL)
-        os.waitpid(worker.pid, os.WNOHANG)  # a device that does not answer holds it, not us
-        luks.abandon(worker.candidate.token.name)
-        self.report.disk(worker.candidate.disk.node, "timed-out", f"after {ACTIVATION_TIMEOUT:.0f} s")
-        self._finish(worker.candidate.token.group)
+        candidate = self.activating.pop(fd)
+        candidate.header.worker.end()
+        luks.abandon(candidate.token.name)
+        self.report.disk(candidate.disk.node, "timed-out", f"after {ACTIVATION_TIMEOUT:.0f} s")
+        self._finish(candidate.token.group)
 
     def busy(self) -> bool:
-        return bool(self.queue or self.workers or self.unread)
+        return bool(self.queue or self.activating or self.reading)
 
     def stop(self, patience: float) -> None:
         """No new activation; running ones get `patience` seconds. What did not open is closed again."""
-        if self.reader:
-            self._end_reader(self.reader, os.WNOHANG)
-        for node in self.unread:
-            self.report.disk(node, "timed-out", "early boot ended before it answered")
-        self.unread.clear()
+        for worker in self.reading.values():
+            worker.end()
+            self.report.disk(worker.disk.node, "timed-out", "early boot ended before it answered")
+        self.reading.clear()
         for each in self.queue:
             self.report.disk(each.disk.node, "timed-out", "early boot ended before it was opened")
         self.queue.clear()
         end = now() + patience
-        while self.workers and now() < end:
+        while self.activating and now() < end:
             self.collect(wait=0.1)
-        for worker in list(self.workers.values()):
-            self._kill(worker)
+        for fd in list(self.activating):
+            self._kill(fd)
         for group in self.wanted:
             if self.report.groups.get(group, {}).get("outcome") is None:
                 self._finish(group)
@@ -410,7 +375,7 @@ class Opening:
                 self.report.group(group, "incomplete", **self._counts(group))
 
     def _counts(self, group: str) -> dict[str, int]:
-        present = {each.container.uuid for each in self.candidates[group]}
+        present = {each.header.uuid for each in self.candidates[group]}
         members = max((each.token.members for each in self.candidates[group]), default=0)
         return {"present": len(present), "members": members}
 
@@ -424,10 +389,11 @@ class Opening:
         return [each.token for group in self.candidates.values() for each in group if each.token.name in names]
 
     def wipe(self) -> None:
-        """Forgets the keys of all disks."""
+        """Forgets the keys of all disks, and ends what waits for them."""
         for candidates in self.candidates.values():
             for each in candidates:
                 each.dek.wipe()
+                each.header.worker.end()
 
 
 def turn(groups: Opening, monitor: Monitor, look: bool) -> bool:
@@ -437,8 +403,7 @@ def turn(groups: Opening, monitor: Monitor, look: bool) -> bool:
     """
     settled = settled_now()
     if look:
-        for found in marked():
-            groups.saw(found)
+        groups.look(monitor)
     for action, found in monitor.read():
         if action == "remove":
             groups.gone(found.node)
@@ -471,29 +436,3 @@ def wait(fds: list[int], seconds: float) -> None:
     for fd in fds:
         poll.register(fd, select.POLLIN)
     poll.poll(max(0.0, seconds) * 1000)
-
-
-def _read_and_exit(disks: list[Disk], pipe: int) -> None:
-    """In the reader: never returns. What a disk answers is not looked at."""
-    try:
-        end_with_parent()
-        for found in disks:
-            luks.touch(found.node)
-            os.write(pipe, b".")
-    finally:
-        os._exit(0)
-
-
-def _activate_and_exit(candidate: Candidate, pipe: int) -> None:
-    """In the worker: activates one disk, says in the pipe what went wrong, and never returns."""
-    try:
-        end_with_parent()
-        if os.getppid() == 1:
-            os._exit(1)
-        candidate.container.activate(candidate.token.name, candidate.dek)
-    except UnlockError as error:
-        os.write(pipe, str(error).encode()[:1000] or b"failed")
-    except BaseException as error:
-        os.write(pipe, type(error).__name__.encode())
-    finally:
-        os._exit(0)

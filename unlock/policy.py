@@ -6,11 +6,10 @@ PolicyOR, PolicyAuthValue); integers are big-endian.
 """
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
-from typing import NamedTuple
 
 from .errors import Malformed, NewerFormat, Usage
+from .light import Iterable, Mapping, NamedTuple, Sequence
 from .secret import Secret
 
 BANK = 0x000B

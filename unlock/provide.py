@@ -8,7 +8,7 @@ had to ask. Nothing is asked of a provider before its key is needed.
 from collections.abc import Callable
 from typing import Any
 
-from . import ask, config, devices, disk, keyring, luks, present, thisboot, token
+from . import ask, config, devices, disk, keyring, luks, present, token
 from .errors import NoKey, Refused, Tampered, UnlockError, Usage
 from .groups import Group
 from .paths import Paths
@@ -179,12 +179,6 @@ def key_name(host: str, kind: str, generation: int) -> str:
 def cached(kek_id: str, generation: int) -> str:
     """The name of a KEK in the key cache."""
     return f"unlock:kek:{kek_id}:{generation}"
-
-
-def remember(paths: Paths, name: str, key: Secret, source: str) -> None:
-    """Puts a key that is persisted already, or never is, into the cache, and where it came from into the record."""
-    keyring.put(name, key)
-    thisboot.note_source(paths, name, source)
 
 
 def find_kek(

@@ -112,15 +112,16 @@ def rebind(paths: Paths, choices: Choices, look: present.Look = present.look) ->
             lost = state.rewrap(old, new)
             state.set_mac_key(new, mac_key)
             provider = keys.enter_context(closing(_provider(paths, state, old, new, choices)))
-            host_key = keys.enter_context(_host_key(state, provider, new))
+            host_key, host_key_source = _host_key(state, provider, new)
+            keys.enter_context(host_key)
             keks = [_kek(state, provider, old, seen, group) for group in state.groups.values()]
         except UnlockError:
             if not again:
                 _give_up(paths, before)
             raise
-        for _, kek in keks:
+        for _, kek, _ in keks:
             keys.enter_context(kek)
-        keyring.put(_NEW, new)
+        thisboot.remember(paths, "made", {_NEW: new})
         payload = policy.Payload(new, plain_root)
         has_pin = len(pin_auth) > 0
         if choices.pin and has_pin:
@@ -136,19 +137,19 @@ def rebind(paths: Paths, choices: Choices, look: present.Look = present.look) ->
             replace=True,
         )
         if has_pin:
-            keyring.put(allowed.PIN_AUTH, pin_auth)
+            thisboot.remember(paths, "PIN", {allowed.PIN_AUTH: pin_auth})
         done: list[str] = []
-        for group, kek in keks:
+        for group, kek, _ in keks:
             wraps = disk.Keys(new, host_key, kek, mac_key)
             done += _rewrap(state, seen, group, wraps, choices.recovery, left)
         allowed.begin(state, selection, branch, plain_root, has_pin)
         state.removed = None
         state.journal = goes_on
-        keyring.put("unlock:persistence", new)
+        thisboot.remember(paths, "made", {"unlock:persistence": new})
         state.save()
         if not has_pin:
             keyring.forget(allowed.PIN_AUTH)
-        _cache(paths, host_key, keks)
+        _cache(paths, host_key, host_key_source, keks)
         return Rebound(selection, tuple(done), left, tuple(name for name in lost if name != state.provider["name"]))
 
 
@@ -374,41 +375,43 @@ def _native(state: State, choices: Choices) -> native.Native:
     return provider
 
 
-def _host_key(state: State, provider: Provider, new: Secret) -> Secret:
-    """Kept in the state from now on, as far as this host keeps such keys. Raises ProviderError."""
+def _host_key(state: State, provider: Provider, new: Secret) -> tuple[Secret, str]:
+    """The key and its source. Kept in the state from now on, as far as this host keeps such keys. Raises
+    ProviderError."""
     kept = state.host_key(new)
     if kept:
-        return kept
+        return kept, "TPM"
     if not state.persistent:
-        return Secret(disk.ELSEWHERE)
+        return Secret(disk.ELSEWHERE), ""
     key_id, name, generation = state.host_key_ref
     if key_id.startswith(f"{provider.id}/"):
         key = provider.fetch(key_id.removeprefix(f"{provider.id}/"), provide.OPENS)
         state.set_host_key(key_id, name, generation, new, key, former=False)
-        return key
+        return key, "provider"
     ref, key = provide.new_key(provider, provide.key_name(state.host, "host", generation + 1))
     state.set_host_key(f"{provider.id}/{ref.id}", ref.name, generation + 1, new, key)
-    return key
+    return key, "provider"
 
 
 def _kek(
     state: State, provider: Provider, old: Secret | None, seen: dict[str, list[present.Found]], group: Group
-) -> tuple[Group, Secret]:
-    """The KEK of a group, by the old persistence key or the provider; else a new one, and the group under it."""
+) -> tuple[Group, Secret, str]:
+    """The KEK of a group and its source, by the old persistence key or the provider; else a new one, and the group
+    under it."""
     for member in group.members if old else ():
         node = present.node_of(seen, member)
         try:
             with luks.Container(node) as container:
                 for each in disk.tokens(container, state.host):
                     if old and (each.kek_id, each.kek_generation) == (group.kek, group.generation):
-                        return group, disk.unwrap_kek(each, old)
+                        return group, disk.unwrap_kek(each, old), "TPM"
         except UnlockError:
             continue
     if group.kek.startswith(f"{provider.id}/"):
-        return group, provider.fetch(group.kek.removeprefix(f"{provider.id}/"), provide.OPENS)
+        return group, provider.fetch(group.kek.removeprefix(f"{provider.id}/"), provide.OPENS), "provider"
     generation = state.next_generation(group.name)
     made, kek = provide.new_key(provider, provide.key_name(state.host, f"kek/{group.name}", generation))
-    return rotation.successor(group, provider.id, made, generation), kek
+    return rotation.successor(group, provider.id, made, generation), kek, "provider"
 
 
 # Disks ------------------------------------------------------------------------------------------------------
@@ -443,11 +446,10 @@ def _rewrap(
     return done
 
 
-def _cache(paths: Paths, host_key: Secret, keks: list[tuple[Group, Secret]]) -> None:
+def _cache(paths: Paths, host_key: Secret, source: str, keks: list[tuple[Group, Secret, str]]) -> None:
     """The running host works with the new keys from now on."""
     if bytes(host_key) != disk.ELSEWHERE:
-        provide.remember(paths, "unlock:host", host_key, "provider")
-    for group, kek in keks:
-        provide.remember(paths, provide.cached(group.kek, group.generation), kek, "provider")
-    thisboot.note_source(paths, "unlock:persistence", "made")
+        thisboot.remember(paths, source, {"unlock:host": host_key})
+    for group, kek, source in keks:
+        thisboot.remember(paths, source, {provide.cached(group.kek, group.generation): kek})
     keyring.forget(_NEW)

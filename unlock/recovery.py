@@ -70,8 +70,8 @@ def _altered(found: dict[str, Any] | None) -> bool:
 def open_all(paths: Paths, *recovery: Secret) -> dict[str, Any]:
     """Every group whose members these recovery keys authenticate; the result is this boot's report from then on."""
 
-    def unwrap(container: luks.Container, each: token.Token) -> Secret:
-        return disk.by_checked_recovery_key(container, each, *recovery)
+    def unwrap(header: luks.Header, each: token.Token) -> Secret:
+        return disk.by_checked_recovery_key(header, each, *recovery)
 
     record = report.Report("recovery", announce=log.console)
     thisboot.unmark(paths, "ended")

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The record of one boot: every outcome is one of a closed set of reasons; scripts may rely on the words."""
 
-import json
 import time
-from collections.abc import Callable
-from typing import Any
 
 from .errors import Malformed
+from .light import Any, Callable
 
 VERSION = 1
 
@@ -121,11 +119,15 @@ class Report:
         }
 
     def encode(self) -> bytes:
+        import json
+
         return json.dumps(self.plain(), indent=1).encode()
 
 
 def read(path: str) -> dict[str, Any]:
     """A report that an earlier stage of this boot wrote. Raises OSError, Malformed."""
+    import json
+
     with open(path, "rb") as file:
         try:
             report: dict[str, Any] = json.load(file)

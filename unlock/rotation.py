@@ -11,7 +11,7 @@ Volume keys and data stay as they are. A disk that fails or is away keeps what o
 
 from typing import Any, NamedTuple
 
-from . import disk, keyring, log, luks, provide
+from . import disk, keyring, log, luks, provide, thisboot
 from .errors import NoKey, NotFoundOrDenied, Refused, StateBlocked, Tampered, UnlockError, Unsupported
 from .groups import Group, Member
 from .provide import Work
@@ -127,8 +127,8 @@ def replace(
     return outcome
 
 
-def _cache(work: Work, group: Group, kek: Secret) -> None:
-    provide.remember(work.paths, provide.cached(group.kek, group.generation), kek, "provider")
+def _cache(work: Work, group: Group, kek: Secret, source: str = "provider") -> None:
+    thisboot.remember(work.paths, source, {provide.cached(group.kek, group.generation): kek})
 
 
 def rewrap(work: Work, group: Group, kek: Secret) -> tuple[Outcome, Group]:
@@ -178,7 +178,7 @@ def set_host_key(work: Work, provider_id: str, ref: Ref, key: Secret) -> None:
     for group in list(state.groups.values()):
         state.groups[group.name] = group._replace(behind=tuple(member.uuid for member in group.members))
     state.save()
-    provide.remember(work.paths, "unlock:host", key, "provider")
+    thisboot.remember(work.paths, "provider", {"unlock:host": key})
     catch_up(work)
 
 
@@ -190,7 +190,7 @@ def set_policy(work: Work, group: Group, policy: str) -> Outcome:
     kek, source = provide.find_kek(work, group)
     with kek:
         if policy == "provider" or source == "provider":
-            _cache(work, group, kek)
+            _cache(work, group, kek, source)
         new = group._replace(policy=policy, behind=tuple(member.uuid for member in group.members))
         state.groups[group.name] = new
         state.save()

@@ -6,6 +6,9 @@ Best effort: Python and the libraries below may have copied the bytes elsewhere 
 
 import os
 
+_live: dict[int, bytearray] = {}
+"""The bytes of every Secret that there is, by its id."""
+
 
 class Secret:
     """Key material. `value` is the live bytearray; do not keep references to it past the `with`."""
@@ -13,7 +16,10 @@ class Secret:
     __slots__ = ("value",)
 
     def __init__(self, value: bytes | bytearray) -> None:
-        self.value = bytearray(value)
+        self.value = _live[id(self)] = bytearray(value)
+
+    def __del__(self) -> None:
+        _live.pop(id(self), None)
 
     @classmethod
     def random(cls, size: int) -> "Secret":
@@ -48,3 +54,9 @@ class Secret:
 
     def __reduce__(self) -> str:
         raise TypeError("a Secret is never serialised")
+
+
+def wipe_all() -> None:
+    """Wipes every Secret of this process: in a forked one, all that it inherited."""
+    for value in _live.values():
+        value[:] = bytes(len(value))

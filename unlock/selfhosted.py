@@ -9,6 +9,7 @@ import os
 import socket
 
 from . import devices
+from .endpoint import Endpoint
 from .errors import Refused
 from .groups import Group
 
@@ -29,7 +30,7 @@ def mounts(groups: dict[str, Group]) -> dict[str, str]:
     """Mount point -> the group that it lies on."""
     members = {member.name: group.name for group in groups.values() for member in group.members}
     found = {}
-    for where in _mount_points():
+    for where in devices.mount_points():
         names = devices.names_below(where) & members.keys()
         if names:
             found[where] = members[min(names)]
@@ -37,11 +38,12 @@ def mounts(groups: dict[str, Group]) -> dict[str, str]:
 
 
 def group_of(endpoint: str, where: dict[str, str]) -> str:
-    """The group on which the server behind `HOST[:PORT][=NAME]` lives, as far as can be seen; or ''."""
-    host, port = _parts(endpoint)
-    if not where or not _is_here(host):
+    """The group on which the server behind `HOST[:PORT][=NAME]` lives, as far as can be seen; or ''.
+    Raises Usage."""
+    server = Endpoint.parse(endpoint)
+    if not where or not _is_here(server.host):
         return ""
-    inodes = _listening(port)
+    inodes = _listening(server.port)
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         links = _links(pid)
         if not inodes & {link for link in links if link.startswith("socket:")}:
@@ -51,16 +53,6 @@ def group_of(endpoint: str, where: dict[str, str]) -> str:
             if on and max(on, key=len) == _mount_of(path):
                 return where[max(on, key=len)]
     return ""
-
-
-def _parts(endpoint: str) -> tuple[str, int]:
-    place = endpoint.partition("=")[0]
-    if place.startswith("["):
-        host, _, rest = place[1:].partition("]")
-        port = rest.removeprefix(":")
-    else:
-        host, _, port = place.partition(":") if place.count(":") < 2 else (place, "", "")
-    return host, int(port) if port.isdecimal() else 5696
 
 
 def _is_here(host: str) -> bool:
@@ -107,11 +99,6 @@ def _links(pid: str) -> set[str]:
     return links
 
 
-def _mount_points() -> list[str]:
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        return sorted({line.split()[4].replace("\\040", " ") for line in file})
-
-
 def _mount_of(path: str) -> str:
-    points = [each for each in _mount_points() if f"{path}/".startswith(f"{each.rstrip('/')}/")]
+    points = [each for each in devices.mount_points() if f"{path}/".startswith(f"{each.rstrip('/')}/")]
     return max(points, key=len, default="/")

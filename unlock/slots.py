@@ -6,9 +6,6 @@ current one. It is not touched until the other one is complete; then it is evict
 old policy ends before its record does.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
-
 from . import policy
 from .errors import (
     Malformed,
@@ -22,9 +19,10 @@ from .errors import (
     UnlockError,
     Usage,
 )
+from .light import Callable, Mapping, NamedTuple, Sequence
 from .policy import CAP_PCR, SLOTS, Payload, Record, Slot, select
 from .secret import Secret
-from .tpm import SlotState, Tpm, not_allowed
+from .tpm import Meanwhile, SlotState, Tpm, not_allowed
 
 _TELLING = (TpmRefused, Tampered, NewerFormat, Malformed, NoSlot)
 PIN_TRIES = 3
@@ -47,8 +45,10 @@ def no_pin(_left: int) -> Secret:
     raise PinWrong("the TPM asks for a PIN, and nobody can be asked for it here")
 
 
-def unseal(tpm: Tpm, ask: Ask = no_pin) -> Unsealed:
+def unseal(tpm: Tpm, ask: Ask = no_pin, meanwhile: Meanwhile = None) -> Unsealed:
     """Unseal the current slot: 8 TPM commands in either slot, at most 14 when the other must be tried too.
+
+    `meanwhile` is called while the TPM or a person is waited for: perhaps not at all, perhaps twice.
 
     Where a slot has a PIN 10, or 12: the PCRs are read first, so that nobody is asked in a boot that is not allowed.
     One more for a policy over more than 8 PCRs, and one where the TPM wants the first command that it counts sent again
@@ -73,8 +73,10 @@ def unseal(tpm: Tpm, ask: Ask = no_pin) -> Unsealed:
             if read and policy.pcr_policy(record.selection, pcrs) not in record.branches:
                 raise not_allowed(record.selection)
             if record.pin:
+                if meanwhile:
+                    meanwhile()
                 return _by_pin(tpm, slot, record, objects, ask)
-            with tpm.unseal(objects, record) as sealed:
+            with tpm.unseal(objects, record, meanwhile=meanwhile) as sealed:
                 return Unsealed(Payload.decode(sealed), slot, record)
         except (NoSlot, Malformed, Tampered, TpmRefused) as problem:
             problems.append(problem)

@@ -50,7 +50,7 @@ def status(paths: Paths) -> dict[str, Any]:
         "sync": thisboot.read_json(paths, "sync.json"),
         "waiting_to_retire": len(state.retire),
         "keys": {
-            "persistence key": "key cache" if persistence else "TPM, at the next boot",
+            "persistence key": _persistence_key(state, persistence),
             "recovery key": "made" if state.has_recovery_key else "none yet",
         },
         "boot": {
@@ -107,6 +107,12 @@ def table(found: dict[str, Any]) -> str:
     lines.append("")
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
+
+
+def _persistence_key(state: State, cached: Secret | None) -> str:
+    if cached:
+        return "key cache" if not state.removed else "key cache until the next boot: the TPM keeps nothing"
+    return "TPM, at the next boot" if not state.removed else "none: the TPM keeps nothing"
 
 
 def _providers(state: State) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ old KEKs retired, where the old provider still answers
 
 from typing import Any
 
-from . import present, provide, rotation, selfhosted
+from . import present, provide, rotation, selfhosted, thisboot
 from .errors import Refused, Usage
 from .paths import Paths
 from .providers import Provider
@@ -69,7 +69,7 @@ def _new_host_key(work: provide.Work, entry: dict[str, Any], provider: Provider)
     with key:
         state.set_host_key(f"{entry['id']}/{made.id}", made.name, generation, work.persistence, key)
         state.save()
-        provide.remember(work.paths, "unlock:host", key, "provider")
+        thisboot.remember(work.paths, "provider", {"unlock:host": key})
 
 
 def _move(work: provide.Work, entry: dict[str, Any], provider: Provider, name: str) -> rotation.Outcome:

@@ -121,7 +121,7 @@ def _judge(work: Work, group: Group, status: Status) -> Line:
     if group.policy == "provider" and not _is_cached(group):
         kek, source = provide.find_kek(work, group)
         with kek:
-            provide.remember(work.paths, provide.cached(group.kek, group.generation), kek, source)
+            thisboot.remember(work.paths, source, {provide.cached(group.kek, group.generation): kek})
         return Line(group.name, "cached")
     if status.state in BLOCKED:
         return Line(group.name, "state-blocked", f"the key is {status.state}; its disks still open")

@@ -25,9 +25,18 @@ def name_of(path: str, node: str, luks_uuid: str) -> str:
 
 
 def fstab_targets(path: str) -> set[str]:
-    """The mount points that fstab(5) names."""
-    fields = filter(None, map(_fields, _lines(path)))
-    return {each[1].replace("\\040", " ").replace("\\011", "\t").rstrip("/") or "/" for each in fields}
+    """The mount points that fstab(5) names, without empty parts, `.` and the last slash."""
+    named = [unescape(fields[1]) for fields in filter(None, map(_fields, _lines(path)))]
+    return {os.path.normpath(f"/{where.lstrip('/')}") for where in named if where.startswith("/")}
+
+
+def unescape(field: str) -> str:
+    """A field of fstab(5) or of a table in /proc, where blanks and backslashes are octal."""
+    if "\\" not in field:
+        return field
+    import re
+
+    return os.fsdecode(re.sub(rb"\\([0-3][0-7]{2})", lambda found: bytes([int(found[1], 8)]), os.fsencode(field)))
 
 
 def set_noauto(path: str, name: str) -> bool:

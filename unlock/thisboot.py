@@ -13,18 +13,18 @@ recovered        the recovery prompt opened disks, or tried to
 ended            the agent ended in order: keys and disks are handed over, or closed
 open/G           link to a mapping of group G, which is open; members/G lists them all
 failed-groups/G  its gate failed; the units that waited
-keys.json        where keys came from that were cached since
+keys.json        where each cached key came from
 sync.json        how the last sync went
 """
 
-import glob
-import json
 import os
-from typing import Any
 
+from . import keyring
 from .errors import Malformed
+from .light import Any
 from .paths import Paths
 from .report import Report, read
+from .secret import Secret
 
 
 def tell(paths: Paths, record: Report) -> None:
@@ -77,25 +77,45 @@ def unmark(paths: Paths, *names: str) -> None:
 def failed_groups(paths: Paths) -> list[str]:
     """Groups whose gate failed."""
     try:
-        return sorted(name for name in os.listdir(paths.of_this_boot("failed-groups")) if not name.endswith(".new"))
+        return sorted(os.listdir(paths.of_this_boot("failed-groups")))
     except FileNotFoundError:
         return []
 
 
-def note_source(paths: Paths, key: str, source: str) -> None:
-    """Where a cached key came from: `TPM`, `provider`, `made`."""
-    found = {**sources(paths), key: source}
-    write_json(paths, "keys.json", found)
+def mark_failed(paths: Paths, group: str, waiting: list[str]) -> None:
+    """Its gate failed; the units that waited. Written beside the folder: a group may have any name in it."""
+    import json
+
+    os.makedirs(paths.of_this_boot("failed-groups"), mode=0o700, exist_ok=True)
+    new = paths.of_this_boot(f"failed-group-{group}")
+    with open(new, "w", encoding="utf-8") as file:
+        json.dump(waiting, file)
+    os.rename(new, paths.of_this_boot(os.path.join("failed-groups", group)))
+
+
+def remember(paths: Paths, source: str, keys: dict[str, Secret]) -> None:
+    """Caches keys by name, and records first where they come from: `TPM`, a disk's token included; `provider`; `PIN`;
+    `made` on this host; `cache` for one that is there already, whose record stays. Raises UnlockError.
+
+    Each is persisted already, or never is.
+    """
+    if source == "cache":
+        return
+    write_json(paths, "keys.json", {**sources(paths), **dict.fromkeys(keys, source)})
+    for name, key in keys.items():
+        keyring.put(name, key)
 
 
 def sources(paths: Paths) -> dict[str, str]:
-    """Of the keys that were cached since early boot."""
+    """Name of a cached key -> where it came from."""
     found = read_json(paths, "keys.json")
     return {str(key): str(source) for key, source in found.items()}
 
 
 def write_json(paths: Paths, name: str, content: dict[str, Any]) -> None:
     """Whole or not at all; /run needs no fsync."""
+    import json
+
     path = paths.of_this_boot(name)
     os.makedirs(paths.run, mode=0o700, exist_ok=True)
     with open(f"{path}.new", "w", encoding="ascii") as file:
@@ -105,6 +125,8 @@ def write_json(paths: Paths, name: str, content: dict[str, Any]) -> None:
 
 def read_json(paths: Paths, name: str) -> dict[str, Any]:
     """Empty when there is none that can be read."""
+    import json
+
     try:
         with open(paths.of_this_boot(name), "rb") as file:
             found = json.load(file)
@@ -115,7 +137,8 @@ def read_json(paths: Paths, name: str) -> dict[str, Any]:
 
 def tpm_device() -> str:
     """The TCTI of the first TPM that there is."""
-    return f"device:{min(glob.glob('/dev/tpmrm*'), default='/dev/tpmrm0')}"
+    found = [name for name in os.listdir("/dev") if name.startswith("tpmrm")]
+    return f"device:/dev/{min(found, default='tpmrm0')}"
 
 
 def early(paths: Paths) -> dict[str, Any] | None:

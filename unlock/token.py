@@ -18,15 +18,13 @@
 Wrapped keys are AES-256-GCM: 12 bytes of nonce, the ciphertext, 16 bytes of tag; base64.
 """
 
-import json
-from base64 import b64encode
 from binascii import Error as Base64Error
-from binascii import a2b_base64
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from binascii import a2b_base64, b2a_base64
 
 from .errors import Malformed, NewerFormat
 from .groups import MEMBERS_MAX, SERIAL_MAX, is_name
+from .light import Any, Mapping, NamedTuple
+from .strictjson import canonical
 
 TYPE = "unlock"
 VERSION = 1
@@ -71,11 +69,6 @@ class Token(NamedTuple):
             "name": self.name,
             "serial": self.serial,
         }
-
-
-def canonical(value: object) -> bytes:
-    """The one byte string for a JSON value: keys sorted, no blanks, ASCII."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
 def dek_aad(token: Token, header: Mapping[str, Any]) -> bytes:
@@ -167,7 +160,7 @@ def decode(fields: Mapping[str, Any]) -> Token:
 
 
 def _text(value: bytes) -> str:
-    return b64encode(value).decode()
+    return b2a_base64(value, newline=False).decode()
 
 
 def _whole(fields: Mapping[str, Any], name: str, most: int, least: int = 0) -> int:

@@ -9,8 +9,6 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 from . import policy
 from .errors import (
@@ -26,6 +24,7 @@ from .errors import (
     UnlockError,
     Usage,
 )
+from .light import Any, Callable, NamedTuple, Sequence
 from .policy import BANK, SLOTS, SRK, Record, Slot
 from .secret import Secret
 
@@ -42,6 +41,7 @@ _PAUSES = (
     0.64,
     1.28,
 )  # seconds: ESYS resubmits at once, but a self-test takes longer
+_TRY_AGAIN = 9  # TSS2_BASE_RC_TRY_AGAIN, of any layer
 _TRIES = 3
 _MAX_ROUNDS = 64  # of a command that answers in parts
 
@@ -59,6 +59,10 @@ _HINTS = {
     0x903: "free a session: tpm2_flushcontext --loaded-session",
     0x921: "the TPM is in lockout: wait, or tpm2_dictionarylockout --clear-lockout",
 }
+
+
+Meanwhile = Callable[[], None] | None
+"""What to do while the TPM works. It raises nothing."""
 
 
 class _Answer(TpmFailed):
@@ -158,15 +162,18 @@ class Tpm:
             raise
         return Record.decode(bytes(self._taken(data, "buffer")))
 
-    def unseal(self, objects: tuple[int, int], record: Record, auth: Secret | None = None) -> Secret:
+    def unseal(
+        self, objects: tuple[int, int], record: Record, auth: Secret | None = None, meanwhile: Meanwhile = None
+    ) -> Secret:
         """StartAuthSession, PolicyPCR, PolicyOR, [PolicyAuthValue], Unseal; FlushContext if it fails.
 
-        `objects` are those of `verify`; `auth` is the value that the PIN makes, where the record has one. The session
+        `objects` are those of `verify`; `auth` is the value that the PIN makes, where the record has one. `meanwhile`
+        is called while the TPM makes the session, which takes a discrete one a quarter of a second. The session
         is salted to the SRK and encrypts the answer; the value itself never crosses the bus. TpmRefused if the PCRs
         are in no allowed state, which costs no try of the PIN; PinWrong, PinLockout. Repeated, bounded, if a PCR
         changes meanwhile.
         """
-        return self._unsealed(*objects, record.selection, record.branches, auth)
+        return self._unsealed(*objects, record.selection, record.branches, auth, meanwhile)
 
     def verify(self, slot: Slot, record: Record) -> tuple[int, int]:
         """ReadPublic x2: SRK and sealed object are those that the record describes, the SRK is a key that has never
@@ -407,11 +414,17 @@ class Tpm:
         return resource
 
     def _unsealed(
-        self, srk: int, sealed: int, selection: Sequence[int], branches: Sequence[bytes], auth: Secret | None = None
+        self,
+        srk: int,
+        sealed: int,
+        selection: Sequence[int],
+        branches: Sequence[bytes],
+        auth: Secret | None = None,
+        meanwhile: Meanwhile = None,
     ) -> Secret:
         for _ in range(_TRIES):
             try:
-                return self._unsealed_once(srk, sealed, selection, branches, auth)
+                return self._unsealed_once(srk, sealed, selection, branches, auth, meanwhile)
             except _Answer as failure:
                 if auth is not None and failure.answer == _AUTH_FAIL:
                     raise PinWrong("the PIN is wrong") from None
@@ -430,13 +443,19 @@ class Tpm:
         return PinLockout(f"the TPM takes no PIN after too many wrong ones: {wait}", "wait, or type the recovery key")
 
     def _unsealed_once(
-        self, srk: int, sealed: int, selection: Sequence[int], branches: Sequence[bytes], auth: Secret | None
+        self,
+        srk: int,
+        sealed: int,
+        selection: Sequence[int],
+        branches: Sequence[bytes],
+        auth: Secret | None,
+        meanwhile: Meanwhile,
     ) -> Secret:
         data = self._ffi.new("TPM2B_SENSITIVE_DATA **")
         digests = [{"size": len(digest), "buffer": digest} for digest in policy.alternatives(branches)]
         allowed = self._ffi.new("TPML_DIGEST *", {"count": len(digests), "digests": digests})
         present = self._ffi.new("TPM2B_DIGEST *")  # empty: the TPM takes the PCRs as they are
-        with self._session(srk, _POLICY, _ENCRYPT) as session:
+        with self._session(srk, _POLICY, _ENCRYPT, meanwhile) as session:
             self._send("PolicyPCR", session, *_NO_SESSIONS, present, self._selection(selection))
             try:
                 self._send("PolicyOR", session, *_NO_SESSIONS, allowed)
@@ -527,13 +546,25 @@ class Tpm:
 
     # Sessions -----------------------------------------------------------------------------------------------
 
-    def _session(self, salt_key: int, kind: int, attributes: int) -> "_Session":
+    def _session(self, salt_key: int, kind: int, attributes: int, meanwhile: Meanwhile = None) -> "_Session":
         """StartAuthSession, AES-128-CFB. continueSession is clear: the TPM ends it with its command."""
         symmetric = self._ffi.new("TPMT_SYM_DEF *", {"algorithm": 0x06, "keyBits": {"aes": 128}, "mode": {"aes": 0x43}})
         handle = self._ffi.new("ESYS_TR *")
-        self._send("StartAuthSession", salt_key, _NONE, *_NO_SESSIONS, self._ffi.NULL, kind, symmetric, BANK, handle)
+        what = (salt_key, _NONE, *_NO_SESSIONS, self._ffi.NULL, kind, symmetric, BANK)
+        if not (meanwhile and self._started(what, handle, meanwhile)):
+            self._send("StartAuthSession", *what, handle)
         self._send("TRSess_SetAttributes", handle[0], attributes, 0xFF)
         return _Session(self, handle[0])
+
+    def _started(self, what: tuple[Any, ...], handle: Any, meanwhile: Callable[[], None]) -> bool:
+        """StartAuthSession, and `meanwhile` before its answer is taken. False if it failed."""
+        if self._lib.Esys_StartAuthSession_Async(self._context[0], *what):
+            return False
+        meanwhile()
+        self._lib.Esys_SetTimeout(self._context[0], -1)
+        while (rc := self._lib.Esys_StartAuthSession_Finish(self._context[0], handle)) & 0xFFFF == _TRY_AGAIN:
+            pass  # ESYS has sent it again
+        return not rc
 
     def _owner(self, auth: Secret | None) -> "_Session":
         """The owner's authorization of one command: empty, or StartAuthSession: it never crosses the bus."""

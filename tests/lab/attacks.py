@@ -16,7 +16,6 @@ from unlock.secret import Secret
 from . import image
 from .luks import DATA_OFFSET, fill, format_disk
 from .machine import Machine
-from .vm import overlay
 
 PASSPHRASE = "the thief's own"
 MARK = "stolen"
@@ -34,7 +33,7 @@ def plaintext_root(machine: Machine) -> None:
     rogue = machine.root_header(machine.home / "rogue.raw")
     edit(str(rogue), null_cipher)
     _append(_system(machine), rogue)
-    _swap_root(machine, rogue)
+    machine.replace_root(rogue)
 
 
 def own_root(machine: Machine) -> Path:
@@ -43,8 +42,7 @@ def own_root(machine: Machine) -> Path:
     rogue = machine.home / "rogue.raw"
     format_disk(rogue, PASSPHRASE, size=DATA_OFFSET + system.stat().st_size, uuid=image.LUKS_UUID)
     fill(rogue, PASSPHRASE, system)
-    _swap_root(machine, rogue)
-    return rogue
+    return machine.replace_root(rogue)
 
 
 def own_key(machine: Machine) -> None:
@@ -102,8 +100,3 @@ def _append(content: Path, disk_file: Path) -> None:
         target.seek(DATA_OFFSET)
         shutil.copyfileobj(source, target, 1 << 20)
     content.unlink()
-
-
-def _swap_root(machine: Machine, rogue: Path) -> None:
-    (machine.home / "root.qcow2").unlink()
-    overlay(rogue, machine.home / "root.qcow2")

@@ -81,11 +81,11 @@ class Lab:
 
     # The doors
 
-    def by_tpm(self, container: luks.Container, each: token.Token) -> Secret:
+    def by_tpm(self, container: luks.Header, each: token.Token) -> Secret:
         """As early boot and the gates unwrap."""
         return disk.volume_key(container, each, self.keys.persistence)
 
-    def by_recovery(self, container: luks.Container, each: token.Token) -> Secret:
+    def by_recovery(self, container: luks.Header, each: token.Token) -> Secret:
         """As the recovery prompt does."""
         disk.check_recovery(container, each, self.keys.mac_key)
         return disk.by_recovery_key(container, self.recovery)
@@ -110,16 +110,13 @@ class Lab:
             assert not detail.isidentifier(), f"an error without a type of ours: {detail}"
             assert (outcome == "waiting") == ("victim" in queued), outcome
             if "victim" in queued:
-                self._is_authentic(queued["victim"].container, queued["victim"].token)
+                self._is_authentic(queued["victim"].header, queued["victim"].token)
                 assert queued["victim"].dek == self.dek
         finally:
-            for candidates in opening.candidates.values():
-                for each in candidates:
-                    each.container.close()
             opening.wipe()
         return outcome, detail
 
-    def _is_authentic(self, container: luks.Container, each: token.Token) -> None:
+    def _is_authentic(self, container: luks.Header, each: token.Token) -> None:
         """By comparison with what was written, not by what was authenticated."""
         now, then = container.metadata, self.authentic
         assert container.uuid == self.uuid

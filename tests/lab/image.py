@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 from . import cache, guest, loader, luks
 from .loader import Kind
 from .rootfs import LOADERS, rootfs
+from .uml import files as uml
+from .uml.kernel import kernel, vtpm
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PASSPHRASE = "lab passphrase"  # of the root disk's LUKS header
@@ -17,6 +19,14 @@ FS_UUID = "6c616220-726f-4f74-8000-657874340001"
 ROOT_SIZE = 1 << 30
 
 Root = Literal["luks", "plain"]
+Runs = Literal["uml", "qemu"]
+"""What runs it: User-Mode Linux wherever that can be believed (uml/machine.py says where not)."""
+DISK_RULES = """\
+KERNEL=="ubd*", ENV{DEVTYPE}=="disk", ATTR{serial}=="?*", ENV{ID_SERIAL}="$attr{serial}"
+KERNEL=="sd*", ENV{DEVTYPE}=="disk", ENV{ID_SCSI_SERIAL}=="?*", SYMLINK+="disk/by-id/lab-$env{ID_SCSI_SERIAL}"
+KERNEL=="ubd*", ENV{DEVTYPE}=="disk", ENV{ID_SERIAL}=="?*", SYMLINK+="disk/by-id/lab-$env{ID_SERIAL}"
+"""
+"""Of udev: a disk has the same name whatever runs the machine."""
 
 # The modules cost 14 s of emulated boot and have no use here. Zeroing memory costs up to 90 s, after which systemd
 # gives up: most of it in huge pages, by `rep stos`, which QEMU is slow at where code has been.
@@ -42,8 +52,9 @@ class Image(NamedTuple):
 
     directory: Path
     root: Root
+    runs: Runs = "qemu"
     loader: Kind = ""
-    """What boots it from its own disks; else QEMU loads kernel and initramfs."""
+    """What boots it from its own disks; else kernel and initramfs are given to the machine."""
 
     @property
     def disk(self) -> Path:
@@ -61,7 +72,7 @@ class Image(NamedTuple):
     @property
     def cmdline(self) -> str:
         device = "/dev/mapper/root" if self.root == "luks" else f"UUID={FS_UUID}"
-        return f"root={device} ro {CONSOLE}"
+        return f"root={device} ro {uml.CMDLINE if self.runs == 'uml' else CONSOLE}"
 
     @property
     def plain(self) -> Path:
@@ -90,11 +101,15 @@ class Image(NamedTuple):
         return cache.entry(f"{self.directory.name}-{name}", make) / "initrd"
 
 
-def build(root: Root = "luks", *, product: bool = True, commands: Sequence[str] = (), boots: Kind = "") -> Image:
+def build(
+    root: Root = "luks", *, runs: Runs = "uml", product: bool = True, commands: Sequence[str] = (), boots: Kind = ""
+) -> Image:
     """The image of the checkout as it is now; with product=False of stock Debian.
 
-    `commands` are run by sh in the tree before the initramfs is made. `boots`: what starts it from its own disks.
+    `commands` are run by sh in the tree before the initramfs is made. `boots`: what starts it from its own disks, by
+    QEMU.
     """
+    runs = "qemu" if boots else runs
     cache.ROOT.mkdir(parents=True, exist_ok=True)
     with cache.scratch() as installed:
         if product:
@@ -103,23 +118,29 @@ def build(root: Root = "luks", *, product: bool = True, commands: Sequence[str] 
         sources = [Path(module).read_bytes() for module in (__file__, guest.__file__, luks.__file__)]
         if boots:
             sources += [boots.encode(), Path(loader.__file__).read_bytes()]
-        name = cache.key(root, base.parent.name, cache.tree_hash(installed), *commands, *sources)
+        if runs == "uml":
+            sources += [str(each).encode() for each in (kernel().directory, vtpm(), uml.FILES)]
+            sources.append(Path(uml.__file__).read_bytes())
+        name = cache.key(root, runs, base.parent.name, cache.tree_hash(installed), *commands, *sources)
         cache.prune("image-")
 
         def make(work: Path) -> None:
             tree = work / "tree"
             _copy(base, tree)
             _overlay(installed, tree)
-            _configure(tree, root, boots)
-            loader.prepare(boots, tree, Image(work, root).cmdline, _chroot)
+            cmdline = Image(work, root, runs, boots).cmdline
+            _configure(tree, root, runs, boots)
+            if runs == "uml":
+                uml.prepare(tree)
+            loader.prepare(boots, tree, cmdline, _chroot)
             for command in commands:
                 _chroot(tree, command)
             _kernel(tree).rename(work / "vmlinuz")
             _mkinitramfs(tree, work / "initrd")
-            loader.disks(boots, tree, work, Image(work, root).cmdline, FS_UUID, _chroot)
+            loader.disks(boots, tree, work, cmdline, FS_UUID, _chroot)
             _disk(tree, root, work / "root.raw")
 
-        return Image(cache.entry(f"image-{name}", make), root, boots)
+        return Image(cache.entry(f"image-{name}", make), root, runs, boots)
 
 
 def _install(destination: Path) -> None:
@@ -145,7 +166,7 @@ def _write(tree: Path, files: Mapping[str, str]) -> None:
         path.chmod(0o755 if text.startswith("#!") else 0o644)
 
 
-def _configure(tree: Path, root: Root, boots: Kind) -> None:
+def _configure(tree: Path, root: Root, runs: Runs, boots: Kind) -> None:
     device = "/dev/mapper/root" if root == "luks" else f"UUID={FS_UUID}"
     files = {
         "etc/fstab": f"{device} / ext4 defaults 0 0\n{loader.FSTAB[boots]}",
@@ -153,6 +174,8 @@ def _configure(tree: Path, root: Root, boots: Kind) -> None:
         "etc/systemd/journald.conf.d/lab.conf": "[Journal]\nStorage=volatile\n",
         "usr/lib/lab/agent": guest.AGENT,
         "usr/lib/systemd/system/lab-agent.service": guest.UNIT,
+        "usr/lib/udev/rules.d/61-lab.rules": DISK_RULES,
+        **(uml.FILES if runs == "uml" else {}),
     }
     if boots:  # it makes initramfs images itself, emulated
         files["etc/initramfs-tools/conf.d/lab"] = "COMPRESS=zstd\nCOMPRESSLEVEL=1\n"

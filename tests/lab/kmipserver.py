@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from .pki import Authority
 from .process import start
-from .vm import GATEWAY
+from .running import GATEWAY
 
 
 class Traffic(NamedTuple):

@@ -71,8 +71,7 @@ def shown(guest: Guest) -> Iterator[tuple[str, bytes]]:
 
 def stored(machine: Machine, found: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
     """What a machine that is off has written: (file, content), each disk as it is and, of the root, decrypted."""
-    raw = machine.home / "root.raw"
-    subprocess.run(["qemu-img", "convert", "-O", "raw", machine.home / "root.qcow2", raw], check=True)
+    raw = machine.root_disk(machine.home / "root-now.raw")
     yield "root as it is", raw.read_bytes()
     yield "root, decrypted", decrypt(raw, found["DEK of root"])
     raw.unlink()

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """A host with unlock on it, from boot to boot: its disks, its enrolment, its report."""
 
+import io
 import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from . import image, vm
+from . import image
 from .guest import Guest
 from .luks import DATA_OFFSET
-from .vm import VM, Disk
+from .running import Disk, Running
+from .uml import cow
+from .uml.machine import ROOT, Uml
+from .vm import VM, overlay
 
 RECOVERY = "/run/recovery"
 """Where the recovery key is in the guest while a host is being enrolled: not on a disk, where it could be found."""
@@ -35,7 +39,7 @@ REACHED = (
 
 
 class Machine:
-    """A machine that is off: its home, image and disks. `uefi`, `secure`: its firmware, see VM."""
+    """A machine that is off: its home, image and disks. `uefi`, `secure`: its firmware, see VM and Uml."""
 
     def __init__(self, home: Path, built: image.Image, uefi: bool = False, secure: bool = False) -> None:
         self.home, self.image, self.uefi, self.secure = home, built, uefi, secure
@@ -53,22 +57,48 @@ class Machine:
         """Paths of disks in the guest, as arguments."""
         return " ".join(self.disks[serial].device for serial in serials)
 
-    def boot(self, *, without: tuple[str, ...] = (), **options: Any) -> VM:
+    def boot(self, *, without: tuple[str, ...] = (), **options: Any) -> Running:
+        """One boot, by what its image is for. `without`: disks that are not plugged in. `options`: of Uml or VM."""
         present = [disk for serial, disk in self.disks.items() if serial not in without]
-        firmware = {"uefi": self.uefi, "secure": self.secure, "loader": self.image.loader}
-        return VM(self.home, self.image, disks=present, **firmware, **options)
+        if self.image.runs == "uml":
+            return Uml(self.home, self.image, disks=present, uefi=self.uefi, **options)
+        loader = self.image.loader
+        return VM(self.home, self.image, disks=present, uefi=self.uefi, secure=self.secure, loader=loader, **options)
 
     def clone(self, to: Path) -> "Machine":
-        other = Machine(vm.clone(self.home, to), self.image, self.uefi, self.secure)
+        """A copy, disks and TPM and all: to try several things from one state."""
+        subprocess.run(["cp", "-a", "--sparse=always", self.home, to], check=True)
+        other = Machine(to, self.image, self.uefi, self.secure)
         other.disks = dict(self.disks)
         return other
 
     def root_header(self, to: Path) -> Path:
         """Copies what comes before the data of the root disk, and a little data."""
         size = DATA_OFFSET + (1 << 20)
+        if self.image.runs == "uml":
+            whole, over = (self.home / each for each in ROOT)
+            with whole.open("rb") if whole.exists() else io.BytesIO(cow.read(over, size)) as source:
+                to.write_bytes(source.read(size))
+            return to
         command = ["qemu-img", "dd", "-f", "qcow2", "-O", "raw", f"bs={size}", "count=1"]
         subprocess.run([*command, f"if={self.home / 'root.qcow2'}", f"of={to}"], check=True, capture_output=True)
         return to
+
+    def root_disk(self, to: Path) -> Path:
+        """Copies the whole root disk."""
+        if self.image.runs == "uml":
+            to.write_bytes(cow.read(self.home / "root.cow", self.image.disk.stat().st_size))
+        else:
+            subprocess.run(["qemu-img", "convert", "-O", "raw", self.home / "root.qcow2", to], check=True)
+        return to
+
+    def replace_root(self, by: Path) -> Path:
+        """Another disk, a file in this machine's directory, is in the root disk's place; the file that it is then."""
+        if self.image.runs == "uml":
+            return by.rename(self.home / ROOT[0])
+        (self.home / "root.qcow2").unlink()
+        overlay(by, self.home / "root.qcow2")
+        return by
 
     def secrets(self) -> dict[str, str]:
         """The keys in the key cache when it was enrolled, in hex."""
@@ -87,7 +117,7 @@ def report(console: Guest) -> dict[str, Any]:
     return found
 
 
-def agent_commands(booted: VM) -> list[str]:
+def agent_commands(booted: Running) -> list[str]:
     """The commands at the TPM from the agent's first to its last, the resource manager's own among them."""
     names = [command.name for command in booted.tpm_commands()]
     first = names.index("NV_Read")

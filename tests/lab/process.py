@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def start(command: Sequence[str], ports: Sequence[socket.socket], log: Path) -> subprocess.Popen[bytes]:
-    """Start a program that inherits the sockets `ports`; its output goes to `log`.
+def start(
+    command: Sequence[str], ports: Sequence[socket.socket], log: Path, directory: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a program that inherits the sockets `ports`, in `directory`; its output goes to `log`.
 
     The kernel kills it when this process (strictly: the thread that called) ends, however it ends.
     """
@@ -18,5 +20,6 @@ def start(command: Sequence[str], ports: Sequence[socket.socket], log: Path) -> 
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
+            cwd=directory,
             pass_fds=[port.fileno() for port in ports],
         )

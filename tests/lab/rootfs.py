@@ -30,13 +30,13 @@ def _bootstrap(work: Path, listed: str) -> None:
     packages = ",".join(listed.split())
     command = ["mmdebstrap", "--mode=root", "--variant=minbase", "--quiet", f"--include={packages}"]
     command += [f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED]
-    subprocess.run([*command, SUITE, str(work / "root"), *_mirror()], check=True)
+    subprocess.run([*command, SUITE, str(work / "root"), debian_mirror()], check=True)
 
 
-def _mirror() -> list[str]:
-    """The Debian mirror that this machine's apt uses; none, and mmdebstrap takes its default."""
+def debian_mirror() -> str:
+    """The Debian mirror that this machine's apt uses, or else Debian's own."""
     targets = ["Created-By: Packages", "Origin: Debian", "Label: Debian"]
     listed = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(REPO_URI)", *targets], capture_output=True, text=True
     )
-    return listed.stdout.split()[:1]
+    return next(iter(listed.stdout.split()), "http://deb.debian.org/debian")

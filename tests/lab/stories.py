@@ -9,9 +9,11 @@ from typing import Any
 
 from . import cache, image
 from .guest import Guest
+from .image import Image, Runs
 from .loader import Kind
 from .machine import RECOVERY, Machine, report
-from .vm import VM, Disk
+from .running import Disk, Running
+from .uml.machine import measured_boot
 
 CAPPED = "C07F2888CEEB55738145657AC754AA052AC7CB24FAF81D0857304456E7589499"
 """PCR 15 after the cap and nothing else: SHA-256(32 zero bytes || SHA-256("unlock cap"))."""
@@ -55,16 +57,16 @@ MEASURED = {*range(10), *range(11, 15)}
 """PCRs that only early boot extends, which the event log must account for; IMA has 10, the cap is in 15."""
 
 
-def begun(machine: VM) -> Guest:
+def begun(machine: Running) -> Guest:
     """Waits until early boot and what it handed over to are through; services may still be starting."""
-    machine.guest.ready(360)
+    machine.guest.ready(machine.patience)
     machine.guest.sh("systemctl start sysinit.target", timeout=240)  # waits for the job that is there
     return machine.guest
 
 
-def up(machine: VM) -> Guest:
+def up(machine: Running) -> Guest:
     """Waits until the machine has booted, well or degraded; no job may be left."""
-    machine.guest.booted(360)
+    machine.guest.booted(machine.patience)
     return machine.guest
 
 
@@ -115,30 +117,31 @@ def unseal_as_root(console: Guest) -> str:
     return console.sh(f"python3 -I -c '{UNSEAL}'").out
 
 
-def measured() -> Machine:
+def measured(runs: Runs = "uml") -> Machine:
     """Enrolled under UEFI, which measures kernel, initramfs and command line: a LUKS root and three disks."""
-    return _enrolled("", "", {"data": ("d1", "d2", "d3")}, dict.fromkeys(("d1", "d2", "d3"), 200), uefi=True)
+    built = image.build("luks", runs=runs)
+    return _enrolled(built, "", {"data": ("d1", "d2", "d3")}, dict.fromkeys(("d1", "d2", "d3"), 200), uefi=True)
 
 
-def unmeasured() -> Machine:
+def unmeasured(runs: Runs = "uml") -> Machine:
     """Enrolled under a firmware that measures nothing, with many groups."""
     groups: dict[str, tuple[str, ...]] = {each: (f"{each}-1",) for each in ("late", "copy", "ruined", "twin", "far")}
     groups["pair"] = ("pair-1", "pair-2")
-    return _enrolled("", UNMEASURED, groups, {"pair-1": 200, "pair-2": 200})
+    return _enrolled(image.build("luks", runs=runs), UNMEASURED, groups, {"pair-1": 200, "pair-2": 200})
 
 
 def by_itself(kind: Kind) -> Machine:
     """Enrolled on a machine that boots from its own disks: a LUKS root and three more."""
     init = UNMEASURED if kind == "direct" else ""
-    return _enrolled(kind, init, {"data": ("d1", "d2", "d3")}, dict.fromkeys(("d1", "d2", "d3"), 200))
+    built = image.build("luks", boots=kind)
+    return _enrolled(built, init, {"data": ("d1", "d2", "d3")}, dict.fromkeys(("d1", "d2", "d3"), 200))
 
 
 def _enrolled(
-    boots: Kind, init: str, groups: dict[str, tuple[str, ...]], sizes: dict[str, int], uefi: bool = False
+    built: Image, init: str, groups: dict[str, tuple[str, ...]], sizes: dict[str, int], uefi: bool = False
 ) -> Machine:
     """Made once for all test files; the machine is for cloning only."""
-    built = image.build("luks", boots=boots)
-    sources = inspect.getsource(enroll), inspect.getsource(take_in_root)
+    sources = [inspect.getsource(each) for each in (enroll, take_in_root, measured_boot)]
     name = cache.key(built.directory.name, str(uefi), init, repr(groups), repr(sizes), *sources)
     home = cache.entry(
         f"image-{name}-enrolled",
@@ -155,7 +158,8 @@ def enroll(machine: Machine, init: str, groups: dict[str, tuple[str, ...]], size
     for serials in groups.values():
         for serial in serials:
             machine.disk(serial, sizes.get(serial, 40))
-    with machine.boot(log_writes=True) as booted:
+    options: dict[str, Any] = {"log_writes": True} if machine.image.runs == "uml" else {}
+    with machine.boot(**options) as booted:
         console = take_in_root(booted, machine, init)
         for name, serials in groups.items():
             create = f"unlock group create {name} --disk {machine.devices(*serials)} --mount /srv/{name}"
@@ -181,7 +185,7 @@ def enroll(machine: Machine, init: str, groups: dict[str, tuple[str, ...]], size
         booted.poweroff()
 
 
-def take_in_root(booted: VM, machine: Machine, init: str = "") -> Guest:
+def take_in_root(booted: Running, machine: Machine, init: str = "") -> Guest:
     """The root disk, opened at the first boot by its passphrase; each command twice."""
     booted.console.expect("unlock disk root", 300)
     booted.console.send(image.PASSPHRASE + "\n")

@@ -4,6 +4,7 @@
 import itertools
 import re
 import socket
+import struct
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -80,6 +81,32 @@ class SoftwareTpm:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+class LineTpm(SoftwareTpm):
+    """swtpm at the end of a serial line: it has been started as firmware does it, and `port` is the guest's end."""
+
+    def __init__(self, state: Path, log: Path) -> None:
+        state.mkdir(exist_ok=True)
+        self._log = log
+        self.port, theirs = socket.socketpair()
+        with theirs:
+            command = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}", "--flags", "not-need-init"]
+            command += ["--fd", str(theirs.fileno()), "--log", f"file={log},level=20"]
+            self.process = start(command, [theirs], log.with_suffix(".err"))
+        self._do(bytes.fromhex("8001 0000000c 00000144 0000"))  # TPM2_Startup(TPM_SU_CLEAR)
+
+    def extend(self, pcr: int, digest: bytes) -> None:
+        """TPM2_PCR_Extend, SHA-256 bank, with an empty password."""
+        body = struct.pack(">III", 0x182, pcr, 9) + struct.pack(">IHBH", 0x40000009, 0, 0, 0)
+        body += struct.pack(">IH", 1, 0xB) + digest
+        self._do(struct.pack(">HI", 0x8002, 6 + len(body)) + body)
+
+    def _do(self, command: bytes) -> None:
+        self.port.sendall(command)
+        response = self.port.recv(4096)
+        if response[6:10] != bytes(4):
+            raise RuntimeError(f"the software TPM refused {command.hex()}: {response.hex()}")
 
 
 def parse(log: str) -> list[Command]:

@@ -2,32 +2,28 @@
 """Virtual machines: QEMU without KVM, a software TPM, disks, a console and an agent; a network card if asked for."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 import socket
 import subprocess
-import tempfile
-import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from .console import Console
-from .guest import Guest, GuestError
+from .guest import Guest
 from .loader import DISKS, NO_VARIABLES, VARIABLES, Kind
 from .process import start
 from .qmp import Qmp
-from .swtpm import Command, SoftwareTpm
+from .running import Bootable, Disk, Running
+from .swtpm import SoftwareTpm
 
 # A third less work than `-cpu max` when emulated: no AVX state to keep, but the AES instructions are there.
 CPU = "qemu64,svm=off,+aes,+pclmulqdq,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand,+rdseed"
 ACCELERATORS = {"tcg": ("tcg,thread=multi", CPU), "kvm": ("kvm", "host")}
 SECURE_CPU = "max,la57=off"  # the firmware with Secure Boot does not start on the one above
 FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
-GATEWAY, ADDRESS = "10.0.2.2", "10.0.2.15"  # of QEMU's user-mode network
 SECURE = Path("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd")
 MICROSOFT = Path("/usr/share/OVMF/OVMF_VARS_4M.ms.fd")
 """The keys of most computers: Debian's shim starts."""
@@ -39,49 +35,20 @@ CACHE = {  # what QEMU's -drive cache=MODE means: (O_DIRECT, ignore flushes, the
 }
 
 
-class Disk(NamedTuple):
-    """A disk of a machine. `path` is relative to the machine's directory; *.qcow2 is that, else raw.
+class VM(Running):
+    """One boot of a virtual machine.
 
-    `cache`: a key of CACHE; not `unsafe` where a test cuts the power.
-    """
-
-    path: Path | str
-    serial: str
-    cache: str = "unsafe"
-
-    @property
-    def device(self) -> str:
-        """The disk in the guest."""
-        return f"/dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_{self.serial}"
-
-
-class Bootable(Protocol):
-    """What a machine starts from: image.Image is one."""
-
-    @property
-    def disk(self) -> Path: ...
-    @property
-    def kernel(self) -> Path: ...
-    @property
-    def initrd(self) -> Path: ...
-    @property
-    def cmdline(self) -> str: ...
-
-
-class VM:
-    """One boot of the machine that lives in the directory `home`. Use it in `with`.
-
-    The machine is what stays from boot to boot: `root.qcow2` (over the image's disk, which never changes),
-    the TPM states, the UEFI variables. Each boot N leaves `console-N.log` and `tpm-N.log` there.
+    What stays in `home` from boot to boot: `root.qcow2` (over the image's disk, which never changes), the TPM states,
+    the UEFI variables.
     `loader`: the machine boots by itself, from its disks esp.qcow2 and boot.qcow2 (loader.DISKS).
     `secure`: with Secure Boot and Microsoft's keys; a unified kernel image has Secure Boot with keys of its own.
     `tpm` names the TPM's state directory: another name is a replaced board, None is no TPM.
-    `limit`: seconds after which the machine is killed, whatever happens.
     `network`: a card; this host's loopback is at GATEWAY, the guest is ADDRESS.
     `accelerator`: a key of ACCELERATORS.
     `clock`: the guest's at the start, as YYYY-MM-DDTHH:MM:SS in UTC.
-    `log_writes`: each disk's writes and flushes go to writes-SERIAL.log in the order in which the guest made them.
     """
+
+    patience = 360
 
     def __init__(
         self,
@@ -100,14 +67,12 @@ class VM:
         memory: str = "1G",
         cores: int = 1,
         limit: float = 1200,
-        log_writes: bool = False,
         network: bool = False,
         clock: str = "utc",
         accelerator: str = "tcg",
         extra: Sequence[str] = (),
     ) -> None:
-        self.home = home
-        self.limit = limit
+        super().__init__(home, limit)
         self._image = image
         self._initrd = initrd or image.initrd
         self._cmdline = f"{cmdline or image.cmdline} {append}".strip()
@@ -120,67 +85,21 @@ class VM:
         self._memory = memory
         self._cores = cores
         self._extra = extra
-        self._log_writes = log_writes
         self._network = network
         self._clock = clock
         self._accelerator = accelerator
-        self._tpm: SoftwareTpm | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._ports: list[socket.socket] = []
-        self._turn = -1
-
-    def __enter__(self) -> "VM":
-        self._turn = turn()
-        self.home.mkdir(parents=True, exist_ok=True)
-        self.boot = 1 + sum(1 for _ in self.home.glob("console-*.log"))
-        try:
-            self._start()
-        except BaseException:
-            self._stop()
-            raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if exception[0]:  # the machine's directory is gone when the test has failed
-            self._tell_journal()
-        self._stop()
-        if exception[0]:
-            print(f"qemu ended with {self._process and self._process.returncode}; the end of its console:")
-            print("\n".join(self.console.text.splitlines()[-60:]))
-
-    def _tell_journal(self) -> None:
-        with contextlib.suppress(GuestError):
-            print(self.guest.sh("journalctl -b --no-pager -o short-monotonic -n 150", timeout=30).out)
-
-    # the life of the machine
-
-    def wait(self, timeout: float = 120) -> None:
-        """Wait until the guest has powered off, or reset: that ends it too, the next boot is another VM.
-
-        Raises TimeoutError.
-        """
-        assert self._process
-        try:
-            self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise TimeoutError(f"still running after {timeout:.0f} s:\n{self.console.text[-2000:]}") from None
-        self.console.join()
-
-    def poweroff(self, timeout: float = 120) -> None:
-        """Shut down through the agent, and wait."""
-        self.guest.sh("systemctl poweroff --no-block")
-        self.wait(timeout)
 
     def powerdown(self, timeout: float = 120) -> None:
         """Press the power button, and wait."""
         self.qmp.do("system_powerdown")
         self.wait(timeout)
 
-    def kill(self) -> None:
-        """Cut the power."""
-        assert self._process
-        self._process.kill()
-        self.wait(30)
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """See Running."""
+        self.qmp.do("stop")
+        yield
+        self.qmp.do("cont")
 
     # disks while it runs
 
@@ -198,12 +117,6 @@ class VM:
     def cut_network(self) -> None:
         """Pull the card's cable."""
         self.qmp.do("set_link", name="network", up=False)
-
-    # the TPM
-
-    def tpm_commands(self, skip: int = 0) -> list[Command]:
-        """What was sent to the TPM in this boot, without the first `skip`: the length so far is a mark."""
-        return self._tpm.commands(skip) if self._tpm else []
 
     # starting and stopping
 
@@ -231,9 +144,8 @@ class VM:
         ends: list[socket.socket] = []
 
         def port(name: str) -> socket.socket:
-            ours, theirs = socket.socketpair()
+            ours, theirs = self._pair()
             chardev(name, theirs)
-            self._ports.append(ours)
             return ours
 
         def chardev(name: str, theirs: socket.socket) -> None:
@@ -265,9 +177,7 @@ class VM:
         finally:
             for end in ends:
                 end.close()
-        self._timer = threading.Timer(self.limit, self._process.kill)
-        self._timer.daemon = True
-        self._timer.start()
+        self._guard()
         self.console = Console(console, self.home / f"console-{self.boot}.log")
         self.guest = Guest(guest)
         self.early = Guest(early)
@@ -275,18 +185,6 @@ class VM:
             self.qmp = Qmp(qmp)
         except Exception as problem:
             raise RuntimeError(f"QEMU did not start: {log.read_text()}") from problem
-
-    def _stop(self) -> None:
-        if self._process:
-            self._timer.cancel()
-            self._process.kill()
-            self._process.wait()
-            self.console.join()
-        if self._tpm:
-            self._tpm.stop()
-        for port in self._ports:
-            port.close()
-        os.close(self._turn)
 
     def _blockdev(self, disk: Disk) -> dict[str, Any]:
         direct, no_flush, _ = CACHE[disk.cache]
@@ -297,10 +195,6 @@ class VM:
             "cache": cache,
             "file": {"driver": "file", "filename": str(path), "cache": cache},
         }
-        if self._log_writes:
-            log = self.home / f"writes-{disk.serial}.log"
-            log.touch()
-            node = {"driver": "blklogwrites", "file": node, "log": {"driver": "file", "filename": str(log)}}
         return {"node-name": f"disk-{disk.serial}", **node}
 
     def _scsi(self, disk: Disk) -> dict[str, Any]:
@@ -314,21 +208,6 @@ class VM:
             "write-cache": "on" if write_cache else "off",
             **({"bootindex": DISKS[self._loader].index(disk.serial)} if disk in self._loaders else {}),
         }
-
-
-def turn() -> int:
-    """Waits until fewer machines run here than there are cores; a file descriptor that is closed when this one ends.
-    More of them, each in need of a core, would only take longer than the tests wait."""
-    locks = [Path(tempfile.gettempdir(), f"unlock-lab-vm-{core}.lock") for core in range(os.cpu_count() or 1)]
-    while True:
-        for lock in locks:
-            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return fd
-            except BlockingIOError:
-                os.close(fd)
-        time.sleep(0.5)
 
 
 def accelerator(kernel: Path) -> str:
@@ -349,9 +228,3 @@ def overlay(base: Path, path: Path) -> Path:
     command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", os.fspath(base.resolve()), "-F", base_format]
     subprocess.run([*command, os.fspath(path)], check=True)
     return path
-
-
-def clone(home: Path, to: Path) -> Path:
-    """Copy a machine that is off, disks and TPM and all: to try several things from one state."""
-    subprocess.run(["cp", "-a", "--sparse=always", os.fspath(home), os.fspath(to)], check=True)
-    return to

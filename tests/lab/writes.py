@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a disk holds when the power is cut: from the log of its writes, every state that it can be left in.
 
-The log is QEMU's `blklogwrites`, in the format of the kernel's dm-log-writes
+The log is that of uml/ubdlog.c, in the format of the kernel's dm-log-writes
 (https://docs.kernel.org/admin-guide/device-mapper/log-writes.html). A disk keeps what was written before its last
 flush; of what came after, any part may be missing, and what is there may have come in any order.
 """

@@ -25,6 +25,7 @@ from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from typing import Any, NamedTuple, TypeVar
 
+from ..endpoint import Endpoint as Endpoint
 from ..errors import (
     ClientAuth,
     ClockWrong,
@@ -57,7 +58,6 @@ from . import (
     no_proof,
 )
 from .tls import ANSWER_MAX, Line, Silent, Until, client_context, validity
-from .tls import Endpoint as Endpoint
 from .ttlv import Garbage, Node, nodes
 
 

@@ -16,7 +16,7 @@ from .. import wrap
 from ..errors import Integrity, Malformed, NewerFormat, NotFoundOrDenied, Tampered, Usage
 from ..paths import sync_folder
 from ..secret import Secret
-from ..token import canonical
+from ..strictjson import canonical
 from . import ACTIVE, USABLE, Capabilities, Health, Ref, Status, no_proof
 
 BACKUP_VERSION = 1

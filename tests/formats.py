@@ -1,0 +1,537 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One of each format of docs/formats.md, made by the code as it is: the data that tests/test_formats.py holds it to.
+
+    python -m tests.formats          makes tests/data/formats/v1 anew
+
+All keys in it are test keys, in keys.json. `fixed` is what comes out the same each time; what has a nonce, a salt or a
+random key in it is new with each run.
+"""
+
+import datetime
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import tempfile
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+from tests.flowfixture import key_cache_alone
+from tests.tpmfixture import Swtpm
+from unlock import (
+    allowed,
+    boot,
+    bootcopy,
+    booted,
+    disk,
+    keyring,
+    luks,
+    measured,
+    policy,
+    provide,
+    report,
+    slots,
+    sync,
+    thisboot,
+    token,
+)
+from unlock.escrow import Escrow, write
+from unlock.groups import Group, Member
+from unlock.paths import Paths
+from unlock.providers import native
+from unlock.secret import Secret
+from unlock.state import State
+from unlock.strictjson import canonical
+
+FOLDER = Path(__file__).parent / "data/formats/v1"
+WARNING = "test keys, known to everybody: they protect nothing"
+HOST = "00112233445566778899aabbccddeeff"
+UUIDS = ("5ee1c0de-0000-4000-8000-000000000001", "5ee1c0de-0000-4000-8000-000000000002")
+MEMBERS = (Member(UUIDS[0], "data-a", "TEST-SERIAL-1"), Member(UUIDS[1], "data-b", ""))
+IMAGE_SIZE = 16 << 20
+"""Bytes: where the data of a LUKS2 disk begins."""
+AREAS = 0x8000 + 258048
+"""Bytes of the image that are kept: both copies of the header, and the area of its one keyslot."""
+MEASURED = {4: "boot loader", 7: "Secure Boot", 8: "command line", 9: "kernel and initramfs", 14: "MOK"}
+"""PCR -> what it was extended with once: the SHA-256 of `test data: ...`."""
+BRANCHES = 8
+"""Of the policy record with a PIN."""
+
+
+def _key(name: str, size: int = 32) -> bytes:
+    return b"".join(sha256(f"unlock test key: {name} {i}".encode()).digest() for i in range(-(-size // 32)))[:size]
+
+
+def made_keys() -> dict[str, str]:
+    """keys.json: all that opens the rest, hex but for texts."""
+    client = ec.generate_private_key(ec.SECP256R1()).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    words = [int.from_bytes(_key("recovery")[2 * i : 2 * i + 2], "big") for i in range(8)]
+    words[1], words[2] = 0, 0xFFFF
+    return {
+        "warning": WARNING,
+        "persistence": _key("persistence").hex(),
+        "next_persistence": _key("next persistence").hex(),
+        "dek": _key("volume key", 64).hex(),
+        "kdk": _key("key-derivation key").hex(),
+        "kmip_host_key": _key("host key of a key manager").hex(),
+        "recovery": "-".join(f"{word * 11 + i + 1:06}" for i, word in enumerate(words)),
+        "next_recovery": "-".join(f"{word * 11 + i + 1:06}" for i, word in enumerate(reversed(words))),
+        "pin": "2468 test",
+        "backup_password": "password of the test backup",
+        "client_key": client.decode(),
+        "client_password": "password of the test client",
+    }
+
+
+class Keys:
+    """keys.json, and what the code derives from it."""
+
+    def __init__(self, said: dict[str, str]) -> None:
+        self.said = said
+        self.persistence, self.next_persistence = self.raw("persistence"), self.raw("next_persistence")
+        self.dek, self.kdk = self.raw("dek"), self.raw("kdk")
+        self.recovery, self.next_recovery = self.text("recovery"), self.text("next_recovery")
+        self.provider = native.Native(self.kdk, HOST)
+        self.host_name = provide.key_name(HOST, "host", 1)
+        self.kek_name = provide.key_name(HOST, "kek/data", 1)
+        self.host_key, self.kek = self.provider.fetch(self.host_name), self.provider.fetch(self.kek_name)
+        self.mac_key = disk.mac_key(self.recovery, HOST)
+        self.pin_auth = policy.pin_auth(bytes.fromhex(HOST), self.text("pin"))
+
+    def raw(self, name: str) -> Secret:
+        return Secret(bytes.fromhex(self.said[name]))
+
+    def text(self, name: str) -> Secret:
+        return Secret(self.said[name].encode())
+
+    def group(self, policy_of_group: str = "persistent") -> Group:
+        name = f"{self.provider.id}/{self.kek_name}"
+        return Group("data", name, 1, 2, MEMBERS, self.kek_name, policy_of_group)
+
+    def wraps(self) -> disk.Keys:
+        return disk.Keys(self.persistence, self.host_key, self.kek, self.mac_key)
+
+
+def frozen_keys() -> Keys:
+    return Keys(json.loads((FOLDER / "keys.json").read_text()))
+
+
+# The TPM
+
+
+def digests() -> list[tuple[int, bytes]]:
+    """What a test boot extends."""
+    return [(pcr, sha256(f"test data: {what}".encode()).digest()) for pcr, what in MEASURED.items()]
+
+
+def values() -> dict[int, bytes]:
+    """The PCRs after it."""
+    return {pcr: bytes(32) for pcr in range(16)} | {
+        pcr: sha256(bytes(32) + digest).digest() for pcr, digest in digests()
+    }
+
+
+def branches(count: int) -> tuple[bytes, ...]:
+    """Of this boot, and of others."""
+    other = [{**values(), 9: bytes([number]) * 32} for number in range(count - 1)]
+    return tuple(policy.branch(policy.select(MEASURED), each) for each in (values(), *other))
+
+
+def record(pin: bool = False) -> policy.Record:
+    name = b"\0\x0b" + bytes(range(32))
+    many = branches(BRANCHES if pin else 1)
+    return policy.Record(
+        7,
+        bytes.fromhex(HOST),
+        policy.select(MEASURED),
+        policy.CAP_PCR,
+        many,
+        name,
+        b"\0\x0b" + bytes(range(32, 64)),
+        pin,
+    )
+
+
+def policies(keys: Keys) -> dict[str, Any]:
+    """Digests and public areas that the TPM makes or compares."""
+    one, many = branches(1), branches(BRANCHES)
+    return {
+        "selection": list(policy.select(MEASURED)),
+        "selection_bytes": policy.selection_bytes(policy.select(MEASURED)).hex(),
+        "pcrs": {str(pcr): values()[pcr].hex() for pcr in policy.select(MEASURED)},
+        "branches": [each.hex() for each in many],
+        "one": {"alternatives": len(policy.alternatives(one)), "digest": policy.either(one).hex()},
+        "several": {"alternatives": len(policy.alternatives(many)), "digest": policy.either(many).hex()},
+        "with_pin": policy.auth_policy(many, True).hex(),
+        "pin_auth": keys.pin_auth.value.hex(),
+        "cap": {"pcr": policy.CAP_PCR, "digest": policy.CAP_DIGEST.hex(), "capped": policy.CAPPED.hex()},
+        "srk": {"handle": policy.SRK, "template": policy.srk_template().hex()},
+        "sealed": {"template": policy.sealed_template(one).hex(), "with_pin": policy.sealed_template(many, True).hex()},
+        "slots": {
+            slot.name: {"object": slot.object, "nv": slot.nv, "nv_public": policy.nv_public(slot, True).hex()}
+            for slot in policy.SLOTS
+        },
+    }
+
+
+def sealed(chip: Swtpm, keys: Keys, pin: bool) -> None:
+    """Seals the persistence key in slot A; with a PIN, once more, in slot B."""
+    with chip.open() as tpm:
+        for pcr, digest in digests():
+            tpm.extend(pcr, digest)
+        payload, selection = policy.Payload(keys.persistence, unauthenticated_root=pin), policy.select(MEASURED)
+        slots.persist(tpm, bytes.fromhex(HOST), selection, branches(1), payload)
+        if pin:
+            slots.persist(tpm, bytes.fromhex(HOST), selection, branches(BRANCHES), payload, pin_auth=keys.pin_auth)
+
+
+# The disk
+
+
+def formatted(path: Path, keys: Keys) -> None:
+    """A LUKS2 image with the keyslot of the recovery key; no token."""
+    with path.open("wb") as file:
+        file.truncate(IMAGE_SIZE)
+    with luks.format(str(path), keys.dek, UUIDS[0]) as container:
+        container.add_keyslot(keys.dek, keys.recovery)
+
+
+def tokens(image: Path, keys: Keys) -> dict[str, dict[str, Any]]:
+    """A token for this disk of each policy that a group may have."""
+    with luks.Container(str(image)) as container:
+        return {
+            each: token.encode(disk.make_token(container, HOST, keys.group(each), MEMBERS[0], keys.dek, keys.wraps()))
+            for each in ("persistent", "provider")
+        }
+
+
+def unpacked(path: Path) -> Path:
+    """The frozen image, in a new file."""
+    with path.open("wb") as file:
+        file.write(lzma.decompress((FOLDER / "disk.img.xz").read_bytes()))
+        file.truncate(IMAGE_SIZE)
+    return path
+
+
+# state.json
+
+
+def native_state(paths: Paths, keys: Keys) -> None:
+    """A host of the native provider in the midst of a rebind, which found a rotation of the recovery key unfinished."""
+    state = State.new(paths, HOST)
+    state.use_provider(state.native_entry("native", keys.provider.id, HOST, keys.persistence, keys.kdk))
+    old, name = f"{keys.provider.id}/{keys.host_name}", provide.key_name(HOST, "host", 2)
+    state.set_host_key(old, keys.host_name, 1, keys.persistence, keys.host_key)
+    new_id = f"{keys.provider.id}/{name}"
+    state.set_host_key(new_id, name, 2, keys.persistence, keys.provider.fetch(name))
+    state.set_mac_key(keys.persistence, keys.mac_key)
+    state.groups["data"] = keys.group()._replace(former=("kmip-gone/17",), behind=(UUIDS[1],))
+    state.next_manifest("data")
+    state.recovery["keyslots"][UUIDS[0]] = "dGVzdCBkYXRhOiBhIHNhbHQ="
+    state.recovery["former"][UUIDS[0]] = ["dGVzdCBkYXRhOiBhbm90aGVyIHNhbHQ="]
+    state.recovery["tested"][UUIDS[0]] = 1700000000
+    with disk.mac_key(keys.next_recovery, HOST) as mac_key:
+        state.change_mac_key(keys.persistence, mac_key, [UUIDS[1]])
+    (branch,) = branches(1)
+    allowed.begin(state, policy.select(MEASURED), branch, False, pin=True)
+    state.tpm["states"][branch.hex()]["made"] = "2026-01-02T03:04:05Z"
+    full = [0, *policy.select(MEASURED)]
+    state.tpm["window"] = {"reboots": 2, "since": "2026-01-02T03:04:05Z", "pcrs": full, "boot": "test-boot"}
+    rotation = {
+        "operation": "recovery",
+        "about": "rotate",
+        "key": state.wrapped_recovery_key(keys.persistence, keys.next_recovery),
+        "file": "/media/usb/key",
+        "escrow": "",
+        "kept": True,
+        "written": False,
+    }
+    state.journal = {
+        "operation": "rebind",
+        "about": "--backup /media/usb/backup",
+        "new": state.hide(keys.next_persistence, keys.persistence),
+        "backup": "/media/usb/backup",
+        "before": rotation,
+    }
+    state.save()
+
+
+def kmip_state(paths: Paths, keys: Keys) -> None:
+    """A host of a key manager whose TPM keeps nothing on purpose, in the midst of a rekey."""
+    state = State.new(paths, HOST)
+    state.use_provider(state.native_entry("native", keys.provider.id, HOST, keys.persistence, keys.kdk))
+    client = keys.text("client_key"), keys.text("client_password")
+    state.use_provider(
+        state.kmip_entry("kms", "kmip-00", "-----a test certificate-----\n", 1800000000, keys.persistence, *client)
+    )
+    state.persistent = False
+    state.set_host_key("kmip-00/4", keys.host_name, 1, keys.persistence, keys.raw("kmip_host_key"))
+    state.set_mac_key(keys.persistence, keys.mac_key)
+    state.groups["data"] = keys.group("provider")._replace(kek="kmip-00/5")
+    state.retire.append({"id": f"{keys.provider.id}/{keys.kek_name}", "group": "data"})
+    state.removed = {
+        "selection": list(policy.select(MEASURED)),
+        "cap": policy.CAP_PCR,
+        "branches": [each.hex() for each in branches(1)],
+        "pin": False,
+    }
+    state.begin("rekey", "data", generation=2, made=["6", "unlock/name"], theirs=False)
+
+
+# Files of this boot, and of good boots
+
+
+def a_report() -> report.Report:
+    """With each outcome that a disk can have; times are made up."""
+    record = report.Report("early-boot")
+    record.event("start")
+    record.judge("unsealed")
+    record.facts = {"slot": "A", "generation": 7, "unauthenticated_root": False, "pin": False}
+    for number, outcome in enumerate(WORDS["outcomes"]):
+        record.disk(f"/dev/test{number}", outcome, "", uuid=UUIDS[0], name=f"data-{number}", group="data")
+    record.group("data", "open", members=2, mappings=["data-a", "data-b"])
+    record.events = [(number / 4, kind, text) for number, (_, kind, text) in enumerate(record.events)]
+    return record
+
+
+WORDS = {
+    "verdicts": [
+        "unsealed",
+        "handed-over",
+        "no-tpm",
+        "no-slot",
+        "pcr-mismatch",
+        "tampered",
+        "malformed",
+        "newer-format",
+        "pin-wrong",
+        "pin-lockout",
+        "tpm-failed",
+        "no-key",
+    ],
+    "outcomes": [
+        "opened",
+        "already-open",
+        "waiting",
+        "foreign",
+        "other-host",
+        "duplicate",
+        "damaged",
+        "malformed",
+        "newer-format",
+        "tampered",
+        "no-key",
+        "provider",
+        "name-taken",
+        "failed",
+        "timed-out",
+        "closed-again",
+        "stale",
+    ],
+    "causes": [
+        "firmware",
+        "firmware-settings",
+        "option-rom",
+        "boot-order",
+        "boot-path",
+        "partition-table",
+        "secure-boot",
+        "secure-boot-keys",
+        "dbx",
+        "signer",
+        "sbat",
+        "mok",
+        "boot-loader",
+        "boot-loader-files",
+        "boot-loader-config",
+        "grubenv",
+        "kernel",
+        "initrd",
+        "command-line",
+        "uki",
+        "extension",
+        "ima",
+        "systemd",
+        "other",
+    ],
+}
+"""The words of verdict, report.json and baseline.json. Others may be added."""
+
+
+def baseline() -> measured.Baseline:
+    items = tuple(
+        measured.Item(number % 16, 0x80000003, sha256(cause.encode()).digest(), cause, f"test data: {cause}")
+        for number, cause in enumerate(WORDS["causes"])
+    )
+    pcrs = {pcr: values()[pcr] for pcr in MEASURED}
+    return measured.Baseline("6.12.0-test", "root=/dev/test", measured.Chip("000b" + "5a" * 32, ""), pcrs, items)
+
+
+def of_boot() -> booted.Booted:
+    one, two = sha256(b"1").digest(), sha256(b"2").digest()
+    return booted.Booted(
+        "test-boot",
+        {"(hd0,gpt2)/vmlinuz": ("boot/vmlinuz", one)},
+        {"(hd0,gpt2)/grub/grub.cfg": "set default=0\n"},
+        ((two, "boot/efi/EFI/test/shimx64.efi"),),
+        {"boot/efi/EFI/test/shimx64.efi": two, "boot/vmlinuz": b""},
+        "boot/initrd.img",
+        (one, two),
+        {"addon.efi": one},
+        {"boot/old": sha256(b"a file that may be a thief's").digest()},
+        ("pci0000:00/test",),
+    )
+
+
+def tree(paths: Paths) -> None:
+    """/boot with an EFI system partition."""
+    files = {
+        "boot/vmlinuz": b"a kernel",
+        "boot/initrd.img": b"an initramfs",
+        "boot/old": b"a file that may be a thief's",
+        "boot/efi/EFI/test/shimx64.efi": b"a boot loader",
+        "proc/self/mountinfo": b"36 25 8:1 / /boot/efi rw - vfat /dev/test1 rw\n",
+    }
+    for name, content in files.items():
+        path = Path(paths.root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def fixed(paths: Paths, keys: Keys) -> dict[str, bytes]:
+    """Name -> content of what comes out the same each time. `paths` are those of an empty tree."""
+    os.makedirs(paths.run)
+    tree(paths)
+    thisboot.write_report(paths, a_report(), "report.json")
+    boot.conclude(paths, a_report())
+    thisboot.mark_open(paths, "data", ["data-a", "data-b"])
+    thisboot.mark_failed(paths, "data", ["nginx.service"])
+    booted.save(paths, of_boot())
+    booted.vouch(paths, of_boot())
+    copied = bootcopy.write(paths, baseline().encode())
+    run = Path(paths.run)
+    return {
+        "record-1.bin": record().encode(),
+        "record-2.bin": record(pin=True).encode(),
+        "payload-0.bin": bytes(policy.Payload(keys.persistence).encode()),
+        "payload-1.bin": bytes(policy.Payload(keys.persistence, True).encode()),
+        "policy.json": json.dumps(policies(keys), indent=1).encode(),
+        "baseline.json": baseline().encode(),
+        os.path.relpath(copied, paths.root): Path(copied).read_bytes(),
+        "booted.json": Path(paths.booted).read_bytes(),
+        "boot-files.json": Path(paths.boot_files).read_bytes(),
+        "run/report.json": (run / "report.json").read_bytes(),
+        "run/verdict": (run / "verdict").read_bytes(),
+        "run/members/data": (run / "members/data").read_bytes(),
+        "run/failed-groups/data": (run / "failed-groups/data").read_bytes(),
+    }
+
+
+def synced(paths: Paths, keys: Keys) -> dict[str, bytes]:
+    """What a sync leaves of a native host without groups. The key cache is this caller's alone."""
+    state = State.new(paths, HOST)
+    state.use_provider(state.native_entry("native", keys.provider.id, HOST, keys.persistence, keys.kdk))
+    state.set_host_key(f"{keys.provider.id}/{keys.host_name}", keys.host_name, 1, keys.persistence, keys.host_key)
+    state.retire.append({"id": f"{keys.provider.id}/{keys.kek_name}", "group": "gone"})
+    state.save()
+    thisboot.remember(paths, "TPM", {"unlock:persistence": keys.persistence})
+    sync.sync(paths, look=dict)
+    return {f"run/{name}": Path(paths.of_this_boot(name)).read_bytes() for name in ("sync.json", "keys.json")}
+
+
+# Escrow
+
+
+def organisation(folder: Path) -> None:
+    """A certificate and an age identity, with their private keys."""
+    key = rsa.generate_private_key(65537, 2048)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "unlock test data")])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(datetime.datetime(2020, 1, 1))
+        .not_valid_after(datetime.datetime(2999, 1, 1))
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "certificate.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (folder / "certificate-key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, *plain))
+    made = subprocess.run(["age-keygen"], capture_output=True, check=True, text=True).stdout
+    (folder / "age-identity").write_text(made)
+
+
+def recipient(folder: Path) -> str:
+    """The public part of the age identity."""
+    lines = (folder / "age-identity").read_text().splitlines()
+    return next(each for each in lines if "public key" in each).rpartition(" ")[2]
+
+
+def escrowed(folder: Path, to: Path, keys: Keys) -> None:
+    """The recovery key for the organisation in `folder`."""
+    write(Escrow(str(folder / "certificate.pem"), str(to / "escrow.pem")), keys.recovery)
+    write(Escrow(recipient(folder), str(to / "escrow.age")), keys.recovery)
+
+
+# All of it
+
+
+def make(folder: Path) -> None:
+    """One of each."""
+    said = made_keys()
+    folder.mkdir(parents=True)
+    (folder / "keys.json").write_text(json.dumps(said, indent=1) + "\n")
+    keys = Keys(said)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        for name, content in fixed(Paths(f"{scratch}/fixed"), keys).items():
+            if name != bootcopy.NAME and not name.endswith(bootcopy.NAME):
+                put(folder / name, content)
+        keyring.flush()
+        for name, content in synced(Paths(f"{scratch}/synced"), keys).items():
+            put(folder / name, content)
+        keyring.flush()
+        formatted(place / "disk", keys)
+        for each, fields in tokens(place / "disk", keys).items():
+            put(folder / f"token-{each}.json", canonical(fields) + b"\n")
+        with luks.Container(str(place / "disk")) as container:
+            container.set_token(json.loads((folder / "token-persistent.json").read_bytes()))
+        put(folder / "disk.img.xz", lzma.compress((place / "disk").read_bytes()[:AREAS]))
+        for name, write_state in (("native", native_state), ("kmip", kmip_state)):
+            paths = Paths(f"{scratch}/{name}")
+            write_state(paths, keys)
+            put(folder / f"state-{name}.json", Path(paths.state).read_bytes())
+        native.write_backup(str(folder / "kdk.backup"), keys.provider, keys.text("backup_password"))
+        put(folder / "recovery-key", bytes(keys.recovery) + b"\n")
+        organisation(folder)
+        escrowed(folder, folder, keys)
+        for name, pin in (("tpm", False), ("tpm-pin", True)):
+            with Swtpm(place / name) as chip:
+                sealed(chip, keys, pin)
+            put(folder / f"{name}.xz", lzma.compress((place / name / "tpm2-00.permall").read_bytes()))
+
+
+def put(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def main() -> None:
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    with key_cache_alone():
+        make(FOLDER)
+    print(f"{FOLDER}: {sum(each.stat().st_size for each in FOLDER.rglob('*') if each.is_file())} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make mutate-formats`: each label, derivation, parameter and field that docs/formats.md lists is changed once, alone,
+in a copy of the tree; tests/test_formats.py must see each of them. Prints a table; exit status 1 when it saw one not.
+
+    python -m tests.mutate_formats [WORD]     only those whose name has the word
+
+A change is made wherever the text stands, so that the code still agrees with itself: that is the change which all other
+tests let through.
+"""
+
+import contextlib
+import gc
+import importlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parents[1]
+CODE = ("unlock", "initramfs")
+PARTS = (*CODE, "docs", "tests/data/formats")
+FILES = (
+    "tests/conftest.py",
+    "tests/test_formats.py",
+    "tests/formats.py",
+    "tests/formatreader.py",
+    "tests/tpmfixture.py",
+)
+PRELOADED = (
+    "cryptography.hazmat.primitives.ciphers.aead",
+    "cryptography.hazmat.primitives.kdf.hkdf",
+    "cryptography.hazmat.primitives.kdf.scrypt",
+    "cryptography.hazmat.primitives.serialization.pkcs7",
+    "cryptography.x509",
+    "tpm2_pytss._libtpm2_pytss",
+    "pyudev",
+    "subprocess",
+    "tomllib",
+)
+"""Libraries that each run would import anew: nothing of unlock."""
+
+LATER = 2**31
+"""Seconds since 1970: the time of a changed file."""
+
+Change = tuple[str, str, str]
+"""Name of the files, text, other text."""
+
+LABELS = (
+    "unlock-dek-1",
+    "unlock-mac-1",
+    "unlock-kek-1",
+    "unlock-kek-elsewhere-1",
+    "unlock-header-mac-1",
+    "unlock-native-fingerprint-1",
+    "unlock-native-1",
+    "kdk-backup",
+    "unlock cap",
+    "unlock PIN",
+    "unlock:persistence",
+    "unlock:pin-auth",
+    "unlock:host",
+    "unlock:kek:",
+)
+"""Changed wherever they stand."""
+
+CHANGES: dict[str, list[Change]] = {
+    # wraps
+    "AES-256-GCM": [("wrap.py", "AESGCM", "ChaCha20Poly1305")],
+    "nonce size": [("wrap.py", "_NONCE, _TAG = 12,", "_NONCE, _TAG = 16,")],
+    "nonce before ciphertext": [
+        (
+            "wrap.py",
+            "nonce + AESGCM(key.value).encrypt(nonce, plain.value, aad)",
+            "AESGCM(key.value).encrypt(nonce, plain.value, aad) + nonce",
+        ),
+        (
+            "wrap.py",
+            "wrapped[:_NONCE], wrapped[_NONCE:-_TAG], wrapped[-_TAG:]",
+            "wrapped[-_NONCE:], wrapped[: -_TAG - _NONCE], wrapped[-_TAG - _NONCE : -_NONCE]",
+        ),
+    ],
+    "HKDF hash": [("wrap.py", "SHA256", "SHA512")],
+    "HKDF size": [("wrap.py", "size: int = 32", "size: int = 16")],
+    "HMAC hash": [("wrap.py", '"sha256"', '"sha512"')],
+    "scrypt N": [("wrap.py", '"n": 2**17', '"n": 2**16')],
+    "scrypt r": [("wrap.py", '"r": 8', '"r": 9')],
+    "scrypt p": [("wrap.py", '"p": 1', '"p": 2')],
+    "scrypt size": [("wrap.py", "length=32", "length=16")],
+    "canonical: names sorted": [("strictjson.py", '":", ",", True', '":", ",", False')],
+    "canonical: no blanks": [("strictjson.py", '":", ",", True', '":", ", ", True')],
+    "canonical: ASCII": [
+        ("strictjson.py", "import encode_basestring_ascii,", "import encode_basestring as encode_basestring_ascii,")
+    ],
+    "base64": [("token.py", "newline=False).decode()", 'newline=False).decode().replace("+", "-")')],
+    # AADs
+    "`unlock-KIND-1`": [("token.py", 'f"unlock-{kind}-1"', 'f"unlock-{kind}-2"')],
+    "KIND `host-key`": [("*.py", '"host-key"', '"host-kez"')],
+    "KIND `kdk`": [
+        ("state.py", '_wrapped(persistence, "kdk"', '_wrapped(persistence, "kdl"'),
+        ("state.py", '("kdk", "kdk")', '("kdk", "kdl")'),
+        ("state.py", '("kdk", self', '("kdl", self'),
+        ("state.py", '_unwrapped(persistence, "kdk"', '_unwrapped(persistence, "kdl"'),
+    ],
+    "KIND `client-key`": [("state.py", '"client-key"', '"client-kez"')],
+    "KIND `client-password`": [("state.py", '"client-password"', '"client-passwore"')],
+    "KIND `mac-key`": [("state.py", '"mac-key"', '"mac-kez"')],
+    "KIND `recovery-key`": [("state.py", '"recovery-key"', '"recovery-kez"')],
+    "KIND `rebind`": [("state.py", '"rebind"', '"rebine"')],
+    "AAD of KIND: host": [("token.py", '-{kind}-1", "host": host', '-{kind}-1"')],
+    "AAD of kek: host": [("token.py", '"host": host, "kek": [', '"kek": [')],
+    "AAD of kek: id, generation": [("token.py", ', "kek": [kek_id, generation]', "")],
+    "AAD of dek: kek": [("token.py", '"kek": [token.kek_id, token.kek_generation],', "")],
+    "AAD of dek: header": [("token.py", '"header": header,\n', "")],
+    "AAD of elsewhere: dek": [("token.py", ', "dek": dek_aad(token, header).decode()', "")],
+    "data of mac: header": [("token.py", ', "header": header}', "}")],
+    **{
+        f"facts of token: {name}": [
+            ("token.py", '"token": token.facts()', f'"token": {{**token.facts(), "{name}": 0}}'),
+        ]
+        for name in ("host", "group", "members", "manifest", "name", "serial")
+    },
+    **{
+        f"facts of header: {name}": [("luks.py", f'            "{name}": {value},\n', "")]
+        for name, value in (
+            ("uuid", "self.uuid"),
+            ("segments", '_object(metadata, "segments", self.device)'),
+            ("requirements", 'config.get("requirements")'),
+            ("flags", 'config.get("flags")'),
+            ("digest", '{name: value for name, value in digest.items() if name != "keyslots"}'),
+        )
+    },
+    "digest without keyslots": [("luks.py", 'if name != "keyslots"', "")],
+    "zero key for elsewhere": [("disk.py", "ELSEWHERE = bytes(32)", 'ELSEWHERE = b"1" * 32')],
+    "salt of the MAC key": [("disk.py", "bytes.fromhex(host)", "host.encode()")],
+    # the disk
+    "token type": [("token.py", 'TYPE = "unlock"', 'TYPE = "unlocked"')],
+    "token version": [("token.py", "\nVERSION = 1", "\nVERSION = 2")],
+    "token oldest version": [("token.py", "OLDEST_VERSION = 1", "OLDEST_VERSION = 0")],
+    "token size": [("token.py", "SIZE = 2048", "SIZE = 2000")],
+    "keyslot iterations": [("luks.py", "0, 1000, 0", "0, 1001, 0")],
+    "keyslot hash": [("luks.py", 'b"sha256", 0', 'b"sha512", 0')],
+    "keyslot cipher": [("luks.py", '_KEYSLOT_CIPHER = "aes-xts-plain64"', '_KEYSLOT_CIPHER = "aes-xts-plain"')],
+    "data cipher": [("luks.py", 'b"xts-plain64"', 'b"xts-plain"')],
+    # the recovery key
+    "recovery key: 11": [("recoverykey.py", "word * 11", "word * 13"), ("recoverykey.py", "number, 11", "number, 13")],
+    "recovery key: place": [("recoverykey.py", "+ i + 1:", "+ i + 2:"), ("recoverykey.py", "place + 1", "place + 2")],
+    "recovery key: most": [("recoverykey.py", "<= 0xFFFF", "<= 0x1FFFF")],
+    "recovery key: groups": [("recoverykey.py", "GROUPS = 8", "GROUPS = 7")],
+    "recovery key: digits": [("recoverykey.py", "DIGITS = 6", "DIGITS = 7")],
+    "recovery key: dash": [("recoverykey.py", '"-".join', '" ".join')],
+    "escrow: CMS binary": [("escrow.py", "PKCS7Options.Binary", "PKCS7Options.Text")],
+    "escrow: no line end": [
+        ("escrow.py", "bytes(key)", 'bytes(key) + b"\\n"'),
+        ("escrow.py", "len(key)", "len(key) + 1"),
+    ],
+    "escrow: age armor": [("escrow.py", '"--armor", ', "")],
+    # the native provider
+    "fingerprint size": [("native.py", 'fingerprint-1", 16', 'fingerprint-1", 20')],
+    "provider id `native-`": [("native.py", 'f"native-{', 'f"nativ-{')],
+    "native key: salt": [("native.py", "self.id.encode(), info", 'b"", info')],
+    "native key: scope": [("native.py", '"scope": self.scope, "name"', '"name"')],
+    "native key: name": [("native.py", '"name": name, ', "")],
+    "native key: generation": [("native.py", ', "generation": generation}', "}")],
+    "native key: size": [("native.py", "self.id.encode(), info)", "self.id.encode(), info, 16)")],
+    "key name": [("provide.py", 'f"unlock/{host}/{kind}/{generation}"', 'f"unlock/{kind}/{host}/{generation}"')],
+    "backup version": [("native.py", "BACKUP_VERSION = 1", "BACKUP_VERSION = 2")],
+    "backup salt size": [("native.py", "_SALT = 16", "_SALT = 32")],
+    "backup AAD": [("native.py", "canonical(head)", 'canonical({**head, "scope": ""})')],
+    # the TPM
+    "hash": [("policy.py", "BANK = 0x000B", "BANK = 0x000C")],
+    "cap PCR": [("policy.py", "CAP_PCR = 15", "CAP_PCR = 14")],
+    "cap digest in initramfs/cap": [("cap", r"digest='\147", r"digest='\146")],
+    "cap PCR counts as zeros": [("policy.py", "{**values, cap: UNSET}", "{**values, cap: CAPPED}")],
+    "PolicyPCR": [("policy.py", "0x17F", "0x17E")],
+    "PolicyOR": [("policy.py", "0x171", "0x172")],
+    "PolicyAuthValue": [("policy.py", "0x16B", "0x16C")],
+    "PCR selection size": [("policy.py", "1, BANK, 3)", "1, BANK, 4)"), ("policy.py", "to_bytes(3", "to_bytes(4")],
+    "PCR bitmap": [("policy.py", '"little"', '"big"')],
+    "PCR order": [("policy.py", "chosen = sorted(selection)", "chosen = sorted(selection)[::-1]")],
+    "one branch twice": [("policy.py", "(branches[0], branches[0]) if", "(branches[0], bytes(32)) if")],
+    "most branches": [("policy.py", "MAX_BRANCHES = 8", "MAX_BRANCHES = 7")],
+    "PIN: host id": [("policy.py", "+ host + pin.value", "+ pin.value")],
+    "SRK handle": [("policy.py", "SRK = 0x81000001", "SRK = 0x81000002")],
+    "slot A object": [("policy.py", "0x81104C41", "0x81104C51")],
+    "slot A NV": [("policy.py", "0x01814C41", "0x01814C51")],
+    "slot B object": [("policy.py", "0x81104C42", "0x81104C52")],
+    "slot B NV": [("policy.py", "0x01814C42", "0x01814C52")],
+    "SRK curve": [("policy.py", "_P256 = 0x06, 0x43, 0x10, 0x03", "_P256 = 0x06, 0x43, 0x10, 0x04")],
+    "SRK attributes": [("policy.py", "| 0x10000 | 0x20000", "| 0x20000")],
+    "sealed object outside of the lockout": [("policy.py", "if pin else _FIXED | _NO_DA", "if pin else _FIXED")],
+    "sealed object: attributes": [("policy.py", "_FIXED = 0x02 | 0x10", "_FIXED = 0x02")],
+    "NV attributes": [("policy.py", "| 0x02000000  #", "#")],
+    "record size": [("policy.py", "RECORD_SIZE = 448", "RECORD_SIZE = 480")],
+    "record magic": [("policy.py", 'b"unlock\\0"', 'b"Unlock\\0"')],
+    "record version without PIN": [("policy.py", "return 2 if self.pin else 1", "return 2")],
+    "record version with PIN": [
+        ("policy.py", "return 2 if", "return 3 if"),
+        ("policy.py", "VERSION = 2", "VERSION = 3"),
+    ],
+    "record flag PIN": [("policy.py", "_PIN = 0x01", "_PIN = 0x02")],
+    "record byte order": [("policy.py", '">7sBQ', '"<7sBQ')],
+    "record names": [
+        ("policy.py", "self.srk_name, self.object_name, b", "self.object_name, self.srk_name, b"),
+        ("policy.py", "flags, srk_name, object_name, digests", "flags, object_name, srk_name, digests"),
+    ],
+    "record checksum": [("policy.py", "sha256(body)", 'sha256(body + b"1")')],
+    "payload version": [("policy.py", "\n_VERSION = 1", "\n_VERSION = 2")],
+    "payload flag": [("policy.py", "_UNAUTHENTICATED_ROOT = 0x01", "_UNAUTHENTICATED_ROOT = 0x02")],
+    "payload key": [
+        ("policy.py", "data.value[2:] = self.key.value", "data.value[2:] = self.key.value[::-1]"),
+        ("policy.py", "Secret(value[2:])", "Secret(value[2:][::-1])"),
+    ],
+    # files
+    "report: outcome": [("report.py", "outcome=outcome", "outcom=outcome"), ("*.py", '"outcome"', '"outcom"')],
+    "state version": [("state.py", "\nVERSION = 1", "\nVERSION = 2")],
+    "state indent": [("state.py", "indent=1", "indent=2")],
+    "baseline version": [("measured.py", "_VERSION = 1", "_VERSION = 2")],
+    "baseline order of an event": [
+        ("measured.py", "[each.pcr, each.kind,", "[each.kind, each.pcr,"),
+        ("measured.py", "def _item(pcr: Any, kind: Any,", "def _item(kind: Any, pcr: Any,"),
+    ],
+    "booted version": [("booted.py", "_VERSION = 1", "_VERSION = 2")],
+    "report version": [("report.py", "VERSION = 1", "VERSION = 2")],
+    "sync version": [("sync.py", "VERSION = 1", "VERSION = 2")],
+    "verdict line end": [("boot.py", 'record.verdict + "\\n"', "record.verdict")],
+    "path `var/lib/unlock/state.json`": [("paths.py", "unlock/state.json", "unlock/state")],
+    "path `var/lib/unlock/baseline.json`": [("paths.py", "unlock/baseline.json", "unlock/baseline")],
+    "path `var/lib/unlock/booted.json`": [("paths.py", "unlock/booted.json", "unlock/booted")],
+    "path `var/lib/unlock/boot-files.json`": [("paths.py", "unlock/boot-files.json", "unlock/boot-files")],
+    "path `run/unlock`": [("paths.py", "run/unlock", "run/unlocked")],
+    "path `EFI/unlock/baseline.json`": [("bootcopy.py", "EFI/unlock/", "EFI/Unlock/")],
+    "path `run/unlock/report.json`": [("*.py", '"report.json"', '"rapport.json"')],
+    "path `run/unlock/verdict`": [("*.py", '"verdict")', '"verdicts")')],
+    "path `run/unlock/sync.json`": [("*.py", '"sync.json"', '"synced.json"')],
+    "path `run/unlock/keys.json`": [("*.py", '"keys.json"', '"key.json"')],
+    "path `run/unlock/members/GROUP`": [("*.py", '"members", group', '"member", group')],
+    "path `run/unlock/failed-groups/GROUP`": [("*.py", '"failed-groups"', '"failed-group"')],
+    "initramfs reads token": [("manifest", "reads token-1", "reads token-2")],
+    "initramfs reads record": [("manifest", "reads record-2", "reads record-3")],
+}
+
+FIELDS = {
+    "token": "token.py",
+    "backup": "native.py",
+    "state": "state.py allowed.py window.py persistence.py rotation.py switch.py provide.py",
+    "baseline": "measured.py",
+    "booted": "booted.py",
+    "boot-files": "booted.py",
+    "report": "report.py",
+    "sync": "sync.py",
+}
+"""Format -> where the names of its fields stand."""
+NAMED = {
+    **{
+        f"state: {name}": [
+            ("state.py", f'm["{name}"]', f'm["{name}q"]'),
+            (
+                "state.py",
+                "member._asdict()",
+                f'{{k.replace("{name}", "{name}q"): v for k, v in member._asdict().items()}}',
+            ),
+        ]
+        for name in ("uuid", "serial")
+    },
+    "baseline: srk": [("measured.py", "    srk: str", "    sro: str"), ("measured.py", '"srk"', '"sro"')],
+    "baseline: identity": [
+        ("measured.py", "    identity: str", "    identite: str"),
+        ("measured.py", '"identity"', '"identite"'),
+    ],
+}
+"""Fields that are those of a tuple."""
+
+
+def listed() -> list[str]:
+    """What the document's last section lists: an item a row; of a row `fields of F`, an item for each of them."""
+    section = (TOP / "docs/formats.md").read_text().partition("\n## Everything that is frozen\n")[2]
+    found = []
+    for item, values in re.findall(r"^\| ([^|]+) \| (.+) \|$", section, re.M):
+        if item.startswith("fields of "):
+            found += [f"{item.removeprefix('fields of ')}: {name}" for name in re.findall("`([^`]+)`", values)]
+        elif item not in ("Item", "---"):
+            found.append(item)
+    return found
+
+
+def changes(item: str) -> list[Change]:
+    if item in CHANGES:
+        return CHANGES[item]
+    if item in NAMED:
+        return NAMED[item]
+    if item.strip("`") in LABELS:
+        label = item.strip("`")
+        return [("*.py", label, label[:-2] + "xx")]
+    form, _, name = item.partition(": ")
+    return [(FIELDS[form], f"{quote}{name}{quote}", f"{quote}{name}q{quote}") for quote in "\"'"]
+
+
+def places(tree: Path, item: str) -> Iterator[tuple[Path, str, str]]:
+    """Files that a change is made in, its text and the other one. Raises LookupError when it stands nowhere."""
+    nowhere = True
+    for names, old, new in changes(item):
+        files = {each for name in names.split() for part in CODE for each in (tree / part).rglob(name)}
+        found = [each for each in sorted(files) if old.encode() in each.read_bytes()]
+        if not found and (item in CHANGES or item in NAMED):
+            raise LookupError(f"{item}: {old!r} stands nowhere in {names}")
+        nowhere = nowhere and not found
+        yield from ((each, old, new) for each in found)
+    if nowhere:
+        raise LookupError(f"{item} stands nowhere")
+
+
+def disagreement() -> str:
+    """What docs/formats.md lists and is not changed here, or the other way round; "" when nothing."""
+    items = listed()
+    known = {*CHANGES, *NAMED, *(f"`{each}`" for each in LABELS)}
+    unknown = [each for each in items if each not in known and each.partition(": ")[0] not in FIELDS]
+    twice = [each for each in items if items.count(each) > 1]
+    return ", ".join([*unknown, *twice, *sorted(known - set(items))])
+
+
+@contextlib.contextmanager
+def changed(tree: Path, item: str) -> Iterator[None]:
+    """The tree with one change, in files of another time: no bytecode that is there fits them."""
+    before: dict[Path, tuple[bytes, int]] = {}
+    try:
+        for each, old, new in list(places(tree, item)):
+            before.setdefault(each, (each.read_bytes(), each.stat().st_mtime_ns))
+            each.write_bytes(each.read_bytes().replace(old.encode(), new.encode()))
+            os.utime(each, (LATER, LATER))
+        yield
+    finally:
+        for each, (content, time_ns) in before.items():
+            each.write_bytes(content)
+            os.utime(each, ns=(time_ns, time_ns))
+
+
+class Seen:
+    """A plugin of pytest that keeps the first test that failed, and how."""
+
+    def __init__(self) -> None:
+        self.first = ""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and not self.first:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = crash.message.splitlines()[0] if crash else ""
+            self.first = f"{report.nodeid.rpartition('::')[2]} | {why.replace('|', '/')[:60]}"
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.first = self.first or "(not even loaded) | " + str(report.longrepr).strip().splitlines()[-1][:60]
+
+
+def run(tree: Path) -> str:
+    """The first test that fails there; "" when all are green. In a forked child: nothing of it is left here."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.close(read)
+            os.chdir(tree)
+            sink = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(sink, 1)
+            os.dup2(sink, 2)
+            sys.path[:] = [str(tree), str(tree / "tests"), *sys.path[1:]]
+            for name in [each for each in sys.modules if each == "tests" or each.startswith("tests.")]:
+                del sys.modules[name]
+            seen = Seen()
+            options = [
+                "-x",
+                "-q",
+                "--tb=line",
+                "-p",
+                "no:cacheprovider",
+                "--rootdir",
+                str(tree),
+                "--basetemp",
+                str(tree / "tmp"),
+            ]
+            status = pytest.main([*options, "tests/test_formats.py"], [seen])
+            told = seen.first or ("" if status == 0 else f"pytest ends with {int(status)} |")
+            os.write(write, told.encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as answers:
+        told = answers.read().decode()
+    _, status = os.waitpid(child, 0)
+    return told or ("" if status == 0 else f"killed: {status} |")
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if found := disagreement():
+        sys.exit(f"docs/formats.md and tests/mutate_formats.py do not list the same: {found}")
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    sys.dont_write_bytecode = False
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.freeze()
+    begun = time.monotonic()
+    green = []
+    with tempfile.TemporaryDirectory() as place:
+        tree = Path(place)
+        for part in PARTS:
+            shutil.copytree(TOP / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for file in FILES:
+            shutil.copy(TOP / file, tree / file)
+        if told := run(tree):
+            sys.exit(f"without a change a test fails: {told}")
+        sys.dont_write_bytecode = True  # what that first run left is good for all
+        chosen = [each for each in listed() if not words or words[0] in each]
+        print("| change | first test that fails | how |\n| --- | --- | --- |")
+        for item in chosen:
+            with changed(tree, item):
+                told = run(tree)
+            print(f"| {item} | {told or '**none** |'} |", flush=True)
+            green += [] if told else [item]
+    print(f"\n{len(chosen) - len(green)} of {len(chosen)} changes are seen, in {time.monotonic() - begun:.0f} s")
+    if green:
+        sys.exit(f"not seen: {', '.join(green)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The root file system: who gets the keys when early boot ends, and what is refused of the root's own disk.
+
+Real headers, tokens and key cache; /sys, the table of mounts and the console are those of another machine, in a mount
+namespace of a forked child.
+"""
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.flowfixture import HOST, Host
+from tests.killing import child
+from tests.kmipfixture import CLIENT
+from tests.lab.kmipliar import COMPROMISED, Liar
+from tests.test_devices import Machine
+from unlock import (
+    boot,
+    cache,
+    config,
+    disk,
+    handover,
+    keyring,
+    late,
+    luks,
+    members,
+    opening,
+    persistence,
+    report,
+    sync,
+    thisboot,
+)
+from unlock.devices import Disk
+from unlock.errors import NoKey, Refused
+from unlock.paths import write_atomically
+from unlock.secret import Secret
+
+pytestmark = [pytest.mark.usefixtures("key_cache"), pytest.mark.root]
+
+LUKS = "CRYPT-LUKS2-{}-{}"
+CLONE_NEWNS = 0x20000
+
+
+class Seen(Machine):
+    """A machine whose /sys, mounts and console a child sees as its own."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        super().__init__(folder)
+        (folder / "sys/block").mkdir()
+        (folder / "proc/misc").touch()
+        os.mkfifo(folder / "console")
+        self.console = os.open(folder / "console", os.O_RDWR | os.O_NONBLOCK)
+        self.count = 0
+
+    def opened(self, name: str, uuid: str = "0" * 36, kind: str = LUKS) -> str:
+        """A mapping on a disk of its own; its MAJOR:MINOR."""
+        number = self.count
+        self.count += 1
+        self.block(f"sd{number}", f"8:{number * 16}")
+        self.mapping(name, f"254:{number}", kind.format(uuid.replace("-", ""), name), f"sd{number}")
+        (self.folder / f"sys/block/dm-{number}").symlink_to(f"../devices/dm-{number}")
+        return f"254:{number}"
+
+    def plain(self) -> str:
+        self.block("vda", "253:0")
+        return "253:0"
+
+    def inside(self, work: Callable[[], object]) -> str:
+        """What the console heard while a child ran `work` there; what it asserts is asserted."""
+        binds = {
+            f"{self.root}/sys": "/sys",
+            f"{self.root}/proc/self/mountinfo": "/proc/{}/mountinfo",
+            f"{self.root}/console": "/dev/console",
+            f"{self.root}/proc/misc": "/proc/misc",  # no device-mapper: what is closed there is not this host's
+        }
+
+        def there() -> None:
+            assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
+            subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+            for source, target in binds.items():
+                subprocess.run(["mount", "--bind", source, target.format(os.getpid())], check=True)
+            if os.path.isdir("/dev/mapper"):
+                subprocess.run(["mount", "-t", "tmpfs", "none", "/dev/mapper"], check=True)
+            work()
+
+        assert child(there) == 0
+        try:
+            return os.read(self.console, 65536).decode()
+        except BlockingIOError:
+            return ""
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Seen]:
+    made = Seen(tmp_path / "machine")
+    yield made
+    os.close(made.console)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    """Its groups are `root` with one disk and `data` with one; early boot has its keys yet."""
+    made = Host(tmp_path, 0)
+    for name in ("root", "data"):
+        made.add_group(name, 1)
+    keyring.flush()
+    yield made
+    keyring.flush()
+
+
+# The hand-over
+
+
+class Early:
+    """Early boot that has opened the disks of these groups."""
+
+    def __init__(self, host: Host, *groups: str, accepted: bool = False) -> None:
+        self.paths = host.paths
+        self.record = report.Report("early-boot")
+        self.record.facts = {"unauthenticated_root": accepted}
+        self.key = boot.Key(HOST, Secret(bytes(host.persistence)), None)
+        self.groups = opening.Opening(HOST, lambda c, each: disk.volume_key(c, each, host.persistence), self.record)
+        for image in host.disks:
+            self.groups.saw(Disk(str(image), image.name, "", "", "", 0, 0))
+        self.groups.read_all()
+        for name in groups:
+            self.groups.opened[name] = {f"{name}-0": str(host.folder / f"{name}-0")}
+
+    def ends(self) -> list[str]:
+        """The names of the keys that are in the key cache afterwards."""
+        self.safe = handover.hand_over(self.paths, self.groups, self.key.persistence, self.key.pin_auth, self.record)
+        return keyring.names()
+
+    def said(self) -> set[str]:
+        return {kind for _, kind, _ in self.record.events}
+
+
+def handed(early: Early) -> list[str]:
+    """Without the provider's id."""
+    found = early.ends()
+    return sorted(name if ":kek:" not in name else name.split("/kek/")[1].split("/")[0] for name in found)
+
+
+def test_a_root_on_a_disk_that_early_boot_opened_gets_the_keys(host: Host, machine: Seen) -> None:
+    machine.mount(machine.opened("root-0"), "/root", "/dev/mapper/root-0")
+
+    def work() -> None:
+        early = Early(host, "root", "data")
+        assert handed(early) == ["data", "root", "unlock:host", "unlock:persistence"]
+        assert "handed-over" in early.said()
+
+    assert "not authenticated" not in machine.inside(work)
+    assert keyring.get("unlock:persistence") == host.persistence
+    assert {row["source"] for row in cache.show(host.paths)} == {"TPM"}
+
+
+def test_keys_of_disks_that_did_not_open_stay_where_they_are(host: Host, machine: Seen) -> None:
+    machine.mount(machine.opened("root-0"), "/root", "/dev/mapper/root-0")
+
+    def work() -> None:
+        assert handed(Early(host, "root")) == ["root", "unlock:host", "unlock:persistence"]
+
+    machine.inside(work)
+
+
+def refused_there(host: Host, machine: Seen, *groups: str) -> None:
+    def work() -> None:
+        early = Early(host, *groups)
+        assert early.ends() == []
+        assert "root-not-authenticated" in early.said() and "handed-over" not in early.said()
+        tried = [each for each in early.record.disks.values() if "cannot be closed" in each["detail"]]
+        assert (len(tried), early.safe) == (len(groups), not groups), "there is no device-mapper here"
+
+    said = machine.inside(work)
+    assert ("disks closed, keys dropped" in said) == bool(groups)
+
+
+def test_a_thiefs_plain_root_gets_nothing(host: Host, machine: Seen) -> None:
+    machine.opened("data-0")
+    machine.mount(machine.plain(), "/root", "/dev/vda")
+    refused_there(host, machine, "data")
+    refused_there(host, machine)
+
+
+def test_a_root_on_a_disk_that_somebody_else_opened_gets_nothing(host: Host, machine: Seen) -> None:
+    """A LUKS disk of the thief's, opened by crypttab's passphrase, beside our data."""
+    machine.mount(machine.opened("evil"), "/root", "/dev/mapper/evil")
+    refused_there(host, machine, "data")
+
+
+def test_a_root_that_is_not_mounted_gets_nothing(host: Host, machine: Seen) -> None:
+    machine.opened("root-0")
+    refused_there(host, machine, "root", "data")
+
+
+def test_a_usr_of_its_own_counts_as_the_root_does(host: Host, machine: Seen) -> None:
+    machine.mount(machine.opened("root-0"), "/root", "/dev/mapper/root-0")
+    machine.mount(machine.opened("data-0"), "/root/usr", "/dev/mapper/data-0")
+    machine.inside(lambda: _equal(handed(Early(host, "root", "data"))[-1], "unlock:persistence"))
+    keyring.flush()
+    machine.mount(machine.plain(), "/root/usr", "/dev/vda")
+    refused_there(host, machine, "root", "data")
+
+
+def test_a_root_on_dm_verity_gets_the_keys(host: Host, machine: Seen) -> None:
+    machine.mount(machine.opened("sealed", kind="CRYPT-VERITY-{}-{}"), "/root", "/dev/mapper/sealed")
+    machine.inside(lambda: _equal(handed(Early(host, "data")), ["data", "unlock:host", "unlock:persistence"]))
+
+
+def test_a_plain_root_that_the_operator_accepted_gets_the_keys(host: Host, machine: Seen) -> None:
+    machine.mount(machine.plain(), "/root", "/dev/vda")
+    early = ["data", "unlock:host", "unlock:persistence"]
+    machine.inside(lambda: _equal(handed(Early(host, "data", accepted=True)), early))
+
+
+def _equal(found: object, expected: object) -> None:
+    assert found == expected
+
+
+def test_a_host_key_that_is_kept_elsewhere_is_not_handed_over_as_zeros(host: Host, machine: Seen) -> None:
+    image, group = str(host.folder / "root-0"), host.state.groups["root"]
+    with luks.Container(image) as container, Secret(host.deks[container.uuid]) as dek:
+        (old,) = disk.tokens(container, HOST)
+        keys = disk.Keys(
+            host.persistence,
+            Secret(disk.ELSEWHERE),
+            disk.unwrap_kek(old, host.persistence),
+            disk.mac_key(host.recovery, HOST),
+        )
+        each = disk.make_token(container, HOST, group, group.members[0], dek, keys)
+        disk.write_token(image, each, dek, keys)
+        disk.drop_other_tokens(image, each, dek, keys)
+    machine.mount(machine.opened("root-0"), "/root", "/dev/mapper/root-0")
+    machine.inside(lambda: _equal(handed(Early(host, "root")), ["root", "unlock:persistence"]))
+
+
+# The end of early boot without its agent
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Iterator[Host]:
+    yield Host(tmp_path, 0)
+    keyring.flush()
+
+
+def recovered(host: Host, outcome: str, phase: str = "recovery") -> None:
+    """What the recovery prompt has left."""
+    record = report.Report(phase)
+    record.judge("no-key")
+    record.disk("/dev/sda", outcome, name="root-0")
+    thisboot.write_report(host.paths, record, "report.json")
+
+
+@pytest.mark.parametrize("outcome", ["opened", "already-open"])
+def test_what_a_recovery_key_opened_stays_below_a_root_that_it_opened(bare: Host, machine: Seen, outcome: str) -> None:
+    recovered(bare, outcome)
+    machine.mount(machine.opened("root-0"), "/root", "/dev/mapper/root-0")
+    machine.opened("data-0")
+    assert machine.inside(lambda: _equal(handover.secure(bare.paths), 0)) == ""
+    assert keyring.names() == ["unlock:persistence"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "phase"), [("no-key", "recovery"), ("failed", "recovery"), ("opened", "early-boot")]
+)
+def test_below_a_root_that_the_stock_prompt_opened_nothing_else_stays_open(
+    bare: Host, machine: Seen, outcome: str, phase: str
+) -> None:
+    recovered(bare, outcome, phase)
+    machine.mount(machine.opened("root-0"), "/root", "/dev/mapper/root-0")
+    machine.opened("data-0")
+    machine.opened("vg-swap", kind="LVM-{}{}")
+    said = machine.inside(lambda: _equal(handover.secure(bare.paths), 1))
+    assert said == "unlock: data-0 stays open\r\n", "there is no device-mapper here that could close it"
+    assert keyring.names() == []
+
+
+def test_below_a_thiefs_root_what_a_recovery_key_opened_is_closed(bare: Host, machine: Seen) -> None:
+    recovered(bare, "opened")
+    machine.opened("root-0")
+    machine.mount(machine.plain(), "/root", "/dev/vda")
+    assert "root-0 stays open" in machine.inside(lambda: _equal(handover.secure(bare.paths), 1))
+    assert keyring.names() == []
+
+
+def test_with_nothing_open_there_is_nothing_to_close(bare: Host, machine: Seen) -> None:
+    machine.mount(machine.plain(), "/root", "/dev/vda")
+    machine.opened("vg-root", kind="LVM-{}{}")
+    assert machine.inside(lambda: _equal(handover.secure(bare.paths), 0)) == ""
+
+
+# The root's own disk in the running system
+
+
+@pytest.fixture
+def kmip(tmp_path: Path, kms: Liar, machine: Seen) -> Iterator[Host]:
+    """A host whose keys come from a key manager; it runs from its group `root`."""
+    made = Host(tmp_path, 0, kms)
+    made.add_group("root", 1)
+    made.add_group("data", 1)
+    machine.mount(machine.opened("root-0", made.state.groups["root"].members[0].uuid), "/", "/dev/mapper/root-0")
+    yield made
+    keyring.flush()
+
+
+def adopt(host: Host, group: str, name: str = "") -> None:
+    image, recovery = str(host.folder / f"{group}-0"), host.folder / "recovery"
+    write_atomically(str(recovery), bytes(host.recovery))
+    with luks.Container(image) as container, Secret(host.deks[container.uuid]) as dek:
+        container.add_keyslot(dek, Secret(b"operator"))
+    members.disk_adopt(host.paths, image, group, Secret(b"operator"), str(recovery), name)
+
+
+def test_a_root_whose_key_would_need_the_network_is_not_adopted(kmip: Host, machine: Seen) -> None:
+    def work() -> None:
+        adopt(kmip, "root")
+        state = kmip.state
+        state.persistent = False
+        state.save()
+        with pytest.raises(Refused) as caught:
+            adopt(kmip, "root")
+        assert caught.value.code == "root-needs-persistence"
+        state.persistent = True
+        state.groups["root"] = state.groups["root"]._replace(policy="provider")
+        state.save()
+        with pytest.raises(Refused) as caught:
+            adopt(kmip, "root")
+        assert caught.value.code == "root-needs-persistence"
+
+    machine.inside(work)
+
+
+def test_the_roots_line_in_crypttab_stays_when_it_is_adopted_and_a_data_disks_gets_noauto(
+    kmip: Host, machine: Seen
+) -> None:
+    table = Path(kmip.paths.crypttab)
+    uuids = {name: kmip.state.groups[name].members[0].uuid for name in ("root", "data")}
+    table.write_text("".join(f"{name}-0 UUID={uuid} none luks\n" for name, uuid in uuids.items()))
+
+    def work() -> None:
+        adopt(kmip, "root")
+        adopt(kmip, "data")
+
+    machine.inside(work)
+    assert [line.split()[3] for line in table.read_text().splitlines()] == ["luks", "luks,noauto"]
+    assert list(config.load(kmip.paths.config).groups) == ["data"], "the root has no gate"
+
+
+def test_an_active_mapping_of_another_disk_keeps_its_name(kmip: Host, machine: Seen) -> None:
+    machine.opened("vault", "f" * 32)
+    state = kmip.state
+    del state.groups["data"]
+    state.save()
+
+    def work() -> None:
+        with pytest.raises(Refused) as caught:
+            adopt(kmip, "data", "vault")
+        assert (caught.value.code, "vault" in str(caught.value)) == ("name-taken", True)
+
+    machine.inside(work)
+
+
+def test_a_disk_that_is_open_keeps_the_name_that_it_has(kmip: Host, machine: Seen) -> None:
+    state = kmip.state
+    machine.opened("photos", state.groups.pop("data").members[0].uuid)
+    state.save()
+
+    def work() -> None:
+        with pytest.raises(Refused, match="the disk's mapping name is photos"):
+            adopt(kmip, "data", "data-a")
+
+    machine.inside(work)
+
+
+def test_the_roots_key_is_always_kept_on_this_host(kmip: Host, machine: Seen, kms: Liar) -> None:
+    """Persistence is not switched off, a policy in unlock.toml is not applied, a revoked key is not dropped."""
+    with open(kmip.paths.config, "a", encoding="utf-8") as file:
+        file.write('[group.root]\npolicy = "provider"\n[group.data]\npolicy = "provider"\n')
+        file.write('[sync]\ndrop_on = ["compromised"]\n')
+    before = Path(kmip.paths.state).read_bytes()
+
+    def work() -> None:
+        with pytest.raises(Refused) as caught:
+            persistence.disable(kmip.paths, kmip.look)
+        assert caught.value.code == "root-needs-persistence"
+        assert Path(kmip.paths.state).read_bytes() == before
+        outcomes = {each.key: each.outcome for each in sync.sync(kmip.paths, kmip.look)}
+        assert (outcomes["root"], outcomes["data"]) == ("unchanged", "provider")
+        for key in kms.keys.values():
+            key.state = COMPROMISED if "/kek/" in key.names[0] else key.state
+
+    machine.inside(work)
+    for key in kms.keys.values():
+        key.state = COMPROMISED if "/kek/" in key.names[0] else key.state
+    machine.inside(lambda: _equal({each.key: each.outcome for each in sync.sync(kmip.paths, kmip.look)},
+                                  {"root": "state-blocked", "data": "dropped", "host key": "unchanged"}))  # fmt: skip
+    assert kmip.opens(kmip.folder / "root-0")
+    assert not kmip.opens(kmip.folder / "data-0")
+
+
+def test_after_a_refused_boot_the_key_manager_never_opens_the_root(kmip: Host, machine: Seen, kms: Liar) -> None:
+    key_file = kmip.folder / "client.key"
+    key_file.write_bytes(CLIENT.key)
+    made = config.ProviderConfig("kms", (f"127.0.0.1:{kms.port}",), kmip.ca(), str(key_file), config.TIMEOUT)
+    text = "[sync]\nopen_from_provider_after_refusal = true\n"
+    Path(kmip.paths.config).write_text(config.HEAD + text + config.provider_table(made))
+    with kmip.work() as work:
+        work.state.provider["client_key"] = None
+        work.state.save()
+    keyring.flush()
+
+    def look() -> None:
+        late.unwrapper(kmip.paths, "data", report.Report("gate data"), 0, kmip.look)
+        with pytest.raises(NoKey):
+            late.unwrapper(kmip.paths, "root", report.Report("gate root"), 0, kmip.look)
+
+    machine.inside(look)
+
+
+def test_a_group_of_any_name_is_healed_after_its_gate_gave_up(bare: Host) -> None:
+    keyring.flush()
+
+    def give_up() -> None:
+        for name in ("data", "data.new"):
+            with pytest.raises(NoKey):
+                late.gate(bare.paths, name)
+
+    assert child(give_up) == 0
+    assert thisboot.failed_groups(bare.paths) == ["data", "data.new"]
+    assert late._waiting(bare.paths, "data.new") == []
