@@ -253,6 +253,7 @@ def compare(machine: Machine, links: list[str]) -> tuple[list[Result], dict[str,
     more: dict[str, Any] = {}
     disks, machine.disks = machine.disks, {}
     with machine.boot(cores=2, limit=7200) as booted:
+        assert isinstance(booted, VM)
         console = up(booted)
         for count in COUNTS:
             names = [f"b{number:02}" for number in range(count)]

@@ -1,41 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
 """For all tests. What one wants shown, it gives to `record_property("shown", ...)`: it is printed when all is done."""
 
-import fcntl
+import faulthandler
 import hashlib
-import subprocess
-import tempfile
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import killing
+from tests.flowfixture import key_cache_alone
+from unlock import wrap
+
 
 @pytest.fixture
 def key_cache() -> Iterator[None]:
-    """The user keyring is one for all processes of this user: whoever puts keys into it is alone with it."""
-    from unlock import keyring
-
-    with Path(tempfile.gettempdir(), "unlock-test-keyring.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        keyring.flush()
+    with key_cache_alone():
         yield
-        keyring.flush()
 
 
 @pytest.fixture
 def kms() -> Iterator[Any]:
     """A key manager, scripted, over mutual TLS."""
-    from kmipfixture import AUTHORITY
-
+    from tests.kmipfixture import AUTHORITY
     from tests.lab.kmipliar import Liar
 
     with Liar(AUTHORITY) as liar:
         yield liar
 
 
+@pytest.fixture
+def killer(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> killing.Killer:
+    """Kills a flow at each of its steps."""
+    return killing.Killer(lambda told: record_property("shown", f"{request.node.name}: {told}"))
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For programs that tell what they import, as coverage imports much, or whose time is limited."""
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+
+
+@pytest.fixture
+def cheap_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scrypt with 1 MiB and not 128, for what makes and reads a backup dozens of times, in this process and its
+    forks."""
+    monkeypatch.setitem(wrap._SCRYPT, "n", 2**10)
+
+
+STDERR = pytest.StashKey[int]()
+"""As it was before pytest took it."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STDERR] = os.dup(2)
+
+
+LIMITS = {"long": 7200, "vm": 1200}
+"""Seconds for a test with that marker; pyproject.toml has those of the others."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test whose time is over fails (pytest-timeout), unless it is stuck in C code that a signal does not end: after
+    the same time again its worker ends, and xdist starts another for the tests that are left."""
+    marker = item.get_closest_marker("timeout")
+    limit = float(marker.args[0] if marker else item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(2 * limit, exit=True, file=item.config.stash[STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    if config.getoption("--alone"):
+        for spec in specs:
+            spec.python = f"{sys.executable} {Path(__file__).with_name('alone.py')}"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--alone", action="store_true", help="each worker in a user namespace, with its own key cache")
     parser.addoption("--long", default="all", metavar="MINUTES", help="of the long tests, as many as take so long")
 
 
@@ -49,13 +97,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left)
         items[:] = [each for each in items if each not in left]
     items.sort(key=lambda item: (-minutes(item), item.get_closest_marker("vm") is None))
+    for item in items:
+        for name, limit in LIMITS.items():
+            if item.get_closest_marker(name) and not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(limit))
 
 
 def rotation(items: list[pytest.Item], budget: float) -> list[pytest.Item]:
     """Those of `items` that this commit's hash chooses, as many as `budget` minutes allow: in time, each has a turn."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True)
     chosen = []
-    for each in sorted(items, key=lambda item: hashlib.sha256(git.stdout + item.nodeid.encode()).digest()):
+    for each in sorted(items, key=lambda item: hashlib.sha256((killing.commit() + item.nodeid).encode()).digest()):
         if minutes(each) <= budget:
             chosen.append(each)
             budget -= minutes(each)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A host for the flows after boot: real LUKS2 images, keyring and state, and a scripted key manager over TLS."""
 
+import fcntl
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from kmipfixture import AUTHORITY, CLIENT
-
+from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from tests.lab.kmipserver import KmipServer
 from tests.lab.pki import Leaf
@@ -20,6 +22,17 @@ from unlock.state import State
 
 HOST = "ab" * 16
 Server = Liar | KmipServer
+
+
+@contextmanager
+def key_cache_alone() -> Iterator[None]:
+    """The user keyring is one for all processes of root in a user namespace: whoever puts keys into it is alone."""
+    namespace = os.stat("/proc/self/ns/user").st_ino
+    with Path(tempfile.gettempdir(), f"unlock-test-keyring-{namespace}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        keyring.flush()
+        yield
+        keyring.flush()
 
 
 class Host:

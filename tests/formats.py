@@ -8,13 +8,11 @@ random key in it is new with each run.
 """
 
 import datetime
-import fcntl
 import json
 import lzma
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
+from tests.flowfixture import key_cache_alone
 from tests.tpmfixture import Swtpm
 from unlock import (
     allowed,
@@ -48,6 +47,7 @@ from unlock.paths import Paths
 from unlock.providers import native
 from unlock.secret import Secret
 from unlock.state import State
+from unlock.strictjson import canonical
 
 FOLDER = Path(__file__).parent / "data/formats/v1"
 WARNING = "test keys, known to everybody: they protect nothing"
@@ -503,7 +503,7 @@ def make(folder: Path) -> None:
         keyring.flush()
         formatted(place / "disk", keys)
         for each, fields in tokens(place / "disk", keys).items():
-            put(folder / f"token-{each}.json", token.canonical(fields) + b"\n")
+            put(folder / f"token-{each}.json", canonical(fields) + b"\n")
         with luks.Container(str(place / "disk")) as container:
             container.set_token(json.loads((folder / "token-persistent.json").read_bytes()))
         put(folder / "disk.img.xz", lzma.compress((place / "disk").read_bytes()[:AREAS]))
@@ -528,11 +528,10 @@ def put(path: Path, content: bytes) -> None:
 
 def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
-    with Path(tempfile.gettempdir(), "unlock-test-keyring.lock").open("w") as lock:  # as tests/conftest.py
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with key_cache_alone():
         make(FOLDER)
     print(f"{FOLDER}: {sum(each.stat().st_size for each in FOLDER.rglob('*') if each.is_file())} bytes")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

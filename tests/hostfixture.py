@@ -6,11 +6,10 @@ import shutil
 from hashlib import sha256
 from pathlib import Path
 
-from eventlogs import Boot, systemd_log
-from flowfixture import HOST, Server
-from flowfixture import Host as Disks
-from tpmfixture import Swtpm
-
+from tests.eventlogs import Boot, systemd_log
+from tests.flowfixture import HOST, Server
+from tests.flowfixture import Host as Disks
+from tests.tpmfixture import Swtpm
 from unlock import allowed, atunseal, keyring, policy, report, slots, thisboot
 from unlock.errors import PinWrong, UnlockError
 from unlock.paths import Paths

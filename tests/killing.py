@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGKILL for a flow: in a forked child, at its Nth call or return of a function of ours, or at a system call."""
+"""SIGKILL for a flow: at each of its steps that changes something lasting, and at a sample of all the others.
 
+Such a step is a call of `LASTING`, before it and after it. The others are all calls and returns of our functions, ten
+thousands in a flow: `SAMPLE` of them, others for another commit. UNLOCK_KILLS=1000 tries more of them.
+"""
+
+import mmap
 import os
+import random
 import re
 import signal
 import subprocess
@@ -9,24 +15,100 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import FrameType, FunctionType
 
-PACKAGE = str(Path(__file__).parents[1] / "unlock")
+from unlock import keyring, luks, tpm
+from unlock.providers import kmip
+
+CHECKOUT = Path(__file__).parents[1]
+PACKAGE = str(CHECKOUT / "unlock")
+SAMPLE = int(os.environ.get("UNLOCK_KILLS", "5"))
+
+Step = Callable[..., object]
+LASTING: tuple[Step, ...] = (
+    os.replace,
+    os.rename,
+    os.unlink,
+    os.symlink,
+    keyring.put,
+    keyring.forget,
+    luks.Container.set_token,
+    luks.Container.remove_token,
+    luks.Container.add_keyslot,
+    luks.Container.remove_keyslot,
+    tpm.Tpm.write_record,
+    tpm.Tpm._keep,
+    tpm.Tpm._define,
+    tpm.Tpm._undefine,
+    kmip.Kmip._change,
+)
+"""What changes a file, the key cache, a header, the TPM or the key manager."""
 
 
-EVERY = int(os.environ.get("UNLOCK_KILL_EVERY", "5"))
-"""Which of the steps below are tried: each fifth; 1 for a soak."""
-LASTING = frozenset(("save", "put", "forget", "write_backup", "set_token", "remove_token"))
-TPM_WRITES = frozenset(("_create", "_keep", "_define", "_undefine", "write_record"))
-"""What changes something that outlives the process, in a state, keyring, header or TPM."""
+@cache
+def commit() -> str:
+    """What chooses the sample: the same for all who test a commit."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
-def killed_at(number: int, work: Callable[[], object], steps: frozenset[str] = frozenset()) -> bool:
-    """Runs `work` in a child that kills itself at that event; False when it had ended before. `steps` are the names of
-    the functions that count; all of ours when it is empty."""
-    return child(lambda: _count_down(number, work, steps)) == -signal.SIGKILL
+class Killer:
+    """`for attempt, killed in killer(begin)` kills what `begin(attempt)` returns, once at each step. Who iterates looks
+    at what it has left, and finishes it. `killed` is False in the attempt that needed no more steps."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+
+    def __call__(
+        self, begin: Callable[[int], Callable[[], object]], lasting: Collection[Step] = LASTING
+    ) -> Iterator[tuple[int, bool]]:
+        attempt = 1
+        while (total := _calls(attempt, begin(attempt), lasting)) is None:
+            yield attempt, True
+            attempt += 1
+        yield attempt, False
+        assert attempt > 3, "it has hardly a step"
+        sample = random.Random(commit()).sample(range(1, total + 1), min(SAMPLE, total))
+        for number in sample:
+            attempt += 1
+            yield attempt, killed_at(number, begin(attempt), ())
+        self._tell(f"killed at {attempt - 1 - len(sample)} steps that last and {len(sample)} of {total} others")
+
+
+def killed_at(number: int, work: Callable[[], object], steps: Collection[Step]) -> bool:
+    """Runs `work` in a child that kills itself at the Nth call or return of `steps`, or of anything of ours when there
+    are none; False when it had ended before."""
+    return _calls(number, work, steps) is None
+
+
+def _calls(number: int, work: Callable[[], object], steps: Collection[Step]) -> int | None:
+    """All calls and returns of ours in such a child that has ended; None when it was killed."""
+    wanted = {step.__code__ if isinstance(step, FunctionType) else step for step in steps}
+    left = number
+
+    def event(frame: FrameType, kind: str, called: object) -> None:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return
+        ours = kind in ("call", "return")
+        all_calls[0] += ours
+        if (frame.f_code if ours else called) in wanted or (ours and not wanted):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def run() -> None:
+        sys.setprofile(event)
+        work()
+        sys.setprofile(None)
+
+    with mmap.mmap(-1, 8) as shared, memoryview(shared).cast("q") as all_calls:
+        code = child(run)
+        assert code in (0, -signal.SIGKILL), f"the child ended with {code}"
+        return None if code else all_calls[0]
 
 
 def killed_in(call: str, number: int, work: Callable[[], object]) -> bool:
@@ -61,29 +143,21 @@ def _traced(options: list[str], work: Callable[[], object]) -> int:
             time.sleep(0.001)
         os.write(go, b"!")
         os.close(go)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def _count_down(number: int, work: Callable[[], object], steps: frozenset[str]) -> None:
-    left = number
-
-    def event(frame: FrameType, kind: str, _: object) -> None:
-        nonlocal left
-        code = frame.f_code
-        counts = code.co_filename.startswith(PACKAGE) and (not steps or code.co_name in steps)
-        if kind in ("call", "return") and counts:
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.setprofile(event)
-    work()
-    sys.setprofile(None)
+        return _ended(pid)
 
 
 def child(work: Callable[[], object]) -> int:
     """The exit code of a forked child that runs `work`: 0, 1 for an exception, or minus a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(_fork(work), 0)[1])
+    return _ended(_fork(work))
+
+
+def _ended(pid: int) -> int:
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except BaseException:  # the test's time is over
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
 
 
 def _fork(work: Callable[[], object]) -> int:

@@ -17,7 +17,6 @@ from tests.properties import BATCH, NOTHING, Property, run, told
 def registered() -> dict[str, Property]:
     """PROPERTIES of all test modules that have them, by name."""
     found: dict[str, Property] = {}
-    sys.path.insert(0, str(Path(__file__).parent))
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         if "PROPERTIES" in path.read_text():
             found |= {each.name: each for each in importlib.import_module(f"tests.{path.stem}").PROPERTIES}
@@ -27,8 +26,8 @@ def registered() -> dict[str, Property]:
 def main() -> None:
     properties = registered()
     if sys.argv[1:]:
-        name, seed, number = sys.argv[1:]
-        print(run(properties[name], int(seed), [int(number)]))
+        name, its_seed, number = sys.argv[1:]
+        print(run(properties[name], int(its_seed), [int(number)]))
         return
     seconds = int(os.environ.get("SECONDS") or 3600)
     print(f"{', '.join(properties)}: for {seconds} s", flush=True)

@@ -9,7 +9,7 @@ has nothing to do with how a host boots is done to a fast machine; the rest to h
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -26,7 +26,7 @@ from tests.test_boot_attacks import load_kexec
 pytestmark = pytest.mark.vm
 
 Show = Callable[[str, object], None]
-POWER_CUT: dict[Runs, dict[str, str]] = {"uml": {}, "qemu": {"cache": "writeback"}}
+POWER_CUT: dict[Runs, dict[str, Any]] = {"uml": {}, "qemu": {"cache": "writeback"}}
 """What a machine needs so that its disks hold what was flushed."""
 
 ESP = "/boot/efi/EFI"

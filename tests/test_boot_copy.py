@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_explain import Boot, Host, good
 
+from tests.eventlogs import Boot
+from tests.test_explain import Host, good
 from unlock import bootcopy, explain, measured, policy
 from unlock.errors import Malformed
 from unlock.measured import Baseline

@@ -9,21 +9,20 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import eventlogs
-import pefile
 import pytest
-from flowfixture import HOST, Host
-from kmipfixture import AUTHORITY
-from test_devices import Machine
-from tpmfixture import Swtpm
 
+from tests import eventlogs, pefile
+from tests.flowfixture import HOST, Host
+from tests.kmipfixture import AUTHORITY
 from tests.lab.kmipliar import Liar
+from tests.test_devices import Machine
+from tests.tpmfixture import Swtpm
 from unlock import check, disk, images, keyring, luks, policy, recoveryops, report, slots, token
 from unlock.check import NOTE, SAFE, UNPROVEN, UNSAFE
 from unlock.errors import CommandFailed, UnlockError
 from unlock.secret import Secret
 
-pytestmark = pytest.mark.usefixtures("key_cache")
+pytestmark = [pytest.mark.usefixtures("key_cache"), pytest.mark.root]
 
 CODE = "usr/lib/unlock/unlock/boot.pyc"
 READS = ("usr/lib/unlock/reads/token-1", "usr/lib/unlock/reads/record-1")

@@ -15,6 +15,8 @@ import pytest
 from unlock import devices
 from unlock.errors import CommandFailed, DiskFailed
 
+pytestmark = pytest.mark.root
+
 REPOSITORY = Path(devices.__file__).parent.parent
 
 

@@ -119,7 +119,8 @@ def test_the_old_token_stays_when_the_new_one_did_not_reach_the_disk(protected: 
 @pytest.mark.parametrize("field", ["dek", "host_key", "mac"])
 def test_the_old_token_stays_when_the_new_one_reads_back_wrong(protected: Protected, field: str) -> None:
     each = newer(protected)
-    wrong = each._replace(**{field: bytes(len(getattr(each, field)))})
+    zeros: dict[str, Any] = {field: bytes(len(getattr(each, field)))}
+    wrong = each._replace(**zeros)
     with luks.Container(protected.path) as container:
         container.set_token(token.encode(wrong))
     with pytest.raises(DiskFailed, match="the old one stays"):

@@ -4,15 +4,17 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
-from kmipfixture import AUTHORITY, CLIENT
-from tpmfixture import Swtpm
 
+from tests.killing import Killer, child, killed_in
+from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
+from tests.tpmfixture import Swtpm
 from unlock import cache, config, disk, enroll, keyring, luks, members, policy, recoverykey, report, slots, sync
 from unlock.errors import ClientAuth, PinWrong, Refused, TpmFailed, UnlockError, Usage
 from unlock.paths import Paths
@@ -71,7 +73,9 @@ def test_init_seals_backs_up_and_leaves_no_key_in_a_file(host: Paths, chip: Swtp
     with open(asked.backup, "rb") as file, native.restore(file.read(), asked.password) as restored:
         assert restored.id == state.provider_id
         kdk = bytes(restored.kdk)
-    host_key = bytes(state.host_key(persistence))
+    host_secret = state.host_key(persistence)
+    assert host_secret
+    host_key = bytes(host_secret)
     for path in Path(host.root).rglob("*"):
         content = path.read_bytes() if path.is_file() else b""
         for secret in (bytes(persistence), kdk, host_key, PASSWORD):
@@ -260,7 +264,7 @@ def test_a_wrong_password_does_not_restore_the_backup(host: Paths, chip: Swtpm) 
 
 
 def test_init_cut_off_at_any_tpm_command_finishes_when_run_again(
-    tmp_path: Path, host: Paths, record_property: Callable[[str, object], None]
+    tmp_path: Path, host: Paths, cheap_passwords: None, record_property: Callable[[str, object], None]
 ) -> None:
     for count in range(1, 200):
         with Swtpm(tmp_path / f"tpm-{count}") as chip:
@@ -286,62 +290,32 @@ def test_init_cut_off_at_any_tpm_command_finishes_when_run_again(
     raise AssertionError("init never ended")
 
 
-INIT = """
-import sys
-from unlock import enroll
-from unlock.paths import Paths
-from unlock.secret import Secret
-root, backup, tcti = sys.argv[1:]
-accepted = frozenset(("unmeasured-boot", "unauthenticated-root"))
-enroll.init(Paths(root), enroll.Choices(backup, Secret(b"of the backup"), accepted, (), Secret(b""), tcti))
-"""
-
-
-@pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_init_killed_at_any_step_finishes_when_run_again(
-    tmp_path: Path, host: Paths, call: str, record_property: Callable[[str, object], None]
+    tmp_path: Path, host: Paths, killer: Killer, cheap_passwords: None
 ) -> None:
-    for number in range(1, 30):
-        with Swtpm(tmp_path / f"tpm-{number}") as chip:
-            asked = choices(host, chip)
-            code = run(INIT, [host.root, asked.backup, chip.tcti], *killing(call, number))
-            if code:
+    with ExitStack() as chips:
+        chip = Swtpm(tmp_path)
+
+        def begin(attempt: int) -> Callable[[], object]:
+            nonlocal chip
+            chip = chips.enter_context(Swtpm(tmp_path / f"tpm-{attempt}"))
+            return partial(enroll.init, host, choices(host, chip))
+
+        for _, killed in killer(begin):
+            chip.power_cycle()
+            if killed:
                 try:
-                    enroll.init(host, asked)
-                except Refused as error:  # killed in its last call, it was whole
+                    enroll.init(host, choices(host, chip))
+                except Refused as error:  # killed in its last step, it was whole
                     assert error.code == "initialised"
             with chip.open() as tpm, slots.unseal(tpm).payload.key as persistence:
                 State.load(host).kdk(persistence).wipe()
-            os.unlink(asked.backup)
+            os.unlink(choices(host, chip).backup)
             os.unlink(host.state)
-        if code == 0:
-            break
-    record_property("shown", f"init: killed at each of {number - 1} calls of {call}, and run again")
-    assert code == 0 and number > 2
-
-
-def run(code: str, arguments: list[str], *before: str) -> int:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [*before, sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
-
-
-def killing(call: str, number: int) -> list[str]:
-    """A command line before another: SIGKILL when it makes a system call for the Nth time."""
-    inject = f"inject={call}:signal=KILL:when={number}"
-    return ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", inject]
+            chips.close()
 
 
 # Adopting a disk
-
-ADOPT = """
-import sys
-from unlock import members
-from unlock.paths import Paths
-from unlock.secret import Secret
-root, device, recovery = sys.argv[1:]
-members.disk_adopt(Paths(root), device, "data", Secret(b"operator"), recovery)
-"""
 
 
 @pytest.fixture
@@ -363,8 +337,13 @@ def device(tmp_path: Path) -> Iterator[str]:
     subprocess.run(["losetup", "--detach", loop.stdout.strip()], check=True)
 
 
-def adopt(paths: Paths, device: str, *before: str) -> int:
-    return run(ADOPT, [paths.root, device, os.path.join(paths.root, "recovery")], *before)
+def adopting(paths: Paths, device: str) -> Callable[[], object]:
+    file = os.path.join(paths.root, "recovery")
+    return partial(members.disk_adopt, Paths(paths.root), device, "data", Secret(b"operator"), file)
+
+
+def adopt(paths: Paths, device: str) -> int:
+    return child(adopting(paths, device))
 
 
 def opens_with(device: str, key: bytes) -> bool:
@@ -445,28 +424,27 @@ def test_adopting_killed_at_any_step_finishes_when_run_again(
     enrolled: Paths, device: str, call: str, record_property: Callable[[str, object], None]
 ) -> None:
     """SIGKILL at the Nth call of each kind that makes something durable, then the same command again."""
-    saved = Path(device).read_bytes()
-    state = Path(enrolled.state).read_bytes()
-    kills = 0
-    for number in range(1, 60, 1 if call in ("fsync", "rename") else 5):
-        code = adopt(enrolled, device, *killing(call, number))
-        kills += code != 0
+    recovery = Path(enrolled.root, "recovery")
+    saved, state = Path(device).read_bytes(), Path(enrolled.state).read_bytes()
+
+    def again() -> None:
+        Path(device).write_bytes(saved)
+        Path(enrolled.state).write_bytes(state)
+        recovery.unlink(missing_ok=True)
+
+    number, killed = 0, True
+    while killed:
+        again()
+        number += 1
+        killed = killed_in(call, number, adopting(enrolled, device))
         assert opens_with(device, b"operator"), f"killed at {call} {number}"
-        whole = code == 0
         assert adopt(enrolled, device) == 0, f"run again after {call} {number}"
         with luks.Container(device) as container:
             assert len(container.tokens("unlock")) == 1
-        recovery = Path(enrolled.root, "recovery")
         assert opens_with(device, recovery.read_bytes().strip())
-        journal = json.loads(Path(enrolled.state).read_text())["journal"]
-        assert journal is None
-        Path(device).write_bytes(saved)
-        Path(enrolled.state).write_bytes(state)
-        recovery.unlink()
-        if whole:
-            break
-    assert kills
-    record_property("shown", f"disk adopt: killed at {kills} calls of {call}, and run again")
+        assert json.loads(Path(enrolled.state).read_text())["journal"] is None
+    assert number > 2
+    record_property("shown", f"disk adopt: killed at each of {number - 1} calls of {call}, and run again")
 
 
 # A key manager from the start

@@ -6,9 +6,11 @@ import shutil
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
-from eventlogs import (
+
+from tests.eventlogs import (
     IMAGE_SECURITY,
     LOGGED,
     SHA256,
@@ -26,9 +28,8 @@ from eventlogs import (
     values,
     variable,
 )
-from hostfixture import MEASURED_BY, Measures
-from tpmfixture import Swtpm
-
+from tests.hostfixture import MEASURED_BY, Measures
+from tests.tpmfixture import Swtpm
 from unlock import eventlog, explain, measured, policy, report, slots, thisboot
 from unlock.errors import Malformed, UnlockError
 from unlock.explain import Explanation
@@ -111,7 +112,7 @@ def good(host: Host, boot: Boot) -> None:
     assert host.explain().causes == ()
 
 
-STORIES = [
+STORIES: list[tuple[str, dict[str, Any], str, int, tuple[str, str]]] = [
     # how it boots, what changed, the first cause, its PCR, what the person sees of old and new
     ("direct", {"kernel": "another"}, "kernel", 4, ("", "")),
     ("direct", {"initrd": "another"}, "initrd", 9, ("", "")),
@@ -133,11 +134,11 @@ STORIES = [
 
 @pytest.mark.parametrize("kind,change,code,pcr,words", STORIES, ids=[f"{s[0]}-{next(iter(s[1]))}" for s in STORIES])
 def test_the_first_event_that_changed_is_named(
-    host: Host, kind: str, change: dict[str, object], code: str, pcr: int, words: tuple[str, str]
+    host: Host, kind: str, change: dict[str, Any], code: str, pcr: int, words: tuple[str, str]
 ) -> None:
     boot = Boot(kind)
     good(host, boot)
-    assert host.boot(boot._replace(**change)) == "pcr-mismatch"  # type: ignore[arg-type]
+    assert host.boot(boot._replace(**change)) == "pcr-mismatch"
     found = host.explain()
     first = found.causes[0]
     assert (first.code, first.pcr) == (code, pcr), explain.text(found)

@@ -14,15 +14,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-import pefile
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
-from eventlogs import DATA, LOGGED, Entry, log, plain, program, real, tagged, variable
-from hostfixture import Machine
 
+from tests import pefile
+from tests.eventlogs import DATA, LOGGED, Entry, log, plain, program, real, tagged, variable
+from tests.hostfixture import Machine
 from unlock import atunseal, booted, cache, check, eventlog, explain, foresee, grub, pe, predict, slots, uefi
 from unlock.errors import Refused, UnlockError
 from unlock.paths import Paths
@@ -786,13 +786,13 @@ def test_unified_kernel_images(tmp_path: Path) -> None:
 
 def test_what_systemd_boot_was_told_to_start_is_what_comes(tmp_path: Path) -> None:
     """By bootctl set-oneshot and loader.conf; try counters are no part of an entry's name."""
+    old, older, newer = (unified(code) for code in (b"old", b"older", b"newer"))
+    now, linux = uki(old, "b-6.9.efi"), "boot/efi/EFI/Linux"
+    host = enrolled(tmp_path, now, {f"{linux}/b-6.9.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
 
     def defaults() -> list[str]:
         return [each.words.split()[-1] for each in run(host, dry_run=True).entries if each.default]
 
-    old, older, newer = (unified(code) for code in (b"old", b"older", b"newer"))
-    now, linux = uki(old, "b-6.9.efi"), "boot/efi/EFI/Linux"
-    host = enrolled(tmp_path, now, {f"{linux}/b-6.9.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
     host.write(f"{linux}/b-6.1+2-1.efi", older)
     host.write(f"{linux}/a-6.2.efi", newer)
     assert defaults() == ["b-6.9.efi"]

@@ -11,6 +11,7 @@ import sys
 from base64 import b64decode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +46,7 @@ from unlock.paths import Paths
 from unlock.providers import native
 from unlock.secret import Secret
 from unlock.state import State
+from unlock.strictjson import canonical
 
 TOP = Path(__file__).parents[1]
 KEYS = json.loads((FOLDER / "keys.json").read_text())
@@ -82,7 +84,7 @@ def derived(generation: int = 1, what: str = "kek/data") -> bytes:
 
 def test_a_json_value_has_one_text() -> None:
     for value in {"b": [1, None, True], "a": {"é": "ä\n", "A": ""}}, [2**53, -1, "\x7f"], {}:
-        assert token.canonical(value) == luks.canonical(value) == reader.canonical(value)
+        assert canonical(value) == reader.canonical(value)
 
 
 # What comes out the same each time
@@ -198,7 +200,7 @@ def test_a_cheap_keyslot_of_a_disk_with_another_cipher_is_tried(plugged: Path) -
         assert other != text
         data[at + 4096 : at + (1 << 14)] = other
         data[at + 448 : at + 512] = bytes(64)
-        data[at + 448 : at + 480] = policy.sha256(data[at : at + (1 << 14)]).digest()
+        data[at + 448 : at + 480] = sha256(data[at : at + (1 << 14)]).digest()
     with plugged.open("r+b") as file:
         file.write(data)
     with luks.Container(str(plugged)) as container:
@@ -239,7 +241,7 @@ def test_new_tokens_say_the_same_and_wrap_the_same(plugged: Path, keys: Keys) ->
             each | dict.fromkeys(("dek", "host_key")) | {"kek": each["kek"] | {"wrapped": 0}} for each in (was, written)
         ]
         assert plain[0] == plain[1]
-        assert len(token.canonical(written)) == len(frozen(f"token-{name}.json").strip()) == 2048
+        assert len(canonical(written)) == len(frozen(f"token-{name}.json").strip()) == 2048
         assert token.encode(token.decode(was)) == was
 
 
@@ -308,7 +310,7 @@ def test_one_wrong_digit_and_two_groups_in_another_order_are_found() -> None:
 
 def decrypted(folder: Path) -> list[bytes]:
     """By stock tools and the organisation's private keys."""
-    commands = (
+    commands: tuple[list[str | Path], ...] = (
         [
             "openssl",
             "cms",
@@ -592,7 +594,7 @@ def test_a_newer_version_is_refused_by_name(name: str, tmp_path: Path) -> None:
 def test_a_newer_record_or_payload_in_the_tpm_is_refused_by_name() -> None:
     body = frozen("record-2.bin")[:7] + b"\3" + frozen("record-2.bin")[8:416]
     with pytest.raises(NewerFormat):
-        policy.Record.decode(body + policy.sha256(body).digest())
+        policy.Record.decode(body + sha256(body).digest())
     for newer in b"\2" + frozen("payload-0.bin")[1:], b"\1\2" + frozen("payload-0.bin")[2:]:
         with pytest.raises(NewerFormat):
             policy.Payload.decode(Secret(newer))
@@ -608,9 +610,10 @@ def test_what_is_changed_is_found(plugged: Path, keys: Keys) -> None:
     """The data is no accident: one bit, and nothing opens."""
     changed = {**said("token-persistent.json"), "members": 3}
     with luks.Container(str(plugged)) as container:
-        for attempt in (
+        attempts: tuple[Callable[[], object], ...] = (
             lambda: disk.volume_key(container, token.decode(changed), keys.persistence),
             lambda: disk.by_checked_recovery_key(container, token.decode(changed), keys.recovery),
-        ):
+        )
+        for attempt in attempts:
             with pytest.raises(Tampered):
                 attempt()

@@ -47,7 +47,7 @@ def test_early_boots_python_runs_in_the_unpacked_initramfs(tmp_path: Path) -> No
         "        measured.with_command_line(map(measured.describe, log.events), 'quiet')\n"
     )
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "CRYPTOGRAPHY_OPENSSL_NO_LEGACY": "1"}
-    command = ["chroot", tree, "/usr/bin/python3", "-I", "-c", code]
+    command = ["chroot", str(tree), "/usr/bin/python3", "-I", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert not {"argparse", "asyncio", "logging", "importlib.metadata", "kmip", "tomllib"} & set(done.stdout.split())

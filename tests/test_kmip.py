@@ -190,6 +190,7 @@ def test_certificates_that_cannot_be_used(server: KmipServer) -> None:
             connect(server, client=client, ca=ca)
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_only_the_codec_of_pykmip_is_imported() -> None:
     code = "import sys, unlock.providers.kmip; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

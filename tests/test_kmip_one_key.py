@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trouble with one key is that key's, and keys that were left at a dead key manager are no trouble. Real headers."""
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from flowfixture import HOST, Host
-from killing import killed_at
-from kmipfixture import AUTHORITY, CLIENT, connect
 
+from tests.flowfixture import HOST, Host
+from tests.killing import LASTING, killed_at
+from tests.kmipfixture import AUTHORITY, CLIENT, connect
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
 from unlock import clikeys, config, keymanager, keyring, rekey, status, sync
 from unlock import switch as switching
@@ -93,8 +94,8 @@ def test_a_host_key_that_cannot_be_fetched_does_not_undo_what_was_said_of_the_gr
 def test_a_rotation_that_cannot_be_finished_holds_up_no_other_group(host: Host, kms: Liar) -> None:
     number = 1
     while not (host.state.journal and host.state.journal["made"]):
-        assert killed_at(number, lambda: rekey.rekey(host.paths, "data", host.look))
-        number += 100
+        assert killed_at(number, lambda: rekey.rekey(host.paths, "data", host.look), LASTING)
+        number += 1
     kms.sick[host.state.journal["made"][0]] = "failure"
     found = run(host)
     assert found["more"] == "unchanged"
@@ -132,7 +133,7 @@ def test_keys_left_at_a_dead_key_manager_are_no_trouble_and_are_told_once(
             assert other.traffic() - before == (1, 1)
         rekey.rekey(host.paths, "data", host.look)
         assert {each["name"]: each["not_retired"] for each in keymanager.names(host.paths)} == {"second": 0, "kms": 2}
-        clikeys._provider_list(host.paths, clikeys.argparse.Namespace(json=False))
+        clikeys._provider_list(host.paths, argparse.Namespace(json=False))
         assert capsys.readouterr().out.count("replaced keys still active there: 2") == 1
         said = status.table(status.status(host.paths))
         assert said.count("2 replaced key(s) still active at kms") == 1

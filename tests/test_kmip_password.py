@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from flowfixture import Host
-from kmipfixture import AUTHORITY, CLIENT
 
+from tests.flowfixture import Host
+from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from tests.lab.kmipserver import KmipServer
 from unlock import config, keymanager, keyring, provide, rekey, sync

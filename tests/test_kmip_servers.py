@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from kmipfixture import AUTHORITY, connect
 
+from tests.kmipfixture import AUTHORITY, connect
 from tests.lab import kmipliar
 from tests.lab.kmipliar import Liar
 from unlock.errors import NotFoundOrDenied, Unsupported

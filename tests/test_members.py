@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flowfixture import Host
-from test_devices import UDEV, python, rules
-from test_disk import edit
 
+from tests.flowfixture import Host
+from tests.test_devices import UDEV, python, rules
+from tests.test_disk import edit
 from unlock import config, luks, members, recoverykey, token
 from unlock.errors import DiskFailed, NotOurs, Refused, UnlockError, Usage
 from unlock.members import NewGroup
+from unlock.secret import Secret
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -110,6 +111,7 @@ def not_created(host: Host, asked: NewGroup) -> UnlockError:
 # group create: a disk that is in use
 
 
+@pytest.mark.root
 def test_a_mounted_disk_is_not_formatted_whatever_may_be_erased(
     host: Host, loops: Loops, mounted: Callable[..., Path]
 ) -> None:
@@ -130,6 +132,7 @@ def test_a_disk_that_a_program_holds_is_not_formatted(host: Host, loops: Loops) 
     assert (error.code, disk in str(error)) == ("in-use", True)
 
 
+@pytest.mark.root
 def test_the_other_disk_of_a_mounted_btrfs_is_not_formatted(
     host: Host, loops: Loops, mounted: Callable[..., Path]
 ) -> None:
@@ -309,14 +312,14 @@ def luks_format(disk: str, *options: str) -> None:
 
 
 def not_adopted(host: Host, disk: str, group: str = "data", **more: Any) -> UnlockError:
-    passphrase = more.pop("passphrase", luks.Secret(OPERATOR))
+    passphrase = more.pop("passphrase", Secret(OPERATOR))
     recovery = more.pop("recovery", recovery_file(host))
     work = Unchanged(host, *([disk] if os.path.exists(disk) else []))
     return work.after(lambda: members.disk_adopt(host.paths, disk, group, passphrase, recovery, **more))
 
 
 def adopt(host: Host, disk: str, group: str = "data", name: str = "") -> None:
-    members.disk_adopt(host.paths, disk, group, luks.Secret(OPERATOR), recovery_file(host), name)
+    members.disk_adopt(host.paths, disk, group, Secret(OPERATOR), recovery_file(host), name)
 
 
 def test_what_is_not_luks2_is_not_adopted(host: Host, loops: Loops) -> None:
@@ -348,7 +351,7 @@ def test_a_wrong_passphrase_adopts_nothing(host: Host, loops: Loops) -> None:
     (disk,) = loops()
     luks_format(disk)
     with pytest.raises(NotOurs):
-        members.disk_adopt(host.paths, disk, "data", luks.Secret(b"wrong"), recovery_file(host))
+        members.disk_adopt(host.paths, disk, "data", Secret(b"wrong"), recovery_file(host))
     assert (host.state.groups, host.state.journal) == ({}, None)
 
 
@@ -442,9 +445,8 @@ def test_a_group_takes_in_no_disk_while_one_of_its_members_is_missing(host: Host
 
 
 GROWING = """
-    sys.path.insert(0, os.environ["PYTHONPATH"] + "/tests")
-    from flowfixture import Host
-    from test_members import adopt, luks_format
+    from tests.flowfixture import Host
+    from tests.test_members import adopt, luks_format
     from pathlib import Path
     from unlock.errors import UnlockError
     from unlock import recoverykey
@@ -497,6 +499,7 @@ GROWING = """
 """
 
 
+@pytest.mark.root
 def test_a_group_grows_only_while_every_member_is_here_once_and_takes_the_recovery_key(
     tmp_path: Path, rules: Path
 ) -> None:

@@ -11,15 +11,16 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from eventlogs import Boot
-from hostfixture import Machine
-from killing import LASTING, TPM_WRITES, killed_at
-from tpmfixture import Swtpm
 
+from tests.eventlogs import Boot
+from tests.hostfixture import Machine
+from tests.killing import Killer, killed_at
+from tests.tpmfixture import Swtpm
 from unlock import (
     allowed,
     ask,
@@ -47,6 +48,7 @@ from unlock.errors import (
     Tampered,
     TpmFailed,
     TpmRefused,
+    UnlockError,
     Usage,
 )
 from unlock.policy import A, B, Payload, Record
@@ -88,7 +90,8 @@ class Person:
     """Types these, one after the other; then Enter alone."""
 
     def __init__(self, *types: str) -> None:
-        self.types, self.left = list(types), []
+        self.types = list(types)
+        self.left: list[int] = []
 
     def __call__(self, left: int) -> Secret:
         self.left.append(left)
@@ -389,7 +392,7 @@ def test_a_cut_after_every_command_leaves_the_old_or_the_new(
             try:
                 persist(chip, after, 2)
                 raise AssertionError("nothing left to cut")
-            except (AssertionError, slots.UnlockError):
+            except (AssertionError, UnlockError):
                 pass
             if power:
                 chip.power_cycle()
@@ -465,11 +468,12 @@ def test_without_what_it_makes_nothing_is_sealed_anew_and_the_pin_is_never_dropp
     set_pin(host)
     keyring.forget("unlock:pin-auth")
     before = host.chip.proxy.commands[:]
-    for change in (
+    changes: tuple[Callable[[], object], ...] = (
         lambda: host.predict(("kernel 2", NEW)),
         lambda: window.open_window(host.paths, 1, (), host.chip.tcti),
         lambda: window.choose(host.paths, (7, 9), tcti=host.chip.tcti),
-    ):
+    )
+    for change in changes:
         with pytest.raises(Refused) as caught:
             change()
         assert (caught.value.code, caught.value.hint) == ("pin-needed", "unlock policy set --pin")
@@ -485,7 +489,7 @@ def test_without_what_it_makes_nothing_is_sealed_anew_and_the_pin_is_never_dropp
 def test_a_power_cut_before_the_old_slot_went_leaves_no_way_around_the_pin(host: Machine) -> None:
     """The boot asks for the PIN, so the operator takes it for done; the owner could evict the newer slot."""
     old = host.allows().slot
-    killed_at(1, lambda: set_pin(host), frozenset(("evict",)))
+    assert killed_at(1, lambda: set_pin(host), [Tpm.evict])
     host.types = [PIN]
     assert host.boot() == "unsealed" and host.asked == 1
     window.good_boot(host.paths, host.chip.tcti)
@@ -520,7 +524,7 @@ def test_a_refused_boot_leaves_nothing_to_seal_with(host: Machine) -> None:
     host.types = ["wrong"] * 3
     assert host.boot() == "pin-wrong" and host.asked == 3
     assert keyring.names() == []
-    with pytest.raises(slots.UnlockError) as caught:
+    with pytest.raises(UnlockError) as caught:
         set_pin(host)
     assert caught.value.code == "no-key"
 
@@ -586,12 +590,16 @@ def test_a_hook_says_what_to_type_and_fails_nothing(
 
 
 @pytest.mark.parametrize("to", [PIN, None])
-def test_killed_anywhere_the_old_or_the_new_and_the_same_command_finishes(host: Machine, to: str | None) -> None:
+def test_killed_anywhere_the_old_or_the_new_and_the_same_command_finishes(
+    host: Machine, to: str | None, killer: Killer
+) -> None:
     from_pin = "before 1" if to is None else None
-    number = 1
-    while True:
+
+    def begin(_: int) -> Callable[[], object]:
         set_pin(host, from_pin)
-        ended = not killed_at(number, lambda: set_pin(host, to), LASTING | TPM_WRITES)
+        return partial(set_pin, host, to)
+
+    for _ in killer(begin):
         assert host.allows().record.pin in (to is not None, from_pin is not None)
         assert not host.allows().record.pin or host.state.tpm["pin"], "a PIN is never forgotten"
         host.types = [each for each in (to, from_pin) if each]
@@ -600,10 +608,6 @@ def test_killed_anywhere_the_old_or_the_new_and_the_same_command_finishes(host: 
         host.types = [to] if to else []
         assert host.boot() == "unsealed" and host.asked == (1 if to else 0)
         host.chip.set_lockout(32)
-        if ended:
-            break
-        number += 3
-    assert number > 6
 
 
 # rebind -----------------------------------------------------------------------------------------------------
@@ -655,29 +659,29 @@ def test_rebind_never_drops_a_pin_in_silence(disks: Machine) -> None:
     assert disks.boot() == "unsealed" and disks.asked == 0
 
 
-def test_rebind_with_another_pin_killed_anywhere_keeps_the_one_or_the_other(disks: Machine) -> None:
+def test_rebind_with_another_pin_killed_anywhere_keeps_the_one_or_the_other(disks: Machine, killer: Killer) -> None:
     """And no PIN is dropped: without --pin it goes on only where it knows which of the two the TPM has."""
     set_pin(disks)
-    before, number, kept, ended = PIN, 1, set(), False
-    while not ended:
-        pin = f"pin {number}"
-        chosen = Pin(Secret(pin.encode()))
-        ended = not killed_at(number, lambda chosen=chosen: rebound(disks, chosen), LASTING | TPM_WRITES)
+    before, kept = PIN, set()
+
+    def chosen(attempt: int) -> Pin:
+        return Pin(Secret(f"pin {attempt}".encode()))
+
+    for attempt, killed in killer(lambda attempt: partial(rebound, disks, chosen(attempt))):
         assert disks.allows().record.pin
-        if not ended:
+        if killed:
             try:
                 rebound(disks)
-                disks.types = [before, pin]
+                disks.types = [before, f"pin {attempt}"]
                 assert disks.boot() == "unsealed"
                 kept.add(disks.asked)
             except Refused as error:
                 assert error.code == "pin-needed"
                 kept.add(0)
-            rebound(disks, chosen)
-        disks.types = [pin]
+            rebound(disks, chosen(attempt))
+        disks.types = [before := f"pin {attempt}"]
         assert disks.boot() == "unsealed" and disks.asked == 1
         disks.chip.set_lockout(32)
-        before, number = pin, number + 2
     assert kept == {0, 1, 2}, "asked for a PIN, the old one, the new one"
 
 

@@ -7,13 +7,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from flowfixture import HOST, Host
-from killing import killed_at
-from kmipfixture import AUTHORITY, CLIENT
 
+from tests.flowfixture import HOST, Host
+from tests.killing import Killer
+from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
 from tests.lab.kmipserver import KmipServer
 from unlock import (
@@ -155,25 +156,26 @@ def test_away_from_a_key_manager_that_is_gone(host: Host, kms: Liar) -> None:
         assert (other.traffic() - before).requests == 1
 
 
-def test_a_switch_killed_anywhere_is_finished_by_the_same_command(host: Host) -> None:
+def test_a_switch_killed_anywhere_is_finished_by_the_same_command(host: Host, killer: Killer) -> None:
     with Liar(AUTHORITY) as one, Liar(AUTHORITY) as two:
         managers = {"second": one, "third": two}
         for name, each in managers.items():
             keymanager.add(host.paths, settings(host, each, name=name), client(), host.look)
-        number, killed = 1, True
-        names = ["second", "third"]
-        while killed:
-            target = names[0] if host.state.provider["name"] != names[0] else names[1]
-            killed = killed_at(number, lambda target=target: switching.switch(host.paths, target, None, host.look))
+
+        def target(attempt: int) -> str:
+            return "second" if attempt % 2 else "third"
+
+        def switch(attempt: int) -> None:
+            switching.switch(host.paths, target(attempt), None, host.look)
+
+        for attempt, killed in killer(lambda attempt: partial(switch, attempt)):
             assert host.boot_opens()
             assert host.recovery_opens()
-            if killed and host.state.provider["name"] != target:
-                switching.switch(host.paths, target, None, host.look)
+            if killed and host.state.provider["name"] != target(attempt):
+                switch(attempt)
             assert host.state.journal is None
             assert host.boot_opens()
-            assert host.state.provider["name"] == target
-            number += 900
-        assert number > 2000
+            assert host.state.provider["name"] == target(attempt)
 
 
 def test_a_switch_with_a_member_away(host: Host, kms: Liar) -> None:
@@ -377,12 +379,15 @@ def test_every_path_that_caches_a_key_is_known() -> None:
     }
 
 
-def test_a_key_in_the_cache_is_on_the_disks_whenever_it_is_killed(host: Host, kms: Liar) -> None:
+def test_a_key_in_the_cache_is_on_the_disks_whenever_it_is_killed(host: Host, kms: Liar, killer: Killer) -> None:
     """Only where the KEK is kept: what is cached and not on every disk that is here was not reported either."""
-    number, cached = 1, 0
-    while True:
+    cached = 0
+
+    def begin(_: int) -> Callable[[], object]:
         kms.replace(kms.keys[host.group.kek.rpartition("/")[2]])
-        killed = killed_at(number, lambda: sync.sync(host.paths, host.look))
+        return partial(sync.sync, host.paths, host.look)
+
+    for _ in killer(begin):
         for name in keyring.names():
             if name.startswith("unlock:kek:"):
                 kek_id, _, generation = name.removeprefix("unlock:kek:").rpartition(":")
@@ -392,9 +397,6 @@ def test_a_key_in_the_cache_is_on_the_disks_whenever_it_is_killed(host: Host, km
         for name in keyring.names():
             if name.startswith("unlock:kek:"):
                 keyring.forget(name)
-        if not killed:
-            break
-        number += 700
     assert cached
 
 
@@ -550,21 +552,23 @@ def test_the_command_line_speaks_for_people_and_for_scripts(host: Host) -> None:
 
 
 @pytest.mark.parametrize("enabling", [False, True])
-def test_a_choice_of_persistence_killed_anywhere_is_finished_by_the_same_command(host: Host, enabling: bool) -> None:
+def test_a_choice_of_persistence_killed_anywhere_is_finished_by_the_same_command(
+    host: Host, enabling: bool, killer: Killer
+) -> None:
     choice, back = persistence.disable, persistence.enable
     if enabling:
         choice, back = back, choice
+
+    def begin(_: int) -> Callable[[], object]:
         back(host.paths, host.look)
-    number = 1
-    while killed_at(number, lambda: choice(host.paths, host.look)):
+        assert [host.opens(image) for image in host.disks] == [not enabling] * 2
+        return partial(choice, host.paths, host.look)
+
+    for _ in killer(begin):
         assert host.recovery_opens()
         choice(host.paths, host.look)
         assert host.state.journal is None
         assert [host.opens(image) for image in host.disks] == [enabling] * 2
-        back(host.paths, host.look)
-        assert [host.opens(image) for image in host.disks] == [not enabling] * 2
-        number += 900
-    assert number > 900
 
 
 def test_a_client_key_that_a_refused_boot_could_not_use_is_found_by_the_test(host: Host, kms: Liar) -> None:

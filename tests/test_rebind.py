@@ -3,14 +3,15 @@
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from eventlogs import Boot, Unmeasured
-from hostfixture import Machine
-from killing import EVERY, LASTING, TPM_WRITES, killed_at
-from kmipfixture import AUTHORITY, CLIENT
 
+from tests.eventlogs import Boot, Unmeasured
+from tests.hostfixture import Machine
+from tests.killing import Killer, killed_at
+from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from unlock import (
     cache,
@@ -30,7 +31,7 @@ from unlock import (
 from unlock.errors import ProviderUnavailable, Refused, UnlockError
 from unlock.secret import Secret
 
-pytestmark = pytest.mark.usefixtures("key_cache")
+pytestmark = pytest.mark.usefixtures("key_cache", "cheap_passwords")
 
 OLD, NEW = Boot("direct"), Boot("direct", kernel="another", initrd="another")
 PASSWORD = b"of the backup"
@@ -153,7 +154,7 @@ def rotation_killed(host: Machine) -> Callable[[], recoveryops.Changed]:
     def rotate() -> recoveryops.Changed:
         return recoveryops.rotate(host.paths, handout.Keep(str(host.folder / "new-key")), host.look)
 
-    assert killed_at(3, rotate, frozenset(("add_keyslot",)))
+    assert killed_at(3, rotate, [luks.Container.add_keyslot])
     assert host.state.journal
     return rotate
 
@@ -291,23 +292,20 @@ def test_a_key_manager_gives_the_keys_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["with its backup", "with a new key", "with the old key at hand"])
-def test_killed_anywhere_every_disk_still_opens_and_it_finishes(
-    host: Machine, how: str, record_property: Callable[[str, object], None]
-) -> None:
-    number, kills, ended = 1, 0, False
-    while not ended:
+def test_killed_anywhere_every_disk_still_opens_and_it_finishes(host: Machine, how: str, killer: Killer) -> None:
+    def file(attempt: int) -> str:
+        return {"with its backup": backup(host), "with a new key": backup(host, f"new-{attempt}")}.get(how, "")
+
+    def begin(attempt: int) -> Callable[[], object]:
         if how != "with the old key at hand":
             host.clear()
             host.boot()
-        file = {"with its backup": backup(host), "with a new key": backup(host, f"new-{number}")}.get(how, "")
-        ended = not killed_at(number, lambda file=file: run(host, file), LASTING | TPM_WRITES)
-        kills += not ended
+        return partial(run, host, file(attempt))
+
+    for attempt, killed in killer(begin):
         assert host.recovery_opens()
-        if kills % 2:  # a power cut, not a mere kill
+        if attempt % 2:  # a power cut, not a mere kill
             host.boot()
-        if not ended:
-            run(host, file)
+        if killed:
+            run(host, file(attempt))
         boots(host)
-        number += EVERY
-    assert kills > 5
-    record_property("shown", f"rebind {how}: killed at {kills} points, and run again")

@@ -3,14 +3,16 @@
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from flowfixture import HOST, Host
-from killing import killed_at
-from test_escrow import decrypted, organisation
 
+from tests.flowfixture import HOST, Host
+from tests.killing import LASTING, Killer, killed_at
+from tests.test_escrow import decrypted, organisation
 from unlock import disk, handout, keyring, luks, present, recoverykey, recoveryops, rekey, status, sync
 from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.escrow import Escrow
@@ -212,7 +214,11 @@ def test_new_gives_a_lost_keyslot_back_and_is_nothing_where_none_is_lost(host: H
 
 def test_a_changed_header_is_never_blessed(host: Host) -> None:
     change_flags(host.disks[1])
-    for change in (lambda: rotate(host), lambda: recoveryops.new(host.paths, host.recovery, host.look)):
+    changes: tuple[Callable[[], object], ...] = (
+        lambda: rotate(host),
+        lambda: recoveryops.new(host.paths, host.recovery, host.look),
+    )
+    for change in changes:
         with pytest.raises(Tampered):
             change()
         assert not authentic(host.disks[1], host.recovery)
@@ -221,7 +227,7 @@ def test_a_changed_header_is_never_blessed(host: Host) -> None:
 
 
 def killed_before_the_first_keyslot(host: Host, keep: handout.Keep) -> None:
-    assert killed_at(1, lambda: recoveryops.rotate(host.paths, keep, host.look), frozenset(("add_keyslot",)))
+    assert killed_at(1, lambda: recoveryops.rotate(host.paths, keep, host.look), [luks.Container.add_keyslot])
 
 
 def test_who_finishes_a_rotation_gets_its_key_wherever_they_ask_for_it(host: Host) -> None:
@@ -334,10 +340,6 @@ def test_without_the_key_cache_it_says_so_and_begins_nothing(host: Host) -> None
 # Killed
 
 
-WRITES = frozenset(("write_new_file", "write_atomically", "add_keyslot", "remove_keyslot", "set_token", "remove_token"))
-"""Before and after each of these a rotation is killed: they make all that is durable."""
-
-
 class Start:
     """The same start each time."""
 
@@ -365,21 +367,23 @@ def step(host: Host) -> str:
     return f"{'new' if journal.get('written') else 'old'} counts {counts}"
 
 
-def test_killed_at_every_boundary_each_disk_opens_and_the_same_command_finishes(host: Host) -> None:
-    """Before and after everything that writes, with one disk away."""
+def test_killed_at_every_boundary_each_disk_opens_and_the_same_command_finishes(host: Host, killer: Killer) -> None:
+    """With one disk away."""
     away = host.disks.pop()
     start = Start(host)
-    seen: dict[str, int] = {}
-    number = 1
-    while True:
+    seen: Counter[str] = Counter()
+
+    def begin(_: int) -> Callable[[], object]:
         start.again()
-        killed = killed_at(number, lambda: rotate(host), WRITES)
+        return partial(rotate, host)
+
+    for attempt, _ in killer(begin):
         at = step(host)
-        seen[at] = seen.get(at, 0) + 1
+        seen[at] += 1
         keys = [host.recovery] + ([key_of(host)] if Path(file_of(host)).exists() else [])
         journal = host.state.journal
         valid = keys[-1] if (journal and journal["written"]) or at == "done" else host.recovery
-        assert all(authentic(image, valid) for image in host.disks), f"killed at {number}, {at}"
+        assert all(authentic(image, valid) for image in host.disks), f"attempt {attempt}, {at}"
         assert all(opens_with_cryptsetup(image, valid) for image in host.disks)
         assert authentic(away, host.recovery)
         assert host.boot_opens()
@@ -389,9 +393,6 @@ def test_killed_at_every_boundary_each_disk_opens_and_the_same_command_finishes(
         assert host.state.journal is None
         assert outcomes(host, key_of(host)) == ["ok", "ok", "absent"]
         assert [(slots(image), len(host.tokens(image))) for image in host.disks] == [(1, 1)] * 2
-        if not killed:
-            break
-        number += 1
     print("\n" + "\n".join(f"{count:4} {at}" for at, count in seen.items()))
     wanted = {
         "nothing",
@@ -414,7 +415,7 @@ def test_killed_and_the_disks_that_are_here_have_changed_meanwhile(host: Host) -
     number = 1
     while "new counts" not in step(host):
         number += 1
-        assert killed_at(number, lambda: rotate(host), WRITES)
+        assert killed_at(number, lambda: rotate(host), LASTING)
     first = host.disks.pop(0)
     host.disks.append(third)
     assert rotate(host) == (("data-1", "data-2"), ("data-0",))
@@ -426,7 +427,9 @@ def test_killed_and_the_disks_that_are_here_have_changed_meanwhile(host: Host) -
     assert all((slots(image), len(host.tokens(image))) == (1, 1) for image in host.disks)
 
 
-def test_a_rotation_into_escrow_alone_killed_at_every_boundary_is_finished_by_the_same_command(host: Host) -> None:
+def test_a_rotation_into_escrow_alone_killed_at_every_boundary_is_finished_by_the_same_command(
+    host: Host, killer: Killer
+) -> None:
     certificate, private = organisation(host.folder)
     escrow = Escrow(certificate, file_of(host, "escrow.pem"))
     start = Start(host)
@@ -434,45 +437,40 @@ def test_a_rotation_into_escrow_alone_killed_at_every_boundary_is_finished_by_th
     def rotate() -> recoveryops.Changed:
         return recoveryops.rotate(host.paths, handout.Keep(escrow=escrow), host.look)
 
-    number = 1
-    while True:
+    def begin(_: int) -> Callable[[], object]:
         start.again()
         Path(escrow.file).unlink(missing_ok=True)
-        killed = killed_at(number, rotate, WRITES)
+        return rotate
+
+    for attempt, _ in killer(begin):
         keys = [host.recovery]
         if Path(escrow.file).exists():
             keys.append(Secret(decrypted(escrow.file, private)))
-        assert all(any(authentic(image, key) for key in keys) for image in host.disks), f"killed at {number}"
+        assert all(any(authentic(image, key) for key in keys) for image in host.disks), f"attempt {attempt}"
         if step(host) != "done":
             rotate()
-        assert outcomes(host, Secret(decrypted(escrow.file, private))) == ["ok"] * 3, f"killed at {number}"
-        if not killed:
-            break
-        number += 1 if number < 8 else 4
-    assert number > 20
+        assert outcomes(host, Secret(decrypted(escrow.file, private))) == ["ok"] * 3, f"attempt {attempt}"
 
 
-def test_new_killed_at_every_boundary_finishes(host: Host) -> None:
-    """On a disk that was away; every second place."""
+def test_new_killed_at_every_boundary_finishes(host: Host, killer: Killer) -> None:
+    """On a disk that was away."""
     away = host.disks.pop()
     rotate(host)
     host.disks.append(away)
     new = key_of(host)
     start = Start(host)
-    number = 1
-    while True:
+
+    def begin(_: int) -> Callable[[], object]:
         start.again(keep=True)
-        killed = killed_at(number, lambda: recoveryops.new(host.paths, new, host.look), WRITES)
-        assert authentic(away, host.recovery) or authentic(away, new), f"killed at {number}"
+        return partial(recoveryops.new, host.paths, new, host.look)
+
+    for attempt, _ in killer(begin):
+        assert authentic(away, host.recovery) or authentic(away, new), f"attempt {attempt}"
         assert host.boot_opens()
         recoveryops.new(host.paths, new, host.look)
         assert (slots(away), len(host.tokens(away))) == (1, 1)
         assert authentic(away, new)
         assert host.state.journal is None and not host.state.recovery["behind"] and not host.state.recovery["former"]
-        if not killed:
-            break
-        number += 2
-    assert number > 8
 
 
 def test_a_disk_that_udev_shows_and_cannot_be_read_is_away(host: Host) -> None:

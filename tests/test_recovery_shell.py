@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from flowfixture import HOST, Host
-from test_recovery_rotate import change_flags
 
+from tests.flowfixture import HOST, Host
+from tests.test_recovery_rotate import change_flags
 from unlock import (
     ask,
     cli,
@@ -151,6 +151,7 @@ def test_open_in_it_takes_a_file_and_tells_a_typo_and_a_key_that_opens_nothing(p
         shell.shell(paths, ["open", "--recovery", "--recovery-key-file", str(file)])
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_without_the_cli_the_same_program_is_the_shell(tmp_path: Path) -> None:
     """As in the image: no cli, and none of what is heavy is imported for its words."""
     package = tmp_path / "unlock"

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from flowfixture import Host
 
+from tests.flowfixture import Host
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
 from unlock import keyring, provide, rekey, rotation
 from unlock.errors import ProviderError, Refused, UnlockError, Usage

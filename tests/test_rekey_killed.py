@@ -1,26 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unlock rekey` killed anywhere: every disk still opens, and the same command finishes. Real headers, real KMIP."""
 
-import os
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from flowfixture import Host
-from killing import calls_of, killed_at, killed_in
-from kmipfixture import AUTHORITY
 
+from tests.flowfixture import Host
+from tests.killing import LASTING, SAMPLE, Killer, calls_of, commit, killed_at, killed_in
+from tests.kmipfixture import AUTHORITY
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, PRE_ACTIVE, Liar
 from unlock import keyring, provide, rekey
 from unlock.errors import ProviderError, StateBlocked
 from unlock.providers import kmip  # before any child begins: the system calls of its import are no points of interest
 
 pytestmark = pytest.mark.usefixtures("key_cache")
-
-KILLS = int(os.environ.get("UNLOCK_KILLS", "30"))
-"""Random points; more for a soak."""
 
 BOUNDARIES = (
     "nothing done",
@@ -86,65 +83,53 @@ class Start:
         self.host, self.kms = host, kms
         self._images = {image: image.read_bytes()[: 16 << 20] for image in host.disks}
         self._state = Path(host.paths.state).read_bytes()
-        self._keys = dict(kms.keys)
+        self.keys = dict(kms.keys)
 
     def again(self) -> None:
         for image, content in self._images.items():
             with image.open("r+b") as file:
                 file.write(content)
         Path(self.host.paths.state).write_bytes(self._state)
-        self.kms.keys = dict(self._keys)
+        self.kms.keys = dict(self.keys)
         for key in self.kms.keys.values():
             key.state = ACTIVE
         for name in keyring.names():
             if name.startswith("unlock:kek:"):
                 keyring.forget(name)
 
-    def kill(self, number: int) -> str:
-        """The boundary that was reached at this call; then everything is still there, and run again it finishes."""
-        host = self.host
-        self.again()
-        killed = killed_at(number, lambda: run(host))
-        found = reached(host, self.kms, 2) if killed else ""
-        assert host.boot_opens(), f"killed at call {number}"
+
+def test_killed_at_every_boundary(host: Host, kms: Liar, killer: Killer) -> None:
+    """Then everything is still there, and run again it finishes."""
+    start = Start(host, kms)
+
+    def begin(_: int) -> Callable[[], object]:
+        start.again()
+        return partial(run, host)
+
+    histogram: Counter[str] = Counter()
+    for attempt, _ in killer(begin):
+        histogram[reached(host, kms, 2)] += 1
+        assert host.boot_opens(), f"attempt {attempt}"
         assert host.recovery_opens()
         if host.state.journal:
             run(host)
             assert host.group.generation == 2
             assert host.boot_opens()
             assert all(len(host.tokens(image)) == 1 for image in host.disks)
-            assert len(self.kms.keys) == len(self._keys) + 1, "one key, however often it is tried"
-        return found
-
-
-def test_killed_at_every_boundary(host: Host, kms: Liar) -> None:
-    """At every 250th call or return of a function; then between them, until no boundary is left out."""
-    start = Start(host, kms)
-    found: dict[int, str] = {}
-    while (number := 1 + 250 * len(found)) not in found and (boundary := start.kill(number)):
-        found[number] = boundary
-    for missing in range(len(BOUNDARIES)):
-        while BOUNDARIES[missing] not in found.values():
-            low = max(n for n, each in found.items() if BOUNDARIES.index(each) < missing)
-            high = min((n for n in found if n > low), default=low + 250)
-            assert high - low > 1, f"no call is at the boundary {BOUNDARIES[missing]!r}"
-            middle = (low + high) // 2
-            found[middle] = start.kill(middle) or BOUNDARIES[-1]
-    histogram = Counter(found.values())
+            assert len(kms.keys) == len(start.keys) + 1, "one key, however often it is tried"
     print("\n" + "\n".join(f"{histogram[each]:5} {each}" for each in BOUNDARIES))
+    assert histogram.keys() == set(BOUNDARIES)
 
 
 def test_killed_at_random_points_again_and_again(host: Host, kms: Liar) -> None:
     """At system calls, in the middle of anything, one rotation after another on the same disks. Each kind of call is
     as likely, the few that change something as the many that read; how busy the machine is does not matter."""
-    seed = random.randrange(2**32)
-    print(f"\nseed {seed}, {KILLS} kills")
-    dice = random.Random(seed)
+    dice = random.Random(commit())
     histogram: Counter[str] = Counter()
     counts = calls_of(lambda: run(host))
     names = sorted(counts)
     assert kmip.VERSIONS and counts["fsync"] > 10
-    while histogram.total() < KILLS:
+    while histogram.total() < 4 * SAMPLE:
         generation = host.group.generation + 1
         name = dice.choice(names)
         if killed_in(name, dice.randint(1, counts[name]), lambda: run(host)):
@@ -160,8 +145,8 @@ def test_killed_at_random_points_again_and_again(host: Host, kms: Liar) -> None:
 def test_a_new_key_that_was_revoked_before_it_was_used_is_not_used(host: Host, kms: Liar) -> None:
     number = 1
     while reached(host, kms, 2) != "key in the journal":
-        number += 20
-        assert killed_at(number, lambda: run(host))
+        number += 1
+        assert killed_at(number, lambda: run(host), LASTING)
     revoked = next(key for key in kms.keys.values() if "kek/data/2" in "".join(key.names))
     revoked.state = DEACTIVATED
     with pytest.raises(StateBlocked):
@@ -179,8 +164,8 @@ def test_a_rotation_that_has_reached_a_disk_stays_in_the_journal_until_it_can_go
     host = Host(tmp_path, 3, kms, policy_of_group="provider")
     number = 1
     while not any(tokens[0][1] == 2 for tokens in map(host.tokens, host.disks)):
-        number += 100
-        assert killed_at(number, lambda: run(host))
+        number += 1
+        assert killed_at(number, lambda: run(host), LASTING)
     for name in keyring.names():
         if name.startswith("unlock:kek:"):
             keyring.forget(name)

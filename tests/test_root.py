@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from flowfixture import HOST, Host
-from killing import child
-from kmipfixture import CLIENT
-from test_devices import Machine
 
+from tests.flowfixture import HOST, Host
+from tests.killing import child
+from tests.kmipfixture import CLIENT
 from tests.lab.kmipliar import COMPROMISED, Liar
+from tests.test_devices import Machine
 from unlock import (
     boot,
     cache,
@@ -39,7 +39,7 @@ from unlock.errors import NoKey, Refused
 from unlock.paths import write_atomically
 from unlock.secret import Secret
 
-pytestmark = pytest.mark.usefixtures("key_cache")
+pytestmark = [pytest.mark.usefixtures("key_cache"), pytest.mark.root]
 
 LUKS = "CRYPT-LUKS2-{}-{}"
 CLONE_NEWNS = 0x20000

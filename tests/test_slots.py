@@ -9,8 +9,8 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from tpmfixture import Swtpm
 
+from tests.tpmfixture import Swtpm
 from unlock import policy, slots
 from unlock.errors import (
     Malformed,

@@ -12,13 +12,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from flowfixture import HOST, Host
-from killing import child, killed_at
-from kmipfixture import AUTHORITY, CLIENT
 
+from tests.flowfixture import HOST, Host
+from tests.killing import Killer, child
+from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import ACTIVE, COMPROMISED, DEACTIVATED, DESTROYED, Liar
 from unlock import disk, keyring, luks, provide, rotation, sync, thisboot
 from unlock.errors import ClockWrong, NoKey, ProviderError, Refused, UnlockError
@@ -111,6 +112,7 @@ def test_a_process_that_a_dead_disk_holds_does_not_keep_the_lock_of_its_command(
         os.waitpid(pid, 0)
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_sync_imports_nothing_that_speaks_with_a_tpm() -> None:
     code = "import sys, unlock.sync; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -173,10 +175,12 @@ def test_a_disk_that_was_away_during_two_rotations_gets_the_kek_when_it_is_back_
     assert host.boot_opens()
 
 
-def test_killed_anywhere_sync_finishes_when_it_runs_again(host: Host, kms: Liar) -> None:
-    for number in range(1, 10**6, 1300):
+def test_killed_anywhere_sync_finishes_when_it_runs_again(host: Host, kms: Liar, killer: Killer) -> None:
+    def begin(_: int) -> Callable[[], object]:
         kms.replace(kms.keys[key_id(host)])
-        killed = killed_at(number, lambda: run(host))
+        return partial(run, host)
+
+    for _ in killer(begin):
         assert host.boot_opens()
         assert host.recovery_opens()
         run(host)
@@ -185,9 +189,6 @@ def test_killed_anywhere_sync_finishes_when_it_runs_again(host: Host, kms: Liar)
         assert run(host)["data"] == "unchanged"
         assert all(host.tokens(image) == [(host.group.kek, host.group.generation)] for image in host.disks)
         assert key_id(host) == next(each.id for each in kms.keys.values() if each.names and "kek" in each.names[0])
-        if not killed:
-            assert number > 2000
-            return
 
 
 # Key managers that lie, lag and die: nothing is lost, nothing is adopted
@@ -487,7 +488,7 @@ def test_a_full_keyring_costs_no_key(kms: Liar) -> None:
     """Users who are not root have 200 keys: one of them plays root here, with all of the host's files."""
     uid = 100_000 + os.getpid()
 
-    def story() -> None:
+    def story(host: Host) -> None:
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
         keyring.put("unlock:persistence", host.persistence)
@@ -504,7 +505,7 @@ def test_a_full_keyring_costs_no_key(kms: Liar) -> None:
         for path in [host.folder, *host.folder.rglob("*")]:
             os.chown(path, uid, uid)
         kms.replace(kms.keys[key_id(host)])
-        assert child(story) == 0
+        assert child(lambda: story(host)) == 0
         assert host.boot_opens()
         assert host.group.generation == 2
         keyring.flush()

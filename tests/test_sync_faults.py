@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from flowfixture import Host
-from kmipfixture import AUTHORITY, CLIENT
 
+from tests.flowfixture import Host
+from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from tests.lab.pki import Authority, Leaf
 from unlock import config, keyring, sync

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tpmfixture import Swtpm
 
+from tests.tpmfixture import Swtpm
 from unlock import policy
 from unlock.errors import (
     Malformed,
@@ -538,6 +538,7 @@ def test_esys_forgets_what_it_knew_of_a_handle(chip: Swtpm) -> None:
         assert tpm._public(A.nv, "")[1][-2:] == b"\0\x40"
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_loading_brings_only_what_boot_uses() -> None:
     code = "import sys; sys.path[:0] = sys.argv[1:]; from unlock import slots, tpm; tpm._load();print(*sys.modules)"
     banned = "tpm2_pytss logging argparse asyncio subprocess dataclasses inspect importlib.metadata cryptography"

@@ -3,13 +3,14 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from eventlogs import Boot
-from hostfixture import Machine
-from killing import EVERY, LASTING, TPM_WRITES, killed_at
 
+from tests.eventlogs import Boot
+from tests.hostfixture import Machine
+from tests.killing import Killer
 from unlock import allowed, check, cli, foresee, keyring, rebind, status, window
 from unlock.errors import NoKey, Refused, Usage
 from unlock.paths import Paths
@@ -74,9 +75,9 @@ def test_a_window_of_two_boots_and_the_pcr_that_was_kept(host: Machine) -> None:
     assert shown(host)["window"]
     good(host, UPDATED)
     assert shown(host)["window"] is None
-    for wrong in ((1, (3,)), (0, ()), (9, ())):
+    for boots, keep in ((1, (3,)), (0, ()), (9, ())):
         with pytest.raises(Usage):
-            window.open_window(host.paths, *wrong, host.chip.tcti)
+            window.open_window(host.paths, boots, keep, host.chip.tcti)
 
 
 def test_closed_by_hand_it_is_closed_and_only_this_boot_is_left(host: Machine) -> None:
@@ -175,28 +176,20 @@ def test_what_was_predicted_outlives_a_closing_that_was_killed_in_its_last_step(
 
 
 @pytest.mark.parametrize("what", ["opening", "closing"])
-def test_killed_anywhere_a_window_is_never_forgotten(
-    host: Machine, what: str, record_property: Callable[[str, object], None]
-) -> None:
-    number, kills, ended = 1, 0, False
-    while not ended:
+def test_killed_anywhere_a_window_is_never_forgotten(host: Machine, what: str, killer: Killer) -> None:
+    def begin(_: int) -> Callable[[], object]:
         if what == "opening":
-            ended = not killed_at(
-                number, lambda: window.open_window(host.paths, 1, (), host.chip.tcti), LASTING | TPM_WRITES
-            )
-        else:
-            opened(host)
-            ended = not killed_at(number, lambda: window.close(host.paths, host.chip.tcti), LASTING | TPM_WRITES)
+            return partial(opened, host)
+        opened(host)
+        return partial(window.close, host.paths, host.chip.tcti)
+
+    for _ in killer(begin):
         found = host.allows()
         assert found.window or found.record.selection == (4, 7, 9, 15)
         assert host.boot(OLD) == "unsealed"
         window.good_boot(host.paths, host.chip.tcti)
         assert host.allows().record.selection == (4, 7, 9, 15) and not host.state.tpm["window"]
         assert allowed.UNKNOWN not in host.reasons()
-        kills += not ended
-        number += EVERY
-    assert kills > 2
-    record_property("shown", f"{what} a window: killed at {kills} points")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import select
 import shutil
 import socket
 import struct
@@ -10,6 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +44,9 @@ COMMANDS = {
     0x17F: "PolicyPCR",
     0x182: "PCR_Extend",
 }
+
+
+UNTIL_WE_END = ("setpriv", "--pdeathsig", "KILL")
 
 
 class Swtpm:
@@ -79,7 +84,7 @@ class Swtpm:
             path.unlink(missing_ok=True)
         where = ["--server", f"type=unixio,path={self.proxy.data}", "--ctrl", f"type=unixio,path={self.proxy.control}"]
         self._process = subprocess.Popen(
-            [program, "socket", "--tpm2", "--tpmstate", f"dir={self.state}", *where, *flags],
+            [*UNTIL_WE_END, program, "socket", "--tpm2", "--tpmstate", f"dir={self.state}", *where, *flags],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -148,7 +153,7 @@ class Proxy:
         self._answers: dict[str, list[bytes]] = {}
         self._open: list[socket.socket] = []
         self._listeners = _listen_pair()
-        os.register_at_fork(after_in_child=self._drop)  # a child that keeps a line open holds up the TPM
+        _proxies.add(self)
         self.port: int = self._listeners[0].getsockname()[1]
         for control, listener in enumerate(self._listeners):
             threading.Thread(target=self._accept, args=(listener, bool(control)), daemon=True).start()
@@ -177,18 +182,21 @@ class Proxy:
         self._answers.setdefault(command, []).append(struct.pack(">HII", 0x8001, 10, code))
 
     def _accept(self, listener: socket.socket, control: bool) -> None:
+        waits = select.poll()
+        waits.register(listener, select.POLLIN)
         while True:
             try:
-                client, _ = listener.accept()
-            except OSError:
+                waits.poll()
+                with _forking:
+                    client, _ = listener.accept()
+                    self._open.append(client)
+            except OSError:  # closed
                 return
-            self._open.append(client)
             threading.Thread(target=self._control if control else self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
         try:
-            with client, _connect(self.data) as server:
-                self._open.append(server)
+            with client, self._line(self.data) as server:
                 while command := _message(client):
                     if self._cut == 0:
                         break
@@ -213,18 +221,37 @@ class Proxy:
 
     def _control(self, client: socket.socket) -> None:
         try:
-            with client, _connect(self.control) as server:
-                self._open.append(server)
+            with client, self._line(self.control) as server:
                 while data := client.recv(4096):
                     server.sendall(data)
                     client.sendall(server.recv(4096))
         except OSError:
             pass
 
+    def _line(self, path: Path) -> socket.socket:
+        with _forking:
+            line = _connect(path)
+            self._open.append(line)
+            return line
+
     def _drop(self) -> None:
         for connection in self._open:
             connection.close()
         self._open.clear()
+
+
+_forking = threading.Lock()
+"""No fork while a line is open that no proxy knows of: a child that keeps one open holds up the TPM."""
+_proxies: weakref.WeakSet[Proxy] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    _forking.release()
+    for each in _proxies:
+        each._drop()
+
+
+os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_forked)
 
 
 def _message(connection: socket.socket) -> bytes:

@@ -80,9 +80,9 @@ def swap_tokens(one: Path, other: Path) -> None:
     """Two disks of the host with each other's tokens."""
     found: dict[Path, Any] = {}
     for path in (one, other):
-        edit(str(path), lambda fields, path=path: found.update({path: fields["tokens"]}))  # type: ignore[misc]
+        edit(str(path), lambda fields, path=path: found.update({path: fields["tokens"]}))
     for path, tokens in ((one, found[other]), (other, found[one])):
-        edit(str(path), lambda fields, tokens=tokens: fields.update(tokens=tokens))  # type: ignore[misc]
+        edit(str(path), lambda fields, tokens=tokens: fields.update(tokens=tokens))
 
 
 def _system(machine: Machine) -> Path:

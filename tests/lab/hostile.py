@@ -38,7 +38,9 @@ class Lab:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.recovery = recoverykey.new()
-        self.keys = disk.Keys(*(Secret.random(32) for _ in range(3)), disk.mac_key(self.recovery, HOST))
+        self.keys = disk.Keys(
+            Secret.random(32), Secret.random(32), Secret.random(32), disk.mac_key(self.recovery, HOST)
+        )
         self.dek = Secret.random(64)
         self.victim = self._make("victim", "data", self.dek)
         self.honest = self._make("honest", "safe", Secret.random(64))
@@ -79,11 +81,11 @@ class Lab:
 
     # The doors
 
-    def by_tpm(self, container: luks.Container, each: token.Token) -> Secret:
+    def by_tpm(self, container: luks.Header, each: token.Token) -> Secret:
         """As early boot and the gates unwrap."""
         return disk.volume_key(container, each, self.keys.persistence)
 
-    def by_recovery(self, container: luks.Container, each: token.Token) -> Secret:
+    def by_recovery(self, container: luks.Header, each: token.Token) -> Secret:
         """As the recovery prompt does."""
         disk.check_recovery(container, each, self.keys.mac_key)
         return disk.by_recovery_key(container, self.recovery)
@@ -114,7 +116,7 @@ class Lab:
             opening.wipe()
         return outcome, detail
 
-    def _is_authentic(self, container: luks.Container, each: token.Token) -> None:
+    def _is_authentic(self, container: luks.Header, each: token.Token) -> None:
         """By comparison with what was written, not by what was authenticated."""
         now, then = container.metadata, self.authentic
         assert container.uuid == self.uuid
@@ -295,7 +297,7 @@ def _near(value: Any, random: Random) -> Any:
     )
 
 
-def damage(data: bytes, random: Random) -> bytes:
+def damage(data: bytes | bytearray, random: Random) -> bytes:
     """Bytes flipped, cut out, doubled, overwritten, added."""
     out = bytearray(data)
     for _ in range(random.randrange(1, 4)):

@@ -25,7 +25,7 @@ class Traffic(NamedTuple):
     connections: int
     requests: int
 
-    def __sub__(self, earlier: "Traffic") -> "Traffic":  # type: ignore[override]
+    def __sub__(self, earlier: "Traffic") -> "Traffic":
         return Traffic(self.connections - earlier.connections, self.requests - earlier.requests)
 
 

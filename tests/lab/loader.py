@@ -119,7 +119,14 @@ def prepare(kind: Kind, tree: Path, cmdline: str, chroot: Chroot) -> None:
     elif kind == "uki":
         for name, text in (INSTALL | {"etc/kernel/cmdline": f"{cmdline}\n"}).items():
             (tree / name).write_text(text)
-        unlocked = ["openssl", "pkey", "-in", KEYS / "PkKek-1-snakeoil.key", "-passin", "pass:snakeoil"]
+        unlocked: list[str | Path] = [
+            "openssl",
+            "pkey",
+            "-in",
+            KEYS / "PkKek-1-snakeoil.key",
+            "-passin",
+            "pass:snakeoil",
+        ]
         subprocess.run([*unlocked, "-out", tree / "etc/kernel/secure-boot.key"], check=True)
         shutil.copy(KEYS / "PkKek-1-snakeoil.pem", tree / "etc/kernel/secure-boot.pem")
     else:
@@ -226,7 +233,7 @@ def esp(to: Path, files: dict[str, Path]) -> None:
     table = f"label: gpt\nstart={ESP_START >> 9}, type=uefi\n"
     subprocess.run(["sfdisk", "--quiet", to], input=table, text=True, check=True)
     room = str((ESP_SIZE - 2 * ESP_START) >> 10)
-    make = ["mkfs.vfat", "-F", "32", "-i", ESP_UUID.replace("-", ""), "--offset", str(ESP_START >> 9), to, room]
+    make = ["mkfs.vfat", "-F", "32", "-i", ESP_UUID.replace("-", ""), "--offset", str(ESP_START >> 9), str(to), room]
     subprocess.run(make, check=True, capture_output=True)
     folders = sorted({str(parent) for name in files for parent in Path(name).parents} - {"."})
     environment = os.environ | {"MTOOLS_SKIP_CHECK": "1"}

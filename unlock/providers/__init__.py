@@ -93,6 +93,10 @@ def no_proof(key: Secret) -> None:
 class Provider(Protocol):
     """Every method raises ProviderError only. Usable in a `with`, which closes it."""
 
+    def __enter__(self) -> "Provider": ...
+
+    def __exit__(self, *_: object) -> None: ...
+
     @property
     def id(self) -> str:
         """Identity that is stored in the state: the same for as long as the keys are."""

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make test`: its parts one after the other, how long each took, and what of `unlock` they ran.
+
+A machine that measures leaves its data files in the directory that UNLOCK_COVERAGE names: they are counted in.
+`python -m tests.whole fast` boots none.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+WANTED = 90
+"""Percent of the lines and branches of a module: those with less are told."""
+
+NO_MACHINE = ("--alone", "--dist", "loadfile", "--no-loadscope-reorder", "-m", "not vm and not root and not long")
+ROOT = ("--dist", "load", "-m", "root")
+MACHINES = ("--dist", "load", "-m", "vm or root or long", "--long", "12")
+
+
+def pytest(*options: str) -> bool:
+    return run(sys.executable, "-m", "coverage", "run", "-m", "pytest", "-n", "2", "--durations=10", *options)
+
+
+def run(*command: str) -> bool:
+    return subprocess.run(command, check=False).returncode == 0
+
+
+def coverage() -> bool:
+    """One table of the modules with less than WANTED."""
+    data = os.environ["UNLOCK_COVERAGE"]
+    with tempfile.NamedTemporaryFile("r") as file:
+        if not run(sys.executable, "-W", "ignore", "-m", "coverage", "combine", "-q", data) or not run(
+            sys.executable, "-m", "coverage", "json", "-q", "-o", file.name
+        ):
+            return False
+        found = json.load(file)
+    for name, module in sorted(found["files"].items()):
+        if (percent := module["summary"]["percent_covered"]) < WANTED:
+            lines = module["summary"]["missing_lines"]
+            print(f"{percent:5.1f} %  {name}, {lines} lines were not run")
+    print(f"{found['totals']['percent_covered']:5.1f} %  of all lines and branches of unlock")
+    return True
+
+
+def main() -> int:
+    fast = sys.argv[1:] == ["fast"]
+    parts: dict[str, Callable[[], bool]] = {
+        "lint": lambda: run("make", "--no-print-directory", "lint"),
+        "no machine": lambda: pytest(*NO_MACHINE),
+        "root" if fast else "machines": lambda: pytest(*(ROOT if fast else MACHINES)),
+        "coverage": coverage,
+    }
+    told = []
+    ok = True
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["UNLOCK_COVERAGE"] = folder
+        os.environ["COVERAGE_FILE"] = str(Path(folder, "coverage"))
+        for name, part in parts.items():
+            begun = time.monotonic()
+            ok = part()
+            minutes, seconds = divmod(round(time.monotonic() - begun), 60)
+            told.append(f"{minutes:3}:{seconds:02}  {name}{'' if ok else ': failed'}")
+            if not ok:
+                break
+    print("\n" + "\n".join(told))
+    return not ok
+
+
+if __name__ == "__main__":
+    sys.exit(main())
