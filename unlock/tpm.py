@@ -110,10 +110,9 @@ class SlotState(NamedTuple):
         return self.record is not None and self.record.object_name == self.object_name
 
 
-
 def _uninterrupted(call: Callable[..., int], *arguments: Any) -> int:
-    """The result of a call that exchanges bytes with the TPM. Signals wait: the TCTI takes a poll(2) that one ends for a
-    broken line (0xa000a), and the answer is lost."""
+    """The result of a call that exchanges bytes with the TPM. Signals wait: the TCTI takes a poll(2) that one ends for
+    a broken line (0xa000a), and the answer is lost."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         return call(*arguments)
