@@ -11,7 +11,7 @@ from tests.lab import luks
 from tests.lab.image import Image
 from tests.lab.process import start
 
-RUNS = 21
+RUNS = 41
 PLACE = "/root/bench"
 TCTI = f"swtpm:path={PLACE}/tpm"
 PASSPHRASE = "bench"
