@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from tests.lab.machine import Machine
 
 from . import machine, native
 from .chips import CHIPS
-from .machine import CLEVIS, FLOOR, SYSTEMD, UNLOCK, Run
+from .machine import CLEVIS, FLOOR, FORKED, SYSTEMD, UNLOCK, Run
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PARTS = ("native", "compare", "many", "size")
@@ -35,7 +35,7 @@ KEY_MS = 60.0
 TIMES_FLOOR = 1.2
 """unlock's time with 24 disks and no latency, that of libcryptsetup alone being 1."""
 LINEAR = 1.25
-"""What one of the last 50 of 100 disks takes, one of the 25 before them being 1."""
+"""What one of the last 50 of 100 disks takes more, one of the 25 before them being 1."""
 
 
 class Goal(NamedTuple):
@@ -129,7 +129,7 @@ def side_by_side(measured: machine.Found, found: dict[str, Any]) -> list[Goal]:
         for chip in CHIPS:
             ours = least(runs_of(measured.runs, UNLOCK, count, chip)).seconds
             print(f"    {count} disks, {chip}")
-            for system in (UNLOCK, SYSTEMD, CLEVIS, FLOOR):
+            for system in (UNLOCK, SYSTEMD, CLEVIS, FLOOR, FORKED):
                 if runs := runs_of(measured.runs, system, count, chip):
                     times, reached = ours / least(runs).seconds, min(each.commands for each in runs)
                     print(f"        {system:20} {both(seconds(runs))} {times:6.2f} x {reached:6} commands")
@@ -158,19 +158,21 @@ def many(runs: list[Run], found: dict[str, Any]) -> list[Goal]:
     """Whether the time is linear."""
     found["many"] = [each._asdict() for each in runs]
     print("\nunlock with many disks, parts of one: seconds, median (least)")
-    of = {count: runs_of(runs, UNLOCK, count, "no latency") for count in machine.MANY}
-    for count, each in of.items():
-        print(f"    {count:4} disks {both(seconds(each))}   {1000 * least(each).seconds / count:.0f} ms a disk")
+    few, some, most = machine.MANY
 
-    def growth(took: dict[int, float]) -> float:
-        few, some, most = machine.MANY
+    def growth(system: str, one: Callable[[list[float]], float]) -> float:
+        took = {count: one(seconds(runs_of(runs, system, count, "no latency"))) for count in machine.MANY}
         return (took[most] - took[some]) / (most - some) / ((took[some] - took[few]) / (some - few))
 
-    least_of = growth({count: least(each).seconds for count, each in of.items()})
-    median_of = growth({count: statistics.median(seconds(each)) for count, each in of.items()})
-    few, some, most = machine.MANY
+    for system in (UNLOCK, FLOOR):
+        for count in machine.MANY:
+            each = seconds(runs_of(runs, system, count, "no latency"))
+            print(f"    {count:4} disks {system:20} {both(each)}   {1000 * min(each) / count:.0f} ms a disk")
+    alone = growth(FLOOR, min), growth(FLOOR, statistics.median)
+    print(f"    a disk more, {some} to {most} / {few} to {some}: {FLOOR} {alone[0]:.2f} ({alone[1]:.2f})")
+    slowest = least(runs_of(runs, UNLOCK, most, "no latency"))
     what = f"unlock, a disk more: {some} to {most} / {few} to {some}"
-    return [Goal(what, least_of, median_of, LINEAR, profile(least(of[most])))]
+    return [Goal(what, growth(UNLOCK, min), growth(UNLOCK, statistics.median), LINEAR, profile(slowest))]
 
 
 def profile(run: Run) -> list[str]:

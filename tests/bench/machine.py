@@ -46,7 +46,9 @@ MANY = (25, 50, 100)
 MANY_ROUNDS = 3
 SLICE = luks.DATA_OFFSET + (1 << 20)
 PASSPHRASE = "bench"
-UNLOCK, SYSTEMD, CLEVIS, FLOOR = "unlock", "systemd-cryptsetup", "clevis", "libcryptsetup alone"
+UNLOCK, SYSTEMD, CLEVIS = "unlock", "systemd-cryptsetup", "clevis"
+FLOOR, FORKED = "libcryptsetup alone", "a process a disk"
+"""Nothing but libcryptsetup's own work: by one process a core; by one a disk, as unlock has."""
 COMMANDS = (
     "apt-get update -qq && DEBIAN_FRONTEND=noninteractive "
     "apt-get install -y -qq --no-install-recommends clevis-luks clevis-tpm2 tpm2-tools",
@@ -106,7 +108,7 @@ disks = json.load(open(sys.argv[1]))
 luks.is_active("none")  # loads the library
 with open("/run/floor", "w") as file:
     file.write(repr(time.clock_gettime(time.CLOCK_BOOTTIME)))
-workers = len(os.sched_getaffinity(0))
+workers = int(sys.argv[2]) or len(os.sched_getaffinity(0))
 for number in range(workers):
     if os.fork() == 0:
         try:
@@ -118,8 +120,8 @@ for number in range(workers):
 for number in range(workers):
     os.wait()
 """
-"""As many processes as unlock activates with: crypt_load, and activation by volume key. /run/floor has when it began,
-with the interpreter started and all loaded."""
+"""Processes that load headers and activate by volume key. /run/floor has when they began, with the interpreter started
+and all loaded."""
 
 
 class Enrolled(NamedTuple):
@@ -131,15 +133,12 @@ class Enrolled(NamedTuple):
     """The UUID of the file system on it."""
     key: str
     """The volume key, in hex."""
+    device: str
 
     @property
     def name(self) -> str:
         """Of the mapping."""
         return f"m{self.serial}"
-
-    @property
-    def device(self) -> str:
-        return f"/dev/disk/by-id/lab-{self.serial}"
 
 
 class Run(NamedTuple):
@@ -182,7 +181,7 @@ class Bench:
         phases: dict[str, float] = {}
         if system == UNLOCK:
             phases = reported(json.loads(self.console.read("/run/unlock/report.json"))["events"], began)
-        if system == FLOOR:
+        if system in (FLOOR, FORKED):
             late = float(self.console.read("/run/floor")) - began
             phases, seconds = {"loaded": 1000 * late}, seconds - late
         phases |= {"nodes": 1000 * took["nodes"], "links": 1000 * took["seconds"]}
@@ -205,7 +204,7 @@ class Bench:
         script = "rm -rf /run/unlock /run/trace.*; mkdir -m 700 /run/unlock; sync"
         if system == UNLOCK:
             script += "; python3 -I /run/reseal.py"
-        if system == FLOOR:
+        if system in (FLOOR, FORKED):
             job = [(each.name, each.device, each.key) for each in disks]
             self.console.write("/run/disks.json", json.dumps(job).encode())
         self.console.sh(script, timeout=120)
@@ -238,8 +237,8 @@ def started(system: str, disks: list[Enrolled]) -> list[list[str]]:
     """What is started, all at once."""
     if system == UNLOCK:
         return [["/usr/sbin/unlock", "boot", "agent"]]
-    if system == FLOOR:
-        return [["python3", "-I", "/run/activate.py", "/run/disks.json"]]
+    if system in (FLOOR, FORKED):
+        return [["python3", "-I", "/run/activate.py", "/run/disks.json", str(len(disks) if system == FORKED else 0)]]
     if system == SYSTEMD:
         attach, options = "/usr/bin/systemd-cryptsetup", "tpm2-device=auto,headless=1"
         return [[attach, "attach", each.name, each.device, "-", options] for each in disks]
@@ -305,7 +304,7 @@ def _copy(template: Path, number: int, host: str, secrets: dict[str, Secret]) ->
         made = disk.Keys(secrets["unlock:persistence"], secrets["unlock:host"], Secret.random(32), Secret.random(32))
         token = disk.make_token(container, host, group, member, dek, made)
         disk.write_token(str(path), token, dek, made)
-        return Enrolled(serial, path, inner, bytes(dek).hex())
+        return Enrolled(serial, path, inner, bytes(dek).hex(), f"/dev/disk/by-id/lab-{serial}")
 
 
 # What is measured
@@ -337,7 +336,7 @@ def compare(machine: Machine, enrolled: list[Enrolled]) -> Found:
                 sent = {system: bench.sent(system, disks) for system in (UNLOCK, SYSTEMD, CLEVIS)}
             for number in range(max(rounds.values())):
                 for chip in (chip for chip in CHIPS if number < rounds[chip]):
-                    turn = [UNLOCK, SYSTEMD, *([FLOOR] if chip == "no latency" else [])]
+                    turn = [UNLOCK, SYSTEMD, *([FLOOR, FORKED] if chip == "no latency" else [])]
                     turn += [CLEVIS] if number == 0 and (count, chip) in CLEVIS_TOO else []
                     runs += [bench.once(system, disks, chip) for system in turn]
         booted.kill()
@@ -345,7 +344,7 @@ def compare(machine: Machine, enrolled: list[Enrolled]) -> Found:
 
 
 def many(machine: Machine, enrolled: list[Enrolled]) -> list[Run]:
-    """unlock alone, with more disks than the machine takes: they are parts of one, made by device-mapper."""
+    """unlock and the floor, with more disks than the machine takes: they are parts of one, made by device-mapper."""
     whole = machine.home / "whole.raw"
     for number, each in enumerate(enrolled):
         place = f"seek={number * SLICE >> 20}"
@@ -360,14 +359,14 @@ def many(machine: Machine, enrolled: list[Enrolled]) -> list[Run]:
         bench = Bench(booted, up(booted))
         device, made = machine.disks["whole"].device, 0
         for count in MANY:
-            disks = enrolled[:count]
+            disks = [each._replace(device=f"/dev/mapper/{each.serial}") for each in enrolled[:count]]
             tables = [
                 f"dmsetup create {each.serial} --table '0 {sectors} linear {device} {number * sectors}'"
                 for number, each in enumerate(disks)
             ]
             bench.console.sh("\n".join(["set -e", *tables[made:], "udevadm settle"]), timeout=240)
             made = count
-            runs += [bench.once(UNLOCK, disks) for _ in range(MANY_ROUNDS)]
+            runs += [bench.once(system, disks) for _ in range(MANY_ROUNDS) for system in (UNLOCK, FLOOR)]
         booted.kill()
     return runs
 
