@@ -223,6 +223,8 @@ class Bench:
         self.booted.tpm_line.delays = delays
         done = self.console.sh("python3 -I /run/watch.py", stdin=json.dumps(job).encode(), timeout=300)
         self.booted.tpm_line.delays = NONE
+        if not done.out:
+            raise RuntimeError(f"{system}: no answer; it has said: {done.err or 'nothing'}")
         took: dict[str, Any] = json.loads(done.out)
         if took["missing"]:
             raise RuntimeError(f"{system} did not open {took['missing'][:3]}")
