@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A software TPM for one boot of a VM, and what was sent to it."""
 
+import contextlib
 import itertools
 import re
 import socket
 import struct
 import subprocess
+import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +32,13 @@ _NAMES = """
     18A:TestParms 18C:PolicyPassword 191:CreateLoaded
 """
 NAMES = {int(code, 16): name for code, name in (pair.split(":") for pair in _NAMES.split())}
+
+Delays = Mapping[str, float]
+"""Milliseconds that a TPM takes for a command, by its name; '' is every other one.
+
+StartAuthSession is one that is salted: the TPM has to do a key exchange for it. One that is not is as any other.
+"""
+_UNSALTED = 0x40000007  # TPM_RH_NULL in the place of the key
 
 
 class Command(NamedTuple):
@@ -107,6 +118,45 @@ class LineTpm(SoftwareTpm):
         response = self.port.recv(4096)
         if response[6:10] != bytes(4):
             raise RuntimeError(f"the software TPM refused {command.hex()}: {response.hex()}")
+
+
+class SlowLine:
+    """A line to a TPM that takes as long as a chip would: `port` is the guest's end, for as long as `chip` is open.
+
+    An answer waits until its command's time has passed since the command came. `delays` may be changed while it runs.
+    """
+
+    def __init__(self, chip: socket.socket, delays: Delays) -> None:
+        self.delays = delays
+        self.done: list[tuple[str, float]] = []
+        """Each command by its name, and the seconds until its answer went out."""
+        self.port, guest = socket.socketpair()
+        threading.Thread(target=self._carry, args=(guest, chip), daemon=True).start()
+
+    def _carry(self, guest: socket.socket, chip: socket.socket) -> None:
+        with guest, contextlib.suppress(OSError):  # either side may end at any time
+            while data := _message(guest):
+                came = time.monotonic()
+                chip.sendall(data)
+                command = Command(data, _message(chip))
+                time.sleep(max(0, came + self._takes(command) / 1000 - time.monotonic()))
+                self.done.append((command.name, time.monotonic() - came))
+                guest.sendall(command.response)
+
+    def _takes(self, command: Command) -> float:
+        unsalted = command.name == "StartAuthSession" and command.handle == _UNSALTED
+        return self.delays.get("" if unsalted else command.name, self.delays.get("", 0))
+
+
+def _message(line: socket.socket) -> bytes:
+    """One command or response, whose header has its size; empty when the line is closed."""
+    data = b""
+    while len(data) < 6 or len(data) < int.from_bytes(data[2:6], "big"):
+        part = line.recv(8192)
+        if not part:
+            return b""
+        data += part
+    return data
 
 
 def parse(log: str) -> list[Command]:

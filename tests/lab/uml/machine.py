@@ -25,7 +25,7 @@ from tests import eventlogs
 from ..console import Console
 from ..process import start
 from ..running import Bootable, Disk, Running
-from ..swtpm import LineTpm
+from ..swtpm import Delays, LineTpm, SlowLine
 from .kernel import kernel, ubdlog
 from .line import LineGuest
 
@@ -54,11 +54,14 @@ class Uml(Running):
     `uefi`: the PCRs and the event log are those of a UEFI that starts this kernel, initramfs and command line.
     `network`: a card; this host's loopback is at running.GATEWAY, the guest is running.ADDRESS.
     `clock`: the guest's at the start, as YYYY-MM-DDTHH:MM:SS in UTC.
+    `tpm_delays`: what the TPM's commands take, see swtpm.Delays; `tpm_line` can change that while the machine runs.
     `log_writes`: each disk FILE's writes and flushes go to FILE.writes, in the order in which the guest made them; the
     root disk's only if it is a whole one, as ubd does not flush what lies over another file.
     """
 
     patience = 90
+    tpm_line: SlowLine
+    """With `tpm_delays`."""
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class Uml(Running):
         *,
         disks: Sequence[Disk] = (),
         tpm: str | None = "tpm",
+        tpm_delays: Delays | None = None,
         uefi: bool = False,
         initrd: Path | None = None,
         cmdline: str | None = None,
@@ -83,6 +87,7 @@ class Uml(Running):
         self._cmdline = f"{cmdline or image.cmdline} {append}".strip()
         self._disks = list(disks)
         self._tpm_name = tpm
+        self._tpm_delays = tpm_delays
         self._uefi = uefi
         self._memory = memory
         self._log_writes = log_writes
@@ -133,7 +138,7 @@ class Uml(Running):
         shared.mkdir(exist_ok=True, mode=0o700)
         for each in shared.iterdir():
             each.unlink()
-        shutil.rmtree(self.home / UMID, ignore_errors=True)
+        shutil.rmtree(self.home / UMID, ignore_errors=True)  # of a boot that was killed: it would seem to be in use
         if self._clock:
             (shared / "clock").write_text(self._clock)
         arguments = [
@@ -162,8 +167,12 @@ class Uml(Running):
             self._tpm = tpm
             for entry in measured:
                 tpm.extend(entry.pcr, entry.sha256)
-            ends.append(tpm.port)
-            arguments.append(f"ssl3=fd:{tpm.port.fileno()}")
+            port = tpm.port
+            if self._tpm_delays is not None:
+                self.tpm_line = SlowLine(tpm.port, self._tpm_delays)
+                port = self.tpm_line.port
+            ends.append(port)
+            arguments.append(f"ssl3=fd:{port.fileno()}")
         assert self._turn
         command = ["taskset", "--cpu-list", str(self._turn.core), "unshare", "--pid", "--fork", "--kill-child"]
         if self._network:
