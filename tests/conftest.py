@@ -126,3 +126,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("properties")
         for text in shown:
             terminalreporter.write_line(text)
+    for each in reports:
+        if each.when == "call" and "long" in each.keywords:
+            terminalreporter.write_line(f"long, its turn: {each.nodeid}: {each.outcome} in {each.duration:.0f} s")
