@@ -43,15 +43,15 @@ def header_of(process: Worker) -> Header:
 
 def memory(pid: int) -> bytes:
     """All that a process has and could write to."""
-    found = b""
+    found = []
     with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as file:
         for line in maps:
             span, rights = line.split()[:2]
             start, end = (int(each, 16) for each in span.split("-"))
             if rights.startswith("rw"):
                 file.seek(start)
-                found += file.read(end - start)
-    return found
+                found.append(file.read(end - start))
+    return b"".join(found)
 
 
 def test_a_worker_gives_the_header_of_the_context_that_it_keeps(lab: Lab, process: Worker) -> None:
