@@ -17,13 +17,23 @@ from pathlib import Path
 WANTED = 90
 """Percent of the lines and branches of a module: those with less are told."""
 
-NO_MACHINE = ("--alone", "--dist", "loadfile", "--no-loadscope-reorder", "-m", "not vm and not root and not long")
-ROOT = ("--dist", "load", "-m", "root")
-MACHINES = ("--dist", "load", "-m", "vm or root or long", "--long", "12")
+NO_MACHINE = (
+    "-n",
+    "2",
+    "--alone",
+    "--dist",
+    "loadfile",
+    "--no-loadscope-reorder",
+    "-m",
+    "not vm and not root and not long",
+)
+ROOT = ("-n", "2", "--dist", "load", "-m", "root")
+MACHINES = ("-n", "3", "--dist", "load", "-m", "vm or root or long", "--long", "12")
+"""Two machines run at a time; who types slowly at one, or clones the next, needs no core."""
 
 
 def pytest(*options: str) -> bool:
-    return run(sys.executable, "-m", "coverage", "run", "-m", "pytest", "-n", "2", "--durations=10", *options)
+    return run(sys.executable, "-m", "coverage", "run", "-m", "pytest", "--durations=10", *options)
 
 
 def run(*command: str) -> bool:
