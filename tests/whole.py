@@ -17,18 +17,9 @@ from pathlib import Path
 WANTED = 90
 """Percent of the lines and branches of a module: those with less are told."""
 
-NO_MACHINE = (
-    "-n",
-    "2",
-    "--alone",
-    "--dist",
-    "loadfile",
-    "--no-loadscope-reorder",
-    "-m",
-    "not vm and not root and not long",
-)
-ROOT = ("-n", "2", "--dist", "load", "-m", "root")
-MACHINES = ("-n", "3", "--dist", "load", "-m", "vm or root or long", "--long", "12")
+NO_MACHINE = ("-n2", "--alone", "--dist=loadfile", "--no-loadscope-reorder", "-m", "not vm and not root and not long")
+ROOT = ("-n2", "--dist=load", "-m", "root")
+MACHINES = ("-n3", "--dist=load", "--long=12", "-m", "vm or root or long")
 """Two machines run at a time; who types slowly at one, or clones the next, needs no core."""
 
 
