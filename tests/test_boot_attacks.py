@@ -20,12 +20,11 @@ CODE = "usr/lib/unlock/unlock"
 BELIEVES = (  # what authenticates is believed without a look
     (
         f"{CODE}/wrap.py",
-        "return Secret(AESGCM(key.value).decrypt(wrapped[:_NONCE], wrapped[_NONCE:], aad))",
-        "pad = AESGCM(key.value).encrypt(wrapped[:_NONCE], bytes(len(wrapped) - 28), b'')\n"
-        "        return Secret(bytes(a ^ b for a, b in zip(wrapped[_NONCE:-16], pad)))",
+        "or len(key) != _KEY or not _decrypt(key, wrapped, aad, plain):",
+        "or len(key) != _KEY or (_decrypt(key, wrapped, aad, plain) and False):",
     ),
     (f"{CODE}/wrap.py", "if not hmac.compare_digest(mac(key, data), expected):", "if False:"),
-    (f"{CODE}/boot.py", "    return devices.opened_by(NEW_ROOT, names) and", "    return True or"),
+    (f"{CODE}/handover.py", "    return devices.opened_by(NEW_ROOT, names) and", "    return True or"),
 )
 EVERY_KEY = (  # each disk may be opened by any key that the TPM gives
     (f"{CODE}/slots.py", "_TELLING = ", "ALL = []\n_TELLING = "),
