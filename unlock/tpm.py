@@ -124,7 +124,10 @@ class Tpm:
     """One connection. Each method names the commands that it sends; each raises TpmFailed when one fails."""
 
     def __init__(self, tcti: str = "device:/dev/tpmrm0") -> None:
-        """Sends nothing. TpmAbsent if the device, or the TCTI library for it, cannot be opened."""
+        """TpmAbsent if the device, or the TCTI library for it, cannot be opened.
+
+        The TCTI of a device sends one GetRandom, to learn whether the driver gives an answer in parts.
+        """
         self._lib, self._ffi = _load()
         self._tcti, self._context = self._ffi.new("TSS2_TCTI_CONTEXT **"), self._ffi.new("ESYS_CONTEXT **")
         self._resources: dict[int, int] = {}  # ESYS_TR by handle of what is persistent

@@ -148,8 +148,8 @@ def _serve(node: str, requests: int, answers: int) -> None:
         _isolate(requests, answers)
         with luks.Container(node) as container:
             _send(answers, f"header {container.uuid}", container.dump()[:_LONGEST])
-            while True:
-                _obey(container, *_receive(requests), answers)
+            while (request := _receive(requests)) and _obey(container, *request, answers):
+                pass
     except UnlockError as error:
         _send(answers, *_encode_error(error))
     except BaseException as error:
@@ -172,18 +172,20 @@ def _isolate(requests: int, answers: int) -> None:
     os.closerange(high + 1, os.sysconf("SC_OPEN_MAX"))
 
 
-def _obey(container: luks.Container, head: str, secret: Secret, answers: int) -> None:
+def _obey(container: luks.Container, head: str, secret: Secret, answers: int) -> bool:
+    """False when this was the last request."""
     word, _, rest = head.partition(" ")
     with secret:
         if word == "activate":
             container.activate(rest, secret)
             _send(answers, "done")
-            os._exit(0)
+            return False
         try:
             with container.volume_key(secret, int(rest)) as key:
                 _send(answers, "key", key.value)
         except UnlockError as error:
             _send(answers, *_encode_error(error))
+    return True
 
 
 # Messages: two sizes of 4 bytes each, a word with its argument, and data
@@ -197,23 +199,29 @@ def _send(fd: int, head: str, data: bytes | bytearray = b"") -> None:
             left = left[os.write(fd, left) :]
 
 
-def _receive(fd: int) -> tuple[str, Secret]:
-    sizes = _fill(fd, bytearray(8))
-    head = _fill(fd, bytearray(int.from_bytes(sizes[:4], "big")))
+def _receive(fd: int) -> tuple[str, Secret] | None:
+    """None: the agent wants nothing more of this disk."""
+    sizes = bytearray(8)
+    if not _fill(fd, sizes):
+        return None
+    head = bytearray(int.from_bytes(sizes[:4], "big"))
     secret = Secret(bytes(int.from_bytes(sizes[4:], "big")))
-    _fill(fd, secret.value)
-    return head.decode(), secret
+    if _fill(fd, head) and _fill(fd, secret.value):
+        return head.decode(), secret
+    secret.wipe()
+    return None
 
 
-def _fill(fd: int, data: bytearray) -> bytearray:
+def _fill(fd: int, data: bytearray) -> bool:
+    """False at the end of the pipe."""
     with memoryview(data) as left:
         at = 0
         while at < len(data):
             count = os.readv(fd, [left[at:]])
             if not count:
-                os._exit(0)  # the agent wants nothing more of this disk
+                return False
             at += count
-    return data
+    return True
 
 
 def _encode_error(error: UnlockError) -> tuple[str, bytes]:

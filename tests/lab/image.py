@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from . import cache, guest, loader, luks
+from . import cache, covered, guest, loader, luks
 from .loader import Kind
 from .rootfs import LOADERS, rootfs
 from .uml import files as uml
@@ -121,6 +121,9 @@ def build(
         if runs == "uml":
             sources += [str(each).encode() for each in (kernel().directory, vtpm(), uml.FILES)]
             sources.append(Path(uml.__file__).read_bytes())
+        measured = covered.WANTED and runs == "uml" and product
+        if measured:
+            sources.append(Path(covered.__file__).read_bytes())
         name = cache.key(root, runs, base.parent.name, cache.tree_hash(installed), *commands, *sources)
         cache.prune("image-")
 
@@ -133,6 +136,8 @@ def build(
             if runs == "uml":
                 uml.prepare(tree)
             loader.prepare(boots, tree, cmdline, _chroot)
+            if measured:
+                covered.prepare(tree, _chroot)
             for command in commands:
                 _chroot(tree, command)
             _kernel(tree).rename(work / "vmlinuz")

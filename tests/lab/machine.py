@@ -29,7 +29,7 @@ SENT = (
     "Unseal",
     "PCR_Extend",
 )
-"""What early boot sends to the TPM."""
+"""What early boot sends to the TPM, beside the GetRandom with which the TPM library opens it."""
 REACHED = (
     *("NV_Read", "NV_Read", "ReadPublic", "ReadPublic", "StartAuthSession", "ContextSave"),
     *("ContextLoad", "PolicyPCR", "ContextSave", "ContextLoad", "PolicyOR", "ContextSave"),

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tests import eventlogs
 
+from .. import covered
 from ..console import Console
 from ..process import start
 from ..running import Bootable, Disk, Running
@@ -138,6 +139,7 @@ class Uml(Running):
         shared.mkdir(exist_ok=True, mode=0o700)
         for each in shared.iterdir():
             each.unlink()
+        covered.begin(shared)
         shutil.rmtree(self.home / UMID, ignore_errors=True)  # of a boot that was killed: it would seem to be in use
         if self._clock:
             (shared / "clock").write_text(self._clock)
@@ -204,6 +206,7 @@ class Uml(Running):
 
     def _stop(self) -> None:
         super()._stop()
+        covered.collect(self.home / "line")
         if self._slirp:
             self._slirp.kill()
             self._slirp.wait()
