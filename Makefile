@@ -21,21 +21,21 @@ units = unlock-group@.service unlock-heal@.service unlock-baseline.service unloc
 
 install:
 	find unlock -name '*.py' -exec $(DATA) {} $(home)/{} ';'
-	$(RUN) bin/unlock $(sbin)/unlock
+	$(RUN) system/unlock $(sbin)/unlock
 	$(RUN) initramfs/cap $(home)/cap
-	$(RUN) systemd/gate $(home)/gate
+	$(RUN) system/gate $(home)/gate
 	$(RUN) initramfs/collect $(home)/initramfs/collect
 	$(DATA) initramfs/manifest $(home)/initramfs/manifest
 	$(RUN) initramfs/hook $(tools)/hooks/unlock
 	$(DATA) initramfs/functions $(tools)/scripts/unlock-functions
 	for stage in $(stages); do $(RUN) initramfs/$$stage $(tools)/scripts/$$stage/unlock || exit; done
 	$(RUN) initramfs/local-premount $(tools)/scripts/local-premount/check-resume
-	$(RUN) hooks/predict $(home)/predict
-	for hook in $(updates); do $(RUN) hooks/run $(etc)/$$hook || exit; done
-	$(DATA) hooks/dpkg.cfg $(etc)/dpkg/dpkg.cfg.d/unlock
+	$(RUN) system/predict $(home)/predict
+	for hook in $(updates); do $(RUN) system/after-update $(etc)/$$hook || exit; done
+	$(DATA) system/dpkg.cfg $(etc)/dpkg/dpkg.cfg.d/unlock
 	$(DATA) udev/65-unlock.rules $(rules)/65-unlock.rules
-	$(RUN) systemd/unlock-generator $(systemd)/system-generators/unlock-generator
-	for unit in $(units); do $(DATA) systemd/$$unit $(systemd)/system/$$unit || exit; done
+	$(RUN) system/unlock-generator $(systemd)/system-generators/unlock-generator
+	for unit in $(units); do $(DATA) system/$$unit $(systemd)/system/$$unit || exit; done
 	$(INSTALL) -d -m 0755 $(systemd)/system/multi-user.target.wants $(systemd)/system/timers.target.wants
 	ln -sf ../unlock-baseline.service ../unlock-predict.service $(systemd)/system/multi-user.target.wants/
 	ln -sf ../unlock-sync.timer $(systemd)/system/timers.target.wants/
@@ -72,7 +72,7 @@ setup:
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check tpm2-pytss cryptography pykmip virt-firmware pytest pytest-xdist pytest-timeout coverage hypothesis mypy ruff
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.lab.uml.kernel
 
-scripts = bin/unlock initramfs/collect systemd/unlock-generator
+scripts = system/unlock initramfs/collect system/unlock-generator
 lint:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

@@ -99,6 +99,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: (-minutes(item), item.get_closest_marker("vm") is None))
     for item in items:
         for name, limit in LIMITS.items():
+            if name == "long" and item.get_closest_marker(name):
+                item.user_properties.append(("long", True))
             if item.get_closest_marker(name) and not item.get_closest_marker("timeout"):
                 item.add_marker(pytest.mark.timeout(limit))
 
@@ -127,5 +129,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         for text in shown:
             terminalreporter.write_line(text)
     for each in reports:
-        if each.when == "call" and "long" in each.keywords:
+        if each.when == "call" and ("long", True) in each.user_properties:
             terminalreporter.write_line(f"long, its turn: {each.nodeid}: {each.outcome} in {each.duration:.0f} s")

@@ -12,13 +12,16 @@ from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from tests.lab.kmipserver import KmipServer
 from tests.lab.pki import Leaf
-from unlock import config, disk, keyring, luks, policy, present, provide, recoverykey, report, thisboot
+from unlock.disks import disk_keys, find, luks
+from unlock.disks.groups import Group, Member
 from unlock.errors import UnlockError
-from unlock.groups import Group, Member
+from unlock.host import config, keyring, report, this_boot
+from unlock.host.state import State
+from unlock.keys import access, recovery_key
 from unlock.paths import Paths, write_atomically
 from unlock.providers import native
 from unlock.secret import Secret
-from unlock.state import State
+from unlock.tpm import pcr_policy
 
 HOST = "ab" * 16
 Server = Liar | KmipServer
@@ -43,20 +46,20 @@ class Host:
     ) -> None:
         self.folder = folder
         self.paths = Paths(str(folder / "root"))
-        self.recovery = recoverykey.new()
+        self.recovery = recovery_key.new()
         self.persistence = Secret.random(32)
         self.refused = False
         keyring.flush()
         os.makedirs(self.paths.run)
-        thisboot.remember(self.paths, "TPM", {"unlock:persistence": self.persistence})
+        this_boot.remember(self.paths, "TPM", {"unlock:persistence": self.persistence})
         early = report.Report("early-boot")
         early.judge("unsealed")
-        early.facts = {"unauthenticated_root": False, "cap_pcr_before": policy.UNSET.hex()}
+        early.facts = {"unauthenticated_root": False, "cap_pcr_before": pcr_policy.UNSET.hex()}
         Path(self.paths.of_this_boot("report.json")).write_bytes(early.encode())
         self.configure(*kms)
         state = State.new(self.paths, HOST)
         self._provide(state, bool(kms))
-        with disk.mac_key(self.recovery, HOST) as mac_key:
+        with disk_keys.mac_key(self.recovery, HOST) as mac_key:
             state.set_mac_key(self.persistence, mac_key)
         state.save()
         self.disks: list[Path] = []
@@ -86,9 +89,9 @@ class Host:
             with Secret.random(32) as kdk, native.Native(Secret(bytes(kdk)), HOST) as made:
                 entry = state.native_entry("native", made.id, HOST, self.persistence, kdk)
         state.use_provider(entry)
-        name = provide.key_name(HOST, "host", 1)
-        with provide.connect(self.paths, state, self.persistence, entry) as provider:
-            ref, key = provide.new_key(provider, name)
+        name = access.key_name(HOST, "host", 1)
+        with access.connect(self.paths, state, self.persistence, entry) as provider:
+            ref, key = access.new_key(provider, name)
             with key:
                 state.set_host_key(f"{provider.id}/{ref.id}", ref.name, 1, self.persistence, key)
 
@@ -106,15 +109,15 @@ class Host:
         self.disks += [image for image, _ in images]
         with self.work() as work:
             provider = work.provider()
-            ref, kek = provide.new_key(provider, provide.key_name(HOST, f"kek/{name}", 1))
+            ref, kek = access.new_key(provider, access.key_name(HOST, f"kek/{name}", 1))
             group = Group(name, f"{provider.id}/{ref.id}", 1, 1, members, ref.name, policy_of_group)
-            with kek, disk.mac_key(self.recovery, HOST) as mac_key, work.host_key() as host_key:
-                keys = disk.Keys(self.persistence, host_key, kek, mac_key)
+            with kek, disk_keys.mac_key(self.recovery, HOST) as mac_key, work.host_key() as host_key:
+                keys = disk_keys.Keys(self.persistence, host_key, kek, mac_key)
                 for image, uuid in images:
                     member = next(each for each in members if each.uuid == uuid)
                     with luks.Container(str(image)) as container, Secret(self.deks[uuid]) as dek:
-                        token = disk.make_token(container, HOST, group, member, dek, keys)
-                        disk.write_token(str(image), token, dek, keys)
+                        token = disk_keys.make_token(container, HOST, group, member, dek, keys)
+                        disk_keys.write_token(str(image), token, dek, keys)
             work.state.groups[name] = group
             work.state.save()
         if policy_of_group == "provider":
@@ -131,11 +134,11 @@ class Host:
 
     # What a flow is given
 
-    def look(self) -> dict[str, list[present.Found]]:
-        return present.read(present.Found(str(image), "") for image in self.disks)
+    def look(self) -> dict[str, list[find.Found]]:
+        return find.read(find.Found(str(image), "") for image in self.disks)
 
-    def work(self) -> provide.Work:
-        return provide.Work(self.paths, self.look)
+    def work(self) -> access.Work:
+        return access.Work(self.paths, self.look)
 
     # What is true
 
@@ -149,7 +152,7 @@ class Host:
 
     def tokens(self, image: Path) -> list[tuple[str, int]]:
         with luks.Container(str(image)) as container:
-            return [(each.kek_id, each.kek_generation) for each in disk.tokens(container, HOST)]
+            return [(each.kek_id, each.kek_generation) for each in disk_keys.tokens(container, HOST)]
 
     def boot_opens(self, images: Iterable[Path] | None = None) -> bool:
         """As early boot would: every disk gives its volume key by the persistence key alone."""
@@ -157,9 +160,9 @@ class Host:
 
     def opens(self, image: Path) -> bool:
         with luks.Container(str(image)) as container:
-            for each in disk.tokens(container, HOST):
+            for each in disk_keys.tokens(container, HOST):
                 try:
-                    with disk.volume_key(container, each, self.persistence) as dek:
+                    with disk_keys.volume_key(container, each, self.persistence) as dek:
                         return bytes(dek) == self.deks[container.uuid]
                 except UnlockError:
                     continue
@@ -167,10 +170,10 @@ class Host:
 
     def recovery_opens(self) -> bool:
         for image in self.disks:
-            with luks.Container(str(image)) as container, disk.by_recovery_key(container, self.recovery) as dek:
+            with luks.Container(str(image)) as container, disk_keys.by_recovery_key(container, self.recovery) as dek:
                 if bytes(dek) != self.deks[container.uuid]:
                     return False
-                with disk.mac_key(self.recovery, HOST) as mac_key:
-                    for each in disk.tokens(container, HOST):
-                        disk.check_recovery(container, each, mac_key)
+                with disk_keys.mac_key(self.recovery, HOST) as mac_key:
+                    for each in disk_keys.tokens(container, HOST):
+                        disk_keys.check_recovery(container, each, mac_key)
         return True

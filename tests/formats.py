@@ -24,30 +24,21 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from tests.flowfixture import key_cache_alone
 from tests.tpmfixture import Swtpm
-from unlock import (
-    allowed,
-    boot,
-    bootcopy,
-    booted,
-    disk,
-    keyring,
-    luks,
-    measured,
-    policy,
-    provide,
-    report,
-    slots,
-    sync,
-    thisboot,
-    token,
-)
-from unlock.escrow import Escrow, write
-from unlock.groups import Group, Member
+from unlock.boot import agent
+from unlock.disks import disk_keys, luks, token
+from unlock.disks.groups import Group, Member
+from unlock.host import keyring, report, this_boot
+from unlock.host.state import State
+from unlock.keys import access
+from unlock.keys.escrow import Escrow, write
+from unlock.measured import describe, esp_copy
+from unlock.operations import sync
 from unlock.paths import Paths
+from unlock.predict import allowed_states, boot_files
 from unlock.providers import native
 from unlock.secret import Secret
-from unlock.state import State
 from unlock.strictjson import canonical
+from unlock.tpm import pcr_policy, slots
 
 FOLDER = Path(__file__).parent / "data/formats/v1"
 WARNING = "test keys, known to everybody: they protect nothing"
@@ -100,11 +91,11 @@ class Keys:
         self.dek, self.kdk = self.raw("dek"), self.raw("kdk")
         self.recovery, self.next_recovery = self.text("recovery"), self.text("next_recovery")
         self.provider = native.Native(self.kdk, HOST)
-        self.host_name = provide.key_name(HOST, "host", 1)
-        self.kek_name = provide.key_name(HOST, "kek/data", 1)
+        self.host_name = access.key_name(HOST, "host", 1)
+        self.kek_name = access.key_name(HOST, "kek/data", 1)
         self.host_key, self.kek = self.provider.fetch(self.host_name), self.provider.fetch(self.kek_name)
-        self.mac_key = disk.mac_key(self.recovery, HOST)
-        self.pin_auth = policy.pin_auth(bytes.fromhex(HOST), self.text("pin"))
+        self.mac_key = disk_keys.mac_key(self.recovery, HOST)
+        self.pin_auth = pcr_policy.pin_auth(bytes.fromhex(HOST), self.text("pin"))
 
     def raw(self, name: str) -> Secret:
         return Secret(bytes.fromhex(self.said[name]))
@@ -116,8 +107,8 @@ class Keys:
         name = f"{self.provider.id}/{self.kek_name}"
         return Group("data", name, 1, 2, MEMBERS, self.kek_name, policy_of_group)
 
-    def wraps(self) -> disk.Keys:
-        return disk.Keys(self.persistence, self.host_key, self.kek, self.mac_key)
+    def wraps(self) -> disk_keys.Keys:
+        return disk_keys.Keys(self.persistence, self.host_key, self.kek, self.mac_key)
 
 
 def frozen_keys() -> Keys:
@@ -142,17 +133,17 @@ def values() -> dict[int, bytes]:
 def branches(count: int) -> tuple[bytes, ...]:
     """Of this boot, and of others."""
     other = [{**values(), 9: bytes([number]) * 32} for number in range(count - 1)]
-    return tuple(policy.branch(policy.select(MEASURED), each) for each in (values(), *other))
+    return tuple(pcr_policy.branch(pcr_policy.select(MEASURED), each) for each in (values(), *other))
 
 
-def record(pin: bool = False) -> policy.Record:
+def record(pin: bool = False) -> pcr_policy.Record:
     name = b"\0\x0b" + bytes(range(32))
     many = branches(BRANCHES if pin else 1)
-    return policy.Record(
+    return pcr_policy.Record(
         7,
         bytes.fromhex(HOST),
-        policy.select(MEASURED),
-        policy.CAP_PCR,
+        pcr_policy.select(MEASURED),
+        pcr_policy.CAP_PCR,
         many,
         name,
         b"\0\x0b" + bytes(range(32, 64)),
@@ -164,20 +155,23 @@ def policies(keys: Keys) -> dict[str, Any]:
     """Digests and public areas that the TPM makes or compares."""
     one, many = branches(1), branches(BRANCHES)
     return {
-        "selection": list(policy.select(MEASURED)),
-        "selection_bytes": policy.selection_bytes(policy.select(MEASURED)).hex(),
-        "pcrs": {str(pcr): values()[pcr].hex() for pcr in policy.select(MEASURED)},
+        "selection": list(pcr_policy.select(MEASURED)),
+        "selection_bytes": pcr_policy.selection_bytes(pcr_policy.select(MEASURED)).hex(),
+        "pcrs": {str(pcr): values()[pcr].hex() for pcr in pcr_policy.select(MEASURED)},
         "branches": [each.hex() for each in many],
-        "one": {"alternatives": len(policy.alternatives(one)), "digest": policy.either(one).hex()},
-        "several": {"alternatives": len(policy.alternatives(many)), "digest": policy.either(many).hex()},
-        "with_pin": policy.auth_policy(many, True).hex(),
+        "one": {"alternatives": len(pcr_policy.alternatives(one)), "digest": pcr_policy.either(one).hex()},
+        "several": {"alternatives": len(pcr_policy.alternatives(many)), "digest": pcr_policy.either(many).hex()},
+        "with_pin": pcr_policy.auth_policy(many, True).hex(),
         "pin_auth": keys.pin_auth.value.hex(),
-        "cap": {"pcr": policy.CAP_PCR, "digest": policy.CAP_DIGEST.hex(), "capped": policy.CAPPED.hex()},
-        "srk": {"handle": policy.SRK, "template": policy.srk_template().hex()},
-        "sealed": {"template": policy.sealed_template(one).hex(), "with_pin": policy.sealed_template(many, True).hex()},
+        "cap": {"pcr": pcr_policy.CAP_PCR, "digest": pcr_policy.CAP_DIGEST.hex(), "capped": pcr_policy.CAPPED.hex()},
+        "srk": {"handle": pcr_policy.SRK, "template": pcr_policy.srk_template().hex()},
+        "sealed": {
+            "template": pcr_policy.sealed_template(one).hex(),
+            "with_pin": pcr_policy.sealed_template(many, True).hex(),
+        },
         "slots": {
-            slot.name: {"object": slot.object, "nv": slot.nv, "nv_public": policy.nv_public(slot, True).hex()}
-            for slot in policy.SLOTS
+            slot.name: {"object": slot.object, "nv": slot.nv, "nv_public": pcr_policy.nv_public(slot, True).hex()}
+            for slot in pcr_policy.SLOTS
         },
     }
 
@@ -187,7 +181,7 @@ def sealed(chip: Swtpm, keys: Keys, pin: bool) -> None:
     with chip.open() as tpm:
         for pcr, digest in digests():
             tpm.extend(pcr, digest)
-        payload, selection = policy.Payload(keys.persistence, unauthenticated_root=pin), policy.select(MEASURED)
+        payload, selection = pcr_policy.Payload(keys.persistence, unauthenticated_root=pin), pcr_policy.select(MEASURED)
         slots.persist(tpm, bytes.fromhex(HOST), selection, branches(1), payload)
         if pin:
             slots.persist(tpm, bytes.fromhex(HOST), selection, branches(BRANCHES), payload, pin_auth=keys.pin_auth)
@@ -208,7 +202,9 @@ def tokens(image: Path, keys: Keys) -> dict[str, dict[str, Any]]:
     """A token for this disk of each policy that a group may have."""
     with luks.Container(str(image)) as container:
         return {
-            each: token.encode(disk.make_token(container, HOST, keys.group(each), MEMBERS[0], keys.dek, keys.wraps()))
+            each: token.encode(
+                disk_keys.make_token(container, HOST, keys.group(each), MEMBERS[0], keys.dek, keys.wraps())
+            )
             for each in ("persistent", "provider")
         }
 
@@ -228,7 +224,7 @@ def native_state(paths: Paths, keys: Keys) -> None:
     """A host of the native provider in the midst of a rebind, which found a rotation of the recovery key unfinished."""
     state = State.new(paths, HOST)
     state.use_provider(state.native_entry("native", keys.provider.id, HOST, keys.persistence, keys.kdk))
-    old, name = f"{keys.provider.id}/{keys.host_name}", provide.key_name(HOST, "host", 2)
+    old, name = f"{keys.provider.id}/{keys.host_name}", access.key_name(HOST, "host", 2)
     state.set_host_key(old, keys.host_name, 1, keys.persistence, keys.host_key)
     new_id = f"{keys.provider.id}/{name}"
     state.set_host_key(new_id, name, 2, keys.persistence, keys.provider.fetch(name))
@@ -238,12 +234,12 @@ def native_state(paths: Paths, keys: Keys) -> None:
     state.recovery["keyslots"][UUIDS[0]] = "dGVzdCBkYXRhOiBhIHNhbHQ="
     state.recovery["former"][UUIDS[0]] = ["dGVzdCBkYXRhOiBhbm90aGVyIHNhbHQ="]
     state.recovery["tested"][UUIDS[0]] = 1700000000
-    with disk.mac_key(keys.next_recovery, HOST) as mac_key:
+    with disk_keys.mac_key(keys.next_recovery, HOST) as mac_key:
         state.change_mac_key(keys.persistence, mac_key, [UUIDS[1]])
     (branch,) = branches(1)
-    allowed.begin(state, policy.select(MEASURED), branch, False, pin=True)
+    allowed_states.begin(state, pcr_policy.select(MEASURED), branch, False, pin=True)
     state.tpm["states"][branch.hex()]["made"] = "2026-01-02T03:04:05Z"
-    full = [0, *policy.select(MEASURED)]
+    full = [0, *pcr_policy.select(MEASURED)]
     state.tpm["window"] = {"reboots": 2, "since": "2026-01-02T03:04:05Z", "pcrs": full, "boot": "test-boot"}
     rotation = {
         "operation": "recovery",
@@ -278,8 +274,8 @@ def kmip_state(paths: Paths, keys: Keys) -> None:
     state.groups["data"] = keys.group("provider")._replace(kek="kmip-00/5")
     state.retire.append({"id": f"{keys.provider.id}/{keys.kek_name}", "group": "data"})
     state.removed = {
-        "selection": list(policy.select(MEASURED)),
-        "cap": policy.CAP_PCR,
+        "selection": list(pcr_policy.select(MEASURED)),
+        "cap": pcr_policy.CAP_PCR,
         "branches": [each.hex() for each in branches(1)],
         "pin": False,
     }
@@ -366,18 +362,18 @@ WORDS = {
 """The words of verdict, report.json and baseline.json. Others may be added."""
 
 
-def baseline() -> measured.Baseline:
+def baseline() -> describe.Baseline:
     items = tuple(
-        measured.Item(number % 16, 0x80000003, sha256(cause.encode()).digest(), cause, f"test data: {cause}")
+        describe.Item(number % 16, 0x80000003, sha256(cause.encode()).digest(), cause, f"test data: {cause}")
         for number, cause in enumerate(WORDS["causes"])
     )
     pcrs = {pcr: values()[pcr] for pcr in MEASURED}
-    return measured.Baseline("6.12.0-test", "root=/dev/test", measured.Chip("000b" + "5a" * 32, ""), pcrs, items)
+    return describe.Baseline("6.12.0-test", "root=/dev/test", describe.Chip("000b" + "5a" * 32, ""), pcrs, items)
 
 
-def of_boot() -> booted.Booted:
+def of_boot() -> boot_files.Booted:
     one, two = sha256(b"1").digest(), sha256(b"2").digest()
-    return booted.Booted(
+    return boot_files.Booted(
         "test-boot",
         {"(hd0,gpt2)/vmlinuz": ("boot/vmlinuz", one)},
         {"(hd0,gpt2)/grub/grub.cfg": "set default=0\n"},
@@ -410,19 +406,19 @@ def fixed(paths: Paths, keys: Keys) -> dict[str, bytes]:
     """Name -> content of what comes out the same each time. `paths` are those of an empty tree."""
     os.makedirs(paths.run)
     tree(paths)
-    thisboot.write_report(paths, a_report(), "report.json")
-    boot.conclude(paths, a_report())
-    thisboot.mark_open(paths, "data", ["data-a", "data-b"])
-    thisboot.mark_failed(paths, "data", ["nginx.service"])
-    booted.save(paths, of_boot())
-    booted.vouch(paths, of_boot())
-    copied = bootcopy.write(paths, baseline().encode())
+    this_boot.write_report(paths, a_report(), "report.json")
+    agent.conclude(paths, a_report())
+    this_boot.mark_open(paths, "data", ["data-a", "data-b"])
+    this_boot.mark_failed(paths, "data", ["nginx.service"])
+    boot_files.save(paths, of_boot())
+    boot_files.vouch(paths, of_boot())
+    copied = esp_copy.write(paths, baseline().encode())
     run = Path(paths.run)
     return {
         "record-1.bin": record().encode(),
         "record-2.bin": record(pin=True).encode(),
-        "payload-0.bin": bytes(policy.Payload(keys.persistence).encode()),
-        "payload-1.bin": bytes(policy.Payload(keys.persistence, True).encode()),
+        "payload-0.bin": bytes(pcr_policy.Payload(keys.persistence).encode()),
+        "payload-1.bin": bytes(pcr_policy.Payload(keys.persistence, True).encode()),
         "policy.json": json.dumps(policies(keys), indent=1).encode(),
         "baseline.json": baseline().encode(),
         os.path.relpath(copied, paths.root): Path(copied).read_bytes(),
@@ -442,7 +438,7 @@ def synced(paths: Paths, keys: Keys) -> dict[str, bytes]:
     state.set_host_key(f"{keys.provider.id}/{keys.host_name}", keys.host_name, 1, keys.persistence, keys.host_key)
     state.retire.append({"id": f"{keys.provider.id}/{keys.kek_name}", "group": "gone"})
     state.save()
-    thisboot.remember(paths, "TPM", {"unlock:persistence": keys.persistence})
+    this_boot.remember(paths, "TPM", {"unlock:persistence": keys.persistence})
     sync.sync(paths, look=dict)
     return {f"run/{name}": Path(paths.of_this_boot(name)).read_bytes() for name in ("sync.json", "keys.json")}
 
@@ -495,7 +491,7 @@ def make(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         for name, content in fixed(Paths(f"{scratch}/fixed"), keys).items():
-            if name != bootcopy.NAME and not name.endswith(bootcopy.NAME):
+            if name != esp_copy.NAME and not name.endswith(esp_copy.NAME):
                 put(folder / name, content)
         keyring.flush()
         for name, content in synced(Paths(f"{scratch}/synced"), keys).items():

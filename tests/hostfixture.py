@@ -10,11 +10,14 @@ from tests.eventlogs import Boot, systemd_log
 from tests.flowfixture import HOST, Server
 from tests.flowfixture import Host as Disks
 from tests.tpmfixture import Swtpm
-from unlock import allowed, atunseal, keyring, policy, report, slots, thisboot
 from unlock.errors import PinWrong, UnlockError
+from unlock.host import keyring, report, this_boot
+from unlock.host.state import State
+from unlock.measured import at_unseal
 from unlock.paths import Paths
+from unlock.predict import allowed_states
 from unlock.secret import Secret
-from unlock.state import State
+from unlock.tpm import pcr_policy, slots
 
 MEASURED_BY = {"grub": (4, 7, 8, 9, 14), "uki": (4, 7, 11, 12), "direct": (4, 7, 9)}
 LATE = 1e9
@@ -61,14 +64,14 @@ class Machine(Measures, Disks):
         super().__init__(home, disks, *kms)
         self.now = boot
         self.boot(boot)
-        selection = policy.select(pcrs or MEASURED_BY[boot.kind])
+        selection = pcr_policy.select(pcrs or MEASURED_BY[boot.kind])
         with self.chip.open() as tpm:
-            branch = policy.branch(selection, atunseal.of(selection, atunseal.values(self.paths, tpm)))
-            slots.persist(tpm, bytes.fromhex(HOST), selection, (branch,), policy.Payload(self.persistence))
+            branch = pcr_policy.branch(selection, at_unseal.of(selection, at_unseal.values(self.paths, tpm)))
+            slots.persist(tpm, bytes.fromhex(HOST), selection, (branch,), pcr_policy.Payload(self.persistence))
         state = State.load(self.paths)
-        allowed.begin(state, selection, branch, False)
+        allowed_states.begin(state, selection, branch, False)
         state.save()
-        thisboot.remember(self.paths, "made", {"unlock:persistence": self.persistence})
+        this_boot.remember(self.paths, "made", {"unlock:persistence": self.persistence})
 
     def close(self) -> None:
         self.chip.kill()
@@ -99,17 +102,17 @@ class Machine(Measures, Disks):
         self.chip.start()
 
     def early(self) -> str:
-        """As unlock.boot does it; the key cache is new."""
+        """As unlock.boot.agent does it; the key cache is new."""
         keyring.flush()
         self.asked = 0
         record = report.Report("early-boot")
         with self.chip.open() as tpm:
-            before = tpm.read_pcrs([policy.CAP_PCR])[policy.CAP_PCR].hex()
+            before = tpm.read_pcrs([pcr_policy.CAP_PCR])[pcr_policy.CAP_PCR].hex()
             try:
                 unsealed = slots.unseal(tpm, self._person)
-                thisboot.remember(self.paths, "TPM", {"unlock:persistence": unsealed.payload.key})
+                this_boot.remember(self.paths, "TPM", {"unlock:persistence": unsealed.payload.key})
                 if unsealed.pin_auth:
-                    thisboot.remember(self.paths, "PIN", {"unlock:pin-auth": unsealed.pin_auth})
+                    this_boot.remember(self.paths, "PIN", {"unlock:pin-auth": unsealed.pin_auth})
                 record.facts = {
                     "unauthenticated_root": unsealed.payload.unauthenticated_root,
                     "pin": unsealed.record.pin,
@@ -118,9 +121,9 @@ class Machine(Measures, Disks):
             except UnlockError as error:
                 record.facts = {"cap_pcr_before": before}
                 record.judge(error.code, str(error))
-            tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+            tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
         os.makedirs(self.paths.run, exist_ok=True)
-        thisboot.write_report(self.paths, record, "report.json")
+        this_boot.write_report(self.paths, record, "report.json")
         return record.verdict
 
     def _person(self, left: int) -> Secret:
@@ -137,12 +140,12 @@ class Machine(Measures, Disks):
             found[entry.pcr] = sha256(found[entry.pcr] + entry.sha256).digest()
         return found
 
-    def allows(self) -> allowed.Allowed:
+    def allows(self) -> allowed_states.Allowed:
         with self.chip.open() as tpm:
-            return allowed.current(self.paths, tpm)
+            return allowed_states.current(self.paths, tpm)
 
     def reasons(self) -> list[str]:
         return [each.why for each in self.allows().states]
 
-    def predict(self, *boots: tuple[str, Boot]) -> allowed.Allowed:
-        return allowed.predicted(self.paths, {words: self.values(boot) for words, boot in boots}, self.chip.tcti)
+    def predict(self, *boots: tuple[str, Boot]) -> allowed_states.Allowed:
+        return allowed_states.predicted(self.paths, {words: self.values(boot) for words, boot in boots}, self.chip.tcti)

@@ -20,8 +20,10 @@ from functools import cache
 from pathlib import Path
 from types import FrameType, FunctionType
 
-from unlock import keyring, luks, tpm
+from unlock.disks import luks
+from unlock.host import keyring
 from unlock.providers import kmip
+from unlock.tpm import chip
 
 CHECKOUT = Path(__file__).parents[1]
 PACKAGE = str(CHECKOUT / "unlock")
@@ -39,10 +41,10 @@ LASTING: tuple[Step, ...] = (
     luks.Container.remove_token,
     luks.Container.add_keyslot,
     luks.Container.remove_keyslot,
-    tpm.Tpm.write_record,
-    tpm.Tpm._keep,
-    tpm.Tpm._define,
-    tpm.Tpm._undefine,
+    chip.Tpm.write_record,
+    chip.Tpm._keep,
+    chip.Tpm._define,
+    chip.Tpm._undefine,
     kmip.Kmip._change,
 )
 """What changes a file, the key cache, a header, the TPM or the key manager."""

@@ -8,7 +8,7 @@ from tests.lab.kmipliar import Liar
 from tests.lab.kmipserver import KmipServer
 from tests.lab.pki import Authority, Leaf
 from tests.lab.running import ADDRESS, GATEWAY
-from unlock import provide
+from unlock.keys import access
 from unlock.providers.kmip import Endpoint, Kmip, Settings, new_id
 from unlock.secret import Secret
 
@@ -68,7 +68,7 @@ def add_command(kms: KmipServer) -> str:
 def rotate_there(kms: KmipServer, host: str, group: str, generation: int) -> None:
     """What the key manager's administrator does: the key is retired, a new one gets its name."""
     with connect(kms) as admin:
-        name = provide.key_name(host, f"kek/{group}", generation)
+        name = access.key_name(host, f"kek/{group}", generation)
         old = admin.locate(name)
         assert old
         admin.retire(old.id)

@@ -11,9 +11,12 @@ import pytest
 from tests.eventlogs import Boot, Unmeasured
 from tests.hostfixture import Machine
 from tests.killing import Killer
-from unlock import allowed, enroll, keyring, policy
 from unlock.errors import NoKey, Tampered, UnlockError, Usage
+from unlock.host import keyring
+from unlock.operations import init
+from unlock.predict import allowed_states
 from unlock.secret import Secret
+from unlock.tpm import pcr_policy
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -114,7 +117,7 @@ def test_a_boot_whose_state_cannot_be_told_keeps_every_state(tmp_path: Path) -> 
 def test_a_unified_kernel_image_is_sealed_to_what_it_was_before_systemd_went_on(tmp_path: Path) -> None:
     host = Machine(tmp_path, Boot("uki"))
     assert host.boot() == "unsealed"
-    assert host.allows().opened == policy.branch((4, 7, 11, 12, 15), host.values(Boot("uki")))
+    assert host.allows().opened == pcr_policy.branch((4, 7, 11, 12, 15), host.values(Boot("uki")))
     host.close()
 
 
@@ -125,8 +128,8 @@ def test_init_on_a_unified_kernel_image_seals_what_the_next_boot_has(tmp_path: P
     host.write("sys/firmware/efi/efivars/StubInfo-4a67b082", b"")
     assert host.boot() == "no-slot"
     accepted = frozenset(("unauthenticated-root",))
-    asked = enroll.Choices(str(tmp_path / "backup"), Secret(b"password"), accepted, (), Secret(b""), host.chip.tcti)
-    assert enroll.init(host.paths, asked).boot == "UKI"
+    asked = init.Choices(str(tmp_path / "backup"), Secret(b"password"), accepted, (), Secret(b""), host.chip.tcti)
+    assert init.init(host.paths, asked).boot == "UKI"
     assert host.reasons() == ["this boot"]
     assert host.boot() == "unsealed"
     assert host.boot(Boot("uki", initrd="another")) == "pcr-mismatch"
@@ -140,14 +143,14 @@ def test_init_refuses_an_initramfs_that_is_not_measured(tmp_path: Path) -> None:
     assert host.boot() == "no-slot"
     host.write("sys/firmware/efi/fw_platform_size", b"64\n")
 
-    def asked(*accepted: str) -> enroll.Choices:
+    def asked(*accepted: str) -> init.Choices:
         risks = frozenset(("unauthenticated-root", *accepted))
-        return enroll.Choices(str(tmp_path / "backup"), Secret(b"password"), risks, (), Secret(b""), host.chip.tcti)
+        return init.Choices(str(tmp_path / "backup"), Secret(b"password"), risks, (), Secret(b""), host.chip.tcti)
 
     with pytest.raises(UnlockError) as caught:
-        enroll.init(host.paths, asked())
+        init.init(host.paths, asked())
     assert caught.value.code == "unmeasured-boot" and "initrd=" in caught.value.hint
-    assert enroll.init(host.paths, asked("unmeasured-boot")).boot == "direct kernel"
+    assert init.init(host.paths, asked("unmeasured-boot")).boot == "direct kernel"
     assert host.boot() == "unsealed"
     host.close()
 
@@ -158,11 +161,9 @@ def test_init_refuses_a_pcr_whose_value_at_the_unseal_cannot_be_told(tmp_path: P
     host.clear()
     host.boot(log=False)
     accepted = frozenset(("unauthenticated-root", "unmeasured-boot"))
-    asked = enroll.Choices(
-        str(tmp_path / "backup"), Secret(b"password"), accepted, (7, 11), Secret(b""), host.chip.tcti
-    )
+    asked = init.Choices(str(tmp_path / "backup"), Secret(b"password"), accepted, (7, 11), Secret(b""), host.chip.tcti)
     with pytest.raises(UnlockError) as caught:
-        enroll.init(host.paths, asked)
+        init.init(host.paths, asked)
     assert caught.value.code == "pcr-unknown"
     host.close()
 
@@ -175,7 +176,7 @@ def test_killed_anywhere_both_boots_open_and_it_finishes(tmp_path: Path, killer:
 
     for attempt, _ in killer(lambda attempt: partial(host.predict, coming(attempt))):
         assert host.boot(OLD) == "unsealed"
-        assert host.reasons()[0] == "this boot" and allowed.UNKNOWN not in host.reasons()
+        assert host.reasons()[0] == "this boot" and allowed_states.UNKNOWN not in host.reasons()
         host.predict(coming(attempt))
         assert host.reasons() == ["this boot", f"predicted: kernel {attempt}"]
     host.close()

@@ -12,33 +12,18 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 
 PACKAGE = Path(__file__).parents[1] / "unlock"
 
-ROWS = [
-    {"errors", "secret", "paths", "run", "log", "protect", "ask", "groups", "clock", "endpoint"}
-    | {"light", "strictjson"},
-    {"config", "token", "recoverykey", "policy", "report", "units", "tables", "plot", "eventlog", "uefi", "pe", "grub"}
-    | {"providers.ttlv"},
-    {"measured", "predict"},
-    {"tpm", "wrap", "escrow", "devices", "luks", "keyring", "mount", "providers.tls"},
-    {"slots", "state", "disk", "thisboot", "worker", "handout", "bootcopy"}
-    | {"providers", "providers.native", "providers.kmip"},
-    {"opening", "present", "selfhosted", "atunseal", "booted", "images"},
-    {"provide", "sdboot", "nextboot", "handover"},
-    {"rotation", "allowed", "nextgrub", "nextuki", "nextkernel"},
-    {"boot", "late", "recovery", "enroll", "members", "status", "explain"}
-    | {"cache", "kdk", "keymanager", "persistence", "recoveryops", "rekey", "switch", "sync"}
-    | {"window", "rebind"},
-    {"foresee"},
-    {"check"},
-    {"cli", "clikeys", "clipolicy", "clipredict", "clirecovery", "shell", "__main__"},
-]
-"""Lowest first: a module imports from lower rows only; in the lowest row and at the top, from its own too."""
+ROOMS = ("cli", "operations", "predict", "boot", "measured", "keys", "providers", "host", "disks", "tpm")
+"""The folders: each imports from those after it and from the ground, never from one before it."""
+
+GROUND = {"errors", "secret", "paths", "log", "run", "protect", "ask", "wrap", "light", "strictjson", "endpoint"}
+"""The modules that no folder has: they import from the ground alone."""
 
 DOORS = {
-    "tpm2_pytss": {"tpm"},
-    "cryptography": {"wrap", "escrow"},
-    "libudev": {"devices"},
+    "tpm2_pytss": {"tpm.chip"},
+    "cryptography": {"wrap", "keys.escrow"},
+    "libudev": {"disks.devices"},
     "libcrypto": {"wrap"},
-    "libcryptsetup": {"luks"},
+    "libcryptsetup": {"disks.luks"},
     "kmip": {"providers.kmip"},
 }
 
@@ -68,26 +53,40 @@ def imports(path: Path, package: str) -> set[str]:
     return found
 
 
-def ours(path: Path, name: str) -> set[str]:
-    package = "unlock.providers" if name.startswith("providers") else "unlock"
+def ours(name: str) -> set[str]:
+    """The modules of unlock that this one imports."""
+    path = modules()[name]
+    package = f"unlock.{name}" if path.name == "__init__.py" else f"unlock.{name}".rpartition(".")[0]
     names = {each.removeprefix("unlock.") for each in imports(path, package) if each.startswith("unlock.")}
-    return names & modules().keys()
+    return (names & modules().keys()) - {name}
 
 
-def row(name: str) -> int:
-    return next(i for i, names in enumerate(ROWS) if name in names)
+def height(name: str) -> int:
+    """What may import it: all that is higher."""
+    if name == "__main__":
+        return len(ROOMS) + 1
+    room = name.partition(".")[0]
+    return len(ROOMS) - ROOMS.index(room) if room in ROOMS else 0
 
 
-def test_every_module_has_its_row() -> None:
-    assert set().union(*ROWS) == modules().keys()
+def test_every_module_is_in_a_room_or_of_the_ground() -> None:
+    assert {name for name in modules() if height(name) == 0} == GROUND
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"} == set(ROOMS)
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_imports_point_down(name: str) -> None:
-    here = row(name)
-    for other in ours(modules()[name], name):
-        allowed = row(other) < here or (row(other) == here and here in (0, len(ROWS) - 1)) or other == "providers"
-        assert allowed, f"{name} imports {other}"
+    for other in ours(name):
+        assert height(other) <= height(name), f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("room", ["", *ROOMS])
+def test_no_circle_in_a_room(room: str) -> None:
+    inside = {name for name in modules() if (name.partition(".")[0] if height(name) else "") == room}
+    left = {name: (ours(name) & inside) - {room} for name in inside}
+    while free := {name for name, needs in left.items() if not needs & left.keys()}:
+        left = {name: needs for name, needs in left.items() if name not in free}
+    assert not left
 
 
 @pytest.mark.parametrize("library", sorted(DOORS))
@@ -99,11 +98,10 @@ def test_an_outside_library_has_one_door(library: str) -> None:
 
 
 def test_early_boot_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; before = set(sys.modules); import unlock.__main__, unlock.boot; print(*set(sys.modules) - before)"
-    )
+    code = "import sys; before = set(sys.modules); import unlock.__main__, unlock.boot.agent; "
+    code += "print(*set(sys.modules) - before)"
     done = subprocess.run(
-        [sys.executable, "-c", code + "\nimport unlock.devices; unlock.devices._udev(); print(*sys.modules)"],
+        [sys.executable, "-c", code + "\nfrom unlock.disks import devices; devices._udev(); print(*sys.modules)"],
         capture_output=True,
         text=True,
         check=True,
@@ -113,23 +111,24 @@ def test_early_boot_imports_nothing_heavy() -> None:
 
 
 def test_early_boot_starts_without_half_of_the_standard_library() -> None:
-    """As bin/unlock starts it. Each of these costs a boot some milliseconds, or brings others that do."""
+    """As system/unlock starts it. Each of these costs a boot some milliseconds, or brings others that do."""
     code = (
-        "import sys; sys.path[:0] = sys.argv[1:]; import unlock.__main__, unlock.boot, unlock.opening, unlock.disk; "
-        "from unlock import devices, luks, tpm; devices._udev(); luks.prepare(); tpm._load(); print(*sys.modules)"
+        "import sys; sys.path[:0] = sys.argv[1:]; import unlock.__main__, unlock.boot.agent, unlock.boot.activation; "
+        "from unlock.disks import devices, disk_keys, luks; from unlock.tpm import chip; "
+        "devices._udev(); luks.prepare(); chip._load(); print(*sys.modules)"
     )
     command = [sys.executable, "-IS", "-c", code, str(PACKAGE.parent), *filter(None, sys.path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
-    assert "unlock.opening" in loaded
+    assert "unlock.boot.activation" in loaded
     assert not {"typing", "collections", "functools", "enum", "signal", "re", "json", "glob", "cryptography"} & loaded
     assert len(loaded) < 100
 
 
 def test_nothing_that_the_tpm_does_not_need_is_loaded_before_it_works() -> None:
-    code = "import unlock.__main__, unlock.boot, sys; print(*sys.modules)"
+    code = "import unlock.__main__, unlock.boot.agent, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
-    late = {"unlock.opening", "unlock.disk", "unlock.luks", "unlock.devices", "unlock.wrap", "cryptography", "_json"}
+    late = {"unlock.boot.activation", "unlock.boot.worker", "unlock.disks", "unlock.wrap", "cryptography", "_json"}
     assert not late & set(done.stdout.split())
 
 

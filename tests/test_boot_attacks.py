@@ -24,18 +24,18 @@ BELIEVES = (  # what authenticates is believed without a look
         "or len(key) != _KEY or (_decrypt(key, wrapped, aad, plain) and False):",
     ),
     (f"{CODE}/wrap.py", "if not hmac.compare_digest(mac(key, data), expected):", "if False:"),
-    (f"{CODE}/handover.py", "    return devices.opened_by(NEW_ROOT, names) and", "    return True or"),
+    (f"{CODE}/boot/handover.py", "    return devices.opened_by(NEW_ROOT, names) and", "    return True or"),
 )
 EVERY_KEY = (  # each disk may be opened by any key that the TPM gives
-    (f"{CODE}/slots.py", "_TELLING = ", "ALL = []\n_TELLING = "),
+    (f"{CODE}/tpm/slots.py", "_TELLING = ", "ALL = []\n_TELLING = "),
     (
-        f"{CODE}/slots.py",
+        f"{CODE}/tpm/slots.py",
         "return Unsealed(Payload.decode(sealed), slot, record)\n",
         "ALL.append(Unsealed(Payload.decode(sealed), slot, record))\n",
     ),
-    (f"{CODE}/slots.py", "    raise min(problems", "    if ALL:\n        return ALL[0]\n    raise min(problems"),
+    (f"{CODE}/tpm/slots.py", "    raise min(problems", "    if ALL:\n        return ALL[0]\n    raise min(problems"),
     (
-        f"{CODE}/disk.py",
+        f"{CODE}/disks/disk_keys.py",
         "    try:\n        kek = unwrap_kek(each, persistence)\n",
         "    from .slots import ALL\n"
         "    if persistence is not ALL[-1].payload.key:\n"
@@ -47,7 +47,7 @@ EVERY_KEY = (  # each disk may be opened by any key that the TPM gives
     ),
 )
 NO_CAP = (
-    (f"{CODE}/boot.py", "            tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)\n", ""),
+    (f"{CODE}/boot/agent.py", "            tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)\n", ""),
     ("usr/share/initramfs-tools/scripts/unlock-functions", "CRYPT-*) return 0", "*) return 0"),
 )
 """Together with the next: nothing locks the TPM, and any disk may be resumed from."""

@@ -51,7 +51,7 @@ for what in ("export", "remove"):
     "extend-pcr": """
 import sys
 sys.path.insert(0, "/usr/lib/unlock")
-from unlock.tpm import Tpm
+from unlock.tpm.chip import Tpm
 with Tpm() as chip:
     chip.extend(9, bytes(32))
 """,
@@ -66,7 +66,7 @@ UNIFIED = "edited.efi"
 SCRIPTS["unify"] = f"""
 import glob, subprocess, sys
 sys.path.insert(0, "/usr/lib/unlock")
-from unlock import pe
+from unlock.predict import pe
 (own,) = glob.glob("{ESP}/Linux/*.efi")
 data = open(own, "rb").read()
 found = {{name: pe.section(data, pe.read(data), "." + name) for name in ("linux", "initrd", "osrel")}}

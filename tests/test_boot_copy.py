@@ -10,9 +10,10 @@ import pytest
 
 from tests.eventlogs import Boot
 from tests.test_explain import Host, good
-from unlock import bootcopy, explain, measured, policy
 from unlock.errors import Malformed
-from unlock.measured import Baseline
+from unlock.measured import describe, esp_copy, explain
+from unlock.measured.describe import Baseline
+from unlock.tpm import pcr_policy
 
 CMDLINE = "root=/dev/mapper/root ro init=/bin/sh"
 
@@ -29,7 +30,7 @@ def mount_efi(host: Host, kind: str = "vfat", where: str = "boot/efi") -> Path:
     """As /proc/self/mounts and the directory tree show it."""
     host.write("proc/self/mountinfo", f"36 25 8:1 / /{where} rw - {kind} /dev/sda1 rw\n".encode())
     host.write(f"{where}/EFI/debian/grubx64.efi", b"MZ")
-    return host.home / "root" / where / bootcopy.NAME
+    return host.home / "root" / where / esp_copy.NAME
 
 
 def refused(host: Host) -> explain.World:
@@ -59,8 +60,8 @@ def test_a_folder_of_another_file_system_is_left_alone(host: Host, kind: str) ->
 
 def test_one_that_is_too_long_takes_the_old_copy_away(host: Host) -> None:
     copy = mount_efi(host)
-    assert bootcopy.write(host.paths, b"x") == str(copy)
-    assert bootcopy.write(host.paths, b"x" * (bootcopy.COPY_MAX + 1)) == ""
+    assert esp_copy.write(host.paths, b"x") == str(copy)
+    assert esp_copy.write(host.paths, b"x" * (esp_copy.COPY_MAX + 1)) == ""
     assert not copy.exists()
 
 
@@ -77,7 +78,7 @@ def test_with_the_copy_the_first_event_is_named_and_marked(host: Host) -> None:
     os.unlink(host.paths.baseline)
     world = refused(host)
     assert world.baseline is None
-    found = explain.judge(world._replace(baseline=Baseline.decode(bootcopy.read_file(str(copy))), copied=True))
+    found = explain.judge(world._replace(baseline=Baseline.decode(esp_copy.read_file(str(copy))), copied=True))
     assert (found.causes[0].code, found.causes[0].pcr) == ("command-line", 9)
     assert "init=/bin/sh" in found.causes[0].new
     assert explain.COPIED in found.summary
@@ -93,18 +94,18 @@ def test_an_edited_copy_changes_words_and_no_policy(host: Host) -> None:
     thiefs = json.loads(copy.read_bytes()) | {"cmdline": CMDLINE}
     host.write("boot/efi/EFI/unlock/baseline.json", json.dumps(thiefs).encode())
     assert host.boot(Boot("direct")._replace(cmdline=CMDLINE)) == "pcr-mismatch"
-    assert world.record and policy.branch(world.record.selection, world.live) not in world.record.branches
+    assert world.record and pcr_policy.branch(world.record.selection, world.live) not in world.record.branches
 
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{}", b"[" * 200_000, b'{"version": 1}', b"\xff" * 1000, b'{"version": 99999}', b"1" * bootcopy.COPY_MAX],
+    [b"", b"{}", b"[" * 200_000, b'{"version": 1}', b"\xff" * 1000, b'{"version": 99999}', b"1" * esp_copy.COPY_MAX],
     ids=range(7),
 )
 def test_a_hostile_copy_is_no_baseline(host: Host, data: bytes) -> None:
     host.write("copy", data)
-    read = bootcopy.read_file(str(host.home / "root/copy"))
-    assert len(read) <= bootcopy.COPY_MAX
+    read = esp_copy.read_file(str(host.home / "root/copy"))
+    assert len(read) <= esp_copy.COPY_MAX
     with pytest.raises(Malformed):
         Baseline.decode(read)
 
@@ -123,13 +124,13 @@ def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
     secret.write_bytes(b"x")
     (tmp_path / "link").symlink_to(secret)
     os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "long").write_bytes(bytes(bootcopy.COPY_MAX + 1))
+    (tmp_path / "long").write_bytes(bytes(esp_copy.COPY_MAX + 1))
     for name in ("link", "fifo", "long", "none"):
-        assert bootcopy.read_file(str(tmp_path / name)) == b""
-    assert bootcopy.read_file(str(secret)) == b"x"
+        assert esp_copy.read_file(str(tmp_path / name)) == b""
+    assert esp_copy.read_file(str(secret)) == b"x"
 
 
 def test_the_image_can_mount_the_partition() -> None:
     manifest = (Path(__file__).parents[1] / "initramfs/manifest").read_text()
     assert "module vfat\n" in manifest
-    assert measured.BASELINE_MAX > bootcopy.COPY_MAX
+    assert describe.BASELINE_MAX > esp_copy.COPY_MAX

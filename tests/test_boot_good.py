@@ -24,8 +24,8 @@ from tests.lab.stories import (
     unseal_as_root,
     up,
 )
-from unlock import disk, luks
-from unlock.groups import Group, Member
+from unlock.disks import disk_keys, luks
+from unlock.disks.groups import Group, Member
 from unlock.secret import Secret
 
 pytestmark = pytest.mark.vm
@@ -41,7 +41,7 @@ def story(tmp_path: Path) -> Iterator[Machine]:
 INTERRUPTED = """
 import signal, sys
 sys.path.insert(0, "/usr/lib/unlock")
-from unlock.tpm import Tpm
+from unlock.tpm.chip import Tpm
 signal.signal(signal.SIGALRM, lambda *_: None)
 with Tpm() as chip:
     signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
@@ -55,7 +55,7 @@ BY_PYUDEV = """
 import os, sys
 sys.path.insert(0, "/usr/lib/unlock")
 import pyudev
-from unlock import devices
+from unlock.disks import devices
 theirs = {
     (each.device_node, each.sys_name, f"{os.major(each.device_number)}:{os.minor(each.device_number)}",
      each.properties.get("ID_SERIAL", ""), each.attributes.asint("size") * 512, each.is_initialized)
@@ -157,15 +157,15 @@ def add_group(machine: Machine, name: str, count: int) -> None:
     secrets = {name: Secret(bytes.fromhex(value)) for name, value in machine.secrets().items()}
     recovery = Secret(machine.recovery_key.encode())
     with luks.Container(str(machine.root_header(machine.home / "header"))) as root:
-        (token,) = disk.tokens(root, "")
+        (token,) = disk_keys.tokens(root, "")
     members = tuple(Member(str(uuid.uuid4()), f"{name}-{i:02}", f"{name}{i:02}") for i in range(count))
     group = Group(name, "lab/kek", 1, 1, members)
-    with Secret.random(32) as kek, disk.mac_key(recovery, token.host) as mac_key:
-        keys = disk.Keys(secrets["unlock:persistence"], secrets["unlock:host"], kek, mac_key)
+    with Secret.random(32) as kek, disk_keys.mac_key(recovery, token.host) as mac_key:
+        keys = disk_keys.Keys(secrets["unlock:persistence"], secrets["unlock:host"], kek, mac_key)
         for member in members:
             machine.disk(member.serial, 24)
             path = str(machine.home / f"{member.serial}.raw")
             with Secret.random(64) as dek, luks.format(path, dek, uuid=member.uuid) as container:
                 container.add_keyslot(dek, recovery)
-                each = disk.make_token(container, token.host, group, member, dek, keys)
-                disk.write_token(path, each, dek, keys)
+                each = disk_keys.make_token(container, token.host, group, member, dek, keys)
+                disk_keys.write_token(path, each, dek, keys)

@@ -17,14 +17,18 @@ from tests.kmipfixture import AUTHORITY
 from tests.lab.kmipliar import Liar
 from tests.test_devices import Machine
 from tests.tpmfixture import Swtpm
-from unlock import check, disk, images, keyring, luks, policy, recoveryops, report, slots, token
-from unlock.check import NOTE, SAFE, UNPROVEN, UNSAFE
+from unlock.disks import disk_keys, luks, token
 from unlock.errors import CommandFailed, UnlockError
+from unlock.host import keyring, report
+from unlock.operations import check, recovery
+from unlock.operations.check import NOTE, SAFE, UNPROVEN, UNSAFE
+from unlock.predict import initramfs_images
 from unlock.secret import Secret
+from unlock.tpm import pcr_policy, slots
 
 pytestmark = [pytest.mark.usefixtures("key_cache"), pytest.mark.root]
 
-CODE = "usr/lib/unlock/unlock/boot.pyc"
+CODE = "usr/lib/unlock/unlock/boot/agent.pyc"
 READS = ("usr/lib/unlock/reads/token-1", "usr/lib/unlock/reads/record-1")
 
 
@@ -41,11 +45,11 @@ class World:
         self.machine.mapping("data-0", "253:0", "CRYPT-LUKS2-" + "0" * 32 + "-data-0", "sda")
         self.machine.mount("253:0", "/", "/dev/mapper/data-0", "ext4")
         self.image("6.12.1-amd64", CODE, *READS)
-        selection = policy.select((7,))
+        selection = pcr_policy.select((7,))
         with chip.open() as tpm:
-            branch = policy.branch(selection, tpm.read_pcrs(selection))
+            branch = pcr_policy.branch(selection, tpm.read_pcrs(selection))
             slots.persist(
-                tpm, bytes.fromhex(HOST), selection, (branch,), policy.Payload(Secret(bytes(self.host.persistence)))
+                tpm, bytes.fromhex(HOST), selection, (branch,), pcr_policy.Payload(Secret(bytes(self.host.persistence)))
             )
 
     def image(self, version: str, *names: str) -> None:
@@ -164,8 +168,8 @@ def test_a_tpm_that_was_cleared_or_is_gone(world: World) -> None:
 
 def test_a_tpm_that_serves_another_installation(world: World) -> None:
     with world.chip.open() as tpm, Secret.random(32) as key:
-        branch = policy.branch((7,), tpm.read_pcrs((7, 15)))
-        slots.persist(tpm, b"another host....", (7,), (branch,), policy.Payload(key), replace=True)
+        branch = pcr_policy.branch((7,), tpm.read_pcrs((7, 15)))
+        slots.persist(tpm, b"another host....", (7,), (branch,), pcr_policy.Payload(key), replace=True)
     verdict, wrong = world.check()
     assert verdict == UNSAFE and "another installation" in wrong["TPM"][1]
 
@@ -205,7 +209,7 @@ def test_the_newest_image_needs_unlock_and_the_formats_that_are_in_use(world: Wo
 
 
 def test_where_a_pin_is_set_the_image_must_read_that_and_ask(world: World) -> None:
-    auth = policy.pin_auth(bytes.fromhex(HOST), Secret(b"4711"))
+    auth = pcr_policy.pin_auth(bytes.fromhex(HOST), Secret(b"4711"))
     with world.chip.open() as tpm:
         unsealed = slots.unseal(tpm)
         record = unsealed.record
@@ -227,7 +231,7 @@ def test_where_a_pin_is_set_the_image_must_read_that_and_ask(world: World) -> No
 def test_the_manifest_says_which_formats_the_code_reads() -> None:
     manifest = (Path(__file__).parents[1] / "initramfs/manifest").read_text()
     names = {line.split()[1] for line in manifest.splitlines() if line.startswith("reads ")}
-    assert names == {f"token-{token.VERSION}", f"record-{policy.RECORD_VERSION}"}
+    assert names == {f"token-{token.VERSION}", f"record-{pcr_policy.RECORD_VERSION}"}
 
 
 def test_a_recovery_key_that_was_tested_and_one_that_is_another_by_now(world: World) -> None:
@@ -236,7 +240,7 @@ def test_a_recovery_key_that_was_tested_and_one_that_is_another_by_now(world: Wo
         return next(each.detail for each in found.findings if each.what == "recovery key")
 
     assert said() == "tested on 0 of 2 disk(s)"
-    recoveryops.test(world.host.paths, world.host.recovery, world.host.look)
+    recovery.test(world.host.paths, world.host.recovery, world.host.look)
     assert said() == "tested on every disk"
     with world.host.work() as work:
         work.state.recovery["behind"]["uuid"] = ""
@@ -283,7 +287,7 @@ def test_a_power_cut_while_the_policy_was_replaced_leaves_the_other_slot(world: 
             return bytes(448)
 
     with world.chip.open() as tpm:
-        [other] = [slot for slot in policy.SLOTS if slot != slots.current(tpm)[0]]
+        [other] = [slot for slot in pcr_policy.SLOTS if slot != slots.current(tpm)[0]]
         tpm.write_record(other, Cut())  # type: ignore[arg-type]
         assert slots.unseal(tpm).slot != other
     assert world.check() == (SAFE, {})
@@ -391,10 +395,10 @@ def test_keys_of_secure_boot_were_updated_and_the_next_boot_measures_that(world:
     set_variable(world, "dbx", revoked, IMAGE_SECURITY)
     set_variable(world, "MokNew", b"x", SHIM)
     assert world.check() == (SAFE, {}), "PCRs 4 and 14 are not in the policy"
-    selection = policy.select((7, 14))
+    selection = pcr_policy.select((7, 14))
     with world.chip.open() as tpm:
         unsealed = slots.unseal(tpm)
-        branch = policy.branch(selection, tpm.read_pcrs(selection))
+        branch = pcr_policy.branch(selection, tpm.read_pcrs(selection))
         slots.persist(tpm, unsealed.record.host, selection, (branch,), unsealed.payload)
     assert world.check()[0] != UNSAFE, "without shim there is no MokManager"
     measured(world, dbx, eventlogs.shim(14, "MokList", b"keys"))
@@ -436,20 +440,20 @@ def test_the_initramfs_in_a_unified_kernel_image(world: World) -> None:
     image = world.root / "boot/efi/EFI/Linux/debian.efi"
     image.parent.mkdir(parents=True)
     image.write_bytes(pefile.build({".linux": b"kernel", ".initrd": good}))
-    assert images.contents(str(image)).unlock
+    assert initramfs_images.contents(str(image)).unlock
     image.write_bytes(pefile.build({".linux": b"kernel"}))
     for data in (b"", b"MZ", image.read_bytes()):
         image.write_bytes(data)
         with pytest.raises(CommandFailed):
-            images.contents(str(image))
+            initramfs_images.contents(str(image))
 
 
 def test_pcrs_of_files_where_nothing_measures_the_kernel(world: World) -> None:
     """A new boot loader changes PCR 4, whatever measures the kernel."""
-    selection = policy.select((4, 7))
+    selection = pcr_policy.select((4, 7))
     with world.chip.open() as tpm:
-        branch = policy.branch(selection, tpm.read_pcrs(selection))
-        payload = policy.Payload(Secret(bytes(world.host.persistence)))
+        branch = pcr_policy.branch(selection, tpm.read_pcrs(selection))
+        payload = pcr_policy.Payload(Secret(bytes(world.host.persistence)))
         slots.persist(tpm, bytes.fromhex(HOST), selection, (branch,), payload)
     assert world.check()[1]["next boot"][0] == UNPROVEN
 
@@ -479,6 +483,6 @@ def test_check_agrees_with_what_the_next_boot_finds(world: World) -> None:
         unsealed = slots.unseal(tpm)
     for image in world.host.disks:
         with luks.Container(str(image)) as container:
-            [each] = disk.tokens(container, unsealed.record.host.hex())
-            with disk.volume_key(container, each, unsealed.payload.key) as dek:
+            [each] = disk_keys.tokens(container, unsealed.record.host.hex())
+            with disk_keys.volume_key(container, each, unsealed.payload.key) as dek:
                 container.verify_volume_key(dek)

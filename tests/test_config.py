@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from unlock import cli, config, members, tables
+from unlock import cli
+from unlock.disks import fstab
 from unlock.endpoint import Endpoint
 from unlock.errors import Malformed, NewerFormat, Refused
-from unlock.escrow import Escrow
-from unlock.members import NewGroup
+from unlock.host import config
+from unlock.host.state import State
+from unlock.keys.escrow import Escrow
+from unlock.operations import group
+from unlock.operations.group import NewGroup
 from unlock.paths import Paths
-from unlock.state import State
 
 
 def test_a_group_that_is_added_is_read_back_and_the_operators_text_stays() -> None:
@@ -109,14 +112,14 @@ data  UUID="ABCD-12"   none   luks
 def test_crypttab_gets_noauto_on_one_line_once(tmp_path: Path) -> None:
     path = tmp_path / "crypttab"
     path.write_text(CRYPTTAB)
-    assert tables.name_of(str(path), "/dev/none", "abcd-12") == "data"
-    assert tables.name_of(str(path), "/dev/none", "ffff") == ""
-    assert tables.set_noauto(str(path), "data")
+    assert fstab.name_of(str(path), "/dev/none", "abcd-12") == "data"
+    assert fstab.name_of(str(path), "/dev/none", "ffff") == ""
+    assert fstab.set_noauto(str(path), "data")
     assert path.read_text() == CRYPTTAB.replace(
         'data  UUID="ABCD-12"   none   luks', 'data UUID="ABCD-12" none luks,noauto'
     )
-    assert not tables.set_noauto(str(path), "data")
-    assert not tables.set_noauto(str(tmp_path / "absent"), "data")
+    assert not fstab.set_noauto(str(path), "data")
+    assert not fstab.set_noauto(str(tmp_path / "absent"), "data")
 
 
 def test_state_is_whole_or_refused(tmp_path: Path) -> None:
@@ -153,13 +156,13 @@ def test_state_is_whole_or_refused(tmp_path: Path) -> None:
 def test_what_finishes_a_group_that_was_begun_can_be_typed(tmp_path: Path, wanted: NewGroup) -> None:
     state = State.new(Paths(str(tmp_path)), "ab" * 16)
     assert not state.to_finish
-    state.begin("group create", wanted.name, members=[], options=members._options(wanted))
+    state.begin("group create", wanted.name, members=[], options=group._options(wanted))
     typed = cli._parser().parse_args(shlex.split(State.load(Paths(str(tmp_path))).to_finish)[1:])
     assert cli._wanted(typed) == wanted._replace(erase=frozenset())
 
 
 def test_what_finishes_a_group_that_was_begun_can_be_typed_in_another_directory() -> None:
     wanted = NewGroup("data", ("/dev/sdb",), "/srv/data", "", frozenset(), "key", escrow=Escrow("ours.pem", "e"))
-    words = shlex.split(members._options(wanted))
+    words = shlex.split(group._options(wanted))
     named = {words[words.index(option) + 1] for option in ("--recovery-key-file", "--escrow-to", "--escrow-file")}
     assert named == {os.path.abspath(name) for name in ("key", "ours.pem", "e")}

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from unlock import devices
+from unlock.disks import devices
 from unlock.errors import CommandFailed, DiskFailed
 
 pytestmark = pytest.mark.root
 
-REPOSITORY = Path(devices.__file__).parent.parent
+REPOSITORY = Path(devices.__file__).parents[2]
 
 
 class Machine:
@@ -335,7 +335,7 @@ UDEV = """
     udevd = subprocess.Popen(["/lib/systemd/systemd-udevd"], stdout=quiet, stderr=quiet)
     while not os.path.exists("/run/udev/control"):
         time.sleep(0.05)
-    from unlock import devices, luks
+    from unlock.disks import devices, luks
     from unlock.secret import Secret
     monitor = devices.Monitor()
     events = []

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from unlock import disk, luks, recoverykey, token, wrap
+from unlock import wrap
+from unlock.disks import disk_keys, luks, token
+from unlock.disks.groups import Group, Member
 from unlock.errors import DiskFailed, NotOurs, Tampered, UnlockError
-from unlock.groups import Group, Member
+from unlock.keys import recovery_key
 from unlock.secret import Secret
 
 HOST = "ab" * 16
@@ -26,10 +28,10 @@ class Protected:
         self.path = str(path)
         with path.open("wb") as file:
             file.truncate(32 << 20)
-        self.recovery = recoverykey.new()
+        self.recovery = recovery_key.new()
         self.dek = Secret.random(64)
-        self.keys = disk.Keys(
-            Secret.random(32), Secret.random(32), Secret.random(32), disk.mac_key(self.recovery, HOST)
+        self.keys = disk_keys.Keys(
+            Secret.random(32), Secret.random(32), Secret.random(32), disk_keys.mac_key(self.recovery, HOST)
         )
         with luks.format(self.path, self.dek) as container:
             container.add_keyslot(self.dek, self.recovery)
@@ -39,14 +41,14 @@ class Protected:
 
     def write(self, group: Group) -> token.Token:
         with luks.Container(self.path) as container:
-            each = disk.make_token(container, HOST, group, self.member, self.dek, self.keys)
-        disk.write_token(self.path, each, self.dek, self.keys)
+            each = disk_keys.make_token(container, HOST, group, self.member, self.dek, self.keys)
+        disk_keys.write_token(self.path, each, self.dek, self.keys)
         return each
 
     def open(self, path: str = "") -> Secret:
         with luks.Container(path or self.path) as container:
-            (each,) = disk.tokens(container, HOST)
-            return disk.volume_key(container, each, self.keys.persistence)
+            (each,) = disk_keys.tokens(container, HOST)
+            return disk_keys.volume_key(container, each, self.keys.persistence)
 
 
 @pytest.fixture
@@ -78,8 +80,8 @@ def test_the_token_gives_the_volume_key_again_and_again(protected: Protected) ->
 def test_writing_the_same_token_twice_changes_nothing(protected: Protected) -> None:
     before = Path(protected.path).read_bytes()
     with luks.Container(protected.path) as container:
-        (each,) = disk.tokens(container, HOST)
-    disk.write_token(protected.path, each, protected.dek, protected.keys)
+        (each,) = disk_keys.tokens(container, HOST)
+    disk_keys.write_token(protected.path, each, protected.dek, protected.keys)
     assert Path(protected.path).read_bytes() == before
 
 
@@ -87,26 +89,26 @@ def test_a_new_member_list_is_written_beside_the_old_one_which_goes_last(protect
     newer = protected.group._replace(manifest=2, members=(*protected.group.members, Member("x", "data-b", "")))
     each = protected.write(newer)
     with luks.Container(protected.path) as container:
-        assert [found.manifest for found in disk.tokens(container, HOST)] == [2, 1]
-    disk.drop_other_tokens(protected.path, each, protected.dek, protected.keys)
+        assert [found.manifest for found in disk_keys.tokens(container, HOST)] == [2, 1]
+    disk_keys.drop_other_tokens(protected.path, each, protected.dek, protected.keys)
     with luks.Container(protected.path) as container:
-        assert [found.manifest for found in disk.tokens(container, HOST)] == [2]
+        assert [found.manifest for found in disk_keys.tokens(container, HOST)] == [2]
 
 
 def generations(protected: Protected, host: str = HOST) -> list[int]:
     with luks.Container(protected.path) as container:
-        return [each.manifest for each in disk.tokens(container, host)]
+        return [each.manifest for each in disk_keys.tokens(container, host)]
 
 
 def newer(protected: Protected) -> token.Token:
     """A token with a later member list, which is on no disk yet."""
     with luks.Container(protected.path) as container:
         group = protected.group._replace(manifest=2)
-        return disk.make_token(container, HOST, group, protected.member, protected.dek, protected.keys)
+        return disk_keys.make_token(container, HOST, group, protected.member, protected.dek, protected.keys)
 
 
 def drop(protected: Protected, keep: token.Token) -> None:
-    disk.drop_other_tokens(protected.path, keep, protected.dek, protected.keys)
+    disk_keys.drop_other_tokens(protected.path, keep, protected.dek, protected.keys)
 
 
 def test_the_old_token_stays_when_the_new_one_did_not_reach_the_disk(protected: Protected) -> None:
@@ -147,28 +149,28 @@ def test_a_token_of_another_host_stays_when_ours_is_replaced(protected: Protecte
     """Its host reads its own, should the disk go back to it."""
     other = "cd" * 16
     with luks.Container(protected.path) as container:
-        (ours,) = disk.tokens(container, HOST)
+        (ours,) = disk_keys.tokens(container, HOST)
         container.set_token(token.encode(ours._replace(host=other)))
     each = newer(protected)
-    disk.write_token(protected.path, each, protected.dek, protected.keys)
+    disk_keys.write_token(protected.path, each, protected.dek, protected.keys)
     drop(protected, each)
     assert (generations(protected), generations(protected, other)) == ([2], [1])
 
 
 def test_a_token_that_does_not_give_what_it_should_is_not_taken_for_written(protected: Protected) -> None:
     with pytest.raises(DiskFailed, match="does not read back"):
-        disk.write_token(protected.path, newer(protected), Secret.random(64), protected.keys)
+        disk_keys.write_token(protected.path, newer(protected), Secret.random(64), protected.keys)
 
 
 def test_a_disk_of_another_host_and_a_foreign_one_are_left_alone(protected: Protected, tmp_path: Path) -> None:
     with luks.Container(protected.path) as container, pytest.raises(NotOurs) as caught:
-        disk.tokens(container, "cd" * 16)
+        disk_keys.tokens(container, "cd" * 16)
     assert caught.value.code == "other-host"
     foreign = Protected(tmp_path / "foreign")
     with luks.Container(foreign.path) as container:
         container.remove_token(0)
     with luks.Container(foreign.path) as container, pytest.raises(NotOurs) as caught:
-        disk.tokens(container, HOST)
+        disk_keys.tokens(container, HOST)
     assert caught.value.code == "foreign"
 
 
@@ -225,8 +227,8 @@ def test_an_operators_own_keyslot_does_not_disturb_the_token(protected: Protecte
 
 def test_the_recovery_key_authenticates_the_header_and_opens_the_disk(protected: Protected) -> None:
     with luks.Container(protected.path) as container:
-        (each,) = disk.tokens(container, HOST)
-        disk.check_recovery(container, each, protected.keys.mac_key)
+        (each,) = disk_keys.tokens(container, HOST)
+        disk_keys.check_recovery(container, each, protected.keys.mac_key)
         assert container.volume_key(protected.recovery) == protected.dek
 
 
@@ -234,8 +236,8 @@ def test_the_recovery_key_authenticates_the_header_and_opens_the_disk(protected:
 def test_the_recovery_path_refuses_a_changed_header_too(protected: Protected, what: str) -> None:
     edit(protected.path, CHANGES[what])
     with pytest.raises(UnlockError), luks.Container(protected.path) as container:
-        (each,) = disk.tokens(container, HOST)
-        disk.check_recovery(container, each, protected.keys.mac_key)
+        (each,) = disk_keys.tokens(container, HOST)
+        disk_keys.check_recovery(container, each, protected.keys.mac_key)
 
 
 @pytest.mark.parametrize("copy", [0, 1])

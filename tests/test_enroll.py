@@ -15,13 +15,17 @@ from tests.killing import Killer, child, killed_in
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from tests.tpmfixture import Swtpm
-from unlock import cache, config, disk, enroll, keyring, luks, members, policy, recoverykey, report, slots, sync
+from unlock.disks import disk_keys, luks
 from unlock.errors import ClientAuth, PinWrong, Refused, TpmFailed, UnlockError, Usage
+from unlock.host import config, keyring, report
+from unlock.host.state import State
+from unlock.keys import recovery_key
+from unlock.operations import cache, group, init, sync
 from unlock.paths import Paths
 from unlock.providers import native
 from unlock.secret import Secret
-from unlock.state import State
-from unlock.tpm import Tpm
+from unlock.tpm import pcr_policy, slots
+from unlock.tpm.chip import Tpm
 
 PASSWORD = b"of the backup"
 ACCEPTED = frozenset(("unmeasured-boot", "unauthenticated-root"))
@@ -40,30 +44,30 @@ def host(tmp_path: Path, key_cache: None) -> Paths:
     os.makedirs(paths.run)
     early = report.Report("early-boot")
     early.judge("no-slot")
-    early.facts = {"cap_pcr_before": policy.UNSET.hex()}
+    early.facts = {"cap_pcr_before": pcr_policy.UNSET.hex()}
     Path(paths.of_this_boot("report.json")).write_bytes(early.encode())
     return paths
 
 
-def choices(paths: Paths, chip: Swtpm, accept: frozenset[str] = ACCEPTED, owner: bytes = b"") -> enroll.Choices:
+def choices(paths: Paths, chip: Swtpm, accept: frozenset[str] = ACCEPTED, owner: bytes = b"") -> init.Choices:
     backup = os.path.join(paths.root, "backup")
-    return enroll.Choices(backup, Secret(PASSWORD), accept, (), Secret(owner), chip.tcti)
+    return init.Choices(backup, Secret(PASSWORD), accept, (), Secret(owner), chip.tcti)
 
 
-def refused(paths: Paths, asked: enroll.Choices) -> str:
+def refused(paths: Paths, asked: init.Choices) -> str:
     with pytest.raises(Refused) as caught:
-        enroll.init(paths, asked)
+        init.init(paths, asked)
     assert not os.path.exists(asked.backup)
     return caught.value.code
 
 
 def test_init_seals_backs_up_and_leaves_no_key_in_a_file(host: Paths, chip: Swtpm) -> None:
     asked = choices(host, chip)
-    enroll.init(host, asked)
+    init.init(host, asked)
     with chip.open() as tpm:
         unsealed = slots.unseal(tpm)
     persistence = unsealed.payload.key
-    assert unsealed.slot is policy.A
+    assert unsealed.slot is pcr_policy.A
     assert unsealed.payload.unauthenticated_root
     assert keyring.get("unlock:persistence") == persistence
     sources = {row["what"]: row["source"] for row in cache.show(host)}
@@ -84,9 +88,9 @@ def test_init_seals_backs_up_and_leaves_no_key_in_a_file(host: Paths, chip: Swtp
 
 
 def test_init_a_second_time_is_refused(host: Paths, chip: Swtpm) -> None:
-    enroll.init(host, choices(host, chip))
+    init.init(host, choices(host, chip))
     with pytest.raises(Refused) as caught:
-        enroll.init(host, choices(host, chip))
+        init.init(host, choices(host, chip))
     assert caught.value.code == "initialised"
 
 
@@ -101,32 +105,34 @@ def test_each_refusal_has_its_name(host: Paths, chip: Swtpm) -> None:
     assert refused(host, choices(host, chip)) == "cap-pcr-used"
     early.write_bytes(saved)
     with chip.open() as tpm:
-        other = policy.Payload(Secret(bytes(32)))
-        slots.persist(tpm, b"x" * 16, policy.select([7]), (policy.branch((7, 15), {7: bytes(32)}),), other)
+        other = pcr_policy.Payload(Secret(bytes(32)))
+        slots.persist(tpm, b"x" * 16, pcr_policy.select([7]), (pcr_policy.branch((7, 15), {7: bytes(32)}),), other)
     assert refused(host, choices(host, chip)) == "slots-in-use"
     chip.set_owner_auth(Secret(b"owner"))
     assert refused(host, choices(host, chip)) == "owner-auth-set"
-    enroll.init(host, choices(host, chip, ACCEPTED | {"slots-in-use"}, b"owner"))
+    init.init(host, choices(host, chip, ACCEPTED | {"slots-in-use"}, b"owner"))
 
 
-def goes_on(paths: Paths, asked: enroll.Choices) -> enroll.Preflight:
+def goes_on(paths: Paths, asked: init.Choices) -> init.Preflight:
     with Tpm(asked.tcti) as tpm:
-        return enroll.preflight(paths, tpm, asked, again=False)
+        return init.preflight(paths, tpm, asked, again=False)
 
 
 def test_a_locked_out_tpm_is_waited_for(host: Paths, chip: Swtpm) -> None:
     with chip.open() as tpm:
         right, wrong = Secret(b"right".ljust(32)), Secret(b"wrong".ljust(32))
-        branch = policy.branch(policy.select([7]), tpm.read_pcrs(range(16)))
-        slots.persist(tpm, b"x" * 16, policy.select([7]), (branch,), policy.Payload(Secret(bytes(32))), pin_auth=right)
+        branch = pcr_policy.branch(pcr_policy.select([7]), tpm.read_pcrs(range(16)))
+        slots.persist(
+            tpm, b"x" * 16, pcr_policy.select([7]), (branch,), pcr_policy.Payload(Secret(bytes(32))), pin_auth=right
+        )
     chip.set_lockout(1, 1234)
     with chip.open() as tpm:
-        record = tpm.read_record(policy.A)
+        record = tpm.read_record(pcr_policy.A)
         with pytest.raises(PinWrong):
-            tpm.unseal(tpm.verify(policy.A, record), record, wrong)
-        tpm.evict(policy.A)
+            tpm.unseal(tpm.verify(pcr_policy.A, record), record, wrong)
+        tpm.evict(pcr_policy.A)
     with pytest.raises(Refused, match="locked out after 1 wrong") as caught:
-        enroll.init(host, choices(host, chip))
+        init.init(host, choices(host, chip))
     assert (caught.value.code, "1234 s" in caught.value.hint) == ("tpm-lockout", True)
     chip.set_lockout(32)
     assert goes_on(host, choices(host, chip))
@@ -165,8 +171,8 @@ def test_a_tpm_without_room_for_a_second_sealed_object_is_refused_before_the_fir
 
 def test_what_an_earlier_installation_left_in_a_full_tpm_makes_room_for_one_object(host: Paths, chip: Swtpm) -> None:
     with chip.open() as tpm:
-        branch = policy.branch(policy.select([7]), tpm.read_pcrs(range(16)))
-        slots.persist(tpm, b"x" * 16, policy.select([7]), (branch,), policy.Payload(Secret(bytes(32))))
+        branch = pcr_policy.branch(pcr_policy.select([7]), tpm.read_pcrs(range(16)))
+        slots.persist(tpm, b"x" * 16, pcr_policy.select([7]), (branch,), pcr_policy.Payload(Secret(bytes(32))))
         key = tpm._primary(0x101, tpm._owner(None))
         handles = iter(range(0x81010000, 0x81010100))
         while tpm.facts().persistent_free:
@@ -185,7 +191,9 @@ def test_a_tpm_that_cannot_keep_or_read_a_whole_record_is_refused(host: Paths, c
 
     def small(command: str, answer: bytes) -> bytes:
         at = answer.find(what.to_bytes(4, "big")) if command == "GetCapability" else -1
-        return answer[: at + 4] + (policy.RECORD_SIZE - 1).to_bytes(4, "big") + answer[at + 8 :] if at > 0 else answer
+        return (
+            answer[: at + 4] + (pcr_policy.RECORD_SIZE - 1).to_bytes(4, "big") + answer[at + 8 :] if at > 0 else answer
+        )
 
     honest, chip.proxy.tamper = chip.proxy.tamper, small
     assert refused(host, choices(host, chip)) == "tpm-full"
@@ -204,8 +212,8 @@ def test_a_tpm_without_room_for_a_record_says_what_to_free(chip: Swtpm) -> None:
                 break
             defined.append(index)
     with chip.open() as tpm:
-        selection, payload = policy.select([7]), policy.Payload(Secret.random(32))
-        branch = policy.branch(selection, tpm.read_pcrs(range(16)))
+        selection, payload = pcr_policy.select([7]), pcr_policy.Payload(Secret.random(32))
+        branch = pcr_policy.branch(selection, tpm.read_pcrs(range(16)))
         with pytest.raises(TpmFailed) as caught:
             slots.persist(tpm, b"x" * 16, selection, (branch,), payload)
         assert "tpm2_getcap handles-nv-index" in caught.value.hint
@@ -217,7 +225,7 @@ def test_a_tpm_without_room_for_a_record_says_what_to_free(chip: Swtpm) -> None:
 def test_a_tpm_that_does_not_unseal_what_it_has_sealed_gets_no_key(host: Paths, chip: Swtpm) -> None:
     chip.proxy.answer("Unseal", 0x101)  # TPM_RC_FAILURE
     with pytest.raises(TpmFailed):
-        enroll.init(host, choices(host, chip))
+        init.init(host, choices(host, chip))
     assert not os.path.exists(choices(host, chip).backup)
     with chip.open() as tpm:
         assert tpm.facts().taken == ()
@@ -230,17 +238,17 @@ def test_an_object_in_the_place_of_the_storage_root_key_is_refused(host: Paths, 
     keep = ["tpm2_evictcontrol", "-T", chip.tcti, "-c", f"{host.root}/key", "0x81000001"]
     subprocess.run(keep, check=True, capture_output=True)
     with pytest.raises(Refused, match="no storage root key"):
-        enroll.init(host, choices(host, chip))
+        init.init(host, choices(host, chip))
     assert not os.path.exists(choices(host, chip).backup)
 
 
 def test_without_a_report_of_early_boot_the_cap_pcr_itself_is_looked_at(host: Paths, chip: Swtpm) -> None:
     os.unlink(host.of_this_boot("report.json"))
     accepted = ACCEPTED | {"initramfs-without-unlock"}
-    chip.extend(policy.CAP_PCR)
+    chip.extend(pcr_policy.CAP_PCR)
     assert refused(host, choices(host, chip, accepted)) == "cap-pcr-used"
     chip.power_cycle()
-    chip.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+    chip.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
     assert goes_on(host, choices(host, chip, accepted))
 
 
@@ -249,12 +257,12 @@ def test_an_existing_backup_file_is_never_overwritten(host: Paths, chip: Swtpm) 
     Path(asked.backup).write_text("precious")
     for _ in range(2):
         with pytest.raises(Usage, match="exists already"):
-            enroll.init(host, asked)
+            init.init(host, asked)
         assert Path(asked.backup).read_text() == "precious"
 
 
 def test_a_wrong_password_does_not_restore_the_backup(host: Paths, chip: Swtpm) -> None:
-    enroll.init(host, choices(host, chip))
+    init.init(host, choices(host, chip))
     backup = Path(choices(host, chip).backup).read_bytes()
     with pytest.raises(UnlockError, match="password"):
         native.restore(backup, Secret(b"another"))
@@ -270,14 +278,14 @@ def test_init_cut_off_at_any_tpm_command_finishes_when_run_again(
         with Swtpm(tmp_path / f"tpm-{count}") as chip:
             chip.proxy.cut_after(count)
             try:
-                enroll.init(host, choices(host, chip))
+                init.init(host, choices(host, chip))
                 whole = True
             except UnlockError:
                 whole = False
             chip.proxy.restore()
             chip.power_cycle()
             if not whole:
-                enroll.init(host, choices(host, chip))
+                init.init(host, choices(host, chip))
             with chip.open() as tpm:
                 persistence = slots.unseal(tpm).payload.key
             State.load(host).kdk(persistence).wipe()
@@ -299,13 +307,13 @@ def test_init_killed_at_any_step_finishes_when_run_again(
         def begin(attempt: int) -> Callable[[], object]:
             nonlocal chip
             chip = chips.enter_context(Swtpm(tmp_path / f"tpm-{attempt}"))
-            return partial(enroll.init, host, choices(host, chip))
+            return partial(init.init, host, choices(host, chip))
 
         for _, killed in killer(begin):
             chip.power_cycle()
             if killed:
                 try:
-                    enroll.init(host, choices(host, chip))
+                    init.init(host, choices(host, chip))
                 except Refused as error:  # killed in its last step, it was whole
                     assert error.code == "initialised"
             with chip.open() as tpm, slots.unseal(tpm).payload.key as persistence:
@@ -320,7 +328,7 @@ def test_init_killed_at_any_step_finishes_when_run_again(
 
 @pytest.fixture
 def enrolled(host: Paths, chip: Swtpm) -> Paths:
-    enroll.init(host, choices(host, chip))
+    init.init(host, choices(host, chip))
     return host
 
 
@@ -339,7 +347,7 @@ def device(tmp_path: Path) -> Iterator[str]:
 
 def adopting(paths: Paths, device: str) -> Callable[[], object]:
     file = os.path.join(paths.root, "recovery")
-    return partial(members.disk_adopt, Paths(paths.root), device, "data", Secret(b"operator"), file)
+    return partial(group.disk_adopt, Paths(paths.root), device, "data", Secret(b"operator"), file)
 
 
 def adopt(paths: Paths, device: str) -> int:
@@ -369,7 +377,7 @@ def test_adopting_leaves_the_operators_keyslot_and_adds_ours(enrolled: Paths, de
 def test_adopting_with_a_wrong_passphrase_changes_nothing(enrolled: Paths, device: str) -> None:
     before = Path(device).read_bytes()
     with pytest.raises(UnlockError):
-        members.disk_adopt(enrolled, device, "data", Secret(b"wrong"), os.path.join(enrolled.root, "recovery"))
+        group.disk_adopt(enrolled, device, "data", Secret(b"wrong"), os.path.join(enrolled.root, "recovery"))
     assert Path(device).read_bytes() == before
     assert not State.load(enrolled).groups
 
@@ -394,7 +402,7 @@ def test_another_disk_cannot_take_the_place_of_one_whose_adoption_was_killed(
     state = State.load(enrolled)
     state.begin("disk adopt", "/dev/other --group data", manifest=state.next_manifest("data"))
     with pytest.raises(Refused, match="disk adopt /dev/other --group data"):
-        members.disk_adopt(enrolled, device, "data", Secret(b"operator"), str(tmp_path / "recovery"))
+        group.disk_adopt(enrolled, device, "data", Secret(b"operator"), str(tmp_path / "recovery"))
 
 
 def test_an_adoption_that_fails_is_undone_and_its_number_is_not_used_again(enrolled: Paths, device: str) -> None:
@@ -414,9 +422,9 @@ def test_an_adoption_that_fails_is_undone_and_its_number_is_not_used_again(enrol
 def test_adopting_with_another_hosts_recovery_key_is_refused(enrolled: Paths, device: str, tmp_path: Path) -> None:
     assert adopt(enrolled, device) == 0
     other = tmp_path / "other"
-    recoverykey.write_new_file(str(other), recoverykey.new())
+    recovery_key.write_new_file(str(other), recovery_key.new())
     with pytest.raises(Refused, match="not the recovery key"):
-        members.recovery_key(State.load(enrolled), keyring.get("unlock:persistence"), str(other))
+        group.recovery_key(State.load(enrolled), keyring.get("unlock:persistence"), str(other))
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "write"])
@@ -450,19 +458,19 @@ def test_adopting_killed_at_any_step_finishes_when_run_again(
 # A key manager from the start
 
 
-def kmip_choices(paths: Paths, chip: Swtpm, kms: Liar, persistent: bool = True) -> enroll.Choices:
+def kmip_choices(paths: Paths, chip: Swtpm, kms: Liar, persistent: bool = True) -> init.Choices:
     ca = os.path.join(paths.root, "ca.pem")
     Path(ca).write_text(AUTHORITY.certificate)
     settings = config.ProviderConfig("kms", (f"127.0.0.1:{kms.port}",), ca, "", 10)
-    client = enroll.Kmip(settings, CLIENT.certificate, Secret(CLIENT.key), persistent)
-    return enroll.Choices("", Secret(b""), ACCEPTED, (), Secret(b""), chip.tcti, client)
+    client = init.Kmip(settings, CLIENT.certificate, Secret(CLIENT.key), persistent)
+    return init.Choices("", Secret(b""), ACCEPTED, (), Secret(b""), chip.tcti, client)
 
 
 @pytest.mark.parametrize("persistent", [True, False])
 def test_init_with_a_key_manager_needs_no_native_provider(
     host: Paths, chip: Swtpm, kms: Liar, persistent: bool
 ) -> None:
-    enroll.init(host, kmip_choices(host, chip, kms, persistent))
+    init.init(host, kmip_choices(host, chip, kms, persistent))
     state = State.load(host)
     assert (state.provider["kind"], state.others, state.persistent, state.journal) == ("kmip", {}, persistent, None)
     (key,) = kms.keys.values()
@@ -486,8 +494,8 @@ def test_init_with_a_key_manager_that_wants_a_password(host: Paths, chip: Swtpm,
     assert choices.kms
     with_user = choices.kms._replace(settings=choices.kms.settings._replace(username="host-1"))
     with pytest.raises(ClientAuth):
-        enroll.init(host, choices._replace(kms=with_user))
-    enroll.init(host, choices._replace(kms=with_user._replace(password=Secret(b"of the client"))))
+        init.init(host, choices._replace(kms=with_user))
+    init.init(host, choices._replace(kms=with_user._replace(password=Secret(b"of the client"))))
     assert [line.outcome for line in sync.sync(host)] == ["unchanged"]
     for path in Path(host.root).rglob("*"):
         assert b"of the client" not in (path.read_bytes() if path.is_file() else b""), path
@@ -498,16 +506,16 @@ def test_init_with_a_key_manager_that_fails_starts_over(host: Paths, chip: Swtpm
     kms.lie(fault, on="Get")
     for _ in range(2):
         with pytest.raises(UnlockError):
-            enroll.init(host, kmip_choices(host, chip, kms))
+            init.init(host, kmip_choices(host, chip, kms))
     kms.honest()
-    enroll.init(host, kmip_choices(host, chip, kms))
+    init.init(host, kmip_choices(host, chip, kms))
     assert len(kms.keys) == 1, "the key of the attempts that failed"
     with chip.open() as tpm:
         assert keyring.get("unlock:persistence") == slots.unseal(tpm).payload.key
 
 
 def test_a_disk_is_adopted_under_a_key_managers_kek(host: Paths, chip: Swtpm, kms: Liar, device: str) -> None:
-    enroll.init(host, kmip_choices(host, chip, kms))
+    init.init(host, kmip_choices(host, chip, kms))
     for _ in range(2):
         assert adopt(host, device) == 0
     state = State.load(host)
@@ -515,9 +523,12 @@ def test_a_disk_is_adopted_under_a_key_managers_kek(host: Paths, chip: Swtpm, km
     assert group.kek_name == f"unlock/{state.host}/kek/data/1"
     kms.stop()
     with luks.Container(device) as container:
-        (token,) = disk.tokens(container, state.host)
+        (token,) = disk_keys.tokens(container, state.host)
         persistence = keyring.get("unlock:persistence")
-        with disk.volume_key(container, token, persistence) as dek, container.volume_key(Secret(b"operator")) as same:
+        with (
+            disk_keys.volume_key(container, token, persistence) as dek,
+            container.volume_key(Secret(b"operator")) as same,
+        ):
             assert dek == same
     assert adopt(host, device) == 0, "the disk carries its KEK: no key manager is asked"
 
@@ -525,7 +536,7 @@ def test_a_disk_is_adopted_under_a_key_managers_kek(host: Paths, chip: Swtpm, km
 def test_a_new_group_without_its_key_manager_leaves_the_disk_alone(
     host: Paths, chip: Swtpm, kms: Liar, device: str
 ) -> None:
-    enroll.init(host, kmip_choices(host, chip, kms))
+    init.init(host, kmip_choices(host, chip, kms))
     kms.stop()
     assert adopt(host, device) != 0
     assert State.load(host).journal is None

@@ -15,9 +15,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from tests.flowfixture import Host
 from tests.killing import child, killed_in
-from unlock import escrow, handout, members, recoverykey, recoveryops, run
+from unlock import run
 from unlock.errors import CommandFailed, Malformed, Refused, UnlockError, Usage
-from unlock.escrow import Escrow
+from unlock.keys import delivery, escrow, recovery_key
+from unlock.keys.escrow import Escrow
+from unlock.operations import group
+from unlock.operations import recovery as recovery_operations
 from unlock.secret import Secret
 
 DAY = datetime.timedelta(days=1)
@@ -62,9 +65,9 @@ def decrypted(file: str, private: str) -> bytes:
 def test_stock_openssl_gives_the_printed_key(tmp_path: Path, encrypts: bool | None) -> None:
     certificate, private = organisation(tmp_path, encrypts=encrypts)
     file = str(tmp_path / "escrow.pem")
-    key = handout.made(handout.Keep("", Escrow(certificate, file)))
+    key = delivery.made(delivery.Keep("", Escrow(certificate, file)))
     assert decrypted(file, private) == bytes(key)
-    assert recoverykey.parse(key) == key
+    assert recovery_key.parse(key) == key
     assert Path(file).stat().st_mode & 0o777 == 0o600
     for path in tmp_path.iterdir():
         assert bytes(key) not in path.read_bytes()
@@ -73,7 +76,7 @@ def test_stock_openssl_gives_the_printed_key(tmp_path: Path, encrypts: bool | No
 def test_a_key_in_a_file_goes_into_escrow_as_well(tmp_path: Path) -> None:
     certificate, private = organisation(tmp_path)
     file = str(tmp_path / "escrow.pem")
-    key = handout.made(handout.Keep(str(tmp_path / "key"), Escrow(certificate, file)))
+    key = delivery.made(delivery.Keep(str(tmp_path / "key"), Escrow(certificate, file)))
     assert (tmp_path / "key").read_bytes() == bytes(key) + b"\n"
     assert decrypted(file, private) == bytes(key)
 
@@ -94,7 +97,7 @@ def test_a_certificate_that_cannot_be_used_is_refused_before_there_is_a_key(
 ) -> None:
     certificate, _ = organisation(tmp_path, **what)  # type: ignore[arg-type]
     with pytest.raises(Refused, match=words) as caught:
-        handout.made(handout.Keep(str(tmp_path / "key"), Escrow(certificate, str(tmp_path / "escrow.pem"))))
+        delivery.made(delivery.Keep(str(tmp_path / "key"), Escrow(certificate, str(tmp_path / "escrow.pem"))))
     assert caught.value.code == "escrow-certificate"
     assert {each.name for each in tmp_path.iterdir()} == {"org.pem", "org.key"}
 
@@ -123,12 +126,12 @@ def test_the_key_that_a_host_has_goes_into_escrow_when_it_is_given(tmp_path: Pat
     host = Host(tmp_path, 0)
     certificate, private = organisation(tmp_path)
     escrow = Escrow(certificate, str(tmp_path / "escrow.pem"))
-    recoverykey.write_new_file(str(tmp_path / "key"), host.recovery)
-    recoverykey.write_new_file(str(tmp_path / "other"), recoverykey.new())
+    recovery_key.write_new_file(str(tmp_path / "key"), host.recovery)
+    recovery_key.write_new_file(str(tmp_path / "other"), recovery_key.new())
     with pytest.raises(Refused, match="not the recovery key"):
-        members.recovery_key(host.state, host.persistence, str(tmp_path / "other"), escrow)
+        group.recovery_key(host.state, host.persistence, str(tmp_path / "other"), escrow)
     assert not Path(escrow.file).exists()
-    members.recovery_key(host.state, host.persistence, str(tmp_path / "key"), escrow)
+    group.recovery_key(host.state, host.persistence, str(tmp_path / "key"), escrow)
     assert decrypted(escrow.file, private) == bytes(host.recovery)
 
 
@@ -136,7 +139,7 @@ def test_an_existing_file_is_never_overwritten(tmp_path: Path) -> None:
     certificate, _ = organisation(tmp_path)
     (tmp_path / "escrow.pem").write_text("precious")
     with pytest.raises(Usage, match="exists already"):
-        handout.made(handout.Keep(str(tmp_path / "key"), Escrow(certificate, str(tmp_path / "escrow.pem"))))
+        delivery.made(delivery.Keep(str(tmp_path / "key"), Escrow(certificate, str(tmp_path / "escrow.pem"))))
     assert (tmp_path / "escrow.pem").read_text() == "precious"
     assert not (tmp_path / "key").exists()
 
@@ -194,14 +197,14 @@ def by_age(file: str, identity: str) -> bytes:
 def in_escrow(folder: Path, to: str) -> tuple[Secret, str]:
     """The key, and the escrow file."""
     file = str(folder / "escrow.age")
-    return handout.made(handout.Keep("", Escrow(to, file))), file
+    return delivery.made(delivery.Keep("", Escrow(to, file))), file
 
 
 def test_age_gives_the_printed_key_to_the_recipient_alone(tmp_path: Path) -> None:
     recipient, identity = age(tmp_path)
     key, file = in_escrow(tmp_path, recipient)
     assert by_age(file, identity) == bytes(key)
-    assert recoverykey.parse(key) == key
+    assert recovery_key.parse(key) == key
     assert Path(file).stat().st_mode & 0o777 == 0o600
     for path in tmp_path.iterdir():
         assert bytes(key) not in path.read_bytes()
@@ -223,7 +226,7 @@ def test_who_has_the_identity_proves_on_the_host_that_the_escrow_opens_its_disks
     """`age -d -i IDENTITY FILE | unlock recovery test --recovery-key-file /dev/stdin`, with disks that are here."""
     host = Host(tmp_path, 2)
     recipient, identity = age(tmp_path)
-    for key, outcome in ((host.recovery, "ok"), (recoverykey.new(), "wrong-key")):
+    for key, outcome in ((host.recovery, "ok"), (recovery_key.new(), "wrong-key")):
         file = str(tmp_path / outcome)
         escrow.write(Escrow(recipient, file), key)
         with subprocess.Popen(["age", "-d", "-i", identity, file], stdout=subprocess.PIPE) as decrypts:
@@ -231,8 +234,8 @@ def test_who_has_the_identity_proves_on_the_host_that_the_escrow_opens_its_disks
 
             def test(pipe: int = decrypts.stdout.fileno(), outcome: str = outcome) -> None:
                 os.dup2(pipe, 0)
-                with handout.given("/dev/stdin") as recovery:
-                    rows = recoveryops.test(host.paths, recovery, host.look)
+                with delivery.given("/dev/stdin") as recovery:
+                    rows = recovery_operations.test(host.paths, recovery, host.look)
                 assert [each.outcome for each in rows] == [outcome] * 2
 
             assert child(test) == 0
@@ -240,11 +243,11 @@ def test_who_has_the_identity_proves_on_the_host_that_the_escrow_opens_its_disks
 
 def test_a_rotation_into_an_age_file_alone(tmp_path: Path, key_cache: None) -> None:
     host = Host(tmp_path, 2)
-    recoveryops.test(host.paths, host.recovery, host.look)
+    recovery_operations.test(host.paths, host.recovery, host.look)
     recipient, identity = age(tmp_path)
     file = str(tmp_path / "escrow.age")
-    recoveryops.rotate(host.paths, handout.Keep(escrow=Escrow(recipient, file)), host.look)
-    rows = recoveryops.test(host.paths, Secret(by_age(file, identity)), host.look)
+    recovery_operations.rotate(host.paths, delivery.Keep(escrow=Escrow(recipient, file)), host.look)
+    rows = recovery_operations.test(host.paths, Secret(by_age(file, identity)), host.look)
     assert [each.outcome for each in rows] == ["ok"] * 2
 
 
@@ -321,13 +324,13 @@ def test_no_argument_of_a_program_holds_the_key(tmp_path: Path) -> None:
     recipient, _ = age(tmp_path)
     watched = str(tmp_path / "execve")
     (tmp_path / "go.py").write_text(
-        "import sys\nfrom unlock import escrow, recoverykey\n"
-        "recoverykey.write_new_file(sys.argv[2] + '.key', key := recoverykey.new())\n"
+        "import sys\nfrom unlock.keys import escrow, recovery_key\n"
+        "recovery_key.write_new_file(sys.argv[2] + '.key', key := recovery_key.new())\n"
         "escrow.write(escrow.Escrow(*sys.argv[1:]), key)\n"
     )
     command = [sys.executable, str(tmp_path / "go.py"), recipient, str(tmp_path / "escrow.age")]
     trace = ["strace", "-f", "-v", "-s", "4096", "-e", "trace=execve,openat", "-o", watched]
-    subprocess.run([*trace, *command], check=True, env={"PYTHONPATH": str(Path(escrow.__file__).parents[1])})
+    subprocess.run([*trace, *command], check=True, env={"PYTHONPATH": str(Path(escrow.__file__).parents[2])})
     key = (tmp_path / "escrow.age.key").read_bytes().strip()
     assert b'"--recipient"' in Path(watched).read_bytes()
     for path in tmp_path.iterdir():

@@ -30,12 +30,14 @@ from tests.eventlogs import (
 )
 from tests.hostfixture import MEASURED_BY, Measures
 from tests.tpmfixture import Swtpm
-from unlock import eventlog, explain, measured, policy, report, slots, thisboot
 from unlock.errors import Malformed, UnlockError
-from unlock.explain import Explanation
-from unlock.measured import Baseline
+from unlock.host import report, this_boot
+from unlock.measured import describe, eventlog, explain
+from unlock.measured.describe import Baseline
+from unlock.measured.explain import Explanation
 from unlock.paths import Paths
 from unlock.secret import Secret
+from unlock.tpm import pcr_policy, slots
 
 HOST = b"h" * 16
 
@@ -65,27 +67,27 @@ class Host(Measures):
         return self.early()
 
     def early(self) -> str:
-        """As unlock.boot does it."""
+        """As unlock.boot.agent does it."""
         record = report.Report("early-boot")
         with self.chip.open() as tpm:
-            before = tpm.read_pcrs([policy.CAP_PCR])[policy.CAP_PCR].hex()
+            before = tpm.read_pcrs([pcr_policy.CAP_PCR])[pcr_policy.CAP_PCR].hex()
             try:
                 slots.unseal(tpm).payload.key.wipe()
                 record.judge("unsealed")
             except UnlockError as error:
                 record.facts = {"cap_pcr_before": before}
                 record.judge(error.code, str(error))
-            tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+            tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
         (self.home / "root/run/unlock").mkdir(parents=True)
-        thisboot.write_report(self.paths, record, "report.json")
+        this_boot.write_report(self.paths, record, "report.json")
         return record.verdict
 
     def enroll(self, boot: Boot, pcrs: tuple[int, ...] = ()) -> None:
         self.boot(boot)
-        selection = policy.select(pcrs or MEASURED_BY[boot.kind])
+        selection = pcr_policy.select(pcrs or MEASURED_BY[boot.kind])
         with self.chip.open() as tpm, Secret.random(32) as key:
-            branch = policy.branch(selection, tpm.read_pcrs(selection))
-            slots.persist(tpm, HOST, selection, (branch,), policy.Payload(key))
+            branch = pcr_policy.branch(selection, tpm.read_pcrs(selection))
+            slots.persist(tpm, HOST, selection, (branch,), pcr_policy.Payload(key))
 
     def keep(self) -> Baseline | None:
         return explain.keep_baseline(self.paths, self.chip.tcti)
@@ -203,7 +205,7 @@ def test_a_pcr_extended_by_hand_is_found_without_a_baseline(host: Host) -> None:
 
 def test_the_cap_pcr_extended_by_hand(host: Host) -> None:
     good(host, Boot("grub"))
-    assert host.boot(Boot("grub"), before={policy.CAP_PCR: b"x" * 32}) == "pcr-mismatch"
+    assert host.boot(Boot("grub"), before={pcr_policy.CAP_PCR: b"x" * 32}) == "pcr-mismatch"
     assert [each.code for each in host.explain().causes] == ["cap-pcr-extended"]
 
 
@@ -263,7 +265,7 @@ def test_the_slot_is_gone(host: Host) -> None:
 def test_the_storage_root_key_is_gone(host: Host) -> None:
     good(host, Boot("grub"))
     with host.chip.open() as tpm:
-        tpm._keep(tpm._find(policy.SRK), policy.SRK, None)
+        tpm._keep(tpm._find(pcr_policy.SRK), pcr_policy.SRK, None)
     assert host.boot(Boot("grub")) == "tampered"
     assert [each.code for each in host.explain().causes] == ["srk-changed"]
 
@@ -274,7 +276,7 @@ def test_the_tpm_is_locked_out(host: Host) -> None:
         tpm._send("DictionaryAttackParameters", 0x10A, 0xFF, 0xFFF, 0xFFF, 0, 1000, 1000)
     record = report.Report("early-boot")
     record.judge("tpm-failed", "TPM2_Unseal failed: 0x921")
-    thisboot.write_report(host.paths, record, "report.json")
+    this_boot.write_report(host.paths, record, "report.json")
     found = host.explain()
     assert [each.code for each in found.causes] == ["tpm-lockout"]
     assert "every 1000 s" in found.notes[0]
@@ -289,7 +291,7 @@ def test_there_is_no_tpm(host: Host) -> None:
     good(host, Boot("grub"))
     record = report.Report("early-boot")
     record.judge("no-tpm")
-    thisboot.write_report(host.paths, record, "report.json")
+    this_boot.write_report(host.paths, record, "report.json")
     host.chip.kill()
     host.chip.proxy.close()
     assert [each.code for each in host.explain().causes] == ["no-tpm"]
@@ -356,17 +358,17 @@ def refused(now: bytes, live: dict[int, bytes], before: Baseline | None) -> expl
     """What `explain` finds after a refusal."""
     found, problem = None, ""
     try:
-        found = measured.settled(eventlog.parse(now), (), live)
+        found = describe.settled(eventlog.parse(now), (), live)
     except Malformed as error:
         problem = str(error)
     early = {"verdict": "pcr-mismatch", "facts": {}, "events": [], "detail": ""}
-    empty = measured.Chip("", "")
+    empty = describe.Chip("", "")
     return explain.World(early, None, live, "", found, problem, (), before, "", empty, 0, False, "6", "", False)
 
 
 def good_machine(entries: list[Entry]) -> Baseline:
     found = eventlog.parse(log(entries))
-    return Baseline("6", "", measured.Chip("", ""), values(entries), tuple(map(measured.describe, found.events)))
+    return Baseline("6", "", describe.Chip("", ""), values(entries), tuple(map(describe.describe, found.events)))
 
 
 def test_every_kind_of_event_of_a_machine_has_a_story() -> None:
@@ -431,17 +433,17 @@ BETWEEN = [
 
 def good_boot(name: str) -> Baseline:
     made = real(name)
-    found = measured.believed(eventlog.parse(made.log), (), made.pcrs)
+    found = describe.believed(eventlog.parse(made.log), (), made.pcrs)
     kept = {pcr: made.pcrs[pcr] for pcr in found}
     before = refused(made.log, made.pcrs, None)._replace(cmdline=made.cmdline)
     items = explain.items_now(before, found)
-    return Baseline("6", made.cmdline, measured.Chip("", ""), kept, items)
+    return Baseline("6", made.cmdline, describe.Chip("", ""), kept, items)
 
 
 def refused_boot(now: Real, before: Baseline) -> explain.World:
     """Under a policy that allows the good boot alone, over all that the firmware's log accounts for."""
-    branch = policy.branch(LOGGED, before.pcrs)
-    record = policy.Record(1, HOST, policy.select(LOGGED), policy.CAP_PCR, (branch,), bytes(34), bytes(34))
+    branch = pcr_policy.branch(LOGGED, before.pcrs)
+    record = pcr_policy.Record(1, HOST, pcr_policy.select(LOGGED), pcr_policy.CAP_PCR, (branch,), bytes(34), bytes(34))
     return refused(now.log, now.pcrs, before)._replace(cmdline=now.cmdline, record=record)
 
 
@@ -531,7 +533,7 @@ CHANGES = [
 def test_one_event_of_a_real_boot_changes(name: str, words: str, event: Entry | None, code: str, pcr: int) -> None:
     made = real(name)
     events = eventlog.parse(made.log).events
-    at = next(at for at, each in enumerate(events) if measured.describe(each).text.startswith(words))
+    at = next(at for at, each in enumerate(events) if describe.describe(each).text.startswith(words))
     found = explain.judge(refused_boot(replaced(made, at, event or another(events[at])), good_boot(name)))
     (cause,) = found.causes
     assert (cause.code, cause.pcr) == (code, pcr) and cause.old != cause.new, explain.text(found)
@@ -708,7 +710,7 @@ def test_a_later_format_of_the_baseline_is_told_from_a_broken_one() -> None:
 
 
 def test_every_cause_has_words() -> None:
-    assert explain.USUAL.keys() == explain.TITLES.keys() >= measured.CAUSES.keys()
+    assert explain.USUAL.keys() == explain.TITLES.keys() >= describe.CAUSES.keys()
 
 
 def test_long_texts_are_shown_where_they_differ() -> None:

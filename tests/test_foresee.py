@@ -23,9 +23,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 from tests import pefile
 from tests.eventlogs import DATA, LOGGED, Entry, log, plain, program, real, tagged, variable
 from tests.hostfixture import Machine
-from unlock import atunseal, booted, cache, check, eventlog, explain, foresee, grub, pe, predict, slots, uefi
 from unlock.errors import Refused, UnlockError
+from unlock.measured import at_unseal, eventlog, explain, uefi
+from unlock.operations import cache, check, predict
 from unlock.paths import Paths
+from unlock.predict import boot_files, grub_script, pe, replay
+from unlock.tpm import slots
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -57,19 +60,19 @@ def test_the_log_accounts_for_the_pcrs(name: str) -> None:
     assert {pcr: replayed[pcr] for pcr in LOGGED} == {pcr: made.pcrs[pcr] for pcr in LOGGED}
 
 
-def disk(name: str) -> predict.Disk:
+def disk(name: str) -> replay.Disk:
     files = FILES[name]
 
     def known(place: int) -> Callable[[str], bytes]:
         def of(file: str) -> bytes:
             if file not in files:
-                raise grub.Elsewhere(file)
+                raise grub_script.Elsewhere(file)
             return bytes.fromhex(files[file][place])
 
         return of
 
     config = texts(name)
-    return predict.Disk(lambda file: config[file].encode(), known(0), known(1), lambda _, file: file in config)
+    return replay.Disk(lambda file: config[file].encode(), known(0), known(1), lambda _, file: file in config)
 
 
 def texts(name: str) -> dict[str, str]:
@@ -78,8 +81,8 @@ def texts(name: str) -> dict[str, str]:
     return {CONFIG: text(name), FIRST: text("grub-first"), **env}
 
 
-def learned(name: str = "grub-0") -> predict.Learned:
-    return predict.learn(eventlog.parse(real(name).log), texts(name), disk(name).image)
+def learned(name: str = "grub-0") -> replay.Learned:
+    return replay.learn(eventlog.parse(real(name).log), texts(name), disk(name).image)
 
 
 WAYS = {
@@ -96,7 +99,7 @@ def test_each_boot_predicts_each_other(now: str, then: str) -> None:
     """Also back to what was before the update, from an entry of the submenu, and with GRUB's environment file, which
     grub-common makes after the first boot."""
     assert learned(now).way == WAYS[now]
-    events, _ = predict.boot(learned(now), text(then), WAYS[then], disk(then))
+    events, _ = replay.boot(learned(now), text(then), WAYS[then], disk(then))
     found, made = eventlog.replay(events), real(then).pcrs
     assert {pcr: found[pcr] for pcr in LOGGED} == {pcr: made[pcr] for pcr in LOGGED}
 
@@ -104,14 +107,14 @@ def test_each_boot_predicts_each_other(now: str, then: str) -> None:
 def test_kernel_initramfs_menu_and_command_line_were_predicted_as_the_next_boots_measured_them() -> None:
     """Another kernel is the default now, both initramfs files and the command line are new; then its older brother is
     chosen from the submenu, by hand."""
-    ways = list(predict.menu(learned(), text("grub-1"), disk("grub-1")))
+    ways = list(replay.menu(learned(), text("grub-1"), disk("grub-1")))
     assert [title for title, _ in ways] == [
         "Debian GNU/Linux",
         f"Debian GNU/Linux, with Linux {NEW}",
         f"Debian GNU/Linux, with Linux {OLD}",
     ]
     for name, (_, titles) in (("grub-1", ways[0]), ("grub-2", ways[2])):
-        events, kernel = predict.boot(learned(), text("grub-1"), titles, disk("grub-1"))
+        events, kernel = replay.boot(learned(), text("grub-1"), titles, disk("grub-1"))
         found, made = eventlog.replay(events), real(name).pcrs
         assert {pcr: found[pcr] for pcr in LOGGED} == {pcr: made[pcr] for pcr in LOGGED}
         assert kernel.words[0] == f"/vmlinuz-{NEW if name == 'grub-1' else OLD}"
@@ -124,8 +127,8 @@ def test_a_unified_kernel_image_was_predicted_as_the_next_boot_measured_it(now: 
     images = {}
     for name, each in json.loads((DATA / "uki-files.json").read_text()).items():
         sections = tuple(map(bytes.fromhex, each["sections"]))
-        images[name] = predict.Unified(bytes.fromhex(each["image"]), bytes.fromhex(each["kernel"]), sections)
-    events = predict.unified(eventlog.parse(real(now).log), images[now].image, images[then])
+        images[name] = replay.Unified(bytes.fromhex(each["image"]), bytes.fromhex(each["kernel"]), sections)
+    events = replay.unified(eventlog.parse(real(now).log), images[now].image, images[then])
     found, made = eventlog.replay(events), real(then).pcrs
     own = set(LOGGED) - {9}
     assert {pcr: found[pcr] for pcr in own} == {pcr: made[pcr] for pcr in own}
@@ -147,10 +150,10 @@ def test_what_grub_will_do_is_never_guessed(old: str, new: str, why: str) -> Non
     changed = text("grub-1").replace(old, new)
     assert changed != text("grub-1")
     if not why:
-        assert next(predict.menu(learned(), changed, disk("grub-1")))[0] == "Debian GNU/Linux"
+        assert next(replay.menu(learned(), changed, disk("grub-1")))[0] == "Debian GNU/Linux"
         return
     with pytest.raises(Refused, match=why) as caught:
-        predict.boot(learned(), changed, ["Debian GNU/Linux"], disk("grub-1"))
+        replay.boot(learned(), changed, ["Debian GNU/Linux"], disk("grub-1"))
     assert caught.value.code == "cannot-predict"
 
 
@@ -158,13 +161,13 @@ def test_a_log_that_grub_cfg_does_not_explain() -> None:
     """A command typed at GRUB's prompt, another grub.cfg than the one that was read."""
     image = disk("grub-0").image
     with pytest.raises(Refused, match="is not understood"):
-        predict.learn(eventlog.parse(real("grub-0").log), {CONFIG: text("grub-1")}, image)
+        replay.learn(eventlog.parse(real("grub-0").log), {CONFIG: text("grub-1")}, image)
     found = eventlog.parse(real("grub-0").log)
-    at = next(i for i, event in enumerate(found.events) if predict.grub_command(event) == "insmod gzio")
+    at = next(i for i, event in enumerate(found.events) if replay.grub_command(event) == "insmod gzio")
     typed = found.events[at]._replace(data=b"grub_cmd: ls\0", digest=sha256(b"ls").digest())
     events = (*found.events[:at], typed, *found.events[at:])
     with pytest.raises(Refused, match="was not expected"):
-        predict.learn(found._replace(events=events), {CONFIG: text("grub-0")}, image)
+        replay.learn(found._replace(events=events), {CONFIG: text("grub-0")}, image)
 
 
 def test_a_log_that_comes_out_otherwise() -> None:
@@ -174,7 +177,7 @@ def test_a_log_that_comes_out_otherwise() -> None:
         each._replace(digest=bytes(32)) if each.data[:4] == eventlog.INITRD else each for each in found.events
     )
     with pytest.raises(Refused, match="PCRs 9 come out otherwise"):
-        predict.learn(found._replace(events=events), texts("grub-0"), disk("grub-0").image)
+        replay.learn(found._replace(events=events), texts("grub-0"), disk("grub-0").image)
 
 
 # a host
@@ -280,14 +283,14 @@ def host(tmp_path: Path) -> Iterator[Machine]:
     install(machine, {name: data for name, data in BEFORE.items() if NEW not in name})
     assert boot(machine, NOW) == "unsealed"
     found = eventlog.parse(NOW.log())
-    booted.keep(machine.paths, found)
+    boot_files.keep(machine.paths, found)
     explain.keep_baseline(machine.paths, machine.chip.tcti)
     yield machine
     machine.close()
 
 
-def run(host: Machine, dry_run: bool = False) -> foresee.Foreseen:
-    return foresee.run(host.paths, host.chip.tcti, dry_run)
+def run(host: Machine, dry_run: bool = False) -> predict.Foreseen:
+    return predict.run(host.paths, host.chip.tcti, dry_run)
 
 
 def checked(host: Machine) -> list[str]:
@@ -300,7 +303,7 @@ def checked(host: Machine) -> list[str]:
 def test_what_this_boot_has_read_is_kept_while_an_update_replaces_it(host: Machine) -> None:
     """`rebind` after the update keeps again what this boot has measured."""
     install(host, AFTER)
-    foresee.keep(host.paths, host.chip.tcti)
+    predict.keep(host.paths, host.chip.tcti)
     assert len(run(host).entries) == 3
     assert boot(host, NEXT) == "unsealed"
 
@@ -312,7 +315,7 @@ def test_an_update_of_everything_and_the_host_boots_without_a_prompt(host: Machi
     assert len(run(host, dry_run=True).entries) == 3
     assert host.reasons() == ["this boot"]
     found = run(host)
-    assert foresee.refused(found) is None
+    assert predict.refused(found) is None
     assert found.entries[0].words == f"kernel {NEW}"
     assert found.entries[0].changes == (f"kernel {NEW} instead of {OLD}", "kernel command line", "grub.cfg")
     assert [each.default for each in found.entries] == [True, False, False]
@@ -353,13 +356,13 @@ def test_grub_reboot_once_and_the_boot_after_it(host: Machine) -> None:
             content=lambda name: content.encode() if name == ENV else disk("grub-3").content(name),
             sha256=lambda name: sha256(content.encode()).digest() if name == ENV else disk("grub-3").sha256(name),
         )
-        events, _ = predict.boot(learned("grub-3"), text("grub-3"), WAYS["grub-3"], files)
+        events, _ = replay.boot(learned("grub-3"), text("grub-3"), WAYS["grub-3"], files)
         return Made(now.small(events), "grub", content)
 
     install(host, {ENV: env.encode()})
     run(host)
     assert boot(host, like(env)) == "unsealed"
-    foresee.keep(host.paths, host.chip.tcti)
+    predict.keep(host.paths, host.chip.tcti)
     install(host, {ENV: once.encode()})
     assert [each.words for each in run(host).entries if each.default] == [f"kernel {OLD}"]
     assert boot(host, like(once)) == "unsealed"
@@ -368,8 +371,8 @@ def test_grub_reboot_once_and_the_boot_after_it(host: Machine) -> None:
     install(host, {ENV: once.encode()})
     assert boot(host, like(once)) == "unsealed"
     install(host, {ENV: after.encode()})
-    foresee.keep(host.paths, host.chip.tcti)
-    assert checked(host)[0] == check.SAFE and foresee.refused(run(host)) is None
+    predict.keep(host.paths, host.chip.tcti)
+    assert checked(host)[0] == check.SAFE and predict.refused(run(host)) is None
     assert boot(host, like(after)) == "unsealed"
 
 
@@ -397,19 +400,19 @@ def test_what_a_thief_put_beside_while_the_host_was_off_is_never_allowed(host: M
     install(host, AFTER)
     run(host)
     assert boot(host, NEXT) == "unsealed"
-    booted.keep(host.paths, eventlog.parse(NEXT.log()))
+    boot_files.keep(host.paths, eventlog.parse(NEXT.log()))
     assert [each.why for each in run(host).entries] == ["", "", ""]
     thief = {**AFTER, f"/initrd.img-{OLD}": b"sends the keys away"}
     install(host, thief)
     assert boot(host, NEXT) == "unsealed"
-    booted.keep(host.paths, eventlog.parse(NEXT.log()))
+    boot_files.keep(host.paths, eventlog.parse(NEXT.log()))
     for _ in range(2):
         found = run(host)
-        assert "while this host was off" in found.entries[2].why and foresee.refused(found) is None
+        assert "while this host was off" in found.entries[2].why and predict.refused(found) is None
         assert not found.entries[0].why and not found.entries[1].why
     assert boot(host, RealBoot("grub-2", thief)) == "pcr-mismatch"
     assert boot(host, NEXT) == "unsealed"
-    booted.keep(host.paths, eventlog.parse(NEXT.log()))
+    boot_files.keep(host.paths, eventlog.parse(NEXT.log()))
     assert run(host).entries[2].why
     again = {**AFTER, f"/initrd.img-{OLD}": b"built again"}
     install(host, again)
@@ -424,10 +427,10 @@ def test_nor_what_he_put_there_before_the_first_prediction(host: Machine) -> Non
     assert boot(host, NEXT) == "unsealed"
     for path in (host.paths.boot_files, host.paths.booted):
         Path(path).unlink()
-    foresee.keep(host.paths, host.chip.tcti)  # init
+    predict.keep(host.paths, host.chip.tcti)  # init
     install(host, {**AFTER, f"/initrd.img-{OLD}": b"sends the keys away"})
     assert boot(host, NEXT) == "unsealed"
-    foresee.keep(host.paths, host.chip.tcti)
+    predict.keep(host.paths, host.chip.tcti)
     assert "while this host was off" in run(host).entries[2].why
 
 
@@ -437,8 +440,8 @@ def test_files_that_cannot_be_seen_at_shutdown_stay_vouched_for(host: Machine) -
     folder = Path(host.paths.root, "boot")
     folder.rename(folder.with_name("unmounted"))
     folder.mkdir()
-    foresee.hook(host.paths, host.chip.tcti)
-    booted.vouch(host.paths, booted.load(host.paths, eventlog.parse(NOW.log())))
+    predict.hook(host.paths, host.chip.tcti)
+    boot_files.vouch(host.paths, boot_files.load(host.paths, eventlog.parse(NOW.log())))
     assert Path(host.paths.boot_files).read_bytes() == before
 
 
@@ -448,9 +451,9 @@ def test_the_operator_vouches_for_a_file(host: Machine) -> None:
     assert boot(host, NEXT) == "unsealed"
     changed = {**AFTER, f"/initrd.img-{OLD}": b"from the rescue system"}
     install(host, changed)
-    booted.keep(host.paths, eventlog.parse(NEXT.log()))
+    boot_files.keep(host.paths, eventlog.parse(NEXT.log()))
     assert run(host).entries[2].why
-    assert not foresee.run(host.paths, host.chip.tcti, trust_files=True).entries[2].why
+    assert not predict.run(host.paths, host.chip.tcti, trust_files=True).entries[2].why
     assert not run(host).entries[2].why
     assert boot(host, RealBoot("grub-2", changed)) == "unsealed"
 
@@ -471,7 +474,7 @@ def test_another_default_entry_is_not_hidden_by_those_that_are_understood(host: 
     xen = "menuentry 'Debian GNU/Linux, with Xen hypervisor' {\n\tmultiboot2 /xen.gz\n\tmodule2 /vmlinuz\n}\n"
     install(host, {CONFIG: (text("grub-0")[:first] + xen + text("grub-0")[first:]).encode()})
     assert checked(host)[0] == check.UNSAFE
-    assert (bad := foresee.refused(run(host))) and "not one kernel" in str(bad)
+    assert (bad := predict.refused(run(host))) and "not one kernel" in str(bad)
     saved = f"Advanced options for Debian GNU/Linux>Debian GNU/Linux, with Linux {OLD} (recovery mode)"
     install(host, {CONFIG: text("grub-0").replace('set default="0"', f'set default="{saved}"').encode()})
     assert checked(host)[0] == check.UNSAFE
@@ -495,13 +498,13 @@ def about_images(host: Machine) -> dict[str, str]:
 def test_the_image_that_counts_is_that_of_the_default_entry(host: Machine, tmp_path: Path) -> None:
     """A kernel that is older, and a rescue image that sorts behind them all."""
     host.write("proc/self/mountinfo", b"")
-    with_unlock = initramfs(tmp_path / "tree", "usr/lib/unlock/unlock/boot.pyc", *READS)
+    with_unlock = initramfs(tmp_path / "tree", "usr/lib/unlock/unlock/boot/agent.pyc", *READS)
     without = initramfs(tmp_path / "tree", "bin/sh")
     files = {**AFTER, f"/initrd.img-{NEW}": with_unlock, f"/initrd.img-{OLD}": without, "/initrd.img-rescue": without}
     install(host, files)
     run(host)
     assert boot(host, RealBoot("grub-1", files)) == "unsealed"
-    foresee.keep(host.paths, host.chip.tcti)
+    predict.keep(host.paths, host.chip.tcti)
     new, old, rescue = f"initrd.img-{NEW}", f"initrd.img-{OLD}", "initrd.img-rescue"
     assert about_images(host) == {new: check.SAFE, old: check.NOTE, rescue: check.NOTE}
     older = f"Advanced options for Debian GNU/Linux>Debian GNU/Linux, with Linux {OLD}"
@@ -513,21 +516,21 @@ def test_the_image_that_counts_is_that_of_the_default_entry(host: Machine, tmp_p
 def test_boot_is_not_mounted(host: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     Path(host.paths.root, "boot/grub").rename(Path(host.paths.root, "elsewhere"))
     assert checked(host) == [check.UNPROVEN]
-    assert foresee.hook(host.paths, host.chip.tcti) == 0
+    assert predict.hook(host.paths, host.chip.tcti) == 0
     assert "not on disk" in capsys.readouterr().err
 
 
 def test_the_hook_never_fails_and_says_what_comes(host: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    assert foresee.hook(Paths(str(host.folder / "nowhere")), host.chip.tcti) == 0
+    assert predict.hook(Paths(str(host.folder / "nowhere")), host.chip.tcti) == 0
     install(host, AFTER)
-    assert foresee.hook(host.paths, host.chip.tcti) == 0
+    assert predict.hook(host.paths, host.chip.tcti) == 0
     assert f"next boot: kernel {NEW} is predicted" in capsys.readouterr().err
     install(host, {CONFIG: text("grub-1").replace("terminal_input console", "while true; do true; done").encode()})
-    assert foresee.hook(host.paths, host.chip.tcti) == 0
+    assert predict.hook(host.paths, host.chip.tcti) == 0
     said = capsys.readouterr().err
     assert "cannot be predicted" in said and WINDOW in said and "recovery key" in said
     host.chip.kill()
-    assert foresee.hook(host.paths, host.chip.tcti) == 1  # the next hook tries again
+    assert predict.hook(host.paths, host.chip.tcti) == 1  # the next hook tries again
     assert "unlock:" in capsys.readouterr().err
 
 
@@ -536,7 +539,7 @@ def test_after_a_flush_of_the_key_cache_the_hook_says_that_nothing_can_be_sealed
 ) -> None:
     cache.flush(host.paths)
     install(host, AFTER)
-    assert foresee.hook(host.paths, host.chip.tcti) == 0  # tried again it would say the same
+    assert predict.hook(host.paths, host.chip.tcti) == 0  # tried again it would say the same
     said = capsys.readouterr().err
     assert "nothing can be sealed" in said and "it was flushed" in said and "after a flush: reboot" in said
     assert "recovery key opens the disks" in said and "is predicted" not in said
@@ -548,7 +551,7 @@ def test_after_a_boot_that_the_tpm_refused_the_hook_says_so(host: Machine, capsy
     cache.flush(host.paths)
     assert boot(host, NEXT) == "pcr-mismatch"
     install(host, AFTER)
-    assert foresee.hook(host.paths, host.chip.tcti) == 0
+    assert predict.hook(host.paths, host.chip.tcti) == 0
     said = capsys.readouterr().err
     assert "none that the TPM allows" in said and "unlock explain" in said and "key cache" not in said
 
@@ -558,7 +561,7 @@ def test_where_no_update_matters_nothing_is_predicted(tmp_path: Path) -> None:
     host.write("sys/firmware/efi/x", b"")
     found = run(host)
     assert checked(host) == [check.SAFE]
-    assert found.entries == () and "nothing to predict" in found.notes[0] and foresee.refused(found) is None
+    assert found.entries == () and "nothing to predict" in found.notes[0] and predict.refused(found) is None
     host.close()
 
 
@@ -570,19 +573,19 @@ def test_a_new_first_configuration_is_not_guessed(host: Machine) -> None:
 
 def test_the_kept_files_are_read_as_written_and_nothing_else(host: Machine) -> None:
     data = Path(host.paths.booted).read_bytes()
-    found = booted.Booted.decode(data)
+    found = boot_files.Booted.decode(data)
     assert found.encode() == data
     assert found.files[CONFIG][0] == "boot/grub/grub.cfg" and CONFIG in found.texts
     newer = json.dumps({**json.loads(data), "version": 2}).encode()
     unsigned = b'"signed":{"boot/x":"",'
-    assert booted.Booted.decode(data.replace(b'"signed":{', unsigned)).signed["boot/x"] == b""
+    assert boot_files.Booted.decode(data.replace(b'"signed":{', unsigned)).signed["boot/x"] == b""
     wrong = [
         data.replace(b'"images":[', b'"images":[7,'),
         *(data.replace(b'"signed":{', unsigned.replace(b'""', each)) for each in (b"null", b'"7"')),
     ]
     for bad in (b"", b"{}", data[:-9], newer, *wrong):
         with pytest.raises(UnlockError):
-            booted.Booted.decode(bad)
+            boot_files.Booted.decode(bad)
 
 
 # without GRUB
@@ -594,7 +597,7 @@ def enrolled(tmp_path: Path, now: RealBoot | Made, files: dict[str, bytes]) -> M
     for path, data in files.items():
         machine.write(path, data)
     assert boot(machine, now) == "unsealed"
-    booted.keep(machine.paths, eventlog.parse(now.log()))
+    boot_files.keep(machine.paths, eventlog.parse(now.log()))
     return machine
 
 
@@ -649,10 +652,10 @@ def test_an_initramfs_that_the_command_line_names_is_not_measured(tmp_path: Path
 def test_whether_the_initramfs_was_measured_is_told_by_the_log(name: str) -> None:
     kind = {"direct": "direct kernel", "uki": "UKI", "grub": "shim+GRUB"}[name[:-2]]
     found = eventlog.parse(real(name).log)
-    assert not atunseal.hides_initramfs(kind, found)
+    assert not at_unseal.hides_initramfs(kind, found)
     less = found._replace(events=tuple(each for each in found.events if each.data[:4] != eventlog.INITRD))
-    assert atunseal.hides_initramfs(kind, less) == (kind == "direct kernel"), "GRUB and systemd-stub measure it too"
-    assert atunseal.hides_initramfs(kind, None) == (kind == "direct kernel")
+    assert at_unseal.hides_initramfs(kind, less) == (kind == "direct kernel"), "GRUB and systemd-stub measure it too"
+    assert at_unseal.hides_initramfs(kind, None) == (kind == "direct kernel")
 
 
 def test_a_kernel_command_line_in_the_entry_of_the_firmware(tmp_path: Path) -> None:
@@ -661,9 +664,9 @@ def test_a_kernel_command_line_in_the_entry_of_the_firmware(tmp_path: Path) -> N
     kernel, initrd = "boot/efi/EFI/debian/vmlinuz-6.1", "boot/efi/EFI/debian/initrd.img-6.1"
     host = enrolled(tmp_path, stub(program, b"one"), {kernel: program, initrd: b"one"})
     for name, data in {"BootCurrent": b"\7\0", "Boot0007": boot_entry("root=x"), "Boot0001": boot_entry("y")}.items():
-        host.write(f"sys/firmware/efi/efivars/{name}-{atunseal.GLOBAL}", bytes(4) + data)
+        host.write(f"sys/firmware/efi/efivars/{name}-{at_unseal.GLOBAL}", bytes(4) + data)
     assert run(host).entries[0].changes == ()
-    host.write(f"sys/firmware/efi/efivars/Boot0007-{atunseal.GLOBAL}", bytes(4) + boot_entry("root=x quiet"))
+    host.write(f"sys/firmware/efi/efivars/Boot0007-{at_unseal.GLOBAL}", bytes(4) + boot_entry("root=x quiet"))
     assert boot(host, stub(program, b"one", "root=x quiet")) == "pcr-mismatch"
     assert boot(host, stub(program, b"one")) == "unsealed"
     assert run(host).entries[0].changes == ("kernel command line",)
@@ -708,14 +711,14 @@ def test_a_host_that_was_initialised_in_this_boot_may_be_updated_before_the_next
     host.write("sys/firmware/efi/x", b"")
     for path, data in (("vmlinuz-6.1", old), ("initrd.img-6.1", b"one")):
         host.write(f"boot/efi/EFI/debian/{path}", data)
-    foresee.keep(host.paths, host.chip.tcti)
+    predict.keep(host.paths, host.chip.tcti)
     found = explain.judge(explain.gather(host.paths, host.chip.tcti))
     assert (found.verdict, found.causes) == ("no-slot", ())
     host.write("boot/efi/EFI/debian/vmlinuz-6.1", new)
     (entry,) = run(host).entries
     assert entry.changes == ("kernel 6.1 was replaced",)
     assert boot(host, stub(new, b"another")) == "pcr-mismatch"
-    foresee.keep(host.paths, host.chip.tcti)  # teaches nothing
+    predict.keep(host.paths, host.chip.tcti)  # teaches nothing
     found = explain.judge(explain.gather(host.paths, host.chip.tcti))
     assert [each.code for each in found.causes] == ["kernel", "initrd"]
     assert boot(host, stub(new, b"one")) == "unsealed"
@@ -753,7 +756,7 @@ def uki(image: bytes, name: str) -> Made:
         *(plain(pcr, 4, bytes(4)) for pcr in range(8)),
         program("\\EFI\\BOOT\\BOOTX64.EFI", "")._replace(digest=pe.authenticode(LOADER)),
         program(f"\\EFI\\Linux\\{name}", "")._replace(digest=pe.authenticode(image)),
-        *(Entry(11, 0x0D, b"", b"", digest) for digest in predict.uki_measurements(image)),
+        *(Entry(11, 0x0D, b"", b"", digest) for digest in replay.uki_measurements(image)),
         program("", "")._replace(digest=pe.authenticode(linux)),
     ]
     return Made(entries, "uki")
@@ -840,7 +843,7 @@ def test_the_default_entry_is_among_those_that_there_is_room_for(tmp_path: Path)
     files = {f"{linux}/{name}": data for name, data in image.items()}
     host = enrolled(tmp_path, uki(image["9.efi"], "9.efi"), {**files, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
     host.write("boot/efi/loader/loader.conf", b"default 1.efi\n")
-    assert len(run(host).entries) == foresee.MOST
+    assert len(run(host).entries) == predict.MOST
     assert boot(host, uki(image["1.efi"], "1.efi")) == "unsealed"
     host.close()
 
@@ -988,7 +991,7 @@ def test_a_boot_that_was_blessed_has_another_name(tmp_path: Path) -> None:
     host = enrolled(tmp_path, now, {f"{linux}/debian+2-1.efi": image, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
     host.write(f"{linux}/debian.efi.extra.d/x.cred", b"one")
     assert checked(host) == [check.UNSAFE]
-    booted.save(host.paths, booted.look(host.paths, eventlog.parse(now.log())))
+    boot_files.save(host.paths, boot_files.look(host.paths, eventlog.parse(now.log())))
     assert checked(host) == [check.SAFE]
     Path(host.paths.root, f"{linux}/debian+2-1.efi").rename(Path(host.paths.root, f"{linux}/debian.efi"))
     assert checked(host) == [check.SAFE]
@@ -1006,7 +1009,7 @@ def test_a_trial_that_failed_is_the_file_that_it_was(tmp_path: Path) -> None:
 
     def again() -> list[str]:
         assert boot(host, now) == "unsealed"
-        booted.save(host.paths, booted.look(host.paths, eventlog.parse(now.log())))
+        boot_files.save(host.paths, boot_files.look(host.paths, eventlog.parse(now.log())))
         return checked(host)
 
     def renamed(name: str, to: str) -> None:
@@ -1036,7 +1039,7 @@ def test_a_policy_over_a_pcr_that_cannot_be_foreseen_leaves_out_that_entry_alone
     for path, data in ((f"{linux}/debian-6.9.efi", old), ("boot/efi/EFI/BOOT/BOOTX64.EFI", LOADER)):
         host.write(path, data)
     assert boot(host, now) == "unsealed"
-    foresee.keep(host.paths, host.chip.tcti)
+    predict.keep(host.paths, host.chip.tcti)
     host.write(f"{linux}/debian-6.12.efi", newer)
     assert checked(host) == [check.SAFE, check.UNSAFE]
     assert ["PCR 9" in each.why for each in run(host).entries] == [False, True]
@@ -1063,7 +1066,7 @@ def test_what_grub_would_read_of_its_own_accord_is_not_guessed(tmp_path: Path) -
     english = text("grub-0").replace("terminal_input console", "set lang=en_US\nterminal_input console")
     german = english.replace("en_US", "de_DE")
     assert english != text("grub-0")
-    events, _ = predict.boot(learned("grub-0"), text("grub-0"), WAYS["grub-0"], disk("grub-0"))
+    events, _ = replay.boot(learned("grub-0"), text("grub-0"), WAYS["grub-0"], disk("grub-0"))
     said = next(event for event in events if event.data == b"grub_cmd: terminal_input console")
     lang = b"set lang=en_US"
     at = events.index(said)
@@ -1078,7 +1081,7 @@ def test_what_grub_would_read_of_its_own_accord_is_not_guessed(tmp_path: Path) -
         host.write("boot/efi" + path.replace("\\", "/"), data)
     files = {**BEFORE, CONFIG: english.encode(), "(hd1)/grub/fonts/unicode.pf2": b"font"}
     install(host, {name: data for name, data in files.items() if NEW not in name})
-    foresee.keep(host.paths, host.chip.tcti)
+    predict.keep(host.paths, host.chip.tcti)
     assert {each.why for each in run(host).entries} == {""}
     install(host, {CONFIG: german.encode()})
     assert "`set lang=de_DE` reads is not known" in run(host).entries[0].why
@@ -1136,7 +1139,7 @@ def test_a_boot_loader_that_could_not_be_looked_at_when_the_boot_was_recorded(ho
     esp, away = Path(host.paths.root, "boot/efi"), Path(host.paths.root, "boot/not-mounted")
     esp.rename(away)
     esp.mkdir()
-    foresee.keep(host.paths, host.chip.tcti)
+    predict.keep(host.paths, host.chip.tcti)
     assert check.UNPROVEN in checked(host)
     doubts = run(host, dry_run=True).doubts
     assert ["is the EFI system partition mounted" in each for each in doubts] == [True, True]
@@ -1160,7 +1163,7 @@ def test_systemd_boot_was_updated_before_the_boot_was_recorded(tmp_path: Path) -
     assert checked(host) == [check.SAFE]
     Path(host.paths.booted).unlink()
     host.write(f"{EFI}/BOOTX64.EFI", newer)
-    foresee.keep(host.paths, host.chip.tcti)
+    predict.keep(host.paths, host.chip.tcti)
     assert checked(host) == [check.SAFE, check.UNPROVEN]
     host.close()
 

@@ -22,31 +22,21 @@ from tests import formatreader as reader
 from tests import formats
 from tests.formats import FOLDER, HOST, UUIDS, Keys
 from tests.tpmfixture import Swtpm
-from unlock import (
-    allowed,
-    bootcopy,
-    booted,
-    disk,
-    handover,
-    keyring,
-    luks,
-    measured,
-    persistence,
-    policy,
-    provide,
-    recoverykey,
-    report,
-    slots,
-    token,
-    window,
-)
+from unlock.boot import handover
+from unlock.disks import disk_keys, luks, token
 from unlock.errors import Malformed, NewerFormat, NoKey, Tampered, UnlockError, Usage
-from unlock.eventlog import Log
+from unlock.host import keyring, report
+from unlock.host.state import State
+from unlock.keys import access, recovery_key
+from unlock.measured import describe, esp_copy
+from unlock.measured.eventlog import Log
+from unlock.operations import persistence, policy
 from unlock.paths import Paths
+from unlock.predict import allowed_states, boot_files
 from unlock.providers import native
 from unlock.secret import Secret
-from unlock.state import State
 from unlock.strictjson import canonical
+from unlock.tpm import pcr_policy, slots
 
 TOP = Path(__file__).parents[1]
 KEYS = json.loads((FOLDER / "keys.json").read_text())
@@ -132,12 +122,12 @@ def test_the_shell_script_caps_with_the_digest_of_the_document() -> None:
 
 def test_a_record_is_read() -> None:
     for version, pin in ((1, False), (2, True)):
-        assert policy.Record.decode(frozen(f"record-{version}.bin")) == formats.record(pin)
+        assert pcr_policy.Record.decode(frozen(f"record-{version}.bin")) == formats.record(pin)
 
 
 def test_a_payload_is_read() -> None:
     for flag in 0, 1:
-        found = policy.Payload.decode(Secret(frozen(f"payload-{flag}.bin")))
+        found = pcr_policy.Payload.decode(Secret(frozen(f"payload-{flag}.bin")))
         assert (bytes(found.key), found.unauthenticated_root) == (raw("persistence"), bool(flag))
 
 
@@ -148,16 +138,16 @@ def test_the_native_provider_makes_the_same_keys(keys: Keys) -> None:
 
 
 def test_a_baseline_is_read() -> None:
-    assert measured.Baseline.decode(frozen("baseline.json")) == formats.baseline()
+    assert describe.Baseline.decode(frozen("baseline.json")) == formats.baseline()
 
 
 def test_a_record_of_boot_is_read(tmp_path: Path) -> None:
-    assert booted.Booted.decode(frozen("booted.json")) == formats.of_boot()
+    assert boot_files.Booted.decode(frozen("booted.json")) == formats.of_boot()
     place = Paths(str(tmp_path))
     formats.tree(place)
     Path(place.boot_files).parent.mkdir(parents=True)
     Path(place.boot_files).write_bytes(frozen("boot-files.json"))
-    assert set(booted.look(place, Log((), 0, "")).foreign) == {"boot/old"}
+    assert set(boot_files.look(place, Log((), 0, "")).foreign) == {"boot/old"}
 
 
 @pytest.fixture
@@ -168,9 +158,9 @@ def plugged(tmp_path: Path) -> Path:
 
 def test_a_disk_opens_by_the_persistence_key(plugged: Path, keys: Keys) -> None:
     with luks.Container(str(plugged)) as container:
-        (each,) = disk.tokens(container, HOST)
-        assert bytes(disk.volume_key(container, each, keys.persistence)) == raw("dek")
-        assert disk.unwrap_host_key(each, keys.persistence) == keys.host_key
+        (each,) = disk_keys.tokens(container, HOST)
+        assert bytes(disk_keys.volume_key(container, each, keys.persistence)) == raw("dek")
+        assert disk_keys.unwrap_host_key(each, keys.persistence) == keys.host_key
         container.verify_volume_key(keys.dek)
 
 
@@ -178,15 +168,15 @@ def test_a_disk_whose_kek_only_the_provider_keeps_opens_by_that_kek(plugged: Pat
     each = token.decode(said("token-provider.json"))
     with luks.Container(str(plugged)) as container:
         with pytest.raises(NoKey):
-            disk.volume_key(container, each, keys.persistence)
-        assert bytes(disk.by_kek(container, each, keys.kek)) == raw("dek")
-    assert bytes(32) == disk.ELSEWHERE
+            disk_keys.volume_key(container, each, keys.persistence)
+        assert bytes(disk_keys.by_kek(container, each, keys.kek)) == raw("dek")
+    assert bytes(32) == disk_keys.ELSEWHERE
 
 
 def test_a_disk_opens_by_the_recovery_key_its_header_authenticated(plugged: Path, keys: Keys) -> None:
     with luks.Container(str(plugged)) as container:
-        (each,) = disk.tokens(container, HOST)
-        assert bytes(disk.by_checked_recovery_key(container, each, keys.recovery)) == raw("dek")
+        (each,) = disk_keys.tokens(container, HOST)
+        assert bytes(disk_keys.by_checked_recovery_key(container, each, keys.recovery)) == raw("dek")
 
 
 def test_a_cheap_keyslot_of_a_disk_with_another_cipher_is_tried(plugged: Path) -> None:
@@ -290,12 +280,12 @@ def test_the_recovery_key_is_read_as_it_was_printed() -> None:
     text = frozen("recovery-key").decode().strip()
     assert text == KEYS["recovery"] and reader.recovery_key_is_well_formed(text)
     for typed in text, text.replace("-", ""), f" {text.replace('-', ' ')}\n":
-        assert bytes(recoverykey.parse(Secret(typed.encode()))) == text.encode()
+        assert bytes(recovery_key.parse(Secret(typed.encode()))) == text.encode()
 
 
 def test_a_new_recovery_key_is_of_the_documents_form() -> None:
     for _ in range(20):
-        assert reader.recovery_key_is_well_formed(bytes(recoverykey.new()).decode())
+        assert reader.recovery_key_is_well_formed(bytes(recovery_key.new()).decode())
 
 
 def test_one_wrong_digit_and_two_groups_in_another_order_are_found() -> None:
@@ -305,7 +295,7 @@ def test_one_wrong_digit_and_two_groups_in_another_order_are_found() -> None:
     for wrong in swapped, typo, too_large:
         assert not reader.recovery_key_is_well_formed("-".join(wrong))
         with pytest.raises(Usage):
-            recoverykey.parse(Secret("-".join(wrong).encode()))
+            recovery_key.parse(Secret("-".join(wrong).encode()))
 
 
 def decrypted(folder: Path) -> list[bytes]:
@@ -346,7 +336,7 @@ def test_a_report_is_read() -> None:
 def test_every_word_still_has_its_meaning() -> None:
     assert set(formats.WORDS["verdicts"]) <= report.VERDICTS.keys()
     assert set(formats.WORDS["outcomes"]) <= report.OUTCOMES.keys()
-    assert set(formats.WORDS["causes"]) <= measured.CAUSES.keys()
+    assert set(formats.WORDS["causes"]) <= describe.CAUSES.keys()
     for words in formats.WORDS.values():
         assert all(f"`{word}`" in DOCUMENT for word in words)
 
@@ -368,8 +358,8 @@ def test_keys_cross_into_the_system_under_the_same_names(tmp_path: Path, key_cac
     handover.hand_over(Paths(str(tmp_path)), opened, keys.persistence, keys.pin_auth, record)
     kek = f"unlock:kek:{reader.native_id(raw('kdk'))}/unlock/{HOST}/kek/data/1:1"
     assert keyring.names() == sorted([kek, "unlock:host", "unlock:persistence", "unlock:pin-auth"])
-    assert (provide.persistence_key(), keyring.get(allowed.PIN_AUTH)) == (keys.persistence, keys.pin_auth)
-    assert keyring.get(provide.cached(keys.group().kek, 1)) == keys.kek
+    assert (access.persistence_key(), keyring.get(allowed_states.PIN_AUTH)) == (keys.persistence, keys.pin_auth)
+    assert keyring.get(access.cached(keys.group().kek, 1)) == keys.kek
     assert keyring.get("unlock:host") == keys.host_key
 
 
@@ -382,7 +372,7 @@ def test_the_files_are_where_they_were() -> None:
         "/var/lib/unlock/boot-files.json",
         "/run/unlock",
     ]
-    assert bootcopy.NAME == "EFI/unlock/baseline.json"
+    assert esp_copy.NAME == "EFI/unlock/baseline.json"
 
 
 # The document's reader opens all of it: no code of unlock is tried by these
@@ -494,7 +484,7 @@ def test_a_tpm_unseals(tmp_path: Path) -> None:
         assert (found.slot.name, record.generation, record.host.hex(), record.pin) == ("A", 1, HOST, False)
         assert reader.nv_record(record.encode())["branches"] == [bytes.fromhex(said("policy.json")["branches"][0])]
         assert tpm.srk() == record.srk_name
-        tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+        tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
         with pytest.raises(UnlockError):
             slots.unseal(tpm)
 
@@ -521,10 +511,10 @@ def test_the_state_says_why_a_policy_is_as_it_is(tmp_path: Path) -> None:
     was = said("state-native.json")["tpm"]
     (entry,) = was["states"].values()
     with board("tpm", tmp_path) as chip:
-        shown = window.show(place, chip.tcti)
+        shown = policy.show(place, chip.tcti)
         assert shown["window"] == {name: was["window"][name] for name in ("reboots", "since", "pcrs")}
         assert [(each["why"], each["proven"], each["made"]) for each in shown["states"]] == [tuple(entry.values())]
-        window.good_boot(place, chip.tcti)
+        policy.good_boot(place, chip.tcti)
     now = json.loads(Path(place.state).read_bytes())["tpm"]
     proven = {branch: {**entry, "proven": True} for branch in was["states"]}
     assert now == {**was, "states": proven, "window": {**was["window"], "reboots": 1, "boot": "another-boot"}}
@@ -577,8 +567,8 @@ READERS: dict[str, Callable[[bytes, Path], object]] = {
     "token-persistent.json": lambda text, _: token.decode(json.loads(text)),
     "state-native.json": in_state,
     "kdk.backup": lambda text, _: native.restore(text, Secret(b"")),
-    "baseline.json": lambda text, _: measured.Baseline.decode(text),
-    "booted.json": lambda text, _: booted.Booted.decode(text),
+    "baseline.json": lambda text, _: describe.Baseline.decode(text),
+    "booted.json": lambda text, _: boot_files.Booted.decode(text),
     "run/report.json": in_report,
 }
 
@@ -594,16 +584,16 @@ def test_a_newer_version_is_refused_by_name(name: str, tmp_path: Path) -> None:
 def test_a_newer_record_or_payload_in_the_tpm_is_refused_by_name() -> None:
     body = frozen("record-2.bin")[:7] + b"\3" + frozen("record-2.bin")[8:416]
     with pytest.raises(NewerFormat):
-        policy.Record.decode(body + sha256(body).digest())
+        pcr_policy.Record.decode(body + sha256(body).digest())
     for newer in b"\2" + frozen("payload-0.bin")[1:], b"\1\2" + frozen("payload-0.bin")[2:]:
         with pytest.raises(NewerFormat):
-            policy.Payload.decode(Secret(newer))
+            pcr_policy.Payload.decode(Secret(newer))
 
 
 def test_an_initramfs_says_what_it_reads() -> None:
     manifest = (TOP / "initramfs/manifest").read_text()
     assert set(re.findall(r"^reads (\S+)$", manifest, re.M)) == {"token-1", "record-2"}
-    assert (token.OLDEST_VERSION, token.VERSION, policy.RECORD_VERSION) == (1, 1, 2)
+    assert (token.OLDEST_VERSION, token.VERSION, pcr_policy.RECORD_VERSION) == (1, 1, 2)
 
 
 def test_what_is_changed_is_found(plugged: Path, keys: Keys) -> None:
@@ -611,8 +601,8 @@ def test_what_is_changed_is_found(plugged: Path, keys: Keys) -> None:
     changed = {**said("token-persistent.json"), "members": 3}
     with luks.Container(str(plugged)) as container:
         attempts: tuple[Callable[[], object], ...] = (
-            lambda: disk.volume_key(container, token.decode(changed), keys.persistence),
-            lambda: disk.by_checked_recovery_key(container, token.decode(changed), keys.recovery),
+            lambda: disk_keys.volume_key(container, token.decode(changed), keys.persistence),
+            lambda: disk_keys.by_checked_recovery_key(container, token.decode(changed), keys.recovery),
         )
         for attempt in attempts:
             with pytest.raises(Tampered):

@@ -29,7 +29,7 @@ class Host:
 
     def hook(self, *words: str, **environment: str) -> int:
         """Runs it; how often `unlock boot predict` has run so far."""
-        text = (TOP / "hooks/predict").read_text()
+        text = (TOP / "system/predict").read_text()
         for name in ("/run/unlock", "/var/lib/unlock", "/usr/sbin/unlock", "/boot /efi"):
             moved = " ".join(f"{self.top}{part}" for part in name.split())
             assert name in text
@@ -90,7 +90,7 @@ def test_a_host_that_is_not_initialised_is_left_alone(host: Host) -> None:
 
 def test_dpkg_calls_it(tmp_path: Path) -> None:
     """dpkg's own reading of the line in its configuration."""
-    line = next(each for each in (TOP / "hooks/dpkg.cfg").read_text().splitlines() if each.startswith("post-invoke="))
+    line = next(each for each in (TOP / "system/dpkg.cfg").read_text().splitlines() if each.startswith("post-invoke="))
     program = tmp_path / "predict"
     program.write_text(f"#!/bin/sh\necho done >{tmp_path}/ran\n")
     program.chmod(0o755)

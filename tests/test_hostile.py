@@ -38,14 +38,16 @@ from tests.lab.hostile import (
     render,
 )  # fmt: skip
 from tests.properties import BATCH, NOTHING, Property, run, told
-from unlock import disk, luks, policy, strictjson, token
-from unlock.devices import Disk
+from unlock import strictjson
+from unlock.boot.activation import Opening
+from unlock.disks import disk_keys, luks, token
+from unlock.disks.devices import Disk
 from unlock.errors import Malformed, NotOurs, Tampered, UnlockError
-from unlock.opening import Opening
-from unlock.policy import Payload, Record
-from unlock.report import Report
+from unlock.host.report import Report
 from unlock.secret import Secret
 from unlock.strictjson import canonical
+from unlock.tpm import pcr_policy
+from unlock.tpm.pcr_policy import Payload, Record
 
 SEED = 20_240_229
 
@@ -341,7 +343,7 @@ def test_a_keyslot_that_any_passphrase_opens_gives_the_recovery_path_nothing(lab
     lab.add(evil_stripes(), int(fields["keyslots"]["0"]["area"]["offset"]))
     with luks.Container(str(lab.victim)) as container:
         with pytest.raises(Tampered, match="keyslot 0") as caught:
-            disk.by_recovery_key(container, lab.recovery)
+            disk_keys.by_recovery_key(container, lab.recovery)
         assert caught.value.hint == f"cryptsetup luksKillSlot {lab.victim} 0"
         try:  # the empty passphrase shows that the library would take the key out of it
             assert bytes(container.volume_key(Secret(b""), 0)) == EVIL
@@ -356,7 +358,7 @@ def test_a_keyslot_that_cannot_be_read_does_not_hide_the_one_behind_it(lab: Lab)
     fields["keyslots"]["0"]["kdf"]["hash"] = "nosuch"
     lab.put(header(lab.front, json.dumps(fields).encode()))
     with luks.Container(str(lab.victim)) as container:
-        assert disk.by_recovery_key(container, lab.recovery) == lab.dek
+        assert disk_keys.by_recovery_key(container, lab.recovery) == lab.dek
 
 
 # A disk that answers differently at the second read
@@ -364,14 +366,14 @@ def test_a_keyslot_that_cannot_be_read_does_not_hide_the_one_behind_it(lab: Lab)
 
 SECOND_READ = """
 import os, sys
-from unlock import disk, luks, token
+from unlock.disks import disk_keys, luks, token
 from unlock.secret import Secret
 from unlock.strictjson import canonical
 path, host, persistence = sys.argv[1], sys.argv[2], Secret(bytes.fromhex(sys.stdin.read()))
 with luks.Container(path) as container:
     os.access("/first-read-done", os.F_OK)
-    for each in disk.tokens(container, host):
-        with disk.volume_key(container, each, persistence) as key:
+    for each in disk_keys.tokens(container, host):
+        with disk_keys.volume_key(container, each, persistence) as key:
             container.verify_volume_key(key)
             try:
                 container.activate("unlock-test-hostile", key)
@@ -387,7 +389,7 @@ def test_nothing_is_read_from_the_disk_after_its_header_was_loaded(lab: Lab, tmp
     trace = tmp_path / "trace"
     subprocess.run(
         ["strace", "-f", "-y", "-o", trace, sys.executable, "-c", SECOND_READ, lab.victim, HOST],
-        input=bytes(lab.keys.persistence).hex(), text=True, check=True, cwd=Path(luks.__file__).parent.parent,
+        input=bytes(lab.keys.persistence).hex(), text=True, check=True, cwd=Path(luks.__file__).parents[2],
     )  # fmt: skip
     before, after = trace.read_text().split("/first-read-done")
     after, _ = after.split('"/end"')
@@ -405,16 +407,16 @@ def test_a_disk_that_answers_differently_later_opens_with_what_was_authenticated
     lab.put(b"")
     with luks.Container(str(lab.victim)) as container:
         lab.put(hostile)
-        (each,) = disk.tokens(container, HOST)
-        with disk.volume_key(container, each, lab.keys.persistence) as key:
+        (each,) = disk_keys.tokens(container, HOST)
+        with disk_keys.volume_key(container, each, lab.keys.persistence) as key:
             container.verify_volume_key(key)
         assert container.metadata["segments"] == lab.authentic["segments"]
     lab.put(hostile)
     with luks.Container(str(lab.victim)) as container:
         lab.put(b"")
-        (each,) = disk.tokens(container, HOST)
+        (each,) = disk_keys.tokens(container, HOST)
         with pytest.raises(Tampered):
-            disk.volume_key(container, each, lab.keys.persistence)
+            disk_keys.volume_key(container, each, lab.keys.persistence)
 
 
 # A disk that does not answer
@@ -584,7 +586,11 @@ def a_record(_: object, random: Random) -> bool:
         assert Payload.decode(shorter).encode() == shorter
     except Malformed as error:
         assert "kkkk" not in str(error)
-    return len(whole) == policy.RECORD_SIZE and whole[:7] == b"unlock\0" and sha256(whole[:-32]).digest() == whole[-32:]
+    return (
+        len(whole) == pcr_policy.RECORD_SIZE
+        and whole[:7] == b"unlock\0"
+        and sha256(whole[:-32]).digest() == whole[-32:]
+    )
 
 
 OF_LUKS = (
@@ -592,10 +598,10 @@ OF_LUKS = (
     luks.parse, luks._object, luks._numbered, luks._digest,
     luks._check_size, luks._is_whole, luks._luks_version, luks.Container._load, luks.Container.metadata,
     luks.Container.tokens, luks.Container.facts, luks.Container.cheap_keyslots,
-    disk.tokens, disk.volume_key, disk.unwrap_kek, disk.check_recovery, disk.by_recovery_key,
+    disk_keys.tokens, disk_keys.volume_key, disk_keys.unwrap_kek, disk_keys.check_recovery, disk_keys.by_recovery_key,
 )  # fmt: skip
 OF_TOKEN = (token.decode, token._whole, token._string, token._bytes)
-OF_POLICY = (Record.decode, Record._problem, policy._selection_problem, Payload.decode)
+OF_POLICY = (Record.decode, Record._problem, pcr_policy._selection_problem, Payload.decode)
 
 PROPERTIES = (
     Property("headers", 5000, Lab, a_header, OF_LUKS + OF_TOKEN),

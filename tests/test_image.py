@@ -36,15 +36,16 @@ def test_early_boots_python_runs_in_the_unpacked_initramfs(tmp_path: Path) -> No
     assert order.index("check-resume") < order.index("local-premount/resume")
     shutil.copytree(Path(__file__).parent / "data/eventlogs", tree / "logs")
     code = (
-        "import os, sys; sys.path.insert(0, '/usr/lib/unlock'); import unlock.__main__, unlock.boot, unlock.recovery; "
-        "import unlock.explain, unlock.shell; "
-        "from unlock import devices, luks, tpm, wrap; devices._udev(); luks.prepare(); tpm._load()\n"
+        "import os, sys; sys.path.insert(0, '/usr/lib/unlock'); import unlock.__main__, unlock.boot.agent; "
+        "import unlock.boot.prompt, unlock.measured.explain, unlock.boot.shell; "
+        "from unlock import wrap; from unlock.disks import devices, luks; from unlock.tpm import chip; "
+        "devices._udev(); luks.prepare(); chip._load()\n"
         "print(*sys.modules)\n"
-        "from unlock import eventlog, measured\n"
+        "from unlock.measured import describe, eventlog\n"
         "for name in os.listdir('/logs'):\n"
         "    if name.endswith('.bin'):\n"
         "        log = eventlog.parse(open(f'/logs/{name}', 'rb').read())\n"
-        "        measured.with_command_line(map(measured.describe, log.events), 'quiet')\n"
+        "        describe.with_command_line(map(describe.describe, log.events), 'quiet')\n"
     )
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "CRYPTOGRAPHY_OPENSSL_NO_LEGACY": "1"}
     command = ["chroot", str(tree), "/usr/bin/python3", "-I", "-c", code]

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from unlock import config, units
 from unlock.errors import UnlockError
+from unlock.host import config, units
 
 TOP = Path(__file__).resolve().parent.parent
-GENERATOR = TOP / "systemd/unlock-generator"
+GENERATOR = TOP / "system/unlock-generator"
 STAGES = ["init-premount", "local-top", "local-block", "local-bottom", "panic"]
 SCRIPTS = [TOP / "initramfs" / name for name in ("hook", *STAGES, "local-premount", "cap")]
-HOOKS = [TOP / "hooks" / name for name in ("predict", "run")]
+HOOKS = [TOP / "system" / name for name in ("predict", "after-update")]
 SHELLS = [["dash"], ["busybox", "sh"], ["/usr/lib/klibc/bin/sh"], ["bash"]]
 
 
@@ -441,7 +441,7 @@ def test_systemd_accepts_the_units(host: Host, tmp_path: Path) -> None:
     shutil.copytree(host.out, units, symlinks=True)
     for unit in ("unlock-group@.service", "unlock-heal@.service"):
         text = (
-            (TOP / "systemd" / unit)
+            (TOP / "system" / unit)
             .read_text()
             .replace("/usr/sbin/unlock", "/bin/true")
             .replace("/usr/lib/unlock/gate", "/bin/true")

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from unlock import keyring
 from unlock.errors import NoKey, UnlockError
+from unlock.host import keyring
 from unlock.secret import Secret
 
 _JOIN_SESSION, _GET_KEYRING_ID = 1, 0

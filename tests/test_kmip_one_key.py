@@ -11,9 +11,11 @@ from tests.flowfixture import HOST, Host
 from tests.killing import LASTING, killed_at
 from tests.kmipfixture import AUTHORITY, CLIENT, connect
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
-from unlock import clikeys, config, keymanager, keyring, rekey, status, sync
-from unlock import switch as switching
+from unlock.cli import keys
 from unlock.errors import ProviderUnavailable, Refused
+from unlock.host import config, keyring
+from unlock.operations import provider, rekey, status, sync
+from unlock.operations import switch as switching
 from unlock.providers import Ref
 from unlock.secret import Secret
 
@@ -113,8 +115,8 @@ def left(host: Host) -> Liar:
     """The host has gone to another key manager; the first one was dead."""
     other = Liar(AUTHORITY)
     settings = config.ProviderConfig("second", (f"127.0.0.1:{other.port}",), host.ca(), "", config.TIMEOUT)
-    client = keymanager.Client(CLIENT.certificate, Secret(CLIENT.key))
-    keymanager.add(host.paths, settings, client, host.look)
+    client = provider.Client(CLIENT.certificate, Secret(CLIENT.key))
+    provider.add(host.paths, settings, client, host.look)
     switching.switch(host.paths, "second", None, host.look)
     return other
 
@@ -132,8 +134,8 @@ def test_keys_left_at_a_dead_key_manager_are_no_trouble_and_are_told_once(
             assert not [each for each in lines if each.error]
             assert other.traffic() - before == (1, 1)
         rekey.rekey(host.paths, "data", host.look)
-        assert {each["name"]: each["not_retired"] for each in keymanager.names(host.paths)} == {"second": 0, "kms": 2}
-        clikeys._provider_list(host.paths, argparse.Namespace(json=False))
+        assert {each["name"]: each["not_retired"] for each in provider.names(host.paths)} == {"second": 0, "kms": 2}
+        keys._provider_list(host.paths, argparse.Namespace(json=False))
         assert capsys.readouterr().out.count("replaced keys still active there: 2") == 1
         said = status.table(status.status(host.paths))
         assert said.count("2 replaced key(s) still active at kms") == 1
@@ -144,10 +146,10 @@ def test_keys_left_at_a_dead_key_manager_are_no_trouble_and_are_told_once(
 def test_when_the_key_manager_that_was_left_answers_again_the_keys_are_deactivated_there(host: Host, kms: Liar) -> None:
     kms.stop()
     with left(host):
-        keymanager.test(host.paths, "kms", host.look)
+        provider.test(host.paths, "kms", host.look)
         assert len(host.state.retire) == 2
         kms.start()
-        keymanager.test(host.paths, "kms", host.look)
+        provider.test(host.paths, "kms", host.look)
         assert host.state.retire == []
         states = [key.state for key in kms.keys.values() if "/kek/" in "".join(key.names)]
         assert states == [DEACTIVATED, DEACTIVATED]
@@ -166,4 +168,4 @@ def test_a_key_manager_that_was_left_and_taken_out_of_unlock_toml_is_no_trouble(
         assert host.boot_opens()
         assert all(key.state == ACTIVE for key in kms.keys.values())
         with pytest.raises(Refused):
-            keymanager.test(host.paths, "kms", host.look)
+            provider.test(host.paths, "kms", host.look)

@@ -15,9 +15,11 @@ from tests.flowfixture import Host
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from tests.lab.kmipserver import KmipServer
-from unlock import config, keymanager, keyring, provide, rekey, sync
-from unlock import switch as switching
 from unlock.errors import ClientAuth, Malformed, NoKey, Usage
+from unlock.host import config, keyring
+from unlock.keys import access
+from unlock.operations import provider, rekey, sync
+from unlock.operations import switch as switching
 from unlock.secret import Secret
 
 pytestmark = pytest.mark.usefixtures("key_cache")
@@ -43,14 +45,14 @@ def settings(host: Host, kms: Liar | KmipServer, username: str = USER, client_ke
     return config.ProviderConfig("kms", (f"127.0.0.1:{kms.port}",), host.ca(), client_key, 10, username)
 
 
-def client(password: str | None = PASSWORD, certificate: str = CLIENT.certificate) -> keymanager.Client:
-    return keymanager.Client(
+def client(password: str | None = PASSWORD, certificate: str = CLIENT.certificate) -> provider.Client:
+    return provider.Client(
         certificate, Secret(CLIENT.key if certificate else b""), Secret(password.encode()) if password else None
     )
 
 
 def moved(host: Host, kms: Liar | KmipServer) -> None:
-    keymanager.add(host.paths, settings(host, kms), client(), host.look)
+    provider.add(host.paths, settings(host, kms), client(), host.look)
     switching.switch(host.paths, "kms", True, host.look)
 
 
@@ -62,8 +64,8 @@ def test_a_key_manager_with_a_password_is_used_for_everything(host: Host, kms: L
     moved(host, kms)
     assert outcomes(host) == {"unchanged"}
     rekey.rekey(host.paths, "data", host.look)
-    assert [each.error for each in keymanager.test(host.paths, "", host.look)] == [None] * 3
-    assert keymanager.names(host.paths)[0]["username"] == USER
+    assert [each.error for each in provider.test(host.paths, "", host.look)] == [None] * 3
+    assert provider.names(host.paths)[0]["username"] == USER
     assert host.boot_opens()
 
 
@@ -88,10 +90,10 @@ def test_the_password_is_in_no_file_and_in_no_log_at_any_level(
 def test_a_password_that_is_wrong_or_missing_adds_no_key_manager(host: Host, kms: Liar, password: str | None) -> None:
     before = Path(host.paths.state).read_bytes(), Path(host.paths.config).read_bytes()
     with pytest.raises(ClientAuth):
-        keymanager.add(host.paths, settings(host, kms), client(password), host.look)
+        provider.add(host.paths, settings(host, kms), client(password), host.look)
     with pytest.raises(Malformed):
         not_ascii = client()._replace(password=Secret("pässword".encode()))
-        keymanager.add(host.paths, settings(host, kms), not_ascii, host.look)
+        provider.add(host.paths, settings(host, kms), not_ascii, host.look)
     assert (Path(host.paths.state).read_bytes(), Path(host.paths.config).read_bytes()) == before
 
 
@@ -99,19 +101,19 @@ def test_a_new_password_is_tried_before_the_old_one_is_dropped(host: Host, kms: 
     moved(host, kms)
     before = Path(host.paths.state).read_bytes()
     with pytest.raises(ClientAuth):
-        keymanager.renew(host.paths, client("new", certificate=""), "", host.look)
+        provider.renew(host.paths, client("new", certificate=""), "", host.look)
     assert Path(host.paths.state).read_bytes() == before
     kms.credential = (USER, "new")
     for _ in range(2):
-        keymanager.renew(host.paths, client("new", certificate=""), "", host.look)
+        provider.renew(host.paths, client("new", certificate=""), "", host.look)
         assert outcomes(host) == {"unchanged"}
 
 
 def test_a_new_certificate_keeps_the_password(host: Host, kms: Liar) -> None:
     moved(host, kms)
     leaf = AUTHORITY.client("host-1 again", days=(-1, 30))
-    keymanager.renew(host.paths, keymanager.Client(leaf.certificate, Secret(leaf.key)), "", host.look)
-    assert keymanager.names(host.paths)[0]["certificate_days"] == 29
+    provider.renew(host.paths, provider.Client(leaf.certificate, Secret(leaf.key)), "", host.look)
+    assert provider.names(host.paths)[0]["certificate_days"] == 29
     assert outcomes(host) == {"unchanged"}
 
 
@@ -123,8 +125,8 @@ def test_a_key_manager_that_does_not_want_a_password_any_more(host: Host, kms: L
     path.write_text(path.read_text().replace(f'username = "{USER}"\n', ""))
     assert outcomes(host) == {"unchanged"}
     with pytest.raises(Usage, match="no username"):
-        keymanager.renew(host.paths, client("new", certificate=""), "", host.look)
-    keymanager.renew(host.paths, client(None), "", host.look)
+        provider.renew(host.paths, client("new", certificate=""), "", host.look)
+    provider.renew(host.paths, client(None), "", host.look)
     assert "password" not in host.state.provider
     assert outcomes(host) == {"unchanged"}
 
@@ -136,11 +138,11 @@ def test_after_a_boot_that_was_refused_the_password_is_out_of_reach_and_test_say
     stays = settings(host, kms, client_key=str(key_file))
     text = config.HEAD + "[sync]\nopen_from_provider_after_refusal = true\n" + config.provider_table(stays)
     Path(host.paths.config).write_text(text)
-    keymanager.renew(host.paths, client(None), "", host.look)
+    provider.renew(host.paths, client(None), "", host.look)
     state = host.state
     with pytest.raises(NoKey, match="password"):
-        provide.connect(host.paths, state, None, state.provider)
-    troubles = [each for each in keymanager.test(host.paths, "", host.look) if each.error]
+        access.connect(host.paths, state, None, state.provider)
+    troubles = [each for each in provider.test(host.paths, "", host.look) if each.error]
     assert [each.what for each in troubles] == ["no password, for open_from_provider_after_refusal"]
 
 

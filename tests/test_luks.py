@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unlock import luks
+from unlock.disks import luks
 from unlock.errors import DiskFailed, Malformed, NotOurs, UnlockError
 from unlock.secret import Secret
 from unlock.strictjson import canonical
@@ -436,7 +436,7 @@ def test_the_lock_directory_is_made_where_an_initramfs_has_none(image: Path) -> 
         ["losetup", "--find", "--show", str(image)], check=True, capture_output=True, text=True
     ).stdout.strip()
     program = (
-        "import os, sys; from unlock import luks; c = luks.Container(sys.argv[1]); "
+        "import os, sys; from unlock.disks import luks; c = luks.Container(sys.argv[1]); "
         "c.set_token({'type': 'lock'}); assert os.listdir('/run') == ['cryptsetup'], os.listdir('/run'); "
         "assert os.stat('/run/cryptsetup').st_mode & 0o777 == 0o700"
     )
@@ -444,7 +444,7 @@ def test_the_lock_directory_is_made_where_an_initramfs_has_none(image: Path) -> 
         done = subprocess.run(
             ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /run && exec "$@"', "sh",
              sys.executable, "-c", program, loop],
-            capture_output=True, cwd=Path(luks.__file__).parent.parent,
+            capture_output=True, cwd=Path(luks.__file__).parents[2],
         )  # fmt: skip
     finally:
         subprocess.run(["losetup", "--detach", loop], check=True)
@@ -455,13 +455,13 @@ def test_tokens_of_others_are_never_tried(image: Path, tmp_path: Path) -> None:
     """systemd's TPM plugin would be loaded from the library's token folder, and call the TPM."""
     traced = tmp_path / "trace"
     program = (
-        "import sys; from unlock import luks; from unlock.secret import Secret; "
+        "import sys; from unlock.disks import luks; from unlock.secret import Secret; "
         "c = luks.Container(sys.argv[1]); c.set_token({'type': 'systemd-tpm2', 'keyslots': ['0']}); "
         "c.test_passphrase(Secret(sys.stdin.buffer.read()))"
     )
     done = subprocess.run(
         ["strace", "-f", "-e", "trace=openat", "-o", traced, sys.executable, "-c", program, image],
-        input=PASSPHRASE, capture_output=True, cwd=Path(luks.__file__).parent.parent,
+        input=PASSPHRASE, capture_output=True, cwd=Path(luks.__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
     assert "libcryptsetup.so" in traced.read_text()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from unlock import check, cli, enroll, errors, rebind
+from unlock import cli, errors
+from unlock.operations import check, init, rebind
 
 PAGES = {path.name.removesuffix(".md"): path.read_text() for path in (Path(__file__).parents[1] / "man").glob("*.md")}
 
@@ -99,7 +100,7 @@ def test_every_exit_status_is_in_the_manual() -> None:
     assert {int(each) for each in re.findall(r"\b(\d+) ", section("EXIT STATUS"))} == statuses
 
 
-@pytest.mark.parametrize(("command", "risks"), [("init", enroll.OVERRIDES), ("rebind", rebind.RISKS)])
+@pytest.mark.parametrize(("command", "risks"), [("init", init.OVERRIDES), ("rebind", rebind.RISKS)])
 def test_every_risk_that_can_be_accepted_is_named(command: str, risks: dict[str, str]) -> None:
     told = section("COMMANDS").partition(f"**{command}**\n:   ")[2].partition("\n\n")[0]
     assert set(re.findall(r"\*\*([a-z]+(?:-[a-z]+)+)\*\*", told)) >= risks.keys()

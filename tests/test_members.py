@@ -13,9 +13,12 @@ import pytest
 from tests.flowfixture import Host
 from tests.test_devices import UDEV, python, rules
 from tests.test_disk import edit
-from unlock import config, luks, members, recoverykey, token
+from unlock.disks import luks, token
 from unlock.errors import DiskFailed, NotOurs, Refused, UnlockError, Usage
-from unlock.members import NewGroup
+from unlock.host import config
+from unlock.keys import recovery_key
+from unlock.operations import group as group_operations
+from unlock.operations.group import NewGroup
 from unlock.secret import Secret
 
 pytestmark = pytest.mark.usefixtures("key_cache")
@@ -76,7 +79,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 def recovery_file(host: Host) -> str:
     path = host.folder / "recovery"
     if not path.exists():
-        recoverykey.write_new_file(str(path), host.recovery)
+        recovery_key.write_new_file(str(path), host.recovery)
     return str(path)
 
 
@@ -105,7 +108,7 @@ class Unchanged:
 
 def not_created(host: Host, asked: NewGroup) -> UnlockError:
     disks = [each for each in asked.devices if os.path.exists(each)]
-    return Unchanged(host, *disks).after(lambda: members.group_create(host.paths, asked))
+    return Unchanged(host, *disks).after(lambda: group_operations.group_create(host.paths, asked))
 
 
 # group create: a disk that is in use
@@ -141,7 +144,7 @@ def test_the_other_disk_of_a_mounted_btrfs_is_not_formatted(
     mounted("-o", f"ro,device={second}", first)
     asked = wanted(host, second, erase=frozenset({second}))
     with pytest.raises(Refused) as caught:
-        members.group_create(host.paths, asked)
+        group_operations.group_create(host.paths, asked)
     assert (caught.value.code, "mounted btrfs" in str(caught.value)) == ("in-use", True)
 
 
@@ -216,7 +219,7 @@ def test_a_mount_point_that_is_no_free_directory_is_taken(host: Host, mounted: C
     for where in (file, full, link, link / "below", used):
         assert not_created(host, wanted(host, "/dev/null", mount=str(where))).code == "mount-taken", where
     with pytest.raises(DiskFailed, match="/dev/null is not a block device"):
-        members.group_create(host.paths, wanted(host, "/dev/null", mount=str(host.folder / "empty")))
+        group_operations.group_create(host.paths, wanted(host, "/dev/null", mount=str(host.folder / "empty")))
 
 
 # group create: a profile
@@ -241,7 +244,7 @@ def test_a_profile_needs_as_many_disks_as_mkfs_btrfs_says(tmp_path: Path) -> Non
         done = subprocess.run(["mkfs.btrfs", *options, *files[:count]], capture_output=True, check=False)
         return done.returncode == 0
 
-    for profile, least in members.PROFILES.items():
+    for profile, least in group_operations.PROFILES.items():
         assert takes(profile, least), profile
         assert least == 1 or not takes(profile, least - 1), profile
 
@@ -252,7 +255,7 @@ def test_a_profile_needs_as_many_disks_as_mkfs_btrfs_says(tmp_path: Path) -> Non
 def test_a_creation_that_fails_is_undone_and_another_may_follow(host: Host, loops: Loops) -> None:
     for name in ("data", "other"):
         with pytest.raises(DiskFailed):
-            members.group_create(host.paths, wanted(host, *loops(1, 1 << 20), name=name))
+            group_operations.group_create(host.paths, wanted(host, *loops(1, 1 << 20), name=name))
         assert (host.state.groups, host.state.journal) == ({}, None)
 
 
@@ -266,8 +269,8 @@ def test_a_name_that_is_no_name_is_refused(host: Host) -> None:
     work = Unchanged(host)
     for name in ("", "../x", "Data", "_data", ".data", "-data", "a b", "a%b", "ü", "a" * 65):
         for command in (
-            lambda name=name: members.group_create(host.paths, wanted(host, "/dev/null", name=name)),
-            lambda name=name: members.disk_adopt(host.paths, "/dev/null", name, host.recovery, ""),
+            lambda name=name: group_operations.group_create(host.paths, wanted(host, "/dev/null", name=name)),
+            lambda name=name: group_operations.disk_adopt(host.paths, "/dev/null", name, host.recovery, ""),
         ):
             error = work.after(command)
             assert (error.code, "name of a group" in str(error)) == ("usage", True), name
@@ -315,11 +318,11 @@ def not_adopted(host: Host, disk: str, group: str = "data", **more: Any) -> Unlo
     passphrase = more.pop("passphrase", Secret(OPERATOR))
     recovery = more.pop("recovery", recovery_file(host))
     work = Unchanged(host, *([disk] if os.path.exists(disk) else []))
-    return work.after(lambda: members.disk_adopt(host.paths, disk, group, passphrase, recovery, **more))
+    return work.after(lambda: group_operations.disk_adopt(host.paths, disk, group, passphrase, recovery, **more))
 
 
 def adopt(host: Host, disk: str, group: str = "data", name: str = "") -> None:
-    members.disk_adopt(host.paths, disk, group, Secret(OPERATOR), recovery_file(host), name)
+    group_operations.disk_adopt(host.paths, disk, group, Secret(OPERATOR), recovery_file(host), name)
 
 
 def test_what_is_not_luks2_is_not_adopted(host: Host, loops: Loops) -> None:
@@ -351,7 +354,7 @@ def test_a_wrong_passphrase_adopts_nothing(host: Host, loops: Loops) -> None:
     (disk,) = loops()
     luks_format(disk)
     with pytest.raises(NotOurs):
-        members.disk_adopt(host.paths, disk, "data", Secret(b"wrong"), recovery_file(host))
+        group_operations.disk_adopt(host.paths, disk, "data", Secret(b"wrong"), recovery_file(host))
     assert (host.state.groups, host.state.journal) == ({}, None)
 
 
@@ -359,7 +362,7 @@ def test_another_hosts_recovery_key_adopts_nothing(host: Host, loops: Loops) -> 
     (disk,) = loops()
     luks_format(disk)
     other = host.folder / "other"
-    recoverykey.write_new_file(str(other), recoverykey.new())
+    recovery_key.write_new_file(str(other), recovery_key.new())
     assert not_adopted(host, disk, recovery=str(other)).code == "recovery-key"
 
 
@@ -449,7 +452,7 @@ GROWING = """
     from tests.test_members import adopt, luks_format
     from pathlib import Path
     from unlock.errors import UnlockError
-    from unlock import recoverykey
+    from unlock.keys import recovery_key
 
     host, made = Host(Path(image), 0), []
 

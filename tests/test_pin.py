@@ -21,24 +21,8 @@ from tests.eventlogs import Boot
 from tests.hostfixture import Machine
 from tests.killing import Killer, killed_at
 from tests.tpmfixture import Swtpm
-from unlock import (
-    allowed,
-    ask,
-    boot,
-    cache,
-    check,
-    explain,
-    foresee,
-    images,
-    keyring,
-    policy,
-    rebind,
-    report,
-    slots,
-    status,
-    window,
-)
-from unlock.allowed import Pin
+from unlock import ask
+from unlock.boot import agent
 from unlock.errors import (
     Malformed,
     NewerFormat,
@@ -51,16 +35,22 @@ from unlock.errors import (
     UnlockError,
     Usage,
 )
-from unlock.policy import A, B, Payload, Record
+from unlock.host import keyring, report
+from unlock.measured import explain
+from unlock.operations import cache, check, policy, predict, rebind, status
+from unlock.predict import allowed_states, initramfs_images
+from unlock.predict.allowed_states import Pin
 from unlock.secret import Secret
-from unlock.tpm import Tpm
+from unlock.tpm import pcr_policy, slots
+from unlock.tpm.chip import Tpm
+from unlock.tpm.pcr_policy import A, B, Payload, Record
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
 TOP = Path(__file__).parents[1]
 HOST = b"h" * 16
-SELECTION = policy.select([4, 7, 9])
-NOW = (policy.branch(SELECTION, {4: bytes(32), 7: bytes(32), 9: bytes(32)}),)
+SELECTION = pcr_policy.select([4, 7, 9])
+NOW = (pcr_policy.branch(SELECTION, {4: bytes(32), 7: bytes(32), 9: bytes(32)}),)
 PIN = "tulip 4711"
 OLD = Boot("direct")
 NEW = Boot("direct", kernel="another")
@@ -101,14 +91,14 @@ class Person:
 
 
 def persist(chip: Swtpm, pin: str = PIN, number: int = ord("k")) -> Record:
-    auth = policy.pin_auth(HOST, Secret(pin.encode())) if pin else None
+    auth = pcr_policy.pin_auth(HOST, Secret(pin.encode())) if pin else None
     with chip.open() as tpm:
         return slots.persist(tpm, HOST, SELECTION, NOW, Payload(Secret(bytes([number]) * 32)), pin_auth=auth)
 
 
-def set_pin(host: Machine, pin: str | None = PIN) -> allowed.Allowed:
+def set_pin(host: Machine, pin: str | None = PIN) -> allowed_states.Allowed:
     chosen = Pin(Secret(pin.encode()) if pin is not None else None)
-    return window.choose(host.paths, pin=chosen, tcti=host.chip.tcti)
+    return policy.choose(host.paths, pin=chosen, tcti=host.chip.tcti)
 
 
 # The TPM ----------------------------------------------------------------------------------------------------
@@ -121,19 +111,19 @@ def test_a_boot_with_the_right_pin_sends_twelve_commands_in_either_slot(chip: Sw
         with chip.open() as tpm:
             chip.proxy.clear()
             found = slots.unseal(tpm, Person(PIN))
-            tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+            tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
             assert chip.proxy.commands == BOOT
             assert found.payload.key == Secret(b"k" * 32)
-            assert found.pin_auth == policy.pin_auth(HOST, Secret(PIN.encode()))
+            assert found.pin_auth == pcr_policy.pin_auth(HOST, Secret(PIN.encode()))
         for first in (0x02000000, 0x03000000):
             assert chip.handles(first) == ()
 
 
 @pytest.mark.parametrize(("pcrs", "sent"), [((4, 7, 9), 14), (tuple(range(16)), 15)])
 def test_at_most_fifteen_when_the_other_slot_must_be_tried(chip: Swtpm, pcrs: tuple[int, ...], sent: int) -> None:
-    selection, auth = policy.select(pcrs), policy.pin_auth(HOST, Secret(PIN.encode()))
+    selection, auth = pcr_policy.select(pcrs), pcr_policy.pin_auth(HOST, Secret(PIN.encode()))
     with chip.open() as tpm, Payload(Secret(b"x" * 32)).encode() as sealed:
-        branches = (policy.branch(selection, tpm.read_pcrs(selection)),)
+        branches = (pcr_policy.branch(selection, tpm.read_pcrs(selection)),)
         record = slots.persist(tpm, HOST, selection, branches, Payload(Secret(b"k" * 32)), pin_auth=auth)
         name = tpm.seal(B, (b"later".ljust(32),), sealed, None, auth)
         tpm.write_record(B, record._replace(generation=9, branches=(b"later".ljust(32),), object_name=name))
@@ -142,16 +132,16 @@ def test_at_most_fifteen_when_the_other_slot_must_be_tried(chip: Swtpm, pcrs: tu
         chip.proxy.clear()
         person = Person(PIN)
         assert slots.unseal(tpm, person).slot is A
-        tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+        tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
         assert person.left == [3]
         assert len(chip.proxy.commands) == sent
 
 
 def test_at_most_fifteen_when_the_newer_slot_has_no_pin_and_is_of_another_state(chip: Swtpm) -> None:
     """Killed while `policy set --pcrs --no-pin` evicted the old one, and booted in a state that the old one allows."""
-    selection, auth = policy.select(range(16)), policy.pin_auth(HOST, Secret(PIN.encode()))
+    selection, auth = pcr_policy.select(range(16)), pcr_policy.pin_auth(HOST, Secret(PIN.encode()))
     with chip.open() as tpm, Payload(Secret(b"x" * 32)).encode() as sealed:
-        branches = (policy.branch(selection, tpm.read_pcrs(selection)),)
+        branches = (pcr_policy.branch(selection, tpm.read_pcrs(selection)),)
         record = slots.persist(tpm, HOST, selection, branches, Payload(Secret(b"k" * 32)), pin_auth=auth)
         name = tpm.seal(B, (b"later".ljust(32),), sealed)
         later = record._replace(generation=9, branches=(b"later".ljust(32),), object_name=name, pin=False)
@@ -160,12 +150,12 @@ def test_at_most_fifteen_when_the_newer_slot_has_no_pin_and_is_of_another_state(
     with chip.open() as tpm:
         chip.proxy.clear()
         assert slots.unseal(tpm, Person(PIN)).slot is A
-        tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+        tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
         assert len(chip.proxy.commands) == 15
 
 
 def test_what_is_typed_never_crosses_the_bus(chip: Swtpm) -> None:
-    auth = bytes(policy.pin_auth(HOST, Secret(PIN.encode())))
+    auth = bytes(pcr_policy.pin_auth(HOST, Secret(PIN.encode())))
     chip.proxy.clear()
     persist(chip)
     with chip.open() as tpm:
@@ -176,7 +166,7 @@ def test_what_is_typed_never_crosses_the_bus(chip: Swtpm) -> None:
 
 def test_a_value_that_ends_in_zeros_is_one_like_any_other(chip: Swtpm) -> None:
     pins = (f"{number:04}" for number in range(10_000))
-    pin = next(each for each in pins if bytes(policy.pin_auth(HOST, Secret(each.encode())))[-1] == 0)
+    pin = next(each for each in pins if bytes(pcr_policy.pin_auth(HOST, Secret(each.encode())))[-1] == 0)
     persist(chip, pin)
     with chip.open() as tpm:
         assert slots.unseal(tpm, Person(pin)).payload.key == Secret(b"k" * 32)
@@ -272,13 +262,13 @@ def test_after_the_cap_the_right_pin_opens_nothing(chip: Swtpm) -> None:
     persist(chip)
     with chip.open() as tpm:
         record = tpm.read_record(A)
-        tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+        tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
         person = Person(PIN)
         with pytest.raises(TpmRefused):
             slots.unseal(tpm, person)
         assert person.left == []
         with pytest.raises(TpmRefused):
-            tpm.unseal(tpm.verify(A, record), record, policy.pin_auth(HOST, Secret(PIN.encode())))
+            tpm.unseal(tpm.verify(A, record), record, pcr_policy.pin_auth(HOST, Secret(PIN.encode())))
 
 
 # An attacker who may write with the owner's authorization, which is empty -----------------------------------
@@ -288,7 +278,7 @@ def test_a_record_whose_flag_was_taken_away_or_given_is_not_the_objects(chip: Sw
     for pin in (PIN, ""):
         record = persist(chip, pin)
         with chip.open() as tpm:
-            slot = next(each for each in policy.SLOTS if tpm.slot_state(each).complete)
+            slot = next(each for each in pcr_policy.SLOTS if tpm.slot_state(each).complete)
             tpm.write_record(slot, record._replace(pin=not pin))
             person = Person(PIN)
             with pytest.raises(Tampered, match="another policy"):
@@ -298,22 +288,22 @@ def test_a_record_whose_flag_was_taken_away_or_given_is_not_the_objects(chip: Sw
 
 
 def test_the_policy_of_an_object_is_with_the_pin_or_without() -> None:
-    plain, asked = (policy.sealed_template(NOW, pin) for pin in (False, True))
-    assert policy.auth_policy(NOW, True) == sha256(policy.either(NOW) + struct.pack(">I", 0x16B)).digest()
+    plain, asked = (pcr_policy.sealed_template(NOW, pin) for pin in (False, True))
+    assert pcr_policy.auth_policy(NOW, True) == sha256(pcr_policy.either(NOW) + struct.pack(">I", 0x16B)).digest()
     attributes = [struct.unpack_from(">I", each, 4)[0] for each in (plain, asked)]
     assert attributes == [0x412, 0x12]  # fixedTPM, fixedParent; noDA without a PIN alone; userWithAuth never
     for template, pin in ((plain, False), (asked, True)):
         public = template[:-2] + struct.pack(">H", 32) + bytes(32)
-        assert policy.is_sealed_under(public, NOW, pin)
-        assert not policy.is_sealed_under(public, NOW, not pin)
+        assert pcr_policy.is_sealed_under(public, NOW, pin)
+        assert not pcr_policy.is_sealed_under(public, NOW, not pin)
 
 
 def test_a_thief_in_another_system_tries_all_short_pins_unless_the_lockout_has_a_password(chip: Swtpm) -> None:
     """As the manual says: any TPM answers whether a value is an object's, in any state, and only counts."""
 
     def tries(tpm: Tpm, pin: int) -> int:
-        srk, sealed = (tpm._public(handle, "")[0] for handle in (policy.SRK, A.object))
-        tpm._set_auth(sealed, policy.pin_auth(HOST, Secret(f"{pin:04}".encode())))
+        srk, sealed = (tpm._public(handle, "")[0] for handle in (pcr_policy.SRK, A.object))
+        tpm._set_auth(sealed, pcr_policy.pin_auth(HOST, Secret(f"{pin:04}".encode())))
         out, new = tpm._ffi.new("TPM2B_PRIVATE **"), tpm._ffi.new("TPM2B_AUTH *")
         return int(tpm._lib.Esys_ObjectChangeAuth(tpm._context[0], sealed, srk, 0xFF, 0xFFF, 0xFFF, new, out)) & 0xFBF
 
@@ -365,13 +355,13 @@ def test_records_of_both_versions() -> None:
 @pytest.mark.parametrize("pin", ["", "123", "x" * 257])
 def test_a_pin_that_is_too_short_or_too_long(pin: str) -> None:
     with pytest.raises(Usage):
-        policy.pin_auth(HOST, Secret(pin.encode()))
+        pcr_policy.pin_auth(HOST, Secret(pin.encode()))
 
 
 def test_the_value_is_of_this_host_and_this_pin() -> None:
-    value = bytes(policy.pin_auth(HOST, Secret("grüße".encode())))
+    value = bytes(pcr_policy.pin_auth(HOST, Secret("grüße".encode())))
     assert value == sha256(b"unlock PIN\0" + HOST + "grüße".encode()).digest()
-    assert value != bytes(policy.pin_auth(b"o" * 16, Secret("grüße".encode())))
+    assert value != bytes(pcr_policy.pin_auth(b"o" * 16, Secret("grüße".encode())))
 
 
 # A cut at every command -------------------------------------------------------------------------------------
@@ -418,18 +408,18 @@ def test_set_and_asked_for_at_every_boot_until_it_is_taken_away(host: Machine) -
     for _ in range(2):
         assert set_pin(host).record.pin
         assert host.reasons() == ["this boot"]
-    shown = window.show(host.paths, host.chip.tcti)
-    assert shown["pin"] is True and "asks for it" in window.text(shown)
+    shown = policy.show(host.paths, host.chip.tcti)
+    assert shown["pin"] is True and "asks for it" in policy.text(shown)
     assert status.status(host.paths)["pin"] and "asked for at every boot" in status.table(status.status(host.paths))
     host.types = []
     assert host.boot() == "pin-wrong"
     host.types = ["wrong one", PIN]
     assert host.boot() == "unsealed" and host.asked == 2
-    window.good_boot(host.paths, host.chip.tcti)
+    policy.good_boot(host.paths, host.chip.tcti)
     for _ in range(2):
         assert not set_pin(host, None).record.pin
         assert "unlock:pin-auth" not in keyring.names()
-    assert window.show(host.paths, host.chip.tcti)["pin"] is False
+    assert policy.show(host.paths, host.chip.tcti)["pin"] is False
     assert not status.status(host.paths)["pin"]
     assert host.boot() == "unsealed" and host.asked == 0
 
@@ -447,20 +437,20 @@ def test_every_unattended_change_of_the_policy_keeps_it(host: Machine) -> None:
     assert host.boot() == "unsealed"
     host.predict(("kernel 2", NEW))
     assert host.boot(NEW) == "unsealed" and host.asked == 1
-    window.open_window(host.paths, 1, (), host.chip.tcti)
+    policy.open_window(host.paths, 1, (), host.chip.tcti)
     assert host.allows().record.pin
     assert host.boot(Boot("direct", kernel="another", dbx=230)) == "unsealed" and host.asked == 1
-    window.good_boot(host.paths, host.chip.tcti)
+    policy.good_boot(host.paths, host.chip.tcti)
     assert host.allows().record.pin and not host.allows().window
-    window.choose(host.paths, (7, 9), tcti=host.chip.tcti)
+    policy.choose(host.paths, (7, 9), tcti=host.chip.tcti)
     assert host.allows().record.pin and host.allows().record.selection == (7, 9, 15)
     assert host.boot() == "unsealed" and host.asked == 1
 
 
 def test_pcrs_and_a_pin_at_once(host: Machine) -> None:
-    found = window.choose(host.paths, (7, 9), Pin(Secret(PIN.encode())), host.chip.tcti)
+    found = policy.choose(host.paths, (7, 9), Pin(Secret(PIN.encode())), host.chip.tcti)
     assert found.record.pin and found.record.selection == (7, 9, 15)
-    window.choose(host.paths, (7, 9), Pin(None), host.chip.tcti)
+    policy.choose(host.paths, (7, 9), Pin(None), host.chip.tcti)
     assert not host.allows().record.pin
 
 
@@ -470,8 +460,8 @@ def test_without_what_it_makes_nothing_is_sealed_anew_and_the_pin_is_never_dropp
     before = host.chip.proxy.commands[:]
     changes: tuple[Callable[[], object], ...] = (
         lambda: host.predict(("kernel 2", NEW)),
-        lambda: window.open_window(host.paths, 1, (), host.chip.tcti),
-        lambda: window.choose(host.paths, (7, 9), tcti=host.chip.tcti),
+        lambda: policy.open_window(host.paths, 1, (), host.chip.tcti),
+        lambda: policy.choose(host.paths, (7, 9), tcti=host.chip.tcti),
     )
     for change in changes:
         with pytest.raises(Refused) as caught:
@@ -492,13 +482,13 @@ def test_a_power_cut_before_the_old_slot_went_leaves_no_way_around_the_pin(host:
     assert killed_at(1, lambda: set_pin(host), [Tpm.evict])
     host.types = [PIN]
     assert host.boot() == "unsealed" and host.asked == 1
-    window.good_boot(host.paths, host.chip.tcti)
+    policy.good_boot(host.paths, host.chip.tcti)
     with host.chip.open() as tpm:
         assert host.allows().record.pin
         assert not tpm.slot_state(old).complete, "what needs no PIN is still there"
         chosen = host.allows().slot
         host.chip.proxy.clear()
-        window.good_boot(host.paths, host.chip.tcti)
+        policy.good_boot(host.paths, host.chip.tcti)
         assert "EvictControl" not in host.chip.proxy.commands
         assert tpm.slot_state(chosen).complete
 
@@ -579,13 +569,13 @@ def test_a_hook_says_what_to_type_and_fails_nothing(
 ) -> None:
     set_pin(host)
 
-    def needed(*_: object, **__: object) -> foresee.Foreseen:
+    def needed(*_: object, **__: object) -> predict.Foreseen:
         keyring.forget("unlock:pin-auth")
         host.predict(("kernel 2", NEW))
         raise AssertionError
 
-    monkeypatch.setattr(foresee, "run", needed)
-    assert foresee.hook(host.paths, host.chip.tcti) == 0
+    monkeypatch.setattr(predict, "run", needed)
+    assert predict.hook(host.paths, host.chip.tcti) == 0
     assert "unlock policy set --pin" in capsys.readouterr().err
 
 
@@ -687,7 +677,7 @@ def test_rebind_with_another_pin_killed_anywhere_keeps_the_one_or_the_other(disk
 
 # Images -----------------------------------------------------------------------------------------------------
 
-AGENT = "usr/lib/unlock/unlock/boot.pyc"
+AGENT = "usr/lib/unlock/unlock/boot/agent.pyc"
 
 
 @pytest.mark.parametrize(
@@ -701,16 +691,16 @@ AGENT = "usr/lib/unlock/unlock/boot.pyc"
 )
 def test_no_pin_that_an_installed_initramfs_cannot_ask_for(host: Machine, names: tuple[str, ...], why: str) -> None:
     host.write("boot/initrd.img-6.12.1-amd64", b"")
-    assert images.installed(host.paths)
+    assert initramfs_images.installed(host.paths)
 
     def listing(_argv: list[str]) -> str:
         return "\n".join(names)
 
     if not why:
-        images.need_pin(host.paths, listing)
+        initramfs_images.need_pin(host.paths, listing)
         return
     with pytest.raises(Refused, match=why) as caught:
-        images.need_pin(host.paths, listing)
+        initramfs_images.need_pin(host.paths, listing)
     assert caught.value.hint == "update-initramfs -u -k 6.12.1-amd64"
 
 
@@ -743,7 +733,7 @@ class Prompt:
         self.program.write_text(f"#!/bin/sh\n{body}\n")
         self.program.chmod(0o755)
         self.stop = False
-        self.typed = boot.pin_prompt(self.paths, lambda: self.stop, str(self.program))
+        self.typed = agent.pin_prompt(self.paths, lambda: self.stop, str(self.program))
 
     def has(self, name: str) -> bool:
         return os.path.exists(self.paths.of_this_boot(name))
@@ -816,9 +806,9 @@ def test_nothing_goes_on_asking_at_the_console_when_the_agent_is_gone(tmp_path: 
     prompt.ready()
     pid = os.fork()
     if pid == 0:
-        signals = boot.Signals()
+        signals = agent.Signals()
         try:
-            boot.pin_prompt(prompt.paths, lambda: signals.stop, str(prompt.program))(3)
+            agent.pin_prompt(prompt.paths, lambda: signals.stop, str(prompt.program))(3)
         except PinWrong:
             os._exit(0)
     asks = tmp_path / "pid"
@@ -877,19 +867,19 @@ def test_a_pin_is_in_no_report_state_output_or_command_line(
 ) -> None:
     from unlock import cli
 
-    auth = policy.pin_auth(bytes.fromhex(host.state.host), Secret(PIN.encode()))
+    auth = pcr_policy.pin_auth(bytes.fromhex(host.state.host), Secret(PIN.encode()))
     file = tmp_path / "pin"
     file.write_text(f"{PIN}\n")
     set_pin(host)
     host.types = ["tulip 4712", PIN]
     host.boot()
-    told = json.dumps(window.show(host.paths, host.chip.tcti)) + json.dumps(status.status(host.paths))
+    told = json.dumps(policy.show(host.paths, host.chip.tcti)) + json.dumps(status.status(host.paths))
     told += json.dumps(explain.fields(explain.judge(explain.gather(host.paths, host.chip.tcti))))
     told += Path(host.paths.state).read_text() + Path(host.paths.of_this_boot("report.json")).read_text()
     told += json.dumps(cache.show(host.paths)) + repr(auth) + repr(Pin(Secret(PIN.encode())))
     for wrong in ("abc", "x" * 257):
         with pytest.raises(Usage) as caught:
-            policy.pin_auth(HOST, Secret(wrong.encode()))
+            pcr_policy.pin_auth(HOST, Secret(wrong.encode()))
         assert wrong not in str(caught.value) + caught.value.hint
     out, err = capfd.readouterr()
     for secret in (PIN, "tulip", bytes(auth).hex()):
@@ -913,7 +903,7 @@ def test_a_pin_is_in_no_report_state_output_or_command_line(
 def test_the_words_of_the_command_line(line: str) -> None:
     from unlock import cli
 
-    assert cli._parser().parse_args(line.split()).run.__module__ == "unlock.clipolicy"
+    assert cli._parser().parse_args(line.split()).run.__module__ == "unlock.cli.policy"
 
 
 def test_each_verdict_of_a_pin_has_words() -> None:

@@ -5,7 +5,8 @@ import xml.etree.ElementTree as xml
 
 import pytest
 
-from unlock import plot, report
+from unlock.boot import plot
+from unlock.host import report
 
 SVG = "{http://www.w3.org/2000/svg}"
 

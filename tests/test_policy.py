@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unlock import policy
 from unlock.errors import Malformed, NewerFormat, Usage
-from unlock.policy import Payload, Record
 from unlock.secret import Secret
+from unlock.tpm import pcr_policy
+from unlock.tpm.pcr_policy import Payload, Record
 
 names = st.binary(min_size=32, max_size=32).map(lambda digest: b"\0\x0b" + digest)
 records = st.builds(
     Record,
     generation=st.integers(1, 1 << 63),
     host=st.binary(min_size=16, max_size=16),
-    selection=st.sets(st.integers(0, 15)).map(policy.select),
-    cap=st.just(policy.CAP_PCR),
+    selection=st.sets(st.integers(0, 15)).map(pcr_policy.select),
+    cap=st.just(pcr_policy.CAP_PCR),
     branches=st.lists(st.binary(min_size=32, max_size=32), min_size=1, max_size=8).map(tuple),
     srk_name=names,
     object_name=names,
@@ -38,7 +38,7 @@ def resealed(data: bytes, at: int, new: bytes) -> bytes:
 @given(records)
 def test_a_record_reads_back(record: Record) -> None:
     data = record.encode()
-    assert len(data) == policy.RECORD_SIZE
+    assert len(data) == pcr_policy.RECORD_SIZE
     assert Record.decode(data) == record
 
 
@@ -120,34 +120,34 @@ def test_the_format_is_frozen() -> None:
 @pytest.mark.parametrize("pcr", [16, 17, 23, 24, -1])
 def test_pcrs_that_software_resets_are_refused(pcr: int) -> None:
     with pytest.raises(Usage):
-        policy.select([4, pcr])
+        pcr_policy.select([4, pcr])
 
 
 def test_a_selection_has_the_cap_once_and_is_sorted() -> None:
-    assert policy.select([9, 4, 9]) == (4, 9, 15)
-    assert policy.select([15]) == (15,)
-    assert policy.select([4], cap=8) == (4, 8)
+    assert pcr_policy.select([9, 4, 9]) == (4, 9, 15)
+    assert pcr_policy.select([15]) == (15,)
+    assert pcr_policy.select([4], cap=8) == (4, 8)
 
 
 def test_a_branch_counts_the_cap_as_reset() -> None:
     values = {4: b"4" * 32, 15: b"extended" * 4}
-    assert policy.branch((4, 15), values) == policy.pcr_policy((4, 15), {**values, 15: bytes(32)})
-    assert policy.branch((4, 15), {4: b"4" * 32}) == policy.branch((4, 15), values)
-    assert policy.branch((4, 15), values) != policy.branch((4, 15), {4: b"5" * 32})
+    assert pcr_policy.branch((4, 15), values) == pcr_policy.pcr_policy((4, 15), {**values, 15: bytes(32)})
+    assert pcr_policy.branch((4, 15), {4: b"4" * 32}) == pcr_policy.branch((4, 15), values)
+    assert pcr_policy.branch((4, 15), values) != pcr_policy.branch((4, 15), {4: b"5" * 32})
 
 
 def test_one_branch_is_listed_twice_and_nine_are_too_many() -> None:
-    assert policy.alternatives([b"a"]) == (b"a", b"a")
-    assert policy.either([b"a" * 32]) == policy.either([b"a" * 32, b"a" * 32])
+    assert pcr_policy.alternatives([b"a"]) == (b"a", b"a")
+    assert pcr_policy.either([b"a" * 32]) == pcr_policy.either([b"a" * 32, b"a" * 32])
     for branches in ([], [b"a" * 32] * 9):
         with pytest.raises(Usage):
-            policy.either(branches)
+            pcr_policy.either(branches)
 
 
 @pytest.mark.parametrize("accepted", [False, True])
 def test_a_payload_reads_back(accepted: bool) -> None:
     payload = Payload(Secret.random(32), accepted)
-    assert len(payload.encode()) <= policy.MAX_SEALED
+    assert len(payload.encode()) <= pcr_policy.MAX_SEALED
     assert Payload.decode(payload.encode()) == payload
 
 
@@ -179,10 +179,10 @@ def test_a_payload_never_shows_its_key() -> None:
 
 @given(st.binary(max_size=200))
 def test_storage_problem_survives_any_bytes(public: bytes) -> None:
-    assert policy.storage_problem(public)
+    assert pcr_policy.storage_problem(public)
 
 
 def test_handles_are_in_the_owners_range() -> None:
-    for slot in policy.SLOTS:
+    for slot in pcr_policy.SLOTS:
         assert 0x81000000 <= slot.object <= 0x817FFFFF
         assert 0x01800000 <= slot.nv <= 0x01BFFFFF

@@ -18,7 +18,7 @@ from tests.lab import image, writes
 from tests.lab.luks import DATA_OFFSET
 from tests.lab.machine import RECOVERY, Machine
 from tests.lab.stories import SECRETS, UNMEASURED, begun, outcomes, status, take_in_root, unmeasured
-from unlock import disk, luks
+from unlock.disks import disk_keys, luks
 from unlock.errors import Malformed, NotOurs, UnlockError
 from unlock.secret import Secret
 
@@ -78,14 +78,14 @@ def judge(path: Path, enrolled: Machine, passphrase: bytes) -> Counter[str]:
             if passphrase:
                 found["passphrase"] += container.test_passphrase(Secret(passphrase), 0) == 0
             try:
-                disk.by_recovery_key(container, recovery).wipe()
+                disk_keys.by_recovery_key(container, recovery).wipe()
                 found["recovery key"] += 1
             except NotOurs:
                 pass
             for _, fields in container.tokens("unlock"):
                 assert fields["group"]
-                (each,) = disk.tokens(container, "")
-                disk.volume_key(container, each, persistence).wipe()
+                (each,) = disk_keys.tokens(container, "")
+                disk_keys.volume_key(container, each, persistence).wipe()
                 found["token"] += 1
     except (NotOurs, Malformed):
         found["nothing"] += 1

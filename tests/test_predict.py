@@ -14,9 +14,10 @@ from tests import pefile
 from tests.eventlogs import LOGGED, Entry, log, plain, program, real, tagged, values
 from tests.lab import cache
 from tests.properties import Property
-from unlock import eventlog, pe, predict, uefi
 from unlock.errors import Malformed, Refused
-from unlock.eventlog import Log
+from unlock.measured import eventlog, uefi
+from unlock.measured.eventlog import Log
+from unlock.predict import pe, replay
 
 SEPARATORS = [plain(pcr, 4, bytes(4)) for pcr in range(8)]
 
@@ -34,8 +35,8 @@ def same(predicted: dict[int, bytes], entries: list[Entry], *pcrs: int) -> None:
 
 
 def test_a_command_line_was_predicted_as_the_next_boot_measured_it() -> None:
-    change = predict.command_line(*(f"{real(each).cmdline}\0".encode("utf-16-le") for each in ("direct-0", "direct-1")))
-    found = predict.predict(eventlog.parse(real("direct-0").log), [change])
+    change = replay.command_line(*(f"{real(each).cmdline}\0".encode("utf-16-le") for each in ("direct-0", "direct-1")))
+    found = replay.predict(eventlog.parse(real("direct-0").log), [change])
     made = real("direct-1").pcrs
     assert found[9] != real("direct-0").pcrs[9]
     assert {pcr: found[pcr] for pcr in LOGGED} == {pcr: made[pcr] for pcr in LOGGED}
@@ -57,19 +58,19 @@ def test_kernel_initramfs_and_command_line_of_a_direct_boot() -> None:
     old, new = (pefile.build({".text": code * 700}) for code in (b"old", b"new"))
     now = parsed(direct(old, b"initrd 1", "root=x quiet"))
     changes = [
-        predict.image("the kernel", old, new),
-        predict.file("the initramfs", b"initrd 1", b"initrd 2"),
-        predict.command_line(*(f"{each}\0".encode("utf-16-le") for each in ("root=x quiet", "root=x"))),
+        replay.image("the kernel", old, new),
+        replay.file("the initramfs", b"initrd 1", b"initrd 2"),
+        replay.command_line(*(f"{each}\0".encode("utf-16-le") for each in ("root=x quiet", "root=x"))),
     ]
-    same(predict.predict(now, changes), direct(new, b"initrd 2", "root=x"), 4, 7, 9)
-    same(predict.predict(now, changes[:1]), direct(new, b"initrd 1", "root=x quiet"), 4, 7, 9)
-    same(predict.predict(now, []), direct(old, b"initrd 1", "root=x quiet"), 4, 7, 9)
+    same(replay.predict(now, changes), direct(new, b"initrd 2", "root=x"), 4, 7, 9)
+    same(replay.predict(now, changes[:1]), direct(new, b"initrd 1", "root=x quiet"), 4, 7, 9)
+    same(replay.predict(now, []), direct(old, b"initrd 1", "root=x quiet"), 4, 7, 9)
 
 
 def test_what_this_boot_did_not_measure_cannot_be_predicted() -> None:
     now = parsed(direct(pefile.build({".text": b"x"}), b"initrd", "quiet"))
     with pytest.raises(Refused) as caught:
-        predict.predict(now, [predict.file("the initramfs", b"another", b"new")])
+        replay.predict(now, [replay.file("the initramfs", b"another", b"new")])
     assert caught.value.code == "cannot-predict" and "the initramfs" in str(caught.value)
 
 
@@ -115,7 +116,7 @@ def fuzz(seed: int, cases: int) -> bool:
             assert len(pe.section(data, pe.read(data, whole=False), ".cmdline") or b"") <= len(data) + pe.MAX_PADDING
             uefi.authorities(pe.signatures(data))
             assert len(pe.authenticode(data)) == 32
-            predict.uki_measurements(data)
+            replay.uki_measurements(data)
         except Malformed:
             pass
     return True
@@ -136,7 +137,7 @@ def unified(**sections: bytes) -> bytes:
 def uki(image: bytes) -> list[Entry]:
     linux = pe.section(image, pe.read(image), ".linux")
     assert linux
-    measured = [Entry(11, 0x0D, b"", b"", digest) for digest in predict.uki_measurements(image)]
+    measured = [Entry(11, 0x0D, b"", b"", digest) for digest in replay.uki_measurements(image)]
     return [
         *SEPARATORS,
         program("\\EFI\\Linux\\x.efi", "")._replace(digest=pe.authenticode(image)),
@@ -151,16 +152,16 @@ def test_a_unified_kernel_image() -> None:
     now = parsed(uki(old))
     for other in (new, unified(kernel=b"new", osrel=b"Debian"), old):
         same(
-            eventlog.replay(predict.unified(now, pe.authenticode(old), predict.read_unified(other))),
+            eventlog.replay(replay.unified(now, pe.authenticode(old), replay.read_unified(other))),
             uki(other),
             4,
             7,
             11,
         )
     with pytest.raises(Refused):
-        predict.unified(now, pe.authenticode(new), predict.read_unified(new))
+        replay.unified(now, pe.authenticode(new), replay.read_unified(new))
     with pytest.raises(Malformed):
-        predict.read_unified(pefile.build({".text": b"x"}))
+        replay.read_unified(pefile.build({".text": b"x"}))
 
 
 MEASURE = "/usr/lib/systemd/systemd-measure"
@@ -182,7 +183,7 @@ def test_systemd_measure_says_the_same_of_a_unified_kernel_image(tmp_path: Path)
     )
     value = bytes(32)
     image = pefile.build({f".{name}": content for name, content in contents.items()})
-    for digest in [*predict.uki_measurements(image), sha256(b"enter-initrd").digest()]:
+    for digest in [*replay.uki_measurements(image), sha256(b"enter-initrd").digest()]:
         value = eventlog.extended(value, digest)
     assert value.hex() in done.stdout
 

@@ -17,28 +17,16 @@ from tests.killing import Killer
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
 from tests.lab.kmipserver import KmipServer
-from unlock import (
-    cache,
-    config,
-    disk,
-    kdk,
-    keymanager,
-    keyring,
-    late,
-    luks,
-    persistence,
-    provide,
-    rekey,
-    report,
-    selfhosted,
-    status,
-    sync,
-)
-from unlock import switch as switching
+from unlock.boot import gate
+from unlock.disks import disk_keys, luks
+from unlock.disks.groups import Group
 from unlock.errors import ClientAuth, NoKey, ProviderError, Refused, Tampered, UnlockError, Usage
-from unlock.groups import Group
+from unlock.host import config, keyring, report
+from unlock.host.state import State
+from unlock.keys import access
+from unlock.operations import cache, native_backup, persistence, provider, rekey, selfhosted, status, sync
+from unlock.operations import switch as switching
 from unlock.secret import Secret
-from unlock.state import State
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -57,9 +45,9 @@ def native_host(tmp_path: Path) -> Iterator[Host]:
     keyring.flush()
 
 
-def client(name: str = "host-1", **more: object) -> keymanager.Client:
+def client(name: str = "host-1", **more: object) -> provider.Client:
     leaf = CLIENT if name == "host-1" else AUTHORITY.client(name, **more)  # type: ignore[arg-type]
-    return keymanager.Client(leaf.certificate, Secret(leaf.key))
+    return provider.Client(leaf.certificate, Secret(leaf.key))
 
 
 def settings(host: Host, *kms: Liar, name: str = "kms", client_key: str = "") -> config.ProviderConfig:
@@ -68,7 +56,7 @@ def settings(host: Host, *kms: Liar, name: str = "kms", client_key: str = "") ->
     return config.ProviderConfig(name, tuple(f"127.0.0.1:{each.port}" for each in kms), str(ca), client_key, 10)
 
 
-def errors(proofs: list[keymanager.Proof]) -> list[str]:
+def errors(proofs: list[provider.Proof]) -> list[str]:
     return [each.error.code for each in proofs if each.error]
 
 
@@ -77,8 +65,8 @@ def errors(proofs: list[keymanager.Proof]) -> list[str]:
 
 def test_a_key_manager_is_added_tested_and_listed(native_host: Host, kms: Liar) -> None:
     for _ in range(2):
-        keymanager.add(native_host.paths, settings(native_host, kms), client(), native_host.look)
-    rows = keymanager.names(native_host.paths)
+        provider.add(native_host.paths, settings(native_host, kms), client(), native_host.look)
+    rows = provider.names(native_host.paths)
     assert [(row["name"], row["kind"], row["in_use"]) for row in rows] == [
         ("native", "native", True),
         ("kms", "kmip", False),
@@ -87,28 +75,28 @@ def test_a_key_manager_is_added_tested_and_listed(native_host: Host, kms: Liar) 
     assert 360 < rows[1]["certificate_days"] < 366
     assert CLIENT.key.decode().splitlines()[1] not in Path(native_host.paths.state).read_text()
     assert CLIENT.key.decode().splitlines()[1] not in Path(native_host.paths.config).read_text()
-    assert errors(keymanager.test(native_host.paths, "kms", native_host.look)) == []
-    assert errors(keymanager.test(native_host.paths, "", native_host.look)) == []
+    assert errors(provider.test(native_host.paths, "kms", native_host.look)) == []
+    assert errors(provider.test(native_host.paths, "", native_host.look)) == []
 
 
 def test_a_key_manager_that_does_not_answer_is_not_added(native_host: Host, kms: Liar) -> None:
     kms.lie("silent")
     before = Path(native_host.paths.state).read_bytes(), Path(native_host.paths.config).read_bytes()
     with pytest.raises(ProviderError):
-        keymanager.add(native_host.paths, settings(native_host, kms), client(), native_host.look)
+        provider.add(native_host.paths, settings(native_host, kms), client(), native_host.look)
     assert (Path(native_host.paths.state).read_bytes(), Path(native_host.paths.config).read_bytes()) == before
     with pytest.raises(Refused):
-        keymanager.add(native_host.paths, settings(native_host, kms, name="native"), client(), native_host.look)
+        provider.add(native_host.paths, settings(native_host, kms, name="native"), client(), native_host.look)
 
 
 def test_the_test_finds_a_key_that_is_not_the_one_in_use(host: Host, kms: Liar) -> None:
-    assert errors(keymanager.test(host.paths, "", host.look)) == []
+    assert errors(provider.test(host.paths, "", host.look)) == []
     before = [image.read_bytes() for image in host.disks]
     kms.lie("other key", on="Get")
-    assert errors(keymanager.test(host.paths, "", host.look)) == ["integrity", "integrity"]
+    assert errors(provider.test(host.paths, "", host.look)) == ["integrity", "integrity"]
     kms.honest()
     kms.stop()
-    assert "provider-unavailable" in errors(keymanager.test(host.paths, "", host.look))
+    assert "provider-unavailable" in errors(provider.test(host.paths, "", host.look))
     assert [image.read_bytes() for image in host.disks] == before
 
 
@@ -117,7 +105,7 @@ def test_the_test_finds_a_key_that_is_not_the_one_in_use(host: Host, kms: Liar) 
 
 def test_from_the_native_provider_to_a_key_manager_and_on_to_another(native_host: Host, kms: Liar) -> None:
     host = native_host
-    keymanager.add(host.paths, settings(host, kms), client(), host.look)
+    provider.add(host.paths, settings(host, kms), client(), host.look)
     with pytest.raises(Usage, match="choice"):
         switching.switch(host.paths, "kms", None, host.look)
     (outcome,) = switching.switch(host.paths, "kms", True, host.look)
@@ -131,23 +119,23 @@ def test_from_the_native_provider_to_a_key_manager_and_on_to_another(native_host
     with pytest.raises(Refused):
         switching.switch(host.paths, "kms", True, host.look)
     with Liar(AUTHORITY) as other:
-        keymanager.add(host.paths, settings(host, other, name="second"), client(), host.look)
+        provider.add(host.paths, settings(host, other, name="second"), client(), host.look)
         old = kms.keys[host.group.kek.rpartition("/")[2]]
         switching.switch(host.paths, "second", None, host.look)
         assert old.state == DEACTIVATED, "retired where it came from"
         assert host.boot_opens()
-        assert errors(keymanager.test(host.paths, "", host.look)) == []
+        assert errors(provider.test(host.paths, "", host.look)) == []
         assert {each.outcome for each in sync.sync(host.paths, host.look)} == {"unchanged"}
     for image in host.disks:
         with luks.Container(str(image)) as container:
-            (token,) = disk.tokens(container, HOST)
-        assert disk.unwrap_host_key(token, host.persistence) == host.state.host_key(host.persistence)
+            (token,) = disk_keys.tokens(container, HOST)
+        assert disk_keys.unwrap_host_key(token, host.persistence) == host.state.host_key(host.persistence)
 
 
 def test_away_from_a_key_manager_that_is_gone(host: Host, kms: Liar) -> None:
     kms.stop()
     with Liar(AUTHORITY) as other:
-        keymanager.add(host.paths, settings(host, other, name="second"), client(), host.look)
+        provider.add(host.paths, settings(host, other, name="second"), client(), host.look)
         switching.switch(host.paths, "second", None, host.look)
         assert host.boot_opens()
         assert host.state.retire, "cannot be retired where nobody answers"
@@ -160,7 +148,7 @@ def test_a_switch_killed_anywhere_is_finished_by_the_same_command(host: Host, ki
     with Liar(AUTHORITY) as one, Liar(AUTHORITY) as two:
         managers = {"second": one, "third": two}
         for name, each in managers.items():
-            keymanager.add(host.paths, settings(host, each, name=name), client(), host.look)
+            provider.add(host.paths, settings(host, each, name=name), client(), host.look)
 
         def target(attempt: int) -> str:
             return "second" if attempt % 2 else "third"
@@ -181,7 +169,7 @@ def test_a_switch_killed_anywhere_is_finished_by_the_same_command(host: Host, ki
 def test_a_switch_with_a_member_away(host: Host, kms: Liar) -> None:
     away = host.disks.pop()
     with Liar(AUTHORITY) as other:
-        keymanager.add(host.paths, settings(host, other, name="second"), client(), host.look)
+        provider.add(host.paths, settings(host, other, name="second"), client(), host.look)
         switching.switch(host.paths, "second", None, host.look)
     host.disks.append(away)
     assert host.boot_opens(), "no provider answers, and nothing is needed of one"
@@ -195,15 +183,15 @@ def test_a_switch_with_a_member_away(host: Host, kms: Liar) -> None:
 
 
 def test_a_new_certificate_is_tried_before_the_old_one_is_dropped(host: Host, kms: Liar) -> None:
-    foreign = keymanager.Client(*_foreign())
+    foreign = provider.Client(*_foreign())
     before = Path(host.paths.state).read_bytes()
     with pytest.raises(ProviderError) as caught:
-        keymanager.renew(host.paths, foreign, "", host.look)
+        provider.renew(host.paths, foreign, "", host.look)
     assert isinstance(caught.value, ClientAuth)
     assert Path(host.paths.state).read_bytes() == before
-    days = keymanager.renew(host.paths, client("host-1 again", days=(-1, 30)), "", host.look)
+    days = provider.renew(host.paths, client("host-1 again", days=(-1, 30)), "", host.look)
     assert days == 29
-    assert keymanager.names(host.paths)[0]["certificate_days"] == 29
+    assert provider.names(host.paths)[0]["certificate_days"] == 29
     assert {each.outcome for each in sync.sync(host.paths, host.look)} == {"unchanged"}
 
 
@@ -215,9 +203,9 @@ def _foreign() -> tuple[str, Secret]:
 
 
 def test_a_certificate_without_its_key_is_refused(host: Host) -> None:
-    mixed = keymanager.Client(CLIENT.certificate, Secret(AUTHORITY.client("x").key))
+    mixed = provider.Client(CLIENT.certificate, Secret(AUTHORITY.client("x").key))
     with pytest.raises(UnlockError):
-        keymanager.renew(host.paths, mixed, "", host.look)
+        provider.renew(host.paths, mixed, "", host.look)
     assert {each.outcome for each in sync.sync(host.paths, host.look)} == {"unchanged"}
 
 
@@ -226,19 +214,22 @@ def test_a_certificate_without_its_key_is_refused(host: Host) -> None:
 
 def test_a_backup_restores_on_a_second_host_of_the_cluster(native_host: Host, tmp_path: Path) -> None:
     file = str(tmp_path / "backup")
-    kdk.backup(native_host.paths, file, PASSWORD, "", native_host.look)
+    native_backup.backup(native_host.paths, file, PASSWORD, "", native_host.look)
     with pytest.raises(Usage):
-        kdk.backup(native_host.paths, file, PASSWORD, "", native_host.look)
-    with native_host.work() as work, provide.find_kek(work, native_host.group)[0] as kek:
+        native_backup.backup(native_host.paths, file, PASSWORD, "", native_host.look)
+    with native_host.work() as work, access.find_kek(work, native_host.group)[0] as kek:
         known = bytes(kek)
     (tmp_path / "two").mkdir()
     second = Host(tmp_path / "two", 2)
     with pytest.raises(Refused, match="fingerprint"):
-        kdk.restore(second.paths, file, PASSWORD, "native", second.look)
+        native_backup.restore(second.paths, file, PASSWORD, "native", second.look)
     with pytest.raises(Tampered):
-        kdk.restore(second.paths, file, Secret(b"wrong"), "cluster", second.look)
+        native_backup.restore(second.paths, file, Secret(b"wrong"), "cluster", second.look)
     for _ in range(2):
-        assert kdk.restore(second.paths, file, PASSWORD, "cluster", second.look)["id"] == native_host.state.provider_id
+        assert (
+            native_backup.restore(second.paths, file, PASSWORD, "cluster", second.look)["id"]
+            == native_host.state.provider_id
+        )
     switching.switch(second.paths, "cluster", None, second.look)
     assert second.boot_opens()
     with second.work() as work:
@@ -248,18 +239,18 @@ def test_a_backup_restores_on_a_second_host_of_the_cluster(native_host: Host, tm
 
 def test_a_restore_mends_the_hosts_own_provider(native_host: Host, tmp_path: Path) -> None:
     file = str(tmp_path / "backup")
-    kdk.backup(native_host.paths, file, PASSWORD, "", native_host.look)
+    native_backup.backup(native_host.paths, file, PASSWORD, "", native_host.look)
     state = json.loads(Path(native_host.paths.state).read_text())
     state["provider"]["kdk"] = "AAAA"
     Path(native_host.paths.state).write_text(json.dumps(state))
     assert native_host.boot_opens(), "the disks carry what opens them"
-    kdk.restore(native_host.paths, file, PASSWORD, "native", native_host.look)
-    assert errors(keymanager.test(native_host.paths, "", native_host.look)) == []
+    native_backup.restore(native_host.paths, file, PASSWORD, "native", native_host.look)
+    assert errors(provider.test(native_host.paths, "", native_host.look)) == []
 
 
 def test_a_key_manager_has_no_backup_here(host: Host, tmp_path: Path) -> None:
     with pytest.raises(Refused):
-        kdk.backup(host.paths, str(tmp_path / "backup"), PASSWORD, "", host.look)
+        native_backup.backup(host.paths, str(tmp_path / "backup"), PASSWORD, "", host.look)
     assert not (tmp_path / "backup").exists()
 
 
@@ -310,22 +301,22 @@ def test_persistence_off_and_on_again(host: Host, kms: Liar) -> None:
         assert host.recovery_opens()
     for image in host.disks:
         with luks.Container(str(image)) as container:
-            (each,) = disk.tokens(container, HOST)
-        assert bytes(disk.unwrap_host_key(each, host.persistence)) == disk.ELSEWHERE != host_key
+            (each,) = disk_keys.tokens(container, HOST)
+        assert bytes(disk_keys.unwrap_host_key(each, host.persistence)) == disk_keys.ELSEWHERE != host_key
     assert host.state.host_key(host.persistence) is None
-    keyring.forget(provide.cached(host.group.kek, 1))  # as the next boot finds it
+    keyring.forget(access.cached(host.group.kek, 1))  # as the next boot finds it
     assert host.group.policy == "provider"
     for _ in range(2):
         persistence.enable(host.paths, host.look)
         assert host.boot_opens()
     assert bytes(host.state.host_key(host.persistence) or b"") == host_key
-    with host.work() as work, provide.find_kek(work, host.group)[0] as kek:
+    with host.work() as work, access.find_kek(work, host.group)[0] as kek:
         assert bytes(kek) == material
 
 
 def test_enabling_without_the_key_manager_changes_nothing(host: Host, kms: Liar) -> None:
     persistence.disable(host.paths, host.look)
-    keyring.forget(provide.cached(host.group.kek, 1))
+    keyring.forget(access.cached(host.group.kek, 1))
     kms.stop()
     with pytest.raises(ProviderError):
         persistence.enable(host.paths, host.look)
@@ -355,27 +346,29 @@ def test_every_path_that_caches_a_key_is_known() -> None:
         f"{path.stem}: {line.strip()}"
         for path in package.rglob("*.py")
         for line in path.read_text().splitlines()
-        if "keyring.put(" in line or "thisboot.remember(" in line
+        if "keyring.put(" in line or "this_boot.remember(" in line
     }
     assert callers == {
-        'handover: thisboot.remember(paths, "TPM", {"unlock:persistence": persistence})',  # unsealed from the TPM
-        'handover: thisboot.remember(paths, "PIN", {"unlock:pin-auth": pin_auth})',  # it opened the sealed object
-        'handover: thisboot.remember(paths, "TPM", {name: unwrapped})',  # from a token
-        'allowed: thisboot.remember(paths, "PIN", {PIN_AUTH: pin_auth})',  # sealed next; killed, it goes on with it
-        'rebind: thisboot.remember(paths, "PIN", {allowed.PIN_AUTH: pin_auth})',  # the same
-        'enroll: thisboot.remember(paths, "made", {"unlock:persistence": persistence})',  # sealed before
-        'rebind: thisboot.remember(paths, "made", {_NEW: new})',  # the same
-        'rebind: thisboot.remember(paths, "made", {"unlock:persistence": new})',  # sealed before
-        'rebind: thisboot.remember(paths, source, {"unlock:host": host_key})',  # in state and tokens before
+        'handover: this_boot.remember(paths, "TPM", {"unlock:persistence": persistence})',  # unsealed from the TPM
+        'handover: this_boot.remember(paths, "PIN", {"unlock:pin-auth": pin_auth})',  # it opened the sealed object
+        'handover: this_boot.remember(paths, "TPM", {name: unwrapped})',  # from a token
+        # sealed next; killed, it goes on with it
+        'allowed_states: this_boot.remember(paths, "PIN", {PIN_AUTH: pin_auth})',
+        'rebind: this_boot.remember(paths, "PIN", {allowed_states.PIN_AUTH: pin_auth})',  # the same
+        'init: this_boot.remember(paths, "made", {"unlock:persistence": persistence})',  # sealed before
+        'rebind: this_boot.remember(paths, "made", {_NEW: new})',  # the same
+        'rebind: this_boot.remember(paths, "made", {"unlock:persistence": new})',  # sealed before
+        'rebind: this_boot.remember(paths, source, {"unlock:host": host_key})',  # in state and tokens before
         # on the disks
-        "rebind: thisboot.remember(paths, source, {provide.cached(group.kek, group.generation): kek})",
-        'enroll: thisboot.remember(paths, "provider", {"unlock:host": host_key})',  # saved in the state before
-        "thisboot: keyring.put(name, key)",
-        'rotation: thisboot.remember(work.paths, "provider", {"unlock:host": key})',  # saved in the state before
-        "rotation: thisboot.remember(work.paths, source, {provide.cached(group.kek, group.generation): kek})",
-        'switch: thisboot.remember(work.paths, "provider", {"unlock:host": key})',  # saved in the state before
-        "sync: thisboot.remember(work.paths, source, {provide.cached(group.kek, group.generation): kek})",  # never kept
-        "late: thisboot.remember(paths, source, {provide.cached(group.kek, group.generation): kek})",  # never kept
+        "rebind: this_boot.remember(paths, source, {access.cached(group.kek, group.generation): kek})",
+        'init: this_boot.remember(paths, "provider", {"unlock:host": host_key})',  # saved in the state before
+        "this_boot: keyring.put(name, key)",
+        'rotation: this_boot.remember(work.paths, "provider", {"unlock:host": key})',  # saved in the state before
+        "rotation: this_boot.remember(work.paths, source, {access.cached(group.kek, group.generation): kek})",
+        'switch: this_boot.remember(work.paths, "provider", {"unlock:host": key})',  # saved in the state before
+        # never kept
+        "sync: this_boot.remember(work.paths, source, {access.cached(group.kek, group.generation): kek})",
+        "gate: this_boot.remember(paths, source, {access.cached(group.kek, group.generation): kek})",  # never kept
     }
 
 
@@ -418,7 +411,7 @@ def test_the_cache_tells_where_each_key_came_from_and_what_goes_with_it(host: Ho
 def test_a_key_that_was_in_the_cache_keeps_its_source(tmp_path: Path, kms: Liar) -> None:
     """A gate finds there what a sync has put there; a change of policy, what the disks gave."""
     host = Host(tmp_path, 1, kms, policy_of_group="provider")
-    name = provide.cached(host.group.kek, 1)
+    name = access.cached(host.group.kek, 1)
 
     def source() -> str:
         return {row["key"]: row["source"] for row in cache.show(host.paths)}[name]
@@ -431,7 +424,7 @@ def test_a_key_that_was_in_the_cache_keeps_its_source(tmp_path: Path, kms: Liar)
     keyring.forget(name)
     (tmp_path / "two").mkdir()
     host = Host(tmp_path / "two", 1, kms)
-    name = provide.cached(host.group.kek, 1)
+    name = access.cached(host.group.kek, 1)
     persistence.disable(host.paths, host.look)
     assert source() == "TPM", "the token of the disk had it"
     keyring.flush()
@@ -452,7 +445,7 @@ def test_keys_in_the_cache_have_no_timeout(host: Host, kms: Liar) -> None:
 def opens_all(host: Host, group: Group, unwrap: Callable[..., Secret]) -> bool:
     for image in host.disks:
         with luks.Container(str(image)) as container:
-            tokens = [each for each in disk.tokens(container, HOST) if each.group == group.name]
+            tokens = [each for each in disk_keys.tokens(container, HOST) if each.group == group.name]
             with unwrap(container, tokens[0]) as dek:
                 if bytes(dek) != host.deks[container.uuid]:
                     return False
@@ -460,7 +453,7 @@ def opens_all(host: Host, group: Group, unwrap: Callable[..., Secret]) -> bool:
 
 
 def unwrapper(host: Host, record: report.Report | None = None) -> Callable[..., Secret]:
-    return late.unwrapper(host.paths, "data", record or report.Report("gate data"), 0, host.look)
+    return gate.unwrapper(host.paths, "data", record or report.Report("gate data"), 0, host.look)
 
 
 def test_an_offline_boot_asks_nobody(host: Host, kms: Liar) -> None:
@@ -490,7 +483,7 @@ def test_the_tpm_refuses_and_the_key_manager_answers(host: Host, kms: Liar, allo
     made = settings(host, kms, client_key=str(key_file))
     text = "[sync]\nopen_from_provider_after_refusal = true\n" if allowed else ""
     Path(host.paths.config).write_text(config.HEAD + text + config.provider_table(made))
-    keymanager.renew(host.paths, client(), "", host.look)
+    provider.renew(host.paths, client(), "", host.look)
     keyring.flush()
     early = report.Report("early-boot")
     early.judge("pcr-mismatch", "PCR 9: the kernel command line changed")
@@ -573,7 +566,7 @@ def test_a_choice_of_persistence_killed_anywhere_is_finished_by_the_same_command
 
 def test_a_client_key_that_a_refused_boot_could_not_use_is_found_by_the_test(host: Host, kms: Liar) -> None:
     host.configure(kms, more="[sync]\nopen_from_provider_after_refusal = true\n")
-    assert errors(keymanager.test(host.paths, "", host.look)) == ["refused"]
+    assert errors(provider.test(host.paths, "", host.look)) == ["refused"]
 
 
 # Another implementation: PyKMIP's own server
@@ -591,7 +584,7 @@ def test_a_year_with_pykmips_server(tmp_path: Path) -> None:
             rekey.rekey(host.paths, "data", host.look)
             assert all(host.tokens(image) == [(host.group.kek, generation)] for image in host.disks)
             assert host.boot_opens()
-        assert errors(keymanager.test(host.paths, "", host.look)) == []
+        assert errors(provider.test(host.paths, "", host.look)) == []
         server.kill()
         with pytest.raises(ProviderError):
             sync.sync(host.paths, host.look)
@@ -602,7 +595,7 @@ def test_a_year_with_pykmips_server(tmp_path: Path) -> None:
 
 
 def test_status_shows_the_days_left_what_is_behind_and_how_the_last_sync_went(host: Host, kms: Liar) -> None:
-    keymanager.renew(host.paths, client("host-1 again", days=(-1, 20.5)), "", host.look)
+    provider.renew(host.paths, client("host-1 again", days=(-1, 20.5)), "", host.look)
     assert "not in this boot" in status.table(status.status(host.paths))
     host.disks.pop()
     kms.replace(kms.keys[host.group.kek.rpartition("/")[2]])

@@ -13,23 +13,13 @@ from tests.hostfixture import Machine
 from tests.killing import Killer, killed_at
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
-from unlock import (
-    cache,
-    handout,
-    kdk,
-    keyring,
-    luks,
-    policy,
-    provide,
-    rebind,
-    recoverykey,
-    recoveryops,
-    slots,
-    sync,
-    token,
-)
+from unlock.disks import luks, token
 from unlock.errors import ProviderUnavailable, Refused, UnlockError
+from unlock.host import keyring
+from unlock.keys import access, delivery, recovery_key
+from unlock.operations import cache, native_backup, rebind, recovery, sync
 from unlock.secret import Secret
+from unlock.tpm import pcr_policy, slots
 
 pytestmark = pytest.mark.usefixtures("key_cache", "cheap_passwords")
 
@@ -41,7 +31,7 @@ PASSWORD = b"of the backup"
 def host(tmp_path: Path) -> Iterator[Machine]:
     machine = Machine(tmp_path, OLD, disks=2)
     with Secret(PASSWORD) as password:
-        kdk.backup(machine.paths, backup(machine), password, look=machine.look)
+        native_backup.backup(machine.paths, backup(machine), password, look=machine.look)
     yield machine
     machine.close()
 
@@ -147,12 +137,12 @@ def test_run_again_with_the_key_at_hand_it_makes_another(host: Machine) -> None:
     assert host.group.generation == 1
 
 
-def rotation_killed(host: Machine) -> Callable[[], recoveryops.Changed]:
+def rotation_killed(host: Machine) -> Callable[[], recovery.Changed]:
     """A rotation of the recovery key that was killed between its disks; what finishes it."""
-    recoveryops.test(host.paths, host.recovery, host.look)
+    recovery.test(host.paths, host.recovery, host.look)
 
-    def rotate() -> recoveryops.Changed:
-        return recoveryops.rotate(host.paths, handout.Keep(str(host.folder / "new-key")), host.look)
+    def rotate() -> recovery.Changed:
+        return recovery.rotate(host.paths, delivery.Keep(str(host.folder / "new-key")), host.look)
 
     assert killed_at(3, rotate, [luks.Container.add_keyslot])
     assert host.state.journal
@@ -164,7 +154,7 @@ def test_a_rotation_of_the_recovery_key_goes_on_after_it(host: Machine) -> None:
     rotate = rotation_killed(host)
     run(host)
     assert len(rotate().done) == 2
-    host.recovery = handout.given(str(host.folder / "new-key"))
+    host.recovery = delivery.given(str(host.folder / "new-key"))
     boots(host)
 
 
@@ -176,7 +166,7 @@ def test_a_rotation_of_the_recovery_key_whose_key_is_lost_is_given_up(host: Mach
     boots(host)
     os.unlink(host.folder / "new-key")
     assert len(rotate().done) == 2
-    host.recovery = handout.given(str(host.folder / "new-key"))
+    host.recovery = delivery.given(str(host.folder / "new-key"))
     boots(host)
 
 
@@ -185,7 +175,7 @@ def test_a_wrong_recovery_key_or_password_changes_nothing(host: Machine) -> None
     host.boot()
     before = headers(host), Path(host.paths.state).read_bytes()
     with pytest.raises(UnlockError):
-        run(host, backup(host), recoverykey.new())
+        run(host, backup(host), recovery_key.new())
     choices = rebind.Choices(
         host.recovery, backup(host), Secret(b"wrong"), accept=frozenset(("unauthenticated-root",)), tcti=host.chip.tcti
     )
@@ -240,8 +230,8 @@ def test_a_tpm_that_another_host_uses_is_not_overwritten_unasked(host: Machine) 
     host.clear()
     host.boot()
     with host.chip.open() as tpm:
-        theirs = policy.Payload(Secret(bytes(32)))
-        kept = slots.persist(tpm, b"x" * 16, (7, 15), (policy.branch((7, 15), {7: bytes(32)}),), theirs)
+        theirs = pcr_policy.Payload(Secret(bytes(32)))
+        kept = slots.persist(tpm, b"x" * 16, (7, 15), (pcr_policy.branch((7, 15), {7: bytes(32)}),), theirs)
     with pytest.raises(Refused) as caught:
         run(host, backup(host))
     assert caught.value.code == "slots-in-use" and host.allows().record == kept
@@ -280,7 +270,7 @@ def test_a_key_manager_gives_the_keys_again(tmp_path: Path) -> None:
         run(host, client_key=CLIENT.key)
         boots(host)
         assert host.group.generation == 1
-        with provide.Work(host.paths, host.look) as work:
+        with access.Work(host.paths, host.look) as work:
             assert work.provider().health().endpoints
         host.clear()
         host.boot()

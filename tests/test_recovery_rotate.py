@@ -13,9 +13,12 @@ import pytest
 from tests.flowfixture import HOST, Host
 from tests.killing import LASTING, Killer, killed_at
 from tests.test_escrow import decrypted, organisation
-from unlock import disk, handout, keyring, luks, present, recoverykey, recoveryops, rekey, status, sync
+from unlock.disks import disk_keys, find, luks
 from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
-from unlock.escrow import Escrow
+from unlock.host import keyring
+from unlock.keys import delivery, recovery_key
+from unlock.keys.escrow import Escrow
+from unlock.operations import recovery, rekey, status, sync
 from unlock.secret import Secret
 
 pytestmark = pytest.mark.usefixtures("key_cache")
@@ -29,8 +32,8 @@ def host(tmp_path: Path) -> Iterator[Host]:
     keyring.flush()
 
 
-def look_at(host: Host, key: Secret) -> list[recoveryops.Tested]:
-    return recoveryops.test(host.paths, key, host.look)
+def look_at(host: Host, key: Secret) -> list[recovery.Tested]:
+    return recovery.test(host.paths, key, host.look)
 
 
 def outcomes(host: Host, key: Secret) -> list[str]:
@@ -41,20 +44,20 @@ def file_of(host: Host, name: str = "new-key") -> str:
     return str(host.folder / name)
 
 
-def rotate(host: Host, name: str = "new-key") -> recoveryops.Changed:
-    return recoveryops.rotate(host.paths, handout.Keep(file_of(host, name)), host.look)
+def rotate(host: Host, name: str = "new-key") -> recovery.Changed:
+    return recovery.rotate(host.paths, delivery.Keep(file_of(host, name)), host.look)
 
 
 def key_of(host: Host, name: str = "new-key") -> Secret:
-    return handout.given(file_of(host, name))
+    return delivery.given(file_of(host, name))
 
 
 def authentic(image: Path, key: Secret) -> bool:
     """As the prompt of early boot would open it: by some token whose MAC fits."""
     with luks.Container(str(image)) as container:
-        for each in disk.tokens(container, HOST):
+        for each in disk_keys.tokens(container, HOST):
             try:
-                with disk.by_checked_recovery_key(container, each, key):
+                with disk_keys.by_checked_recovery_key(container, each, key):
                     return True
             except UnlockError:
                 continue
@@ -82,14 +85,14 @@ def test_the_right_key_is_ok_on_every_disk_and_when_is_remembered(host: Host) ->
 
 
 def test_another_hosts_key_is_told_from_a_changed_header_and_an_absent_disk(host: Host) -> None:
-    assert outcomes(host, recoverykey.new()) == ["wrong-key"] * 3
+    assert outcomes(host, recovery_key.new()) == ["wrong-key"] * 3
     change_flags(host.disks[0])
     host.disks.pop(2)
     found = look_at(host, host.recovery)
     assert [each.outcome for each in found] == ["altered", "ok", "absent"]
-    assert recoveryops.status(found) == Tampered.status
-    assert recoveryops.status(look_at(host, recoverykey.new())) == NotOurs.status
-    assert recoveryops.status(found[1:]) == 1
+    assert recovery.status(found) == Tampered.status
+    assert recovery.status(look_at(host, recovery_key.new())) == NotOurs.status
+    assert recovery.status(found[1:]) == 1
 
 
 def change_flags(image: Path) -> None:
@@ -107,7 +110,7 @@ def test_a_disk_without_its_token_is_altered_for_the_right_key_alone(host: Host)
         for number, _ in container.tokens("unlock"):
             container.remove_token(number)
     assert outcomes(host, host.recovery) == ["altered", "ok", "ok"]
-    assert outcomes(host, recoverykey.new()) == ["wrong-key"] * 3
+    assert outcomes(host, recovery_key.new()) == ["wrong-key"] * 3
 
 
 def test_two_disks_with_one_uuid_are_not_taken_for_the_member(host: Host) -> None:
@@ -181,7 +184,7 @@ def test_a_disk_that_was_away_keeps_the_old_key_until_new_finds_it(host: Host) -
     )
     rekey.rekey(host.paths, "data", host.look)
     assert authentic(away, host.recovery), "a new KEK leaves it with the MAC of the key that it has"
-    assert recoveryops.new(host.paths, new, host.look) == (("data-0", "data-1", "data-2"), ())
+    assert recovery.new(host.paths, new, host.look) == (("data-0", "data-1", "data-2"), ())
     assert outcomes(host, new) == ["ok"] * 3
     assert not authentic(away, host.recovery)
     assert slots(away) == 1
@@ -201,22 +204,22 @@ def test_a_disk_that_was_away_twice_gets_the_newest(host: Host) -> None:
 
 def test_new_gives_a_lost_keyslot_back_and_is_nothing_where_none_is_lost(host: Host) -> None:
     with luks.Container(str(host.disks[1])) as container:
-        container.remove_keyslot(disk.recovery_keyslot(container, host.recovery)[0])
+        container.remove_keyslot(disk_keys.recovery_keyslot(container, host.recovery)[0])
     assert outcomes(host, host.recovery) == ["ok", "wrong-key", "ok"]
-    recoveryops.new(host.paths, host.recovery, host.look)
+    recovery.new(host.paths, host.recovery, host.look)
     assert outcomes(host, host.recovery) == ["ok"] * 3
     before = [image.read_bytes() for image in host.disks]
-    recoveryops.new(host.paths, host.recovery, host.look)
+    recovery.new(host.paths, host.recovery, host.look)
     assert [image.read_bytes() for image in host.disks] == before
     with pytest.raises(Refused, match="not the recovery key"):
-        recoveryops.new(host.paths, recoverykey.new(), host.look)
+        recovery.new(host.paths, recovery_key.new(), host.look)
 
 
 def test_a_changed_header_is_never_blessed(host: Host) -> None:
     change_flags(host.disks[1])
     changes: tuple[Callable[[], object], ...] = (
         lambda: rotate(host),
-        lambda: recoveryops.new(host.paths, host.recovery, host.look),
+        lambda: recovery.new(host.paths, host.recovery, host.look),
     )
     for change in changes:
         with pytest.raises(Tampered):
@@ -226,18 +229,18 @@ def test_a_changed_header_is_never_blessed(host: Host) -> None:
     assert [authentic(image, host.recovery) for image in host.disks] == [True, False, True]
 
 
-def killed_before_the_first_keyslot(host: Host, keep: handout.Keep) -> None:
-    assert killed_at(1, lambda: recoveryops.rotate(host.paths, keep, host.look), [luks.Container.add_keyslot])
+def killed_before_the_first_keyslot(host: Host, keep: delivery.Keep) -> None:
+    assert killed_at(1, lambda: recovery.rotate(host.paths, keep, host.look), [luks.Container.add_keyslot])
 
 
 def test_who_finishes_a_rotation_gets_its_key_wherever_they_ask_for_it(host: Host) -> None:
     certificate, private = organisation(host.folder)
-    killed_before_the_first_keyslot(host, handout.Keep(file_of(host)))
-    recoverykey.write_new_file(file_of(host, "another"), recoverykey.new())
+    killed_before_the_first_keyslot(host, delivery.Keep(file_of(host)))
+    recovery_key.write_new_file(file_of(host, "another"), recovery_key.new())
     with pytest.raises(Usage, match="another key"):
         rotate(host, "another")
     escrow = Escrow(certificate, file_of(host, "e"))
-    recoveryops.rotate(host.paths, handout.Keep(file_of(host, "copy"), escrow), host.look)
+    recovery.rotate(host.paths, delivery.Keep(file_of(host, "copy"), escrow), host.look)
     assert key_of(host, "copy") == key_of(host) == Secret(decrypted(escrow.file, private))
     assert outcomes(host, key_of(host)) == ["ok"] * 3
 
@@ -247,34 +250,34 @@ def test_a_rotation_whose_key_went_with_the_power_does_not_end_without_it(host: 
     """It was on a file system in memory. The old key may go only when somebody has the new one."""
     certificate, private = organisation(host.folder)
     lost = Path(file_of(host))
-    keep = handout.Keep(str(lost)) if into == "file" else handout.Keep(escrow=Escrow(certificate, str(lost)))
+    keep = delivery.Keep(str(lost)) if into == "file" else delivery.Keep(escrow=Escrow(certificate, str(lost)))
     killed_before_the_first_keyslot(host, keep)
     lost.unlink()
     with pytest.raises(Refused) as caught:
-        recoveryops.rotate(host.paths, handout.Keep(), host.look)
+        recovery.rotate(host.paths, delivery.Keep(), host.look)
     assert caught.value.code == "recovery-key-gone"
     assert outcomes(host, host.recovery) == ["ok"] * 3
-    recoveryops.rotate(host.paths, keep, host.look)
+    recovery.rotate(host.paths, keep, host.look)
     new = key_of(host) if into == "file" else Secret(decrypted(str(lost), private))
     assert outcomes(host, new) == ["ok"] * 3
 
 
 def test_without_options_a_rotation_ends_that_left_its_key_where_it_is(host: Host) -> None:
-    killed_before_the_first_keyslot(host, handout.Keep(file_of(host)))
-    recoveryops.rotate(host.paths, handout.Keep(), host.look)
+    killed_before_the_first_keyslot(host, delivery.Keep(file_of(host)))
+    recovery.rotate(host.paths, delivery.Keep(), host.look)
     assert outcomes(host, key_of(host)) == ["ok"] * 3
 
 
 def test_a_key_that_cannot_be_handed_out_leaves_nothing_under_way(host: Host) -> None:
-    for keep in (handout.Keep(str(host.folder / "none" / "key")), handout.Keep(str(host.folder / "data-0" / "key"))):
+    for keep in (delivery.Keep(str(host.folder / "none" / "key")), delivery.Keep(str(host.folder / "data-0" / "key"))):
         with pytest.raises((OSError, UnlockError)):
-            recoveryops.rotate(host.paths, keep, host.look)
+            recovery.rotate(host.paths, keep, host.look)
         assert host.state.journal is None
     assert outcomes(host, host.recovery) == ["ok"] * 3
 
 
 def test_status_tells_what_is_under_way_and_no_key_not_even_a_wrapped_one(host: Host) -> None:
-    killed_before_the_first_keyslot(host, handout.Keep(file_of(host)))
+    killed_before_the_first_keyslot(host, delivery.Keep(file_of(host)))
     assert host.state.journal and host.state.journal["key"]
     assert status.status(host.paths)["unfinished"] == {"operation": "recovery", "about": "rotate"}
 
@@ -317,7 +320,7 @@ def test_a_disk_that_lost_its_token_stops_a_rotation_by_name_and_nothing_is_left
 def test_a_rotation_into_escrow_alone(host: Host) -> None:
     certificate, private = organisation(host.folder)
     escrow = Escrow(certificate, file_of(host, "escrow.pem"))
-    recoveryops.rotate(host.paths, handout.Keep(escrow=escrow), host.look)
+    recovery.rotate(host.paths, delivery.Keep(escrow=escrow), host.look)
     assert outcomes(host, Secret(decrypted(escrow.file, private))) == ["ok"] * 3
 
 
@@ -422,7 +425,7 @@ def test_killed_and_the_disks_that_are_here_have_changed_meanwhile(host: Host) -
     new = key_of(host)
     assert authentic(first, new)
     host.disks.append(first)
-    assert recoveryops.new(host.paths, new, host.look).behind == ()
+    assert recovery.new(host.paths, new, host.look).behind == ()
     assert outcomes(host, new) == ["ok"] * 3
     assert all((slots(image), len(host.tokens(image))) == (1, 1) for image in host.disks)
 
@@ -434,8 +437,8 @@ def test_a_rotation_into_escrow_alone_killed_at_every_boundary_is_finished_by_th
     escrow = Escrow(certificate, file_of(host, "escrow.pem"))
     start = Start(host)
 
-    def rotate() -> recoveryops.Changed:
-        return recoveryops.rotate(host.paths, handout.Keep(escrow=escrow), host.look)
+    def rotate() -> recovery.Changed:
+        return recovery.rotate(host.paths, delivery.Keep(escrow=escrow), host.look)
 
     def begin(_: int) -> Callable[[], object]:
         start.again()
@@ -462,12 +465,12 @@ def test_new_killed_at_every_boundary_finishes(host: Host, killer: Killer) -> No
 
     def begin(_: int) -> Callable[[], object]:
         start.again(keep=True)
-        return partial(recoveryops.new, host.paths, new, host.look)
+        return partial(recovery.new, host.paths, new, host.look)
 
     for attempt, _ in killer(begin):
         assert authentic(away, host.recovery) or authentic(away, new), f"attempt {attempt}"
         assert host.boot_opens()
-        recoveryops.new(host.paths, new, host.look)
+        recovery.new(host.paths, new, host.look)
         assert (slots(away), len(host.tokens(away))) == (1, 1)
         assert authentic(away, new)
         assert host.state.journal is None and not host.state.recovery["behind"] and not host.state.recovery["former"]
@@ -475,5 +478,5 @@ def test_new_killed_at_every_boundary_finishes(host: Host, killer: Killer) -> No
 
 def test_a_disk_that_udev_shows_and_cannot_be_read_is_away(host: Host) -> None:
     host.disks[0].write_bytes(bytes(1 << 20))
-    assert present.node_of(host.look(), host.group.members[0]) == ""
+    assert find.node_of(host.look(), host.group.members[0]) == ""
     assert rotate(host).behind == ("data-0",)

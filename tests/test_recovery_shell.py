@@ -15,24 +15,16 @@ import pytest
 
 from tests.flowfixture import HOST, Host
 from tests.test_recovery_rotate import change_flags
-from unlock import (
-    ask,
-    cli,
-    devices,
-    handout,
-    keyring,
-    late,
-    opening,
-    policy,
-    recoverykey,
-    recoveryops,
-    report,
-    shell,
-    thisboot,
-)
+from unlock import ask, cli
+from unlock.boot import activation, gate, shell
+from unlock.disks import devices
 from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
+from unlock.host import keyring, report, this_boot
+from unlock.keys import delivery, recovery_key
+from unlock.operations import recovery
 from unlock.paths import Paths
 from unlock.secret import Secret
+from unlock.tpm import pcr_policy
 
 TOP = Path(__file__).parents[1]
 
@@ -47,7 +39,7 @@ def paths(tmp_path: Path) -> Paths:
 def refused(count: int = 2, verdict: str = "pcr-mismatch") -> report.Report:
     """What early boot leaves when the TPM says no."""
     record = report.Report("early-boot")
-    record.facts = {"cap_pcr_before": policy.UNSET.hex()}
+    record.facts = {"cap_pcr_before": pcr_policy.UNSET.hex()}
     record.judge(verdict, "the TPM refuses: PCR values do not match")
     for number in range(count):
         record.disk(f"/dev/sd{chr(97 + number)}", "no-key", record.why(), uuid=f"uuid-{number}")
@@ -56,7 +48,7 @@ def refused(count: int = 2, verdict: str = "pcr-mismatch") -> report.Report:
 
 def told(paths: Paths, record: report.Report | None) -> list[str]:
     if record:
-        thisboot.write_report(paths, record, "report.json")
+        this_boot.write_report(paths, record, "report.json")
     lines = shell.screen_lines(paths)
     assert len(lines) <= 24
     assert all(len(line) <= 80 and line.isprintable() for line in lines)
@@ -118,7 +110,7 @@ def test_status_shows_what_headers_say(tmp_path: Path, key_cache: None) -> None:
     disks = [devices.Disk(str(image), image.name, "", "", "", 0, 0) for image in host.disks]
     record.disk(disks[0].node, "no-key", record.why(), uuid="x")
     host.disks[1].write_bytes(bytes(1 << 20))
-    thisboot.write_report(host.paths, record, "report.json")
+    this_boot.write_report(host.paths, record, "report.json")
     found = shell.status(host.paths, lambda: disks)
     assert [(each["name"], each["group"], each["state"]) for each in found["disks"]] == [
         ("data-0", "data", "no-key"),
@@ -140,8 +132,8 @@ def test_words_that_do_not_work_in_it_name_help(paths: Paths, capsys: pytest.Cap
 
 def test_open_in_it_takes_a_file_and_tells_a_typo_and_a_key_that_opens_nothing(paths: Paths, tmp_path: Path) -> None:
     file = tmp_path / "key"
-    key = bytearray(bytes(recoverykey.new()))
-    recoverykey.write_new_file(str(file), Secret(key))
+    key = bytearray(bytes(recovery_key.new()))
+    recovery_key.write_new_file(str(file), Secret(key))
     with pytest.raises(NotOurs):
         shell.shell(paths, ["open", "--recovery", "--recovery-key-file", str(file)])
     assert os.path.exists(paths.of_this_boot("recovered"))
@@ -157,8 +149,8 @@ def test_without_the_cli_the_same_program_is_the_shell(tmp_path: Path) -> None:
     package = tmp_path / "unlock"
     for source in (TOP / "unlock").rglob("*.py"):
         target = package / source.relative_to(TOP / "unlock")
-        target.parent.mkdir(exist_ok=True, parents=True)
-        if not source.name.startswith("cli"):
+        if "cli" not in source.parts:
+            target.parent.mkdir(exist_ok=True, parents=True)
             target.write_bytes(source.read_bytes())
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); from unlock.__main__ import main; main(); print(*sys.modules)"
@@ -183,7 +175,7 @@ def test_help_in_the_booted_system_names_every_command(capsys: pytest.CaptureFix
 def look(host: Host, image: Path, *keys: Secret) -> report.Report:
     """The disk under its recovery key, without device-mapper."""
     record = report.Report("open data")
-    groups = opening.Opening(HOST, late._by_recovery_key(*keys), record, "data")
+    groups = activation.Opening(HOST, gate._by_recovery_key(*keys), record, "data")
     groups.saw(devices.Disk(str(image), image.name, "", "", "", 0, 0))
     groups.read_all()
     groups.wipe()
@@ -213,22 +205,22 @@ class Slow:
 
 
 def test_many_disks_may_take_longer_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "ACTIVATION_TIMEOUT", 0.3)
+    monkeypatch.setattr(activation, "ACTIVATION_TIMEOUT", 0.3)
     disks = Slow(1.5)
-    opening.open_present(disks, devices.Monitor())  # type: ignore[arg-type]
+    activation.open_present(disks, devices.Monitor())  # type: ignore[arg-type]
     assert not disks.left
 
 
 def test_open_authenticates_the_header_before_it_opens(tmp_path: Path, key_cache: None) -> None:
     host = Host(tmp_path, 1)
     (image,) = host.disks
-    wrong = look(host, image, recoverykey.new())
+    wrong = look(host, image, recovery_key.new())
     assert look(host, image, host.recovery).disks[str(image)]["outcome"] == "waiting"
-    assert isinstance(late._trouble(host.paths, wrong, "data"), NotOurs)
+    assert isinstance(gate._trouble(host.paths, wrong, "data"), NotOurs)
     change_flags(image)
     changed = look(host, image, host.recovery)
     assert changed.disks[str(image)]["outcome"] == "tampered"
-    trouble = late._trouble(host.paths, changed, "data")
+    trouble = gate._trouble(host.paths, changed, "data")
     assert isinstance(trouble, Tampered)
     assert "data-0" in str(trouble)
 
@@ -237,14 +229,14 @@ def test_a_member_that_was_away_at_a_rotation_opens_beside_the_others_when_both_
     tmp_path: Path, key_cache: None
 ) -> None:
     host = Host(tmp_path, 2)
-    recoveryops.test(host.paths, host.recovery, host.look)
+    recovery.test(host.paths, host.recovery, host.look)
     away = host.disks.pop()
-    recoveryops.rotate(host.paths, handout.Keep(str(tmp_path / "new")), host.look)
-    new = handout.given(str(tmp_path / "new"))
+    recovery.rotate(host.paths, delivery.Keep(str(tmp_path / "new")), host.look)
+    new = delivery.given(str(tmp_path / "new"))
     outcome = {
         (image.name, len(keys)): look(host, image, *keys).disks[str(image)]["outcome"]
         for image in (*host.disks, away)
-        for keys in ((new,), (new, host.recovery), (host.recovery, new, recoverykey.new()))
+        for keys in ((new,), (new, host.recovery), (host.recovery, new, recovery_key.new()))
     }
     assert outcome == {
         ("data-0", 1): "waiting",
@@ -262,23 +254,24 @@ def test_open_says_at_once_what_is_missing(tmp_path: Path, key_cache: None) -> N
     host = Host(tmp_path, 1)
     for keys in ((), (host.recovery,)):
         with pytest.raises(UnlockError, match=r"data-0 .* is missing"):
-            late.open_group(host.paths, "data", *keys)
+            gate.open_group(host.paths, "data", *keys)
     with pytest.raises(Usage, match="no group other"):
-        late.open_group(host.paths, "other")
+        gate.open_group(host.paths, "other")
     keyring.flush()
     with pytest.raises(UnlockError) as caught:
-        late.open_group(host.paths, "data")
+        gate.open_group(host.paths, "data")
     assert caught.value.code == "no-key"
     with pytest.raises(UnlockError, match="missing"):
-        late.open_group(host.paths, "data", host.recovery)
+        gate.open_group(host.paths, "data", host.recovery)
 
 
 # Asking
 
 ASK = """
 import os, sys
-from unlock import ask, handout
+from unlock import ask
 from unlock.errors import Usage
+from unlock.keys import delivery
 try:
     print(bytes(eval(sys.argv[1])).decode())
 except Usage as error:
@@ -301,19 +294,19 @@ def asked(expression: str, **environment: str) -> str:
 
 
 def test_a_credential_is_taken_without_a_terminal(tmp_path: Path) -> None:
-    key = recoverykey.new()
+    key = recovery_key.new()
     (tmp_path / "unlock.recovery-key").write_bytes(bytes(key).replace(b"-", b" ") + b"\n")
-    assert asked("handout.given()", CREDENTIALS_DIRECTORY=str(tmp_path)) == bytes(key).decode()
+    assert asked("delivery.given()", CREDENTIALS_DIRECTORY=str(tmp_path)) == bytes(key).decode()
 
 
 def test_without_terminal_file_or_credential_the_flag_is_named() -> None:
-    for expression in ("handout.given()", "ask.anyone('recovery key', '--recovery-key-file')"):
+    for expression in ("delivery.given()", "ask.anyone('recovery key', '--recovery-key-file')"):
         assert "--recovery-key-file FILE" in asked(expression)
 
 
 def test_the_kernel_command_line_is_no_place_for_a_key() -> None:
     readers = {path.stem for path in (TOP / "unlock").rglob("*.py") if "cmdline" in path.read_text()}
-    assert readers == {"explain", "measured", "nextkernel", "paths", "predict"}
+    assert readers == {"explain", "describe", "efistub", "paths", "replay"}
 
 
 @pytest.fixture
@@ -359,7 +352,7 @@ def test_the_command_line_tells_test_results_and_an_exit_status(
 ) -> None:
     """No disk is marked here by udev, so all are absent."""
     host = Host(tmp_path, 2)
-    recoverykey.write_new_file(str(tmp_path / "key"), host.recovery)
+    recovery_key.write_new_file(str(tmp_path / "key"), host.recovery)
     options = cli._parser().parse_args(["recovery", "test", "--recovery-key-file", str(tmp_path / "key"), "--json"])
     assert options.run(host.paths, options) == 1
     said = json.loads(capsys.readouterr().out)

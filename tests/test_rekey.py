@@ -8,8 +8,10 @@ import pytest
 
 from tests.flowfixture import Host
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
-from unlock import keyring, provide, rekey, rotation
 from unlock.errors import ProviderError, Refused, UnlockError, Usage
+from unlock.host import keyring
+from unlock.keys import access, rotation
+from unlock.operations import rekey
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -55,10 +57,10 @@ def test_each_rekey_gives_a_new_kek_and_leaves_one_token_that_opens(host: Host, 
 
 def test_the_old_kek_does_not_open_what_the_new_one_wraps(host: Host) -> None:
     with host.work() as work:
-        old, _ = provide.find_kek(work, host.group)
+        old, _ = access.find_kek(work, host.group)
     again(host)
     with host.work() as work, pytest.raises(UnlockError):
-        provide.prover(work, host.group, work.nodes(host.group))(old)
+        access.prover(work, host.group, work.nodes(host.group))(old)
 
 
 def test_a_member_that_is_away_still_opens_when_it_is_back_and_gets_the_new_kek_then(host: Host, kms: Liar) -> None:
@@ -119,7 +121,7 @@ def test_a_kms_that_dies_costs_nothing_and_the_next_try_takes_the_key_that_was_m
 
 def test_one_disk_without_room_stays_as_it_is_and_the_others_go_on(kms_host: Host) -> None:
     """Its header is full: the new token has no place beside the old one."""
-    from unlock import luks
+    from unlock.disks import luks
 
     full = kms_host.disks[1]
     with luks.Container(str(full)) as container:

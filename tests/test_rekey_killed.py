@@ -13,8 +13,10 @@ from tests.flowfixture import Host
 from tests.killing import LASTING, SAMPLE, Killer, calls_of, commit, killed_at, killed_in
 from tests.kmipfixture import AUTHORITY
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, PRE_ACTIVE, Liar
-from unlock import keyring, provide, rekey
 from unlock.errors import ProviderError, StateBlocked
+from unlock.host import keyring
+from unlock.keys import access
+from unlock.operations import rekey
 from unlock.providers import kmip  # before any child begins: the system calls of its import are no points of interest
 
 pytestmark = pytest.mark.usefixtures("key_cache")
@@ -73,7 +75,7 @@ def reached(host: Host, kms: Liar, generation: int) -> str:
         return "done"
     if kms.keys[state.retire[0]["id"].rpartition("/")[2]].state == DEACTIVATED:
         return "retired"
-    return "cached" if provide.cached(host.group.kek, generation) in keyring.names() else "state saved"
+    return "cached" if access.cached(host.group.kek, generation) in keyring.names() else "state saved"
 
 
 class Start:

@@ -12,15 +12,17 @@ from tests.killing import Killer
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from tests.tpmfixture import Swtpm
-from unlock import config, keymanager, keyring, persistence, policy, slots, status, sync
-from unlock import switch as switching
 from unlock.errors import NoKey, NoSlot, Refused, TpmRefused, UnlockError
-from unlock.policy import CAP_DIGEST, CAP_PCR, Payload, Record
+from unlock.host import config, keyring
+from unlock.operations import persistence, provider, status, sync
+from unlock.operations import switch as switching
 from unlock.secret import Secret
+from unlock.tpm import pcr_policy, slots
+from unlock.tpm.pcr_policy import CAP_DIGEST, CAP_PCR, Payload, Record
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
-SELECTION = policy.select((4, 7, 9))
+SELECTION = pcr_policy.select((4, 7, 9))
 OTHER_BRANCH = b"\x07" * 32
 """A boot that was predicted when the host was sealed."""
 
@@ -39,9 +41,9 @@ def host(tmp_path: Path, kms: Liar, chip: Swtpm) -> Iterator[Host]:
     key_file.write_bytes(CLIENT.key)
     stays = config.ProviderConfig("kms", (f"127.0.0.1:{kms.port}",), host.ca(), str(key_file), config.TIMEOUT)
     Path(host.paths.config).write_text(config.HEAD + config.provider_table(stays))
-    keymanager.renew(host.paths, keymanager.Client(CLIENT.certificate, Secret(CLIENT.key)), "", host.look)
+    provider.renew(host.paths, provider.Client(CLIENT.certificate, Secret(CLIENT.key)), "", host.look)
     with chip.open() as tpm:
-        branch = policy.branch(SELECTION, tpm.read_pcrs(range(16)))
+        branch = pcr_policy.branch(SELECTION, tpm.read_pcrs(range(16)))
         payload = Payload(Secret(bytes(host.persistence)))
         slots.persist(tpm, bytes.fromhex(HOST), SELECTION, (branch, OTHER_BRANCH), payload)
         tpm.extend(CAP_PCR, CAP_DIGEST)
@@ -123,7 +125,7 @@ def test_a_policy_that_came_after_the_removal_is_not_replaced_by_the_old_one(hos
     disable(host)
     remove(host, chip)
     with chip.open() as tpm:
-        newer = policy.branch(SELECTION, tpm.read_pcrs(range(16)))
+        newer = pcr_policy.branch(SELECTION, tpm.read_pcrs(range(16)))
         slots.persist(tpm, bytes.fromhex(HOST), SELECTION, (newer,), Payload(Secret(bytes(host.persistence))))
     enable(host, chip)
     after = record(chip)
@@ -134,8 +136,8 @@ def test_while_the_tpm_keeps_nothing_no_other_way_leads_back(host: Host, kms: Li
     disable(host)
     with Liar(AUTHORITY) as other:
         settings = config.ProviderConfig("second", (f"127.0.0.1:{other.port}",), host.ca(), "", config.TIMEOUT)
-        client = keymanager.Client(CLIENT.certificate, Secret(CLIENT.key))
-        keymanager.add(host.paths, settings, client, host.look)
+        client = provider.Client(CLIENT.certificate, Secret(CLIENT.key))
+        provider.add(host.paths, settings, client, host.look)
         remove(host, chip)
         with pytest.raises(Refused, match="keeps nothing"):
             switching.switch(host.paths, "second", True, host.look)
@@ -149,7 +151,7 @@ def test_while_the_tpm_keeps_nothing_no_other_way_leads_back(host: Host, kms: Li
 def test_another_installations_key_is_not_removed(host: Host, chip: Swtpm) -> None:
     disable(host)
     with chip.open() as tpm:
-        branch = policy.branch(SELECTION, tpm.read_pcrs(range(16)))
+        branch = pcr_policy.branch(SELECTION, tpm.read_pcrs(range(16)))
         slots.persist(tpm, b"h" * 16, SELECTION, (branch,), Payload(Secret.random(32)), replace=True)
     with pytest.raises(Refused, match="another installation"):
         remove(host, chip)
@@ -160,13 +162,13 @@ def test_another_installations_key_is_not_removed(host: Host, chip: Swtpm) -> No
 def test_nothing_is_removed_while_the_password_hangs_on_it(host: Host, chip: Swtpm) -> None:
     path = Path(host.paths.config)
     path.write_text(path.read_text() + 'username = "host-1"\n')
-    client = keymanager.Client(CLIENT.certificate, Secret(CLIENT.key), Secret(b"password"))
-    keymanager.renew(host.paths, client, "", host.look)
+    client = provider.Client(CLIENT.certificate, Secret(CLIENT.key), Secret(b"password"))
+    provider.renew(host.paths, client, "", host.look)
     disable(host)
     with pytest.raises(Refused, match="password"):
         remove(host, chip)
     path.write_text(path.read_text().replace('username = "host-1"\n', ""))
-    keymanager.renew(host.paths, client._replace(password=None), "", host.look)
+    provider.renew(host.paths, client._replace(password=None), "", host.look)
     remove(host, chip)
 
 

@@ -18,24 +18,13 @@ from tests.killing import child
 from tests.kmipfixture import CLIENT
 from tests.lab.kmipliar import COMPROMISED, Liar
 from tests.test_devices import Machine
-from unlock import (
-    boot,
-    cache,
-    config,
-    disk,
-    handover,
-    keyring,
-    late,
-    luks,
-    members,
-    opening,
-    persistence,
-    report,
-    sync,
-    thisboot,
-)
-from unlock.devices import Disk
+from unlock.boot import activation, agent, gate, handover
+from unlock.disks import disk_keys, luks
+from unlock.disks.devices import Disk
 from unlock.errors import NoKey, Refused
+from unlock.host import config, keyring, report, this_boot
+from unlock.operations import cache, persistence, sync
+from unlock.operations import group as group_operations
 from unlock.paths import write_atomically
 from unlock.secret import Secret
 
@@ -123,8 +112,10 @@ class Early:
         self.paths = host.paths
         self.record = report.Report("early-boot")
         self.record.facts = {"unauthenticated_root": accepted}
-        self.key = boot.Key(HOST, Secret(bytes(host.persistence)), None)
-        self.groups = opening.Opening(HOST, lambda c, each: disk.volume_key(c, each, host.persistence), self.record)
+        self.key = agent.Key(HOST, Secret(bytes(host.persistence)), None)
+        self.groups = activation.Opening(
+            HOST, lambda c, each: disk_keys.volume_key(c, each, host.persistence), self.record
+        )
         for image in host.disks:
             self.groups.saw(Disk(str(image), image.name, "", "", "", 0, 0))
         self.groups.read_all()
@@ -225,16 +216,16 @@ def _equal(found: object, expected: object) -> None:
 def test_a_host_key_that_is_kept_elsewhere_is_not_handed_over_as_zeros(host: Host, machine: Seen) -> None:
     image, group = str(host.folder / "root-0"), host.state.groups["root"]
     with luks.Container(image) as container, Secret(host.deks[container.uuid]) as dek:
-        (old,) = disk.tokens(container, HOST)
-        keys = disk.Keys(
+        (old,) = disk_keys.tokens(container, HOST)
+        keys = disk_keys.Keys(
             host.persistence,
-            Secret(disk.ELSEWHERE),
-            disk.unwrap_kek(old, host.persistence),
-            disk.mac_key(host.recovery, HOST),
+            Secret(disk_keys.ELSEWHERE),
+            disk_keys.unwrap_kek(old, host.persistence),
+            disk_keys.mac_key(host.recovery, HOST),
         )
-        each = disk.make_token(container, HOST, group, group.members[0], dek, keys)
-        disk.write_token(image, each, dek, keys)
-        disk.drop_other_tokens(image, each, dek, keys)
+        each = disk_keys.make_token(container, HOST, group, group.members[0], dek, keys)
+        disk_keys.write_token(image, each, dek, keys)
+        disk_keys.drop_other_tokens(image, each, dek, keys)
     machine.mount(machine.opened("root-0"), "/root", "/dev/mapper/root-0")
     machine.inside(lambda: _equal(handed(Early(host, "root")), ["root", "unlock:persistence"]))
 
@@ -253,7 +244,7 @@ def recovered(host: Host, outcome: str, phase: str = "recovery") -> None:
     record = report.Report(phase)
     record.judge("no-key")
     record.disk("/dev/sda", outcome, name="root-0")
-    thisboot.write_report(host.paths, record, "report.json")
+    this_boot.write_report(host.paths, record, "report.json")
 
 
 @pytest.mark.parametrize("outcome", ["opened", "already-open"])
@@ -313,7 +304,7 @@ def adopt(host: Host, group: str, name: str = "") -> None:
     write_atomically(str(recovery), bytes(host.recovery))
     with luks.Container(image) as container, Secret(host.deks[container.uuid]) as dek:
         container.add_keyslot(dek, Secret(b"operator"))
-    members.disk_adopt(host.paths, image, group, Secret(b"operator"), str(recovery), name)
+    group_operations.disk_adopt(host.paths, image, group, Secret(b"operator"), str(recovery), name)
 
 
 def test_a_root_whose_key_would_need_the_network_is_not_adopted(kmip: Host, machine: Seen) -> None:
@@ -415,9 +406,9 @@ def test_after_a_refused_boot_the_key_manager_never_opens_the_root(kmip: Host, m
     keyring.flush()
 
     def look() -> None:
-        late.unwrapper(kmip.paths, "data", report.Report("gate data"), 0, kmip.look)
+        gate.unwrapper(kmip.paths, "data", report.Report("gate data"), 0, kmip.look)
         with pytest.raises(NoKey):
-            late.unwrapper(kmip.paths, "root", report.Report("gate root"), 0, kmip.look)
+            gate.unwrapper(kmip.paths, "root", report.Report("gate root"), 0, kmip.look)
 
     machine.inside(look)
 
@@ -428,8 +419,8 @@ def test_a_group_of_any_name_is_healed_after_its_gate_gave_up(bare: Host) -> Non
     def give_up() -> None:
         for name in ("data", "data.new"):
             with pytest.raises(NoKey):
-                late.gate(bare.paths, name)
+                gate.gate(bare.paths, name)
 
     assert child(give_up) == 0
-    assert thisboot.failed_groups(bare.paths) == ["data", "data.new"]
-    assert late._waiting(bare.paths, "data.new") == []
+    assert this_boot.failed_groups(bare.paths) == ["data", "data.new"]
+    assert gate._waiting(bare.paths, "data.new") == []

@@ -11,24 +11,15 @@ from pathlib import Path
 import pytest
 
 from tests.tpmfixture import Swtpm
-from unlock import policy, slots
-from unlock.errors import (
-    Malformed,
-    NewerFormat,
-    NoSlot,
-    Refused,
-    Tampered,
-    TpmFailed,
-    TpmRefused,
-    UnlockError,
-)
-from unlock.policy import A, B, Payload, Record
+from unlock.errors import Malformed, NewerFormat, NoSlot, Refused, Tampered, TpmFailed, TpmRefused, UnlockError
 from unlock.secret import Secret
-from unlock.tpm import Tpm
+from unlock.tpm import pcr_policy, slots
+from unlock.tpm.chip import Tpm
+from unlock.tpm.pcr_policy import A, B, Payload, Record
 
 HOST = b"h" * 16
-SELECTION = policy.select([4, 7, 9])
-NOW = (policy.branch(SELECTION, {4: bytes(32), 7: bytes(32), 9: bytes(32)}),)
+SELECTION = pcr_policy.select([4, 7, 9])
+NOW = (pcr_policy.branch(SELECTION, {4: bytes(32), 7: bytes(32), 9: bytes(32)}),)
 LATER = (b"later".ljust(32),)
 BOOT = [
     "NV_Read",
@@ -65,7 +56,7 @@ def found(tpm: Tpm) -> int:
 
 
 def complete(tpm: Tpm) -> str:
-    return "".join(slot.name for slot in policy.SLOTS if tpm.slot_state(slot).complete)
+    return "".join(slot.name for slot in pcr_policy.SLOTS if tpm.slot_state(slot).complete)
 
 
 def two_complete(tpm: Tpm, older: int, newer: int, newer_branches: tuple[bytes, ...] = NOW) -> None:
@@ -87,7 +78,7 @@ def test_a_boot_sends_nine_commands_in_either_slot(chip: Swtpm) -> None:
         with chip.open() as tpm:
             chip.proxy.clear()
             assert slots.unseal(tpm).payload == payload(1)
-            tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+            tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
             assert chip.proxy.commands == BOOT
             with pytest.raises(TpmRefused):
                 slots.unseal(tpm)

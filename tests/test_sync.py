@@ -21,11 +21,14 @@ from tests.flowfixture import HOST, Host
 from tests.killing import Killer, child
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import ACTIVE, COMPROMISED, DEACTIVATED, DESTROYED, Liar
-from unlock import disk, keyring, luks, provide, rotation, sync, thisboot
+from unlock.disks import disk_keys, luks
+from unlock.disks.groups import Group, Member
 from unlock.errors import ClockWrong, NoKey, ProviderError, Refused, UnlockError
-from unlock.groups import Group, Member
+from unlock.host import keyring, this_boot
+from unlock.host.state import exclusive
+from unlock.keys import access, rotation
+from unlock.operations import sync
 from unlock.providers import native
-from unlock.state import exclusive
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -114,9 +117,9 @@ def test_a_process_that_a_dead_disk_holds_does_not_keep_the_lock_of_its_command(
 
 @pytest.mark.usefixtures("unmeasured")
 def test_sync_imports_nothing_that_speaks_with_a_tpm() -> None:
-    code = "import sys, unlock.sync; print(*sys.modules)"
+    code = "import sys, unlock.operations.sync; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"unlock.tpm", "unlock.slots", "tpm2_pytss"} & set(done.stdout.split())
+    assert not {"unlock.tpm.chip", "unlock.tpm.slots", "tpm2_pytss"} & set(done.stdout.split())
 
 
 def test_a_host_of_the_native_provider_syncs_without_a_server(tmp_path: Path) -> None:
@@ -151,8 +154,8 @@ def test_a_replaced_host_key_reaches_state_cache_and_tokens_and_the_former_one_i
     assert bytes(keyring.get("unlock:host")) == new.material != old
     for image in host.disks:
         with luks.Container(str(image)) as container:
-            (each,) = disk.tokens(container, HOST)
-        assert bytes(disk.unwrap_host_key(each, host.persistence)) == new.material
+            (each,) = disk_keys.tokens(container, HOST)
+        assert bytes(disk_keys.unwrap_host_key(each, host.persistence)) == new.material
     assert len(json.loads(Path(host.paths.state).read_text())["host_key"]["former"]) == 1
     assert host.boot_opens()
     assert run(host) == {"data": "unchanged", "host key": "unchanged"}
@@ -213,7 +216,7 @@ def test_a_kms_that_says_no_or_nothing_changes_nothing(host: Host, kms: Liar, fa
         assert content(host) == before
         assert keyring.names() == cached
         assert host.boot_opens()
-    record = thisboot.read_json(host.paths, "sync.json")
+    record = this_boot.read_json(host.paths, "sync.json")
     assert all(each["outcome"] != "unchanged" and each["detail"] for each in record["keys"])
     kms.honest()
     assert run(host)["data"] == ("replaced" if changed else "unchanged")
@@ -387,7 +390,7 @@ def test_after_a_boot_that_was_not_unsealed_sync_does_nothing_and_says_why(host:
         run(host)
     assert content(host) == before
     assert kms.traffic() == traffic
-    assert thisboot.read_json(host.paths, "sync.json")["keys"][0]["outcome"] == "no-key"
+    assert this_boot.read_json(host.paths, "sync.json")["keys"][0]["outcome"] == "no-key"
 
 
 # The operator's revocation policy
@@ -416,18 +419,18 @@ def test_a_kek_of_policy_provider_is_on_no_disk_and_opens_with_the_kms(tmp_path:
     material = kms.keys[key_id(host)].material
     for image in host.disks:
         with luks.Container(str(image)) as container:
-            (each,) = disk.tokens(container, HOST)
+            (each,) = disk_keys.tokens(container, HOST)
             with pytest.raises(NoKey) as caught:
-                disk.volume_key(container, each, host.persistence)
+                disk_keys.volume_key(container, each, host.persistence)
             assert caught.value.code == "provider"
     assert run(host)["data"] == "cached"
     assert run(host)["data"] == "unchanged"
     kms.replace(kms.keys[key_id(host)])
     assert run(host)["data"] == "replaced"
-    with host.work() as work, provide.find_kek(work, host.group)[0] as kek:
+    with host.work() as work, access.find_kek(work, host.group)[0] as kek:
         assert bytes(kek) != material
         for image in host.disks:
-            with luks.Container(str(image)) as container, provide.dek(work, container, host.group) as dek:
+            with luks.Container(str(image)) as container, access.dek(work, container, host.group) as dek:
                 assert bytes(dek) == host.deks[container.uuid]
     keyring.flush()
 
@@ -454,9 +457,9 @@ def test_nobody_but_this_host_can_say_that_a_key_is_kept_elsewhere(tmp_path: Pat
         number, fields = container.tokens("unlock")[0]
         container.set_token({**fields, "kek": {**fields["kek"], "wrapped": marker}}, number)
     with luks.Container(str(data)) as container:
-        (each,) = disk.tokens(container, HOST)
+        (each,) = disk_keys.tokens(container, HOST)
         with pytest.raises(UnlockError) as caught:
-            disk.volume_key(container, each, host.persistence)
+            disk_keys.volume_key(container, each, host.persistence)
         assert caught.value.code == "tampered"
     keyring.flush()
 
@@ -469,7 +472,7 @@ def test_native_keys_are_made_again_from_name_and_generation(tmp_path: Path) -> 
         rotation.rotate(work, "data")
         with (
             provider.fetch(f"unlock/{HOST}/kek/data/2") as again,
-            provide.find_kek(work, work.state.groups["data"])[0] as kek,
+            access.find_kek(work, work.state.groups["data"])[0] as kek,
         ):
             assert again == kek
     keyring.flush()
@@ -497,7 +500,7 @@ def test_a_full_keyring_costs_no_key(kms: Liar) -> None:
                 keyring.put(f"unlock:filler:{number}", host.persistence)
         assert caught.value.code == "keyring-full"
         assert run(host)["data"] == "replaced"
-        assert provide.cached(host.group.kek, 2) not in keyring.names()
+        assert access.cached(host.group.kek, 2) not in keyring.names()
         keyring.flush()
 
     with tempfile.TemporaryDirectory() as folder:

@@ -11,8 +11,9 @@ from tests.flowfixture import Host
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from tests.lab.pki import Authority, Leaf
-from unlock import config, keyring, sync
 from unlock.errors import ProviderError
+from unlock.host import config, keyring
+from unlock.operations import sync
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
-SYSTEMD = Path(__file__).parents[1] / "systemd"
+SYSTEMD = Path(__file__).parents[1] / "system"
 HOSTS = 1000
 SYNC = 1.0
 """Seconds that one host's connection stays open: far more than a sync with nothing changed."""

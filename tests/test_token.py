@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unlock import token
+from unlock.disks import token
 from unlock.errors import Malformed, NewerFormat
 from unlock.strictjson import canonical
 

@@ -13,23 +13,13 @@ from typing import Any
 import pytest
 
 from tests.tpmfixture import Swtpm
-from unlock import policy
-from unlock.errors import (
-    Malformed,
-    NewerFormat,
-    NoSlot,
-    Refused,
-    Tampered,
-    TpmAbsent,
-    TpmFailed,
-    TpmRefused,
-    Usage,
-)
-from unlock.policy import A, B, Record, Slot
+from unlock.errors import Malformed, NewerFormat, NoSlot, Refused, Tampered, TpmAbsent, TpmFailed, TpmRefused, Usage
 from unlock.secret import Secret
-from unlock.tpm import Tpm
+from unlock.tpm import pcr_policy
+from unlock.tpm.chip import Tpm
+from unlock.tpm.pcr_policy import A, B, Record, Slot
 
-SELECTION = policy.select([4, 7, 9])
+SELECTION = pcr_policy.select([4, 7, 9])
 
 
 @pytest.fixture
@@ -39,10 +29,10 @@ def chip(tmp_path: Path) -> Iterator[Swtpm]:
 
 
 def enroll(tpm: Tpm, slot: Slot, payload: Secret, auth: Secret | None = None, **changes: Any) -> Record:
-    branches = (policy.branch(SELECTION, tpm.read_pcrs(SELECTION)),)
+    branches = (pcr_policy.branch(SELECTION, tpm.read_pcrs(SELECTION)),)
     srk_name = tpm.srk(auth)
     name = tpm.seal(slot, branches, payload, auth)
-    record = Record(1, b"h" * 16, SELECTION, policy.CAP_PCR, branches, srk_name, name)._replace(**changes)
+    record = Record(1, b"h" * 16, SELECTION, pcr_policy.CAP_PCR, branches, srk_name, name)._replace(**changes)
     tpm.write_record(slot, record, auth)
     return record
 
@@ -76,7 +66,7 @@ def test_sealed_today_opens_at_every_boot(chip: Swtpm) -> None:
         chip.power_cycle()
         with chip.open() as tpm:
             assert unsealed(tpm) == secret
-            tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+            tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
 
 
 @pytest.mark.parametrize("size", [1, 128])
@@ -96,7 +86,7 @@ def test_more_than_fits_is_refused_before_the_tpm_is_asked(chip: Swtpm) -> None:
 def test_after_the_cap_nothing_unseals(chip: Swtpm) -> None:
     with chip.open() as tpm:
         enroll(tpm, A, Secret(b"payload"))
-        tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
+        tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
         with pytest.raises(TpmRefused):
             unsealed(tpm)
 
@@ -113,7 +103,7 @@ def test_a_changed_boot_is_refused(chip: Swtpm) -> None:
 
 def test_any_of_eight_states_opens(chip: Swtpm) -> None:
     with chip.open() as tpm:
-        now = policy.branch(SELECTION, tpm.read_pcrs(SELECTION))
+        now = pcr_policy.branch(SELECTION, tpm.read_pcrs(SELECTION))
         branches = (*(bytes([n]) * 32 for n in range(7)), now)
         name = tpm.srk() and tpm.seal(A, branches, Secret(b"payload"))
         tpm.write_record(A, Record(1, b"h" * 16, SELECTION, 15, branches, tpm.srk(), name))
@@ -160,10 +150,10 @@ def test_a_record_with_another_policy_than_the_object(chip: Swtpm) -> None:
 
 def test_an_object_with_a_password_is_not_ours(chip: Swtpm, monkeypatch: pytest.MonkeyPatch) -> None:
     with chip.open() as tpm:
-        template = policy.sealed_template
+        template = pcr_policy.sealed_template
         with monkeypatch.context() as patch:
             patch.setattr(
-                policy,
+                pcr_policy,
                 "sealed_template",
                 lambda *sealed: struct.pack(">HHI", 8, 0xB, 0x452) + template(*sealed)[8:],
             )
@@ -247,7 +237,7 @@ def test_a_foreign_index_at_our_handle_is_replaced(
 
 def make_srk(tpm: Tpm, monkeypatch: pytest.MonkeyPatch, template: bytes) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(policy, "srk_template", lambda: template)
+        patch.setattr(pcr_policy, "srk_template", lambda: template)
         tpm._make_srk(None)
 
 
@@ -282,7 +272,7 @@ def test_the_srk_is_made_once(chip: Swtpm) -> None:
 def test_another_srk_is_found_before_it_is_used(chip: Swtpm, monkeypatch: pytest.MonkeyPatch) -> None:
     with chip.open() as tpm:
         enroll(tpm, A, Secret(b"payload"))
-        tpm._keep(tpm._public(policy.SRK, "")[0], policy.SRK, None)
+        tpm._keep(tpm._public(pcr_policy.SRK, "")[0], pcr_policy.SRK, None)
         with pytest.raises(Tampered):  # none
             unsealed(tpm)
         make_srk(tpm, monkeypatch, rsa_template())
@@ -298,7 +288,7 @@ def test_an_srk_that_may_leave_the_tpm_is_not_salted_to_whatever_the_record_says
     """The owner can make one that he may duplicate, and name it in the record: he would read the salt on the bus."""
     with chip.open() as tpm:
         record = enroll(tpm, A, Secret(b"payload"))
-        tpm._keep(tpm._public(policy.SRK, "")[0], policy.SRK, None)
+        tpm._keep(tpm._public(pcr_policy.SRK, "")[0], pcr_policy.SRK, None)
         make_srk(tpm, monkeypatch, rsa_template(0x30472 & ~0x12))  # neither fixedTPM nor fixedParent
         tpm.write_record(A, record._replace(srk_name=tpm.srk_name()))
         chip.proxy.clear()
@@ -364,7 +354,7 @@ def test_a_listener_learns_nothing(chip: Swtpm) -> None:
 
 
 def test_the_listener_would_hear_it_without_encryption(chip: Swtpm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unlock.tpm._ENCRYPT", 0)
+    monkeypatch.setattr("unlock.tpm.chip._ENCRYPT", 0)
     with chip.open() as tpm, Secret.random(34) as payload:
         enroll(tpm, A, payload)
         assert bytes(payload) not in chip.proxy.traffic, "sealing encrypts the other way"
@@ -407,8 +397,8 @@ def test_a_busy_tpm_is_waited_for(chip: Swtpm, code: int) -> None:
             for _ in range(7):
                 chip.proxy.answer(command, code)
         assert unsealed(tpm) == b"payload"
-        tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)
-        assert tpm.read_pcrs([policy.CAP_PCR]) == {15: sha256(bytes(32) + policy.CAP_DIGEST).digest()}
+        tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
+        assert tpm.read_pcrs([pcr_policy.CAP_PCR]) == {15: sha256(bytes(32) + pcr_policy.CAP_DIGEST).digest()}
 
 
 def test_there_is_something_else_to_do_while_the_tpm_makes_the_session(chip: Swtpm) -> None:
@@ -451,7 +441,7 @@ def test_a_failing_tpm_is_named(chip: Swtpm) -> None:
                 unsealed(tpm)
         chip.proxy.answer("PCR_Extend", 0x101)
         with pytest.raises(TpmFailed):
-            tpm.extend(15, policy.CAP_DIGEST)
+            tpm.extend(15, pcr_policy.CAP_DIGEST)
         assert tpm.unseal(tpm.verify(A, record), record) == Secret(b"payload")
 
 
@@ -468,7 +458,7 @@ def test_trial_leaves_nothing_and_needs_an_srk(chip: Swtpm) -> None:
         with pytest.raises(NoSlot):
             tpm.trial(SELECTION)
         tpm.srk()
-        tpm.extend(policy.CAP_PCR, policy.CAP_DIGEST)  # it is about the TPM, not about the cap
+        tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)  # it is about the TPM, not about the cap
         before = tpm._handles(0x81000000)
         tpm.trial(range(24))
         assert tpm._handles(0x81000000) == before
@@ -481,12 +471,12 @@ def test_trial_leaves_nothing_and_needs_an_srk(chip: Swtpm) -> None:
 def test_an_object_of_another_hash_is_not_ours_and_is_replaced(chip: Swtpm, monkeypatch: pytest.MonkeyPatch) -> None:
     with chip.open() as tpm:
         record = enroll(tpm, A, Secret(b"payload"))
-        template = policy.sealed_template
+        template = pcr_policy.sealed_template
         with monkeypatch.context() as patch:
-            patch.setattr(policy, "sealed_template", lambda *_: struct.pack(">HHIHHH", 8, 0xC, 0x452, 0, 0x10, 0))
+            patch.setattr(pcr_policy, "sealed_template", lambda *_: struct.pack(">HHIHHH", 8, 0xC, 0x452, 0, 0x10, 0))
             patch.setattr(Tpm, "_area", lambda *_: b"")
             tpm.seal(A, record.branches, Secret(b"payload"))
-        assert policy.sealed_template is template
+        assert pcr_policy.sealed_template is template
         assert not tpm.slot_state(A).complete
         with pytest.raises(Tampered):
             unsealed(tpm)
@@ -500,7 +490,7 @@ def test_facts(chip: Swtpm) -> None:
         assert facts.manufacturer == "IBM"
         assert facts.sha256_bank and not facts.srk and not facts.in_lockout and not facts.owner_auth_set
         assert facts.persistent_free >= 3
-        assert facts.nv_buffer >= policy.RECORD_SIZE <= facts.nv_index_size
+        assert facts.nv_buffer >= pcr_policy.RECORD_SIZE <= facts.nv_index_size
         assert facts.taken == ()
         enroll(tpm, B, Secret(b"payload"))
         assert tpm.facts().srk and tpm.facts().taken == (B.object, B.nv)
@@ -519,7 +509,7 @@ def test_evict_finishes_what_was_cut(chip: Swtpm) -> None:
 def test_the_index_that_esys_is_told_is_the_one_it_reads(chip: Swtpm) -> None:
     with chip.open() as tpm:
         enroll(tpm, A, Secret(b"payload"))
-        assert tpm._public(A.nv, "")[1] == policy.nv_public(A, written=True)
+        assert tpm._public(A.nv, "")[1] == pcr_policy.nv_public(A, written=True)
 
 
 def test_esys_forgets_what_it_knew_of_a_handle(chip: Swtpm) -> None:
@@ -527,20 +517,22 @@ def test_esys_forgets_what_it_knew_of_a_handle(chip: Swtpm) -> None:
     with chip.open() as tpm, chip.open() as other:
         enroll(tpm, A, Secret(b"payload"))
         tpm.read_record(A)
-        before = tpm._public(policy.SRK, "")[1], tpm._public(A.object, "")[1]
+        before = tpm._public(pcr_policy.SRK, "")[1], tpm._public(A.object, "")[1]
         other.evict(A)
         other.seal(A, (b"1" * 32,), Secret(b"another"))
         short = other._unmarshal("TPM2B_NV_PUBLIC", struct.pack(">IHIHH", A.nv, 0xB, 0x02060002, 0, 64))
         auth, index = other._ffi.new("TPM2B_AUTH *"), other._ffi.new("ESYS_TR *")
         other._send("NV_DefineSpace", 0x101, 0xFF, 0xFFF, 0xFFF, auth, short, index)
-        assert tpm._public(policy.SRK, "")[1] == before[0]
+        assert tpm._public(pcr_policy.SRK, "")[1] == before[0]
         assert tpm._public(A.object, "")[1] != before[1]
         assert tpm._public(A.nv, "")[1][-2:] == b"\0\x40"
 
 
 @pytest.mark.usefixtures("unmeasured")
 def test_loading_brings_only_what_boot_uses() -> None:
-    code = "import sys; sys.path[:0] = sys.argv[1:]; from unlock import slots, tpm; tpm._load();print(*sys.modules)"
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:]; from unlock.tpm import chip, slots; chip._load();print(*sys.modules)"
+    )
     banned = "tpm2_pytss logging argparse asyncio subprocess dataclasses inspect importlib.metadata cryptography"
     done = subprocess.run(
         [sys.executable, "-I", "-c", code, str(Path(__file__).parents[1])],

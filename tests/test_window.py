@@ -11,9 +11,12 @@ import pytest
 from tests.eventlogs import Boot
 from tests.hostfixture import Machine
 from tests.killing import Killer
-from unlock import allowed, check, cli, foresee, keyring, rebind, status, window
+from unlock import cli
 from unlock.errors import NoKey, Refused, Usage
+from unlock.host import keyring
+from unlock.operations import check, policy, predict, rebind, status
 from unlock.paths import Paths
+from unlock.predict import allowed_states
 from unlock.secret import Secret
 
 pytestmark = pytest.mark.usefixtures("key_cache")
@@ -34,17 +37,17 @@ def host(tmp_path: Path) -> Iterator[Machine]:
 
 def good(host: Machine, boot: Boot | None = None) -> None:
     assert host.boot(boot) == "unsealed"
-    window.good_boot(host.paths, host.chip.tcti)
+    policy.good_boot(host.paths, host.chip.tcti)
 
 
-def opened(host: Machine) -> allowed.Allowed:
-    return window.open_window(host.paths, 1, (), host.chip.tcti)
+def opened(host: Machine) -> allowed_states.Allowed:
+    return policy.open_window(host.paths, 1, (), host.chip.tcti)
 
 
 def shown(host: Machine) -> dict[str, object]:
-    found = window.show(host.paths, host.chip.tcti)
+    found = policy.show(host.paths, host.chip.tcti)
     assert json.loads(json.dumps(found)) == found
-    assert window.text(found)
+    assert policy.text(found)
     return found
 
 
@@ -54,13 +57,13 @@ def test_a_firmware_update_goes_through_a_window_that_closes_itself(host: Machin
     found = opened(host)
     assert found.record.selection == (9, 15)
     assert shown(host)["window"]
-    window.good_boot(host.paths, host.chip.tcti)  # the same boot: not one of those that count
+    policy.good_boot(host.paths, host.chip.tcti)  # the same boot: not one of those that count
     assert shown(host)["window"]
     assert host.boot(THIEF) == "pcr-mismatch"  # what the kernel measures still counts
-    window.good_boot(host.paths, host.chip.tcti)
+    policy.good_boot(host.paths, host.chip.tcti)
     assert host.boot(UPDATED) == "unsealed"
-    assert "OPEN" in window.text(shown(host))
-    window.good_boot(host.paths, host.chip.tcti)
+    assert "OPEN" in policy.text(shown(host))
+    policy.good_boot(host.paths, host.chip.tcti)
     assert shown(host)["window"] is None and shown(host)["pcrs"] == [4, 7, 9, 15]
     assert host.reasons() == ["this boot"] and not host.allows().states[0].proven
     assert host.boot(OLD) == "pcr-mismatch"
@@ -69,7 +72,7 @@ def test_a_firmware_update_goes_through_a_window_that_closes_itself(host: Machin
 
 
 def test_a_window_of_two_boots_and_the_pcr_that_was_kept(host: Machine) -> None:
-    window.open_window(host.paths, 2, (4,), host.chip.tcti)
+    policy.open_window(host.paths, 2, (4,), host.chip.tcti)
     assert host.allows().record.selection == (4, 9, 15)
     good(host, UPDATED)
     assert shown(host)["window"]
@@ -77,25 +80,25 @@ def test_a_window_of_two_boots_and_the_pcr_that_was_kept(host: Machine) -> None:
     assert shown(host)["window"] is None
     for boots, keep in ((1, (3,)), (0, ()), (9, ())):
         with pytest.raises(Usage):
-            window.open_window(host.paths, boots, keep, host.chip.tcti)
+            policy.open_window(host.paths, boots, keep, host.chip.tcti)
 
 
 def test_closed_by_hand_it_is_closed_and_only_this_boot_is_left(host: Machine) -> None:
     host.predict(("kernel", Boot("direct", kernel="another")))
     opened(host)
     good(host, UPDATED)
-    window.close(host.paths, host.chip.tcti)
+    policy.close(host.paths, host.chip.tcti)
     host.predict(("kernel", Boot("direct", kernel="another", dbx=230)))
     assert host.boot(Boot("direct", kernel="another", dbx=230)) == "unsealed"
     for _ in range(2):
-        window.close(host.paths, host.chip.tcti)
+        policy.close(host.paths, host.chip.tcti)
         assert host.reasons() == ["this boot"]
     assert host.boot(UPDATED) == "pcr-mismatch"
 
 
 def test_other_pcrs(host: Machine) -> None:
     for _ in range(2):
-        window.choose(host.paths, (7, 9), tcti=host.chip.tcti)
+        policy.choose(host.paths, (7, 9), tcti=host.chip.tcti)
         assert host.allows().record.selection == (7, 9, 15) and host.reasons() == ["this boot"]
     good(host)
     opened(host)
@@ -103,7 +106,7 @@ def test_other_pcrs(host: Machine) -> None:
     assert shown(host)["pcrs"] == [7, 9, 15]
     assert host.boot(Boot("direct", kernel="another")) == "unsealed"  # PCR 4 counts no more
     with pytest.raises(Usage):
-        window.choose(host.paths, (16,), tcti=host.chip.tcti)
+        policy.choose(host.paths, (16,), tcti=host.chip.tcti)
     assert host.boot(THIEF) == "pcr-mismatch"
 
 
@@ -112,7 +115,7 @@ def test_a_good_boot_with_nothing_new_writes_nothing(host: Machine) -> None:
     assert host.allows().states[0].proven
     file = Path(host.paths.state).stat()
     good(host)
-    window.good_boot(host.paths, host.chip.tcti)
+    policy.good_boot(host.paths, host.chip.tcti)
     assert not WRITES & set(host.chip.proxy.commands)
     assert Path(host.paths.state).stat().st_ino == file.st_ino
 
@@ -133,10 +136,10 @@ def test_the_key_cache_was_flushed(host: Machine) -> None:
     assert host.boot(UPDATED) == "unsealed"
     keyring.flush()
     with pytest.raises(NoKey) as caught:
-        window.good_boot(host.paths, host.chip.tcti)
+        policy.good_boot(host.paths, host.chip.tcti)
     assert "it was flushed" in str(caught.value) and caught.value.hint.startswith("after a flush: reboot")
     with pytest.raises(NoKey):
-        window.close(host.paths, host.chip.tcti)
+        policy.close(host.paths, host.chip.tcti)
     good(host, UPDATED)
     assert shown(host)["window"] is None
 
@@ -146,7 +149,7 @@ def test_a_boot_that_is_not_allowed_closes_nothing(host: Machine) -> None:
     assert host.boot(UPDATED) == "pcr-mismatch"
     keyring.put("unlock:persistence", key)  # however it came there
     with pytest.raises(Refused):
-        window.close(host.paths, host.chip.tcti)
+        policy.close(host.paths, host.chip.tcti)
     with pytest.raises(Refused):
         opened(host)
     assert host.boot(OLD) == "unsealed"
@@ -166,7 +169,7 @@ def test_what_was_predicted_outlives_a_closing_that_was_killed_in_its_last_step(
     new = Boot("direct", kernel="another")
     opened(host)
     before = host.state.tpm["window"]
-    window.close(host.paths, host.chip.tcti)
+    policy.close(host.paths, host.chip.tcti)
     state = host.state
     state.tpm["window"] = before
     state.save()
@@ -181,26 +184,26 @@ def test_killed_anywhere_a_window_is_never_forgotten(host: Machine, what: str, k
         if what == "opening":
             return partial(opened, host)
         opened(host)
-        return partial(window.close, host.paths, host.chip.tcti)
+        return partial(policy.close, host.paths, host.chip.tcti)
 
     for _ in killer(begin):
         found = host.allows()
         assert found.window or found.record.selection == (4, 7, 9, 15)
         assert host.boot(OLD) == "unsealed"
-        window.good_boot(host.paths, host.chip.tcti)
+        policy.good_boot(host.paths, host.chip.tcti)
         assert host.allows().record.selection == (4, 7, 9, 15) and not host.state.tpm["window"]
-        assert allowed.UNKNOWN not in host.reasons()
+        assert allowed_states.UNKNOWN not in host.reasons()
 
 
 @pytest.mark.parametrize(
     "command",
     [
         check.check,
-        window.show,
-        lambda paths, tcti: window.open_window(paths, 1, (), tcti),
-        window.close,
-        lambda paths, tcti: window.choose(paths, (4,), None, tcti),
-        foresee.run,
+        policy.show,
+        lambda paths, tcti: policy.open_window(paths, 1, (), tcti),
+        policy.close,
+        lambda paths, tcti: policy.choose(paths, (4,), None, tcti),
+        predict.run,
         rebind.lacks_pin,
         lambda paths, tcti: rebind.rebind(paths, rebind.Choices(Secret(b""), tcti=tcti)),
     ],
@@ -225,7 +228,7 @@ def test_a_host_that_is_not_initialised_is_told_so_before_its_tpm_is_asked(
     ],
 )
 def test_the_words_of_the_command_line(line: str) -> None:
-    assert cli._parser().parse_args(line.split()).run.__module__ == "unlock.clipolicy"
+    assert cli._parser().parse_args(line.split()).run.__module__ == "unlock.cli.policy"
 
 
 @pytest.mark.parametrize(

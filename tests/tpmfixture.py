@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from unlock.secret import Secret
-from unlock.tpm import Tpm
+from unlock.tpm.chip import Tpm
 
 COMMANDS = {
     0x120: "EvictControl",

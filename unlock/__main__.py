@@ -17,7 +17,7 @@ def main() -> int:
         except ModuleNotFoundError as error:
             if error.name != "unlock.cli":
                 raise
-            from .shell import shell  # the initramfs has no cli
+            from .boot.shell import shell  # the initramfs has no cli
 
             return shell(Paths(), sys.argv[1:])
         return cli(sys.argv[1:])
@@ -37,37 +37,37 @@ def _boot(argv: list[str]) -> int:
     """What the initramfs scripts and the units run; not for people."""
     paths = Paths()
     if argv == ["agent"]:
-        from .boot import agent
+        from .boot.agent import agent
 
         return agent(paths)
     if argv == ["prompt"]:
-        from .recovery import prompt
+        from .boot.prompt import prompt
 
         return prompt(paths)
     if argv == ["why"]:
-        from .shell import why
+        from .boot.shell import why
 
         return why(paths)
     if argv == ["screen"]:
-        from .shell import screen
+        from .boot.shell import screen
 
         return screen(paths)
     if argv == ["drop"]:
-        from .handover import drop
+        from .boot.handover import drop
 
         return drop(keep=set())
     if argv == ["secure"]:
-        from .handover import secure
+        from .boot.handover import secure
 
         return secure(paths)
     if argv == ["heal"]:
-        from .late import heal
+        from .boot.gate import heal
 
         return heal(paths)
     if argv == ["baseline"]:
-        from .foresee import keep
-        from .thisboot import tpm_device
-        from .window import good_boot
+        from .host.this_boot import tpm_device
+        from .operations.policy import good_boot
+        from .operations.predict import keep
 
         try:
             keep(paths, tpm_device())
@@ -75,12 +75,12 @@ def _boot(argv: list[str]) -> int:
             good_boot(paths)
         return 0
     if argv == ["predict"]:
-        from .foresee import hook
-        from .thisboot import tpm_device
+        from .host.this_boot import tpm_device
+        from .operations.predict import hook
 
         return hook(paths, tpm_device())
     if len(argv) == 2 and argv[0] == "gate":
-        from .late import gate
+        from .boot.gate import gate
 
         return gate(paths, argv[1])
     raise Usage("usage: unlock boot agent|why|prompt|screen|secure|drop|heal|baseline|predict|gate GROUP")

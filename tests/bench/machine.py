@@ -20,9 +20,9 @@ from tests.lab.running import Disk, Running
 from tests.lab.stories import SECRETS, up
 from tests.lab.swtpm import Delays
 from tests.lab.uml.machine import Uml
-from unlock import disk
-from unlock import luks as containers
-from unlock.groups import Group, Member
+from unlock.disks import disk_keys
+from unlock.disks import luks as containers
+from unlock.disks.groups import Group, Member
 from unlock.secret import Secret
 
 from .chips import CHIPS, NONE
@@ -90,11 +90,13 @@ print(json.dumps({
 RESEAL = r"""
 import sys
 sys.path.insert(0, "/usr/lib/unlock")
-from unlock import keyring, policy, slots, tpm
-with tpm.Tpm() as chip:
-    record = next(state.record for state in map(chip.slot_state, policy.SLOTS) if state.complete)
-    branch = policy.pcr_policy(record.selection, chip.read_pcrs(range(16)))
-    payload = policy.Payload(keyring.get("unlock:persistence"), True)
+from unlock.host import keyring
+from unlock.tpm import pcr_policy, slots
+from unlock.tpm.chip import Tpm
+with Tpm() as chip:
+    record = next(state.record for state in map(chip.slot_state, pcr_policy.SLOTS) if state.complete)
+    branch = pcr_policy.pcr_policy(record.selection, chip.read_pcrs(range(16)))
+    payload = pcr_policy.Payload(keyring.get("unlock:persistence"), True)
     slots.persist(chip, record.host, record.selection, (branch,), payload)
 """
 """The cap of the last run is in the PCRs: seal anew, to the PCRs as they are."""
@@ -102,7 +104,7 @@ with tpm.Tpm() as chip:
 ACTIVATE = r"""
 import json, os, sys, time
 sys.path.insert(0, "/usr/lib/unlock")
-from unlock import luks
+from unlock.disks import luks
 from unlock.secret import Secret
 disks = json.load(open(sys.argv[1]))
 luks.is_active("none")  # loads the library
@@ -303,9 +305,11 @@ def _copy(template: Path, number: int, host: str, secrets: dict[str, Secret]) ->
     with containers.Container(str(path)) as container, container.volume_key(Secret(PASSPHRASE.encode())) as dek:
         member = Member(container.uuid, f"m{serial}", serial)
         group = Group(member.name, "kek", 1, 1, (member,))
-        made = disk.Keys(secrets["unlock:persistence"], secrets["unlock:host"], Secret.random(32), Secret.random(32))
-        token = disk.make_token(container, host, group, member, dek, made)
-        disk.write_token(str(path), token, dek, made)
+        made = disk_keys.Keys(
+            secrets["unlock:persistence"], secrets["unlock:host"], Secret.random(32), Secret.random(32)
+        )
+        token = disk_keys.make_token(container, host, group, member, dek, made)
+        disk_keys.write_token(str(path), token, dek, made)
         return Enrolled(serial, path, inner, bytes(dek).hex(), f"/dev/disk/by-id/lab-{serial}")
 
 

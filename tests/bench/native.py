@@ -19,19 +19,20 @@ PASSPHRASE = "bench"
 SEAL = f"""
 import sys
 sys.path.insert(0, "/usr/lib/unlock")
-from unlock import disk, luks, policy, slots, tpm
-from unlock.groups import Group, Member
+from unlock.disks import disk_keys, luks
+from unlock.tpm import chip, pcr_policy, slots
+from unlock.disks.groups import Group, Member
 from unlock.secret import Secret
 persistence, host = Secret.random(32), b"h" * 16
-with tpm.Tpm("{TCTI}") as chip:
-    selection = policy.select((7,))
-    branch = policy.branch(selection, chip.read_pcrs(range(16)))
-    slots.persist(chip, host, selection, (branch,), policy.Payload(persistence, False))
+with chip.Tpm("{TCTI}") as tpm:
+    selection = pcr_policy.select((7,))
+    branch = pcr_policy.branch(selection, tpm.read_pcrs(range(16)))
+    slots.persist(tpm, host, selection, (branch,), pcr_policy.Payload(persistence, False))
 with luks.Container("{PLACE}/disk") as container, container.volume_key(Secret(b"{PASSPHRASE}")) as dek:
     member = Member(container.uuid, "b", "")
-    keys = disk.Keys(persistence, Secret.random(32), Secret.random(32), Secret.random(32))
-    token = disk.make_token(container, host.hex(), Group("b", "k", 1, 1, (member,)), member, dek, keys)
-    disk.write_token("{PLACE}/disk", token, dek, keys)
+    keys = disk_keys.Keys(persistence, Secret.random(32), Secret.random(32), Secret.random(32))
+    token = disk_keys.make_token(container, host.hex(), Group("b", "k", 1, 1, (member,)), member, dek, keys)
+    disk_keys.write_token("{PLACE}/disk", token, dek, keys)
 """
 """What `init` and `disk adopt` would leave: a sealed slot and a disk with a token."""
 
@@ -39,20 +40,23 @@ KEYPATH = f"""
 import time
 marks = [time.monotonic()]
 import unlock.__main__
-from unlock import boot, devices, disk, luks, opening, policy, protect, slots, tpm
+from unlock import protect
+from unlock.boot import activation, agent
+from unlock.disks import devices, disk_keys, luks
+from unlock.tpm import chip, pcr_policy, slots
 marks.append(time.monotonic())
 protect.protect()
 monitor = devices.Monitor()
 marks.append(time.monotonic())
-with tpm.Tpm("{TCTI}") as chip:
-    unsealed = slots.unseal(chip)
+with chip.Tpm("{TCTI}") as tpm:
+    unsealed = slots.unseal(tpm)
     marks.append(time.monotonic())
-    chip.extend(16, policy.CAP_DIGEST)
+    tpm.extend(16, pcr_policy.CAP_DIGEST)
 marks.append(time.monotonic())
 with luks.Container("{PLACE}/disk") as container:
-    token = disk.tokens(container, unsealed.record.host.hex())[0]
+    token = disk_keys.tokens(container, unsealed.record.host.hex())[0]
     marks.append(time.monotonic())
-    disk.volume_key(container, token, unsealed.payload.key).wipe()
+    disk_keys.volume_key(container, token, unsealed.payload.key).wipe()
 marks.append(time.monotonic())
 print(marks)
 """

@@ -8,10 +8,10 @@ from typing import Any
 
 from tests.test_disk import edit
 from tests.tpmfixture import Swtpm
-from unlock import disk, luks
-from unlock.groups import Group, Member
-from unlock.policy import SLOTS, Payload
+from unlock.disks import disk_keys, luks
+from unlock.disks.groups import Group, Member
 from unlock.secret import Secret
+from unlock.tpm.pcr_policy import SLOTS, Payload
 
 from . import image
 from .luks import DATA_OFFSET, fill, format_disk
@@ -61,9 +61,9 @@ def own_key(machine: Machine) -> None:
         host = genuine.host.hex()
         group = Group("root", "thief/kek", 1, 1, (Member(image.LUKS_UUID, "root", ""),))
         with luks.Container(str(rogue)) as container, container.volume_key(Secret(PASSPHRASE.encode())) as dek:
-            keys = disk.Keys(persistence, host_key, kek, Secret.random(32))
-            token = disk.make_token(container, host, group, group.members[0], dek, keys)
-            disk.write_token(str(rogue), token, dek, keys)
+            keys = disk_keys.Keys(persistence, host_key, kek, Secret.random(32))
+            token = disk_keys.make_token(container, host, group, group.members[0], dek, keys)
+            disk_keys.write_token(str(rogue), token, dek, keys)
 
 
 def plaintext_data(path: Path) -> None:

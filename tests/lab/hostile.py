@@ -10,11 +10,12 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from unlock import disk, luks, recoverykey, token
-from unlock.devices import Disk
-from unlock.groups import Group, Member
-from unlock.opening import Opening
-from unlock.report import OUTCOMES, Report
+from unlock.boot.activation import Opening
+from unlock.disks import disk_keys, luks, token
+from unlock.disks.devices import Disk
+from unlock.disks.groups import Group, Member
+from unlock.host.report import OUTCOMES, Report
+from unlock.keys import recovery_key
 from unlock.secret import Secret
 
 HOST = "ab" * 16
@@ -37,9 +38,9 @@ class Lab:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.recovery = recoverykey.new()
-        self.keys = disk.Keys(
-            Secret.random(32), Secret.random(32), Secret.random(32), disk.mac_key(self.recovery, HOST)
+        self.recovery = recovery_key.new()
+        self.keys = disk_keys.Keys(
+            Secret.random(32), Secret.random(32), Secret.random(32), disk_keys.mac_key(self.recovery, HOST)
         )
         self.dek = Secret.random(64)
         self.victim = self._make("victim", "data", self.dek)
@@ -51,7 +52,7 @@ class Lab:
         self.loaded = luks.Container(str(self.victim))
         """Read before anything was changed."""
         self.uuid, self.authentic = self.loaded.uuid, self.loaded.metadata
-        (self.token,) = disk.tokens(self.loaded, HOST)
+        (self.token,) = disk_keys.tokens(self.loaded, HOST)
         self.foreign_tokens = [fields_of(path.read_bytes())["tokens"]["0"] for path in (self.other, self.stranger)]
 
     def _make(self, name: str, group: str, dek: Secret, host: str = HOST) -> Path:
@@ -61,7 +62,7 @@ class Lab:
         with luks.format(str(path), dek) as container:
             container.add_keyslot(dek, self.recovery)
             member = Member(container.uuid, f"{group}-a", "")
-            each = disk.make_token(
+            each = disk_keys.make_token(
                 container, host, Group(group, f"kek/{group}", 1, 1, (member,)), member, dek, self.keys
             )
             container.set_token(token.encode(each))
@@ -83,12 +84,12 @@ class Lab:
 
     def by_tpm(self, container: luks.Header, each: token.Token) -> Secret:
         """As early boot and the gates unwrap."""
-        return disk.volume_key(container, each, self.keys.persistence)
+        return disk_keys.volume_key(container, each, self.keys.persistence)
 
     def by_recovery(self, container: luks.Header, each: token.Token) -> Secret:
         """As the recovery prompt does."""
-        disk.check_recovery(container, each, self.keys.mac_key)
-        return disk.by_recovery_key(container, self.recovery)
+        disk_keys.check_recovery(container, each, self.keys.mac_key)
+        return disk_keys.by_recovery_key(container, self.recovery)
 
     def judge(self, door: Callable[[luks.Container, token.Token], Secret]) -> tuple[str, str]:
         """(outcome, detail) of the victim, seen before the honest disk; what must hold whatever the victim is."""

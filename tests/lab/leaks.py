@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 
-from unlock import disk, luks
+from unlock.disks import disk_keys, luks
 from unlock.secret import Secret
 
 from .guest import Guest
@@ -32,9 +32,9 @@ def secrets(machine: Machine) -> dict[str, bytes]:
     files["root"] = machine.root_header(machine.home / "header")
     for serial, path in files.items():
         with luks.Container(str(path)) as container:
-            for token in disk.tokens(container, ""):
-                found[f"DEK of {serial}"] = bytes(disk.volume_key(container, token, persistence))
-                found[f"KEK of {serial}"] = bytes(disk.unwrap_kek(token, persistence))
+            for token in disk_keys.tokens(container, ""):
+                found[f"DEK of {serial}"] = bytes(disk_keys.volume_key(container, token, persistence))
+                found[f"KEK of {serial}"] = bytes(disk_keys.unwrap_kek(token, persistence))
     found["recovery key"] = machine.recovery_key.encode()
     return found
 

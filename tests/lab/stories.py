@@ -22,10 +22,11 @@ BACKUP, PASSWORD = "/root/kdk.backup", "of the backup"
 UNSEAL = """
 import sys
 sys.path.insert(0, "/usr/lib/unlock")
-from unlock import slots, tpm
 from unlock.errors import UnlockError
+from unlock.tpm import slots
+from unlock.tpm.chip import Tpm
 try:
-    with tpm.Tpm() as chip:
+    with Tpm() as chip:
         slots.unseal(chip)
 except UnlockError as error:
     print(error.code)
@@ -38,20 +39,20 @@ UNMEASURED = "--accept unmeasured-boot"
 SECRETS = """
 import json, sys
 sys.path.insert(0, "/usr/lib/unlock")
-from unlock import keyring
+from unlock.host import keyring
 print(json.dumps({name: bytes(keyring.get(name)).hex() for name in keyring.names()}))
 """
 REPLAY = """
 import sys
 sys.path.insert(0, "/usr/lib/unlock")
-from unlock import atunseal, eventlog, measured
+from unlock.measured import at_unseal, describe, eventlog
 from unlock.paths import Paths
-from unlock.tpm import Tpm
-later = eventlog.parse_systemd(atunseal.read(Paths().systemd_log, eventlog.MAX_SYSTEMD_LOG))
+from unlock.tpm.chip import Tpm
+later = eventlog.parse_systemd(at_unseal.read(Paths().systemd_log, eventlog.MAX_SYSTEMD_LOG))
 with Tpm() as chip:
     live = chip.read_pcrs(range(eventlog.PCRS))
-log, _ = atunseal.event_log(Paths(), later, live)
-print(*measured.believed(log, later, live))
+log, _ = at_unseal.event_log(Paths(), later, live)
+print(*describe.believed(log, later, live))
 """
 MEASURED = {*range(10), *range(11, 15)}
 """PCRs that only early boot extends, which the event log must account for; IMA has 10, the cap is in 15."""

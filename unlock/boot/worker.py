@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One forked process for each disk: it alone reads the disk, and it activates the disk when it gets the volume key.
+
+    agent                             worker
+    Worker(disk)        ──fork──>     reads and validates the header
+    read()             <──header──    keeps the context that this header came from
+    activate(name, dek) ──key───>     activates that context, and ends
+    read()             <──done────
+
+A disk that never answers holds its own worker; a header that crashes libcryptsetup ends its own worker. A worker knows
+no key but its disk's: it is forked before there are keys, or wipes those that it inherits.
+libcryptsetup is not thread-safe, so processes are also the way to activate disks in parallel.
+"""
+
+import os
+import select
+
+from .. import errors
+from ..disks import luks
+from ..disks.devices import Disk
+from ..errors import DiskFailed, UnlockError
+from ..host.report import now
+from ..light import NamedTuple, signal
+from ..protect import end_with_parent
+from ..secret import Secret, wipe_all
+
+ANSWER_TIMEOUT = 10.0
+"""Seconds for one answer to `volume_key`."""
+
+
+_LONGEST = luks.MAX_METADATA + 1
+"""Bytes of an answer: what is cut off is too large to be parsed anyway."""
+
+
+class Answer(NamedTuple):
+    """`word` is header (its argument the UUID), done or key."""
+
+    word: str
+    argument: str
+    data: bytearray
+
+
+class Ended(DiskFailed):
+    """The worker ended without an answer: libcryptsetup crashed, or the kernel killed it."""
+
+
+class Worker:
+    """The agent's end of one worker."""
+
+    def __init__(self, disk: Disk) -> None:
+        """Raises DiskFailed without libcryptsetup, OSError where the kernel gives no process or pipe."""
+        luks.prepare()
+        self.disk = disk
+        self.deadline = 0.0
+        """When the answer that is awaited is late, as `report.now()` counts."""
+        self._received = bytearray()
+        requests, self._requests = os.pipe()
+        self._answers, answers = os.pipe()
+        try:
+            self.pid = os.fork()
+        except OSError:
+            self._close()
+            raise
+        finally:
+            if getattr(self, "pid", -1) == 0:
+                _serve(disk.node, requests, answers)
+            os.close(requests)
+            os.close(answers)
+
+    def fileno(self) -> int:
+        """Readable when `read` has something to take."""
+        return self._answers
+
+    def read(self) -> Answer | None:
+        """Takes what has arrived. None: the answer is not complete. Raises the worker's error; Ended."""
+        piece = os.read(self._answers, 1 << 16)
+        if not piece:
+            raise Ended("the worker ended without an answer")
+        self._received += piece
+        head, body = (int.from_bytes(self._received[at : at + 4], "big") for at in (0, 4))
+        if body > _LONGEST:
+            raise DiskFailed("its worker says too much")
+        if len(self._received) < 8 + head + body:
+            return None
+        word, _, argument = self._received[8 : 8 + head].decode("utf-8", "replace").partition(" ")
+        data = self._received[8 + head : 8 + head + body]
+        self._received[:] = bytes(len(self._received))
+        self._received.clear()
+        if word == "error":
+            raise _decode_error(argument, data)
+        return Answer(word, argument, data)
+
+    def activate(self, name: str, dek: Secret) -> None:
+        """Asks for /dev/mapper/NAME; the answer is `done`. Raises Ended."""
+        self._ask(f"activate {name}", dek)
+
+    def volume_key(self, passphrase: Secret, slot: int) -> Secret:
+        """The volume key out of a keyslot; waits for it. Raises NotOurs, DiskFailed."""
+        self._ask(f"volume-key {slot}", passphrase)
+        end = now() + ANSWER_TIMEOUT
+        poll = select.poll()
+        poll.register(self._answers, select.POLLIN)
+        while poll.poll(max(0.0, end - now()) * 1000):
+            if answer := self.read():
+                try:
+                    return Secret(answer.data)
+                finally:
+                    answer.data[:] = bytes(len(answer.data))
+        raise DiskFailed(f"{self.disk.node} does not answer for {ANSWER_TIMEOUT:.0f} s", code="timed-out")
+
+    def end(self) -> None:
+        """Kills it, and waits for nothing: a device that does not answer holds the worker, not us. May be repeated."""
+        self._close()
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, os.WNOHANG)
+            self.pid = 0
+
+    def _close(self) -> None:
+        for fd in (self._requests, self._answers):
+            if fd >= 0:
+                os.close(fd)
+        self._requests = self._answers = -1
+
+    def _ask(self, head: str, secret: Secret) -> None:
+        try:
+            _send(self._requests, head, secret.value)
+        except OSError:
+            raise Ended("the worker has ended") from None
+
+
+class Header(luks.Header):
+    """The header of the context that a worker keeps."""
+
+    def __init__(self, worker: Worker, answer: Answer) -> None:
+        super().__init__(worker.disk.node, answer.argument, bytes(answer.data))
+        self.worker = worker
+
+    def volume_key(self, passphrase: Secret, slot: int = luks.ANY) -> Secret:
+        return self.worker.volume_key(passphrase, slot)
+
+
+# In the worker
+
+
+def _serve(node: str, requests: int, answers: int) -> None:
+    """Never returns."""
+    try:
+        _isolate(requests, answers)
+        with luks.Container(node) as container:
+            _send(answers, f"header {container.uuid}", container.dump()[:_LONGEST])
+            while (request := _receive(requests)) and _obey(container, *request, answers):
+                pass
+    except UnlockError as error:
+        _send(answers, *_encode_error(error))
+    except BaseException as error:
+        _send(answers, *_encode_error(UnlockError(type(error).__name__)))
+    finally:
+        os._exit(0)
+
+
+def _isolate(requests: int, answers: int) -> None:
+    """Away with all that is the agent's: keys, descriptors (the TPM, udev, other workers), its way to learn of signals,
+    whose descriptor may soon be a disk's."""
+    end_with_parent()
+    if os.getppid() == 1:
+        os._exit(1)
+    wipe_all()
+    signal.set_wakeup_fd(-1)
+    low, high = sorted((requests, answers))
+    os.closerange(3, low)
+    os.closerange(low + 1, high)
+    os.closerange(high + 1, os.sysconf("SC_OPEN_MAX"))
+
+
+def _obey(container: luks.Container, head: str, secret: Secret, answers: int) -> bool:
+    """False when this was the last request."""
+    word, _, rest = head.partition(" ")
+    with secret:
+        if word == "activate":
+            container.activate(rest, secret)
+            _send(answers, "done")
+            return False
+        try:
+            with container.volume_key(secret, int(rest)) as key:
+                _send(answers, "key", key.value)
+        except UnlockError as error:
+            _send(answers, *_encode_error(error))
+    return True
+
+
+# Messages: two sizes of 4 bytes each, a word with its argument, and data
+
+
+def _send(fd: int, head: str, data: bytes | bytearray = b"") -> None:
+    text = head.encode()
+    for part in (len(text).to_bytes(4, "big") + len(data).to_bytes(4, "big") + text, data):
+        left = memoryview(part)
+        while left:
+            left = left[os.write(fd, left) :]
+
+
+def _receive(fd: int) -> tuple[str, Secret] | None:
+    """None: the agent wants nothing more of this disk."""
+    sizes = bytearray(8)
+    if not _fill(fd, sizes):
+        return None
+    head = bytearray(int.from_bytes(sizes[:4], "big"))
+    secret = Secret(bytes(int.from_bytes(sizes[4:], "big")))
+    if _fill(fd, head) and _fill(fd, secret.value):
+        return head.decode(), secret
+    secret.wipe()
+    return None
+
+
+def _fill(fd: int, data: bytearray) -> bool:
+    """False at the end of the pipe."""
+    with memoryview(data) as left:
+        at = 0
+        while at < len(data):
+            count = os.readv(fd, [left[at:]])
+            if not count:
+                return False
+            at += count
+    return True
+
+
+def _encode_error(error: UnlockError) -> tuple[str, bytes]:
+    return f"error {type(error).__name__} {error.code}", f"{error}\0{error.hint}".encode()[:4000]
+
+
+def _decode_error(kind: str, data: bytearray) -> UnlockError:
+    name, _, code = kind.partition(" ")
+    message, _, hint = data.decode("utf-8", "replace").partition("\0")
+    found = getattr(errors, name, UnlockError)
+    return found(message, hint, code) if issubclass(found, UnlockError) else UnlockError(message, hint, code)

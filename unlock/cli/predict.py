@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The words of `unlock policy predict`."""
+
+import argparse
+import json
+from typing import Any
+
+from ..paths import Paths
+
+
+def add(verbs: Any) -> None:
+    """`verbs`: the subparsers of `unlock policy`."""
+    predict = verbs.add_parser("predict", help="allow what the files on disk will boot next", allow_abbrev=False)
+    predict.set_defaults(run=_predict)
+    predict.add_argument("--json", action="store_true")
+    predict.add_argument("--dry-run", action="store_true", help="say what would be allowed; change nothing")
+    predict.add_argument(
+        "--trust-files",
+        action="store_true",
+        help="kernels and initramfs files that were changed while the host was off are yours",
+    )
+
+
+def _predict(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host import this_boot
+    from ..operations import predict
+
+    found = predict.run(paths, this_boot.tpm_device(), options.dry_run, options.trust_files)
+    print(json.dumps(predict.fields(found), indent=1) if options.json else predict.text(found))
+    if problem := predict.refused(found):
+        raise problem
+    return 0

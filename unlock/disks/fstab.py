@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator's tables, /etc/crypttab and /etc/fstab. All that we ever write there is `noauto` for a data disk."""
+
+import os
+import stat
+
+from ..paths import write_atomically
+
+
+def name_of(path: str, node: str, luks_uuid: str) -> str:
+    """The mapping name that crypttab gives to this disk, or ''."""
+    for fields in filter(None, map(_fields, _lines(path))):
+        source = fields[1].strip('"')
+        if source.startswith("UUID="):
+            found = source.removeprefix("UUID=").strip('"').lower() == luks_uuid
+        elif source.startswith("/dev/"):
+            found = os.path.realpath(source) == node
+        else:
+            kind, _, value = source.partition("=")
+            link = f"/dev/disk/by-{kind.lower()}/{value.strip(chr(34))}"
+            found = kind in ("LABEL", "PARTUUID", "PARTLABEL") and os.path.realpath(link) == node
+        if found:
+            return fields[0]
+    return ""
+
+
+def fstab_targets(path: str) -> set[str]:
+    """The mount points that fstab(5) names, without empty parts, `.` and the last slash."""
+    named = [unescape(fields[1]) for fields in filter(None, map(_fields, _lines(path)))]
+    return {os.path.normpath(f"/{where.lstrip('/')}") for where in named if where.startswith("/")}
+
+
+def unescape(field: str) -> str:
+    """A field of fstab(5) or of a table in /proc, where blanks and backslashes are octal."""
+    if "\\" not in field:
+        return field
+    import re
+
+    return os.fsdecode(re.sub(rb"\\([0-3][0-7]{2})", lambda found: bytes([int(found[1], 8)]), os.fsencode(field)))
+
+
+def set_noauto(path: str, name: str) -> bool:
+    """Adds the option noauto to a mapping's line. True when the file was changed."""
+    lines = _lines(path)
+    changed = False
+    for i, line in enumerate(lines):
+        fields = _fields(line)
+        if fields and fields[0] == name:
+            options = fields[3].split(",") if len(fields) > 3 else ["luks"]
+            if "noauto" not in options:
+                key = fields[2] if len(fields) > 2 else "none"
+                lines[i] = " ".join((fields[0], fields[1], key, ",".join([*options, "noauto"]))) + "\n"
+                changed = True
+    if changed:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        write_atomically(path, "".join(lines).encode("utf-8", "surrogateescape"), mode)
+    return changed
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.readlines()
+    except FileNotFoundError:
+        return []
+
+
+def _fields(line: str) -> list[str]:
+    fields = line.split()
+    return fields if len(fields) > 1 and not fields[0].startswith("#") else []

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups of disks: their names and their members."""
+
+from ..errors import Usage
+from ..light import NamedTuple
+
+_ALLOWED = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_.-")
+NAME_MAX = 64
+MEMBERS_MAX = 1024
+SERIAL_MAX = 128
+"""Characters of a serial number that count."""
+
+
+def is_name(text: object) -> bool:
+    """[a-z0-9_.-], 1 to 64 characters, the first a letter or a digit: safe in a path, a unit and a dm name."""
+    return isinstance(text, str) and 0 < len(text) <= NAME_MAX and text[0] not in "_.-" and _ALLOWED.issuperset(text)
+
+
+def check_name(text: str, what: str = "group") -> str:
+    """The name itself. Raises Usage."""
+    if not is_name(text):
+        raise Usage(
+            f"{text!r} cannot be the name of a {what}",
+            "use up to 64 of a-z 0-9 _ . - and begin with a letter or a digit",
+        )
+    return text
+
+
+def mapping_names(group: str, count: int, taken: set[str]) -> list[str]:
+    """`count` mapping names GROUP-a, GROUP-b, …, GROUP-z, GROUP-aa that are not taken."""
+    names: list[str] = []
+    number = 0
+    while len(names) < count:
+        name = f"{group}-{_letters(number)}"
+        if name not in taken:
+            names.append(name)
+        number += 1
+    return names
+
+
+def _letters(number: int) -> str:
+    text = ""
+    number += 1
+    while number:
+        number, rest = divmod(number - 1, 26)
+        text = chr(ord("a") + rest) + text
+    return text
+
+
+POLICIES = ("persistent", "provider")
+
+
+class Member(NamedTuple):
+    """One disk of a group, as /var/lib/unlock knows it."""
+
+    uuid: str
+    """LUKS UUID."""
+    name: str
+    """Name of the mapping in /dev/mapper."""
+    serial: str
+    """Serial number of the device, or ''."""
+
+
+class Group(NamedTuple):
+    """A set of disks that open together, under one KEK."""
+
+    name: str
+    kek: str
+    """The provider's id of the KEK."""
+    generation: int
+    """Generation of the KEK."""
+    manifest: int
+    """Generation of the member list; each token carries it."""
+    members: tuple[Member, ...]
+    kek_name: str = ""
+    """The provider's name of the KEK."""
+    policy: str = "persistent"
+    """`persistent`: each disk carries the KEK, wrapped by the persistence key. `provider`: only the provider has it."""
+    former: tuple[str, ...] = ()
+    """Ids of KEKs that this one has replaced, the latest last: a provider that offers one again lags."""
+    behind: tuple[str, ...] = ()
+    """LUKS UUIDs of members whose token may still hold an earlier KEK: they were away."""

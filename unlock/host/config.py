@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""/etc/unlock/unlock.toml: what a person edits."""
+
+import os
+from typing import Any, NamedTuple, TypeVar
+
+from ..disks.groups import POLICIES, is_name
+from ..endpoint import Endpoint
+from ..errors import Malformed, NewerFormat, Usage
+from ..paths import write_atomically
+
+T = TypeVar("T")
+VERSION = 1
+DEADLINE = 90
+"""Seconds that the gate of a group waits for its members, as systemd waits for a device."""
+
+TIMEOUT = 10
+"""Seconds for one request to one endpoint of a provider."""
+USERNAME_MAX = 255
+DROP_ON = ("deactivated", "compromised", "destroyed")
+
+HEAD = """\
+# unlock.toml: see unlock.toml(5)
+version = 1
+"""
+
+
+class GroupConfig(NamedTuple):
+    """One [group.NAME]."""
+
+    name: str
+    mount: str
+    """Mount point, or '' when something else mounts it."""
+    type: str
+    options: str
+    deadline: int
+    """Seconds."""
+
+    policy: str = "persistent"
+    """`provider`: the group's KEK is never kept on this host."""
+
+
+class ProviderConfig(NamedTuple):
+    """One [provider.NAME]: a KMIP server, or several that hold the same keys."""
+
+    name: str
+    endpoints: tuple[str, ...]
+    """What Endpoint.parse reads, in the order in which they are asked."""
+    ca: str
+    """PEM file of the CAs that may sign the servers' certificates."""
+    client_key: str
+    """PEM file of the client's key; '' when it is kept in the state, wrapped by the persistence key."""
+    timeout: int
+    """Seconds for one request to one endpoint."""
+    username: str = ""
+    """What the servers want beside the certificate, with a password that is in the state; '' for nothing."""
+
+
+class SyncConfig(NamedTuple):
+    """[sync]."""
+
+    open_from_provider_after_refusal: bool = False
+    """Data groups only."""
+    drop_on: frozenset[str] = frozenset()
+    """States of a key at the KMS on which this host stops keeping it."""
+
+
+class Config(NamedTuple):
+    groups: dict[str, GroupConfig]
+    providers: dict[str, ProviderConfig]
+    sync: SyncConfig
+
+
+def parse(text: str) -> Config:
+    """Raises Malformed that names the key, NewerFormat."""
+    import tomllib
+
+    try:
+        top = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise Malformed(f"unlock.toml: {error}", "edit /etc/unlock/unlock.toml") from error
+    version = top.get("version", VERSION)
+    if type(version) is not int or version > VERSION:
+        raise NewerFormat(f"unlock.toml has version {version!r}; this unlock reads {VERSION}")
+    _only(top, {"version", "group", "provider", "sync"}, "")
+    groups = {name: _group(name, table) for name, table in _table(top, "group", "").items()}
+    providers = {name: _provider(name, table) for name, table in _table(top, "provider", "").items()}
+    return Config(groups, providers, _sync(_table(top, "sync", "")))
+
+
+def _group(name: str, table: Any) -> GroupConfig:
+    where = f"group.{name}."
+    if not is_name(name) or not isinstance(table, dict):
+        raise _bad(f"[group.{name}] is not a group")
+    _only(table, {"mount", "type", "options", "deadline", "policy"}, where)
+    mount = _line(table, "mount", where)
+    try:
+        mount = mount and mount_point(mount)
+    except Usage as error:
+        raise _bad(f"{where}mount: {error}") from error
+    deadline = _get(table, "deadline", DEADLINE, where)
+    if deadline < 1:
+        raise _bad(f"{where}deadline is not at least 1")
+    policy = _get(table, "policy", POLICIES[0], where)
+    if policy not in POLICIES:
+        raise _bad(f"{where}policy is not one of {', '.join(POLICIES)}")
+    kind, options = _line(table, "type", where), _line(table, "options", where)
+    return GroupConfig(name, mount, kind, options, deadline, policy)
+
+
+def _provider(name: str, table: Any) -> ProviderConfig:
+    where = f"provider.{name}."
+    if not is_name(name) or not isinstance(table, dict):
+        raise _bad(f"[provider.{name}] is not a provider")
+    _only(table, {"endpoints", "ca", "client_key", "timeout", "username"}, where)
+    endpoints: list[str] = _get(table, "endpoints", [], where)
+    if not endpoints or not all(isinstance(each, str) for each in endpoints):
+        raise _bad(f"{where}endpoints is not a list of HOST:PORT")
+    try:
+        for each in endpoints:
+            Endpoint.parse(each)
+    except Usage as error:
+        raise _bad(f"{where}endpoints: {error}") from error
+    files = {key: _get(table, key, "", where) for key in ("ca", "client_key")}
+    for key, path in files.items():
+        if not os.path.isabs(path or "/") or not files["ca"]:
+            raise _bad(f"{where}{key} is not an absolute path")
+    timeout = _get(table, "timeout", TIMEOUT, where)
+    if not 1 <= timeout <= 300:
+        raise _bad(f"{where}timeout is not from 1 to 300")
+    try:
+        user = username(_get(table, "username", "", where))
+    except Usage as error:
+        raise _bad(f"{where}username: {error}") from error
+    return ProviderConfig(name, tuple(endpoints), files["ca"], files["client_key"], timeout, user)
+
+
+def _sync(table: dict[str, Any]) -> SyncConfig:
+    _only(table, {"open_from_provider_after_refusal", "drop_on"}, "sync.")
+    drop_on: list[str] = _get(table, "drop_on", [], "sync.")
+    if not all(each in DROP_ON for each in drop_on):
+        raise _bad(f"sync.drop_on is not a list of {', '.join(DROP_ON)}")
+    return SyncConfig(_get(table, "open_from_provider_after_refusal", False, "sync."), frozenset(drop_on))
+
+
+def load(path: str) -> Config:
+    """The configuration, or the defaults when there is no file. Raises Malformed."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return parse(file.read())
+    except FileNotFoundError:
+        return Config({}, {}, SyncConfig())
+    except UnicodeDecodeError as error:
+        raise Malformed(f"{path} is not UTF-8", f"edit {path}") from error
+
+
+def group_table(group: GroupConfig) -> str:
+    """The text of one [group.NAME], to be appended to the file."""
+    key = _quoted(group.name) if "." in group.name else group.name
+    lines = [f"\n[group.{key}]"]
+    if group.mount:
+        lines.append(f"mount = {_quoted(group.mount)}")
+    if group.type:
+        lines.append(f"type = {_quoted(group.type)}")
+    if group.options:
+        lines.append(f"options = {_quoted(group.options)}")
+    if group.deadline != DEADLINE:
+        lines.append(f"deadline = {group.deadline}")
+    if group.policy != POLICIES[0]:
+        lines.append(f"policy = {_quoted(group.policy)}")
+    return "\n".join(lines) + "\n"
+
+
+def provider_table(provider: ProviderConfig) -> str:
+    """The text of one [provider.NAME], to be appended to the file."""
+    key = _quoted(provider.name) if "." in provider.name else provider.name
+    endpoints = ", ".join(map(_quoted, provider.endpoints))
+    lines = [f"\n[provider.{key}]", f"endpoints = [{endpoints}]", f"ca = {_quoted(provider.ca)}"]
+    if provider.client_key:
+        lines.append(f"client_key = {_quoted(provider.client_key)}")
+    if provider.username:
+        lines.append(f"username = {_quoted(provider.username)}")
+    if provider.timeout != TIMEOUT:
+        lines.append(f"timeout = {provider.timeout}")
+    return "\n".join(lines) + "\n"
+
+
+def append(path: str, table: str) -> None:
+    """Adds a table to the file; the text that is there stays as it is. Raises Malformed, OSError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except FileNotFoundError:
+        text = HEAD
+    text = text.rstrip("\n") + "\n" + table
+    parse(text)
+    write_atomically(path, text.encode(), mode=0o644)
+
+
+def username(text: str) -> str:
+    """Of a key manager's client. Raises Usage."""
+    if not (text.isascii() and text.isprintable()) or len(text) > USERNAME_MAX:
+        raise Usage(f"{text!r} cannot be a user name", f"up to {USERNAME_MAX} printable ASCII characters")
+    return text
+
+
+def mount_point(path: str) -> str:
+    """The path as systemd names its mount unit: without empty parts, `.` and the last slash. Raises Usage."""
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if not path.startswith("/") or not parts or ".." in parts or not path.isprintable():
+        raise Usage(f"{path!r} cannot be a mount point", "give an absolute path")
+    return "/" + "/".join(parts)
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _bad(message: str) -> Malformed:
+    return Malformed(f"unlock.toml: {message}", "edit /etc/unlock/unlock.toml")
+
+
+def _only(table: dict[str, Any], known: set[str], where: str) -> None:
+    for key in table.keys() - known:
+        raise Malformed(f"unlock.toml: {where}{key} is not a known setting", "edit /etc/unlock/unlock.toml")
+
+
+def _table(top: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    return _get(top, key, {}, where)
+
+
+def _line(table: dict[str, Any], key: str, where: str) -> str:
+    value = _get(table, key, "", where)
+    if not value.isprintable():
+        raise _bad(f"{where}{key} is not a line of text")
+    return value
+
+
+def _get(table: dict[str, Any], key: str, default: T, where: str) -> T:
+    value = table.get(key, default)
+    if type(value) is not type(default):
+        raise Malformed(f"unlock.toml: {where}{key} is not a {type(default).__name__}", "edit /etc/unlock/unlock.toml")
+    return value

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of this boot in /run/unlock, which the initramfs scripts, the gates and `status` read.
+
+report.json      what early boot did            verdict    its verdict, one word
+idle             every present disk has an outcome
+failed           a disk of this host that is present did not open
+waiting          the boot scripts wait for the agent: it may ask a person
+asking           it does: no deadline runs
+capped           the TPM confirmed the cap
+dropped          what the TPM had opened was closed before a shell
+shown.json       the errors that the recovery shell has shown
+recovered        the recovery prompt opened disks, or tried to
+ended            the agent ended in order: keys and disks are handed over, or closed
+open/G           link to a mapping of group G, which is open; members/G lists them all
+failed-groups/G  its gate failed; the units that waited
+keys.json        where each cached key came from
+sync.json        how the last sync went
+"""
+
+import os
+
+from ..errors import Malformed
+from ..light import Any
+from ..paths import Paths
+from ..secret import Secret
+from . import keyring
+from .report import Report, read
+
+
+def tell(paths: Paths, record: Report) -> None:
+    """Report, open groups, failures, and last `idle`."""
+    for name, group in record.groups.items():
+        if group["outcome"] == "open":
+            mark_open(paths, name, group["mappings"])
+        else:
+            unmark(paths, "open", name)
+    if record.failures():
+        mark(paths, "failed")
+    write_report(paths, record, "report.json")
+    mark(paths, "idle")
+
+
+def write_report(paths: Paths, record: Report, name: str) -> None:
+    """Whole or not at all; /run needs no fsync."""
+    path = paths.of_this_boot(name)
+    with open(f"{path}.new", "wb") as file:
+        file.write(record.encode())
+    os.rename(f"{path}.new", path)
+
+
+def mark(paths: Paths, *names: str) -> None:
+    """Makes an empty file below /run/unlock."""
+    path = paths.of_this_boot(os.path.join(*names))
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def mark_open(paths: Paths, group: str, mappings: list[str]) -> None:
+    """The group is open. Its mount unit mounts a link to the first mapping; the gate shows all to btrfs."""
+    link = paths.of_this_boot(os.path.join("open", group))
+    members = paths.of_this_boot(os.path.join("members", group))
+    for each in (link, members):
+        os.makedirs(os.path.dirname(each), mode=0o700, exist_ok=True)
+    with open(members, "w", encoding="ascii") as file:
+        file.writelines(f"/dev/mapper/{name}\n" for name in mappings)
+    unmark(paths, "open", group)
+    os.symlink(f"/dev/mapper/{mappings[0]}", link)
+
+
+def unmark(paths: Paths, *names: str) -> None:
+    try:
+        os.unlink(paths.of_this_boot(os.path.join(*names)))
+    except FileNotFoundError:
+        pass
+
+
+def failed_groups(paths: Paths) -> list[str]:
+    """Groups whose gate failed."""
+    try:
+        return sorted(os.listdir(paths.of_this_boot("failed-groups")))
+    except FileNotFoundError:
+        return []
+
+
+def mark_failed(paths: Paths, group: str, waiting: list[str]) -> None:
+    """Its gate failed; the units that waited. Written beside the folder: a group may have any name in it."""
+    import json
+
+    os.makedirs(paths.of_this_boot("failed-groups"), mode=0o700, exist_ok=True)
+    new = paths.of_this_boot(f"failed-group-{group}")
+    with open(new, "w", encoding="utf-8") as file:
+        json.dump(waiting, file)
+    os.rename(new, paths.of_this_boot(os.path.join("failed-groups", group)))
+
+
+def remember(paths: Paths, source: str, keys: dict[str, Secret]) -> None:
+    """Caches keys by name, and records first where they come from: `TPM`, a disk's token included; `provider`; `PIN`;
+    `made` on this host; `cache` for one that is there already, whose record stays. Raises UnlockError.
+
+    Each is persisted already, or never is.
+    """
+    if source == "cache":
+        return
+    write_json(paths, "keys.json", {**sources(paths), **dict.fromkeys(keys, source)})
+    for name, key in keys.items():
+        keyring.put(name, key)
+
+
+def sources(paths: Paths) -> dict[str, str]:
+    """Name of a cached key -> where it came from."""
+    found = read_json(paths, "keys.json")
+    return {str(key): str(source) for key, source in found.items()}
+
+
+def write_json(paths: Paths, name: str, content: dict[str, Any]) -> None:
+    """Whole or not at all; /run needs no fsync."""
+    import json
+
+    path = paths.of_this_boot(name)
+    os.makedirs(paths.run, mode=0o700, exist_ok=True)
+    with open(f"{path}.new", "w", encoding="ascii") as file:
+        json.dump(content, file, indent=1)
+    os.rename(f"{path}.new", path)
+
+
+def read_json(paths: Paths, name: str) -> dict[str, Any]:
+    """Empty when there is none that can be read."""
+    import json
+
+    try:
+        with open(paths.of_this_boot(name), "rb") as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def tpm_device() -> str:
+    """The TCTI of the first TPM that there is."""
+    found = [name for name in os.listdir("/dev") if name.startswith("tpmrm")]
+    return f"device:/dev/{min(found, default='tpmrm0')}"
+
+
+def early(paths: Paths) -> dict[str, Any] | None:
+    """The report of early boot, or None when there is none that can be read."""
+    try:
+        return read(paths.of_this_boot("report.json"))
+    except (OSError, Malformed):
+        return None

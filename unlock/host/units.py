@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of systemd units, and starting those of a group."""
+
+import os
+
+from ..run import run
+
+_PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789:_.")
+
+
+def escape_path(path: str) -> str:
+    """A normalised absolute path as the first part of a unit name, as `systemd-escape --path` (systemd.unit(5))."""
+    text = path.strip("/")
+    return (
+        "".join(
+            "-" if c == "/" else c if c in _PLAIN and (i or c != ".") else "".join(f"\\x{b:02x}" for b in c.encode())
+            for i, c in enumerate(text)
+        )
+        or "-"
+    )
+
+
+def gate(group: str) -> str:
+    """The service that is done when the group is open. A group's name needs no escaping."""
+    return f"unlock-group@{group}.service"
+
+
+def running() -> bool:
+    """Whether systemd is the init of this system."""
+    return os.path.exists("/run/systemd/system")
+
+
+def start(group: str, mount_point: str) -> None:
+    """Gate and mount of a group that is open. Raises CommandFailed."""
+    run(["systemctl", "start", gate(group)])
+    if mount_point:
+        run(["systemctl", "start", mount(mount_point)])
+
+
+def mount(path: str) -> str:
+    """The unit of a mount point."""
+    return f"{escape_path(path)}.mount"

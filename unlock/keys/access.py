@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys for the running host, in this order: key cache, what the disks carry (the TPM's care), provider.
+
+A Work is one command or service that needs keys: the state, the persistence key, the disks, and the providers that it
+had to ask. Nothing is asked of a provider before its key is needed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from .. import ask
+from ..disks import devices, disk_keys, find, luks, token
+from ..disks.groups import Group
+from ..errors import NoKey, Refused, Tampered, UnlockError, Usage
+from ..host import config, keyring
+from ..host.state import State
+from ..paths import Paths
+from ..providers import COMPROMISED, DEACTIVATED, PRE_ACTIVE, USABLE, Provider, Ref, native
+from ..secret import Secret
+
+OPENS = USABLE | {PRE_ACTIVE, DEACTIVATED, COMPROMISED}
+"""States in which a key that is in use still opens disks, unless the operator's `drop_on` says otherwise."""
+
+Connect = Callable[[Paths, State, Secret | None, dict[str, Any]], Provider]
+"""Gives the provider of an entry of the state. Raises UnlockError."""
+
+
+def connect(paths: Paths, state: State, persistence: Secret | None, entry: dict[str, Any]) -> Provider:
+    """The real one. `persistence` is None when the TPM refused: then a client key in a file is all there is."""
+    if entry["kind"] == "native":
+        if persistence is None:
+            raise NoKey("the native provider's key is wrapped by the persistence key", "unlock status")
+        return native.Native(state.kdk(persistence, entry), entry["scope"])
+    settings = settings_of(paths, entry)
+    if entry["client_key"] is None:
+        key = ask.from_file(settings.client_key)
+    elif persistence is None:
+        raise NoKey("the client key is wrapped by the persistence key", "give [provider] a client_key file")
+    else:
+        key = state.client_key(persistence, entry)
+    return kmip(settings, entry["id"], entry["client_cert"], key, _password(state, persistence, settings, entry))
+
+
+def _password(
+    state: State, persistence: Secret | None, settings: config.ProviderConfig, entry: dict[str, Any]
+) -> Secret | None:
+    """What goes with the user name in unlock.toml; None without one. Raises NoKey."""
+    if not settings.username or not entry.get("password"):
+        return None
+    if persistence is None:
+        raise NoKey("the key manager's password is wrapped by the persistence key", "unlock status")
+    return state.client_password(persistence, entry)
+
+
+def settings_of(paths: Paths, entry: dict[str, Any]) -> config.ProviderConfig:
+    """What unlock.toml says of a key manager. Raises Refused."""
+    settings = config.load(paths.config).providers.get(entry["name"])
+    if settings is None:
+        raise Refused(f"unlock.toml has no [provider.{entry['name']}]", f"edit {paths.config}", code="no-provider")
+    return settings
+
+
+def kmip(
+    settings: config.ProviderConfig, provider_id: str, certificate: str, key: Secret, password: Secret | None = None
+) -> Provider:
+    """A KMIP provider, which takes key and password over. Raises Usage, Malformed."""
+    from ..providers import kmip as door  # post-boot only
+
+    endpoints = tuple(door.Endpoint.parse(each) for each in settings.endpoints)
+    ca = public(settings.ca)
+    user = settings.username
+    return door.Kmip(door.Settings(provider_id, endpoints, ca, certificate, key, user, password, settings.timeout))
+
+
+def certificate_until(certificate: str) -> int:
+    """When a PEM certificate ends, in seconds since 1970. Raises Malformed."""
+    from ..providers import tls
+
+    return int(tls.validity(certificate)[1])
+
+
+def public(path: str) -> str:
+    """A PEM file without secrets. Raises Usage."""
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read(1 << 20)
+    except (OSError, UnicodeDecodeError) as error:
+        raise Usage(f"{path} cannot be read: {error}", "give a PEM file") from error
+
+
+class Work:
+    """Raises Refused when the host is not initialised, NoKey as `persistence_key` does."""
+
+    def __init__(self, paths: Paths, look: find.Look = find.look, connect: Connect = connect) -> None:
+        self.paths = paths
+        self.state = State.load(paths)
+        self.settings = config.load(paths.config)
+        self.persistence = persistence_key()
+        self.look = look
+        self._connect = connect
+        self._providers: dict[str, Provider] = {}
+        self.fetched: dict[tuple[str, int], Secret] = {}
+        """KEKs that only a provider had, so that each is asked for once."""
+
+    def __enter__(self) -> "Work":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self._providers.values():
+            each.close()
+        for key in (self.persistence, *self.fetched.values()):
+            key.wipe()
+
+    def provider(self, entry: dict[str, Any] | None = None) -> Provider:
+        """The provider in use, or that of an entry; one connection for the whole of the work."""
+        entry = entry or self.state.provider
+        if entry["name"] not in self._providers:
+            self._providers[entry["name"]] = self._connect(self.paths, self.state, self.persistence, entry)
+        return self._providers[entry["name"]]
+
+    def entry(self, name: str = "") -> dict[str, Any]:
+        """A provider's entry by its name; '' is the one in use. Raises Usage."""
+        if name in ("", self.state.provider["name"]):
+            return self.state.provider
+        if name not in self.state.others:
+            raise Usage(f"there is no provider {name}", "unlock provider list")
+        return self.state.others[name]
+
+    def settings_of(self, entry: dict[str, Any]) -> config.ProviderConfig:
+        """What unlock.toml says of a key manager. Raises Refused."""
+        return settings_of(self.paths, entry)
+
+    def owner(self, kek_id: str) -> dict[str, Any]:
+        """The entry of the provider that has made a key."""
+        return owner(self.state, kek_id)
+
+    def nodes(self, group: Group) -> dict[str, str]:
+        """LUKS UUID -> node of the members that are here."""
+        seen = self.look()
+        found = {member.uuid: find.node_of(seen, member) for member in group.members}
+        return {uuid: node for uuid, node in found.items() if node}
+
+    def host_key(self) -> Secret:
+        """The host key: kept, cached, or the provider's. ELSEWHERE where it is not kept on the disks either."""
+        return self.state.host_key(self.persistence) or Secret(disk_keys.ELSEWHERE)
+
+    def opens(self) -> frozenset[str]:
+        return OPENS - self.settings.sync.drop_on
+
+
+def persistence_key() -> Secret:
+    """Raises NoKey when this boot was not unsealed, or the key cache was flushed."""
+    try:
+        return keyring.get("unlock:persistence")
+    except NoKey as error:
+        raise NoKey(
+            "the persistence key is not in the key cache, so nothing can be sealed or unwrapped: it was flushed, or "
+            "this boot was not unsealed",
+            "after a flush: reboot; else: unlock explain",
+        ) from error
+
+
+def owner(state: State, kek_id: str) -> dict[str, Any]:
+    """The entry of the provider that has made a key. Raises Refused when it was removed."""
+    for entry in (state.provider, *state.others.values()):
+        if kek_id.startswith(f"{entry['id']}/"):
+            return entry
+    raise Refused(f"the provider of {kek_id} is not known", "unlock provider list", code="no-provider")
+
+
+def ref(entry: dict[str, Any], kek_id: str, name: str) -> Ref:
+    """What the provider knows the key by."""
+    return Ref(kek_id.removeprefix(f"{entry['id']}/"), name)
+
+
+def key_name(host: str, kind: str, generation: int) -> str:
+    """The unique name that a key gets at the provider. `kind` is `host` or `kek/GROUP`."""
+    return f"unlock/{host}/{kind}/{generation}"
+
+
+def cached(kek_id: str, generation: int) -> str:
+    """The name of a KEK in the key cache."""
+    return f"unlock:kek:{kek_id}:{generation}"
+
+
+def find_kek(
+    work: Work, group: Group, nodes: dict[str, str] | None = None, states: frozenset[str] | None = None
+) -> tuple[Secret, str]:
+    """The KEK of a group and its source: `cache`, `TPM` or `provider`. Raises ProviderError.
+
+    `nodes`: LUKS UUID -> node of members, where the caller knows them. `states`: in which the provider may give it, by
+    default those in which it opens disks.
+    """
+    try:
+        return keyring.get(cached(group.kek, group.generation)), "cache"
+    except NoKey:
+        pass
+    nodes = work.nodes(group) if nodes is None else nodes
+    for node in nodes.values():
+        for each in _tokens(work, node, group):
+            try:
+                return disk_keys.unwrap_kek(each, work.persistence), "TPM"
+            except Tampered:
+                continue
+    which = (group.kek, group.generation)
+    if which not in work.fetched:
+        entry = work.owner(group.kek)
+        kek_id = ref(entry, group.kek, group.kek_name).id
+        work.fetched[which] = work.provider(entry).fetch(kek_id, states or work.opens(), prover(work, group, nodes))
+    return Secret(bytes(work.fetched[which])), "provider"
+
+
+def prover(work: Work, group: Group, nodes: dict[str, str]) -> Callable[[Secret], None]:
+    """A key that claims to be the group's KEK must unwrap a volume key that is wrapped with that KEK, of any member:
+    one that was tampered with does not hold up the others."""
+
+    def prove(kek: Secret) -> None:
+        trouble = None
+        for node in nodes.values():
+            for each in _tokens(work, node, group):
+                try:
+                    with luks.Container(node) as container:
+                        disk_keys.by_kek(container, each, kek).wipe()
+                    return
+                except UnlockError as error:
+                    trouble = error
+        if trouble:
+            raise Tampered(f"the key does not unwrap what the KEK of group {group.name} wraps") from trouble
+
+    return prove
+
+
+def _tokens(work: Work, node: str, group: Group) -> list[token.Token]:
+    """The tokens of a disk that say that they are under this KEK of the group."""
+    try:
+        with luks.Container(node) as container:
+            found = disk_keys.tokens(container, work.state.host)
+    except UnlockError:
+        return []
+    said = (group.name, group.kek, group.generation)
+    return [each for each in found if (each.group, each.kek_id, each.kek_generation) == said]
+
+
+def wanted_policy(work: Work, group: Group) -> str:
+    """What configuration and `unlock persistence` ask for. The root file system cannot wait for a network."""
+    setting = work.settings.groups.get(group.name)
+    if any(member.name in devices.names_below("/") for member in group.members):
+        return "persistent"
+    return "provider" if not work.state.persistent or (setting and setting.policy == "provider") else "persistent"
+
+
+def new_key(provider: Provider, name: str, prove: Callable[[Secret], None] | None = None) -> tuple[Ref, Secret]:
+    """A key made, activated and fetched under a name; found again by it after a kill. Raises ProviderError."""
+    made = provider.create(name)
+    provider.activate(made.id)
+    return made, provider.fetch(made.id, prove=prove) if prove else provider.fetch(made.id)
+
+
+def dek(work: Work, container: luks.Container, group: Group) -> Secret:
+    """The volume key of a member from whichever of its tokens gives it, old or new.
+
+    Raises Tampered, ProviderError, NotOurs.
+    """
+    trouble: UnlockError | None = None
+    for each in disk_keys.tokens(container, work.state.host):
+        try:
+            return _dek(work, container, each, group)
+        except UnlockError as error:
+            trouble = error
+    assert trouble
+    raise trouble
+
+
+def _dek(work: Work, container: luks.Container, each: token.Token, group: Group) -> Secret:
+    try:
+        return disk_keys.volume_key(container, each, work.persistence)
+    except NoKey:
+        earlier = group._replace(kek=each.kek_id, generation=each.kek_generation, kek_name="")
+        kek, _ = find_kek(work, earlier)
+    except Tampered:  # or it was away while this host got another persistence key
+        if (each.kek_id, each.kek_generation) != (group.kek, group.generation):
+            raise
+        kek, _ = find_kek(work, group)
+    with kek:
+        return disk_keys.by_kek(container, each, kek)

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A group gets a new KEK: the one order, for `rekey`, `sync` and `provider switch` alike.
+
+    journal ──> key made and active at the provider, found by its name after a kill ──> fetched, proven ──>
+    each disk: token with the new KEK beside the old, read back, proven, the old removed ──>
+    state: the new KEK, members that were away, the KEK to retire; the journal closed in the same rename ──>
+    cache ──> the old KEK retired at the provider once no disk may need it, never destroyed
+
+Volume keys and data stay as they are. A disk that fails or is away keeps what opens it, and is done when it is back.
+"""
+
+from typing import Any, NamedTuple
+
+from .. import log
+from ..disks import disk_keys, luks
+from ..disks.groups import Group, Member
+from ..errors import NoKey, NotFoundOrDenied, Refused, StateBlocked, Tampered, UnlockError, Unsupported
+from ..host import keyring, this_boot
+from ..host.state import State
+from ..providers import USABLE, Ref
+from ..secret import Secret
+from . import access
+from .access import Work
+
+FORMER_MAX = 64
+"""Ids of replaced KEKs that a group remembers."""
+
+
+class Outcome(NamedTuple):
+    """What became of one group."""
+
+    group: str
+    generation: int
+    """Of its KEK now."""
+    done: tuple[str, ...]
+    """Mapping names of the members whose token is current."""
+    behind: dict[str, str]
+    """Mapping name -> why its token is not."""
+
+
+def rotate(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
+    """A new KEK for a group: one that the provider makes, or, with `adopt`, the one that the KMS has put in its place.
+
+    Raises ProviderError, DiskFailed, Refused ("missing" when no member is here): then no disk has changed. After a
+    kill, call it again.
+    """
+    state = work.state
+    group = state.groups[name]
+    if not state.unfinished("rekey", name):
+        if not work.nodes(group):
+            raise Refused(f"no disk of group {name} is here", "unlock status", code="missing")
+        made = list(adopt) if adopt else None
+        state.begin("rekey", name, generation=state.next_generation(name), made=made, theirs=bool(adopt))
+    entry = state.unfinished("rekey", name)
+    assert entry
+    try:
+        new = successor(group, work.provider().id, _made(work, group, entry), int(entry["generation"]))
+        with new_kek(work, new) as kek:
+            return replace(work, group, new, kek, journal=None, retires=not entry["theirs"])
+    except UnlockError as error:
+        if not _begun(work, group, int(entry["generation"])):
+            if isinstance(error, StateBlocked):
+                state.skip_generation(name, int(entry["generation"]))
+            state.journal = None
+            state.save()
+        raise
+
+
+def _made(work: Work, group: Group, entry: dict[str, Any]) -> Ref:
+    """The key that takes over, from the journal or made now."""
+    if not entry["made"]:
+        old = access.ref(work.owner(group.kek), group.kek, group.kek_name)
+        name = access.key_name(work.state.host, f"kek/{group.name}", int(entry["generation"]))
+        entry["made"] = list(work.provider().rotate(old, name))
+        work.state.save()
+    return Ref(*entry["made"])
+
+
+def new_kek(work: Work, new: Group) -> Secret:
+    """The KEK that takes over. When an earlier run was killed, a disk or the cache may have it already, and what
+    the provider gives must be the same one."""
+    return access.find_kek(work, new, states=USABLE)[0]
+
+
+def successor(group: Group, provider_id: str, made: Ref, generation: int) -> Group:
+    """The group under its new KEK; nobody is confirmed yet."""
+    return group._replace(
+        kek=f"{provider_id}/{made.id}",
+        kek_name=made.name,
+        generation=generation,
+        former=(*group.former, group.kek)[-FORMER_MAX:],
+        behind=tuple(member.uuid for member in group.members),
+    )
+
+
+def _begun(work: Work, group: Group, generation: int) -> bool:
+    """Whether a disk has a token under the KEK that this rotation was to bring."""
+    for node in work.nodes(group).values():
+        try:
+            with luks.Container(node) as container:
+                if any(each.kek_generation == generation for each in disk_keys.tokens(container, work.state.host)):
+                    return True
+        except UnlockError:
+            continue
+    return False
+
+
+def replace(
+    work: Work, group: Group, new: Group, kek: Secret, journal: dict[str, Any] | None, retires: bool = True
+) -> Outcome:
+    """Disks, then state and what the journal says from then on, then cache, then the old KEK's retirement.
+
+    Raises DiskFailed and others when no disk took it.
+    """
+    state = work.state
+    if new.policy == "provider":  # no disk will have it
+        _cache(work, new, kek)
+    outcome, new = rewrap(work, new, kek)
+    state.groups[new.name] = new
+    if retires:
+        state.retire.append({"id": group.kek, "group": new.name})
+    state.journal = journal
+    state.save()
+    if new.policy != "provider":
+        try:
+            _cache(work, new, kek)
+        except UnlockError as error:  # every disk carries it
+            log.error(str(error), error.hint)
+    retire(work)
+    return outcome
+
+
+def _cache(work: Work, group: Group, kek: Secret, source: str = "provider") -> None:
+    this_boot.remember(work.paths, source, {access.cached(group.kek, group.generation): kek})
+
+
+def rewrap(work: Work, group: Group, kek: Secret) -> tuple[Outcome, Group]:
+    """Every member that is here gets a token as the group says; gives the group with those that are behind.
+
+    One disk's trouble is its own. Raises that trouble when no disk is left without.
+    """
+    nodes = work.nodes(group)
+    behind: dict[str, str] = {}
+    done: list[str] = []
+    trouble: UnlockError | None = None
+    for member in group.members:
+        try:
+            if member.uuid not in nodes:
+                behind[member.name] = "it is not here"
+                continue
+            rewrap_disk(work, group, member, nodes[member.uuid], kek)
+            done.append(member.name)
+        except UnlockError as error:
+            trouble = error
+            behind[member.name] = str(error)
+    if trouble and not done:
+        raise trouble
+    left = tuple(member.uuid for member in group.members if member.name in behind)
+    return Outcome(group.name, group.generation, tuple(done), behind), group._replace(behind=left)
+
+
+def rewrap_disk(work: Work, group: Group, member: Member, node: str, kek: Secret) -> None:
+    """One token beside the old one, read back and proven; then the old one goes. Raises DiskFailed, Tampered."""
+    state = work.state
+    with work.host_key() as host_key, state.mac_key(work.persistence, member.uuid) as mac_key:
+        keys = disk_keys.Keys(work.persistence, host_key, kek, mac_key)
+        with luks.Container(node) as container:
+            dek = access.dek(work, container, group)
+            each = disk_keys.make_token(container, state.host, group, member, dek, keys)
+        with dek:
+            disk_keys.write_token(node, each, dek, keys)
+            disk_keys.drop_other_tokens(node, each, dek, keys)
+
+
+def set_host_key(work: Work, provider_id: str, ref: Ref, key: Secret) -> None:
+    """A new host key: kept in the state with the former ones first, then in every token. Killed in between, `catch_up`
+    does the rest."""
+    state = work.state
+    generation = state.host_key_ref[2] + 1
+    state.set_host_key(f"{provider_id}/{ref.id}", ref.name, generation, work.persistence, key)
+    for group in list(state.groups.values()):
+        state.groups[group.name] = group._replace(behind=tuple(member.uuid for member in group.members))
+    state.save()
+    this_boot.remember(work.paths, "provider", {"unlock:host": key})
+    catch_up(work)
+
+
+def set_policy(work: Work, group: Group, policy: str) -> Outcome:
+    """Members carry the KEK from now on, or do not; it stays the same one. Raises NoKey, ProviderError, DiskFailed."""
+    state = work.state
+    if group.policy == policy and not group.behind:
+        return Outcome(group.name, group.generation, tuple(member.name for member in group.members), {})
+    kek, source = access.find_kek(work, group)
+    with kek:
+        if policy == "provider" or source == "provider":
+            _cache(work, group, kek, source)
+        new = group._replace(policy=policy, behind=tuple(member.uuid for member in group.members))
+        state.groups[group.name] = new
+        state.save()
+        outcome, new = rewrap(work, new, kek)
+    state.groups[group.name] = new
+    state.save()
+    return outcome
+
+
+def catch_up(work: Work) -> list[Outcome]:
+    """Members that were away and are back get the token that the others have. Asks the provider only when neither
+    cache nor disks have the KEK. Writes nothing when nobody is behind."""
+    outcomes = []
+    for group in list(work.state.groups.values()):
+        nodes = work.nodes(group) if group.behind else {}
+        back = [member for member in group.members if member.uuid in group.behind and member.uuid in nodes]
+        done: list[str] = []
+        behind: dict[str, str] = {}
+        for member in back:
+            try:
+                if not _is_current(work, group, member, nodes[member.uuid]):
+                    with access.find_kek(work, group)[0] as kek:
+                        rewrap_disk(work, group, member, nodes[member.uuid], kek)
+                done.append(member.uuid)
+            except UnlockError as error:
+                behind[member.name] = str(error)
+        if done:
+            left = tuple(uuid for uuid in group.behind if uuid not in done)
+            work.state.groups[group.name] = group._replace(behind=left)
+            work.state.save()
+        if back:
+            names = tuple(member.name for member in back if member.uuid in done)
+            outcomes.append(Outcome(group.name, group.generation, names, behind))
+    return outcomes
+
+
+def _is_current(work: Work, group: Group, member: Member, node: str) -> bool:
+    """Whether a disk's one token is what the group says; needs no KEK."""
+    with luks.Container(node) as container:
+        found = disk_keys.tokens(container, work.state.host)
+        if len(found) != 1:
+            return False
+        each = found[0]
+        try:
+            with disk_keys.unwrap_host_key(each, work.persistence) as kept, work.host_key() as host_key:
+                same = kept == host_key
+            disk_keys.volume_key(container, each, work.persistence).wipe()
+            policy = "persistent"
+        except NoKey:
+            policy = "provider"
+        except Tampered:
+            return False
+    says = (each.kek_id, each.kek_generation, each.manifest, each.name, policy)
+    return same and says == (group.kek, group.generation, group.manifest, member.name, group.policy)
+
+
+def retire(work: Work, left: bool = False) -> None:
+    """Deactivates replaced KEKs of groups in which nobody is behind; with `left`, at providers that were left too.
+
+    What fails is tried again another time.
+    """
+    state = work.state
+    for each in list(state.retire):
+        group = state.groups.get(each["group"])
+        if group and (group.behind or group.kek == each["id"]):
+            continue
+        try:
+            entry = work.owner(each["id"])
+            if entry is not state.provider and not left:
+                continue
+            work.provider(entry).retire(access.ref(entry, each["id"], "").id)
+        except (NotFoundOrDenied, Unsupported, StateBlocked):
+            pass  # gone, not ours to retire, or retired
+        except UnlockError:
+            continue
+        state.retire.remove(each)
+        state.save()
+    _forget_former(state)
+
+
+def _forget_former(state: State) -> None:
+    """Replaced KEKs leave the cache when no disk may need them."""
+    former = {kek for group in state.groups.values() if not group.behind for kek in group.former}
+    for name in keyring.names():
+        if name.startswith("unlock:kek:") and name.removeprefix("unlock:kek:").rpartition(":")[0] in former:
+            keyring.forget(name)

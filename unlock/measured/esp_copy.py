@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A copy of the event-log baseline on the EFI partition, for the recovery shell: the root, which has the real one, is
+not open there.
+
+The partition is plain, and anyone who has the disk can edit it. What was measured is public; nothing else is in the
+copy. It is read for words on a screen alone, bounded, and no policy ever sees it.
+"""
+
+import os
+from collections.abc import Iterator
+
+from ..disks import devices
+from ..errors import CommandFailed
+from ..paths import Paths, write_atomically
+from ..run import run
+
+COPY_MAX = 256 << 10
+"""Bytes; an EFI partition is small."""
+_PARTITIONS_MAX = 8
+NAME = "EFI/unlock/baseline.json"
+_IN_USE = ("efi", "boot/efi", "boot")
+"""Where distributions mount it."""
+_MOUNT = ("mount", "-t", "vfat", "-o", "ro,nosuid,nodev,noexec")
+
+
+def write(paths: Paths, data: bytes) -> str:
+    """Replaces the copy on the mounted EFI partition; gives its path, or '' when there is no place for it.
+
+    One that is too long takes the old copy away: words from another boot would mislead. Raises OSError.
+    """
+    for folder in (os.path.join(paths.root, each) for each in _IN_USE):
+        if not os.path.isdir(os.path.join(folder, "EFI")) or not _is_fat(paths, folder):
+            continue
+        path = os.path.join(folder, NAME)
+        if len(data) > COPY_MAX:
+            if os.path.exists(path):
+                os.unlink(path)
+            return ""
+        if read_file(path) != data:
+            write_atomically(path, data)
+        return path
+    return ""
+
+
+def read(paths: Paths) -> Iterator[bytes]:
+    """The copy on each EFI partition that has one; nothing of it is believed."""
+    folder = paths.of_this_boot("efi")
+    for node in devices.efi_partitions()[:_PARTITIONS_MAX]:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        try:
+            run([*_MOUNT, node, folder], timeout=10)
+        except CommandFailed:
+            continue
+        data = read_file(os.path.join(folder, NAME))
+        try:
+            run(["umount", folder], timeout=10)
+        except CommandFailed:
+            pass
+        if data:
+            yield data
+
+
+def _is_fat(paths: Paths, folder: str) -> bool:
+    """A directory of the encrypted root is of no use."""
+    return devices.type_of_mount(os.path.join("/", os.path.relpath(folder, paths.root)), paths.root) == "vfat"
+
+
+def read_file(path: str) -> bytes:
+    """At most COPY_MAX bytes of a regular file; b"" when it is longer, or cannot be read."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            data = file.read(COPY_MAX + 1)
+    except OSError:
+        return b""
+    return data if len(data) <= COPY_MAX else b""

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock cache`: the keys that are in the kernel keyring, where each came from, and what is lost when they go."""
+
+from ..disks import find
+from ..errors import NoKey
+from ..host import keyring, this_boot
+from ..host.state import State, exclusive
+from ..keys import access
+from ..paths import Paths
+from ..predict import allowed_states
+
+_WHAT = {
+    "unlock:persistence": "persistence key",
+    "unlock:host": "host key",
+    allowed_states.PIN_AUTH: "what the PIN makes",
+}
+
+
+def show(paths: Paths) -> list[dict[str, str]]:
+    """Name, source and what it is; never a key."""
+    state = State.load(paths)
+    sources = this_boot.sources(paths)
+    keks = {access.cached(group.kek, group.generation): group.name for group in state.groups.values()}
+    rows = []
+    for name in keyring.names():
+        what = _WHAT.get(name, "")
+        if name in keks:
+            what = f"KEK of group {keks[name]}"
+        rows.append({"key": name, "what": what or "a former KEK", "source": sources.get(name, "not recorded")})
+    return rows
+
+
+def consequences(paths: Paths, look: find.Look = find.look) -> list[str]:
+    """What will not be possible until the next boot, once the cache is empty."""
+    lines = [
+        "no disk that comes late opens, and no group that is closed now",
+        "no sync, rekey, switch, adopt or renew: they need the persistence key",
+        "no change of the TPM's policy: no prediction for a new kernel, no window, and none that is open closes",
+    ]
+    try:
+        work = access.Work(paths, look)
+    except NoKey:
+        return ["nothing more than now: the persistence key is not there"]
+    if allowed_states.PIN_AUTH in keyring.names():
+        lines.append("the PIN stays as it is, and is asked for at the next boot")
+    with work:
+        for group in work.state.groups.values():
+            if group.behind:
+                lines.append(f"group {group.name}: {len(group.behind)} disk(s) keep an earlier KEK")
+            if group.policy == "provider":
+                lines.append(f"group {group.name}: opens again only with the key manager")
+    return lines
+
+
+def flush(paths: Paths) -> list[str]:
+    """Removes every key of ours from the keyring; gives their names. What is open stays open."""
+    with exclusive(paths):
+        names = keyring.names()
+        keyring.flush()
+        return names

@@ -1,0 +1,434 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks become members of groups: `unlock group create`, `unlock disk adopt`.
+
+Nothing half-made is believed: a group opens only when every disk has a token with the same member list.
+"""
+
+import os
+import shlex
+import uuid as uuids
+from typing import Any, NamedTuple
+
+from ..disks import devices, disk_keys, find, fstab, luks, token
+from ..disks.groups import Group, Member, check_name, mapping_names
+from ..errors import NotOurs, Refused, UnlockError, Usage
+from ..host import config, this_boot, units
+from ..host.state import State, exclusive
+from ..keys import access, delivery
+from ..keys.escrow import Escrow
+from ..keys.escrow import check as check_escrow
+from ..keys.escrow import write as put_in_escrow
+from ..paths import Paths
+from ..run import run
+from ..secret import Secret
+
+
+class NewGroup(NamedTuple):
+    """What `group create` was asked for."""
+
+    name: str
+    devices: tuple[str, ...]
+    mount: str
+    profile: str
+    """btrfs data profile; '' is raid1 for two disks or more."""
+    erase: frozenset[str]
+    """Devices whose content may go, by name."""
+    recovery_file: str
+    """Read if it exists, else written; '' asks at the terminal."""
+    policy: str = "persistent"
+    """`provider`: the KEK is never kept on this host."""
+    escrow: Escrow | None = None
+
+
+def group_create(paths: Paths, wanted: NewGroup) -> Group:
+    """Formats disks and makes them a group. Destroys what is on them. Raises Refused, DiskFailed, Usage.
+
+    An ordinary failure is undone and may be followed by anything; after a kill the same command finishes.
+    """
+    check_name(wanted.name)
+    wanted = wanted._replace(mount=config.mount_point(wanted.mount))
+    with exclusive(paths), access.Work(paths) as work:
+        state = work.state
+        nodes = [_node(device) for device in wanted.devices]
+        unfinished = state.unfinished("group create", wanted.name)
+        if wanted.name in state.groups and not unfinished:
+            raise Refused(f"there is a group {wanted.name} already", "unlock status", code="group-exists")
+        if wanted.name not in state.groups:
+            _check_mount_point(paths, wanted)
+            _check_profile(wanted)
+            _create(work, wanted, nodes, unfinished)
+        group = state.groups[wanted.name]
+        kind = _type(group, wanted)
+        _add_to_config(paths, config.GroupConfig(wanted.name, wanted.mount, kind, "", config.DEADLINE, wanted.policy))
+        this_boot.mark_open(paths, group.name, [member.name for member in group.members])
+        _start(units.mount(wanted.mount))
+        state.journal = None
+        state.save()
+        return group
+
+
+def _create(work: access.Work, wanted: NewGroup, nodes: list[str], unfinished: dict[str, Any] | None) -> None:
+    state, persistence = work.state, work.persistence
+    before = [Member(**each) for each in unfinished["members"]] if unfinished else []
+    if before and len(before) != len(nodes):
+        raise Refused(
+            f"group {wanted.name} was begun with {len(before)} disks", "name the same disks", code="unfinished"
+        )
+    _check_disks(nodes, wanted, before)
+    with recovery_key(state, persistence, wanted.recovery_file, wanted.escrow) as recovery:
+        if not before:
+            names = mapping_names(wanted.name, len(nodes), _names(state).union(devices.mappings()))
+            before = [
+                Member(str(uuids.uuid4()), name, devices.disk(node).serial)
+                for name, node in zip(names, nodes, strict=True)
+            ]
+            members = [member._asdict() for member in before]
+            state.begin("group create", wanted.name, members=members, options=_options(wanted))
+        try:
+            group, kek = _new_group(work, wanted.name, tuple(before), 1, wanted.policy)
+            _format(group, nodes, recovery)
+            _make_file_system(group, wanted)
+            with _keys(work, kek, recovery) as keys:
+                for member, node in zip(group.members, nodes, strict=True):
+                    with luks.Container(node) as container, _dek(state, container, recovery) as dek:
+                        each = disk_keys.make_token(container, state.host, group, member, dek, keys.keys)
+                        disk_keys.write_token(node, each, dek, keys.keys)
+        except UnlockError:
+            for member in before:
+                luks.abandon(member.name)
+            state.journal = None
+            state.save()
+            raise
+    state.groups[group.name] = group
+    state.save()
+
+
+def _options(wanted: NewGroup) -> str:
+    """The words after the name, without --erase: at another boot another disk may have that name."""
+    words = ["--disk", *wanted.devices, "--mount", wanted.mount, "--policy", wanted.policy]
+    if wanted.profile:
+        words += ["--profile", wanted.profile]
+    if wanted.recovery_file:
+        words += ["--recovery-key-file", os.path.abspath(wanted.recovery_file)]
+    if wanted.escrow:
+        to = wanted.escrow.to if wanted.escrow.to.startswith("age1") else os.path.abspath(wanted.escrow.to)
+        words += ["--escrow-to", to, "--escrow-file", os.path.abspath(wanted.escrow.file)]
+    return shlex.join(words)
+
+
+def disk_adopt(
+    paths: Paths,
+    device: str,
+    group_name: str,
+    passphrase: Secret,
+    recovery_file: str,
+    name: str = "",
+    escrow: Escrow | None = None,
+) -> Group:
+    """Takes in an existing LUKS2 disk. Its data, keyslots and mapping name stay; a recovery keyslot and a token
+    are added. On a member it mends what is missing.
+
+    Raises NotOurs when it is not LUKS2 or the passphrase is wrong, DiskFailed, Refused.
+    """
+    check_name(group_name)
+    with exclusive(paths), access.Work(paths) as work:
+        state, persistence = work.state, work.persistence
+        node = _node(device)
+        with luks.Container(node) as container:
+            uuid = container.uuid
+            _check_adoptable(container, device)
+            dek = container.volume_key(passphrase)
+        old = state.groups.get(group_name)
+        known = {each.uuid: (group.name, each) for group in state.groups.values() for each in group.members}
+        if uuid in known and known[uuid][0] != group_name:
+            raise Refused(f"{device} is in group {known[uuid][0]} already", "unlock status", code="member")
+        if uuid in known:
+            assert old
+            group, member = old, known[uuid][1]
+        else:
+            member = Member(uuid, _mapping_name(paths, state, uuid, node, group_name, name), devices.disk(node).serial)
+            unfinished = state.unfinished("disk adopt", f"/dev/disk/by-uuid/{uuid} --group {group_name}")
+            manifest = unfinished["manifest"] if unfinished else state.next_manifest(group_name)
+            group = (old or Group(group_name, "", 0, 0, ()))._replace(
+                manifest=manifest, members=(*(old.members if old else ()), member)
+            )
+        _check_policy(work, group, member)
+        seen = work.look() if len(group.members) > 1 else {}
+        others = {each.uuid: _node_of(seen, each) for each in group.members if each.uuid != uuid}
+        with dek, recovery_key(state, persistence, recovery_file, escrow) as recovery:
+            state.begin("disk adopt", f"/dev/disk/by-uuid/{uuid} --group {group_name}", manifest=group.manifest)
+            try:
+                with luks.Container(node) as container:
+                    _add_recovery_keyslot(container, dek, recovery)
+                if group.kek:
+                    kek, _ = access.find_kek(work, group, {**others, uuid: node})
+                else:
+                    group, kek = _new_group(work, group_name, group.members, group.manifest)
+                _write_member_list(work, group, kek, {**others, uuid: node}, recovery)
+            except UnlockError:
+                state.journal = None
+                state.save()
+                raise
+        if member.name not in devices.names_below("/"):
+            fstab.set_noauto(paths.crypttab, member.name)
+            _add_to_config(paths, config.GroupConfig(group_name, "", "", "", config.DEADLINE))
+        state.groups[group_name] = group._replace(behind=())
+        state.journal = None
+        state.save()
+        if all(devices.mapping_of(each.uuid) == each.name for each in group.members):
+            this_boot.mark_open(paths, group_name, [each.name for each in group.members])
+        return group
+
+
+def _new_group(
+    work: access.Work, name: str, members: tuple[Member, ...], manifest: int, policy: str = "persistent"
+) -> tuple[Group, Secret]:
+    """A group with a KEK of its own, which it keeps on its disks unless a policy says otherwise."""
+    generation = work.state.next_generation(name)
+    provider = work.provider()
+    made, kek = access.new_key(provider, access.key_name(work.state.host, f"kek/{name}", generation))
+    policy = policy if work.state.persistent else "provider"
+    return Group(name, f"{provider.id}/{made.id}", generation, manifest, members, made.name, policy), kek
+
+
+def _check_policy(work: access.Work, group: Group, member: Member) -> None:
+    """The root file system cannot wait for the network. Raises Refused."""
+    if member.name in devices.names_below("/") and (group.policy == "provider" or not work.state.persistent):
+        raise Refused(
+            f"{member.name} holds the root file system, and its key would not be kept on this host",
+            "unlock persistence enable",
+            code="root-needs-persistence",
+        )
+
+
+def _write_member_list(work: access.Work, group: Group, kek: Secret, nodes: dict[str, str], recovery: Secret) -> None:
+    """Every member gets a token with the group's present member list; the old ones go when all have it."""
+    state = work.state
+    with _keys(work, kek, recovery) as keys:
+        written = []
+        for member in group.members:
+            node = nodes[member.uuid]
+            with luks.Container(node) as container:
+                dek = _dek(state, container, recovery)
+                each = disk_keys.make_token(container, state.host, group, member, dek, keys.keys)
+            disk_keys.write_token(node, each, dek, keys.keys)
+            written.append((node, each, dek))
+        for node, each, dek in written:
+            with dek:
+                disk_keys.drop_other_tokens(node, each, dek, keys.keys)
+
+
+def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, asked: str) -> str:
+    """The name that the disk has, in device-mapper or crypttab; else the one asked for, or a new one."""
+    has = devices.mapping_of(uuid) or fstab.name_of(paths.crypttab, node, uuid)
+    if has and asked and asked != has:
+        raise Refused(f"the disk's mapping name is {has}", "leave --name out", code="name-taken")
+    taken = _names(state).union(name for name, other in devices.mappings().items() if other != uuid)
+    name = has or asked or mapping_names(group, 1, taken)[0]
+    check_name(name, "mapping")
+    if name in taken:
+        raise Refused(f"there is a mapping {name} already", "--name NAME", code="name-taken")
+    return name
+
+
+def recovery_key(state: State, persistence: Secret, file: str, escrow: Escrow | None = None) -> Secret:
+    """This host's recovery key: made the first time, asked for later.
+
+    A named file is read if it exists and written if not. At a terminal a new key is shown and typed back, unless it
+    goes into escrow alone. Raises Usage for a typo, Refused for a key of another host.
+    """
+    if not state.has_recovery_key:
+        recovery = delivery.made(delivery.Keep(file, escrow))
+        with disk_keys.mac_key(recovery, state.host) as mac_key:
+            state.set_mac_key(persistence, mac_key)
+        state.save()
+        return recovery
+    recovery = delivery.given(file if os.path.exists(file) else "")
+    with disk_keys.mac_key(recovery, state.host) as mac_key, state.mac_key(persistence) as expected:
+        if mac_key != expected:
+            raise Refused("this is not the recovery key of this host", "unlock status", code="recovery-key")
+    if escrow:
+        check_escrow(escrow)
+        put_in_escrow(escrow, recovery)
+    return recovery
+
+
+class _Keys:
+    """The keys of one operation, wiped together."""
+
+    def __init__(self, *secrets: Secret) -> None:
+        self.keys = disk_keys.Keys(*secrets)
+
+    def __enter__(self) -> "_Keys":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for secret in self.keys:
+            secret.wipe()
+
+
+def _keys(work: access.Work, kek: Secret, recovery: Secret) -> _Keys:
+    """Takes the KEK over."""
+    persistence = Secret(bytes(work.persistence))
+    return _Keys(persistence, work.host_key(), kek, disk_keys.mac_key(recovery, work.state.host))
+
+
+def _node(device: str) -> str:
+    node = os.path.realpath(device)
+    if not os.path.exists(node):
+        raise Usage(f"{device} does not exist", "lsblk")
+    return node
+
+
+def _add_recovery_keyslot(container: luks.Container, dek: Secret, recovery: Secret) -> None:
+    """Unless an earlier attempt did. The other keyslots are left alone."""
+    try:
+        disk_keys.by_recovery_key(container, recovery).wipe()
+    except NotOurs:
+        container.add_keyslot(dek, recovery)
+
+
+def _dek(state: State, container: luks.Container, recovery: Secret) -> Secret:
+    """The volume key by the recovery key, whose keyslot the state remembers. Raises NotOurs, DiskFailed."""
+    try:
+        slot, dek = disk_keys.recovery_keyslot(container, recovery)
+    except NotOurs as error:
+        raise NotOurs(str(error), "unlock recovery new", "no-key") from error
+    state.recovery["keyslots"][container.uuid] = container.salt(slot)
+    return dek
+
+
+def _names(state: State) -> set[str]:
+    return {member.name for group in state.groups.values() for member in group.members}
+
+
+def _node_of(seen: dict[str, list[find.Found]], member: Member) -> str:
+    """The node of a member that must be there. Raises Refused."""
+    node = find.node_of(seen, member)
+    if not node:
+        raise Refused(
+            f"{member.name} of the group is {'there twice' if seen.get(member.uuid) else 'missing'}",
+            "plug in every member, once: all are rewritten",
+            code="missing",
+        )
+    return node
+
+
+_NEEDED_TO_BOOT = ("/var/lib/unlock", "/etc/unlock", "/run", "/usr", "/boot", "/dev", "/proc", "/sys")
+
+
+def _check_mount_point(paths: Paths, wanted: NewGroup) -> None:
+    where = wanted.mount
+    if any(f"{needed}/".startswith(f"{where}/") or where.startswith(f"{needed}/") for needed in _NEEDED_TO_BOOT):
+        raise Refused(f"{where} is needed before groups are mounted", "another --mount", code="mount-taken")
+    if where in fstab.fstab_targets(paths.fstab):
+        raise Refused(f"{paths.fstab} mounts something at {where}", "another --mount", code="mount-taken")
+    for group in config.load(paths.config).groups.values():
+        if group.mount == where:
+            raise Refused(f"group {group.name} is mounted at {where}", "another --mount", code="mount-taken")
+    if os.path.realpath(where) != where or (os.path.lexists(where) and not os.path.isdir(where)):
+        raise Refused(f"{where} is not a directory, or reached by a link", "another --mount", code="mount-taken")
+    if os.path.isdir(where) and (os.path.ismount(where) or os.listdir(where)):
+        raise Refused(f"{where} is mounted or not empty", "another --mount", code="mount-taken")
+
+
+PROFILES = {
+    "single": 1,
+    "dup": 1,
+    "raid0": 1,
+    "raid1": 2,
+    "raid1c3": 3,
+    "raid1c4": 4,
+    "raid10": 2,
+    "raid5": 2,
+    "raid6": 3,
+}
+"""btrfs data profile -> the fewest disks that mkfs.btrfs takes for it (mkfs.btrfs(8), since btrfs-progs 5.15)."""
+
+
+def _check_profile(wanted: NewGroup) -> None:
+    """Raises Usage, before a disk is touched: mkfs.btrfs says it when the disks are formatted already."""
+    if wanted.profile and wanted.profile not in PROFILES:
+        raise Usage(f"{wanted.profile!r} is no btrfs profile", f"--profile takes {', '.join(PROFILES)}")
+    least = PROFILES[wanted.profile] if wanted.profile else 1
+    if len(wanted.devices) < least:
+        raise Usage(f"profile {wanted.profile} needs {least} disks", f"name {least} with --disk, or another --profile")
+
+
+def _check_disks(nodes: list[str], wanted: NewGroup, before: list[Member]) -> None:
+    """`before`: the members that an unfinished run has begun with. A disk is ours, half made, by its UUID alone."""
+    erase = {os.path.realpath(device) for device in wanted.erase}
+    if len(set(nodes)) != len(nodes) or not erase <= set(nodes):
+        raise Usage("each disk is named once with --disk, and --erase names some of them")
+    for i, node in enumerate(nodes):
+        if before and devices.disk(node).serial != before[i].serial:
+            raise Refused(
+                f"{node} is not the disk that group {wanted.name} was begun with (serial {before[i].serial})",
+                "name the disks in the same order as before, by /dev/disk/by-id",
+                code="unfinished",
+            )
+        if before and _is_half_made(node, before[i]):
+            continue
+        used = devices.in_use(node)
+        if used:
+            raise Refused(f"{node} is in use: {used}", "lsblk", code="in-use")
+        content = devices.contents(node)
+        if content and node not in erase:
+            raise Refused(f"{node} holds {content}", f"--erase {node} if it may go", code="has-data")
+
+
+def _is_half_made(node: str, member: Member) -> bool:
+    try:
+        with luks.Container(node) as container:
+            return container.uuid == member.uuid
+    except UnlockError:
+        return False
+
+
+def _format(group: Group, nodes: list[str], recovery: Secret) -> None:
+    """Fresh headers with the recovery keyslot, open under their names."""
+    for member, node in zip(group.members, nodes, strict=True):
+        if devices.mapping_of(member.uuid):
+            luks.deactivate(member.name)
+        run(["wipefs", "--all", "--quiet", node])
+        with Secret.random(64) as dek, luks.format(node, dek, uuid=member.uuid) as container:
+            container.add_keyslot(dek, recovery)
+            container.activate(member.name, dek)
+
+
+def _type(group: Group, wanted: NewGroup) -> str:
+    return "btrfs" if len(group.members) > 1 or wanted.profile else "ext4"
+
+
+def _make_file_system(group: Group, wanted: NewGroup) -> None:
+    mappings = [f"/dev/mapper/{member.name}" for member in group.members]
+    if _type(group, wanted) == "ext4":
+        run(["mkfs.ext4", "-q", "-F", "-L", group.name[:16], *mappings])
+        return
+    metadata = "raid1" if len(mappings) > 1 else "dup"
+    profile = wanted.profile or metadata
+    run(["mkfs.btrfs", "-q", "-f", "-L", group.name, "-d", profile, "-m", metadata, *mappings])
+
+
+def _add_to_config(paths: Paths, group: config.GroupConfig) -> None:
+    """Unless it is there already. The text that is there stays as it is."""
+    if group.name not in config.load(paths.config).groups:
+        config.append(paths.config, config.group_table(group))
+    if os.path.exists("/run/systemd/system") and paths.root == "/":
+        run(["systemctl", "daemon-reload"])
+
+
+def _start(unit: str) -> None:
+    if os.path.exists("/run/systemd/system"):
+        run(["systemctl", "start", unit])
+
+
+def _check_adoptable(container: luks.Container, device: str) -> None:
+    if container.requirements:  # first: two digests cover the data then
+        raise Refused(f"{device} is being re-encrypted", "cryptsetup reencrypt --resume-only", code="reencrypting")
+    facts = container.facts()
+    if container.volume_key_size > token.DEK_MAX:
+        raise Refused(f"{device} has integrity or a volume key longer than {token.DEK_MAX} bytes", code="not-supported")
+    for segment in facts["segments"].values():
+        if segment.get("type") != "crypt" or "cipher_null" in str(segment.get("encryption")):
+            raise Refused(f"{device} is not encrypted throughout", "cryptsetup luksDump", code="not-encrypted")

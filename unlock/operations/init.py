@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock init`: the host's keys are made, backed up, and sealed to this boot's measurements.
+
+    preflight ──> keys ──> state (journaled) ──> backup, test-restored ──> TPM slot A ──> key cache ──> done
+                                             or  host key at the KMS, fetched
+
+Killed before the end, it leaves nothing that a disk depends on; running it again starts over.
+"""
+
+import os
+from contextlib import closing
+from typing import NamedTuple
+
+from .. import log
+from ..disks import devices
+from ..errors import Refused, Usage
+from ..host import config, this_boot
+from ..host.state import State, exclusive
+from ..keys import access
+from ..measured import at_unseal
+from ..paths import Paths, write_atomically
+from ..predict import allowed_states
+from ..providers import native
+from ..secret import Secret
+from ..tpm import pcr_policy, slots
+from ..tpm.chip import Tpm
+
+OVERRIDES = {
+    "initramfs-without-unlock": "this boot's initramfs did not run unlock: the next boot measures differently",
+    "unmeasured-boot": "the kernel or the initramfs is not measured: whoever edits it gets the keys",
+    "unauthenticated-root": "the root file system is not encrypted: whoever edits it gets the keys",
+    "slots-in-use": "what another installation of unlock left in this TPM is overwritten",
+}
+"""What `--accept NAME` can accept, and what that means."""
+
+
+class Kmip(NamedTuple):
+    """A key manager to begin with."""
+
+    settings: config.ProviderConfig
+    certificate: str
+    """The client's, PEM."""
+    key: Secret
+    """The client's, PEM."""
+    persistent: bool
+    """Whether its keys are kept on this host, wrapped."""
+    password: Secret | None = None
+    """Of the user name in the settings."""
+
+
+class Choices(NamedTuple):
+    """What the operator chose."""
+
+    backup: str
+    """File for the KDK's backup; must not exist."""
+    password: Secret
+    """Of the backup."""
+    accept: frozenset[str]
+    pcrs: tuple[int, ...]
+    """Empty: by how the host boots."""
+    owner_auth: Secret
+    tcti: str = "device:/dev/tpmrm0"
+    kms: Kmip | None = None
+    """None: the native provider."""
+
+
+class Preflight(NamedTuple):
+    """What was found out before anything was changed."""
+
+    boot: str
+    """How the host boots: a key of at_unseal.MEASURED_BY, or 'unmeasured'."""
+    selection: tuple[int, ...]
+    branch: bytes
+    unauthenticated_root: bool
+
+
+def init(paths: Paths, choices: Choices) -> Preflight:
+    """Initialises this host. Raises Refused with the name of what is wrong, TpmAbsent, TpmFailed."""
+    with exclusive(paths):
+        unfinished = _earlier_attempt(paths)
+        with Tpm(choices.tcti) as tpm:
+            found = preflight(paths, tpm, choices, unfinished is not None)
+            ours = unfinished and _is_backup_of(choices.backup, unfinished.host)
+            if not choices.kms and os.path.exists(choices.backup) and not ours:
+                raise Usage(f"{choices.backup} exists already", "name a file that does not exist yet")
+            with Secret.random(32) as persistence:
+                # a key manager may have made the host key of the attempt that was killed
+                host = unfinished.host if unfinished and choices.kms else os.urandom(16).hex()
+                state = State.new(paths, host)
+                with (
+                    _use_kmip(paths, state, persistence, choices.kms)
+                    if choices.kms
+                    else _use_native(state, persistence, choices, unfinished)
+                ) as host_key:
+                    slots.persist(
+                        tpm,
+                        bytes.fromhex(host),
+                        found.selection,
+                        (found.branch,),
+                        pcr_policy.Payload(persistence, found.unauthenticated_root),
+                        choices.owner_auth,
+                        replace="slots-in-use" in choices.accept or unfinished is not None,
+                    )
+                    this_boot.remember(paths, "made", {"unlock:persistence": persistence})
+                    this_boot.remember(paths, "provider", {"unlock:host": host_key})
+        if not os.path.exists(paths.config):
+            write_atomically(paths.config, config.HEAD.encode(), mode=0o644)
+        allowed_states.begin(state, found.selection, found.branch, found.unauthenticated_root)
+        state.journal = None
+        state.save()
+    return found
+
+
+def _earlier_attempt(paths: Paths) -> State | None:
+    """An init that was killed. Raises Refused when one has finished."""
+    try:
+        state = State.load(paths)
+    except Refused:
+        return None
+    if state.journal and state.journal["operation"] == "init":
+        return state
+    raise Refused("this host is initialised already", "unlock status", code="initialised")
+
+
+def _use_native(state: State, persistence: Secret, choices: Choices, unfinished: State | None) -> Secret:
+    """A KDK, backed up before anything depends on it; gives the host key. Raises Usage, Malformed, Tampered."""
+    name = access.key_name(state.host, "host", 1)
+    with Secret.random(32) as kdk, native.Native(Secret(bytes(kdk)), state.host) as provider:
+        state.use_provider(state.native_entry("native", provider.id, state.host, persistence, kdk))
+        host_key = provider.fetch(name)
+        state.set_host_key(f"{provider.id}/{name}", name, 1, persistence, host_key)
+        state.begin("init", f"--backup {os.path.abspath(choices.backup)}")
+        if unfinished and _is_backup_of(choices.backup, unfinished.host):
+            os.unlink(choices.backup)
+        native.write_backup(choices.backup, provider, choices.password)
+    return host_key
+
+
+def _use_kmip(paths: Paths, state: State, persistence: Secret, kms: Kmip) -> Secret:
+    """A key manager, proven by the host key that it makes and gives back. Raises ProviderError, Usage, Malformed."""
+    until = access.certificate_until(kms.certificate)
+    stays = bool(kms.settings.client_key)
+    provider_id = f"kmip-{os.urandom(16).hex()}"
+    entry = state.kmip_entry(
+        kms.settings.name, provider_id, kms.certificate, until, persistence, None if stays else kms.key, kms.password
+    )
+    state.persistent = kms.persistent
+    state.use_provider(entry)
+    state.begin("init", "--provider kmip")
+    password = Secret(bytes(kms.password)) if kms.password else None
+    key = Secret(bytes(kms.key))
+    with closing(access.kmip(kms.settings, provider_id, kms.certificate, key, password)) as provider:
+        made, host_key = access.new_key(provider, access.key_name(state.host, "host", 1))
+    state.set_host_key(f"{provider_id}/{made.id}", made.name, 1, persistence, host_key)
+    state.save()
+    if kms.settings.name not in config.load(paths.config).providers:
+        config.append(paths.config, config.provider_table(kms.settings))
+    return host_key
+
+
+def _is_backup_of(path: str, host: str) -> bool:
+    """Whether the file is what a killed init of ours has written: nothing depends on it."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(native.BACKUP_MAX)
+    except OSError:
+        return False
+    return not content or f'"scope": "{host}"'.encode() in content
+
+
+def preflight(paths: Paths, tpm: Tpm, choices: Choices, again: bool) -> Preflight:
+    """Everything that can be known beforehand; changes nothing, but for an SRK where there is none. Raises Refused."""
+    _check_chip(tpm, choices, again)
+    early = this_boot.early(paths)
+    if early is None:
+        _refuse(choices, "initramfs-without-unlock", "update-initramfs -u, and reboot once")
+    values = tpm.read_pcrs(range(16))
+    before = early["facts"].get("cap_pcr_before") if early else None
+    untouched = (
+        before == pcr_policy.UNSET.hex()
+        if before
+        else values[pcr_policy.CAP_PCR] in (pcr_policy.UNSET, pcr_policy.CAPPED)
+    )
+    if not untouched:
+        raise Refused(
+            f"PCR {pcr_policy.CAP_PCR} is not at its reset value when early boot ends: something else extends it",
+            "find what measures into it before the root file system is mounted",
+            code="cap-pcr-used",
+        )
+    boot = at_unseal.how_booted(paths, values)
+    if boot == "unmeasured":
+        _refuse(choices, "unmeasured-boot", "boot with UEFI, which measures kernel and initramfs")
+    elif at_unseal.hides_initramfs(boot, at_unseal.event_log(paths)[0]):
+        _refuse(choices, "unmeasured-boot", "boot a unified kernel image: Linux does not measure what initrd= names")
+    selection = pcr_policy.select(choices.pcrs or at_unseal.MEASURED_BY.get(boot, (7,)))
+    plain_root = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
+    if plain_root:
+        _refuse(choices, "unauthenticated-root", "encrypt the root file system")
+    tpm.srk(choices.owner_auth)
+    tpm.trial(selection)
+    then = at_unseal.of(selection, at_unseal.values(paths, tpm))
+    return Preflight(boot, selection, pcr_policy.branch(selection, then), plain_root)
+
+
+def _check_chip(tpm: Tpm, choices: Choices, again: bool) -> None:
+    facts = tpm.facts()
+    if facts.in_lockout:
+        raise Refused(
+            f"the TPM is locked out after {facts.lockout_counter} wrong authorisations",
+            f"wait {facts.lockout_interval} s, or tpm2_dictionarylockout --clear-lockout",
+            code="tpm-lockout",
+        )
+    if not facts.sha256_bank:
+        raise Refused("the TPM's SHA-256 PCR bank is off", "turn it on in the firmware's setup", code="no-sha256-bank")
+    if facts.owner_auth_set and not len(choices.owner_auth):
+        raise Refused("the TPM's owner has a password", "--owner-auth-file FILE", code="owner-auth-set")
+    if facts.taken and not again:
+        _refuse(choices, "slots-in-use", "tpm2_getcap handles-persistent")
+    ours = sum(slot.object in facts.taken for slot in pcr_policy.SLOTS)
+    if (
+        facts.persistent_free + ours < 2 + (not facts.srk)
+        or min(facts.nv_buffer, facts.nv_index_size) < pcr_policy.RECORD_SIZE
+    ):
+        raise Refused(
+            "the TPM has no room for two sealed objects and their records",
+            "tpm2_getcap handles-persistent; tpm2_evictcontrol what is not needed",
+            code="tpm-full",
+        )
+
+
+def _refuse(choices: Choices, name: str, other: str) -> None:
+    if name in choices.accept:
+        log.note(f"accepted: {name}: {OVERRIDES[name]}")
+        return
+    hint = f"--accept {name}" if not other else f"{other}; or --accept {name}"
+    raise Refused(OVERRIDES[name], hint, code=name)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock persistence`: whether a key manager's keys are kept on this host, so that it boots without the network.
+
+enable     every key is on every disk, wrapped by the persistence key, before it says so
+disable    no disk carries a KEK any more; after the next boot groups open when the key manager answers
+remove     then the TPM forgets the persistence key; until the next boot `enable` seals it again, as it was sealed
+"""
+
+from typing import Any
+
+from ..disks import devices, disk_keys, find, luks
+from ..errors import NoKey, NoSlot, Refused, UnlockError
+from ..host import keyring, this_boot
+from ..host.state import State, exclusive
+from ..keys import access, rotation
+from ..paths import Paths
+from ..predict import allowed_states
+from ..secret import Secret
+from ..tpm import pcr_policy, slots
+from ..tpm.chip import Tpm
+
+TPM = "device:/dev/tpmrm0"
+
+
+def status(paths: Paths, look: find.Look = find.look) -> dict[str, Any]:
+    """Plain values; what disks carry is read from them."""
+    with access.Work(paths, look) as work:
+        groups = []
+        for group in work.state.groups.values():
+            nodes = work.nodes(group)
+            kept = [member.name for member in group.members if _keeps(work, nodes.get(member.uuid, ""))]
+            groups.append({"name": group.name, "policy": group.policy, "members": len(group.members), "kept_on": kept})
+        kind = work.state.provider["kind"]
+        return {"version": 1, "provider": kind, "enabled": work.state.persistent, "groups": groups}
+
+
+def _keeps(work: access.Work, node: str) -> bool:
+    if not node:
+        return False
+    try:
+        with luks.Container(node) as container:
+            for each in disk_keys.tokens(container, work.state.host):
+                disk_keys.unwrap_kek(each, work.persistence).wipe()
+                return True
+    except UnlockError:
+        pass
+    return False
+
+
+def enable(
+    paths: Paths, look: find.Look = find.look, tcti: str = TPM, owner_auth: Secret | None = None
+) -> list[rotation.Outcome]:
+    """Asks the TPM only where its keys were removed. Raises ProviderError, NoKey, DiskFailed, Refused, TpmFailed."""
+    with exclusive(paths), access.Work(paths, look) as work:
+        for group in work.state.groups.values():
+            access.find_kek(work, group)[0].wipe()  # before anything is changed
+        with _host_key(work) as host_key:
+            if work.state.removed:
+                _seal_again(work, work.state.removed, tcti, owner_auth)
+            work.state.removed = None
+            work.state.begin("persistence", "enable")
+            work.state.persistent = True
+            work.state.set_host_key(*work.state.host_key_ref, work.persistence, host_key, former=False)
+        return _apply(work)
+
+
+def _seal_again(work: access.Work, sealed: dict[str, Any], tcti: str, owner_auth: Secret | None) -> None:
+    """The same key under the same policy, unless something of this host is in the TPM. Raises Refused, TpmFailed."""
+    host = bytes.fromhex(work.state.host)
+    early = this_boot.early(work.paths)
+    plain = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
+    payload = pcr_policy.Payload(
+        work.persistence, early["facts"].get("unauthenticated_root", plain) if early else plain
+    )
+    with Tpm(tcti) as tpm:
+        found = _sealed(tpm)
+        if found and found.host == host:
+            return
+        branches = [bytes.fromhex(each) for each in sealed["branches"]]
+        with allowed_states.auth_for(work.state.host, bool(sealed.get("pin"))) or Secret(b"") as auth:
+            pin_auth = auth if len(auth) else None
+            selection, cap = tuple(sealed["selection"]), sealed["cap"]
+            slots.persist(tpm, host, selection, branches, payload, owner_auth, pin_auth=pin_auth, cap=cap)
+
+
+def _sealed(tpm: Tpm) -> pcr_policy.Record | None:
+    try:
+        return slots.current(tpm)[1]
+    except NoSlot:
+        return None
+
+
+def disable(paths: Paths, look: find.Look = find.look) -> list[rotation.Outcome]:
+    """Raises Refused where the host could not boot or reach its key manager any more."""
+    with exclusive(paths), access.Work(paths, look) as work:
+        refuse(work.state)
+        work.state.begin("persistence", "disable")
+        work.state.persistent = False
+        work.state.drop_host_key()
+        return _apply(work)
+
+
+def refuse(state: State) -> None:
+    """Raises Refused when a host cannot do without keys that it keeps."""
+    if state.provider["kind"] == "native":
+        raise Refused(
+            "the native provider's keys are made on this host: they are kept", "unlock provider switch", code="native"
+        )
+    below = devices.names_below("/")
+    for group in state.groups.values():
+        if any(member.name in below for member in group.members):
+            raise Refused(
+                f"group {group.name} holds the root file system, which cannot wait for the network",
+                "unlock persistence status",
+                code="root-needs-persistence",
+            )
+
+
+def _host_key(work: access.Work) -> Secret:
+    """Kept, cached, or the provider's. Raises ProviderError."""
+    kept = work.state.host_key(work.persistence)
+    if kept:
+        return kept
+    try:
+        return keyring.get("unlock:host")
+    except NoKey:
+        key_id, name, _ = work.state.host_key_ref
+        entry = work.owner(key_id)
+        return work.provider(entry).fetch(access.ref(entry, key_id, name).id, work.opens())
+
+
+def _apply(work: access.Work) -> list[rotation.Outcome]:
+    """Each group as the choice and its own policy say; a group that is so already is looked at again."""
+    state = work.state
+    outcomes = [
+        rotation.set_policy(work, group, access.wanted_policy(work, group)) for group in list(state.groups.values())
+    ]
+    state.journal = None
+    state.save()
+    return outcomes
+
+
+def remove_all_stored_keys(paths: Paths, tcti: str, owner_auth: Secret) -> None:
+    """After `disable`: the sealed objects go, and every wrap on the disks and in the state is dead from the next boot
+    on. Finishes when run again. Raises Refused, TpmFailed."""
+    with exclusive(paths):
+        state = State.load(paths)
+        _refuse_removal(state)
+        with Tpm(tcti) as tpm:
+            found = _sealed(tpm)
+            if found and found.host != bytes.fromhex(state.host):
+                raise Refused(
+                    "the TPM keeps the persistence key of another installation", "unlock status", code="not-ours"
+                )
+            if found:
+                branches = [each.hex() for each in found.branches]
+                state.removed = {
+                    "selection": list(found.selection),
+                    "cap": found.cap,
+                    "branches": branches,
+                    "pin": found.pin,
+                }
+                state.save()
+            slots.remove(tpm, owner_auth)
+
+
+def _refuse_removal(state: State) -> None:
+    """Raises Refused while something hangs on the persistence key."""
+    if state.persistent or state.journal:
+        raise Refused("persistence is enabled", "unlock persistence disable", code="persistent")
+    if state.provider["client_key"] is not None:
+        raise Refused(
+            "the client key is wrapped by the persistence key: without it this host cannot ask its key manager",
+            "give [provider] a client_key file, and run unlock provider renew",
+            code="client-key",
+        )
+    if state.provider.get("password"):
+        raise Refused(
+            "the key manager's password is wrapped by the persistence key: without it this host cannot ask",
+            "let the key manager accept the certificate alone, take username out of unlock.toml, and run "
+            "unlock provider renew",
+            code="password",
+        )

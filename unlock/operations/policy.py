@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock policy show`, `window`, `close` and `set`; and what each good boot teaches.
+
+    show       which states the TPM allows, and why each
+    window     before a firmware update: fewer PCRs count, for a number of good boots
+    good_boot  after each boot that the TPM allowed: its state is proven, an older policy that a power cut left is
+               evicted; the last boot of a window closes it
+    close      the full selection again, and this boot's state alone
+    set        another selection, or a PIN
+
+The state says that a window is open before the TPM has it, and until the TPM does not have it any more: killed
+anywhere, a window is never forgotten. A boot that the TPM refused counts for nothing.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from .. import log
+from ..errors import Refused, Usage
+from ..host import this_boot
+from ..host.state import State, changing
+from ..keys import access
+from ..measured import at_unseal
+from ..paths import Paths
+from ..predict import allowed_states, initramfs_images
+from ..predict.allowed_states import DEVICE, Allowed, Pin
+from ..secret import Secret
+from ..tpm import pcr_policy, slots
+from ..tpm.chip import Tpm
+
+REBOOTS_MAX = 5
+FIRMWARE = frozenset(range(8))
+"""The PCRs that a firmware update may change: TCG "PC Client Platform Firmware Profile", section 3.3.4."""
+
+
+def show(paths: Paths, tcti: str = DEVICE) -> dict[str, Any]:
+    """Plain values."""
+    state = State.load(paths)
+    with Tpm(tcti) as tpm:
+        found = allowed_states.look(paths, tpm, state)
+    window = found.window
+    return {
+        "version": 1,
+        "slot": found.slot.name,
+        "generation": found.record.generation,
+        "pcrs": list(found.record.selection),
+        "cap_pcr": found.record.cap,
+        "pin": found.record.pin,
+        "window": {key: window[key] for key in ("reboots", "since", "pcrs")} if window and _open(found) else None,
+        "states": [
+            {
+                "branch": each.branch.hex(),
+                "why": each.why,
+                "this_boot": each.branch == found.opened,
+                "proven": each.proven,
+                "made": each.made,
+            }
+            for each in found.states
+        ],
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """The same for people."""
+    pin = "yes: the TPM asks for it at every boot" if found["pin"] else "no"
+    lines = [
+        f"PCRs      {', '.join(map(str, found['pcrs']))} (PCR {found['cap_pcr']}: not after early boot)",
+        f"PIN       {pin}",
+        f"window    {said(found['window']) or 'closed'}",
+        "",
+    ]
+    rows = [("STATE", "WHY", "PROVEN", "SINCE")]
+    for each in found["states"]:
+        why = each["why"] + (" (opened this boot)" if each["this_boot"] and each["why"] != allowed_states.THIS else "")
+        proven = "yes" if each["proven"] else "no: unproven until it boots"
+        rows.append((each["branch"][:16], why, proven, each["made"] or "-"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def said(window: dict[str, Any] | None) -> str:
+    """An open window in a line."""
+    if not window:
+        return ""
+    left = window["reboots"]
+    return f"OPEN since {window['since']}: fewer PCRs count, for {left} more good boot{'' if left == 1 else 's'}"
+
+
+def risk(selection: Iterable[int]) -> str:
+    """What an open window means, in words."""
+    if 7 in selection:
+        return "whoever boots this host with any program that its Secure Boot accepts gets the keys"
+    if 4 in selection:
+        return "whoever boots this host with its boot loader, Secure Boot on or off, gets the keys"
+    return "whoever boots this host from any medium, with any program, gets the keys"
+
+
+def open_window(
+    paths: Paths, reboots: int, keep: Iterable[int] = (), tcti: str = DEVICE, owner_auth: Secret | None = None
+) -> Allowed:
+    """Until so many good boots, only this boot's PCRs 8 to 14 of the policy count, the cap PCR, and `keep`.
+
+    Raises Usage, Refused for a PCR that cannot be told, NoKey, TpmFailed. An open one may be opened again.
+    """
+    if not 1 <= reboots <= REBOOTS_MAX:
+        raise Usage(f"a window lasts 1 to {REBOOTS_MAX} good boots", "unlock policy window --reboots 1")
+    with changing(paths) as state, Tpm(tcti) as tpm, access.persistence_key() as persistence:
+        found = allowed_states.look(paths, tpm, state)
+        full = _full(found)
+        if not set(keep) <= set(full):
+            raise Usage(f"the policy is over PCRs {', '.join(map(str, full))}", "unlock policy show")
+        selection = pcr_policy.select(set(full) - FIRMWARE | set(keep), found.record.cap)
+        branch = _of_this_boot(paths, tpm, found, selection)
+        window = {"reboots": reboots, "since": allowed_states.utc(), "pcrs": list(full), "boot": _boot(paths)}
+        state.tpm.update(window=window, pcrs=list(full))
+        reasons = {branch: "a window for a firmware update"}
+        return allowed_states.reseal(paths, tpm, state, persistence, found, selection, [branch], reasons, owner_auth)
+
+
+def close(paths: Paths, tcti: str = DEVICE, owner_auth: Secret | None = None) -> Allowed:
+    """The full selection, and the state of this boot alone: predicted ones and that of the boot before are dropped.
+
+    Raises NoKey, Refused when the state of this boot is not one that the policy allows, or cannot be told.
+    """
+    with changing(paths) as state, Tpm(tcti) as tpm, access.persistence_key() as persistence:
+        return _close(paths, tpm, state, allowed_states.look(paths, tpm, state), persistence, owner_auth)
+
+
+def choose(
+    paths: Paths,
+    pcrs: Iterable[int] = (),
+    pin: Pin | None = None,
+    tcti: str = DEVICE,
+    owner_auth: Secret | None = None,
+) -> Allowed:
+    """The policy over these PCRs, with the cap PCR, from now on: for this boot's state alone. A window is closed by it.
+    Without PCRs only what a boot is asked for changes.
+
+    Raises Usage for PCRs that protect nothing and for a PIN too short or too long; Refused for a PCR that cannot be
+    told, and for a PIN that an installed initramfs cannot ask for; NoKey, TpmFailed.
+    """
+    if pin and pin.typed is not None:
+        initramfs_images.need_pin(paths)
+    with changing(paths) as state, Tpm(tcti) as tpm, access.persistence_key() as persistence:
+        found = allowed_states.look(paths, tpm, state)
+        if not pcrs:
+            same = found.record.selection, found.record.branches
+            return allowed_states.reseal(paths, tpm, state, persistence, found, *same, {}, owner_auth, pin)
+        selection = pcr_policy.select(pcrs, found.record.cap)
+        branch = _of_this_boot(paths, tpm, found, selection)
+        state.tpm["pcrs"] = list(selection)
+        reasons = {} if branch in found.record.branches else {branch: "this boot, when the PCRs were chosen"}
+        changed = allowed_states.reseal(
+            paths, tpm, state, persistence, found, selection, [branch], reasons, owner_auth, pin
+        )
+        state.tpm["window"] = None
+        state.save_if_changed()
+        return changed._replace(window=None)
+
+
+def good_boot(paths: Paths, tcti: str = "") -> int:
+    """`unlock boot baseline`, after a boot: nothing after one that the TPM refused. Adds no state.
+
+    Raises NoKey when a window ends and the key cache was flushed, TpmFailed and others.
+    """
+    early = this_boot.early(paths)
+    if not early or early["verdict"] != "unsealed":
+        return 0
+    with changing(paths) as state, Tpm(tcti or this_boot.tpm_device()) as tpm:
+        found = allowed_states.look(paths, tpm, state)
+        allowed_states.remember(state, found, (), {})
+        if found.opened:
+            state.tpm["states"][found.opened.hex()]["proven"] = True
+        window = state.tpm["window"]
+        if not _open(found):  # or the command that opened or closed one was killed
+            window = state.tpm["window"] = None
+        if window and window["boot"] != _boot(paths):
+            window.update(reboots=max(0, window["reboots"] - 1), boot=_boot(paths))
+        state.save_if_changed()
+        if window and not window["reboots"]:
+            with access.persistence_key() as persistence:
+                _close(paths, tpm, state, found, persistence, None)
+            log.note("the window is closed: all PCRs of the policy count again")
+        elif found.opened:
+            slots.finish(tpm, found.slot, found.record.host)
+    return 0
+
+
+def _close(
+    paths: Paths, tpm: Tpm, state: State, found: Allowed, persistence: Secret, owner_auth: Secret | None
+) -> Allowed:
+    full = _full(found)
+    branch = _of_this_boot(paths, tpm, found, full)
+    reasons = {} if branch in found.record.branches else {branch: "this boot, when the window was closed"}
+    closed = allowed_states.reseal(paths, tpm, state, persistence, found, full, [branch], reasons, owner_auth)
+    state.tpm["window"] = None
+    state.save_if_changed()
+    return closed._replace(window=None)
+
+
+def _of_this_boot(paths: Paths, tpm: Tpm, found: Allowed, selection: tuple[int, ...]) -> bytes:
+    """The branch of this boot, which must be one that the policy allows as it is now."""
+    if not found.opened:
+        raise Refused(
+            "this boot is in no state that the policy allows, or its state cannot be told",
+            "unlock explain",
+            code="pcr-unknown",
+        )
+    if selection == found.record.selection:
+        return found.opened
+    return pcr_policy.branch(selection, at_unseal.of(selection, at_unseal.values(paths, tpm)), found.record.cap)
+
+
+def _full(found: Allowed) -> tuple[int, ...]:
+    """The selection without a window."""
+    if found.window:
+        return pcr_policy.select({*found.window["pcrs"], *found.record.selection}, found.record.cap)
+    return found.record.selection
+
+
+def _open(found: Allowed) -> bool:
+    """Whether the TPM has the window that the state speaks of."""
+    return found.record.selection != _full(found)
+
+
+def _boot(paths: Paths) -> str:
+    """The kernel's random id of this boot."""
+    return at_unseal.read(paths.boot_id, 64).decode("ascii", "replace").strip()

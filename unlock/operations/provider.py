@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock provider add | list | test | renew`: key managers, tried before anything depends on them."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any, NamedTuple
+
+from .. import ask
+from ..disks import find
+from ..disks.groups import check_name
+from ..errors import Integrity, ProviderError, Refused, Tampered, UnlockError, Usage
+from ..host import config
+from ..host.state import State, exclusive
+from ..keys import access, rotation
+from ..paths import Paths
+from ..providers import Provider, Ref
+from ..secret import Secret
+from . import selfhosted
+
+
+class Client(NamedTuple):
+    """What a KMIP client shows of itself."""
+
+    certificate: str
+    """PEM."""
+    key: Secret
+    """PEM."""
+    password: Secret | None = None
+    """Of the user name in unlock.toml."""
+
+
+class Proof(NamedTuple):
+    """One thing that `test` has looked at."""
+
+    what: str
+    error: UnlockError | None = None
+
+
+def names(paths: Paths) -> list[dict[str, Any]]:
+    """The providers of this host, the one in use first: plain values, nothing is asked of a server."""
+    state, settings = State.load(paths), config.load(paths.config)
+    rows = []
+    for entry in (state.provider, *state.others.values()):
+        setting = settings.providers.get(entry["name"])
+        groups = [group.name for group in state.groups.values() if group.kek.startswith(f"{entry['id']}/")]
+        rows.append(
+            {
+                "name": entry["name"],
+                "kind": entry["kind"],
+                "id": entry["id"],
+                "in_use": entry is state.provider,
+                "endpoints": list(setting.endpoints) if setting else [],
+                "username": setting.username if setting else "",
+                "certificate_days": days_left(entry),
+                "client_key": "" if entry["kind"] == "native" else "file" if entry["client_key"] is None else "wrapped",
+                "groups": groups,
+                "not_retired": len(state.not_retired(entry)),
+            }
+        )
+    return rows
+
+
+def days_left(entry: dict[str, Any]) -> int | None:
+    """Whole days for which the client certificate is valid; None for a provider without one."""
+    return int((entry["client_until"] - time.time()) // 86400) if entry["kind"] == "kmip" else None
+
+
+def add(paths: Paths, settings: config.ProviderConfig, client: Client, look: find.Look = find.look) -> None:
+    """A key manager beside the one in use; it must answer and know our certificate.
+
+    Raises Refused, Usage, Malformed, ProviderError: then nothing is left of it. Again, it mends what is there.
+    """
+    check_name(settings.name, "provider")
+    with exclusive(paths), access.Work(paths, look) as work:
+        state = work.state
+        if settings.name == state.provider["name"] or state.others.get(settings.name, {}).get("kind") == "native":
+            raise Refused(f"there is a provider {settings.name} already", "unlock provider list", code="exists")
+        selfhosted.refuse(work.state.groups, settings.endpoints)
+        known = state.others.get(settings.name)
+        provider_id = known["id"] if known else f"kmip-{os.urandom(16).hex()}"
+        with closing(_provider(settings, provider_id, client)) as provider:
+            provider.capabilities()
+        if settings.name not in work.settings.providers:
+            config.append(paths.config, config.provider_table(settings))
+        elif work.settings.providers[settings.name] != settings:
+            raise Refused(f"unlock.toml has another [provider.{settings.name}]", f"edit {paths.config}", code="differs")
+        state.others[settings.name] = _entry(work, settings, provider_id, client)
+        state.save()
+
+
+def _entry(work: access.Work, settings: config.ProviderConfig, provider_id: str, client: Client) -> dict[str, Any]:
+    until = access.certificate_until(client.certificate)
+    key = None if settings.client_key else client.key
+    return work.state.kmip_entry(
+        settings.name, provider_id, client.certificate, until, work.persistence, key, client.password
+    )
+
+
+def _provider(settings: config.ProviderConfig, provider_id: str, client: Client) -> Provider:
+    password = Secret(bytes(client.password)) if client.password else None
+    return access.kmip(settings, provider_id, client.certificate, Secret(bytes(client.key)), password)
+
+
+def test(paths: Paths, name: str = "", look: find.Look = find.look) -> list[Proof]:
+    """Every endpoint is asked; every key of this host is fetched and proven on its disks. Changes nothing at the disks.
+    What a switch could not deactivate there is deactivated.
+
+    For a provider that is not in use yet, the host key that `switch` would take is made and fetched twice.
+    """
+    with exclusive(paths), access.Work(paths, look) as work:
+        entry = work.entry(name)
+        if entry["kind"] == "kmip":
+            selfhosted.refuse(work.state.groups, work.settings_of(entry).endpoints)
+        provider = work.provider(entry)
+        proofs = [
+            Proof(f"endpoint {each.endpoint} {each.protocol}".rstrip(), each.problem)
+            for each in provider.health().endpoints
+        ]
+        mine = [group for group in work.state.groups.values() if group.kek.startswith(f"{entry['id']}/")]
+        for group in mine:
+            ref = access.ref(entry, group.kek, group.kek_name)
+            nodes = work.nodes(group)
+            what = f"KEK of group {group.name}: fetched, proven on {len(nodes)} of {len(group.members)} disks"
+            proofs.append(_prove(what, provider, ref, work.opens(), access.prover(work, group, nodes)))
+        proofs.append(_prove_host_key(work, entry, provider))
+        if left := len(work.state.not_retired(entry)):
+            rotation.retire(work, left=True)
+            proofs.append(Proof(f"replaced keys: {len(work.state.not_retired(entry))} of {left} still active there"))
+        if work.settings.sync.open_from_provider_after_refusal and entry.get("client_key"):
+            what = "client key in a file, for open_from_provider_after_refusal"
+            trouble = Refused("it is wrapped by the TPM's key, which that boot does not have", "unlock.toml(5)")
+            proofs.append(Proof(what, trouble))
+        if work.settings.sync.open_from_provider_after_refusal and entry.get("password"):
+            what = "no password, for open_from_provider_after_refusal"
+            trouble = Refused("it is wrapped by the TPM's key, which that boot does not have", "unlock.toml(5)")
+            proofs.append(Proof(what, trouble))
+        return proofs
+
+
+def _prove(what: str, provider: Provider, ref: Ref, states: frozenset[str], prove: Any) -> Proof:
+    try:
+        provider.fetch(ref.id, states, prove).wipe()
+    except ProviderError as error:
+        return Proof(what, error)
+    return Proof(what)
+
+
+def _prove_host_key(work: access.Work, entry: dict[str, Any], provider: Provider) -> Proof:
+    key_id, name, generation = work.state.host_key_ref
+    try:
+        if not key_id.startswith(f"{entry['id']}/"):
+            ref, key = access.new_key(provider, access.key_name(work.state.host, "host", generation + 1))
+            with key, provider.fetch(ref.id) as again:
+                if key != again:
+                    raise Integrity(f"provider {entry['name']} gives two keys for one id", "unlock provider list")
+            return Proof("host key for `unlock provider switch`: made, fetched twice")
+
+        def prove(found: Secret) -> None:
+            kept = work.state.host_key(work.persistence)
+            if kept and kept != found:
+                raise Tampered("it is not the host key that is kept")
+
+        provider.fetch(access.ref(entry, key_id, name).id, work.opens(), prove).wipe()
+        return Proof("host key: fetched, and the one that is kept")
+    except ProviderError as error:
+        return Proof("host key", error)
+
+
+def renew(paths: Paths, client: Client, name: str = "", look: find.Look = find.look) -> int:
+    """A new client certificate, or password, or both, once the key manager has given a key for them; gives the days
+    that the certificate is valid. What `client` leaves empty stays as it is.
+
+    Raises ProviderError, Malformed, Refused, Usage: the old ones are then still in use.
+    """
+    with exclusive(paths), access.Work(paths, look) as work:
+        state = work.state
+        entry = work.entry(name)
+        if entry["kind"] != "kmip":
+            raise Refused(f"provider {entry['name']} has no client certificate", "unlock provider list", code="native")
+        settings = work.settings_of(entry)
+        if client.password and not settings.username:
+            hint = f"edit {paths.config}"
+            raise Usage(f"[provider.{settings.name}] has no username that the password is for", hint)
+        with _completed(work, settings, entry, client) as client:
+            new = _entry(work, settings, entry["id"], client)
+            with closing(_provider(settings, entry["id"], client)) as provider:
+                proof = _prove_host_key(work, entry, provider)
+                if proof.error:
+                    raise proof.error
+            if settings.client_key:
+                _same_file(settings.client_key, client)
+        entry.pop("password", None)
+        entry.update(new)
+        state.save()
+        return days_left(entry) or 0
+
+
+@contextmanager
+def _completed(
+    work: access.Work, settings: config.ProviderConfig, entry: dict[str, Any], client: Client
+) -> Iterator[Client]:
+    """`client`, with what is in use where it is empty."""
+    with ExitStack() as wiped:
+        if not client.certificate:
+            kept = entry["client_key"]
+            key = work.state.client_key(work.persistence, entry) if kept else ask.from_file(settings.client_key)
+            client = client._replace(certificate=entry["client_cert"], key=wiped.enter_context(key))
+        if settings.username and not client.password:
+            password = work.state.client_password(work.persistence, entry)
+            client = client._replace(password=wiped.enter_context(password) if password else None)
+        yield client
+
+
+def _same_file(path: str, client: Client) -> None:
+    """Where the key stays in a file, that file must hold the new one already. Raises Usage."""
+    with ask.from_file(path) as kept:
+        if bytes(kept).strip() != bytes(client.key).strip():
+            raise Usage(f"{path}, which unlock.toml names, holds another key", f"put the new key into {path}")

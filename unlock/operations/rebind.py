@@ -1,0 +1,444 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock rebind`: a new board, a TPM that was cleared or replaced, or a changed boot that the operator accepts.
+
+    recovery key proven on the headers ──> provider, keys of the groups ──> journal, new persistence key ──>
+    TPM: sealed to this boot ──> each disk: token beside the old, proven, the old removed ──> state, journal closed
+
+Where the old persistence key is not in the key cache, what it wrapped comes from elsewhere: volume keys from the
+recovery keyslots, KEKs and host key from the provider. The native provider needs its backup for that, or, with the name
+of a new backup file, becomes a new provider with new KEKs; a key manager must answer.
+
+Killed anywhere, each disk opens by the old key, by the new one, or by the recovery key, and the same command finishes.
+A disk that is away opens by the recovery key until it is back.
+"""
+
+import os
+from contextlib import ExitStack, closing
+from typing import Any, NamedTuple
+
+from ..disks import devices, disk_keys, find, luks
+from ..disks.groups import Group
+from ..errors import Malformed, NoKey, NoSlot, Refused, Tampered, UnlockError
+from ..host import keyring, this_boot
+from ..host.state import State, changing
+from ..keys import access, rotation
+from ..measured import at_unseal
+from ..paths import Paths
+from ..predict import allowed_states, initramfs_images
+from ..providers import Provider, native
+from ..secret import Secret
+from ..tpm import pcr_policy, slots
+from ..tpm.chip import Tpm
+
+RISKS = {
+    "unmeasured-boot": "the kernel or the initramfs is not measured: whoever edits it gets the keys",
+    "unauthenticated-root": "the root file system is not encrypted: whoever edits it gets the keys",
+    "slots-in-use": "another installation of unlock uses this TPM: its key is overwritten",
+}
+"""What `--accept NAME` can accept, and what that means."""
+_NEW = "unlock:rebind"
+"""The new persistence key in the key cache, until everything is under it."""
+
+
+class Choices(NamedTuple):
+    recovery: Secret
+    """As printed."""
+    backup: str = ""
+    """Native: the KDK's backup, or a file that does not exist, for that of a new KDK."""
+    password: Secret | None = None
+    """Of the backup."""
+    client_key: Secret | None = None
+    """KMIP: the client's key again, PEM, where it was wrapped."""
+    client_password: Secret | None = None
+    """KMIP: the password again, where there is one."""
+    pcrs: tuple[int, ...] = ()
+    """Empty: as before, or by how the host boots."""
+    pin: allowed_states.Pin | None = None
+    """None: the one that was set stays, which needs the key cache."""
+    accept: frozenset[str] = frozenset()
+    """Of RISKS."""
+    owner_auth: Secret | None = None
+    tcti: str = allowed_states.DEVICE
+
+
+class Rebound(NamedTuple):
+    selection: tuple[int, ...]
+    done: tuple[str, ...]
+    """Mapping names of the disks that open by the new key."""
+    left: dict[str, str]
+    """Mapping name -> why it opens by the recovery key alone."""
+    lost: tuple[str, ...]
+    """Other providers, whose key was wrapped by the old persistence key alone."""
+
+
+def lacks_pin(paths: Paths, tcti: str = allowed_states.DEVICE) -> bool:
+    """Whether a PIN was set and what it makes is not in the key cache: `rebind` must be given one. Raises Refused when
+    the host is not initialised, TpmAbsent, TpmFailed."""
+    state = State.load(paths)
+    with Tpm(tcti) as tpm:
+        return _has_pin(tpm, state) and allowed_states.PIN_AUTH not in keyring.names()
+
+
+def rebind(paths: Paths, choices: Choices, look: find.Look = find.look) -> Rebound:
+    """Raises Refused, Usage, Tampered, TpmAbsent, TpmFailed, ProviderError: then nothing has changed, or the same
+    command finishes. Refused, code `pin-needed`, where a PIN was set and neither is one chosen nor what it makes in
+    the key cache: a PIN is never dropped in silence."""
+    if choices.pin and choices.pin.typed is not None:
+        initramfs_images.need_pin(paths)
+    with changing(paths) as state, Tpm(choices.tcti) as tpm, ExitStack() as keys:
+        if not state.has_recovery_key:
+            raise Refused("this host has no recovery key, so no disk depends on its TPM", "unlock status")
+        seen = look()
+        mac_key = keys.enter_context(disk_keys.mac_key(choices.recovery, state.host))
+        left = _check_disks(state, seen, choices.recovery, mac_key)
+        selection, branch, plain_root = _this_boot(paths, tpm, state, choices)
+        pin_auth = keys.enter_context(_pin_auth(tpm, state, choices))
+        again = _ours(state) is not None
+        new, old = _keys_at_hand(state)
+        keys.enter_context(new)
+        keys.enter_context(old or Secret(b""))
+        before = _journal(state, new, old, choices)
+        try:
+            goes_on = _goes_on(state, before, old, new)
+            lost = state.rewrap(old, new)
+            state.set_mac_key(new, mac_key)
+            provider = keys.enter_context(closing(_provider(paths, state, old, new, choices)))
+            host_key, host_key_source = _host_key(state, provider, new)
+            keys.enter_context(host_key)
+            keks = [_kek(state, provider, old, seen, group) for group in state.groups.values()]
+        except UnlockError:
+            if not again:
+                _give_up(paths, before)
+            raise
+        for _, kek, _ in keks:
+            keys.enter_context(kek)
+        this_boot.remember(paths, "made", {_NEW: new})
+        payload = pcr_policy.Payload(new, plain_root)
+        has_pin = len(pin_auth) > 0
+        if choices.pin and has_pin:
+            keyring.forget(allowed_states.PIN_AUTH)
+        slots.persist(
+            tpm,
+            bytes.fromhex(state.host),
+            selection,
+            (branch,),
+            payload,
+            choices.owner_auth,
+            pin_auth=pin_auth if has_pin else None,
+            replace=True,
+        )
+        if has_pin:
+            this_boot.remember(paths, "PIN", {allowed_states.PIN_AUTH: pin_auth})
+        done: list[str] = []
+        for group, kek, _ in keks:
+            wraps = disk_keys.Keys(new, host_key, kek, mac_key)
+            done += _rewrap(state, seen, group, wraps, choices.recovery, left)
+        allowed_states.begin(state, selection, branch, plain_root, has_pin)
+        state.removed = None
+        state.journal = goes_on
+        this_boot.remember(paths, "made", {"unlock:persistence": new})
+        state.save()
+        if not has_pin:
+            keyring.forget(allowed_states.PIN_AUTH)
+        _cache(paths, host_key, host_key_source, keks)
+        return Rebound(selection, tuple(done), left, tuple(name for name in lost if name != state.provider["name"]))
+
+
+def _goes_on(state: State, before: dict[str, Any] | None, old: Secret | None, new: Secret) -> dict[str, Any] | None:
+    """What was under way, to be finished after this. A rotation of the recovery key whose key is lost is given up: the
+    one that was typed counts. Raises Tampered."""
+    if not before or "key" not in before:
+        return before
+    if old is None:
+        return None
+    with state.unwrapped_recovery_key(old, before["key"]) as key:
+        return {**before, "key": state.wrapped_recovery_key(new, key)}
+
+
+def _give_up(paths: Paths, before: dict[str, Any] | None) -> None:
+    """Nothing has changed yet, so nothing is unfinished."""
+    state = State.load(paths)
+    state.journal = before
+    state.save()
+
+
+def _check_disks(state: State, seen: dict[str, list[find.Found]], recovery: Secret, mac_key: Secret) -> dict[str, str]:
+    """Why a disk is left as it is, by mapping name. Refused when the recovery key opens none of those that are here."""
+    left: dict[str, str] = {}
+    good = 0
+    trouble: UnlockError | None = None
+    for group in state.groups.values():
+        for member in group.members:
+            node = find.node_of(seen, member)
+            if not node:
+                left[member.name] = "it is not here"
+                continue
+            try:
+                with luks.Container(node) as container:
+                    _check(container, state.host, mac_key)
+                    disk_keys.by_recovery_key(container, recovery).wipe()
+                good += 1
+            except UnlockError as error:
+                left[member.name], trouble = str(error), error
+    if not good:
+        if isinstance(trouble, Tampered):
+            raise trouble
+        raise Refused(
+            "this recovery key opens no disk of this host that is here", "unlock status", code="wrong-recovery-key"
+        ) from trouble
+    return left
+
+
+def _check(container: luks.Container, host: str, mac_key: Secret) -> None:
+    """Raises Tampered when the header is not the one that the recovery key's owner was promised."""
+    trouble: UnlockError | None = None
+    for each in disk_keys.tokens(container, host):
+        try:
+            disk_keys.check_recovery(container, each, mac_key)
+            return
+        except Tampered as error:
+            trouble = error
+    assert trouble
+    raise Tampered(
+        f"{container.device}: its header is not the one that this host wrote, or the recovery key is another",
+        "unlock recovery test",
+    ) from trouble
+
+
+def _this_boot(paths: Paths, tpm: Tpm, state: State, choices: Choices) -> tuple[tuple[int, ...], bytes, bool]:
+    """What is sealed to: PCRs, the branch of this boot, and whether the root file system is not authenticated."""
+    if _is_of_another(tpm, state):
+        _accepted(choices, "slots-in-use")
+    values = at_unseal.values(paths, tpm)
+    boot = at_unseal.how_booted(paths, tpm.read_pcrs(range(16)))
+    before = [pcr for pcr in _before(tpm, state) if pcr != pcr_policy.CAP_PCR]
+    if any(values.get(pcr) == pcr_policy.UNSET for pcr in before):  # another board, which boots in another way
+        before = []
+    pcrs = choices.pcrs or before or at_unseal.MEASURED_BY.get(boot, (7,))
+    if (boot == "unmeasured" and not before) or at_unseal.hides_initramfs(boot, at_unseal.event_log(paths)[0]):
+        _accepted(choices, "unmeasured-boot")
+    selection = pcr_policy.select(pcrs)
+    plain_root = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
+    if plain_root and not state.tpm["unauthenticated_root"]:
+        _accepted(choices, "unauthenticated-root")
+    tpm.srk(choices.owner_auth)
+    tpm.trial(selection)
+    return selection, pcr_policy.branch(selection, at_unseal.of(selection, values)), plain_root
+
+
+def _has_pin(tpm: Tpm, state: State) -> bool:
+    """By the TPM; where it keeps nothing of this host, by the state."""
+    try:
+        record = slots.current(tpm)[1]
+    except NoSlot:
+        return bool(state.tpm.get("pin"))
+    return record.pin if record.host.hex() == state.host else bool(state.tpm.get("pin"))
+
+
+def _pin_auth(tpm: Tpm, state: State, choices: Choices) -> Secret:
+    """Empty without a PIN. Raises Usage, Refused."""
+    try:
+        return allowed_states.auth_for(state.host, _has_pin(tpm, state), choices.pin) or Secret(b"")
+    except Refused as error:
+        error.hint = "--pin, or --pin-file FILE: the same PIN or another one; or --no-pin"
+        raise
+
+
+def _is_of_another(tpm: Tpm, state: State) -> bool:
+    try:
+        return slots.current(tpm)[1].host.hex() != state.host
+    except NoSlot:
+        return False
+
+
+def _before(tpm: Tpm, state: State) -> tuple[int, ...]:
+    """The PCRs that the policy was over, without a window."""
+    if state.tpm["pcrs"]:
+        return tuple(state.tpm["pcrs"])
+    try:
+        return slots.current(tpm)[1].selection
+    except NoSlot:
+        return ()
+
+
+def _accepted(choices: Choices, name: str) -> None:
+    if name not in choices.accept:
+        raise Refused(RISKS[name], f"--accept {name}", code=name)
+
+
+# Keys -------------------------------------------------------------------------------------------------------
+
+
+def _keys_at_hand(state: State) -> tuple[Secret, Secret | None]:
+    """The new persistence key, that of a run that was killed where it is known; and the old one, or None."""
+    entry = _ours(state)
+    for name in (_NEW, "unlock:persistence") if entry else ():
+        try:
+            new = keyring.get(name)
+            return new, state.unhide(new, entry["new"])  # type: ignore[index]
+        except (NoKey, Tampered):
+            continue
+    try:
+        old: Secret | None = keyring.get("unlock:persistence")
+        state.prove(old)  # type: ignore[arg-type]
+    except (NoKey, Tampered):
+        old = None
+    return Secret.random(32), old
+
+
+def _ours(state: State) -> dict[str, Any] | None:
+    """The entry of a rebind that was killed."""
+    return state.journal if state.journal and state.journal["operation"] == "rebind" else None
+
+
+def _journal(state: State, new: Secret, old: Secret | None, choices: Choices) -> dict[str, Any] | None:
+    """The rebind's entry, saved; gives what was in the journal before: an operation that goes on after this one."""
+    killed = _ours(state)
+    before: dict[str, Any] | None = killed["before"] if killed else state.journal
+    backup = killed["backup"] if killed else ""
+    if choices.backup and not os.path.exists(choices.backup):
+        backup = os.path.abspath(choices.backup)
+    state.journal = {
+        "operation": "rebind",
+        "about": f"--backup {choices.backup}" if choices.backup else "",
+        "new": state.hide(new, old),
+        "backup": backup,
+        "before": before,
+    }
+    state.save()
+    return before
+
+
+def _provider(paths: Paths, state: State, old: Secret | None, new: Secret, choices: Choices) -> Provider:
+    """The provider in use, its own key under the new persistence key."""
+    entry = state.provider
+    if old:
+        return access.connect(paths, state, new, entry)
+    if entry["kind"] == "kmip":
+        key = _again("client-key", "the client key", "--client-key FILE", entry.get("client_key"), choices.client_key)
+        word = "the password at the key manager"
+        password = _again("password", word, "--password-file FILE", entry.get("password"), choices.client_password)
+        certificate = entry["client_cert"], entry["client_until"]
+        state.use_provider(state.kmip_entry(entry["name"], entry["id"], *certificate, new, key, password))
+        return access.connect(paths, state, new, state.provider)
+    provider = _native(state, choices)
+    state.use_provider(state.native_entry(entry["name"], provider.id, provider.scope, new, provider.kdk))
+    return provider
+
+
+def _again(code: str, what: str, flag: str, wrapped: str | None, given: Secret | None) -> Secret | None:
+    """What is lost, as it was given; None where there was nothing. Raises Refused."""
+    if wrapped and given is None:
+        raise Refused(f"{what} was wrapped by the persistence key that is gone", flag, code=code)
+    return given if wrapped else None
+
+
+def _native(state: State, choices: Choices) -> native.Native:
+    """From the KDK's backup, or new with a new backup. Raises Refused, Usage, Tampered, Malformed."""
+    if not choices.backup or choices.password is None:
+        raise Refused(
+            "the native provider's key was wrapped by the persistence key that is gone",
+            "--backup FILE: its backup; or a file that does not exist yet, for a new key",
+            code="backup-needed",
+        )
+    journal = state.journal or {}
+    ours = journal.get("backup") == os.path.abspath(choices.backup)
+    if os.path.exists(choices.backup):
+        try:
+            with open(choices.backup, "rb") as file:
+                provider = native.restore(file.read(native.BACKUP_MAX + 1), choices.password)
+        except Malformed:
+            if not ours:
+                raise
+            os.unlink(choices.backup)  # of a run that was killed while it wrote
+        else:
+            if provider.id != state.provider_id and not ours:
+                raise Refused(
+                    f"{choices.backup} is of another provider: {provider.id}, not {state.provider_id}",
+                    "--backup FILE",
+                    code="fingerprint",
+                )
+            return provider
+    provider = native.Native(Secret.random(32), state.host)
+    native.write_backup(choices.backup, provider, choices.password)
+    return provider
+
+
+def _host_key(state: State, provider: Provider, new: Secret) -> tuple[Secret, str]:
+    """The key and its source. Kept in the state from now on, as far as this host keeps such keys. Raises
+    ProviderError."""
+    kept = state.host_key(new)
+    if kept:
+        return kept, "TPM"
+    if not state.persistent:
+        return Secret(disk_keys.ELSEWHERE), ""
+    key_id, name, generation = state.host_key_ref
+    if key_id.startswith(f"{provider.id}/"):
+        key = provider.fetch(key_id.removeprefix(f"{provider.id}/"), access.OPENS)
+        state.set_host_key(key_id, name, generation, new, key, former=False)
+        return key, "provider"
+    ref, key = access.new_key(provider, access.key_name(state.host, "host", generation + 1))
+    state.set_host_key(f"{provider.id}/{ref.id}", ref.name, generation + 1, new, key)
+    return key, "provider"
+
+
+def _kek(
+    state: State, provider: Provider, old: Secret | None, seen: dict[str, list[find.Found]], group: Group
+) -> tuple[Group, Secret, str]:
+    """The KEK of a group and its source, by the old persistence key or the provider; else a new one, and the group
+    under it."""
+    for member in group.members if old else ():
+        node = find.node_of(seen, member)
+        try:
+            with luks.Container(node) as container:
+                for each in disk_keys.tokens(container, state.host):
+                    if old and (each.kek_id, each.kek_generation) == (group.kek, group.generation):
+                        return group, disk_keys.unwrap_kek(each, old), "TPM"
+        except UnlockError:
+            continue
+    if group.kek.startswith(f"{provider.id}/"):
+        return group, provider.fetch(group.kek.removeprefix(f"{provider.id}/"), access.OPENS), "provider"
+    generation = state.next_generation(group.name)
+    made, kek = access.new_key(provider, access.key_name(state.host, f"kek/{group.name}", generation))
+    return rotation.successor(group, provider.id, made, generation), kek, "provider"
+
+
+# Disks ------------------------------------------------------------------------------------------------------
+
+
+def _rewrap(
+    state: State,
+    seen: dict[str, list[find.Found]],
+    group: Group,
+    keys: disk_keys.Keys,
+    recovery: Secret,
+    left: dict[str, str],
+) -> list[str]:
+    """Each member that is here gets a token under the new keys; one disk's trouble is its own."""
+    done = []
+    for member in group.members:
+        if member.name in left:
+            continue
+        node = find.node_of(seen, member)
+        try:
+            with luks.Container(node) as container:
+                dek = disk_keys.by_recovery_key(container, recovery)
+                each = disk_keys.make_token(container, state.host, group, member, dek, keys)
+            with dek:
+                disk_keys.write_token(node, each, dek, keys)
+                disk_keys.drop_other_tokens(node, each, dek, keys)
+            done.append(member.name)
+        except UnlockError as error:
+            left[member.name] = str(error)
+    behind = tuple(member.uuid for member in group.members if member.name in left)
+    state.groups[group.name] = group._replace(behind=behind)
+    return done
+
+
+def _cache(paths: Paths, host_key: Secret, source: str, keks: list[tuple[Group, Secret, str]]) -> None:
+    """The running host works with the new keys from now on."""
+    if bytes(host_key) != disk_keys.ELSEWHERE:
+        this_boot.remember(paths, source, {"unlock:host": host_key})
+    for group, kek, source in keks:
+        this_boot.remember(paths, source, {access.cached(group.kek, group.generation): kek})
+    keyring.forget(_NEW)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock rekey [GROUP]`: a new KEK for a group, or for each. Volume keys and data stay; only headers are written."""
+
+from .. import log
+from ..disks import find
+from ..errors import Refused, Usage
+from ..host.state import exclusive
+from ..keys import access, rotation
+from ..paths import Paths
+
+
+def rekey(
+    paths: Paths, name: str = "", look: find.Look = find.look, connect: access.Connect = access.connect
+) -> list[rotation.Outcome]:
+    """Groups stay open and mounted. Finishes what was killed. A group without a disk here is left as it is.
+
+    Raises Usage, Refused, ProviderError, DiskFailed.
+    """
+    with exclusive(paths), access.Work(paths, look, connect) as work:
+        if name and name not in work.state.groups:
+            raise Usage(f"there is no group {name}", "unlock status")
+        journal = work.state.journal
+        unfinished = str(journal["about"]) if journal and journal["operation"] == "rekey" else ""
+        names = [name] if name else sorted(work.state.groups, key=lambda each: (each != unfinished, each))
+        rotation.retire(work)
+        outcomes = []
+        for each in names:
+            try:
+                outcomes.append(rotation.rotate(work, each))
+            except Refused as error:
+                if name or error.code != "missing":
+                    raise
+                log.error(str(error))
+        return outcomes

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock provider switch NAME`: the host moves to another provider while its groups stay mounted.
+
+journal ──> new host key ──> each group: new KEK, its disks as in every rotation ──> the new provider is in use ──>
+old KEKs retired, where the old provider still answers
+"""
+
+from typing import Any
+
+from ..disks import find
+from ..errors import Refused, Usage
+from ..host import this_boot
+from ..host.state import State, exclusive
+from ..keys import access, rotation
+from ..paths import Paths
+from ..providers import Provider
+from . import selfhosted
+
+
+def switch(
+    paths: Paths, name: str, persistent: bool | None = None, look: find.Look = find.look
+) -> list[rotation.Outcome]:
+    """Moves the host to another provider: new host key, new KEKs, tokens rewritten, groups stay mounted.
+
+    Killed, it goes on when it is called again; each group is on one provider or the other, and opens. Raises Usage,
+    Refused, ProviderError.
+    """
+    with exclusive(paths), access.Work(paths, look) as work:
+        state = work.state
+        if name == state.provider["name"] and not state.unfinished("provider switch", name):
+            raise Refused(f"provider {name} is in use already", "unlock provider list", code="in-use")
+        entry = work.entry(name)
+        kept = _persistence_with(state, entry, persistent)
+        if kept and state.removed:
+            raise Refused("the TPM keeps nothing of this host", "unlock persistence enable", code="removed")
+        if entry["kind"] == "kmip":
+            selfhosted.refuse(state.groups, work.settings_of(entry).endpoints)
+        provider = work.provider(entry)
+        state.begin("provider switch", name)
+        state.persistent = kept
+        if not state.host_key_ref[0].startswith(f"{entry['id']}/"):
+            _new_host_key(work, entry, provider)
+        outcomes = [
+            _move(work, entry, provider, group.name)
+            for group in list(state.groups.values())
+            if not group.kek.startswith(f"{entry['id']}/")
+        ]
+        state.use_provider(entry)
+        state.journal = None
+        state.save()
+        rotation.retire(work, left=True)
+        return outcomes
+
+
+def _persistence_with(state: State, entry: dict[str, Any], persistent: bool | None) -> bool:
+    """Whether keys are kept on this host under that provider: chosen by name for a key manager's."""
+    if entry["kind"] == "native":
+        return True
+    begun = state.unfinished("provider switch", entry["name"])
+    if persistent is None and state.provider["kind"] == "native" and not begun:
+        raise Usage(
+            "whether the key manager's keys are kept on this host is a choice",
+            "--persistence enabled (it boots without the network, for whoever takes all of it too) or disabled",
+        )
+    return state.persistent if persistent is None else persistent
+
+
+def _new_host_key(work: access.Work, entry: dict[str, Any], provider: Provider) -> None:
+    state = work.state
+    generation = state.host_key_ref[2] + 1
+    made, key = access.new_key(provider, access.key_name(state.host, "host", generation))
+    with key:
+        state.set_host_key(f"{entry['id']}/{made.id}", made.name, generation, work.persistence, key)
+        state.save()
+        this_boot.remember(work.paths, "provider", {"unlock:host": key})
+
+
+def _move(work: access.Work, entry: dict[str, Any], provider: Provider, name: str) -> rotation.Outcome:
+    state = work.state
+    group = state.groups[name]
+    generation = state.next_generation(name)
+    made, kek = access.new_key(provider, access.key_name(state.host, f"kek/{name}", generation))
+    with kek:
+        new = rotation.successor(group, entry["id"], made, generation)
+        new = new._replace(policy=access.wanted_policy(work, group))
+        return rotation.replace(work, group, new, kek, journal=state.journal)

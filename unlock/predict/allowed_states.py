@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which boots the TPM allows, why, and how that set is replaced.
+
+    current()      the policy record in the TPM, with the reasons that state.json keeps
+    predicted()    what may boot next, from files on this authenticated system; what was predicted before goes
+    reseal()       the same persistence key under another policy: reasons first, then the TPM
+
+The TPM's record permits; state.json only says why. Killed between the two, every branch in the TPM still has its
+reason or is shown as "unknown", and the next run writes what is missing.
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from ..errors import NoKey, Refused, UnlockError, Usage
+from ..host import keyring, this_boot
+from ..host.state import State as HostState
+from ..host.state import changing
+from ..keys import access
+from ..measured import at_unseal
+from ..paths import Paths
+from ..secret import Secret
+from ..tpm import pcr_policy, slots
+from ..tpm.chip import Tpm
+from ..tpm.pcr_policy import Record, Slot
+
+DEVICE = "device:/dev/tpmrm0"
+PIN_AUTH = "unlock:pin-auth"
+"""In the key cache while the host is up: what the PIN makes, so that unattended changes of the policy keep it."""
+UNKNOWN = "unknown"
+_PATIENCE = 60.0
+"""Seconds that a prediction, run by a package's hook, waits for another command to end."""
+THIS, BEFORE = "this boot", "the boot before"
+
+
+class State(NamedTuple):
+    """One PCR state under which the TPM releases the key."""
+
+    branch: bytes
+    """policyDigest of the state."""
+    why: str
+    """Short words for a person."""
+    proven: bool
+    """A boot has unsealed by it."""
+    made: str
+    """UTC, ISO 8601; '' when not known."""
+
+
+class Allowed(NamedTuple):
+    """The current slot and what is known of it."""
+
+    slot: Slot
+    record: Record
+    states: tuple[State, ...]
+    """One for each branch of the record, in its order."""
+    opened: bytes
+    """The branch that this boot has been in when early boot asked; b"" when that is none, or cannot be told."""
+    window: dict[str, Any] | None
+    """`reboots` left, `since` (UTC), when fewer PCRs count for a while."""
+
+
+class Pin(NamedTuple):
+    """A choice of the operator's. Where there is none, what a boot is asked for stays as it is."""
+
+    typed: Secret | None
+    """None: no PIN any more."""
+
+
+def current(paths: Paths, tpm: Tpm) -> Allowed:
+    """Raises Refused when the host is not initialised, NoSlot, NewerFormat. Sends reading commands alone."""
+    return look(paths, tpm, HostState.load(paths))
+
+
+def look(paths: Paths, tpm: Tpm, state: HostState) -> Allowed:
+    """The same for a state that is loaded."""
+    slot, record = slots.current(tpm)
+    opened = _opened(record, at_unseal.values(paths, tpm))
+    kept = state.tpm
+    states = tuple(_state(branch, kept, opened) for branch in record.branches)
+    return Allowed(slot, record, states, opened, kept["window"])
+
+
+def predicted(
+    paths: Paths,
+    states: Mapping[str, Mapping[int, bytes]],
+    tcti: str = DEVICE,
+    owner_auth: Secret | None = None,
+) -> Allowed:
+    """Allows what may boot next: words -> values of PCRs 0 to 15 at the time of the unseal.
+
+    Every earlier prediction goes; the branch that opened this boot stays, byte for byte, and that of the boot before.
+    Writes nothing when nothing changes. Raises Usage for more than the policy holds, Refused when the branch that
+    opened this boot cannot be told and one would have to go; NoKey, NoSlot, TpmFailed.
+    """
+    with changing(paths, _PATIENCE) as state, Tpm(tcti) as tpm, access.persistence_key() as persistence:
+        found = look(paths, tpm, state)
+        record = found.record
+        new: dict[bytes, str] = {}
+        for words, values in states.items():
+            new.setdefault(
+                pcr_policy.branch(record.selection, at_unseal.of(record.selection, values), record.cap), words
+            )
+        stay = _staying(found, state.tpm)
+        wanted = [*stay, *(branch for branch in new if branch not in stay)]
+        if len(wanted) > pcr_policy.MAX_BRANCHES:
+            if not found.opened:
+                raise Refused(
+                    "which state this boot was in cannot be told, so none may go, and there is no room for more",
+                    "unlock policy show",
+                    code="pcr-unknown",
+                )
+            most = pcr_policy.MAX_BRANCHES - len(stay)
+            raise Usage(f"{len(new)} predicted states: beside this boot's, and the one before, {most} have room")
+        reasons = {branch: f"predicted: {words}" for branch, words in new.items() if branch not in stay}
+        return reseal(paths, tpm, state, persistence, found, record.selection, wanted, reasons, owner_auth)
+
+
+def reseal(
+    paths: Paths,
+    tpm: Tpm,
+    state: HostState,
+    persistence: Secret,
+    found: Allowed,
+    selection: Iterable[int],
+    branches: Iterable[bytes],
+    reasons: Mapping[bytes, str],
+    owner_auth: Secret | None = None,
+    pin: Pin | None = None,
+) -> Allowed:
+    """This policy, in the place of what is in the TPM, and why. The state is saved first: it has the reasons of both.
+
+    Does nothing when nothing changes. Raises Tampered for a persistence key that is not this host's, Refused, code
+    `pin-needed`, when a PIN is set and what it makes is not in the key cache.
+    """
+    branches, selection = list(branches), pcr_policy.select(selection, found.record.cap)
+    record = found.record
+    remember(state, found, branches, reasons)
+    same = branches == list(record.branches) and selection == record.selection
+    if same and (pin is None or (pin.typed is None and not record.pin)):
+        state.tpm["pin"] = record.pin
+        state.save_if_changed()
+        return look(paths, tpm, state)
+    state.prove(persistence)
+    with auth_for(state.host, record.pin, pin) or Secret(b"") as auth:
+        state.tpm["pin"] = record.pin or len(auth) > 0
+        state.save_if_changed()
+        if pin and pin.typed is not None:
+            # until the TPM has it: no later change of the policy may set a PIN that nobody was told of
+            keyring.forget(PIN_AUTH)
+        payload = pcr_policy.Payload(persistence, unauthenticated_root(paths, state))
+        host, pin_auth = bytes.fromhex(state.host), auth if len(auth) else None
+        slots.persist(tpm, host, selection, branches, payload, owner_auth, pin_auth=pin_auth, cap=record.cap)
+        if pin_auth:
+            this_boot.remember(paths, "PIN", {PIN_AUTH: pin_auth})
+        else:
+            keyring.forget(PIN_AUTH)
+    state.tpm["pin"] = pin_auth is not None
+    state.save_if_changed()
+    return look(paths, tpm, state)
+
+
+def auth_for(host: str, is_set: bool, pin: Pin | None = None) -> Secret | None:
+    """What the sealed object asks for from now on: by the operator's choice, else as it is. None without a PIN.
+
+    Raises Usage for a PIN too short or too long; Refused, code `pin-needed`.
+    """
+    if pin:
+        return pcr_policy.pin_auth(bytes.fromhex(host), pin.typed) if pin.typed is not None else None
+    if not is_set:
+        return None
+    try:
+        return keyring.get(PIN_AUTH)
+    except NoKey:
+        raise Refused(
+            "a PIN is set, and what it makes is not in the key cache, so the TPM cannot be sealed anew",
+            "unlock policy set --pin",
+            code="pin-needed",
+        ) from None
+
+
+def remember(state: HostState, found: Allowed, branches: Iterable[bytes], reasons: Mapping[bytes, str]) -> None:
+    """Reasons of the branches that are in the TPM and of those that come; all others are forgotten. Saves nothing."""
+    kept = state.tpm
+    old, now = kept["states"], utc()
+    settle(kept, found.opened)
+    entries = {}
+    for branch in (*found.record.branches, *branches):
+        entry = old.get(branch.hex()) or {"why": UNKNOWN, "proven": False, "made": now if branch in reasons else ""}
+        if branch in reasons:
+            entry = {**entry, "why": reasons[branch], "made": entry["made"] or now}
+        entries[branch.hex()] = entry
+    kept["states"] = entries
+
+
+def opens_this_boot(paths: Paths, tcti: str = DEVICE) -> bool:
+    """Whether the TPM released the key to this boot, or would now: it was sealed to this boot since."""
+    early = this_boot.early(paths)
+    if early and early["verdict"] == "unsealed":
+        return True
+    try:
+        with Tpm(tcti) as tpm:
+            return bool(current(paths, tpm).opened)
+    except UnlockError:
+        return False
+
+
+def begin(
+    state: HostState, selection: Iterable[int], branch: bytes, unauthenticated_root: bool, pin: bool = False
+) -> None:
+    """A policy for the state of this boot alone. Saves nothing."""
+    state.tpm.update(
+        states={branch.hex(): {"why": THIS, "proven": False, "made": utc()}},
+        opened=branch.hex(),
+        before="",
+        pcrs=list(selection),
+        window=None,
+        unauthenticated_root=unauthenticated_root,
+        pin=pin,
+    )
+
+
+def settle(kept: dict[str, Any], opened: bytes) -> None:
+    """Which branch opened this boot, and which one the boot before."""
+    if opened and opened.hex() != kept["opened"]:
+        kept["before"], kept["opened"] = kept["opened"], opened.hex()
+
+
+def unauthenticated_root(paths: Paths, state: HostState) -> bool:
+    """What the operator accepted by name at init; where the state does not say, as early boot found it sealed."""
+    if state.tpm["unauthenticated_root"] is not None:
+        return bool(state.tpm["unauthenticated_root"])
+    early = this_boot.early(paths)
+    return bool(early and early["facts"].get("unauthenticated_root"))
+
+
+def utc() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _staying(found: Allowed, kept: Mapping[str, Any]) -> list[bytes]:
+    """The branches that a prediction leaves alone: all of them, when it is not known which one opened this boot."""
+    if not found.opened:
+        return list(found.record.branches)
+    before = kept["before"] if kept["opened"] == found.opened.hex() else kept["opened"]
+    return [branch for branch in found.record.branches if branch == found.opened or branch.hex() == before]
+
+
+def _opened(record: Record, values: Mapping[int, bytes]) -> bytes:
+    if any(pcr not in values for pcr in record.selection):
+        return b""
+    branch = pcr_policy.branch(record.selection, values, record.cap)
+    return branch if branch in record.branches else b""
+
+
+def _state(branch: bytes, kept: Mapping[str, Any], opened: bytes) -> State:
+    entry = kept["states"].get(branch.hex()) or {"why": UNKNOWN, "proven": False, "made": ""}
+    before = kept["before"] if not opened or kept["opened"] == opened.hex() else kept["opened"]
+    why = THIS if branch == opened else BEFORE if branch.hex() == before else str(entry["why"])
+    return State(branch, why, bool(entry["proven"]), str(entry["made"]))

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EFI programs as files: the hash that the firmware measures, and the sections of a unified kernel image.
+
+Microsoft "PE Format" and "Windows Authenticode Portable Executable Signature Format": all of the file but the
+checksum, the directory entry of the signatures, and the signatures themselves. Integers are little-endian.
+"""
+
+import struct
+from hashlib import sha256
+from typing import NamedTuple
+
+from ..errors import Malformed
+
+MAX_SECTIONS = 96
+"""What Windows' loader and shim take."""
+MAX_PADDING = 1 << 20
+"""Bytes by which a section may be larger in memory than in the file."""
+_SECTION = struct.Struct("<8sIIII")
+_SECTION_SIZE = 40
+_SECURITY = 4  # the data directory of the signatures
+
+
+class Section(NamedTuple):
+    name: str
+    size: int
+    """In memory: what was meant; the file pads it."""
+    raw: int
+    """Bytes in the file."""
+    offset: int
+
+
+class Image(NamedTuple):
+    checksum: int
+    """Offset of the checksum in the file, 4 bytes."""
+    security: int
+    """Offset of the directory entry of the signatures, 8 bytes; 0 when there is none."""
+    headers: int
+    """Bytes before the first section."""
+    signatures: int
+    """Bytes of signatures at the end of the file."""
+    sections: tuple[Section, ...]
+
+
+def read(data: bytes, whole: bool = True) -> Image:
+    """The layout of a PE32 or PE32+ file. Malformed; without `whole`, not for one that ends too early behind its
+    headers."""
+    try:
+        return _read(data, whole)
+    except struct.error:
+        raise Malformed("not an EFI program: cut short") from None
+
+
+def _read(data: bytes, whole: bool) -> Image:
+    (pe,) = struct.unpack_from("<I", data, 0x3C)
+    if data[:2] != b"MZ" or data[pe : pe + 4] != b"PE\0\0":
+        raise Malformed("not an EFI program")
+    (count,) = struct.unpack_from("<H", data, pe + 6)
+    (optional_size,) = struct.unpack_from("<H", data, pe + 20)
+    optional = pe + 24
+    (magic,) = struct.unpack_from("<H", data, optional)
+    directories = {0x10B: 96, 0x20B: 112}.get(magic, 0)
+    if not directories or count > MAX_SECTIONS:
+        raise Malformed("not an EFI program: an unknown kind, or too many sections")
+    (headers,) = struct.unpack_from("<I", data, optional + 60)
+    (entries,) = struct.unpack_from("<I", data, optional + directories - 4)
+    security = optional + directories + 8 * _SECURITY if entries > _SECURITY else 0
+    start, signatures = struct.unpack_from("<II", data, security) if security else (0, 0)
+    sections = []
+    for each in range(count):
+        name, size, _, raw, offset = _SECTION.unpack_from(data, optional + optional_size + _SECTION_SIZE * each)
+        if whole and raw and offset + raw > len(data):
+            raise Malformed("not an EFI program: a section lies outside the file")
+        sections.append(Section(name.rstrip(b"\0").decode("ascii", "replace"), size, raw, offset))
+    if headers > len(data) or security + 8 > headers or (whole and start + signatures > len(data)):
+        raise Malformed("not an EFI program: a size is wrong")
+    return Image(optional + 64, security, headers, signatures, tuple(sections))
+
+
+def authenticode(data: bytes) -> bytes:
+    """The SHA-256 that the firmware measures into PCR 4 when it loads this file. Malformed."""
+    image, view = read(data), memoryview(data)
+    digest = sha256(view[: image.checksum])
+    if image.security:
+        digest.update(view[image.checksum + 4 : image.security])
+        digest.update(view[image.security + 8 : image.headers])
+    else:
+        digest.update(view[image.checksum + 4 : image.headers])
+    hashed = image.headers
+    for section in sorted((each for each in image.sections if each.raw), key=lambda each: each.offset):
+        digest.update(view[section.offset : section.offset + section.raw])
+        hashed += section.raw
+    if hashed + image.signatures < len(data):  # what comes after the sections, up to the signatures
+        digest.update(view[hashed : len(data) - image.signatures])
+    return digest.digest()
+
+
+def signatures(data: bytes) -> bytes:
+    """The table of its signatures; b"" when it has none. Malformed."""
+    image = read(data)
+    start = struct.unpack_from("<I", data, image.security)[0] if image.security else 0
+    return data[start : start + image.signatures]
+
+
+def section(data: bytes, image: Image, name: str) -> bytes | None:
+    """The content of a section as it is in memory, zeros at its end included; None when there is no such section."""
+    for each in image.sections:
+        if each.name == name:
+            content = data[each.offset : each.offset + min(each.raw, each.size)]
+            if each.size - len(content) > MAX_PADDING:
+                raise Malformed(f"EFI program: its section {name} is larger than the file has it")
+            return content.ljust(each.size, b"\0")
+    return None
