@@ -2,6 +2,7 @@
 """The rules of the layout: imports point one way, each outside library has one door, early boot stays light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,3 +140,15 @@ def test_nothing_speaks_of_this_machine() -> None:
         path = top / name
         if path.is_file():
             assert f"{top}/" not in path.read_text(errors="replace"), name
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/design.md"])
+def test_the_files_that_a_page_names_are_there(page: str) -> None:
+    top = PACKAGE.parent
+    text = (top / page).read_text()
+    named = re.findall(r"`((?:unlock|initramfs|system|udev|tests|docs|man)/[\w./@-]*[\w/])`", text)
+    links = re.findall(r"\]\(([\w./-]+)\)", text)
+    assert named or links
+    missing = [each for each in named if not (top / each).exists()]
+    missing += [each for each in links if not (top / page).parent.joinpath(each).exists()]
+    assert not missing
