@@ -22,6 +22,7 @@ units = unlock-group@.service unlock-heal@.service unlock-baseline.service unloc
 install:
 	find unlock -name '*.py' -exec $(DATA) {} $(home)/{} ';'
 	$(RUN) system/unlock $(sbin)/unlock
+	$(RUN) system/mount.unlock $(sbin)/mount.unlock
 	$(RUN) initramfs/cap $(home)/cap
 	$(RUN) system/gate $(home)/gate
 	$(RUN) initramfs/collect $(home)/initramfs/collect
@@ -42,7 +43,7 @@ install:
 
 uninstall:
 	rm -rf $(home)
-	rm -f $(sbin)/unlock $(tools)/hooks/unlock $(tools)/scripts/unlock-functions
+	rm -f $(sbin)/unlock $(sbin)/mount.unlock $(tools)/hooks/unlock $(tools)/scripts/unlock-functions
 	rm -f $(stages:%=$(tools)/scripts/%/unlock) $(tools)/scripts/local-premount/check-resume
 	rm -f $(rules)/65-unlock.rules $(systemd)/system-generators/unlock-generator $(units:%=$(systemd)/system/%)
 	rm -f $(updates:%=$(etc)/%) $(etc)/dpkg/dpkg.cfg.d/unlock

@@ -300,7 +300,7 @@ def test_a_group_gets_a_gate_and_a_mount(host: Host) -> None:
         "Before=umount.target",
         "What=/run/unlock/open/data",
         "Where=/srv/data",
-        "Type=btrfs",
+        "Type=unlock.btrfs",
         "Options=noatime,compress=zstd",
     ):
         assert line in unit
@@ -493,6 +493,7 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
             programs = {name for name, path in files.items() if path.stat().st_mode & 0o111}
             assert programs == {
                 "usr/sbin/unlock",
+                "usr/sbin/mount.unlock",
                 "usr/lib/unlock/cap",
                 "usr/lib/unlock/gate",
                 "usr/lib/unlock/predict",

@@ -79,11 +79,17 @@ def _boot(argv: list[str]) -> int:
         from .operations.predict import hook
 
         return hook(paths, tpm_device())
+    if argv[:1] == ["mount"]:
+        from .boot.mount import mount
+
+        return mount(paths, argv[1:])
     if len(argv) == 2 and argv[0] == "gate":
         from .boot.gate import gate
 
         return gate(paths, argv[1])
-    raise Usage("usage: unlock boot agent|why|prompt|screen|secure|drop|heal|baseline|predict|gate GROUP")
+    raise Usage(
+        "usage: unlock boot agent|why|prompt|screen|secure|drop|heal|baseline|predict|gate GROUP|mount SOURCE DIRECTORY"
+    )
 
 
 if __name__ == "__main__":

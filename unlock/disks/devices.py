@@ -23,6 +23,7 @@ BUFFER = 16 << 20
 _EFI_PARTITION = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
 """UEFI Specification 2.10, table 5.8."""
 _SERIALS = ("ID_SCSI_SERIAL", "ID_SERIAL_SHORT", "ID_SERIAL")
+_BTRFS_IOC_FS_INFO = 0x8400941F
 _DEEP = 32
 """More layers than any storage stack has."""
 
@@ -102,6 +103,32 @@ def disk(node: str) -> Disk:
         return _disk(device)
     finally:
         udev.udev_device_unref(device)
+
+
+class FileSystem(NamedTuple):
+    """What udev found on a device."""
+
+    kind: str
+    """ID_FS_TYPE: btrfs, ext4, LVM2_member; '' for nothing that it knows."""
+    uuid: str
+    """ID_FS_UUID: members of one btrfs or md have the same."""
+
+
+def file_system(node: str) -> FileSystem:
+    """What is on a device, as udev knows it. Raises DiskFailed."""
+    udev = _udev()
+    device = udev.udev_device_new_from_devnum(udev.context, b"b", _rdev(node, "/"))
+    if not device:
+        raise DiskFailed(f"{node} is not known to udev")
+    try:
+        return FileSystem(_property(device, "ID_FS_TYPE"), _property(device, "ID_FS_UUID"))
+    finally:
+        udev.udev_device_unref(device)
+
+
+def carriers(uuid: str) -> list[Disk]:
+    """All devices on which udev found a file system, or a part of one, with this UUID."""
+    return [_disk(each) for each in _found("udev_enumerate_add_match_property", "ID_FS_UUID", uuid)]
 
 
 def settled(root: str = "/") -> bool:
@@ -197,7 +224,7 @@ def root_chain(mountpoint: str, root: str = "/") -> list[str]:
     found: list[str] = []
     for device, where, source, kind in _mounts(root):  # the last mount on a mountpoint is what one sees
         if where == mountpoint:
-            found = _btrfs_devices(source, root) if kind == "btrfs" else [device]
+            found = _btrfs_devices(where, source, root) if kind == "btrfs" else [device]
     return [each for each in found if _folder(each, root)]
 
 
@@ -209,6 +236,14 @@ def opened_by(mountpoint: str, names: set[str], root: str = "/") -> bool:
     """
     devices = root_chain(mountpoint, root)
     return bool(devices) and all(_passes(_folder(each, root), names, _DEEP) for each in devices)
+
+
+def not_on(mountpoint: str, names: set[str], root: str = "/") -> list[str]:
+    """The block devices below a mounted file system that are no LUKS2 mapping of one of these names, and do not lie on
+    such mappings alone: by sysfs name; `nothing` where no block device is below it."""
+    below = root_chain(mountpoint, root)
+    foreign = [each for each in below if not _passes(_folder(each, root), names, _DEEP, verity=False)]
+    return [os.path.basename(_folder(each, root)) for each in foreign] if below else ["nothing"]
 
 
 def is_encrypted(number: str, root: str = "/") -> bool:
@@ -254,14 +289,14 @@ def mapping_of(luks_uuid: str, root: str = "/") -> str:
     return next((name for name, uuid in mappings(root).items() if uuid == luks_uuid), "")
 
 
-def _passes(folder: str, names: set[str], deep: int) -> bool:
+def _passes(folder: str, names: set[str], deep: int, verity: bool = True) -> bool:
     kind = _line(folder, "dm", "uuid")
-    if kind.startswith("CRYPT-VERITY-"):
+    if verity and kind.startswith("CRYPT-VERITY-"):
         return True
     if kind.startswith("CRYPT-LUKS") and _line(folder, "dm", "name") in names:
         return True
     below = _below(folder)
-    return deep > 0 and bool(below) and all(_passes(each, names, deep - 1) for each in below)
+    return deep > 0 and bool(below) and all(_passes(each, names, deep - 1, verity) for each in below)
 
 
 def _crypted(folder: str, deep: int) -> bool:
@@ -289,14 +324,36 @@ def _below(folder: str) -> list[str]:
     return []
 
 
-def _btrfs_devices(source: str, root: str) -> list[str]:
-    """All devices of the btrfs of which `source` is one."""
-    number, btrfs = _number(source, root), _at(root, "sys/fs/btrfs")
-    for uuid in _entries(btrfs):
-        devices = [_line(btrfs, uuid, "devices", each, "dev") for each in _entries(btrfs, uuid, "devices")]
-        if number and number in devices:
-            return devices
-    return []
+def _btrfs_devices(mountpoint: str, source: str, root: str) -> list[str]:
+    """All devices of a mounted btrfs, as the kernel says; where there is no kernel to ask (`root`), by its source."""
+    btrfs = _at(root, "sys/fs/btrfs")
+    devices = {
+        uuid: [_line(btrfs, uuid, "devices", each, "dev") for each in _entries(btrfs, uuid, "devices")]
+        for uuid in _entries(btrfs)
+    }
+    if root == "/":
+        return devices.get(_btrfs_id(mountpoint), [])
+    return next((each for each in devices.values() if _number(source, root) in each), [])
+
+
+def _btrfs_id(mountpoint: str) -> str:
+    """The name in /sys/fs/btrfs of the btrfs that is mounted there; '' if none is. BTRFS_IOC_FS_INFO, linux/btrfs.h:
+    the id by which the kernel knows it, not always that of the superblock (temp_fsid, Linux 6.7)."""
+    import fcntl
+
+    answer = bytearray(1024)
+    try:
+        fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        fcntl.ioctl(fd, _BTRFS_IOC_FS_INFO, answer)
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)
+    digits = answer[16:32].hex()
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
 # /proc and /sys
