@@ -15,7 +15,7 @@ rules = $(DESTDIR)/usr/lib/udev/rules.d
 etc = $(DESTDIR)/etc
 updates = kernel/postinst.d/zzz-unlock kernel/postrm.d/zzz-unlock initramfs/post-update.d/zzz-unlock
 stages = init-premount local-top local-block local-bottom panic
-units = unlock-group@.service unlock-heal@.service unlock-baseline.service unlock-predict.service unlock-sync.service unlock-sync.timer
+units = unlock-cap.service unlock-group@.service unlock-heal@.service unlock-baseline.service unlock-predict.service unlock-sync.service unlock-sync.timer
 
 .PHONY: install uninstall
 
