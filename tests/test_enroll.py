@@ -388,7 +388,7 @@ def test_adopting_a_member_again_mends_its_token_and_its_keyslot(enrolled: Paths
     with luks.Container(device) as container:
         for number, _ in container.tokens("unlock"):
             container.remove_token(number)
-        container.remove_keyslot(container.test_passphrase(Secret(recovery)))
+        container.remove_keyslot(disk_keys.recovery_keyslot(container, Secret(recovery))[0])
     assert not opens_with(device, recovery)
     assert adopt(enrolled, device) == 0
     assert opens_with(device, recovery)

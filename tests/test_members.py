@@ -489,7 +489,7 @@ GROWING = """
         sh(f"losetup --detach {made.pop()}")
         wait(lambda: twin not in [each.node for each in devices.marked()])
         with luks.Container(first) as container:
-            container.remove_keyslot(container.test_passphrase(host.recovery))
+            container.remove_keyslot(disk_keys.recovery_keyslot(container, host.recovery)[0])
         found.append(refused(third))
         adopt(host, first)
         adopt(host, third)

@@ -12,7 +12,7 @@ import pytest
 from tests.lab.hostile import HOST, Lab
 from unlock.boot import worker
 from unlock.boot.activation import Opening
-from unlock.boot.worker import Header, Worker
+from unlock.boot.worker import Worker, WorkerHeader
 from unlock.disks import disk_keys, luks
 from unlock.disks.devices import Disk
 from unlock.errors import DiskFailed, NotOurs, UnlockError
@@ -36,10 +36,10 @@ def process(lab: Lab) -> Iterator[Worker]:
     made.end()
 
 
-def header_of(process: Worker) -> Header:
+def header_of(process: Worker) -> WorkerHeader:
     while not (answer := process.read()):
         pass
-    return Header(process, answer)
+    return WorkerHeader(process, answer)
 
 
 def memory(pid: int) -> bytes:

@@ -14,6 +14,7 @@ from unlock.boot.activation import Opening
 from unlock.disks import disk_keys, luks, token
 from unlock.disks.devices import Disk
 from unlock.disks.groups import Group, Member
+from unlock.disks.header import Header
 from unlock.host.report import OUTCOMES, Report
 from unlock.keys import recovery_key
 from unlock.secret import Secret
@@ -82,11 +83,11 @@ class Lab:
 
     # The doors
 
-    def by_tpm(self, container: luks.Header, each: token.Token) -> Secret:
+    def by_tpm(self, container: Header, each: token.Token) -> Secret:
         """As early boot and the gates unwrap."""
         return disk_keys.volume_key(container, each, self.keys.persistence)
 
-    def by_recovery(self, container: luks.Header, each: token.Token) -> Secret:
+    def by_recovery(self, container: Header, each: token.Token) -> Secret:
         """As the recovery prompt does."""
         disk_keys.check_recovery(container, each, self.keys.mac_key)
         return disk_keys.by_recovery_key(container, self.recovery)
@@ -117,7 +118,7 @@ class Lab:
             opening.wipe()
         return outcome, detail
 
-    def _is_authentic(self, container: luks.Header, each: token.Token) -> None:
+    def _is_authentic(self, container: Header, each: token.Token) -> None:
         """By comparison with what was written, not by what was authenticated."""
         now, then = container.metadata, self.authentic
         assert container.uuid == self.uuid

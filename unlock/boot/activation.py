@@ -15,11 +15,12 @@ import select
 from ..disks import forget, luks, token
 from ..disks.devices import Disk, Monitor
 from ..disks.devices import settled as settled_now
+from ..disks.header import Header
 from ..errors import Malformed, NotOurs, Tampered, UnlockError
 from ..host.report import OUTCOMES, Report, now
 from ..light import Callable, NamedTuple
 from ..secret import Secret
-from .worker import Ended, Header, Worker
+from .worker import Ended, Worker, WorkerHeader
 
 ACTIVATION_TIMEOUT = 20.0
 """Seconds for one activation; libcryptsetup waits in it for udev."""
@@ -31,12 +32,12 @@ class Candidate(NamedTuple):
     """A disk whose header is authentic, with what opens it."""
 
     disk: Disk
-    header: Header
+    header: WorkerHeader
     token: token.Token
     dek: Secret
 
 
-Unwrap = Callable[[luks.Header, token.Token], Secret]
+Unwrap = Callable[[Header, token.Token], Secret]
 """Gives a disk's volume key once header and token are authentic. Raises Tampered and other UnlockErrors."""
 
 
@@ -106,7 +107,7 @@ class Opening:
             if not answer:
                 worker.deadline = now() + self.read_timeout
                 return
-            if self._examine(worker.disk, Header(worker, answer)):
+            if self._examine(worker.disk, WorkerHeader(worker, answer)):
                 del self.reading[fd]
                 return
         except NotOurs as error:
@@ -124,7 +125,7 @@ class Opening:
         del self.reading[fd]
         worker.end()
 
-    def _examine(self, found: Disk, header: Header) -> bool:
+    def _examine(self, found: Disk, header: WorkerHeader) -> bool:
         """True when the disk is a candidate now, and its worker stays."""
         from ..disks import disk_keys  # loaded when the first workers have been forked: they need none of it
 

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from contextlib import closing
 
 from .. import log
-from ..disks import devices, disk_keys, find, luks
+from ..disks import devices, disk_keys, find
 from ..disks.groups import Group
+from ..disks.header import Header
 from ..disks.token import Token
 from ..errors import ClockWrong, CommandFailed, NoKey, NotOurs, ProviderUnavailable, Tampered, UnlockError, Usage
 from ..host import config, keyring, report, this_boot, units
@@ -185,7 +186,7 @@ def unwrapper(
     if group and group.policy == "provider":
         _await_kek(paths, group, end, look, connect)
 
-    def unwrap(header: luks.Header, token: Token) -> Secret:
+    def unwrap(header: Header, token: Token) -> Secret:
         try:
             return disk_keys.volume_key(header, token, persistence)
         except NoKey:
@@ -233,7 +234,7 @@ def _from_provider(
                 keks[kek_id, generation] = provider.fetch(access.ref(entry, kek_id, "").id, opens)
         return keks[kek_id, generation]
 
-    def unwrap(header: luks.Header, token: Token) -> Secret:
+    def unwrap(header: Header, token: Token) -> Secret:
         return disk_keys.by_kek(header, token, kek_of(token.kek_id, token.kek_generation))
 
     _until(end, lambda: kek_of(group.kek, group.generation))

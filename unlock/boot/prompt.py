@@ -5,7 +5,8 @@ import os
 from typing import Any
 
 from .. import ask, log
-from ..disks import devices, disk_keys, luks, token
+from ..disks import devices, disk_keys, token
+from ..disks.header import Header
 from ..errors import Tampered, Usage
 from ..host import report, this_boot
 from ..keys import recovery_key
@@ -74,7 +75,7 @@ def _altered(found: dict[str, Any] | None) -> bool:
 def open_all(paths: Paths, *recovery: Secret) -> dict[str, Any]:
     """Every group whose members these recovery keys authenticate; the result is this boot's report from then on."""
 
-    def unwrap(header: luks.Header, each: token.Token) -> Secret:
+    def unwrap(header: Header, each: token.Token) -> Secret:
         return disk_keys.by_checked_recovery_key(header, each, *recovery)
 
     record = report.Report("recovery", announce=log.console)
