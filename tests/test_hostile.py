@@ -42,7 +42,7 @@ from unlock import strictjson
 from unlock.boot.activation import Opening
 from unlock.disks import disk_keys, luks, token
 from unlock.disks import header as luks_header
-from unlock.disks.devices import Disk
+from unlock.disks.udev import Disk
 from unlock.errors import Malformed, NotOurs, Tampered, UnlockError
 from unlock.host.report import Report
 from unlock.secret import Secret

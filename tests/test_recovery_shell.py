@@ -17,7 +17,7 @@ from tests.flowfixture import HOST, Host
 from tests.test_recovery_rotate import change_flags
 from unlock import ask, cli
 from unlock.boot import activation, gate, shell
-from unlock.disks import devices
+from unlock.disks import udev
 from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.host import keyring, report, this_boot
 from unlock.keys import delivery, recovery_key
@@ -107,7 +107,7 @@ def test_without_a_report_it_still_says_what_to_type(paths: Paths) -> None:
 def test_status_shows_what_headers_say(tmp_path: Path, key_cache: None) -> None:
     host = Host(tmp_path, 2)
     record = refused(0)
-    disks = [devices.Disk(str(image), image.name, "", "", "", 0, 0) for image in host.disks]
+    disks = [udev.Disk(str(image), image.name, "", "", "", 0, 0) for image in host.disks]
     record.disk(disks[0].node, "no-key", record.why(), uuid="x")
     host.disks[1].write_bytes(bytes(1 << 20))
     this_boot.write_report(host.paths, record, "report.json")
@@ -176,7 +176,7 @@ def look(host: Host, image: Path, *keys: Secret) -> report.Report:
     """The disk under its recovery key, without device-mapper."""
     record = report.Report("open data")
     groups = activation.Opening(HOST, gate._by_recovery_key(*keys), record, "data")
-    groups.saw(devices.Disk(str(image), image.name, "", "", "", 0, 0))
+    groups.saw(udev.Disk(str(image), image.name, "", "", "", 0, 0))
     groups.read_all()
     groups.wipe()
     return record
@@ -189,8 +189,8 @@ class Slow:
         self.end = time.monotonic() + seconds
         self.left = True
 
-    def look(self, monitor: devices.Monitor) -> None: ...
-    def saw(self, found: devices.Disk) -> None: ...
+    def look(self, monitor: udev.Monitor) -> None: ...
+    def saw(self, found: udev.Disk) -> None: ...
     def collect(self) -> None: ...
     def advance(self, settled: bool) -> None: ...
     def wipe(self) -> None: ...
@@ -207,7 +207,7 @@ class Slow:
 def test_many_disks_may_take_longer_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation, "ACTIVATION_TIMEOUT", 0.3)
     disks = Slow(1.5)
-    activation.open_present(disks, devices.Monitor())  # type: ignore[arg-type]
+    activation.open_present(disks, udev.Monitor())  # type: ignore[arg-type]
     assert not disks.left
 
 

@@ -20,7 +20,7 @@ from tests.lab.kmipliar import COMPROMISED, Liar
 from tests.test_devices import Machine
 from unlock.boot import activation, agent, gate, handover
 from unlock.disks import disk_keys, luks
-from unlock.disks.devices import Disk
+from unlock.disks.udev import Disk
 from unlock.errors import NoKey, Refused
 from unlock.host import config, keyring, report, this_boot
 from unlock.operations import cache, persistence, sync

@@ -14,7 +14,7 @@ from unlock.boot import worker
 from unlock.boot.activation import Opening
 from unlock.boot.worker import Worker, WorkerHeader
 from unlock.disks import disk_keys, luks
-from unlock.disks.devices import Disk
+from unlock.disks.udev import Disk
 from unlock.errors import DiskFailed, NotOurs, UnlockError
 from unlock.host.report import Report
 from unlock.secret import Secret

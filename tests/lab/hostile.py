@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from unlock.boot.activation import Opening
 from unlock.disks import disk_keys, luks, token
-from unlock.disks.devices import Disk
 from unlock.disks.groups import Group, Member
 from unlock.disks.header import Header
+from unlock.disks.udev import Disk
 from unlock.host.report import OUTCOMES, Report
 from unlock.keys import recovery_key
 from unlock.secret import Secret

@@ -13,9 +13,9 @@ import os
 import select
 
 from ..disks import forget, luks, token
-from ..disks.devices import Disk, Monitor
-from ..disks.devices import settled as settled_now
 from ..disks.header import Header
+from ..disks.udev import Disk, Monitor
+from ..disks.udev import has_settled as settled_now
 from ..errors import Malformed, NotOurs, Tampered, UnlockError
 from ..host.report import OUTCOMES, Report, now
 from ..light import Callable, NamedTuple
@@ -75,7 +75,7 @@ class Opening:
 
     def look(self, monitor: Monitor) -> None:
         """All marked disks that are there; what appears or changes from now on, the monitor tells."""
-        for found in monitor.marked():
+        for found in monitor.marked_disks():
             self.saw(found)
         self.looked = True
 
@@ -405,7 +405,7 @@ def turn(groups: Opening, monitor: Monitor, look: bool) -> bool:
     settled = settled_now()
     if look:
         groups.look(monitor)
-    for action, found in monitor.read():
+    for action, found in monitor.read_events():
         if action == "remove":
             groups.gone(found.node)
         else:

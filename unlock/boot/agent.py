@@ -22,7 +22,7 @@ from ..tpm import pcr_policy, slots
 from ..tpm.chip import Meanwhile, Tpm
 
 if TYPE_CHECKING:
-    from ..disks.devices import Monitor
+    from ..disks.udev import Monitor
     from .activation import Opening
 
 TPM_WAIT = 10.0
@@ -75,7 +75,7 @@ def agent(paths: Paths) -> int:
 
 def begin(record: report.Report) -> "tuple[Opening, Monitor]":
     """Workers start to read the disks that are there. What deals with disks is loaded now, while the TPM works."""
-    from ..disks.devices import Monitor
+    from ..disks.udev import Monitor
     from .activation import Opening
 
     groups, monitor = Opening("", None, record), Monitor()

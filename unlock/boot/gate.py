@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 from .. import log
-from ..disks import devices, disk_keys, find
+from ..disks import devices, disk_keys, find, udev
 from ..disks.groups import Group
 from ..disks.header import Header
 from ..disks.token import Token
@@ -44,7 +44,7 @@ def gate(paths: Paths, name: str) -> int:
     if _opened_by_hand(paths, name):
         return 0
     record = report.Report(f"gate {name}")
-    monitor = devices.Monitor()
+    monitor = udev.Monitor()
     try:
         unwrap = unwrapper(paths, name, record, end)
     except UnlockError:
@@ -76,7 +76,7 @@ def gate(paths: Paths, name: str) -> int:
 def _opened_by_hand(paths: Paths, name: str) -> bool:
     """Somebody opened every member under its name, with cryptsetup and the recovery key perhaps."""
     group = State.load(paths).groups.get(name)
-    if not group or any(devices.mapping_of(each.uuid) != each.name for each in group.members):
+    if not group or any(devices.active_mapping_name(each.uuid) != each.name for each in group.members):
         return False
     this_boot.mark_open(paths, name, [each.name for each in group.members])
     this_boot.unmark(paths, "failed-groups", name)
@@ -95,7 +95,7 @@ def open_group(paths: Paths, name: str, *recovery: Secret) -> None:
     if not _opened_by_hand(paths, name):
         record = report.Report(f"open {name}")
         unwrap = _by_recovery_key(*recovery) if recovery else unwrapper(paths, name, record, report.now())
-        monitor = devices.Monitor()
+        monitor = udev.Monitor()
         activation.open_present(activation.Opening(state.host, unwrap, record, name), monitor)
         this_boot.write_report(paths, record, f"open-{name}.json")
         if not _is_open(record, name):
@@ -142,7 +142,7 @@ def _heal(paths: Paths) -> int:
         except UnlockError as error:
             log.error(f"group {name}: {error}", error.hint)
             continue
-        for found in devices.marked():
+        for found in udev.marked_disks():
             groups.saw(found)
         groups.read_all()
         ready = groups.ready(name)
@@ -211,7 +211,7 @@ def _await_kek(paths: Paths, group: Group, end: float, look: find.Look, connect:
 def _may_ask(paths: Paths, state: State, group: Group) -> bool:
     """Without the persistence key: data groups alone, and only as the operator has set it."""
     allowed = config.load(paths.config).sync.open_from_provider_after_refusal or not state.persistent
-    return allowed and not any(member.name in devices.names_below("/") for member in group.members)
+    return allowed and not any(member.name in devices.mappings_below("/") for member in group.members)
 
 
 def _from_provider(

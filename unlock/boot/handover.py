@@ -45,7 +45,9 @@ def hand_over(
 def authentic(names: set[str]) -> bool:
     """Whether the new root, and its /usr where that is another file system, lie on these mappings alone."""
     usr = os.path.join(NEW_ROOT, "usr")
-    return devices.opened_by(NEW_ROOT, names) and (not devices.root_chain(usr) or devices.opened_by(usr, names))
+    return devices.lies_on_mappings(NEW_ROOT, names) and (
+        not devices.devices_of_mount(usr) or devices.lies_on_mappings(usr, names)
+    )
 
 
 def secure(paths: Paths) -> int:
@@ -58,7 +60,7 @@ def secure(paths: Paths) -> int:
     recovered = early["disks"] if early and early["phase"] == "recovery" else []
     if authentic({each["name"] for each in recovered if each["outcome"] in ("opened", "already-open")}):
         return 0
-    return drop(keep=devices.names_below(NEW_ROOT))
+    return drop(keep=devices.mappings_below(NEW_ROOT))
 
 
 def drop(keep: set[str]) -> int:
@@ -66,7 +68,7 @@ def drop(keep: set[str]) -> int:
 
     By what the kernel knows, not by a report; without waiting for udev, which may have ended.
     """
-    for name, uuid in devices.mappings().items():
+    for name, uuid in devices.active_mappings().items():
         if uuid and name not in keep:
             forget.forget(name)
             luks.abandon(name)
@@ -74,7 +76,7 @@ def drop(keep: set[str]) -> int:
         keyring.flush()
     except UnlockError as error:
         log.console(str(error))
-    left = [name for name, uuid in devices.mappings().items() if uuid and name not in keep]
+    left = [name for name, uuid in devices.active_mappings().items() if uuid and name not in keep]
     for name in left:
         log.console(f"{name} stays open")
     return 1 if left else 0

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from .. import ask, log
-from ..disks import devices, disk_keys, token
+from ..disks import disk_keys, token, udev
 from ..disks.header import Header
 from ..errors import Tampered, Usage
 from ..host import report, this_boot
@@ -82,7 +82,7 @@ def open_all(paths: Paths, *recovery: Secret) -> dict[str, Any]:
     this_boot.unmark(paths, "ended")
     this_boot.mark(paths, "recovered")
     _continue_report(paths, record)
-    monitor = devices.Monitor()
+    monitor = udev.Monitor()
     activation.open_present(activation.Opening("", unwrap, record), monitor)
     this_boot.tell(paths, record)
     return record.plain()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import ask
-from ..disks import devices, disk_keys, luks
+from ..disks import devices, disk_keys, luks, udev
 from ..errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from ..host import report, this_boot
 from ..keys import recovery_key
@@ -86,11 +86,11 @@ def _open(paths: Paths, options: list[str]) -> int:
 # Status
 
 
-def status(paths: Paths, marked: Callable[[], list[devices.Disk]] = devices.marked) -> dict[str, Any]:
+def status(paths: Paths, marked: Callable[[], list[udev.Disk]] = udev.marked_disks) -> dict[str, Any]:
     """Plain values: the verdict, and each LUKS2 disk with what its header says of it, which is not authenticated."""
     early = this_boot.early(paths) or {"verdict": "", "detail": "early boot left no report", "disks": []}
     outcomes = {each["node"]: each for each in early["disks"]}
-    opened = {uuid: name for name, uuid in devices.mappings().items() if uuid}
+    opened = {uuid: name for name, uuid in devices.active_mappings().items() if uuid}
     rows = [_row(found.node, outcomes.get(found.node, {}), opened) for found in marked()]
     detail = early["detail"] or report.VERDICTS.get(early["verdict"], "")
     return {"version": 1, "boot": {"verdict": early["verdict"], "detail": detail}, "disks": rows}

@@ -17,8 +17,8 @@ import select
 
 from .. import errors
 from ..disks import luks
-from ..disks.devices import Disk
 from ..disks.header import ANY, MAX_METADATA, Header
+from ..disks.udev import Disk
 from ..errors import DiskFailed, UnlockError
 from ..host.report import now
 from ..light import NamedTuple, signal

@@ -15,6 +15,7 @@ from ..errors import DiskFailed, Malformed, NotOurs
 from ..light import Any
 from ..secret import Secret
 from ..strictjson import canonical
+from . import devices
 from .header import ANY, KEYSLOT_ITERATIONS, Header, check_size_on_disk, parse_metadata, read_luks_version
 
 MAX_KEY = 512
@@ -195,7 +196,7 @@ class Container(Header):
         self._do("has another volume key", "crypt_volume_key_verify", *_sized(volume_key))
 
     def add_keyslot(self, volume_key: Secret, passphrase: Secret, slot: int = ANY) -> int:
-        """Adds a keyslot with KEYSLOT_ITERATIONS of PBKDF2, for a `passphrase` of full strength, and returns its number.
+        """Adds a keyslot with KEYSLOT_ITERATIONS of PBKDF2 and returns its number: for a `passphrase` of full strength.
 
         Raises NotOurs for another volume key, DiskFailed.
         """
@@ -282,21 +283,16 @@ def is_active(name: str) -> bool:
 
 
 def active_uuid(name: str, root: str = "/") -> str | None:
-    """The LUKS UUID of an active mapping, or device-mapper's own words if it is of another kind.
+    """The LUKS UUID of an active mapping; for a mapping of another kind its device-mapper UUID, or `unknown`.
 
     None if there is no mapping of this name. Raises DiskFailed.
     """
     if root == "/" and not is_active(name):
         return None
-    blocks = os.path.join(root, "sys/block")
-    for block in os.listdir(blocks):
-        if block.startswith("dm-") and _line(f"{blocks}/{block}/dm/name") == name:
-            kind = _line(f"{blocks}/{block}/dm/uuid")
-            digits = kind.removeprefix("CRYPT-LUKS2-")[:32]
-            if digits == kind[:32] or len(digits) != 32:
-                return kind or "unknown"
-            return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
-    return None if root != "/" else "unknown"
+    found = devices.dm_uuid(name, root)
+    if found is None:
+        return None if root != "/" else "unknown"
+    return devices.luks2_uuid(found) or found or "unknown"
 
 
 def abandon(name: str) -> None:
@@ -326,14 +322,6 @@ def _removal(name: str) -> bytes:
 
     version, size, flags = (4, 27, 0), 312, 1 << 17
     return struct.pack("=10IQ128s129s7s", *version, size, size, 0, 0, flags, 0, 0, 0, name.encode(), b"", b"")
-
-
-def _line(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
 
 
 def _minimum() -> _Pbkdf:

@@ -5,7 +5,7 @@ import calendar
 import time
 from typing import Any
 
-from ..disks import devices, disk_keys, luks, token
+from ..disks import devices, disk_keys, luks, token, udev
 from ..errors import Malformed, NoKey, NotOurs, UnlockError
 from ..host import config, keyring, report, this_boot
 from ..host.state import State
@@ -184,7 +184,7 @@ def _last_sync(record: dict[str, Any]) -> str:
 def _seen(host: str, persistence: Secret | None) -> dict[str, dict[str, str]]:
     """LUKS UUID -> node and what its header says, of this host's disks that are here."""
     seen: dict[str, dict[str, str]] = {}
-    for found in devices.marked():
+    for found in udev.marked_disks():
         entry = {"node": found.node, "trouble": "", "key": "recovery key"}
         try:
             with luks.Container(found.node) as container:
@@ -231,7 +231,7 @@ def _disk(member: Any, seen: dict[str, dict[str, str]]) -> dict[str, str]:
         "key": "-",
     }
     if entry:
-        opened = devices.mapping_of(member.uuid) == member.name
+        opened = devices.active_mapping_name(member.uuid) == member.name
         row.update(device=entry["node"], key=entry["key"], state=entry["trouble"] or ("open" if opened else "closed"))
     return row
 
