@@ -48,7 +48,8 @@ def describe_use(node: str, root: str = "/") -> str:
 def list_signatures(node: str) -> str:
     """The signatures on a device or file (`ext4, label data`; `gpt`), '' if wipefs finds none.
 
-    wipefs knows partition tables, file systems, RAID and LVM members, and unlike blkid fails when it cannot read. Raises CommandFailed.
+    wipefs knows partition tables, file systems, RAID and LVM members, and unlike blkid fails when it cannot read.
+    Raises CommandFailed.
     """
     from ..run import run
 

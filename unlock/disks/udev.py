@@ -78,7 +78,7 @@ class Monitor:
             found.append((action, _make_disk(device)))
             libudev().udev_device_unref(device)
         if ctypes.get_errno() == errno.ENOBUFS:
-            found += [("change", find_disk) for find_disk in marked_disks()]
+            found += [("change", each) for each in marked_disks()]
         return found
 
 
@@ -123,7 +123,7 @@ def serial_number(properties: Mapping[str, str]) -> str:
 def efi_partitions() -> list[str]:
     """Nodes of the EFI system partitions, on disks with a GPT."""
     found = _enumerate("udev_enumerate_add_match_property", "ID_PART_ENTRY_TYPE", _EFI_PARTITION)
-    return [find_disk.node for find_disk in map(_make_disk, found)]
+    return [each.node for each in map(_make_disk, found)]
 
 
 # libudev: libudev.h of systemd. Contexts, devices and searches are opaque pointers.
