@@ -228,7 +228,6 @@ CHANGES: dict[str, list[Change]] = {
         ("tpm/pcr_policy.py", "Secret(value[2:])", "Secret(value[2:][::-1])"),
     ],
     # files
-    "report: outcome": [("host/report.py", "outcome=outcome", "outcom=outcome"), ("*.py", '"outcome"', '"outcom"')],
     "state version": [("host/state.py", "\nVERSION = 1", "\nVERSION = 2")],
     "state indent": [("host/state.py", "indent=1", "indent=2")],
     "baseline version": [("measured/describe.py", "_VERSION = 1", "_VERSION = 2")],

@@ -43,9 +43,9 @@ def host(tmp_path: Path, key_cache: None) -> Paths:
     paths = Paths(str(tmp_path / "root"))
     os.makedirs(paths.run)
     early = report.Report("early-boot")
-    early.judge("no-slot")
-    early.facts = {"cap_pcr_before": pcr_policy.UNSET.hex()}
-    Path(paths.of_this_boot("report.json")).write_bytes(early.encode())
+    early.set_verdict("no-slot")
+    early.facts = report.BootFacts(cap_pcr_before=pcr_policy.UNSET.hex())
+    Path(paths.of_this_boot("report.json")).write_bytes(report.encode(early))
     return paths
 
 

@@ -436,7 +436,7 @@ def test_a_disk_that_does_not_answer_holds_up_no_other(lab: Lab, tmp_path: Path)
         opening.saw(Disk(str(path), path.name, "", "", "", 0, 0.0))
     assert opening.busy() and not report.disks
     opening.read_all()
-    outcomes = {Path(node).name: each["outcome"] for node, each in report.disks.items()}
+    outcomes = {Path(node).name: each.outcome for node, each in report.disks.items()}
     assert (outcomes["a"], outcomes["z"], outcomes["absent"]) == ("timed-out", "timed-out", "failed")
     assert (outcomes["victim"], outcomes["honest"]) == ("waiting", "waiting")
     opening.advance(settled=True)
@@ -453,7 +453,7 @@ def test_early_boot_ends_while_a_disk_does_not_answer(lab: Lab, tmp_path: Path) 
     opening.collect()
     opening.stop(0)
     assert not opening.busy() and not opening.pipes()
-    assert [each["outcome"] for each in report.disks.values()] == ["timed-out"]
+    assert [each.outcome for each in report.disks.values()] == ["timed-out"]
 
 
 def test_a_disk_that_is_gone_before_it_answers_is_not_looked_at(lab: Lab) -> None:

@@ -104,10 +104,10 @@ class Lab:
         opening.read_all()
         opening.advance(settled=True)
         entry = report.disks[str(self.victim)]
-        outcome, detail = str(entry["outcome"]), str(entry["detail"])
+        outcome, detail = entry.outcome, entry.detail
         try:
             queued = {each.disk.sysname: each for each in opening.queue}
-            assert "honest" in queued and report.disks[str(self.honest)]["outcome"] == "waiting"
+            assert "honest" in queued and report.disks[str(self.honest)].outcome == "waiting"
             assert outcome in OUTCOMES and detail.isprintable() and len(detail) < 1000, (outcome, detail)
             assert not detail.isidentifier(), f"an error without a type of ours: {detail}"
             assert (outcome == "waiting") == ("victim" in queued), outcome

@@ -68,7 +68,7 @@ def gate(paths: Paths, name: str) -> int:
     this_boot.write_report(paths, record, f"gate-{name}.json")
     if not _is_open(record, name):
         raise UnlockError(*_why(paths, record, name), code="group-incomplete")
-    this_boot.mark_open(paths, name, record.groups[name]["mappings"])
+    this_boot.mark_open(paths, name, record.groups[name].mappings)
     this_boot.unmark(paths, "failed-groups", name)
     return 0
 
@@ -100,7 +100,7 @@ def open_group(paths: Paths, name: str, *recovery: Secret) -> None:
         this_boot.write_report(paths, record, f"open-{name}.json")
         if not _is_open(record, name):
             raise _trouble(paths, record, name)
-        this_boot.mark_open(paths, name, record.groups[name]["mappings"])
+        this_boot.mark_open(paths, name, record.groups[name].mappings)
         this_boot.unmark(paths, "failed-groups", name)
     settings = config.load(paths.config).groups.get(name)
     if units.running() and paths.root == "/":
@@ -114,7 +114,7 @@ def _by_recovery_key(*recovery: Secret) -> activation.Unwrap:
 def _trouble(paths: Paths, record: report.Report, name: str) -> UnlockError:
     """The worst of what its disks say."""
     message, hint = _why(paths, record, name)
-    outcomes = {each["outcome"] for each in record.disks.values()}
+    outcomes = {each.outcome for each in record.disks.values()}
     if "tampered" in outcomes:
         return Tampered(message, hint)
     if "no-key" in outcomes:
@@ -238,8 +238,8 @@ def _from_provider(
         return disk_keys.by_kek(header, token, kek_of(token.kek_id, token.kek_generation))
 
     _until(end, lambda: kek_of(group.kek, group.generation))
-    record.event("opened-from-provider", f"{group.name}: {_early_verdict(paths)}")
-    record.facts["opened_from_provider"] = group.name
+    record.add_event("opened-from-provider", f"{group.name}: {_early_verdict(paths)}")
+    record.facts = record.facts._replace(opened_from_provider=group.name)
     log.note(f"group {group.name}: opened from the key manager after: {_early_verdict(paths)}")
     return unwrap
 
@@ -260,13 +260,13 @@ def _early_verdict(paths: Paths) -> str:
     early = this_boot.early(paths)
     if early is None:
         return "early boot left no report"
-    if early["verdict"] == "unsealed":
+    if early.verdict == "unsealed":
         return "early boot did not hand its keys over"
-    return str(early["detail"] or report.VERDICTS.get(early["verdict"], early["verdict"]))
+    return early.describe_verdict()
 
 
 def _is_open(record: report.Report, name: str) -> bool:
-    return record.groups.get(name, {}).get("outcome") == "open"
+    return record.group_outcome(name) == "open"
 
 
 def _why(paths: Paths, record: report.Report, name: str) -> tuple[str, str]:
@@ -274,14 +274,14 @@ def _why(paths: Paths, record: report.Report, name: str) -> tuple[str, str]:
     group = State.load(paths).groups.get(name)
     if group is None:
         return f"there is no group {name}", "unlock status"
-    outcomes = {entry.get("uuid"): entry for entry in record.disks.values()}
+    rows = {row.uuid: row for row in record.disks.values()}
     parts = []
     for member in group.members:
-        entry = outcomes.get(member.uuid)
-        if entry is None:
+        row = rows.get(member.uuid)
+        if row is None:
             parts.append(f"{member.name} (serial {member.serial or 'unknown'}) is missing")
-        elif entry["outcome"] not in ("waiting", "opened", "already-open", "closed-again"):
-            parts.append(f"{member.name} ({entry['node']}): {entry['detail'] or report.OUTCOMES[entry['outcome']]}")
+        elif row.outcome not in ("waiting", "closed-again", *report.OPEN):
+            parts.append(f"{member.name} ({row.node}): {row.describe()}")
     return f"group {name} is not open: " + ("; ".join(parts) or "it did not open in time"), "unlock status"
 
 

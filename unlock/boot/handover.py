@@ -21,8 +21,8 @@ def hand_over(
     """Keys and open disks cross into the real root only if that root came from a disk that this process opened,
     or from dm-verity. Else everything is closed: a thief's root file system gets nothing. False if that failed."""
     ours = {name for opened in groups.opened.values() for name in opened}
-    if not record.facts["unauthenticated_root"] and not authentic(ours):
-        record.event("root-not-authenticated")
+    if not record.facts.unauthenticated_root and not authentic(ours):
+        record.add_event("root-not-authenticated")
         if ours:
             log.console("the root file system is not authenticated: disks closed, keys dropped")
         return groups.close_all()
@@ -37,8 +37,8 @@ def hand_over(
                     if bytes(unwrapped) != disk_keys.ELSEWHERE:
                         this_boot.remember(paths, "TPM", {name: unwrapped})
             except UnlockError as error:
-                record.event("trouble", f"{token.name}: {error}")
-    record.event("handed-over")
+                record.add_event("trouble", f"{token.name}: {error}")
+    record.add_event("handed-over")
     return True
 
 
@@ -57,8 +57,8 @@ def secure(paths: Paths) -> int:
     closed. 1 when one stays open.
     """
     early = this_boot.early(paths)
-    recovered = early["disks"] if early and early["phase"] == "recovery" else []
-    if authentic({each["name"] for each in recovered if each["outcome"] in ("opened", "already-open")}):
+    recovered = early.disks.values() if early and early.phase == "recovery" else ()
+    if authentic({each.name for each in recovered if each.outcome in report.OPEN}):
         return 0
     return drop(keep=devices.mappings_below(NEW_ROOT))
 

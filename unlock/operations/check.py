@@ -130,7 +130,7 @@ def _tpm(paths: Paths, state: State, tcti: str, comes: Foreseen | UnlockError, l
         return
     proven = f"slot {slot.name}: object and policy are what the record says, {len(record.branches)} allowed state(s)"
     yield Finding("TPM", SAFE, proven)
-    verdict = early["verdict"] if early else ""
+    verdict = early.verdict if early else ""
     if verdict == "unsealed":
         yield from next_boot(comes, record)
         yield from _keys(paths, log, record.selection)

@@ -175,7 +175,7 @@ def preflight(paths: Paths, tpm: Tpm, choices: Choices, again: bool) -> Prefligh
     if early is None:
         _refuse(choices, "initramfs-without-unlock", "update-initramfs -u, and reboot once")
     values = tpm.read_pcrs(range(16))
-    before = early["facts"].get("cap_pcr_before") if early else None
+    before = early.facts.cap_pcr_before if early else None
     untouched = (
         before == pcr_policy.UNSET.hex()
         if before

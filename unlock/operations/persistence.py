@@ -69,9 +69,8 @@ def _seal_again(work: access.Work, sealed: dict[str, Any], tcti: str, owner_auth
     host = bytes.fromhex(work.state.host)
     early = this_boot.early(work.paths)
     plain = not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
-    payload = pcr_policy.Payload(
-        work.persistence, early["facts"].get("unauthenticated_root", plain) if early else plain
-    )
+    accepted = early.facts.unauthenticated_root if early else None
+    payload = pcr_policy.Payload(work.persistence, plain if accepted is None else accepted)
     with Tpm(tcti) as tpm:
         found = _sealed(tpm)
         if found and found.host == host:
