@@ -53,9 +53,9 @@ class Host:
         os.makedirs(self.paths.run)
         this_boot.remember(self.paths, "TPM", {"unlock:persistence": self.persistence})
         early = report.Report("early-boot")
-        early.judge("unsealed")
-        early.facts = {"unauthenticated_root": False, "cap_pcr_before": pcr_policy.UNSET.hex()}
-        Path(self.paths.of_this_boot("report.json")).write_bytes(early.encode())
+        early.set_verdict("unsealed")
+        early.facts = report.BootFacts(unauthenticated_root=False, cap_pcr_before=pcr_policy.UNSET.hex())
+        Path(self.paths.of_this_boot("report.json")).write_bytes(report.encode(early))
         self.configure(*kms)
         state = State.new(self.paths, HOST)
         self._provide(state, bool(kms))

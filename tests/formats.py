@@ -288,13 +288,13 @@ def kmip_state(paths: Paths, keys: Keys) -> None:
 def a_report() -> report.Report:
     """With each outcome that a disk can have; times are made up."""
     record = report.Report("early-boot")
-    record.event("start")
-    record.judge("unsealed")
-    record.facts = {"slot": "A", "generation": 7, "unauthenticated_root": False, "pin": False}
+    record.add_event("start")
+    record.set_verdict("unsealed")
+    record.facts = report.BootFacts(slot="A", generation=7, unauthenticated_root=False, pin=False)
     for number, outcome in enumerate(WORDS["outcomes"]):
-        record.disk(f"/dev/test{number}", outcome, "", uuid=UUIDS[0], name=f"data-{number}", group="data")
-    record.group("data", "open", members=2, mappings=["data-a", "data-b"])
-    record.events = [(number / 4, kind, text) for number, (_, kind, text) in enumerate(record.events)]
+        record.set_disk(f"/dev/test{number}", outcome, "", uuid=UUIDS[0], name=f"data-{number}", group="data")
+    record.set_group("data", "open", members=2, mappings=("data-a", "data-b"))
+    record.events = [report.BootEvent(number / 4, kind, text) for number, (_, kind, text) in enumerate(record.events)]
     return record
 
 

@@ -113,14 +113,13 @@ class Machine(Measures, Disks):
                 this_boot.remember(self.paths, "TPM", {"unlock:persistence": unsealed.payload.key})
                 if unsealed.pin_auth:
                     this_boot.remember(self.paths, "PIN", {"unlock:pin-auth": unsealed.pin_auth})
-                record.facts = {
-                    "unauthenticated_root": unsealed.payload.unauthenticated_root,
-                    "pin": unsealed.record.pin,
-                }
-                record.judge("unsealed")
+                record.facts = report.BootFacts(
+                    unauthenticated_root=unsealed.payload.unauthenticated_root, pin=unsealed.record.pin
+                )
+                record.set_verdict("unsealed")
             except UnlockError as error:
-                record.facts = {"cap_pcr_before": before}
-                record.judge(error.code, str(error))
+                record.facts = report.BootFacts(cap_pcr_before=before)
+                record.set_verdict(error.code, str(error))
             tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
         os.makedirs(self.paths.run, exist_ok=True)
         this_boot.write_report(self.paths, record, "report.json")

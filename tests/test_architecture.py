@@ -22,7 +22,7 @@ GROUND = {"errors", "secret", "paths", "log", "run", "protect", "ask", "wrap", "
 DOORS = {
     "tpm2_pytss": {"tpm.chip"},
     "cryptography": {"wrap", "keys.escrow"},
-    "libudev": {"disks.devices"},
+    "libudev": {"disks.udev"},
     "libcrypto": {"wrap"},
     "libcryptsetup": {"disks.luks"},
     "kmip": {"providers.kmip"},
@@ -102,7 +102,7 @@ def test_early_boot_imports_nothing_heavy() -> None:
     code = "import sys; before = set(sys.modules); import unlock.__main__, unlock.boot.agent; "
     code += "print(*set(sys.modules) - before)"
     done = subprocess.run(
-        [sys.executable, "-c", code + "\nfrom unlock.disks import devices; devices._udev(); print(*sys.modules)"],
+        [sys.executable, "-c", code + "\nfrom unlock.disks import udev; udev.libudev(); print(*sys.modules)"],
         capture_output=True,
         text=True,
         check=True,
@@ -115,8 +115,8 @@ def test_early_boot_starts_without_half_of_the_standard_library() -> None:
     """As system/unlock starts it. Each of these costs a boot some milliseconds, or brings others that do."""
     code = (
         "import sys; sys.path[:0] = sys.argv[1:]; import unlock.__main__, unlock.boot.agent, unlock.boot.activation; "
-        "from unlock.disks import devices, disk_keys, luks; from unlock.tpm import chip; "
-        "devices._udev(); luks.prepare(); chip._load(); print(*sys.modules)"
+        "from unlock.disks import disk_keys, luks, udev; from unlock.tpm import chip; "
+        "udev.libudev(); luks.prepare(); chip._load(); print(*sys.modules)"
     )
     command = [sys.executable, "-IS", "-c", code, str(PACKAGE.parent), *filter(None, sys.path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

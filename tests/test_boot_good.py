@@ -55,7 +55,7 @@ BY_PYUDEV = """
 import os, sys
 sys.path.insert(0, "/usr/lib/unlock")
 import pyudev
-from unlock.disks import devices
+from unlock.disks import udev
 theirs = {
     (each.device_node, each.sys_name, f"{os.major(each.device_number)}:{os.minor(each.device_number)}",
      each.properties.get("ID_SERIAL", ""), each.attributes.asint("size") * 512, each.is_initialized)
@@ -63,11 +63,11 @@ theirs = {
 }
 ours = {
     (each.node, each.sysname, each.number, each.serial, each.size, each.initialized > 0)
-    for each in devices.marked()
+    for each in udev.marked_disks()
 }
 assert ours == theirs == {
     (each.node, each.sysname, each.number, each.serial, each.size, each.initialized > 0)
-    for each in map(devices.disk, (node for node, *_ in theirs))
+    for each in map(udev.find_disk, (node for node, *_ in theirs))
 }, (ours, theirs)
 print(len(ours))
 """

@@ -176,8 +176,8 @@ def test_a_tpm_that_serves_another_installation(world: World) -> None:
 
 def test_after_a_refused_boot_the_next_is_refused_too(world: World) -> None:
     early = report.Report("early-boot")
-    early.judge("pcr-mismatch")
-    Path(world.host.paths.of_this_boot("report.json")).write_bytes(early.encode())
+    early.set_verdict("pcr-mismatch")
+    Path(world.host.paths.of_this_boot("report.json")).write_bytes(report.encode(early))
     verdict, wrong = world.check()  # sealed since then, to what this boot has measured
     assert verdict == UNPROVEN and "has not been asked yet" in wrong["this boot"][1]
     world.chip.extend(7)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from unlock.disks import devices
+from unlock.disks import devices, udev
 from unlock.errors import CommandFailed, DiskFailed
 
 pytestmark = pytest.mark.root
@@ -97,27 +97,29 @@ LUKS = "CRYPT-LUKS2-12345678123412341234123456789abc-"
 def test_a_root_on_our_mapping_is_opened_by_us(machine: Machine) -> None:
     machine.mapping("root-a", "254:0", LUKS + "root-a", "sda2")
     machine.mount("254:0", "/root", "/dev/mapper/root-a")
-    assert devices.root_chain("/root", machine.root) == ["254:0"]
-    assert devices.opened_by("/root", {"root-a"}, machine.root)
-    assert not devices.opened_by("/root", {"data-a"}, machine.root)
-    assert not devices.opened_by("/root", set(), machine.root)
+    assert devices.devices_of_mount("/root", machine.root) == ["254:0"]
+    assert devices.lies_on_mappings("/root", {"root-a"}, machine.root)
+    assert not devices.lies_on_mappings("/root", {"data-a"}, machine.root)
+    assert not devices.lies_on_mappings("/root", set(), machine.root)
 
 
 def test_a_plain_root_is_not(machine: Machine) -> None:
     machine.mount("8:2", "/root", "/dev/sda2")
-    assert not devices.opened_by("/root", {"sda2", "sda", ""}, machine.root)
+    assert not devices.lies_on_mappings("/root", {"sda2", "sda", ""}, machine.root)
 
 
 def test_lvm_on_our_mapping_counts_and_lvm_over_one_foreign_disk_does_not(machine: Machine) -> None:
     machine.mapping("root-a", "254:0", LUKS + "root-a", "sda2")
     machine.mapping("vg-root", "254:1", "LVM-abc", "dm-0")
     machine.mount("254:1", "/root", "/dev/mapper/vg-root")
-    assert devices.opened_by("/root", {"root-a"}, machine.root)
-    assert not devices.opened_by("/root", {"vg-root"}, machine.root), "a name alone opens nothing"
-    assert devices.names_below("/root", machine.root) == {"vg-root", "root-a"}
+    assert devices.lies_on_mappings("/root", {"root-a"}, machine.root)
+    assert not devices.lies_on_mappings("/root", {"vg-root"}, machine.root), "a name alone opens nothing"
+    assert devices.mappings_below("/root", machine.root) == {"vg-root", "root-a"}
     machine.mapping("vg-mixed", "254:2", "LVM-def", "dm-0", "sdb")
     machine.mount("254:2", "/root", "/dev/mapper/vg-mixed")
-    assert not devices.opened_by("/root", {"root-a"}, machine.root), "the last mount counts, and half of it is plain"
+    assert not devices.lies_on_mappings("/root", {"root-a"}, machine.root), (
+        "the last mount counts, and half of it is plain"
+    )
 
 
 def test_raid_below_and_above_our_mappings(machine: Machine) -> None:
@@ -128,9 +130,9 @@ def test_raid_below_and_above_our_mappings(machine: Machine) -> None:
     machine.block("md1p1", "259:0", parent="md1")
     machine.mount("254:0", "/root", "/dev/mapper/root-a")
     machine.mount("259:0", "/data", "/dev/md1p1")
-    assert devices.opened_by("/root", {"root-a"}, machine.root)
-    assert devices.opened_by("/data", {"root-a", "one"}, machine.root)
-    assert not devices.opened_by("/data", {"root-a"}, machine.root)
+    assert devices.lies_on_mappings("/root", {"root-a"}, machine.root)
+    assert devices.lies_on_mappings("/data", {"root-a", "one"}, machine.root)
+    assert not devices.lies_on_mappings("/data", {"root-a"}, machine.root)
 
 
 def test_btrfs_counts_when_every_device_of_it_does(machine: Machine) -> None:
@@ -138,22 +140,22 @@ def test_btrfs_counts_when_every_device_of_it_does(machine: Machine) -> None:
     machine.mapping("b", "254:1", LUKS + "b", "sdb")
     machine.btrfs("11111111-2222-3333-4444-555555555555", "dm-0", "dm-1")
     machine.mount("0:45", "/root", "/dev/mapper/a", "btrfs")
-    assert devices.root_chain("/root", machine.root) == ["254:0", "254:1"]
-    assert devices.opened_by("/root", {"a", "b"}, machine.root)
-    assert not devices.opened_by("/root", {"a"}, machine.root)
+    assert devices.devices_of_mount("/root", machine.root) == ["254:0", "254:1"]
+    assert devices.lies_on_mappings("/root", {"a", "b"}, machine.root)
+    assert not devices.lies_on_mappings("/root", {"a"}, machine.root)
 
 
 def test_btrfs_half_on_a_plain_disk_does_not_count(machine: Machine) -> None:
     machine.mapping("a", "254:0", LUKS + "a", "sda2")
     machine.btrfs("11111111-2222-3333-4444-555555555555", "dm-0", "sdb")
     machine.mount("0:45", "/root", "/dev/mapper/a", "btrfs")
-    assert not devices.opened_by("/root", {"a"}, machine.root)
+    assert not devices.lies_on_mappings("/root", {"a"}, machine.root)
 
 
 def test_dm_verity_counts_by_itself(machine: Machine) -> None:
     machine.mapping("usr", "254:0", "CRYPT-VERITY-abc-usr", "sda1", "sda2")
     machine.mount("254:0", "/root", "/dev/mapper/usr")
-    assert devices.opened_by("/root", set(), machine.root)
+    assert devices.lies_on_mappings("/root", set(), machine.root)
 
 
 def test_other_kinds_of_mapping_do_not_count_whatever_their_name(machine: Machine) -> None:
@@ -162,25 +164,25 @@ def test_other_kinds_of_mapping_do_not_count_whatever_their_name(machine: Machin
     machine.mapping("zero", "254:2", LUKS[:5])
     for number in ("254:0", "254:1", "254:2"):
         machine.mount(number, "/root", "/dev/mapper/a")
-        assert not devices.opened_by("/root", {"a", "z", "zero"}, machine.root)
+        assert not devices.lies_on_mappings("/root", {"a", "z", "zero"}, machine.root)
 
 
 @pytest.mark.parametrize(("kind", "source"), [("tmpfs", "tmpfs"), ("overlay", "overlay"), ("nfs4", "host:/x"),
                                               ("btrfs", "/dev/absent"), ("zfs", "rpool/root")])  # fmt: skip
 def test_what_lies_on_no_block_device_is_not_authenticated(machine: Machine, kind: str, source: str) -> None:
     machine.mount("0:50", "/root", source, kind)
-    assert devices.root_chain("/root", machine.root) == []
-    assert not devices.opened_by("/root", {"a", ""}, machine.root)
+    assert devices.devices_of_mount("/root", machine.root) == []
+    assert not devices.lies_on_mappings("/root", {"a", ""}, machine.root)
 
 
 def test_nothing_mounted_is_not_authenticated(machine: Machine) -> None:
-    assert not devices.opened_by("/root", {"a"}, machine.root)
+    assert not devices.lies_on_mappings("/root", {"a"}, machine.root)
 
 
 def test_mountpoints_with_spaces_are_found(machine: Machine) -> None:
     machine.mapping("a", "254:0", LUKS + "a", "sda2")
     machine.mount("254:0", "/mnt/two\\040words\\134", "/dev/mapper/a")
-    assert devices.opened_by("/mnt/two words\\", {"a"}, machine.root)
+    assert devices.lies_on_mappings("/mnt/two words\\", {"a"}, machine.root)
 
 
 def test_a_loop_among_slaves_ends(machine: Machine) -> None:
@@ -189,12 +191,12 @@ def test_a_loop_among_slaves_ends(machine: Machine) -> None:
     (machine.folder / "sys/devices/dm-0/slaves/dm-1").symlink_to("../../dm-1")
     (machine.folder / "sys/devices/dm-0/slaves/sda2").unlink()
     machine.mount("254:1", "/root", "/dev/mapper/b")
-    assert not devices.opened_by("/root", {"x"}, machine.root)
-    assert devices.names_below("/root", machine.root) == {"a", "b"}
+    assert not devices.lies_on_mappings("/root", {"x"}, machine.root)
+    assert devices.mappings_below("/root", machine.root) == {"a", "b"}
 
 
 def test_this_hosts_own_tables_can_be_read() -> None:
-    assert not devices.opened_by("/", {"unlock-test-absent"})
+    assert not devices.lies_on_mappings("/", {"unlock-test-absent"})
 
 
 def test_active_mappings_are_listed_with_their_luks_uuid(machine: Machine) -> None:
@@ -203,54 +205,54 @@ def test_active_mappings_are_listed_with_their_luks_uuid(machine: Machine) -> No
     (machine.folder / "sys/block").mkdir()
     for each in ("sda", "dm-0", "dm-1"):
         (machine.folder / "sys/block" / each).symlink_to(f"../devices/{each}")
-    assert devices.mappings(machine.root) == {"root-a": "12345678-1234-1234-1234-123456789abc", "vg-root": ""}
-    assert devices.mapping_of("12345678-1234-1234-1234-123456789abc", machine.root) == "root-a"
-    assert devices.mapping_of("00000000-0000-0000-0000-000000000000", machine.root) == ""
+    assert devices.active_mappings(machine.root) == {"root-a": "12345678-1234-1234-1234-123456789abc", "vg-root": ""}
+    assert devices.active_mapping_name("12345678-1234-1234-1234-123456789abc", machine.root) == "root-a"
+    assert devices.active_mapping_name("00000000-0000-0000-0000-000000000000", machine.root) == ""
 
 
 # What a device is used for
 
 
 def test_an_unused_disk_may_be_taken(machine: Machine) -> None:
-    assert devices.in_use("/dev/sdb", machine.root) == ""
+    assert devices.describe_use("/dev/sdb", machine.root) == ""
 
 
 def test_a_disk_is_in_use_when_one_of_its_partitions_is(machine: Machine) -> None:
     machine.mount("8:2", "/srv/data", "/dev/sda2")
-    assert devices.in_use("/dev/sda", machine.root) == "sda2 is mounted on /srv/data"
-    assert devices.in_use("/dev/sda2", machine.root) == "sda2 is mounted on /srv/data"
-    assert devices.in_use("/dev/sda1", machine.root) == ""
+    assert devices.describe_use("/dev/sda", machine.root) == "sda2 is mounted on /srv/data"
+    assert devices.describe_use("/dev/sda2", machine.root) == "sda2 is mounted on /srv/data"
+    assert devices.describe_use("/dev/sda1", machine.root) == ""
 
 
 def test_members_of_mappings_and_raid_are_in_use(machine: Machine) -> None:
     machine.mapping("data-a", "254:0", LUKS + "data-a", "sdb")
     machine.block("md0", "9:0", below=("sda1",))
-    assert devices.in_use("/dev/sdb", machine.root) == "sdb is part of /dev/mapper/data-a"
-    assert devices.in_use("/dev/sda", machine.root) == "sda1 is part of /dev/md0"
-    assert devices.in_use("/dev/mapper/data-a", machine.root) == ""
+    assert devices.describe_use("/dev/sdb", machine.root) == "sdb is part of /dev/mapper/data-a"
+    assert devices.describe_use("/dev/sda", machine.root) == "sda1 is part of /dev/md0"
+    assert devices.describe_use("/dev/mapper/data-a", machine.root) == ""
 
 
 def test_swap_and_a_second_btrfs_device_are_in_use(machine: Machine) -> None:
     machine.swap("/dev/sda1")
     machine.btrfs("11111111-2222-3333-4444-555555555555", "sdb")
-    assert devices.in_use("/dev/sda", machine.root) == "sda1 is swap"
-    assert "is part of the mounted btrfs 11111111" in devices.in_use("/dev/sdb", machine.root)
+    assert devices.describe_use("/dev/sda", machine.root) == "sda1 is swap"
+    assert "is part of the mounted btrfs 11111111" in devices.describe_use("/dev/sdb", machine.root)
 
 
 def test_read_only_disks_and_empty_drives_are_refused(machine: Machine) -> None:
     (machine.folder / "sys/devices/sdb/ro").write_text("1\n")
-    assert devices.in_use("/dev/sdb", machine.root) == "it is read-only"
+    assert devices.describe_use("/dev/sdb", machine.root) == "it is read-only"
     machine.block("sr0", "11:0", size=0)
-    assert devices.in_use("/dev/sr0", machine.root) == "it has no medium"
+    assert devices.describe_use("/dev/sr0", machine.root) == "it has no medium"
 
 
 def test_what_is_no_block_device_is_a_failed_disk(machine: Machine) -> None:
     for node in ("/dev/absent", "/dev"):
         with pytest.raises(DiskFailed, match=node):
-            devices.in_use(node, machine.root)
+            devices.describe_use(node, machine.root)
     machine.node("dev/gone", "8:240")
     with pytest.raises(DiskFailed, match="not there"):
-        devices.in_use("/dev/gone", machine.root)
+        devices.describe_use("/dev/gone", machine.root)
 
 
 @pytest.fixture
@@ -264,29 +266,29 @@ def loop(tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_device_that_a_program_holds_is_in_use(loop: str) -> None:
-    assert devices.in_use(loop) == ""
+    assert devices.describe_use(loop) == ""
     held = os.open(loop, os.O_RDONLY | os.O_EXCL)
     try:
-        assert devices.in_use(loop) == "the kernel or another program holds it"
+        assert devices.describe_use(loop) == "the kernel or another program holds it"
     finally:
         os.close(held)
-    assert devices.in_use(loop) == ""
+    assert devices.describe_use(loop) == ""
 
 
 def test_contents_name_file_systems_and_partition_tables(loop: str) -> None:
-    assert devices.contents(loop) == ""
+    assert devices.list_signatures(loop) == ""
     subprocess.run(["mkfs.ext4", "-q", "-L", "two words", loop], check=True)
-    assert devices.contents(loop) == "ext4, label two words"
+    assert devices.list_signatures(loop) == "ext4, label two words"
     subprocess.run(["wipefs", "--all", "--quiet", loop], check=True)
-    assert devices.contents(loop) == ""
+    assert devices.list_signatures(loop) == ""
     with open(loop, "r+b") as disk:  # one partition of type 0x83, 1,000 sectors from 2,048 on
         disk.write(bytes(446) + bytes((0, 0, 2, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0xE8, 3)) + bytes(50) + b"\x55\xaa")
-    assert devices.contents(loop) == "dos"
+    assert devices.list_signatures(loop) == "dos"
 
 
 def test_contents_that_cannot_be_read_are_not_taken_for_none(tmp_path: Path) -> None:
     with pytest.raises(CommandFailed):
-        devices.contents(str(tmp_path / "absent"))
+        devices.list_signatures(str(tmp_path / "absent"))
 
 
 # udev
@@ -298,16 +300,16 @@ def test_the_serial_number_is_that_of_the_disk() -> None:
         "ID_SERIAL_SHORT": "drive-scsi0",
         "ID_SCSI_SERIAL": "D7",
     }
-    assert devices.serial(scsi) == "D7"
-    assert devices.serial({"ID_SERIAL": "SAMSUNG_S3Z", "ID_SERIAL_SHORT": "S3Z"}) == "S3Z"
-    assert devices.serial({"ID_SERIAL": "virtio-7"}) == "virtio-7"
-    assert devices.serial({"ID_SCSI_SERIAL": "  ", "DEVNAME": "/dev/loop0"}) == ""
+    assert udev.serial_number(scsi) == "D7"
+    assert udev.serial_number({"ID_SERIAL": "SAMSUNG_S3Z", "ID_SERIAL_SHORT": "S3Z"}) == "S3Z"
+    assert udev.serial_number({"ID_SERIAL": "virtio-7"}) == "virtio-7"
+    assert udev.serial_number({"ID_SCSI_SERIAL": "  ", "DEVNAME": "/dev/loop0"}) == ""
 
 
 def test_udev_is_settled_when_its_queue_is_gone(machine: Machine) -> None:
-    assert devices.settled(machine.root)
+    assert udev.has_settled(machine.root)
     (machine.folder / "run/udev/queue").touch()
-    assert not devices.settled(machine.root)
+    assert not udev.has_settled(machine.root)
 
 
 def python(program: str, *arguments: str) -> str:
@@ -335,18 +337,18 @@ UDEV = """
     udevd = subprocess.Popen(["/lib/systemd/systemd-udevd"], stdout=quiet, stderr=quiet)
     while not os.path.exists("/run/udev/control"):
         time.sleep(0.05)
-    from unlock.disks import devices, luks
+    from unlock.disks import luks, udev
     from unlock.secret import Secret
-    monitor = devices.Monitor()
+    monitor = udev.Monitor()
     events = []
     def wait(wanted):
         end = time.monotonic() + 20
         while time.monotonic() < end:
             select.select([monitor], [], [], 0.2)
-            for event in monitor.read():
+            for event in monitor.read_events():
                 events.append(event)
             if wanted(): return
-        raise SystemExit(f"nothing came: {events} {devices.marked()}")
+        raise SystemExit(f"nothing came: {events} {udev.marked_disks()}")
 """
 
 
@@ -368,19 +370,19 @@ def test_a_luks_disk_that_appears_is_seen_marked_and_lost_again(tmp_path: Path, 
         file.truncate(32 << 20)
     story = """
     try:
-        assert devices.marked() == [] and monitor.read() == []
+        assert udev.marked_disks() == [] and monitor.read_events() == []
         luks.format(image, Secret(bytes(64))).close()
         loop = sh(f"losetup --find --show {image}")
         try:
             wait(lambda: events)
-            wait(devices.settled)
+            wait(udev.has_settled)
             action, disk = events[0]
-            found = devices.marked()
-            assert devices.disk(loop)[:6] == disk[:6]
+            found = udev.marked_disks()
+            assert udev.find_disk(loop)[:6] == disk[:6]
             print(json.dumps([action, loop, disk, found]))
             sh(f"wipefs --all --quiet {loop}; udevadm trigger --settle --action=change {loop}")
-            wait(lambda: not devices.marked())
-            assert devices.disk(loop).node == loop
+            wait(lambda: not udev.marked_disks())
+            assert udev.find_disk(loop).node == loop
         finally:
             sh(f"losetup --detach {loop}")
     finally:
@@ -406,14 +408,14 @@ def test_events_that_the_kernel_dropped_cost_no_disk(tmp_path: Path, rules: Path
         luks.format(image, Secret(bytes(64))).close()
         loop = sh(f"losetup --find --show {image}")
         try:
-            wait(devices.marked)
+            wait(udev.marked_disks)
             import socket
             end = socket.socket(fileno=os.dup(monitor.fileno()))
-            assert end.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) >= devices.BUFFER
+            assert end.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) >= udev.BUFFER
             end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
             for _ in range(40):
                 sh(f"udevadm trigger --settle --action=change {loop}")
-            seen = [disk.node for _, disk in monitor.read()]
+            seen = [disk.node for _, disk in monitor.read_events()]
             assert loop in seen, seen
             print(len(seen))
         finally:
@@ -427,6 +429,6 @@ def test_events_that_the_kernel_dropped_cost_no_disk(tmp_path: Path, rules: Path
 
 def test_a_device_that_udev_does_not_know_is_a_failed_disk(machine: Machine) -> None:
     with pytest.raises(DiskFailed):
-        devices.disk("/dev/unlock-test-absent")
+        udev.find_disk("/dev/unlock-test-absent")
     with pytest.raises(DiskFailed, match="not a block device"):
-        devices.disk("/dev/null")
+        udev.find_disk("/dev/null")

@@ -43,9 +43,9 @@ def host(tmp_path: Path, key_cache: None) -> Paths:
     paths = Paths(str(tmp_path / "root"))
     os.makedirs(paths.run)
     early = report.Report("early-boot")
-    early.judge("no-slot")
-    early.facts = {"cap_pcr_before": pcr_policy.UNSET.hex()}
-    Path(paths.of_this_boot("report.json")).write_bytes(early.encode())
+    early.set_verdict("no-slot")
+    early.facts = report.BootFacts(cap_pcr_before=pcr_policy.UNSET.hex())
+    Path(paths.of_this_boot("report.json")).write_bytes(report.encode(early))
     return paths
 
 
@@ -388,7 +388,7 @@ def test_adopting_a_member_again_mends_its_token_and_its_keyslot(enrolled: Paths
     with luks.Container(device) as container:
         for number, _ in container.tokens("unlock"):
             container.remove_token(number)
-        container.remove_keyslot(container.test_passphrase(Secret(recovery)))
+        container.remove_keyslot(disk_keys.recovery_keyslot(container, Secret(recovery))[0])
     assert not opens_with(device, recovery)
     assert adopt(enrolled, device) == 0
     assert opens_with(device, recovery)

@@ -73,10 +73,10 @@ class Host(Measures):
             before = tpm.read_pcrs([pcr_policy.CAP_PCR])[pcr_policy.CAP_PCR].hex()
             try:
                 slots.unseal(tpm).payload.key.wipe()
-                record.judge("unsealed")
+                record.set_verdict("unsealed")
             except UnlockError as error:
-                record.facts = {"cap_pcr_before": before}
-                record.judge(error.code, str(error))
+                record.facts = report.BootFacts(cap_pcr_before=before)
+                record.set_verdict(error.code, str(error))
             tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
         (self.home / "root/run/unlock").mkdir(parents=True)
         this_boot.write_report(self.paths, record, "report.json")
@@ -275,7 +275,7 @@ def test_the_tpm_is_locked_out(host: Host) -> None:
     with host.chip.open() as tpm:  # as after wrong passwords: none is allowed, one is forgotten in 1000 s
         tpm._send("DictionaryAttackParameters", 0x10A, 0xFF, 0xFFF, 0xFFF, 0, 1000, 1000)
     record = report.Report("early-boot")
-    record.judge("tpm-failed", "TPM2_Unseal failed: 0x921")
+    record.set_verdict("tpm-failed", "TPM2_Unseal failed: 0x921")
     this_boot.write_report(host.paths, record, "report.json")
     found = host.explain()
     assert [each.code for each in found.causes] == ["tpm-lockout"]
@@ -290,7 +290,7 @@ def test_it_leaves_nothing_in_the_tpm(host: Host) -> None:
 def test_there_is_no_tpm(host: Host) -> None:
     good(host, Boot("grub"))
     record = report.Report("early-boot")
-    record.judge("no-tpm")
+    record.set_verdict("no-tpm")
     this_boot.write_report(host.paths, record, "report.json")
     host.chip.kill()
     host.chip.proxy.close()
@@ -361,7 +361,8 @@ def refused(now: bytes, live: dict[int, bytes], before: Baseline | None) -> expl
         found = describe.settled(eventlog.parse(now), (), live)
     except Malformed as error:
         problem = str(error)
-    early = {"verdict": "pcr-mismatch", "facts": {}, "events": [], "detail": ""}
+    early = report.Report("early-boot")
+    early.set_verdict("pcr-mismatch")
     empty = describe.Chip("", "")
     return explain.World(early, None, live, "", found, problem, (), before, "", empty, 0, False, "6", "", False)
 

@@ -330,7 +330,7 @@ def test_an_escrow_file_gives_the_recovery_key_to_stock_tools(tmp_path: Path, ke
 
 def test_a_report_is_read() -> None:
     found = report.read(str(FOLDER / "run/report.json"))
-    assert found["verdict"] == "unsealed" and len(found["disks"]) == len(formats.WORDS["outcomes"])
+    assert found.verdict == "unsealed" and len(found.disks) == len(formats.WORDS["outcomes"])
 
 
 def test_every_word_still_has_its_meaning() -> None:
@@ -352,7 +352,7 @@ def test_a_sync_leaves_the_same_record(tmp_path: Path, key_cache: None, keys: Ke
 
 def test_keys_cross_into_the_system_under_the_same_names(tmp_path: Path, key_cache: None, keys: Keys) -> None:
     record = report.Report("early-boot")
-    record.facts = {"unauthenticated_root": True}
+    record.facts = report.BootFacts(unauthenticated_root=True)
     os.makedirs(Paths(str(tmp_path)).run)
     opened: Any = SimpleNamespace(opened={}, tokens=lambda: [token.decode(said("token-persistent.json"))])
     handover.hand_over(Paths(str(tmp_path)), opened, keys.persistence, keys.pin_auth, record)

@@ -41,7 +41,8 @@ from tests.properties import BATCH, NOTHING, Property, run, told
 from unlock import strictjson
 from unlock.boot.activation import Opening
 from unlock.disks import disk_keys, luks, token
-from unlock.disks.devices import Disk
+from unlock.disks import header as luks_header
+from unlock.disks.udev import Disk
 from unlock.errors import Malformed, NotOurs, Tampered, UnlockError
 from unlock.host.report import Report
 from unlock.secret import Secret
@@ -271,7 +272,7 @@ CHANGED_BYTES = {
         "damaged", "claims more",
     ),
     "the largest JSON that is read": (
-        lambda lab: lab.put(huge(lab.front, luks.MAX_HEADER, second=False)), "malformed", "too large"
+        lambda lab: lab.put(huge(lab.front, luks_header.MAX_HEADER, second=False)), "malformed", "too large"
     ),
 }  # fmt: skip
 
@@ -435,7 +436,7 @@ def test_a_disk_that_does_not_answer_holds_up_no_other(lab: Lab, tmp_path: Path)
         opening.saw(Disk(str(path), path.name, "", "", "", 0, 0.0))
     assert opening.busy() and not report.disks
     opening.read_all()
-    outcomes = {Path(node).name: each["outcome"] for node, each in report.disks.items()}
+    outcomes = {Path(node).name: each.outcome for node, each in report.disks.items()}
     assert (outcomes["a"], outcomes["z"], outcomes["absent"]) == ("timed-out", "timed-out", "failed")
     assert (outcomes["victim"], outcomes["honest"]) == ("waiting", "waiting")
     opening.advance(settled=True)
@@ -452,7 +453,7 @@ def test_early_boot_ends_while_a_disk_does_not_answer(lab: Lab, tmp_path: Path) 
     opening.collect()
     opening.stop(0)
     assert not opening.busy() and not opening.pipes()
-    assert [each["outcome"] for each in report.disks.values()] == ["timed-out"]
+    assert [each.outcome for each in report.disks.values()] == ["timed-out"]
 
 
 def test_a_disk_that_is_gone_before_it_answers_is_not_looked_at(lab: Lab) -> None:
@@ -520,7 +521,7 @@ def a_token(lab: Lab, random: Random) -> bool:
     for _ in range(random.choice((0, 1, 1, 1, 2))):
         mutate(fields, random, lab.foreign_tokens)
     try:
-        parsed = luks.parse(render(fields, random), "/dev/sdx")
+        parsed = luks_header.parse_metadata(render(fields, random), "/dev/sdx")
     except Malformed:
         return False
     try:
@@ -542,12 +543,12 @@ def a_text(lab: Lab, random: Random) -> bool:
     if random.random() < 0.3:
         text = damage(text, random)
     elif random.random() < 0.02:
-        text = random.choice((b"[" + text + b"]", text * 2, text + b" " * luks.MAX_METADATA))
+        text = random.choice((b"[" + text + b"]", text * 2, text + b" " * luks_header.MAX_METADATA))
     try:
-        parsed = luks.parse(text, "/dev/sdx")
+        parsed = luks_header.parse_metadata(text, "/dev/sdx")
     except Malformed:
         return False
-    assert luks.parse(canonical(parsed), "/dev/sdx") == parsed
+    assert luks_header.parse_metadata(canonical(parsed), "/dev/sdx") == parsed
     json.loads(text, object_pairs_hook=_each_once)
     return True
 
@@ -595,8 +596,9 @@ def a_record(_: object, random: Random) -> bool:
 
 OF_LUKS = (
     strictjson.parse, strictjson._no_duplicates, strictjson._bounded, strictjson._finite,
-    luks.parse, luks._object, luks._numbered, luks._digest,
-    luks._check_size, luks._is_whole, luks._luks_version, luks.Container._load, luks.Container.metadata,
+    luks_header.parse_metadata, luks_header._get_object, luks_header._get_numbered, luks_header._data_digest,
+    luks_header.check_size_on_disk, luks_header._has_valid_checksum, luks_header.read_luks_version,
+    luks.Container._load, luks.Container.metadata,
     luks.Container.tokens, luks.Container.facts, luks.Container.cheap_keyslots,
     disk_keys.tokens, disk_keys.volume_key, disk_keys.unwrap_kek, disk_keys.check_recovery, disk_keys.by_recovery_key,
 )  # fmt: skip

@@ -38,8 +38,8 @@ def test_early_boots_python_runs_in_the_unpacked_initramfs(tmp_path: Path) -> No
     code = (
         "import os, sys; sys.path.insert(0, '/usr/lib/unlock'); import unlock.__main__, unlock.boot.agent; "
         "import unlock.boot.prompt, unlock.measured.explain, unlock.boot.shell; "
-        "from unlock import wrap; from unlock.disks import devices, luks; from unlock.tpm import chip; "
-        "devices._udev(); luks.prepare(); chip._load()\n"
+        "from unlock import wrap; from unlock.disks import luks, udev; from unlock.tpm import chip; "
+        "udev.libudev(); luks.prepare(); chip._load()\n"
         "print(*sys.modules)\n"
         "from unlock.measured import describe, eventlog\n"
         "for name in os.listdir('/logs'):\n"

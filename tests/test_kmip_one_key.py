@@ -137,7 +137,7 @@ def test_keys_left_at_a_dead_key_manager_are_no_trouble_and_are_told_once(
         assert {each["name"]: each["not_retired"] for each in provider.names(host.paths)} == {"second": 0, "kms": 2}
         keys._provider_list(host.paths, argparse.Namespace(json=False))
         assert capsys.readouterr().out.count("replaced keys still active there: 2") == 1
-        said = status.table(status.status(host.paths))
+        said = status.to_text(status.read_status(host.paths))
         assert said.count("2 replaced key(s) still active at kms") == 1
         assert "warning   2" not in said
         assert host.boot_opens()
@@ -153,7 +153,7 @@ def test_when_the_key_manager_that_was_left_answers_again_the_keys_are_deactivat
         assert host.state.retire == []
         states = [key.state for key in kms.keys.values() if "/kek/" in "".join(key.names)]
         assert states == [DEACTIVATED, DEACTIVATED]
-        assert "left " not in status.table(status.status(host.paths))
+        assert "left " not in status.to_text(status.read_status(host.paths))
 
 
 def test_a_key_manager_that_was_left_and_taken_out_of_unlock_toml_is_no_trouble(host: Host, kms: Liar) -> None:
@@ -164,7 +164,7 @@ def test_a_key_manager_that_was_left_and_taken_out_of_unlock_toml_is_no_trouble(
         assert set(run(host).values()) == {"unchanged"}
         rekey.rekey(host.paths, "", host.look)
         assert len(host.state.retire) == 2
-        assert status.table(status.status(host.paths))
+        assert status.to_text(status.read_status(host.paths))
         assert host.boot_opens()
         assert all(key.state == ACTIVE for key in kms.keys.values())
         with pytest.raises(Refused):

@@ -464,7 +464,7 @@ GROWING = """
             sh(f"truncate --size=32M {path}")
             luks_format(path)
         made.append(sh(f"losetup --find --show {path}"))
-        wait(lambda: made[-1] in [each.node for each in devices.marked()])
+        wait(lambda: made[-1] in [each.node for each in udev.marked_disks()])
         return made[-1]
 
     def refused(node):
@@ -487,9 +487,9 @@ GROWING = """
         twin = disk(f"{image}/disk-1")
         found.append(refused(third))
         sh(f"losetup --detach {made.pop()}")
-        wait(lambda: twin not in [each.node for each in devices.marked()])
+        wait(lambda: twin not in [each.node for each in udev.marked_disks()])
         with luks.Container(first) as container:
-            container.remove_keyslot(container.test_passphrase(host.recovery))
+            container.remove_keyslot(disk_keys.recovery_keyslot(container, host.recovery)[0])
         found.append(refused(third))
         adopt(host, first)
         adopt(host, third)

@@ -410,7 +410,9 @@ def test_set_and_asked_for_at_every_boot_until_it_is_taken_away(host: Machine) -
         assert host.reasons() == ["this boot"]
     shown = policy.show(host.paths, host.chip.tcti)
     assert shown["pin"] is True and "asks for it" in policy.text(shown)
-    assert status.status(host.paths)["pin"] and "asked for at every boot" in status.table(status.status(host.paths))
+    assert status.read_status(host.paths).pin and "asked for at every boot" in status.to_text(
+        status.read_status(host.paths)
+    )
     host.types = []
     assert host.boot() == "pin-wrong"
     host.types = ["wrong one", PIN]
@@ -420,7 +422,7 @@ def test_set_and_asked_for_at_every_boot_until_it_is_taken_away(host: Machine) -
         assert not set_pin(host, None).record.pin
         assert "unlock:pin-auth" not in keyring.names()
     assert policy.show(host.paths, host.chip.tcti)["pin"] is False
-    assert not status.status(host.paths)["pin"]
+    assert not status.read_status(host.paths).pin
     assert host.boot() == "unsealed" and host.asked == 0
 
 
@@ -873,7 +875,9 @@ def test_a_pin_is_in_no_report_state_output_or_command_line(
     set_pin(host)
     host.types = ["tulip 4712", PIN]
     host.boot()
-    told = json.dumps(policy.show(host.paths, host.chip.tcti)) + json.dumps(status.status(host.paths))
+    told = json.dumps(policy.show(host.paths, host.chip.tcti)) + json.dumps(
+        status.to_json(status.read_status(host.paths))
+    )
     told += json.dumps(explain.fields(explain.judge(explain.gather(host.paths, host.chip.tcti))))
     told += Path(host.paths.state).read_text() + Path(host.paths.of_this_boot("report.json")).read_text()
     told += json.dumps(cache.show(host.paths)) + repr(auth) + repr(Pin(Secret(PIN.encode())))

@@ -486,13 +486,13 @@ def test_the_tpm_refuses_and_the_key_manager_answers(host: Host, kms: Liar, allo
     provider.renew(host.paths, client(), "", host.look)
     keyring.flush()
     early = report.Report("early-boot")
-    early.judge("pcr-mismatch", "PCR 9: the kernel command line changed")
-    Path(host.paths.of_this_boot("report.json")).write_bytes(early.encode())
+    early.set_verdict("pcr-mismatch", "PCR 9: the kernel command line changed")
+    Path(host.paths.of_this_boot("report.json")).write_bytes(report.encode(early))
     before = [Path(host.paths.state).read_bytes(), *(image.read_bytes() for image in host.disks)]
     record = report.Report("gate data")
     if allowed:
         assert opens_all(host, host.group, unwrapper(host, record))
-        assert record.facts["opened_from_provider"] == "data"
+        assert record.facts.opened_from_provider == "data"
         assert any("command line changed" in text for _, kind, text in record.events if kind == "opened-from-provider")
         kms.lie("other key", on="Get")
         with pytest.raises(UnlockError):
@@ -596,17 +596,17 @@ def test_a_year_with_pykmips_server(tmp_path: Path) -> None:
 
 def test_status_shows_the_days_left_what_is_behind_and_how_the_last_sync_went(host: Host, kms: Liar) -> None:
     provider.renew(host.paths, client("host-1 again", days=(-1, 20.5)), "", host.look)
-    assert "not in this boot" in status.table(status.status(host.paths))
+    assert "not in this boot" in status.to_text(status.read_status(host.paths))
     host.disks.pop()
     kms.replace(kms.keys[host.group.kek.rpartition("/")[2]])
     sync.sync(host.paths, host.look)
-    found = status.status(host.paths)
+    found = status.to_json(status.read_status(host.paths))
     assert found["providers"][0]["certificate_days"] == 20
     assert (found["persistence"], found["groups"][0]["behind"]) == (True, ["data-1"])
-    said = status.table(found)
+    said = status.to_text(status.read_status(host.paths))
     assert "certificate: 20 days left" in said
     assert "unlock provider renew" in said
     assert "data-1: still under an earlier KEK" in said
     kms.lie("denied")
     sync.sync(host.paths, host.look)
-    assert "sync: data: not-found-or-denied" in status.table(status.status(host.paths))
+    assert "sync: data: not-found-or-denied" in status.to_text(status.read_status(host.paths))

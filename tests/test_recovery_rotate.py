@@ -279,7 +279,7 @@ def test_a_key_that_cannot_be_handed_out_leaves_nothing_under_way(host: Host) ->
 def test_status_tells_what_is_under_way_and_no_key_not_even_a_wrapped_one(host: Host) -> None:
     killed_before_the_first_keyslot(host, delivery.Keep(file_of(host)))
     assert host.state.journal and host.state.journal["key"]
-    assert status.status(host.paths)["unfinished"] == {"operation": "recovery", "about": "rotate"}
+    assert status.read_status(host.paths).unfinished == {"operation": "recovery", "about": "rotate"}
 
 
 def test_without_a_disk_nothing_is_rotated(host: Host) -> None:

@@ -10,18 +10,21 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 
 from tests.flowfixture import HOST, Host
+from tests.formats import a_report
 from tests.test_recovery_rotate import change_flags
 from unlock import ask, cli
-from unlock.boot import activation, gate, shell
-from unlock.disks import devices
+from unlock.boot import activation, gate, plot, shell
+from unlock.disks import udev
 from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.host import keyring, report, this_boot
 from unlock.keys import delivery, recovery_key
-from unlock.operations import recovery
+from unlock.operations import recovery, status
 from unlock.paths import Paths
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy
@@ -39,10 +42,10 @@ def paths(tmp_path: Path) -> Paths:
 def refused(count: int = 2, verdict: str = "pcr-mismatch") -> report.Report:
     """What early boot leaves when the TPM says no."""
     record = report.Report("early-boot")
-    record.facts = {"cap_pcr_before": pcr_policy.UNSET.hex()}
-    record.judge(verdict, "the TPM refuses: PCR values do not match")
+    record.facts = report.BootFacts(cap_pcr_before=pcr_policy.UNSET.hex())
+    record.set_verdict(verdict, "the TPM refuses: PCR values do not match")
     for number in range(count):
-        record.disk(f"/dev/sd{chr(97 + number)}", "no-key", record.why(), uuid=f"uuid-{number}")
+        record.set_disk(f"/dev/sd{chr(97 + number)}", "no-key", record.describe_verdict(), uuid=f"uuid-{number}")
     return record
 
 
@@ -75,7 +78,7 @@ def test_a_later_prompt_shows_what_is_new_alone(paths: Paths) -> None:
     record = refused()
     told(paths, record)
     assert told(paths, record)[0] == "new       nothing since the last prompt"
-    record.disk("/dev/sdc", "tampered", "header or token are not what this host wrote", name="data-c")
+    record.set_disk("/dev/sdc", "tampered", "header or token are not what this host wrote", name="data-c")
     again = told(paths, record)
     assert again[0] == "new       /dev/sdc data-c: header or token are not what this host wrote"
     assert not any("sda" in line for line in again)
@@ -85,7 +88,7 @@ def test_a_later_prompt_shows_what_is_new_alone(paths: Paths) -> None:
 def test_it_fits_the_smallest_console_whatever_the_disks_say(paths: Paths, count: int) -> None:
     record = refused(count)
     for number in range(count):
-        record.disk(f"/dev/vd{number}", "failed", "\x1b[2Jbad " * 40, name="x" * 64)
+        record.set_disk(f"/dev/vd{number}", "failed", "\x1b[2Jbad " * 40, name="x" * 64)
     lines = told(paths, record)
     assert any("exit" in line for line in lines), "what to type is never cut off"
     assert count < 7 or any(line.endswith("more: unlock status") for line in lines)
@@ -101,22 +104,51 @@ def test_without_a_report_it_still_says_what_to_type(paths: Paths) -> None:
     assert all(line in lines for line in shell.HELP.splitlines()), "none is cut off"
 
 
+def mangled(value: Any, random: Random) -> Any:
+    """The value with one thing in it removed or replaced."""
+    if isinstance(value, (dict, list)) and value and random.random() < 0.8:
+        value = value.copy()
+        key = random.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if random.random() < 0.2:
+            del value[key]
+        else:
+            value[key] = mangled(value[key], random)
+        return value
+    return random.choice([None, True, -1, 1e300, 10**15, "", "a b", "\ud800", [], [1], {}, {"a": 1}])
+
+
+def test_a_mangled_report_is_refused_or_shown(paths: Paths) -> None:
+    random, whole = Random(1), report.to_json(a_report())
+    shown = 0
+    for _ in range(3000):
+        text = json.dumps(mangled(whole, random)).encode()
+        Path(paths.of_this_boot("report.json")).write_bytes(text)
+        if found := this_boot.early(paths):
+            shown += 1
+            for text_of in (status.boot_to_text, plot.svg, lambda found: shell.status_text(found, [])):
+                text_of(found).encode()
+            report.encode(found)
+            told(paths, None)
+    assert shown > 100
+    assert report.encode(report.decode(report.encode(a_report()), "")) == report.encode(a_report())
+
+
 # Its words
 
 
 def test_status_shows_what_headers_say(tmp_path: Path, key_cache: None) -> None:
     host = Host(tmp_path, 2)
     record = refused(0)
-    disks = [devices.Disk(str(image), image.name, "", "", "", 0, 0) for image in host.disks]
-    record.disk(disks[0].node, "no-key", record.why(), uuid="x")
+    disks = [udev.Disk(str(image), image.name, "", "", "", 0, 0) for image in host.disks]
+    record.set_disk(disks[0].node, "no-key", record.describe_verdict(), uuid="x")
     host.disks[1].write_bytes(bytes(1 << 20))
     this_boot.write_report(host.paths, record, "report.json")
-    found = shell.status(host.paths, lambda: disks)
-    assert [(each["name"], each["group"], each["state"]) for each in found["disks"]] == [
+    found = shell.read_disks(record, lambda: disks)
+    assert [(each.name, each.group, each.state) for each in found] == [
         ("data-0", "data", "no-key"),
         ("", "", "damaged"),
     ]
-    assert "pcr-mismatch" in shell.table(found)
+    assert "pcr-mismatch" in shell.status_text(record, found)
 
 
 def test_words_that_do_not_work_in_it_name_help(paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +208,7 @@ def look(host: Host, image: Path, *keys: Secret) -> report.Report:
     """The disk under its recovery key, without device-mapper."""
     record = report.Report("open data")
     groups = activation.Opening(HOST, gate._by_recovery_key(*keys), record, "data")
-    groups.saw(devices.Disk(str(image), image.name, "", "", "", 0, 0))
+    groups.saw(udev.Disk(str(image), image.name, "", "", "", 0, 0))
     groups.read_all()
     groups.wipe()
     return record
@@ -189,8 +221,8 @@ class Slow:
         self.end = time.monotonic() + seconds
         self.left = True
 
-    def look(self, monitor: devices.Monitor) -> None: ...
-    def saw(self, found: devices.Disk) -> None: ...
+    def look(self, monitor: udev.Monitor) -> None: ...
+    def saw(self, found: udev.Disk) -> None: ...
     def collect(self) -> None: ...
     def advance(self, settled: bool) -> None: ...
     def wipe(self) -> None: ...
@@ -207,7 +239,7 @@ class Slow:
 def test_many_disks_may_take_longer_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation, "ACTIVATION_TIMEOUT", 0.3)
     disks = Slow(1.5)
-    activation.open_present(disks, devices.Monitor())  # type: ignore[arg-type]
+    activation.open_present(disks, udev.Monitor())  # type: ignore[arg-type]
     assert not disks.left
 
 
@@ -215,11 +247,11 @@ def test_open_authenticates_the_header_before_it_opens(tmp_path: Path, key_cache
     host = Host(tmp_path, 1)
     (image,) = host.disks
     wrong = look(host, image, recovery_key.new())
-    assert look(host, image, host.recovery).disks[str(image)]["outcome"] == "waiting"
+    assert look(host, image, host.recovery).disks[str(image)].outcome == "waiting"
     assert isinstance(gate._trouble(host.paths, wrong, "data"), NotOurs)
     change_flags(image)
     changed = look(host, image, host.recovery)
-    assert changed.disks[str(image)]["outcome"] == "tampered"
+    assert changed.disks[str(image)].outcome == "tampered"
     trouble = gate._trouble(host.paths, changed, "data")
     assert isinstance(trouble, Tampered)
     assert "data-0" in str(trouble)
@@ -234,7 +266,7 @@ def test_a_member_that_was_away_at_a_rotation_opens_beside_the_others_when_both_
     recovery.rotate(host.paths, delivery.Keep(str(tmp_path / "new")), host.look)
     new = delivery.given(str(tmp_path / "new"))
     outcome = {
-        (image.name, len(keys)): look(host, image, *keys).disks[str(image)]["outcome"]
+        (image.name, len(keys)): look(host, image, *keys).disks[str(image)].outcome
         for image in (*host.disks, away)
         for keys in ((new,), (new, host.recovery), (host.recovery, new, recovery_key.new()))
     }
@@ -247,7 +279,7 @@ def test_a_member_that_was_away_at_a_rotation_opens_beside_the_others_when_both_
         ("data-1", 3): "waiting",
     }
     change_flags(away)
-    assert look(host, away, new, host.recovery).disks[str(away)]["outcome"] == "tampered"
+    assert look(host, away, new, host.recovery).disks[str(away)].outcome == "tampered"
 
 
 def test_open_says_at_once_what_is_missing(tmp_path: Path, key_cache: None) -> None:

@@ -91,12 +91,14 @@ def test_removed_the_tpm_keeps_nothing_and_the_disks_need_the_key_manager(host: 
                 slots.unseal(tpm)
     with pytest.raises(NoSlot):
         boot_gives(chip)
-    assert "key       key cache until the next boot: the TPM keeps nothing" in status.table(status.status(host.paths))
+    assert "key       key cache until the next boot: the TPM keeps nothing" in status.to_text(
+        status.read_status(host.paths)
+    )
     assert not any(host.opens(image) for image in host.disks)
     assert {each.outcome for each in sync.sync(host.paths, host.look)} == {"unchanged"}
     assert host.recovery_opens()
     keyring.flush()  # as the next boot finds it
-    assert "key       none: the TPM keeps nothing" in status.table(status.status(host.paths))
+    assert "key       none: the TPM keeps nothing" in status.to_text(status.read_status(host.paths))
     with pytest.raises(NoKey):
         enable(host, chip)
     with chip.open() as tpm:

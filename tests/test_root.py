@@ -20,7 +20,7 @@ from tests.lab.kmipliar import COMPROMISED, Liar
 from tests.test_devices import Machine
 from unlock.boot import activation, agent, gate, handover
 from unlock.disks import disk_keys, luks
-from unlock.disks.devices import Disk
+from unlock.disks.udev import Disk
 from unlock.errors import NoKey, Refused
 from unlock.host import config, keyring, report, this_boot
 from unlock.operations import cache, persistence, sync
@@ -111,7 +111,7 @@ class Early:
     def __init__(self, host: Host, *groups: str, accepted: bool = False) -> None:
         self.paths = host.paths
         self.record = report.Report("early-boot")
-        self.record.facts = {"unauthenticated_root": accepted}
+        self.record.facts = report.BootFacts(unauthenticated_root=accepted)
         self.key = agent.Key(HOST, Secret(bytes(host.persistence)), None)
         self.groups = activation.Opening(
             HOST, lambda c, each: disk_keys.volume_key(c, each, host.persistence), self.record
@@ -164,7 +164,7 @@ def refused_there(host: Host, machine: Seen, *groups: str) -> None:
         early = Early(host, *groups)
         assert early.ends() == []
         assert "root-not-authenticated" in early.said() and "handed-over" not in early.said()
-        tried = [each for each in early.record.disks.values() if "cannot be closed" in each["detail"]]
+        tried = [each for each in early.record.disks.values() if "cannot be closed" in each.detail]
         assert (len(tried), early.safe) == (len(groups), not groups), "there is no device-mapper here"
 
     said = machine.inside(work)
@@ -242,8 +242,8 @@ def bare(tmp_path: Path) -> Iterator[Host]:
 def recovered(host: Host, outcome: str, phase: str = "recovery") -> None:
     """What the recovery prompt has left."""
     record = report.Report(phase)
-    record.judge("no-key")
-    record.disk("/dev/sda", outcome, name="root-0")
+    record.set_verdict("no-key")
+    record.set_disk("/dev/sda", outcome, name="root-0")
     this_boot.write_report(host.paths, record, "report.json")
 
 

@@ -156,13 +156,13 @@ def test_a_boot_that_is_not_allowed_closes_nothing(host: Machine) -> None:
 
 
 def test_status_says_loudly_that_a_window_is_open(host: Machine) -> None:
-    assert "window" not in status.table(status.status(host.paths))
+    assert "window" not in status.to_text(status.read_status(host.paths))
     opened(host)
-    assert "a window is open" in status.table(status.status(host.paths))
+    assert "a window is open" in status.to_text(status.read_status(host.paths))
     state = host.state
     state.tpm["window"]["since"] = "2020-01-01T00:00:00Z"
     state.save()
-    assert "WINDOW" in status.table(status.status(host.paths))
+    assert "WINDOW" in status.to_text(status.read_status(host.paths))
 
 
 def test_what_was_predicted_outlives_a_closing_that_was_killed_in_its_last_step(host: Machine) -> None:

@@ -12,9 +12,9 @@ import pytest
 from tests.lab.hostile import HOST, Lab
 from unlock.boot import worker
 from unlock.boot.activation import Opening
-from unlock.boot.worker import Header, Worker
+from unlock.boot.worker import Worker, WorkerHeader
 from unlock.disks import disk_keys, luks
-from unlock.disks.devices import Disk
+from unlock.disks.udev import Disk
 from unlock.errors import DiskFailed, NotOurs, UnlockError
 from unlock.host.report import Report
 from unlock.secret import Secret
@@ -36,10 +36,10 @@ def process(lab: Lab) -> Iterator[Worker]:
     made.end()
 
 
-def header_of(process: Worker) -> Header:
+def header_of(process: Worker) -> WorkerHeader:
     while not (answer := process.read()):
         pass
-    return Header(process, answer)
+    return WorkerHeader(process, answer)
 
 
 def memory(pid: int) -> bytes:
@@ -127,15 +127,15 @@ def test_a_worker_that_is_killed_costs_its_own_disk_alone(lab: Lab, tmp_path: Pa
     os.kill(stalled.pid, signal.SIGKILL)
     opening.read_all()
     entry = report.disks[stalled.disk.node]
-    assert (entry["outcome"], entry["detail"]) == ("failed", "the worker ended without an answer")
-    assert report.disks[str(lab.honest)]["outcome"] == "waiting"
+    assert (entry.outcome, entry.detail) == ("failed", "the worker ended without an answer")
+    assert report.disks[str(lab.honest)].outcome == "waiting"
     (honest,) = opening.candidates["safe"]
     os.kill(honest.header.worker.pid, signal.SIGKILL)
     opening.advance(settled=True)
     while opening.busy():
         opening.collect(0.1)
-    assert report.disks[str(lab.honest)]["outcome"] == "failed"
-    assert report.groups["safe"]["outcome"] == "failed"
+    assert report.disks[str(lab.honest)].outcome == "failed"
+    assert report.groups["safe"].outcome == "failed"
 
 
 def test_an_activation_that_hangs_is_killed_at_its_deadline(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_an_activation_that_hangs_is_killed_at_its_deadline(lab: Lab, monkeypatc
     opening.advance(settled=True)
     while opening.busy():
         opening.collect(0.1)
-    assert report.disks[str(lab.honest)]["outcome"] == "timed-out"
+    assert report.disks[str(lab.honest)].outcome == "timed-out"
     for _ in range(100):
         try:
             os.waitpid(pid, os.WNOHANG)
@@ -170,7 +170,7 @@ def test_a_disk_is_read_before_there_is_a_key(lab: Lab) -> None:
     (process,) = opening.reading.values()
     opening.host, opening.unwrap = HOST, lab.by_tpm
     opening.read_all()
-    assert report.disks[str(lab.honest)]["outcome"] == "waiting"
+    assert report.disks[str(lab.honest)].outcome == "waiting"
     assert opening.candidates["safe"][0].header.worker is process
     opening.wipe()
 

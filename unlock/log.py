@@ -4,6 +4,8 @@
 import os
 import sys
 
+from .light import Sequence
+
 
 def console(line: str) -> None:
     """One line on /dev/console; a console that is gone is no reason to stop."""
@@ -29,3 +31,9 @@ def error(message: str, hint: str = "") -> None:
 def note(message: str) -> None:
     """Progress, on standard error, so that standard output stays a result."""
     print(message, file=sys.stderr, flush=True)
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """A line for each row, with each column as wide as its longest cell and two blanks between columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

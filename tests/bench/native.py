@@ -42,11 +42,11 @@ marks = [time.monotonic()]
 import unlock.__main__
 from unlock import protect
 from unlock.boot import activation, agent
-from unlock.disks import devices, disk_keys, luks
+from unlock.disks import disk_keys, luks, udev
 from unlock.tpm import chip, pcr_policy, slots
 marks.append(time.monotonic())
 protect.protect()
-monitor = devices.Monitor()
+monitor = udev.Monitor()
 marks.append(time.monotonic())
 with chip.Tpm("{TCTI}") as tpm:
     unsealed = slots.unseal(tpm)

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from unlock.boot.activation import Opening
 from unlock.disks import disk_keys, luks, token
-from unlock.disks.devices import Disk
 from unlock.disks.groups import Group, Member
+from unlock.disks.header import Header
+from unlock.disks.udev import Disk
 from unlock.host.report import OUTCOMES, Report
 from unlock.keys import recovery_key
 from unlock.secret import Secret
@@ -82,11 +83,11 @@ class Lab:
 
     # The doors
 
-    def by_tpm(self, container: luks.Header, each: token.Token) -> Secret:
+    def by_tpm(self, container: Header, each: token.Token) -> Secret:
         """As early boot and the gates unwrap."""
         return disk_keys.volume_key(container, each, self.keys.persistence)
 
-    def by_recovery(self, container: luks.Header, each: token.Token) -> Secret:
+    def by_recovery(self, container: Header, each: token.Token) -> Secret:
         """As the recovery prompt does."""
         disk_keys.check_recovery(container, each, self.keys.mac_key)
         return disk_keys.by_recovery_key(container, self.recovery)
@@ -103,10 +104,10 @@ class Lab:
         opening.read_all()
         opening.advance(settled=True)
         entry = report.disks[str(self.victim)]
-        outcome, detail = str(entry["outcome"]), str(entry["detail"])
+        outcome, detail = entry.outcome, entry.detail
         try:
             queued = {each.disk.sysname: each for each in opening.queue}
-            assert "honest" in queued and report.disks[str(self.honest)]["outcome"] == "waiting"
+            assert "honest" in queued and report.disks[str(self.honest)].outcome == "waiting"
             assert outcome in OUTCOMES and detail.isprintable() and len(detail) < 1000, (outcome, detail)
             assert not detail.isidentifier(), f"an error without a type of ours: {detail}"
             assert (outcome == "waiting") == ("victim" in queued), outcome
@@ -117,7 +118,7 @@ class Lab:
             opening.wipe()
         return outcome, detail
 
-    def _is_authentic(self, container: luks.Header, each: token.Token) -> None:
+    def _is_authentic(self, container: Header, each: token.Token) -> None:
         """By comparison with what was written, not by what was authenticated."""
         now, then = container.metadata, self.authentic
         assert container.uuid == self.uuid

@@ -13,13 +13,14 @@ import os
 import select
 
 from ..disks import forget, luks, token
-from ..disks.devices import Disk, Monitor
-from ..disks.devices import settled as settled_now
+from ..disks.header import Header
+from ..disks.udev import Disk, Monitor
+from ..disks.udev import has_settled as settled_now
 from ..errors import Malformed, NotOurs, Tampered, UnlockError
-from ..host.report import OUTCOMES, Report, now
+from ..host.report import OPEN, OUTCOMES, Report, now
 from ..light import Callable, NamedTuple
 from ..secret import Secret
-from .worker import Ended, Header, Worker
+from .worker import Ended, Worker, WorkerHeader
 
 ACTIVATION_TIMEOUT = 20.0
 """Seconds for one activation; libcryptsetup waits in it for udev."""
@@ -31,12 +32,12 @@ class Candidate(NamedTuple):
     """A disk whose header is authentic, with what opens it."""
 
     disk: Disk
-    header: Header
+    header: WorkerHeader
     token: token.Token
     dek: Secret
 
 
-Unwrap = Callable[[luks.Header, token.Token], Secret]
+Unwrap = Callable[[Header, token.Token], Secret]
 """Gives a disk's volume key once header and token are authentic. Raises Tampered and other UnlockErrors."""
 
 
@@ -74,20 +75,20 @@ class Opening:
 
     def look(self, monitor: Monitor) -> None:
         """All marked disks that are there; what appears or changes from now on, the monitor tells."""
-        for found in monitor.marked():
+        for found in monitor.marked_disks():
             self.saw(found)
         self.looked = True
 
     def saw(self, found: Disk) -> None:
         """One disk, for the first time or again after a change. Nothing about one disk stops the others."""
-        if self.report.disks.get(found.node, {}).get("outcome") not in (None, "foreign", "damaged", "failed"):
+        if self.report.outcome(found.node) not in ("", "foreign", "damaged", "failed"):
             return
         if any(each.disk.node == found.node for each in self.reading.values()):
             return
         try:
             worker = Worker(found)
         except (UnlockError, OSError) as error:
-            self.report.disk(found.node, "failed", f"no worker: {error}")
+            self.report.set_disk(found.node, "failed", f"no worker: {error}")
             return
         worker.deadline = now() + self.read_timeout
         self.reading[worker.fileno()] = worker
@@ -106,25 +107,25 @@ class Opening:
             if not answer:
                 worker.deadline = now() + self.read_timeout
                 return
-            if self._examine(worker.disk, Header(worker, answer)):
+            if self._examine(worker.disk, WorkerHeader(worker, answer)):
                 del self.reading[fd]
                 return
         except NotOurs as error:
             outcome = "foreign" if error.code == "not-luks2" else error.code
-            self.report.disk(node, outcome if outcome in OUTCOMES else "failed", str(error))
+            self.report.set_disk(node, outcome if outcome in OUTCOMES else "failed", str(error))
         except Malformed as error:
             outcome = error.code if answer else "damaged"
-            self.report.disk(node, outcome, str(error))
+            self.report.set_disk(node, outcome, str(error))
         except Tampered as error:
-            self.report.disk(node, "tampered", str(error))
+            self.report.set_disk(node, "tampered", str(error))
         except UnlockError as error:
-            self.report.disk(node, error.code if error.code in OUTCOMES else "failed", str(error))
+            self.report.set_disk(node, error.code if error.code in OUTCOMES else "failed", str(error))
         except Exception as error:  # whatever a hostile disk makes of us, it is alone
-            self.report.disk(node, "failed", type(error).__name__)
+            self.report.set_disk(node, "failed", type(error).__name__)
         del self.reading[fd]
         worker.end()
 
-    def _examine(self, found: Disk, header: Header) -> bool:
+    def _examine(self, found: Disk, header: WorkerHeader) -> bool:
         """True when the disk is a candidate now, and its worker stays."""
         from ..disks import disk_keys  # loaded when the first workers have been forked: they need none of it
 
@@ -133,10 +134,10 @@ class Opening:
         if self.only and all(each.group != self.only for each in tokens):
             return False
         if not self.unwrap:
-            self.report.disk(found.node, "no-key", self.report.why(), uuid=uuid)
+            self.report.set_disk(found.node, "no-key", self.report.describe_verdict(), uuid=uuid)
             return False
         if uuid in self.open_uuids:
-            self.report.disk(found.node, "duplicate", f"{self.open_uuids[uuid]} is open", uuid=uuid)
+            self.report.set_disk(found.node, "duplicate", f"{self.open_uuids[uuid]} is open", uuid=uuid)
             return False
         proven: list[Candidate] = []
         trouble: UnlockError | None = None
@@ -149,7 +150,7 @@ class Opening:
             assert trouble
             raise trouble
         first = proven[0].token  # authentic, unlike one that did not unwrap
-        self.report.disk(
+        self.report.set_disk(
             found.node,
             "already-open" if luks.active_uuid(first.name) == uuid else "waiting",
             uuid=uuid,
@@ -171,7 +172,7 @@ class Opening:
             for each in candidates:
                 if each.disk.node == node and each.header.worker.fileno() not in self.activating:
                     each.header.worker.end()
-        if self.report.disks.get(node, {}).get("outcome") not in ("opened", "already-open"):
+        if self.report.outcome(node) not in OPEN:
             self.report.disks.pop(node, None)
 
     # Groups
@@ -184,7 +185,7 @@ class Opening:
                 try:
                     self._consider(group, settled)
                 except (UnlockError, OSError) as error:
-                    self.report.event("trouble", f"group {group}: {error}")
+                    self.report.add_event("trouble", f"group {group}: {error}")
         while self.queue and len(self.activating) < self.parallel:
             self._start(self.queue.pop(0))
 
@@ -221,8 +222,8 @@ class Opening:
             else:
                 losers = same
             for loser in losers:
-                if settled and self.report.disks[loser.disk.node]["outcome"] != "duplicate":
-                    self.report.disk(loser.disk.node, "duplicate", f"UUID {loser.header.uuid}")
+                if settled and self.report.outcome(loser.disk.node) != "duplicate":
+                    self.report.set_disk(loser.disk.node, "duplicate", f"UUID {loser.header.uuid}")
         return chosen
 
     def _open(self, group: str, chosen: list[Candidate]) -> None:
@@ -233,7 +234,7 @@ class Opening:
         blocked = [each for each in chosen if active[each.token.name] not in (None, each.header.uuid)]
         if blocked or len(set(names)) != len(names):
             for each in blocked or chosen:
-                self.report.disk(each.disk.node, "name-taken", f"/dev/mapper/{each.token.name}")
+                self.report.set_disk(each.disk.node, "name-taken", f"/dev/mapper/{each.token.name}")
             self._fail(group)
             return
         self.queue += [each for each in chosen if active[each.token.name] is None]
@@ -241,7 +242,7 @@ class Opening:
             self.open_uuids[each.header.uuid] = each.disk.node
         for each in self.candidates[group]:
             if each.disk.node not in self.wanted[group] and each.header.uuid in self.open_uuids:
-                self.report.disk(each.disk.node, "duplicate", f"{self.open_uuids[each.header.uuid]} is opened")
+                self.report.set_disk(each.disk.node, "duplicate", f"{self.open_uuids[each.header.uuid]} is opened")
         self._finish(group)
 
     def _finish(self, group: str) -> None:
@@ -251,20 +252,17 @@ class Opening:
             return
         if any(each.disk.node in nodes for each in self.activating.values()):
             return
-        if all(self._outcome(node) in ("opened", "already-open") for node in nodes):
-            mappings = sorted(self.report.disks[node]["name"] for node in nodes)
-            self.report.group(group, "open", members=len(nodes), mappings=mappings)
+        if all(self.report.outcome(node) in OPEN for node in nodes):
+            mappings = tuple(sorted(self.report.disks[node].name for node in nodes))
+            self.report.set_group(group, "open", members=len(nodes), mappings=mappings)
         else:
             self._fail(group)
-
-    def _outcome(self, node: str) -> str:
-        return str(self.report.disks.get(node, {}).get("outcome", ""))
 
     def _fail(self, group: str) -> None:
         self.failed.add(group)
         self.open_uuids = {uuid: node for uuid, node in self.open_uuids.items() if node not in self.wanted[group]}
         self.close_group(group)
-        self.report.group(group, "failed", members=len(self.wanted[group]))
+        self.report.set_group(group, "failed", members=len(self.wanted[group]))
 
     def close_group(self, group: str) -> None:
         """Closes what this process opened of a group; nothing of it is mounted."""
@@ -274,17 +272,17 @@ class Opening:
         for name, node in list(opened.items()):
             try:
                 luks.deactivate(name)
-                self.report.disk(node, "closed-again")
+                self.report.set_disk(node, "closed-again")
                 del opened[name]
             except UnlockError as error:
-                self.report.disk(node, "failed", f"cannot be closed: {error}")
+                self.report.set_disk(node, "failed", f"cannot be closed: {error}")
 
     def close_all(self) -> bool:
         """Closes everything that this process opened. True when nothing is left open."""
         for group, opened in self.opened.items():
             if opened:
                 self.close_group(group)
-                self.report.group(group, "failed")
+                self.report.set_group(group, "failed")
         return not any(self.opened.values())
 
     # Workers
@@ -316,7 +314,7 @@ class Opening:
         for fd, worker in list(self.reading.items()):
             if now() > worker.deadline:
                 self.reading.pop(fd).end()
-                self.report.disk(worker.disk.node, "timed-out", f"does not answer for {self.read_timeout:.0f} s")
+                self.report.set_disk(worker.disk.node, "timed-out", f"does not answer for {self.read_timeout:.0f} s")
         for fd, candidate in list(self.activating.items()):
             if now() > candidate.header.worker.deadline:
                 self._kill(fd)
@@ -336,10 +334,10 @@ class Opening:
     def _result(self, candidate: Candidate, trouble: str) -> None:
         group, node = candidate.token.group, candidate.disk.node
         if trouble:
-            self.report.disk(node, "failed", trouble)
+            self.report.set_disk(node, "failed", trouble)
         else:
             self.opened[group][candidate.token.name] = node
-            self.report.disk(node, "opened", opened=round(now(), 4))
+            self.report.set_disk(node, "opened", opened=round(now(), 4))
         self._finish(group)
 
     def _kill(self, fd: int) -> None:
@@ -347,7 +345,7 @@ class Opening:
         candidate = self.activating.pop(fd)
         candidate.header.worker.end()
         luks.abandon(candidate.token.name)
-        self.report.disk(candidate.disk.node, "timed-out", f"after {ACTIVATION_TIMEOUT:.0f} s")
+        self.report.set_disk(candidate.disk.node, "timed-out", f"after {ACTIVATION_TIMEOUT:.0f} s")
         self._finish(candidate.token.group)
 
     def busy(self) -> bool:
@@ -357,10 +355,10 @@ class Opening:
         """No new activation; running ones get `patience` seconds. What did not open is closed again."""
         for worker in self.reading.values():
             worker.end()
-            self.report.disk(worker.disk.node, "timed-out", "early boot ended before it answered")
+            self.report.set_disk(worker.disk.node, "timed-out", "early boot ended before it answered")
         self.reading.clear()
         for each in self.queue:
-            self.report.disk(each.disk.node, "timed-out", "early boot ended before it was opened")
+            self.report.set_disk(each.disk.node, "timed-out", "early boot ended before it was opened")
         self.queue.clear()
         end = now() + patience
         while self.activating and now() < end:
@@ -368,16 +366,17 @@ class Opening:
         for fd in list(self.activating):
             self._kill(fd)
         for group in self.wanted:
-            if self.report.groups.get(group, {}).get("outcome") is None:
+            if not self.report.group_outcome(group):
                 self._finish(group)
         for group in self.candidates:
             if group not in self.wanted:
-                self.report.group(group, "incomplete", **self._counts(group))
+                present, members = self._counts(group)
+                self.report.set_group(group, "incomplete", present=present, members=members)
 
-    def _counts(self, group: str) -> dict[str, int]:
+    def _counts(self, group: str) -> tuple[int, int]:
         present = {each.header.uuid for each in self.candidates[group]}
         members = max((each.token.members for each in self.candidates[group]), default=0)
-        return {"present": len(present), "members": members}
+        return len(present), members
 
     def ready(self, group: str) -> bool:
         """All members of the group are there and proven, and no other disk passes for one of them."""
@@ -404,7 +403,7 @@ def turn(groups: Opening, monitor: Monitor, look: bool) -> bool:
     settled = settled_now()
     if look:
         groups.look(monitor)
-    for action, found in monitor.read():
+    for action, found in monitor.read_events():
         if action == "remove":
             groups.gone(found.node)
         else:

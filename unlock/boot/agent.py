@@ -22,7 +22,7 @@ from ..tpm import pcr_policy, slots
 from ..tpm.chip import Meanwhile, Tpm
 
 if TYPE_CHECKING:
-    from ..disks.devices import Monitor
+    from ..disks.udev import Monitor
     from .activation import Opening
 
 TPM_WAIT = 10.0
@@ -35,7 +35,7 @@ def agent(paths: Paths) -> int:
     """The whole of early boot. Exit status 0, whatever the outcome: the report is the record."""
     protect()
     record = report.Report("early-boot", announce=log.console)
-    record.event("start")
+    record.add_event("start")
     os.makedirs(paths.run, mode=0o700, exist_ok=True)
     signals = Signals()
     begun: list[tuple[Opening, Monitor]] = []
@@ -61,12 +61,12 @@ def agent(paths: Paths) -> int:
 
         safe = hand_over(paths, groups, key.persistence, key.pin_auth, record) if key else True
     except Exception as error:  # no bug of ours leaves disks open behind it
-        record.event("crashed", type(error).__name__)
+        record.add_event("crashed", type(error).__name__)
         safe = groups.close_all()
     if key:
         key.wipe()
     groups.wipe()
-    record.event("stop")
+    record.add_event("stop")
     this_boot.tell(paths, record)
     if safe:
         this_boot.mark(paths, "ended")
@@ -75,14 +75,14 @@ def agent(paths: Paths) -> int:
 
 def begin(record: report.Report) -> "tuple[Opening, Monitor]":
     """Workers start to read the disks that are there. What deals with disks is loaded now, while the TPM works."""
-    from ..disks.devices import Monitor
+    from ..disks.udev import Monitor
     from .activation import Opening
 
     groups, monitor = Opening("", None, record), Monitor()
     try:
         groups.look(monitor)
     except Exception as error:  # `watch` looks again
-        record.event("trouble", type(error).__name__)
+        record.add_event("trouble", type(error).__name__)
     from ..disks import disk_keys  # noqa: F401 - the workers need none of it
 
     return groups, monitor
@@ -125,33 +125,33 @@ def unseal_once(
     whatever runs later, a shell included, finds a TPM that refuses."""
     tcti = await_tpm()
     if not tcti:
-        record.judge("no-tpm")
+        record.set_verdict("no-tpm")
         conclude(paths, record)
         return None
-    record.event("tpm")
+    record.add_event("tpm")
     key = None
     try:
         with Tpm(tcti) as tpm:
             try:
                 unsealed = slots.unseal(tpm, pin, meanwhile)
                 key = Key(unsealed.record.host.hex(), unsealed.payload.key, unsealed.pin_auth)
-                record.facts = {
-                    "slot": unsealed.slot.name,
-                    "generation": unsealed.record.generation,
-                    "unauthenticated_root": unsealed.payload.unauthenticated_root,
-                    "pin": unsealed.record.pin,
-                }
-                record.judge("unsealed")
+                record.facts = report.BootFacts(
+                    slot=unsealed.slot.name,
+                    generation=unsealed.record.generation,
+                    unauthenticated_root=unsealed.payload.unauthenticated_root,
+                    pin=unsealed.record.pin,
+                )
+                record.set_verdict("unsealed")
             except UnlockError as error:
-                record.facts = {"cap_pcr_before": _cap_pcr()}
-                record.judge(_verdict(error), str(error))
+                record.facts = report.BootFacts(cap_pcr_before=_cap_pcr())
+                record.set_verdict(_verdict(error), str(error))
             tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
         with open(paths.of_this_boot("capped"), "w", encoding="ascii"):
-            record.event("capped")
+            record.add_event("capped")
     except UnlockError as error:
         if not record.verdict:
-            record.judge(_verdict(error), str(error))
-        record.event("not-capped", str(error))
+            record.set_verdict(_verdict(error), str(error))
+        record.add_event("not-capped", str(error))
     conclude(paths, record)
     return key
 

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from contextlib import closing
 
 from .. import log
-from ..disks import devices, disk_keys, find, luks
+from ..disks import devices, disk_keys, find, udev
 from ..disks.groups import Group
+from ..disks.header import Header
 from ..disks.token import Token
 from ..errors import ClockWrong, CommandFailed, NoKey, NotOurs, ProviderUnavailable, Tampered, UnlockError, Usage
 from ..host import config, keyring, report, this_boot, units
@@ -43,7 +44,7 @@ def gate(paths: Paths, name: str) -> int:
     if _opened_by_hand(paths, name):
         return 0
     record = report.Report(f"gate {name}")
-    monitor = devices.Monitor()
+    monitor = udev.Monitor()
     try:
         unwrap = unwrapper(paths, name, record, end)
     except UnlockError:
@@ -67,7 +68,7 @@ def gate(paths: Paths, name: str) -> int:
     this_boot.write_report(paths, record, f"gate-{name}.json")
     if not _is_open(record, name):
         raise UnlockError(*_why(paths, record, name), code="group-incomplete")
-    this_boot.mark_open(paths, name, record.groups[name]["mappings"])
+    this_boot.mark_open(paths, name, record.groups[name].mappings)
     this_boot.unmark(paths, "failed-groups", name)
     return 0
 
@@ -75,7 +76,7 @@ def gate(paths: Paths, name: str) -> int:
 def _opened_by_hand(paths: Paths, name: str) -> bool:
     """Somebody opened every member under its name, with cryptsetup and the recovery key perhaps."""
     group = State.load(paths).groups.get(name)
-    if not group or any(devices.mapping_of(each.uuid) != each.name for each in group.members):
+    if not group or any(devices.active_mapping_name(each.uuid) != each.name for each in group.members):
         return False
     this_boot.mark_open(paths, name, [each.name for each in group.members])
     this_boot.unmark(paths, "failed-groups", name)
@@ -94,12 +95,12 @@ def open_group(paths: Paths, name: str, *recovery: Secret) -> None:
     if not _opened_by_hand(paths, name):
         record = report.Report(f"open {name}")
         unwrap = _by_recovery_key(*recovery) if recovery else unwrapper(paths, name, record, report.now())
-        monitor = devices.Monitor()
+        monitor = udev.Monitor()
         activation.open_present(activation.Opening(state.host, unwrap, record, name), monitor)
         this_boot.write_report(paths, record, f"open-{name}.json")
         if not _is_open(record, name):
             raise _trouble(paths, record, name)
-        this_boot.mark_open(paths, name, record.groups[name]["mappings"])
+        this_boot.mark_open(paths, name, record.groups[name].mappings)
         this_boot.unmark(paths, "failed-groups", name)
     settings = config.load(paths.config).groups.get(name)
     if units.running() and paths.root == "/":
@@ -113,7 +114,7 @@ def _by_recovery_key(*recovery: Secret) -> activation.Unwrap:
 def _trouble(paths: Paths, record: report.Report, name: str) -> UnlockError:
     """The worst of what its disks say."""
     message, hint = _why(paths, record, name)
-    outcomes = {each["outcome"] for each in record.disks.values()}
+    outcomes = {each.outcome for each in record.disks.values()}
     if "tampered" in outcomes:
         return Tampered(message, hint)
     if "no-key" in outcomes:
@@ -141,7 +142,7 @@ def _heal(paths: Paths) -> int:
         except UnlockError as error:
             log.error(f"group {name}: {error}", error.hint)
             continue
-        for found in devices.marked():
+        for found in udev.marked_disks():
             groups.saw(found)
         groups.read_all()
         ready = groups.ready(name)
@@ -185,7 +186,7 @@ def unwrapper(
     if group and group.policy == "provider":
         _await_kek(paths, group, end, look, connect)
 
-    def unwrap(header: luks.Header, token: Token) -> Secret:
+    def unwrap(header: Header, token: Token) -> Secret:
         try:
             return disk_keys.volume_key(header, token, persistence)
         except NoKey:
@@ -210,7 +211,7 @@ def _await_kek(paths: Paths, group: Group, end: float, look: find.Look, connect:
 def _may_ask(paths: Paths, state: State, group: Group) -> bool:
     """Without the persistence key: data groups alone, and only as the operator has set it."""
     allowed = config.load(paths.config).sync.open_from_provider_after_refusal or not state.persistent
-    return allowed and not any(member.name in devices.names_below("/") for member in group.members)
+    return allowed and not any(member.name in devices.mappings_below("/") for member in group.members)
 
 
 def _from_provider(
@@ -233,12 +234,12 @@ def _from_provider(
                 keks[kek_id, generation] = provider.fetch(access.ref(entry, kek_id, "").id, opens)
         return keks[kek_id, generation]
 
-    def unwrap(header: luks.Header, token: Token) -> Secret:
+    def unwrap(header: Header, token: Token) -> Secret:
         return disk_keys.by_kek(header, token, kek_of(token.kek_id, token.kek_generation))
 
     _until(end, lambda: kek_of(group.kek, group.generation))
-    record.event("opened-from-provider", f"{group.name}: {_early_verdict(paths)}")
-    record.facts["opened_from_provider"] = group.name
+    record.add_event("opened-from-provider", f"{group.name}: {_early_verdict(paths)}")
+    record.facts = record.facts._replace(opened_from_provider=group.name)
     log.note(f"group {group.name}: opened from the key manager after: {_early_verdict(paths)}")
     return unwrap
 
@@ -259,13 +260,13 @@ def _early_verdict(paths: Paths) -> str:
     early = this_boot.early(paths)
     if early is None:
         return "early boot left no report"
-    if early["verdict"] == "unsealed":
+    if early.verdict == "unsealed":
         return "early boot did not hand its keys over"
-    return str(early["detail"] or report.VERDICTS.get(early["verdict"], early["verdict"]))
+    return early.describe_verdict()
 
 
 def _is_open(record: report.Report, name: str) -> bool:
-    return record.groups.get(name, {}).get("outcome") == "open"
+    return record.group_outcome(name) == "open"
 
 
 def _why(paths: Paths, record: report.Report, name: str) -> tuple[str, str]:
@@ -273,14 +274,14 @@ def _why(paths: Paths, record: report.Report, name: str) -> tuple[str, str]:
     group = State.load(paths).groups.get(name)
     if group is None:
         return f"there is no group {name}", "unlock status"
-    outcomes = {entry.get("uuid"): entry for entry in record.disks.values()}
+    rows = {row.uuid: row for row in record.disks.values()}
     parts = []
     for member in group.members:
-        entry = outcomes.get(member.uuid)
-        if entry is None:
+        row = rows.get(member.uuid)
+        if row is None:
             parts.append(f"{member.name} (serial {member.serial or 'unknown'}) is missing")
-        elif entry["outcome"] not in ("waiting", "opened", "already-open", "closed-again"):
-            parts.append(f"{member.name} ({entry['node']}): {entry['detail'] or report.OUTCOMES[entry['outcome']]}")
+        elif row.outcome not in ("waiting", "closed-again", *report.OPEN):
+            parts.append(f"{member.name} ({row.node}): {row.describe()}")
     return f"group {name} is not open: " + ("; ".join(parts) or "it did not open in time"), "unlock status"
 
 

@@ -21,8 +21,8 @@ def hand_over(
     """Keys and open disks cross into the real root only if that root came from a disk that this process opened,
     or from dm-verity. Else everything is closed: a thief's root file system gets nothing. False if that failed."""
     ours = {name for opened in groups.opened.values() for name in opened}
-    if not record.facts["unauthenticated_root"] and not authentic(ours):
-        record.event("root-not-authenticated")
+    if not record.facts.unauthenticated_root and not authentic(ours):
+        record.add_event("root-not-authenticated")
         if ours:
             log.console("the root file system is not authenticated: disks closed, keys dropped")
         return groups.close_all()
@@ -37,15 +37,17 @@ def hand_over(
                     if bytes(unwrapped) != disk_keys.ELSEWHERE:
                         this_boot.remember(paths, "TPM", {name: unwrapped})
             except UnlockError as error:
-                record.event("trouble", f"{token.name}: {error}")
-    record.event("handed-over")
+                record.add_event("trouble", f"{token.name}: {error}")
+    record.add_event("handed-over")
     return True
 
 
 def authentic(names: set[str]) -> bool:
     """Whether the new root, and its /usr where that is another file system, lie on these mappings alone."""
     usr = os.path.join(NEW_ROOT, "usr")
-    return devices.opened_by(NEW_ROOT, names) and (not devices.root_chain(usr) or devices.opened_by(usr, names))
+    return devices.lies_on_mappings(NEW_ROOT, names) and (
+        not devices.devices_of_mount(usr) or devices.lies_on_mappings(usr, names)
+    )
 
 
 def secure(paths: Paths) -> int:
@@ -55,10 +57,10 @@ def secure(paths: Paths) -> int:
     closed. 1 when one stays open.
     """
     early = this_boot.early(paths)
-    recovered = early["disks"] if early and early["phase"] == "recovery" else []
-    if authentic({each["name"] for each in recovered if each["outcome"] in ("opened", "already-open")}):
+    recovered = early.disks.values() if early and early.phase == "recovery" else ()
+    if authentic({each.name for each in recovered if each.outcome in report.OPEN}):
         return 0
-    return drop(keep=devices.names_below(NEW_ROOT))
+    return drop(keep=devices.mappings_below(NEW_ROOT))
 
 
 def drop(keep: set[str]) -> int:
@@ -66,7 +68,7 @@ def drop(keep: set[str]) -> int:
 
     By what the kernel knows, not by a report; without waiting for udev, which may have ended.
     """
-    for name, uuid in devices.mappings().items():
+    for name, uuid in devices.active_mappings().items():
         if uuid and name not in keep:
             forget.forget(name)
             luks.abandon(name)
@@ -74,7 +76,7 @@ def drop(keep: set[str]) -> int:
         keyring.flush()
     except UnlockError as error:
         log.console(str(error))
-    left = [name for name, uuid in devices.mappings().items() if uuid and name not in keep]
+    left = [name for name, uuid in devices.active_mappings().items() if uuid and name not in keep]
     for name in left:
         log.console(f"{name} stays open")
     return 1 if left else 0

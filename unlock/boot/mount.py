@@ -83,7 +83,7 @@ def _mount_proven(request: Request, group: str, names: set[str]) -> None:
     kind = ["-t", request.kind] if request.kind else []
     options = ["-o", request.options] if request.options else []
     run(["mount", "--no-mtab", *kind, *options, request.source, request.where])
-    if foreign := devices.not_on(request.where, names):
+    if foreign := devices.foreign_devices(request.where, names):
         raise Tampered(
             f"group {group}: what was mounted on {request.where} lies on {', '.join(foreign)}, no disk of the group",
             f"take it out, or wipe it: it is a copy, or passes for one; then: systemctl start {group}",

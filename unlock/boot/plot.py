@@ -2,7 +2,9 @@
 """A report of early boot as a picture: `unlock status --boot --svg`, as `systemd-analyze plot` draws a whole boot."""
 
 from html import escape
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from ..host.report import OPEN, Report
 
 _ROW, _BAR, _LABEL, _WIDTH, _FOOT = 22, 14, 150, 900, 40  # pixels
 _COLOURS = {
@@ -26,9 +28,9 @@ class Bar(NamedTuple):
     note: str
 
 
-def svg(found: dict[str, Any]) -> str:
+def svg(record: Report) -> str:
     """The timeline of a report, one row for the agent, one a disk, one a group. An SVG 1.1 document, no script."""
-    bars = [*_agent(found), *_disks(found), *_groups(found)]
+    bars = [*_agent(record), *_disks(record), *_groups(record)]
     rows = list(dict.fromkeys(bar.row for bar in bars))
     first = min((bar.begin for bar in bars), default=0.0)
     last = max((bar.end for bar in bars), default=first)
@@ -38,7 +40,7 @@ def svg(found: dict[str, Any]) -> str:
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_LABEL + _WIDTH + 170}" height="{height}"'
         ' font-family="sans-serif" font-size="12">',
-        f'<rect width="100%" height="100%" fill="white"/><text x="8" y="18" font-size="14">{_title(found)}</text>',
+        f'<rect width="100%" height="100%" fill="white"/><text x="8" y="18" font-size="14">{_title(record)}</text>',
     ]
     for step in range(11):
         x = _LABEL + _WIDTH * step / 10
@@ -62,15 +64,15 @@ def svg(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
-def _title(found: dict[str, Any]) -> str:
-    opened = sum(each["outcome"] in ("opened", "already-open") for each in found["disks"])
-    verdict = found["verdict"] or "no verdict"
-    return escape(f"unlock: {verdict}, {opened} of {len(found['disks'])} disks open; seconds since the kernel started")
+def _title(record: Report) -> str:
+    opened = sum(row.outcome in OPEN for row in record.disks.values())
+    verdict = record.verdict or "no verdict"
+    return escape(f"unlock: {verdict}, {opened} of {len(record.disks)} disks open; seconds since the kernel started")
 
 
-def _agent(found: dict[str, Any]) -> list[Bar]:
+def _agent(record: Report) -> list[Bar]:
     """start ──> tpm ──> key ──> capped, as far as it came."""
-    at = {kind: time for time, kind, _ in reversed(found["events"])}
+    at = {kind: time for time, kind, _ in reversed(record.events)}
     spans = (
         ("start", "tpm", "waits", "waits for the TPM"),
         ("tpm", "key", "unseals", "unseal"),
@@ -83,33 +85,33 @@ def _agent(found: dict[str, Any]) -> list[Bar]:
     ]
 
 
-def _disks(found: dict[str, Any]) -> list[Bar]:
+def _disks(record: Report) -> list[Bar]:
     """Seen by udev ──> the key is there ──> header authentic ──> opened; or the outcome that it had instead."""
     bars = []
-    key = next((time for time, kind, _ in found["events"] if kind == "key"), 0.0)
-    for each in found["disks"]:
-        row = each.get("name") or each["node"]
-        texts = [(time, text.split()) for time, kind, text in found["events"] if kind == "disk"]
-        times = {words[-1]: time for time, words in texts if words[0] == each["node"]}
-        proven, ended = times.get("waiting"), times.get(each["outcome"])
+    key = next((time for time, kind, _ in record.events if kind == "key"), 0.0)
+    for disk in record.disks.values():
+        row = disk.name or disk.node
+        texts = [(time, text.split()) for time, kind, text in record.events if kind == "disk"]
+        times = {words[-1]: time for time, words in texts if words[0] == disk.node}
+        proven, ended = times.get("waiting"), times.get(disk.outcome)
         if proven is not None:
-            seen = min(each.get("seen") or proven, proven)
+            seen = min(disk.seen or proven, proven)
             reads = min(max(seen, key), proven)
             bars.append(Bar(row, seen, reads, "waits", "waits for the key"))
             bars.append(Bar(row, reads, proven, "reads", "header read and authenticated"))
-        if ended is not None and each["outcome"] in ("opened", "already-open"):
+        if ended is not None and disk.outcome in OPEN:
             bars.append(Bar(row, proven or ended, ended, "opens", "activation"))
             bars.append(Bar(row, ended, ended, "open", ""))
         elif ended is not None:
-            bars.append(Bar(row, ended, ended, "not opened", each["outcome"]))
+            bars.append(Bar(row, ended, ended, "not opened", disk.outcome))
     return bars
 
 
-def _groups(found: dict[str, Any]) -> list[Bar]:
+def _groups(record: Report) -> list[Bar]:
     return [
         Bar(
             f"group {text.split()[0]}", time, time, "open" if text.endswith(" open") else "not opened", text.split()[-1]
         )
-        for time, kind, text in found["events"]
+        for time, kind, text in record.events
         if kind == "group"
     ]

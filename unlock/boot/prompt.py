@@ -2,10 +2,10 @@
 """Opening disks with the recovery key, header authenticated first: `unlock boot prompt` in the initramfs."""
 
 import os
-from typing import Any
 
 from .. import ask, log
-from ..disks import devices, disk_keys, luks, token
+from ..disks import disk_keys, token, udev
+from ..disks.header import Header
 from ..errors import Tampered, Usage
 from ..host import report, this_boot
 from ..keys import recovery_key
@@ -48,7 +48,7 @@ def prompt(paths: Paths) -> int:
             if _altered(found):
                 altered = True
                 break
-            if any(each["outcome"] == "open" for each in found["groups"]):
+            if any(each.outcome == "open" for each in found.groups.values()):
                 return 0
             _say(ANOTHER if waits(found) else "this recovery key opens no disk here")
     finally:
@@ -62,48 +62,48 @@ def _say(line: str) -> None:
     ask.tell(line)
 
 
-def waits(found: dict[str, Any]) -> bool:
+def waits(found: report.Report) -> bool:
     """Whether a disk is authentic and its group cannot open: another member was away when the key was rotated."""
-    return any(each["outcome"] == "waiting" for each in found["disks"])
+    return any(each.outcome == "waiting" for each in found.disks.values())
 
 
-def _altered(found: dict[str, Any] | None) -> bool:
-    return found is not None and any(each["outcome"] == "tampered" for each in found["disks"])
+def _altered(found: report.Report | None) -> bool:
+    return found is not None and any(each.outcome == "tampered" for each in found.disks.values())
 
 
-def open_all(paths: Paths, *recovery: Secret) -> dict[str, Any]:
+def open_all(paths: Paths, *recovery: Secret) -> report.Report:
     """Every group whose members these recovery keys authenticate; the result is this boot's report from then on."""
 
-    def unwrap(header: luks.Header, each: token.Token) -> Secret:
+    def unwrap(header: Header, each: token.Token) -> Secret:
         return disk_keys.by_checked_recovery_key(header, each, *recovery)
 
     record = report.Report("recovery", announce=log.console)
     this_boot.unmark(paths, "ended")
     this_boot.mark(paths, "recovered")
     _continue_report(paths, record)
-    monitor = devices.Monitor()
+    monitor = udev.Monitor()
     activation.open_present(activation.Opening("", unwrap, record), monitor)
     this_boot.tell(paths, record)
-    return record.plain()
+    return record
 
 
 def _continue_report(paths: Paths, record: report.Report) -> None:
     """Verdict, facts and events of the agent stay in the record; disks are looked at again."""
     before = this_boot.early(paths)
     if before:
-        record.verdict, record.detail, record.facts = before["verdict"], before["detail"], before["facts"]
-        record.events = [(time, kind, text) for time, kind, text in before["events"]]
-        record.event("recovery")
+        record.verdict, record.detail, record.facts = before.verdict, before.detail, before.facts
+        record.events = before.events
+        record.add_event("recovery")
 
 
 def _what_happened(paths: Paths) -> str:
     before = this_boot.early(paths)
     if before is None:
         return "early boot left no report"
-    if before["verdict"] != "unsealed":
-        return f"cannot unseal: {before['detail'] or report.VERDICTS.get(before['verdict'], before['verdict'])}"
+    if before.verdict != "unsealed":
+        return f"cannot unseal: {before.describe_verdict()}"
     return "; ".join(
-        f"{each.get('name') or each['node']}: {each['detail'] or report.OUTCOMES[each['outcome']]}"
-        for each in before["disks"]
-        if each["outcome"] not in report.HARMLESS and each["outcome"] != "closed-again"
+        f"{row.name or row.node}: {row.describe()}"
+        for row in before.disks.values()
+        if row.outcome not in report.HARMLESS | {"closed-again"}
     )

@@ -11,10 +11,10 @@ as such.
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from .. import ask
-from ..disks import devices, disk_keys, luks
+from .. import ask, log
+from ..disks import devices, disk_keys, luks, udev
 from ..errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from ..host import report, this_boot
 from ..keys import recovery_key
@@ -26,9 +26,9 @@ from . import prompt
 
 COLUMNS = 80
 """Of the smallest console, which has 24 lines."""
-_TROUBLES = 6
+_ERRORS_MAX = 6
 """Lines of them at one prompt; all of it is 20 lines at most."""
-_TELLING = frozenset(("crashed", "trouble", "not-capped", "root-not-authenticated"))
+_ERROR_EVENTS = frozenset(("crashed", "trouble", "not-capped", "root-not-authenticated"))
 """Events of a report that are errors."""
 
 HELP = """\
@@ -48,8 +48,9 @@ def shell(paths: Paths, argv: list[str]) -> int:
     if word == ["explain"] and rest in ([], ["--json"]):
         return explain.explain(paths, as_json=bool(rest))
     if word == ["status"] and rest in ([], ["--json"]):
-        found = status(paths)
-        print(json.dumps(found, indent=1) if rest else table(found))
+        early = this_boot.early(paths)
+        disks = read_disks(early)
+        print(json.dumps(status_json(early, disks), indent=1) if rest else status_text(early, disks))
         return 0
     if word == ["open"]:
         return _open(paths, rest)
@@ -70,9 +71,9 @@ def _open(paths: Paths, options: list[str]) -> int:
             with ask.from_file(file) if file else ask.anyone("recovery key", "--recovery-key-file") as typed:
                 keys.append(recovery_key.parse(typed))
             found = prompt.open_all(paths, *keys)
-            if any(each["outcome"] == "tampered" for each in found["disks"]):
+            if any(each.outcome == "tampered" for each in found.disks.values()):
                 raise Tampered("a header is not the one that this host wrote: that disk stays closed", "unlock status")
-            if any(each["outcome"] == "open" for each in found["groups"]):
+            if any(each.outcome == "open" for each in found.groups.values()):
                 print('open; "exit" goes on booting')
                 return 0
             if file or not prompt.waits(found):
@@ -86,39 +87,56 @@ def _open(paths: Paths, options: list[str]) -> int:
 # Status
 
 
-def status(paths: Paths, marked: Callable[[], list[devices.Disk]] = devices.marked) -> dict[str, Any]:
-    """Plain values: the verdict, and each LUKS2 disk with what its header says of it, which is not authenticated."""
-    early = this_boot.early(paths) or {"verdict": "", "detail": "early boot left no report", "disks": []}
-    outcomes = {each["node"]: each for each in early["disks"]}
-    opened = {uuid: name for name, uuid in devices.mappings().items() if uuid}
-    rows = [_row(found.node, outcomes.get(found.node, {}), opened) for found in marked()]
-    detail = early["detail"] or report.VERDICTS.get(early["verdict"], "")
-    return {"version": 1, "boot": {"verdict": early["verdict"], "detail": detail}, "disks": rows}
+class DiskInfo(NamedTuple):
+    """A LUKS2 disk and what its header says of it, which is not authenticated."""
+
+    device: str
+    name: str
+    """Name of its mapping, or ''."""
+    group: str
+    state: str
+    """open, closed, or a word of report.OUTCOMES"""
 
 
-def _row(node: str, known: dict[str, Any], opened: dict[str, str]) -> dict[str, str]:
-    row = {"device": node, "name": "", "group": "", "state": known.get("outcome", "")}
+def read_disks(
+    early: report.Report | None, list_disks: Callable[[], list[udev.Disk]] = udev.marked_disks
+) -> list[DiskInfo]:
+    """The LUKS2 disks that are here. `early`: the report of early boot, if it left one."""
+    mapping_names = {uuid: name for name, uuid in devices.active_mappings().items() if uuid}
+    return [_read_disk(disk.node, early.outcome(disk.node) if early else "", mapping_names) for disk in list_disks()]
+
+
+def _read_disk(node: str, outcome: str, mapping_names: dict[str, str]) -> DiskInfo:
+    name, group, state = "", "", outcome
     try:
         with luks.Container(node) as container:
-            if name := opened.get(container.uuid):
-                row.update(name=name, state="open")
-            each = disk_keys.tokens(container, "")[0]
-            row.update(name=row["name"] or each.name, group=each.group, state=row["state"] or "closed")
+            if container.uuid in mapping_names:
+                name, state = mapping_names[container.uuid], "open"
+            newest = disk_keys.tokens(container, "")[0]
+            name, group, state = name or newest.name, newest.group, state or "closed"
     except UnlockError as error:
-        row["state"] = row["state"] or (error.code if error.code in report.OUTCOMES else "damaged")
-    return row
+        state = state or (error.code if error.code in report.OUTCOMES else "damaged")
+    return DiskInfo(node, name, group, state)
 
 
-def table(found: dict[str, Any]) -> str:
-    """The same for people."""
-    lines = [f"boot      {found['boot']['verdict'] or 'unknown'}: {found['boot']['detail']}", ""]
-    rows = [("DEVICE", "DISK", "GROUP", "STATE")]
-    rows += [(each["device"], each["name"] or "-", each["group"] or "-", each["state"]) for each in found["disks"]]
-    if len(rows) == 1:
+def status_json(early: report.Report | None, disks: list[DiskInfo]) -> dict[str, Any]:
+    """For scripts."""
+    boot = {"verdict": early.verdict if early else "", "detail": _describe_boot(early)}
+    return {"version": 1, "boot": boot, "disks": [each._asdict() for each in disks]}
+
+
+def status_text(early: report.Report | None, disks: list[DiskInfo]) -> str:
+    """For people."""
+    verdict = early.verdict if early else ""
+    lines = [f"boot      {verdict or 'unknown'}: {_describe_boot(early)}", ""]
+    if not disks:
         return "\n".join([*lines, "no LUKS2 disk is here"])
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+    rows = [(each.device, each.name or "-", each.group or "-", each.state) for each in disks]
+    return "\n".join([*lines, *log.columns([("DEVICE", "DISK", "GROUP", "STATE"), *rows])])
+
+
+def _describe_boot(early: report.Report | None) -> str:
+    return early.describe_verdict() if early else "early boot left no report"
 
 
 # The screen
@@ -128,7 +146,7 @@ def why(paths: Paths) -> int:
     """Prints what differs first from the last good boot; nothing where that cannot be told."""
     found = explain.judge(explain.gather(paths, this_boot.tpm_device()))
     if found.causes:
-        print("\n".join(_printable(_cause(found))), flush=True)
+        print("\n".join(_printable(_cause_lines(found))), flush=True)
         ask.tell(describe.printable_line(found.causes[0].title, COLUMNS))
         this_boot.mark(paths, "told")
     return 0
@@ -146,15 +164,15 @@ def screen_lines(paths: Paths) -> list[str]:
     """At most 20 lines of COLUMNS. What was told is remembered, so that the next prompt tells what is new."""
     early = this_boot.early(paths)
     shown = this_boot.read_json(paths, "shown.json").get("troubles")
-    troubles = _troubles(early)
-    if early and early["verdict"] in ("no-slot", "no-tpm") and not troubles:
+    errors = _errors(early)
+    if early and early.verdict in ("no-slot", "no-tpm") and not errors:
         return []
-    this_boot.write_json(paths, "shown.json", {"troubles": troubles})
+    this_boot.write_json(paths, "shown.json", {"troubles": errors})
     if shown is None:
-        lines = [*_what(early), *_first(paths, early), *_listed("disks", troubles)]
+        lines = [*_verdict_lines(early), *_first_difference_lines(paths, early), *_list_lines("disks", errors)]
     else:
-        new = [each for each in troubles if each not in shown]
-        lines = _listed("new", new) or ["new       nothing since the last prompt"]
+        new = [each for each in errors if each not in shown]
+        lines = _list_lines("new", new) or ["new       nothing since the last prompt"]
     ends = ["", *HELP.splitlines()]
     return _printable([*lines, *ends])
 
@@ -163,19 +181,19 @@ def _printable(lines: list[str]) -> list[str]:
     return [describe.printable_line(line, COLUMNS) for line in lines]
 
 
-def _what(early: dict[str, Any] | None) -> list[str]:
+def _verdict_lines(early: report.Report | None) -> list[str]:
     if early is None:
         return ["boot      unlock's part of early boot left no report"]
-    words = report.VERDICTS.get(early["verdict"], "")
-    rows = [("boot", f"{early['verdict'] or 'unknown'}: {words}".rstrip(": "))]
-    if early["detail"] and early["detail"] != words:
-        rows.append(("", early["detail"]))
+    words = report.VERDICTS.get(early.verdict, "")
+    rows = [("boot", f"{early.verdict or 'unknown'}: {words}".rstrip(": "))]
+    if early.detail and early.detail != words:
+        rows.append(("", early.detail))
     return [f"{name:<10}{text}" for name, text in rows]
 
 
-def _first(paths: Paths, early: dict[str, Any] | None) -> list[str]:
-    """The first event that differs from the last good boot."""
-    if early and early["verdict"] in ("unsealed", "handed-over"):
+def _first_difference_lines(paths: Paths, early: report.Report | None) -> list[str]:
+    """The first event that differs from the last good boot; nothing after an unseal."""
+    if early and early.verdict in ("unsealed", "handed-over"):
         return []
     try:
         found = explain.judge(explain.gather(paths, this_boot.tpm_device()))
@@ -183,10 +201,10 @@ def _first(paths: Paths, early: dict[str, Any] | None) -> list[str]:
         return [f"{'first':<10}cannot be told: {error}"]
     if not found.causes:
         return [f"{'first':<10}{found.summary}"]
-    return _cause(found)
+    return _cause_lines(found)
 
 
-def _cause(found: explain.Explanation) -> list[str]:
+def _cause_lines(found: explain.Explanation) -> list[str]:
     cause = found.causes[0]
     old, new = explain.excerpts(cause.old, cause.new, COLUMNS - 13)  # beside the title, and both ellipses
     rows = [("first", cause.title), ("was", old), ("is", new), ("usually", cause.usually)]
@@ -195,23 +213,22 @@ def _cause(found: explain.Explanation) -> list[str]:
     return [f"{name:<10}{text}" for name, text in rows if text]
 
 
-def _troubles(early: dict[str, Any] | None) -> list[str]:
-    """Disks that did not open, those without a key together; and what else went wrong."""
+def _errors(early: report.Report | None) -> list[str]:
+    """Disks that did not open, those without a key in one line; and events that are errors."""
     if early is None:
         return []
     found = []
-    waiting = [each["node"] for each in early["disks"] if each["outcome"] == "no-key"]
-    if waiting:
-        found.append(f"{len(waiting)} without a key: {' '.join(waiting)}")
-    for each in early["disks"]:
-        if each["outcome"] not in report.HARMLESS | {"no-key", "closed-again"}:
-            name = f" {each['name']}" if each.get("name") else ""
-            found.append(f"{each['node']}{name}: {each['detail'] or report.OUTCOMES.get(each['outcome'], '')}")
-    return found + [f"{kind}: {text}".rstrip(": ") for _, kind, text in early["events"] if kind in _TELLING]
+    without_key = [row.node for row in early.disks.values() if row.outcome == "no-key"]
+    if without_key:
+        found.append(f"{len(without_key)} without a key: {' '.join(without_key)}")
+    for row in early.disks.values():
+        if row.outcome not in report.HARMLESS | {"no-key", "closed-again"}:
+            found.append(" ".join(filter(None, (row.node, row.name))) + f": {row.describe()}")
+    return found + [f"{kind}: {text}".rstrip(": ") for _, kind, text in early.events if kind in _ERROR_EVENTS]
 
 
-def _listed(title: str, texts: list[str]) -> list[str]:
-    lines = [f"{title if i == 0 else '':<10}{text}" for i, text in enumerate(texts[:_TROUBLES])]
-    if len(texts) > _TROUBLES:
-        lines.append(f"{'':<10}and {len(texts) - _TROUBLES} more: unlock status")
+def _list_lines(title: str, texts: list[str]) -> list[str]:
+    lines = [f"{title if i == 0 else '':<10}{text}" for i, text in enumerate(texts[:_ERRORS_MAX])]
+    if len(texts) > _ERRORS_MAX:
+        lines.append(f"{'':<10}and {len(texts) - _ERRORS_MAX} more: unlock status")
     return lines

@@ -17,7 +17,8 @@ import select
 
 from .. import errors
 from ..disks import luks
-from ..disks.devices import Disk
+from ..disks.header import ANY, MAX_METADATA, Header
+from ..disks.udev import Disk
 from ..errors import DiskFailed, UnlockError
 from ..host.report import now
 from ..light import NamedTuple, signal
@@ -28,7 +29,7 @@ ANSWER_TIMEOUT = 10.0
 """Seconds for one answer to `volume_key`."""
 
 
-_LONGEST = luks.MAX_METADATA + 1
+_LONGEST = MAX_METADATA + 1
 """Bytes of an answer: what is cut off is too large to be parsed anyway."""
 
 
@@ -129,14 +130,14 @@ class Worker:
             raise Ended("the worker has ended") from None
 
 
-class Header(luks.Header):
+class WorkerHeader(Header):
     """The header of the context that a worker keeps."""
 
     def __init__(self, worker: Worker, answer: Answer) -> None:
         super().__init__(worker.disk.node, answer.argument, bytes(answer.data))
         self.worker = worker
 
-    def volume_key(self, passphrase: Secret, slot: int = luks.ANY) -> Secret:
+    def volume_key(self, passphrase: Secret, slot: int = ANY) -> Secret:
         return self.worker.volume_key(passphrase, slot)
 
 

@@ -137,21 +137,22 @@ def _init(paths: Paths, options: argparse.Namespace) -> int:
 
 
 def _status(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host import report
     from ..operations import status
 
     if options.svg and not (options.boot and not options.json):
         raise Usage("--svg goes with --boot alone", "unlock status --boot --svg")
     if options.boot:
-        found = status.boot(paths)
+        record = status.read_boot(paths)
         if options.svg:
             from ..boot import plot
 
-            print(plot.svg(found), end="")
+            print(plot.svg(record), end="")
         else:
-            print(json.dumps(found, indent=1) if options.json else status.timeline(found))
+            print(json.dumps(report.to_json(record), indent=1) if options.json else status.boot_to_text(record))
         return 0
-    found = status.status(paths)
-    print(json.dumps(found, indent=1) if options.json else status.table(found))
+    found = status.read_status(paths)
+    print(json.dumps(status.to_json(found), indent=1) if options.json else status.to_text(found))
     return 0
 
 

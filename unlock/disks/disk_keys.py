@@ -7,6 +7,7 @@ from ..light import NamedTuple
 from ..secret import Secret
 from . import luks, token
 from .groups import Group, Member
+from .header import Header
 
 ELSEWHERE = bytes(32)
 """What stands in the place of a key that this host does not keep. No provider's key is accepted that is all zero."""
@@ -21,7 +22,7 @@ class Keys(NamedTuple):
     mac_key: Secret
 
 
-def tokens(header: luks.Header, host: str) -> list[token.Token]:
+def tokens(header: Header, host: str) -> list[token.Token]:
     """The tokens of `host` on a disk ('' for any host), the newest member list first.
 
     Raises NotOurs ("foreign" or "other-host"), Malformed, NewerFormat. One token that cannot be read does not
@@ -44,7 +45,7 @@ def tokens(header: luks.Header, host: str) -> list[token.Token]:
     return sorted(ours, key=lambda each: (each.manifest, each.kek_generation), reverse=True)
 
 
-def volume_key(header: luks.Header, each: token.Token, persistence: Secret) -> Secret:
+def volume_key(header: Header, each: token.Token, persistence: Secret) -> Secret:
     """The DEK. Raises Tampered when the token or the header is not what this host wrote, NoKey ("provider") when
     this host says truly that only the provider keeps the KEK."""
     try:
@@ -56,7 +57,7 @@ def volume_key(header: luks.Header, each: token.Token, persistence: Secret) -> S
         return by_kek(header, each, kek)
 
 
-def by_kek(header: luks.Header, each: token.Token, kek: Secret) -> Secret:
+def by_kek(header: Header, each: token.Token, kek: Secret) -> Secret:
     """The DEK, from the KEK itself. Raises Tampered."""
     return wrap.unwrap(kek, each.dek, token.dek_aad(each, header.facts()))
 
@@ -71,18 +72,18 @@ def unwrap_host_key(each: token.Token, persistence: Secret) -> Secret:
     return wrap.unwrap(persistence, each.host_key, token.key_aad(each.host, "host-key"))
 
 
-def check_recovery(header: luks.Header, each: token.Token, mac_key: Secret) -> None:
+def check_recovery(header: Header, each: token.Token, mac_key: Secret) -> None:
     """Raises Tampered unless the header is the one that the recovery key's owner was promised."""
     wrap.check_mac(mac_key, token.mac_data(each, header.facts()), each.mac)
 
 
-def by_recovery_key(header: luks.Header, recovery: Secret) -> Secret:
+def by_recovery_key(header: Header, recovery: Secret) -> Secret:
     """The DEK from the recovery key's own keyslot. Raises NotOurs when there is none, DiskFailed when one cannot be
     read and no other takes the key."""
     return recovery_keyslot(header, recovery)[1]
 
 
-def recovery_keyslot(header: luks.Header, recovery: Secret) -> tuple[int, Secret]:
+def recovery_keyslot(header: Header, recovery: Secret) -> tuple[int, Secret]:
     """The number of that keyslot, and the DEK. Raises the same."""
     trouble: UnlockError = NotOurs(f"{header.device}: no keyslot takes the recovery key", code="no-key")
     for slot in header.cheap_keyslots():
@@ -95,7 +96,7 @@ def recovery_keyslot(header: luks.Header, recovery: Secret) -> tuple[int, Secret
     raise trouble
 
 
-def by_checked_recovery_key(header: luks.Header, each: token.Token, *recovery: Secret) -> Secret:
+def by_checked_recovery_key(header: Header, each: token.Token, *recovery: Secret) -> Secret:
     """The DEK by one of these recovery keys, its header's MAC checked first. Raises Tampered, and NotOurs when none of
     them is this disk's: the header may be good then."""
     trouble: UnlockError | None = None
@@ -110,7 +111,7 @@ def by_checked_recovery_key(header: luks.Header, each: token.Token, *recovery: S
     raise trouble
 
 
-def _by_checked(header: luks.Header, each: token.Token, recovery: Secret) -> Secret:
+def _by_checked(header: Header, each: token.Token, recovery: Secret) -> Secret:
     try:
         with mac_key(recovery, each.host) as key:
             check_recovery(header, each, key)

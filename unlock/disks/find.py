@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from ..errors import UnlockError
-from . import devices, luks
+from . import luks, udev
 from .groups import Member
 
 
@@ -22,7 +22,7 @@ Look = Callable[[], dict[str, list[Found]]]
 
 def look() -> dict[str, list[Found]]:
     """The disks that udev marked; one whose header cannot be read is not among them."""
-    return read(Found(each.node, each.serial) for each in devices.marked())
+    return read(Found(each.node, each.serial) for each in udev.marked_disks())
 
 
 def read(disks: Iterable[Found]) -> dict[str, list[Found]]:

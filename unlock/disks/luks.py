@@ -1,34 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LUKS2 containers, through libcryptsetup by ctypes. The only file that knows of it.
+"""LUKS2 disks through libcryptsetup, called by ctypes. No other file calls it.
 
-One context is read once: what its own dump says is what is authenticated, and what activates. The library is
-not thread-safe: activations in parallel go to forked processes, each with a context that its parent loaded.
-The format: the LUKS2 On-Disk Format Specification 1.1; the calls: libcryptsetup.h of cryptsetup 2.6 to 2.7.
+A `Container` reads the header once. Keys are authenticated against the metadata of its libcryptsetup context, and the
+same context activates the disk. The library is not thread-safe: boot.worker activates each disk in its own process.
+The calls: libcryptsetup.h of cryptsetup 2.6 to 2.7. What the header says: disks.header.
 """
 
 import ctypes
 import errno
 import os
 from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint32, c_void_p
-from hashlib import sha256
 
-from .. import strictjson
-from ..errors import DiskFailed, Malformed, NotOurs, Tampered
+from ..errors import DiskFailed, Malformed, NotOurs
 from ..light import Any
 from ..secret import Secret
 from ..strictjson import canonical
+from . import devices
+from .header import ANY, KEYSLOT_ITERATIONS, Header, check_size_on_disk, parse_metadata, read_luks_version
 
-ANY = -1
-"""Any keyslot: each is tried in turn, which costs its PBKDF."""
-MAX_HEADER = 256 << 10
-"""Bytes of one copy of the metadata; the default is 16 KiB."""
-MAX_METADATA = 1 << 20
-"""Bytes of the library's own dump of it, which is indented."""
 MAX_KEY = 512
 """Bytes; volume keys with integrity are longer than the 64 of aes-xts."""
 
-_KEYSLOT_CIPHER = "aes-xts-plain64"
-"""What the library encrypts a new keyslot with, or with the cipher of the data."""
 
 _ALLOW_DISCARDS, _KEYRING_KEY = 1 << 3, 1 << 11  # crypt_activate_* flags
 _DEFERRED = 1 << 0  # crypt_deactivate_by_name flag
@@ -38,7 +30,6 @@ _INVALID, _INACTIVE = 0, 1  # crypt_status
 
 _WRONG_KEY = {
     "crypt_volume_key_get": (errno.EPERM, errno.ENOENT),  # ENOENT: no keyslot that could be tried
-    "crypt_activate_by_passphrase": (errno.EPERM, errno.ENOENT),
     "crypt_activate_by_volume_key": (errno.EPERM,),
     "crypt_volume_key_verify": (errno.EPERM,),
     "crypt_keyslot_add_by_volume_key": (errno.EPERM,),
@@ -61,7 +52,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         c_void_p, c_int, POINTER(c_char), c_size_t, POINTER(c_char), c_size_t,
     ),
     "crypt_keyslot_destroy": (c_void_p, c_int),
-    "crypt_activate_by_passphrase": (c_void_p, c_char_p, c_int, POINTER(c_char), c_size_t, c_uint32),
     "crypt_activate_by_volume_key": (c_void_p, c_char_p, POINTER(c_char), c_size_t, c_uint32),
     "crypt_deactivate_by_name": (c_void_p, c_char_p, c_uint32),
     "crypt_status": (c_void_p, c_char_p),
@@ -99,100 +89,12 @@ class _Luks2(ctypes.Structure):
     ]
 
 
-class Header:
-    """What the header of one LUKS2 disk says: its UUID and metadata, of one reading. Raises Malformed."""
-
-    def __init__(self, device: str, uuid: str, dump: bytes) -> None:
-        self.device = device
-        self._uuid, self._metadata = uuid, parse(dump, device)
-
-    @property
-    def uuid(self) -> str:
-        """The LUKS UUID."""
-        return self._uuid
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The metadata as JSON."""
-        return self._metadata
-
-    def volume_key(self, passphrase: Secret, slot: int = ANY) -> Secret:
-        """The volume key, out of a keyslot. Raises NotOurs if the passphrase opens none."""
-        raise NotImplementedError
-
-    @property
-    def requirements(self) -> Any:
-        """What the header says that a program must understand: a re-encryption that is not finished, mostly; None or
-        empty else. Raises Malformed."""
-        return _object(self.metadata, "config", self.device).get("requirements")
-
-    def tokens(self, kind: str) -> list[tuple[int, dict[str, Any]]]:
-        """(number, object) of each token of a type, in order. Raises Malformed."""
-        return [
-            (number, fields)
-            for number, fields in _numbered(self.metadata, "tokens", self.device)
-            if isinstance(fields, dict) and fields.get("type") == kind
-        ]
-
-    def keyslots(self) -> list[int]:
-        """Numbers of the keyslots in use. Raises Malformed."""
-        return [number for number, _ in _numbered(self.metadata, "keyslots", self.device)]
-
-    def salt(self, slot: int) -> str:
-        """The salt of a keyslot's PBKDF, as in the header: random, so no other keyslot has it. Raises Malformed."""
-        for number, fields in _numbered(self.metadata, "keyslots", self.device):
-            if number == slot:
-                return str(fields["kdf"]["salt"])
-        raise Malformed(f"{self.device} has no keyslot {slot}")
-
-    def cheap_keyslots(self) -> list[int]:
-        """Keyslots that cost next to nothing to try: what `add_keyslot` makes, for the key of the data alone.
-
-        An operator's Argon2 slot, or what a hostile header asks for, could take all memory or hours: in the
-        keyslot's own PBKDF, in that of another digest it is bound to, in a cipher that needs a mapping. Raises
-        Malformed, Tampered.
-        """
-        facts, metadata = self.facts(), self.metadata
-        ciphers = {_KEYSLOT_CIPHER, *(segment.get("encryption") for segment in facts["segments"].values())}
-        slots = _digest(metadata, self.device)["keyslots"]
-        return [
-            number
-            for number, fields in _numbered(metadata, "keyslots", self.device)
-            if str(number) in slots
-            and fields["type"] == "luks2"
-            and fields["kdf"]["type"] == "pbkdf2"
-            and fields["kdf"]["iterations"] == _minimum().iterations
-            and fields["area"]["encryption"] in ciphers
-        ]
-
-    def facts(self) -> dict[str, Any]:
-        """What an attacker would change: everything that decides how the data is read and which key reads it.
-
-        `digest` is the one that covers the data, without its list of keyslots, so that a new keyslot changes
-        no fact. Raises Malformed unless exactly one digest covers every segment (two do while the disk is
-        being re-encrypted), Tampered for a keyslot that any passphrase opens.
-        """
-        metadata = self.metadata
-        digest, config = _digest(metadata, self.device), _object(metadata, "config", self.device)
-        for number, fields in _numbered(metadata, "keyslots", self.device):
-            if "null" in fields["area"].get("encryption", ""):
-                hint = f"cryptsetup luksKillSlot {self.device} {number}"
-                raise Tampered(f"{self.device}: keyslot {number} is not encrypted", hint)
-        return {
-            "uuid": self.uuid,
-            "segments": _object(metadata, "segments", self.device),
-            "requirements": config.get("requirements"),
-            "flags": config.get("flags"),
-            "digest": {name: value for name, value in digest.items() if name != "keyslots"},
-        }
-
-
 class Container(Header):
     """One LUKS2 disk or image file, its header read and validated by libcryptsetup.
 
-    Raises NotOurs if there is no LUKS2 header, Malformed if both copies are ruined, DiskFailed if it cannot
-    be read. One ruined copy is repaired from the other, as cryptsetup does. Close it, or use `with`.
-    A forked child may use it, but two processes never at once: they share the file offset of its device.
+    Raises NotOurs if there is no LUKS2 header, Malformed if both copies are ruined, DiskFailed if the disk cannot
+    be read. libcryptsetup repairs one ruined copy from the other. Close it, or use `with`.
+    A forked child may use it, but never two processes at once: they share the file offset of its device.
     """
 
     def __init__(self, device: str) -> None:
@@ -206,20 +108,20 @@ class Container(Header):
             raise
 
     def _load(self) -> None:
-        _said.clear()
-        _check_size(self.device)
+        _logged_errors.clear()
+        check_size_on_disk(self.device)
         result = _lib().crypt_load(self._cd, b"LUKS2", None)
         if result == 0:
             return
-        said = _words()
-        version = _luks_version(self.device)
+        logged = _error_text()
+        version = read_luks_version(self.device)
         if version == 0:
             raise NotOurs(f"{self.device} is not LUKS2", code="not-luks2")
         if version == 1:
             hint = f"cryptsetup convert --type luks2 {self.device}"
             raise NotOurs(f"{self.device} is LUKS1", hint=hint, code="not-luks2")
-        if result != -errno.EINVAL or "lock" in said:
-            raise DiskFailed(f"{self.device} cannot be read{said or ': ' + os.strerror(-result)}")
+        if result != -errno.EINVAL or "lock" in logged:
+            raise DiskFailed(f"{self.device} cannot be read{logged or ': ' + os.strerror(-result)}")
         hint = f"cryptsetup luksHeaderRestore {self.device} --header-backup-file FILE"
         raise Malformed(f"{self.device}: the LUKS2 header is ruined", hint=hint)
 
@@ -246,11 +148,11 @@ class Container(Header):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The JSON of this context, never read anew from the disk. Raises Malformed."""
-        return parse(self.dump(), self.device)
+        """The JSON of this context; the disk is not read again. Raises Malformed."""
+        return parse_metadata(self.dump(), self.device)
 
     def dump(self) -> bytes:
-        """The metadata of this context as the library writes it, never read anew from the disk."""
+        """The metadata of this context as libcryptsetup prints it; the disk is not read again."""
         text = c_char_p()
         self._do("has no readable metadata", "crypt_dump_json", ctypes.byref(text), 0)
         return text.value or b""
@@ -258,7 +160,7 @@ class Container(Header):
     # Tokens
 
     def set_token(self, fields: dict[str, Any], number: int | None = None) -> int:
-        """Writes a token (`keyslots` may be left out), durable on return; gives its number.
+        """Writes a token (`keyslots` may be left out) and returns its number. The token is durable on return.
 
         Raises DiskFailed, also when the header has no room.
         """
@@ -293,17 +195,10 @@ class Container(Header):
         """Raises NotOurs unless this is the key of the header's digest."""
         self._do("has another volume key", "crypt_volume_key_verify", *_sized(volume_key))
 
-    def test_passphrase(self, passphrase: Secret, slot: int = ANY) -> int:
-        """The keyslot that it opens; nothing is activated. Raises NotOurs if none."""
-        return self._do(
-            "does not open with this passphrase", "crypt_activate_by_passphrase",
-            None, slot, *_sized(passphrase), 0,
-        )  # fmt: skip
-
     def add_keyslot(self, volume_key: Secret, passphrase: Secret, slot: int = ANY) -> int:
-        """A keyslot with PBKDF2 at its minimum: for a `passphrase` of full strength, not for a password.
+        """Adds a keyslot with KEYSLOT_ITERATIONS of PBKDF2 and returns its number: for a `passphrase` of full strength.
 
-        Gives its number. Raises NotOurs for another volume key, DiskFailed.
+        Raises NotOurs for another volume key, DiskFailed.
         """
         self._minimal_pbkdf()
         return self._do(
@@ -318,7 +213,7 @@ class Container(Header):
     # Mappings
 
     def activate(self, name: str, volume_key: Secret, allow_discards: bool = False) -> None:
-        """/dev/mapper/NAME by volume key, which goes to the kernel's keyring, never into the table.
+        """Activates the disk as /dev/mapper/NAME. The volume key goes to the kernel's keyring, never into the dm table.
 
         The header's persistent flags apply. Raises NotOurs for another key, DiskFailed ("name-taken" if NAME
         is active already: a mapping is never replaced).
@@ -327,16 +222,6 @@ class Container(Header):
         self._do(
             f"cannot be opened as {name}", "crypt_activate_by_volume_key",
             name.encode(), *_sized(volume_key), flags,
-        )  # fmt: skip
-
-    def activate_by_passphrase(
-        self, name: str, passphrase: Secret, slot: int = ANY, allow_discards: bool = False
-    ) -> int:
-        """The same by passphrase; gives the keyslot. Raises NotOurs if the passphrase opens none."""
-        flags = _KEYRING_KEY | (_ALLOW_DISCARDS if allow_discards else 0)
-        return self._do(
-            f"cannot be opened as {name}", "crypt_activate_by_passphrase",
-            name.encode(), slot, *_sized(passphrase), flags,
         )  # fmt: skip
 
     def _minimal_pbkdf(self) -> None:
@@ -349,10 +234,10 @@ class Container(Header):
 
 
 def format(device: str, volume_key: Secret, uuid: str | None = None, label: str = "") -> Container:
-    """A new LUKS2 header over whatever is there: aes-xts-plain64 with this key (64 random bytes), no keyslot.
+    """Writes a new LUKS2 header over whatever is there: aes-xts-plain64 with this key (64 random bytes), no keyslot.
 
-    The key's digest has 1,000 PBKDF2 iterations, not the usual 125 ms of them: the key is random, and every
-    activation checks it. Gives the container as read back from the disk. Raises DiskFailed.
+    The key's digest has KEYSLOT_ITERATIONS of PBKDF2, not the usual 125 ms of them: the key is random, and every
+    activation checks it. Returns the container as read back from the disk. Raises DiskFailed.
     """
     context = c_void_p()
     _do(device, "cannot be used", "crypt_init", ctypes.byref(context), os.fsencode(device))
@@ -371,7 +256,8 @@ def format(device: str, volume_key: Secret, uuid: str | None = None, label: str 
 
 
 def prepare() -> None:
-    """Loads the library and its cryptography, so that forked processes need not. Raises DiskFailed."""
+    """Loads libcryptsetup and the crypto library it uses, once for all processes that are forked later. Raises
+    DiskFailed."""
     if _library is None:
         context = c_void_p()
         _do("libcryptsetup", "cannot be used", "crypt_init", ctypes.byref(context), None)
@@ -380,7 +266,7 @@ def prepare() -> None:
 
 
 def deactivate(name: str, deferred: bool = False) -> None:
-    """Removes a mapping; `deferred`: when its last user closes it. DiskFailed: "busy", "not-active"."""
+    """Removes a mapping; with `deferred`, when its last user closes it. Raises DiskFailed ("busy", "not-active")."""
     flags = _DEFERRED if deferred else 0
     _do(name, "cannot be closed", "crypt_deactivate_by_name", None, name.encode(), flags)
 
@@ -389,37 +275,32 @@ def is_active(name: str) -> bool:
     """Whether device-mapper has a mapping of this name, of any kind. Raises DiskFailed."""
     if not os.path.exists("/sys/class/misc/device-mapper"):
         return False  # the driver is not even loaded
-    _said.clear()
+    _logged_errors.clear()
     status = _lib().crypt_status(None, name.encode())
     if status == _INVALID:
-        raise DiskFailed(f"{name}: device-mapper does not say whether it is open{_words()}")
+        raise DiskFailed(f"{name}: device-mapper does not say whether it is open{_error_text()}")
     return bool(status > _INACTIVE)
 
 
 def active_uuid(name: str, root: str = "/") -> str | None:
-    """The LUKS UUID of an active mapping, or device-mapper's own words if it is of another kind.
+    """The LUKS UUID of an active mapping; for a mapping of another kind its device-mapper UUID, or `unknown`.
 
     None if there is no mapping of this name. Raises DiskFailed.
     """
     if root == "/" and not is_active(name):
         return None
-    blocks = os.path.join(root, "sys/block")
-    for block in os.listdir(blocks):
-        if block.startswith("dm-") and _line(f"{blocks}/{block}/dm/name") == name:
-            kind = _line(f"{blocks}/{block}/dm/uuid")
-            digits = kind.removeprefix("CRYPT-LUKS2-")[:32]
-            if digits == kind[:32] or len(digits) != 32:
-                return kind or "unknown"
-            return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
-    return None if root != "/" else "unknown"
+    found = devices.dm_uuid(name, root)
+    if found is None:
+        return None if root != "/" else "unknown"
+    return devices.luks2_uuid(found) or found or "unknown"
 
 
 def abandon(name: str) -> None:
-    """Removes the mapping that a killed activation may have left, complete or not; at the latest when udev
-    closes it. Waits for nobody and never raises: `is_active` tells.
+    """Removes the mapping that a killed activation may have left, complete or not; at the latest when udev closes it.
 
-    The udev cookie of the killed process stays, a semaphore that nobody waits for: which one it was cannot be
-    told, and completing all of them would release activations that are not done.
+    It does not wait and never raises; `is_active` says whether the mapping is gone. The udev cookie of the killed
+    process stays: a semaphore that nobody waits for. Nothing says which one it was, and completing all cookies would
+    release activations that are still running.
     """
     import fcntl
 
@@ -436,106 +317,16 @@ def abandon(name: str) -> None:
 
 
 def _removal(name: str) -> bytes:
-    """struct dm_ioctl of linux/dm-ioctl.h, with DM_DEFERRED_REMOVE."""
+    """The request: struct dm_ioctl of linux/dm-ioctl.h, with DM_DEFERRED_REMOVE."""
     import struct
 
     version, size, flags = (4, 27, 0), 312, 1 << 17
     return struct.pack("=10IQ128s129s7s", *version, size, size, 0, 0, flags, 0, 0, 0, name.encode(), b"", b"")
 
 
-def parse(text: bytes, device: str) -> dict[str, Any]:
-    """LUKS2 metadata, strictly and bounded. Raises Malformed."""
-    if len(text) > MAX_METADATA:
-        raise Malformed(f"{device}: the LUKS2 metadata is too large")
-    try:
-        metadata = strictjson.parse(text.decode())
-    except (ValueError, RecursionError) as error:
-        raise Malformed(f"{device}: the LUKS2 metadata is not proper JSON") from error
-    if not isinstance(metadata, dict):
-        raise Malformed(f"{device}: the LUKS2 metadata is not an object")
-    return metadata
-
-
-def _object(metadata: dict[str, Any], name: str, device: str) -> dict[str, Any]:
-    found = metadata.get(name)
-    if not isinstance(found, dict):
-        raise Malformed(f"{device}: the LUKS2 metadata has no {name}")
-    return found
-
-
-def _numbered(metadata: dict[str, Any], name: str, device: str) -> list[tuple[int, Any]]:
-    found = _object(metadata, name, device)
-    if not all(number.isdecimal() and len(number) < 5 for number in found):
-        raise Malformed(f"{device}: the LUKS2 metadata has {name} without a number")
-    return sorted(((int(number), fields) for number, fields in found.items()), key=lambda each: each[0])
-
-
-def _digest(metadata: dict[str, Any], device: str) -> dict[str, Any]:
-    """The one digest that covers all of the data. Raises Malformed."""
-    segments = _object(metadata, "segments", device)
-    digests: list[dict[str, Any]] = [each for _, each in _numbered(metadata, "digests", device) if each["segments"]]
-    if not segments or len(digests) != 1 or canonical(digests[0]["segments"]) != canonical(sorted(segments)):
-        raise Malformed(f"{device}: not exactly one digest covers all of the data")
-    return digests[0]
-
-
-def _line(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
-_COPIES = (0, *(0x4000 << shift for shift in range(9)))
-"""Where the first copy of the header is, and where the second may be."""
-
-
-def _check_size(device: str) -> None:
-    """libcryptsetup takes 80 bytes of memory for each byte of JSON: a header larger than any that has a use is not
-    given to it. It looks for a second copy until it finds a whole one. Raises Malformed, DiskFailed."""
-    try:
-        file = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            for offset in _COPIES:
-                head = os.pread(file, 4096, offset)
-                size = int.from_bytes(head[8:16], "big")
-                if head[:8] != _magic(offset) + b"\0\2":
-                    continue
-                if size > MAX_HEADER:
-                    raise Malformed(f"{device}: the LUKS2 header claims more than {MAX_HEADER} bytes")
-                if _is_whole(head + os.pread(file, max(0, size - 4096), offset + 4096)):
-                    return
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise DiskFailed(f"{device} cannot be read: {error.strerror}") from error
-
-
-def _is_whole(copy: bytes) -> bool:
-    return copy[448:480] == sha256(copy[:448] + bytes(64) + copy[512:]).digest()
-
-
-def _magic(offset: int) -> bytes:
-    return b"SKUL\xba\xbe" if offset else b"LUKS\xba\xbe"
-
-
-def _luks_version(device: str) -> int:
-    """2, 1, or 0 for no LUKS: only to say why the library refused. Raises DiskFailed."""
-    try:
-        with open(device, "rb", buffering=0) as file:
-            for offset in _COPIES:
-                found = os.pread(file.fileno(), 8, offset)
-                if found[:6] == _magic(offset):
-                    return 1 if found[6:] == b"\0\1" else 2
-    except OSError as error:
-        raise DiskFailed(f"{device} cannot be read: {error.strerror}") from error
-    return 0
-
-
 def _minimum() -> _Pbkdf:
-    """1,000 iterations, the least that libcryptsetup takes, without its second of benchmark."""
-    return _Pbkdf(b"pbkdf2", b"sha256", 0, 1000, 0, 0, _NO_BENCHMARK)
+    """PBKDF2 with KEYSLOT_ITERATIONS, without libcryptsetup's benchmark of one second."""
+    return _Pbkdf(b"pbkdf2", b"sha256", 0, KEYSLOT_ITERATIONS, 0, 0, _NO_BENCHMARK)
 
 
 def _buffer(secret: Secret) -> Any:
@@ -547,21 +338,21 @@ def _sized(secret: Secret) -> tuple[Any, int]:
     return _buffer(secret), len(secret)
 
 
-_said: list[str] = []
+_logged_errors: list[str] = []
 """Errors of the call under way. One list is enough: the library is not thread-safe, nor is this module."""
 
 
-def _listen(level: int, message: bytes, _: object) -> None:
-    if level == _LOG_ERROR and len(_said) < 4:
-        _said.append(message.decode("utf-8", "replace").strip()[:200])
+def _log(level: int, message: bytes, _: object) -> None:
+    if level == _LOG_ERROR and len(_logged_errors) < 4:
+        _logged_errors.append(message.decode("utf-8", "replace").strip()[:200])
 
 
-_listener = _LogCallback(_listen)
+_log_callback = _LogCallback(_log)
 _library: Any = None
 
 
 def _lib() -> Any:
-    """libcryptsetup, loaded once: quiet, and never trying tokens of others (systemd's would call the TPM)."""
+    """libcryptsetup, loaded once. It prints nothing and loads no token plugins: systemd's would call the TPM."""
     global _library
     if _library is None:
         try:
@@ -575,7 +366,7 @@ def _lib() -> Any:
         library.crypt_free.restype = None
         library.crypt_set_log_callback.argtypes = (c_void_p, _LogCallback, c_void_p)
         library.crypt_set_log_callback.restype = None
-        library.crypt_set_log_callback(None, _listener, None)
+        library.crypt_set_log_callback(None, _log_callback, None)
         library.crypt_token_external_disable.argtypes = ()
         library.crypt_token_external_disable.restype = None
         library.crypt_token_external_disable()
@@ -584,23 +375,27 @@ def _lib() -> Any:
 
 
 def _do(thing: str, trouble: str, function: str, *arguments: Any) -> int:
-    """Calls the library; raises what a negative result means, in the library's words."""
-    _said.clear()
+    """Calls libcryptsetup. Raises the error that a negative result stands for, with libcryptsetup's message.
+
+    `thing` and `trouble` begin the message: "/dev/sda cannot be read".
+    """
+    _logged_errors.clear()
     result: int = getattr(_lib(), function)(*arguments)
     if result >= 0:
         return result
     if -result in _WRONG_KEY.get(function, ()):
-        raise NotOurs(f"{thing} {trouble}{_words()}")
+        raise NotOurs(f"{thing} {trouble}{_error_text()}")
     codes = {
         errno.EEXIST: "name-taken",
         errno.EBUSY: "busy",
         errno.ENODEV: "not-active",
         errno.ETXTBSY: "reencrypting",
     }
-    raise DiskFailed(f"{thing} {trouble}{_words() or ': ' + os.strerror(-result)}", code=codes.get(-result, ""))
+    raise DiskFailed(f"{thing} {trouble}{_error_text() or ': ' + os.strerror(-result)}", code=codes.get(-result, ""))
 
 
-def _words() -> str:
-    """The library's words, fit for a terminal: a header's strings may be in them."""
-    said = "; ".join(dict.fromkeys(_said))
-    return ": " + "".join(each if each.isprintable() else "?" for each in said) if said else ""
+def _error_text() -> str:
+    """ ": " and the errors that libcryptsetup logged in this call, or "". Only printable characters: they may quote a
+    hostile header."""
+    text = "; ".join(dict.fromkeys(_logged_errors))
+    return ": " + "".join(each if each.isprintable() else "?" for each in text) if text else ""

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of one boot: every outcome is one of a closed set of reasons; scripts may rely on the words."""
+"""The report of one boot: the verdict on the unseal, the outcome of each disk and group, and events with their times.
+
+Early boot, the recovery prompt and the gates fill a `Report` and write it below /run/unlock; later stages of the same
+boot, `status` and `explain` read it. In memory it has typed rows; only `encode` and `decode` know its JSON, and
+`decode` checks all that it reads. VERDICTS and OUTCOMES are closed sets of words, which scripts may rely on.
+"""
 
 import time
 
 from ..errors import Malformed
-from ..light import Any, Callable
+from ..light import Any, Callable, NamedTuple
 
 VERSION = 1
 
@@ -46,9 +51,14 @@ OUTCOMES = {
 HARMLESS = frozenset(("opened", "already-open", "waiting", "foreign", "other-host", "provider"))
 """Outcomes that are no failure of a disk of this host that is present."""
 
-_ANYBODYS = frozenset(("damaged", "duplicate"))
+OPEN = ("opened", "already-open")
+"""Outcomes of a disk that is open."""
+
+_ANY_HOST = frozenset(("damaged", "duplicate"))
+"""Outcomes of disks that may belong to any host."""
 
 _SILENT = frozenset(("waiting", "foreign", "other-host", "already-open", "no-key", "provider"))
+"""Outcomes that are not announced on the console."""
 
 
 def now() -> float:
@@ -56,10 +66,69 @@ def now() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-class Report:
-    """What happened, in the order in which it happened. Holds no secrets.
+class BootEvent(NamedTuple):
+    """Something that happened in a boot."""
 
-    `announce` gets a line for each disk and group as it comes out, for the console.
+    time: float
+    """Seconds since the kernel started."""
+    kind: str
+    text: str
+
+
+class DiskRow(NamedTuple):
+    """The latest outcome of a disk."""
+
+    node: str
+    outcome: str
+    """A word of OUTCOMES; a later version of unlock may have added others."""
+    detail: str = ""
+    uuid: str = ""
+    """LUKS UUID; '' while it is not known, as `name` and `group`."""
+    name: str = ""
+    """Name of the mapping."""
+    group: str = ""
+    seen: float | None = None
+    """When udev first finished with the disk; None if that is not known. Both in seconds since the kernel started."""
+    opened: float | None = None
+    """When its mapping was active; None if this boot did not open it."""
+
+    def describe(self) -> str:
+        """The detail, else the outcome in words."""
+        return self.detail or OUTCOMES.get(self.outcome, self.outcome)
+
+
+class GroupRow(NamedTuple):
+    """The latest outcome of a group."""
+
+    name: str
+    outcome: str
+    """open, incomplete or failed"""
+    present: int | None = None
+    """Disks that are here; None unless it is incomplete."""
+    members: int | None = None
+    """Disks that it has."""
+    mappings: tuple[str, ...] = ()
+    """Names of its mappings, if it is open."""
+
+
+class BootFacts(NamedTuple):
+    """What the TPM's policy record said in an unseal, and what else later stages ask for. None is not known."""
+
+    slot: str | None = None
+    generation: int | None = None
+    unauthenticated_root: bool | None = None
+    """The operator accepted a root file system that is not encrypted."""
+    pin: bool | None = None
+    cap_pcr_before: str | None = None
+    """Hex value of the cap PCR before early boot extended it; only when the TPM refused."""
+    opened_from_provider: str | None = None
+    """The group that a gate opened by the provider's key alone."""
+
+
+class Report:
+    """What happened in one phase of a boot. Holds no secrets.
+
+    `announce` gets a line for each disk and group when its outcome is set, for the console.
     """
 
     def __init__(self, phase: str, announce: Callable[[str], None] | None = None) -> None:
@@ -67,72 +136,239 @@ class Report:
         self._announce = announce
         self.verdict = ""
         self.detail = ""
-        self.events: list[tuple[float, str, str]] = []
-        self.disks: dict[str, dict[str, Any]] = {}
-        self.groups: dict[str, dict[str, Any]] = {}
-        self.facts: dict[str, Any] = {}
+        self.events: list[BootEvent] = []
+        self.disks: dict[str, DiskRow] = {}
+        """By node."""
+        self.groups: dict[str, GroupRow] = {}
+        """By name."""
+        self.facts = BootFacts()
 
-    def event(self, kind: str, text: str = "") -> None:
-        self.events.append((round(now(), 4), kind, text))
+    def add_event(self, kind: str, text: str = "") -> None:
+        """Something that happened now."""
+        self.events.append(BootEvent(round(now(), 4), kind, text))
 
-    def judge(self, verdict: str, detail: str = "") -> None:
-        """How the one persistence key of this boot was got, or why not."""
+    def set_verdict(self, verdict: str, detail: str = "") -> None:
+        """How this boot got its persistence key, or why it did not: a word of VERDICTS."""
         assert verdict in VERDICTS, verdict
         self.verdict, self.detail = verdict, detail
-        self.event("key", verdict)
+        self.add_event("key", verdict)
 
-    def why(self) -> str:
-        """The verdict in words."""
-        return self.detail or VERDICTS.get(self.verdict, "")
+    def describe_verdict(self) -> str:
+        """The detail, else the verdict in words."""
+        return self.detail or VERDICTS.get(self.verdict, self.verdict)
 
-    def disk(self, node: str, outcome: str, detail: str = "", **more: Any) -> None:
-        """The latest outcome for the disk at `node`."""
+    def set_disk(
+        self,
+        node: str,
+        outcome: str,
+        detail: str = "",
+        *,
+        uuid: str = "",
+        name: str = "",
+        group: str = "",
+        seen: float | None = None,
+        opened: float | None = None,
+    ) -> None:
+        """The latest outcome of the disk at `node`. What is not given stays as it was."""
         assert outcome in OUTCOMES, outcome
-        entry = self.disks.setdefault(node, {"node": node})
-        entry.update(more, outcome=outcome, detail=detail)
-        self.event("disk", " ".join(filter(None, (node, entry.get("name"), outcome))))
+        old = self.disks.get(node) or DiskRow(node, outcome)
+        row = self.disks[node] = DiskRow(
+            node,
+            outcome,
+            detail,
+            uuid or old.uuid,
+            name or old.name,
+            group or old.group,
+            old.seen if seen is None else seen,
+            old.opened if opened is None else opened,
+        )
+        self.add_event("disk", " ".join(filter(None, (node, row.name, outcome))))
         if self._announce and outcome not in _SILENT:
-            self._announce(f"{entry.get('name') or node}: {detail or OUTCOMES[outcome]}")
+            self._announce(f"{row.name or node}: {row.describe()}")
 
-    def group(self, name: str, outcome: str, **more: Any) -> None:
-        """`outcome`: open, incomplete or failed."""
-        self.groups.setdefault(name, {"name": name}).update(more, outcome=outcome)
-        self.event("group", f"{name} {outcome}")
+    def set_group(
+        self,
+        name: str,
+        outcome: str,
+        *,
+        present: int | None = None,
+        members: int | None = None,
+        mappings: tuple[str, ...] = (),
+    ) -> None:
+        """The latest outcome of a group: open, incomplete or failed. What is not given stays as it was."""
+        old = self.groups.get(name) or GroupRow(name, outcome)
+        self.groups[name] = GroupRow(
+            name,
+            outcome,
+            old.present if present is None else present,
+            old.members if members is None else members,
+            mappings or old.mappings,
+        )
+        self.add_event("group", f"{name} {outcome}")
         if self._announce:
             self._announce(f"group {name}: {outcome}")
 
-    def failures(self) -> list[str]:
-        """Nodes of disks that are present and could not be opened, as far as they are known to be this host's."""
-        return [node for node, disk in self.disks.items() if disk["outcome"] not in HARMLESS | _ANYBODYS]
+    def outcome(self, node: str) -> str:
+        """The latest outcome of the disk at `node`; '' while it has none."""
+        row = self.disks.get(node)
+        return row.outcome if row else ""
 
-    def plain(self) -> dict[str, Any]:
-        """The report as `read` gives it."""
-        return {
-            "version": VERSION,
-            "phase": self.phase,
-            "verdict": self.verdict,
-            "detail": self.detail,
-            "disks": list(self.disks.values()),
-            "groups": list(self.groups.values()),
-            "facts": self.facts,
-            "events": self.events,
-        }
+    def group_outcome(self, name: str) -> str:
+        """The latest outcome of a group; '' while it has none."""
+        row = self.groups.get(name)
+        return row.outcome if row else ""
 
-    def encode(self) -> bytes:
-        import json
-
-        return json.dumps(self.plain(), indent=1).encode()
+    def failed_nodes(self) -> list[str]:
+        """Nodes of disks that are present and did not open, as far as they are known to be this host's."""
+        return [row.node for row in self.disks.values() if row.outcome not in HARMLESS | _ANY_HOST]
 
 
-def read(path: str) -> dict[str, Any]:
+# JSON: docs/formats.md
+
+
+def read(path: str) -> Report:
     """A report that an earlier stage of this boot wrote. Raises OSError, Malformed."""
+    with open(path, "rb") as file:
+        return decode(file.read(), path)
+
+
+def encode(record: Report) -> bytes:
+    """The file's content."""
     import json
 
-    with open(path, "rb") as file:
-        try:
-            report: dict[str, Any] = json.load(file)
-        except ValueError as error:
-            raise Malformed(f"{path} is not a report: {error}") from error
-    if not isinstance(report, dict) or report.get("version") != VERSION:
-        raise Malformed(f"{path} is not a report of a known version")
-    return report
+    return json.dumps(to_json(record), indent=1).encode()
+
+
+def to_json(record: Report) -> dict[str, Any]:
+    """The file's content as plain values."""
+    return {
+        "version": VERSION,
+        "phase": record.phase,
+        "verdict": record.verdict,
+        "detail": record.detail,
+        "disks": [_disk_to_json(each) for each in record.disks.values()],
+        "groups": [_group_to_json(each) for each in record.groups.values()],
+        "facts": facts_to_json(record.facts),
+        "events": record.events,
+    }
+
+
+def facts_to_json(facts: BootFacts) -> dict[str, Any]:
+    """Those that are known."""
+    return {name: value for name, value in facts._asdict().items() if value is not None}
+
+
+def _disk_to_json(row: DiskRow) -> dict[str, Any]:
+    texts = {"node": row.node, "uuid": row.uuid, "name": row.name, "group": row.group}
+    found: dict[str, Any] = {name: text for name, text in texts.items() if text}
+    if row.seen is not None:
+        found["seen"] = row.seen
+    found |= {"outcome": row.outcome, "detail": row.detail}
+    if row.opened is not None:
+        found["opened"] = row.opened
+    return found
+
+
+def _group_to_json(row: GroupRow) -> dict[str, Any]:
+    counts = {"present": row.present, "members": row.members}
+    found: dict[str, Any] = {"name": row.name, **{name: count for name, count in counts.items() if count is not None}}
+    if row.mappings:
+        found["mappings"] = list(row.mappings)
+    return {**found, "outcome": row.outcome}
+
+
+def decode(text: bytes, path: str) -> Report:
+    """The report in a file's content; `path` is for the message.
+
+    Raises Malformed unless every value that is used has its type. Unknown fields and words are ignored.
+    """
+    from .. import strictjson  # not before the TPM works: early boot imports this module first
+
+    try:
+        fields = strictjson.parse(text.decode())
+        if not isinstance(fields, dict) or fields.get("version") != VERSION:
+            raise ValueError("it has no known version")
+        return _decode_fields(fields)
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"{path} is not a report: {error}") from error
+
+
+def _decode_fields(fields: dict[str, Any]) -> Report:
+    record = Report(_text(fields, "phase"))
+    record.verdict, record.detail = _text(fields, "verdict"), _text(fields, "detail")
+    for each in _list(fields, "disks"):
+        row = DiskRow(
+            node=_text(each, "node"),
+            outcome=_text(each, "outcome"),
+            detail=_text(each, "detail"),
+            uuid=_text(each, "uuid", ""),
+            name=_text(each, "name", ""),
+            group=_text(each, "group", ""),
+            seen=_optional(each, "seen", float),
+            opened=_optional(each, "opened", float),
+        )
+        record.disks[row.node] = row
+    for each in _list(fields, "groups"):
+        group = GroupRow(
+            name=_text(each, "name"),
+            outcome=_text(each, "outcome"),
+            present=_optional(each, "present", int),
+            members=_optional(each, "members", int),
+            mappings=tuple(_check_text(name) for name in _list(each, "mappings", [])),
+        )
+        record.groups[group.name] = group
+    facts = fields.get("facts")
+    record.facts = BootFacts(
+        slot=_optional(facts, "slot", str),
+        generation=_optional(facts, "generation", int),
+        unauthenticated_root=_optional(facts, "unauthenticated_root", bool),
+        pin=_optional(facts, "pin", bool),
+        cap_pcr_before=_optional(facts, "cap_pcr_before", str),
+        opened_from_provider=_optional(facts, "opened_from_provider", str),
+    )
+    record.events = [_decode_event(each) for each in _list(fields, "events")]
+    return record
+
+
+def _decode_event(fields: Any) -> BootEvent:
+    if not isinstance(fields, list) or len(fields) != 3 or type(fields[0]) not in (int, float):
+        raise ValueError("an event is not a time and two texts")
+    event = BootEvent(float(fields[0]), _check_text(fields[1]), _check_text(fields[2]))
+    if event.kind in ("disk", "group") and len(event.text.split()) < 2:
+        raise ValueError(f"an event of a {event.kind} does not name it and its outcome")
+    return event
+
+
+def _text(fields: Any, name: str, default: object = None) -> str:
+    if not isinstance(fields, dict):
+        raise ValueError("a row is not an object")
+    try:
+        return _check_text(fields.get(name, default))
+    except ValueError:
+        raise ValueError(f"{name} is not a text") from None
+
+
+def _check_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("not a text")
+    value.encode()  # raises a ValueError for what no terminal takes
+    return value
+
+
+def _list(fields: Any, name: str, default: object = None) -> list[Any]:
+    found = fields.get(name, default)
+    if not isinstance(found, list):
+        raise ValueError(f"{name} is not a list")
+    return found
+
+
+def _optional(fields: Any, name: str, kind: type) -> Any:
+    """None if it is absent or null."""
+    if not isinstance(fields, dict):
+        raise ValueError("a row is not an object")
+    value = fields.get(name)
+    if kind is float and type(value) is int:
+        return float(value)
+    if value is not None and type(value) is not kind:
+        raise ValueError(f"{name} is not of type {kind.__name__}")
+    return value if kind is not str or value is None else _check_text(value)

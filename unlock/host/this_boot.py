@@ -21,21 +21,21 @@ sync.json        how the last sync went
 import os
 
 from ..errors import Malformed
-from ..light import Any
+from ..light import Any, Sequence
 from ..paths import Paths
 from ..secret import Secret
 from . import keyring
-from .report import Report, read
+from .report import Report, encode, read
 
 
 def tell(paths: Paths, record: Report) -> None:
     """Report, open groups, failures, and last `idle`."""
     for name, group in record.groups.items():
-        if group["outcome"] == "open":
-            mark_open(paths, name, group["mappings"])
+        if group.outcome == "open":
+            mark_open(paths, name, group.mappings)
         else:
             unmark(paths, "open", name)
-    if record.failures():
+    if record.failed_nodes():
         mark(paths, "failed")
     write_report(paths, record, "report.json")
     mark(paths, "idle")
@@ -45,7 +45,7 @@ def write_report(paths: Paths, record: Report, name: str) -> None:
     """Whole or not at all; /run needs no fsync."""
     path = paths.of_this_boot(name)
     with open(f"{path}.new", "wb") as file:
-        file.write(record.encode())
+        file.write(encode(record))
     os.rename(f"{path}.new", path)
 
 
@@ -64,7 +64,7 @@ def mark_spoofed(paths: Paths, group: str, words: str) -> None:
         file.write(words)
 
 
-def mark_open(paths: Paths, group: str, mappings: list[str]) -> None:
+def mark_open(paths: Paths, group: str, mappings: Sequence[str]) -> None:
     """The group is open. Its mount unit mounts a link to the first mapping; the gate shows all to btrfs."""
     link = paths.of_this_boot(os.path.join("open", group))
     members = paths.of_this_boot(os.path.join("members", group))
@@ -163,7 +163,7 @@ def tpm_device() -> str:
     return f"device:/dev/{min(found, default='tpmrm0')}"
 
 
-def early(paths: Paths) -> dict[str, Any] | None:
+def early(paths: Paths) -> Report | None:
     """The report of early boot, or None when there is none that can be read."""
     try:
         return read(paths.of_this_boot("report.json"))

@@ -244,7 +244,7 @@ def _tokens(work: Work, node: str, group: Group) -> list[token.Token]:
 def wanted_policy(work: Work, group: Group) -> str:
     """What configuration and `unlock persistence` ask for. The root file system cannot wait for a network."""
     setting = work.settings.groups.get(group.name)
-    if any(member.name in devices.names_below("/") for member in group.members):
+    if any(member.name in devices.mappings_below("/") for member in group.members):
         return "persistent"
     return "provider" if not work.state.persistent or (setting and setting.policy == "provider") else "persistent"
 

@@ -13,10 +13,9 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from types import MappingProxyType
-from typing import Any
 
 from ..errors import CommandFailed, Malformed, Refused
-from ..host import this_boot
+from ..host import report, this_boot
 from ..paths import Paths
 from ..run import run
 from ..tpm import pcr_policy
@@ -70,9 +69,9 @@ def how_booted(paths: Paths, values: dict[int, bytes]) -> str:
     return "unmeasured"
 
 
-def asked(early: dict[str, Any] | None, otherwise: float) -> float:
+def asked(early: report.Report | None, otherwise: float) -> float:
     """When early boot asked the TPM for the key: seconds since the kernel started."""
-    times = [time for time, kind, _ in early["events"] if kind == "key"] if early else []
+    times = [time for time, kind, _ in early.events if kind == "key"] if early else []
     return float(times[0]) if times else otherwise
 
 

@@ -9,7 +9,7 @@ copy. It is read for words on a screen alone, bounded, and no policy ever sees i
 import os
 from collections.abc import Iterator
 
-from ..disks import devices
+from ..disks import devices, udev
 from ..errors import CommandFailed
 from ..paths import Paths, write_atomically
 from ..run import run
@@ -45,7 +45,7 @@ def write(paths: Paths, data: bytes) -> str:
 def read(paths: Paths) -> Iterator[bytes]:
     """The copy on each EFI partition that has one; nothing of it is believed."""
     folder = paths.of_this_boot("efi")
-    for node in devices.efi_partitions()[:_PARTITIONS_MAX]:
+    for node in udev.efi_partitions()[:_PARTITIONS_MAX]:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         try:
             run([*_MOUNT, node, folder], timeout=10)
@@ -62,7 +62,7 @@ def read(paths: Paths) -> Iterator[bytes]:
 
 def _is_fat(paths: Paths, folder: str) -> bool:
     """A directory of the encrypted root is of no use."""
-    return devices.type_of_mount(os.path.join("/", os.path.relpath(folder, paths.root)), paths.root) == "vfat"
+    return devices.mount_type(os.path.join("/", os.path.relpath(folder, paths.root)), paths.root) == "vfat"
 
 
 def read_file(path: str) -> bytes:

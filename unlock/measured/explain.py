@@ -161,7 +161,7 @@ TITLES = CAUSES | {
 class World(NamedTuple):
     """All that `judge` looks at."""
 
-    early: dict[str, Any] | None
+    early: report.Report | None
     """The report of early boot."""
     record: Record | None
     """The policy record of the current slot."""
@@ -215,7 +215,7 @@ class Explanation(NamedTuple):
 
 
 def judge(world: World) -> Explanation:
-    verdict = world.early["verdict"] if world.early else ""
+    verdict = world.early.verdict if world.early else ""
     notes = [] if world.early else ["early boot left no report"]
     if world.lockout:
         notes.append(f"the TPM is locked out; it forgets one wrong try every {world.lockout} s")
@@ -228,10 +228,10 @@ def judge(world: World) -> Explanation:
     elif verdict == "no-slot":
         causes = [_plain(_no_slot(world))]
     elif verdict == "tpm-failed":
-        detail = world.early["detail"] if world.early else ""
+        detail = world.early.detail if world.early else ""
         causes = [_plain("tpm-lockout" if world.lockout else "tpm-failed", new=detail)]
     elif verdict in ("pin-wrong", "pin-lockout"):
-        causes = [_plain(verdict, new=world.early["detail"] if world.early else "")]
+        causes = [_plain(verdict, new=world.early.detail if world.early else "")]
     elif verdict in ("tampered", "malformed", "newer-format"):
         causes = [_broken(world)]
     elif verdict != "unsealed":
@@ -264,7 +264,7 @@ def _no_slot(world: World) -> str:
 
 
 def _broken(world: World) -> Cause:
-    detail = world.early["detail"] if world.early else ""
+    detail = world.early.detail if world.early else ""
     if world.record and world.chip and world.chip.srk != world.record.srk_name.hex():
         return _plain("srk-changed", new=detail)
     return _plain("slot-broken", new=detail)
@@ -273,7 +273,7 @@ def _broken(world: World) -> Cause:
 def _mismatch(world: World, notes: list[str]) -> tuple[list[Cause], dict[int, str]]:
     """The TPM refused for what it has measured."""
     causes = []
-    before = world.early["facts"].get("cap_pcr_before", "") if world.early else ""
+    before = world.early.facts.cap_pcr_before if world.early else ""
     if world.kexec:
         causes.append(_plain("kexec"))
     elif before and before != pcr_policy.UNSET.hex():
@@ -511,7 +511,7 @@ def keep_baseline(paths: Paths, tcti: str = "device:/dev/tpmrm0", sealed: bool =
     Raises OSError, Malformed.
     """
     world = gather(paths, tcti)
-    if not sealed and (not world.early or world.early["verdict"] != "unsealed"):
+    if not sealed and (not world.early or world.early.verdict != "unsealed"):
         return None
     trusted = _trusted(world)
     items = items_now(world, trusted)

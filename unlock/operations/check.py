@@ -130,7 +130,7 @@ def _tpm(paths: Paths, state: State, tcti: str, comes: Foreseen | UnlockError, l
         return
     proven = f"slot {slot.name}: object and policy are what the record says, {len(record.branches)} allowed state(s)"
     yield Finding("TPM", SAFE, proven)
-    verdict = early["verdict"] if early else ""
+    verdict = early.verdict if early else ""
     if verdict == "unsealed":
         yield from next_boot(comes, record)
         yield from _keys(paths, log, record.selection)
@@ -277,12 +277,12 @@ def _opens(container: luks.Container, tokens: Sequence[token.Token], persistence
 
 def _root(paths: Paths, state: State) -> Iterator[Finding]:
     ours = {member.name for group in state.groups.values() for member in group.members}
-    if devices.opened_by("/", ours, paths.root):
+    if devices.lies_on_mappings("/", ours, paths.root):
         yield Finding("root", SAFE, "it lies on disks that unlock opens")
     elif ours and not allowed_states.unauthenticated_root(paths, state):
         closed = "unlock does not open it: early boot gives it no keys, and closes all disks"
         yield Finding("root", UNSAFE, closed, "unlock disk adopt")
-    elif any(devices.is_encrypted(number, paths.root) for number in devices.root_chain("/", paths.root)):
+    elif any(devices.is_encrypted(number, paths.root) for number in devices.devices_of_mount("/", paths.root)):
         yield Finding("root", UNPROVEN, "it is encrypted, and something else than unlock opens it", "unlock disk adopt")
     else:
         yield Finding("root", SAFE, "it is not encrypted: nothing has to open it")

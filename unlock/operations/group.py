@@ -9,7 +9,7 @@ import shlex
 import uuid as uuids
 from typing import Any, NamedTuple
 
-from ..disks import devices, disk_keys, find, fstab, luks, token
+from ..disks import devices, disk_keys, find, fstab, luks, token, udev
 from ..disks.groups import Group, Member, check_name, mapping_names
 from ..errors import NotOurs, Refused, UnlockError, Usage
 from ..host import config, this_boot, units
@@ -77,9 +77,9 @@ def _create(work: access.Work, wanted: NewGroup, nodes: list[str], unfinished: d
     _check_disks(nodes, wanted, before)
     with recovery_key(state, persistence, wanted.recovery_file, wanted.escrow) as recovery:
         if not before:
-            names = mapping_names(wanted.name, len(nodes), _names(state).union(devices.mappings()))
+            names = mapping_names(wanted.name, len(nodes), _names(state).union(devices.active_mappings()))
             before = [
-                Member(str(uuids.uuid4()), name, devices.disk(node).serial)
+                Member(str(uuids.uuid4()), name, udev.find_disk(node).serial)
                 for name, node in zip(names, nodes, strict=True)
             ]
             members = [member._asdict() for member in before]
@@ -146,7 +146,9 @@ def disk_adopt(
             assert old
             group, member = old, known[uuid][1]
         else:
-            member = Member(uuid, _mapping_name(paths, state, uuid, node, group_name, name), devices.disk(node).serial)
+            member = Member(
+                uuid, _mapping_name(paths, state, uuid, node, group_name, name), udev.find_disk(node).serial
+            )
             unfinished = state.unfinished("disk adopt", f"/dev/disk/by-uuid/{uuid} --group {group_name}")
             manifest = unfinished["manifest"] if unfinished else state.next_manifest(group_name)
             group = (old or Group(group_name, "", 0, 0, ()))._replace(
@@ -169,13 +171,13 @@ def disk_adopt(
                 state.journal = None
                 state.save()
                 raise
-        if member.name not in devices.names_below("/"):
+        if member.name not in devices.mappings_below("/"):
             fstab.set_noauto(paths.crypttab, member.name)
             _add_to_config(paths, config.GroupConfig(group_name, "", "", "", config.DEADLINE))
         state.groups[group_name] = group._replace(behind=())
         state.journal = None
         state.save()
-        if all(devices.mapping_of(each.uuid) == each.name for each in group.members):
+        if all(devices.active_mapping_name(each.uuid) == each.name for each in group.members):
             this_boot.mark_open(paths, group_name, [each.name for each in group.members])
         return group
 
@@ -193,7 +195,7 @@ def _new_group(
 
 def _check_policy(work: access.Work, group: Group, member: Member) -> None:
     """The root file system cannot wait for the network. Raises Refused."""
-    if member.name in devices.names_below("/") and (group.policy == "provider" or not work.state.persistent):
+    if member.name in devices.mappings_below("/") and (group.policy == "provider" or not work.state.persistent):
         raise Refused(
             f"{member.name} holds the root file system, and its key would not be kept on this host",
             "unlock persistence enable",
@@ -220,10 +222,10 @@ def _write_member_list(work: access.Work, group: Group, kek: Secret, nodes: dict
 
 def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, asked: str) -> str:
     """The name that the disk has, in device-mapper or crypttab; else the one asked for, or a new one."""
-    has = devices.mapping_of(uuid) or fstab.name_of(paths.crypttab, node, uuid)
+    has = devices.active_mapping_name(uuid) or fstab.name_of(paths.crypttab, node, uuid)
     if has and asked and asked != has:
         raise Refused(f"the disk's mapping name is {has}", "leave --name out", code="name-taken")
-    taken = _names(state).union(name for name, other in devices.mappings().items() if other != uuid)
+    taken = _names(state).union(name for name, other in devices.active_mappings().items() if other != uuid)
     name = has or asked or mapping_names(group, 1, taken)[0]
     check_name(name, "mapping")
     if name in taken:
@@ -361,7 +363,7 @@ def _check_disks(nodes: list[str], wanted: NewGroup, before: list[Member]) -> No
     if len(set(nodes)) != len(nodes) or not erase <= set(nodes):
         raise Usage("each disk is named once with --disk, and --erase names some of them")
     for i, node in enumerate(nodes):
-        if before and devices.disk(node).serial != before[i].serial:
+        if before and udev.find_disk(node).serial != before[i].serial:
             raise Refused(
                 f"{node} is not the disk that group {wanted.name} was begun with (serial {before[i].serial})",
                 "name the disks in the same order as before, by /dev/disk/by-id",
@@ -369,10 +371,10 @@ def _check_disks(nodes: list[str], wanted: NewGroup, before: list[Member]) -> No
             )
         if before and _is_half_made(node, before[i]):
             continue
-        used = devices.in_use(node)
+        used = devices.describe_use(node)
         if used:
             raise Refused(f"{node} is in use: {used}", "lsblk", code="in-use")
-        content = devices.contents(node)
+        content = devices.list_signatures(node)
         if content and node not in erase:
             raise Refused(f"{node} holds {content}", f"--erase {node} if it may go", code="has-data")
 
@@ -388,7 +390,7 @@ def _is_half_made(node: str, member: Member) -> bool:
 def _format(group: Group, nodes: list[str], recovery: Secret) -> None:
     """Fresh headers with the recovery keyslot, open under their names."""
     for member, node in zip(group.members, nodes, strict=True):
-        if devices.mapping_of(member.uuid):
+        if devices.active_mapping_name(member.uuid):
             luks.deactivate(member.name)
         run(["wipefs", "--all", "--quiet", node])
         with Secret.random(64) as dek, luks.format(node, dek, uuid=member.uuid) as container:

@@ -175,7 +175,7 @@ def preflight(paths: Paths, tpm: Tpm, choices: Choices, again: bool) -> Prefligh
     if early is None:
         _refuse(choices, "initramfs-without-unlock", "update-initramfs -u, and reboot once")
     values = tpm.read_pcrs(range(16))
-    before = early["facts"].get("cap_pcr_before") if early else None
+    before = early.facts.cap_pcr_before if early else None
     untouched = (
         before == pcr_policy.UNSET.hex()
         if before
@@ -193,7 +193,7 @@ def preflight(paths: Paths, tpm: Tpm, choices: Choices, again: bool) -> Prefligh
     elif at_unseal.hides_initramfs(boot, at_unseal.event_log(paths)[0]):
         _refuse(choices, "unmeasured-boot", "boot a unified kernel image: Linux does not measure what initrd= names")
     selection = pcr_policy.select(choices.pcrs or at_unseal.MEASURED_BY.get(boot, (7,)))
-    plain_root = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
+    plain_root = not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
     if plain_root:
         _refuse(choices, "unauthenticated-root", "encrypt the root file system")
     tpm.srk(choices.owner_auth)

@@ -68,10 +68,9 @@ def _seal_again(work: access.Work, sealed: dict[str, Any], tcti: str, owner_auth
     """The same key under the same policy, unless something of this host is in the TPM. Raises Refused, TpmFailed."""
     host = bytes.fromhex(work.state.host)
     early = this_boot.early(work.paths)
-    plain = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
-    payload = pcr_policy.Payload(
-        work.persistence, early["facts"].get("unauthenticated_root", plain) if early else plain
-    )
+    plain = not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
+    accepted = early.facts.unauthenticated_root if early else None
+    payload = pcr_policy.Payload(work.persistence, plain if accepted is None else accepted)
     with Tpm(tcti) as tpm:
         found = _sealed(tpm)
         if found and found.host == host:
@@ -106,7 +105,7 @@ def refuse(state: State) -> None:
         raise Refused(
             "the native provider's keys are made on this host: they are kept", "unlock provider switch", code="native"
         )
-    below = devices.names_below("/")
+    below = devices.mappings_below("/")
     for group in state.groups.values():
         if any(member.name in below for member in group.members):
             raise Refused(

@@ -74,9 +74,7 @@ def text(found: dict[str, Any]) -> str:
         why = each["why"] + (" (opened this boot)" if each["this_boot"] and each["why"] != allowed_states.THIS else "")
         proven = "yes" if each["proven"] else "no: unproven until it boots"
         rows.append((each["branch"][:16], why, proven, each["made"] or "-"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, *log.columns(rows)])
 
 
 def said(window: dict[str, Any] | None) -> str:
@@ -165,7 +163,7 @@ def good_boot(paths: Paths, tcti: str = "") -> int:
     Raises NoKey when a window ends and the key cache was flushed, TpmFailed and others.
     """
     early = this_boot.early(paths)
-    if not early or early["verdict"] != "unsealed":
+    if not early or early.verdict != "unsealed":
         return 0
     with changing(paths) as state, Tpm(tcti or this_boot.tpm_device()) as tpm:
         found = allowed_states.look(paths, tpm, state)

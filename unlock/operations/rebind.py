@@ -218,7 +218,7 @@ def _this_boot(paths: Paths, tpm: Tpm, state: State, choices: Choices) -> tuple[
     if (boot == "unmeasured" and not before) or at_unseal.hides_initramfs(boot, at_unseal.event_log(paths)[0]):
         _accepted(choices, "unmeasured-boot")
     selection = pcr_policy.select(pcrs)
-    plain_root = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
+    plain_root = not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
     if plain_root and not state.tpm["unauthenticated_root"]:
         _accepted(choices, "unauthenticated-root")
     tpm.srk(choices.owner_auth)

@@ -31,7 +31,7 @@ def mounts(groups: dict[str, Group]) -> dict[str, str]:
     members = {member.name: group.name for group in groups.values() for member in group.members}
     found = {}
     for where in devices.mount_points():
-        names = devices.names_below(where) & members.keys()
+        names = devices.mappings_below(where) & members.keys()
         if names:
             found[where] = members[min(names)]
     return found

@@ -1,211 +1,318 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock status`: groups, disks, their states, and where each key would come from."""
+"""`unlock status`: groups and disks, their states, and where each key would come from now.
+
+`read_status` collects everything once and changes nothing; `to_json` and `to_text` give it to scripts and to people.
+`unlock status --boot` prints the report of early boot (host.report) as a timeline.
+"""
 
 import calendar
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..disks import devices, disk_keys, luks, token
+from .. import log
+from ..disks import devices, disk_keys, luks, token, udev
+from ..disks.groups import Group, Member
 from ..errors import Malformed, NoKey, NotOurs, UnlockError
 from ..host import config, keyring, report, this_boot
 from ..host.state import State
 from ..paths import Paths
 from ..secret import Secret
 
+CERTIFICATE_DAYS = 30
+"""Days before the end of a client certificate from which on there is a warning."""
+WINDOW_DAYS = 7
+"""Days after which an open window is taken for forgotten."""
+_GOOD_SYNCS = frozenset(("unchanged", "replaced", "caught-up", "finished", "cached", "persistent"))
+"""Outcomes of a sync that need no warning."""
 
-def status(paths: Paths) -> dict[str, Any]:
-    """Everything as plain values. Changes nothing; a disk that cannot be read is a row, not an error.
 
-    disks[].state: open, closed, missing, or an outcome of report.OUTCOMES; disks[].key: where its key would come
-    from now: `key cache`, `provider`, or `recovery key` when nothing else is left before the next boot.
-    """
+class DiskStatus(NamedTuple):
+    """One member of a group."""
+
+    name: str
+    uuid: str
+    serial: str
+    device: str
+    """Its node; '' when it is not here."""
+    state: str
+    """open, closed, missing, or a word of report.OUTCOMES"""
+    key: str
+    """Where its key would come from now: `key cache`, `provider`, or `recovery key` when nothing else is left before
+    the next boot; `-` when it is not here."""
+
+
+class GroupStatus(NamedTuple):
+    name: str
+    state: str
+    """The worst of its disks'."""
+    mount: str
+    """Its mount point in unlock.toml, or ''."""
+    kek_id: str
+    kek_generation: int
+    policy: str
+    behind: list[str]
+    """Names of members whose token may still hold an earlier KEK."""
+    disks: list[DiskStatus]
+
+
+class ProviderStatus(NamedTuple):
+    name: str
+    kind: str
+    certificate_days: int | None
+    """Days that its client certificate is still valid; None without one."""
+    not_retired: int
+    """Replaced keys that are still active there."""
+
+    def describe(self) -> str:
+        """In words."""
+        days = f", certificate: {self.certificate_days} days left" if self.certificate_days is not None else ""
+        return f"{self.name} ({self.kind}){days}"
+
+
+class WindowStatus(NamedTuple):
+    """An open window of the TPM's policy."""
+
+    since: str
+    """UTC, ISO 8601"""
+    days: int
+    """Whole days since then."""
+    reboots: int
+    """Good boots after which it closes."""
+
+
+class Status(NamedTuple):
+    """Everything that `unlock status` prints."""
+
+    host: str
+    provider_id: str
+    providers: list[ProviderStatus]
+    """The one in use first."""
+    persistent: bool
+    sync: dict[str, Any]
+    """sync.json as it is: how the last sync of this boot went; empty without one."""
+    waiting_to_retire: int
+    persistence_key: str
+    """Where the persistence key is, in words."""
+    recovery_key: str
+    boot: report.Report | None
+    """The report of early boot."""
+    recovery_tested: dict[str, int]
+    """LUKS UUID -> when the recovery key last opened the disk, seconds since 1970."""
+    recovery_behind: list[str]
+    """Names of members that an earlier recovery key opens."""
+    unfinished: dict[str, str] | None
+    """`operation` and `about` of an operation that was interrupted."""
+    to_finish: str
+    """The command that finishes it, or ''."""
+    window: WindowStatus | None
+    pin: bool
+    groups: list[GroupStatus]
+
+
+def read_status(paths: Paths) -> Status:
+    """Changes nothing. A disk that cannot be read is a row, not an error. Raises NoKey and others when the host is not
+    initialised."""
     state = State.load(paths)
     settings = config.load(paths.config)
     try:
         persistence: Secret | None = keyring.get("unlock:persistence")
     except NoKey:
         persistence = None
-    seen = _seen(state.host, persistence)
-    early = this_boot.early(paths)
+    present = _read_disks(state.host, persistence)
     groups = []
     for group in state.groups.values():
-        disks = [_disk(member, seen) for member in group.members]
         setting = settings.groups.get(group.name)
-        groups.append(
-            {
-                "name": group.name,
-                "state": _summary([each["state"] for each in disks]),
-                "mount": setting.mount if setting else "",
-                "kek": {"id": group.kek, "generation": group.generation},
-                "policy": group.policy,
-                "behind": [member.name for member in group.members if member.uuid in group.behind],
-                "disks": disks,
-            }
-        )
+        groups.append(_group_status(group, setting.mount if setting else "", present))
+    return Status(
+        host=state.host,
+        provider_id=state.provider_id,
+        providers=_provider_rows(state),
+        persistent=state.persistent,
+        sync=this_boot.read_json(paths, "sync.json"),
+        waiting_to_retire=len(state.retire),
+        persistence_key=_describe_persistence_key(state, persistence),
+        recovery_key="made" if state.has_recovery_key else "none yet",
+        boot=this_boot.early(paths),
+        recovery_tested=state.recovery["tested"],
+        recovery_behind=[
+            each.name for group in state.groups.values() for each in group.members if _has_old_recovery_key(state, each)
+        ],
+        unfinished={name: state.journal[name] for name in ("operation", "about")} if state.journal else None,
+        to_finish=state.to_finish,
+        window=_window(state),
+        pin=bool(state.tpm.get("pin")),
+        groups=groups,
+    )
+
+
+def to_json(found: Status) -> dict[str, Any]:
+    """For scripts."""
     return {
         "version": 1,
-        "host": state.host,
-        "provider": state.provider_id,
-        "providers": _providers(state),
-        "persistence": state.persistent,
-        "sync": this_boot.read_json(paths, "sync.json"),
-        "waiting_to_retire": len(state.retire),
-        "keys": {
-            "persistence key": _persistence_key(state, persistence),
-            "recovery key": "made" if state.has_recovery_key else "none yet",
-        },
+        "host": found.host,
+        "provider": found.provider_id,
+        "providers": [
+            {
+                "name": each.name,
+                "kind": each.kind,
+                "certificate_days": each.certificate_days,
+                "said": each.describe(),
+                "left": each.not_retired,
+            }
+            for each in found.providers
+        ],
+        "persistence": found.persistent,
+        "sync": found.sync,
+        "waiting_to_retire": found.waiting_to_retire,
+        "keys": {"persistence key": found.persistence_key, "recovery key": found.recovery_key},
         "boot": {
-            "verdict": early["verdict"] if early else "",
-            "detail": early["detail"] or report.VERDICTS.get(early["verdict"], "") if early else "no early boot report",
-            "facts": early["facts"] if early else {},
+            "verdict": found.boot.verdict if found.boot else "",
+            "detail": _describe_boot(found.boot),
+            "facts": report.facts_to_json(found.boot.facts) if found.boot else {},
         },
-        "recovery": {
-            "tested": state.recovery["tested"],
-            "behind": [each.name for group in state.groups.values() for each in group.members if _lags(state, each)],
-        },
-        "unfinished": {name: state.journal[name] for name in ("operation", "about")} if state.journal else None,
-        "to_finish": state.to_finish,
-        "window": _window(state),
-        "pin": bool(state.tpm.get("pin")),
-        "groups": groups,
+        "recovery": {"tested": found.recovery_tested, "behind": found.recovery_behind},
+        "unfinished": found.unfinished,
+        "to_finish": found.to_finish,
+        "window": found.window._asdict() if found.window else None,
+        "pin": found.pin,
+        "groups": [
+            {
+                "name": group.name,
+                "state": group.state,
+                "mount": group.mount,
+                "kek": {"id": group.kek_id, "generation": group.kek_generation},
+                "policy": group.policy,
+                "behind": group.behind,
+                "disks": [each._asdict() for each in group.disks],
+            }
+            for group in found.groups
+        ],
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    """The same for people."""
-    boot = found["boot"]
-    lines = [f"boot      {boot['verdict'] or 'unknown'}: {boot['detail']}"]
-    if boot["facts"].get("unauthenticated_root"):
-        lines.append(
-            "warning   the root file system is not encrypted: persistence protects lost disks, not a stolen host"
-        )
-    if found["to_finish"]:
-        lines.append(f"warning   `{found['to_finish']}` is not finished: run it again")
+def to_text(found: Status) -> str:
+    """For people: facts, warnings, and a table of the disks."""
+    verdict = found.boot.verdict if found.boot else ""
+    lines = [f"boot      {verdict or 'unknown'}: {_describe_boot(found.boot)}"]
     lines += [f"warning   {text}" for text in _warnings(found)]
+    facts = (
+        ("key", found.persistence_key),
+        ("PIN", "asked for at every boot" if found.pin else "none"),
+        ("recovery", found.recovery_key),
+        ("provider", found.providers[0].describe()),
+        ("sync", _describe_sync(found.sync)),
+    )
+    lines += [f"{name:<9} {text}" for name, text in facts]
     lines += [
-        f"{name:<9} {where}"
-        for name, where in (
-            ("key", found["keys"]["persistence key"]),
-            ("PIN", "asked for at every boot" if found["pin"] else "none"),
-            ("recovery", found["keys"]["recovery key"]),
-            ("provider", found["providers"][0]["said"]),
-            ("sync", _last_sync(found["sync"])),
-        )
+        f"left      {each.not_retired} replaced key(s) still active at {each.name}: unlock provider test {each.name}"
+        for each in found.providers
+        if each.not_retired
     ]
-    lines += [
-        f"left      {each['left']} replaced key(s) still active at {each['name']}: unlock provider test {each['name']}"
-        for each in found["providers"]
-        if each["left"]
+    rows = [
+        ("" if i else group.name, each.name, each.device or "-", each.state, each.key, "" if i else group.mount)
+        for group in found.groups
+        for i, each in enumerate(group.disks)
     ]
-    rows = [("GROUP", "DISK", "DEVICE", "STATE", "KEY FROM", "MOUNT")]
-    for group in found["groups"]:
-        for i, each in enumerate(group["disks"]):
-            first = (group["name"], group["mount"]) if i == 0 else ("", "")
-            rows.append((first[0], each["name"], each["device"] or "-", each["state"], each["key"], first[1]))
-    if len(rows) == 1:
+    if not rows:
         return "\n".join([*lines, "no groups yet: unlock group create, or unlock disk adopt"])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines.append("")
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *log.columns([("GROUP", "DISK", "DEVICE", "STATE", "KEY FROM", "MOUNT"), *rows])])
 
 
-def _persistence_key(state: State, cached: Secret | None) -> str:
+def _warnings(found: Status) -> list[str]:
+    warnings = []
+    if found.boot and found.boot.facts.unauthenticated_root:
+        warnings.append("the root file system is not encrypted: persistence protects lost disks, not a stolen host")
+    if found.to_finish:
+        warnings.append(f"`{found.to_finish}` is not finished: run it again")
+    if window := found.window:
+        long = f"THE WINDOW IS STILL OPEN after {window.days} days" if window.days >= WINDOW_DAYS else ""
+        text = long or f"a window is open since {window.since}"
+        warnings.append(f"{text}: the TPM asks for fewer PCRs: reboot, or unlock policy close")
+    days = found.providers[0].certificate_days
+    if days is not None and days < CERTIFICATE_DAYS:
+        warnings.append(f"the client certificate ends in {days} days: unlock provider renew")
+    for group in found.groups:
+        if group.behind:
+            warnings.append(f"{', '.join(group.behind)}: still under an earlier KEK; done when back, by unlock sync")
+    if found.recovery_behind:
+        names = ", ".join(found.recovery_behind)
+        warnings.append(f"{names}: opens with an earlier recovery key too, or alone: unlock recovery new")
+    for each in found.sync.get("keys", ()):
+        if each["outcome"] not in _GOOD_SYNCS:
+            warnings.append(f"sync: {each['key']}: {each['outcome']}: {each['detail']}")
+    return warnings
+
+
+def _describe_boot(early: report.Report | None) -> str:
+    return early.describe_verdict() if early else "no early boot report"
+
+
+def _describe_persistence_key(state: State, cached: Secret | None) -> str:
     if cached:
         return "key cache" if not state.removed else "key cache until the next boot: the TPM keeps nothing"
     return "TPM, at the next boot" if not state.removed else "none: the TPM keeps nothing"
 
 
-def _providers(state: State) -> list[dict[str, Any]]:
-    """The one in use first; certificate_days is None for one without a certificate."""
-    rows = []
-    for entry in filter(None, (state.provider, *state.others.values())):
-        days = int((entry["client_until"] - time.time()) // 86400) if entry["kind"] == "kmip" else None
-        said = f"{entry['name']} ({entry['kind']})" + (f", certificate: {days} days left" if days is not None else "")
-        left = 0 if entry is state.provider else len(state.not_retired(entry))
-        rows.append(
-            {"name": entry["name"], "kind": entry["kind"], "certificate_days": days, "said": said, "left": left}
-        )
-    return rows
-
-
-CERTIFICATE_DAYS = 30
-"""Days before its end from which a client certificate is warned of."""
-
-
-WINDOW_DAYS = 7
-"""Days after which an open window is no oversight any more."""
-
-
-def _window(state: State) -> dict[str, Any] | None:
-    """Of the TPM's policy, when one is open: `since` when and for how many good boots more."""
-    window = state.tpm["window"]
-    if not window:
-        return None
-    days = int((time.time() - calendar.timegm(time.strptime(window["since"], "%Y-%m-%dT%H:%M:%SZ"))) // 86400)
-    return {"since": window["since"], "days": days, "reboots": window["reboots"]}
-
-
-def _warnings(found: dict[str, Any]) -> list[str]:
-    days = found["providers"][0]["certificate_days"]
-    warnings = []
-    if window := found["window"]:
-        loud = f"THE WINDOW IS STILL OPEN after {window['days']} days" if window["days"] >= WINDOW_DAYS else ""
-        said = loud or f"a window is open since {window['since']}"
-        warnings.append(f"{said}: the TPM asks for fewer PCRs: reboot, or unlock policy close")
-    if days is not None and days < CERTIFICATE_DAYS:
-        warnings.append(f"the client certificate ends in {days} days: unlock provider renew")
-    for group in found["groups"]:
-        if group["behind"]:
-            warnings.append(f"{', '.join(group['behind'])}: still under an earlier KEK; done when back, by unlock sync")
-    if found["recovery"]["behind"]:
-        names = ", ".join(found["recovery"]["behind"])
-        warnings.append(f"{names}: opens with an earlier recovery key too, or alone: unlock recovery new")
-    for each in found["sync"].get("keys", ()):
-        if each["outcome"] not in _CALM:
-            warnings.append(f"sync: {each['key']}: {each['outcome']}: {each['detail']}")
-    return warnings
-
-
-def _lags(state: State, member: Any) -> bool:
-    """Whether an earlier recovery key opens it."""
-    return member.uuid in state.recovery["behind"] or member.uuid in state.recovery["former"]
-
-
-_CALM = frozenset(("unchanged", "replaced", "caught-up", "finished", "cached", "persistent"))
-
-
-def _last_sync(record: dict[str, Any]) -> str:
+def _describe_sync(record: dict[str, Any]) -> str:
     if not record:
         return "not in this boot"
     return f"{int(time.time() - record['at'])} s ago: {', '.join(sorted({each['outcome'] for each in record['keys']}))}"
 
 
-def _seen(host: str, persistence: Secret | None) -> dict[str, dict[str, str]]:
-    """LUKS UUID -> node and what its header says, of this host's disks that are here."""
-    seen: dict[str, dict[str, str]] = {}
-    for found in devices.marked():
-        entry = {"node": found.node, "trouble": "", "key": "recovery key"}
+def _provider_rows(state: State) -> list[ProviderStatus]:
+    rows = []
+    for entry in filter(None, (state.provider, *state.others.values())):
+        days = int((entry["client_until"] - time.time()) // 86400) if entry["kind"] == "kmip" else None
+        not_retired = 0 if entry is state.provider else len(state.not_retired(entry))
+        rows.append(ProviderStatus(entry["name"], entry["kind"], days, not_retired))
+    return rows
+
+
+def _window(state: State) -> WindowStatus | None:
+    window = state.tpm["window"]
+    if not window:
+        return None
+    days = int((time.time() - calendar.timegm(time.strptime(window["since"], "%Y-%m-%dT%H:%M:%SZ"))) // 86400)
+    return WindowStatus(window["since"], days, window["reboots"])
+
+
+def _has_old_recovery_key(state: State, member: Member) -> bool:
+    return member.uuid in state.recovery["behind"] or member.uuid in state.recovery["former"]
+
+
+# Disks
+
+
+class _Present(NamedTuple):
+    """A disk of this host that is here."""
+
+    node: str
+    trouble: str
+    """A word of report.OUTCOMES; '' if its header is authentic, or cannot be authenticated now."""
+    key: str
+    """As DiskStatus.key."""
+
+
+def _read_disks(host: str, persistence: Secret | None) -> dict[str, _Present]:
+    """By LUKS UUID; a disk whose header cannot be read by its node."""
+    present: dict[str, _Present] = {}
+    for disk in udev.marked_disks():
         try:
-            with luks.Container(found.node) as container:
+            with luks.Container(disk.node) as container:
                 uuid = container.uuid
-                entry["trouble"], entry["key"] = _judge(container, host, persistence)
+                trouble, key = _judge(container, host, persistence)
         except UnlockError as error:
-            continue_with = error.code if error.code in report.OUTCOMES else "damaged"
-            uuid, entry["trouble"] = found.node, continue_with
-        if uuid in seen and not entry["trouble"]:
-            entry["trouble"] = "duplicate"
-        seen.setdefault(uuid, entry)
-    return seen
+            uuid, key = disk.node, "recovery key"
+            trouble = error.code if error.code in report.OUTCOMES else "damaged"
+        present.setdefault(uuid, _Present(disk.node, trouble, key))
+    return present
 
 
 def _judge(container: luks.Container, host: str, persistence: Secret | None) -> tuple[str, str]:
     """(outcome or '', where the key would come from)."""
     try:
         tokens: list[token.Token] = disk_keys.tokens(container, host)
-    except NotOurs as error:
-        return error.code, "recovery key"
-    except Malformed as error:
+    except (NotOurs, Malformed) as error:
         return error.code, "recovery key"
     if persistence is None:
         return "", "recovery key"
@@ -220,63 +327,74 @@ def _judge(container: luks.Container, host: str, persistence: Secret | None) -> 
     return "tampered", "recovery key"
 
 
-def _disk(member: Any, seen: dict[str, dict[str, str]]) -> dict[str, str]:
-    entry = seen.get(member.uuid)
-    row = {
-        "name": member.name,
-        "uuid": member.uuid,
-        "serial": member.serial,
-        "device": "",
-        "state": "missing",
-        "key": "-",
-    }
-    if entry:
-        opened = devices.mapping_of(member.uuid) == member.name
-        row.update(device=entry["node"], key=entry["key"], state=entry["trouble"] or ("open" if opened else "closed"))
-    return row
+def _group_status(group: Group, mount: str, present: dict[str, _Present]) -> GroupStatus:
+    disks = [_disk_status(member, present.get(member.uuid)) for member in group.members]
+    return GroupStatus(
+        name=group.name,
+        state=_worst([each.state for each in disks]),
+        mount=mount,
+        kek_id=group.kek,
+        kek_generation=group.generation,
+        policy=group.policy,
+        behind=[member.name for member in group.members if member.uuid in group.behind],
+        disks=disks,
+    )
 
 
-def _summary(states: list[str]) -> str:
-    """The worst of a group's disks: what is missing or broken before what is merely closed."""
+def _disk_status(member: Member, present: _Present | None) -> DiskStatus:
+    if not present:
+        return DiskStatus(member.name, member.uuid, member.serial, "", "missing", "-")
+    is_open = devices.active_mapping_name(member.uuid) == member.name
+    state = present.trouble or ("open" if is_open else "closed")
+    return DiskStatus(member.name, member.uuid, member.serial, present.node, state, present.key)
+
+
+def _worst(states: list[str]) -> str:
+    """Of a group's disks: one that is missing or broken before one that is closed."""
     trouble = [state for state in states if state not in ("open", "closed")]
     return trouble[0] if trouble else "open" if set(states) == {"open"} else "closed"
 
 
-def boot(paths: Paths) -> dict[str, Any]:
-    """The report of this boot's early phase. Raises NoSlot when there is none."""
+# The timeline of early boot
+
+
+def read_boot(paths: Paths) -> report.Report:
+    """The report of this boot's early phase. Raises UnlockError ("no-report") when there is none."""
     found = this_boot.early(paths)
     if found is None:
         raise UnlockError("early boot left no report", "update-initramfs -u, and reboot", code="no-report")
     return found
 
 
-def timeline(found: dict[str, Any]) -> str:
-    """A report as lines of time and event; seconds since the kernel started."""
+def boot_to_text(record: report.Report) -> str:
+    """One line for each event, with the seconds since the kernel started."""
     rows = [
-        (time, _said(kind, text))
-        for time, kind, text in found["events"]
-        if (kind, text.split()[-1:]) != ("disk", ["waiting"])
+        (event.time, _describe_event(event))
+        for event in record.events
+        if (event.kind, event.text.split()[-1:]) != ("disk", ["waiting"])
     ]
-    for each in found["disks"]:
-        if each.get("seen"):
-            rows.append((each["seen"], f"disk seen            {each['node']} {each.get('name', '')}".rstrip()))
+    rows += [
+        (row.seen, f"disk seen            {row.node} {row.name}".rstrip()) for row in record.disks.values() if row.seen
+    ]
     return "\n".join(f"{time:9.3f} s  {text}" for time, text in sorted(rows))
 
 
-def _said(kind: str, text: str) -> str:
-    words = {
-        "start": "agent started",
-        "tpm": "TPM is there",
-        "capped": "TPM locked for the rest of this boot (cap)",
-        "handed-over": "keys handed over to the key cache",
-        "stop": "early boot is over",
-    }
-    if kind == "key":
-        return f"{text:<20} {report.VERDICTS.get(text, '')}"
-    if kind == "disk":
-        node, *rest = text.split()
+_EVENTS = {
+    "start": "agent started",
+    "tpm": "TPM is there",
+    "capped": "TPM locked for the rest of this boot (cap)",
+    "handed-over": "keys handed over to the key cache",
+    "stop": "early boot is over",
+}
+
+
+def _describe_event(event: report.BootEvent) -> str:
+    if event.kind == "key":
+        return f"{event.text:<20} {report.VERDICTS.get(event.text, '')}"
+    if event.kind == "disk":
+        node, *rest = event.text.split()
         return f"disk {rest[-1]:<15} {node} {' '.join(rest[:-1])}".rstrip()
-    if kind == "group":
-        name, outcome = text.rsplit(" ", 1)
+    if event.kind == "group":
+        name, outcome = event.text.rsplit(" ", 1)
         return f"group {outcome:<14} {name}"
-    return " ".join(filter(None, (words.get(kind, kind), text)))
+    return " ".join(filter(None, (_EVENTS.get(event.kind, event.kind), event.text)))

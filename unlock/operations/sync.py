@@ -143,7 +143,7 @@ def _drop(work: Work, group: Group, state: str) -> Line:
     if group.policy == "provider" and not group.behind:
         keyring.forget(access.cached(group.kek, group.generation))
         return Line(group.name, "dropped", f"the key is {state}")
-    if any(member.name in devices.names_below("/") for member in group.members):
+    if any(member.name in devices.mappings_below("/") for member in group.members):
         return Line(group.name, "state-blocked", f"the key is {state}, and kept: the root file system needs it")
     outcome = rotation.set_policy(work, group, "provider")
     keyring.forget(access.cached(group.kek, group.generation))

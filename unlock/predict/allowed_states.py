@@ -196,7 +196,7 @@ def remember(state: HostState, found: Allowed, branches: Iterable[bytes], reason
 def opens_this_boot(paths: Paths, tcti: str = DEVICE) -> bool:
     """Whether the TPM released the key to this boot, or would now: it was sealed to this boot since."""
     early = this_boot.early(paths)
-    if early and early["verdict"] == "unsealed":
+    if early and early.verdict == "unsealed":
         return True
     try:
         with Tpm(tcti) as tpm:
@@ -231,7 +231,7 @@ def unauthenticated_root(paths: Paths, state: HostState) -> bool:
     if state.tpm["unauthenticated_root"] is not None:
         return bool(state.tpm["unauthenticated_root"])
     early = this_boot.early(paths)
-    return bool(early and early["facts"].get("unauthenticated_root"))
+    return bool(early and early.facts.unauthenticated_root)
 
 
 def utc() -> str:
