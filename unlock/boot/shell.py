@@ -18,7 +18,7 @@ from ..disks import devices, disk_keys, luks
 from ..errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from ..host import report, this_boot
 from ..keys import recovery_key
-from ..measured import describe, explain
+from ..measured import describe, diagnosis, evidence, explain
 from ..paths import Paths
 from ..protect import protect
 from ..secret import Secret
@@ -126,7 +126,7 @@ def table(found: dict[str, Any]) -> str:
 
 def why(paths: Paths) -> int:
     """Prints what differs first from the last good boot; nothing where that cannot be told."""
-    found = explain.judge(explain.gather(paths, this_boot.tpm_device()))
+    found = diagnosis.diagnose(evidence.gather_evidence(paths, this_boot.tpm_device()))
     if found.causes:
         print("\n".join(_printable(_cause(found))), flush=True)
         ask.tell(describe.printable_line(found.causes[0].title, COLUMNS))
@@ -178,7 +178,7 @@ def _first(paths: Paths, early: dict[str, Any] | None) -> list[str]:
     if early and early["verdict"] in ("unsealed", "handed-over"):
         return []
     try:
-        found = explain.judge(explain.gather(paths, this_boot.tpm_device()))
+        found = diagnosis.diagnose(evidence.gather_evidence(paths, this_boot.tpm_device()))
     except (UnlockError, OSError) as error:
         return [f"{'first':<10}cannot be told: {error}"]
     if not found.causes:
@@ -186,12 +186,12 @@ def _first(paths: Paths, early: dict[str, Any] | None) -> list[str]:
     return _cause(found)
 
 
-def _cause(found: explain.Explanation) -> list[str]:
+def _cause(found: diagnosis.Explanation) -> list[str]:
     cause = found.causes[0]
-    old, new = explain.excerpts(cause.old, cause.new, COLUMNS - 13)  # beside the title, and both ellipses
+    old, new = diagnosis.excerpts(cause.old, cause.new, COLUMNS - 13)  # beside the title, and both ellipses
     rows = [("first", cause.title), ("was", old), ("is", new), ("usually", cause.usually)]
     if found.copied:
-        rows.append(("", explain.COPIED))
+        rows.append(("", diagnosis.COPIED))
     return [f"{name:<10}{text}" for name, text in rows if text]
 
 
