@@ -43,7 +43,7 @@ from tests.eventlogs import (
 )
 from tests.properties import Property
 from unlock.errors import Malformed
-from unlock.measured import compare, describe, eventlog, uefi, verify
+from unlock.measured import certificates, compare, describe, eventlog, verify
 from unlock.measured.baseline import Baseline, TpmIdentity
 from unlock.measured.describe import Item
 
@@ -320,8 +320,8 @@ def test_a_terminal_takes_nothing_in_a_text_for_a_command() -> None:
 
 
 def test_the_subject_of_a_certificate_not_its_issuer() -> None:
-    assert uefi.common_name(certificate("the subject", "the issuer")) == "the subject"
-    assert uefi.common_name(b"\x30\x82\xff") == uefi.common_name(b"") == ""
+    assert certificates.common_name(certificate("the subject", "the issuer")) == "the subject"
+    assert certificates.common_name(b"\x30\x82\xff") == certificates.common_name(b"") == ""
 
 
 # comparing

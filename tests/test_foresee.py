@@ -24,7 +24,7 @@ from tests import pefile
 from tests.eventlogs import DATA, LOGGED, Entry, log, plain, program, real, tagged, variable
 from tests.hostfixture import Machine
 from unlock.errors import Refused, UnlockError
-from unlock.measured import at_unseal, diagnosis, efivars, eventlog, evidence, uefi
+from unlock.measured import at_unseal, certificates, diagnosis, efivars, eventlog, evidence, uefi
 from unlock.operations import baseline, cache, check, predict
 from unlock.paths import Paths
 from unlock.predict import boot_files, grub_script, pe, replay
@@ -1218,13 +1218,13 @@ def test_who_signed_a_unified_kernel_image(tmp_path: Path) -> None:
 
 def test_signatures_that_cannot_be_read_are_those_of_nobody_known() -> None:
     table = signature("Signer", "CA")
-    (ca,) = uefi.authorities(table)
-    assert ca.endswith(b"CA") and uefi.authorities(table + signature("Another signer", "CA")) == {ca}
-    assert len(uefi.authorities(table + signature("CA", "Root"))) == 2
+    (ca,) = certificates.signing_authorities(table)
+    assert ca.endswith(b"CA") and certificates.signing_authorities(table + signature("Another signer", "CA")) == {ca}
+    assert len(certificates.signing_authorities(table + signature("CA", "Root"))) == 2
     for at in range(len(table)):
-        assert uefi.authorities(table[:at]) == set()
+        assert certificates.signing_authorities(table[:at]) == set()
         for value in (0, 0x80, 0x84, 0xFF):
-            uefi.authorities(table[:at] + bytes([value]) + table[at + 1 :])
+            certificates.signing_authorities(table[:at] + bytes([value]) + table[at + 1 :])
 
 
 def test_where_secure_boot_is_off_nobody_asks_who_signed(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from hashlib import file_digest, sha256
 from typing import NamedTuple
 
 from ..errors import Malformed, NewerFormat
-from ..measured import eventlog, uefi
+from ..measured import certificates, eventlog, uefi
 from ..measured.baseline import parse_digest
 from ..measured.eventlog import Event, Log
 from ..paths import Paths, write_atomically
@@ -294,7 +294,7 @@ def authenticode(paths: Paths, path: str) -> bytes | None:
 def signed(paths: Paths, path: str) -> bytes | None:
     """SHA-256 of who has signed an EFI program; b"" when nobody has, None for a file that is not there, or none."""
     try:
-        found = sorted(uefi.authorities(pe.signatures(read(paths, path) or b"")))
+        found = sorted(certificates.signing_authorities(pe.signatures(read(paths, path) or b"")))
     except Malformed:
         return None
     return sha256(b"".join(sha256(each).digest() for each in found)).digest() if found else b""
