@@ -32,6 +32,7 @@ from unlock.host.state import State
 from unlock.keys import access
 from unlock.keys.escrow import Escrow, write
 from unlock.measured import describe, esp_copy
+from unlock.measured.baseline import Baseline, TpmIdentity
 from unlock.operations import sync
 from unlock.paths import Paths
 from unlock.predict import allowed_states, boot_files
@@ -362,13 +363,13 @@ WORDS = {
 """The words of verdict, report.json and baseline.json. Others may be added."""
 
 
-def baseline() -> describe.Baseline:
+def baseline() -> Baseline:
     items = tuple(
         describe.Item(number % 16, 0x80000003, sha256(cause.encode()).digest(), cause, f"test data: {cause}")
         for number, cause in enumerate(WORDS["causes"])
     )
     pcrs = {pcr: values()[pcr] for pcr in MEASURED}
-    return describe.Baseline("6.12.0-test", "root=/dev/test", describe.Chip("000b" + "5a" * 32, ""), pcrs, items)
+    return Baseline("6.12.0-test", "root=/dev/test", TpmIdentity("000b" + "5a" * 32, ""), pcrs, items)
 
 
 def of_boot() -> boot_files.Booted:
@@ -412,7 +413,7 @@ def fixed(paths: Paths, keys: Keys) -> dict[str, bytes]:
     this_boot.mark_failed(paths, "data", ["nginx.service"])
     boot_files.save(paths, of_boot())
     boot_files.vouch(paths, of_boot())
-    copied = esp_copy.write(paths, baseline().encode())
+    copied = esp_copy.write_copy(paths, baseline().encode())
     run = Path(paths.run)
     return {
         "record-1.bin": record().encode(),

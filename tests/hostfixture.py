@@ -66,7 +66,9 @@ class Machine(Measures, Disks):
         self.boot(boot)
         selection = pcr_policy.select(pcrs or MEASURED_BY[boot.kind])
         with self.chip.open() as tpm:
-            branch = pcr_policy.branch(selection, at_unseal.of(selection, at_unseal.values(self.paths, tpm)))
+            branch = pcr_policy.branch(
+                selection, at_unseal.known_values(selection, at_unseal.read_pcrs(self.paths, tpm))
+            )
             slots.persist(tpm, bytes.fromhex(HOST), selection, (branch,), pcr_policy.Payload(self.persistence))
         state = State.load(self.paths)
         allowed_states.begin(state, selection, branch, False)

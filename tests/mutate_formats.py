@@ -230,10 +230,10 @@ CHANGES: dict[str, list[Change]] = {
     # files
     "state version": [("host/state.py", "\nVERSION = 1", "\nVERSION = 2")],
     "state indent": [("host/state.py", "indent=1", "indent=2")],
-    "baseline version": [("measured/describe.py", "_VERSION = 1", "_VERSION = 2")],
+    "baseline version": [("measured/baseline.py", "_VERSION = 1", "_VERSION = 2")],
     "baseline order of an event": [
-        ("measured/describe.py", "[each.pcr, each.kind,", "[each.kind, each.pcr,"),
-        ("measured/describe.py", "def _item(pcr: Any, kind: Any,", "def _item(kind: Any, pcr: Any,"),
+        ("measured/baseline.py", "[each.pcr, each.kind,", "[each.kind, each.pcr,"),
+        ("measured/baseline.py", "def _parse_item(pcr: Any, kind: Any,", "def _parse_item(kind: Any, pcr: Any,"),
     ],
     "booted version": [("predict/boot_files.py", "_VERSION = 1", "_VERSION = 2")],
     "report version": [("host/report.py", "VERSION = 1", "VERSION = 2")],
@@ -260,7 +260,7 @@ FIELDS = {
     "backup": "native.py",
     "state": "host/state.py predict/allowed_states.py operations/policy.py operations/persistence.py keys/rotation.py "
     "operations/switch.py keys/access.py",
-    "baseline": "measured/describe.py",
+    "baseline": "measured/baseline.py",
     "booted": "predict/boot_files.py",
     "boot-files": "predict/boot_files.py",
     "report": "host/report.py",
@@ -280,12 +280,12 @@ NAMED = {
         for name in ("uuid", "serial")
     },
     "baseline: srk": [
-        ("measured/describe.py", "    srk: str", "    sro: str"),
-        ("measured/describe.py", '"srk"', '"sro"'),
+        ("measured/baseline.py", "    srk: str", "    sro: str"),
+        ("measured/baseline.py", '"srk"', '"sro"'),
     ],
     "baseline: identity": [
-        ("measured/describe.py", "    identity: str", "    identite: str"),
-        ("measured/describe.py", '"identity"', '"identite"'),
+        ("measured/baseline.py", "    identity: str", "    identite: str"),
+        ("measured/baseline.py", '"identity"', '"identite"'),
     ],
 }
 """Fields that are those of a tuple."""

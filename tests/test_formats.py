@@ -28,7 +28,8 @@ from unlock.errors import Malformed, NewerFormat, NoKey, Tampered, UnlockError, 
 from unlock.host import keyring, report
 from unlock.host.state import State
 from unlock.keys import access, recovery_key
-from unlock.measured import describe, esp_copy
+from unlock.measured import causes, esp_copy
+from unlock.measured.baseline import Baseline
 from unlock.measured.eventlog import Log
 from unlock.operations import persistence, policy
 from unlock.paths import Paths
@@ -138,7 +139,7 @@ def test_the_native_provider_makes_the_same_keys(keys: Keys) -> None:
 
 
 def test_a_baseline_is_read() -> None:
-    assert describe.Baseline.decode(frozen("baseline.json")) == formats.baseline()
+    assert Baseline.decode(frozen("baseline.json")) == formats.baseline()
 
 
 def test_a_record_of_boot_is_read(tmp_path: Path) -> None:
@@ -336,7 +337,7 @@ def test_a_report_is_read() -> None:
 def test_every_word_still_has_its_meaning() -> None:
     assert set(formats.WORDS["verdicts"]) <= report.VERDICTS.keys()
     assert set(formats.WORDS["outcomes"]) <= report.OUTCOMES.keys()
-    assert set(formats.WORDS["causes"]) <= describe.CAUSES.keys()
+    assert set(formats.WORDS["causes"]) <= causes.CAUSES.keys()
     for words in formats.WORDS.values():
         assert all(f"`{word}`" in DOCUMENT for word in words)
 
@@ -567,7 +568,7 @@ READERS: dict[str, Callable[[bytes, Path], object]] = {
     "token-persistent.json": lambda text, _: token.decode(json.loads(text)),
     "state-native.json": in_state,
     "kdk.backup": lambda text, _: native.restore(text, Secret(b"")),
-    "baseline.json": lambda text, _: describe.Baseline.decode(text),
+    "baseline.json": lambda text, _: Baseline.decode(text),
     "booted.json": lambda text, _: boot_files.Booted.decode(text),
     "run/report.json": in_report,
 }

@@ -36,8 +36,8 @@ from unlock.errors import (
     Usage,
 )
 from unlock.host import keyring, report
-from unlock.measured import explain
-from unlock.operations import cache, check, policy, predict, rebind, status
+from unlock.measured import causes, diagnosis, evidence, explain
+from unlock.operations import baseline, cache, check, policy, predict, rebind, status
 from unlock.predict import allowed_states, initramfs_images
 from unlock.predict.allowed_states import Pin
 from unlock.secret import Secret
@@ -523,23 +523,23 @@ def test_a_refused_boot_leaves_nothing_to_seal_with(host: Machine) -> None:
 
 def test_an_edited_boot_is_explained_as_ever_and_asks_nobody(host: Machine) -> None:
     assert host.boot() == "unsealed"
-    assert explain.keep_baseline(host.paths, host.chip.tcti)
+    assert baseline.record_baseline(host.paths, host.chip.tcti)
     set_pin(host)
     host.types = [PIN]
     assert host.boot(Boot("direct", initrd="a thief's")) == "pcr-mismatch" and host.asked == 0
-    assert explain.judge(explain.gather(host.paths, host.chip.tcti)).causes[0].code == "initrd"
+    assert diagnosis.diagnose(evidence.gather_evidence(host.paths, host.chip.tcti)).causes[0].code == "initrd"
 
 
 def test_explain_names_a_wrong_pin_and_a_lockout(host: Machine) -> None:
     set_pin(host)
     host.types = ["wrong"] * 3
     host.boot()
-    found = explain.judge(explain.gather(host.paths, host.chip.tcti))
+    found = diagnosis.diagnose(evidence.gather_evidence(host.paths, host.chip.tcti))
     assert found.causes[0].code == "pin-wrong" and "rebind --pin" in found.causes[0].do
     host.chip.set_lockout(1, 777)
     assert host.boot() == "pin-lockout"
-    found = explain.judge(explain.gather(host.paths, host.chip.tcti))
-    said = explain.text(found)
+    found = diagnosis.diagnose(evidence.gather_evidence(host.paths, host.chip.tcti))
+    said = explain.to_text(found)
     assert found.causes[0].code == "pin-lockout" and "777 s" in said and "recovery key" in said
 
 
@@ -878,7 +878,7 @@ def test_a_pin_is_in_no_report_state_output_or_command_line(
     told = json.dumps(policy.show(host.paths, host.chip.tcti)) + json.dumps(
         status.to_json(status.read_status(host.paths))
     )
-    told += json.dumps(explain.fields(explain.judge(explain.gather(host.paths, host.chip.tcti))))
+    told += json.dumps(explain.to_json(diagnosis.diagnose(evidence.gather_evidence(host.paths, host.chip.tcti))))
     told += Path(host.paths.state).read_text() + Path(host.paths.of_this_boot("report.json")).read_text()
     told += json.dumps(cache.show(host.paths)) + repr(auth) + repr(Pin(Secret(PIN.encode())))
     for wrong in ("abc", "x" * 257):
@@ -912,5 +912,5 @@ def test_the_words_of_the_command_line(line: str) -> None:
 
 def test_each_verdict_of_a_pin_has_words() -> None:
     assert {PinWrong.code, PinLockout.code} <= report.VERDICTS.keys()
-    assert {PinWrong.code, PinLockout.code} <= explain.USUAL.keys() & explain.TITLES.keys()
+    assert {PinWrong.code, PinLockout.code} <= causes.USUAL.keys() & causes.TITLES.keys()
     assert ask.ASKPASS.endswith("askpass")

@@ -66,11 +66,11 @@ def _boot(argv: list[str]) -> int:
         return heal(paths)
     if argv == ["baseline"]:
         from .host.this_boot import tpm_device
+        from .operations.baseline import record_good_boot
         from .operations.policy import good_boot
-        from .operations.predict import keep
 
         try:
-            keep(paths, tpm_device())
+            record_good_boot(paths, tpm_device())
         finally:  # a window is closed even where no baseline can be kept
             good_boot(paths)
         return 0

@@ -106,8 +106,8 @@ def lies_on_mappings(mountpoint: str, names: set[str], root: str = "/") -> bool:
 
 
 def foreign_devices(mountpoint: str, names: set[str], root: str = "/") -> list[str]:
-    """The block devices of a mounted file system that neither are LUKS2 mappings of these names nor lie on such mappings
-    alone, by sysfs name; `nothing` where it lies on no block device."""
+    """The block devices of a mounted file system that neither are LUKS2 mappings of these names nor lie on such
+    mappings alone, by sysfs name; `nothing` where it lies on no block device."""
     folders = [_sysfs_folder(each, root) for each in devices_of_mount(mountpoint, root)]
     foreign = [each for each in folders if not _is_authenticated(each, names, _LAYERS_MAX, verity=False)]
     return [os.path.basename(each) for each in foreign] if folders else ["nothing"]

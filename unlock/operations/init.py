@@ -17,7 +17,7 @@ from ..errors import Refused, Usage
 from ..host import config, this_boot
 from ..host.state import State, exclusive
 from ..keys import access
-from ..measured import at_unseal
+from ..measured import at_unseal, logs
 from ..paths import Paths, write_atomically
 from ..predict import allowed_states
 from ..providers import native
@@ -187,10 +187,10 @@ def preflight(paths: Paths, tpm: Tpm, choices: Choices, again: bool) -> Prefligh
             "find what measures into it before the root file system is mounted",
             code="cap-pcr-used",
         )
-    boot = at_unseal.how_booted(paths, values)
+    boot = at_unseal.boot_method(paths, values)
     if boot == "unmeasured":
         _refuse(choices, "unmeasured-boot", "boot with UEFI, which measures kernel and initramfs")
-    elif at_unseal.hides_initramfs(boot, at_unseal.event_log(paths)[0]):
+    elif at_unseal.initramfs_unmeasured(boot, logs.read_event_log(paths)[0]):
         _refuse(choices, "unmeasured-boot", "boot a unified kernel image: Linux does not measure what initrd= names")
     selection = pcr_policy.select(choices.pcrs or at_unseal.MEASURED_BY.get(boot, (7,)))
     plain_root = not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
@@ -198,7 +198,7 @@ def preflight(paths: Paths, tpm: Tpm, choices: Choices, again: bool) -> Prefligh
         _refuse(choices, "unauthenticated-root", "encrypt the root file system")
     tpm.srk(choices.owner_auth)
     tpm.trial(selection)
-    then = at_unseal.of(selection, at_unseal.values(paths, tpm))
+    then = at_unseal.known_values(selection, at_unseal.read_pcrs(paths, tpm))
     return Preflight(boot, selection, pcr_policy.branch(selection, then), plain_root)
 
 

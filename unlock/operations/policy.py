@@ -20,7 +20,7 @@ from ..errors import Refused, Usage
 from ..host import this_boot
 from ..host.state import State, changing
 from ..keys import access
-from ..measured import at_unseal
+from ..measured import at_unseal, logs
 from ..paths import Paths
 from ..predict import allowed_states, initramfs_images
 from ..predict.allowed_states import DEVICE, Allowed, Pin
@@ -207,7 +207,9 @@ def _of_this_boot(paths: Paths, tpm: Tpm, found: Allowed, selection: tuple[int, 
         )
     if selection == found.record.selection:
         return found.opened
-    return pcr_policy.branch(selection, at_unseal.of(selection, at_unseal.values(paths, tpm)), found.record.cap)
+    return pcr_policy.branch(
+        selection, at_unseal.known_values(selection, at_unseal.read_pcrs(paths, tpm)), found.record.cap
+    )
 
 
 def _full(found: Allowed) -> tuple[int, ...]:
@@ -224,4 +226,4 @@ def _open(found: Allowed) -> bool:
 
 def _boot(paths: Paths) -> str:
     """The kernel's random id of this boot."""
-    return at_unseal.read(paths.boot_id, 64).decode("ascii", "replace").strip()
+    return logs.read_up_to(paths.boot_id, 64).decode("ascii", "replace").strip()

@@ -22,7 +22,7 @@ from ..errors import Malformed, NoKey, NoSlot, Refused, Tampered, UnlockError
 from ..host import keyring, this_boot
 from ..host.state import State, changing
 from ..keys import access, rotation
-from ..measured import at_unseal
+from ..measured import at_unseal, logs
 from ..paths import Paths
 from ..predict import allowed_states, initramfs_images
 from ..providers import Provider, native
@@ -209,13 +209,13 @@ def _this_boot(paths: Paths, tpm: Tpm, state: State, choices: Choices) -> tuple[
     """What is sealed to: PCRs, the branch of this boot, and whether the root file system is not authenticated."""
     if _is_of_another(tpm, state):
         _accepted(choices, "slots-in-use")
-    values = at_unseal.values(paths, tpm)
-    boot = at_unseal.how_booted(paths, tpm.read_pcrs(range(16)))
+    values = at_unseal.read_pcrs(paths, tpm)
+    boot = at_unseal.boot_method(paths, tpm.read_pcrs(range(16)))
     before = [pcr for pcr in _before(tpm, state) if pcr != pcr_policy.CAP_PCR]
     if any(values.get(pcr) == pcr_policy.UNSET for pcr in before):  # another board, which boots in another way
         before = []
     pcrs = choices.pcrs or before or at_unseal.MEASURED_BY.get(boot, (7,))
-    if (boot == "unmeasured" and not before) or at_unseal.hides_initramfs(boot, at_unseal.event_log(paths)[0]):
+    if (boot == "unmeasured" and not before) or at_unseal.initramfs_unmeasured(boot, logs.read_event_log(paths)[0]):
         _accepted(choices, "unmeasured-boot")
     selection = pcr_policy.select(pcrs)
     plain_root = not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
@@ -223,7 +223,7 @@ def _this_boot(paths: Paths, tpm: Tpm, state: State, choices: Choices) -> tuple[
         _accepted(choices, "unauthenticated-root")
     tpm.srk(choices.owner_auth)
     tpm.trial(selection)
-    return selection, pcr_policy.branch(selection, at_unseal.of(selection, values)), plain_root
+    return selection, pcr_policy.branch(selection, at_unseal.known_values(selection, values)), plain_root
 
 
 def _has_pin(tpm: Tpm, state: State) -> bool:

@@ -75,7 +75,7 @@ def current(paths: Paths, tpm: Tpm) -> Allowed:
 def look(paths: Paths, tpm: Tpm, state: HostState) -> Allowed:
     """The same for a state that is loaded."""
     slot, record = slots.current(tpm)
-    opened = _opened(record, at_unseal.values(paths, tpm))
+    opened = _opened(record, at_unseal.read_pcrs(paths, tpm))
     kept = state.tpm
     states = tuple(_state(branch, kept, opened) for branch in record.branches)
     return Allowed(slot, record, states, opened, kept["window"])
@@ -99,7 +99,8 @@ def predicted(
         new: dict[bytes, str] = {}
         for words, values in states.items():
             new.setdefault(
-                pcr_policy.branch(record.selection, at_unseal.of(record.selection, values), record.cap), words
+                pcr_policy.branch(record.selection, at_unseal.known_values(record.selection, values), record.cap),
+                words,
             )
         stay = _staying(found, state.tpm)
         wanted = [*stay, *(branch for branch in new if branch not in stay)]
