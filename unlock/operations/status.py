@@ -8,6 +8,7 @@ from typing import Any
 from ..disks import devices, disk_keys, luks, token
 from ..errors import Malformed, NoKey, NotOurs, UnlockError
 from ..host import config, keyring, report, this_boot
+from ..host.provider_entry import days_left
 from ..host.state import State
 from ..paths import Paths
 from ..secret import Secret
@@ -60,13 +61,13 @@ def status(paths: Paths) -> dict[str, Any]:
             "facts": early["facts"] if early else {},
         },
         "recovery": {
-            "tested": state.recovery["tested"],
+            "tested": state.recovery.tested,
             "behind": [each.name for group in state.groups.values() for each in group.members if _lags(state, each)],
         },
-        "unfinished": {name: state.journal[name] for name in ("operation", "about")} if state.journal else None,
+        "unfinished": ({"operation": state.journal.operation, "about": state.journal.about} if state.journal else None),
         "to_finish": state.to_finish,
         "window": _window(state),
-        "pin": bool(state.tpm.get("pin")),
+        "pin": state.tpm.pin,
         "groups": groups,
     }
 
@@ -119,13 +120,11 @@ def _persistence_key(state: State, cached: Secret | None) -> str:
 def _providers(state: State) -> list[dict[str, Any]]:
     """The one in use first; certificate_days is None for one without a certificate."""
     rows = []
-    for entry in filter(None, (state.provider, *state.others.values())):
-        days = int((entry["client_until"] - time.time()) // 86400) if entry["kind"] == "kmip" else None
-        said = f"{entry['name']} ({entry['kind']})" + (f", certificate: {days} days left" if days is not None else "")
-        left = 0 if entry is state.provider else len(state.not_retired(entry))
-        rows.append(
-            {"name": entry["name"], "kind": entry["kind"], "certificate_days": days, "said": said, "left": left}
-        )
+    for entry in state.providers:
+        days = days_left(entry)
+        said = f"{entry.name} ({entry.kind})" + (f", certificate: {days} days left" if days is not None else "")
+        left = 0 if entry.id == state.provider_id else len(state.not_retired(entry))
+        rows.append({"name": entry.name, "kind": entry.kind, "certificate_days": days, "said": said, "left": left})
     return rows
 
 
@@ -139,11 +138,11 @@ WINDOW_DAYS = 7
 
 def _window(state: State) -> dict[str, Any] | None:
     """Of the TPM's policy, when one is open: `since` when and for how many good boots more."""
-    window = state.tpm["window"]
+    window = state.tpm.window
     if not window:
         return None
-    days = int((time.time() - calendar.timegm(time.strptime(window["since"], "%Y-%m-%dT%H:%M:%SZ"))) // 86400)
-    return {"since": window["since"], "days": days, "reboots": window["reboots"]}
+    days = int((time.time() - calendar.timegm(time.strptime(window.since, "%Y-%m-%dT%H:%M:%SZ"))) // 86400)
+    return {"since": window.since, "days": days, "reboots": window.reboots}
 
 
 def _warnings(found: dict[str, Any]) -> list[str]:
@@ -169,7 +168,7 @@ def _warnings(found: dict[str, Any]) -> list[str]:
 
 def _lags(state: State, member: Any) -> bool:
     """Whether an earlier recovery key opens it."""
-    return member.uuid in state.recovery["behind"] or member.uuid in state.recovery["former"]
+    return member.uuid in state.recovery.behind or member.uuid in state.recovery.former
 
 
 _CALM = frozenset(("unchanged", "replaced", "caught-up", "finished", "cached", "persistent"))
