@@ -28,7 +28,9 @@ from unlock.boot import agent
 from unlock.disks import disk_keys, luks, token
 from unlock.disks.groups import Group, Member
 from unlock.host import keyring, report, this_boot
+from unlock.host.journal import Rebind, RecoveryRotation, Rekey
 from unlock.host.state import State
+from unlock.host.state_file import KeyEntry, RemovedPolicy, ReplacedKek, Window
 from unlock.keys import access
 from unlock.keys.escrow import Escrow, write
 from unlock.measured import describe, esp_copy
@@ -221,66 +223,83 @@ def unpacked(path: Path) -> Path:
 # state.json
 
 
+def use_native(state: State, keys: Keys) -> None:
+    entry = state.native_entry(
+        name="native", provider_id=keys.provider.id, scope=HOST, persistence=keys.persistence, kdk=keys.kdk
+    )
+    state.use_provider(entry)
+
+
 def native_state(paths: Paths, keys: Keys) -> None:
     """A host of the native provider in the midst of a rebind, which found a rotation of the recovery key unfinished."""
     state = State.new(paths, HOST)
-    state.use_provider(state.native_entry("native", keys.provider.id, HOST, keys.persistence, keys.kdk))
-    old, name = f"{keys.provider.id}/{keys.host_name}", access.key_name(HOST, "host", 2)
-    state.set_host_key(old, keys.host_name, 1, keys.persistence, keys.host_key)
-    new_id = f"{keys.provider.id}/{name}"
-    state.set_host_key(new_id, name, 2, keys.persistence, keys.provider.fetch(name))
-    state.set_mac_key(keys.persistence, keys.mac_key)
+    use_native(state, keys)
+    old, name = KeyEntry(f"{keys.provider.id}/{keys.host_name}", keys.host_name, 1), access.key_name(HOST, "host", 2)
+    state.set_host_key(old, persistence=keys.persistence, key=keys.host_key)
+    new = KeyEntry(f"{keys.provider.id}/{name}", name, 2)
+    state.set_host_key(new, persistence=keys.persistence, key=keys.provider.fetch(name))
+    state.set_mac_key(persistence=keys.persistence, mac_key=keys.mac_key)
     state.groups["data"] = keys.group()._replace(former=("kmip-gone/17",), behind=(UUIDS[1],))
     state.next_manifest("data")
-    state.recovery["keyslots"][UUIDS[0]] = "dGVzdCBkYXRhOiBhIHNhbHQ="
-    state.recovery["former"][UUIDS[0]] = ["dGVzdCBkYXRhOiBhbm90aGVyIHNhbHQ="]
-    state.recovery["tested"][UUIDS[0]] = 1700000000
+    state.recovery.keyslots[UUIDS[0]] = "dGVzdCBkYXRhOiBhIHNhbHQ="
+    state.recovery.former[UUIDS[0]] = ["dGVzdCBkYXRhOiBhbm90aGVyIHNhbHQ="]
+    state.recovery.tested[UUIDS[0]] = 1700000000
     with disk_keys.mac_key(keys.next_recovery, HOST) as mac_key:
-        state.change_mac_key(keys.persistence, mac_key, [UUIDS[1]])
+        state.change_mac_key(persistence=keys.persistence, mac_key=mac_key, behind=[UUIDS[1]])
     (branch,) = branches(1)
     allowed_states.begin(state, pcr_policy.select(MEASURED), branch, False, pin=True)
-    state.tpm["states"][branch.hex()]["made"] = "2026-01-02T03:04:05Z"
-    full = [0, *pcr_policy.select(MEASURED)]
-    state.tpm["window"] = {"reboots": 2, "since": "2026-01-02T03:04:05Z", "pcrs": full, "boot": "test-boot"}
-    rotation = {
-        "operation": "recovery",
-        "about": "rotate",
-        "key": state.wrapped_recovery_key(keys.persistence, keys.next_recovery),
-        "file": "/media/usb/key",
-        "escrow": "",
-        "kept": True,
-        "written": False,
-    }
-    state.journal = {
-        "operation": "rebind",
-        "about": "--backup /media/usb/backup",
-        "new": state.hide(keys.next_persistence, keys.persistence),
-        "backup": "/media/usb/backup",
-        "before": rotation,
-    }
+    when, full = "2026-01-02T03:04:05Z", (0, *pcr_policy.select(MEASURED))
+    state.tpm = state.tpm._replace(
+        states={branch.hex(): state.tpm.states[branch.hex()]._replace(made=when)},
+        window=Window(reboots=2, since=when, pcrs=full, boot="test-boot"),
+    )
+    rotation = RecoveryRotation(
+        "recovery",
+        "rotate",
+        key=state.wrap_recovery_key(persistence=keys.persistence, recovery=keys.next_recovery),
+        file="/media/usb/key",
+        escrow="",
+        kept=True,
+        written=False,
+    )
+    state.journal = Rebind(
+        "rebind",
+        "--backup /media/usb/backup",
+        new=state.wrap_old_persistence_key(new=keys.next_persistence, old=keys.persistence),
+        backup="/media/usb/backup",
+        before=rotation,
+    )
     state.save()
 
 
 def kmip_state(paths: Paths, keys: Keys) -> None:
     """A host of a key manager whose TPM keeps nothing on purpose, in the midst of a rekey."""
     state = State.new(paths, HOST)
-    state.use_provider(state.native_entry("native", keys.provider.id, HOST, keys.persistence, keys.kdk))
-    client = keys.text("client_key"), keys.text("client_password")
+    use_native(state, keys)
     state.use_provider(
-        state.kmip_entry("kms", "kmip-00", "-----a test certificate-----\n", 1800000000, keys.persistence, *client)
+        state.kmip_entry(
+            name="kms",
+            provider_id="kmip-00",
+            certificate="-----a test certificate-----\n",
+            until=1800000000,
+            persistence=keys.persistence,
+            key=keys.text("client_key"),
+            password=keys.text("client_password"),
+        )
     )
     state.persistent = False
-    state.set_host_key("kmip-00/4", keys.host_name, 1, keys.persistence, keys.raw("kmip_host_key"))
-    state.set_mac_key(keys.persistence, keys.mac_key)
+    host_key = KeyEntry("kmip-00/4", keys.host_name, 1)
+    state.set_host_key(host_key, persistence=keys.persistence, key=keys.raw("kmip_host_key"))
+    state.set_mac_key(persistence=keys.persistence, mac_key=keys.mac_key)
     state.groups["data"] = keys.group("provider")._replace(kek="kmip-00/5")
-    state.retire.append({"id": f"{keys.provider.id}/{keys.kek_name}", "group": "data"})
-    state.removed = {
-        "selection": list(pcr_policy.select(MEASURED)),
-        "cap": pcr_policy.CAP_PCR,
-        "branches": [each.hex() for each in branches(1)],
-        "pin": False,
-    }
-    state.begin("rekey", "data", generation=2, made=["6", "unlock/name"], theirs=False)
+    state.retire.append(ReplacedKek(f"{keys.provider.id}/{keys.kek_name}", "data"))
+    state.removed = RemovedPolicy(
+        selection=pcr_policy.select(MEASURED),
+        cap=pcr_policy.CAP_PCR,
+        branches=tuple(each.hex() for each in branches(1)),
+        pin=False,
+    )
+    state.begin(Rekey("rekey", "data", generation=2, made=("6", "unlock/name"), theirs=False))
 
 
 # Files of this boot, and of good boots
@@ -435,9 +454,10 @@ def fixed(paths: Paths, keys: Keys) -> dict[str, bytes]:
 def synced(paths: Paths, keys: Keys) -> dict[str, bytes]:
     """What a sync leaves of a native host without groups. The key cache is this caller's alone."""
     state = State.new(paths, HOST)
-    state.use_provider(state.native_entry("native", keys.provider.id, HOST, keys.persistence, keys.kdk))
-    state.set_host_key(f"{keys.provider.id}/{keys.host_name}", keys.host_name, 1, keys.persistence, keys.host_key)
-    state.retire.append({"id": f"{keys.provider.id}/{keys.kek_name}", "group": "gone"})
+    use_native(state, keys)
+    host_key = KeyEntry(f"{keys.provider.id}/{keys.host_name}", keys.host_name, 1)
+    state.set_host_key(host_key, persistence=keys.persistence, key=keys.host_key)
+    state.retire.append(ReplacedKek(f"{keys.provider.id}/{keys.kek_name}", "gone"))
     state.save()
     this_boot.remember(paths, "TPM", {"unlock:persistence": keys.persistence})
     sync.sync(paths, look=dict)

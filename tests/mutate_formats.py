@@ -101,12 +101,7 @@ CHANGES: dict[str, list[Change]] = {
     # AADs
     "`unlock-KIND-1`": [("disks/token.py", 'f"unlock-{kind}-1"', 'f"unlock-{kind}-2"')],
     "KIND `host-key`": [("*.py", '"host-key"', '"host-kez"')],
-    "KIND `kdk`": [
-        ("host/state.py", '_wrapped(persistence, "kdk"', '_wrapped(persistence, "kdl"'),
-        ("host/state.py", '("kdk", "kdk")', '("kdk", "kdl")'),
-        ("host/state.py", '("kdk", self', '("kdl", self'),
-        ("host/state.py", '_unwrapped(persistence, "kdk"', '_unwrapped(persistence, "kdl"'),
-    ],
+    "KIND `kdk`": [("host/state.py", '"kdk"', '"kdl"')],
     "KIND `client-key`": [("host/state.py", '"client-key"', '"client-kez"')],
     "KIND `client-password`": [("host/state.py", '"client-password"', '"client-passwore"')],
     "KIND `mac-key`": [("host/state.py", '"mac-key"', '"mac-kez"')],
@@ -228,8 +223,8 @@ CHANGES: dict[str, list[Change]] = {
         ("tpm/pcr_policy.py", "Secret(value[2:])", "Secret(value[2:][::-1])"),
     ],
     # files
-    "state version": [("host/state.py", "\nVERSION = 1", "\nVERSION = 2")],
-    "state indent": [("host/state.py", "indent=1", "indent=2")],
+    "state version": [("host/state_file.py", "\nVERSION = 1", "\nVERSION = 2")],
+    "state indent": [("host/state_file.py", "indent=1", "indent=2")],
     "baseline version": [("measured/baseline.py", "_VERSION = 1", "_VERSION = 2")],
     "baseline order of an event": [
         ("measured/baseline.py", "[each.pcr, each.kind,", "[each.kind, each.pcr,"),
@@ -258,8 +253,7 @@ CHANGES: dict[str, list[Change]] = {
 FIELDS = {
     "token": "disks/token.py",
     "backup": "native.py",
-    "state": "host/state.py predict/allowed_states.py operations/policy.py operations/persistence.py keys/rotation.py "
-    "operations/switch.py keys/access.py",
+    "state": "host/state_file.py host/journal.py host/provider_entry.py disks/groups.py",
     "baseline": "measured/baseline.py",
     "booted": "predict/boot_files.py",
     "boot-files": "predict/boot_files.py",
@@ -268,17 +262,6 @@ FIELDS = {
 }
 """Format -> where the names of its fields stand."""
 NAMED = {
-    **{
-        f"state: {name}": [
-            ("host/state.py", f'm["{name}"]', f'm["{name}q"]'),
-            (
-                "host/state.py",
-                "member._asdict()",
-                f'{{k.replace("{name}", "{name}q"): v for k, v in member._asdict().items()}}',
-            ),
-        ]
-        for name in ("uuid", "serial")
-    },
     "baseline: srk": [
         ("measured/baseline.py", "    srk: str", "    sro: str"),
         ("measured/baseline.py", '"srk"', '"sro"'),
@@ -312,6 +295,15 @@ def changes(item: str) -> list[Change]:
         label = item.strip("`")
         return [("*.py", label, label[:-2] + "xx")]
     form, _, name = item.partition(": ")
+    if form == "state":  # a field of a record: it stands there, and has another name in the JSON
+        field, read, write = f"    {name}: ", "json.loads(content)", "indent=1).encode()"
+        old, new = f'"{name}":', f'"{name}q":'
+        renamed = f"content.replace(b'{old}', b'\"\":').replace(b'{new}', b'{old}')"
+        return [
+            (FIELDS[form], field, field),
+            ("host/state_file.py", read, f"json.loads({renamed})"),
+            ("host/state_file.py", write, f"indent=1).replace('{old}', '{new}').encode()"),
+        ]
     return [(FIELDS[form], f"{quote}{name}{quote}", f"{quote}{name}q{quote}") for quote in "\"'"]
 
 
@@ -321,7 +313,7 @@ def places(tree: Path, item: str) -> Iterator[tuple[Path, str, str]]:
     for names, old, new in changes(item):
         files = {each for name in names.split() for part in CODE for each in (tree / part).rglob(name)}
         found = [each for each in sorted(files) if old.encode() in each.read_bytes()]
-        if not found and (item in CHANGES or item in NAMED):
+        if not found and (item in CHANGES or item in NAMED or item.startswith("state: ")):
             raise LookupError(f"{item}: {old!r} stands nowhere in {names}")
         nowhere = nowhere and not found
         yield from ((each, old, new) for each in found)

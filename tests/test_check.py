@@ -20,6 +20,7 @@ from tests.tpmfixture import Swtpm
 from unlock.disks import disk_keys, luks, token
 from unlock.errors import CommandFailed, UnlockError
 from unlock.host import keyring, report
+from unlock.host.journal import Rekey
 from unlock.operations import check, recovery
 from unlock.operations.check import NOTE, SAFE, UNPROVEN, UNSAFE
 from unlock.predict import initramfs_images
@@ -187,7 +188,7 @@ def test_after_a_refused_boot_the_next_is_refused_too(world: World) -> None:
 
 def test_an_operation_that_was_stopped(world: World) -> None:
     with world.host.work() as work:
-        work.state.begin("rekey", "data")
+        work.state.begin(Rekey("rekey", "data", generation=2, made=None, theirs=False))
     assert world.check()[0] == UNPROVEN
 
 
@@ -243,7 +244,7 @@ def test_a_recovery_key_that_was_tested_and_one_that_is_another_by_now(world: Wo
     recovery.test(world.host.paths, world.host.recovery, world.host.look)
     assert said() == "tested on every disk"
     with world.host.work() as work:
-        work.state.recovery["behind"]["uuid"] = ""
+        work.state.recovery.behind["uuid"] = ""
         work.state.save()
     assert world.check() == (
         UNPROVEN,
@@ -276,7 +277,7 @@ def test_a_plain_root_is_safe_only_when_it_was_accepted(world: World) -> None:
     world.machine.mount("8:16", "/", "/dev/sdb", "ext4")
     assert world.check()[1]["root"][0] == UNSAFE
     with world.host.work() as work:
-        work.state.tpm["unauthenticated_root"] = True
+        work.state.tpm = work.state.tpm._replace(unauthenticated_root=True)
         work.state.save()
     assert world.check() == (SAFE, {})
 

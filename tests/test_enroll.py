@@ -18,6 +18,8 @@ from tests.tpmfixture import Swtpm
 from unlock.disks import disk_keys, luks
 from unlock.errors import ClientAuth, PinWrong, Refused, TpmFailed, UnlockError, Usage
 from unlock.host import config, keyring, report
+from unlock.host.journal import DiskAdoption
+from unlock.host.provider_entry import NativeEntry
 from unlock.host.state import State
 from unlock.keys import recovery_key
 from unlock.operations import cache, group, init, sync
@@ -52,6 +54,13 @@ def host(tmp_path: Path, key_cache: None) -> Paths:
 def choices(paths: Paths, chip: Swtpm, accept: frozenset[str] = ACCEPTED, owner: bytes = b"") -> init.Choices:
     backup = os.path.join(paths.root, "backup")
     return init.Choices(backup, Secret(PASSWORD), accept, (), Secret(owner), chip.tcti)
+
+
+def unwrap_kdk(paths: Paths, persistence: Secret) -> None:
+    """Raises Tampered when the persistence key is not the one of the state."""
+    state = State.load(paths)
+    assert isinstance(state.provider, NativeEntry)
+    state.kdk(persistence, state.provider).wipe()
 
 
 def refused(paths: Paths, asked: init.Choices) -> str:
@@ -288,7 +297,7 @@ def test_init_cut_off_at_any_tpm_command_finishes_when_run_again(
                 init.init(host, choices(host, chip))
             with chip.open() as tpm:
                 persistence = slots.unseal(tpm).payload.key
-            State.load(host).kdk(persistence).wipe()
+            unwrap_kdk(host, persistence)
             os.unlink(choices(host, chip).backup)
             os.unlink(host.state)
             if whole:
@@ -317,7 +326,7 @@ def test_init_killed_at_any_step_finishes_when_run_again(
                 except Refused as error:  # killed in its last step, it was whole
                     assert error.code == "initialised"
             with chip.open() as tpm, slots.unseal(tpm).payload.key as persistence:
-                State.load(host).kdk(persistence).wipe()
+                unwrap_kdk(host, persistence)
             os.unlink(choices(host, chip).backup)
             os.unlink(host.state)
             chips.close()
@@ -400,7 +409,7 @@ def test_another_disk_cannot_take_the_place_of_one_whose_adoption_was_killed(
     enrolled: Paths, device: str, tmp_path: Path
 ) -> None:
     state = State.load(enrolled)
-    state.begin("disk adopt", "/dev/other --group data", manifest=state.next_manifest("data"))
+    state.begin(DiskAdoption("disk adopt", "/dev/other --group data", manifest=state.next_manifest("data")))
     with pytest.raises(Refused, match="disk adopt /dev/other --group data"):
         group.disk_adopt(enrolled, device, "data", Secret(b"operator"), str(tmp_path / "recovery"))
 
@@ -472,7 +481,8 @@ def test_init_with_a_key_manager_needs_no_native_provider(
 ) -> None:
     init.init(host, kmip_choices(host, chip, kms, persistent))
     state = State.load(host)
-    assert (state.provider["kind"], state.others, state.persistent, state.journal) == ("kmip", {}, persistent, None)
+    assert state.provider.kind == "kmip"
+    assert (state.others, state.persistent, state.journal) == ({}, persistent, None)
     (key,) = kms.keys.values()
     assert key.names == [f"unlock/{state.host}/host/1"]
     assert keyring.get("unlock:host").value == key.material
@@ -480,8 +490,8 @@ def test_init_with_a_key_manager_needs_no_native_provider(
         persistence = slots.unseal(tpm).payload.key
     kept = state.host_key(persistence)
     assert (bytes(kept) if kept else None) == (key.material if persistent else None)
-    with state.client_key(persistence, state.provider) as client_key:
-        assert bytes(client_key) == CLIENT.key
+    client_key = state.client_key(persistence, state.provider)
+    assert client_key and bytes(client_key) == CLIENT.key
     for path in Path(host.root).rglob("*"):
         content = path.read_bytes() if path.is_file() else b""
         assert CLIENT.key.splitlines()[1] not in content, path

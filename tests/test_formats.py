@@ -26,7 +26,10 @@ from unlock.boot import handover
 from unlock.disks import disk_keys, luks, token
 from unlock.errors import Malformed, NewerFormat, NoKey, Tampered, UnlockError, Usage
 from unlock.host import keyring, report
+from unlock.host.journal import Rebind, RecoveryRotation
+from unlock.host.provider_entry import KmipEntry, NativeEntry
 from unlock.host.state import State
+from unlock.host.state_file import RemovedPolicy
 from unlock.keys import access, recovery_key
 from unlock.measured import causes, esp_copy
 from unlock.measured.baseline import Baseline
@@ -245,14 +248,17 @@ def test_a_state_is_read_and_saved_as_it_was(name: str, tmp_path: Path, keys: Ke
     formats.put(Path(place.state), frozen(f"state-{name}.json"))
     state = State.load(place)
     state.prove(keys.persistence)
-    assert bytes(state.kdk(keys.persistence, {"native": state.provider, **state.others}["native"])) == raw("kdk")
+    found = state.provider_named("native")
+    assert isinstance(found, NativeEntry) and bytes(state.kdk(keys.persistence, found)) == raw("kdk")
     if name == "native":
         assert bytes(state.host_key(keys.persistence) or b"") == derived(2, "host")
         assert state.mac_key(keys.persistence, UUIDS[1]) == keys.mac_key
-        journal = state.journal or {}
-        assert state.unhide(keys.next_persistence, journal["new"]) == keys.persistence
-        assert state.unwrapped_recovery_key(keys.persistence, journal["before"]["key"]) == keys.next_recovery
+        journal = state.journal
+        assert isinstance(journal, Rebind) and isinstance(journal.before, RecoveryRotation)
+        assert state.unwrap_old_persistence_key(keys.next_persistence, journal.new) == keys.persistence
+        assert state.unwrap_recovery_key(keys.persistence, journal.before.key) == keys.next_recovery
     else:
+        assert isinstance(state.provider, KmipEntry)
         assert state.client_key(keys.persistence, state.provider) == keys.text("client_key")
         assert state.client_password(keys.persistence, state.provider) == keys.text("client_password")
     state.save()
@@ -526,11 +532,14 @@ def test_the_state_says_what_was_taken_out_of_a_tpm(tmp_path: Path) -> None:
     formats.put(Path(place.state), frozen("state-kmip.json"))
     state = State.load(place)
     state.journal, state.removed = None, None
-    state.provider["client_key"] = state.provider["password"] = None
+    assert isinstance(state.provider, KmipEntry)
+    state.put_provider(state.provider._replace(client_key=None, password=None))
     state.save()
     with board("tpm", tmp_path) as chip:
         persistence.remove_all_stored_keys(place, chip.tcti, Secret(b""))
-    assert State.load(place).removed == said("state-kmip.json")["removed"]
+    removed = said("state-kmip.json")["removed"]
+    policy_of_tpm = RemovedPolicy(tuple(removed["selection"]), removed["cap"], tuple(removed["branches"]), False)
+    assert State.load(place).removed == policy_of_tpm
 
 
 # The backup; scrypt takes half a second each time

@@ -593,7 +593,7 @@ def test_killed_anywhere_the_old_or_the_new_and_the_same_command_finishes(
 
     for _ in killer(begin):
         assert host.allows().record.pin in (to is not None, from_pin is not None)
-        assert not host.allows().record.pin or host.state.tpm["pin"], "a PIN is never forgotten"
+        assert not host.allows().record.pin or host.state.tpm.pin, "a PIN is never forgotten"
         host.types = [each for each in (to, from_pin) if each]
         assert host.boot() == "unsealed"
         set_pin(host, to)
@@ -625,7 +625,7 @@ def test_rebind_keeps_the_pin_of_a_tpm_that_was_cleared(disks: Machine) -> None:
     disks.extend([(entry.pcr, entry.sha256) for entry in OLD.entries()])
     assert not rebind.lacks_pin(disks.paths, disks.chip.tcti)
     rebound(disks)
-    assert disks.allows().record.pin and disks.state.tpm["pin"]
+    assert disks.allows().record.pin and disks.state.tpm.pin
     disks.chip.set_lockout(32)
     disks.types = [PIN]
     assert disks.boot() == "unsealed" and disks.asked == 1
@@ -646,7 +646,7 @@ def test_rebind_never_drops_a_pin_in_silence(disks: Machine) -> None:
     disks.types = ["a new one"]
     assert disks.boot() == "unsealed" and disks.asked == 1
     rebound(disks, Pin(None))
-    assert not disks.allows().record.pin and not disks.state.tpm["pin"]
+    assert not disks.allows().record.pin and not disks.state.tpm.pin
     assert not rebind.lacks_pin(disks.paths, disks.chip.tcti)
     assert disks.boot() == "unsealed" and disks.asked == 0
 

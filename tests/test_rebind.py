@@ -220,7 +220,7 @@ def test_another_board_that_boots_in_another_way_is_measured_by_its_own_pcrs(hos
     uki = Boot("uki")._replace(kernel="another")
     host.boot(uki)
     state = host.state
-    state.tpm["pcrs"] = [4, 7, 8, 9, 14, 15]
+    state.tpm = state.tpm._replace(pcrs=(4, 7, 8, 9, 14, 15))
     state.save()
     assert run(host, backup(host)).selection == (4, 7, 11, 12, 15)
     boots(host, uki)

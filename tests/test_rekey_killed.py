@@ -15,6 +15,7 @@ from tests.kmipfixture import AUTHORITY
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, PRE_ACTIVE, Liar
 from unlock.errors import ProviderError, StateBlocked
 from unlock.host import keyring
+from unlock.host.journal import Rekey
 from unlock.keys import access
 from unlock.operations import rekey
 from unlock.providers import kmip  # before any child begins: the system calls of its import are no points of interest
@@ -66,14 +67,14 @@ def reached(host: Host, kms: Liar, generation: int) -> str:
             return "two tokens on a disk"
         if done:
             return "some disks done"
-        if state.journal["made"]:
+        if isinstance(state.journal, Rekey) and state.journal.made:
             return "key in the journal"
         return {None: "journaled", PRE_ACTIVE: "key made", ACTIVE: "key active"}[made[0].state if made else None]
     if state.groups["data"].generation < generation:
         return "nothing done"
     if not state.retire:
         return "done"
-    if kms.keys[state.retire[0]["id"].rpartition("/")[2]].state == DEACTIVATED:
+    if kms.keys[state.retire[0].id.rpartition("/")[2]].state == DEACTIVATED:
         return "retired"
     return "cached" if access.cached(host.group.kek, generation) in keyring.names() else "state saved"
 

@@ -147,8 +147,13 @@ def _tpm(paths: Paths, state: State, tcti: str, comes: Foreseen | UnlockError, l
     if at_unseal.initramfs_unmeasured(boot, log):
         edited = "nothing measures it, as `initrd=` names it: whoever edits it gets the keys"
         yield Finding("initramfs", NOTE, edited, "boot a unified kernel image")
-    if state.tpm["window"]:
-        yield Finding("policy", NOTE, policy.said(state.tpm["window"]), "unlock policy close")
+    if window := state.tpm.window:
+        yield Finding(
+            "policy",
+            NOTE,
+            policy.describe_window(window.since, window.reboots),
+            "unlock policy close",
+        )
 
 
 def _pin(record: Record, facts: Facts) -> Iterator[Finding]:
@@ -452,8 +457,8 @@ def _recovery(state: State) -> Iterator[Finding]:
         yield Finding("recovery key", UNPROVEN, "there is none: a refused boot is the end", "unlock disk adopt")
         return
     uuids = [member.uuid for group in state.groups.values() for member in group.members]
-    tested = sum(uuid in state.recovery["tested"] for uuid in uuids)
-    if state.recovery["behind"]:
+    tested = sum(uuid in state.recovery.tested for uuid in uuids)
+    if state.recovery.behind:
         yield Finding("recovery key", UNPROVEN, "some disks still have an earlier one", "unlock recovery new")
     elif tested < len(uuids):
         yield Finding("recovery key", NOTE, f"tested on {tested} of {len(uuids)} disk(s)", "unlock recovery test")
@@ -464,8 +469,8 @@ def _recovery(state: State) -> Iterator[Finding]:
 def _provider(paths: Paths, state: State, persistence: Secret | None, connect: access.Connect) -> Iterator[Finding]:
     """Only a group whose key nobody else keeps needs it."""
     needed = [group.name for group in state.groups.values() if group.policy == "provider"]
-    what = f"provider {state.provider['name']}"
-    if state.provider["kind"] == "native":
+    what = f"provider {state.provider.name}"
+    if state.provider.kind == "native":
         return
     try:
         with closing(connect(paths, state, persistence, state.provider)) as provider:

@@ -15,7 +15,10 @@ from .. import log
 from ..disks import devices
 from ..errors import Refused, Usage
 from ..host import config, this_boot
-from ..host.state import State, exclusive
+from ..host.journal import Init
+from ..host.lock import exclusive
+from ..host.state import State
+from ..host.state_file import KeyEntry
 from ..keys import access
 from ..measured import at_unseal, logs
 from ..paths import Paths, write_atomically
@@ -117,7 +120,7 @@ def _earlier_attempt(paths: Paths) -> State | None:
         state = State.load(paths)
     except Refused:
         return None
-    if state.journal and state.journal["operation"] == "init":
+    if isinstance(state.journal, Init):
         return state
     raise Refused("this host is initialised already", "unlock status", code="initialised")
 
@@ -126,10 +129,14 @@ def _use_native(state: State, persistence: Secret, choices: Choices, unfinished:
     """A KDK, backed up before anything depends on it; gives the host key. Raises Usage, Malformed, Tampered."""
     name = access.key_name(state.host, "host", 1)
     with Secret.random(32) as kdk, native.Native(Secret(bytes(kdk)), state.host) as provider:
-        state.use_provider(state.native_entry("native", provider.id, state.host, persistence, kdk))
+        state.use_provider(
+            state.native_entry(
+                name="native", provider_id=provider.id, scope=state.host, persistence=persistence, kdk=kdk
+            )
+        )
         host_key = provider.fetch(name)
-        state.set_host_key(f"{provider.id}/{name}", name, 1, persistence, host_key)
-        state.begin("init", f"--backup {os.path.abspath(choices.backup)}")
+        state.set_host_key(KeyEntry(f"{provider.id}/{name}", name, 1), persistence=persistence, key=host_key)
+        state.begin(Init("init", f"--backup {os.path.abspath(choices.backup)}"))
         if unfinished and _is_backup_of(choices.backup, unfinished.host):
             os.unlink(choices.backup)
         native.write_backup(choices.backup, provider, choices.password)
@@ -138,20 +145,27 @@ def _use_native(state: State, persistence: Secret, choices: Choices, unfinished:
 
 def _use_kmip(paths: Paths, state: State, persistence: Secret, kms: Kmip) -> Secret:
     """A key manager, proven by the host key that it makes and gives back. Raises ProviderError, Usage, Malformed."""
-    until = access.certificate_until(kms.certificate)
-    stays = bool(kms.settings.client_key)
     provider_id = f"kmip-{os.urandom(16).hex()}"
     entry = state.kmip_entry(
-        kms.settings.name, provider_id, kms.certificate, until, persistence, None if stays else kms.key, kms.password
+        name=kms.settings.name,
+        provider_id=provider_id,
+        certificate=kms.certificate,
+        until=access.certificate_until(kms.certificate),
+        persistence=persistence,
+        key=None if kms.settings.client_key else kms.key,
+        password=kms.password,
     )
     state.persistent = kms.persistent
     state.use_provider(entry)
-    state.begin("init", "--provider kmip")
+    state.begin(Init("init", "--provider kmip"))
     password = Secret(bytes(kms.password)) if kms.password else None
     key = Secret(bytes(kms.key))
-    with closing(access.kmip(kms.settings, provider_id, kms.certificate, key, password)) as provider:
+    with closing(
+        access.kmip(kms.settings, provider_id=provider_id, certificate=kms.certificate, key=key, password=password)
+    ) as provider:
         made, host_key = access.new_key(provider, access.key_name(state.host, "host", 1))
-    state.set_host_key(f"{provider_id}/{made.id}", made.name, 1, persistence, host_key)
+    entry_of_key = KeyEntry(f"{provider_id}/{made.id}", made.name, 1)
+    state.set_host_key(entry_of_key, persistence=persistence, key=host_key)
     state.save()
     if kms.settings.name not in config.load(paths.config).providers:
         config.append(paths.config, config.provider_table(kms.settings))
