@@ -78,17 +78,26 @@ def kmip(
 ) -> Provider:
     """A KMIP provider, which takes key and password over and wipes them. `certificate` and `key` are PEM. Raises Usage,
     Malformed."""
-    from ..providers import kmip as door  # post-boot only
+    from ..endpoint import Endpoint
+    from ..providers.kmip.provider import KmipProvider, KmipSettings  # post-boot only
 
-    endpoints = tuple(door.Endpoint.parse(each) for each in settings.endpoints)
-    ca = public(settings.ca)
-    user = settings.username
-    return door.Kmip(door.Settings(provider_id, endpoints, ca, certificate, key, user, password, settings.timeout))
+    return KmipProvider(
+        KmipSettings(
+            id=provider_id,
+            endpoints=tuple(map(Endpoint.parse, settings.endpoints)),
+            ca=public(settings.ca),
+            certificate=certificate,
+            key=key,
+            username=settings.username,
+            password=password,
+            timeout=settings.timeout,
+        )
+    )
 
 
 def certificate_until(certificate: str) -> int:
     """When a PEM certificate ends, in seconds since 1970. Raises Malformed."""
-    from ..providers import tls
+    from ..providers.kmip import tls
 
     return int(tls.validity(certificate)[1])
 
