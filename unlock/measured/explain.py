@@ -19,7 +19,7 @@ from ..host import report, this_boot
 from ..paths import Paths, write_atomically
 from ..tpm import pcr_policy
 from ..tpm.chip import Tpm
-from ..tpm.pcr_policy import Record
+from ..tpm.record import SLOTS, Record
 from . import at_unseal, describe, esp_copy, eventlog
 from .describe import CAUSES, Baseline, Chip, Difference, Item
 from .eventlog import Event, Log
@@ -470,7 +470,7 @@ def _ask_tpm(tcti: str) -> tuple[Record | None, Mapping[int, bytes], str, Chip |
 def _current(tpm: Tpm) -> Record | None:
     """The record of the highest generation that can be read."""
     found = []
-    for slot in pcr_policy.SLOTS:
+    for slot in SLOTS:
         try:
             found.append(tpm.read_record(slot))
         except UnlockError:

@@ -19,8 +19,9 @@ from ..keys import access, rotation
 from ..paths import Paths
 from ..predict import allowed_states
 from ..secret import Secret
-from ..tpm import pcr_policy, slots
+from ..tpm import slots
 from ..tpm.chip import Tpm
+from ..tpm.record import Payload, Record
 
 TPM = "device:/dev/tpmrm0"
 
@@ -78,9 +79,7 @@ def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth:
     host = bytes.fromhex(work.state.host)
     early = this_boot.early(work.paths)
     plain = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
-    payload = pcr_policy.Payload(
-        work.persistence, early["facts"].get("unauthenticated_root", plain) if early else plain
-    )
+    payload = Payload(work.persistence, early["facts"].get("unauthenticated_root", plain) if early else plain)
     with Tpm(tcti) as tpm:
         found = _sealed(tpm)
         if found and found.host == host:
@@ -91,7 +90,7 @@ def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth:
             slots.persist(tpm, host, sealed.selection, branches, payload, owner_auth, pin_auth=pin_auth, cap=sealed.cap)
 
 
-def _sealed(tpm: Tpm) -> pcr_policy.Record | None:
+def _sealed(tpm: Tpm) -> Record | None:
     try:
         return slots.current(tpm)[1]
     except NoSlot:
