@@ -41,7 +41,8 @@ from unlock.predict import allowed_states, boot_files
 from unlock.providers import native
 from unlock.secret import Secret
 from unlock.strictjson import canonical
-from unlock.tpm import pcr_policy, slots
+from unlock.tpm import pcr_policy, public_area, slots
+from unlock.tpm.record import SLOTS, SRK, Payload, Record
 
 FOLDER = Path(__file__).parent / "data/formats/v1"
 WARNING = "test keys, known to everybody: they protect nothing"
@@ -139,10 +140,10 @@ def branches(count: int) -> tuple[bytes, ...]:
     return tuple(pcr_policy.branch(pcr_policy.select(MEASURED), each) for each in (values(), *other))
 
 
-def record(pin: bool = False) -> pcr_policy.Record:
+def record(pin: bool = False) -> Record:
     name = b"\0\x0b" + bytes(range(32))
     many = branches(BRANCHES if pin else 1)
-    return pcr_policy.Record(
+    return Record(
         7,
         bytes.fromhex(HOST),
         pcr_policy.select(MEASURED),
@@ -162,19 +163,19 @@ def policies(keys: Keys) -> dict[str, Any]:
         "selection_bytes": pcr_policy.selection_bytes(pcr_policy.select(MEASURED)).hex(),
         "pcrs": {str(pcr): values()[pcr].hex() for pcr in pcr_policy.select(MEASURED)},
         "branches": [each.hex() for each in many],
-        "one": {"alternatives": len(pcr_policy.alternatives(one)), "digest": pcr_policy.either(one).hex()},
-        "several": {"alternatives": len(pcr_policy.alternatives(many)), "digest": pcr_policy.either(many).hex()},
+        "one": {"alternatives": len(pcr_policy.alternatives(one)), "digest": pcr_policy.policy_or(one).hex()},
+        "several": {"alternatives": len(pcr_policy.alternatives(many)), "digest": pcr_policy.policy_or(many).hex()},
         "with_pin": pcr_policy.auth_policy(many, True).hex(),
         "pin_auth": keys.pin_auth.value.hex(),
         "cap": {"pcr": pcr_policy.CAP_PCR, "digest": pcr_policy.CAP_DIGEST.hex(), "capped": pcr_policy.CAPPED.hex()},
-        "srk": {"handle": pcr_policy.SRK, "template": pcr_policy.srk_template().hex()},
+        "srk": {"handle": SRK, "template": public_area.srk_template().hex()},
         "sealed": {
-            "template": pcr_policy.sealed_template(one).hex(),
-            "with_pin": pcr_policy.sealed_template(many, True).hex(),
+            "template": public_area.sealed_template(one).hex(),
+            "with_pin": public_area.sealed_template(many, True).hex(),
         },
         "slots": {
-            slot.name: {"object": slot.object, "nv": slot.nv, "nv_public": pcr_policy.nv_public(slot, True).hex()}
-            for slot in pcr_policy.SLOTS
+            slot.name: {"object": slot.object, "nv": slot.nv, "nv_public": public_area.nv_public(slot, True).hex()}
+            for slot in SLOTS
         },
     }
 
@@ -184,7 +185,7 @@ def sealed(chip: Swtpm, keys: Keys, pin: bool) -> None:
     with chip.open() as tpm:
         for pcr, digest in digests():
             tpm.extend(pcr, digest)
-        payload, selection = pcr_policy.Payload(keys.persistence, unauthenticated_root=pin), pcr_policy.select(MEASURED)
+        payload, selection = Payload(keys.persistence, unauthenticated_root=pin), pcr_policy.select(MEASURED)
         slots.persist(tpm, bytes.fromhex(HOST), selection, branches(1), payload)
         if pin:
             slots.persist(tpm, bytes.fromhex(HOST), selection, branches(BRANCHES), payload, pin_auth=keys.pin_auth)
@@ -437,8 +438,8 @@ def fixed(paths: Paths, keys: Keys) -> dict[str, bytes]:
     return {
         "record-1.bin": record().encode(),
         "record-2.bin": record(pin=True).encode(),
-        "payload-0.bin": bytes(pcr_policy.Payload(keys.persistence).encode()),
-        "payload-1.bin": bytes(pcr_policy.Payload(keys.persistence, True).encode()),
+        "payload-0.bin": bytes(Payload(keys.persistence).encode()),
+        "payload-1.bin": bytes(Payload(keys.persistence, True).encode()),
         "policy.json": json.dumps(policies(keys), indent=1).encode(),
         "baseline.json": baseline().encode(),
         os.path.relpath(copied, paths.root): Path(copied).read_bytes(),

@@ -28,6 +28,7 @@ from unlock.providers import native
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
 from unlock.tpm.chip import Tpm
+from unlock.tpm.record import RECORD_SIZE, A, Payload
 
 PASSWORD = b"of the backup"
 ACCEPTED = frozenset(("unmeasured-boot", "unauthenticated-root"))
@@ -76,7 +77,7 @@ def test_init_seals_backs_up_and_leaves_no_key_in_a_file(host: Paths, chip: Swtp
     with chip.open() as tpm:
         unsealed = slots.unseal(tpm)
     persistence = unsealed.payload.key
-    assert unsealed.slot is pcr_policy.A
+    assert unsealed.slot is A
     assert unsealed.payload.unauthenticated_root
     assert keyring.get("unlock:persistence") == persistence
     sources = {row["what"]: row["source"] for row in cache.show(host)}
@@ -114,7 +115,7 @@ def test_each_refusal_has_its_name(host: Paths, chip: Swtpm) -> None:
     assert refused(host, choices(host, chip)) == "cap-pcr-used"
     early.write_bytes(saved)
     with chip.open() as tpm:
-        other = pcr_policy.Payload(Secret(bytes(32)))
+        other = Payload(Secret(bytes(32)))
         slots.persist(tpm, b"x" * 16, pcr_policy.select([7]), (pcr_policy.branch((7, 15), {7: bytes(32)}),), other)
     assert refused(host, choices(host, chip)) == "slots-in-use"
     chip.set_owner_auth(Secret(b"owner"))
@@ -131,15 +132,13 @@ def test_a_locked_out_tpm_is_waited_for(host: Paths, chip: Swtpm) -> None:
     with chip.open() as tpm:
         right, wrong = Secret(b"right".ljust(32)), Secret(b"wrong".ljust(32))
         branch = pcr_policy.branch(pcr_policy.select([7]), tpm.read_pcrs(range(16)))
-        slots.persist(
-            tpm, b"x" * 16, pcr_policy.select([7]), (branch,), pcr_policy.Payload(Secret(bytes(32))), pin_auth=right
-        )
+        slots.persist(tpm, b"x" * 16, pcr_policy.select([7]), (branch,), Payload(Secret(bytes(32))), pin_auth=right)
     chip.set_lockout(1, 1234)
     with chip.open() as tpm:
-        record = tpm.read_record(pcr_policy.A)
+        record = tpm.read_record(A)
         with pytest.raises(PinWrong):
-            tpm.unseal(tpm.verify(pcr_policy.A, record), record, wrong)
-        tpm.evict(pcr_policy.A)
+            tpm.unseal(tpm.verify(A, record), record, wrong)
+        tpm.evict(A)
     with pytest.raises(Refused, match="locked out after 1 wrong") as caught:
         init.init(host, choices(host, chip))
     assert (caught.value.code, "1234 s" in caught.value.hint) == ("tpm-lockout", True)
@@ -181,7 +180,7 @@ def test_a_tpm_without_room_for_a_second_sealed_object_is_refused_before_the_fir
 def test_what_an_earlier_installation_left_in_a_full_tpm_makes_room_for_one_object(host: Paths, chip: Swtpm) -> None:
     with chip.open() as tpm:
         branch = pcr_policy.branch(pcr_policy.select([7]), tpm.read_pcrs(range(16)))
-        slots.persist(tpm, b"x" * 16, pcr_policy.select([7]), (branch,), pcr_policy.Payload(Secret(bytes(32))))
+        slots.persist(tpm, b"x" * 16, pcr_policy.select([7]), (branch,), Payload(Secret(bytes(32))))
         key = tpm._primary(0x101, tpm._owner(None))
         handles = iter(range(0x81010000, 0x81010100))
         while tpm.facts().persistent_free:
@@ -200,9 +199,7 @@ def test_a_tpm_that_cannot_keep_or_read_a_whole_record_is_refused(host: Paths, c
 
     def small(command: str, answer: bytes) -> bytes:
         at = answer.find(what.to_bytes(4, "big")) if command == "GetCapability" else -1
-        return (
-            answer[: at + 4] + (pcr_policy.RECORD_SIZE - 1).to_bytes(4, "big") + answer[at + 8 :] if at > 0 else answer
-        )
+        return answer[: at + 4] + (RECORD_SIZE - 1).to_bytes(4, "big") + answer[at + 8 :] if at > 0 else answer
 
     honest, chip.proxy.tamper = chip.proxy.tamper, small
     assert refused(host, choices(host, chip)) == "tpm-full"
@@ -221,7 +218,7 @@ def test_a_tpm_without_room_for_a_record_says_what_to_free(chip: Swtpm) -> None:
                 break
             defined.append(index)
     with chip.open() as tpm:
-        selection, payload = pcr_policy.select([7]), pcr_policy.Payload(Secret.random(32))
+        selection, payload = pcr_policy.select([7]), Payload(Secret.random(32))
         branch = pcr_policy.branch(selection, tpm.read_pcrs(range(16)))
         with pytest.raises(TpmFailed) as caught:
             slots.persist(tpm, b"x" * 16, selection, (branch,), payload)

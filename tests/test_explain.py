@@ -40,6 +40,7 @@ from unlock.operations import baseline
 from unlock.paths import Paths
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
+from unlock.tpm.record import SRK, Payload, Record
 
 HOST = b"h" * 16
 
@@ -89,7 +90,7 @@ class Host(Measures):
         selection = pcr_policy.select(pcrs or MEASURED_BY[boot.kind])
         with self.chip.open() as tpm, Secret.random(32) as key:
             branch = pcr_policy.branch(selection, tpm.read_pcrs(selection))
-            slots.persist(tpm, HOST, selection, (branch,), pcr_policy.Payload(key))
+            slots.persist(tpm, HOST, selection, (branch,), Payload(key))
 
     def keep(self) -> Baseline | None:
         return baseline.record_baseline(self.paths, self.chip.tcti)
@@ -267,7 +268,7 @@ def test_the_slot_is_gone(host: Host) -> None:
 def test_the_storage_root_key_is_gone(host: Host) -> None:
     good(host, Boot("grub"))
     with host.chip.open() as tpm:
-        tpm._keep(tpm._find(pcr_policy.SRK), pcr_policy.SRK, None)
+        tpm._keep(tpm._find(SRK), SRK, None)
     assert host.boot(Boot("grub")) == "tampered"
     assert [each.code for each in host.explain().causes] == ["srk-changed"]
 
@@ -461,7 +462,7 @@ def good_boot(name: str) -> Baseline:
 def refused_boot(now: Real, before: Baseline) -> Evidence:
     """Under a policy that allows the good boot alone, over all that the firmware's log accounts for."""
     branch = pcr_policy.branch(LOGGED, before.pcrs)
-    record = pcr_policy.Record(1, HOST, pcr_policy.select(LOGGED), pcr_policy.CAP_PCR, (branch,), bytes(34), bytes(34))
+    record = Record(1, HOST, pcr_policy.select(LOGGED), pcr_policy.CAP_PCR, (branch,), bytes(34), bytes(34))
     return refused(now.log, now.pcrs, before)._replace(cmdline=now.cmdline, record=record)
 
 

@@ -41,6 +41,7 @@ from unlock.providers import native
 from unlock.secret import Secret
 from unlock.strictjson import canonical
 from unlock.tpm import pcr_policy, slots
+from unlock.tpm.record import RECORD_VERSION, Payload, Record
 
 TOP = Path(__file__).parents[1]
 KEYS = json.loads((FOLDER / "keys.json").read_text())
@@ -126,12 +127,12 @@ def test_the_shell_script_caps_with_the_digest_of_the_document() -> None:
 
 def test_a_record_is_read() -> None:
     for version, pin in ((1, False), (2, True)):
-        assert pcr_policy.Record.decode(frozen(f"record-{version}.bin")) == formats.record(pin)
+        assert Record.decode(frozen(f"record-{version}.bin")) == formats.record(pin)
 
 
 def test_a_payload_is_read() -> None:
     for flag in 0, 1:
-        found = pcr_policy.Payload.decode(Secret(frozen(f"payload-{flag}.bin")))
+        found = Payload.decode(Secret(frozen(f"payload-{flag}.bin")))
         assert (bytes(found.key), found.unauthenticated_root) == (raw("persistence"), bool(flag))
 
 
@@ -594,16 +595,16 @@ def test_a_newer_version_is_refused_by_name(name: str, tmp_path: Path) -> None:
 def test_a_newer_record_or_payload_in_the_tpm_is_refused_by_name() -> None:
     body = frozen("record-2.bin")[:7] + b"\3" + frozen("record-2.bin")[8:416]
     with pytest.raises(NewerFormat):
-        pcr_policy.Record.decode(body + sha256(body).digest())
+        Record.decode(body + sha256(body).digest())
     for newer in b"\2" + frozen("payload-0.bin")[1:], b"\1\2" + frozen("payload-0.bin")[2:]:
         with pytest.raises(NewerFormat):
-            pcr_policy.Payload.decode(Secret(newer))
+            Payload.decode(Secret(newer))
 
 
 def test_an_initramfs_says_what_it_reads() -> None:
     manifest = (TOP / "initramfs/manifest").read_text()
     assert set(re.findall(r"^reads (\S+)$", manifest, re.M)) == {"token-1", "record-2"}
-    assert (token.OLDEST_VERSION, token.VERSION, pcr_policy.RECORD_VERSION) == (1, 1, 2)
+    assert (token.OLDEST_VERSION, token.VERSION, RECORD_VERSION) == (1, 1, 2)
 
 
 def test_what_is_changed_is_found(plugged: Path, keys: Keys) -> None:

@@ -41,9 +41,9 @@ from unlock.operations import baseline, cache, check, policy, predict, rebind, s
 from unlock.predict import allowed_states, initramfs_images
 from unlock.predict.allowed_states import Pin
 from unlock.secret import Secret
-from unlock.tpm import pcr_policy, slots
+from unlock.tpm import pcr_policy, public_area, slots
 from unlock.tpm.chip import Tpm
-from unlock.tpm.pcr_policy import A, B, Payload, Record
+from unlock.tpm.record import SLOTS, SRK, A, B, Payload, Record
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -278,7 +278,7 @@ def test_a_record_whose_flag_was_taken_away_or_given_is_not_the_objects(chip: Sw
     for pin in (PIN, ""):
         record = persist(chip, pin)
         with chip.open() as tpm:
-            slot = next(each for each in pcr_policy.SLOTS if tpm.slot_state(each).complete)
+            slot = next(each for each in SLOTS if tpm.slot_state(each).complete)
             tpm.write_record(slot, record._replace(pin=not pin))
             person = Person(PIN)
             with pytest.raises(Tampered, match="another policy"):
@@ -288,21 +288,21 @@ def test_a_record_whose_flag_was_taken_away_or_given_is_not_the_objects(chip: Sw
 
 
 def test_the_policy_of_an_object_is_with_the_pin_or_without() -> None:
-    plain, asked = (pcr_policy.sealed_template(NOW, pin) for pin in (False, True))
-    assert pcr_policy.auth_policy(NOW, True) == sha256(pcr_policy.either(NOW) + struct.pack(">I", 0x16B)).digest()
+    plain, asked = (public_area.sealed_template(NOW, pin) for pin in (False, True))
+    assert pcr_policy.auth_policy(NOW, True) == sha256(pcr_policy.policy_or(NOW) + struct.pack(">I", 0x16B)).digest()
     attributes = [struct.unpack_from(">I", each, 4)[0] for each in (plain, asked)]
     assert attributes == [0x412, 0x12]  # fixedTPM, fixedParent; noDA without a PIN alone; userWithAuth never
     for template, pin in ((plain, False), (asked, True)):
         public = template[:-2] + struct.pack(">H", 32) + bytes(32)
-        assert pcr_policy.is_sealed_under(public, NOW, pin)
-        assert not pcr_policy.is_sealed_under(public, NOW, not pin)
+        assert public_area.is_sealed_under(public, NOW, pin)
+        assert not public_area.is_sealed_under(public, NOW, not pin)
 
 
 def test_a_thief_in_another_system_tries_all_short_pins_unless_the_lockout_has_a_password(chip: Swtpm) -> None:
     """As the manual says: any TPM answers whether a value is an object's, in any state, and only counts."""
 
     def tries(tpm: Tpm, pin: int) -> int:
-        srk, sealed = (tpm._public(handle, "")[0] for handle in (pcr_policy.SRK, A.object))
+        srk, sealed = (tpm._public(handle, "")[0] for handle in (SRK, A.object))
         tpm._set_auth(sealed, pcr_policy.pin_auth(HOST, Secret(f"{pin:04}".encode())))
         out, new = tpm._ffi.new("TPM2B_PRIVATE **"), tpm._ffi.new("TPM2B_AUTH *")
         return int(tpm._lib.Esys_ObjectChangeAuth(tpm._context[0], sealed, srk, 0xFF, 0xFFF, 0xFFF, new, out)) & 0xFBF

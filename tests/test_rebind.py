@@ -20,6 +20,7 @@ from unlock.keys import access, delivery, recovery_key
 from unlock.operations import cache, native_backup, rebind, recovery, sync
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
+from unlock.tpm.record import Payload
 
 pytestmark = pytest.mark.usefixtures("key_cache", "cheap_passwords")
 
@@ -230,7 +231,7 @@ def test_a_tpm_that_another_host_uses_is_not_overwritten_unasked(host: Machine) 
     host.clear()
     host.boot()
     with host.chip.open() as tpm:
-        theirs = pcr_policy.Payload(Secret(bytes(32)))
+        theirs = Payload(Secret(bytes(32)))
         kept = slots.persist(tpm, b"x" * 16, (7, 15), (pcr_policy.branch((7, 15), {7: bytes(32)}),), theirs)
     with pytest.raises(Refused) as caught:
         run(host, backup(host))

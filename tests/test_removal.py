@@ -19,7 +19,8 @@ from unlock.operations import persistence, provider, status, sync
 from unlock.operations import switch as switching
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
-from unlock.tpm.pcr_policy import CAP_DIGEST, CAP_PCR, Payload, Record
+from unlock.tpm.pcr_policy import CAP_DIGEST, CAP_PCR
+from unlock.tpm.record import Payload, Record
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 

@@ -16,7 +16,7 @@ from ..host import report, this_boot
 from ..paths import Paths
 from ..tpm import pcr_policy
 from ..tpm.chip import Tpm
-from ..tpm.pcr_policy import Record
+from ..tpm.record import SLOTS, Record
 from . import at_unseal, describe, esp_copy, eventlog, logs, verify
 from .baseline import BASELINE_MAX, Baseline, TpmIdentity
 from .describe import Item
@@ -149,7 +149,7 @@ def _read_tpm(tcti: str) -> _TpmAnswers:
 def _newest_record(tpm: Tpm) -> Record | None:
     """The record of the highest generation that can be read."""
     found = []
-    for slot in pcr_policy.SLOTS:
+    for slot in SLOTS:
         try:
             found.append(tpm.read_record(slot))
         except UnlockError:

@@ -27,7 +27,7 @@ from ..predict import allowed_states, boot_files, initramfs_images
 from ..secret import Secret
 from ..tpm import pcr_policy
 from ..tpm.chip import Facts, Tpm
-from ..tpm.pcr_policy import Record
+from ..tpm.record import SLOTS, Record, Slot
 from . import policy, predict
 from .predict import Foreseen
 
@@ -202,10 +202,10 @@ def next_boot(found: Foreseen | UnlockError, record: Record) -> Iterator[Finding
         yield Finding("next boot", UNPROVEN, doubt, "unlock policy window --reboots 1")
 
 
-def _current(tpm: Tpm) -> tuple[pcr_policy.Slot, Record] | None:
+def _current(tpm: Tpm) -> tuple[Slot, Record] | None:
     """The slot that early boot tries first. One that is damaged keeps it from none."""
     found, problems = [], []
-    for slot in pcr_policy.SLOTS:
+    for slot in SLOTS:
         state = tpm.slot_state(slot)
         if state.record and state.complete:
             found.append((slot, state.record))

@@ -27,6 +27,7 @@ from ..providers import native
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
+from ..tpm.record import RECORD_SIZE, SLOTS, Payload
 
 OVERRIDES = {
     "initramfs-without-unlock": "this boot's initramfs did not run unlock: the next boot measures differently",
@@ -100,7 +101,7 @@ def init(paths: Paths, choices: Choices) -> Preflight:
                         bytes.fromhex(host),
                         found.selection,
                         (found.branch,),
-                        pcr_policy.Payload(persistence, found.unauthenticated_root),
+                        Payload(persistence, found.unauthenticated_root),
                         choices.owner_auth,
                         replace="slots-in-use" in choices.accept or unfinished is not None,
                     )
@@ -230,11 +231,8 @@ def _check_chip(tpm: Tpm, choices: Choices, again: bool) -> None:
         raise Refused("the TPM's owner has a password", "--owner-auth-file FILE", code="owner-auth-set")
     if facts.taken and not again:
         _refuse(choices, "slots-in-use", "tpm2_getcap handles-persistent")
-    ours = sum(slot.object in facts.taken for slot in pcr_policy.SLOTS)
-    if (
-        facts.persistent_free + ours < 2 + (not facts.srk)
-        or min(facts.nv_buffer, facts.nv_index_size) < pcr_policy.RECORD_SIZE
-    ):
+    ours = sum(slot.object in facts.taken for slot in SLOTS)
+    if facts.persistent_free + ours < 2 + (not facts.srk) or min(facts.nv_buffer, facts.nv_index_size) < RECORD_SIZE:
         raise Refused(
             "the TPM has no room for two sealed objects and their records",
             "tpm2_getcap handles-persistent; tpm2_evictcontrol what is not needed",

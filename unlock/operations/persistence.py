@@ -19,8 +19,9 @@ from ..keys import access, rotation
 from ..paths import Paths
 from ..predict import allowed_states
 from ..secret import Secret
-from ..tpm import pcr_policy, slots
+from ..tpm import slots
 from ..tpm.chip import Tpm
+from ..tpm.record import Payload, Record
 
 TPM = "device:/dev/tpmrm0"
 
@@ -79,7 +80,7 @@ def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth:
     early = this_boot.early(work.paths)
     plain = not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
     accepted = early.facts.unauthenticated_root if early else None
-    payload = pcr_policy.Payload(work.persistence, plain if accepted is None else accepted)
+    payload = Payload(work.persistence, plain if accepted is None else accepted)
     with Tpm(tcti) as tpm:
         found = _sealed(tpm)
         if found and found.host == host:
@@ -90,7 +91,7 @@ def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth:
             slots.persist(tpm, host, sealed.selection, branches, payload, owner_auth, pin_auth=pin_auth, cap=sealed.cap)
 
 
-def _sealed(tpm: Tpm) -> pcr_policy.Record | None:
+def _sealed(tpm: Tpm) -> Record | None:
     try:
         return slots.current(tpm)[1]
     except NoSlot:

@@ -32,6 +32,7 @@ from ..providers import Provider, native
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
+from ..tpm.record import Payload
 
 RISKS = {
     "unmeasured-boot": "the kernel or the initramfs is not measured: whoever edits it gets the keys",
@@ -116,7 +117,7 @@ def rebind(paths: Paths, choices: Choices, look: find.Look = find.look) -> Rebou
         for _, kek, _ in keks:
             keys.enter_context(kek)
         this_boot.remember(paths, "made", {_NEW: new})
-        payload = pcr_policy.Payload(new, plain_root)
+        payload = Payload(new, plain_root)
         has_pin = len(pin_auth) > 0
         if choices.pin and has_pin:
             keyring.forget(allowed_states.PIN_AUTH)

@@ -24,7 +24,7 @@ from ..paths import Paths
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
-from ..tpm.pcr_policy import Record, Slot
+from ..tpm.record import Payload, Record, Slot
 
 DEVICE = "device:/dev/tpmrm0"
 PIN_AUTH = "unlock:pin-auth"
@@ -152,7 +152,7 @@ def reseal(
         if pin and pin.typed is not None:
             # until the TPM has it: no later change of the policy may set a PIN that nobody was told of
             keyring.forget(PIN_AUTH)
-        payload = pcr_policy.Payload(persistence, unauthenticated_root(paths, state))
+        payload = Payload(persistence, unauthenticated_root(paths, state))
         host, pin_auth = bytes.fromhex(state.host), auth if len(auth) else None
         slots.persist(tpm, host, selection, branches, payload, owner_auth, pin_auth=pin_auth, cap=record.cap)
         if pin_auth:
