@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from .. import log
 from ..errors import Malformed, Refused, UnlockError
 from ..host import report, this_boot
-from ..paths import Paths, write_atomically
+from ..paths import TPM_DEVICE, Paths, write_atomically
 from ..tpm import pcr_policy
 from ..tpm.chip import Tpm
 from ..tpm.pcr_policy import Record
@@ -418,7 +418,7 @@ def _cut(text: str, start: int, most: int) -> str:
 # Gathering --------------------------------------------------------------------------------------------------
 
 
-def gather(paths: Paths, tcti: str = "device:/dev/tpmrm0") -> World:
+def gather(paths: Paths, tcti: str = TPM_DEVICE) -> World:
     """Changes nothing but, in an initramfs, mounting the kernel's securityfs. What is not there is told in words."""
     record, live, tpm_problem, chip, lockout = _ask_tpm(tcti)
     later = eventlog.parse_systemd(at_unseal.read(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG))
@@ -501,7 +501,7 @@ def _copied(paths: Paths) -> Baseline | None:
 # The baseline -----------------------------------------------------------------------------------------------
 
 
-def keep_baseline(paths: Paths, tcti: str = "device:/dev/tpmrm0", sealed: bool = False) -> Baseline | None:
+def keep_baseline(paths: Paths, tcti: str = TPM_DEVICE, sealed: bool = False) -> Baseline | None:
     """After a boot that the TPM allowed: keeps what was measured. None after any other, which teaches nothing.
     `sealed`: it is one that the TPM would allow now.
 

@@ -18,7 +18,7 @@ from ..host import config, this_boot
 from ..host.state import State, exclusive
 from ..keys import access
 from ..measured import at_unseal
-from ..paths import Paths, write_atomically
+from ..paths import TPM_DEVICE, Paths, write_atomically
 from ..predict import allowed_states
 from ..providers import native
 from ..secret import Secret
@@ -59,7 +59,7 @@ class Choices(NamedTuple):
     pcrs: tuple[int, ...]
     """Empty: by how the host boots."""
     owner_auth: Secret
-    tcti: str = "device:/dev/tpmrm0"
+    tcti: str = TPM_DEVICE
     kms: Kmip | None = None
     """None: the native provider."""
 
