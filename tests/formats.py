@@ -428,7 +428,7 @@ def fixed(paths: Paths, keys: Keys) -> dict[str, bytes]:
     os.makedirs(paths.run)
     tree(paths)
     this_boot.write_report(paths, a_report(), "report.json")
-    agent.conclude(paths, a_report())
+    agent.write_verdict(paths, a_report())
     this_boot.mark_open(paths, "data", ["data-a", "data-b"])
     this_boot.mark_failed(paths, "data", ["nginx.service"])
     boot_files.save(paths, of_boot())

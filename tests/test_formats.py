@@ -362,8 +362,10 @@ def test_keys_cross_into_the_system_under_the_same_names(tmp_path: Path, key_cac
     record = report.Report("early-boot")
     record.facts = report.BootFacts(unauthenticated_root=True)
     os.makedirs(Paths(str(tmp_path)).run)
-    opened: Any = SimpleNamespace(opened={}, tokens=lambda: [token.decode(said("token-persistent.json"))])
-    handover.hand_over(Paths(str(tmp_path)), opened, keys.persistence, keys.pin_auth, record)
+    opened: Any = SimpleNamespace(
+        opened_mappings=set, opened_tokens=lambda: [token.decode(said("token-persistent.json"))]
+    )
+    handover.hand_over(Paths(str(tmp_path)), opened, record, persistence=keys.persistence, pin_auth=keys.pin_auth)
     kek = f"unlock:kek:{reader.native_id(raw('kdk'))}/unlock/{HOST}/kek/data/1:1"
     assert keyring.names() == sorted([kek, "unlock:host", "unlock:persistence", "unlock:pin-auth"])
     assert (access.persistence_key(), keyring.get(allowed_states.PIN_AUTH)) == (keys.persistence, keys.pin_auth)

@@ -39,7 +39,7 @@ from tests.lab.hostile import (
 )  # fmt: skip
 from tests.properties import BATCH, NOTHING, Property, run, told
 from unlock import strictjson
-from unlock.boot.activation import Opening
+from unlock.boot.activation import GroupOpener
 from unlock.disks import disk_keys, luks, token
 from unlock.disks import header as luks_header
 from unlock.disks.udev import Disk
@@ -430,40 +430,40 @@ def test_a_disk_that_does_not_answer_holds_up_no_other(lab: Lab, tmp_path: Path)
         os.mkfifo(path)
     lab.put(b"")
     report = Report("test")
-    opening = Opening(HOST, lab.by_tpm, report)
-    opening.parallel, opening.read_timeout = 0, 0.3
+    opening = GroupOpener(HOST, lab.by_tpm, report)
+    opening.workers, opening.read_timeout = 0, 0.3
     for path in (stalled[0], lab.victim, stalled[1], tmp_path / "absent", lab.honest):
-        opening.saw(Disk(str(path), path.name, "", "", "", 0, 0.0))
-    assert opening.busy() and not report.disks
-    opening.read_all()
+        opening.add_disk(Disk(str(path), path.name, "", "", "", 0, 0.0))
+    assert opening.is_busy() and not report.disks
+    opening.read_headers()
     outcomes = {Path(node).name: each.outcome for node, each in report.disks.items()}
     assert (outcomes["a"], outcomes["z"], outcomes["absent"]) == ("timed-out", "timed-out", "failed")
     assert (outcomes["victim"], outcomes["honest"]) == ("waiting", "waiting")
-    opening.advance(settled=True)
+    opening.start_complete_groups(settled=True)
     assert sorted(each.disk.sysname for each in opening.queue) == ["honest", "victim"]
-    assert not opening.pipes()
+    assert not opening.worker_fds()
     opening.wipe()
 
 
 def test_early_boot_ends_while_a_disk_does_not_answer(lab: Lab, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "stalled")
     report = Report("test")
-    opening = Opening(HOST, lab.by_tpm, report)
-    opening.saw(Disk(str(tmp_path / "stalled"), "stalled", "", "", "", 0, 0.0))
-    opening.collect()
+    opening = GroupOpener(HOST, lab.by_tpm, report)
+    opening.add_disk(Disk(str(tmp_path / "stalled"), "stalled", "", "", "", 0, 0.0))
+    opening.take_answers()
     opening.stop(0)
-    assert not opening.busy() and not opening.pipes()
+    assert not opening.is_busy() and not opening.worker_fds()
     assert [each.outcome for each in report.disks.values()] == ["timed-out"]
 
 
 def test_a_disk_that_is_gone_before_it_answers_is_not_looked_at(lab: Lab) -> None:
     report = Report("test")
-    opening = Opening(HOST, lab.by_tpm, report)
+    opening = GroupOpener(HOST, lab.by_tpm, report)
     for path in (lab.victim, lab.honest):
-        opening.saw(Disk(str(path), path.name, "", "", "", 0, 0.0))
-    opening.collect()
-    opening.gone(str(lab.victim))
-    opening.read_all()
+        opening.add_disk(Disk(str(path), path.name, "", "", "", 0, 0.0))
+    opening.take_answers()
+    opening.remove_disk(str(lab.victim))
+    opening.read_headers()
     assert list(report.disks) == [str(lab.honest)]
     opening.wipe()
 
@@ -473,11 +473,11 @@ def test_a_group_that_another_disk_passes_for_is_not_ready_to_heal(lab: Lab, tmp
     copy = tmp_path / "copy"
     shutil.copyfile(lab.honest, copy)
     for count, nodes in ((True, (lab.honest,)), (False, (lab.honest, copy))):
-        opening = Opening(HOST, lab.by_tpm, Report("test"))
+        opening = GroupOpener(HOST, lab.by_tpm, Report("test"))
         for path in nodes:
-            opening.saw(Disk(str(path), path.name, "", "", "", 0, 0.0))
-        opening.read_all()
-        assert opening.ready("safe") is count
+            opening.add_disk(Disk(str(path), path.name, "", "", "", 0, 0.0))
+        opening.read_headers()
+        assert opening.is_complete("safe") is count
         opening.wipe()
 
 

@@ -451,7 +451,7 @@ def opens_all(host: Host, group: Group, unwrap: Callable[..., Secret]) -> bool:
 
 
 def unwrapper(host: Host, record: report.Report | None = None) -> Callable[..., Secret]:
-    return gate.unwrapper(host.paths, "data", record or report.Report("gate data"), 0, host.look)
+    return gate.make_unwrap(host.paths, "data", record or report.Report("gate data"), 0, host.look)
 
 
 def test_an_offline_boot_asks_nobody(host: Host, kms: Liar) -> None:

@@ -207,9 +207,9 @@ def test_help_in_the_booted_system_names_every_command(capsys: pytest.CaptureFix
 def look(host: Host, image: Path, *keys: Secret) -> report.Report:
     """The disk under its recovery key, without device-mapper."""
     record = report.Report("open data")
-    groups = activation.Opening(HOST, gate._by_recovery_key(*keys), record, "data")
-    groups.saw(udev.Disk(str(image), image.name, "", "", "", 0, 0))
-    groups.read_all()
+    groups = activation.GroupOpener(HOST, gate._by_recovery_key(*keys), record, only="data")
+    groups.add_disk(udev.Disk(str(image), image.name, "", "", "", 0, 0))
+    groups.read_headers()
     groups.wipe()
     return record
 
@@ -221,19 +221,19 @@ class Slow:
         self.end = time.monotonic() + seconds
         self.left = True
 
-    def look(self, monitor: udev.Monitor) -> None: ...
-    def saw(self, found: udev.Disk) -> None: ...
-    def collect(self) -> None: ...
-    def advance(self, settled: bool) -> None: ...
+    def add_present_disks(self, monitor: udev.Monitor) -> None: ...
+    def add_disk(self, disk: udev.Disk) -> None: ...
+    def take_answers(self) -> None: ...
+    def start_complete_groups(self, settled: bool) -> None: ...
     def wipe(self) -> None: ...
-    def pipes(self) -> list[int]:
+    def worker_fds(self) -> list[int]:
         return []
 
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         return time.monotonic() < self.end
 
     def stop(self, patience: float) -> None:
-        self.left = self.busy()
+        self.left = self.is_busy()
 
 
 def test_many_disks_may_take_longer_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,11 +248,11 @@ def test_open_authenticates_the_header_before_it_opens(tmp_path: Path, key_cache
     (image,) = host.disks
     wrong = look(host, image, recovery_key.new())
     assert look(host, image, host.recovery).disks[str(image)].outcome == "waiting"
-    assert isinstance(gate._trouble(host.paths, wrong, "data"), NotOurs)
+    assert isinstance(gate._make_error(host.paths, wrong, "data"), NotOurs)
     change_flags(image)
     changed = look(host, image, host.recovery)
     assert changed.disks[str(image)].outcome == "tampered"
-    trouble = gate._trouble(host.paths, changed, "data")
+    trouble = gate._make_error(host.paths, changed, "data")
     assert isinstance(trouble, Tampered)
     assert "data-0" in str(trouble)
 

@@ -113,18 +113,22 @@ class Early:
         self.record = report.Report("early-boot")
         self.record.facts = report.BootFacts(unauthenticated_root=accepted)
         self.key = agent.Key(HOST, Secret(bytes(host.persistence)), None)
-        self.groups = activation.Opening(
+        self.groups = activation.GroupOpener(
             HOST, lambda c, each: disk_keys.volume_key(c, each, host.persistence), self.record
         )
         for image in host.disks:
-            self.groups.saw(Disk(str(image), image.name, "", "", "", 0, 0))
-        self.groups.read_all()
+            self.groups.add_disk(Disk(str(image), image.name, "", "", "", 0, 0))
+        self.groups.read_headers()
         for name in groups:
-            self.groups.opened[name] = {f"{name}-0": str(host.folder / f"{name}-0")}
+            group = self.groups.groups[name]
+            group.opened = {f"{name}-0": str(host.folder / f"{name}-0")}
+            self.groups.begun.append(group)
 
     def ends(self) -> list[str]:
         """The names of the keys that are in the key cache afterwards."""
-        self.safe = handover.hand_over(self.paths, self.groups, self.key.persistence, self.key.pin_auth, self.record)
+        self.safe = handover.hand_over(
+            self.paths, self.groups, self.record, persistence=self.key.persistence, pin_auth=self.key.pin_auth
+        )
         return keyring.names()
 
     def said(self) -> set[str]:
@@ -407,9 +411,9 @@ def test_after_a_refused_boot_the_key_manager_never_opens_the_root(kmip: Host, m
     keyring.flush()
 
     def look() -> None:
-        gate.unwrapper(kmip.paths, "data", report.Report("gate data"), 0, kmip.look)
+        gate.make_unwrap(kmip.paths, "data", report.Report("gate data"), 0, kmip.look)
         with pytest.raises(NoKey):
-            gate.unwrapper(kmip.paths, "root", report.Report("gate root"), 0, kmip.look)
+            gate.make_unwrap(kmip.paths, "root", report.Report("gate root"), 0, kmip.look)
 
     machine.inside(look)
 
@@ -424,4 +428,4 @@ def test_a_group_of_any_name_is_healed_after_its_gate_gave_up(bare: Host) -> Non
 
     assert child(give_up) == 0
     assert this_boot.failed_groups(bare.paths) == ["data", "data.new"]
-    assert gate._waiting(bare.paths, "data.new") == []
+    assert gate._read_waiting_units(bare.paths, "data.new") == []

@@ -11,7 +11,7 @@ import pytest
 
 from tests.lab.hostile import HOST, Lab
 from unlock.boot import worker
-from unlock.boot.activation import Opening
+from unlock.boot.activation import GroupOpener
 from unlock.boot.worker import Worker, WorkerHeader
 from unlock.disks import disk_keys, luks
 from unlock.disks.udev import Disk
@@ -120,20 +120,20 @@ def test_a_worker_that_is_killed_costs_its_own_disk_alone(lab: Lab, tmp_path: Pa
     """By the kernel for want of memory, or for a crash in libcryptsetup; while it reads, and later."""
     os.mkfifo(tmp_path / "stalled")  # opening it blocks, as reading a dead disk does
     report = Report("test")
-    opening = Opening(HOST, lab.by_tpm, report)
+    opening = GroupOpener(HOST, lab.by_tpm, report)
     for path in (tmp_path / "stalled", lab.honest):
-        opening.saw(at(path))
+        opening.add_disk(at(path))
     stalled = next(each for each in opening.reading.values() if each.disk.sysname == "stalled")
     os.kill(stalled.pid, signal.SIGKILL)
-    opening.read_all()
+    opening.read_headers()
     entry = report.disks[stalled.disk.node]
     assert (entry.outcome, entry.detail) == ("failed", "the worker ended without an answer")
     assert report.disks[str(lab.honest)].outcome == "waiting"
-    (honest,) = opening.candidates["safe"]
+    (honest,) = opening.groups["safe"].candidates
     os.kill(honest.header.worker.pid, signal.SIGKILL)
-    opening.advance(settled=True)
-    while opening.busy():
-        opening.collect(0.1)
+    opening.start_complete_groups(settled=True)
+    while opening.is_busy():
+        opening.take_answers(0.1)
     assert report.disks[str(lab.honest)].outcome == "failed"
     assert report.groups["safe"].outcome == "failed"
 
@@ -141,15 +141,15 @@ def test_a_worker_that_is_killed_costs_its_own_disk_alone(lab: Lab, tmp_path: Pa
 def test_an_activation_that_hangs_is_killed_at_its_deadline(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unlock.boot.activation.ACTIVATION_TIMEOUT", 0.2)
     report = Report("test")
-    opening = Opening(HOST, lab.by_tpm, report)
-    opening.saw(at(lab.honest))
-    opening.read_all()
-    (honest,) = opening.candidates["safe"]
+    opening = GroupOpener(HOST, lab.by_tpm, report)
+    opening.add_disk(at(lab.honest))
+    opening.read_headers()
+    (honest,) = opening.groups["safe"].candidates
     pid = honest.header.worker.pid
     os.kill(pid, signal.SIGSTOP)  # as one that waits for a device
-    opening.advance(settled=True)
-    while opening.busy():
-        opening.collect(0.1)
+    opening.start_complete_groups(settled=True)
+    while opening.is_busy():
+        opening.take_answers(0.1)
     assert report.disks[str(lab.honest)].outcome == "timed-out"
     for _ in range(100):
         try:
@@ -163,15 +163,15 @@ def test_an_activation_that_hangs_is_killed_at_its_deadline(lab: Lab, monkeypatc
 def test_a_disk_is_read_before_there_is_a_key(lab: Lab) -> None:
     """As at boot: workers start while the TPM works, and what they say is looked at when the key is there."""
     report = Report("test")
-    opening = Opening("", None, report)
-    opening.saw(at(lab.honest))
-    opening.saw(at(lab.honest))
+    opening = GroupOpener("", None, report)
+    opening.add_disk(at(lab.honest))
+    opening.add_disk(at(lab.honest))
     assert len(opening.reading) == 1
     (process,) = opening.reading.values()
     opening.host, opening.unwrap = HOST, lab.by_tpm
-    opening.read_all()
+    opening.read_headers()
     assert report.disks[str(lab.honest)].outcome == "waiting"
-    assert opening.candidates["safe"][0].header.worker is process
+    assert opening.groups["safe"].candidates[0].header.worker is process
     opening.wipe()
 
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where things are. A prefix other than / is for tests and for image builds."""
+"""Where the files of unlock and of the system are, and writing a file so that a power cut cannot tear it."""
 
 import os
 
+TPM_DEVICE = "device:/dev/tpmrm0"
+"""The TCTI of the first TPM on nearly every host; `host.this_boot.tpm_device` looks which one there is."""
+
 
 class Paths:
-    """All paths of one system, below `root`."""
+    """All paths of one system, below `root`, which is not / in tests and image builds."""
 
     def __init__(self, root: str = "/") -> None:
         self.root = root
@@ -54,14 +57,15 @@ def write_atomically(path: str, data: bytes, mode: int = 0o600) -> None:
 
 
 def create(path: str, mode: int = 0o600) -> int:
-    """A descriptor of a file that nobody else has: one that is there, left or planted, goes. Raises OSError."""
+    """Creates a file and returns its descriptor. A file or link that exists, left over or planted, is removed first.
+    Raises OSError."""
     if os.path.lexists(path):
         os.unlink(path)
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
 
 
 def sync_folder(folder: str) -> None:
-    """Makes the names in a folder durable."""
+    """Makes the entries of a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

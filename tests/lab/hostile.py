@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from unlock.boot.activation import Opening
+from unlock.boot.activation import GroupOpener
 from unlock.disks import disk_keys, luks, token
 from unlock.disks.groups import Group, Member
 from unlock.disks.header import Header
@@ -95,14 +95,14 @@ class Lab:
     def judge(self, door: Callable[[luks.Container, token.Token], Secret]) -> tuple[str, str]:
         """(outcome, detail) of the victim, seen before the honest disk; what must hold whatever the victim is."""
         report = Report("test")
-        opening = Opening(
+        opening = GroupOpener(
             HOST, lambda *what: (door if what[0].device == str(self.victim) else self.by_tpm)(*what), report
         )
-        opening.parallel = 0  # what would be activated stays in the queue
+        opening.workers = 0  # what would be activated stays in the queue
         for path in (self.victim, self.honest):
-            opening.saw(Disk(str(path), path.name, "", "", "", SIZE, 0.0))
-        opening.read_all()
-        opening.advance(settled=True)
+            opening.add_disk(Disk(str(path), path.name, "", "", "", SIZE, 0.0))
+        opening.read_headers()
+        opening.start_complete_groups(settled=True)
         entry = report.disks[str(self.victim)]
         outcome, detail = entry.outcome, entry.detail
         try:

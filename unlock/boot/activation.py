@@ -1,105 +1,123 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks appear; groups open when all their members are there and proven. Nothing half-open is left behind.
+"""Opens groups: authenticates disks as they appear, activates those of a group when all of them are here.
 
-    saw(disk)   a worker of its own reads the disk's header
-    collect()   takes in headers: a token is found, its volume key unwrapped; and activations that are done
-    advance()   the workers of groups that are complete get their volume keys, at most one a core at a time
-    stop()      no new activation, running ones joined or killed
+    add_disk(disk)             a worker of its own reads the disk's header
+    take_answers()             takes in headers, finds the token, unwraps the volume key; takes in activations
+    start_complete_groups()    gives the workers of complete groups their volume keys, at most one a core at a time
+    stop()                     starts no more activations, waits for running ones or kills them, closes failed groups
 
-A worker keeps the context that its header came from, and activates that one: no header is read twice.
+Early boot, the recovery prompt and the gates of the real root use it, each with its own way to unwrap volume keys. A
+worker keeps the libcryptsetup context that its header came from and activates with it: no header is read twice.
 """
 
 import os
 import select
 
-from ..disks import forget, luks, token
+from ..disks import forget, luks
 from ..disks.header import Header
-from ..disks.udev import Disk, Monitor
-from ..disks.udev import has_settled as settled_now
+from ..disks.token import Token
+from ..disks.udev import Disk, Monitor, has_settled
 from ..errors import Malformed, NotOurs, Tampered, UnlockError
 from ..host.report import OPEN, OUTCOMES, Report, now
-from ..light import Callable, NamedTuple
+from ..light import Callable
 from ..secret import Secret
+from .candidates import Candidate, choose_members
 from .worker import Ended, Worker, WorkerHeader
 
 ACTIVATION_TIMEOUT = 20.0
-"""Seconds for one activation; libcryptsetup waits in it for udev."""
+"""Seconds for one activation, in which libcryptsetup waits for udev."""
 READ_TIMEOUT = 10.0
-"""Seconds until a disk has told its header, or a part of it."""
+"""Seconds until a worker has sent a disk's header, or the next part of it."""
+
+Unwrap = Callable[[Header, Token], Secret]
+"""Returns a disk's volume key once header and token are authentic. Raises Tampered and other UnlockErrors."""
 
 
-class Candidate(NamedTuple):
-    """A disk whose header is authentic, with what opens it."""
+class _Group:
+    """A group of which at least one disk is authentic."""
 
-    disk: Disk
-    header: WorkerHeader
-    token: token.Token
-    dek: Secret
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.candidates: list[Candidate] = []
+        """Its authentic disks; a disk with two tokens is in it twice."""
+        self.nodes: set[str] = set()
+        """Nodes of the members that are opened together; empty until all are here."""
+        self.opened: dict[str, str] = {}
+        """Mapping name -> node, of what this process opened and has not closed."""
+        self.failed = False
 
 
-Unwrap = Callable[[Header, token.Token], Secret]
-"""Gives a disk's volume key once header and token are authentic. Raises Tampered and other UnlockErrors."""
+class GroupOpener:
+    """Opens the groups of one host. Without `unwrap` there is no key, and disks are only identified.
 
-
-class Opening:
-    """Opens groups of one host. Without `unwrap` there is no key: disks are only told apart.
-
-    `host` is a host id, or '' when it is not known; `only` limits it to one group; `workers` 0 is one a core.
+    `host` is a host id, or '' for any host; `only` limits it to one group; `workers` 0 is one activation a core.
     """
 
-    def __init__(self, host: str, unwrap: Unwrap | None, report: Report, only: str = "", workers: int = 0) -> None:
+    def __init__(self, host: str, unwrap: Unwrap | None, report: Report, *, only: str = "", workers: int = 0) -> None:
         self.host = host
         self.unwrap = unwrap
         self.report = report
         self.only = only
-        self.parallel = workers or len(os.sched_getaffinity(0))
-        self.seen: dict[str, str] = {}
-        """Node -> LUKS UUID of each disk with an outcome."""
-        self.reading: dict[int, Worker] = {}
-        """By file descriptor: workers whose header is awaited."""
+        self.workers = workers or len(os.sched_getaffinity(0))
         self.read_timeout = READ_TIMEOUT
-        self.candidates: dict[str, list[Candidate]] = {}
-        """Group -> authentic disks that are not open; a disk with two tokens is in it twice."""
+        self.has_listed_disks = False
+        """Whether `add_present_disks` was done at least once."""
+        self.groups: dict[str, _Group] = {}
+        """By name, in the order in which their first disks were authenticated."""
+        self.begun: list[_Group] = []
+        """Those whose members were all here, in the order in which that happened."""
+        self.reading: dict[int, Worker] = {}
+        """By file descriptor: workers whose header has not arrived."""
         self.queue: list[Candidate] = []
+        """Disks that wait for a free worker slot to be activated."""
         self.activating: dict[int, Candidate] = {}
-        """By file descriptor of their workers: disks that have got their keys."""
-        self.opened: dict[str, dict[str, str]] = {}
-        """Group -> mapping name -> node, of what this process opened."""
-        self.wanted: dict[str, set[str]] = {}
-        """Group -> nodes that are being opened together."""
-        self.open_uuids: dict[str, str] = {}
-        self.failed: set[str] = set()
-        self.looked = False
+        """By file descriptor of their workers: disks whose workers have got the volume key."""
+        self._node_of_uuid: dict[str, str] = {}
+        """LUKS UUID -> node, of disks that are open or being opened."""
 
     # Disks
 
-    def look(self, monitor: Monitor) -> None:
-        """All marked disks that are there; what appears or changes from now on, the monitor tells."""
-        for found in monitor.marked_disks():
-            self.saw(found)
-        self.looked = True
+    def add_present_disks(self, monitor: Monitor) -> None:
+        """Adds every tagged disk that is here; `monitor` reports those that appear or change from now on."""
+        for disk in monitor.marked_disks():
+            self.add_disk(disk)
+        self.has_listed_disks = True
 
-    def saw(self, found: Disk) -> None:
-        """One disk, for the first time or again after a change. Nothing about one disk stops the others."""
-        if self.report.outcome(found.node) not in ("", "foreign", "damaged", "failed"):
+    def add_disk(self, disk: Disk) -> None:
+        """Starts to read a disk that appeared or changed. An error with one disk does not stop the others."""
+        if self.report.outcome(disk.node) not in ("", "foreign", "damaged", "failed"):
             return
-        if any(each.disk.node == found.node for each in self.reading.values()):
+        if any(each.disk.node == disk.node for each in self.reading.values()):
             return
         try:
-            worker = Worker(found)
+            worker = Worker(disk)
         except (UnlockError, OSError) as error:
-            self.report.set_disk(found.node, "failed", f"no worker: {error}")
+            self.report.set_disk(disk.node, "failed", f"no worker: {error}")
             return
         worker.deadline = now() + self.read_timeout
         self.reading[worker.fileno()] = worker
 
-    def read_all(self) -> None:
-        """Looks at every disk that was seen, for a caller without a loop."""
+    def read_headers(self) -> None:
+        """Waits until every disk that was added has an outcome, for a caller without a loop."""
         while self.reading:
-            self.collect(wait=1.0)
+            self.take_answers(wait=1.0)
 
-    def _look(self, worker: Worker) -> None:
-        """What the worker says of its disk, or a part of it."""
+    def remove_disk(self, node: str) -> None:
+        """A disk was unplugged: it is not a candidate any more."""
+        for fd, worker in list(self.reading.items()):
+            if worker.disk.node == node:
+                self.reading.pop(fd).end()
+        for group in self.groups.values():
+            removed = [each for each in group.candidates if each.disk.node == node]
+            group.candidates = [each for each in group.candidates if each.disk.node != node]
+            for each in removed:
+                if each.header.worker.fileno() not in self.activating:
+                    each.header.worker.end()
+        if self.report.outcome(node) not in OPEN:
+            self.report.disks.pop(node, None)
+
+    def _take_header(self, worker: Worker) -> None:
+        """Takes what a worker has sent: its disk's header, a part of it, or an error."""
         node, fd = worker.disk.node, worker.fileno()
         answer = None
         try:
@@ -107,7 +125,7 @@ class Opening:
             if not answer:
                 worker.deadline = now() + self.read_timeout
                 return
-            if self._examine(worker.disk, WorkerHeader(worker, answer)):
+            if self._authenticate(worker.disk, WorkerHeader(worker, answer)):
                 del self.reading[fd]
                 return
         except NotOurs as error:
@@ -120,206 +138,145 @@ class Opening:
             self.report.set_disk(node, "tampered", str(error))
         except UnlockError as error:
             self.report.set_disk(node, error.code if error.code in OUTCOMES else "failed", str(error))
-        except Exception as error:  # whatever a hostile disk makes of us, it is alone
+        except Exception as error:  # an unforeseen header must not stop the other disks
             self.report.set_disk(node, "failed", type(error).__name__)
         del self.reading[fd]
         worker.end()
 
-    def _examine(self, found: Disk, header: WorkerHeader) -> bool:
-        """True when the disk is a candidate now, and its worker stays."""
-        from ..disks import disk_keys  # loaded when the first workers have been forked: they need none of it
+    def _authenticate(self, disk: Disk, header: WorkerHeader) -> bool:
+        """Unwraps the volume key by each token. True when the disk is a candidate now, and its worker stays."""
+        from ..disks import disk_keys  # not before the first workers are forked, which do not need it
 
         uuid = header.uuid
         tokens = disk_keys.tokens(header, self.host)
         if self.only and all(each.group != self.only for each in tokens):
             return False
         if not self.unwrap:
-            self.report.set_disk(found.node, "no-key", self.report.describe_verdict(), uuid=uuid)
+            self.report.set_disk(disk.node, "no-key", self.report.describe_verdict(), uuid=uuid)
             return False
-        if uuid in self.open_uuids:
-            self.report.set_disk(found.node, "duplicate", f"{self.open_uuids[uuid]} is open", uuid=uuid)
+        if uuid in self._node_of_uuid:
+            self.report.set_disk(disk.node, "duplicate", f"{self._node_of_uuid[uuid]} is open", uuid=uuid)
             return False
-        proven: list[Candidate] = []
+        authentic: list[Candidate] = []
         trouble: UnlockError | None = None
         for each in tokens:
             try:
-                proven.append(Candidate(found, header, each, self.unwrap(header, each)))
+                authentic.append(Candidate(disk, header, each, self.unwrap(header, each)))
             except UnlockError as error:
                 trouble = error
-        if not proven:
+        if not authentic:
             assert trouble
             raise trouble
-        first = proven[0].token  # authentic, unlike one that did not unwrap
+        first = authentic[0].token  # a token that did not unwrap is not authentic
         self.report.set_disk(
-            found.node,
+            disk.node,
             "already-open" if luks.active_uuid(first.name) == uuid else "waiting",
             uuid=uuid,
             name=first.name,
             group=first.group,
-            seen=found.initialized or None,
+            seen=disk.initialized or None,
         )
-        for candidate in proven:
-            self.candidates.setdefault(candidate.token.group, []).append(candidate)
+        for candidate in authentic:
+            name = candidate.token.group
+            self.groups.setdefault(name, _Group(name)).candidates.append(candidate)
         return True
-
-    def gone(self, node: str) -> None:
-        """A disk was unplugged: what waits for its group waits without it."""
-        for fd, worker in list(self.reading.items()):
-            if worker.disk.node == node:
-                self.reading.pop(fd).end()
-        for group, candidates in self.candidates.items():
-            self.candidates[group] = [each for each in candidates if each.disk.node != node]
-            for each in candidates:
-                if each.disk.node == node and each.header.worker.fileno() not in self.activating:
-                    each.header.worker.end()
-        if self.report.outcome(node) not in OPEN:
-            self.report.disks.pop(node, None)
 
     # Groups
 
-    def advance(self, settled: bool) -> None:
-        """Starts what can start. `settled`: udev knows of no disk that it has not shown yet."""
+    def start_complete_groups(self, settled: bool) -> None:
+        """Begins to open each group whose members are all here. `settled`: udev has processed every event."""
         settled = settled and not self.reading
-        for group in list(self.candidates):
-            if group not in self.wanted:
+        for group in self.groups.values():
+            if not group.nodes:
                 try:
-                    self._consider(group, settled)
+                    if members := self._complete_members(group, settled):
+                        self._begin(group, members)
                 except (UnlockError, OSError) as error:
-                    self.report.add_event("trouble", f"group {group}: {error}")
-        while self.queue and len(self.activating) < self.parallel:
-            self._start(self.queue.pop(0))
+                    self.report.add_event("trouble", f"group {group.name}: {error}")
+        while self.queue and len(self.activating) < self.workers:
+            self._activate(self.queue.pop(0))
 
-    def _consider(self, group: str, settled: bool) -> None:
-        if chosen := self._complete(group, settled):
-            self._open(group, chosen)
+    def _complete_members(self, group: _Group, settled: bool) -> list[Candidate]:
+        """The members of a group, if all are here; reports duplicates once udev has settled."""
+        members, duplicates = choose_members(group.candidates, settled)
+        for each in duplicates:
+            if settled and self.report.outcome(each.disk.node) != "duplicate":
+                self.report.set_disk(each.disk.node, "duplicate", f"UUID {each.header.uuid}")
+        return members
 
-    def _complete(self, group: str, settled: bool) -> list[Candidate]:
-        """One disk for each member, under the newest member list of which all are there; else none."""
-        by_manifest: dict[int, list[Candidate]] = {}
-        for candidate in self.candidates[group]:
-            by_manifest.setdefault(candidate.token.manifest, []).append(candidate)
-        for manifest in sorted(by_manifest, reverse=True):
-            chosen = self._members(by_manifest[manifest], settled)
-            if chosen and len(chosen) == chosen[0].token.members:
-                return chosen
-        return []
-
-    def _members(self, candidates: list[Candidate], settled: bool) -> list[Candidate]:
-        """One disk a UUID. A disk without the serial that its token names counts only when udev has settled,
-        so that the right one, if it is there, is seen first."""
-        by_uuid: dict[str, list[Candidate]] = {}
-        for candidate in {each.disk.node: each for each in candidates}.values():
-            by_uuid.setdefault(candidate.header.uuid, []).append(candidate)
-        chosen = []
-        for same in by_uuid.values():
-            named = [each for each in same if each.token.serial and each.token.serial == each.disk.serial]
-            if len(named) == 1:
-                chosen += named
-                losers = [each for each in same if each is not named[0]]
-            elif len(same) == 1:
-                chosen += same if settled else []
-                losers = []
-            else:
-                losers = same
-            for loser in losers:
-                if settled and self.report.outcome(loser.disk.node) != "duplicate":
-                    self.report.set_disk(loser.disk.node, "duplicate", f"UUID {loser.header.uuid}")
-        return chosen
-
-    def _open(self, group: str, chosen: list[Candidate]) -> None:
-        names = [each.token.name for each in chosen]
-        active = {each.token.name: luks.active_uuid(each.token.name) for each in chosen}
-        self.opened.setdefault(group, {})
-        self.wanted[group] = {each.disk.node for each in chosen}
-        blocked = [each for each in chosen if active[each.token.name] not in (None, each.header.uuid)]
+    def _begin(self, group: _Group, members: list[Candidate]) -> None:
+        """Queues the members for activation, unless a mapping of another disk has the name of one."""
+        names = [each.token.name for each in members]
+        active = {each.token.name: luks.active_uuid(each.token.name) for each in members}
+        group.nodes = {each.disk.node for each in members}
+        self.begun.append(group)
+        blocked = [each for each in members if active[each.token.name] not in (None, each.header.uuid)]
         if blocked or len(set(names)) != len(names):
-            for each in blocked or chosen:
+            for each in blocked or members:
                 self.report.set_disk(each.disk.node, "name-taken", f"/dev/mapper/{each.token.name}")
             self._fail(group)
             return
-        self.queue += [each for each in chosen if active[each.token.name] is None]
-        for each in chosen:
-            self.open_uuids[each.header.uuid] = each.disk.node
-        for each in self.candidates[group]:
-            if each.disk.node not in self.wanted[group] and each.header.uuid in self.open_uuids:
-                self.report.set_disk(each.disk.node, "duplicate", f"{self.open_uuids[each.header.uuid]} is opened")
+        self.queue += [each for each in members if active[each.token.name] is None]
+        for each in members:
+            self._node_of_uuid[each.header.uuid] = each.disk.node
+        for each in group.candidates:
+            node = self._node_of_uuid.get(each.header.uuid)
+            if each.disk.node not in group.nodes and node:
+                self.report.set_disk(each.disk.node, "duplicate", f"{node} is opened")
         self._finish(group)
 
-    def _finish(self, group: str) -> None:
-        """When all members are through: the group is open, or what was opened is closed again."""
-        nodes = self.wanted[group]
-        if any(each.disk.node in nodes for each in self.queue):
+    def _finish(self, group: _Group) -> None:
+        """Once no activation of the group is left: reports it open, or closes what was opened of it."""
+        if any(each.disk.node in group.nodes for each in self.queue):
             return
-        if any(each.disk.node in nodes for each in self.activating.values()):
+        if any(each.disk.node in group.nodes for each in self.activating.values()):
             return
-        if all(self.report.outcome(node) in OPEN for node in nodes):
-            mappings = tuple(sorted(self.report.disks[node].name for node in nodes))
-            self.report.set_group(group, "open", members=len(nodes), mappings=mappings)
+        if all(self.report.outcome(node) in OPEN for node in group.nodes):
+            mappings = sorted(self.report.disks[node].name for node in group.nodes)
+            self.report.set_group(group.name, "open", members=len(group.nodes), mappings=tuple(mappings))
         else:
             self._fail(group)
 
-    def _fail(self, group: str) -> None:
-        self.failed.add(group)
-        self.open_uuids = {uuid: node for uuid, node in self.open_uuids.items() if node not in self.wanted[group]}
-        self.close_group(group)
-        self.report.set_group(group, "failed", members=len(self.wanted[group]))
+    def _fail(self, group: _Group) -> None:
+        group.failed = True
+        self._node_of_uuid = {uuid: node for uuid, node in self._node_of_uuid.items() if node not in group.nodes}
+        self._close(group)
+        self.report.set_group(group.name, "failed", members=len(group.nodes))
 
-    def close_group(self, group: str) -> None:
-        """Closes what this process opened of a group; nothing of it is mounted."""
-        opened = self.opened.get(group, {})
-        for name in opened:
+    def _close(self, group: _Group) -> None:
+        """Closes what this process opened of a group; none of it is mounted."""
+        for name in group.opened:
             forget.forget(name)
-        for name, node in list(opened.items()):
+        for name, node in list(group.opened.items()):
             try:
                 luks.deactivate(name)
                 self.report.set_disk(node, "closed-again")
-                del opened[name]
+                del group.opened[name]
             except UnlockError as error:
                 self.report.set_disk(node, "failed", f"cannot be closed: {error}")
 
     def close_all(self) -> bool:
-        """Closes everything that this process opened. True when nothing is left open."""
-        for group, opened in self.opened.items():
-            if opened:
-                self.close_group(group)
-                self.report.set_group(group, "failed")
-        return not any(self.opened.values())
+        """Closes everything that this process opened. False when something stays open."""
+        for group in self.begun:
+            if group.opened:
+                self._close(group)
+                self.report.set_group(group.name, "failed")
+        return not any(group.opened for group in self.begun)
 
-    # Workers
+    # Activations
 
-    def _start(self, candidate: Candidate) -> None:
+    def _activate(self, candidate: Candidate) -> None:
         worker = candidate.header.worker
         try:
             worker.activate(candidate.token.name, candidate.dek)
         except Ended as error:
-            self._result(candidate, str(error))
+            self._end_activation(candidate, str(error))
             return
         worker.deadline = now() + ACTIVATION_TIMEOUT
         self.activating[worker.fileno()] = candidate
 
-    def pipes(self) -> list[int]:
-        """File descriptors that become readable when a disk has answered or is activated."""
-        return [*self.reading, *self.activating]
-
-    def collect(self, wait: float = 0) -> None:
-        """Takes in what workers say, and ends those past their deadline; waits up to `wait` seconds for one."""
-        poll = select.poll()
-        for fd in self.pipes():
-            poll.register(fd, select.POLLIN | select.POLLHUP)
-        for fd, _ in poll.poll(wait * 1000) if self.pipes() else []:
-            if fd in self.reading:
-                self._look(self.reading[fd])
-            else:
-                self._activated(fd)
-        for fd, worker in list(self.reading.items()):
-            if now() > worker.deadline:
-                self.reading.pop(fd).end()
-                self.report.set_disk(worker.disk.node, "timed-out", f"does not answer for {self.read_timeout:.0f} s")
-        for fd, candidate in list(self.activating.items()):
-            if now() > candidate.header.worker.deadline:
-                self._kill(fd)
-
-    def _activated(self, fd: int) -> None:
+    def _take_activation(self, fd: int) -> None:
+        """Takes what the worker of an activation has sent: a part, `done`, or an error."""
         candidate = self.activating[fd]
         trouble = ""
         try:
@@ -329,30 +286,56 @@ class Opening:
             trouble = str(error)
         del self.activating[fd]
         candidate.header.worker.end()
-        self._result(candidate, trouble)
+        self._end_activation(candidate, trouble)
 
-    def _result(self, candidate: Candidate, trouble: str) -> None:
-        group, node = candidate.token.group, candidate.disk.node
+    def _end_activation(self, candidate: Candidate, trouble: str) -> None:
+        """Records the outcome. `trouble` is '' when the disk is open."""
+        group, node = self.groups[candidate.token.group], candidate.disk.node
         if trouble:
             self.report.set_disk(node, "failed", trouble)
         else:
-            self.opened[group][candidate.token.name] = node
+            group.opened[candidate.token.name] = node
             self.report.set_disk(node, "opened", opened=round(now(), 4))
         self._finish(group)
 
-    def _kill(self, fd: int) -> None:
+    def _kill_activation(self, fd: int) -> None:
         """Ends an activation that hangs: the process, its udev cookie, its mapping."""
         candidate = self.activating.pop(fd)
         candidate.header.worker.end()
         luks.abandon(candidate.token.name)
         self.report.set_disk(candidate.disk.node, "timed-out", f"after {ACTIVATION_TIMEOUT:.0f} s")
-        self._finish(candidate.token.group)
+        self._finish(self.groups[candidate.token.group])
 
-    def busy(self) -> bool:
+    # The caller's loop
+
+    def worker_fds(self) -> list[int]:
+        """File descriptors that become readable when a worker has sent something."""
+        return [*self.reading, *self.activating]
+
+    def take_answers(self, wait: float = 0) -> None:
+        """Takes what workers have sent, and ends those past their deadline; waits up to `wait` seconds for one."""
+        poll = select.poll()
+        for fd in self.worker_fds():
+            poll.register(fd, select.POLLIN | select.POLLHUP)
+        for fd, _ in poll.poll(wait * 1000) if self.worker_fds() else []:
+            if fd in self.reading:
+                self._take_header(self.reading[fd])
+            else:
+                self._take_activation(fd)
+        for fd, worker in list(self.reading.items()):
+            if now() > worker.deadline:
+                self.reading.pop(fd).end()
+                self.report.set_disk(worker.disk.node, "timed-out", f"does not answer for {self.read_timeout:.0f} s")
+        for fd, candidate in list(self.activating.items()):
+            if now() > candidate.header.worker.deadline:
+                self._kill_activation(fd)
+
+    def is_busy(self) -> bool:
+        """Whether a worker reads or activates a disk, or a disk waits for that."""
         return bool(self.queue or self.activating or self.reading)
 
     def stop(self, patience: float) -> None:
-        """No new activation; running ones get `patience` seconds. What did not open is closed again."""
+        """Starts no more activations; running ones get `patience` seconds. Closes the groups that did not open."""
         for worker in self.reading.values():
             worker.end()
             self.report.set_disk(worker.disk.node, "timed-out", "early boot ended before it answered")
@@ -362,75 +345,82 @@ class Opening:
         self.queue.clear()
         end = now() + patience
         while self.activating and now() < end:
-            self.collect(wait=0.1)
+            self.take_answers(wait=0.1)
         for fd in list(self.activating):
-            self._kill(fd)
-        for group in self.wanted:
-            if not self.report.group_outcome(group):
+            self._kill_activation(fd)
+        for group in self.begun:
+            if not self.report.group_outcome(group.name):
                 self._finish(group)
-        for group in self.candidates:
-            if group not in self.wanted:
-                present, members = self._counts(group)
-                self.report.set_group(group, "incomplete", present=present, members=members)
+        for group in self.groups.values():
+            if not group.nodes:
+                present = len({each.header.uuid for each in group.candidates})
+                members = max((each.token.members for each in group.candidates), default=0)
+                self.report.set_group(group.name, "incomplete", present=present, members=members)
 
-    def _counts(self, group: str) -> tuple[int, int]:
-        present = {each.header.uuid for each in self.candidates[group]}
-        members = max((each.token.members for each in self.candidates[group]), default=0)
-        return len(present), members
+    # What the caller asks for
 
-    def ready(self, group: str) -> bool:
-        """All members of the group are there and proven, and no other disk passes for one of them."""
-        return group in self.candidates and bool(self._complete(group, settled=True))
+    def has_failed(self, name: str) -> bool:
+        """Whether the group's members were all here, and it did not open."""
+        return name in self.groups and self.groups[name].failed
 
-    def tokens(self) -> list[token.Token]:
-        """The authenticated tokens of the disks that this process opened."""
-        names = {name for opened in self.opened.values() for name in opened}
-        return [each.token for group in self.candidates.values() for each in group if each.token.name in names]
+    def is_complete(self, name: str) -> bool:
+        """Whether all members of the group are here and authentic, and no other disk passes for one of them."""
+        return name in self.groups and bool(self._complete_members(self.groups[name], settled=True))
+
+    def opened_mappings(self) -> set[str]:
+        """Names of the mappings that this process opened and has not closed."""
+        return {name for group in self.begun for name in group.opened}
+
+    def opened_tokens(self) -> list[Token]:
+        """The authentic tokens of the disks that this process opened."""
+        names = self.opened_mappings()
+        tokens = [each.token for group in self.groups.values() for each in group.candidates]
+        return [each for each in tokens if each.name in names]
 
     def wipe(self) -> None:
-        """Forgets the keys of all disks, and ends what waits for them."""
-        for candidates in self.candidates.values():
-            for each in candidates:
+        """Wipes the volume keys of all disks, and ends their workers."""
+        for group in self.groups.values():
+            for each in group.candidates:
                 each.dek.wipe()
                 each.header.worker.end()
 
 
-def turn(groups: Opening, monitor: Monitor, look: bool) -> bool:
-    """One turn of the loop that both early boot and the gates run: what udev says, what can open, what has opened.
+def run_once(opener: GroupOpener, monitor: Monitor, *, list_disks: bool) -> bool:
+    """One pass of the loop of early boot and the gates: takes udev's events, starts what is complete, takes answers.
 
-    `look` reads every disk again. True when there is nothing left to do for the disks that are there.
+    `list_disks` adds every disk that is here again. True when nothing is left to do for the disks that are here.
     """
-    settled = settled_now()
-    if look:
-        groups.look(monitor)
-    for action, found in monitor.read_events():
+    settled = has_settled()
+    if list_disks:
+        opener.add_present_disks(monitor)
+    for action, disk in monitor.read_events():
         if action == "remove":
-            groups.gone(found.node)
+            opener.remove_disk(disk.node)
         else:
-            groups.saw(found)
-    groups.collect()
-    groups.advance(settled)
-    return settled and not groups.busy()
+            opener.add_disk(disk)
+    opener.take_answers()
+    opener.start_complete_groups(settled)
+    return settled and not opener.is_busy()
 
 
-def open_present(groups: Opening, monitor: Monitor) -> None:
-    """Opens what can be opened of the disks that are here now; waits for no other. Their keys are forgotten then.
+def open_present(opener: GroupOpener, monitor: Monitor) -> None:
+    """Opens what can be opened of the disks that are here now, without waiting for others. Wipes the volume keys.
 
-    Each disk has its own deadline, so many of them take as long as they take; udev is not waited for without end.
+    Each disk has a deadline of its own, so many disks may take long together; the wait for udev is bounded.
     """
-    done = turn(groups, monitor, look=True)
+    done = run_once(opener, monitor, list_disks=True)
     end = now() + ACTIVATION_TIMEOUT
     while not done and now() < end:
-        wait([monitor.fileno(), *groups.pipes()], 0.05)
-        done = turn(groups, monitor, look=False)
-        if groups.busy():
+        wait_readable([monitor.fileno(), *opener.worker_fds()], 0.05)
+        done = run_once(opener, monitor, list_disks=False)
+        if opener.is_busy():
             end = now() + ACTIVATION_TIMEOUT
-    groups.stop(ACTIVATION_TIMEOUT)
-    groups.wipe()
+    opener.stop(ACTIVATION_TIMEOUT)
+    opener.wipe()
 
 
-def wait(fds: list[int], seconds: float) -> None:
-    """Until one of `fds` is readable, or `seconds` have passed."""
+def wait_readable(fds: list[int], seconds: float) -> None:
+    """Waits until one of `fds` is readable, or `seconds` have passed."""
     poll = select.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)

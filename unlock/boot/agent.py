@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Early boot: `unlock boot agent`, one a boot, started by the initramfs.
 
-    [PIN ──>] unseal once ──> cap ──> disks as udev shows them ──> groups open ──> stop: keys handed over, report
-              while the TPM works, the headers of the disks that are there are read
+    [PIN ──>] unseal once ──> cap ──> groups open as udev reports their disks ──> SIGTERM: keys handed over, report
+              while the TPM works, workers read the headers of the disks that are here
 
-It talks with the initramfs scripts through files in /run/unlock and signals:
-SIGUSR1 asks it to look at every disk again and to write `idle` when each has an outcome; SIGTERM ends it.
+The initramfs scripts and the agent talk through files in /run/unlock (host.this_boot) and signals. On SIGUSR1 it lists
+every disk again and writes report and `idle` once each disk has an outcome. On SIGTERM it ends.
 """
 
 import os
@@ -23,12 +23,12 @@ from ..tpm.chip import Meanwhile, Tpm
 
 if TYPE_CHECKING:
     from ..disks.udev import Monitor
-    from .activation import Opening
+    from .activation import GroupOpener
 
 TPM_WAIT = 10.0
-"""Seconds for the driver of a TPM that the firmware's tables promise."""
+"""Seconds to wait for the driver of a TPM that the firmware announces."""
 STOP_PATIENCE = 20.0
-"""Seconds for activations that run when early boot ends."""
+"""Seconds that running activations get when early boot ends."""
 
 
 def agent(paths: Paths) -> int:
@@ -38,34 +38,34 @@ def agent(paths: Paths) -> int:
     record.add_event("start")
     os.makedirs(paths.run, mode=0o700, exist_ok=True)
     signals = Signals()
-    begun: list[tuple[Opening, Monitor]] = []
+    started: list[tuple[GroupOpener, Monitor]] = []
 
-    def meanwhile() -> None:
-        if not begun:
-            begun.append(begin(record))
+    def read_disks() -> None:
+        if not started:
+            started.append(start_reading(record))
 
-    key = unseal_once(paths, record, pin_prompt(paths, lambda: signals.stop), meanwhile)
-    meanwhile()
-    groups, monitor = begun[0]
+    key = unseal_once(paths, record, pin_prompt(paths, lambda: signals.stop), read_disks)
+    read_disks()
+    opener, monitor = started[0]
     from ..disks import disk_keys
 
     if key:
-        groups.host, groups.unwrap = (
+        opener.host, opener.unwrap = (
             key.host,
             lambda header, token: disk_keys.volume_key(header, token, key.persistence),
         )
     try:
-        watch(paths, groups, monitor, signals, record)
-        groups.stop(STOP_PATIENCE)
+        open_groups(paths, opener, monitor, signals, record)
+        opener.stop(STOP_PATIENCE)
         from .handover import hand_over
 
-        safe = hand_over(paths, groups, key.persistence, key.pin_auth, record) if key else True
-    except Exception as error:  # no bug of ours leaves disks open behind it
+        safe = not key or hand_over(paths, opener, record, persistence=key.persistence, pin_auth=key.pin_auth)
+    except Exception as error:  # a bug in this program must not leave disks open
         record.add_event("crashed", type(error).__name__)
-        safe = groups.close_all()
+        safe = opener.close_all()
     if key:
         key.wipe()
-    groups.wipe()
+    opener.wipe()
     record.add_event("stop")
     this_boot.tell(paths, record)
     if safe:
@@ -73,44 +73,46 @@ def agent(paths: Paths) -> int:
     return 0
 
 
-def begin(record: report.Report) -> "tuple[Opening, Monitor]":
-    """Workers start to read the disks that are there. What deals with disks is loaded now, while the TPM works."""
+def start_reading(record: report.Report) -> "tuple[GroupOpener, Monitor]":
+    """Starts a worker for each disk that is here. The modules for disks are imported now, while the TPM works."""
     from ..disks.udev import Monitor
-    from .activation import Opening
+    from .activation import GroupOpener
 
-    groups, monitor = Opening("", None, record), Monitor()
+    opener, monitor = GroupOpener("", None, record), Monitor()
     try:
-        groups.look(monitor)
-    except Exception as error:  # `watch` looks again
+        opener.add_present_disks(monitor)
+    except Exception as error:  # `open_groups` lists the disks again
         record.add_event("trouble", type(error).__name__)
-    from ..disks import disk_keys  # noqa: F401 - the workers need none of it
+    from ..disks import disk_keys  # noqa: F401 - after the fork: the workers do not need it
 
-    return groups, monitor
+    return opener, monitor
 
 
-def watch(paths: Paths, groups: "Opening", monitor: "Monitor", signals: "Signals", record: report.Report) -> None:
-    """Opens what appears, and says `idle` when asked, until SIGTERM."""
-    from .activation import turn, wait
+def open_groups(
+    paths: Paths, opener: "GroupOpener", monitor: "Monitor", signals: "Signals", record: report.Report
+) -> None:
+    """Opens groups as their disks appear, and writes the report and `idle` on SIGUSR1, until SIGTERM."""
+    from .activation import run_once, wait_readable
 
-    asked, look = True, not groups.looked
+    report_wanted, list_disks = True, not opener.has_listed_disks
     while not signals.stop:
-        done = turn(groups, monitor, look)
-        look = False
-        if asked and done:
-            asked = False
+        done = run_once(opener, monitor, list_disks=list_disks)
+        list_disks = False
+        if report_wanted and done:
+            report_wanted = False
             this_boot.tell(paths, record)
-        wait([monitor.fileno(), signals.fd, *groups.pipes()], 1.0 if done else 0.05)
-        if signals.asked():
-            asked = look = True
+        wait_readable([monitor.fileno(), signals.fd, *opener.worker_fds()], 1.0 if done else 0.05)
+        if signals.take_report_request():
+            report_wanted = list_disks = True
 
 
 class Key(NamedTuple):
-    """What one unseal gives."""
+    """What an unseal returns."""
 
     host: str
     persistence: Secret
     pin_auth: Secret | None
-    """What the PIN made: the policy is sealed anew with it, unattended."""
+    """The TPM's auth value from the PIN, with which the real root reseals the policy unattended."""
 
     def wipe(self) -> None:
         self.persistence.wipe()
@@ -121,12 +123,14 @@ class Key(NamedTuple):
 def unseal_once(
     paths: Paths, record: report.Report, pin: slots.Ask = slots.no_pin, meanwhile: Meanwhile = None
 ) -> Key | None:
-    """The host id and the persistence key, or None with the verdict in the record; then the cap, at once:
-    whatever runs later, a shell included, finds a TPM that refuses."""
+    """Unseals the persistence key and extends the cap PCR at once, so that the TPM refuses whatever runs later.
+
+    None if there is no key; the verdict is in the record. `meanwhile` is called while the TPM works.
+    """
     tcti = await_tpm()
     if not tcti:
         record.set_verdict("no-tpm")
-        conclude(paths, record)
+        write_verdict(paths, record)
         return None
     record.add_event("tpm")
     key = None
@@ -143,7 +147,7 @@ def unseal_once(
                 )
                 record.set_verdict("unsealed")
             except UnlockError as error:
-                record.facts = report.BootFacts(cap_pcr_before=_cap_pcr())
+                record.facts = report.BootFacts(cap_pcr_before=_read_cap_pcr())
                 record.set_verdict(_verdict(error), str(error))
             tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
         with open(paths.of_this_boot("capped"), "w", encoding="ascii"):
@@ -152,17 +156,18 @@ def unseal_once(
         if not record.verdict:
             record.set_verdict(_verdict(error), str(error))
         record.add_event("not-capped", str(error))
-    conclude(paths, record)
+    write_verdict(paths, record)
     return key
 
 
 def pin_prompt(paths: Paths, stopped: Callable[[], bool], program: str = ask.ASKPASS) -> slots.Ask:
-    """Asks at the console. /run/unlock/asking is there meanwhile: the boot scripts wait, and no deadline runs.
+    """A function that asks for the PIN at the console. Meanwhile /run/unlock/asking exists, and the boot scripts stop
+    their deadlines.
 
-    Not before the boot scripts wait for the agent: Plymouth has started by then, and the console is nobody else's.
+    It asks only once the boot scripts wait for the agent: Plymouth runs by then, and nothing else uses the console.
     """
 
-    def typed(left: int) -> Secret:
+    def ask_pin(left: int) -> Secret:
         this_boot.mark(paths, "asking")
         try:
             while not os.path.exists(paths.of_this_boot("waiting")) and not stopped():
@@ -177,15 +182,16 @@ def pin_prompt(paths: Paths, stopped: Callable[[], bool], program: str = ask.ASK
             raise PinWrong("no PIN was typed", "reboot, or type the recovery key")
         return pin
 
-    return typed
+    return ask_pin
 
 
 def _verdict(error: UnlockError) -> str:
     return error.code if error.code in report.VERDICTS else "tpm-failed"
 
 
-def _cap_pcr() -> str:
-    """The cap PCR before our cap, in hex: for `init` on a host that is not initialised yet, and for `explain`."""
+def _read_cap_pcr() -> str:
+    """The cap PCR before the cap, in hex, for `init` on a host that is not initialised yet and for `explain`; '' if the
+    kernel does not say."""
     try:
         with open(f"/sys/class/tpm/tpm0/pcr-sha256/{pcr_policy.CAP_PCR}", encoding="ascii") as file:
             return file.read().strip().lower()
@@ -194,43 +200,44 @@ def _cap_pcr() -> str:
 
 
 def await_tpm() -> str:
-    """The TCTI of the TPM, or '' when there is none. Waits only where the firmware says that there is one."""
+    """The TCTI of the TPM, or '' when there is none. Waits for it only where the firmware announces one."""
     end = time.monotonic() + TPM_WAIT
-    while not (found := sorted(name for name in os.listdir("/dev") if name.startswith("tpmrm"))):
+    while not (tcti := this_boot.find_tpm()):
         if not os.path.exists("/sys/firmware/acpi/tables/TPM2") or time.monotonic() > end:
             return ""
         time.sleep(0.05)
-    return f"device:/dev/{found[0]}"
+    return tcti
 
 
-def conclude(paths: Paths, record: report.Report) -> None:
+def write_verdict(paths: Paths, record: report.Report) -> None:
+    """Writes the verdict for the boot scripts, and says on the console why there is no key."""
     with open(paths.of_this_boot("verdict"), "w", encoding="ascii") as file:
         file.write(record.verdict + "\n")
-    if record.verdict not in ("unsealed", "no-slot", "no-tpm"):  # an ordinary host has no slot, and hears nothing
+    if record.verdict not in ("unsealed", "no-slot", "no-tpm"):  # no message on a host that does not use unlock
         log.console(f"cannot unseal: {record.detail or report.VERDICTS[record.verdict]}")
 
 
 class Signals:
-    """SIGTERM and SIGUSR1 as flags, and a file descriptor that wakes a poll."""
+    """SIGTERM and SIGUSR1 as flags, and a file descriptor that becomes readable when one arrives."""
 
     def __init__(self) -> None:
-        self.stop = self._look = False
+        self.stop = self._report_wanted = False
         self.fd, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, self._on_stop)
-        signal.signal(signal.SIGUSR1, self._on_look)
+        signal.signal(signal.SIGUSR1, self._on_report_request)
 
     def _on_stop(self, *_: object) -> None:
         self.stop = True
 
-    def _on_look(self, *_: object) -> None:
-        self._look = True
+    def _on_report_request(self, *_: object) -> None:
+        self._report_wanted = True
 
-    def asked(self) -> bool:
-        """True once after each SIGUSR1 (or several)."""
+    def take_report_request(self) -> bool:
+        """Whether SIGUSR1 has arrived since the last call."""
         try:
             os.read(self.fd, 4096)
         except BlockingIOError:
             pass
-        asked, self._look = self._look, False
-        return asked
+        wanted, self._report_wanted = self._report_wanted, False
+        return wanted

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real root: the gate of each group, and healing when a disk comes late. Fed from the key cache.
+"""The real root: opens each group at its gate, on request, or when a late disk completes it.
 
-gate(G)   what unlock-group@G runs: done when the group is open, failed at its deadline
-open_group(G)   `unlock open`: at once, with what is here, from the key cache or by the recovery key
-heal()    what udev starts for a new disk, or a sync for a new key, while a gate has failed
+    gate(G)         unlock-group@G runs it: returns when the group is open, raises at its deadline
+    open_group(G)   `unlock open`: opens the group at once, with the disks that are here
+    heal()          udev starts it for a new disk, a sync for a new key: runs failed gates again that can succeed now
 
-Keys come from the cache. The provider is asked for two kinds of groups alone: those whose KEK only it keeps, and, if
-the operator's `open_from_provider_after_refusal` allows it, data groups after a boot that the TPM refused. Then no
-key is cached, and nothing is sealed or written.
+The volume keys are unwrapped with keys from the key cache, or by the recovery key. The provider is asked only for
+groups whose KEK it alone keeps and, if the operator's `open_from_provider_after_refusal` allows it, for data groups
+after a boot that the TPM refused. In that case no key is cached, and nothing is sealed or written.
 """
 
 import fcntl
@@ -30,10 +30,10 @@ from ..paths import Paths
 from ..protect import protect
 from ..run import run
 from ..secret import Secret
-from . import activation
+from .activation import ACTIVATION_TIMEOUT, GroupOpener, Unwrap, open_present, run_once, wait_readable
 
 RETRY = 5.0
-"""Seconds between two tries to reach a provider that is away."""
+"""Seconds between two tries to reach a provider."""
 
 
 def gate(paths: Paths, name: str) -> int:
@@ -41,40 +41,46 @@ def gate(paths: Paths, name: str) -> int:
     protect()
     settings = config.load(paths.config).groups.get(name)
     end = report.now() + (settings.deadline if settings else config.DEADLINE)
-    if _opened_by_hand(paths, name):
+    if _is_open_already(paths, name):
         return 0
     record = report.Report(f"gate {name}")
     monitor = udev.Monitor()
     try:
-        unwrap = unwrapper(paths, name, record, end)
+        unwrap = make_unwrap(paths, name, record, end)
     except UnlockError:
         _mark_failed(paths, name)
         raise
-    groups = activation.Opening(State.load(paths).host, unwrap, record, name)
-    look = True
-    while not _is_open(record, name) and report.now() < end and name not in groups.failed:
-        done = activation.turn(groups, monitor, look)
-        look = False
-        if not _is_open(record, name):
-            activation.wait([monitor.fileno(), *groups.pipes()], min(1.0, end - report.now()) if done else 0.05)
+    opener = GroupOpener(State.load(paths).host, unwrap, record, only=name)
+    _open_until(opener, monitor, name, end)
     if not _is_open(record, name):
         _mark_failed(paths, name)
-        done = activation.turn(groups, monitor, look=True)
-        while not done and report.now() < end + activation.ACTIVATION_TIMEOUT:
-            activation.wait(groups.pipes(), 0.05)
-            done = activation.turn(groups, monitor, look=False)
-    groups.stop(activation.ACTIVATION_TIMEOUT)
-    groups.wipe()
+        done = run_once(opener, monitor, list_disks=True)
+        while not done and report.now() < end + ACTIVATION_TIMEOUT:
+            wait_readable(opener.worker_fds(), 0.05)
+            done = run_once(opener, monitor, list_disks=False)
+    opener.stop(ACTIVATION_TIMEOUT)
+    opener.wipe()
     this_boot.write_report(paths, record, f"gate-{name}.json")
     if not _is_open(record, name):
-        raise UnlockError(*_why(paths, record, name), code="group-incomplete")
+        raise UnlockError(*_explain_failure(paths, record, name), code="group-incomplete")
     this_boot.mark_open(paths, name, record.groups[name].mappings)
     this_boot.unmark(paths, "failed-groups", name)
     return 0
 
 
-def _opened_by_hand(paths: Paths, name: str) -> bool:
-    """Somebody opened every member under its name, with cryptsetup and the recovery key perhaps."""
+def _open_until(opener: GroupOpener, monitor: udev.Monitor, name: str, end: float) -> None:
+    """Opens disks as they appear until the group is open, has failed, or `end` (report.now()) has come."""
+    list_disks = True
+    while not _is_open(opener.report, name) and report.now() < end and not opener.has_failed(name):
+        done = run_once(opener, monitor, list_disks=list_disks)
+        list_disks = False
+        if not _is_open(opener.report, name):
+            fds = [monitor.fileno(), *opener.worker_fds()]
+            wait_readable(fds, min(1.0, end - report.now()) if done else 0.05)
+
+
+def _is_open_already(paths: Paths, name: str) -> bool:
+    """Whether every member has its mapping already, opened by hand perhaps. The group is marked open then."""
     group = State.load(paths).groups.get(name)
     if not group or any(devices.active_mapping_name(each.uuid) != each.name for each in group.members):
         return False
@@ -84,7 +90,7 @@ def _opened_by_hand(paths: Paths, name: str) -> bool:
 
 
 def open_group(paths: Paths, name: str, *recovery: Secret) -> None:
-    """Opens and mounts a group whose disks are all here, at once; one that is open already is mounted.
+    """Opens and mounts a group whose disks are all here; mounts one that is open already.
 
     With recovery keys, headers are authenticated by them, and no other key is needed. Raises Usage, NoKey,
     Tampered, NotOurs for a wrong key, UnlockError with what is missing.
@@ -92,14 +98,14 @@ def open_group(paths: Paths, name: str, *recovery: Secret) -> None:
     state = State.load(paths)
     if name not in state.groups:
         raise Usage(f"there is no group {name}", "unlock status")
-    if not _opened_by_hand(paths, name):
+    if not _is_open_already(paths, name):
         record = report.Report(f"open {name}")
-        unwrap = _by_recovery_key(*recovery) if recovery else unwrapper(paths, name, record, report.now())
+        unwrap = _by_recovery_key(*recovery) if recovery else make_unwrap(paths, name, record, report.now())
         monitor = udev.Monitor()
-        activation.open_present(activation.Opening(state.host, unwrap, record, name), monitor)
+        open_present(GroupOpener(state.host, unwrap, record, only=name), monitor)
         this_boot.write_report(paths, record, f"open-{name}.json")
         if not _is_open(record, name):
-            raise _trouble(paths, record, name)
+            raise _make_error(paths, record, name)
         this_boot.mark_open(paths, name, record.groups[name].mappings)
         this_boot.unmark(paths, "failed-groups", name)
     settings = config.load(paths.config).groups.get(name)
@@ -107,13 +113,13 @@ def open_group(paths: Paths, name: str, *recovery: Secret) -> None:
         units.start(name, settings.mount if settings else "")
 
 
-def _by_recovery_key(*recovery: Secret) -> activation.Unwrap:
+def _by_recovery_key(*recovery: Secret) -> Unwrap:
     return lambda header, token: disk_keys.by_checked_recovery_key(header, token, *recovery)
 
 
-def _trouble(paths: Paths, record: report.Report, name: str) -> UnlockError:
-    """The worst of what its disks say."""
-    message, hint = _why(paths, record, name)
+def _make_error(paths: Paths, record: report.Report, name: str) -> UnlockError:
+    """The error for a group that did not open: the worst outcome of its disks."""
+    message, hint = _explain_failure(paths, record, name)
     outcomes = {each.outcome for each in record.disks.values()}
     if "tampered" in outcomes:
         return Tampered(message, hint)
@@ -124,32 +130,33 @@ def _trouble(paths: Paths, record: report.Report, name: str) -> UnlockError:
 
 
 def heal(paths: Paths) -> int:
-    """For each failed group that could open now: its gate again, its mount, then what had waited for them."""
+    """Starts, for each failed group whose members are all here, its gate, its mount, and the units that had waited."""
     protect()
-    with open(paths.of_this_boot("heal.lock"), "w") as lock:  # one at a time; who waited sees what the other did
+    with open(paths.of_this_boot("heal.lock"), "w") as lock:  # one at a time: the second sees what the first did
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            return _heal(paths)
+            return _heal_failed_groups(paths)
         finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # a reader that a device holds has the file open too
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a worker whose device hangs has the file open too
 
 
-def _heal(paths: Paths) -> int:
+def _heal_failed_groups(paths: Paths) -> int:
     for name in this_boot.failed_groups(paths):
         record = report.Report(f"heal {name}")
         try:
-            groups = activation.Opening(State.load(paths).host, unwrapper(paths, name, record, 0), record, name)
+            unwrap = make_unwrap(paths, name, record, 0)
+            opener = GroupOpener(State.load(paths).host, unwrap, record, only=name)
         except UnlockError as error:
             log.error(f"group {name}: {error}", error.hint)
             continue
-        for found in udev.marked_disks():
-            groups.saw(found)
-        groups.read_all()
-        ready = groups.ready(name)
-        groups.wipe()
-        if not ready:
+        for disk in udev.marked_disks():
+            opener.add_disk(disk)
+        opener.read_headers()
+        complete = opener.is_complete(name)
+        opener.wipe()
+        if not complete:
             continue
-        waiting = _waiting(paths, name)
+        waiting = _read_waiting_units(paths, name)
         settings = config.load(paths.config).groups.get(name)
         try:
             run(["systemctl", "start", units.gate(name)])
@@ -162,15 +169,16 @@ def _heal(paths: Paths) -> int:
     return 0
 
 
-def unwrapper(
+def make_unwrap(
     paths: Paths,
     name: str,
     record: report.Report,
     end: float,
     look: find.Look = find.look,
     connect: access.Connect = access.connect,
-) -> activation.Unwrap:
-    """What gives the volume keys of a group's disks. Asks a provider, where it may, until `end` (report.now()).
+) -> Unwrap:
+    """A function that unwraps the volume keys of a group's disks. Asks a provider, where it may, until `end`
+    (report.now()).
 
     Raises NoKey, ProviderError, Refused.
     """
@@ -179,10 +187,11 @@ def unwrapper(
     try:
         persistence = keyring.get("unlock:persistence")
     except NoKey as error:
-        if group and _may_ask(paths, state, group):
-            return _from_provider(paths, state, group, record, end, look, connect)
-        early = _early_verdict(paths)
-        raise NoKey(f"group {name}: no key: {early}", "reboot and type the recovery key") from error
+        if group and _may_ask_provider(paths, state, group):
+            return _make_provider_unwrap(paths, state, group, record, end, look, connect)
+        raise NoKey(
+            f"group {name}: no key: {_explain_missing_key(paths)}", "reboot and type the recovery key"
+        ) from error
     if group and group.policy == "provider":
         _await_kek(paths, group, end, look, connect)
 
@@ -197,7 +206,7 @@ def unwrapper(
 
 
 def _await_kek(paths: Paths, group: Group, end: float, look: find.Look, connect: access.Connect) -> None:
-    """The KEK that only the provider keeps is in the cache. Raises ProviderError at the end, NoKey."""
+    """Gets the KEK that only the provider keeps into the key cache. Raises ProviderError at the end, NoKey."""
 
     def fetch() -> None:
         with access.Work(paths, look, connect) as work:
@@ -205,16 +214,16 @@ def _await_kek(paths: Paths, group: Group, end: float, look: find.Look, connect:
             with kek:
                 this_boot.remember(paths, source, {access.cached(group.kek, group.generation): kek})
 
-    _until(end, fetch)
+    _retry_until(end, fetch)
 
 
-def _may_ask(paths: Paths, state: State, group: Group) -> bool:
-    """Without the persistence key: data groups alone, and only as the operator has set it."""
+def _may_ask_provider(paths: Paths, state: State, group: Group) -> bool:
+    """Whether the provider may open the group without the persistence key: a data group, if the operator allows it."""
     allowed = config.load(paths.config).sync.open_from_provider_after_refusal or not state.persistent
     return allowed and not any(member.name in devices.mappings_below("/") for member in group.members)
 
 
-def _from_provider(
+def _make_provider_unwrap(
     paths: Paths,
     state: State,
     group: Group,
@@ -222,12 +231,12 @@ def _from_provider(
     end: float,
     look: find.Look,
     connect: access.Connect,
-) -> activation.Unwrap:
-    """The KEK is used here and goes nowhere. The header is authenticated by it as ever."""
+) -> Unwrap:
+    """A function that unwraps by a KEK fetched from the provider, which is not cached; it authenticates the header."""
     keks: dict[tuple[str, int], Secret] = {}
     opens = access.OPENS - config.load(paths.config).sync.drop_on
 
-    def kek_of(kek_id: str, generation: int) -> Secret:
+    def fetch_kek(kek_id: str, generation: int) -> Secret:
         if (kek_id, generation) not in keks:
             entry = state.provider_of(kek_id)
             with closing(connect(paths, state, None, entry)) as provider:
@@ -235,17 +244,17 @@ def _from_provider(
         return keks[kek_id, generation]
 
     def unwrap(header: Header, token: Token) -> Secret:
-        return disk_keys.by_kek(header, token, kek_of(token.kek_id, token.kek_generation))
+        return disk_keys.by_kek(header, token, fetch_kek(token.kek_id, token.kek_generation))
 
-    _until(end, lambda: kek_of(group.kek, group.generation))
-    record.add_event("opened-from-provider", f"{group.name}: {_early_verdict(paths)}")
+    _retry_until(end, lambda: fetch_kek(group.kek, group.generation))
+    record.add_event("opened-from-provider", f"{group.name}: {_explain_missing_key(paths)}")
     record.facts = record.facts._replace(opened_from_provider=group.name)
-    log.note(f"group {group.name}: opened from the key manager after: {_early_verdict(paths)}")
+    log.note(f"group {group.name}: opened from the key manager after: {_explain_missing_key(paths)}")
     return unwrap
 
 
-def _until(end: float, ask: Callable[[], object]) -> None:
-    """Asks again while the provider is only away; the network may come yet. Raises ProviderError at the end."""
+def _retry_until(end: float, ask: Callable[[], object]) -> None:
+    """Asks again while the provider is unreachable: the network may still come up. Raises ProviderError at the end."""
     while True:
         try:
             ask()
@@ -256,7 +265,8 @@ def _until(end: float, ask: Callable[[], object]) -> None:
             time.sleep(RETRY)
 
 
-def _early_verdict(paths: Paths) -> str:
+def _explain_missing_key(paths: Paths) -> str:
+    """Why early boot left no persistence key."""
     early = this_boot.early(paths)
     if early is None:
         return "early boot left no report"
@@ -269,8 +279,8 @@ def _is_open(record: report.Report, name: str) -> bool:
     return record.group_outcome(name) == "open"
 
 
-def _why(paths: Paths, record: report.Report, name: str) -> tuple[str, str]:
-    """Message and hint: the members that are missing or failed."""
+def _explain_failure(paths: Paths, record: report.Report, name: str) -> tuple[str, str]:
+    """Message and hint, which name the members that are missing or failed."""
     group = State.load(paths).groups.get(name)
     if group is None:
         return f"there is no group {name}", "unlock status"
@@ -286,7 +296,7 @@ def _why(paths: Paths, record: report.Report, name: str) -> tuple[str, str]:
 
 
 def _mark_failed(paths: Paths, name: str) -> None:
-    """Notes what waits for this group now: these are the units that fail by dependency in a moment."""
+    """Records the units that wait for this group now and are about to fail by dependency."""
     waiting: list[str] = []
     mount = ""
     try:
@@ -300,12 +310,12 @@ def _mark_failed(paths: Paths, name: str) -> None:
         what = f"group {name}: what waits for it will not start with it: {error}"
         log.error(what, f"systemctl list-dependencies --reverse {mount or units.gate(name)}")
     if name in this_boot.failed_groups(paths):
-        waiting = sorted({*waiting, *_waiting(paths, name)})
+        waiting = sorted({*waiting, *_read_waiting_units(paths, name)})
     this_boot.mark_failed(paths, name, waiting)
 
 
 def _dependents(unit: str) -> set[str]:
-    """Units that require `unit`, and what requires those."""
+    """Units that require `unit`, directly or through others."""
     found: set[str] = set()
     new = {unit}
     while new:
@@ -315,7 +325,8 @@ def _dependents(unit: str) -> set[str]:
     return found - {unit}
 
 
-def _waiting(paths: Paths, name: str) -> list[str]:
+def _read_waiting_units(paths: Paths, name: str) -> list[str]:
+    """The units that waited for a failed group."""
     with open(os.path.join(paths.of_this_boot("failed-groups"), name), "rb") as file:
         units: list[str] = json.load(file)
     return units

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of early boot: which keys and open disks cross into the real root, and what is closed."""
+"""The end of early boot: hands keys and open disks over to the real root, or closes and drops them.
+
+`hand_over` is for the agent, when it ends in order. `secure` and `drop` are for the initramfs scripts: after the
+recovery prompt or a crash, and before a shell.
+"""
 
 import os
 
@@ -9,27 +13,29 @@ from ..errors import UnlockError
 from ..host import keyring, report, this_boot
 from ..paths import Paths
 from ..secret import Secret
-from . import activation
+from .activation import GroupOpener
 
 NEW_ROOT = "/root"
 """Where initramfs-tools mounts the root file system."""
 
 
 def hand_over(
-    paths: Paths, groups: activation.Opening, persistence: Secret, pin_auth: Secret | None, record: report.Report
+    paths: Paths, opener: GroupOpener, record: report.Report, *, persistence: Secret, pin_auth: Secret | None
 ) -> bool:
-    """Keys and open disks cross into the real root only if that root came from a disk that this process opened,
-    or from dm-verity. Else everything is closed: a thief's root file system gets nothing. False if that failed."""
-    ours = {name for opened in groups.opened.values() for name in opened}
-    if not record.facts.unauthenticated_root and not authentic(ours):
+    """Puts the keys into the key cache, if the new root lies on disks that this process opened or on dm-verity.
+
+    Else closes everything that was opened: a thief's root file system gets nothing. False if a disk stays open then.
+    """
+    ours = opener.opened_mappings()
+    if not record.facts.unauthenticated_root and not is_root_authentic(ours):
         record.add_event("root-not-authenticated")
         if ours:
             log.console("the root file system is not authenticated: disks closed, keys dropped")
-        return groups.close_all()
+        return opener.close_all()
     this_boot.remember(paths, "TPM", {"unlock:persistence": persistence})
     if pin_auth:
         this_boot.remember(paths, "PIN", {"unlock:pin-auth": pin_auth})
-    for token in groups.tokens():
+    for token in opener.opened_tokens():
         kek_name = f"unlock:kek:{token.kek_id}:{token.kek_generation}"
         for name, unwrap in ((kek_name, disk_keys.unwrap_kek), ("unlock:host", disk_keys.unwrap_host_key)):
             try:
@@ -42,8 +48,8 @@ def hand_over(
     return True
 
 
-def authentic(names: set[str]) -> bool:
-    """Whether the new root, and its /usr where that is another file system, lie on these mappings alone."""
+def is_root_authentic(names: set[str]) -> bool:
+    """Whether the new root, and its /usr if that is another file system, lie on these mappings or dm-verity alone."""
     usr = os.path.join(NEW_ROOT, "usr")
     return devices.lies_on_mappings(NEW_ROOT, names) and (
         not devices.devices_of_mount(usr) or devices.lies_on_mappings(usr, names)
@@ -51,22 +57,23 @@ def authentic(names: set[str]) -> bool:
 
 
 def secure(paths: Paths) -> int:
-    """Before the real root, when the agent did not end in order: after the recovery prompt, or a crash.
+    """What the initramfs runs before the real root when the agent did not end in order: after the recovery prompt, or a
+    crash. Returns 1 when a disk stays open that should not.
 
-    What a recovery key opened stays only below a root that it opened too. Else all but the root's own disks are
-    closed. 1 when one stays open.
+    Disks that a recovery key opened stay open only if it opened the root too. Else every disk is closed on which the
+    root does not lie.
     """
     early = this_boot.early(paths)
     recovered = early.disks.values() if early and early.phase == "recovery" else ()
-    if authentic({each.name for each in recovered if each.outcome in report.OPEN}):
+    if is_root_authentic({each.name for each in recovered if each.outcome in report.OPEN}):
         return 0
     return drop(keep=devices.mappings_below(NEW_ROOT))
 
 
 def drop(keep: set[str]) -> int:
-    """Closes every LUKS2 disk but `keep`, and forgets the keys. 1 when one stays open.
+    """Closes every LUKS2 mapping but those named in `keep`, and flushes the key cache. Returns 1 when one stays open.
 
-    By what the kernel knows, not by a report; without waiting for udev, which may have ended.
+    It goes by what the kernel says, not by a report, and does not wait for udev, which may have ended.
     """
     for name, uuid in devices.active_mappings().items():
         if uuid and name not in keep:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening disks with the recovery key, header authenticated first: `unlock boot prompt` in the initramfs."""
+"""GroupOpener disks with the recovery key, header authenticated first: `unlock boot prompt` in the initramfs."""
 
 import os
 
@@ -12,26 +12,26 @@ from ..keys import recovery_key
 from ..paths import Paths
 from ..protect import protect
 from ..secret import Secret
-from . import activation
+from .activation import GroupOpener, open_present
 
 TRIES = 5
-ANOTHER = "a member is missing, or takes an earlier recovery key: type that too"
+ANOTHER_KEY = "a member is missing, or takes an earlier recovery key: type that too"
 
 
 def prompt(paths: Paths) -> int:
-    """Asks for the recovery key; one entry opens every disk that it authenticates.
+    """Asks until a group is open, at most TRIES times.
 
-    0 when disks opened, or when the person skips this prompt with an empty line: the stock one comes next.
-    The status of Tampered when a header is not the one that this host wrote: no prompt may follow that does not
-    check it.
+    Returns 0 when a group opened, and when the person skips this prompt with an empty line: the stock prompt comes
+    next. Returns the status of Tampered when a header is not the one that this host wrote: no prompt may follow that
+    does not check the header.
     """
     protect()
-    happened = _what_happened(paths)
+    happened = _explain_boot(paths)
     log.console(happened)
-    if not os.path.exists(paths.of_this_boot("told")):  # more than that, by `unlock boot why`
+    if not os.path.exists(paths.of_this_boot("told")):  # `unlock boot why` has shown more
         ask.tell(happened)
-    altered = _altered(this_boot.early(paths))
-    other = "to give up" if altered else "for the stock prompt, which does not check the disk's header"
+    tampered = _has_tampered_disk(this_boot.early(paths))
+    other = "to give up" if tampered else "for the stock prompt, which does not check the disk's header"
     log.console(f"type the recovery key (8 groups of 6 digits), or Enter alone {other}")
     keys: list[Secret] = []
     try:
@@ -42,37 +42,37 @@ def prompt(paths: Paths) -> int:
                 try:
                     keys.append(recovery_key.parse(typed))
                 except Usage as error:
-                    _say(str(error))
+                    _show(str(error))
                     continue
             found = open_all(paths, *keys)
-            if _altered(found):
-                altered = True
+            if _has_tampered_disk(found):
+                tampered = True
                 break
             if any(each.outcome == "open" for each in found.groups.values()):
                 return 0
-            _say(ANOTHER if waits(found) else "this recovery key opens no disk here")
+            _show(ANOTHER_KEY if is_member_missing(found) else "this recovery key opens no disk here")
     finally:
         for each in keys:
             each.wipe()
-    return Tampered.status if altered else 0
+    return Tampered.status if tampered else 0
 
 
-def _say(line: str) -> None:
+def _show(line: str) -> None:
     log.console(line)
     ask.tell(line)
 
 
-def waits(found: report.Report) -> bool:
-    """Whether a disk is authentic and its group cannot open: another member was away when the key was rotated."""
+def is_member_missing(found: report.Report) -> bool:
+    """Whether a disk is authentic and its group cannot open: a member is away, or was when the key was rotated."""
     return any(each.outcome == "waiting" for each in found.disks.values())
 
 
-def _altered(found: report.Report | None) -> bool:
+def _has_tampered_disk(found: report.Report | None) -> bool:
     return found is not None and any(each.outcome == "tampered" for each in found.disks.values())
 
 
 def open_all(paths: Paths, *recovery: Secret) -> report.Report:
-    """Every group whose members these recovery keys authenticate; the result is this boot's report from then on."""
+    """Opens every group whose members these recovery keys authenticate. The result replaces this boot's report."""
 
     def unwrap(header: Header, each: token.Token) -> Secret:
         return disk_keys.by_checked_recovery_key(header, each, *recovery)
@@ -82,13 +82,13 @@ def open_all(paths: Paths, *recovery: Secret) -> report.Report:
     this_boot.mark(paths, "recovered")
     _continue_report(paths, record)
     monitor = udev.Monitor()
-    activation.open_present(activation.Opening("", unwrap, record), monitor)
+    open_present(GroupOpener("", unwrap, record), monitor)
     this_boot.tell(paths, record)
     return record
 
 
 def _continue_report(paths: Paths, record: report.Report) -> None:
-    """Verdict, facts and events of the agent stay in the record; disks are looked at again."""
+    """Takes over verdict, facts and events of the agent's report; outcomes of disks start anew."""
     before = this_boot.early(paths)
     if before:
         record.verdict, record.detail, record.facts = before.verdict, before.detail, before.facts
@@ -96,7 +96,8 @@ def _continue_report(paths: Paths, record: report.Report) -> None:
         record.add_event("recovery")
 
 
-def _what_happened(paths: Paths) -> str:
+def _explain_boot(paths: Paths) -> str:
+    """Why a person is asked: the verdict, or the disks that did not open."""
     before = this_boot.early(paths)
     if before is None:
         return "early boot left no report"

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recovery shell of the initramfs: the screen before its prompt, and the words that work in it.
+"""The recovery shell of the initramfs: the screen before its prompt, and the commands that work in it.
 
-why()               before the recovery prompt: which measurement made the TPM refuse
-screen()            what happened, what differs, what to type; at a later prompt, what is new
-shell(ARGUMENTS)    status, explain, open --recovery, help: as in the booted system, with what is known here
+    why()               before the recovery prompt: prints which measurement made the TPM refuse
+    screen()            prints what happened, what differs and what to type; at a later prompt, what is new
+    shell(ARGUMENTS)    status, explain, open --recovery, help
 
-There is no configuration and no state here, and no argparse: the image is small. What a disk says of itself is shown
-as such.
+The initramfs has neither configuration nor state, and no argparse, to stay small: disks are shown by what their headers
+say, unauthenticated.
 """
 
 import json
@@ -25,9 +25,9 @@ from ..secret import Secret
 from . import prompt
 
 COLUMNS = 80
-"""Of the smallest console, which has 24 lines."""
+"""Columns of the smallest console, which has 24 lines."""
 _ERRORS_MAX = 6
-"""Lines of them at one prompt; all of it is 20 lines at most."""
+"""Errors that one screen lists; the whole screen has 20 lines at most."""
 _ERROR_EVENTS = frozenset(("crashed", "trouble", "not-capped", "root-not-authenticated"))
 """Events of a report that are errors."""
 
@@ -40,7 +40,7 @@ exit                     goes on booting, with what is open then"""
 
 
 def shell(paths: Paths, argv: list[str]) -> int:
-    """One command. Raises UnlockError."""
+    """Runs one command and returns its exit status. Raises UnlockError."""
     word, rest = argv[:1], argv[1:]
     if word in ([], ["help"]) or "--help" in argv:
         print(HELP)
@@ -76,9 +76,9 @@ def _open(paths: Paths, options: list[str]) -> int:
             if any(each.outcome == "open" for each in found.groups.values()):
                 print('open; "exit" goes on booting')
                 return 0
-            if file or not prompt.waits(found):
+            if file or not prompt.is_member_missing(found):
                 raise NotOurs("this recovery key opens no group here", "unlock status", "no-key")
-            print(prompt.ANOTHER)
+            print(prompt.ANOTHER_KEY)
     finally:
         for key in keys:
             key.wipe()
@@ -143,7 +143,7 @@ def _describe_boot(early: report.Report | None) -> str:
 
 
 def why(paths: Paths) -> int:
-    """Prints what differs first from the last good boot; nothing where that cannot be told."""
+    """Prints the first difference from the last good boot, if it is known."""
     found = diagnosis.diagnose(evidence.gather_evidence(paths, this_boot.tpm_device()))
     if found.causes:
         print("\n".join(_printable(_cause_lines(found))), flush=True)
@@ -153,7 +153,7 @@ def why(paths: Paths) -> int:
 
 
 def screen(paths: Paths) -> int:
-    """Prints it; nothing on a host that unlock has no part in."""
+    """Prints the screen; nothing on a host that does not use unlock."""
     lines = screen_lines(paths)
     if lines:
         print("\n".join(lines), flush=True)
@@ -161,7 +161,7 @@ def screen(paths: Paths) -> int:
 
 
 def screen_lines(paths: Paths) -> list[str]:
-    """At most 20 lines of COLUMNS. What was told is remembered, so that the next prompt tells what is new."""
+    """At most 20 lines of COLUMNS characters. The errors shown are recorded: the next screen shows only new ones."""
     early = this_boot.early(paths)
     shown = this_boot.read_json(paths, "shown.json").get("troubles")
     errors = _errors(early)

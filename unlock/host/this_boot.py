@@ -22,7 +22,7 @@ import os
 
 from ..errors import Malformed
 from ..light import Any, Sequence
-from ..paths import Paths
+from ..paths import TPM_DEVICE, Paths
 from ..secret import Secret
 from . import keyring
 from .report import Report, encode, read
@@ -157,10 +157,15 @@ def read_json(paths: Paths, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def tpm_device() -> str:
-    """The TCTI of the first TPM that there is."""
+def find_tpm() -> str:
+    """The TCTI of the first TPM, or '' when there is none."""
     found = [name for name in os.listdir("/dev") if name.startswith("tpmrm")]
-    return f"device:/dev/{min(found, default='tpmrm0')}"
+    return f"device:/dev/{min(found)}" if found else ""
+
+
+def tpm_device() -> str:
+    """The TCTI of the first TPM; TPM_DEVICE when there is none, so that opening it says so."""
+    return find_tpm() or TPM_DEVICE
 
 
 def early(paths: Paths) -> Report | None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..errors import Malformed, UnlockError
 from ..host import report, this_boot
-from ..paths import Paths
+from ..paths import TPM_DEVICE, Paths
 from ..tpm import pcr_policy
 from ..tpm.chip import Tpm
 from ..tpm.record import SLOTS, Record
@@ -89,7 +89,7 @@ class Evidence(NamedTuple):
         return self.policy_allows({pcr: value for pcr, (_, value) in verify.replay_each_pcr(self.log).items()})
 
 
-def gather_evidence(paths: Paths, tcti: str = "device:/dev/tpmrm0") -> Evidence:
+def gather_evidence(paths: Paths, tcti: str = TPM_DEVICE) -> Evidence:
     """Reads it all. Changes nothing, but mounts the kernel's securityfs in an initramfs."""
     tpm = _read_tpm(tcti)
     later = logs.read_systemd_log(paths)

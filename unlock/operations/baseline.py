@@ -18,7 +18,7 @@ from ..measured.baseline import BASELINE_MAX, Baseline, TpmIdentity
 from ..measured.describe import Item
 from ..measured.eventlog import Event
 from ..measured.evidence import gather_evidence
-from ..paths import Paths, write_atomically
+from ..paths import TPM_DEVICE, Paths, write_atomically
 from ..predict import allowed_states, boot_files
 from ..tpm import pcr_policy
 
@@ -37,7 +37,7 @@ def record_good_boot(paths: Paths, tcti: str) -> None:
         log.error(f"what this boot has measured cannot be kept: {problem}", "unlock check")
 
 
-def record_baseline(paths: Paths, tcti: str = "device:/dev/tpmrm0", sealed: bool = False) -> Baseline | None:
+def record_baseline(paths: Paths, tcti: str = TPM_DEVICE, sealed: bool = False) -> Baseline | None:
     """Writes what this boot measured; None, and nothing, when the TPM did not allow it.
 
     `sealed`: the TPM would allow it now.

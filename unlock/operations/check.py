@@ -22,7 +22,7 @@ from ..host.state import State
 from ..keys import access
 from ..measured import at_unseal, efivars, logs, uefi
 from ..measured.eventlog import Log
-from ..paths import Paths
+from ..paths import TPM_DEVICE, Paths
 from ..predict import allowed_states, boot_files, initramfs_images
 from ..secret import Secret
 from ..tpm import pcr_policy
@@ -61,7 +61,7 @@ class Checked(NamedTuple):
 
 def check(
     paths: Paths,
-    tcti: str = "device:/dev/tpmrm0",
+    tcti: str = TPM_DEVICE,
     look: find.Look = find.look,
     connect: access.Connect = access.connect,
 ) -> Checked:

@@ -21,7 +21,7 @@ from ..host.state import State
 from ..host.state_file import KeyEntry
 from ..keys import access
 from ..measured import at_unseal, logs
-from ..paths import Paths, write_atomically
+from ..paths import TPM_DEVICE, Paths, write_atomically
 from ..predict import allowed_states
 from ..providers import native
 from ..secret import Secret
@@ -63,7 +63,7 @@ class Choices(NamedTuple):
     pcrs: tuple[int, ...]
     """Empty: by how the host boots."""
     owner_auth: Secret
-    tcti: str = "device:/dev/tpmrm0"
+    tcti: str = TPM_DEVICE
     kms: Kmip | None = None
     """None: the native provider."""
 

@@ -16,14 +16,12 @@ from ..host.lock import exclusive
 from ..host.state import State
 from ..host.state_file import RemovedPolicy
 from ..keys import access, rotation
-from ..paths import Paths
+from ..paths import TPM_DEVICE, Paths
 from ..predict import allowed_states
 from ..secret import Secret
 from ..tpm import slots
 from ..tpm.chip import Tpm
 from ..tpm.record import Payload, Record
-
-TPM = "device:/dev/tpmrm0"
 
 
 def status(paths: Paths, look: find.Look = find.look) -> dict[str, Any]:
@@ -56,7 +54,7 @@ def _keeps(work: access.Work, node: str) -> bool:
 
 
 def enable(
-    paths: Paths, look: find.Look = find.look, tcti: str = TPM, owner_auth: Secret | None = None
+    paths: Paths, look: find.Look = find.look, tcti: str = TPM_DEVICE, owner_auth: Secret | None = None
 ) -> list[rotation.Outcome]:
     """Asks the TPM only where its keys were removed. Raises ProviderError, NoKey, DiskFailed, Refused, TpmFailed."""
     with exclusive(paths), access.Work(paths, look) as work:

@@ -22,9 +22,9 @@ from ..host.state import State, changing
 from ..host.state_file import Window
 from ..keys import access
 from ..measured import at_unseal, logs
-from ..paths import Paths
+from ..paths import TPM_DEVICE, Paths
 from ..predict import allowed_states, initramfs_images
-from ..predict.allowed_states import DEVICE, Allowed, Pin
+from ..predict.allowed_states import Allowed, Pin
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
@@ -34,7 +34,7 @@ FIRMWARE = frozenset(range(8))
 """The PCRs that a firmware update may change: TCG "PC Client Platform Firmware Profile", section 3.3.4."""
 
 
-def show(paths: Paths, tcti: str = DEVICE) -> dict[str, Any]:
+def show(paths: Paths, tcti: str = TPM_DEVICE) -> dict[str, Any]:
     """Plain values."""
     state = State.load(paths)
     with Tpm(tcti) as tpm:
@@ -94,7 +94,7 @@ def risk(selection: Iterable[int]) -> str:
 
 
 def open_window(
-    paths: Paths, reboots: int, keep: Iterable[int] = (), tcti: str = DEVICE, owner_auth: Secret | None = None
+    paths: Paths, reboots: int, keep: Iterable[int] = (), tcti: str = TPM_DEVICE, owner_auth: Secret | None = None
 ) -> Allowed:
     """Until so many good boots, only this boot's PCRs 8 to 14 of the policy count, the cap PCR, and `keep`.
 
@@ -115,7 +115,7 @@ def open_window(
         return allowed_states.reseal(paths, tpm, state, persistence, found, selection, [branch], reasons, owner_auth)
 
 
-def close(paths: Paths, tcti: str = DEVICE, owner_auth: Secret | None = None) -> Allowed:
+def close(paths: Paths, tcti: str = TPM_DEVICE, owner_auth: Secret | None = None) -> Allowed:
     """The full selection, and the state of this boot alone: predicted ones and that of the boot before are dropped.
 
     Raises NoKey, Refused when the state of this boot is not one that the policy allows, or cannot be told.
@@ -128,7 +128,7 @@ def choose(
     paths: Paths,
     pcrs: Iterable[int] = (),
     pin: Pin | None = None,
-    tcti: str = DEVICE,
+    tcti: str = TPM_DEVICE,
     owner_auth: Secret | None = None,
 ) -> Allowed:
     """The policy over these PCRs, with the cap PCR, from now on: for this boot's state alone. A window is closed by it.

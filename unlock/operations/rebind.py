@@ -26,7 +26,7 @@ from ..host.state import State, changing
 from ..host.state_file import KeyEntry
 from ..keys import access, rotation
 from ..measured import at_unseal, logs
-from ..paths import Paths
+from ..paths import TPM_DEVICE, Paths
 from ..predict import allowed_states, initramfs_images
 from ..providers import Provider, native
 from ..secret import Secret
@@ -62,7 +62,7 @@ class Choices(NamedTuple):
     accept: frozenset[str] = frozenset()
     """Of RISKS."""
     owner_auth: Secret | None = None
-    tcti: str = allowed_states.DEVICE
+    tcti: str = TPM_DEVICE
 
 
 class Rebound(NamedTuple):
@@ -75,7 +75,7 @@ class Rebound(NamedTuple):
     """Other providers, whose key was wrapped by the old persistence key alone."""
 
 
-def lacks_pin(paths: Paths, tcti: str = allowed_states.DEVICE) -> bool:
+def lacks_pin(paths: Paths, tcti: str = TPM_DEVICE) -> bool:
     """Whether a PIN was set and what it makes is not in the key cache: `rebind` must be given one. Raises Refused when
     the host is not initialised, TpmAbsent, TpmFailed."""
     state = State.load(paths)

@@ -20,13 +20,12 @@ from ..host.state import changing
 from ..host.state_file import BranchFacts, TpmFacts, Window
 from ..keys import access
 from ..measured import at_unseal
-from ..paths import Paths
+from ..paths import TPM_DEVICE, Paths
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
 from ..tpm.record import Payload, Record, Slot
 
-DEVICE = "device:/dev/tpmrm0"
 PIN_AUTH = "unlock:pin-auth"
 """In the key cache while the host is up: what the PIN makes, so that unattended changes of the policy keep it."""
 UNKNOWN = "unknown"
@@ -87,7 +86,7 @@ def look(paths: Paths, tpm: Tpm, state: HostState) -> Allowed:
 def predicted(
     paths: Paths,
     states: Mapping[str, Mapping[int, bytes]],
-    tcti: str = DEVICE,
+    tcti: str = TPM_DEVICE,
     owner_auth: Secret | None = None,
 ) -> Allowed:
     """Allows what may boot next: words -> values of PCRs 0 to 15 at the time of the unseal.
@@ -195,7 +194,7 @@ def remember(state: HostState, found: Allowed, branches: Iterable[bytes], reason
     state.tpm = settle(state.tpm, found.opened)._replace(states=entries)
 
 
-def opens_this_boot(paths: Paths, tcti: str = DEVICE) -> bool:
+def opens_this_boot(paths: Paths, tcti: str = TPM_DEVICE) -> bool:
     """Whether the TPM released the key to this boot, or would now: it was sealed to this boot since."""
     early = this_boot.early(paths)
     if early and early.verdict == "unsealed":

@@ -24,6 +24,7 @@ from ..errors import (
     Usage,
 )
 from ..light import Any, Callable, NamedTuple, Sequence, signal
+from ..paths import TPM_DEVICE
 from ..secret import Secret
 from . import pcr_policy, public_area
 from .pcr_policy import BANK
@@ -124,7 +125,7 @@ def _uninterrupted(call: Callable[..., int], *arguments: Any) -> int:
 class Tpm:
     """One connection. Each method names the commands that it sends; each raises TpmFailed when one fails."""
 
-    def __init__(self, tcti: str = "device:/dev/tpmrm0") -> None:
+    def __init__(self, tcti: str = TPM_DEVICE) -> None:
         """TpmAbsent if the device, or the TCTI library for it, cannot be opened.
 
         The TCTI of a device sends one GetRandom, to learn whether the driver gives an answer in parts.

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of the authentic disks are the members of a group: one for each UUID, all of one member list.
+
+`boot.activation` collects the candidates and opens those that are chosen here. Nothing here has a side effect.
+"""
+
+from ..disks.token import Token
+from ..disks.udev import Disk
+from ..light import NamedTuple
+from ..secret import Secret
+from .worker import WorkerHeader
+
+
+class Candidate(NamedTuple):
+    """A disk whose header is authentic, with the token that made it so and the volume key."""
+
+    disk: Disk
+    header: WorkerHeader
+    token: Token
+    dek: Secret
+
+
+class Chosen(NamedTuple):
+    """What `choose_members` found."""
+
+    members: list[Candidate]
+    """One disk for each member; empty unless all are here."""
+    duplicates: list[Candidate]
+    """Disks that have the UUID of another one and are not the one that the token names."""
+
+
+def choose_members(candidates: list[Candidate], settled: bool) -> Chosen:
+    """All members of the newest member list of which all are here.
+
+    Until udev has `settled`, a disk without the serial number in its token does not count: the disk with that serial
+    number may still appear.
+    """
+    by_manifest: dict[int, list[Candidate]] = {}
+    for candidate in candidates:
+        by_manifest.setdefault(candidate.token.manifest, []).append(candidate)
+    duplicates: list[Candidate] = []
+    for manifest in sorted(by_manifest, reverse=True):
+        found = _choose_by_uuid(by_manifest[manifest], settled)
+        duplicates += found.duplicates
+        if found.members and len(found.members) == found.members[0].token.members:
+            return Chosen(found.members, duplicates)
+    return Chosen([], duplicates)
+
+
+def _choose_by_uuid(candidates: list[Candidate], settled: bool) -> Chosen:
+    """One disk for each UUID, whether all members are here or not."""
+    by_uuid: dict[str, list[Candidate]] = {}
+    for candidate in {each.disk.node: each for each in candidates}.values():
+        by_uuid.setdefault(candidate.header.uuid, []).append(candidate)
+    members: list[Candidate] = []
+    duplicates: list[Candidate] = []
+    for same in by_uuid.values():
+        named = [each for each in same if each.token.serial and each.token.serial == each.disk.serial]
+        if len(named) == 1:
+            members += named
+            duplicates += [each for each in same if each is not named[0]]
+        elif len(same) == 1:
+            members += same if settled else []
+        else:
+            duplicates += same
+    return Chosen(members, duplicates)
