@@ -68,11 +68,11 @@ class Machine(Measures, Disks):
         selection = pcr_policy.select(pcrs or MEASURED_BY[boot.kind])
         with self.chip.open() as tpm:
             branch = pcr_policy.branch(selection, at_unseal.of(selection, at_unseal.values(self.paths, tpm)))
-            slots.persist(tpm, bytes.fromhex(HOST), selection, (branch,), Payload(self.persistence))
+            slots.seal_slot(tpm, bytes.fromhex(HOST), selection, (branch,), Payload(self.persistence))
         state = State.load(self.paths)
         allowed_states.begin(state, selection, branch, False)
         state.save()
-        this_boot.remember(self.paths, "made", {"unlock:persistence": self.persistence})
+        this_boot.cache_keys(self.paths, "made", {"unlock:persistence": self.persistence})
 
     def close(self) -> None:
         self.chip.kill()
@@ -111,9 +111,9 @@ class Machine(Measures, Disks):
             before = tpm.read_pcrs([pcr_policy.CAP_PCR])[pcr_policy.CAP_PCR].hex()
             try:
                 unsealed = slots.unseal(tpm, self._person)
-                this_boot.remember(self.paths, "TPM", {"unlock:persistence": unsealed.payload.key})
+                this_boot.cache_keys(self.paths, "TPM", {"unlock:persistence": unsealed.payload.key})
                 if unsealed.pin_auth:
-                    this_boot.remember(self.paths, "PIN", {"unlock:pin-auth": unsealed.pin_auth})
+                    this_boot.cache_keys(self.paths, "PIN", {"unlock:pin-auth": unsealed.pin_auth})
                 record.facts = {
                     "unauthenticated_root": unsealed.payload.unauthenticated_root,
                     "pin": unsealed.record.pin,

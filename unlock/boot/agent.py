@@ -67,7 +67,7 @@ def agent(paths: Paths) -> int:
         key.wipe()
     groups.wipe()
     record.event("stop")
-    this_boot.tell(paths, record)
+    this_boot.publish(paths, record)
     if safe:
         this_boot.mark(paths, "ended")
     return 0
@@ -98,7 +98,7 @@ def watch(paths: Paths, groups: "Opening", monitor: "Monitor", signals: "Signals
         look = False
         if asked and done:
             asked = False
-            this_boot.tell(paths, record)
+            this_boot.publish(paths, record)
         wait([monitor.fileno(), signals.fd, *groups.pipes()], 1.0 if done else 0.05)
         if signals.asked():
             asked = look = True

@@ -26,16 +26,16 @@ def hand_over(
         if ours:
             log.console("the root file system is not authenticated: disks closed, keys dropped")
         return groups.close_all()
-    this_boot.remember(paths, "TPM", {"unlock:persistence": persistence})
+    this_boot.cache_keys(paths, "TPM", {"unlock:persistence": persistence})
     if pin_auth:
-        this_boot.remember(paths, "PIN", {"unlock:pin-auth": pin_auth})
+        this_boot.cache_keys(paths, "PIN", {"unlock:pin-auth": pin_auth})
     for token in groups.tokens():
         kek_name = f"unlock:kek:{token.kek_id}:{token.kek_generation}"
         for name, unwrap in ((kek_name, disk_keys.unwrap_kek), ("unlock:host", disk_keys.unwrap_host_key)):
             try:
                 with unwrap(token, persistence) as unwrapped:
                     if bytes(unwrapped) != disk_keys.ELSEWHERE:
-                        this_boot.remember(paths, "TPM", {name: unwrapped})
+                        this_boot.cache_keys(paths, "TPM", {name: unwrapped})
             except UnlockError as error:
                 record.event("trouble", f"{token.name}: {error}")
     record.event("handed-over")
@@ -54,7 +54,7 @@ def secure(paths: Paths) -> int:
     What a recovery key opened stays only below a root that it opened too. Else all but the root's own disks are
     closed. 1 when one stays open.
     """
-    early = this_boot.early(paths)
+    early = this_boot.read_early_report(paths)
     recovered = early["disks"] if early and early["phase"] == "recovery" else []
     if authentic({each["name"] for each in recovered if each["outcome"] in ("opened", "already-open")}):
         return 0

@@ -30,7 +30,7 @@ def prompt(paths: Paths) -> int:
     log.console(happened)
     if not os.path.exists(paths.of_this_boot("told")):  # more than that, by `unlock boot why`
         ask.tell(happened)
-    altered = _altered(this_boot.early(paths))
+    altered = _altered(this_boot.read_early_report(paths))
     other = "to give up" if altered else "for the stock prompt, which does not check the disk's header"
     log.console(f"type the recovery key (8 groups of 6 digits), or Enter alone {other}")
     keys: list[Secret] = []
@@ -83,13 +83,13 @@ def open_all(paths: Paths, *recovery: Secret) -> dict[str, Any]:
     _continue_report(paths, record)
     monitor = devices.Monitor()
     activation.open_present(activation.Opening("", unwrap, record), monitor)
-    this_boot.tell(paths, record)
+    this_boot.publish(paths, record)
     return record.plain()
 
 
 def _continue_report(paths: Paths, record: report.Report) -> None:
     """Verdict, facts and events of the agent stay in the record; disks are looked at again."""
-    before = this_boot.early(paths)
+    before = this_boot.read_early_report(paths)
     if before:
         record.verdict, record.detail, record.facts = before["verdict"], before["detail"], before["facts"]
         record.events = [(time, kind, text) for time, kind, text in before["events"]]
@@ -97,7 +97,7 @@ def _continue_report(paths: Paths, record: report.Report) -> None:
 
 
 def _what_happened(paths: Paths) -> str:
-    before = this_boot.early(paths)
+    before = this_boot.read_early_report(paths)
     if before is None:
         return "early boot left no report"
     if before["verdict"] != "unsealed":

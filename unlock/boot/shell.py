@@ -88,7 +88,7 @@ def _open(paths: Paths, options: list[str]) -> int:
 
 def status(paths: Paths, marked: Callable[[], list[devices.Disk]] = devices.marked) -> dict[str, Any]:
     """Plain values: the verdict, and each LUKS2 disk with what its header says of it, which is not authenticated."""
-    early = this_boot.early(paths) or {"verdict": "", "detail": "early boot left no report", "disks": []}
+    early = this_boot.read_early_report(paths) or {"verdict": "", "detail": "early boot left no report", "disks": []}
     outcomes = {each["node"]: each for each in early["disks"]}
     opened = {uuid: name for name, uuid in devices.mappings().items() if uuid}
     rows = [_row(found.node, outcomes.get(found.node, {}), opened) for found in marked()]
@@ -144,7 +144,7 @@ def screen(paths: Paths) -> int:
 
 def screen_lines(paths: Paths) -> list[str]:
     """At most 20 lines of COLUMNS. What was told is remembered, so that the next prompt tells what is new."""
-    early = this_boot.early(paths)
+    early = this_boot.read_early_report(paths)
     shown = this_boot.read_json(paths, "shown.json").get("troubles")
     troubles = _troubles(early)
     if early and early["verdict"] in ("no-slot", "no-tpm") and not troubles:

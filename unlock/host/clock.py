@@ -17,7 +17,7 @@ def is_set() -> bool:
     return ctypes.CDLL(None).adjtimex(buffer) != _ERROR or os.path.exists(_SYNCHRONISED)
 
 
-def wait() -> bool:
+def wait_until_set() -> bool:
     """Until it is set. False when that took too long, or when it was set all along: waiting is no help then."""
     if is_set():
         return False

@@ -95,7 +95,7 @@ def _group(name: str, table: Any) -> GroupConfig:
     _only(table, {"mount", "type", "options", "deadline", "policy"}, where)
     mount = _line(table, "mount", where)
     try:
-        mount = mount and mount_point(mount)
+        mount = mount and normalise_mount_point(mount)
     except Usage as error:
         raise _bad(f"{where}mount: {error}") from error
     deadline = _get(table, "deadline", DEADLINE, where)
@@ -129,7 +129,7 @@ def _provider(name: str, table: Any) -> ProviderConfig:
     if not 1 <= timeout <= 300:
         raise _bad(f"{where}timeout is not from 1 to 300")
     try:
-        user = username(_get(table, "username", "", where))
+        user = check_username(_get(table, "username", "", where))
     except Usage as error:
         raise _bad(f"{where}username: {error}") from error
     return ProviderConfig(name, tuple(endpoints), files["ca"], files["client_key"], timeout, user)
@@ -185,7 +185,7 @@ def provider_table(provider: ProviderConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def append(path: str, table: str) -> None:
+def append_table(path: str, table: str) -> None:
     """Adds a table to the file; the text that is there stays as it is. Raises Malformed, OSError."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -197,14 +197,14 @@ def append(path: str, table: str) -> None:
     write_atomically(path, text.encode(), mode=0o644)
 
 
-def username(text: str) -> str:
+def check_username(text: str) -> str:
     """Of a key manager's client. Raises Usage."""
     if not (text.isascii() and text.isprintable()) or len(text) > USERNAME_MAX:
         raise Usage(f"{text!r} cannot be a user name", f"up to {USERNAME_MAX} printable ASCII characters")
     return text
 
 
-def mount_point(path: str) -> str:
+def normalise_mount_point(path: str) -> str:
     """The path as systemd names its mount unit: without empty parts, `.` and the last slash. Raises Usage."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if not path.startswith("/") or not parts or ".." in parts or not path.isprintable():

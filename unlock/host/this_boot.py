@@ -27,7 +27,7 @@ from . import keyring
 from .report import Report, read
 
 
-def tell(paths: Paths, record: Report) -> None:
+def publish(paths: Paths, record: Report) -> None:
     """Report, open groups, failures, and last `idle`."""
     for name, group in record.groups.items():
         if group["outcome"] == "open":
@@ -93,7 +93,7 @@ def mark_failed(paths: Paths, group: str, waiting: list[str]) -> None:
     os.rename(new, paths.of_this_boot(os.path.join("failed-groups", group)))
 
 
-def remember(paths: Paths, source: str, keys: dict[str, Secret]) -> None:
+def cache_keys(paths: Paths, source: str, keys: dict[str, Secret]) -> None:
     """Caches keys by name, and records first where they come from: `TPM`, a disk's token included; `provider`; `PIN`;
     `made` on this host; `cache` for one that is there already, whose record stays. Raises UnlockError.
 
@@ -101,12 +101,12 @@ def remember(paths: Paths, source: str, keys: dict[str, Secret]) -> None:
     """
     if source == "cache":
         return
-    write_json(paths, "keys.json", {**sources(paths), **dict.fromkeys(keys, source)})
+    write_json(paths, "keys.json", {**key_sources(paths), **dict.fromkeys(keys, source)})
     for name, key in keys.items():
         keyring.put(name, key)
 
 
-def sources(paths: Paths) -> dict[str, str]:
+def key_sources(paths: Paths) -> dict[str, str]:
     """Name of a cached key -> where it came from."""
     found = read_json(paths, "keys.json")
     return {str(key): str(source) for key, source in found.items()}
@@ -141,7 +141,7 @@ def tpm_device() -> str:
     return f"device:/dev/{min(found, default='tpmrm0')}"
 
 
-def early(paths: Paths) -> dict[str, Any] | None:
+def read_early_report(paths: Paths) -> dict[str, Any] | None:
     """The report of early boot, or None when there is none that can be read."""
     try:
         return read(paths.of_this_boot("report.json"))

@@ -20,23 +20,23 @@ def escape_path(path: str) -> str:
     )
 
 
-def gate(group: str) -> str:
+def gate_unit(group: str) -> str:
     """The service that is done when the group is open. A group's name needs no escaping."""
     return f"unlock-group@{group}.service"
 
 
-def running() -> bool:
+def is_systemd_running() -> bool:
     """Whether systemd is the init of this system."""
     return os.path.exists("/run/systemd/system")
 
 
-def start(group: str, mount_point: str) -> None:
+def start_group(group: str, mount_point: str) -> None:
     """Gate and mount of a group that is open. Raises CommandFailed."""
-    run(["systemctl", "start", gate(group)])
+    run(["systemctl", "start", gate_unit(group)])
     if mount_point:
-        run(["systemctl", "start", mount(mount_point)])
+        run(["systemctl", "start", mount_unit(mount_point)])
 
 
-def mount(path: str) -> str:
+def mount_unit(path: str) -> str:
     """The unit of a mount point."""
     return f"{escape_path(path)}.mount"

@@ -5,7 +5,8 @@ A Work is one command or service that needs keys: the state, the persistence key
 had to ask. Nothing is asked of a provider before its key is needed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from .. import ask
 from ..disks import devices, disk_keys, find, luks, token
@@ -32,7 +33,7 @@ def connect(paths: Paths, state: State, persistence: Secret | None, entry: Provi
             raise NoKey("the native provider's key is wrapped by the persistence key", "unlock status")
         return native.Native(state.kdk(persistence, entry), entry.scope)
     settings = provider_settings(paths, entry)
-    return kmip(
+    return connect_kmip(
         settings,
         provider_id=entry.id,
         certificate=entry.client_cert,
@@ -68,7 +69,7 @@ def provider_settings(paths: Paths, entry: KmipEntry) -> config.ProviderConfig:
     return settings
 
 
-def kmip(
+def connect_kmip(
     settings: config.ProviderConfig,
     *,
     provider_id: str,
@@ -81,19 +82,19 @@ def kmip(
     from ..providers import kmip as door  # post-boot only
 
     endpoints = tuple(door.Endpoint.parse(each) for each in settings.endpoints)
-    ca = public(settings.ca)
+    ca = read_public_pem(settings.ca)
     user = settings.username
     return door.Kmip(door.Settings(provider_id, endpoints, ca, certificate, key, user, password, settings.timeout))
 
 
-def certificate_until(certificate: str) -> int:
+def certificate_end(certificate: str) -> int:
     """When a PEM certificate ends, in seconds since 1970. Raises Malformed."""
     from ..providers import tls
 
     return int(tls.validity(certificate)[1])
 
 
-def public(path: str) -> str:
+def read_public_pem(path: str) -> str:
     """A PEM file without secrets. Raises Usage."""
     try:
         with open(path, encoding="ascii") as file:
@@ -109,7 +110,7 @@ class Work:
         self.paths = paths
         self.state = State.load(paths)
         self.settings = config.load(paths.config)
-        self.persistence = persistence_key()
+        self.persistence = read_persistence_key()
         self.look = look
         self._connect = connect
         self._providers: dict[str, Provider] = {}
@@ -146,7 +147,7 @@ class Work:
         return OPENS - self.settings.sync.drop_on
 
 
-def persistence_key() -> Secret:
+def read_persistence_key() -> Secret:
     """Raises NoKey when this boot was not unsealed, or the key cache was flushed."""
     try:
         return keyring.get("unlock:persistence")
@@ -168,7 +169,7 @@ def key_name(host: str, kind: str, generation: int) -> str:
     return f"unlock/{host}/{kind}/{generation}"
 
 
-def cached(kek_id: str, generation: int) -> str:
+def cache_name(kek_id: str, generation: int) -> str:
     """The name of a KEK in the key cache."""
     return f"unlock:kek:{kek_id}:{generation}"
 
@@ -182,7 +183,7 @@ def find_kek(
     default those in which it opens disks.
     """
     try:
-        return keyring.get(cached(group.kek, group.generation)), "cache"
+        return keyring.get(cache_name(group.kek, group.generation)), "cache"
     except NoKey:
         pass
     nodes = work.nodes(group) if nodes is None else nodes
@@ -196,11 +197,11 @@ def find_kek(
     if which not in work.fetched:
         entry = work.state.provider_of(group.kek)
         kek_id = key_ref(entry, group.kek, group.kek_name).id
-        work.fetched[which] = work.provider(entry).fetch(kek_id, states or work.opens(), prover(work, group, nodes))
+        work.fetched[which] = work.provider(entry).fetch(kek_id, states or work.opens(), kek_prover(work, group, nodes))
     return Secret(bytes(work.fetched[which])), "provider"
 
 
-def prover(work: Work, group: Group, nodes: dict[str, str]) -> Callable[[Secret], None]:
+def kek_prover(work: Work, group: Group, nodes: dict[str, str]) -> Callable[[Secret], None]:
     """A key that claims to be the group's KEK must unwrap a volume key that is wrapped with that KEK, of any member:
     one that was tampered with does not hold up the others."""
 
@@ -231,6 +232,13 @@ def _tokens(work: Work, node: str, group: Group) -> list[token.Token]:
     return [each for each in found if (each.group, each.kek_id, each.kek_generation) == said]
 
 
+@contextmanager
+def token_keys(work: Work, *, kek: Secret, mac_key: Secret) -> Iterator[disk_keys.Keys]:
+    """The keys that a token is made with. Takes `kek` and `mac_key` over and wipes them."""
+    with kek, mac_key, work.host_key() as host_key:
+        yield disk_keys.Keys(persistence=work.persistence, host_key=host_key, kek=kek, mac_key=mac_key)
+
+
 def wanted_policy(work: Work, group: Group) -> str:
     """What configuration and `unlock persistence` ask for. The root file system cannot wait for a network."""
     setting = work.settings.groups.get(group.name)
@@ -239,14 +247,14 @@ def wanted_policy(work: Work, group: Group) -> str:
     return "provider" if not work.state.persistent or (setting and setting.policy == "provider") else "persistent"
 
 
-def new_key(provider: Provider, name: str, prove: Callable[[Secret], None] | None = None) -> tuple[Ref, Secret]:
+def make_key(provider: Provider, name: str, prove: Callable[[Secret], None] | None = None) -> tuple[Ref, Secret]:
     """A key made, activated and fetched under a name; found again by it after a kill. Raises ProviderError."""
     made = provider.create(name)
     provider.activate(made.id)
     return made, provider.fetch(made.id, prove=prove) if prove else provider.fetch(made.id)
 
 
-def dek(work: Work, container: luks.Container, group: Group) -> Secret:
+def find_volume_key(work: Work, container: luks.Container, group: Group) -> Secret:
     """The volume key of a member from whichever of its tokens gives it, old or new.
 
     Raises Tampered, ProviderError, NotOurs.
@@ -254,14 +262,14 @@ def dek(work: Work, container: luks.Container, group: Group) -> Secret:
     trouble: UnlockError | None = None
     for each in disk_keys.tokens(container, work.state.host):
         try:
-            return _dek(work, container, each, group)
+            return _volume_key(work, container, each, group)
         except UnlockError as error:
             trouble = error
     assert trouble
     raise trouble
 
 
-def _dek(work: Work, container: luks.Container, each: token.Token, group: Group) -> Secret:
+def _volume_key(work: Work, container: luks.Container, each: token.Token, group: Group) -> Secret:
     try:
         return disk_keys.volume_key(container, each, work.persistence)
     except NoKey:

@@ -12,49 +12,49 @@ from .. import ask, log
 from ..errors import Refused, Usage
 from ..secret import Secret
 from . import recovery_key
-from .escrow import Escrow, check, write
+from .escrow import Escrow, check_escrow, write_escrow
 
 CREDENTIAL = "unlock.recovery-key"
 FLAG = "--recovery-key-file"
 
 
-class Keep(NamedTuple):
+class Keeper(NamedTuple):
     """Where the key is, or goes. With neither, a terminal."""
 
     file: str = ""
     escrow: Escrow | None = None
 
 
-def given(file: str = "") -> Secret:
+def read_recovery_key(file: str = "") -> Secret:
     """The recovery key that there is: from a file, a systemd credential, or asked for. Raises Usage."""
     text = ask.from_file(file) if file else ask.credential(CREDENTIAL)
     with text or ask.terminal("recovery key of this host", FLAG) as typed:
         return recovery_key.parse(typed)
 
 
-def made(keep: Keep) -> Secret:
+def make_recovery_key(keep: Keeper) -> Secret:
     """A new one, with its keeper; or the one that a file holds, which an attempt that was killed may have written.
 
     Raises Usage, Refused, Malformed, CommandFailed, OSError.
     """
     if keep.escrow:
-        check(keep.escrow)
-    recovery = given(keep.file) if keep.file and os.path.exists(keep.file) else recovery_key.new()
-    hand(keep, recovery)
+        check_escrow(keep.escrow)
+    recovery = read_recovery_key(keep.file) if keep.file and os.path.exists(keep.file) else recovery_key.new()
+    deliver(keep, recovery)
     return recovery
 
 
-def hand(keep: Keep, recovery: Secret) -> None:
+def deliver(keep: Keeper, recovery: Secret) -> None:
     """Brings a key to its keeper; a file that holds it already will do. Raises Usage for a file that holds another,
     Refused, Malformed, CommandFailed, OSError."""
     if keep.file and os.path.exists(keep.file):
-        with given(keep.file) as held:
+        with read_recovery_key(keep.file) as held:
             if held != recovery:
                 raise Usage(f"{keep.file} holds another key", f"{FLAG} with a file that does not exist yet")
     elif keep.file:
         recovery_key.write_new_file(keep.file, recovery)
     if keep.escrow:
-        write(keep.escrow, recovery)
+        write_escrow(keep.escrow, recovery)
     if not keep.file and not keep.escrow:
         _show_and_type_back(recovery)
 

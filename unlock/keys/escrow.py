@@ -54,7 +54,7 @@ class Escrow(NamedTuple):
     """The encrypted key; must not exist."""
 
 
-def check(escrow: Escrow) -> None:
+def check_escrow(escrow: Escrow) -> None:
     """Before anything is changed: something is encrypted to it. Raises Usage, Refused, Malformed, CommandFailed."""
     if os.path.lexists(escrow.file):
         raise Usage(f"{escrow.file} exists already", "name a file that does not exist yet")
@@ -62,7 +62,7 @@ def check(escrow: Escrow) -> None:
         _sealed(escrow.to, sample)
 
 
-def write(escrow: Escrow, key: Secret) -> None:
+def write_escrow(escrow: Escrow, key: Secret) -> None:
     """Durable, and read back: what was written is there, and is for these recipients, as far as that can be told
     without a private key. Replaces what is there. Raises Usage, Refused, Malformed, CommandFailed, OSError."""
     sealed = _sealed(escrow.to, key)

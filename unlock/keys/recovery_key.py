@@ -37,7 +37,7 @@ def parse(typed: Secret) -> Secret:
         )
     parts = [digits[i * DIGITS : (i + 1) * DIGITS] for i in range(GROUPS)]
     for i, part in enumerate(parts):
-        if not fits(i, int(part)):
+        if not group_fits(i, int(part)):
             raise Usage(
                 f"group {i + 1} of the recovery key is mistyped, or not in its place",
                 code="recovery-key-typo",
@@ -45,7 +45,7 @@ def parse(typed: Secret) -> Secret:
     return Secret(b"-".join(parts))
 
 
-def fits(place: int, number: int) -> bool:
+def group_fits(place: int, number: int) -> bool:
     """Whether a group of this number may stand at this place, 0 to 7."""
     word, rest = divmod(number, 11)
     return rest == place + 1 and word <= 0xFFFF

@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
     """Mapping name -> why its token is not."""
 
 
-def rotate(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
+def rotate_kek(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
     """A new KEK for a group: one that the provider makes, or, with `adopt`, the one that the KMS has put in its place.
 
     Raises ProviderError, DiskFailed, Refused ("missing" when no member is here): then no disk has changed. After a
@@ -56,11 +56,11 @@ def rotate(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
         entry = Rekey("rekey", name, generation=state.next_generation(name), made=made, theirs=bool(adopt))
         state.begin(entry)
     try:
-        new = successor(group, work.provider().id, _made(work, group, entry), entry.generation)
-        with new_kek(work, new) as kek:
-            return replace(work, group, new, kek, journal=None, retires=not entry.theirs)
+        new = successor(group, work.provider().id, _make_successor(work, group, entry), entry.generation)
+        with fetch_new_kek(work, new) as kek:
+            return replace_kek(work, group, new, kek, journal=None, retires=not entry.theirs)
     except UnlockError as error:
-        if not _begun(work, group, entry.generation):
+        if not _has_reached_a_disk(work, group, entry.generation):
             if isinstance(error, StateBlocked):
                 state.skip_generation(name, entry.generation)
             state.journal = None
@@ -68,7 +68,7 @@ def rotate(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
         raise
 
 
-def _made(work: Work, group: Group, entry: Rekey) -> Ref:
+def _make_successor(work: Work, group: Group, entry: Rekey) -> Ref:
     """The key that takes over, from the journal or made now."""
     if entry.made:
         return Ref(*entry.made)
@@ -79,7 +79,7 @@ def _made(work: Work, group: Group, entry: Rekey) -> Ref:
     return made
 
 
-def new_kek(work: Work, new: Group) -> Secret:
+def fetch_new_kek(work: Work, new: Group) -> Secret:
     """The KEK that takes over. When an earlier run was killed, a disk or the cache may have it already, and what
     the provider gives must be the same one."""
     return access.find_kek(work, new, states=USABLE)[0]
@@ -96,7 +96,7 @@ def successor(group: Group, provider_id: str, made: Ref, generation: int) -> Gro
     )
 
 
-def _begun(work: Work, group: Group, generation: int) -> bool:
+def _has_reached_a_disk(work: Work, group: Group, generation: int) -> bool:
     """Whether a disk has a token under the KEK that this rotation was to bring."""
     for node in work.nodes(group).values():
         try:
@@ -108,7 +108,7 @@ def _begun(work: Work, group: Group, generation: int) -> bool:
     return False
 
 
-def replace(
+def replace_kek(
     work: Work, group: Group, new: Group, kek: Secret, journal: JournalEntry | None, retires: bool = True
 ) -> Outcome:
     """Disks, then state and what the journal says from then on, then cache, then the old KEK's retirement.
@@ -117,8 +117,8 @@ def replace(
     """
     state = work.state
     if new.policy == "provider":  # no disk will have it
-        _cache(work, new, kek)
-    outcome, new = rewrap(work, new, kek)
+        _cache_kek(work, new, kek)
+    outcome, new = rewrap_disks(work, new, kek)
     state.groups[new.name] = new
     if retires:
         state.retire.append(ReplacedKek(group.kek, new.name))
@@ -126,18 +126,18 @@ def replace(
     state.save()
     if new.policy != "provider":
         try:
-            _cache(work, new, kek)
+            _cache_kek(work, new, kek)
         except UnlockError as error:  # every disk carries it
             log.error(str(error), error.hint)
-    retire(work)
+    retire_keks(work)
     return outcome
 
 
-def _cache(work: Work, group: Group, kek: Secret, source: str = "provider") -> None:
-    this_boot.remember(work.paths, source, {access.cached(group.kek, group.generation): kek})
+def _cache_kek(work: Work, group: Group, kek: Secret, source: str = "provider") -> None:
+    this_boot.cache_keys(work.paths, source, {access.cache_name(group.kek, group.generation): kek})
 
 
-def rewrap(work: Work, group: Group, kek: Secret) -> tuple[Outcome, Group]:
+def rewrap_disks(work: Work, group: Group, kek: Secret) -> tuple[Outcome, Group]:
     """Every member that is here gets a token as the group says; gives the group with those that are behind.
 
     One disk's trouble is its own. Raises that trouble when no disk is left without.
@@ -168,7 +168,7 @@ def rewrap_disk(work: Work, group: Group, member: Member, node: str, kek: Secret
     with work.host_key() as host_key, state.mac_key(work.persistence, member.uuid) as mac_key:
         keys = disk_keys.Keys(persistence=work.persistence, host_key=host_key, kek=kek, mac_key=mac_key)
         with luks.Container(node) as container:
-            dek = access.dek(work, container, group)
+            dek = access.find_volume_key(work, container, group)
             each = disk_keys.make_token(container, state.host, group, member, dek, keys)
         with dek:
             disk_keys.write_token(node, each, dek, keys)
@@ -184,8 +184,8 @@ def set_host_key(work: Work, provider_id: str, ref: Ref, key: Secret) -> None:
     for group in list(state.groups.values()):
         state.groups[group.name] = group._replace(behind=tuple(member.uuid for member in group.members))
     state.save()
-    this_boot.remember(work.paths, "provider", {"unlock:host": key})
-    catch_up(work)
+    this_boot.cache_keys(work.paths, "provider", {"unlock:host": key})
+    catch_up_disks(work)
 
 
 def set_policy(work: Work, group: Group, policy: str) -> Outcome:
@@ -196,17 +196,17 @@ def set_policy(work: Work, group: Group, policy: str) -> Outcome:
     kek, source = access.find_kek(work, group)
     with kek:
         if policy == "provider" or source == "provider":
-            _cache(work, group, kek, source)
+            _cache_kek(work, group, kek, source)
         new = group._replace(policy=policy, behind=tuple(member.uuid for member in group.members))
         state.groups[group.name] = new
         state.save()
-        outcome, new = rewrap(work, new, kek)
+        outcome, new = rewrap_disks(work, new, kek)
     state.groups[group.name] = new
     state.save()
     return outcome
 
 
-def catch_up(work: Work) -> list[Outcome]:
+def catch_up_disks(work: Work) -> list[Outcome]:
     """Members that were away and are back get the token that the others have. Asks the provider only when neither
     cache nor disks have the KEK. Writes nothing when nobody is behind."""
     outcomes = []
@@ -253,7 +253,7 @@ def _is_current(work: Work, group: Group, member: Member, node: str) -> bool:
     return same and says == (group.kek, group.generation, group.manifest, member.name, group.policy)
 
 
-def retire(work: Work, left: bool = False) -> None:
+def retire_keks(work: Work, left: bool = False) -> None:
     """Deactivates replaced KEKs of groups in which nobody is behind; with `left`, at providers that were left too.
 
     What fails is tried again another time.

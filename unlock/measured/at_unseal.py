@@ -42,7 +42,10 @@ def values(paths: Paths, tpm: Tpm) -> dict[int, bytes]:
     live = tpm.read_pcrs(range(16))
     later = eventlog.parse_systemd(read(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG))
     log, _ = event_log(paths, later, live)
-    return {**describe.at(asked(this_boot.early(paths), 0.0), log, later, live), pcr_policy.CAP_PCR: pcr_policy.UNSET}
+    return {
+        **describe.at(asked(this_boot.read_early_report(paths), 0.0), log, later, live),
+        pcr_policy.CAP_PCR: pcr_policy.UNSET,
+    }
 
 
 def of(selection: Iterable[int], found: Mapping[int, bytes]) -> dict[int, bytes]:

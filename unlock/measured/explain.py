@@ -427,7 +427,7 @@ def gather(paths: Paths, tcti: str = "device:/dev/tpmrm0") -> World:
     copy = _copied(paths) if not baseline and os.path.exists(_INITRAMFS) else None
     cmdline = at_unseal.read(paths.cmdline, describe.TEXT_MAX).decode("utf-8", "replace")
     return World(
-        this_boot.early(paths),
+        this_boot.read_early_report(paths),
         record,
         live,
         tpm_problem,

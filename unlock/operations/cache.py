@@ -10,28 +10,28 @@ from ..keys import access
 from ..paths import Paths
 from ..predict import allowed_states
 
-_WHAT = {
+_MEANING = {
     "unlock:persistence": "persistence key",
     "unlock:host": "host key",
     allowed_states.PIN_AUTH: "what the PIN makes",
 }
 
 
-def show(paths: Paths) -> list[dict[str, str]]:
+def list_keys(paths: Paths) -> list[dict[str, str]]:
     """Name, source and what it is; never a key."""
     state = State.load(paths)
-    sources = this_boot.sources(paths)
-    keks = {access.cached(group.kek, group.generation): group.name for group in state.groups.values()}
+    sources = this_boot.key_sources(paths)
+    keks = {access.cache_name(group.kek, group.generation): group.name for group in state.groups.values()}
     rows = []
     for name in keyring.names():
-        what = _WHAT.get(name, "")
+        what = _MEANING.get(name, "")
         if name in keks:
             what = f"KEK of group {keks[name]}"
         rows.append({"key": name, "what": what or "a former KEK", "source": sources.get(name, "not recorded")})
     return rows
 
 
-def consequences(paths: Paths, look: find.Look = find.look) -> list[str]:
+def describe_flush(paths: Paths, look: find.Look = find.look) -> list[str]:
     """What will not be possible until the next boot, once the cache is empty."""
     lines = [
         "no disk that comes late opens, and no group that is closed now",

@@ -18,8 +18,8 @@ from ..host.lock import exclusive
 from ..host.state import State
 from ..keys import access, delivery
 from ..keys.escrow import Escrow
-from ..keys.escrow import check as check_escrow
-from ..keys.escrow import write as put_in_escrow
+from ..keys.escrow import check_escrow as check_escrow
+from ..keys.escrow import write_escrow as put_in_escrow
 from ..paths import Paths
 from ..run import run
 from ..secret import Secret
@@ -42,13 +42,13 @@ class NewGroup(NamedTuple):
     escrow: Escrow | None = None
 
 
-def group_create(paths: Paths, wanted: NewGroup) -> Group:
+def create_group(paths: Paths, wanted: NewGroup) -> Group:
     """Formats disks and makes them a group. Destroys what is on them. Raises Refused, DiskFailed, Usage.
 
     An ordinary failure is undone and may be followed by anything; after a kill the same command finishes.
     """
     check_name(wanted.name)
-    wanted = wanted._replace(mount=config.mount_point(wanted.mount))
+    wanted = wanted._replace(mount=config.normalise_mount_point(wanted.mount))
     with exclusive(paths), access.Work(paths) as work:
         state = work.state
         nodes = [_node(device) for device in wanted.devices]
@@ -60,10 +60,10 @@ def group_create(paths: Paths, wanted: NewGroup) -> Group:
             _check_profile(wanted)
             _create(work, wanted, nodes, unfinished)
         group = state.groups[wanted.name]
-        kind = _type(group, wanted)
+        kind = _file_system_type(group, wanted)
         _add_to_config(paths, config.GroupConfig(wanted.name, wanted.mount, kind, "", config.DEADLINE, wanted.policy))
         this_boot.mark_open(paths, group.name, [member.name for member in group.members])
-        _start(units.mount(wanted.mount))
+        _start(units.mount_unit(wanted.mount))
         state.journal = None
         state.save()
         return group
@@ -77,9 +77,9 @@ def _create(work: access.Work, wanted: NewGroup, nodes: list[str], unfinished: G
             f"group {wanted.name} was begun with {len(before)} disks", "name the same disks", code="unfinished"
         )
     _check_disks(nodes, wanted, before)
-    with recovery_key(state, persistence, wanted.recovery_file, wanted.escrow) as recovery:
+    with obtain_recovery_key(state, persistence, wanted.recovery_file, wanted.escrow) as recovery:
         if not before:
-            names = mapping_names(wanted.name, len(nodes), _names(state).union(devices.mappings()))
+            names = mapping_names(wanted.name, len(nodes), _mapping_names_in_use(state).union(devices.mappings()))
             before = [
                 Member(str(uuids.uuid4()), name, devices.disk(node).serial)
                 for name, node in zip(names, nodes, strict=True)
@@ -89,11 +89,11 @@ def _create(work: access.Work, wanted: NewGroup, nodes: list[str], unfinished: G
             group, kek = _new_group(work, wanted.name, tuple(before), 1, wanted.policy)
             _format(group, nodes, recovery)
             _make_file_system(group, wanted)
-            with _keys(work, kek, recovery) as keys:
+            with access.token_keys(work, kek=kek, mac_key=disk_keys.mac_key(recovery, state.host)) as keys:
                 for member, node in zip(group.members, nodes, strict=True):
-                    with luks.Container(node) as container, _dek(state, container, recovery) as dek:
-                        each = disk_keys.make_token(container, state.host, group, member, dek, keys.keys)
-                        disk_keys.write_token(node, each, dek, keys.keys)
+                    with luks.Container(node) as container, _open_by_recovery_key(state, container, recovery) as dek:
+                        each = disk_keys.make_token(container, state.host, group, member, dek, keys)
+                        disk_keys.write_token(node, each, dek, keys)
         except UnlockError:
             for member in before:
                 luks.abandon(member.name)
@@ -117,7 +117,7 @@ def _options(wanted: NewGroup) -> str:
     return shlex.join(words)
 
 
-def disk_adopt(
+def adopt_disk(
     paths: Paths,
     device: str,
     group_name: str,
@@ -157,7 +157,7 @@ def disk_adopt(
         _check_policy(work, group, member)
         seen = work.look() if len(group.members) > 1 else {}
         others = {each.uuid: _node_of(seen, each) for each in group.members if each.uuid != uuid}
-        with dek, recovery_key(state, persistence, recovery_file, escrow) as recovery:
+        with dek, obtain_recovery_key(state, persistence, recovery_file, escrow) as recovery:
             state.begin(DiskAdoption("disk adopt", about, manifest=group.manifest))
             try:
                 with luks.Container(node) as container:
@@ -188,7 +188,7 @@ def _new_group(
     """A group with a KEK of its own, which it keeps on its disks unless a policy says otherwise."""
     generation = work.state.next_generation(name)
     provider = work.provider()
-    made, kek = access.new_key(provider, access.key_name(work.state.host, f"kek/{name}", generation))
+    made, kek = access.make_key(provider, access.key_name(work.state.host, f"kek/{name}", generation))
     policy = policy if work.state.persistent else "provider"
     return Group(name, f"{provider.id}/{made.id}", generation, manifest, members, made.name, policy), kek
 
@@ -206,18 +206,18 @@ def _check_policy(work: access.Work, group: Group, member: Member) -> None:
 def _write_member_list(work: access.Work, group: Group, kek: Secret, nodes: dict[str, str], recovery: Secret) -> None:
     """Every member gets a token with the group's present member list; the old ones go when all have it."""
     state = work.state
-    with _keys(work, kek, recovery) as keys:
+    with access.token_keys(work, kek=kek, mac_key=disk_keys.mac_key(recovery, state.host)) as keys:
         written = []
         for member in group.members:
             node = nodes[member.uuid]
             with luks.Container(node) as container:
-                dek = _dek(state, container, recovery)
-                each = disk_keys.make_token(container, state.host, group, member, dek, keys.keys)
-            disk_keys.write_token(node, each, dek, keys.keys)
+                dek = _open_by_recovery_key(state, container, recovery)
+                each = disk_keys.make_token(container, state.host, group, member, dek, keys)
+            disk_keys.write_token(node, each, dek, keys)
             written.append((node, each, dek))
         for node, each, dek in written:
             with dek:
-                disk_keys.drop_other_tokens(node, each, dek, keys.keys)
+                disk_keys.drop_other_tokens(node, each, dek, keys)
 
 
 def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, asked: str) -> str:
@@ -225,7 +225,7 @@ def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, 
     has = devices.mapping_of(uuid) or fstab.name_of(paths.crypttab, node, uuid)
     if has and asked and asked != has:
         raise Refused(f"the disk's mapping name is {has}", "leave --name out", code="name-taken")
-    taken = _names(state).union(name for name, other in devices.mappings().items() if other != uuid)
+    taken = _mapping_names_in_use(state).union(name for name, other in devices.mappings().items() if other != uuid)
     name = has or asked or mapping_names(group, 1, taken)[0]
     check_name(name, "mapping")
     if name in taken:
@@ -233,19 +233,19 @@ def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, 
     return name
 
 
-def recovery_key(state: State, persistence: Secret, file: str, escrow: Escrow | None = None) -> Secret:
+def obtain_recovery_key(state: State, persistence: Secret, file: str, escrow: Escrow | None = None) -> Secret:
     """This host's recovery key: made the first time, asked for later.
 
     A named file is read if it exists and written if not. At a terminal a new key is shown and typed back, unless it
     goes into escrow alone. Raises Usage for a typo, Refused for a key of another host.
     """
     if not state.has_recovery_key:
-        recovery = delivery.made(delivery.Keep(file, escrow))
+        recovery = delivery.make_recovery_key(delivery.Keeper(file, escrow))
         with disk_keys.mac_key(recovery, state.host) as mac_key:
             state.set_mac_key(persistence=persistence, mac_key=mac_key)
         state.save()
         return recovery
-    recovery = delivery.given(file if os.path.exists(file) else "")
+    recovery = delivery.read_recovery_key(file if os.path.exists(file) else "")
     with disk_keys.mac_key(recovery, state.host) as mac_key, state.mac_key(persistence) as expected:
         if mac_key != expected:
             raise Refused("this is not the recovery key of this host", "unlock status", code="recovery-key")
@@ -253,26 +253,6 @@ def recovery_key(state: State, persistence: Secret, file: str, escrow: Escrow | 
         check_escrow(escrow)
         put_in_escrow(escrow, recovery)
     return recovery
-
-
-class _Keys:
-    """The keys of one operation, wiped together."""
-
-    def __init__(self, *secrets: Secret) -> None:
-        self.keys = disk_keys.Keys(*secrets)
-
-    def __enter__(self) -> "_Keys":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for secret in self.keys:
-            secret.wipe()
-
-
-def _keys(work: access.Work, kek: Secret, recovery: Secret) -> _Keys:
-    """Takes the KEK over."""
-    persistence = Secret(bytes(work.persistence))
-    return _Keys(persistence, work.host_key(), kek, disk_keys.mac_key(recovery, work.state.host))
 
 
 def _node(device: str) -> str:
@@ -290,7 +270,7 @@ def _add_recovery_keyslot(container: luks.Container, dek: Secret, recovery: Secr
         container.add_keyslot(dek, recovery)
 
 
-def _dek(state: State, container: luks.Container, recovery: Secret) -> Secret:
+def _open_by_recovery_key(state: State, container: luks.Container, recovery: Secret) -> Secret:
     """The volume key by the recovery key, whose keyslot the state remembers. Raises NotOurs, DiskFailed."""
     try:
         slot, dek = disk_keys.recovery_keyslot(container, recovery)
@@ -300,7 +280,7 @@ def _dek(state: State, container: luks.Container, recovery: Secret) -> Secret:
     return dek
 
 
-def _names(state: State) -> set[str]:
+def _mapping_names_in_use(state: State) -> set[str]:
     return {member.name for group in state.groups.values() for member in group.members}
 
 
@@ -398,13 +378,13 @@ def _format(group: Group, nodes: list[str], recovery: Secret) -> None:
             container.activate(member.name, dek)
 
 
-def _type(group: Group, wanted: NewGroup) -> str:
+def _file_system_type(group: Group, wanted: NewGroup) -> str:
     return "btrfs" if len(group.members) > 1 or wanted.profile else "ext4"
 
 
 def _make_file_system(group: Group, wanted: NewGroup) -> None:
     mappings = [f"/dev/mapper/{member.name}" for member in group.members]
-    if _type(group, wanted) == "ext4":
+    if _file_system_type(group, wanted) == "ext4":
         run(["mkfs.ext4", "-q", "-F", "-L", group.name[:16], *mappings])
         return
     metadata = "raid1" if len(mappings) > 1 else "dup"
@@ -415,7 +395,7 @@ def _make_file_system(group: Group, wanted: NewGroup) -> None:
 def _add_to_config(paths: Paths, group: config.GroupConfig) -> None:
     """Unless it is there already. The text that is there stays as it is."""
     if group.name not in config.load(paths.config).groups:
-        config.append(paths.config, config.group_table(group))
+        config.append_table(paths.config, config.group_table(group))
     if os.path.exists("/run/systemd/system") and paths.root == "/":
         run(["systemctl", "daemon-reload"])
 

@@ -28,6 +28,7 @@ from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
 from ..tpm.record import RECORD_SIZE, SLOTS, Payload
+from .provider import Client, connect_as
 
 OVERRIDES = {
     "initramfs-without-unlock": "this boot's initramfs did not run unlock: the next boot measures differently",
@@ -38,21 +39,16 @@ OVERRIDES = {
 """What `--accept NAME` can accept, and what that means."""
 
 
-class Kmip(NamedTuple):
+class KeyManager(NamedTuple):
     """A key manager to begin with."""
 
     settings: config.ProviderConfig
-    certificate: str
-    """The client's, PEM."""
-    key: Secret
-    """The client's, PEM."""
+    client: Client
     persistent: bool
     """Whether its keys are kept on this host, wrapped."""
-    password: Secret | None = None
-    """Of the user name in the settings."""
 
 
-class Choices(NamedTuple):
+class InitChoices(NamedTuple):
     """What the operator chose."""
 
     backup: str
@@ -64,7 +60,7 @@ class Choices(NamedTuple):
     """Empty: by how the host boots."""
     owner_auth: Secret
     tcti: str = "device:/dev/tpmrm0"
-    kms: Kmip | None = None
+    kms: KeyManager | None = None
     """None: the native provider."""
 
 
@@ -78,7 +74,7 @@ class Preflight(NamedTuple):
     unauthenticated_root: bool
 
 
-def init(paths: Paths, choices: Choices) -> Preflight:
+def init(paths: Paths, choices: InitChoices) -> Preflight:
     """Initialises this host. Raises Refused with the name of what is wrong, TpmAbsent, TpmFailed."""
     with exclusive(paths):
         unfinished = _earlier_attempt(paths)
@@ -96,17 +92,17 @@ def init(paths: Paths, choices: Choices) -> Preflight:
                     if choices.kms
                     else _use_native(state, persistence, choices, unfinished)
                 ) as host_key:
-                    slots.persist(
+                    slots.seal_slot(
                         tpm,
                         bytes.fromhex(host),
                         found.selection,
                         (found.branch,),
                         Payload(persistence, found.unauthenticated_root),
-                        choices.owner_auth,
+                        owner_auth=choices.owner_auth,
                         replace="slots-in-use" in choices.accept or unfinished is not None,
                     )
-                    this_boot.remember(paths, "made", {"unlock:persistence": persistence})
-                    this_boot.remember(paths, "provider", {"unlock:host": host_key})
+                    this_boot.cache_keys(paths, "made", {"unlock:persistence": persistence})
+                    this_boot.cache_keys(paths, "provider", {"unlock:host": host_key})
         if not os.path.exists(paths.config):
             write_atomically(paths.config, config.HEAD.encode(), mode=0o644)
         allowed_states.begin(state, found.selection, found.branch, found.unauthenticated_root)
@@ -126,7 +122,7 @@ def _earlier_attempt(paths: Paths) -> State | None:
     raise Refused("this host is initialised already", "unlock status", code="initialised")
 
 
-def _use_native(state: State, persistence: Secret, choices: Choices, unfinished: State | None) -> Secret:
+def _use_native(state: State, persistence: Secret, choices: InitChoices, unfinished: State | None) -> Secret:
     """A KDK, backed up before anything depends on it; gives the host key. Raises Usage, Malformed, Tampered."""
     name = access.key_name(state.host, "host", 1)
     with Secret.random(32) as kdk, native.Native(Secret(bytes(kdk)), state.host) as provider:
@@ -144,32 +140,28 @@ def _use_native(state: State, persistence: Secret, choices: Choices, unfinished:
     return host_key
 
 
-def _use_kmip(paths: Paths, state: State, persistence: Secret, kms: Kmip) -> Secret:
+def _use_kmip(paths: Paths, state: State, persistence: Secret, kms: KeyManager) -> Secret:
     """A key manager, proven by the host key that it makes and gives back. Raises ProviderError, Usage, Malformed."""
     provider_id = f"kmip-{os.urandom(16).hex()}"
     entry = state.kmip_entry(
         name=kms.settings.name,
         provider_id=provider_id,
-        certificate=kms.certificate,
-        until=access.certificate_until(kms.certificate),
+        certificate=kms.client.certificate,
+        until=access.certificate_end(kms.client.certificate),
         persistence=persistence,
-        key=None if kms.settings.client_key else kms.key,
-        password=kms.password,
+        key=None if kms.settings.client_key else kms.client.key,
+        password=kms.client.password,
     )
     state.persistent = kms.persistent
     state.use_provider(entry)
     state.begin(Init("init", "--provider kmip"))
-    password = Secret(bytes(kms.password)) if kms.password else None
-    key = Secret(bytes(kms.key))
-    with closing(
-        access.kmip(kms.settings, provider_id=provider_id, certificate=kms.certificate, key=key, password=password)
-    ) as provider:
-        made, host_key = access.new_key(provider, access.key_name(state.host, "host", 1))
+    with closing(connect_as(kms.client, kms.settings, provider_id)) as provider:
+        made, host_key = access.make_key(provider, access.key_name(state.host, "host", 1))
     entry_of_key = KeyEntry(f"{provider_id}/{made.id}", made.name, 1)
     state.set_host_key(entry_of_key, persistence=persistence, key=host_key)
     state.save()
     if kms.settings.name not in config.load(paths.config).providers:
-        config.append(paths.config, config.provider_table(kms.settings))
+        config.append_table(paths.config, config.provider_table(kms.settings))
     return host_key
 
 
@@ -183,12 +175,12 @@ def _is_backup_of(path: str, host: str) -> bool:
     return not content or f'"scope": "{host}"'.encode() in content
 
 
-def preflight(paths: Paths, tpm: Tpm, choices: Choices, again: bool) -> Preflight:
+def preflight(paths: Paths, tpm: Tpm, choices: InitChoices, again: bool) -> Preflight:
     """Everything that can be known beforehand; changes nothing, but for an SRK where there is none. Raises Refused."""
     _check_chip(tpm, choices, again)
-    early = this_boot.early(paths)
+    early = this_boot.read_early_report(paths)
     if early is None:
-        _refuse(choices, "initramfs-without-unlock", "update-initramfs -u, and reboot once")
+        _require_accepted(choices, "initramfs-without-unlock", "update-initramfs -u, and reboot once")
     values = tpm.read_pcrs(range(16))
     before = early["facts"].get("cap_pcr_before") if early else None
     untouched = (
@@ -204,20 +196,22 @@ def preflight(paths: Paths, tpm: Tpm, choices: Choices, again: bool) -> Prefligh
         )
     boot = at_unseal.how_booted(paths, values)
     if boot == "unmeasured":
-        _refuse(choices, "unmeasured-boot", "boot with UEFI, which measures kernel and initramfs")
+        _require_accepted(choices, "unmeasured-boot", "boot with UEFI, which measures kernel and initramfs")
     elif at_unseal.hides_initramfs(boot, at_unseal.event_log(paths)[0]):
-        _refuse(choices, "unmeasured-boot", "boot a unified kernel image: Linux does not measure what initrd= names")
+        _require_accepted(
+            choices, "unmeasured-boot", "boot a unified kernel image: Linux does not measure what initrd= names"
+        )
     selection = pcr_policy.select(choices.pcrs or at_unseal.MEASURED_BY.get(boot, (7,)))
     plain_root = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
     if plain_root:
-        _refuse(choices, "unauthenticated-root", "encrypt the root file system")
+        _require_accepted(choices, "unauthenticated-root", "encrypt the root file system")
     tpm.srk(choices.owner_auth)
     tpm.trial(selection)
     then = at_unseal.of(selection, at_unseal.values(paths, tpm))
     return Preflight(boot, selection, pcr_policy.branch(selection, then), plain_root)
 
 
-def _check_chip(tpm: Tpm, choices: Choices, again: bool) -> None:
+def _check_chip(tpm: Tpm, choices: InitChoices, again: bool) -> None:
     facts = tpm.facts()
     if facts.in_lockout:
         raise Refused(
@@ -230,7 +224,7 @@ def _check_chip(tpm: Tpm, choices: Choices, again: bool) -> None:
     if facts.owner_auth_set and not len(choices.owner_auth):
         raise Refused("the TPM's owner has a password", "--owner-auth-file FILE", code="owner-auth-set")
     if facts.taken and not again:
-        _refuse(choices, "slots-in-use", "tpm2_getcap handles-persistent")
+        _require_accepted(choices, "slots-in-use", "tpm2_getcap handles-persistent")
     ours = sum(slot.object in facts.taken for slot in SLOTS)
     if facts.persistent_free + ours < 2 + (not facts.srk) or min(facts.nv_buffer, facts.nv_index_size) < RECORD_SIZE:
         raise Refused(
@@ -240,7 +234,7 @@ def _check_chip(tpm: Tpm, choices: Choices, again: bool) -> None:
         )
 
 
-def _refuse(choices: Choices, name: str, other: str) -> None:
+def _require_accepted(choices: InitChoices, name: str, other: str) -> None:
     if name in choices.accept:
         log.note(f"accepted: {name}: {OVERRIDES[name]}")
         return

@@ -71,28 +71,30 @@ def enable(
             work.state.set_host_key(
                 work.state.host_key_ref, persistence=work.persistence, key=host_key, keep_former=False
             )
-        return _apply(work)
+        return _apply_policies(work)
 
 
 def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth: Secret | None) -> None:
     """The same key under the same policy, unless something of this host is in the TPM. Raises Refused, TpmFailed."""
     host = bytes.fromhex(work.state.host)
-    early = this_boot.early(work.paths)
+    early = this_boot.read_early_report(work.paths)
     plain = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
     payload = Payload(work.persistence, early["facts"].get("unauthenticated_root", plain) if early else plain)
     with Tpm(tcti) as tpm:
-        found = _sealed(tpm)
+        found = _record_in_tpm(tpm)
         if found and found.host == host:
             return
         branches = [bytes.fromhex(each) for each in sealed.branches]
         with allowed_states.auth_for(work.state.host, sealed.pin) or Secret(b"") as auth:
             pin_auth = auth if len(auth) else None
-            slots.persist(tpm, host, sealed.selection, branches, payload, owner_auth, pin_auth=pin_auth, cap=sealed.cap)
+            slots.seal_slot(
+                tpm, host, sealed.selection, branches, payload, owner_auth=owner_auth, pin_auth=pin_auth, cap=sealed.cap
+            )
 
 
-def _sealed(tpm: Tpm) -> Record | None:
+def _record_in_tpm(tpm: Tpm) -> Record | None:
     try:
-        return slots.current(tpm)[1]
+        return slots.current_slot(tpm)[1]
     except NoSlot:
         return None
 
@@ -100,14 +102,14 @@ def _sealed(tpm: Tpm) -> Record | None:
 def disable(paths: Paths, look: find.Look = find.look) -> list[rotation.Outcome]:
     """Raises Refused where the host could not boot or reach its key manager any more."""
     with exclusive(paths), access.Work(paths, look) as work:
-        refuse(work.state)
+        refuse_without_kept_keys(work.state)
         work.state.begin(PersistenceChange("persistence", "disable"))
         work.state.persistent = False
         work.state.drop_host_key()
-        return _apply(work)
+        return _apply_policies(work)
 
 
-def refuse(state: State) -> None:
+def refuse_without_kept_keys(state: State) -> None:
     """Raises Refused when a host cannot do without keys that it keeps."""
     if state.provider.kind == "native":
         raise Refused(
@@ -136,7 +138,7 @@ def _host_key(work: access.Work) -> Secret:
         return work.provider(entry).fetch(access.key_ref(entry, key.id, key.name).id, work.opens())
 
 
-def _apply(work: access.Work) -> list[rotation.Outcome]:
+def _apply_policies(work: access.Work) -> list[rotation.Outcome]:
     """Each group as the choice and its own policy say; a group that is so already is looked at again."""
     state = work.state
     outcomes = [
@@ -154,7 +156,7 @@ def remove_all_stored_keys(paths: Paths, tcti: str, owner_auth: Secret) -> None:
         state = State.load(paths)
         _refuse_removal(state)
         with Tpm(tcti) as tpm:
-            found = _sealed(tpm)
+            found = _record_in_tpm(tpm)
             if found and found.host != bytes.fromhex(state.host):
                 raise Refused(
                     "the TPM keeps the persistence key of another installation", "unlock status", code="not-ours"
@@ -163,7 +165,7 @@ def remove_all_stored_keys(paths: Paths, tcti: str, owner_auth: Secret) -> None:
                 branches = tuple(each.hex() for each in found.branches)
                 state.removed = RemovedPolicy(found.selection, found.cap, branches, found.pin)
                 state.save()
-            slots.remove(tpm, owner_auth)
+            slots.evict_all(tpm, owner_auth)
 
 
 def _refuse_removal(state: State) -> None:

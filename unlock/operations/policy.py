@@ -39,7 +39,7 @@ def show(paths: Paths, tcti: str = DEVICE) -> dict[str, Any]:
     state = State.load(paths)
     with Tpm(tcti) as tpm:
         found = allowed_states.look(paths, tpm, state)
-    window = found.window if found.window and _open(found) else None
+    window = found.window if found.window and _is_window_open(found) else None
     return {
         "version": 1,
         "slot": found.slot.name,
@@ -61,7 +61,7 @@ def show(paths: Paths, tcti: str = DEVICE) -> dict[str, Any]:
     }
 
 
-def text(found: dict[str, Any]) -> str:
+def table(found: dict[str, Any]) -> str:
     """The same for people."""
     pin = "yes: the TPM asks for it at every boot" if found["pin"] else "no"
     window = found["window"]
@@ -86,7 +86,7 @@ def describe_window(since: str, reboots: int) -> str:
     return f"OPEN since {since}: fewer PCRs count, for {reboots} more good boot{'' if reboots == 1 else 's'}"
 
 
-def risk(selection: Iterable[int]) -> str:
+def describe_window_risk(selection: Iterable[int]) -> str:
     """What an open window means, in words."""
     if 7 in selection:
         return "whoever boots this host with any program that its Secure Boot accepts gets the keys"
@@ -104,29 +104,41 @@ def open_window(
     """
     if not 1 <= reboots <= REBOOTS_MAX:
         raise Usage(f"a window lasts 1 to {REBOOTS_MAX} good boots", "unlock policy window --reboots 1")
-    with changing(paths) as state, Tpm(tcti) as tpm, access.persistence_key() as persistence:
+    with changing(paths) as state, Tpm(tcti) as tpm, access.read_persistence_key() as persistence:
         found = allowed_states.look(paths, tpm, state)
-        full = _full(found)
+        full = _full_selection(found)
         if not set(keep) <= set(full):
             raise Usage(f"the policy is over PCRs {', '.join(map(str, full))}", "unlock policy show")
         selection = pcr_policy.select(set(full) - FIRMWARE | set(keep), found.record.cap)
-        branch = _of_this_boot(paths, tpm, found, selection)
-        window = Window(reboots=reboots, since=allowed_states.utc(), pcrs=full, boot=_boot(paths))
+        branch = _branch_of_this_boot(paths, tpm, found, selection)
+        window = Window(reboots=reboots, since=allowed_states.utc(), pcrs=full, boot=_boot_id(paths))
         state.tpm = state.tpm._replace(window=window, pcrs=full)
         reasons = {branch: "a window for a firmware update"}
-        return allowed_states.reseal(paths, tpm, state, persistence, found, selection, [branch], reasons, owner_auth)
+        return allowed_states.reseal(
+            paths,
+            tpm,
+            state,
+            found,
+            persistence=persistence,
+            selection=selection,
+            branches=[branch],
+            reasons=reasons,
+            owner_auth=owner_auth,
+        )
 
 
-def close(paths: Paths, tcti: str = DEVICE, owner_auth: Secret | None = None) -> Allowed:
+def close_window(paths: Paths, tcti: str = DEVICE, owner_auth: Secret | None = None) -> Allowed:
     """The full selection, and the state of this boot alone: predicted ones and that of the boot before are dropped.
 
     Raises NoKey, Refused when the state of this boot is not one that the policy allows, or cannot be told.
     """
-    with changing(paths) as state, Tpm(tcti) as tpm, access.persistence_key() as persistence:
-        return _close(paths, tpm, state, allowed_states.look(paths, tpm, state), persistence, owner_auth)
+    with changing(paths) as state, Tpm(tcti) as tpm, access.read_persistence_key() as persistence:
+        return _close(
+            paths, tpm, state, allowed_states.look(paths, tpm, state), persistence=persistence, owner_auth=owner_auth
+        )
 
 
-def choose(
+def set_policy(
     paths: Paths,
     pcrs: Iterable[int] = (),
     pin: Pin | None = None,
@@ -141,17 +153,36 @@ def choose(
     """
     if pin and pin.typed is not None:
         initramfs_images.need_pin(paths)
-    with changing(paths) as state, Tpm(tcti) as tpm, access.persistence_key() as persistence:
+    with changing(paths) as state, Tpm(tcti) as tpm, access.read_persistence_key() as persistence:
         found = allowed_states.look(paths, tpm, state)
         if not pcrs:
-            same = found.record.selection, found.record.branches
-            return allowed_states.reseal(paths, tpm, state, persistence, found, *same, {}, owner_auth, pin)
+            return allowed_states.reseal(
+                paths,
+                tpm,
+                state,
+                found,
+                persistence=persistence,
+                selection=found.record.selection,
+                branches=found.record.branches,
+                reasons={},
+                owner_auth=owner_auth,
+                pin=pin,
+            )
         selection = pcr_policy.select(pcrs, found.record.cap)
-        branch = _of_this_boot(paths, tpm, found, selection)
+        branch = _branch_of_this_boot(paths, tpm, found, selection)
         state.tpm = state.tpm._replace(pcrs=selection)
         reasons = {} if branch in found.record.branches else {branch: "this boot, when the PCRs were chosen"}
         changed = allowed_states.reseal(
-            paths, tpm, state, persistence, found, selection, [branch], reasons, owner_auth, pin
+            paths,
+            tpm,
+            state,
+            found,
+            persistence=persistence,
+            selection=selection,
+            branches=[branch],
+            reasons=reasons,
+            owner_auth=owner_auth,
+            pin=pin,
         )
         state.tpm = state.tpm._replace(window=None)
         state.save_if_changed()
@@ -163,7 +194,7 @@ def good_boot(paths: Paths, tcti: str = "") -> int:
 
     Raises NoKey when a window ends and the key cache was flushed, TpmFailed and others.
     """
-    early = this_boot.early(paths)
+    early = this_boot.read_early_report(paths)
     if not early or early["verdict"] != "unsealed":
         return 0
     with changing(paths) as state, Tpm(tcti or this_boot.tpm_device()) as tpm:
@@ -173,33 +204,45 @@ def good_boot(paths: Paths, tcti: str = "") -> int:
             branch = found.opened.hex()
             proven = state.tpm.states[branch]._replace(proven=True)
             state.tpm = state.tpm._replace(states={**state.tpm.states, branch: proven})
-        window = state.tpm.window if _open(found) else None  # or the command that opened or closed one was killed
-        if window and window.boot != _boot(paths):
-            window = window._replace(reboots=max(0, window.reboots - 1), boot=_boot(paths))
+        window = (
+            state.tpm.window if _is_window_open(found) else None
+        )  # or the command that opened or closed one was killed
+        if window and window.boot != _boot_id(paths):
+            window = window._replace(reboots=max(0, window.reboots - 1), boot=_boot_id(paths))
         state.tpm = state.tpm._replace(window=window)
         state.save_if_changed()
         if window and not window.reboots:
-            with access.persistence_key() as persistence:
-                _close(paths, tpm, state, found, persistence, None)
+            with access.read_persistence_key() as persistence:
+                _close(paths, tpm, state, found, persistence=persistence, owner_auth=None)
             log.note("the window is closed: all PCRs of the policy count again")
         elif found.opened:
-            slots.finish(tpm, found.slot, found.record.host)
+            slots.evict_older_policy(tpm, found.slot, found.record.host)
     return 0
 
 
 def _close(
-    paths: Paths, tpm: Tpm, state: State, found: Allowed, persistence: Secret, owner_auth: Secret | None
+    paths: Paths, tpm: Tpm, state: State, found: Allowed, *, persistence: Secret, owner_auth: Secret | None
 ) -> Allowed:
-    full = _full(found)
-    branch = _of_this_boot(paths, tpm, found, full)
+    full = _full_selection(found)
+    branch = _branch_of_this_boot(paths, tpm, found, full)
     reasons = {} if branch in found.record.branches else {branch: "this boot, when the window was closed"}
-    closed = allowed_states.reseal(paths, tpm, state, persistence, found, full, [branch], reasons, owner_auth)
+    closed = allowed_states.reseal(
+        paths,
+        tpm,
+        state,
+        found,
+        persistence=persistence,
+        selection=full,
+        branches=[branch],
+        reasons=reasons,
+        owner_auth=owner_auth,
+    )
     state.tpm = state.tpm._replace(window=None)
     state.save_if_changed()
     return closed._replace(window=None)
 
 
-def _of_this_boot(paths: Paths, tpm: Tpm, found: Allowed, selection: tuple[int, ...]) -> bytes:
+def _branch_of_this_boot(paths: Paths, tpm: Tpm, found: Allowed, selection: tuple[int, ...]) -> bytes:
     """The branch of this boot, which must be one that the policy allows as it is now."""
     if not found.opened:
         raise Refused(
@@ -212,18 +255,18 @@ def _of_this_boot(paths: Paths, tpm: Tpm, found: Allowed, selection: tuple[int, 
     return pcr_policy.branch(selection, at_unseal.of(selection, at_unseal.values(paths, tpm)), found.record.cap)
 
 
-def _full(found: Allowed) -> tuple[int, ...]:
+def _full_selection(found: Allowed) -> tuple[int, ...]:
     """The selection without a window."""
     if found.window:
         return pcr_policy.select({*found.window.pcrs, *found.record.selection}, found.record.cap)
     return found.record.selection
 
 
-def _open(found: Allowed) -> bool:
+def _is_window_open(found: Allowed) -> bool:
     """Whether the TPM has the window that the state speaks of."""
-    return found.record.selection != _full(found)
+    return found.record.selection != _full_selection(found)
 
 
-def _boot(paths: Paths) -> str:
+def _boot_id(paths: Paths) -> str:
     """The kernel's random id of this boot."""
     return at_unseal.read(paths.boot_id, 64).decode("ascii", "replace").strip()

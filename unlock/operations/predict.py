@@ -122,7 +122,7 @@ def gather(paths: Paths, tpm: Tpm) -> World:
     unknown = _BY_FILES & set(allows.record.selection) - describe.believed(found, later, live).keys()
     if unknown:
         raise replay.cannot(f"the event log does not account for PCR {min(unknown)}: what is measured is not known")
-    asked = at_unseal.asked(this_boot.early(paths), 0.0)
+    asked = at_unseal.asked(this_boot.read_early_report(paths), 0.0)
     early = tuple(event for event in later if event.time < asked)
     secure = 7 in allows.record.selection and at_unseal.variables(found).get("SecureBoot") == b"\1"
     return World(paths, found, boot_files.load(paths, found), early, at_unseal.values(paths, tpm), secure)

@@ -17,6 +17,7 @@ systemd make such).
 
 import os
 import time
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from ..disks import disk_keys, find, luks, token
@@ -62,7 +63,7 @@ class Changed(NamedTuple):
     behind: tuple[str, ...]
 
 
-class Place(NamedTuple):
+class PresentMember(NamedTuple):
     """A member that is here."""
 
     group: Group
@@ -73,7 +74,7 @@ class Place(NamedTuple):
 # Test
 
 
-def test(paths: Paths, recovery: Secret, look: find.Look = find.look) -> list[Tested]:
+def test_recovery_key(paths: Paths, recovery: Secret, look: find.Look = find.look) -> list[Tested]:
     """Every member of every group. Needs no other key; remembers when each disk last was ok. Raises Refused."""
     with exclusive(paths):
         state = State.load(paths)
@@ -93,20 +94,20 @@ def _test(state: State, group: Group, member: Member, node: str, count: int, rec
         return row._replace(outcome="absent", detail=f"{count} disks have its UUID" if count else "")
     try:
         with luks.Container(node) as container:
-            slot, dek = _authentic(state, container, recovery)
+            slot, dek = _open_authenticated(state, container, recovery)
             dek.wipe()
             state.recovery.keyslots[member.uuid] = container.salt(slot)
     except Tampered as error:
         return row._replace(outcome="altered", detail=str(error))
     except NotOurs as error:
-        return row._replace(outcome="wrong-key", detail=_behind_says(state, member) or str(error))
+        return row._replace(outcome="wrong-key", detail=_explain_wrong_key(state, member) or str(error))
     except UnlockError as error:
         return row._replace(outcome="failed", detail=str(error))
     state.recovery.tested[member.uuid] = int(time.time())
     return row
 
 
-def _authentic(state: State, container: luks.Container, recovery: Secret) -> tuple[int, Secret]:
+def _open_authenticated(state: State, container: luks.Container, recovery: Secret) -> tuple[int, Secret]:
     """Keyslot and volume key, the header's MAC checked first. Raises NotOurs for another key, Tampered, DiskFailed."""
     trouble: UnlockError | None = None
     try:
@@ -123,12 +124,12 @@ def _authentic(state: State, container: luks.Container, recovery: Secret) -> tup
     raise trouble
 
 
-def _behind_says(state: State, member: Member) -> str:
+def _explain_wrong_key(state: State, member: Member) -> str:
     away = member.uuid in state.recovery.behind
     return "it was away when the key was rotated: unlock recovery new" if away else ""
 
 
-def status(rows: list[Tested]) -> int:
+def exit_status(rows: list[Tested]) -> int:
     """The exit status."""
     order = list(STATUS)
     return STATUS[max((each.outcome for each in rows), key=order.index, default="ok")]
@@ -137,9 +138,9 @@ def status(rows: list[Tested]) -> int:
 # Rotate and new
 
 
-def rotate(
+def rotate_recovery_key(
     paths: Paths,
-    keep: delivery.Keep,
+    keep: delivery.Keeper,
     look: find.Look = find.look,
     connect: access.Connect = access.connect,
 ) -> Changed:
@@ -153,14 +154,14 @@ def rotate(
         state = work.state
         if not state.has_recovery_key:
             raise Refused("this host has no recovery key yet", "unlock group create", code="no-recovery-key")
-        places, absent = _places(work)
+        places, absent = _present_and_absent(work)
         if not places:
             raise Refused("no disk of this host is here", "unlock status", code="missing")
         begun = state.unfinished(RecoveryRotation, "rotate")
-        entry = begun or _begin(work, places, keep)
+        entry = begun or _begin_rotation(work, places, keep)
         with state.unwrap_recovery_key(work.persistence, entry.key) as recovery:
             try:
-                entry = _hand_out(work, entry, keep, recovery)
+                entry = _deliver(work, entry, keep, recovery)
             except BaseException:
                 if not begun:
                     state.journal = None
@@ -169,11 +170,11 @@ def rotate(
             if not entry.written:
                 _write_or_undo(work, places, recovery)
                 state.journal = entry._replace(written=True)
-                _switch(work, places, recovery, [member.uuid for member in absent])
-            return _finish(work, recovery)
+                _use_new_key(work, places, recovery, [member.uuid for member in absent])
+            return _finish_disks(work, recovery)
 
 
-def new(
+def renew_keyslots(
     paths: Paths,
     recovery: Secret,
     look: find.Look = find.look,
@@ -184,12 +185,12 @@ def new(
     Killed, the same command finishes. Raises Refused for another key, NoKey, ProviderError, DiskFailed.
     """
     with exclusive(paths), Work(paths, look, connect) as work:
-        check_present(work.state, work.persistence, recovery)
+        check_recovery_key(work.state, work.persistence, recovery)
         work.state.begin(RecoveryRenewal("recovery", "new"))
-        return _finish(work, recovery)
+        return _finish_disks(work, recovery)
 
 
-def check_present(state: State, persistence: Secret, recovery: Secret) -> None:
+def check_recovery_key(state: State, persistence: Secret, recovery: Secret) -> None:
     """Raises Refused unless it is the recovery key of this host."""
     if not state.has_recovery_key:
         raise Refused("this host has no recovery key yet", "unlock group create", code="no-recovery-key")
@@ -198,7 +199,7 @@ def check_present(state: State, persistence: Secret, recovery: Secret) -> None:
             raise Refused("this is not the recovery key of this host", "unlock recovery rotate", code="recovery-key")
 
 
-def _begin(work: Work, places: list[Place], keep: delivery.Keep) -> RecoveryRotation:
+def _begin_rotation(work: Work, places: list[PresentMember], keep: delivery.Keeper) -> RecoveryRotation:
     """The journal's entry, with a new key."""
     state = work.state
     state.refuse_other("recovery", "rotate")
@@ -206,10 +207,10 @@ def _begin(work: Work, places: list[Place], keep: delivery.Keep) -> RecoveryRota
     if keep.file and os.path.lexists(keep.file):
         raise Usage(f"{keep.file} exists already", f"{delivery.FLAG} with a file that does not exist yet")
     if keep.escrow:
-        escrow.check(keep.escrow)
+        escrow.check_escrow(keep.escrow)
     with recovery_key.new() as key:
         wrapped = state.wrap_recovery_key(persistence=work.persistence, recovery=key)
-    file, escrow_file = _where(keep)
+    file, escrow_file = _destinations(keep)
     entry = RecoveryRotation(
         "recovery", "rotate", key=wrapped, file=file, escrow=escrow_file, kept=False, written=False
     )
@@ -217,7 +218,7 @@ def _begin(work: Work, places: list[Place], keep: delivery.Keep) -> RecoveryRota
     return entry
 
 
-def _where(keep: delivery.Keep) -> tuple[str, str]:
+def _destinations(keep: delivery.Keeper) -> tuple[str, str]:
     """Absolute paths of the key's file and of the escrow file, '' for none."""
     return (
         os.path.abspath(keep.file) if keep.file else "",
@@ -225,27 +226,27 @@ def _where(keep: delivery.Keep) -> tuple[str, str]:
     )
 
 
-def _hand_out(work: Work, entry: RecoveryRotation, keep: delivery.Keep, recovery: Secret) -> RecoveryRotation:
+def _deliver(work: Work, entry: RecoveryRotation, keep: delivery.Keeper, recovery: Secret) -> RecoveryRotation:
     """Durable before any disk depends on it. Whoever finishes a rotation names another place, or leaves the key where
     it is: Refused when it is not there any more."""
-    file, escrow_file = _where(keep)
+    file, escrow_file = _destinations(keep)
     if entry.kept and not file and not escrow_file:
-        _check_kept(entry, recovery)
+        _check_delivered(entry, recovery)
         return entry
     if keep.escrow and escrow_file != entry.escrow:
-        escrow.check(keep.escrow)
-    delivery.hand(keep, recovery)
+        escrow.check_escrow(keep.escrow)
+    delivery.deliver(keep, recovery)
     entry = entry._replace(file=file, escrow=escrow_file, kept=True)
     work.state.journal = entry
     work.state.save()
     return entry
 
 
-def _check_kept(entry: RecoveryRotation, recovery: Secret) -> None:
+def _check_delivered(entry: RecoveryRotation, recovery: Secret) -> None:
     """It may have been in memory when the power went. Raises Refused."""
     places = [each for each in (entry.file, entry.escrow) if each]
     if os.path.exists(entry.file):
-        with delivery.given(entry.file) as held:
+        with delivery.read_recovery_key(entry.file) as held:
             if held == recovery:
                 return
     if places and not os.path.exists(entry.escrow):
@@ -256,11 +257,11 @@ def _check_kept(entry: RecoveryRotation, recovery: Secret) -> None:
         )
 
 
-def _check_known(work: Work, places: list[Place]) -> None:
+def _check_known(work: Work, places: list[PresentMember]) -> None:
     """Raises Refused when the keyslot that is to go cannot be told from an operator's own."""
     for each in places:
         with luks.Container(each.node) as container:
-            if container.cheap_keyslots() and not _ours(work.state, container):
+            if container.cheap_keyslots() and not _recovery_keyslots(work.state, container):
                 raise Refused(
                     f"which keyslot of {each.member.name} takes the present recovery key is not known",
                     "unlock recovery test, with that key, finds it; if it is lost: cryptsetup luksKillSlot",
@@ -268,44 +269,44 @@ def _check_known(work: Work, places: list[Place]) -> None:
                 )
 
 
-def _ours(state: State, container: luks.Container) -> list[int]:
+def _recovery_keyslots(state: State, container: luks.Container) -> list[int]:
     """The keyslots of recovery keys, as far as the state knows them."""
     known = {state.recovery.keyslots.get(container.uuid), *state.recovery.former.get(container.uuid, ())}
     return [slot for slot in container.cheap_keyslots() if container.salt(slot) in known]
 
 
-def _places(work: Work) -> tuple[list[Place], list[Member]]:
+def _present_and_absent(work: Work) -> tuple[list[PresentMember], list[Member]]:
     """Members that are here, and those that are not."""
-    places: list[Place] = []
+    places: list[PresentMember] = []
     absent: list[Member] = []
     for group in work.state.groups.values():
         nodes = work.nodes(group)
-        places += [Place(group, each, nodes[each.uuid]) for each in group.members if each.uuid in nodes]
+        places += [PresentMember(group, each, nodes[each.uuid]) for each in group.members if each.uuid in nodes]
         absent += [each for each in group.members if each.uuid not in nodes]
     return places, absent
 
 
-def _write_or_undo(work: Work, places: list[Place], recovery: Secret) -> None:
+def _write_or_undo(work: Work, places: list[PresentMember], recovery: Secret) -> None:
     for number, each in enumerate(places, 1):
         try:
-            _write(work, each, recovery)
+            _write_keyslot_and_token(work, each, recovery)
         except UnlockError as error:
             for begun in places[:number]:
-                _undo(work, begun, recovery)
+                _remove_new(work, begun, recovery)
             work.state.journal = None
             work.state.save()
-            raise _of(each, error) from error
+            raise _with_disk_name(each, error) from error
 
 
-def _of(place: Place, error: UnlockError) -> UnlockError:
+def _with_disk_name(place: PresentMember, error: UnlockError) -> UnlockError:
     """The same, with the disk's name."""
     return type(error)(f"{place.member.name}: {error}", error.hint, error.code)
 
 
-def _write(work: Work, place: Place, recovery: Secret) -> None:
+def _write_keyslot_and_token(work: Work, place: PresentMember, recovery: Secret) -> None:
     """Keyslot and token beside what is there, each proven from a fresh read. Nothing that is there is written twice."""
     with luks.Container(place.node) as container:
-        dek = access.dek(work, container, place.group)
+        dek = access.find_volume_key(work, container, place.group)
     with dek:
         with luks.Container(place.node) as container:
             try:
@@ -315,24 +316,24 @@ def _write(work: Work, place: Place, recovery: Secret) -> None:
         with luks.Container(place.node) as container, disk_keys.by_recovery_key(container, recovery) as found:
             if found != dek:
                 raise DiskFailed(f"{place.node}: the keyslot that was written gives another key")
-        with _Keys(work, place.group, recovery) as keys:
+        with _token_keys(work, place.group, recovery) as keys:
             with luks.Container(place.node) as container:
                 each = disk_keys.make_token(container, work.state.host, place.group, place.member, dek, keys)
             disk_keys.write_token(place.node, each, dek, keys)
 
 
-def _switch(work: Work, places: list[Place], recovery: Secret, behind: list[str]) -> None:
+def _use_new_key(work: Work, places: list[PresentMember], recovery: Secret, behind: list[str]) -> None:
     """From here on the new key counts. Which keyslots go is remembered in the same save."""
     state = work.state
     for each in places:
-        _note(state, each, recovery)
+        _remember_keyslot(state, each, recovery)
     with disk_keys.mac_key(recovery, state.host) as mac_key:
         state.change_mac_key(persistence=work.persistence, mac_key=mac_key, behind=behind)
     state.recovery.tested.clear()
     state.save()
 
 
-def _note(state: State, place: Place, recovery: Secret) -> None:
+def _remember_keyslot(state: State, place: PresentMember, recovery: Secret) -> None:
     """The disk has the key: what its keyslot was before is former."""
     with luks.Container(place.node) as container:
         slot, dek = disk_keys.recovery_keyslot(container, recovery)
@@ -345,7 +346,7 @@ def _note(state: State, place: Place, recovery: Secret) -> None:
     state.recovery.behind.pop(place.member.uuid, None)
 
 
-def _finish(work: Work, recovery: Secret) -> Changed:
+def _finish_disks(work: Work, recovery: Secret) -> Changed:
     """All disks that are here: the key is on them, then nothing of an earlier one. One disk's trouble stops no other.
 
     Raises that trouble at the end. The journal is closed then too: the state says of each disk what is left to do.
@@ -353,16 +354,16 @@ def _finish(work: Work, recovery: Secret) -> Changed:
     state = work.state
     trouble: UnlockError | None = None
     done: list[str] = []
-    places, absent = _places(work)
+    places, absent = _present_and_absent(work)
     for each in places:
         try:
-            _write(work, each, recovery)
-            _note(state, each, recovery)
+            _write_keyslot_and_token(work, each, recovery)
+            _remember_keyslot(state, each, recovery)
             state.save()
-            _clean(work, each, recovery)
+            _remove_former(work, each, recovery)
             done.append(each.member.name)
         except UnlockError as error:
-            trouble = _of(each, error)
+            trouble = _with_disk_name(each, error)
     state.journal = None
     state.save()
     if trouble:
@@ -375,7 +376,7 @@ def _lags(state: State, member: Member) -> bool:
     return member.uuid in state.recovery.behind or member.uuid in state.recovery.former
 
 
-def _clean(work: Work, place: Place, recovery: Secret) -> None:
+def _remove_former(work: Work, place: PresentMember, recovery: Secret) -> None:
     """Former keyslots first: a key whose keyslot is gone is a wrong key, not an altered header. Then other tokens."""
     former = work.state.recovery.former.get(place.member.uuid, [])
     with luks.Container(place.node) as container:
@@ -383,7 +384,7 @@ def _clean(work: Work, place: Place, recovery: Secret) -> None:
         for other in container.cheap_keyslots():
             if other != slot and container.salt(other) in former:
                 container.remove_keyslot(other)
-    with dek, _Keys(work, place.group, recovery) as keys:
+    with dek, _token_keys(work, place.group, recovery) as keys:
         with luks.Container(place.node) as container:
             each = disk_keys.make_token(container, work.state.host, place.group, place.member, dek, keys)
         disk_keys.drop_other_tokens(place.node, each, dek, keys)
@@ -392,7 +393,7 @@ def _clean(work: Work, place: Place, recovery: Secret) -> None:
         work.state.save()
 
 
-def _undo(work: Work, place: Place, recovery: Secret) -> None:
+def _remove_new(work: Work, place: PresentMember, recovery: Secret) -> None:
     """Token and keyslot of a key that is not used after all. Raises DiskFailed: the journal stays open then."""
     with luks.Container(place.node) as container, disk_keys.mac_key(recovery, work.state.host) as mac_key:
         try:
@@ -409,18 +410,7 @@ def _undo(work: Work, place: Place, recovery: Secret) -> None:
         container.remove_keyslot(slot)
 
 
-class _Keys:
-    """What a member's token is made with, wiped together."""
-
-    def __init__(self, work: Work, group: Group, recovery: Secret) -> None:
-        kek, _ = access.find_kek(work, group)
-        self._keys = disk_keys.Keys(
-            Secret(bytes(work.persistence)), work.host_key(), kek, disk_keys.mac_key(recovery, work.state.host)
-        )
-
-    def __enter__(self) -> disk_keys.Keys:
-        return self._keys
-
-    def __exit__(self, *_: object) -> None:
-        for each in self._keys:
-            each.wipe()
+def _token_keys(work: Work, group: Group, recovery: Secret) -> AbstractContextManager[disk_keys.Keys]:
+    """What a member's token is made with, its MAC by the key that belongs to `recovery`."""
+    kek, _ = access.find_kek(work, group)
+    return access.token_keys(work, kek=kek, mac_key=disk_keys.mac_key(recovery, work.state.host))

@@ -23,11 +23,11 @@ def rekey(
         journal = work.state.journal
         unfinished = journal.about if isinstance(journal, Rekey) else ""
         names = [name] if name else sorted(work.state.groups, key=lambda each: (each != unfinished, each))
-        rotation.retire(work)
+        rotation.retire_keks(work)
         outcomes = []
         for each in names:
             try:
-                outcomes.append(rotation.rotate(work, each))
+                outcomes.append(rotation.rotate_kek(work, each))
             except Refused as error:
                 if name or error.code != "missing":
                     raise

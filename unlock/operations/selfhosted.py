@@ -14,11 +14,11 @@ from ..endpoint import Endpoint
 from ..errors import Refused
 
 
-def refuse(groups: dict[str, Group], endpoints: tuple[str, ...]) -> None:
+def refuse_self_hosted(groups: dict[str, Group], endpoints: tuple[str, ...]) -> None:
     """Raises Refused when the server behind one of them lives on one of the groups."""
-    where = mounts(groups)
+    where = group_mounts(groups)
     for endpoint in endpoints:
-        if group := group_of(endpoint, where):
+        if group := hosting_group(endpoint, where):
             raise Refused(
                 f"the key manager at {endpoint} lives on group {group}, which could not open without it",
                 "run it elsewhere",
@@ -26,7 +26,7 @@ def refuse(groups: dict[str, Group], endpoints: tuple[str, ...]) -> None:
             )
 
 
-def mounts(groups: dict[str, Group]) -> dict[str, str]:
+def group_mounts(groups: dict[str, Group]) -> dict[str, str]:
     """Mount point -> the group that it lies on."""
     members = {member.name: group.name for group in groups.values() for member in group.members}
     found = {}
@@ -37,13 +37,13 @@ def mounts(groups: dict[str, Group]) -> dict[str, str]:
     return found
 
 
-def group_of(endpoint: str, where: dict[str, str]) -> str:
+def hosting_group(endpoint: str, where: dict[str, str]) -> str:
     """The group on which the server behind `HOST[:PORT][=NAME]` lives, as far as can be seen; or ''.
     Raises Usage."""
     server = Endpoint.parse(endpoint)
     if not where or not _is_here(server.host):
         return ""
-    inodes = _listening(server.port)
+    inodes = _listening_sockets(server.port)
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         links = _links(pid)
         if not inodes & {link for link in links if link.startswith("socket:")}:
@@ -71,7 +71,7 @@ def _is_here(host: str) -> bool:
     return False
 
 
-def _listening(port: int) -> set[str]:
+def _listening_sockets(port: int) -> set[str]:
     """What /proc/PID/fd calls the sockets that listen on a TCP port: proc_pid_net(5)."""
     found = set()
     for name in ("/proc/net/tcp", "/proc/net/tcp6"):

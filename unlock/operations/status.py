@@ -27,7 +27,7 @@ def status(paths: Paths) -> dict[str, Any]:
     except NoKey:
         persistence = None
     seen = _seen(state.host, persistence)
-    early = this_boot.early(paths)
+    early = this_boot.read_early_report(paths)
     groups = []
     for group in state.groups.values():
         disks = [_disk(member, seen) for member in group.members]
@@ -243,7 +243,7 @@ def _summary(states: list[str]) -> str:
 
 def boot(paths: Paths) -> dict[str, Any]:
     """The report of this boot's early phase. Raises NoSlot when there is none."""
-    found = this_boot.early(paths)
+    found = this_boot.read_early_report(paths)
     if found is None:
         raise UnlockError("early boot left no report", "update-initramfs -u, and reboot", code="no-report")
     return found

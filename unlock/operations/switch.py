@@ -36,7 +36,7 @@ def switch(
         if kept and state.removed:
             raise Refused("the TPM keeps nothing of this host", "unlock persistence enable", code="removed")
         if entry.kind == "kmip":
-            selfhosted.refuse(state.groups, access.provider_settings(paths, entry).endpoints)
+            selfhosted.refuse_self_hosted(state.groups, access.provider_settings(paths, entry).endpoints)
         provider = work.provider(entry)
         state.begin(ProviderSwitch("provider switch", name))
         state.persistent = kept
@@ -50,7 +50,7 @@ def switch(
         state.use_provider(entry)
         state.journal = None
         state.save()
-        rotation.retire(work, left=True)
+        rotation.retire_keks(work, left=True)
         return outcomes
 
 
@@ -70,20 +70,20 @@ def _persistence_with(state: State, entry: ProviderEntry, persistent: bool | Non
 def _new_host_key(work: access.Work, entry: ProviderEntry, provider: Provider) -> None:
     state = work.state
     generation = state.host_key_ref.generation + 1
-    made, key = access.new_key(provider, access.key_name(state.host, "host", generation))
+    made, key = access.make_key(provider, access.key_name(state.host, "host", generation))
     with key:
         new = KeyEntry(f"{entry.id}/{made.id}", made.name, generation)
         state.set_host_key(new, persistence=work.persistence, key=key)
         state.save()
-        this_boot.remember(work.paths, "provider", {"unlock:host": key})
+        this_boot.cache_keys(work.paths, "provider", {"unlock:host": key})
 
 
 def _move(work: access.Work, entry: ProviderEntry, provider: Provider, name: str) -> rotation.Outcome:
     state = work.state
     group = state.groups[name]
     generation = state.next_generation(name)
-    made, kek = access.new_key(provider, access.key_name(state.host, f"kek/{name}", generation))
+    made, kek = access.make_key(provider, access.key_name(state.host, f"kek/{name}", generation))
     with kek:
         new = rotation.successor(group, entry.id, made, generation)
         new = new._replace(policy=access.wanted_policy(work, group))
-        return rotation.replace(work, group, new, kek, journal=state.journal)
+        return rotation.replace_kek(work, group, new, kek, journal=state.journal)
