@@ -37,7 +37,7 @@ EVERY_KEY = (  # each disk may be opened by any key that the TPM gives
     (
         f"{CODE}/disks/disk_keys.py",
         "    try:\n        kek = unwrap_kek(each, persistence)\n",
-        "    from .slots import ALL\n"
+        "    from ..tpm.slots import ALL\n"
         "    if persistence is not ALL[-1].payload.key:\n"
         "        try:\n"
         "            return volume_key(header, each, ALL[-1].payload.key)\n"

@@ -195,24 +195,9 @@ def test_a_key_that_may_not_be_read_gives_no_key_and_a_hint(uid: int) -> None:
         with pytest.raises(NoKey) as caught:
             keyring.get("unlock:host")
         assert "KeyringMode=shared" in caught.value.hint
-        keyring.link_user_keyring()
 
     def _user_keyring() -> int:
         return keyring._keyctl(_GET_KEYRING_ID, keyring._USER, 0)
-
-    in_child(story, uid)
-
-
-def test_linking_the_user_keyring_gives_possession(uid: int) -> None:
-    def story() -> None:
-        new_session()
-        user = keyring._keyctl(_GET_KEYRING_ID, keyring._USER, 1)
-        with pytest.raises(OSError, match="key"):
-            keyring._keyctl(keyring._SEARCH, keyring._SESSION, b"keyring", f"_uid.{uid}".encode(), 0)
-        keyring.link_user_keyring()
-        keyring.link_user_keyring()
-        found = keyring._keyctl(keyring._SEARCH, keyring._SESSION, b"keyring", f"_uid.{uid}".encode(), 0)
-        assert found == user
 
     in_child(story, uid)
 

@@ -44,7 +44,7 @@ def opened(host: Machine) -> allowed_states.Allowed:
     return policy.open_window(host.paths, 1, (), host.chip.tcti)
 
 
-def shown(host: Machine) -> dict[str, object]:
+def shown(host: Machine) -> policy.PolicyReport:
     found = policy.show(host.paths, host.chip.tcti)
     assert json.loads(json.dumps(found)) == found
     assert policy.table(found)

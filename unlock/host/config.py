@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""/etc/unlock/unlock.toml: what a person edits."""
+"""Reads /etc/unlock/unlock.toml, the configuration that a person edits, and appends tables to it.
+
+Every command reads it; `init`, `group create`, `disk adopt` and `provider add` append. unlock.toml(5) is its reference.
+"""
 
 import os
 from typing import Any, NamedTuple, TypeVar
@@ -66,13 +69,15 @@ class SyncConfig(NamedTuple):
 
 
 class Config(NamedTuple):
+    """The whole file."""
+
     groups: dict[str, GroupConfig]
     providers: dict[str, ProviderConfig]
     sync: SyncConfig
 
 
 def parse(text: str) -> Config:
-    """Raises Malformed that names the key, NewerFormat."""
+    """The configuration in a file's text. Raises Malformed that names the key, NewerFormat."""
     import tomllib
 
     try:
@@ -198,14 +203,14 @@ def append_table(path: str, table: str) -> None:
 
 
 def check_username(text: str) -> str:
-    """Of a key manager's client. Raises Usage."""
+    """A user name of a key manager's client, unchanged. Raises Usage for one that cannot be."""
     if not (text.isascii() and text.isprintable()) or len(text) > USERNAME_MAX:
         raise Usage(f"{text!r} cannot be a user name", f"up to {USERNAME_MAX} printable ASCII characters")
     return text
 
 
 def normalise_mount_point(path: str) -> str:
-    """The path as systemd names its mount unit: without empty parts, `.` and the last slash. Raises Usage."""
+    """The mount point without empty parts, `.` and the last slash, as systemd names its mount unit. Raises Usage."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if not path.startswith("/") or not parts or ".." in parts or not path.isprintable():
         raise Usage(f"{path!r} cannot be a mount point", "give an absolute path")

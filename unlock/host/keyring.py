@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The key cache: keys of type `user` in root's user keyring, which outlives switch_root and every process.
+"""The key cache: keys of type `user` in root's user keyring, which lasts until the next boot, across switch_root.
 
 Names: unlock:persistence, unlock:pin-auth, unlock:host, unlock:kek:ID. The system calls are used directly (keyctl(2)).
 A later root process, whatever its session keyring, reads them by its uid; nobody else may.
@@ -14,7 +14,7 @@ from ..secret import Secret
 
 PREFIX = "unlock:"
 
-_THREAD, _SESSION, _USER = -1, -3, -4  # special keyrings
+_THREAD, _USER = -1, -4  # special keyrings
 _SETPERM, _DESCRIBE, _LINK, _UNLINK, _SEARCH, _READ, _TIMEOUT, _INVALIDATE = 5, 6, 8, 9, 10, 11, 15, 21
 _PERMISSIONS = 0x3F0B0000
 """The possessor: all; the same uid: view, read, search; group and others: nothing."""
@@ -99,15 +99,6 @@ def flush() -> None:
     """Removes all of our keys."""
     for name in names():
         forget(name)
-
-
-def link_user_keyring() -> None:
-    """Links the user keyring into this session's, for a caller whose KeyringMode is `private`, so that what
-    it starts possesses the keys too. Raises UnlockError."""
-    try:
-        _keyctl(_LINK, _USER, _SESSION)
-    except OSError as error:
-        raise UnlockError(f"the user keyring cannot be linked: {error.strerror}", code="keyring-failed") from error
 
 
 def _serials() -> list[int]:

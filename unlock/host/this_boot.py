@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of this boot in /run/unlock, which the initramfs scripts, the gates and `status` read.
+"""Reads and writes the files of this boot in /run/unlock: for the initramfs scripts, the gates and `unlock status`.
 
-report.json      what early boot did            verdict    its verdict, one word
+report.json      the report of early boot            verdict    its verdict, one word
 idle             every present disk has an outcome
-failed           a disk of this host that is present did not open
-waiting          the boot scripts wait for the agent: it may ask a person
-asking           it does: no deadline runs
+failed           a present disk of this host did not open
+waiting          the boot scripts wait for the agent, which may ask a person
+asking           the agent asks a person: no deadline runs
 capped           the TPM confirmed the cap
-dropped          what the TPM had opened was closed before a shell
+dropped          the disks that the TPM's key had opened were closed before a shell started
 shown.json       the errors that the recovery shell has shown
 recovered        the recovery prompt opened disks, or tried to
-ended            the agent ended in order: keys and disks are handed over, or closed
-open/G           link to a mapping of group G, which is open; members/G lists them all
-failed-groups/G  its gate failed; the units that waited
+ended            the agent ended in order: it handed keys and disks over, or closed them
+open/G           link to the first mapping of group G, which is open; members/G lists all of them
+failed-groups/G  the gate of group G failed; the units that waited for it
 keys.json        where each cached key came from
-sync.json        how the last sync went
+sync.json        the outcome of the last sync
 """
 
 import os
@@ -28,7 +28,7 @@ from .report import Report, read
 
 
 def publish(paths: Paths, record: Report) -> None:
-    """Report, open groups, failures, and last `idle`."""
+    """Writes what early boot did: open groups, failures, the report, and `idle` last."""
     for name, group in record.groups.items():
         if group["outcome"] == "open":
             mark_open(paths, name, group["mappings"])
@@ -41,7 +41,7 @@ def publish(paths: Paths, record: Report) -> None:
 
 
 def write_report(paths: Paths, record: Report, name: str) -> None:
-    """Whole or not at all; /run needs no fsync."""
+    """Writes a report, whole or not at all; /run needs no fsync."""
     path = paths.of_this_boot(name)
     with open(f"{path}.new", "wb") as file:
         file.write(record.encode())
@@ -56,7 +56,8 @@ def mark(paths: Paths, *names: str) -> None:
 
 
 def mark_open(paths: Paths, group: str, mappings: list[str]) -> None:
-    """The group is open. Its mount unit mounts a link to the first mapping; the gate shows all to btrfs."""
+    """Marks a group as open. Its mount unit mounts a link to the first mapping; the gate shows all mappings to
+    btrfs."""
     link = paths.of_this_boot(os.path.join("open", group))
     members = paths.of_this_boot(os.path.join("members", group))
     for each in (link, members):
@@ -68,6 +69,7 @@ def mark_open(paths: Paths, group: str, mappings: list[str]) -> None:
 
 
 def unmark(paths: Paths, *names: str) -> None:
+    """Removes a file below /run/unlock; one that is not there is fine."""
     try:
         os.unlink(paths.of_this_boot(os.path.join(*names)))
     except FileNotFoundError:
@@ -75,7 +77,7 @@ def unmark(paths: Paths, *names: str) -> None:
 
 
 def failed_groups(paths: Paths) -> list[str]:
-    """Groups whose gate failed."""
+    """Names of the groups whose gate failed, sorted."""
     try:
         return sorted(os.listdir(paths.of_this_boot("failed-groups")))
     except FileNotFoundError:
@@ -83,7 +85,8 @@ def failed_groups(paths: Paths) -> list[str]:
 
 
 def mark_failed(paths: Paths, group: str, waiting: list[str]) -> None:
-    """Its gate failed; the units that waited. Written beside the folder: a group may have any name in it."""
+    """Marks that the gate of a group failed, with the units that waited for it. The file is written beside the folder
+    and moved into it: every name in the folder is that of a group."""
     import json
 
     os.makedirs(paths.of_this_boot("failed-groups"), mode=0o700, exist_ok=True)
@@ -94,10 +97,10 @@ def mark_failed(paths: Paths, group: str, waiting: list[str]) -> None:
 
 
 def cache_keys(paths: Paths, source: str, keys: dict[str, Secret]) -> None:
-    """Caches keys by name, and records first where they come from: `TPM`, a disk's token included; `provider`; `PIN`;
-    `made` on this host; `cache` for one that is there already, whose record stays. Raises UnlockError.
+    """Puts keys into the key cache by name, and records first where they came from: `TPM`, a disk's token included;
+    `provider`; `PIN`; `made` on this host. With `cache`, does nothing: the keys are there already. Raises UnlockError.
 
-    Each is persisted already, or never is.
+    The caller has persisted each key, or never does.
     """
     if source == "cache":
         return
@@ -107,13 +110,13 @@ def cache_keys(paths: Paths, source: str, keys: dict[str, Secret]) -> None:
 
 
 def key_sources(paths: Paths) -> dict[str, str]:
-    """Name of a cached key -> where it came from."""
+    """Name of each cached key -> where it came from, as `cache_keys` recorded it."""
     found = read_json(paths, "keys.json")
     return {str(key): str(source) for key, source in found.items()}
 
 
 def write_json(paths: Paths, name: str, content: dict[str, Any]) -> None:
-    """Whole or not at all; /run needs no fsync."""
+    """Writes a JSON object, whole or not at all; /run needs no fsync."""
     import json
 
     path = paths.of_this_boot(name)
@@ -124,7 +127,7 @@ def write_json(paths: Paths, name: str, content: dict[str, Any]) -> None:
 
 
 def read_json(paths: Paths, name: str) -> dict[str, Any]:
-    """Empty when there is none that can be read."""
+    """A JSON object of this boot; empty where there is none that can be read."""
     import json
 
     try:

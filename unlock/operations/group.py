@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks become members of groups: `unlock group create`, `unlock disk adopt`.
+"""`unlock group create` and `unlock disk adopt`: make disks members of a group.
 
-Nothing half-made is believed: a group opens only when every disk has a token with the same member list.
+A group opens only when every disk has a token with the same member list, so one that is half made never opens.
 """
 
 import os
@@ -26,7 +26,7 @@ from ..secret import Secret
 
 
 class NewGroup(NamedTuple):
-    """What `group create` was asked for."""
+    """The options of `group create`."""
 
     name: str
     devices: tuple[str, ...]
@@ -43,9 +43,9 @@ class NewGroup(NamedTuple):
 
 
 def create_group(paths: Paths, wanted: NewGroup) -> Group:
-    """Formats disks and makes them a group. Destroys what is on them. Raises Refused, DiskFailed, Usage.
+    """Formats disks and makes them a group. Destroys their content. Raises Refused, DiskFailed, Usage.
 
-    An ordinary failure is undone and may be followed by anything; after a kill the same command finishes.
+    An error is undone, and any command may follow; after a kill the same command finishes.
     """
     check_name(wanted.name)
     wanted = wanted._replace(mount=config.normalise_mount_point(wanted.mount))
@@ -126,8 +126,8 @@ def adopt_disk(
     name: str = "",
     escrow: Escrow | None = None,
 ) -> Group:
-    """Takes in an existing LUKS2 disk. Its data, keyslots and mapping name stay; a recovery keyslot and a token
-    are added. On a member it mends what is missing.
+    """Makes an existing LUKS2 disk a member. Its data, keyslots and mapping name stay; a recovery keyslot and a token
+    are added. On a disk that is a member already, adds what is missing.
 
     Raises NotOurs when it is not LUKS2 or the passphrase is wrong, DiskFailed, Refused.
     """
@@ -185,7 +185,7 @@ def adopt_disk(
 def _new_group(
     work: access.Work, name: str, members: tuple[Member, ...], manifest: int, policy: str = "persistent"
 ) -> tuple[Group, Secret]:
-    """A group with a KEK of its own, which it keeps on its disks unless a policy says otherwise."""
+    """A new group and its KEK, which the provider makes. The disks carry the KEK, unless a policy says otherwise."""
     generation = work.state.next_generation(name)
     provider = work.provider()
     made, kek = access.make_key(provider, access.key_name(work.state.host, f"kek/{name}", generation))
@@ -194,7 +194,7 @@ def _new_group(
 
 
 def _check_policy(work: access.Work, group: Group, member: Member) -> None:
-    """The root file system cannot wait for the network. Raises Refused."""
+    """Raises Refused for a disk of the root file system whose KEK would not be kept: it cannot wait for the network."""
     if member.name in devices.names_below("/") and (group.policy == "provider" or not work.state.persistent):
         raise Refused(
             f"{member.name} holds the root file system, and its key would not be kept on this host",
@@ -204,7 +204,8 @@ def _check_policy(work: access.Work, group: Group, member: Member) -> None:
 
 
 def _write_member_list(work: access.Work, group: Group, kek: Secret, nodes: dict[str, str], recovery: Secret) -> None:
-    """Every member gets a token with the group's present member list; the old ones go when all have it."""
+    """Writes a token with the group's present member list to every member; then removes the old tokens. Takes the KEK
+    over."""
     state = work.state
     with access.token_keys(work, kek=kek, mac_key=disk_keys.mac_key(recovery, state.host)) as keys:
         written = []
@@ -221,7 +222,8 @@ def _write_member_list(work: access.Work, group: Group, kek: Secret, nodes: dict
 
 
 def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, asked: str) -> str:
-    """The name that the disk has, in device-mapper or crypttab; else the one asked for, or a new one."""
+    """The disk's mapping name in device-mapper or crypttab; else the one asked for, or a new one. Raises Refused,
+    Usage."""
     has = devices.mapping_of(uuid) or fstab.name_of(paths.crypttab, node, uuid)
     if has and asked and asked != has:
         raise Refused(f"the disk's mapping name is {has}", "leave --name out", code="name-taken")
@@ -234,10 +236,10 @@ def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, 
 
 
 def obtain_recovery_key(state: State, persistence: Secret, file: str, escrow: Escrow | None = None) -> Secret:
-    """This host's recovery key: made the first time, asked for later.
+    """The recovery key of this host: the first call makes it, later ones read it from `file` or ask for it.
 
-    A named file is read if it exists and written if not. At a terminal a new key is shown and typed back, unless it
-    goes into escrow alone. Raises Usage for a typo, Refused for a key of another host.
+    A new key is written to `file`, or shown at the terminal and typed back, unless it goes into escrow alone. Raises
+    Usage for a typo, Refused for a key of another host.
     """
     if not state.has_recovery_key:
         recovery = delivery.make_recovery_key(delivery.Keeper(file, escrow))
@@ -263,7 +265,7 @@ def _node(device: str) -> str:
 
 
 def _add_recovery_keyslot(container: luks.Container, dek: Secret, recovery: Secret) -> None:
-    """Unless an earlier attempt did. The other keyslots are left alone."""
+    """Adds a keyslot for the recovery key, unless an earlier attempt did."""
     try:
         disk_keys.by_recovery_key(container, recovery).wipe()
     except NotOurs:
@@ -271,7 +273,7 @@ def _add_recovery_keyslot(container: luks.Container, dek: Secret, recovery: Secr
 
 
 def _open_by_recovery_key(state: State, container: luks.Container, recovery: Secret) -> Secret:
-    """The volume key by the recovery key, whose keyslot the state remembers. Raises NotOurs, DiskFailed."""
+    """The volume key, by the recovery key, whose keyslot's salt goes into the state. Raises NotOurs, DiskFailed."""
     try:
         slot, dek = disk_keys.recovery_keyslot(container, recovery)
     except NotOurs as error:
@@ -329,7 +331,8 @@ PROFILES = {
 
 
 def _check_profile(wanted: NewGroup) -> None:
-    """Raises Usage, before a disk is touched: mkfs.btrfs says it when the disks are formatted already."""
+    """Raises Usage for a profile that needs more disks: mkfs.btrfs would refuse it only after the disks are
+    formatted."""
     if wanted.profile and wanted.profile not in PROFILES:
         raise Usage(f"{wanted.profile!r} is no btrfs profile", f"--profile takes {', '.join(PROFILES)}")
     least = PROFILES[wanted.profile] if wanted.profile else 1
@@ -338,7 +341,8 @@ def _check_profile(wanted: NewGroup) -> None:
 
 
 def _check_disks(nodes: list[str], wanted: NewGroup, before: list[Member]) -> None:
-    """`before`: the members that an unfinished run has begun with. A disk is ours, half made, by its UUID alone."""
+    """Raises Usage, Refused. `before`: the members with which an unfinished run began. A disk with the UUID of one of
+    them is half made by that run, and may be formatted again."""
     erase = {os.path.realpath(device) for device in wanted.erase}
     if len(set(nodes)) != len(nodes) or not erase <= set(nodes):
         raise Usage("each disk is named once with --disk, and --erase names some of them")
@@ -368,7 +372,7 @@ def _is_half_made(node: str, member: Member) -> bool:
 
 
 def _format(group: Group, nodes: list[str], recovery: Secret) -> None:
-    """Fresh headers with the recovery keyslot, open under their names."""
+    """Writes fresh headers with the recovery keyslot, and opens the disks under their mapping names."""
     for member, node in zip(group.members, nodes, strict=True):
         if devices.mapping_of(member.uuid):
             luks.deactivate(member.name)
@@ -393,7 +397,7 @@ def _make_file_system(group: Group, wanted: NewGroup) -> None:
 
 
 def _add_to_config(paths: Paths, group: config.GroupConfig) -> None:
-    """Unless it is there already. The text that is there stays as it is."""
+    """Appends the group to unlock.toml, unless it is there already."""
     if group.name not in config.load(paths.config).groups:
         config.append_table(paths.config, config.group_table(group))
     if os.path.exists("/run/systemd/system") and paths.root == "/":

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock init`: the host's keys are made, backed up, and sealed to this boot's measurements.
+"""`unlock init`: makes the host's keys, backs them up, and seals the persistence key to this boot's measurements.
 
     preflight ──> keys ──> state (journaled) ──> backup, test-restored ──> TPM slot A ──> key cache ──> done
                                              or  host key at the KMS, fetched
 
-Killed before the end, it leaves nothing that a disk depends on; running it again starts over.
+Killed before the end, it leaves nothing that a disk depends on; run again, it starts over.
 """
 
 import os
@@ -65,7 +65,7 @@ class InitChoices(NamedTuple):
 
 
 class Preflight(NamedTuple):
-    """What was found out before anything was changed."""
+    """The findings of `preflight`."""
 
     boot: str
     """How the host boots: a key of at_unseal.MEASURED_BY, or 'unmeasured'."""
@@ -112,7 +112,7 @@ def init(paths: Paths, choices: InitChoices) -> Preflight:
 
 
 def _earlier_attempt(paths: Paths) -> State | None:
-    """An init that was killed. Raises Refused when one has finished."""
+    """The state of an init that was killed; None without one. Raises Refused when an init has finished."""
     try:
         state = State.load(paths)
     except Refused:
@@ -123,7 +123,8 @@ def _earlier_attempt(paths: Paths) -> State | None:
 
 
 def _use_native(state: State, persistence: Secret, choices: InitChoices, unfinished: State | None) -> Secret:
-    """A KDK, backed up before anything depends on it; gives the host key. Raises Usage, Malformed, Tampered."""
+    """Makes a KDK and backs it up before anything depends on it. Returns the host key. Raises Usage, Malformed,
+    Tampered."""
     name = access.key_name(state.host, "host", 1)
     with Secret.random(32) as kdk, native.Native(Secret(bytes(kdk)), state.host) as provider:
         state.use_provider(
@@ -141,7 +142,8 @@ def _use_native(state: State, persistence: Secret, choices: InitChoices, unfinis
 
 
 def _use_kmip(paths: Paths, state: State, persistence: Secret, kms: KeyManager) -> Secret:
-    """A key manager, proven by the host key that it makes and gives back. Raises ProviderError, Usage, Malformed."""
+    """Begins to use a key manager, which must make the host key and give it back. Returns the host key. Raises
+    ProviderError, Usage, Malformed."""
     provider_id = f"kmip-{os.urandom(16).hex()}"
     entry = state.kmip_entry(
         name=kms.settings.name,
@@ -166,7 +168,7 @@ def _use_kmip(paths: Paths, state: State, persistence: Secret, kms: KeyManager) 
 
 
 def _is_backup_of(path: str, host: str) -> bool:
-    """Whether the file is what a killed init of ours has written: nothing depends on it."""
+    """Whether the file is a backup that a killed init of this host has written: nothing depends on it."""
     try:
         with open(path, "rb") as file:
             content = file.read(native.BACKUP_MAX)
@@ -176,7 +178,8 @@ def _is_backup_of(path: str, host: str) -> bool:
 
 
 def preflight(paths: Paths, tpm: Tpm, choices: InitChoices, again: bool) -> Preflight:
-    """Everything that can be known beforehand; changes nothing, but for an SRK where there is none. Raises Refused."""
+    """Checks TPM, boot and root file system before anything is changed. Makes only an SRK, where there is none. Raises
+    Refused."""
     _check_chip(tpm, choices, again)
     early = this_boot.read_early_report(paths)
     if early is None:

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock policy show`, `window`, `close` and `set`; and what each good boot teaches.
+"""`unlock policy show`, `window`, `close` and `set`, and what is done after each good boot.
 
-    show       which states the TPM allows, and why each
-    window     before a firmware update: fewer PCRs count, for a number of good boots
-    good_boot  after each boot that the TPM allowed: its state is proven, an older policy that a power cut left is
-               evicted; the last boot of a window closes it
-    close      the full selection again, and this boot's state alone
-    set        another selection, or a PIN
+    show       lists the PCR states that the TPM allows, and why each
+    window     before a firmware update: seals to fewer PCRs, for a number of good boots
+    good_boot  after each boot that the TPM allowed: marks its state as proven and evicts an older policy that a power
+               cut left; after the last boot of a window, closes it
+    close      seals to the full selection again, for the state of this boot alone
+    set        seals to another selection, or with another PIN
 
-The state says that a window is open before the TPM has it, and until the TPM does not have it any more: killed
-anywhere, a window is never forgotten. A boot that the TPM refused counts for nothing.
+state.json records a window before the TPM has it, and until the TPM does not have it any more: killed anywhere, no
+window is forgotten. A boot that the TPM refused is not counted.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TypedDict
 
 from .. import log
 from ..errors import Refused, Usage
@@ -34,8 +34,44 @@ FIRMWARE = frozenset(range(8))
 """The PCRs that a firmware update may change: TCG "PC Client Platform Firmware Profile", section 3.3.4."""
 
 
-def show(paths: Paths, tcti: str = DEVICE) -> dict[str, Any]:
-    """Plain values."""
+class WindowRow(TypedDict):
+    """The open window in `unlock policy show --json`."""
+
+    reboots: int
+    """Good boots that are left."""
+    since: str
+    """UTC, ISO 8601."""
+    pcrs: list[int]
+    """The selection when the window is closed."""
+
+
+class StateRow(TypedDict):
+    """One PCR state in `unlock policy show --json`."""
+
+    branch: str
+    """In hex."""
+    why: str
+    this_boot: bool
+    proven: bool
+    made: str
+    """UTC, ISO 8601; '' when not known."""
+
+
+class PolicyReport(TypedDict):
+    """`unlock policy show --json`."""
+
+    version: int
+    slot: str
+    generation: int
+    pcrs: list[int]
+    cap_pcr: int
+    pin: bool
+    window: WindowRow | None
+    states: list[StateRow]
+
+
+def show(paths: Paths, tcti: str = DEVICE) -> PolicyReport:
+    """The TPM's policy as it is now. Raises Refused, NoSlot, NewerFormat, TpmFailed."""
     state = State.load(paths)
     with Tpm(tcti) as tpm:
         found = allowed_states.look(paths, tpm, state)
@@ -61,8 +97,8 @@ def show(paths: Paths, tcti: str = DEVICE) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    """The same for people."""
+def table(found: PolicyReport) -> str:
+    """The report of `show` as text for a person."""
     pin = "yes: the TPM asks for it at every boot" if found["pin"] else "no"
     window = found["window"]
     lines = [
@@ -87,7 +123,7 @@ def describe_window(since: str, reboots: int) -> str:
 
 
 def describe_window_risk(selection: Iterable[int]) -> str:
-    """What an open window means, in words."""
+    """What an attacker can do while the policy is over `selection` alone, in words."""
     if 7 in selection:
         return "whoever boots this host with any program that its Secure Boot accepts gets the keys"
     if 4 in selection:
@@ -98,9 +134,10 @@ def describe_window_risk(selection: Iterable[int]) -> str:
 def open_window(
     paths: Paths, reboots: int, keep: Iterable[int] = (), tcti: str = DEVICE, owner_auth: Secret | None = None
 ) -> Allowed:
-    """Until so many good boots, only this boot's PCRs 8 to 14 of the policy count, the cap PCR, and `keep`.
+    """Seals to PCRs 8 to 14 of the policy, the cap PCR and `keep`, in the state of this boot, for `reboots` good boots.
 
-    Raises Usage, Refused for a PCR that cannot be told, NoKey, TpmFailed. An open one may be opened again.
+    A window that is open may be opened again. Raises Usage, Refused for a PCR whose value at the unseal is not known,
+    NoKey, TpmFailed.
     """
     if not 1 <= reboots <= REBOOTS_MAX:
         raise Usage(f"a window lasts 1 to {REBOOTS_MAX} good boots", "unlock policy window --reboots 1")
@@ -128,9 +165,9 @@ def open_window(
 
 
 def close_window(paths: Paths, tcti: str = DEVICE, owner_auth: Secret | None = None) -> Allowed:
-    """The full selection, and the state of this boot alone: predicted ones and that of the boot before are dropped.
+    """Seals to the full selection, for the state of this boot alone. Predicted states and that of the boot before go.
 
-    Raises NoKey, Refused when the state of this boot is not one that the policy allows, or cannot be told.
+    Raises NoKey, Refused when the policy does not allow the state of this boot, or that state is not known.
     """
     with changing(paths) as state, Tpm(tcti) as tpm, access.read_persistence_key() as persistence:
         return _close(
@@ -145,11 +182,11 @@ def set_policy(
     tcti: str = DEVICE,
     owner_auth: Secret | None = None,
 ) -> Allowed:
-    """The policy over these PCRs, with the cap PCR, from now on: for this boot's state alone. A window is closed by it.
-    Without PCRs only what a boot is asked for changes.
+    """Seals to these PCRs and the cap PCR, for the state of this boot alone, and closes a window. Without PCRs, changes
+    the PIN alone.
 
-    Raises Usage for PCRs that protect nothing and for a PIN too short or too long; Refused for a PCR that cannot be
-    told, and for a PIN that an installed initramfs cannot ask for; NoKey, TpmFailed.
+    Raises Usage for PCRs that protect nothing and for a PIN too short or too long; Refused for a PCR whose value at the
+    unseal is not known, and for a PIN that an installed initramfs cannot ask for; NoKey, TpmFailed.
     """
     if pin and pin.typed is not None:
         initramfs_images.need_pin(paths)
@@ -190,7 +227,8 @@ def set_policy(
 
 
 def good_boot(paths: Paths, tcti: str = "") -> int:
-    """`unlock boot baseline`, after a boot: nothing after one that the TPM refused. Adds no state.
+    """What `unlock boot baseline` does to the policy after a boot; nothing after a boot that the TPM refused. Adds no
+    state. Returns the exit status, 0.
 
     Raises NoKey when a window ends and the key cache was flushed, TpmFailed and others.
     """
@@ -243,7 +281,7 @@ def _close(
 
 
 def _branch_of_this_boot(paths: Paths, tpm: Tpm, found: Allowed, selection: tuple[int, ...]) -> bytes:
-    """The branch of this boot, which must be one that the policy allows as it is now."""
+    """The branch of this boot under `selection`. Raises Refused where the present policy does not allow this boot."""
     if not found.opened:
         raise Refused(
             "this boot is in no state that the policy allows, or its state cannot be told",

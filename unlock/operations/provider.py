@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock provider add | list | test | renew`: key managers, tried before anything depends on them."""
+"""`unlock provider add`, `list`, `test` and `renew`: key managers, which are asked before anything depends on them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from .. import ask
 from ..disks import find
@@ -22,7 +22,7 @@ from . import selfhosted
 
 
 class Client(NamedTuple):
-    """What a KMIP client shows of itself."""
+    """The credentials of this host as a KMIP client."""
 
     certificate: str
     """PEM."""
@@ -33,16 +33,35 @@ class Client(NamedTuple):
 
 
 class Proof(NamedTuple):
-    """One thing that `test` has looked at."""
+    """One check of `test_provider`."""
 
     what: str
     error: UnlockError | None = None
+    """None where the check passed."""
 
 
-def list_providers(paths: Paths) -> list[dict[str, Any]]:
-    """The providers of this host, the one in use first: plain values, nothing is asked of a server."""
+class ProviderRow(TypedDict):
+    """One provider in `unlock provider list --json`."""
+
+    name: str
+    kind: str
+    id: str
+    in_use: bool
+    endpoints: list[str]
+    username: str
+    certificate_days: int | None
+    client_key: str
+    """`file`, `wrapped`, or '' for a provider without one."""
+    groups: list[str]
+    """Names of the groups whose KEK it has made."""
+    not_retired: int
+    """Replaced KEKs that it has not deactivated yet."""
+
+
+def list_providers(paths: Paths) -> list[ProviderRow]:
+    """The providers of this host, the one in use first. Asks no server. Raises Refused, Malformed."""
     state, settings = State.load(paths), config.load(paths.config)
-    rows = []
+    rows: list[ProviderRow] = []
     for entry in state.providers:
         setting = settings.providers.get(entry.name)
         groups = [group.name for group in state.groups.values() if has_made(entry, group.kek)]
@@ -64,9 +83,9 @@ def list_providers(paths: Paths) -> list[dict[str, Any]]:
 
 
 def add_provider(paths: Paths, settings: config.ProviderConfig, client: Client, look: find.Look = find.look) -> None:
-    """A key manager beside the one in use; it must answer and know our certificate.
+    """Adds a key manager beside the provider in use; it must answer and accept this host's certificate.
 
-    Raises Refused, Usage, Malformed, ProviderError: then nothing is left of it. Again, it mends what is there.
+    Raises Refused, Usage, Malformed, ProviderError: then nothing has changed. Called again, it mends what is there.
     """
     check_name(settings.name, "provider")
     with exclusive(paths), access.Work(paths, look) as work:
@@ -108,10 +127,10 @@ def connect_as(client: Client, settings: config.ProviderConfig, provider_id: str
 
 
 def test_provider(paths: Paths, name: str = "", look: find.Look = find.look) -> list[Proof]:
-    """Every endpoint is asked; every key of this host is fetched and proven on its disks. Changes nothing at the disks.
-    What a switch could not deactivate there is deactivated.
+    """Asks every endpoint, fetches every key of this host and proves it on its disks, which it does not change.
+    Deactivates the replaced KEKs that a switch could not deactivate.
 
-    For a provider that is not in use yet, the host key that `switch` would take is made and fetched twice.
+    For a provider that is not in use yet, makes the host key that `switch` would take, and fetches it twice.
     """
     with exclusive(paths), access.Work(paths, look) as work:
         entry = work.state.provider_named(name)
@@ -143,7 +162,7 @@ def test_provider(paths: Paths, name: str = "", look: find.Look = find.look) -> 
         return proofs
 
 
-def _prove(what: str, provider: Provider, ref: Ref, states: frozenset[str], prove: Any) -> Proof:
+def _prove(what: str, provider: Provider, ref: Ref, states: frozenset[str], prove: Callable[[Secret], None]) -> Proof:
     try:
         provider.fetch(ref.id, states, prove).wipe()
     except ProviderError as error:
@@ -173,8 +192,8 @@ def _prove_host_key(work: access.Work, entry: ProviderEntry, provider: Provider)
 
 
 def renew_client(paths: Paths, client: Client, name: str = "", look: find.Look = find.look) -> int:
-    """A new client certificate, or password, or both, once the key manager has given a key for them; gives the days
-    that the certificate is valid. What `client` leaves empty stays as it is.
+    """Takes a new client certificate, password, or both, once the key manager has given a key for them. Returns the
+    days for which the certificate is valid. What `client` leaves empty stays as it is.
 
     Raises ProviderError, Malformed, Refused, Usage: the old ones are then still in use.
     """
@@ -204,7 +223,7 @@ def renew_client(paths: Paths, client: Client, name: str = "", look: find.Look =
 def _completed(
     work: access.Work, settings: config.ProviderConfig, entry: KmipEntry, client: Client
 ) -> Iterator[Client]:
-    """`client`, with what is in use where it is empty."""
+    """`client`, completed with the credentials in use. Wipes those at the end."""
     with ExitStack() as wiped:
         if not client.certificate:
             key = work.state.client_key(work.persistence, entry) or ask.from_file(settings.client_key)
@@ -216,7 +235,7 @@ def _completed(
 
 
 def _same_file(path: str, client: Client) -> None:
-    """Where the key stays in a file, that file must hold the new one already. Raises Usage."""
+    """Raises Usage unless the file in which the client key stays holds the new key already."""
     with ask.from_file(path) as kept:
         if bytes(kept).strip() != bytes(client.key).strip():
             raise Usage(f"{path}, which unlock.toml names, holds another key", f"put the new key into {path}")

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock rebind`: a new board, a TPM that was cleared or replaced, or a changed boot that the operator accepts.
+"""`unlock rebind`: seals a new persistence key to the TPM and the boot that this host has now.
+
+It is for a new board, a TPM that was cleared or replaced, or a changed boot that the operator accepts.
 
     recovery key proven on the headers ──> provider, keys of the groups ──> journal, new persistence key ──>
     TPM: sealed to this boot ──> each disk: token beside the old, proven, the old removed ──> state, journal closed
 
-Where the old persistence key is not in the key cache, what it wrapped comes from elsewhere: volume keys from the
-recovery keyslots, KEKs and host key from the provider. The native provider needs its backup for that, or, with the name
-of a new backup file, becomes a new provider with new KEKs; a key manager must answer.
+Where the old persistence key is not in the key cache, the keys that it wrapped come from elsewhere: volume keys from
+the recovery keyslots, KEKs and host key from the provider. The native provider is restored from its backup, or, with
+the name of a new backup file, replaced by a new one with new KEKs; a key manager must answer.
 
 Killed anywhere, each disk opens by the old key, by the new one, or by the recovery key, and the same command finishes.
 A disk that is away opens by the recovery key until it is back.
@@ -45,10 +47,12 @@ _NEW = "unlock:rebind"
 
 
 class RebindChoices(NamedTuple):
+    """What the operator gave and accepted."""
+
     recovery: Secret
-    """As printed."""
+    """The recovery key, as printed."""
     backup: str = ""
-    """Native: the KDK's backup, or a file that does not exist, for that of a new KDK."""
+    """Native: the KDK's backup, or a file that does not exist yet, which gets the backup of a new KDK."""
     password: Secret | None = None
     """Of the backup."""
     client_key: Secret | None = None
@@ -66,27 +70,31 @@ class RebindChoices(NamedTuple):
 
 
 class Rebound(NamedTuple):
+    """The result of `rebind`."""
+
     selection: tuple[int, ...]
     done: tuple[str, ...]
     """Mapping names of the disks that open by the new key."""
     left: dict[str, str]
     """Mapping name -> why it opens by the recovery key alone."""
     lost: tuple[str, ...]
-    """Other providers, whose key was wrapped by the old persistence key alone."""
+    """Names of other providers whose key is lost: only the old persistence key unwrapped it."""
 
 
 def needs_pin(paths: Paths, tcti: str = allowed_states.DEVICE) -> bool:
-    """Whether a PIN was set and what it makes is not in the key cache: `rebind` must be given one. Raises Refused when
-    the host is not initialised, TpmAbsent, TpmFailed."""
+    """Whether a PIN was set and its auth value is not in the key cache, so that `rebind` must be given one. Raises
+    Refused when the host is not initialised, TpmAbsent, TpmFailed."""
     state = State.load(paths)
     with Tpm(tcti) as tpm:
         return _has_pin(tpm, state) and allowed_states.PIN_AUTH not in keyring.names()
 
 
 def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) -> Rebound:
-    """Raises Refused, Usage, Tampered, TpmAbsent, TpmFailed, ProviderError: then nothing has changed, or the same
-    command finishes. Refused, code `pin-needed`, where a PIN was set and neither is one chosen nor what it makes in
-    the key cache: a PIN is never dropped in silence."""
+    """Seals a new persistence key to this boot, and brings every disk that is here under it.
+
+    Raises Refused, Usage, Tampered, TpmAbsent, TpmFailed, ProviderError: then nothing has changed, or the same command
+    finishes. Refused, code `pin-needed`, where a PIN was set, none is chosen now, and its auth value is not in the key
+    cache: a PIN is never dropped in silence."""
     if choices.pin and choices.pin.typed is not None:
         initramfs_images.need_pin(paths)
     with changing(paths) as state, Tpm(choices.tcti) as tpm, ExitStack() as keys:
@@ -151,8 +159,8 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
 def _rewrapped_journal(
     state: State, before: JournalEntry | None, old: Secret | None, new: Secret
 ) -> JournalEntry | None:
-    """What was under way, to be finished after this. A rotation of the recovery key whose key is lost is given up: the
-    one that was typed counts. Raises Tampered."""
+    """The journal entry of the operation that goes on after the rebind, its key wrapped anew. None for a rotation of
+    the recovery key whose new key is lost: the key that was typed stays. Raises Tampered."""
     if not isinstance(before, RecoveryRotation):
         return before
     if old is None:
@@ -162,14 +170,14 @@ def _rewrapped_journal(
 
 
 def _restore_journal(paths: Paths, before: JournalEntry | None) -> None:
-    """Nothing has changed yet, so nothing is unfinished."""
+    """Puts back the journal entry from before the rebind, which has changed nothing yet."""
     state = State.load(paths)
     state.journal = before
     state.save()
 
 
 def _check_disks(state: State, seen: dict[str, list[find.Found]], recovery: Secret, mac_key: Secret) -> dict[str, str]:
-    """Why a disk is left as it is, by mapping name. Refused when the recovery key opens none of those that are here."""
+    """Mapping name -> why that disk is left as it is. Raises Refused when the recovery key opens none that is here."""
     left: dict[str, str] = {}
     good = 0
     trouble: UnlockError | None = None
@@ -196,7 +204,7 @@ def _check_disks(state: State, seen: dict[str, list[find.Found]], recovery: Secr
 
 
 def _check_header(container: luks.Container, host: str, mac_key: Secret) -> None:
-    """Raises Tampered when the header is not the one that the recovery key's owner was promised."""
+    """Raises Tampered when the header's recovery MAC does not fit the recovery key."""
     trouble: UnlockError | None = None
     for each in disk_keys.tokens(container, host):
         try:
@@ -214,7 +222,7 @@ def _check_header(container: luks.Container, host: str, mac_key: Secret) -> None
 def _policy_of_this_boot(
     paths: Paths, tpm: Tpm, state: State, choices: RebindChoices
 ) -> tuple[tuple[int, ...], bytes, bool]:
-    """What is sealed to: PCRs, the branch of this boot, and whether the root file system is not authenticated."""
+    """The policy to seal to: PCRs, the branch of this boot, and whether the root file system is not authenticated."""
     if _is_used_by_another_host(tpm, state):
         _require_accepted(choices, "slots-in-use")
     values = at_unseal.values(paths, tpm)
@@ -235,7 +243,7 @@ def _policy_of_this_boot(
 
 
 def _has_pin(tpm: Tpm, state: State) -> bool:
-    """By the TPM; where it keeps nothing of this host, by the state."""
+    """Whether a PIN is set: by the TPM, or by the state where the TPM keeps nothing of this host."""
     try:
         record = slots.current_slot(tpm)[1]
     except NoSlot:
@@ -244,7 +252,7 @@ def _has_pin(tpm: Tpm, state: State) -> bool:
 
 
 def _pin_auth(tpm: Tpm, state: State, choices: RebindChoices) -> Secret:
-    """Empty without a PIN. Raises Usage, Refused."""
+    """The auth value of the PIN that is chosen or was set; empty without a PIN. Raises Usage, Refused."""
     try:
         return allowed_states.auth_for(state.host, _has_pin(tpm, state), choices.pin) or Secret(b"")
     except Refused as error:
@@ -260,7 +268,7 @@ def _is_used_by_another_host(tpm: Tpm, state: State) -> bool:
 
 
 def _previous_pcrs(tpm: Tpm, state: State) -> tuple[int, ...]:
-    """The PCRs that the policy was over, without a window."""
+    """The PCRs of the policy before the rebind, without a window; empty when not known."""
     if state.tpm.pcrs:
         return state.tpm.pcrs
     try:
@@ -278,7 +286,7 @@ def _require_accepted(choices: RebindChoices, name: str) -> None:
 
 
 def _new_and_old_key(state: State) -> tuple[Secret, Secret | None]:
-    """The new persistence key, that of a run that was killed where it is known; and the old one, or None."""
+    """The new persistence key, taken from a killed run where the key cache has it, and the old one, or None."""
     if isinstance(state.journal, Rebind):
         for name in (_NEW, "unlock:persistence"):
             try:
@@ -295,7 +303,7 @@ def _new_and_old_key(state: State) -> tuple[Secret, Secret | None]:
 
 
 def _begin(state: State, new: Secret, old: Secret | None, choices: RebindChoices) -> JournalEntry | None:
-    """The rebind's entry, saved; gives what was in the journal before: an operation that goes on after this one."""
+    """Journals the rebind, durably. Returns the entry that was there: of an operation that goes on after the rebind."""
     killed = state.journal if isinstance(state.journal, Rebind) else None
     before = killed.before if killed else state.journal
     backup = killed.backup if killed else ""
@@ -313,7 +321,7 @@ def _begin(state: State, new: Secret, old: Secret | None, choices: RebindChoices
 
 
 def _connect_provider(paths: Paths, state: State, old: Secret | None, new: Secret, choices: RebindChoices) -> Provider:
-    """The provider in use, its own key under the new persistence key."""
+    """Connects to the provider in use, and wraps its own keys by the new persistence key."""
     entry = state.provider
     if old:
         return access.connect(paths, state, new, entry)
@@ -343,14 +351,15 @@ def _connect_provider(paths: Paths, state: State, old: Secret | None, new: Secre
 
 
 def _require_given(code: str, what: str, flag: str, wrapped: str | None, given: Secret | None) -> Secret | None:
-    """What is lost, as it was given; None where there was nothing. Raises Refused."""
+    """What the operator gave in place of a wrapped key that is lost; None where nothing was wrapped. Raises Refused."""
     if wrapped and given is None:
         raise Refused(f"{what} was wrapped by the persistence key that is gone", flag, code=code)
     return given if wrapped else None
 
 
 def _restore_or_make_native(state: State, choices: RebindChoices) -> native.Native:
-    """From the KDK's backup, or new with a new backup. Raises Refused, Usage, Tampered, Malformed."""
+    """The native provider from the KDK's backup, or a new one, whose backup is written. Raises Refused, Usage,
+    Tampered, Malformed."""
     if not choices.backup or choices.password is None:
         raise Refused(
             "the native provider's key was wrapped by the persistence key that is gone",
@@ -380,7 +389,7 @@ def _restore_or_make_native(state: State, choices: RebindChoices) -> native.Nati
 
 
 def _find_host_key(state: State, provider: Provider, new: Secret) -> tuple[Secret, str]:
-    """The key and its source. Kept in the state from now on, as far as this host keeps such keys. Raises
+    """The host key and where it came from. Puts it into the state where this host keeps such keys. Raises
     ProviderError."""
     kept = state.host_key(new)
     if kept:
@@ -401,8 +410,8 @@ def _find_host_key(state: State, provider: Provider, new: Secret) -> tuple[Secre
 def _find_kek(
     state: State, provider: Provider, old: Secret | None, seen: dict[str, list[find.Found]], group: Group
 ) -> tuple[Group, Secret, str]:
-    """The KEK of a group and its source, by the old persistence key or the provider; else a new one, and the group
-    under it."""
+    """A group, its KEK and where that came from: a token, by the old persistence key, or the provider. Where the
+    provider is new, a new KEK, and the group under it."""
     for member in group.members if old else ():
         node = find.node_of(seen, member)
         try:
@@ -431,7 +440,8 @@ def _rewrap_disks(
     recovery: Secret,
     left: dict[str, str],
 ) -> list[str]:
-    """Each member that is here gets a token under the new keys; one disk's trouble is its own."""
+    """Writes a token under the new keys to each member that is here; returns their mapping names. A disk that fails
+    goes into `left` and does not stop the others."""
     done = []
     for member in group.members:
         if member.name in left:
@@ -453,7 +463,7 @@ def _rewrap_disks(
 
 
 def _cache_keys(paths: Paths, host_key: Secret, source: str, keks: list[tuple[Group, Secret, str]]) -> None:
-    """The running host works with the new keys from now on."""
+    """Puts the new keys into the key cache, for the running host."""
     if bytes(host_key) != disk_keys.ELSEWHERE:
         this_boot.cache_keys(paths, source, {"unlock:host": host_key})
     for group, kek, source in keks:

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock recovery`: is the key that the operator keeps the one that opens the disks; and another key instead.
+"""`unlock recovery test`, `rotate` and `new`: tests the recovery key on every disk, and replaces it.
 
-    test      each disk: header authenticated, keyslot tried; nothing is opened
-    rotate    a new key for this host ──> journal ──> with its keeper ──>
+    test      each disk: header authenticated, keyslot tried; opens nothing
+    rotate    a new key for this host ──> journal ──> delivered to its keeper ──>
               each disk here: keyslot beside the old one, proven; token with the new MAC beside the old one, proven ──>
               state: the new MAC key, and which disks are behind ──>
               each disk here: the old keyslot goes, then the old token; the journal is closed
-    new       a new keyslot for the key that there is, on disks that lost theirs or were away when it was rotated
+    new       a keyslot for the present key, on disks that lost theirs or were away when the key was rotated
 
-Until the state says otherwise each disk opens with the old key, from then on with the new one, its header authenticated
-either way. A disk that was away keeps the old key until `new` finds it.
+Until the state has the new MAC key, each disk opens with the old recovery key, from then on with the new one; its
+header is authenticated by either. A disk that was away keeps the old key until `new` finds it.
 
-A keyslot is taken away only when the state knows its salt: others that are as cheap to try are not ours (clevis and
-systemd make such).
+A keyslot is removed only when the state knows its salt: others that are as cheap to try may be those of clevis or
+systemd.
 """
 
 import os
@@ -35,7 +35,7 @@ VERSION = 1
 
 
 class Tested(NamedTuple):
-    """What the recovery key is worth on one disk."""
+    """The result of the test on one disk."""
 
     disk: str
     """Mapping name."""
@@ -57,10 +57,12 @@ STATUS = {
 
 
 class Changed(NamedTuple):
-    """Mapping names of the disks that have the key now, and of those that do not: they were away."""
+    """The result of `rotate` and `new`."""
 
     done: tuple[str, ...]
+    """Mapping names of the disks that have the key now."""
     behind: tuple[str, ...]
+    """Mapping names of the disks that do not: they were away."""
 
 
 class PresentMember(NamedTuple):
@@ -75,7 +77,8 @@ class PresentMember(NamedTuple):
 
 
 def test_recovery_key(paths: Paths, recovery: Secret, look: find.Look = find.look) -> list[Tested]:
-    """Every member of every group. Needs no other key; remembers when each disk last was ok. Raises Refused."""
+    """Tests the recovery key on every member of every group. Needs no other key. Records when each disk was last ok.
+    Raises Refused."""
     with exclusive(paths):
         state = State.load(paths)
         seen = look()
@@ -108,7 +111,8 @@ def _test(state: State, group: Group, member: Member, node: str, count: int, rec
 
 
 def _open_authenticated(state: State, container: luks.Container, recovery: Secret) -> tuple[int, Secret]:
-    """Keyslot and volume key, the header's MAC checked first. Raises NotOurs for another key, Tampered, DiskFailed."""
+    """Keyslot and volume key, after a check of the header's MAC. Raises NotOurs for another key, Tampered,
+    DiskFailed."""
     trouble: UnlockError | None = None
     try:
         for each in disk_keys.tokens(container, state.host):
@@ -130,7 +134,7 @@ def _explain_wrong_key(state: State, member: Member) -> str:
 
 
 def exit_status(rows: list[Tested]) -> int:
-    """The exit status."""
+    """The exit status of `unlock recovery test`: that of the worst outcome."""
     order = list(STATUS)
     return STATUS[max((each.outcome for each in rows), key=order.index, default="ok")]
 
@@ -144,11 +148,11 @@ def rotate_recovery_key(
     look: find.Look = find.look,
     connect: access.Connect = access.connect,
 ) -> Changed:
-    """A new recovery key for every disk of this host; the old one is not needed.
+    """Gives every disk of this host a new recovery key; the old one is not needed.
 
-    A failure before every disk has it is undone; what fails later is left to `new`. After a kill the same command
-    finishes with the key that it had made, and sees to it that its keeper has it.
-    Raises Refused, NoKey, ProviderError, DiskFailed, Usage, Malformed, CommandFailed, OSError.
+    A failure before every disk has the new key is undone; what fails later is left to `renew_keyslots`. After a kill
+    the same command finishes with the key that it had made, and makes sure that its keeper has it. Raises Refused,
+    NoKey, ProviderError, DiskFailed, Usage, Malformed, CommandFailed, OSError.
     """
     with exclusive(paths), Work(paths, look, connect) as work:
         state = work.state
@@ -180,7 +184,8 @@ def renew_keyslots(
     look: find.Look = find.look,
     connect: access.Connect = access.connect,
 ) -> Changed:
-    """Every disk that is here takes the present recovery key, and no earlier one. Writes nothing where that is so.
+    """Gives every disk that is here the present recovery key, and removes earlier ones. Writes nothing where that is
+    so.
 
     Killed, the same command finishes. Raises Refused for another key, NoKey, ProviderError, DiskFailed.
     """
@@ -200,7 +205,7 @@ def check_recovery_key(state: State, persistence: Secret, recovery: Secret) -> N
 
 
 def _begin_rotation(work: Work, places: list[PresentMember], keep: delivery.Keeper) -> RecoveryRotation:
-    """The journal's entry, with a new key."""
+    """Makes a new recovery key and journals the rotation, durably. Raises Refused, Usage, Malformed, CommandFailed."""
     state = work.state
     state.refuse_other("recovery", "rotate")
     _check_known(work, places)
@@ -227,8 +232,8 @@ def _destinations(keep: delivery.Keeper) -> tuple[str, str]:
 
 
 def _deliver(work: Work, entry: RecoveryRotation, keep: delivery.Keeper, recovery: Secret) -> RecoveryRotation:
-    """Durable before any disk depends on it. Whoever finishes a rotation names another place, or leaves the key where
-    it is: Refused when it is not there any more."""
+    """Delivers the key before any disk depends on it; returns the journal entry that says so. Whoever finishes a killed
+    rotation names another place, or none where the key was delivered: raises Refused when it is not there any more."""
     file, escrow_file = _destinations(keep)
     if entry.kept and not file and not escrow_file:
         _check_delivered(entry, recovery)
@@ -243,7 +248,7 @@ def _deliver(work: Work, entry: RecoveryRotation, keep: delivery.Keeper, recover
 
 
 def _check_delivered(entry: RecoveryRotation, recovery: Secret) -> None:
-    """It may have been in memory when the power went. Raises Refused."""
+    """Raises Refused when the delivered key is gone: its file may have been lost in a power cut."""
     places = [each for each in (entry.file, entry.escrow) if each]
     if os.path.exists(entry.file):
         with delivery.read_recovery_key(entry.file) as held:
@@ -270,7 +275,7 @@ def _check_known(work: Work, places: list[PresentMember]) -> None:
 
 
 def _recovery_keyslots(state: State, container: luks.Container) -> list[int]:
-    """The keyslots of recovery keys, as far as the state knows them."""
+    """The keyslots of recovery keys whose salt the state knows."""
     known = {state.recovery.keyslots.get(container.uuid), *state.recovery.former.get(container.uuid, ())}
     return [slot for slot in container.cheap_keyslots() if container.salt(slot) in known]
 
@@ -299,12 +304,13 @@ def _write_or_undo(work: Work, places: list[PresentMember], recovery: Secret) ->
 
 
 def _with_disk_name(place: PresentMember, error: UnlockError) -> UnlockError:
-    """The same, with the disk's name."""
+    """The same error, with the disk's name."""
     return type(error)(f"{place.member.name}: {error}", error.hint, error.code)
 
 
 def _write_keyslot_and_token(work: Work, place: PresentMember, recovery: Secret) -> None:
-    """Keyslot and token beside what is there, each proven from a fresh read. Nothing that is there is written twice."""
+    """Writes keyslot and token beside the old ones, and proves each from a fresh read. Writes neither again where it is
+    there already."""
     with luks.Container(place.node) as container:
         dek = access.find_volume_key(work, container, place.group)
     with dek:
@@ -323,7 +329,7 @@ def _write_keyslot_and_token(work: Work, place: PresentMember, recovery: Secret)
 
 
 def _use_new_key(work: Work, places: list[PresentMember], recovery: Secret, behind: list[str]) -> None:
-    """From here on the new key counts. Which keyslots go is remembered in the same save."""
+    """Saves the new MAC key, and which keyslots are to be removed: from here on the new recovery key counts."""
     state = work.state
     for each in places:
         _remember_keyslot(state, each, recovery)
@@ -334,7 +340,7 @@ def _use_new_key(work: Work, places: list[PresentMember], recovery: Secret, behi
 
 
 def _remember_keyslot(state: State, place: PresentMember, recovery: Secret) -> None:
-    """The disk has the key: what its keyslot was before is former."""
+    """Records the salt of the key's keyslot on this disk; the keyslot that was recorded before becomes a former one."""
     with luks.Container(place.node) as container:
         slot, dek = disk_keys.recovery_keyslot(container, recovery)
         dek.wipe()
@@ -347,9 +353,10 @@ def _remember_keyslot(state: State, place: PresentMember, recovery: Secret) -> N
 
 
 def _finish_disks(work: Work, recovery: Secret) -> Changed:
-    """All disks that are here: the key is on them, then nothing of an earlier one. One disk's trouble stops no other.
+    """Gives every disk that is here the key, then removes what is left of earlier keys, and closes the journal.
 
-    Raises that trouble at the end. The journal is closed then too: the state says of each disk what is left to do.
+    A disk that fails does not stop the others. Raises the last failure at the end; the journal is closed then too, as
+    the state records for each disk what is left to do.
     """
     state = work.state
     trouble: UnlockError | None = None
@@ -377,7 +384,8 @@ def _lags(state: State, member: Member) -> bool:
 
 
 def _remove_former(work: Work, place: PresentMember, recovery: Secret) -> None:
-    """Former keyslots first: a key whose keyslot is gone is a wrong key, not an altered header. Then other tokens."""
+    """Removes former keyslots, then other tokens. In this order, a former key is reported as a wrong key, not as an
+    altered header."""
     former = work.state.recovery.former.get(place.member.uuid, [])
     with luks.Container(place.node) as container:
         slot, dek = disk_keys.recovery_keyslot(container, recovery)
@@ -394,7 +402,7 @@ def _remove_former(work: Work, place: PresentMember, recovery: Secret) -> None:
 
 
 def _remove_new(work: Work, place: PresentMember, recovery: Secret) -> None:
-    """Token and keyslot of a key that is not used after all. Raises DiskFailed: the journal stays open then."""
+    """Removes token and keyslot of a key that is not used after all. Raises DiskFailed: the journal stays open then."""
     with luks.Container(place.node) as container, disk_keys.mac_key(recovery, work.state.host) as mac_key:
         try:
             slot, dek = disk_keys.recovery_keyslot(container, recovery)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock provider switch NAME`: the host moves to another provider while its groups stay mounted.
+"""`unlock provider switch NAME`: moves the host to another provider while its groups stay mounted.
 
 journal ──> new host key ──> each group: new KEK, its disks as in every rotation ──> the new provider is in use ──>
 old KEKs retired, where the old provider still answers
@@ -22,10 +22,10 @@ from . import selfhosted
 def switch(
     paths: Paths, name: str, persistent: bool | None = None, look: find.Look = find.look
 ) -> list[rotation.Outcome]:
-    """Moves the host to another provider: new host key, new KEKs, tokens rewritten, groups stay mounted.
+    """Moves the host to another provider: makes a new host key and new KEKs there, and rewrites the tokens.
 
-    Killed, it goes on when it is called again; each group is on one provider or the other, and opens. Raises Usage,
-    Refused, ProviderError.
+    Killed, it goes on when it is called again; each group is then on one provider or the other, and opens. Raises
+    Usage, Refused, ProviderError.
     """
     with exclusive(paths), access.Work(paths, look) as work:
         state = work.state
@@ -55,7 +55,8 @@ def switch(
 
 
 def _persistence_with(state: State, entry: ProviderEntry, persistent: bool | None) -> bool:
-    """Whether keys are kept on this host under that provider: chosen by name for a key manager's."""
+    """Whether this host keeps its keys under that provider. For a key manager the operator must choose. Raises
+    Usage."""
     if entry.kind == "native":
         return True
     begun = state.unfinished(ProviderSwitch, entry.name)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock sync`, after boot and on a timer: what changed at the key manager reaches the disks.
+"""`unlock sync`, after boot and on a timer: brings to the disks what changed at the key manager.
 
     members that are back ──> what was killed ──> resolve all keys, one request ──> each key: unchanged, replaced,
     blocked, unknown ──> a replaced one: fetch, validate, prove, rotation ──> keys that only the provider keeps: cached
 
-It never touches the TPM. Nothing leaves cache or disks because a server said `not found`, `denied` or nothing: only a
-state that the operator's `drop_on` names does that. When nothing changed, nothing is written.
+It never touches the TPM. It removes no key from cache or disks because a server answers `not found` or `denied`, or
+does not answer: only for a state of the key that the operator's `drop_on` names. When nothing changed, it writes
+nothing.
 """
 
 import time
@@ -28,7 +29,7 @@ VERSION = 1
 
 
 class SyncLine(NamedTuple):
-    """One key, and what came of it."""
+    """The result for one key."""
 
     key: str
     """Of a group, by its name; or `host key`."""
@@ -44,8 +45,8 @@ def sync(
     connect: access.Connect = access.connect,
     wait_for_clock: Callable[[], bool] = clock.wait_until_set,
 ) -> list[SyncLine]:
-    """One sync; its record is /run/unlock/sync.json. Raises what kept all of it from being done, ProviderError, NoKey,
-    Refused; trouble with one key is in its line."""
+    """Runs one sync and records it in /run/unlock/sync.json. Raises ProviderError, NoKey or Refused when nothing could
+    be done; a failure with one key is in that key's line."""
     try:
         try:
             lines = _sync(paths, look, connect)
@@ -71,7 +72,7 @@ def _sync(paths: Paths, look: find.Look, connect: access.Connect) -> list[SyncLi
 
 
 def _catch_up(work: Work) -> list[SyncLine]:
-    """What needs no network: disks that are back."""
+    """Rewrites the tokens of disks that are back; needs no network where cache or disks have the KEK."""
     return [
         SyncLine(each.group, "caught-up", ", ".join(each.done) or "; ".join(each.behind.values()))
         for each in rotation.catch_up_disks(work)
@@ -99,7 +100,7 @@ def _ask_provider(work: Work) -> list[SyncLine]:
 
 
 def _finish_rotation(work: Work) -> list[SyncLine]:
-    """A rotation that was killed; what keeps it from its end is its own trouble."""
+    """Finishes a rotation that was killed. Its failure does not stop the sync of other keys."""
     journal = work.state.journal
     if not isinstance(journal, Rekey):
         return []
@@ -132,7 +133,7 @@ def _follow_status(work: Work, group: Group, status: Status) -> SyncLine:
 
 
 def _follow_replacement(work: Work, group: Group, current: str) -> SyncLine:
-    """The KMS names another key in the place of ours."""
+    """Rotates the group to the key that the key manager names in place of its KEK."""
     if f"{work.state.provider_id}/{current}" in group.former:
         return SyncLine(group.name, "lagging", "the server offers a key that this group has left behind")
     outcome = rotation.rotate_kek(work, group.name, Ref(current, group.kek_name))
@@ -140,7 +141,7 @@ def _follow_replacement(work: Work, group: Group, current: str) -> SyncLine:
 
 
 def _drop_kek(work: Work, group: Group, state: str) -> SyncLine:
-    """The operator's revocation policy: the key is not kept any more. What is open stays open until it is closed."""
+    """Stops keeping the KEK, by the operator's `drop_on`. What is open stays open until it is closed."""
     if group.policy == "provider" and not group.behind:
         keyring.forget(access.cache_name(group.kek, group.generation))
         return SyncLine(group.name, "dropped", f"the key is {state}")
@@ -160,7 +161,7 @@ def _is_cached(group: Group) -> bool:
 
 
 def _follow_host_key(work: Work, status: Status) -> SyncLine:
-    """A new one; dumps of the old one stay readable: it is kept with the former ones."""
+    """Takes a new host key over. The state keeps the old one, so that its dumps stay readable."""
     if status.problem:
         return SyncLine("host key", status.problem.code, str(status.problem), status.problem)
     if not status.changed:
@@ -173,7 +174,7 @@ def _follow_host_key(work: Work, status: Status) -> SyncLine:
 
 
 def _start_failed_groups(paths: Paths) -> None:
-    """Groups whose gate gave up may open now."""
+    """Starts the units that open groups whose gate has failed: they may open now."""
     if paths.root == "/" and this_boot.failed_groups(paths):
         run(["systemctl", "start", "--no-block", "unlock-heal@sync.service"])
 
