@@ -32,7 +32,7 @@ from unlock.host.journal import Rebind, RecoveryRotation, Rekey
 from unlock.host.state import State
 from unlock.host.state_file import KeyEntry, RemovedPolicy, ReplacedKek, Window
 from unlock.keys import access
-from unlock.keys.escrow import Escrow, write
+from unlock.keys.escrow import Escrow, write_escrow
 from unlock.measured import describe, esp_copy
 from unlock.measured.baseline import Baseline, TpmIdentity
 from unlock.operations import sync
@@ -186,9 +186,9 @@ def sealed(chip: Swtpm, keys: Keys, pin: bool) -> None:
         for pcr, digest in digests():
             tpm.extend(pcr, digest)
         payload, selection = Payload(keys.persistence, unauthenticated_root=pin), pcr_policy.select(MEASURED)
-        slots.persist(tpm, bytes.fromhex(HOST), selection, branches(1), payload)
+        slots.seal_slot(tpm, bytes.fromhex(HOST), selection, branches(1), payload)
         if pin:
-            slots.persist(tpm, bytes.fromhex(HOST), selection, branches(BRANCHES), payload, pin_auth=keys.pin_auth)
+            slots.seal_slot(tpm, bytes.fromhex(HOST), selection, branches(BRANCHES), payload, pin_auth=keys.pin_auth)
 
 
 # The disk
@@ -461,7 +461,7 @@ def synced(paths: Paths, keys: Keys) -> dict[str, bytes]:
     state.set_host_key(host_key, persistence=keys.persistence, key=keys.host_key)
     state.retire.append(ReplacedKek(f"{keys.provider.id}/{keys.kek_name}", "gone"))
     state.save()
-    this_boot.remember(paths, "TPM", {"unlock:persistence": keys.persistence})
+    this_boot.cache_keys(paths, "TPM", {"unlock:persistence": keys.persistence})
     sync.sync(paths, look=dict)
     return {f"run/{name}": Path(paths.of_this_boot(name)).read_bytes() for name in ("sync.json", "keys.json")}
 
@@ -498,8 +498,8 @@ def recipient(folder: Path) -> str:
 
 def escrowed(folder: Path, to: Path, keys: Keys) -> None:
     """The recovery key for the organisation in `folder`."""
-    write(Escrow(str(folder / "certificate.pem"), str(to / "escrow.pem")), keys.recovery)
-    write(Escrow(recipient(folder), str(to / "escrow.age")), keys.recovery)
+    write_escrow(Escrow(str(folder / "certificate.pem"), str(to / "escrow.pem")), keys.recovery)
+    write_escrow(Escrow(recipient(folder), str(to / "escrow.age")), keys.recovery)
 
 
 # All of it

@@ -90,7 +90,7 @@ class Host(Measures):
         selection = pcr_policy.select(pcrs or MEASURED_BY[boot.kind])
         with self.chip.open() as tpm, Secret.random(32) as key:
             branch = pcr_policy.branch(selection, tpm.read_pcrs(selection))
-            slots.persist(tpm, HOST, selection, (branch,), Payload(key))
+            slots.seal_slot(tpm, HOST, selection, (branch,), Payload(key))
 
     def keep(self) -> Baseline | None:
         return baseline.record_baseline(self.paths, self.chip.tcti)
@@ -260,7 +260,7 @@ def test_the_tpm_was_replaced(host: Host, tmp_path: Path) -> None:
 def test_the_slot_is_gone(host: Host) -> None:
     good(host, Boot("grub"))
     with host.chip.open() as tpm:
-        slots.remove(tpm)
+        slots.evict_all(tpm)
     assert host.boot(Boot("grub")) == "no-slot"
     assert [each.code for each in host.explain().causes] == ["slot-gone"]
 

@@ -296,7 +296,7 @@ def run(host: Machine, dry_run: bool = False) -> predict.Foreseen:
 def checked(host: Machine) -> list[str]:
     """What `unlock check` says of the entries that may come next."""
     with host.chip.open() as tpm:
-        record = slots.current(tpm)[1]
+        record = slots.current_slot(tpm)[1]
     return [each.verdict for each in check.next_boot(check.foreseen(host.paths, host.chip.tcti), record)]
 
 

@@ -48,7 +48,7 @@ def shell(paths: Paths, argv: list[str]) -> int:
     if word == ["explain"] and rest in ([], ["--json"]):
         return explain.explain(paths, as_json=bool(rest))
     if word == ["status"] and rest in ([], ["--json"]):
-        early = this_boot.early(paths)
+        early = this_boot.read_early_report(paths)
         disks = read_disks(early)
         print(json.dumps(status_json(early, disks), indent=1) if rest else status_text(early, disks))
         return 0
@@ -162,7 +162,7 @@ def screen(paths: Paths) -> int:
 
 def screen_lines(paths: Paths) -> list[str]:
     """At most 20 lines of COLUMNS characters. The errors shown are recorded: the next screen shows only new ones."""
-    early = this_boot.early(paths)
+    early = this_boot.read_early_report(paths)
     shown = this_boot.read_json(paths, "shown.json").get("troubles")
     errors = _errors(early)
     if early and early.verdict in ("no-slot", "no-tpm") and not errors:

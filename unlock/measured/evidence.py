@@ -98,7 +98,7 @@ def gather_evidence(paths: Paths, tcti: str = TPM_DEVICE) -> Evidence:
     copy = _load_baseline_copy(paths) if not baseline and os.path.exists(_INITRAMFS) else None
     cmdline = logs.read_up_to(paths.cmdline, describe.TEXT_MAX).decode("utf-8", "replace")
     return Evidence(
-        early=this_boot.early(paths),
+        early=this_boot.read_early_report(paths),
         record=tpm.record,
         live=tpm.live,
         tpm_problem=tpm.problem,

@@ -110,7 +110,7 @@ def text(found: Checked) -> str:
 
 
 def _tpm(paths: Paths, state: State, tcti: str, comes: Foreseen | UnlockError, log: Log | None) -> Iterator[Finding]:
-    early = this_boot.early(paths)
+    early = this_boot.read_early_report(paths)
     try:
         with Tpm(tcti) as tpm:
             found = _current(tpm)

@@ -122,7 +122,7 @@ def gather(paths: Paths, tpm: Tpm) -> World:
     unknown = _BY_FILES & set(allows.record.selection) - verify.verified_events(found, later, live).keys()
     if unknown:
         raise replay.cannot(f"the event log does not account for PCR {min(unknown)}: what is measured is not known")
-    asked = at_unseal.unseal_time(this_boot.early(paths), 0.0)
+    asked = at_unseal.unseal_time(this_boot.read_early_report(paths), 0.0)
     early = tuple(event for event in later if event.time < asked)
     secure = 7 in allows.record.selection and efivars.measured_variables(found).get("SecureBoot") == b"\1"
     return World(paths, found, boot_files.load(paths, found), early, at_unseal.read_pcrs(paths, tpm), secure)
