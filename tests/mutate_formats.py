@@ -236,7 +236,7 @@ CHANGES: dict[str, list[Change]] = {
         ("measured/baseline.py", "[each.pcr, each.kind,", "[each.kind, each.pcr,"),
         ("measured/baseline.py", "def _parse_item(pcr: Any, kind: Any,", "def _parse_item(kind: Any, pcr: Any,"),
     ],
-    "booted version": [("predict/boot_files.py", "_VERSION = 1", "_VERSION = 2")],
+    "booted version": [("predict/booted.py", "_VERSION = 1", "_VERSION = 2")],
     "report version": [("host/report.py", "VERSION = 1", "VERSION = 2")],
     "sync version": [("operations/sync.py", "VERSION = 1", "VERSION = 2")],
     "verdict line end": [("boot/agent.py", 'record.verdict + "\\n"', "record.verdict")],
@@ -262,8 +262,8 @@ FIELDS = {
     "state": "host/state.py predict/allowed_states.py operations/policy.py operations/persistence.py keys/rotation.py "
     "operations/switch.py keys/access.py",
     "baseline": "measured/baseline.py",
-    "booted": "predict/boot_files.py",
-    "boot-files": "predict/boot_files.py",
+    "booted": "predict/booted.py",
+    "boot-files": "predict/trusted_files.py",
     "report": "host/report.py",
     "sync": "operations/sync.py",
 }

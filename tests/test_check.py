@@ -440,12 +440,12 @@ def test_the_initramfs_in_a_unified_kernel_image(world: World) -> None:
     image = world.root / "boot/efi/EFI/Linux/debian.efi"
     image.parent.mkdir(parents=True)
     image.write_bytes(pefile.build({".linux": b"kernel", ".initrd": good}))
-    assert initramfs_images.contents(str(image)).unlock
+    assert initramfs_images.read_contents(str(image)).unlock
     image.write_bytes(pefile.build({".linux": b"kernel"}))
     for data in (b"", b"MZ", image.read_bytes()):
         image.write_bytes(data)
         with pytest.raises(CommandFailed):
-            initramfs_images.contents(str(image))
+            initramfs_images.read_contents(str(image))
 
 
 def test_pcrs_of_files_where_nothing_measures_the_kernel(world: World) -> None:

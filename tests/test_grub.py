@@ -7,7 +7,7 @@ import pytest
 
 from tests.eventlogs import DATA
 from tests.properties import Property
-from unlock.predict import grub_script
+from unlock.predict import grub_parser, grub_script
 
 FILES = {
     "/grubenv": "# GRUB Environment Block\nsaved_entry=two\nnext_entry=menu>b\nodd=a\\\\b\n####",
@@ -17,12 +17,12 @@ FILES = {
 
 def read(name: str) -> str:
     if name not in FILES:
-        raise grub_script.Unknown(f"{name} is not on disk")
+        raise grub_parser.Unknown(f"{name} is not on disk")
     return FILES[name]
 
 
-def run(text: str, succeeds: bool = True, **variables: str) -> grub_script.Run:
-    found = grub_script.Run(grub_script.World({"prefix": "", **variables}, read, lambda _: succeeds))
+def run(text: str, succeeds: bool = True, **variables: str) -> grub_script.ScriptRun:
+    found = grub_script.ScriptRun(grub_script.ScriptInput({"prefix": "", **variables}, read, lambda _: succeeds))
     found.config(text)
     return found
 
@@ -90,9 +90,9 @@ def test_the_default_entry(default: str, titles: list[str]) -> None:
 def test_an_entry_that_grub_reboot_chose() -> None:
     """grub-mkconfig's own lines; the environment names the entry for once."""
     text = (DATA / "grub-1.cfg").read_text()
-    found = grub_script.Run(
-        grub_script.World(
-            {**grub_script.variables("/grub.cfg"), "prefix": ""}, read, lambda about: "custom" not in about
+    found = grub_script.ScriptRun(
+        grub_script.ScriptInput(
+            {**grub_script.initial_variables("/grub.cfg"), "prefix": ""}, read, lambda about: "custom" not in about
         )
     )
     FILES["/grubenv"], kept = "next_entry=1>2\n", FILES["/grubenv"]
@@ -109,7 +109,7 @@ def test_an_entry_that_grub_reboot_chose() -> None:
      "[ a -nt b ]", "function f", "f() { a; }", "source /none", "echo ${x", "function f { f; }\nf", "}"],
 )  # fmt: skip
 def test_what_is_not_known_is_said(text: str) -> None:
-    with pytest.raises(grub_script.Unknown):
+    with pytest.raises(grub_parser.Unknown):
         run(text)
 
 
@@ -127,7 +127,7 @@ def fuzz(seed: int, cases: int) -> bool:
             if found.entries:
                 for each in found.default:
                     found.choose(each)
-        except grub_script.Unknown:
+        except grub_parser.Unknown:
             pass
     return True
 

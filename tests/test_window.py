@@ -203,7 +203,7 @@ def test_killed_anywhere_a_window_is_never_forgotten(host: Machine, what: str, k
         lambda paths, tcti: policy.open_window(paths, 1, (), tcti),
         policy.close,
         lambda paths, tcti: policy.choose(paths, (4,), None, tcti),
-        predict.run,
+        predict.predict_and_allow,
         rebind.lacks_pin,
         lambda paths, tcti: rebind.rebind(paths, rebind.Choices(Secret(b""), tcti=tcti)),
     ],

@@ -61,9 +61,9 @@ def _describe(event: Event) -> tuple[str, str]:
     if kind == eventlog.EFI_VARIABLE_AUTHORITY:
         return _describe_authority(event)
     if kind == eventlog.EFI_APPLICATION:
-        return _describe_efi_program(uefi.image_path(event.data))
+        return _describe_efi_program(uefi.parse_image_path(event.data))
     if kind in (eventlog.EFI_BOOT_DRIVER, eventlog.EFI_RUNTIME_DRIVER):
-        path = uefi.image_path(event.data)
+        path = uefi.parse_image_path(event.data)
         return ("option-rom" if pcr == 2 else "firmware"), f"driver {path}".rstrip()
     if kind == eventlog.IPL:
         return _describe_ipl(event)
@@ -81,7 +81,7 @@ def _describe(event: Event) -> tuple[str, str]:
 
 def _describe_partitions(data: bytes) -> str:
     try:
-        disk, names = uefi.partitions(data)
+        disk, names = uefi.parse_partition_table(data)
     except Malformed:
         return "partition table of the boot disk"
     more = f", and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
@@ -134,7 +134,7 @@ def _describe_firmware_event(event: Event) -> tuple[str, str]:
         data = data[1 : 1 + data[0]] if data else b""
     said = _readable_text(data)
     if not said and event.kind == eventlog.CRTM_VERSION and len(data) == 16:
-        said = uefi.guid(data)
+        said = uefi.format_guid(data)
     return cause, f"{text} {said}".rstrip()
 
 
@@ -173,7 +173,7 @@ _FIRMWARE = {
 
 def _describe_variable(event: Event) -> tuple[str, str]:
     try:
-        name, data = uefi.variable(event.data)
+        name, data = uefi.parse_variable(event.data)
     except Malformed:  # Intel Boot Guard logs a string instead
         said = _readable_text(event.data)
         return ("firmware", said) if said else _describe_by_pcr(event)
@@ -186,13 +186,13 @@ def _describe_variable(event: Event) -> tuple[str, str]:
         numbers = (f"{data[at + 1]:02X}{data[at]:02X}" for at in range(0, len(data) & ~1, 2))
         return "boot-order", f"BootOrder: {' '.join(numbers)}"
     if re.fullmatch("Boot[0-9A-F]{4}", name):
-        return "boot-order", f"{name}: {uefi.load_option(data).description}"
+        return "boot-order", f"{name}: {uefi.parse_load_option(data).description}"
     return ("secure-boot-keys" if event.pcr == 7 else "firmware-settings"), f"UEFI variable {name}"
 
 
 def _describe_signatures(data: bytes) -> str:
     try:
-        found = uefi.signatures(data)
+        found = uefi.parse_signature_lists(data)
     except Malformed:
         return f"{len(data)} bytes"
     many = f"{found.entries} entr{'y' if found.entries == 1 else 'ies'}"
@@ -200,12 +200,12 @@ def _describe_signatures(data: bytes) -> str:
 
 
 def _describe_authority(event: Event) -> tuple[str, str]:
-    name, data = uefi.variable(event.data)
+    name, data = uefi.parse_variable(event.data)
     if name == "SbatLevel":
         return "sbat", f"SbatLevel: {_decode_text(data)}"
     if name.startswith("Mok") and name != "MokList":
         return "mok", name
-    who = uefi.signer(data)
+    who = uefi.signer_name(data)
     return ("mok" if name == "MokList" else "signer"), f"{name}: {who or 'a hash'}"
 
 
@@ -323,7 +323,7 @@ def _decode_text(data: bytes) -> str:
     """A string as the log has it, or its beginning: ASCII or UTF-16, with or without NUL."""
     data = data[: 4 * TEXT_MAX]
     if len(data) >= 4 and not any(data[1:64:2]) and any(data[:64:2]):
-        return uefi.utf16(data)
+        return uefi.decode_utf16(data)
     return data.partition(b"\0")[0].decode("utf-8", "replace")
 
 

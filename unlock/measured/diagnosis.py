@@ -162,7 +162,7 @@ def _baseline_has_events(baseline: Baseline | None, pcr: int) -> bool:
     """Whether the baseline lists what this PCR was extended with; else it has the value alone, or nothing."""
     if baseline is None or pcr not in baseline.pcrs:
         return False
-    return baseline.pcrs[pcr] == eventlog.start()[pcr] or any(each.pcr == pcr for each in baseline.items)
+    return baseline.pcrs[pcr] == eventlog.initial_pcrs()[pcr] or any(each.pcr == pcr for each in baseline.items)
 
 
 def _status_by_value(pcr: int, evidence: Evidence, verified: bool) -> str:

@@ -67,11 +67,11 @@ class Log(NamedTuple):
     """Why reading stopped before the end; empty when it did not. What was read may be right all the same."""
 
 
-def parse(data: bytes) -> Log:
+def parse_event_log(data: bytes) -> Log:
     """A crypto-agile log. Malformed when nothing of it can be used; code `event-log-sha1` for one without SHA-256."""
     if len(data) > MAX_LOG:
         raise Malformed(f"the event log is larger than {MAX_LOG >> 20} MiB")
-    sizes, at = _banks(data)
+    sizes, at = _parse_header(data)
     events: list[Event] = []
     locality: int | None = None
     problem = ""
@@ -81,7 +81,7 @@ def parse(data: bytes) -> Log:
             problem = f"there are more than {MAX_EVENTS} events"
             break
         try:
-            event, at = _event(data, at, sizes)
+            event, at = _parse_event(data, at, sizes)
         except (struct.error, ValueError) as error:
             problem = f"after {len(events)} events: {error}"
             break
@@ -92,7 +92,7 @@ def parse(data: bytes) -> Log:
     return Log(tuple(events), locality or 0, problem)
 
 
-def _banks(data: bytes) -> tuple[dict[int, int], int]:
+def _parse_header(data: bytes) -> tuple[dict[int, int], int]:
     """Digest sizes by algorithm, from the first event, and where the second one starts."""
     try:
         _, kind, _, size = _HEADER.unpack_from(data)
@@ -115,7 +115,7 @@ def _banks(data: bytes) -> tuple[dict[int, int], int]:
     return _SIZES | sizes, _HEADER.size + size
 
 
-def _event(data: bytes, at: int, sizes: dict[int, int]) -> tuple[Event, int]:
+def _parse_event(data: bytes, at: int, sizes: dict[int, int]) -> tuple[Event, int]:
     """TCG_PCR_EVENT2, and where the next one starts. struct.error, ValueError."""
     pcr, kind, count = struct.unpack_from("<III", data, at)
     at += 12
@@ -138,7 +138,7 @@ def _event(data: bytes, at: int, sizes: dict[int, int]) -> tuple[Event, int]:
     return Event(pcr, kind, digest, data[at : at + size]), at + size
 
 
-def parse_systemd(data: bytes) -> tuple[Event, ...]:
+def parse_systemd_log(data: bytes) -> tuple[Event, ...]:
     """/run/log/systemd/tpm2-measure.log of systemd 255 and later; older ones keep none.
 
     RFC 7464 records, each an object of the TCG "Canonical Event Log" in JSON: pcr, digests, content_type, content.
@@ -166,25 +166,25 @@ def _systemd_event(fields: Any) -> Event:
     return Event(pcr, SYSTEMD, digest, f"{kind or ''}\0{text or ''}".encode("utf-8", "replace"), time)
 
 
-def start(locality: int = 0) -> dict[int, bytes]:
+def initial_pcrs(locality: int = 0) -> dict[int, bytes]:
     """PCR values when the TPM has started. 17 to 22 are all ones until a dynamic launch."""
     values = {pcr: (b"\xff" if 17 <= pcr <= 22 else b"\0") * 32 for pcr in range(PCRS)}
     values[0] = bytes(31) + bytes([locality])
     return values
 
 
-def extended(value: bytes, digest: bytes) -> bytes:
+def extend(value: bytes, digest: bytes) -> bytes:
     """A PCR after one more extension."""
     return sha256(value + digest).digest()
 
 
 def replay(events: Iterable[Event], locality: int = 0) -> dict[int, bytes]:
     """PCR values after these events. A PCR for which one of them has no digest is left out."""
-    values = start(locality)
+    values = initial_pcrs(locality)
     unknown = set()
     for event in events:
         if event.digest is None:
             unknown.add(event.pcr)
         else:
-            values[event.pcr] = extended(values[event.pcr], event.digest)
+            values[event.pcr] = extend(values[event.pcr], event.digest)
     return {pcr: value for pcr, value in values.items() if pcr not in unknown}

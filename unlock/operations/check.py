@@ -29,7 +29,7 @@ from ..tpm import pcr_policy
 from ..tpm.chip import Facts, Tpm
 from ..tpm.pcr_policy import Record
 from . import policy, predict
-from .predict import Foreseen
+from .predict import Prediction
 
 VERSION = 1
 NOTE, SAFE, UNPROVEN, UNSAFE = "note", "safe", "unproven", "unsafe"
@@ -109,7 +109,7 @@ def text(found: Checked) -> str:
 # The TPM ----------------------------------------------------------------------------------------------------
 
 
-def _tpm(paths: Paths, state: State, tcti: str, comes: Foreseen | UnlockError, log: Log | None) -> Iterator[Finding]:
+def _tpm(paths: Paths, state: State, tcti: str, comes: Prediction | UnlockError, log: Log | None) -> Iterator[Finding]:
     early = this_boot.early(paths)
     try:
         with Tpm(tcti) as tpm:
@@ -167,20 +167,20 @@ def _pin(record: Record, facts: Facts) -> Iterator[Finding]:
         yield Finding("PIN", NOTE, lost, "unlock policy set --pin")
 
 
-def foreseen(paths: Paths, tcti: str) -> Foreseen | UnlockError:
+def foreseen(paths: Paths, tcti: str) -> Prediction | UnlockError:
     """What the files on disk will measure, or why that cannot be told."""
     try:
-        return predict.run(paths, tcti, dry_run=True)
+        return predict.predict_and_allow(paths, tcti, dry_run=True)
     except UnlockError as error:
         return error
 
 
-def next_boot(found: Foreseen | UnlockError, record: Record) -> Iterator[Finding]:
+def next_boot(found: Prediction | UnlockError, record: Record) -> Iterator[Finding]:
     """Whether the TPM allows it."""
     if isinstance(found, UnlockError):
         yield Finding("next boot", UNPROVEN, str(found), found.hint)
         return
-    for each in found.entries:
+    for each in found.boots:
         what, verdict = ("next boot", UNSAFE) if each.default else ("boot menu", NOTE)
         if each.values is None:
             yield Finding(what, verdict, f"{each.words}: {each.why}", "unlock policy predict")
@@ -301,28 +301,32 @@ def _written(tcti: str) -> dict[str, int]:
     return {"token": token.VERSION, "record": found[1].version if found else 1}
 
 
-def _images(paths: Paths, written: dict[str, int], comes: Foreseen | UnlockError) -> Iterator[Finding]:
+def _images(paths: Paths, written: dict[str, int], comes: Prediction | UnlockError) -> Iterator[Finding]:
     """Those of what boots by itself count; where that is not known, the newest."""
-    found = initramfs_images.installed(paths)
-    entries = () if isinstance(comes, UnlockError) else comes.entries
+    found = initramfs_images.list_images(paths)
+    entries = () if isinstance(comes, UnlockError) else comes.boots
     needed = [os.path.join(paths.root, each.initrd) for each in entries if each.default and each.initrd] or found[-1:]
     if not needed:
         yield Finding("initramfs", UNPROVEN, "there is no /boot/initrd.img-*: whether unlock is in it is not known")
     for image in dict.fromkeys([*found, *needed]):
         name = os.path.basename(image)
         try:
-            wrong = _unreadable(initramfs_images.contents(image), written)
+            wrong = _unreadable(initramfs_images.read_contents(image), written)
         except CommandFailed as error:
             wrong = str(error)
         if wrong:
             unified = initramfs_images.is_unified(image)
-            do = "kernel-install add-all" if unified else f"update-initramfs -u -k {initramfs_images.kernel(image)}"
+            do = (
+                "kernel-install add-all"
+                if unified
+                else f"update-initramfs -u -k {initramfs_images.kernel_version(image)}"
+            )
             yield Finding(name, UNSAFE if image in needed else NOTE, wrong, do)
         else:
             yield Finding(name, SAFE, "unlock is in it, and reads what is on the disks and in the TPM")
 
 
-def _unreadable(image: initramfs_images.Contents, written: dict[str, int]) -> str:
+def _unreadable(image: initramfs_images.ImageContents, written: dict[str, int]) -> str:
     """What is wrong with it; '' if nothing."""
     if not image.unlock:
         return "unlock is not in it"
@@ -387,10 +391,10 @@ def _starts_another(paths: Paths, current: str) -> str:
 def _file(paths: Paths, entry: str) -> str:
     """What an active boot entry starts from the EFI system partition; "" when that is not there."""
     try:
-        option = uefi.load_option(efivars.read_variable(paths, entry))
+        option = uefi.parse_load_option(efivars.read_variable(paths, entry))
     except Malformed:
         return ""
-    return next(boot_files.programs(paths, option.file), "") if option.active else ""
+    return next(boot_files.find_programs(paths, option.file), "") if option.active else ""
 
 
 _SETUP, _CAPSULE = 0x1, 0x4

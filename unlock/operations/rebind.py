@@ -84,7 +84,7 @@ def rebind(paths: Paths, choices: Choices, look: find.Look = find.look) -> Rebou
     command finishes. Refused, code `pin-needed`, where a PIN was set and neither is one chosen nor what it makes in
     the key cache: a PIN is never dropped in silence."""
     if choices.pin and choices.pin.typed is not None:
-        initramfs_images.need_pin(paths)
+        initramfs_images.require_pin_support(paths)
     with changing(paths) as state, Tpm(choices.tcti) as tpm, ExitStack() as keys:
         if not state.has_recovery_key:
             raise Refused("this host has no recovery key, so no disk depends on its TPM", "unlock status")
