@@ -21,7 +21,7 @@ from unlock.disks import disk_keys, luks, token
 from unlock.errors import CommandFailed, UnlockError
 from unlock.host import keyring, report
 from unlock.operations import check, recovery
-from unlock.operations.check import NOTE, SAFE, UNPROVEN, UNSAFE
+from unlock.operations.check.finding import NOTE, SAFE, UNPROVEN, UNSAFE
 from unlock.predict import initramfs_images
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
@@ -73,8 +73,8 @@ class World:
         """The verdict, and what is not safe."""
         found = check.check(self.host.paths, self.chip.tcti, self.host.look)
         again = check.check(self.host.paths, self.chip.tcti, self.host.look)
-        assert json.loads(json.dumps(check.fields(found))) == json.loads(json.dumps(check.fields(again)))
-        said = check.text(found)
+        assert json.loads(json.dumps(check.to_json(found))) == json.loads(json.dumps(check.to_json(again)))
+        said = check.to_text(found)
         assert said.isprintable() or all(line.isprintable() for line in said.splitlines())
         assert said.splitlines()[-1].startswith(found.verdict)
         return found.verdict, {

@@ -46,6 +46,7 @@ from unlock.errors import Malformed
 from unlock.measured import certificates, compare, describe, eventlog, verify
 from unlock.measured.baseline import Baseline, TpmIdentity
 from unlock.measured.describe import Item
+from unlock.measured.log_text import TEXT_MAX, printable
 
 KINDS = ("grub", "uki", "direct")
 
@@ -324,8 +325,8 @@ def test_a_terminal_takes_nothing_in_a_text_for_a_command() -> None:
         eventlog.Event(8, 0x0D, bytes(32), f"grub_cmd: {hostile}".encode("utf-8", "replace"))
     )
     assert item.text.isprintable()
-    assert describe.printable("a" * 9999, 10) == "a" * 10
-    assert describe.printable(describe.printable("a b\t\u00a0 c", 4), 4) == describe.printable("a b\t\u00a0 c", 4)
+    assert printable("a" * 9999, 10) == "a" * 10
+    assert printable(printable("a b\t\u00a0 c", 4), 4) == printable("a b\t\u00a0 c", 4)
 
 
 def test_the_subject_of_a_certificate_not_its_issuer() -> None:
@@ -442,7 +443,7 @@ def fuzz(seed: int, cases: int) -> bool:
             if dice.random() < 0.25:
                 verify.repair_log(found, later, dict.fromkeys(range(24), bytes(32)))
             now = tuple(describe.describe_event(event) for event in (*found.events, *later) if event.digest)
-            assert all(item.text == describe.printable(item.text, describe.TEXT_MAX) for item in now)
+            assert all(item.text == printable(item.text, TEXT_MAX) for item in now)
             compare.compare_boots(before.items, now, range(eventlog.PCRS))
             again = before._replace(items=now, pcrs=reached)
             assert Baseline.decode(again.encode()) == again

@@ -26,6 +26,8 @@ from tests.hostfixture import Machine
 from unlock.errors import Refused, UnlockError
 from unlock.measured import at_unseal, certificates, diagnosis, efivars, eventlog, evidence, uefi
 from unlock.operations import baseline, cache, check, predict
+from unlock.operations.check.finding import NOTE, SAFE, UNPROVEN, UNSAFE
+from unlock.operations.check.tpm import check_next_boot, predict_or_error
 from unlock.paths import Paths
 from unlock.predict import booted, grub_learn, grub_replay, grub_script, pe, uki_replay
 from unlock.tpm import slots
@@ -297,7 +299,7 @@ def checked(host: Machine) -> list[str]:
     """What `unlock check` says of the entries that may come next."""
     with host.chip.open() as tpm:
         record = slots.current(tpm)[1]
-    return [each.verdict for each in check.next_boot(check.foreseen(host.paths, host.chip.tcti), record)]
+    return [each.verdict for each in check_next_boot(predict_or_error(host.paths, host.chip.tcti), record)]
 
 
 def test_what_this_boot_has_read_is_kept_while_an_update_replaces_it(host: Machine) -> None:
@@ -309,9 +311,9 @@ def test_what_this_boot_has_read_is_kept_while_an_update_replaces_it(host: Machi
 
 
 def test_an_update_of_everything_and_the_host_boots_without_a_prompt(host: Machine) -> None:
-    assert checked(host) == [check.SAFE, check.NOTE]
+    assert checked(host) == [SAFE, NOTE]
     install(host, AFTER)
-    assert checked(host) == [check.UNSAFE, check.NOTE, check.NOTE]
+    assert checked(host) == [UNSAFE, NOTE, NOTE]
     assert len(run(host, dry_run=True).boots) == 3
     assert host.reasons() == ["this boot"]
     found = run(host)
@@ -321,7 +323,7 @@ def test_an_update_of_everything_and_the_host_boots_without_a_prompt(host: Machi
     assert [each.default for each in found.boots] == [True, False, False]
     assert f"initramfs of {OLD}" in found.boots[2].changes
     assert run(host) == found
-    assert checked(host) == [check.SAFE] * 3
+    assert checked(host) == [SAFE] * 3
     assert boot(host, NEXT) == "unsealed"
     assert boot(host, OLDER) == "unsealed"
     assert boot(host, NOW) == "unsealed"
@@ -372,7 +374,7 @@ def test_grub_reboot_once_and_the_boot_after_it(host: Machine) -> None:
     assert boot(host, like(once)) == "unsealed"
     install(host, {ENV: after.encode()})
     baseline.record_good_boot(host.paths, host.chip.tcti)
-    assert checked(host)[0] == check.SAFE and predict.default_boot_refusal(run(host)) is None
+    assert checked(host)[0] == SAFE and predict.default_boot_refusal(run(host)) is None
     assert boot(host, like(after)) == "unsealed"
 
 
@@ -473,12 +475,12 @@ def test_another_default_entry_is_not_hidden_by_those_that_are_understood(host: 
     first = text("grub-0").index("menuentry ")
     xen = "menuentry 'Debian GNU/Linux, with Xen hypervisor' {\n\tmultiboot2 /xen.gz\n\tmodule2 /vmlinuz\n}\n"
     install(host, {CONFIG: (text("grub-0")[:first] + xen + text("grub-0")[first:]).encode()})
-    assert checked(host)[0] == check.UNSAFE
+    assert checked(host)[0] == UNSAFE
     assert (bad := predict.default_boot_refusal(run(host))) and "not one kernel" in str(bad)
     saved = f"Advanced options for Debian GNU/Linux>Debian GNU/Linux, with Linux {OLD} (recovery mode)"
     install(host, {CONFIG: text("grub-0").replace('set default="0"', f'set default="{saved}"').encode()})
-    assert checked(host)[0] == check.UNSAFE
-    assert "recovery mode" not in run(host).boots[0].why and checked(host)[0] == check.SAFE
+    assert checked(host)[0] == UNSAFE
+    assert "recovery mode" not in run(host).boots[0].why and checked(host)[0] == SAFE
 
 
 def initramfs(folder: Path, *names: str) -> bytes:
@@ -506,16 +508,16 @@ def test_the_image_that_counts_is_that_of_the_default_entry(host: Machine, tmp_p
     assert boot(host, RealBoot("grub-1", files)) == "unsealed"
     baseline.record_good_boot(host.paths, host.chip.tcti)
     new, old, rescue = f"initrd.img-{NEW}", f"initrd.img-{OLD}", "initrd.img-rescue"
-    assert about_images(host) == {new: check.SAFE, old: check.NOTE, rescue: check.NOTE}
+    assert about_images(host) == {new: SAFE, old: NOTE, rescue: NOTE}
     older = f"Advanced options for Debian GNU/Linux>Debian GNU/Linux, with Linux {OLD}"
     install(host, {CONFIG: text("grub-1").replace('set default="0"', f'set default="{older}"').encode()})
-    assert run(host).boots[0].words == f"kernel {OLD}" and checked(host)[0] == check.SAFE
-    assert about_images(host) == {new: check.SAFE, old: check.UNSAFE, rescue: check.NOTE}
+    assert run(host).boots[0].words == f"kernel {OLD}" and checked(host)[0] == SAFE
+    assert about_images(host) == {new: SAFE, old: UNSAFE, rescue: NOTE}
 
 
 def test_boot_is_not_mounted(host: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     Path(host.paths.root, "boot/grub").rename(Path(host.paths.root, "elsewhere"))
-    assert checked(host) == [check.UNPROVEN]
+    assert checked(host) == [UNPROVEN]
     assert predict.predict_after_update(host.paths, host.chip.tcti) == 0
     assert "not on disk" in capsys.readouterr().err
 
@@ -560,7 +562,7 @@ def test_where_no_update_matters_nothing_is_predicted(tmp_path: Path) -> None:
     host = Machine(tmp_path, NOW, (7,))  # type: ignore[arg-type]
     host.write("sys/firmware/efi/x", b"")
     found = run(host)
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     assert found.boots == () and "nothing to predict" in found.notes[0] and predict.default_boot_refusal(found) is None
     host.close()
 
@@ -811,7 +813,7 @@ def test_what_systemd_boot_was_told_to_start_is_what_comes(tmp_path: Path) -> No
     assert defaults() == ["b-6.9.efi", "b-6.1+2-1.efi", "a-6.2.efi"]
     for name in ("auto-windows", "b-6.9.efi@1"):  # another system, a profile of a unified kernel image
         host.write(once, bytes(4) + f"{name}\0".encode("utf-16-le"))
-        assert checked(host)[0] == check.UNSAFE and defaults() == [name, "b-6.9.efi", "a-6.2.efi"]
+        assert checked(host)[0] == UNSAFE and defaults() == [name, "b-6.9.efi", "a-6.2.efi"]
     host.write(once.replace("OneShot", "Default"), bytes(4) + "b-6.9.efi@2\0".encode("utf-16-le"))
     assert defaults() == ["b-6.9.efi@1", "b-6.9.efi@2", "b-6.9.efi"]
     host.write(f"{linux}/b-6.9.efi@2.efi", older)
@@ -827,15 +829,15 @@ def test_unified_kernel_images_on_an_extended_boot_loader_partition(tmp_path: Pa
     host = enrolled(tmp_path, now, {f"{linux}/6.12.efi": newer, "efi/EFI/BOOT/BOOTX64.EFI": LOADER})
     host.write(f"{linux}/6.9.efi", old)
     host.write("boot/loader/loader.conf", b"default nobody-reads-this\n")
-    assert checked(host) == [check.SAFE, check.NOTE]
+    assert checked(host) == [SAFE, NOTE]
     host.write("efi/loader/loader.conf", b"default 6.9*\n")
-    assert checked(host) == [check.SAFE, check.UNSAFE]
+    assert checked(host) == [SAFE, UNSAFE]
     host.write("efi/loader/loader.conf", b"timeout 3\n")
     host.write("efi/EFI/Linux/6.13.efi", newest)
-    assert checked(host) == [check.SAFE, check.UNSAFE, check.NOTE]
+    assert checked(host) == [SAFE, UNSAFE, NOTE]
     Path(host.paths.root, "boot/efi").symlink_to("../efi")  # an image that is reached twice
     run(host)
-    assert checked(host) == [check.SAFE] * 3
+    assert checked(host) == [SAFE] * 3
     assert boot(host, uki(newest, "6.13.efi")) == "unsealed"
     host.close()
 
@@ -858,18 +860,18 @@ def test_programs_in_the_menu_that_would_not_start_as_they_should(tmp_path: Path
     now, cut = uki(unified(b"old"), "6.9.efi"), unified(b"newer", later)[:-200]
     host = enrolled(tmp_path, now, {f"{linux}/6.9.efi": unified(b"old"), "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
     host.write(f"{linux}/memtest.efi", pefile.build({".text": b"of no system, so in no menu"}))
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     host.write(f"{linux}/none.efi", pefile.build({".osrel": b"ID=z\n", ".text": b"no kernel"}))
-    assert checked(host) == [check.SAFE, check.NOTE]
+    assert checked(host) == [SAFE, NOTE]
     host.write("boot/efi/loader/loader.conf", b"default none*\n")
-    assert checked(host) == [check.SAFE, check.UNSAFE]
+    assert checked(host) == [SAFE, UNSAFE]
     Path(host.paths.root, linux, "none.efi").unlink()
     for data in (cut, signed[:-200]):
         host.write(f"{linux}/6.12.efi", data)
-        assert run(host).boots[1].why and checked(host) == [check.SAFE, check.UNSAFE]
+        assert run(host).boots[1].why and checked(host) == [SAFE, UNSAFE]
     Path(host.paths.root, linux, "6.12.efi").unlink()
     Path(host.paths.root, linux, "6.9.efi").unlink()
-    assert checked(host) == [check.UNPROVEN]
+    assert checked(host) == [UNPROVEN]
     host.close()
 
 
@@ -880,10 +882,10 @@ def test_a_unified_kernel_image_that_the_firmware_starts(tmp_path: Path) -> None
     now.made.remove(next(each for each in now.made if each.digest == pe.authenticode(LOADER)))
     host = enrolled(tmp_path, now, {f"{linux}/6.9.efi": old})
     host.write(f"{linux}/6.12.efi", newer)
-    assert checked(host) == [check.SAFE, check.NOTE]
+    assert checked(host) == [SAFE, NOTE]
     run(host)
     Path(host.paths.root, linux, "6.9.efi").unlink()
-    assert checked(host) == [check.UNPROVEN]
+    assert checked(host) == [UNPROVEN]
     host.close()
 
 
@@ -915,7 +917,7 @@ def test_the_order_of_systemd_boots_menu(tmp_path: Path) -> None:
     entry("v.conf", "sort-key debian", "version 13")
     assert defaults() == ["b.efi", "a.efi"]
     entry("v.conf", "sort-key debian", "version 15")
-    assert defaults() == ["v.conf", "b.efi"] and checked(host)[0] == check.UNSAFE
+    assert defaults() == ["v.conf", "b.efi"] and checked(host)[0] == UNSAFE
     entry("u+2.conf", "sort-key cloud")
     assert defaults() == ["u.conf", "b.efi"]
     host.write("boot/efi/loader/loader.conf", b"default @saved\n")
@@ -939,11 +941,11 @@ def test_the_unified_kernel_image_of_this_boot_was_removed(tmp_path: Path) -> No
     host = enrolled(tmp_path, now, {f"{linux}/6.9.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
     host.write(f"{linux}/6.12.efi", newer)
     run(host)
-    assert checked(host) == [check.SAFE, check.SAFE]
+    assert checked(host) == [SAFE, SAFE]
     Path(host.paths.root, linux, "6.9.efi").unlink()
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     Path(host.paths.root, linux, "6.12.efi").unlink()
-    assert checked(host) == [check.UNPROVEN]
+    assert checked(host) == [UNPROVEN]
     host.close()
 
 
@@ -953,13 +955,13 @@ def test_an_add_on_or_a_credential_beside_a_unified_kernel_image_is_measured_too
     host = enrolled(
         tmp_path, now, {f"{linux}/debian.efi": image, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER, addon: b"quiet"}
     )
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     host.write("boot/efi/loader/credentials/x.cred", b"secret")
-    assert checked(host) == [check.UNSAFE]
+    assert checked(host) == [UNSAFE]
     Path(host.paths.root, "boot/efi/loader/credentials/x.cred").unlink()
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     host.write(addon, b"not quiet")
-    assert checked(host) == [check.UNSAFE] and "add-ons" in run(host).boots[0].why
+    assert checked(host) == [UNSAFE] and "add-ons" in run(host).boots[0].why
     host.close()
 
 
@@ -977,11 +979,11 @@ def test_an_add_on_is_a_program_too_and_stays_as_it_is(tmp_path: Path, handed: b
     now = with_addon(old, "6.9.efi")
     files = {f"{linux}/6.9.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER}
     host = enrolled(tmp_path, now, {**files, f"{linux}/6.9.efi.extra.d/quiet.ADDON.EFI": addon})
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     for name, data in ((f"{linux}/6.12.efi", newer), (f"{linux}/6.12.efi.extra.d/quiet.ADDON.EFI", addon)):
         host.write(name, data)
     run(host)
-    assert checked(host) == [check.SAFE, check.SAFE]
+    assert checked(host) == [SAFE, SAFE]
     assert boot(host, with_addon(newer, "6.12.efi")) == "unsealed"
     host.close()
 
@@ -992,13 +994,13 @@ def test_a_boot_that_was_blessed_has_another_name(tmp_path: Path) -> None:
     now = uki(image, "debian+2-1.efi")
     host = enrolled(tmp_path, now, {f"{linux}/debian+2-1.efi": image, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
     host.write(f"{linux}/debian.efi.extra.d/x.cred", b"one")
-    assert checked(host) == [check.UNSAFE]
+    assert checked(host) == [UNSAFE]
     booted.save_booted_files(host.paths, booted.find_booted_files(host.paths, eventlog.parse_event_log(now.log())))
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     Path(host.paths.root, f"{linux}/debian+2-1.efi").rename(Path(host.paths.root, f"{linux}/debian.efi"))
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     Path(host.paths.booted).unlink()
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     host.close()
 
 
@@ -1020,13 +1022,13 @@ def test_a_trial_that_failed_is_the_file_that_it_was(tmp_path: Path) -> None:
     host.write(f"{linux}/6.12+3.efi", newer)
     run(host)
     renamed("6.12+3.efi", "6.12+2-1.efi")
-    assert again() == [check.SAFE, check.SAFE]
+    assert again() == [SAFE, SAFE]
     host.write(f"{linux}/6.12+2-1.efi", his)
-    assert again() == [check.SAFE, check.UNSAFE]
+    assert again() == [SAFE, UNSAFE]
     renamed("6.12+2-1.efi", "6.12+1-2.EFI")
     for _ in range(2):
         assert "while this host was off" in run(host).boots[1].why
-        assert again() == [check.SAFE, check.UNSAFE]
+        assert again() == [SAFE, UNSAFE]
     assert boot(host, uki(his, "6.12+1-2.EFI")) == "pcr-mismatch"
     host.close()
 
@@ -1043,7 +1045,7 @@ def test_a_policy_over_a_pcr_that_cannot_be_foreseen_leaves_out_that_entry_alone
     assert boot(host, now) == "unsealed"
     baseline.record_good_boot(host.paths, host.chip.tcti)
     host.write(f"{linux}/debian-6.12.efi", newer)
-    assert checked(host) == [check.SAFE, check.UNSAFE]
+    assert checked(host) == [SAFE, UNSAFE]
     assert ["PCR 9" in each.why for each in run(host).boots] == [False, True]
     host.close()
 
@@ -1102,7 +1104,7 @@ def test_a_menu_entry_without_an_initramfs_opens_nothing(host: Machine) -> None:
     lines = [line for line in text("grub-1").splitlines(keepends=True) if f"initrd\t/initrd.img-{NEW}" not in line]
     install(host, {**AFTER, CONFIG: "".join(lines).encode()})
     assert "no initramfs" in run(host).boots[0].why
-    assert checked(host)[0] == check.UNSAFE
+    assert checked(host)[0] == UNSAFE
 
 
 def test_a_disk_that_came_or_went_may_have_renumbered_those_of_grub(host: Machine) -> None:
@@ -1113,19 +1115,19 @@ def test_a_disk_that_came_or_went_may_have_renumbered_those_of_grub(host: Machin
 
     for name, at in (("dm-0", "virtual/block"), ("loop0", "virtual/block"), ("sr0", "pci0000:00/ata1/block")):
         plug(name, at)
-    assert check.UNPROVEN not in checked(host)
+    assert UNPROVEN not in checked(host)
     plug("sdb", "pci0000:00/usb1/host2/block")
-    assert check.UNPROVEN in checked(host) and "disks came or went" in run(host).doubts[0]
+    assert UNPROVEN in checked(host) and "disks came or went" in run(host).doubts[0]
     Path(host.paths.root, "sys/block/sdb").unlink()
     plug("nvme0n1", "virtual/nvme-subsystem/nvme-subsys0")
-    assert check.UNPROVEN in checked(host)
+    assert UNPROVEN in checked(host)
 
 
 def test_a_new_shim_is_not_guessed_and_a_new_grub_is_said(host: Machine) -> None:
     host.write("boot/efi/EFI/BOOT/grubx64.efi", pefile.build({".text": b"grub 2.13" * 50}))
     (note,) = run(host).notes
     assert "grubx64.efi" in note
-    assert checked(host) == [check.SAFE, check.SAFE, check.UNPROVEN]
+    assert checked(host) == [SAFE, SAFE, UNPROVEN]
     host.write("boot/efi/EFI/BOOT/BOOTX64.EFI", pefile.build({".text": b"shim 17" * 50}))
     with pytest.raises(Refused, match="new shim"):
         run(host)
@@ -1142,18 +1144,18 @@ def test_a_boot_loader_that_could_not_be_looked_at_when_the_boot_was_recorded(ho
     esp.rename(away)
     esp.mkdir()
     baseline.record_good_boot(host.paths, host.chip.tcti)
-    assert check.UNPROVEN in checked(host)
+    assert UNPROVEN in checked(host)
     doubts = run(host, dry_run=True).doubts
     assert ["is the EFI system partition mounted" in each for each in doubts] == [True, True]
     esp.rmdir()
     away.rename(esp)
-    assert checked(host) == [check.SAFE, check.NOTE]
+    assert checked(host) == [SAFE, NOTE]
     host.write(f"{EFI}/grubx64.efi", pefile.build({".text": b"grub 2.13" * 50}))
-    assert checked(host) == [check.SAFE, check.NOTE, check.UNPROVEN]
+    assert checked(host) == [SAFE, NOTE, UNPROVEN]
     (note,) = run(host).notes
     assert "grubx64.efi is not on disk as it was booted" in note
     host.write(f"{EFI}/BOOTX64.EFI", pefile.build({".text": b"shim 17" * 50}))
-    assert checked(host) == [check.UNPROVEN]
+    assert checked(host) == [UNPROVEN]
     with pytest.raises(Refused, match="new shim"):
         run(host)
 
@@ -1162,11 +1164,11 @@ def test_systemd_boot_was_updated_before_the_boot_was_recorded(tmp_path: Path) -
     image, newer = unified(b"kernel"), pefile.build({".text": b"newer systemd-boot" * 50})
     now = uki(image, "debian.efi")
     host = enrolled(tmp_path, now, {"boot/efi/EFI/Linux/debian.efi": image, f"{EFI}/BOOTX64.EFI": LOADER})
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     Path(host.paths.booted).unlink()
     host.write(f"{EFI}/BOOTX64.EFI", newer)
     baseline.record_good_boot(host.paths, host.chip.tcti)
-    assert checked(host) == [check.SAFE, check.UNPROVEN]
+    assert checked(host) == [SAFE, UNPROVEN]
     host.close()
 
 
@@ -1204,14 +1206,14 @@ def test_who_signed_a_unified_kernel_image(tmp_path: Path) -> None:
         run(host)
         return checked(host)
 
-    assert checked(host) == [check.SAFE]
-    assert after(signature("Signer 2025", "CA")) == [check.SAFE]
-    assert after(signature("Signer 2022", "Another CA")) == [check.SAFE, check.UNPROVEN]
+    assert checked(host) == [SAFE]
+    assert after(signature("Signer 2025", "CA")) == [SAFE]
+    assert after(signature("Signer 2022", "Another CA")) == [SAFE, UNPROVEN]
     assert f"{image} is signed by another key: PCR 7 may change" in run(host).notes
-    assert after(signature("CA")) == [check.SAFE, check.UNPROVEN]
-    assert after(struct.pack("<IHH", 64, 0x200, 2) + b"\xff" * 56) == [check.SAFE, check.UNPROVEN]
+    assert after(signature("CA")) == [SAFE, UNPROVEN]
+    assert after(struct.pack("<IHH", 64, 0x200, 2) + b"\xff" * 56) == [SAFE, UNPROVEN]
     for nothing in (b"\1", bytes(64), signature("Signer 2025", "CA")[:-60], b""):
-        assert after(nothing) == [check.UNSAFE]
+        assert after(nothing) == [UNSAFE]
     assert run(host).boots[0].why == "it is not signed, and Secure Boot is on"
     host.close()
 
@@ -1233,7 +1235,7 @@ def test_where_secure_boot_is_off_nobody_asks_who_signed(tmp_path: Path) -> None
     host = enrolled(tmp_path, uki(old, "debian.efi"), {image: old, f"{EFI}/BOOTX64.EFI": LOADER})
     host.write(image, unified(b"new"))
     run(host)
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     host.close()
 
 
@@ -1247,15 +1249,15 @@ def test_who_signed_a_boot_loader(tmp_path: Path) -> None:
     now = uki(image, "debian.efi")
     made = [each._replace(digest=pe.authenticode(old)) if b"B\0O\0O\0T\0X" in each.data else each for each in now.made]
     host = enrolled(tmp_path, secure(now._replace(made=made)), {"boot/efi/EFI/Linux/debian.efi": image, loader: old})
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     host.write(loader, systemd_boot(b"systemd-boot 257", signature("of this host")))  # another key of that name
-    assert checked(host) == [check.SAFE, check.UNPROVEN]
+    assert checked(host) == [SAFE, UNPROVEN]
     host.write(loader, systemd_boot(b"systemd-boot 258"))
-    assert checked(host) == [check.UNPROVEN]
+    assert checked(host) == [UNPROVEN]
     with pytest.raises(Refused, match="it is not signed, and Secure Boot is on"):
         run(host)
     Path(host.paths.root, loader).unlink()
-    assert checked(host) == [check.SAFE, check.UNPROVEN]
+    assert checked(host) == [SAFE, UNPROVEN]
     host.close()
 
 
@@ -1263,12 +1265,12 @@ def test_who_signed_a_kernel_that_the_firmware_starts(tmp_path: Path) -> None:
     kernel, initrd = "boot/efi/EFI/debian/vmlinuz-6.1", "boot/efi/EFI/debian/initrd.img-6.1"
     old = pefile.build({".text": b"old" * 300}, signature=signature("of this host"))
     host = enrolled(tmp_path, secure(stub(old, b"one")), {kernel: old, initrd: b"one"})
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     host.write(kernel, pefile.build({".text": b"new" * 300}, signature=signature("of this host")))
     run(host)
-    assert checked(host) == [check.SAFE, check.UNPROVEN]
+    assert checked(host) == [SAFE, UNPROVEN]
     host.write(kernel, pefile.build({".text": b"new" * 300}))
-    assert checked(host) == [check.UNSAFE]
+    assert checked(host) == [UNSAFE]
     host.close()
 
 
@@ -1286,10 +1288,10 @@ def test_who_signed_a_kernel_that_grub_starts(tmp_path: Path) -> None:
     disks = {f"boot/efi{path.replace(chr(92), '/')}": data for path, data in LOADERS.items()}
     disks |= {place(name): data for name, data in files.items() if NEW not in name and name.startswith(("/", "(hd"))}
     host = enrolled(tmp_path, now, disks)
-    assert checked(host)[0] == check.SAFE
+    assert checked(host)[0] == SAFE
     install(host, {**AFTER, **old, **new})
-    assert run(host).boots[0].words == f"kernel {NEW}" and checked(host) == [check.SAFE] * 3
+    assert run(host).boots[0].words == f"kernel {NEW}" and checked(host) == [SAFE] * 3
     install(host, {f"/vmlinuz-{NEW}": AFTER[f"/vmlinuz-{NEW}"]})
-    assert checked(host)[:2] == [check.UNSAFE, check.NOTE]
+    assert checked(host)[:2] == [UNSAFE, NOTE]
     assert run(host).boots[0].why == "it is not signed, and Secure Boot is on"
     host.close()

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from ..errors import Malformed, NewerFormat
 from . import eventlog
 from .causes import CAUSES
-from .describe import TEXT_MAX, Item, printable
+from .describe import Item
+from .log_text import TEXT_MAX, printable
 
 BASELINE_MAX = 2 << 20
 """Bytes."""

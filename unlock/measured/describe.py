@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from ..errors import Malformed
 from . import eventlog, uefi
+from .describe_ipl import describe_ipl, is_kernel
 from .eventlog import Event
+from .log_text import TEXT_MAX, decode_text, printable, readable_text
 
-TEXT_MAX = 4096
-"""Characters of one text that are kept: GRUB logs whole menu entries."""
 _ON = b"\x01"
 _SEPARATORS = (sha256(bytes(4)).digest(), sha256(b"\xff" * 4).digest())
 
@@ -41,17 +41,6 @@ def describe_event(event: Event) -> Item:
     return Item(event.pcr, event.kind, event.digest or b"", cause, printable(text, TEXT_MAX))
 
 
-def printable(text: str, limit: int) -> str:
-    """The text as one line of at most `limit` characters, without those that a terminal takes for a command."""
-    line = " ".join(text[: 4 * limit].split())
-    return "".join(each if each.isprintable() else "?" for each in line)[:limit].rstrip()
-
-
-def printable_line(text: str, limit: int) -> str:
-    """The same, with its blanks as they are."""
-    return "".join(each if each.isprintable() else "?" for each in text[:limit]).rstrip()
-
-
 def _describe(event: Event) -> tuple[str, str]:
     kind, pcr = event.kind, event.pcr
     if kind == eventlog.SYSTEMD:
@@ -66,7 +55,7 @@ def _describe(event: Event) -> tuple[str, str]:
         path = uefi.parse_image_path(event.data)
         return ("option-rom" if pcr == 2 else "firmware"), f"driver {path}".rstrip()
     if kind == eventlog.IPL:
-        return _describe_ipl(event)
+        return describe_ipl(event)
     if kind == eventlog.EVENT_TAG:
         return _describe_tag(event)
     if kind == eventlog.SEPARATOR:
@@ -109,7 +98,7 @@ _BY_PCR = {
 
 
 def _describe_action(event: Event) -> tuple[str, str]:
-    text = _decode_text(event.data)
+    text = decode_text(event.data)
     if text in _SWITCHES:
         return "firmware-settings", f"{_SWITCHES[text]} ({text})"
     return ("secure-boot" if event.pcr == 7 else "boot-path"), text or "nothing said"
@@ -132,16 +121,10 @@ def _describe_firmware_event(event: Event) -> tuple[str, str]:
     data = event.data
     if event.kind in (eventlog.EFI_BLOB2, eventlog.EFI_TABLES2):
         data = data[1 : 1 + data[0]] if data else b""
-    said = _readable_text(data)
+    said = readable_text(data)
     if not said and event.kind == eventlog.CRTM_VERSION and len(data) == 16:
         said = uefi.format_guid(data)
     return cause, f"{text} {said}".rstrip()
-
-
-def _readable_text(data: bytes) -> str:
-    """A text, when it looks like one."""
-    text = _decode_text(data).strip()
-    return text if len(text) > 2 and text.isascii() and text.isprintable() else ""
 
 
 _FIRMWARE = {
@@ -175,7 +158,7 @@ def _describe_variable(event: Event) -> tuple[str, str]:
     try:
         name, data = uefi.parse_variable(event.data)
     except Malformed:  # Intel Boot Guard logs a string instead
-        said = _readable_text(event.data)
+        said = readable_text(event.data)
         return ("firmware", said) if said else _describe_by_pcr(event)
     if name in ("SecureBoot", "AuditMode", "DeployedMode", "SetupMode"):
         title = "Secure Boot" if name == "SecureBoot" else name
@@ -202,7 +185,7 @@ def _describe_signatures(data: bytes) -> str:
 def _describe_authority(event: Event) -> tuple[str, str]:
     name, data = uefi.parse_variable(event.data)
     if name == "SbatLevel":
-        return "sbat", f"SbatLevel: {_decode_text(data)}"
+        return "sbat", f"SbatLevel: {decode_text(data)}"
     if name.startswith("Mok") and name != "MokList":
         return "mok", name
     who = uefi.signer_name(data)
@@ -214,7 +197,7 @@ def _describe_efi_program(path: str) -> tuple[str, str]:
     file = path.replace("/", "\\").rpartition("\\")[2].lower()
     if "\\efi\\linux\\" in path.lower():
         return "uki", f"unified kernel image {path}"
-    if _is_kernel(file):
+    if is_kernel(file):
         return "kernel", f"kernel image {path}"
     if not path or path == "memory":
         return "kernel", "image that a boot loader handed on: the kernel"
@@ -227,71 +210,6 @@ def _describe_efi_program(path: str) -> tuple[str, str]:
 
 _ONCE = ("fwupd", "mmx64", "mmaa64", "fbx64", "fbaa64", "mokmanager", "fallback")
 """A firmware update of fwupd's, shim's MokManager, and shim's fallback that makes the boot entries anew."""
-
-
-def _is_kernel(file: str) -> bool:
-    return bool(re.match(r"(vmlinu|bzimage|kernel|linux|image|xen[-.])", file)) and not file.endswith(
-        (".cfg", ".mod", ".conf")
-    )
-
-
-def _is_initrd(file: str) -> bool:
-    return bool(re.match(r"(initrd|initramfs|ramdisk|booster)", file)) or file.endswith(("ucode.img", "ucode.cpio"))
-
-
-def _describe_ipl(event: Event) -> tuple[str, str]:
-    text = _decode_text(event.data)
-    if event.pcr == 11 and text.startswith("."):
-        name = event.digest == sha256(event.data).digest()
-        return _SECTIONS.get(text, "uki"), f"section {text}{', its name' if name else ''}"
-    if event.pcr == 14 or text.startswith("Mok"):
-        return "mok", text or "nothing said"
-    for prefix in ("kernel_cmdline", "grub_kernel_cmdline", "module_cmdline"):  # grub_: of the GRUB of RHEL 8
-        if text.startswith(prefix):
-            return "command-line", f"command line {text[len(prefix) :].lstrip(': ')}"
-    if text.startswith("grub_cmd"):
-        return _describe_grub_command(text[len("grub_cmd") :].lstrip(": "))
-    if event.pcr == 12:
-        return ("extension", text) if _EXTENSION.search(text) else ("command-line", f"command line {text}")
-    if event.pcr == 13:
-        return "extension", text or "nothing said"
-    if event.pcr == 9 and text:
-        return _describe_grub_file(text.removeprefix("grub_linuxefi "))
-    if event.pcr == 8:  # systemd before 251
-        return "command-line", f"command line {text}"
-    return ("boot-loader" if event.pcr in (4, 5) else "other"), text or "nothing said"
-
-
-_EXTENSION = re.compile(r"credential|extension|initrd", re.IGNORECASE)
-
-_SECTIONS = {
-    ".linux": "kernel",
-    ".uname": "kernel",
-    ".osrel": "kernel",
-    ".initrd": "initrd",
-    ".cmdline": "command-line",
-}
-
-
-def _describe_grub_command(line: str) -> tuple[str, str]:
-    word, _, rest = line.partition(" ")
-    loaded = _is_kernel(rest.partition(" ")[0].rpartition("/")[2].lower())
-    if word in ("linux", "linuxefi", "linux16") or (word in ("module", "module2", "xen_module") and loaded):
-        return "command-line", f"command line {rest}"
-    return "boot-loader-config", f"GRUB command {line}"
-
-
-def _describe_grub_file(path: str) -> tuple[str, str]:
-    file = path.rpartition("/")[2].lower()
-    if _is_kernel(file):
-        return "kernel", f"kernel file {path}"
-    if _is_initrd(file):
-        return "initrd", f"initramfs file {path}"
-    if file == "grubenv":
-        return "grubenv", f"GRUB environment {path}"
-    if file.endswith((".cfg", ".conf")):
-        return "boot-loader-config", f"GRUB configuration {path}"
-    return "boot-loader-files", f"file {path}"
 
 
 _TAGS = {
@@ -317,14 +235,6 @@ def _describe_tag(event: Event) -> tuple[str, str]:
 def _describe_systemd(data: bytes) -> tuple[str, str]:
     kind, _, text = data.decode("utf-8", "replace").partition("\0")
     return "systemd", f"systemd {kind}: {text}"
-
-
-def _decode_text(data: bytes) -> str:
-    """A string as the log has it, or its beginning: ASCII or UTF-16, with or without NUL."""
-    data = data[: 4 * TEXT_MAX]
-    if len(data) >= 4 and not any(data[1:64:2]) and any(data[:64:2]):
-        return uefi.decode_utf16(data)
-    return data.partition(b"\0")[0].decode("utf-8", "replace")
 
 
 def with_command_line(items: Iterable[Item], command_line: str) -> tuple[Item, ...]:

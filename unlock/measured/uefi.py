@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""UEFI structures that the event log quotes, as far as a person wants to read them.
+"""Parses the UEFI structures that the event log quotes, as far as a person wants to read them.
 
-From the UEFI specification 2.10: variables and load options (3), device paths (10), signatures of programs (32.2.4),
-signature lists (32.4.1).
-Everything here raises Malformed for bytes that are not of that form, and reads each byte a bounded number of times.
+From the UEFI specification 2.10: variables and load options (3), device paths (10), signature
+lists (32.4.1).
+Every function raises Malformed for bytes that are not of that form, and reads each byte a bounded number of times.
 """
 
 import struct
@@ -26,6 +26,7 @@ class Variable(NamedTuple):
 
 
 def parse_variable(data: bytes) -> Variable:
+    """UEFI_VARIABLE_DATA."""
     try:
         name_length, size = struct.unpack_from("<QQ", data, 16)
     except struct.error:

@@ -96,6 +96,7 @@ def signers_digest(paths: Paths, path: str) -> bytes | None:
 
 
 def file_sha256(paths: Paths, path: str) -> bytes | None:
+    """None for a file that cannot be read."""
     try:
         with open(os.path.join(paths.root, path), "rb") as file:
             return file_digest(file, "sha256").digest()
@@ -147,6 +148,7 @@ def _find_without_counter(paths: Paths, folder: str, parts: list[str]) -> Iterat
 
 
 def list_initrds(paths: Paths) -> Iterator[str]:
+    """The initramfs files in the usual places."""
     for pattern in ("boot/initr*", "boot/efi/initr*", "efi/initr*", "boot/efi/EFI/*/initr*", "efi/EFI/*/initr*"):
         for path in sorted(glob.glob(os.path.join(paths.root, pattern))):
             yield os.path.relpath(path, paths.root)

@@ -60,8 +60,8 @@ def next_entry_ids(paths: Paths, esp: str, listed: list[LoaderEntry]) -> set[str
     (`auto-`) and profiles of a unified kernel image (`@`) are not in `listed`, but may be among the ids.
     """
 
-    def matching(configured: str) -> set[str]:
-        pattern = _loader_variable(paths, "LoaderEntryLastBooted") if configured == "@saved" else configured
+    def matching(setting: str) -> set[str]:
+        pattern = _loader_variable(paths, "LoaderEntryLastBooted") if setting == "@saved" else setting
         found = [each.id for each in listed if fnmatch.fnmatchcase(each.id, pattern)][:1]
         return set(found or ([pattern] if pattern.startswith("auto-") or "@" in pattern else []))
 
@@ -71,7 +71,7 @@ def next_entry_ids(paths: Paths, esp: str, listed: list[LoaderEntry]) -> set[str
         .lower()
     )
     lasting = (_loader_variable(paths, "LoaderEntryDefault"), configured, "*")
-    always = next((found for told in lasting if (found := matching(told))), set())
+    always = next((found for each in lasting if (found := matching(each))), set())
     return matching(_loader_variable(paths, "LoaderEntryOneShot")) | always
 
 
@@ -84,12 +84,12 @@ def _unified_entries(paths: Paths) -> Iterator[LoaderEntry]:
     for path in _entry_files(paths, "EFI/Linux", "*.[eE][fF][iI]"):
         data = boot_files.read_file(paths, path) or b""
         try:
-            said = (pe.read_section(data, pe.read_layout(data, whole=False), ".osrel") or b"").rstrip(b"\0")
+            release = (pe.read_section(data, pe.read_layout(data, whole=False), ".osrel") or b"").rstrip(b"\0")
         except Malformed:
             continue
-        if not said:
+        if not release:
             continue
-        system = {name: value.strip("\"'") for name, value in _parse_fields(said.replace(b"=", b" ")).items()}
+        system = {name: value.strip("\"'") for name, value in _parse_fields(release.replace(b"=", b" ")).items()}
         sort_key = system.get("IMAGE_ID") or system.get("ID", "")
         versions = ("IMAGE_VERSION", "VERSION", "VERSION_ID", "BUILD_ID")
         version = next((system[each] for each in versions if system.get(each)), "")
