@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GRUB's scripts: what GRUB would measure of them; test_foresee.py compares with GRUB's own logs."""
+"""GRUB's scripts: what GRUB would measure of them; test_next_boots.py compares with GRUB's own logs."""
 
 import random
 

@@ -18,6 +18,8 @@ from .eventlog import Event
 from .log_text import TEXT_MAX, decode_text, printable, readable_text
 
 _ON = b"\x01"
+_NAMES = 8
+"""Names of partitions in a text."""
 _SEPARATORS = (sha256(bytes(4)).digest(), sha256(b"\xff" * 4).digest())
 
 
@@ -38,10 +40,12 @@ def describe_event(event: Event) -> Item:
         cause, text = _describe(event)
     except Malformed:
         cause, text = _describe_by_pcr(event)
-    return Item(event.pcr, event.kind, event.digest or b"", cause, printable(text, TEXT_MAX))
+    digest = event.digest or b""
+    return Item(pcr=event.pcr, kind=event.kind, digest=digest, cause=cause, text=printable(text, TEXT_MAX))
 
 
 def _describe(event: Event) -> tuple[str, str]:
+    """Cause and text. Raises Malformed."""
     kind, pcr = event.kind, event.pcr
     if kind == eventlog.SYSTEMD:
         return _describe_systemd(event.data)
@@ -77,11 +81,8 @@ def _describe_partitions(data: bytes) -> str:
     return f"partition table of disk {disk}: {', '.join(name or 'no name' for name in names[:_NAMES])}{more}"
 
 
-_NAMES = 8
-
-
 def _describe_by_pcr(event: Event) -> tuple[str, str]:
-    """For an event whose data is not of the documented form."""
+    """Cause and text of an event whose data is not of the documented form."""
     return _BY_PCR.get(event.pcr, "other"), f"event of type {event.kind:#x}"
 
 
@@ -108,11 +109,11 @@ _SWITCHES = {
     "DMA Protection Disabled": "the protection against devices that read memory is off",
     "UEFI Debug Mode": "the firmware can be debugged",
 }
-"""In PCR 7, and no part of Secure Boot."""
+"""Texts of actions in PCR 7 that are no part of Secure Boot."""
 
 
 def _describe_firmware_event(event: Event) -> tuple[str, str]:
-    """Kinds that have a name, and perhaps a word of the firmware's: a version, or what is in a volume."""
+    """The name of the kind, and the text of the firmware's, if any: a version, or what is in a volume."""
     if event.kind not in _FIRMWARE:
         return _describe_by_pcr(event)
     cause, text = _FIRMWARE[event.kind]
@@ -193,7 +194,7 @@ def _describe_authority(event: Event) -> tuple[str, str]:
 
 
 def _describe_efi_program(path: str) -> tuple[str, str]:
-    """An EFI program, by its file's name: nothing else in the log says what it is."""
+    """Cause and text of an EFI program, by its file's name: nothing else in the log says what it is."""
     file = path.replace("/", "\\").rpartition("\\")[2].lower()
     if "\\efi\\linux\\" in path.lower():
         return "uki", f"unified kernel image {path}"
@@ -238,7 +239,7 @@ def _describe_systemd(data: bytes) -> tuple[str, str]:
 
 
 def with_command_line(items: Iterable[Item], command_line: str) -> tuple[Item, ...]:
-    """Adds the text to the events that have its digest: the kernel's EFI stub logs only that there was one."""
+    """The items, with the command line in those that have its digest: the kernel's EFI stub logs the digest alone."""
     texts = {sha256((command_line + end).encode("utf-16-le", "replace")).digest() for end in ("\0", "")}
     line = printable(f"command line {command_line}", TEXT_MAX)
     return tuple(item._replace(text=line) if item.digest in texts else item for item in items)

@@ -39,33 +39,18 @@ def result_of(findings: Iterable[Finding]) -> CheckResult:
     return CheckResult(max((each.verdict for each in findings), key=_RANK.index), findings)
 
 
-class FindingJson(TypedDict):
-    """A finding, as JSON."""
-
-    what: str
-    verdict: str
-    detail: str
-    do: str
-
-
 class CheckJson(TypedDict):
     """What `unlock check --json` prints."""
 
     version: int
     verdict: str
-    findings: list[FindingJson]
+    findings: list[dict[str, object]]
+    """The fields of Finding."""
 
 
 def to_json(result: CheckResult) -> CheckJson:
     """For scripts."""
-    return {
-        "version": 1,
-        "verdict": result.verdict,
-        "findings": [
-            {"what": each.what, "verdict": each.verdict, "detail": each.detail, "do": each.do}
-            for each in result.findings
-        ],
-    }
+    return {"version": 1, "verdict": result.verdict, "findings": [each._asdict() for each in result.findings]}
 
 
 def to_text(result: CheckResult) -> str:

@@ -44,13 +44,10 @@ def check_tpm(
     proven = f"slot {slot.name}: object and policy are what the record says, {len(record.branches)} allowed state(s)"
     yield Finding("TPM", SAFE, proven)
     verdict = early["verdict"] if early else ""
-    if verdict == "unsealed":
-        yield from check_next_boot(predicted, record)
-        yield from check_secure_boot(paths, log, record.selection)
-    elif opened:
-        yield Finding(
-            "this boot", UNPROVEN, "the TPM allows what it has measured, and has not been asked yet", "reboot"
-        )
+    if opened and verdict != "unsealed":
+        later = "the TPM allows what it has measured, and has not been asked yet"
+        yield Finding("this boot", UNPROVEN, later, "reboot")
+    if opened or verdict == "unsealed":
         yield from check_next_boot(predicted, record)
         yield from check_secure_boot(paths, log, record.selection)
     else:
