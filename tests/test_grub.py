@@ -23,7 +23,7 @@ def read(name: str) -> str:
 
 def run(text: str, succeeds: bool = True, **variables: str) -> grub_script.ScriptRun:
     found = grub_script.ScriptRun(grub_script.ScriptInput({"prefix": "", **variables}, read, lambda _: succeeds))
-    found.config(text)
+    found.run_file(text)
     return found
 
 
@@ -81,9 +81,9 @@ submenu More --id menu {
 )
 def test_the_default_entry(default: str, titles: list[str]) -> None:
     found = run(f'set default="{default}"\n{MENU}')
-    assert [each.title for each in found.default] == titles
-    for each in found.default:
-        found.choose(each)
+    assert [each.title for each in found.default_entry] == titles
+    for each in found.default_entry:
+        found.choose_entry(each)
     assert found.commands[-1] == ("echo menu>b" if titles[-1] == "Two" else found.commands[-1])
 
 
@@ -96,10 +96,10 @@ def test_an_entry_that_grub_reboot_chose() -> None:
         )
     )
     FILES["/grubenv"], kept = "next_entry=1>2\n", FILES["/grubenv"]
-    found.config(text)
+    found.run_file(text)
     FILES["/grubenv"] = kept
     assert "set default=1>2" in found.commands and "save_env next_entry" in found.commands
-    assert found.default[-1].title.endswith("with Linux 6.12.117+deb13-cloud-amd64")
+    assert found.default_entry[-1].title.endswith("with Linux 6.12.117+deb13-cloud-amd64")
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def fuzz(seed: int, cases: int) -> bool:
         try:
             found = run("".join(text))
             if found.entries:
-                for each in found.default:
-                    found.choose(each)
+                for each in found.default_entry:
+                    found.choose_entry(each)
         except grub_parser.Unknown:
             pass
     return True

@@ -122,10 +122,10 @@ def _describe_firmware_event(event: Event) -> tuple[str, str]:
     data = event.data
     if event.kind in (eventlog.EFI_BLOB2, eventlog.EFI_TABLES2):
         data = data[1 : 1 + data[0]] if data else b""
-    said = readable_text(data)
-    if not said and event.kind == eventlog.CRTM_VERSION and len(data) == 16:
-        said = uefi.format_guid(data)
-    return cause, f"{text} {said}".rstrip()
+    detail = readable_text(data)
+    if not detail and event.kind == eventlog.CRTM_VERSION and len(data) == 16:
+        detail = uefi.format_guid(data)
+    return cause, f"{text} {detail}".rstrip()
 
 
 _FIRMWARE = {
@@ -159,8 +159,8 @@ def _describe_variable(event: Event) -> tuple[str, str]:
     try:
         name, data = uefi.parse_variable(event.data)
     except Malformed:  # Intel Boot Guard logs a string instead
-        said = readable_text(event.data)
-        return ("firmware", said) if said else _describe_by_pcr(event)
+        text = readable_text(event.data)
+        return ("firmware", text) if text else _describe_by_pcr(event)
     if name in ("SecureBoot", "AuditMode", "DeployedMode", "SetupMode"):
         title = "Secure Boot" if name == "SecureBoot" else name
         return "secure-boot", f"{title} {'on' if data[:1] == _ON else 'off'}"

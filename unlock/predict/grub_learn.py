@@ -150,7 +150,7 @@ def _find_entry(
         run = ScriptRun(ScriptInput(variables=variables, read=read, succeeds=succeeds))
         titles: list[str] = []
         try:
-            run.config(texts[name])
+            run.run_file(texts[name])
             while len(run.commands) < len(commands) and run.commands == commands[: len(run.commands)]:
                 titles.append(commands[len(run.commands)].removeprefix("setparams "))
                 choose_entry(run, titles[-1:])

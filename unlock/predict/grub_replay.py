@@ -85,7 +85,7 @@ def list_menu(boot: GrubBoot, text: str, files: GrubFiles) -> Iterator[tuple[str
     """
     try:
         run = run_config(boot, text, files)
-        choices = [run.default]
+        choices = [run.default_entry]
         for entry in run.entries:
             choices += (
                 [[entry, each] for each in grub_script.submenu_entries(entry, run)] if entry.is_menu else [[entry]]
@@ -130,14 +130,14 @@ def run_config(boot: GrubBoot, text: str, files: GrubFiles) -> ScriptRun:
         return files.content(name).decode("utf-8", "replace")
 
     run = ScriptRun(ScriptInput(variables=dict(boot.variables), read=read, succeeds=succeeds))
-    run.config(text)
+    run.run_file(text)
     return run
 
 
 def choose_entry(run: ScriptRun, titles: Iterable[str]) -> None:
     """Runs the entry of these titles. Raises Unknown, StopIteration for a title that the menu does not have."""
     for title in titles:
-        run.choose(next(each for each in run.entries if each.title == title))
+        run.choose_entry(next(each for each in run.entries if each.title == title))
 
 
 def measure_run(boot: GrubBoot, run: ScriptRun, text: str, files: GrubFiles) -> tuple[list[Event], GrubKernel]:

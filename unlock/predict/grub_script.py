@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a grub.cfg: which commands GRUB executes, in order, up to the kernel's start.
 
-    ScriptRun(ScriptInput).config(text) ──> commands as GRUB measures them, menu entries
-                          .choose(entry) ──> the commands of an entry
+    ScriptRun(ScriptInput).run_file(text) ──> commands as GRUB measures them, menu entries
+                          .choose_entry(entry) ──> the commands of an entry
 
 GRUB measures each command before it executes it: its words, expanded, joined by a space; a block with its braces as it
 is written. ScriptRun knows what those commands do that grub-mkconfig writes (set, test, load_env, source ...). Whether
@@ -85,25 +85,25 @@ def set_environment_variable(environment: str, name: str, value: str) -> str:
 
 
 class ScriptRun:
-    """One run of a configuration. `commands` grows."""
+    """One run of a configuration: the commands so far, the menu entries, and the state of the script."""
 
-    def __init__(self, world: ScriptInput) -> None:
+    def __init__(self, given: ScriptInput) -> None:
         self.commands: list[str] = []
         self.consulted: list[tuple[int, str]] = []
-        """Number of commands so far, and what `ScriptInput.succeeds` was asked."""
+        """What `ScriptInput.succeeds` was asked, and after how many commands."""
         self.entries: list[MenuEntry] = []
-        self._world = world
-        self._variables = dict(world.variables)
+        self._input = given
+        self._variables = dict(given.variables)
         self.functions: dict[str, list[Node]] = {}
         self._status = 0
         self._pending = ""
         self._depth = 0
 
-    def config(self, text: str) -> None:
+    def run_file(self, text: str) -> None:
         """Runs a configuration file. Raises Unknown."""
         self._run(parse_script(text), ())
 
-    def choose(self, entry: MenuEntry) -> None:
+    def choose_entry(self, entry: MenuEntry) -> None:
         """Runs the entry; of a submenu, `entries` are then those in it. Raises Unknown."""
         chosen = self._variables.get("chosen", "")
         self._variables["chosen"] = f"{chosen}>{entry.id}" if chosen else entry.id
@@ -113,11 +113,12 @@ class ScriptRun:
         self._run(parse_script(entry.body), (entry.title,))
 
     def variable(self, name: str) -> str:
+        """The value of a variable; "" when it is not set."""
         return self._variables.get(name, "")
 
     @property
-    def default(self) -> list[MenuEntry]:
-        """The way to the default entry: a submenu and an entry in it, or an entry. Raises Unknown."""
+    def default_entry(self) -> list[MenuEntry]:
+        """The entries to choose on the way to the default one: it alone, or its submenu and it. Raises Unknown."""
         wanted = self._variables.get("default", "") or "0"
         first, _, rest = wanted.partition(">")
         found = [each for number, each in enumerate(self.entries) if first in (str(number), each.id, each.title)]
@@ -157,11 +158,11 @@ class ScriptRun:
         self._run(node.otherwise, arguments)
 
     def _succeeded(self) -> bool:
-        """Whether the last command did; asks the world only now, as most results matter to nobody."""
+        """Whether the last command did; asks ScriptInput only now, as most results matter to no command."""
         if self._pending:
             about, self._pending = self._pending, ""
             self.consulted.append((len(self.commands), about))
-            self._status = 0 if self._world.succeeds(about) else 1
+            self._status = 0 if self._input.succeeds(about) else 1
         return self._status == 0
 
     # Commands
@@ -210,7 +211,7 @@ class ScriptRun:
             raise Unknown(f"`{name}` is not understood")
         if name == "configfile":
             self.entries = []
-        self._run(parse_script(self._world.read(arguments[0])), ())
+        self._run(parse_script(self._input.read(arguments[0])), ())
 
     def _load_env(self, arguments: list[str]) -> None:
         path = f"{self._variables.get('prefix', '')}/grubenv"
@@ -221,7 +222,7 @@ class ScriptRun:
                 path = names.pop(0)
             elif option.startswith("--file="):
                 path = option.partition("=")[2]
-        for line in self._world.read(path).splitlines():
+        for line in self._input.read(path).splitlines():
             variable, equals, value = line.partition("=")
             if equals and not line.startswith("#") and (not names or variable in names):
                 self._variables[variable] = re.sub(r"\\(.)", r"\1", value)
@@ -244,7 +245,7 @@ class ScriptRun:
                 return bool(text)
             case [("-e" | "-f" | "-s" | "-d") as kind, path]:
                 self.consulted.append((len(self.commands), f"{kind} {path}"))
-                return self._world.succeeds(f"{kind} {path}")
+                return self._input.succeeds(f"{kind} {path}")
             case [left, ("=" | "=="), right]:
                 return left == right
             case [left, "!=", right]:
@@ -311,10 +312,10 @@ class ScriptRun:
 
 def submenu_entries(menu: MenuEntry, before: ScriptRun) -> list[MenuEntry]:
     """The entries in a submenu. Raises Unknown."""
-    inside = ScriptRun(before._world)
+    inside = ScriptRun(before._input)
     inside._variables = dict(before._variables)
     inside.functions = before.functions
-    inside.choose(menu)
+    inside.choose_entry(menu)
     return inside.entries
 
 

@@ -40,13 +40,13 @@ def check_provider(
             health = provider.health()
         problems = [each.problem for each in health.endpoints if each.problem]
         good = len(health.endpoints) - len(problems)
-        said = f"{good} of {len(health.endpoints)} endpoint(s) answer"
+        answer = f"{good} of {len(health.endpoints)} endpoint(s) answer"
         problem = str(problems[0]) if problems and not good else ""
     except UnlockError as error:
-        good, said, problem = 0, "it cannot be asked", str(error)
+        good, answer, problem = 0, "it cannot be asked", str(error)
     if not needed:
-        yield Finding(what, SAFE, f"{said}; no group needs it to open")
+        yield Finding(what, SAFE, f"{answer}; no group needs it to open")
     elif good:
-        yield Finding(what, SAFE, f"{said}; needed by {', '.join(needed)}")
+        yield Finding(what, SAFE, f"{answer}; needed by {', '.join(needed)}")
     else:
         yield Finding(what, UNPROVEN, f"{problem}; needed by {', '.join(needed)}", "unlock provider test")
