@@ -37,7 +37,7 @@ from unlock.measured import describe, esp_copy
 from unlock.measured.baseline import Baseline, TpmIdentity
 from unlock.operations import sync
 from unlock.paths import Paths
-from unlock.predict import allowed_states, boot_files
+from unlock.predict import allowed_states, booted
 from unlock.providers import native
 from unlock.secret import Secret
 from unlock.strictjson import canonical
@@ -393,9 +393,9 @@ def baseline() -> Baseline:
     return Baseline("6.12.0-test", "root=/dev/test", TpmIdentity("000b" + "5a" * 32, ""), pcrs, items)
 
 
-def of_boot() -> boot_files.Booted:
+def of_boot() -> booted.BootedFiles:
     one, two = sha256(b"1").digest(), sha256(b"2").digest()
-    return boot_files.Booted(
+    return booted.BootedFiles(
         "test-boot",
         {"(hd0,gpt2)/vmlinuz": ("boot/vmlinuz", one)},
         {"(hd0,gpt2)/grub/grub.cfg": "set default=0\n"},
@@ -432,8 +432,8 @@ def fixed(paths: Paths, keys: Keys) -> dict[str, bytes]:
     agent.write_verdict(paths, a_report())
     this_boot.mark_open(paths, "data", ["data-a", "data-b"])
     this_boot.mark_failed(paths, "data", ["nginx.service"])
-    boot_files.save(paths, of_boot())
-    boot_files.vouch(paths, of_boot())
+    booted.save_booted_files(paths, of_boot())
+    booted.trust_boot_files(paths, of_boot())
     copied = esp_copy.write_copy(paths, baseline().encode())
     run = Path(paths.run)
     return {

@@ -22,7 +22,7 @@ from unlock.errors import CommandFailed, UnlockError
 from unlock.host import keyring, report
 from unlock.host.journal import Rekey
 from unlock.operations import check, recovery
-from unlock.operations.check import NOTE, SAFE, UNPROVEN, UNSAFE
+from unlock.operations.check.finding import NOTE, SAFE, UNPROVEN, UNSAFE
 from unlock.predict import initramfs_images
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
@@ -75,8 +75,8 @@ class World:
         """The verdict, and what is not safe."""
         found = check.check(self.host.paths, self.chip.tcti, self.host.look)
         again = check.check(self.host.paths, self.chip.tcti, self.host.look)
-        assert json.loads(json.dumps(check.fields(found))) == json.loads(json.dumps(check.fields(again)))
-        said = check.text(found)
+        assert json.loads(json.dumps(check.to_json(found))) == json.loads(json.dumps(check.to_json(again)))
+        said = check.to_text(found)
         assert said.isprintable() or all(line.isprintable() for line in said.splitlines())
         assert said.splitlines()[-1].startswith(found.verdict)
         return found.verdict, {
@@ -442,12 +442,12 @@ def test_the_initramfs_in_a_unified_kernel_image(world: World) -> None:
     image = world.root / "boot/efi/EFI/Linux/debian.efi"
     image.parent.mkdir(parents=True)
     image.write_bytes(pefile.build({".linux": b"kernel", ".initrd": good}))
-    assert initramfs_images.contents(str(image)).unlock
+    assert initramfs_images.read_contents(str(image)).unlock
     image.write_bytes(pefile.build({".linux": b"kernel"}))
     for data in (b"", b"MZ", image.read_bytes()):
         image.write_bytes(data)
         with pytest.raises(CommandFailed):
-            initramfs_images.contents(str(image))
+            initramfs_images.read_contents(str(image))
 
 
 def test_pcrs_of_files_where_nothing_measures_the_kernel(world: World) -> None:

@@ -36,7 +36,7 @@ from unlock.measured.baseline import Baseline
 from unlock.measured.eventlog import Log
 from unlock.operations import persistence, policy
 from unlock.paths import Paths
-from unlock.predict import allowed_states, boot_files
+from unlock.predict import allowed_states, booted
 from unlock.providers import native
 from unlock.secret import Secret
 from unlock.strictjson import canonical
@@ -147,12 +147,12 @@ def test_a_baseline_is_read() -> None:
 
 
 def test_a_record_of_boot_is_read(tmp_path: Path) -> None:
-    assert boot_files.Booted.decode(frozen("booted.json")) == formats.of_boot()
+    assert booted.BootedFiles.decode(frozen("booted.json")) == formats.of_boot()
     place = Paths(str(tmp_path))
     formats.tree(place)
     Path(place.boot_files).parent.mkdir(parents=True)
     Path(place.boot_files).write_bytes(frozen("boot-files.json"))
-    assert set(boot_files.look(place, Log((), 0, "")).foreign) == {"boot/old"}
+    assert set(booted.find_booted_files(place, Log((), 0, "")).foreign) == {"boot/old"}
 
 
 @pytest.fixture
@@ -581,7 +581,7 @@ READERS: dict[str, Callable[[bytes, Path], object]] = {
     "state-native.json": in_state,
     "kdk.backup": lambda text, _: native.restore(text, Secret(b"")),
     "baseline.json": lambda text, _: Baseline.decode(text),
-    "booted.json": lambda text, _: boot_files.Booted.decode(text),
+    "booted.json": lambda text, _: booted.BootedFiles.decode(text),
     "run/report.json": in_report,
 }
 

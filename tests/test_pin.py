@@ -571,13 +571,13 @@ def test_a_hook_says_what_to_type_and_fails_nothing(
 ) -> None:
     set_pin(host)
 
-    def needed(*_: object, **__: object) -> predict.Foreseen:
+    def needed(*_: object, **__: object) -> predict.Prediction:
         keyring.forget("unlock:pin-auth")
         host.predict(("kernel 2", NEW))
         raise AssertionError
 
-    monkeypatch.setattr(predict, "run", needed)
-    assert predict.hook(host.paths, host.chip.tcti) == 0
+    monkeypatch.setattr(predict, "predict_and_allow", needed)
+    assert predict.predict_after_update(host.paths, host.chip.tcti) == 0
     assert "unlock policy set --pin" in capsys.readouterr().err
 
 
@@ -695,16 +695,16 @@ AGENT = "usr/lib/unlock/unlock/boot/agent.pyc"
 )
 def test_no_pin_that_an_installed_initramfs_cannot_ask_for(host: Machine, names: tuple[str, ...], why: str) -> None:
     host.write("boot/initrd.img-6.12.1-amd64", b"")
-    assert initramfs_images.installed(host.paths)
+    assert initramfs_images.list_images(host.paths)
 
     def listing(_argv: list[str]) -> str:
         return "\n".join(names)
 
     if not why:
-        initramfs_images.need_pin(host.paths, listing)
+        initramfs_images.require_pin_support(host.paths, listing)
         return
     with pytest.raises(Refused, match=why) as caught:
-        initramfs_images.need_pin(host.paths, listing)
+        initramfs_images.require_pin_support(host.paths, listing)
     assert caught.value.hint == "update-initramfs -u -k 6.12.1-amd64"
 
 

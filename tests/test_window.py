@@ -204,7 +204,7 @@ def test_killed_anywhere_a_window_is_never_forgotten(host: Machine, what: str, k
         lambda paths, tcti: policy.open_window(paths, 1, (), tcti),
         policy.close_window,
         lambda paths, tcti: policy.set_policy(paths, (4,), None, tcti),
-        predict.run,
+        predict.predict_and_allow,
         rebind.needs_pin,
         lambda paths, tcti: rebind.rebind(paths, rebind.RebindChoices(Secret(b""), tcti=tcti)),
     ],

@@ -18,7 +18,8 @@ from ..disks import devices, disk_keys, luks, udev
 from ..errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from ..host import report, this_boot
 from ..keys import recovery_key
-from ..measured import describe, diagnosis, evidence, explain
+from ..measured import diagnosis, evidence, explain
+from ..measured.log_text import printable_line
 from ..paths import Paths
 from ..protect import protect
 from ..secret import Secret
@@ -147,7 +148,7 @@ def why(paths: Paths) -> int:
     found = diagnosis.diagnose(evidence.gather_evidence(paths, this_boot.tpm_device()))
     if found.causes:
         print("\n".join(_printable(_cause_lines(found))), flush=True)
-        ask.tell(describe.printable_line(found.causes[0].title, COLUMNS))
+        ask.tell(printable_line(found.causes[0].title, COLUMNS))
         this_boot.mark(paths, "told")
     return 0
 
@@ -178,7 +179,7 @@ def screen_lines(paths: Paths) -> list[str]:
 
 
 def _printable(lines: list[str]) -> list[str]:
-    return [describe.printable_line(line, COLUMNS) for line in lines]
+    return [printable_line(line, COLUMNS) for line in lines]
 
 
 def _verdict_lines(early: report.Report | None) -> list[str]:

@@ -166,8 +166,8 @@ def _check(paths: Paths, options: argparse.Namespace) -> int:
     from ..operations import check
 
     found = check.check(paths)
-    print(json.dumps(check.fields(found), indent=1) if options.json else check.text(found))
-    return check.STATUS[found.verdict]
+    print(json.dumps(check.to_json(found), indent=1) if options.json else check.to_text(found))
+    return check.EXIT_STATUS[found.verdict]
 
 
 def _group_create(paths: Paths, options: argparse.Namespace) -> int:

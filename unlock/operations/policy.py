@@ -187,7 +187,7 @@ def set_policy(
     unseal is not known, and for a PIN that an installed initramfs cannot ask for; NoKey, TpmFailed.
     """
     if pin and pin.typed is not None:
-        initramfs_images.need_pin(paths)
+        initramfs_images.require_pin_support(paths)
     with changing(paths) as state, Tpm(tcti) as tpm, access.read_persistence_key() as persistence:
         found = allowed_states.look(paths, tpm, state)
         if not pcrs:
