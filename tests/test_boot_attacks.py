@@ -40,7 +40,7 @@ EVERY_KEY = (  # each disk may be opened by any key that the TPM gives
         "    from ..tpm.slots import ALL\n"
         "    if persistence is not ALL[-1].payload.key:\n"
         "        try:\n"
-        "            return volume_key(header, each, ALL[-1].payload.key)\n"
+        "            return unwrap_volume_key(header, each, ALL[-1].payload.key)\n"
         "        except Tampered:\n"
         "            pass\n"
         "    try:\n        kek = unwrap_kek(each, persistence)\n",

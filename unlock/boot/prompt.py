@@ -75,7 +75,7 @@ def open_all(paths: Paths, *recovery: Secret) -> report.Report:
     """Opens every group whose members these recovery keys authenticate. The result replaces this boot's report."""
 
     def unwrap(header: Header, each: token.Token) -> Secret:
-        return disk_keys.by_checked_recovery_key(header, each, *recovery)
+        return disk_keys.dek_by_checked_recovery_key(header, each, *recovery)
 
     record = report.Report("recovery", announce=log.console)
     this_boot.unmark(paths, "ended")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel remembers of a file system on a mapping, and making it forget."""
+"""Makes the kernel release a mapping that is to be closed: its LVM volume groups, its registration with btrfs."""
 
 import os
 import struct
@@ -11,8 +11,8 @@ _BTRFS_IOC_FORGET_DEV = 0x50009405
 """_IOW(0x94, 5, struct btrfs_ioctl_vol_args): linux/btrfs.h. The struct is a signed 64 bit fd and a 4088 byte name."""
 
 
-def forget(mapping: str) -> None:
-    """Before a mapping is closed: its volume groups go, and btrfs forgets the device. Best effort."""
+def forget_file_system(mapping: str) -> None:
+    """Deactivates the volume groups on a mapping, and makes btrfs forget the device. Best effort."""
     node = f"/dev/mapper/{mapping}"
     if os.path.exists("/sbin/lvm") or os.path.exists("/usr/sbin/lvm"):
         try:

@@ -137,12 +137,12 @@ class Work:
     def nodes(self, group: Group) -> dict[str, str]:
         """LUKS UUID -> node of the members that are here."""
         seen = self.look()
-        found = {member.uuid: find.node_of(seen, member) for member in group.members}
+        found = {member.uuid: find.find_node(seen, member) for member in group.members}
         return {uuid: node for uuid, node in found.items() if node}
 
     def host_key(self) -> Secret:
         """The host key: kept, cached, or the provider's. ELSEWHERE where it is not kept on the disks either."""
-        return self.state.host_key(self.persistence) or Secret(disk_keys.ELSEWHERE)
+        return self.state.host_key(self.persistence) or Secret(disk_keys.NOT_KEPT)
 
     def opens(self) -> frozenset[str]:
         return OPENS - self.settings.sync.drop_on
@@ -220,7 +220,7 @@ def prover(work: Work, group: Group, nodes: dict[str, str]) -> Callable[[Secret]
             for each in _tokens(work, node, group):
                 try:
                     with luks.Container(node) as container:
-                        disk_keys.by_kek(container, each, kek).wipe()
+                        disk_keys.unwrap_by_kek(container, each, kek).wipe()
                     return
                 except UnlockError as error:
                     trouble = error
@@ -234,7 +234,7 @@ def _tokens(work: Work, node: str, group: Group) -> list[token.Token]:
     """The tokens of a disk that say that they are under this KEK of the group."""
     try:
         with luks.Container(node) as container:
-            found = disk_keys.tokens(container, work.state.host)
+            found = disk_keys.read_tokens(container, work.state.host)
     except UnlockError:
         return []
     said = (group.name, group.kek, group.generation)
@@ -262,7 +262,7 @@ def dek(work: Work, container: luks.Container, group: Group) -> Secret:
     Raises Tampered, ProviderError, NotOurs.
     """
     trouble: UnlockError | None = None
-    for each in disk_keys.tokens(container, work.state.host):
+    for each in disk_keys.read_tokens(container, work.state.host):
         try:
             return _dek(work, container, each, group)
         except UnlockError as error:
@@ -273,7 +273,7 @@ def dek(work: Work, container: luks.Container, group: Group) -> Secret:
 
 def _dek(work: Work, container: luks.Container, each: token.Token, group: Group) -> Secret:
     try:
-        return disk_keys.volume_key(container, each, work.persistence)
+        return disk_keys.unwrap_volume_key(container, each, work.persistence)
     except NoKey:
         earlier = group._replace(kek=each.kek_id, generation=each.kek_generation, kek_name="")
         kek, _ = find_kek(work, earlier)
@@ -282,4 +282,4 @@ def _dek(work: Work, container: luks.Container, each: token.Token, group: Group)
             raise
         kek, _ = find_kek(work, group)
     with kek:
-        return disk_keys.by_kek(container, each, kek)
+        return disk_keys.unwrap_by_kek(container, each, kek)

@@ -238,7 +238,7 @@ def _member(
     persistence: Secret | None,
 ) -> tuple[str, str, str]:
     """Verdict, detail, what to do."""
-    node = find.node_of(seen, member)
+    node = find.find_node(seen, member)
     if not node:
         several = len(seen.get(member.uuid, ())) > 1
         why = "several disks have its UUID" if several else "it is not here, and its group opens whole or not at all"
@@ -247,7 +247,7 @@ def _member(
         with luks.Container(node) as container:
             tokens = [
                 each
-                for each in disk_keys.tokens(container, state.host)
+                for each in disk_keys.read_tokens(container, state.host)
                 if (each.group, each.manifest, each.members) == (group.name, group.manifest, len(group.members))
             ]
             if not tokens:
@@ -264,7 +264,7 @@ def _opens(container: luks.Container, tokens: Sequence[token.Token], persistence
     problem: UnlockError | None = None
     for each in tokens:
         try:
-            with disk_keys.volume_key(container, each, persistence) as dek:
+            with disk_keys.unwrap_volume_key(container, each, persistence) as dek:
                 container.verify_volume_key(dek)
                 return SAFE, "", ""
         except NoKey as error:  # only the key manager keeps it

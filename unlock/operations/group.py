@@ -222,7 +222,7 @@ def _write_member_list(work: access.Work, group: Group, kek: Secret, nodes: dict
 
 def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, asked: str) -> str:
     """The name that the disk has, in device-mapper or crypttab; else the one asked for, or a new one."""
-    has = devices.active_mapping_name(uuid) or fstab.name_of(paths.crypttab, node, uuid)
+    has = devices.active_mapping_name(uuid) or fstab.crypttab_name(paths.crypttab, node, uuid)
     if has and asked and asked != has:
         raise Refused(f"the disk's mapping name is {has}", "leave --name out", code="name-taken")
     taken = _names(state).union(name for name, other in devices.active_mappings().items() if other != uuid)
@@ -285,7 +285,7 @@ def _node(device: str) -> str:
 def _add_recovery_keyslot(container: luks.Container, dek: Secret, recovery: Secret) -> None:
     """Unless an earlier attempt did. The other keyslots are left alone."""
     try:
-        disk_keys.by_recovery_key(container, recovery).wipe()
+        disk_keys.dek_by_recovery_key(container, recovery).wipe()
     except NotOurs:
         container.add_keyslot(dek, recovery)
 
@@ -306,7 +306,7 @@ def _names(state: State) -> set[str]:
 
 def _node_of(seen: dict[str, list[find.Found]], member: Member) -> str:
     """The node of a member that must be there. Raises Refused."""
-    node = find.node_of(seen, member)
+    node = find.find_node(seen, member)
     if not node:
         raise Refused(
             f"{member.name} of the group is {'there twice' if seen.get(member.uuid) else 'missing'}",

@@ -169,14 +169,14 @@ def _check_disks(state: State, seen: dict[str, list[find.Found]], recovery: Secr
     trouble: UnlockError | None = None
     for group in state.groups.values():
         for member in group.members:
-            node = find.node_of(seen, member)
+            node = find.find_node(seen, member)
             if not node:
                 left[member.name] = "it is not here"
                 continue
             try:
                 with luks.Container(node) as container:
                     _check(container, state.host, mac_key)
-                    disk_keys.by_recovery_key(container, recovery).wipe()
+                    disk_keys.dek_by_recovery_key(container, recovery).wipe()
                 good += 1
             except UnlockError as error:
                 left[member.name], trouble = str(error), error
@@ -192,7 +192,7 @@ def _check_disks(state: State, seen: dict[str, list[find.Found]], recovery: Secr
 def _check(container: luks.Container, host: str, mac_key: Secret) -> None:
     """Raises Tampered when the header is not the one that the recovery key's owner was promised."""
     trouble: UnlockError | None = None
-    for each in disk_keys.tokens(container, host):
+    for each in disk_keys.read_tokens(container, host):
         try:
             disk_keys.check_recovery(container, each, mac_key)
             return
@@ -371,7 +371,7 @@ def _host_key(state: State, provider: Provider, new: Secret) -> tuple[Secret, st
     if kept:
         return kept, "TPM"
     if not state.persistent:
-        return Secret(disk_keys.ELSEWHERE), ""
+        return Secret(disk_keys.NOT_KEPT), ""
     key_id, name, generation = state.host_key_ref
     if key_id.startswith(f"{provider.id}/"):
         key = provider.fetch(key_id.removeprefix(f"{provider.id}/"), access.OPENS)
@@ -388,10 +388,10 @@ def _kek(
     """The KEK of a group and its source, by the old persistence key or the provider; else a new one, and the group
     under it."""
     for member in group.members if old else ():
-        node = find.node_of(seen, member)
+        node = find.find_node(seen, member)
         try:
             with luks.Container(node) as container:
-                for each in disk_keys.tokens(container, state.host):
+                for each in disk_keys.read_tokens(container, state.host):
                     if old and (each.kek_id, each.kek_generation) == (group.kek, group.generation):
                         return group, disk_keys.unwrap_kek(each, old), "TPM"
         except UnlockError:
@@ -419,10 +419,10 @@ def _rewrap(
     for member in group.members:
         if member.name in left:
             continue
-        node = find.node_of(seen, member)
+        node = find.find_node(seen, member)
         try:
             with luks.Container(node) as container:
-                dek = disk_keys.by_recovery_key(container, recovery)
+                dek = disk_keys.dek_by_recovery_key(container, recovery)
                 each = disk_keys.make_token(container, state.host, group, member, dek, keys)
             with dek:
                 disk_keys.write_token(node, each, dek, keys)
@@ -437,7 +437,7 @@ def _rewrap(
 
 def _cache(paths: Paths, host_key: Secret, source: str, keks: list[tuple[Group, Secret, str]]) -> None:
     """The running host works with the new keys from now on."""
-    if bytes(host_key) != disk_keys.ELSEWHERE:
+    if bytes(host_key) != disk_keys.NOT_KEPT:
         this_boot.remember(paths, source, {"unlock:host": host_key})
     for group, kek, source in keks:
         this_boot.remember(paths, source, {access.cached(group.kek, group.generation): kek})
