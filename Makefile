@@ -15,13 +15,14 @@ rules = $(DESTDIR)/usr/lib/udev/rules.d
 etc = $(DESTDIR)/etc
 updates = kernel/postinst.d/zzz-unlock kernel/postrm.d/zzz-unlock initramfs/post-update.d/zzz-unlock
 stages = init-premount local-top local-block local-bottom panic
-units = unlock-group@.service unlock-heal@.service unlock-baseline.service unlock-predict.service unlock-sync.service unlock-sync.timer
+units = unlock-cap.service unlock-group@.service unlock-heal@.service unlock-baseline.service unlock-predict.service unlock-sync.service unlock-sync.timer
 
 .PHONY: install uninstall
 
 install:
 	find unlock -name '*.py' -exec $(DATA) {} $(home)/{} ';'
 	$(RUN) system/unlock $(sbin)/unlock
+	$(RUN) system/mount.unlock $(sbin)/mount.unlock
 	$(RUN) initramfs/cap $(home)/cap
 	$(RUN) system/gate $(home)/gate
 	$(RUN) initramfs/collect $(home)/initramfs/collect
@@ -42,7 +43,7 @@ install:
 
 uninstall:
 	rm -rf $(home)
-	rm -f $(sbin)/unlock $(tools)/hooks/unlock $(tools)/scripts/unlock-functions
+	rm -f $(sbin)/unlock $(sbin)/mount.unlock $(tools)/hooks/unlock $(tools)/scripts/unlock-functions
 	rm -f $(stages:%=$(tools)/scripts/%/unlock) $(tools)/scripts/local-premount/check-resume
 	rm -f $(rules)/65-unlock.rules $(systemd)/system-generators/unlock-generator $(units:%=$(systemd)/system/%)
 	rm -f $(updates:%=$(etc)/%) $(etc)/dpkg/dpkg.cfg.d/unlock

@@ -16,7 +16,9 @@ from unlock.disks import disk_keys, find, luks
 from unlock.disks.groups import Group, Member
 from unlock.errors import UnlockError
 from unlock.host import config, keyring, report, this_boot
+from unlock.host.provider_entry import KmipEntry, ProviderEntry
 from unlock.host.state import State
+from unlock.host.state_file import KeyEntry
 from unlock.keys import access, recovery_key
 from unlock.paths import Paths, write_atomically
 from unlock.providers import native
@@ -60,7 +62,7 @@ class Host:
         state = State.new(self.paths, HOST)
         self._provide(state, bool(kms))
         with disk_keys.mac_key(self.recovery, HOST) as mac_key:
-            state.set_mac_key(self.persistence, mac_key)
+            state.set_mac_key(persistence=self.persistence, mac_key=mac_key)
         state.save()
         self.disks: list[Path] = []
         self.deks: dict[str, bytes] = {}
@@ -83,17 +85,29 @@ class Host:
 
     def _provide(self, state: State, kmip: bool) -> None:
         if kmip:
-            key = Secret(CLIENT.key)
-            entry = state.kmip_entry("kms", "kmip-one", CLIENT.certificate, 0, self.persistence, key)
+            entry: ProviderEntry = self._kmip_entry(state, "kmip-one", CLIENT, self.persistence)
         else:
             with Secret.random(32) as kdk, native.Native(Secret(bytes(kdk)), HOST) as made:
-                entry = state.native_entry("native", made.id, HOST, self.persistence, kdk)
+                entry = state.native_entry(
+                    name="native", provider_id=made.id, scope=HOST, persistence=self.persistence, kdk=kdk
+                )
         state.use_provider(entry)
         name = access.key_name(HOST, "host", 1)
         with access.connect(self.paths, state, self.persistence, entry) as provider:
             ref, key = access.new_key(provider, name)
             with key:
-                state.set_host_key(f"{provider.id}/{ref.id}", ref.name, 1, self.persistence, key)
+                host_key = KeyEntry(f"{provider.id}/{ref.id}", ref.name, 1)
+                state.set_host_key(host_key, persistence=self.persistence, key=key)
+
+    def _kmip_entry(self, state: State, provider_id: str, leaf: Leaf, persistence: Secret) -> KmipEntry:
+        return state.kmip_entry(
+            name="kms",
+            provider_id=provider_id,
+            certificate=leaf.certificate,
+            until=0,
+            persistence=persistence,
+            key=Secret(leaf.key),
+        )
 
     def add_group(self, name: str, count: int, policy_of_group: str = "persistent") -> Group:
         images = []
@@ -127,9 +141,11 @@ class Host:
 
     def use_client(self, leaf: Leaf) -> None:
         """Another client certificate, and its key."""
-        with self.work() as work, Secret(leaf.key) as key:
-            entry = work.state.provider
-            entry.update(work.state.kmip_entry("kms", entry["id"], leaf.certificate, 0, work.persistence, key))
+        with self.work() as work:
+            old = work.state.provider
+            assert old.kind == "kmip"
+            new = self._kmip_entry(work.state, old.id, leaf, work.persistence)
+            work.state.put_provider(new._replace(password=old.password))
             work.state.save()
 
     # What a flow is given

@@ -28,17 +28,21 @@ from unlock.boot import agent
 from unlock.disks import disk_keys, luks, token
 from unlock.disks.groups import Group, Member
 from unlock.host import keyring, report, this_boot
+from unlock.host.journal import Rebind, RecoveryRotation, Rekey
 from unlock.host.state import State
+from unlock.host.state_file import KeyEntry, RemovedPolicy, ReplacedKek, Window
 from unlock.keys import access
 from unlock.keys.escrow import Escrow, write
 from unlock.measured import describe, esp_copy
+from unlock.measured.baseline import Baseline, TpmIdentity
 from unlock.operations import sync
 from unlock.paths import Paths
 from unlock.predict import allowed_states, boot_files
 from unlock.providers import native
 from unlock.secret import Secret
 from unlock.strictjson import canonical
-from unlock.tpm import pcr_policy, slots
+from unlock.tpm import pcr_policy, public_area, slots
+from unlock.tpm.record import SLOTS, SRK, Payload, Record
 
 FOLDER = Path(__file__).parent / "data/formats/v1"
 WARNING = "test keys, known to everybody: they protect nothing"
@@ -136,10 +140,10 @@ def branches(count: int) -> tuple[bytes, ...]:
     return tuple(pcr_policy.branch(pcr_policy.select(MEASURED), each) for each in (values(), *other))
 
 
-def record(pin: bool = False) -> pcr_policy.Record:
+def record(pin: bool = False) -> Record:
     name = b"\0\x0b" + bytes(range(32))
     many = branches(BRANCHES if pin else 1)
-    return pcr_policy.Record(
+    return Record(
         7,
         bytes.fromhex(HOST),
         pcr_policy.select(MEASURED),
@@ -159,19 +163,19 @@ def policies(keys: Keys) -> dict[str, Any]:
         "selection_bytes": pcr_policy.selection_bytes(pcr_policy.select(MEASURED)).hex(),
         "pcrs": {str(pcr): values()[pcr].hex() for pcr in pcr_policy.select(MEASURED)},
         "branches": [each.hex() for each in many],
-        "one": {"alternatives": len(pcr_policy.alternatives(one)), "digest": pcr_policy.either(one).hex()},
-        "several": {"alternatives": len(pcr_policy.alternatives(many)), "digest": pcr_policy.either(many).hex()},
+        "one": {"alternatives": len(pcr_policy.alternatives(one)), "digest": pcr_policy.policy_or(one).hex()},
+        "several": {"alternatives": len(pcr_policy.alternatives(many)), "digest": pcr_policy.policy_or(many).hex()},
         "with_pin": pcr_policy.auth_policy(many, True).hex(),
         "pin_auth": keys.pin_auth.value.hex(),
         "cap": {"pcr": pcr_policy.CAP_PCR, "digest": pcr_policy.CAP_DIGEST.hex(), "capped": pcr_policy.CAPPED.hex()},
-        "srk": {"handle": pcr_policy.SRK, "template": pcr_policy.srk_template().hex()},
+        "srk": {"handle": SRK, "template": public_area.srk_template().hex()},
         "sealed": {
-            "template": pcr_policy.sealed_template(one).hex(),
-            "with_pin": pcr_policy.sealed_template(many, True).hex(),
+            "template": public_area.sealed_template(one).hex(),
+            "with_pin": public_area.sealed_template(many, True).hex(),
         },
         "slots": {
-            slot.name: {"object": slot.object, "nv": slot.nv, "nv_public": pcr_policy.nv_public(slot, True).hex()}
-            for slot in pcr_policy.SLOTS
+            slot.name: {"object": slot.object, "nv": slot.nv, "nv_public": public_area.nv_public(slot, True).hex()}
+            for slot in SLOTS
         },
     }
 
@@ -181,7 +185,7 @@ def sealed(chip: Swtpm, keys: Keys, pin: bool) -> None:
     with chip.open() as tpm:
         for pcr, digest in digests():
             tpm.extend(pcr, digest)
-        payload, selection = pcr_policy.Payload(keys.persistence, unauthenticated_root=pin), pcr_policy.select(MEASURED)
+        payload, selection = Payload(keys.persistence, unauthenticated_root=pin), pcr_policy.select(MEASURED)
         slots.persist(tpm, bytes.fromhex(HOST), selection, branches(1), payload)
         if pin:
             slots.persist(tpm, bytes.fromhex(HOST), selection, branches(BRANCHES), payload, pin_auth=keys.pin_auth)
@@ -220,66 +224,83 @@ def unpacked(path: Path) -> Path:
 # state.json
 
 
+def use_native(state: State, keys: Keys) -> None:
+    entry = state.native_entry(
+        name="native", provider_id=keys.provider.id, scope=HOST, persistence=keys.persistence, kdk=keys.kdk
+    )
+    state.use_provider(entry)
+
+
 def native_state(paths: Paths, keys: Keys) -> None:
     """A host of the native provider in the midst of a rebind, which found a rotation of the recovery key unfinished."""
     state = State.new(paths, HOST)
-    state.use_provider(state.native_entry("native", keys.provider.id, HOST, keys.persistence, keys.kdk))
-    old, name = f"{keys.provider.id}/{keys.host_name}", access.key_name(HOST, "host", 2)
-    state.set_host_key(old, keys.host_name, 1, keys.persistence, keys.host_key)
-    new_id = f"{keys.provider.id}/{name}"
-    state.set_host_key(new_id, name, 2, keys.persistence, keys.provider.fetch(name))
-    state.set_mac_key(keys.persistence, keys.mac_key)
+    use_native(state, keys)
+    old, name = KeyEntry(f"{keys.provider.id}/{keys.host_name}", keys.host_name, 1), access.key_name(HOST, "host", 2)
+    state.set_host_key(old, persistence=keys.persistence, key=keys.host_key)
+    new = KeyEntry(f"{keys.provider.id}/{name}", name, 2)
+    state.set_host_key(new, persistence=keys.persistence, key=keys.provider.fetch(name))
+    state.set_mac_key(persistence=keys.persistence, mac_key=keys.mac_key)
     state.groups["data"] = keys.group()._replace(former=("kmip-gone/17",), behind=(UUIDS[1],))
     state.next_manifest("data")
-    state.recovery["keyslots"][UUIDS[0]] = "dGVzdCBkYXRhOiBhIHNhbHQ="
-    state.recovery["former"][UUIDS[0]] = ["dGVzdCBkYXRhOiBhbm90aGVyIHNhbHQ="]
-    state.recovery["tested"][UUIDS[0]] = 1700000000
+    state.recovery.keyslots[UUIDS[0]] = "dGVzdCBkYXRhOiBhIHNhbHQ="
+    state.recovery.former[UUIDS[0]] = ["dGVzdCBkYXRhOiBhbm90aGVyIHNhbHQ="]
+    state.recovery.tested[UUIDS[0]] = 1700000000
     with disk_keys.mac_key(keys.next_recovery, HOST) as mac_key:
-        state.change_mac_key(keys.persistence, mac_key, [UUIDS[1]])
+        state.change_mac_key(persistence=keys.persistence, mac_key=mac_key, behind=[UUIDS[1]])
     (branch,) = branches(1)
     allowed_states.begin(state, pcr_policy.select(MEASURED), branch, False, pin=True)
-    state.tpm["states"][branch.hex()]["made"] = "2026-01-02T03:04:05Z"
-    full = [0, *pcr_policy.select(MEASURED)]
-    state.tpm["window"] = {"reboots": 2, "since": "2026-01-02T03:04:05Z", "pcrs": full, "boot": "test-boot"}
-    rotation = {
-        "operation": "recovery",
-        "about": "rotate",
-        "key": state.wrapped_recovery_key(keys.persistence, keys.next_recovery),
-        "file": "/media/usb/key",
-        "escrow": "",
-        "kept": True,
-        "written": False,
-    }
-    state.journal = {
-        "operation": "rebind",
-        "about": "--backup /media/usb/backup",
-        "new": state.hide(keys.next_persistence, keys.persistence),
-        "backup": "/media/usb/backup",
-        "before": rotation,
-    }
+    when, full = "2026-01-02T03:04:05Z", (0, *pcr_policy.select(MEASURED))
+    state.tpm = state.tpm._replace(
+        states={branch.hex(): state.tpm.states[branch.hex()]._replace(made=when)},
+        window=Window(reboots=2, since=when, pcrs=full, boot="test-boot"),
+    )
+    rotation = RecoveryRotation(
+        "recovery",
+        "rotate",
+        key=state.wrap_recovery_key(persistence=keys.persistence, recovery=keys.next_recovery),
+        file="/media/usb/key",
+        escrow="",
+        kept=True,
+        written=False,
+    )
+    state.journal = Rebind(
+        "rebind",
+        "--backup /media/usb/backup",
+        new=state.wrap_old_persistence_key(new=keys.next_persistence, old=keys.persistence),
+        backup="/media/usb/backup",
+        before=rotation,
+    )
     state.save()
 
 
 def kmip_state(paths: Paths, keys: Keys) -> None:
     """A host of a key manager whose TPM keeps nothing on purpose, in the midst of a rekey."""
     state = State.new(paths, HOST)
-    state.use_provider(state.native_entry("native", keys.provider.id, HOST, keys.persistence, keys.kdk))
-    client = keys.text("client_key"), keys.text("client_password")
+    use_native(state, keys)
     state.use_provider(
-        state.kmip_entry("kms", "kmip-00", "-----a test certificate-----\n", 1800000000, keys.persistence, *client)
+        state.kmip_entry(
+            name="kms",
+            provider_id="kmip-00",
+            certificate="-----a test certificate-----\n",
+            until=1800000000,
+            persistence=keys.persistence,
+            key=keys.text("client_key"),
+            password=keys.text("client_password"),
+        )
     )
     state.persistent = False
-    state.set_host_key("kmip-00/4", keys.host_name, 1, keys.persistence, keys.raw("kmip_host_key"))
-    state.set_mac_key(keys.persistence, keys.mac_key)
+    host_key = KeyEntry("kmip-00/4", keys.host_name, 1)
+    state.set_host_key(host_key, persistence=keys.persistence, key=keys.raw("kmip_host_key"))
+    state.set_mac_key(persistence=keys.persistence, mac_key=keys.mac_key)
     state.groups["data"] = keys.group("provider")._replace(kek="kmip-00/5")
-    state.retire.append({"id": f"{keys.provider.id}/{keys.kek_name}", "group": "data"})
-    state.removed = {
-        "selection": list(pcr_policy.select(MEASURED)),
-        "cap": pcr_policy.CAP_PCR,
-        "branches": [each.hex() for each in branches(1)],
-        "pin": False,
-    }
-    state.begin("rekey", "data", generation=2, made=["6", "unlock/name"], theirs=False)
+    state.retire.append(ReplacedKek(f"{keys.provider.id}/{keys.kek_name}", "data"))
+    state.removed = RemovedPolicy(
+        selection=pcr_policy.select(MEASURED),
+        cap=pcr_policy.CAP_PCR,
+        branches=tuple(each.hex() for each in branches(1)),
+        pin=False,
+    )
+    state.begin(Rekey("rekey", "data", generation=2, made=("6", "unlock/name"), theirs=False))
 
 
 # Files of this boot, and of good boots
@@ -362,13 +383,13 @@ WORDS = {
 """The words of verdict, report.json and baseline.json. Others may be added."""
 
 
-def baseline() -> describe.Baseline:
+def baseline() -> Baseline:
     items = tuple(
         describe.Item(number % 16, 0x80000003, sha256(cause.encode()).digest(), cause, f"test data: {cause}")
         for number, cause in enumerate(WORDS["causes"])
     )
     pcrs = {pcr: values()[pcr] for pcr in MEASURED}
-    return describe.Baseline("6.12.0-test", "root=/dev/test", describe.Chip("000b" + "5a" * 32, ""), pcrs, items)
+    return Baseline("6.12.0-test", "root=/dev/test", TpmIdentity("000b" + "5a" * 32, ""), pcrs, items)
 
 
 def of_boot() -> boot_files.Booted:
@@ -412,13 +433,13 @@ def fixed(paths: Paths, keys: Keys) -> dict[str, bytes]:
     this_boot.mark_failed(paths, "data", ["nginx.service"])
     boot_files.save(paths, of_boot())
     boot_files.vouch(paths, of_boot())
-    copied = esp_copy.write(paths, baseline().encode())
+    copied = esp_copy.write_copy(paths, baseline().encode())
     run = Path(paths.run)
     return {
         "record-1.bin": record().encode(),
         "record-2.bin": record(pin=True).encode(),
-        "payload-0.bin": bytes(pcr_policy.Payload(keys.persistence).encode()),
-        "payload-1.bin": bytes(pcr_policy.Payload(keys.persistence, True).encode()),
+        "payload-0.bin": bytes(Payload(keys.persistence).encode()),
+        "payload-1.bin": bytes(Payload(keys.persistence, True).encode()),
         "policy.json": json.dumps(policies(keys), indent=1).encode(),
         "baseline.json": baseline().encode(),
         os.path.relpath(copied, paths.root): Path(copied).read_bytes(),
@@ -434,9 +455,10 @@ def fixed(paths: Paths, keys: Keys) -> dict[str, bytes]:
 def synced(paths: Paths, keys: Keys) -> dict[str, bytes]:
     """What a sync leaves of a native host without groups. The key cache is this caller's alone."""
     state = State.new(paths, HOST)
-    state.use_provider(state.native_entry("native", keys.provider.id, HOST, keys.persistence, keys.kdk))
-    state.set_host_key(f"{keys.provider.id}/{keys.host_name}", keys.host_name, 1, keys.persistence, keys.host_key)
-    state.retire.append({"id": f"{keys.provider.id}/{keys.kek_name}", "group": "gone"})
+    use_native(state, keys)
+    host_key = KeyEntry(f"{keys.provider.id}/{keys.host_name}", keys.host_name, 1)
+    state.set_host_key(host_key, persistence=keys.persistence, key=keys.host_key)
+    state.retire.append(ReplacedKek(f"{keys.provider.id}/{keys.kek_name}", "gone"))
     state.save()
     this_boot.remember(paths, "TPM", {"unlock:persistence": keys.persistence})
     sync.sync(paths, look=dict)

@@ -18,6 +18,7 @@ from unlock.paths import Paths
 from unlock.predict import allowed_states
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
+from unlock.tpm.record import Payload
 
 MEASURED_BY = {"grub": (4, 7, 8, 9, 14), "uki": (4, 7, 11, 12), "direct": (4, 7, 9)}
 LATE = 1e9
@@ -66,8 +67,10 @@ class Machine(Measures, Disks):
         self.boot(boot)
         selection = pcr_policy.select(pcrs or MEASURED_BY[boot.kind])
         with self.chip.open() as tpm:
-            branch = pcr_policy.branch(selection, at_unseal.of(selection, at_unseal.values(self.paths, tpm)))
-            slots.persist(tpm, bytes.fromhex(HOST), selection, (branch,), pcr_policy.Payload(self.persistence))
+            branch = pcr_policy.branch(
+                selection, at_unseal.known_values(selection, at_unseal.read_pcrs(self.paths, tpm))
+            )
+            slots.persist(tpm, bytes.fromhex(HOST), selection, (branch,), Payload(self.persistence))
         state = State.load(self.paths)
         allowed_states.begin(state, selection, branch, False)
         state.save()

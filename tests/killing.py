@@ -22,7 +22,7 @@ from types import FrameType, FunctionType
 
 from unlock.disks import luks
 from unlock.host import keyring
-from unlock.providers import kmip
+from unlock.providers.kmip.failover import Failover
 from unlock.tpm import chip
 
 CHECKOUT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ LASTING: tuple[Step, ...] = (
     chip.Tpm._keep,
     chip.Tpm._define,
     chip.Tpm._undefine,
-    kmip.Kmip._change,
+    Failover.change,
 )
 """What changes a file, the key cache, a header, the TPM or the key manager."""
 

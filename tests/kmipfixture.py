@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of the provider `kmip` share."""
 
+import os
 from typing import Any
 
 from tests.lab.guest import Guest
@@ -8,23 +9,30 @@ from tests.lab.kmipliar import Liar
 from tests.lab.kmipserver import KmipServer
 from tests.lab.pki import Authority, Leaf
 from tests.lab.running import ADDRESS, GATEWAY
+from unlock.endpoint import Endpoint
 from unlock.keys import access
-from unlock.providers.kmip import Endpoint, Kmip, Settings, new_id
+from unlock.providers.kmip.provider import KmipProvider, KmipSettings
 from unlock.secret import Secret
 
 AUTHORITY = Authority()
 CLIENT = AUTHORITY.client("host-1")
 
 
-def settings(*servers: Liar | KmipServer | Endpoint, client: Leaf = CLIENT, **more: Any) -> Settings:
+def settings(*servers: Liar | KmipServer | Endpoint, client: Leaf = CLIENT, **more: Any) -> KmipSettings:
     """Of a host that knows those servers, in that order."""
     endpoints = tuple(each if isinstance(each, Endpoint) else Endpoint("127.0.0.1", each.port) for each in servers)
     fields = {"ca": AUTHORITY.certificate, "timeout": 60.0, **more}
-    return Settings(new_id(), endpoints, certificate=client.certificate, key=Secret(client.key), **fields)
+    return KmipSettings(
+        id=f"kmip-{os.urandom(16).hex()}",
+        endpoints=endpoints,
+        certificate=client.certificate,
+        key=Secret(client.key),
+        **fields,
+    )
 
 
-def connect(*servers: Liar | KmipServer | Endpoint, client: Leaf = CLIENT, **more: Any) -> Kmip:
-    return Kmip(settings(*servers, client=client, **more))
+def connect(*servers: Liar | KmipServer | Endpoint, client: Leaf = CLIENT, **more: Any) -> KmipProvider:
+    return KmipProvider(settings(*servers, client=client, **more))
 
 
 class Clock:

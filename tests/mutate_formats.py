@@ -101,12 +101,7 @@ CHANGES: dict[str, list[Change]] = {
     # AADs
     "`unlock-KIND-1`": [("disks/token.py", 'f"unlock-{kind}-1"', 'f"unlock-{kind}-2"')],
     "KIND `host-key`": [("*.py", '"host-key"', '"host-kez"')],
-    "KIND `kdk`": [
-        ("host/state.py", '_wrapped(persistence, "kdk"', '_wrapped(persistence, "kdl"'),
-        ("host/state.py", '("kdk", "kdk")', '("kdk", "kdl")'),
-        ("host/state.py", '("kdk", self', '("kdl", self'),
-        ("host/state.py", '_unwrapped(persistence, "kdk"', '_unwrapped(persistence, "kdl"'),
-    ],
+    "KIND `kdk`": [("host/state.py", '"kdk"', '"kdl"')],
     "KIND `client-key`": [("host/state.py", '"client-key"', '"client-kez"')],
     "KIND `client-password`": [("host/state.py", '"client-password"', '"client-passwore"')],
     "KIND `mac-key`": [("host/state.py", '"mac-key"', '"mac-kez"')],
@@ -195,45 +190,45 @@ CHANGES: dict[str, list[Change]] = {
     "one branch twice": [("tpm/pcr_policy.py", "(branches[0], branches[0]) if", "(branches[0], bytes(32)) if")],
     "most branches": [("tpm/pcr_policy.py", "MAX_BRANCHES = 8", "MAX_BRANCHES = 7")],
     "PIN: host id": [("tpm/pcr_policy.py", "+ host + pin.value", "+ pin.value")],
-    "SRK handle": [("tpm/pcr_policy.py", "SRK = 0x81000001", "SRK = 0x81000002")],
-    "slot A object": [("tpm/pcr_policy.py", "0x81104C41", "0x81104C51")],
-    "slot A NV": [("tpm/pcr_policy.py", "0x01814C41", "0x01814C51")],
-    "slot B object": [("tpm/pcr_policy.py", "0x81104C42", "0x81104C52")],
-    "slot B NV": [("tpm/pcr_policy.py", "0x01814C42", "0x01814C52")],
-    "SRK curve": [("tpm/pcr_policy.py", "_P256 = 0x06, 0x43, 0x10, 0x03", "_P256 = 0x06, 0x43, 0x10, 0x04")],
-    "SRK attributes": [("tpm/pcr_policy.py", "| 0x10000 | 0x20000", "| 0x20000")],
+    "SRK handle": [("tpm/record.py", "SRK = 0x81000001", "SRK = 0x81000002")],
+    "slot A object": [("tpm/record.py", "0x81104C41", "0x81104C51")],
+    "slot A NV": [("tpm/record.py", "0x01814C41", "0x01814C51")],
+    "slot B object": [("tpm/record.py", "0x81104C42", "0x81104C52")],
+    "slot B NV": [("tpm/record.py", "0x01814C42", "0x01814C52")],
+    "SRK curve": [("tpm/public_area.py", "_P256 = 0x06, 0x43, 0x10, 0x03", "_P256 = 0x06, 0x43, 0x10, 0x04")],
+    "SRK attributes": [("tpm/public_area.py", "| 0x10000 | 0x20000", "| 0x20000")],
     "sealed object outside of the lockout": [
-        ("tpm/pcr_policy.py", "if pin else _FIXED | _NO_DA", "if pin else _FIXED")
+        ("tpm/public_area.py", "if pin else _FIXED | _NO_DA", "if pin else _FIXED")
     ],
-    "sealed object: attributes": [("tpm/pcr_policy.py", "_FIXED = 0x02 | 0x10", "_FIXED = 0x02")],
-    "NV attributes": [("tpm/pcr_policy.py", "| 0x02000000  #", "#")],
-    "record size": [("tpm/pcr_policy.py", "RECORD_SIZE = 448", "RECORD_SIZE = 480")],
-    "record magic": [("tpm/pcr_policy.py", 'b"unlock\\0"', 'b"Unlock\\0"')],
-    "record version without PIN": [("tpm/pcr_policy.py", "return 2 if self.pin else 1", "return 2")],
+    "sealed object: attributes": [("tpm/public_area.py", "_FIXED = 0x02 | 0x10", "_FIXED = 0x02")],
+    "NV attributes": [("tpm/public_area.py", "| 0x02000000  #", "#")],
+    "record size": [("tpm/record.py", "RECORD_SIZE = 448", "RECORD_SIZE = 480")],
+    "record magic": [("tpm/record.py", 'b"unlock\\0"', 'b"Unlock\\0"')],
+    "record version without PIN": [("tpm/record.py", "return 2 if self.pin else 1", "return 2")],
     "record version with PIN": [
-        ("tpm/pcr_policy.py", "return 2 if", "return 3 if"),
-        ("tpm/pcr_policy.py", "VERSION = 2", "VERSION = 3"),
+        ("tpm/record.py", "return 2 if", "return 3 if"),
+        ("tpm/record.py", "VERSION = 2", "VERSION = 3"),
     ],
-    "record flag PIN": [("tpm/pcr_policy.py", "_PIN = 0x01", "_PIN = 0x02")],
-    "record byte order": [("tpm/pcr_policy.py", '">7sBQ', '"<7sBQ')],
+    "record flag PIN": [("tpm/record.py", "_PIN = 0x01", "_PIN = 0x02")],
+    "record byte order": [("tpm/record.py", '">7sBQ', '"<7sBQ')],
     "record names": [
-        ("tpm/pcr_policy.py", "self.srk_name, self.object_name, b", "self.object_name, self.srk_name, b"),
-        ("tpm/pcr_policy.py", "flags, srk_name, object_name, digests", "flags, object_name, srk_name, digests"),
+        ("tpm/record.py", "self.srk_name, self.object_name,", "self.object_name, self.srk_name,"),
+        ("tpm/record.py", "flags, srk_name, object_name, digests", "flags, object_name, srk_name, digests"),
     ],
-    "record checksum": [("tpm/pcr_policy.py", "sha256(body)", 'sha256(body + b"1")')],
-    "payload version": [("tpm/pcr_policy.py", "\n_VERSION = 1", "\n_VERSION = 2")],
-    "payload flag": [("tpm/pcr_policy.py", "_UNAUTHENTICATED_ROOT = 0x01", "_UNAUTHENTICATED_ROOT = 0x02")],
+    "record checksum": [("tpm/record.py", "sha256(body)", 'sha256(body + b"1")')],
+    "payload version": [("tpm/record.py", "\n_VERSION = 1", "\n_VERSION = 2")],
+    "payload flag": [("tpm/record.py", "_UNAUTHENTICATED_ROOT = 0x01", "_UNAUTHENTICATED_ROOT = 0x02")],
     "payload key": [
-        ("tpm/pcr_policy.py", "data.value[2:] = self.key.value", "data.value[2:] = self.key.value[::-1]"),
-        ("tpm/pcr_policy.py", "Secret(value[2:])", "Secret(value[2:][::-1])"),
+        ("tpm/record.py", "data.value[2:] = self.key.value", "data.value[2:] = self.key.value[::-1]"),
+        ("tpm/record.py", "Secret(value[2:])", "Secret(value[2:][::-1])"),
     ],
     # files
-    "state version": [("host/state.py", "\nVERSION = 1", "\nVERSION = 2")],
-    "state indent": [("host/state.py", "indent=1", "indent=2")],
-    "baseline version": [("measured/describe.py", "_VERSION = 1", "_VERSION = 2")],
+    "state version": [("host/state_file.py", "\nVERSION = 1", "\nVERSION = 2")],
+    "state indent": [("host/state_file.py", "indent=1", "indent=2")],
+    "baseline version": [("measured/baseline.py", "_VERSION = 1", "_VERSION = 2")],
     "baseline order of an event": [
-        ("measured/describe.py", "[each.pcr, each.kind,", "[each.kind, each.pcr,"),
-        ("measured/describe.py", "def _item(pcr: Any, kind: Any,", "def _item(kind: Any, pcr: Any,"),
+        ("measured/baseline.py", "[each.pcr, each.kind,", "[each.kind, each.pcr,"),
+        ("measured/baseline.py", "def _parse_item(pcr: Any, kind: Any,", "def _parse_item(kind: Any, pcr: Any,"),
     ],
     "booted version": [("predict/boot_files.py", "_VERSION = 1", "_VERSION = 2")],
     "report version": [("host/report.py", "VERSION = 1", "VERSION = 2")],
@@ -258,9 +253,8 @@ CHANGES: dict[str, list[Change]] = {
 FIELDS = {
     "token": "disks/token.py",
     "backup": "native.py",
-    "state": "host/state.py predict/allowed_states.py operations/policy.py operations/persistence.py keys/rotation.py "
-    "operations/switch.py keys/access.py",
-    "baseline": "measured/describe.py",
+    "state": "host/state_file.py host/journal.py host/provider_entry.py disks/groups.py",
+    "baseline": "measured/baseline.py",
     "booted": "predict/boot_files.py",
     "boot-files": "predict/boot_files.py",
     "report": "host/report.py",
@@ -268,24 +262,13 @@ FIELDS = {
 }
 """Format -> where the names of its fields stand."""
 NAMED = {
-    **{
-        f"state: {name}": [
-            ("host/state.py", f'm["{name}"]', f'm["{name}q"]'),
-            (
-                "host/state.py",
-                "member._asdict()",
-                f'{{k.replace("{name}", "{name}q"): v for k, v in member._asdict().items()}}',
-            ),
-        ]
-        for name in ("uuid", "serial")
-    },
     "baseline: srk": [
-        ("measured/describe.py", "    srk: str", "    sro: str"),
-        ("measured/describe.py", '"srk"', '"sro"'),
+        ("measured/baseline.py", "    srk: str", "    sro: str"),
+        ("measured/baseline.py", '"srk"', '"sro"'),
     ],
     "baseline: identity": [
-        ("measured/describe.py", "    identity: str", "    identite: str"),
-        ("measured/describe.py", '"identity"', '"identite"'),
+        ("measured/baseline.py", "    identity: str", "    identite: str"),
+        ("measured/baseline.py", '"identity"', '"identite"'),
     ],
 }
 """Fields that are those of a tuple."""
@@ -312,6 +295,15 @@ def changes(item: str) -> list[Change]:
         label = item.strip("`")
         return [("*.py", label, label[:-2] + "xx")]
     form, _, name = item.partition(": ")
+    if form == "state":  # a field of a record: it stands there, and has another name in the JSON
+        field, read, write = f"    {name}: ", "json.loads(content)", "indent=1).encode()"
+        old, new = f'"{name}":', f'"{name}q":'
+        renamed = f"content.replace(b'{old}', b'\"\":').replace(b'{new}', b'{old}')"
+        return [
+            (FIELDS[form], field, field),
+            ("host/state_file.py", read, f"json.loads({renamed})"),
+            ("host/state_file.py", write, f"indent=1).replace('{old}', '{new}').encode()"),
+        ]
     return [(FIELDS[form], f"{quote}{name}{quote}", f"{quote}{name}q{quote}") for quote in "\"'"]
 
 
@@ -321,7 +313,7 @@ def places(tree: Path, item: str) -> Iterator[tuple[Path, str, str]]:
     for names, old, new in changes(item):
         files = {each for name in names.split() for part in CODE for each in (tree / part).rglob(name)}
         found = [each for each in sorted(files) if old.encode() in each.read_bytes()]
-        if not found and (item in CHANGES or item in NAMED):
+        if not found and (item in CHANGES or item in NAMED or item.startswith("state: ")):
             raise LookupError(f"{item}: {old!r} stands nowhere in {names}")
         nowhere = nowhere and not found
         yield from ((each, old, new) for each in found)

@@ -79,7 +79,7 @@ def test_there_is_room_for_eight(host: Machine) -> None:
 def test_without_its_reason_a_state_still_opens_and_is_unknown(host: Machine) -> None:
     host.predict(("kernel", NEW))
     state = host.state
-    state.tpm["states"] = {}
+    state.tpm = state.tpm._replace(states={})
     state.save()
     assert host.reasons() == ["this boot", "unknown"]
     host.predict(("kernel", NEW))

@@ -11,8 +11,8 @@ import pytest
 from tests.eventlogs import Boot
 from tests.test_explain import Host, good
 from unlock.errors import Malformed
-from unlock.measured import describe, esp_copy, explain
-from unlock.measured.describe import Baseline
+from unlock.measured import diagnosis, esp_copy, evidence, explain
+from unlock.measured.baseline import BASELINE_MAX, Baseline
 from unlock.tpm import pcr_policy
 
 CMDLINE = "root=/dev/mapper/root ro init=/bin/sh"
@@ -33,9 +33,9 @@ def mount_efi(host: Host, kind: str = "vfat", where: str = "boot/efi") -> Path:
     return host.home / "root" / where / esp_copy.NAME
 
 
-def refused(host: Host) -> explain.World:
+def refused(host: Host) -> evidence.Evidence:
     host.boot(Boot("direct")._replace(cmdline=CMDLINE))
-    return explain.gather(host.paths, host.chip.tcti)
+    return evidence.gather_evidence(host.paths, host.chip.tcti)
 
 
 def test_a_good_boot_leaves_the_same_bytes_there_and_writes_them_once(host: Host) -> None:
@@ -60,8 +60,8 @@ def test_a_folder_of_another_file_system_is_left_alone(host: Host, kind: str) ->
 
 def test_one_that_is_too_long_takes_the_old_copy_away(host: Host) -> None:
     copy = mount_efi(host)
-    assert esp_copy.write(host.paths, b"x") == str(copy)
-    assert esp_copy.write(host.paths, b"x" * (esp_copy.COPY_MAX + 1)) == ""
+    assert esp_copy.write_copy(host.paths, b"x") == str(copy)
+    assert esp_copy.write_copy(host.paths, b"x" * (esp_copy.COPY_MAX + 1)) == ""
     assert not copy.exists()
 
 
@@ -78,12 +78,14 @@ def test_with_the_copy_the_first_event_is_named_and_marked(host: Host) -> None:
     os.unlink(host.paths.baseline)
     world = refused(host)
     assert world.baseline is None
-    found = explain.judge(world._replace(baseline=Baseline.decode(esp_copy.read_file(str(copy))), copied=True))
+    found = diagnosis.diagnose(
+        world._replace(baseline=Baseline.decode(esp_copy.read_copy_file(str(copy))), copied=True)
+    )
     assert (found.causes[0].code, found.causes[0].pcr) == ("command-line", 9)
     assert "init=/bin/sh" in found.causes[0].new
-    assert explain.COPIED in found.summary
-    assert explain.COPIED in explain.text(found)
-    assert explain.fields(found)["copied"]
+    assert diagnosis.COPIED in found.summary
+    assert diagnosis.COPIED in explain.to_text(found)
+    assert explain.to_json(found)["copied"]
 
 
 def test_an_edited_copy_changes_words_and_no_policy(host: Host) -> None:
@@ -104,7 +106,7 @@ def test_an_edited_copy_changes_words_and_no_policy(host: Host) -> None:
 )
 def test_a_hostile_copy_is_no_baseline(host: Host, data: bytes) -> None:
     host.write("copy", data)
-    read = esp_copy.read_file(str(host.home / "root/copy"))
+    read = esp_copy.read_copy_file(str(host.home / "root/copy"))
     assert len(read) <= esp_copy.COPY_MAX
     with pytest.raises(Malformed):
         Baseline.decode(read)
@@ -126,11 +128,11 @@ def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "long").write_bytes(bytes(esp_copy.COPY_MAX + 1))
     for name in ("link", "fifo", "long", "none"):
-        assert esp_copy.read_file(str(tmp_path / name)) == b""
-    assert esp_copy.read_file(str(secret)) == b"x"
+        assert esp_copy.read_copy_file(str(tmp_path / name)) == b""
+    assert esp_copy.read_copy_file(str(secret)) == b"x"
 
 
 def test_the_image_can_mount_the_partition() -> None:
     manifest = (Path(__file__).parents[1] / "initramfs/manifest").read_text()
     assert "module vfat\n" in manifest
-    assert describe.BASELINE_MAX > esp_copy.COPY_MAX
+    assert BASELINE_MAX > esp_copy.COPY_MAX

@@ -163,6 +163,24 @@ echo "$device" > unbind
 """
 
 
+def test_a_tpm_that_comes_after_early_boot_is_locked(story: Machine) -> None:
+    promised = ": >/sys/firmware/acpi/tables/TPM2\n"
+    assert promised in FIRST and START_TPM in FIRST
+    never = story.image.initramfs({"scripts/init-top/lab-first": FIRST.replace(promised, "").replace(START_TPM, ":")})
+    with story.boot(initrd=never) as booted:
+        booted.console.expect("recovery key: ", 120)
+        booted.console.send(story.recovery_key + "\n")
+        console = begun(booted)
+        assert report(console)["verdict"] == "no-tpm"
+        console.sh(START_TPM)
+        console.sh("until [ -s /run/unlock/capped ]; do sleep 0.1; done")
+        assert pcr(console, 15) == CAPPED
+        assert unseal_as_root(console) != "UNSEALED"
+        console.sh("systemctl start unlock-cap.service")  # again is once
+        assert pcr(console, 15) == CAPPED
+        booted.kill()
+
+
 def test_a_tpm_that_comes_late_is_waited_for_and_nothing_leaks(story: Machine) -> None:
     """All of this with `debug`: every key of this boot is searched for in whatever it shows and writes."""
     late = story.image.initramfs({"scripts/init-top/lab-first": FIRST.replace(START_TPM, LATE)})

@@ -20,11 +20,13 @@ from tests.tpmfixture import Swtpm
 from unlock.disks import disk_keys, luks, token
 from unlock.errors import CommandFailed, UnlockError
 from unlock.host import keyring, report
+from unlock.host.journal import Rekey
 from unlock.operations import check, recovery
 from unlock.operations.check import NOTE, SAFE, UNPROVEN, UNSAFE
 from unlock.predict import initramfs_images
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
+from unlock.tpm.record import RECORD_VERSION, SLOTS, Payload
 
 pytestmark = [pytest.mark.usefixtures("key_cache"), pytest.mark.root]
 
@@ -48,9 +50,7 @@ class World:
         selection = pcr_policy.select((7,))
         with chip.open() as tpm:
             branch = pcr_policy.branch(selection, tpm.read_pcrs(selection))
-            slots.persist(
-                tpm, bytes.fromhex(HOST), selection, (branch,), pcr_policy.Payload(Secret(bytes(self.host.persistence)))
-            )
+            slots.persist(tpm, bytes.fromhex(HOST), selection, (branch,), Payload(Secret(bytes(self.host.persistence))))
 
     def image(self, version: str, *names: str) -> None:
         """An initramfs with these files in it."""
@@ -169,7 +169,7 @@ def test_a_tpm_that_was_cleared_or_is_gone(world: World) -> None:
 def test_a_tpm_that_serves_another_installation(world: World) -> None:
     with world.chip.open() as tpm, Secret.random(32) as key:
         branch = pcr_policy.branch((7,), tpm.read_pcrs((7, 15)))
-        slots.persist(tpm, b"another host....", (7,), (branch,), pcr_policy.Payload(key), replace=True)
+        slots.persist(tpm, b"another host....", (7,), (branch,), Payload(key), replace=True)
     verdict, wrong = world.check()
     assert verdict == UNSAFE and "another installation" in wrong["TPM"][1]
 
@@ -187,7 +187,7 @@ def test_after_a_refused_boot_the_next_is_refused_too(world: World) -> None:
 
 def test_an_operation_that_was_stopped(world: World) -> None:
     with world.host.work() as work:
-        work.state.begin("rekey", "data")
+        work.state.begin(Rekey("rekey", "data", generation=2, made=None, theirs=False))
     assert world.check()[0] == UNPROVEN
 
 
@@ -231,7 +231,7 @@ def test_where_a_pin_is_set_the_image_must_read_that_and_ask(world: World) -> No
 def test_the_manifest_says_which_formats_the_code_reads() -> None:
     manifest = (Path(__file__).parents[1] / "initramfs/manifest").read_text()
     names = {line.split()[1] for line in manifest.splitlines() if line.startswith("reads ")}
-    assert names == {f"token-{token.VERSION}", f"record-{pcr_policy.RECORD_VERSION}"}
+    assert names == {f"token-{token.VERSION}", f"record-{RECORD_VERSION}"}
 
 
 def test_a_recovery_key_that_was_tested_and_one_that_is_another_by_now(world: World) -> None:
@@ -243,7 +243,7 @@ def test_a_recovery_key_that_was_tested_and_one_that_is_another_by_now(world: Wo
     recovery.test(world.host.paths, world.host.recovery, world.host.look)
     assert said() == "tested on every disk"
     with world.host.work() as work:
-        work.state.recovery["behind"]["uuid"] = ""
+        work.state.recovery.behind["uuid"] = ""
         work.state.save()
     assert world.check() == (
         UNPROVEN,
@@ -276,7 +276,7 @@ def test_a_plain_root_is_safe_only_when_it_was_accepted(world: World) -> None:
     world.machine.mount("8:16", "/", "/dev/sdb", "ext4")
     assert world.check()[1]["root"][0] == UNSAFE
     with world.host.work() as work:
-        work.state.tpm["unauthenticated_root"] = True
+        work.state.tpm = work.state.tpm._replace(unauthenticated_root=True)
         work.state.save()
     assert world.check() == (SAFE, {})
 
@@ -287,7 +287,7 @@ def test_a_power_cut_while_the_policy_was_replaced_leaves_the_other_slot(world: 
             return bytes(448)
 
     with world.chip.open() as tpm:
-        [other] = [slot for slot in pcr_policy.SLOTS if slot != slots.current(tpm)[0]]
+        [other] = [slot for slot in SLOTS if slot != slots.current(tpm)[0]]
         tpm.write_record(other, Cut())  # type: ignore[arg-type]
         assert slots.unseal(tpm).slot != other
     assert world.check() == (SAFE, {})
@@ -453,7 +453,7 @@ def test_pcrs_of_files_where_nothing_measures_the_kernel(world: World) -> None:
     selection = pcr_policy.select((4, 7))
     with world.chip.open() as tpm:
         branch = pcr_policy.branch(selection, tpm.read_pcrs(selection))
-        payload = pcr_policy.Payload(Secret(bytes(world.host.persistence)))
+        payload = Payload(Secret(bytes(world.host.persistence)))
         slots.persist(tpm, bytes.fromhex(HOST), selection, (branch,), payload)
     assert world.check()[1]["next boot"][0] == UNPROVEN
 

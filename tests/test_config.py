@@ -5,15 +5,19 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.formats import FOLDER
 from unlock import cli
 from unlock.disks import fstab
 from unlock.endpoint import Endpoint
 from unlock.errors import Malformed, NewerFormat, Refused
 from unlock.host import config
+from unlock.host.journal import DiskAdoption, GroupCreation
 from unlock.host.state import State
 from unlock.keys.escrow import Escrow
 from unlock.operations import group
@@ -127,13 +131,14 @@ def test_state_is_whole_or_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="not initialised"):
         State.load(paths)
     state = State.new(paths, "ab" * 16)
-    state.begin("group create", "data", members=[])
+    begun = GroupCreation("group create", "data", members=())
+    state.begin(begun)
     whole = Path(paths.state).read_bytes()
     loaded = State.load(paths)
-    assert loaded.unfinished("group create", "data") == {"operation": "group create", "about": "data", "members": []}
-    assert loaded.unfinished("group create", "other") is None
+    assert loaded.unfinished(GroupCreation, "data") == begun
+    assert loaded.unfinished(GroupCreation, "other") is None
     with pytest.raises(Refused, match="`unlock group create data` is not finished"):
-        loaded.begin("disk adopt", "/dev/sdb --group data")
+        loaded.begin(DiskAdoption("disk adopt", "/dev/sdb --group data", manifest=1))
     for end in range(len(whole) - 1):
         Path(paths.state).write_bytes(whole[:end])
         with pytest.raises(Malformed):
@@ -141,6 +146,47 @@ def test_state_is_whole_or_refused(tmp_path: Path) -> None:
     Path(paths.state).write_text(json.dumps({**json.loads(whole), "version": 2}))
     with pytest.raises(NewerFormat):
         State.load(paths)
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of every value below a JSON value."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(value[key])
+
+
+@pytest.mark.parametrize("name", ["native", "kmip"])
+def test_a_state_with_a_wrong_or_a_missing_field_is_refused_when_it_is_loaded(tmp_path: Path, name: str) -> None:
+    """As Malformed, and nothing else; or it is loaded and saved without trouble."""
+    paths = Paths(str(tmp_path))
+    Path(paths.state).parent.mkdir(parents=True)
+    fields = json.loads((FOLDER / f"state-{name}.json").read_bytes())
+    refused = loaded = 0
+
+    def load() -> None:
+        nonlocal refused, loaded
+        Path(paths.state).write_text(json.dumps(fields))
+        try:
+            State.load(paths).save()
+            loaded += 1
+        except Malformed as error:
+            assert error.hint
+            refused += 1
+
+    for container, key in places(fields):
+        was = container[key]
+        for other in (None, True, 7, 0.5, "text", [], ["text"], {}, {"text": "text"}):
+            container[key] = other
+            load()
+        container[key] = was
+    for container, key in list(places(fields)):
+        if isinstance(container, dict):
+            was = dict(container)
+            del container[key]
+            load()
+            container.clear()
+            container.update(was)
+    assert refused > 5 * loaded > 0
 
 
 @pytest.mark.parametrize(
@@ -156,7 +202,7 @@ def test_state_is_whole_or_refused(tmp_path: Path) -> None:
 def test_what_finishes_a_group_that_was_begun_can_be_typed(tmp_path: Path, wanted: NewGroup) -> None:
     state = State.new(Paths(str(tmp_path)), "ab" * 16)
     assert not state.to_finish
-    state.begin("group create", wanted.name, members=[], options=group._options(wanted))
+    state.begin(GroupCreation("group create", wanted.name, members=(), options=group._options(wanted)))
     typed = cli._parser().parse_args(shlex.split(State.load(Paths(str(tmp_path))).to_finish)[1:])
     assert cli._wanted(typed) == wanted._replace(erase=frozenset())
 

@@ -18,6 +18,8 @@ from tests.tpmfixture import Swtpm
 from unlock.disks import disk_keys, luks
 from unlock.errors import ClientAuth, PinWrong, Refused, TpmFailed, UnlockError, Usage
 from unlock.host import config, keyring, report
+from unlock.host.journal import DiskAdoption
+from unlock.host.provider_entry import NativeEntry
 from unlock.host.state import State
 from unlock.keys import recovery_key
 from unlock.operations import cache, group, init, sync
@@ -26,6 +28,7 @@ from unlock.providers import native
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
 from unlock.tpm.chip import Tpm
+from unlock.tpm.record import RECORD_SIZE, A, Payload
 
 PASSWORD = b"of the backup"
 ACCEPTED = frozenset(("unmeasured-boot", "unauthenticated-root"))
@@ -54,6 +57,13 @@ def choices(paths: Paths, chip: Swtpm, accept: frozenset[str] = ACCEPTED, owner:
     return init.Choices(backup, Secret(PASSWORD), accept, (), Secret(owner), chip.tcti)
 
 
+def unwrap_kdk(paths: Paths, persistence: Secret) -> None:
+    """Raises Tampered when the persistence key is not the one of the state."""
+    state = State.load(paths)
+    assert isinstance(state.provider, NativeEntry)
+    state.kdk(persistence, state.provider).wipe()
+
+
 def refused(paths: Paths, asked: init.Choices) -> str:
     with pytest.raises(Refused) as caught:
         init.init(paths, asked)
@@ -67,7 +77,7 @@ def test_init_seals_backs_up_and_leaves_no_key_in_a_file(host: Paths, chip: Swtp
     with chip.open() as tpm:
         unsealed = slots.unseal(tpm)
     persistence = unsealed.payload.key
-    assert unsealed.slot is pcr_policy.A
+    assert unsealed.slot is A
     assert unsealed.payload.unauthenticated_root
     assert keyring.get("unlock:persistence") == persistence
     sources = {row["what"]: row["source"] for row in cache.show(host)}
@@ -105,7 +115,7 @@ def test_each_refusal_has_its_name(host: Paths, chip: Swtpm) -> None:
     assert refused(host, choices(host, chip)) == "cap-pcr-used"
     early.write_bytes(saved)
     with chip.open() as tpm:
-        other = pcr_policy.Payload(Secret(bytes(32)))
+        other = Payload(Secret(bytes(32)))
         slots.persist(tpm, b"x" * 16, pcr_policy.select([7]), (pcr_policy.branch((7, 15), {7: bytes(32)}),), other)
     assert refused(host, choices(host, chip)) == "slots-in-use"
     chip.set_owner_auth(Secret(b"owner"))
@@ -122,15 +132,13 @@ def test_a_locked_out_tpm_is_waited_for(host: Paths, chip: Swtpm) -> None:
     with chip.open() as tpm:
         right, wrong = Secret(b"right".ljust(32)), Secret(b"wrong".ljust(32))
         branch = pcr_policy.branch(pcr_policy.select([7]), tpm.read_pcrs(range(16)))
-        slots.persist(
-            tpm, b"x" * 16, pcr_policy.select([7]), (branch,), pcr_policy.Payload(Secret(bytes(32))), pin_auth=right
-        )
+        slots.persist(tpm, b"x" * 16, pcr_policy.select([7]), (branch,), Payload(Secret(bytes(32))), pin_auth=right)
     chip.set_lockout(1, 1234)
     with chip.open() as tpm:
-        record = tpm.read_record(pcr_policy.A)
+        record = tpm.read_record(A)
         with pytest.raises(PinWrong):
-            tpm.unseal(tpm.verify(pcr_policy.A, record), record, wrong)
-        tpm.evict(pcr_policy.A)
+            tpm.unseal(tpm.verify(A, record), record, wrong)
+        tpm.evict(A)
     with pytest.raises(Refused, match="locked out after 1 wrong") as caught:
         init.init(host, choices(host, chip))
     assert (caught.value.code, "1234 s" in caught.value.hint) == ("tpm-lockout", True)
@@ -172,7 +180,7 @@ def test_a_tpm_without_room_for_a_second_sealed_object_is_refused_before_the_fir
 def test_what_an_earlier_installation_left_in_a_full_tpm_makes_room_for_one_object(host: Paths, chip: Swtpm) -> None:
     with chip.open() as tpm:
         branch = pcr_policy.branch(pcr_policy.select([7]), tpm.read_pcrs(range(16)))
-        slots.persist(tpm, b"x" * 16, pcr_policy.select([7]), (branch,), pcr_policy.Payload(Secret(bytes(32))))
+        slots.persist(tpm, b"x" * 16, pcr_policy.select([7]), (branch,), Payload(Secret(bytes(32))))
         key = tpm._primary(0x101, tpm._owner(None))
         handles = iter(range(0x81010000, 0x81010100))
         while tpm.facts().persistent_free:
@@ -191,9 +199,7 @@ def test_a_tpm_that_cannot_keep_or_read_a_whole_record_is_refused(host: Paths, c
 
     def small(command: str, answer: bytes) -> bytes:
         at = answer.find(what.to_bytes(4, "big")) if command == "GetCapability" else -1
-        return (
-            answer[: at + 4] + (pcr_policy.RECORD_SIZE - 1).to_bytes(4, "big") + answer[at + 8 :] if at > 0 else answer
-        )
+        return answer[: at + 4] + (RECORD_SIZE - 1).to_bytes(4, "big") + answer[at + 8 :] if at > 0 else answer
 
     honest, chip.proxy.tamper = chip.proxy.tamper, small
     assert refused(host, choices(host, chip)) == "tpm-full"
@@ -212,7 +218,7 @@ def test_a_tpm_without_room_for_a_record_says_what_to_free(chip: Swtpm) -> None:
                 break
             defined.append(index)
     with chip.open() as tpm:
-        selection, payload = pcr_policy.select([7]), pcr_policy.Payload(Secret.random(32))
+        selection, payload = pcr_policy.select([7]), Payload(Secret.random(32))
         branch = pcr_policy.branch(selection, tpm.read_pcrs(range(16)))
         with pytest.raises(TpmFailed) as caught:
             slots.persist(tpm, b"x" * 16, selection, (branch,), payload)
@@ -288,7 +294,7 @@ def test_init_cut_off_at_any_tpm_command_finishes_when_run_again(
                 init.init(host, choices(host, chip))
             with chip.open() as tpm:
                 persistence = slots.unseal(tpm).payload.key
-            State.load(host).kdk(persistence).wipe()
+            unwrap_kdk(host, persistence)
             os.unlink(choices(host, chip).backup)
             os.unlink(host.state)
             if whole:
@@ -317,7 +323,7 @@ def test_init_killed_at_any_step_finishes_when_run_again(
                 except Refused as error:  # killed in its last step, it was whole
                     assert error.code == "initialised"
             with chip.open() as tpm, slots.unseal(tpm).payload.key as persistence:
-                State.load(host).kdk(persistence).wipe()
+                unwrap_kdk(host, persistence)
             os.unlink(choices(host, chip).backup)
             os.unlink(host.state)
             chips.close()
@@ -400,7 +406,7 @@ def test_another_disk_cannot_take_the_place_of_one_whose_adoption_was_killed(
     enrolled: Paths, device: str, tmp_path: Path
 ) -> None:
     state = State.load(enrolled)
-    state.begin("disk adopt", "/dev/other --group data", manifest=state.next_manifest("data"))
+    state.begin(DiskAdoption("disk adopt", "/dev/other --group data", manifest=state.next_manifest("data")))
     with pytest.raises(Refused, match="disk adopt /dev/other --group data"):
         group.disk_adopt(enrolled, device, "data", Secret(b"operator"), str(tmp_path / "recovery"))
 
@@ -472,7 +478,8 @@ def test_init_with_a_key_manager_needs_no_native_provider(
 ) -> None:
     init.init(host, kmip_choices(host, chip, kms, persistent))
     state = State.load(host)
-    assert (state.provider["kind"], state.others, state.persistent, state.journal) == ("kmip", {}, persistent, None)
+    assert state.provider.kind == "kmip"
+    assert (state.others, state.persistent, state.journal) == ({}, persistent, None)
     (key,) = kms.keys.values()
     assert key.names == [f"unlock/{state.host}/host/1"]
     assert keyring.get("unlock:host").value == key.material
@@ -480,8 +487,8 @@ def test_init_with_a_key_manager_needs_no_native_provider(
         persistence = slots.unseal(tpm).payload.key
     kept = state.host_key(persistence)
     assert (bytes(kept) if kept else None) == (key.material if persistent else None)
-    with state.client_key(persistence, state.provider) as client_key:
-        assert bytes(client_key) == CLIENT.key
+    client_key = state.client_key(persistence, state.provider)
+    assert client_key and bytes(client_key) == CLIENT.key
     for path in Path(host.root).rglob("*"):
         content = path.read_bytes() if path.is_file() else b""
         assert CLIENT.key.splitlines()[1] not in content, path

@@ -43,8 +43,9 @@ from tests.eventlogs import (
 )
 from tests.properties import Property
 from unlock.errors import Malformed
-from unlock.measured import describe, eventlog, uefi
-from unlock.measured.describe import Baseline, Chip, Item
+from unlock.measured import certificates, compare, describe, eventlog, verify
+from unlock.measured.baseline import Baseline, TpmIdentity
+from unlock.measured.describe import Item
 
 KINDS = ("grub", "uki", "direct")
 
@@ -65,16 +66,16 @@ def test_the_replay_of_a_real_log_is_what_the_tpm_had(name: str) -> None:
     reached = eventlog.replay(found.events, found.locality)
     assert found.problem == ""
     assert {pcr: reached[pcr] for pcr in LOGGED} == {pcr: boot.pcrs[pcr] for pcr in LOGGED}
-    trusted = describe.believed(found, (), boot.pcrs)
+    trusted = verify.verified_events(found, (), boot.pcrs)
     assert set(range(24)) - trusted.keys() == {10}  # IMA's; the cap is known
 
 
 def test_between_two_real_boots_the_command_line_has_changed() -> None:
     before, now = (
-        describe.with_command_line(map(describe.describe, eventlog.parse(boot.log).events), boot.cmdline)
+        describe.with_command_line(map(describe.describe_event, eventlog.parse(boot.log).events), boot.cmdline)
         for boot in (real("direct-0"), real("direct-1"))
     )
-    (found,) = describe.compare(before, now, range(16))
+    (found,) = compare.compare_boots(before, now, range(16))
     assert (found.pcr, found.cause) == (9, "command-line")
     assert found.old and found.new and "audit=0" in found.new.text and "audit=0" not in found.old.text
     assert {item.cause for item in now if item.pcr == 4} == {"kernel", "boot-path"}
@@ -115,16 +116,16 @@ def test_a_machine_as_one_can_buy_it() -> None:
         found = eventlog.parse(data)
         assert (found.problem, len(found.events)) == ("", len(entries))
         assert eventlog.replay(found.events) == values(entries)
-        assert describe.settled(found, (), values(entries)) == found
-    assert not [item for item in map(describe.describe, found.events) if item.cause == "other" or not item.text]
+        assert verify.repair_log(found, (), values(entries)) == found
+    assert not [item for item in map(describe.describe_event, found.events) if item.cause == "other" or not item.text]
 
 
 @pytest.mark.parametrize("locality", [3, 4])
 def test_a_locality_that_the_firmware_does_not_tell(locality: int) -> None:
     entries = list(machine().values())
     live = values(entries, locality)
-    found = describe.settled(eventlog.parse(log(entries)), (), live)
-    assert found.locality == locality and describe.believed(found, (), live).keys() == set(range(24))
+    found = verify.repair_log(eventlog.parse(log(entries)), (), live)
+    assert found.locality == locality and verify.verified_events(found, (), live).keys() == set(range(24))
 
 
 @pytest.mark.parametrize("count", [1, 2, 15])
@@ -134,8 +135,8 @@ def test_final_events_that_the_kernel_appended_a_second_time(count: int) -> None
     before, end = entries[:-4], entries[-4:]
     data = log([*before, *before[-count:], *end])
     live = values(entries)
-    assert describe.believed(eventlog.parse(data), (), live).keys() != set(range(24))
-    found = describe.settled(eventlog.parse(data), (), live)
+    assert verify.verified_events(eventlog.parse(data), (), live).keys() != set(range(24))
+    found = verify.repair_log(eventlog.parse(data), (), live)
     assert eventlog.replay(found.events) == live
 
 
@@ -143,15 +144,15 @@ def test_a_log_is_not_bent_to_what_the_tpm_has() -> None:
     entries = list(machine().values())
     live = values(entries) | {9: b"x" * 32}
     found = eventlog.parse(log(entries))
-    assert describe.settled(found, (), live) == found
-    assert set(range(24)) - describe.believed(found, (), live).keys() == {9}
+    assert verify.repair_log(found, (), live) == found
+    assert set(range(24)) - verify.verified_events(found, (), live).keys() == {9}
 
 
 def test_what_another_program_extends_makes_no_other_pcr_unbelieved() -> None:
     """IMA, systemd without a log, a dynamic launch."""
     entries = list(machine().values())
     live = values(entries) | {pcr: bytes([pcr]) * 32 for pcr in (10, 11, 12, 13, 15, 17, 18, 19, 22)}
-    assert describe.believed(eventlog.parse(log(entries)), (), live).keys() == {*range(10), 14, 16, 20, 21, 23}
+    assert verify.verified_events(eventlog.parse(log(entries)), (), live).keys() == {*range(10), 14, 16, 20, 21, 23}
 
 
 def test_a_pcr_whose_event_has_no_sha256_digest_is_not_replayed() -> None:
@@ -209,7 +210,7 @@ def test_what_systemd_measured_is_read() -> None:
     found = eventlog.parse_systemd(systemd_log([(11, "phase", "enter-initrd", 1.5), (15, "machine-id", "id", 9)]))
     assert [(each.pcr, each.time) for each in found] == [(11, 1.5), (15, 9.0)]
     assert found[0].digest == sha256(b"enter-initrd").digest()
-    assert describe.describe(found[0]).text == "systemd phase: enter-initrd"
+    assert describe.describe_event(found[0]).text == "systemd phase: enter-initrd"
 
 
 @pytest.mark.parametrize(
@@ -304,21 +305,23 @@ def test_records_that_are_none_of_ours_are_left_out(record: bytes) -> None:
 )  # fmt: skip
 def test_events_in_words(entry: Entry, cause: str, text: str) -> None:
     (event,) = eventlog.parse(header() + event2(entry)).events
-    item = describe.describe(event)
+    item = describe.describe_event(event)
     assert (item.cause, item.text[: len(text)]) == (cause, text)
 
 
 def test_a_terminal_takes_nothing_in_a_text_for_a_command() -> None:
     hostile = "\x1b[2J\x9b31m\u202ecfg\r\n\0\ud800"
-    item = describe.describe(eventlog.Event(8, 0x0D, bytes(32), f"grub_cmd: {hostile}".encode("utf-8", "replace")))
+    item = describe.describe_event(
+        eventlog.Event(8, 0x0D, bytes(32), f"grub_cmd: {hostile}".encode("utf-8", "replace"))
+    )
     assert item.text.isprintable()
     assert describe.printable("a" * 9999, 10) == "a" * 10
     assert describe.printable(describe.printable("a b\t\u00a0 c", 4), 4) == describe.printable("a b\t\u00a0 c", 4)
 
 
 def test_the_subject_of_a_certificate_not_its_issuer() -> None:
-    assert uefi.common_name(certificate("the subject", "the issuer")) == "the subject"
-    assert uefi.common_name(b"\x30\x82\xff") == uefi.common_name(b"") == ""
+    assert certificates.common_name(certificate("the subject", "the issuer")) == "the subject"
+    assert certificates.common_name(b"\x30\x82\xff") == certificates.common_name(b"") == ""
 
 
 # comparing
@@ -344,28 +347,28 @@ def items(*texts: str, pcr: int = 8) -> list[Item]:
     ],
 )
 def test_what_came_what_went(old: str, new: str, expected: list[tuple[str | None, str | None]]) -> None:
-    found = describe.compare(items(*old.split()), items(*new.split()), [8])
+    found = compare.compare_boots(items(*old.split()), items(*new.split()), [8])
     words = [tuple(each and each.text.removeprefix("GRUB command ") for each in (d.old, d.new)) for d in found]
     assert words == expected
 
 
 def test_the_first_difference_in_the_log_comes_first_whatever_its_pcr() -> None:
     now = [*items("x", pcr=9), *items("y", pcr=4)]
-    assert [each.pcr for each in describe.compare([], now, [4, 9])] == [9, 4]
+    assert [each.pcr for each in compare.compare_boots([], now, [4, 9])] == [9, 4]
 
 
 def test_an_event_that_is_gone_comes_where_it_was_whatever_its_pcr() -> None:
     same, end = items("a", pcr=8), [*items("z", pcr=8), *items("z", pcr=9)]
     old = [*same, *items("file", pcr=9), *items("set b=1", pcr=8), *end]
-    found = describe.compare(old, [*same, *end], [8, 9])
+    found = compare.compare_boots(old, [*same, *end], [8, 9])
     assert [(each.pcr, each.new) for each in found] == [(9, None), (8, None)]
-    changed = describe.compare([*items("set b=1"), *old], [*items("set b=2"), *same, *end], [8, 9])
+    changed = compare.compare_boots([*items("set b=1"), *old], [*items("set b=2"), *same, *end], [8, 9])
     assert [(each.pcr, each.new is None) for each in changed] == [(8, False), (9, True), (8, True)]
 
 
 def test_pairs_are_about_the_same_thing() -> None:
     old, new = items("set a=1", "menuentry A { old }", "set c=1"), items("menuentry B { new }", "set b=2", "set c=2")
-    pairs = [(d.old.text, d.new.text) for d in describe.compare(old, new, [8]) if d.old and d.new]
+    pairs = [(d.old.text, d.new.text) for d in compare.compare_boots(old, new, [8]) if d.old and d.new]
     assert pairs == [
         ("GRUB command menuentry A { old }", "GRUB command menuentry B { new }"),
         ("GRUB command set c=1", "GRUB command set c=2"),
@@ -377,8 +380,8 @@ def test_pairs_are_about_the_same_thing() -> None:
 
 def baseline(kind: str) -> Baseline:
     found = eventlog.parse(Boot(kind).log())
-    kept = tuple(map(describe.describe, found.events))
-    return Baseline("6.12.1", "root=x", Chip("00" * 34, ""), eventlog.replay(found.events), kept)
+    kept = tuple(map(describe.describe_event, found.events))
+    return Baseline("6.12.1", "root=x", TpmIdentity("00" * 34, ""), eventlog.replay(found.events), kept)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -390,8 +393,8 @@ def test_a_baseline_of_the_first_format_still_explains() -> None:
     """The file is what version 1 wrote on the first of the two real boots."""
     kept = Baseline.decode((DATA / "baseline-1.json").read_bytes())
     now = real("direct-1")
-    items = describe.with_command_line(map(describe.describe, eventlog.parse(now.log).events), now.cmdline)
-    (found,) = describe.compare(kept.items, items, kept.pcrs)
+    items = describe.with_command_line(map(describe.describe_event, eventlog.parse(now.log).events), now.cmdline)
+    (found,) = compare.compare_boots(kept.items, items, kept.pcrs)
     assert found.cause == "command-line" and found.old and found.old.text == f"command line {kept.cmdline}"
     assert kept.pcrs[9] == real("direct-0").pcrs[9] and 10 not in kept.pcrs and kept.chip.srk and kept.chip.identity
 
@@ -423,13 +426,13 @@ def fuzz(seed: int, cases: int) -> bool:
             found = None
         if found:
             reached = eventlog.replay(found.events, found.locality)
-            believed = describe.believed(found, later, reached)
+            believed = verify.verified_events(found, later, reached)
             assert believed.keys() == reached.keys()
             if dice.random() < 0.25:
-                describe.settled(found, later, dict.fromkeys(range(24), bytes(32)))
-            now = tuple(describe.describe(event) for event in (*found.events, *later) if event.digest)
+                verify.repair_log(found, later, dict.fromkeys(range(24), bytes(32)))
+            now = tuple(describe.describe_event(event) for event in (*found.events, *later) if event.digest)
             assert all(item.text == describe.printable(item.text, describe.TEXT_MAX) for item in now)
-            describe.compare(before.items, now, range(eventlog.PCRS))
+            compare.compare_boots(before.items, now, range(eventlog.PCRS))
             again = before._replace(items=now, pcrs=reached)
             assert Baseline.decode(again.encode()) == again
         try:
@@ -503,11 +506,11 @@ def worst() -> None:
 
     for body in bodies():
         found = eventlog.parse((header() + body)[: eventlog.MAX_LOG])
-        now = tuple(map(describe.describe, found.events))
-        describe.compare(now[::2], now[1::2], [7, 8, 9])
-        describe.compare(now, now[::-1], [7, 8, 9])
-        describe.believed(found, (), eventlog.replay(found.events))
-        describe.settled(found, (), dict.fromkeys(range(24), b"x" * 32))
+        now = tuple(map(describe.describe_event, found.events))
+        compare.compare_boots(now[::2], now[1::2], [7, 8, 9])
+        compare.compare_boots(now, now[::-1], [7, 8, 9])
+        verify.verified_events(found, (), eventlog.replay(found.events))
+        verify.repair_log(found, (), dict.fromkeys(range(24), b"x" * 32))
 
 
 def test_the_largest_logs_take_bounded_memory_and_time() -> None:

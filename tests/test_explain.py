@@ -32,12 +32,15 @@ from tests.hostfixture import MEASURED_BY, Measures
 from tests.tpmfixture import Swtpm
 from unlock.errors import Malformed, UnlockError
 from unlock.host import report, this_boot
-from unlock.measured import describe, eventlog, explain
-from unlock.measured.describe import Baseline
-from unlock.measured.explain import Explanation
+from unlock.measured import causes, describe, diagnosis, eventlog, evidence, explain, verify
+from unlock.measured.baseline import Baseline, TpmIdentity
+from unlock.measured.diagnosis import Explanation
+from unlock.measured.evidence import Evidence
+from unlock.operations import baseline
 from unlock.paths import Paths
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
+from unlock.tpm.record import SRK, Payload, Record
 
 HOST = b"h" * 16
 
@@ -87,15 +90,15 @@ class Host(Measures):
         selection = pcr_policy.select(pcrs or MEASURED_BY[boot.kind])
         with self.chip.open() as tpm, Secret.random(32) as key:
             branch = pcr_policy.branch(selection, tpm.read_pcrs(selection))
-            slots.persist(tpm, HOST, selection, (branch,), pcr_policy.Payload(key))
+            slots.persist(tpm, HOST, selection, (branch,), Payload(key))
 
     def keep(self) -> Baseline | None:
-        return explain.keep_baseline(self.paths, self.chip.tcti)
+        return baseline.record_baseline(self.paths, self.chip.tcti)
 
     def explain(self) -> Explanation:
-        found = explain.judge(explain.gather(self.paths, self.chip.tcti))
-        assert json.loads(json.dumps(explain.fields(found)))["summary"] == found.summary
-        assert all(line.isprintable() for line in explain.text(found).splitlines())
+        found = diagnosis.diagnose(evidence.gather_evidence(self.paths, self.chip.tcti))
+        assert json.loads(json.dumps(explain.to_json(found)))["summary"] == found.summary
+        assert all(line.isprintable() for line in explain.to_text(found).splitlines())
         return found
 
 
@@ -143,7 +146,7 @@ def test_the_first_event_that_changed_is_named(
     assert host.boot(boot._replace(**change)) == "pcr-mismatch"
     found = host.explain()
     first = found.causes[0]
-    assert (first.code, first.pcr) == (code, pcr), explain.text(found)
+    assert (first.code, first.pcr) == (code, pcr), explain.to_text(found)
     assert words[0] in first.old and words[1] in first.new
     assert first.usually and first.do
     assert found.pcrs[pcr] == "changed"
@@ -162,7 +165,7 @@ def test_a_kernel_update_under_grub_shows_all_that_came_with_it(host: Host) -> N
     assert "the kernel" in found.summary
     assert any("6.12.1" in cause.old and "6.12.2" in cause.new for cause in found.causes)
     assert "command-line" not in codes
-    told = explain.text(found)
+    told = explain.to_text(found)
     assert told.count("\n   usually ") == len({(each.code, each.pcr) for each in found.causes}) < len(codes)
     assert "more such event" in told and "image that a boot loader handed on: the kernel (SHA-256 " in told
     assert found.pcrs == {4: "changed", 7: "same", 8: "changed", 9: "changed", 14: "same"}
@@ -265,7 +268,7 @@ def test_the_slot_is_gone(host: Host) -> None:
 def test_the_storage_root_key_is_gone(host: Host) -> None:
     good(host, Boot("grub"))
     with host.chip.open() as tpm:
-        tpm._keep(tpm._find(pcr_policy.SRK), pcr_policy.SRK, None)
+        tpm._keep(tpm._find(SRK), SRK, None)
     assert host.boot(Boot("grub")) == "tampered"
     assert [each.code for each in host.explain().causes] == ["srk-changed"]
 
@@ -354,22 +357,37 @@ ONE_EVENT = {
 }
 
 
-def refused(now: bytes, live: dict[int, bytes], before: Baseline | None) -> explain.World:
+def refused(now: bytes, live: dict[int, bytes], before: Baseline | None) -> Evidence:
     """What `explain` finds after a refusal."""
     found, problem = None, ""
     try:
-        found = describe.settled(eventlog.parse(now), (), live)
+        found = verify.repair_log(eventlog.parse(now), (), live)
     except Malformed as error:
         problem = str(error)
     early = report.Report("early-boot")
     early.set_verdict("pcr-mismatch")
-    empty = describe.Chip("", "")
-    return explain.World(early, None, live, "", found, problem, (), before, "", empty, 0, False, "6", "", False)
+    return Evidence(
+        early=early,
+        record=None,
+        live=live,
+        tpm_problem="",
+        log=found,
+        log_problem=problem,
+        later=(),
+        baseline=before,
+        baseline_problem="",
+        chip=TpmIdentity("", ""),
+        lockout=0,
+        kexec=False,
+        kernel="6",
+        cmdline="",
+        copied=False,
+    )
 
 
 def good_machine(entries: list[Entry]) -> Baseline:
     found = eventlog.parse(log(entries))
-    return Baseline("6", "", describe.Chip("", ""), values(entries), tuple(map(describe.describe, found.events)))
+    return Baseline("6", "", TpmIdentity("", ""), values(entries), tuple(map(describe.describe_event, found.events)))
 
 
 def test_every_kind_of_event_of_a_machine_has_a_story() -> None:
@@ -381,11 +399,11 @@ def test_one_event_of_a_machine_changes(name: str) -> None:
     entries = list(machine().values())
     at = list(machine()).index(name)
     changed = one_as_another(entries, at)
-    found = explain.judge(refused(log(changed), values(changed), good_machine(entries)))
+    found = diagnosis.diagnose(refused(log(changed), values(changed), good_machine(entries)))
     (cause,) = found.causes
     code, words = ONE_EVENT[name]
     assert (cause.code, cause.pcr) == (code, entries[at].pcr)
-    assert words in cause.old and words in cause.new and cause.old != cause.new, explain.text(found)
+    assert words in cause.old and words in cause.new and cause.old != cause.new, explain.to_text(found)
     assert cause.title.startswith(f"PCR {cause.pcr}: ") and cause.usually and cause.do
     assert {pcr for pcr, status in found.pcrs.items() if status != "same"} == {cause.pcr}
 
@@ -397,7 +415,7 @@ def test_one_event_of_a_machine_comes_or_goes(name: str) -> None:
     at = list(machine()).index(name)
     less = whole[:at] + whole[at + 1 :]
     for old, new in ((less, whole), (whole, less)):
-        found = explain.judge(refused(log(new), values(new), good_machine(old)))
+        found = diagnosis.diagnose(refused(log(new), values(new), good_machine(old)))
         assert found.causes[0].pcr == whole[at].pcr
         assert found.causes[0].code == ONE_EVENT[name][0] and any(
             words in found.causes[0].title for words in ("an event is", "Secure Boot was switched")
@@ -434,17 +452,17 @@ BETWEEN = [
 
 def good_boot(name: str) -> Baseline:
     made = real(name)
-    found = describe.believed(eventlog.parse(made.log), (), made.pcrs)
+    found = verify.verified_events(eventlog.parse(made.log), (), made.pcrs)
     kept = {pcr: made.pcrs[pcr] for pcr in found}
     before = refused(made.log, made.pcrs, None)._replace(cmdline=made.cmdline)
-    items = explain.items_now(before, found)
-    return Baseline("6", made.cmdline, describe.Chip("", ""), kept, items)
+    items = before.measured_items(found)
+    return Baseline("6", made.cmdline, TpmIdentity("", ""), kept, items)
 
 
-def refused_boot(now: Real, before: Baseline) -> explain.World:
+def refused_boot(now: Real, before: Baseline) -> Evidence:
     """Under a policy that allows the good boot alone, over all that the firmware's log accounts for."""
     branch = pcr_policy.branch(LOGGED, before.pcrs)
-    record = pcr_policy.Record(1, HOST, pcr_policy.select(LOGGED), pcr_policy.CAP_PCR, (branch,), bytes(34), bytes(34))
+    record = Record(1, HOST, pcr_policy.select(LOGGED), pcr_policy.CAP_PCR, (branch,), bytes(34), bytes(34))
     return refused(now.log, now.pcrs, before)._replace(cmdline=now.cmdline, record=record)
 
 
@@ -458,9 +476,9 @@ def test_each_pair_of_real_boots_of_a_kind_has_a_story() -> None:
 def test_between_two_real_boots_the_first_cause_is_named(
     before: str, now: str, code: str, pcr: int, words: tuple[str, str], also: set[str]
 ) -> None:
-    found = explain.judge(refused_boot(real(now), good_boot(before)))
+    found = diagnosis.diagnose(refused_boot(real(now), good_boot(before)))
     first = found.causes[0]
-    assert (first.code, first.pcr) == (code, pcr), explain.text(found)
+    assert (first.code, first.pcr) == (code, pcr), explain.to_text(found)
     assert words[0] in first.old and words[1] in first.new
     assert {each.code for each in found.causes} >= also
     differ = {pcr for pcr in found.pcrs if real(before).pcrs[pcr] != real(now).pcrs[pcr]}
@@ -473,7 +491,7 @@ REAL = ("direct-0", "direct-1", "grub-0", "grub-1", "grub-2", "grub-3", "secure-
 
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_boot_as_it_was_differs_in_nothing(name: str) -> None:
-    found = explain.judge(refused_boot(real(name), good_boot(name)))
+    found = diagnosis.diagnose(refused_boot(real(name), good_boot(name)))
     assert found.causes == () and set(found.pcrs.values()) == {"same"}
 
 
@@ -482,7 +500,7 @@ def test_a_real_boot_as_it_was_differs_in_nothing(name: str) -> None:
 def test_after_a_real_boot_a_pcr_was_extended_by_hand(name: str, pcr: int) -> None:
     made = real(name)
     live = made.pcrs | {pcr: eventlog.extended(made.pcrs[pcr], b"x" * 32)}
-    (cause,) = explain.judge(refused_boot(made._replace(pcrs=live), good_boot(name))).causes
+    (cause,) = diagnosis.diagnose(refused_boot(made._replace(pcrs=live), good_boot(name))).causes
     assert (cause.code, cause.pcr) == ("pcr-extended", pcr)
 
 
@@ -490,7 +508,7 @@ def test_after_a_real_boot_a_pcr_was_extended_by_hand(name: str, pcr: int) -> No
 def test_after_a_real_boot_kexec(name: str) -> None:
     """The firmware's log and the PCRs stay; the kernel's command line is another."""
     world = refused_boot(real(name), good_boot(name))._replace(kexec=True, cmdline="root=/dev/mapper/root")
-    found = explain.judge(world)
+    found = diagnosis.diagnose(world)
     assert [each.code for each in found.causes] == ["kexec"] and found.causes[0].do == "reboot, not kexec"
 
 
@@ -534,10 +552,10 @@ CHANGES = [
 def test_one_event_of_a_real_boot_changes(name: str, words: str, event: Entry | None, code: str, pcr: int) -> None:
     made = real(name)
     events = eventlog.parse(made.log).events
-    at = next(at for at, each in enumerate(events) if describe.describe(each).text.startswith(words))
-    found = explain.judge(refused_boot(replaced(made, at, event or another(events[at])), good_boot(name)))
+    at = next(at for at, each in enumerate(events) if describe.describe_event(each).text.startswith(words))
+    found = diagnosis.diagnose(refused_boot(replaced(made, at, event or another(events[at])), good_boot(name)))
     (cause,) = found.causes
-    assert (cause.code, cause.pcr) == (code, pcr) and cause.old != cause.new, explain.text(found)
+    assert (cause.code, cause.pcr) == (code, pcr) and cause.old != cause.new, explain.to_text(found)
     assert {each for each, status in found.pcrs.items() if status != "same"} == {pcr}
 
 
@@ -547,7 +565,7 @@ def test_a_log_that_ends_too_early_is_believed_for_the_pcrs_that_it_has_whole() 
     names = list(machine())
     cut = names.index("command")
     changed = one_as_another(one_as_another(entries, names.index("shim")), names.index("initrd"))
-    found = explain.judge(refused(log(changed[:cut]), values(changed), good_machine(entries)))
+    found = diagnosis.diagnose(refused(log(changed[:cut]), values(changed), good_machine(entries)))
     assert found.pcrs[7] == found.pcrs[14] == "same" and found.pcrs[8] == "same"
     assert [(each.code, each.pcr) for each in found.causes] == [("log-mismatch", 4), ("log-mismatch", 9)]
     assert found.causes[1].title.startswith("PCR 9, the files that GRUB read, the initramfs: ")
@@ -566,7 +584,7 @@ def test_a_log_that_ends_too_early_is_believed_for_the_pcrs_that_it_has_whole() 
 def test_without_a_log_that_can_be_used_the_pcr_is_named(now: bytes, words: str) -> None:
     entries = list(machine().values())
     changed = one_as_another(entries, list(machine()).index("initrd"))
-    found = explain.judge(refused(now, values(changed), good_machine(entries)))
+    found = diagnosis.diagnose(refused(now, values(changed), good_machine(entries)))
     assert [(each.code, each.pcr) for each in found.causes] == [("pcr-changed", 9)]
     assert "the files that GRUB read" in found.summary and words in found.notes[-1]
 
@@ -593,7 +611,7 @@ def test_a_firmware_whose_log_is_never_right(host: Host) -> None:
     host.write("sys/kernel/security/tpm0/binary_bios_measurements", log(wrong))
     found = host.explain()
     assert [(each.code, each.pcr) for each in found.causes] == [("pcr-changed", 4)]
-    assert found.causes[0].title == f"PCR 4, {explain.HOLDS[4]}: it is not what it was"
+    assert found.causes[0].title == f"PCR 4, {causes.HOLDS[4]}: it is not what it was"
 
 
 def test_the_boot_loader_passed_no_event_log(host: Host) -> None:
@@ -711,15 +729,15 @@ def test_a_later_format_of_the_baseline_is_told_from_a_broken_one() -> None:
 
 
 def test_every_cause_has_words() -> None:
-    assert explain.USUAL.keys() == explain.TITLES.keys() >= describe.CAUSES.keys()
+    assert causes.USUAL.keys() == causes.TITLES.keys() >= causes.CAUSES.keys()
 
 
 def test_long_texts_are_shown_where_they_differ() -> None:
     head, tail = "a b " * 200, " d" * 200
-    old, new = explain.excerpts(head + "old" + tail, head + "new" + tail)
+    old, new = diagnosis.excerpts(head + "old" + tail, head + "new" + tail)
     assert "old" in old and "new" in new and len(old) < 200 and old.startswith("… ") and old.endswith("…")
-    assert explain.excerpts("short", "text") == ("short", "text")
+    assert diagnosis.excerpts("short", "text") == ("short", "text")
     line = "root=x ro module_blacklist=" + "x_tables," * 30
     for cmdline in (line, "root=x ro quiet module_blacklist=ip_tables,x_tables"):
-        old, new = explain.excerpts(cmdline, cmdline + " init=/bin/sh", 67)
+        old, new = diagnosis.excerpts(cmdline, cmdline + " init=/bin/sh", 67)
         assert new.endswith(" init=/bin/sh") and max(len(old), len(new)) <= 70

@@ -24,8 +24,8 @@ from tests import pefile
 from tests.eventlogs import DATA, LOGGED, Entry, log, plain, program, real, tagged, variable
 from tests.hostfixture import Machine
 from unlock.errors import Refused, UnlockError
-from unlock.measured import at_unseal, eventlog, explain, uefi
-from unlock.operations import cache, check, predict
+from unlock.measured import at_unseal, certificates, diagnosis, efivars, eventlog, evidence, uefi
+from unlock.operations import baseline, cache, check, predict
 from unlock.paths import Paths
 from unlock.predict import boot_files, grub_script, pe, replay
 from unlock.tpm import slots
@@ -284,7 +284,7 @@ def host(tmp_path: Path) -> Iterator[Machine]:
     assert boot(machine, NOW) == "unsealed"
     found = eventlog.parse(NOW.log())
     boot_files.keep(machine.paths, found)
-    explain.keep_baseline(machine.paths, machine.chip.tcti)
+    baseline.record_baseline(machine.paths, machine.chip.tcti)
     yield machine
     machine.close()
 
@@ -303,7 +303,7 @@ def checked(host: Machine) -> list[str]:
 def test_what_this_boot_has_read_is_kept_while_an_update_replaces_it(host: Machine) -> None:
     """`rebind` after the update keeps again what this boot has measured."""
     install(host, AFTER)
-    predict.keep(host.paths, host.chip.tcti)
+    baseline.record_good_boot(host.paths, host.chip.tcti)
     assert len(run(host).entries) == 3
     assert boot(host, NEXT) == "unsealed"
 
@@ -362,7 +362,7 @@ def test_grub_reboot_once_and_the_boot_after_it(host: Machine) -> None:
     install(host, {ENV: env.encode()})
     run(host)
     assert boot(host, like(env)) == "unsealed"
-    predict.keep(host.paths, host.chip.tcti)
+    baseline.record_good_boot(host.paths, host.chip.tcti)
     install(host, {ENV: once.encode()})
     assert [each.words for each in run(host).entries if each.default] == [f"kernel {OLD}"]
     assert boot(host, like(once)) == "unsealed"
@@ -371,7 +371,7 @@ def test_grub_reboot_once_and_the_boot_after_it(host: Machine) -> None:
     install(host, {ENV: once.encode()})
     assert boot(host, like(once)) == "unsealed"
     install(host, {ENV: after.encode()})
-    predict.keep(host.paths, host.chip.tcti)
+    baseline.record_good_boot(host.paths, host.chip.tcti)
     assert checked(host)[0] == check.SAFE and predict.refused(run(host)) is None
     assert boot(host, like(after)) == "unsealed"
 
@@ -387,7 +387,7 @@ def test_a_kernel_of_the_same_name(host: Machine) -> None:
 def test_what_a_thief_changes_is_not_predicted_and_explained(host: Machine) -> None:
     run(host)
     assert boot(host, RealBoot("grub-1", AFTER)) == "pcr-mismatch"
-    found = explain.judge(explain.gather(host.paths, host.chip.tcti))
+    found = diagnosis.diagnose(evidence.gather_evidence(host.paths, host.chip.tcti))
     assert {"kernel", "boot-loader-config"} & {cause.code for cause in found.causes}
     with pytest.raises(Refused) as caught:
         run(host)
@@ -427,10 +427,10 @@ def test_nor_what_he_put_there_before_the_first_prediction(host: Machine) -> Non
     assert boot(host, NEXT) == "unsealed"
     for path in (host.paths.boot_files, host.paths.booted):
         Path(path).unlink()
-    predict.keep(host.paths, host.chip.tcti)  # init
+    baseline.record_good_boot(host.paths, host.chip.tcti)  # init
     install(host, {**AFTER, f"/initrd.img-{OLD}": b"sends the keys away"})
     assert boot(host, NEXT) == "unsealed"
-    predict.keep(host.paths, host.chip.tcti)
+    baseline.record_good_boot(host.paths, host.chip.tcti)
     assert "while this host was off" in run(host).entries[2].why
 
 
@@ -504,7 +504,7 @@ def test_the_image_that_counts_is_that_of_the_default_entry(host: Machine, tmp_p
     install(host, files)
     run(host)
     assert boot(host, RealBoot("grub-1", files)) == "unsealed"
-    predict.keep(host.paths, host.chip.tcti)
+    baseline.record_good_boot(host.paths, host.chip.tcti)
     new, old, rescue = f"initrd.img-{NEW}", f"initrd.img-{OLD}", "initrd.img-rescue"
     assert about_images(host) == {new: check.SAFE, old: check.NOTE, rescue: check.NOTE}
     older = f"Advanced options for Debian GNU/Linux>Debian GNU/Linux, with Linux {OLD}"
@@ -652,10 +652,12 @@ def test_an_initramfs_that_the_command_line_names_is_not_measured(tmp_path: Path
 def test_whether_the_initramfs_was_measured_is_told_by_the_log(name: str) -> None:
     kind = {"direct": "direct kernel", "uki": "UKI", "grub": "shim+GRUB"}[name[:-2]]
     found = eventlog.parse(real(name).log)
-    assert not at_unseal.hides_initramfs(kind, found)
+    assert not at_unseal.initramfs_unmeasured(kind, found)
     less = found._replace(events=tuple(each for each in found.events if each.data[:4] != eventlog.INITRD))
-    assert at_unseal.hides_initramfs(kind, less) == (kind == "direct kernel"), "GRUB and systemd-stub measure it too"
-    assert at_unseal.hides_initramfs(kind, None) == (kind == "direct kernel")
+    assert at_unseal.initramfs_unmeasured(kind, less) == (kind == "direct kernel"), (
+        "GRUB and systemd-stub measure it too"
+    )
+    assert at_unseal.initramfs_unmeasured(kind, None) == (kind == "direct kernel")
 
 
 def test_a_kernel_command_line_in_the_entry_of_the_firmware(tmp_path: Path) -> None:
@@ -664,9 +666,9 @@ def test_a_kernel_command_line_in_the_entry_of_the_firmware(tmp_path: Path) -> N
     kernel, initrd = "boot/efi/EFI/debian/vmlinuz-6.1", "boot/efi/EFI/debian/initrd.img-6.1"
     host = enrolled(tmp_path, stub(program, b"one"), {kernel: program, initrd: b"one"})
     for name, data in {"BootCurrent": b"\7\0", "Boot0007": boot_entry("root=x"), "Boot0001": boot_entry("y")}.items():
-        host.write(f"sys/firmware/efi/efivars/{name}-{at_unseal.GLOBAL}", bytes(4) + data)
+        host.write(f"sys/firmware/efi/efivars/{name}-{efivars.GLOBAL}", bytes(4) + data)
     assert run(host).entries[0].changes == ()
-    host.write(f"sys/firmware/efi/efivars/Boot0007-{at_unseal.GLOBAL}", bytes(4) + boot_entry("root=x quiet"))
+    host.write(f"sys/firmware/efi/efivars/Boot0007-{efivars.GLOBAL}", bytes(4) + boot_entry("root=x quiet"))
     assert boot(host, stub(program, b"one", "root=x quiet")) == "pcr-mismatch"
     assert boot(host, stub(program, b"one")) == "unsealed"
     assert run(host).entries[0].changes == ("kernel command line",)
@@ -711,15 +713,15 @@ def test_a_host_that_was_initialised_in_this_boot_may_be_updated_before_the_next
     host.write("sys/firmware/efi/x", b"")
     for path, data in (("vmlinuz-6.1", old), ("initrd.img-6.1", b"one")):
         host.write(f"boot/efi/EFI/debian/{path}", data)
-    predict.keep(host.paths, host.chip.tcti)
-    found = explain.judge(explain.gather(host.paths, host.chip.tcti))
+    baseline.record_good_boot(host.paths, host.chip.tcti)
+    found = diagnosis.diagnose(evidence.gather_evidence(host.paths, host.chip.tcti))
     assert (found.verdict, found.causes) == ("no-slot", ())
     host.write("boot/efi/EFI/debian/vmlinuz-6.1", new)
     (entry,) = run(host).entries
     assert entry.changes == ("kernel 6.1 was replaced",)
     assert boot(host, stub(new, b"another")) == "pcr-mismatch"
-    predict.keep(host.paths, host.chip.tcti)  # teaches nothing
-    found = explain.judge(explain.gather(host.paths, host.chip.tcti))
+    baseline.record_good_boot(host.paths, host.chip.tcti)  # teaches nothing
+    found = diagnosis.diagnose(evidence.gather_evidence(host.paths, host.chip.tcti))
     assert [each.code for each in found.causes] == ["kernel", "initrd"]
     assert boot(host, stub(new, b"one")) == "unsealed"
     host.close()
@@ -1039,7 +1041,7 @@ def test_a_policy_over_a_pcr_that_cannot_be_foreseen_leaves_out_that_entry_alone
     for path, data in ((f"{linux}/debian-6.9.efi", old), ("boot/efi/EFI/BOOT/BOOTX64.EFI", LOADER)):
         host.write(path, data)
     assert boot(host, now) == "unsealed"
-    predict.keep(host.paths, host.chip.tcti)
+    baseline.record_good_boot(host.paths, host.chip.tcti)
     host.write(f"{linux}/debian-6.12.efi", newer)
     assert checked(host) == [check.SAFE, check.UNSAFE]
     assert ["PCR 9" in each.why for each in run(host).entries] == [False, True]
@@ -1081,7 +1083,7 @@ def test_what_grub_would_read_of_its_own_accord_is_not_guessed(tmp_path: Path) -
         host.write("boot/efi" + path.replace("\\", "/"), data)
     files = {**BEFORE, CONFIG: english.encode(), "(hd1)/grub/fonts/unicode.pf2": b"font"}
     install(host, {name: data for name, data in files.items() if NEW not in name})
-    predict.keep(host.paths, host.chip.tcti)
+    baseline.record_good_boot(host.paths, host.chip.tcti)
     assert {each.why for each in run(host).entries} == {""}
     install(host, {CONFIG: german.encode()})
     assert "`set lang=de_DE` reads is not known" in run(host).entries[0].why
@@ -1139,7 +1141,7 @@ def test_a_boot_loader_that_could_not_be_looked_at_when_the_boot_was_recorded(ho
     esp, away = Path(host.paths.root, "boot/efi"), Path(host.paths.root, "boot/not-mounted")
     esp.rename(away)
     esp.mkdir()
-    predict.keep(host.paths, host.chip.tcti)
+    baseline.record_good_boot(host.paths, host.chip.tcti)
     assert check.UNPROVEN in checked(host)
     doubts = run(host, dry_run=True).doubts
     assert ["is the EFI system partition mounted" in each for each in doubts] == [True, True]
@@ -1163,7 +1165,7 @@ def test_systemd_boot_was_updated_before_the_boot_was_recorded(tmp_path: Path) -
     assert checked(host) == [check.SAFE]
     Path(host.paths.booted).unlink()
     host.write(f"{EFI}/BOOTX64.EFI", newer)
-    predict.keep(host.paths, host.chip.tcti)
+    baseline.record_good_boot(host.paths, host.chip.tcti)
     assert checked(host) == [check.SAFE, check.UNPROVEN]
     host.close()
 
@@ -1216,13 +1218,13 @@ def test_who_signed_a_unified_kernel_image(tmp_path: Path) -> None:
 
 def test_signatures_that_cannot_be_read_are_those_of_nobody_known() -> None:
     table = signature("Signer", "CA")
-    (ca,) = uefi.authorities(table)
-    assert ca.endswith(b"CA") and uefi.authorities(table + signature("Another signer", "CA")) == {ca}
-    assert len(uefi.authorities(table + signature("CA", "Root"))) == 2
+    (ca,) = certificates.signing_authorities(table)
+    assert ca.endswith(b"CA") and certificates.signing_authorities(table + signature("Another signer", "CA")) == {ca}
+    assert len(certificates.signing_authorities(table + signature("CA", "Root"))) == 2
     for at in range(len(table)):
-        assert uefi.authorities(table[:at]) == set()
+        assert certificates.signing_authorities(table[:at]) == set()
         for value in (0, 0x80, 0x84, 0xFF):
-            uefi.authorities(table[:at] + bytes([value]) + table[at + 1 :])
+            certificates.signing_authorities(table[:at] + bytes([value]) + table[at + 1 :])
 
 
 def test_where_secure_boot_is_off_nobody_asks_who_signed(tmp_path: Path) -> None:

@@ -26,9 +26,13 @@ from unlock.boot import handover
 from unlock.disks import disk_keys, luks, token
 from unlock.errors import Malformed, NewerFormat, NoKey, Tampered, UnlockError, Usage
 from unlock.host import keyring, report
+from unlock.host.journal import Rebind, RecoveryRotation
+from unlock.host.provider_entry import KmipEntry, NativeEntry
 from unlock.host.state import State
+from unlock.host.state_file import RemovedPolicy
 from unlock.keys import access, recovery_key
-from unlock.measured import describe, esp_copy
+from unlock.measured import causes, esp_copy
+from unlock.measured.baseline import Baseline
 from unlock.measured.eventlog import Log
 from unlock.operations import persistence, policy
 from unlock.paths import Paths
@@ -37,6 +41,7 @@ from unlock.providers import native
 from unlock.secret import Secret
 from unlock.strictjson import canonical
 from unlock.tpm import pcr_policy, slots
+from unlock.tpm.record import RECORD_VERSION, Payload, Record
 
 TOP = Path(__file__).parents[1]
 KEYS = json.loads((FOLDER / "keys.json").read_text())
@@ -122,12 +127,12 @@ def test_the_shell_script_caps_with_the_digest_of_the_document() -> None:
 
 def test_a_record_is_read() -> None:
     for version, pin in ((1, False), (2, True)):
-        assert pcr_policy.Record.decode(frozen(f"record-{version}.bin")) == formats.record(pin)
+        assert Record.decode(frozen(f"record-{version}.bin")) == formats.record(pin)
 
 
 def test_a_payload_is_read() -> None:
     for flag in 0, 1:
-        found = pcr_policy.Payload.decode(Secret(frozen(f"payload-{flag}.bin")))
+        found = Payload.decode(Secret(frozen(f"payload-{flag}.bin")))
         assert (bytes(found.key), found.unauthenticated_root) == (raw("persistence"), bool(flag))
 
 
@@ -138,7 +143,7 @@ def test_the_native_provider_makes_the_same_keys(keys: Keys) -> None:
 
 
 def test_a_baseline_is_read() -> None:
-    assert describe.Baseline.decode(frozen("baseline.json")) == formats.baseline()
+    assert Baseline.decode(frozen("baseline.json")) == formats.baseline()
 
 
 def test_a_record_of_boot_is_read(tmp_path: Path) -> None:
@@ -244,14 +249,17 @@ def test_a_state_is_read_and_saved_as_it_was(name: str, tmp_path: Path, keys: Ke
     formats.put(Path(place.state), frozen(f"state-{name}.json"))
     state = State.load(place)
     state.prove(keys.persistence)
-    assert bytes(state.kdk(keys.persistence, {"native": state.provider, **state.others}["native"])) == raw("kdk")
+    found = state.provider_named("native")
+    assert isinstance(found, NativeEntry) and bytes(state.kdk(keys.persistence, found)) == raw("kdk")
     if name == "native":
         assert bytes(state.host_key(keys.persistence) or b"") == derived(2, "host")
         assert state.mac_key(keys.persistence, UUIDS[1]) == keys.mac_key
-        journal = state.journal or {}
-        assert state.unhide(keys.next_persistence, journal["new"]) == keys.persistence
-        assert state.unwrapped_recovery_key(keys.persistence, journal["before"]["key"]) == keys.next_recovery
+        journal = state.journal
+        assert isinstance(journal, Rebind) and isinstance(journal.before, RecoveryRotation)
+        assert state.unwrap_old_persistence_key(keys.next_persistence, journal.new) == keys.persistence
+        assert state.unwrap_recovery_key(keys.persistence, journal.before.key) == keys.next_recovery
     else:
+        assert isinstance(state.provider, KmipEntry)
         assert state.client_key(keys.persistence, state.provider) == keys.text("client_key")
         assert state.client_password(keys.persistence, state.provider) == keys.text("client_password")
     state.save()
@@ -336,7 +344,7 @@ def test_a_report_is_read() -> None:
 def test_every_word_still_has_its_meaning() -> None:
     assert set(formats.WORDS["verdicts"]) <= report.VERDICTS.keys()
     assert set(formats.WORDS["outcomes"]) <= report.OUTCOMES.keys()
-    assert set(formats.WORDS["causes"]) <= describe.CAUSES.keys()
+    assert set(formats.WORDS["causes"]) <= causes.CAUSES.keys()
     for words in formats.WORDS.values():
         assert all(f"`{word}`" in DOCUMENT for word in words)
 
@@ -527,11 +535,14 @@ def test_the_state_says_what_was_taken_out_of_a_tpm(tmp_path: Path) -> None:
     formats.put(Path(place.state), frozen("state-kmip.json"))
     state = State.load(place)
     state.journal, state.removed = None, None
-    state.provider["client_key"] = state.provider["password"] = None
+    assert isinstance(state.provider, KmipEntry)
+    state.put_provider(state.provider._replace(client_key=None, password=None))
     state.save()
     with board("tpm", tmp_path) as chip:
         persistence.remove_all_stored_keys(place, chip.tcti, Secret(b""))
-    assert State.load(place).removed == said("state-kmip.json")["removed"]
+    removed = said("state-kmip.json")["removed"]
+    policy_of_tpm = RemovedPolicy(tuple(removed["selection"]), removed["cap"], tuple(removed["branches"]), False)
+    assert State.load(place).removed == policy_of_tpm
 
 
 # The backup; scrypt takes half a second each time
@@ -569,7 +580,7 @@ READERS: dict[str, Callable[[bytes, Path], object]] = {
     "token-persistent.json": lambda text, _: token.decode(json.loads(text)),
     "state-native.json": in_state,
     "kdk.backup": lambda text, _: native.restore(text, Secret(b"")),
-    "baseline.json": lambda text, _: describe.Baseline.decode(text),
+    "baseline.json": lambda text, _: Baseline.decode(text),
     "booted.json": lambda text, _: boot_files.Booted.decode(text),
     "run/report.json": in_report,
 }
@@ -586,16 +597,16 @@ def test_a_newer_version_is_refused_by_name(name: str, tmp_path: Path) -> None:
 def test_a_newer_record_or_payload_in_the_tpm_is_refused_by_name() -> None:
     body = frozen("record-2.bin")[:7] + b"\3" + frozen("record-2.bin")[8:416]
     with pytest.raises(NewerFormat):
-        pcr_policy.Record.decode(body + sha256(body).digest())
+        Record.decode(body + sha256(body).digest())
     for newer in b"\2" + frozen("payload-0.bin")[1:], b"\1\2" + frozen("payload-0.bin")[2:]:
         with pytest.raises(NewerFormat):
-            pcr_policy.Payload.decode(Secret(newer))
+            Payload.decode(Secret(newer))
 
 
 def test_an_initramfs_says_what_it_reads() -> None:
     manifest = (TOP / "initramfs/manifest").read_text()
     assert set(re.findall(r"^reads (\S+)$", manifest, re.M)) == {"token-1", "record-2"}
-    assert (token.OLDEST_VERSION, token.VERSION, pcr_policy.RECORD_VERSION) == (1, 1, 2)
+    assert (token.OLDEST_VERSION, token.VERSION, RECORD_VERSION) == (1, 1, 2)
 
 
 def test_what_is_changed_is_found(plugged: Path, keys: Keys) -> None:

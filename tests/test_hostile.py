@@ -48,7 +48,7 @@ from unlock.host.report import Report
 from unlock.secret import Secret
 from unlock.strictjson import canonical
 from unlock.tpm import pcr_policy
-from unlock.tpm.pcr_policy import Payload, Record
+from unlock.tpm.record import RECORD_SIZE, Payload, Record
 
 SEED = 20_240_229
 
@@ -587,11 +587,7 @@ def a_record(_: object, random: Random) -> bool:
         assert Payload.decode(shorter).encode() == shorter
     except Malformed as error:
         assert "kkkk" not in str(error)
-    return (
-        len(whole) == pcr_policy.RECORD_SIZE
-        and whole[:7] == b"unlock\0"
-        and sha256(whole[:-32]).digest() == whole[-32:]
-    )
+    return len(whole) == RECORD_SIZE and whole[:7] == b"unlock\0" and sha256(whole[:-32]).digest() == whole[-32:]
 
 
 OF_LUKS = (
@@ -604,7 +600,7 @@ OF_LUKS = (
     disk_keys.dek_by_recovery_key,
 )  # fmt: skip
 OF_TOKEN = (token.decode, token._get_int, token._get_string, token._get_bytes)
-OF_POLICY = (Record.decode, Record._problem, pcr_policy._selection_problem, Payload.decode)
+OF_POLICY = (Record.decode, Record._problem, pcr_policy.selection_problem, Payload.decode)
 
 PROPERTIES = (
     Property("headers", 5000, Lab, a_header, OF_LUKS + OF_TOKEN),

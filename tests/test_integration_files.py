@@ -109,9 +109,8 @@ class Cap:
         for path, to in {
             "/run/unlock": self.run_directory,
             "/sys/firmware/acpi/tables/TPM2": directory / "acpi",
-            "/dev/tpmrm[0-9]*": self.device,
-            "/dev/tpm[0-9]*": directory / "tpm0",
-            "/sys/class/tpm/tpm${device##*[!0-9]}/tpm_version_major": directory / "version",
+            "/dev/tpm": directory / "tpm",
+            "/sys/class/tpm/tpm${device##*[!0-9]}/tpm_version_major": f"{directory}/version${{device##*[!0-9]}}",
             "/dev/console": self.console,
             "/proc/sysrq-trigger": directory / "sysrq",
             "tenths=100": "tenths=20",
@@ -127,10 +126,10 @@ class Cap:
         file.write_text(f"#!/bin/sh\n{body}\n")
         file.chmod(0o755)
 
-    def run(self, shell: list[str]) -> int:
+    def run(self, shell: list[str], *mode: str) -> int:
         path = f"{self.directory}/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-        done = subprocess.run([*shell, self.script], env={"PATH": path}, capture_output=True, timeout=60)
-        assert not done.stderr
+        done = subprocess.run([*shell, self.script, *mode], env={"PATH": path}, capture_output=True, timeout=60)
+        assert (done.stderr == b"") == (mode != ("late",) or done.returncode == 0)
         return done.returncode
 
     @property
@@ -162,6 +161,24 @@ def test_cap_is_sent_once_a_boot(cap: Cap, shell: list[str]) -> None:
     cap.device.symlink_to(tpm.path)
     assert cap.run(shell) == cap.run(shell) == 0
     assert len(tpm.commands) == 1
+
+
+def test_cap_locks_every_tpm(cap: Cap, shell: list[str]) -> None:
+    """A second one, one without a resource manager, and one that comes later: each once."""
+    tpms = [FakeTpm(EXTENDED) for _ in range(4)]
+    for name, tpm in zip(("tpmrm0", "tpmrm1", "tpm1", "tpm2"), (tpms[0], tpms[1], tpms[1], tpms[2]), strict=True):
+        (cap.directory / name).symlink_to(tpm.path)
+    assert cap.run(shell) == 0
+    (cap.directory / "tpmrm3").symlink_to(tpms[3].path)
+    assert cap.run(shell, "late") == 0
+    assert [tpm.commands for tpm in tpms] == [[EXTEND]] * 4
+    assert (cap.run_directory / "capped").read_text().split() == ["tpmrm0", "tpmrm1", "tpm2", "tpmrm3"]
+
+
+def test_cap_of_a_late_tpm_that_does_not_confirm_fails_its_unit(cap: Cap, shell: list[str]) -> None:
+    cap.device.symlink_to(FakeTpm(FAILED).path)
+    assert cap.run(shell, "late") == 1
+    assert not cap.capped and not (cap.directory / "called").exists()
 
 
 def test_cap_repeats_until_the_tpm_is_ready(cap: Cap, shell: list[str]) -> None:
@@ -208,7 +225,7 @@ def test_cap_gives_up_on_a_promised_tpm_once(cap: Cap) -> None:
 def test_cap_leaves_a_tpm_12_alone(cap: Cap, shell: list[str]) -> None:
     tpm = FakeTpm(FAILED)
     (cap.directory / "tpm0").symlink_to(tpm.path)
-    (cap.directory / "version").write_text("1\n")
+    (cap.directory / "version0").write_text("1\n")
     assert cap.run(shell) == 0
     assert not tpm.commands
 
@@ -300,7 +317,7 @@ def test_a_group_gets_a_gate_and_a_mount(host: Host) -> None:
         "Before=umount.target",
         "What=/run/unlock/open/data",
         "Where=/srv/data",
-        "Type=btrfs",
+        "Type=unlock.btrfs",
         "Options=noatime,compress=zstd",
     ):
         assert line in unit
@@ -461,9 +478,12 @@ def test_systemd_accepts_the_units(host: Host, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", SHELLS, ids=lambda shell: shell[0].split("/")[-1])
-def test_a_resume_disk_is_encrypted_when_all_below_it_is(shell: list[str], tmp_path: Path) -> None:
+def test_a_resume_disk_is_ours_when_all_below_it_is(shell: list[str], tmp_path: Path) -> None:
     below = {"sda": [], "sdb": [], "dm-0": ["sda"], "dm-1": ["dm-0"], "dm-2": ["dm-0", "sdb"], "dm-3": ["dm-1", "dm-0"]}
-    uuids = {"dm-0": "CRYPT-LUKS2-x", "dm-1": "LVM-x", "dm-2": "LVM-x", "dm-3": "LVM-x"}
+    below |= {"dm-4": ["sdb"], "dm-5": ["dm-4"], "dm-6": ["sdb"]}
+    names = {"dm-0": "root", "dm-1": "vg-swap", "dm-4": "of-a-thief", "dm-6": "root-2"}
+    uuids = {name: "CRYPT-LUKS2-x" if name in ("dm-0", "dm-4") else "LVM-x" for name in below if name.startswith("dm")}
+    uuids["dm-6"] = "CRYPT-PLAIN-root-2"  # of a name that unlock has opened
     for name, slaves in below.items():
         (tmp_path / name / "slaves").mkdir(parents=True)
         for each in slaves:
@@ -471,12 +491,16 @@ def test_a_resume_disk_is_encrypted_when_all_below_it_is(shell: list[str], tmp_p
         if name in uuids:
             (tmp_path / name / "dm").mkdir()
             (tmp_path / name / "dm/uuid").write_text(f"{uuids[name]}\n")
+            (tmp_path / name / "dm/name").write_text(f"{names.get(name, name)}\n")
+    (tmp_path / "run/members").mkdir(parents=True)
+    (tmp_path / "run/members/root").write_text("/dev/mapper/root\n/dev/mapper/root-2\n")
     functions = (TOP / "initramfs/functions").read_text()
-    assert functions.count("/sys/class/block/") == 2
+    assert functions.count("/sys/class/block/") == 3
     script = tmp_path / "script"
     script.write_text(
-        functions.replace("/sys/class/block/", f"{tmp_path}/")
-        + "for each in sda sdb dm-0 dm-1 dm-2 dm-3 gone ''; do unlock_encrypted \"$each\" && echo $each; done; true\n"
+        functions.replace("/sys/class/block/", f"{tmp_path}/").replace("=/run/unlock", f"={tmp_path}/run")
+        + "for each in sda sdb dm-0 dm-1 dm-2 dm-3 dm-4 dm-5 dm-6 gone ''; do\n"
+        + 'unlock_ours "$each" && echo $each; done; true\n'
     )
     done = subprocess.run([*shell, script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["dm-0", "dm-1", "dm-3"] and not done.stderr
@@ -493,6 +517,7 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
             programs = {name for name, path in files.items() if path.stat().st_mode & 0o111}
             assert programs == {
                 "usr/sbin/unlock",
+                "usr/sbin/mount.unlock",
                 "usr/lib/unlock/cap",
                 "usr/lib/unlock/gate",
                 "usr/lib/unlock/predict",

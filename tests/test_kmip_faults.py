@@ -11,6 +11,7 @@ from tests.kmipfixture import AUTHORITY, Clock, connect, half, settings
 from tests.lab.kmipliar import COMPROMISED, DEACTIVATED, DESTROYED, DESTROYED_COMPROMISED, Key, Liar
 from tests.lab.kmipserver import Traffic
 from tests.lab.pki import Authority, Leaf
+from unlock.endpoint import Endpoint
 from unlock.errors import (
     ClientAuth,
     ClockWrong,
@@ -26,7 +27,7 @@ from unlock.errors import (
     Usage,
 )
 from unlock.providers import Ref
-from unlock.providers.kmip import Endpoint, Kmip
+from unlock.providers.kmip.provider import KmipProvider
 from unlock.secret import Secret
 
 FAULTS = [
@@ -117,7 +118,7 @@ def test_after_a_fault_the_same_endpoint_is_believed_again_but_not_after_a_wrong
 ) -> None:
     key = liar.add("k")
     ahead = 0.0
-    with Kmip(settings(liar, timeout=patience(fault)), lambda: time.monotonic() + ahead) as kmip:
+    with KmipProvider(settings(liar, timeout=patience(fault)), clock=lambda: time.monotonic() + ahead) as kmip:
         if fault != "black hole":
             kmip.fetch(key.id)
         liar.lie(fault)
@@ -317,7 +318,7 @@ def test_one_sick_key_does_not_stop_the_others(liar: Liar) -> None:
 def test_an_endpoint_that_failed_rests_longer_each_time(liar: Liar) -> None:
     clock = Clock()
     liar.lie("silent")
-    with Kmip(settings(liar), clock, half) as kmip:
+    with KmipProvider(settings(liar), clock=clock, random=half) as kmip:
         rests = []
         for _ in range(4):
             with pytest.raises(ProviderUnavailable) as failed:

@@ -14,6 +14,7 @@ from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
 from unlock.cli import keys
 from unlock.errors import ProviderUnavailable, Refused
 from unlock.host import config, keyring
+from unlock.host.journal import Rekey
 from unlock.operations import provider, rekey, status, sync
 from unlock.operations import switch as switching
 from unlock.providers import Ref
@@ -95,10 +96,10 @@ def test_a_host_key_that_cannot_be_fetched_does_not_undo_what_was_said_of_the_gr
 
 def test_a_rotation_that_cannot_be_finished_holds_up_no_other_group(host: Host, kms: Liar) -> None:
     number = 1
-    while not (host.state.journal and host.state.journal["made"]):
+    while not (isinstance(journal := host.state.journal, Rekey) and journal.made):
         assert killed_at(number, lambda: rekey.rekey(host.paths, "data", host.look), LASTING)
         number += 1
-    kms.sick[host.state.journal["made"][0]] = "failure"
+    kms.sick[journal.made[0]] = "failure"
     found = run(host)
     assert found["more"] == "unchanged"
     assert host.boot_opens()

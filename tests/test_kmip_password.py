@@ -2,7 +2,6 @@
 """A key manager that wants a user name and a password beside the certificate: kept wrapped, sent, told to nobody."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -73,7 +72,6 @@ def test_the_password_is_in_no_file_and_in_no_log_at_any_level(
     host: Host, kms: Liar, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(1)
-    logging.getLogger("kmip").setLevel(1)
     moved(host, kms)
     kms.credential = (USER, "another")
     with pytest.raises(ClientAuth) as refused:

@@ -14,8 +14,10 @@ from tests.flowfixture import Host
 from tests.test_devices import UDEV, python, rules
 from tests.test_disk import edit
 from unlock.disks import luks, token
+from unlock.disks.groups import Member
 from unlock.errors import DiskFailed, NotOurs, Refused, UnlockError, Usage
 from unlock.host import config
+from unlock.host.journal import GroupCreation
 from unlock.keys import recovery_key
 from unlock.operations import group as group_operations
 from unlock.operations.group import NewGroup
@@ -278,8 +280,8 @@ def test_a_name_that_is_no_name_is_refused(host: Host) -> None:
 
 def begun(host: Host, *serials: str) -> None:
     state = host.state
-    entries = [{"uuid": f"{number:036}", "name": f"data-{number}", "serial": s} for number, s in enumerate(serials)]
-    state.begin("group create", "data", members=entries, options="")
+    members = tuple(Member(f"{number:036}", f"data-{number}", serial) for number, serial in enumerate(serials))
+    state.begin(GroupCreation("group create", "data", members=members, options=""))
 
 
 def test_a_group_that_was_begun_goes_on_with_its_own_disks_alone(host: Host, loops: Loops) -> None:

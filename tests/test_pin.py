@@ -36,14 +36,14 @@ from unlock.errors import (
     Usage,
 )
 from unlock.host import keyring, report
-from unlock.measured import explain
-from unlock.operations import cache, check, policy, predict, rebind, status
+from unlock.measured import causes, diagnosis, evidence, explain
+from unlock.operations import baseline, cache, check, policy, predict, rebind, status
 from unlock.predict import allowed_states, initramfs_images
 from unlock.predict.allowed_states import Pin
 from unlock.secret import Secret
-from unlock.tpm import pcr_policy, slots
+from unlock.tpm import pcr_policy, public_area, slots
 from unlock.tpm.chip import Tpm
-from unlock.tpm.pcr_policy import A, B, Payload, Record
+from unlock.tpm.record import SLOTS, SRK, A, B, Payload, Record
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -278,7 +278,7 @@ def test_a_record_whose_flag_was_taken_away_or_given_is_not_the_objects(chip: Sw
     for pin in (PIN, ""):
         record = persist(chip, pin)
         with chip.open() as tpm:
-            slot = next(each for each in pcr_policy.SLOTS if tpm.slot_state(each).complete)
+            slot = next(each for each in SLOTS if tpm.slot_state(each).complete)
             tpm.write_record(slot, record._replace(pin=not pin))
             person = Person(PIN)
             with pytest.raises(Tampered, match="another policy"):
@@ -288,21 +288,21 @@ def test_a_record_whose_flag_was_taken_away_or_given_is_not_the_objects(chip: Sw
 
 
 def test_the_policy_of_an_object_is_with_the_pin_or_without() -> None:
-    plain, asked = (pcr_policy.sealed_template(NOW, pin) for pin in (False, True))
-    assert pcr_policy.auth_policy(NOW, True) == sha256(pcr_policy.either(NOW) + struct.pack(">I", 0x16B)).digest()
+    plain, asked = (public_area.sealed_template(NOW, pin) for pin in (False, True))
+    assert pcr_policy.auth_policy(NOW, True) == sha256(pcr_policy.policy_or(NOW) + struct.pack(">I", 0x16B)).digest()
     attributes = [struct.unpack_from(">I", each, 4)[0] for each in (plain, asked)]
     assert attributes == [0x412, 0x12]  # fixedTPM, fixedParent; noDA without a PIN alone; userWithAuth never
     for template, pin in ((plain, False), (asked, True)):
         public = template[:-2] + struct.pack(">H", 32) + bytes(32)
-        assert pcr_policy.is_sealed_under(public, NOW, pin)
-        assert not pcr_policy.is_sealed_under(public, NOW, not pin)
+        assert public_area.is_sealed_under(public, NOW, pin)
+        assert not public_area.is_sealed_under(public, NOW, not pin)
 
 
 def test_a_thief_in_another_system_tries_all_short_pins_unless_the_lockout_has_a_password(chip: Swtpm) -> None:
     """As the manual says: any TPM answers whether a value is an object's, in any state, and only counts."""
 
     def tries(tpm: Tpm, pin: int) -> int:
-        srk, sealed = (tpm._public(handle, "")[0] for handle in (pcr_policy.SRK, A.object))
+        srk, sealed = (tpm._public(handle, "")[0] for handle in (SRK, A.object))
         tpm._set_auth(sealed, pcr_policy.pin_auth(HOST, Secret(f"{pin:04}".encode())))
         out, new = tpm._ffi.new("TPM2B_PRIVATE **"), tpm._ffi.new("TPM2B_AUTH *")
         return int(tpm._lib.Esys_ObjectChangeAuth(tpm._context[0], sealed, srk, 0xFF, 0xFFF, 0xFFF, new, out)) & 0xFBF
@@ -523,23 +523,23 @@ def test_a_refused_boot_leaves_nothing_to_seal_with(host: Machine) -> None:
 
 def test_an_edited_boot_is_explained_as_ever_and_asks_nobody(host: Machine) -> None:
     assert host.boot() == "unsealed"
-    assert explain.keep_baseline(host.paths, host.chip.tcti)
+    assert baseline.record_baseline(host.paths, host.chip.tcti)
     set_pin(host)
     host.types = [PIN]
     assert host.boot(Boot("direct", initrd="a thief's")) == "pcr-mismatch" and host.asked == 0
-    assert explain.judge(explain.gather(host.paths, host.chip.tcti)).causes[0].code == "initrd"
+    assert diagnosis.diagnose(evidence.gather_evidence(host.paths, host.chip.tcti)).causes[0].code == "initrd"
 
 
 def test_explain_names_a_wrong_pin_and_a_lockout(host: Machine) -> None:
     set_pin(host)
     host.types = ["wrong"] * 3
     host.boot()
-    found = explain.judge(explain.gather(host.paths, host.chip.tcti))
+    found = diagnosis.diagnose(evidence.gather_evidence(host.paths, host.chip.tcti))
     assert found.causes[0].code == "pin-wrong" and "rebind --pin" in found.causes[0].do
     host.chip.set_lockout(1, 777)
     assert host.boot() == "pin-lockout"
-    found = explain.judge(explain.gather(host.paths, host.chip.tcti))
-    said = explain.text(found)
+    found = diagnosis.diagnose(evidence.gather_evidence(host.paths, host.chip.tcti))
+    said = explain.to_text(found)
     assert found.causes[0].code == "pin-lockout" and "777 s" in said and "recovery key" in said
 
 
@@ -593,7 +593,7 @@ def test_killed_anywhere_the_old_or_the_new_and_the_same_command_finishes(
 
     for _ in killer(begin):
         assert host.allows().record.pin in (to is not None, from_pin is not None)
-        assert not host.allows().record.pin or host.state.tpm["pin"], "a PIN is never forgotten"
+        assert not host.allows().record.pin or host.state.tpm.pin, "a PIN is never forgotten"
         host.types = [each for each in (to, from_pin) if each]
         assert host.boot() == "unsealed"
         set_pin(host, to)
@@ -625,7 +625,7 @@ def test_rebind_keeps_the_pin_of_a_tpm_that_was_cleared(disks: Machine) -> None:
     disks.extend([(entry.pcr, entry.sha256) for entry in OLD.entries()])
     assert not rebind.lacks_pin(disks.paths, disks.chip.tcti)
     rebound(disks)
-    assert disks.allows().record.pin and disks.state.tpm["pin"]
+    assert disks.allows().record.pin and disks.state.tpm.pin
     disks.chip.set_lockout(32)
     disks.types = [PIN]
     assert disks.boot() == "unsealed" and disks.asked == 1
@@ -646,7 +646,7 @@ def test_rebind_never_drops_a_pin_in_silence(disks: Machine) -> None:
     disks.types = ["a new one"]
     assert disks.boot() == "unsealed" and disks.asked == 1
     rebound(disks, Pin(None))
-    assert not disks.allows().record.pin and not disks.state.tpm["pin"]
+    assert not disks.allows().record.pin and not disks.state.tpm.pin
     assert not rebind.lacks_pin(disks.paths, disks.chip.tcti)
     assert disks.boot() == "unsealed" and disks.asked == 0
 
@@ -878,7 +878,7 @@ def test_a_pin_is_in_no_report_state_output_or_command_line(
     told = json.dumps(policy.show(host.paths, host.chip.tcti)) + json.dumps(
         status.to_json(status.read_status(host.paths))
     )
-    told += json.dumps(explain.fields(explain.judge(explain.gather(host.paths, host.chip.tcti))))
+    told += json.dumps(explain.to_json(diagnosis.diagnose(evidence.gather_evidence(host.paths, host.chip.tcti))))
     told += Path(host.paths.state).read_text() + Path(host.paths.of_this_boot("report.json")).read_text()
     told += json.dumps(cache.show(host.paths)) + repr(auth) + repr(Pin(Secret(PIN.encode())))
     for wrong in ("abc", "x" * 257):
@@ -912,5 +912,5 @@ def test_the_words_of_the_command_line(line: str) -> None:
 
 def test_each_verdict_of_a_pin_has_words() -> None:
     assert {PinWrong.code, PinLockout.code} <= report.VERDICTS.keys()
-    assert {PinWrong.code, PinLockout.code} <= explain.USUAL.keys() & explain.TITLES.keys()
+    assert {PinWrong.code, PinLockout.code} <= causes.USUAL.keys() & causes.TITLES.keys()
     assert ask.ASKPASS.endswith("askpass")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from unlock.errors import Malformed, NewerFormat, Usage
 from unlock.secret import Secret
-from unlock.tpm import pcr_policy
-from unlock.tpm.pcr_policy import Payload, Record
+from unlock.tpm import pcr_policy, public_area
+from unlock.tpm.record import MAX_SEALED, RECORD_SIZE, SLOTS, Payload, Record
 
 names = st.binary(min_size=32, max_size=32).map(lambda digest: b"\0\x0b" + digest)
 records = st.builds(
@@ -38,7 +38,7 @@ def resealed(data: bytes, at: int, new: bytes) -> bytes:
 @given(records)
 def test_a_record_reads_back(record: Record) -> None:
     data = record.encode()
-    assert len(data) == pcr_policy.RECORD_SIZE
+    assert len(data) == RECORD_SIZE
     assert Record.decode(data) == record
 
 
@@ -131,23 +131,23 @@ def test_a_selection_has_the_cap_once_and_is_sorted() -> None:
 
 def test_a_branch_counts_the_cap_as_reset() -> None:
     values = {4: b"4" * 32, 15: b"extended" * 4}
-    assert pcr_policy.branch((4, 15), values) == pcr_policy.pcr_policy((4, 15), {**values, 15: bytes(32)})
+    assert pcr_policy.branch((4, 15), values) == pcr_policy.policy_pcr((4, 15), {**values, 15: bytes(32)})
     assert pcr_policy.branch((4, 15), {4: b"4" * 32}) == pcr_policy.branch((4, 15), values)
     assert pcr_policy.branch((4, 15), values) != pcr_policy.branch((4, 15), {4: b"5" * 32})
 
 
 def test_one_branch_is_listed_twice_and_nine_are_too_many() -> None:
     assert pcr_policy.alternatives([b"a"]) == (b"a", b"a")
-    assert pcr_policy.either([b"a" * 32]) == pcr_policy.either([b"a" * 32, b"a" * 32])
+    assert pcr_policy.policy_or([b"a" * 32]) == pcr_policy.policy_or([b"a" * 32, b"a" * 32])
     for branches in ([], [b"a" * 32] * 9):
         with pytest.raises(Usage):
-            pcr_policy.either(branches)
+            pcr_policy.policy_or(branches)
 
 
 @pytest.mark.parametrize("accepted", [False, True])
 def test_a_payload_reads_back(accepted: bool) -> None:
     payload = Payload(Secret.random(32), accepted)
-    assert len(payload.encode()) <= pcr_policy.MAX_SEALED
+    assert len(payload.encode()) <= MAX_SEALED
     assert Payload.decode(payload.encode()) == payload
 
 
@@ -179,10 +179,10 @@ def test_a_payload_never_shows_its_key() -> None:
 
 @given(st.binary(max_size=200))
 def test_storage_problem_survives_any_bytes(public: bytes) -> None:
-    assert pcr_policy.storage_problem(public)
+    assert public_area.srk_problem(public)
 
 
 def test_handles_are_in_the_owners_range() -> None:
-    for slot in pcr_policy.SLOTS:
+    for slot in SLOTS:
         assert 0x81000000 <= slot.object <= 0x817FFFFF
         assert 0x01800000 <= slot.nv <= 0x01BFFFFF

@@ -15,7 +15,7 @@ from tests.eventlogs import LOGGED, Entry, log, plain, program, real, tagged, va
 from tests.lab import cache
 from tests.properties import Property
 from unlock.errors import Malformed, Refused
-from unlock.measured import eventlog, uefi
+from unlock.measured import certificates, eventlog
 from unlock.measured.eventlog import Log
 from unlock.predict import pe, replay
 
@@ -114,7 +114,7 @@ def fuzz(seed: int, cases: int) -> bool:
         data = bytes(work[: dice.choice((len(work), dice.randrange(len(work))))])
         try:
             assert len(pe.section(data, pe.read(data, whole=False), ".cmdline") or b"") <= len(data) + pe.MAX_PADDING
-            uefi.authorities(pe.signatures(data))
+            certificates.signing_authorities(pe.signatures(data))
             assert len(pe.authenticode(data)) == 32
             replay.uki_measurements(data)
         except Malformed:

@@ -113,7 +113,7 @@ def test_from_the_native_provider_to_a_key_manager_and_on_to_another(native_host
     assert host.boot_opens()
     assert host.recovery_opens()
     first = host.state
-    assert (first.provider["name"], list(first.others), first.journal) == ("kms", ["native"], None)
+    assert (first.provider.name, list(first.others), first.journal) == ("kms", ["native"], None)
     assert all(host.tokens(image) == [(host.group.kek, 2)] for image in host.disks)
     assert first.host_key_ref[0].startswith(first.provider_id)
     with pytest.raises(Refused):
@@ -159,11 +159,11 @@ def test_a_switch_killed_anywhere_is_finished_by_the_same_command(host: Host, ki
         for attempt, killed in killer(lambda attempt: partial(switch, attempt)):
             assert host.boot_opens()
             assert host.recovery_opens()
-            if killed and host.state.provider["name"] != target(attempt):
+            if killed and host.state.provider.name != target(attempt):
                 switch(attempt)
             assert host.state.journal is None
             assert host.boot_opens()
-            assert host.state.provider["name"] == target(attempt)
+            assert host.state.provider.name == target(attempt)
 
 
 def test_a_switch_with_a_member_away(host: Host, kms: Liar) -> None:
@@ -226,10 +226,8 @@ def test_a_backup_restores_on_a_second_host_of_the_cluster(native_host: Host, tm
     with pytest.raises(Tampered):
         native_backup.restore(second.paths, file, Secret(b"wrong"), "cluster", second.look)
     for _ in range(2):
-        assert (
-            native_backup.restore(second.paths, file, PASSWORD, "cluster", second.look)["id"]
-            == native_host.state.provider_id
-        )
+        restored = native_backup.restore(second.paths, file, PASSWORD, "cluster", second.look)
+        assert restored.id == native_host.state.provider_id
     switching.switch(second.paths, "cluster", None, second.look)
     assert second.boot_opens()
     with second.work() as work:

@@ -20,6 +20,7 @@ from unlock.keys import access, delivery, recovery_key
 from unlock.operations import cache, native_backup, rebind, recovery, sync
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
+from unlock.tpm.record import Payload
 
 pytestmark = pytest.mark.usefixtures("key_cache", "cheap_passwords")
 
@@ -220,7 +221,7 @@ def test_another_board_that_boots_in_another_way_is_measured_by_its_own_pcrs(hos
     uki = Boot("uki")._replace(kernel="another")
     host.boot(uki)
     state = host.state
-    state.tpm["pcrs"] = [4, 7, 8, 9, 14, 15]
+    state.tpm = state.tpm._replace(pcrs=(4, 7, 8, 9, 14, 15))
     state.save()
     assert run(host, backup(host)).selection == (4, 7, 11, 12, 15)
     boots(host, uki)
@@ -230,7 +231,7 @@ def test_a_tpm_that_another_host_uses_is_not_overwritten_unasked(host: Machine) 
     host.clear()
     host.boot()
     with host.chip.open() as tpm:
-        theirs = pcr_policy.Payload(Secret(bytes(32)))
+        theirs = Payload(Secret(bytes(32)))
         kept = slots.persist(tpm, b"x" * 16, (7, 15), (pcr_policy.branch((7, 15), {7: bytes(32)}),), theirs)
     with pytest.raises(Refused) as caught:
         run(host, backup(host))

@@ -16,6 +16,7 @@ from tests.test_escrow import decrypted, organisation
 from unlock.disks import disk_keys, find, luks
 from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.host import keyring
+from unlock.host.journal import RecoveryRotation
 from unlock.keys import delivery, recovery_key
 from unlock.keys.escrow import Escrow
 from unlock.operations import recovery, rekey, status, sync
@@ -80,7 +81,7 @@ def slots(image: Path) -> int:
 def test_the_right_key_is_ok_on_every_disk_and_when_is_remembered(host: Host) -> None:
     before = [image.read_bytes() for image in host.disks]
     assert outcomes(host, host.recovery) == ["ok"] * 3
-    assert set(host.state.recovery["tested"]) == set(host.deks)
+    assert set(host.state.recovery.tested) == set(host.deks)
     assert [image.read_bytes() for image in host.disks] == before, "nothing is written to a disk"
 
 
@@ -127,7 +128,7 @@ def test_two_disks_with_one_uuid_are_not_taken_for_the_member(host: Host) -> Non
 def test_after_a_rotation_the_new_key_opens_everything_and_the_old_one_nothing(host: Host) -> None:
     assert rotate(host) == (("data-0", "data-1", "data-2"), ())
     new = key_of(host)
-    assert host.state.recovery["tested"] == {}
+    assert host.state.recovery.tested == {}
     assert outcomes(host, new) == ["ok"] * 3
     assert outcomes(host, host.recovery) == ["wrong-key"] * 3
     for image in host.disks:
@@ -161,7 +162,7 @@ def test_an_operators_keyslots_stay_also_those_that_are_as_cheap(host: Host) -> 
 
 def test_without_knowing_the_old_keyslot_nothing_is_begun(host: Host) -> None:
     state = host.state
-    state.recovery["keyslots"].clear()
+    state.recovery.keyslots.clear()
     state.save()
     with pytest.raises(Refused) as caught:
         rotate(host)
@@ -278,7 +279,7 @@ def test_a_key_that_cannot_be_handed_out_leaves_nothing_under_way(host: Host) ->
 
 def test_status_tells_what_is_under_way_and_no_key_not_even_a_wrapped_one(host: Host) -> None:
     killed_before_the_first_keyslot(host, delivery.Keep(file_of(host)))
-    assert host.state.journal and host.state.journal["key"]
+    assert isinstance(host.state.journal, RecoveryRotation) and host.state.journal.key
     assert status.read_status(host.paths).unfinished == {"operation": "recovery", "about": "rotate"}
 
 
@@ -365,9 +366,9 @@ def step(host: Host) -> str:
     """How far a rotation came."""
     journal = host.state.journal
     if journal is None:
-        return "done" if host.state.recovery["tested"] == {} else "nothing"
+        return "done" if host.state.recovery.tested == {} else "nothing"
     counts = tuple((slots(image), len(host.tokens(image))) for image in host.disks)
-    return f"{'new' if journal.get('written') else 'old'} counts {counts}"
+    return f"{'new' if isinstance(journal, RecoveryRotation) and journal.written else 'old'} counts {counts}"
 
 
 def test_killed_at_every_boundary_each_disk_opens_and_the_same_command_finishes(host: Host, killer: Killer) -> None:
@@ -385,7 +386,8 @@ def test_killed_at_every_boundary_each_disk_opens_and_the_same_command_finishes(
         seen[at] += 1
         keys = [host.recovery] + ([key_of(host)] if Path(file_of(host)).exists() else [])
         journal = host.state.journal
-        valid = keys[-1] if (journal and journal["written"]) or at == "done" else host.recovery
+        written = isinstance(journal, RecoveryRotation) and journal.written
+        valid = keys[-1] if written or at == "done" else host.recovery
         assert all(authentic(image, valid) for image in host.disks), f"attempt {attempt}, {at}"
         assert all(opens_with_cryptsetup(image, valid) for image in host.disks)
         assert authentic(away, host.recovery)
@@ -473,7 +475,7 @@ def test_new_killed_at_every_boundary_finishes(host: Host, killer: Killer) -> No
         recovery.new(host.paths, new, host.look)
         assert (slots(away), len(host.tokens(away))) == (1, 1)
         assert authentic(away, new)
-        assert host.state.journal is None and not host.state.recovery["behind"] and not host.state.recovery["former"]
+        assert host.state.journal is None and not host.state.recovery.behind and not host.state.recovery.former
 
 
 def test_a_disk_that_udev_shows_and_cannot_be_read_is_away(host: Host) -> None:

@@ -338,7 +338,7 @@ def test_without_terminal_file_or_credential_the_flag_is_named() -> None:
 
 def test_the_kernel_command_line_is_no_place_for_a_key() -> None:
     readers = {path.stem for path in (TOP / "unlock").rglob("*.py") if "cmdline" in path.read_text()}
-    assert readers == {"explain", "describe", "efistub", "paths", "replay"}
+    assert readers == {"evidence", "diagnosis", "baseline", "causes", "describe", "efistub", "paths", "replay"}
 
 
 @pytest.fixture

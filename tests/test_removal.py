@@ -14,11 +14,13 @@ from tests.lab.kmipliar import Liar
 from tests.tpmfixture import Swtpm
 from unlock.errors import NoKey, NoSlot, Refused, TpmRefused, UnlockError
 from unlock.host import config, keyring
+from unlock.host.journal import PersistenceChange
 from unlock.operations import persistence, provider, status, sync
 from unlock.operations import switch as switching
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
-from unlock.tpm.pcr_policy import CAP_DIGEST, CAP_PCR, Payload, Record
+from unlock.tpm.pcr_policy import CAP_DIGEST, CAP_PCR
+from unlock.tpm.record import Payload, Record
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -249,7 +251,7 @@ def test_removal_and_enabling_killed_anywhere_are_finished_by_the_same_command(
             found = record(chip)
             assert found and found.host == bytes.fromhex(HOST)
         assert host.recovery_opens()
-        if host.state.unfinished("persistence", "enable"):
+        if host.state.unfinished(PersistenceChange, "enable"):
             enable(host, chip)
         both()
         assert host.boot_opens()

@@ -405,7 +405,8 @@ def test_after_a_refused_boot_the_key_manager_never_opens_the_root(kmip: Host, m
     text = "[sync]\nopen_from_provider_after_refusal = true\n"
     Path(kmip.paths.config).write_text(config.HEAD + text + config.provider_table(made))
     with kmip.work() as work:
-        work.state.provider["client_key"] = None
+        assert work.state.provider.kind == "kmip"
+        work.state.put_provider(work.state.provider._replace(client_key=None))
         work.state.save()
     keyring.flush()
 

@@ -15,7 +15,7 @@ from unlock.errors import Malformed, NewerFormat, NoSlot, Refused, Tampered, Tpm
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
 from unlock.tpm.chip import Tpm
-from unlock.tpm.pcr_policy import A, B, Payload, Record
+from unlock.tpm.record import SLOTS, A, B, Payload, Record
 
 HOST = b"h" * 16
 SELECTION = pcr_policy.select([4, 7, 9])
@@ -56,7 +56,7 @@ def found(tpm: Tpm) -> int:
 
 
 def complete(tpm: Tpm) -> str:
-    return "".join(slot.name for slot in pcr_policy.SLOTS if tpm.slot_state(slot).complete)
+    return "".join(slot.name for slot in SLOTS if tpm.slot_state(slot).complete)
 
 
 def two_complete(tpm: Tpm, older: int, newer: int, newer_branches: tuple[bytes, ...] = NOW) -> None:

@@ -25,7 +25,7 @@ from unlock.disks import disk_keys, luks
 from unlock.disks.groups import Group, Member
 from unlock.errors import ClockWrong, NoKey, ProviderError, Refused, UnlockError
 from unlock.host import keyring, this_boot
-from unlock.host.state import exclusive
+from unlock.host.lock import exclusive
 from unlock.keys import access, rotation
 from unlock.operations import sync
 from unlock.providers import native

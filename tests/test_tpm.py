@@ -15,9 +15,9 @@ import pytest
 from tests.tpmfixture import Swtpm
 from unlock.errors import Malformed, NewerFormat, NoSlot, Refused, Tampered, TpmAbsent, TpmFailed, TpmRefused, Usage
 from unlock.secret import Secret
-from unlock.tpm import pcr_policy
+from unlock.tpm import pcr_policy, public_area
 from unlock.tpm.chip import Tpm
-from unlock.tpm.pcr_policy import A, B, Record, Slot
+from unlock.tpm.record import RECORD_SIZE, SRK, A, B, Record, Slot
 
 SELECTION = pcr_policy.select([4, 7, 9])
 
@@ -150,7 +150,7 @@ def test_a_record_with_another_policy_than_the_object(chip: Swtpm) -> None:
 
 def test_an_object_with_a_password_is_not_ours(chip: Swtpm, monkeypatch: pytest.MonkeyPatch) -> None:
     with chip.open() as tpm:
-        template = pcr_policy.sealed_template
+        template = public_area.sealed_template
         with monkeypatch.context() as patch:
             patch.setattr(
                 pcr_policy,
@@ -272,7 +272,7 @@ def test_the_srk_is_made_once(chip: Swtpm) -> None:
 def test_another_srk_is_found_before_it_is_used(chip: Swtpm, monkeypatch: pytest.MonkeyPatch) -> None:
     with chip.open() as tpm:
         enroll(tpm, A, Secret(b"payload"))
-        tpm._keep(tpm._public(pcr_policy.SRK, "")[0], pcr_policy.SRK, None)
+        tpm._keep(tpm._public(SRK, "")[0], SRK, None)
         with pytest.raises(Tampered):  # none
             unsealed(tpm)
         make_srk(tpm, monkeypatch, rsa_template())
@@ -288,7 +288,7 @@ def test_an_srk_that_may_leave_the_tpm_is_not_salted_to_whatever_the_record_says
     """The owner can make one that he may duplicate, and name it in the record: he would read the salt on the bus."""
     with chip.open() as tpm:
         record = enroll(tpm, A, Secret(b"payload"))
-        tpm._keep(tpm._public(pcr_policy.SRK, "")[0], pcr_policy.SRK, None)
+        tpm._keep(tpm._public(SRK, "")[0], SRK, None)
         make_srk(tpm, monkeypatch, rsa_template(0x30472 & ~0x12))  # neither fixedTPM nor fixedParent
         tpm.write_record(A, record._replace(srk_name=tpm.srk_name()))
         chip.proxy.clear()
@@ -471,12 +471,12 @@ def test_trial_leaves_nothing_and_needs_an_srk(chip: Swtpm) -> None:
 def test_an_object_of_another_hash_is_not_ours_and_is_replaced(chip: Swtpm, monkeypatch: pytest.MonkeyPatch) -> None:
     with chip.open() as tpm:
         record = enroll(tpm, A, Secret(b"payload"))
-        template = pcr_policy.sealed_template
+        template = public_area.sealed_template
         with monkeypatch.context() as patch:
             patch.setattr(pcr_policy, "sealed_template", lambda *_: struct.pack(">HHIHHH", 8, 0xC, 0x452, 0, 0x10, 0))
             patch.setattr(Tpm, "_area", lambda *_: b"")
             tpm.seal(A, record.branches, Secret(b"payload"))
-        assert pcr_policy.sealed_template is template
+        assert public_area.sealed_template is template
         assert not tpm.slot_state(A).complete
         with pytest.raises(Tampered):
             unsealed(tpm)
@@ -490,7 +490,7 @@ def test_facts(chip: Swtpm) -> None:
         assert facts.manufacturer == "IBM"
         assert facts.sha256_bank and not facts.srk and not facts.in_lockout and not facts.owner_auth_set
         assert facts.persistent_free >= 3
-        assert facts.nv_buffer >= pcr_policy.RECORD_SIZE <= facts.nv_index_size
+        assert facts.nv_buffer >= RECORD_SIZE <= facts.nv_index_size
         assert facts.taken == ()
         enroll(tpm, B, Secret(b"payload"))
         assert tpm.facts().srk and tpm.facts().taken == (B.object, B.nv)
@@ -509,7 +509,7 @@ def test_evict_finishes_what_was_cut(chip: Swtpm) -> None:
 def test_the_index_that_esys_is_told_is_the_one_it_reads(chip: Swtpm) -> None:
     with chip.open() as tpm:
         enroll(tpm, A, Secret(b"payload"))
-        assert tpm._public(A.nv, "")[1] == pcr_policy.nv_public(A, written=True)
+        assert tpm._public(A.nv, "")[1] == public_area.nv_public(A, written=True)
 
 
 def test_esys_forgets_what_it_knew_of_a_handle(chip: Swtpm) -> None:
@@ -517,13 +517,13 @@ def test_esys_forgets_what_it_knew_of_a_handle(chip: Swtpm) -> None:
     with chip.open() as tpm, chip.open() as other:
         enroll(tpm, A, Secret(b"payload"))
         tpm.read_record(A)
-        before = tpm._public(pcr_policy.SRK, "")[1], tpm._public(A.object, "")[1]
+        before = tpm._public(SRK, "")[1], tpm._public(A.object, "")[1]
         other.evict(A)
         other.seal(A, (b"1" * 32,), Secret(b"another"))
         short = other._unmarshal("TPM2B_NV_PUBLIC", struct.pack(">IHIHH", A.nv, 0xB, 0x02060002, 0, 64))
         auth, index = other._ffi.new("TPM2B_AUTH *"), other._ffi.new("ESYS_TR *")
         other._send("NV_DefineSpace", 0x101, 0xFF, 0xFFF, 0xFFF, auth, short, index)
-        assert tpm._public(pcr_policy.SRK, "")[1] == before[0]
+        assert tpm._public(SRK, "")[1] == before[0]
         assert tpm._public(A.object, "")[1] != before[1]
         assert tpm._public(A.nv, "")[1][-2:] == b"\0\x40"
 

@@ -160,7 +160,8 @@ def test_status_says_loudly_that_a_window_is_open(host: Machine) -> None:
     opened(host)
     assert "a window is open" in status.to_text(status.read_status(host.paths))
     state = host.state
-    state.tpm["window"]["since"] = "2020-01-01T00:00:00Z"
+    assert state.tpm.window
+    state.tpm = state.tpm._replace(window=state.tpm.window._replace(since="2020-01-01T00:00:00Z"))
     state.save()
     assert "WINDOW" in status.to_text(status.read_status(host.paths))
 
@@ -168,14 +169,14 @@ def test_status_says_loudly_that_a_window_is_open(host: Machine) -> None:
 def test_what_was_predicted_outlives_a_closing_that_was_killed_in_its_last_step(host: Machine) -> None:
     new = Boot("direct", kernel="another")
     opened(host)
-    before = host.state.tpm["window"]
+    before = host.state.tpm.window
     policy.close(host.paths, host.chip.tcti)
     state = host.state
-    state.tpm["window"] = before
+    state.tpm = state.tpm._replace(window=before)
     state.save()
     host.predict(("kernel", new))
     good(host)
-    assert host.reasons() == ["this boot", "predicted: kernel"] and not host.state.tpm["window"]
+    assert host.reasons() == ["this boot", "predicted: kernel"] and not host.state.tpm.window
 
 
 @pytest.mark.parametrize("what", ["opening", "closing"])
@@ -191,7 +192,7 @@ def test_killed_anywhere_a_window_is_never_forgotten(host: Machine, what: str, k
         assert found.window or found.record.selection == (4, 7, 9, 15)
         assert host.boot(OLD) == "unsealed"
         policy.good_boot(host.paths, host.chip.tcti)
-        assert host.allows().record.selection == (4, 7, 9, 15) and not host.state.tpm["window"]
+        assert host.allows().record.selection == (4, 7, 9, 15) and not host.state.tpm.window
         assert allowed_states.UNKNOWN not in host.reasons()
 
 

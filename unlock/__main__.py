@@ -66,11 +66,11 @@ def _boot(argv: list[str]) -> int:
         return heal(paths)
     if argv == ["baseline"]:
         from .host.this_boot import tpm_device
+        from .operations.baseline import record_good_boot
         from .operations.policy import good_boot
-        from .operations.predict import keep
 
         try:
-            keep(paths, tpm_device())
+            record_good_boot(paths, tpm_device())
         finally:  # a window is closed even where no baseline can be kept
             good_boot(paths)
         return 0
@@ -79,11 +79,17 @@ def _boot(argv: list[str]) -> int:
         from .operations.predict import hook
 
         return hook(paths, tpm_device())
+    if argv[:1] == ["mount"]:
+        from .boot.mount import mount
+
+        return mount(paths, argv[1:])
     if len(argv) == 2 and argv[0] == "gate":
         from .boot.gate import gate
 
         return gate(paths, argv[1])
-    raise Usage("usage: unlock boot agent|why|prompt|screen|secure|drop|heal|baseline|predict|gate GROUP")
+    raise Usage(
+        "usage: unlock boot agent|why|prompt|screen|secure|drop|heal|baseline|predict|gate GROUP|mount SOURCE DIRECTORY"
+    )
 
 
 if __name__ == "__main__":

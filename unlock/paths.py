@@ -24,6 +24,9 @@ class Paths:
         self.boot_id = os.path.join(root, "proc/sys/kernel/random/boot_id")
         self.event_log = os.path.join(root, "sys/kernel/security/tpm0/binary_bios_measurements")
         self.systemd_log = os.path.join(root, "run/log/systemd/tpm2-measure.log")
+        self.efivars = os.path.join(root, "sys/firmware/efi/efivars")
+        self.dmi = os.path.join(root, "sys/firmware/dmi/tables/DMI")
+        self.fw_cfg = os.path.join(root, "sys/firmware/qemu_fw_cfg/by_name/opt/io.systemd.credentials")
         self.cmdline = os.path.join(root, "proc/cmdline")
         self.bootloader = os.path.join(root, "proc/sys/kernel/bootloader_type")
 

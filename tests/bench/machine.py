@@ -92,11 +92,12 @@ import sys
 sys.path.insert(0, "/usr/lib/unlock")
 from unlock.host import keyring
 from unlock.tpm import pcr_policy, slots
+from unlock.tpm.record import SLOTS, Payload
 from unlock.tpm.chip import Tpm
 with Tpm() as chip:
-    record = next(state.record for state in map(chip.slot_state, pcr_policy.SLOTS) if state.complete)
-    branch = pcr_policy.pcr_policy(record.selection, chip.read_pcrs(range(16)))
-    payload = pcr_policy.Payload(keyring.get("unlock:persistence"), True)
+    record = next(state.record for state in map(chip.slot_state, SLOTS) if state.complete)
+    branch = pcr_policy.policy_pcr(record.selection, chip.read_pcrs(range(16)))
+    payload = Payload(keyring.get("unlock:persistence"), True)
     slots.persist(chip, record.host, record.selection, (branch,), payload)
 """
 """The cap of the last run is in the PCRs: seal anew, to the PCRs as they are."""

@@ -21,13 +21,14 @@ import sys
 sys.path.insert(0, "/usr/lib/unlock")
 from unlock.disks import disk_keys, luks
 from unlock.tpm import chip, pcr_policy, slots
+from unlock.tpm.record import Payload
 from unlock.disks.groups import Group, Member
 from unlock.secret import Secret
 persistence, host = Secret.random(32), b"h" * 16
 with chip.Tpm("{TCTI}") as tpm:
     selection = pcr_policy.select((7,))
     branch = pcr_policy.branch(selection, tpm.read_pcrs(range(16)))
-    slots.persist(tpm, host, selection, (branch,), pcr_policy.Payload(persistence, False))
+    slots.persist(tpm, host, selection, (branch,), Payload(persistence, False))
 with luks.Container("{PLACE}/disk") as container, container.volume_key(Secret(b"{PASSPHRASE}")) as dek:
     member = Member(container.uuid, "b", "")
     keys = disk_keys.Keys(persistence, Secret.random(32), Secret.random(32), Secret.random(32))

@@ -11,7 +11,7 @@ from tests.tpmfixture import Swtpm
 from unlock.disks import disk_keys, luks
 from unlock.disks.groups import Group, Member
 from unlock.secret import Secret
-from unlock.tpm.pcr_policy import SLOTS, Payload
+from unlock.tpm.record import SLOTS, Payload
 
 from . import image
 from .luks import DATA_OFFSET, fill, format_disk

@@ -45,14 +45,14 @@ print(json.dumps({name: bytes(keyring.get(name)).hex() for name in keyring.names
 REPLAY = """
 import sys
 sys.path.insert(0, "/usr/lib/unlock")
-from unlock.measured import at_unseal, describe, eventlog
+from unlock.measured import eventlog, logs, verify
 from unlock.paths import Paths
 from unlock.tpm.chip import Tpm
-later = eventlog.parse_systemd(at_unseal.read(Paths().systemd_log, eventlog.MAX_SYSTEMD_LOG))
+later = logs.read_systemd_log(Paths())
 with Tpm() as chip:
     live = chip.read_pcrs(range(eventlog.PCRS))
-log, _ = at_unseal.event_log(Paths(), later, live)
-print(*describe.believed(log, later, live))
+log, _ = logs.read_event_log(Paths(), later, live)
+print(*verify.verified_events(log, later, live))
 """
 MEASURED = {*range(10), *range(11, 15)}
 """PCRs that only early boot extends, which the event log must account for; IMA has 10, the cap is in 15."""

@@ -238,9 +238,9 @@ def _make_provider_unwrap(
 
     def fetch_kek(kek_id: str, generation: int) -> Secret:
         if (kek_id, generation) not in keks:
-            entry = access.owner(state, kek_id)
+            entry = state.provider_of(kek_id)
             with closing(connect(paths, state, None, entry)) as provider:
-                keks[kek_id, generation] = provider.fetch(access.ref(entry, kek_id, "").id, opens)
+                keks[kek_id, generation] = provider.fetch(access.key_ref(entry, kek_id, "").id, opens)
         return keks[kek_id, generation]
 
     def unwrap(header: Header, token: Token) -> Secret:

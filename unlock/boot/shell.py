@@ -18,7 +18,7 @@ from ..disks import devices, disk_keys, luks, udev
 from ..errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from ..host import report, this_boot
 from ..keys import recovery_key
-from ..measured import describe, explain
+from ..measured import describe, diagnosis, evidence, explain
 from ..paths import Paths
 from ..protect import protect
 from ..secret import Secret
@@ -144,7 +144,7 @@ def _describe_boot(early: report.Report | None) -> str:
 
 def why(paths: Paths) -> int:
     """Prints the first difference from the last good boot, if it is known."""
-    found = explain.judge(explain.gather(paths, this_boot.tpm_device()))
+    found = diagnosis.diagnose(evidence.gather_evidence(paths, this_boot.tpm_device()))
     if found.causes:
         print("\n".join(_printable(_cause_lines(found))), flush=True)
         ask.tell(describe.printable_line(found.causes[0].title, COLUMNS))
@@ -196,7 +196,7 @@ def _first_difference_lines(paths: Paths, early: report.Report | None) -> list[s
     if early and early.verdict in ("unsealed", "handed-over"):
         return []
     try:
-        found = explain.judge(explain.gather(paths, this_boot.tpm_device()))
+        found = diagnosis.diagnose(evidence.gather_evidence(paths, this_boot.tpm_device()))
     except (UnlockError, OSError) as error:
         return [f"{'first':<10}cannot be told: {error}"]
     if not found.causes:
@@ -204,12 +204,12 @@ def _first_difference_lines(paths: Paths, early: report.Report | None) -> list[s
     return _cause_lines(found)
 
 
-def _cause_lines(found: explain.Explanation) -> list[str]:
+def _cause_lines(found: diagnosis.Explanation) -> list[str]:
     cause = found.causes[0]
-    old, new = explain.excerpts(cause.old, cause.new, COLUMNS - 13)  # beside the title, and both ellipses
+    old, new = diagnosis.excerpts(cause.old, cause.new, COLUMNS - 13)  # beside the title, and both ellipses
     rows = [("first", cause.title), ("was", old), ("is", new), ("usually", cause.usually)]
     if found.copied:
-        rows.append(("", explain.COPIED))
+        rows.append(("", diagnosis.COPIED))
     return [f"{name:<10}{text}" for name, text in rows if text]
 
 

@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _init(paths: Paths, options: argparse.Namespace) -> int:
     from ..host import this_boot
-    from ..operations import predict
+    from ..operations import baseline
     from ..operations.init import OVERRIDES, Choices, init
 
     unknown = set(options.accept) - OVERRIDES.keys()
@@ -125,7 +125,7 @@ def _init(paths: Paths, options: argparse.Namespace) -> int:
                 kms=kms,
             ),
         )
-    predict.keep(paths, this_boot.tpm_device())
+    baseline.record_good_boot(paths, this_boot.tpm_device())
     log.note(f"boot: {found.boot}; sealed under PCRs {', '.join(map(str, found.selection))}")
     if kms:
         log.note(f"keys come from {', '.join(kms.settings.endpoints)}; the host key was made and fetched")

@@ -305,7 +305,7 @@ def _provider_restore(paths: Paths, options: argparse.Namespace) -> int:
     flag = "--password-file"
     with secret(options.password_file, "unlock.backup-password", "password of the backup", flag) as password:
         entry = native_backup.restore(paths, options.file, password, options.name)
-    log.note(f"provider {entry['name']} is {entry['id']}; if it is not in use: unlock provider switch {entry['name']}")
+    log.note(f"provider {entry.name} is {entry.id}; if it is not in use: unlock provider switch {entry.name}")
     return 0
 
 

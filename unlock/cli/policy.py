@@ -148,13 +148,13 @@ def _rebind(paths: Paths, options: argparse.Namespace) -> int:
     from ..host import this_boot
     from ..host.state import State
     from ..keys import recovery_key
-    from ..measured import explain
-    from ..operations import predict, rebind
+    from ..measured import diagnosis, evidence, explain
+    from ..operations import baseline, rebind
 
     State.load(paths)
     tcti = this_boot.tpm_device()
     log.note("this boot, as the TPM sees it, is what will be allowed:")
-    print(explain.text(explain.judge(explain.gather(paths, tcti))))
+    print(explain.to_text(diagnosis.diagnose(evidence.gather_evidence(paths, tcti))))
     pin = _chosen_pin(options)
     if pin is None and rebind.lacks_pin(paths, tcti):
         log.note("a PIN is set, and the key cache lacks what it makes: the same one again, another one, or --no-pin")
@@ -183,7 +183,7 @@ def _rebind(paths: Paths, options: argparse.Namespace) -> int:
                 tcti,
             ),
         )
-    predict.keep(paths, tcti)
+    baseline.record_good_boot(paths, tcti)
     log.note(f"sealed to this boot, under PCRs {', '.join(map(str, found.selection))}: {len(found.done)} disk(s)")
     for name, why in found.left.items():
         log.error(f"{name}: {why}: it opens with the recovery key", "when it is back: unlock sync, or unlock rebind")

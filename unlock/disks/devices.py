@@ -14,6 +14,7 @@ from ..errors import DiskFailed
 from ..light import Iterable
 from .fstab import unescape
 
+_BTRFS_IOC_FS_INFO = 0x8400941F
 _LAYERS_MAX = 32
 """Layers of a storage stack that are followed; no real one has as many."""
 
@@ -92,7 +93,7 @@ def devices_of_mount(mountpoint: str, root: str = "/") -> list[str]:
     found: list[str] = []
     for device, where, source, kind in _mounts(root):  # the last mount on a mountpoint is what one sees
         if where == mountpoint:
-            found = _btrfs_devices(source, root) if kind == "btrfs" else [device]
+            found = _btrfs_devices(where, source, root) if kind == "btrfs" else [device]
     return [each for each in found if _sysfs_folder(each, root)]
 
 
@@ -102,6 +103,14 @@ def lies_on_mappings(mountpoint: str, names: set[str], root: str = "/") -> bool:
     """
     devices = devices_of_mount(mountpoint, root)
     return bool(devices) and all(_is_authenticated(_sysfs_folder(each, root), names, _LAYERS_MAX) for each in devices)
+
+
+def foreign_devices(mountpoint: str, names: set[str], root: str = "/") -> list[str]:
+    """The block devices of a mounted file system that neither are LUKS2 mappings of these names nor lie on such
+    mappings alone, by sysfs name; `nothing` where it lies on no block device."""
+    folders = [_sysfs_folder(each, root) for each in devices_of_mount(mountpoint, root)]
+    foreign = [each for each in folders if not _is_authenticated(each, names, _LAYERS_MAX, verity=False)]
+    return [os.path.basename(each) for each in foreign] if folders else ["nothing"]
 
 
 def is_encrypted(number: str, root: str = "/") -> bool:
@@ -158,14 +167,14 @@ def _dm_folders(root: str) -> Iterable[str]:
     return (f"{blocks}/{each}/dm" for each in _entries(blocks) if each.startswith("dm-"))
 
 
-def _is_authenticated(folder: str, names: set[str], deep: int) -> bool:
+def _is_authenticated(folder: str, names: set[str], deep: int, verity: bool = True) -> bool:
     kind = read_line(folder, "dm", "uuid")
-    if kind.startswith("CRYPT-VERITY-"):
+    if verity and kind.startswith("CRYPT-VERITY-"):
         return True
     if kind.startswith("CRYPT-LUKS") and read_line(folder, "dm", "name") in names:
         return True
     below = _lower_folders(folder)
-    return deep > 0 and bool(below) and all(_is_authenticated(each, names, deep - 1) for each in below)
+    return deep > 0 and bool(below) and all(_is_authenticated(each, names, deep - 1, verity) for each in below)
 
 
 def _is_below_crypt(folder: str, deep: int) -> bool:
@@ -193,14 +202,36 @@ def _lower_folders(folder: str) -> list[str]:
     return []
 
 
-def _btrfs_devices(source: str, root: str) -> list[str]:
-    """All devices of the btrfs of which `source` is one."""
-    number, btrfs = _node_number(source, root), path_below(root, "sys/fs/btrfs")
-    for uuid in _entries(btrfs):
-        devices = [read_line(btrfs, uuid, "devices", each, "dev") for each in _entries(btrfs, uuid, "devices")]
-        if number and number in devices:
-            return devices
-    return []
+def _btrfs_devices(mountpoint: str, source: str, root: str) -> list[str]:
+    """All devices of a mounted btrfs, as the kernel says; where there is no kernel to ask (`root`), by its source."""
+    btrfs = path_below(root, "sys/fs/btrfs")
+    devices = {
+        uuid: [read_line(btrfs, uuid, "devices", each, "dev") for each in _entries(btrfs, uuid, "devices")]
+        for uuid in _entries(btrfs)
+    }
+    if root == "/":
+        return devices.get(_btrfs_id(mountpoint), [])
+    return next((each for each in devices.values() if _node_number(source, root) in each), [])
+
+
+def _btrfs_id(mountpoint: str) -> str:
+    """The name in /sys/fs/btrfs of the btrfs that is mounted there; '' if none is. BTRFS_IOC_FS_INFO of linux/btrfs.h
+    gives the id by which the kernel knows it, which is not always that of the superblock (temp_fsid, Linux 6.7)."""
+    import fcntl
+
+    answer = bytearray(1024)
+    try:
+        fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        fcntl.ioctl(fd, _BTRFS_IOC_FS_INFO, answer)
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)
+    digits = answer[16:32].hex()
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
 # /proc and /sys

@@ -101,6 +101,32 @@ def find_disk(node: str) -> Disk:
         udev.udev_device_unref(device)
 
 
+class FileSystem(NamedTuple):
+    """What udev found on a device."""
+
+    kind: str
+    """ID_FS_TYPE: btrfs, ext4, LVM2_member; '' for nothing that it knows."""
+    uuid: str
+    """ID_FS_UUID: members of one btrfs or md have the same."""
+
+
+def file_system(node: str) -> FileSystem:
+    """What is on a device, as udev knows it. Raises DiskFailed."""
+    udev = libudev()
+    device = udev.udev_device_new_from_devnum(udev.context, b"b", device_number(node, "/"))
+    if not device:
+        raise DiskFailed(f"{node} is not known to udev")
+    try:
+        return FileSystem(_property(device, "ID_FS_TYPE"), _property(device, "ID_FS_UUID"))
+    finally:
+        udev.udev_device_unref(device)
+
+
+def disks_with_uuid(uuid: str) -> list[Disk]:
+    """All devices on which udev found a file system, or a part of one, with this UUID."""
+    return [_make_disk(each) for each in _enumerate("udev_enumerate_add_match_property", "ID_FS_UUID", uuid)]
+
+
 def has_settled(root: str = "/") -> bool:
     """Whether udev has processed every event of the kernel."""
     return not os.path.exists(path_below(root, "run/udev/queue"))

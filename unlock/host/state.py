@@ -1,223 +1,225 @@
 # SPDX-License-Identifier: Apache-2.0
-"""/var/lib/unlock/state.json: what this host keeps, every key in it wrapped by the persistence key.
+"""The state of this host, /var/lib/unlock/state.json: its keys, each wrapped by the persistence key, and its groups.
 
-    version     1
-    host        host id, 32 hex digits
-    provider    the one in use: {"name", "kind", "id"}; native: "scope", "kdk": wrapped; kmip: "client_key": wrapped,
-                or null when it stays in a file, "client_cert": PEM, "client_until": seconds since 1970,
-                "password": wrapped, where the key manager wants one
-    others      NAME -> the same, of providers that were added or left
-    persistence whether the provider's keys are kept on this host, wrapped
-    host_key    {"id", "name", "generation", "wrapped": null when it is not kept, "former": [the same]}
-    mac_key     wrapped, or null before there is a recovery key
-    groups      NAME -> {"kek": {"id", "name", "generation"}, "policy", "former", "behind", "manifest",
-                "members": [{"uuid", "name", "serial"}]}
-    manifests   NAME -> highest generation of a member list that was ever begun
-    generations NAME -> highest generation of a KEK that a group of that name has had
-    retire      [{"id", "group"}]: replaced KEKs, until the provider has deactivated them
-    removed     {"selection", "cap", "branches", "pin"}: the policy of what was evicted from the TPM on purpose; else
-                absent
-    recovery    {"keyslots": UUID -> salt of the recovery key's keyslot on that disk,
-                "former": UUID -> salts of keyslots that go, those of earlier recovery keys,
-                "behind": UUID -> wrapped, the MAC key of an earlier recovery key that the disk still has,
-                "tested": UUID -> when the recovery key last opened it, seconds since 1970}
-    tpm         what the policy record in the TPM does not say; absent in older files. {"states": BRANCH, hex -> {"why",
-                "proven", "made"}, "opened", "before": BRANCH or "", "pcrs": [PCR], "window": null or {"reboots",
-                "since", "pcrs", "boot"}, "unauthenticated_root", "pin": absent in older files; before the TPM asks for
-                one, and until it does not any more}
-    journal     the operation under way, or null
-
-The file is replaced whole. The one journal: an operation writes what it is about to do before it starts,
-and the save that records its result clears the entry, in the same rename.
+A command loads the state, changes it in memory, and saves the whole file at once. The one journal tells what a killed
+command had begun: journal.py. What the file holds and how it is checked: state_file.py.
 """
 
-import fcntl
-import json
-import os
-import time
 from base64 import b64encode
 from binascii import Error as Base64Error
 from binascii import a2b_base64
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
-from .. import log, wrap
+from .. import wrap
 from ..disks import token
-from ..disks.groups import POLICIES, Group, Member, is_name
-from ..errors import Malformed, NewerFormat, Refused
+from ..errors import Malformed, Refused, Usage
 from ..paths import Paths, write_atomically
 from ..secret import Secret
+from . import state_file
+from .journal import JournalEntry, command
+from .lock import PATIENCE, exclusive
+from .provider_entry import KmipEntry, NativeEntry, ProviderEntry, has_made
+from .state_file import NOTHING_KNOWN, HostKey, KeyEntry, RecoveryFacts, ReplacedKek, StateFile, TpmFacts
 
-VERSION = 1
-PATIENCE = 120.0
-"""Seconds for another command to end."""
+Entry = TypeVar("Entry", bound=JournalEntry)
 
 
 class State:
     """The state of an initialised host. Changing it does nothing before `save`."""
 
-    def __init__(self, path: str, fields: dict[str, Any]) -> None:
+    def __init__(self, path: str, file: StateFile) -> None:
         self._path = path
-        self._fields = fields
-        fields.setdefault("recovery", {"keyslots": {}, "former": {}, "behind": {}, "tested": {}})
-        self.groups = {name: _group(name, entry) for name, entry in fields["groups"].items()}
+        self.host = file.host
+        """Host id, 32 hex digits."""
+        self._provider = file.provider
+        self.others = file.others
+        """Name -> entry of the providers that are not in use."""
+        self.persistent = file.persistence
+        """Whether the provider's keys are kept on this host."""
+        self._host_key = file.host_key
+        self._mac_key = file.mac_key
+        self.groups = {name: state_file.group_of(name, entry) for name, entry in file.groups.items()}
+        self._manifests, self._generations = file.manifests, file.generations
+        self.retire = list(file.retire)
+        """KEKs that were replaced, and that their provider has not deactivated yet."""
+        self.journal = file.journal
+        """The operation under way."""
+        self.recovery = file.recovery or RecoveryFacts({}, {}, {}, {})
+        self._tpm = file.tpm
+        self.removed = file.removed
+        """The policy under which the persistence key was sealed, when the TPM does not have it any more."""
 
     @classmethod
     def new(cls, paths: Paths, host: str) -> "State":
-        return cls(
-            paths.state,
-            {
-                "version": VERSION,
-                "host": host,
-                "provider": None,
-                "others": {},
-                "persistence": True,
-                "host_key": None,
-                "mac_key": None,
-                "groups": {},
-                "manifests": {},
-                "generations": {},
-                "retire": [],
-                "journal": None,
-            },
+        """The state of a host that has no provider and no keys yet. Saves nothing."""
+        file = StateFile(
+            version=state_file.VERSION,
+            host=host,
+            provider=None,
+            others={},
+            persistence=True,
+            host_key=None,
+            mac_key=None,
+            groups={},
+            manifests={},
+            generations={},
+            retire=(),
+            journal=None,
         )
+        return cls(paths.state, file)
 
     @classmethod
     def load(cls, paths: Paths) -> "State":
         """Raises Refused when the host is not initialised, Malformed, NewerFormat."""
         try:
             with open(paths.state, "rb") as file:
-                fields = json.load(file)
+                content = file.read()
         except FileNotFoundError as error:
             raise Refused("this host is not initialised", "unlock init", code="not-initialised") from error
-        except (ValueError, RecursionError) as error:
-            raise Malformed(f"{paths.state} cannot be read", "restore it from a backup") from error
-        try:
-            if fields["version"] > VERSION:
-                raise NewerFormat(f"a later unlock wrote {paths.state}", "install a newer unlock")
-            return cls(paths.state, fields)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise Malformed(f"{paths.state} lacks {error}", "restore it from a backup") from error
+        return cls(paths.state, state_file.parse(content, paths.state))
 
     def save(self) -> None:
         """Durable when it returns. Raises OSError; the old state is then still there."""
-        self._fields["groups"] = {group.name: _entry(group) for group in self.groups.values()}
         for group in self.groups.values():
-            highest = self._fields["generations"].get(group.name, 0)
-            self._fields["generations"][group.name] = max(highest, group.generation)
-        write_atomically(self._path, self._encoded())
+            self.skip_generation(group.name, group.generation)
+        write_atomically(self._path, self._content())
 
     def save_if_changed(self) -> None:
-        """Writes nothing when the file says the same already."""
+        """Writes nothing when the file has the same content already."""
         with open(self._path, "rb") as file:
-            if file.read() == self._encoded():
+            if file.read() == self._content():
                 return
         self.save()
 
-    def _encoded(self) -> bytes:
-        return json.dumps(self._fields, indent=1).encode() + b"\n"
+    def _content(self) -> bytes:
+        file = StateFile(
+            version=state_file.VERSION,
+            host=self.host,
+            provider=self._provider,
+            others=self.others,
+            persistence=self.persistent,
+            host_key=self._host_key,
+            mac_key=self._mac_key,
+            groups={group.name: state_file.group_entry(group) for group in self.groups.values()},
+            manifests=self._manifests,
+            generations=self._generations,
+            retire=tuple(self.retire),
+            journal=self.journal,
+            recovery=self.recovery,
+            tpm=self._tpm,
+            removed=self.removed,
+        )
+        return state_file.write(file)
 
-    @property
-    def host(self) -> str:
-        host: str = self._fields["host"]
-        return host
+    # The journal
 
-    @property
-    def journal(self) -> dict[str, Any] | None:
-        journal: dict[str, Any] | None = self._fields["journal"]
-        return journal
-
-    @journal.setter
-    def journal(self, entry: dict[str, Any] | None) -> None:
-        self._fields["journal"] = entry
-
-    def begin(self, operation: str, about: str, **more: Any) -> None:
-        """Journals an operation, durably: `about` tells it from others of its kind. Raises Refused when another one is
-        unfinished.
-        """
-        if self.journal and (self.journal["operation"], self.journal["about"]) != (operation, about):
-            raise Refused(f"`{self.to_finish}` is not finished", "run it again first", code="unfinished")
-        self.journal = {"operation": operation, "about": about, **more}
+    def begin(self, entry: JournalEntry) -> None:
+        """Journals an operation, durably. Raises Refused when another one is unfinished."""
+        self.refuse_other(entry.operation, entry.about)
+        self.journal = entry
         self.save()
 
-    def unfinished(self, operation: str, about: str) -> dict[str, Any] | None:
+    def refuse_other(self, operation: str, about: str) -> None:
+        """Raises Refused when an operation is unfinished that is not this one."""
+        if self.journal and (self.journal.operation, self.journal.about) != (operation, about):
+            raise Refused(f"`{self.to_finish}` is not finished", "run it again first", code="unfinished")
+
+    def unfinished(self, kind: type[Entry], about: str) -> Entry | None:
         """The journal entry of the same operation, killed earlier."""
-        entry = self.journal
-        return entry if entry and (entry["operation"], entry["about"]) == (operation, about) else None
+        return self.journal if isinstance(self.journal, kind) and self.journal.about == about else None
 
     @property
     def to_finish(self) -> str:
-        """What a person types to finish what is journaled: `unlock OPERATION ABOUT`, and the entry's `options`, if any;
-        '' when nothing is unfinished."""
-        entry = self.journal or {}
-        words = [entry[each] for each in ("operation", "about", "options") if entry.get(each)]
-        return " ".join(["unlock", *words]) if words else ""
+        """What a person types to finish the operation in the journal; '' when nothing is unfinished."""
+        return command(self.journal) if self.journal else ""
+
+    # Generations
 
     def next_manifest(self, group: str) -> int:
         """A generation of a member list that no disk has seen, whatever became of earlier attempts."""
-        highest: int = max(
-            self._fields["manifests"].get(group, 0), self.groups[group].manifest if group in self.groups else 0
-        )
-        self._fields["manifests"][group] = highest + 1
+        highest = max(self._manifests.get(group, 0), self.groups[group].manifest if group in self.groups else 0)
+        self._manifests[group] = highest + 1
         return highest + 1
 
     def next_generation(self, group: str) -> int:
         """A generation that no KEK of a group of that name has had. It is taken when the group is saved with it: an
         attempt that came to nothing leaves its name, and the key that it may have made, to the next."""
-        generation: int = self._fields["generations"].get(group, 0)
+        generation = self._generations.get(group, 0)
         return 1 + max(generation, self.groups[group].generation if group in self.groups else 0)
 
     def skip_generation(self, group: str, generation: int) -> None:
-        """The key of that generation was revoked before it was used: its name is spent."""
-        self._fields["generations"][group] = max(generation, self._fields["generations"].get(group, 0))
+        """No later KEK of the group gets this generation, or one below it."""
+        self._generations[group] = max(generation, self._generations.get(group, 0))
+
+    # The TPM
 
     @property
-    def tpm(self) -> dict[str, Any]:
+    def tpm(self) -> TpmFacts:
         """Why each state of the TPM's policy is allowed. It permits nothing: the record in the TPM does."""
-        empty: dict[str, Any] = {
-            "states": {},
-            "opened": "",
-            "before": "",
-            "pcrs": [],
-            "window": None,
-            "unauthenticated_root": None,
-            "pin": False,
-        }
-        tpm: dict[str, Any] = self._fields.setdefault("tpm", empty)
-        return tpm
+        return self._tpm or NOTHING_KNOWN
+
+    @tpm.setter
+    def tpm(self, facts: TpmFacts) -> None:
+        self._tpm = facts
 
     # Providers
 
     @property
-    def provider(self) -> dict[str, Any]:
-        """The entry of the provider in use."""
-        entry: dict[str, Any] = self._fields["provider"]
-        return entry
+    def provider(self) -> ProviderEntry:
+        """The entry of the provider in use. Raises Refused where `init` was killed before it chose one."""
+        if self._provider is None:
+            raise _not_initialised()
+        return self._provider
 
     @property
     def provider_id(self) -> str:
-        return str(self._fields["provider"]["id"]) if self._fields["provider"] else ""
+        """'' where there is no provider yet."""
+        return self._provider.id if self._provider else ""
 
     @property
-    def others(self) -> dict[str, dict[str, Any]]:
-        """Name -> entry of the providers that are not in use."""
-        others: dict[str, dict[str, Any]] = self._fields["others"]
-        return others
+    def providers(self) -> list[ProviderEntry]:
+        """The entries of all providers, the one in use first."""
+        return [*([self._provider] if self._provider else []), *self.others.values()]
 
-    def use_provider(self, entry: dict[str, Any]) -> None:
+    def provider_named(self, name: str = "") -> ProviderEntry:
+        """A provider's entry by its name; '' is the one in use. Raises Usage."""
+        if name in ("", self.provider.name):
+            return self.provider
+        if name not in self.others:
+            raise Usage(f"there is no provider {name}", "unlock provider list")
+        return self.others[name]
+
+    def provider_of(self, key_id: str) -> ProviderEntry:
+        """The entry of the provider that has made a key. Raises Refused when that provider was removed."""
+        for entry in self.providers:
+            if has_made(entry, key_id):
+                return entry
+        raise Refused(f"the provider of {key_id} is not known", "unlock provider list", code="no-provider")
+
+    def use_provider(self, entry: ProviderEntry) -> None:
         """The one in use from now on; what was in use stays with the others."""
-        if self._fields["provider"]:
-            self.others[self.provider["name"]] = self.provider
-        self.others.pop(entry["name"], None)
-        self._fields["provider"] = entry
+        if self._provider:
+            self.others[self._provider.name] = self._provider
+        self.others.pop(entry.name, None)
+        self._provider = entry
 
-    def native_entry(self, name: str, provider_id: str, scope: str, persistence: Secret, kdk: Secret) -> dict[str, Any]:
+    def put_provider(self, entry: ProviderEntry) -> None:
+        """Replaces the entry of the provider of that name, or adds it to those that are not in use."""
+        if self._provider and self._provider.name == entry.name:
+            self._provider = entry
+        else:
+            self.others[entry.name] = entry
+
+    def native_entry(self, *, name: str, provider_id: str, scope: str, persistence: Secret, kdk: Secret) -> NativeEntry:
+        """The entry of a native provider, its KDK wrapped."""
         wrapped = self._wrapped(persistence, "kdk", kdk)
-        return {"name": name, "kind": "native", "id": provider_id, "scope": scope, "kdk": wrapped}
+        return NativeEntry(name=name, kind="native", id=provider_id, scope=scope, kdk=wrapped)
 
     def kmip_entry(
         self,
+        *,
         name: str,
         provider_id: str,
         certificate: str,
@@ -225,165 +227,151 @@ class State:
         persistence: Secret,
         key: Secret | None,
         password: Secret | None = None,
-    ) -> dict[str, Any]:
-        """`key` is the client's, as PEM; None when it stays in a file. `until`: when the certificate ends, in seconds
-        since 1970. `password`: of its user name, where it has one."""
-        wrapped = self._wrapped(persistence, "client-key", key) if key else None
-        client: dict[str, Any] = {"client_cert": certificate, "client_until": until, "client_key": wrapped}
-        if password:
-            client["password"] = self._wrapped(persistence, "client-password", password)
-        return {"name": name, "kind": "kmip", "id": provider_id, **client}
+    ) -> KmipEntry:
+        """The entry of a key manager. `certificate` and `key` are the client's, as PEM; `key` is None when it stays in
+        a file. `until`: when the certificate ends, in seconds since 1970. `password`: of its user name, where it has
+        one."""
+        return KmipEntry(
+            name=name,
+            kind="kmip",
+            id=provider_id,
+            client_cert=certificate,
+            client_until=until,
+            client_key=self._wrapped(persistence, "client-key", key) if key else None,
+            password=self._wrapped(persistence, "client-password", password) if password else None,
+        )
 
-    def kdk(self, persistence: Secret, entry: dict[str, Any] | None = None) -> Secret:
+    def kdk(self, persistence: Secret, entry: NativeEntry) -> Secret:
         """A native provider's KDK. Raises Tampered."""
-        return self._unwrapped(persistence, "kdk", (entry or self.provider)["kdk"])
+        return self._unwrapped(persistence, "kdk", entry.kdk)
 
-    def client_key(self, persistence: Secret, entry: dict[str, Any]) -> Secret:
-        """A KMIP client's private key, as PEM. Raises Tampered."""
-        return self._unwrapped(persistence, "client-key", entry["client_key"])
+    def client_key(self, persistence: Secret, entry: KmipEntry) -> Secret | None:
+        """A KMIP client's private key, as PEM; None where it stays in a file. Raises Tampered."""
+        return self._unwrapped(persistence, "client-key", entry.client_key) if entry.client_key else None
 
-    def client_password(self, persistence: Secret, entry: dict[str, Any]) -> Secret | None:
+    def client_password(self, persistence: Secret, entry: KmipEntry) -> Secret | None:
         """The password of a KMIP client's user name; None where there is none. Raises Tampered."""
-        wrapped = entry.get("password")
-        return self._unwrapped(persistence, "client-password", wrapped) if wrapped else None
+        return self._unwrapped(persistence, "client-password", entry.password) if entry.password else None
+
+    def not_retired(self, entry: ProviderEntry) -> list[ReplacedKek]:
+        """The replaced KEKs that one provider has not deactivated yet."""
+        return [each for each in self.retire if has_made(entry, each.id)]
+
+    # The host key
 
     @property
-    def retire(self) -> list[dict[str, str]]:
-        """KEKs that were replaced, and that the provider has not deactivated yet."""
-        retire: list[dict[str, str]] = self._fields["retire"]
-        return retire
+    def _present_host_key(self) -> HostKey:
+        if self._host_key is None:
+            raise _not_initialised()
+        return self._host_key
 
-    def not_retired(self, entry: dict[str, Any]) -> list[dict[str, str]]:
-        """Those of one provider."""
-        return [each for each in self.retire if each["id"].startswith(f"{entry['id']}/")]
-
-    @property
-    def removed(self) -> dict[str, Any] | None:
-        """The policy under which the persistence key was sealed, when the TPM does not have it any more."""
-        removed: dict[str, Any] | None = self._fields.get("removed")
-        return removed
-
-    @removed.setter
-    def removed(self, sealed: dict[str, Any] | None) -> None:
-        self._fields.pop("removed", None)
-        if sealed:
-            self._fields["removed"] = sealed
-
-    # Keys
-
-    def prove(self, persistence: Secret) -> None:
-        """Raises Tampered unless this is the key that wraps what the state keeps."""
-        for kind, wrapped in (
-            ("kdk", self.provider.get("kdk")),
-            ("client-key", self.provider.get("client_key")),
-            ("client-password", self.provider.get("password")),
-            ("host-key", self._fields["host_key"]["wrapped"]),
-            ("mac-key", self._fields["mac_key"]),
-        ):
-            if wrapped:
-                self._unwrapped(persistence, kind, wrapped).wipe()
-
-    @property
-    def persistent(self) -> bool:
-        """Whether the provider's keys are kept on this host."""
-        return bool(self._fields["persistence"])
-
-    @persistent.setter
-    def persistent(self, kept: bool) -> None:
-        self._fields["persistence"] = kept
-
-    def set_host_key(
-        self, key_id: str, name: str, generation: int, persistence: Secret, key: Secret, former: bool = True
-    ) -> None:
-        """The host key, in place of another one, which dumps may still need (`former`)."""
-        old = self._fields["host_key"]
-        self._fields["host_key"] = {
-            "id": key_id,
-            "name": name,
-            "generation": generation,
-            "wrapped": self._wrapped(persistence, "host-key", key) if self.persistent else None,
-            "former": [*old["former"], {**old, "former": []}] if old and former else (old or {}).get("former", []),
-        }
+    def set_host_key(self, entry: KeyEntry, *, persistence: Secret, key: Secret, keep_former: bool = True) -> None:
+        """The host key, in place of another one, which dumps may still need (`keep_former`)."""
+        old = self._host_key
+        former = old.former if old else ()
+        self._host_key = HostKey(
+            *entry,
+            wrapped=self._wrapped(persistence, "host-key", key) if self.persistent else None,
+            former=(*former, old._replace(former=())) if old and keep_former else former,
+        )
 
     def drop_host_key(self) -> None:
         """The host key is not kept any more; the provider has it."""
-        self._fields["host_key"]["wrapped"] = None
+        self._host_key = self._present_host_key._replace(wrapped=None)
 
     @property
-    def host_key_ref(self) -> tuple[str, str, int]:
-        """Id, name and generation of the host key."""
-        entry = self._fields["host_key"]
-        return str(entry["id"]), str(entry["name"]), int(entry["generation"])
+    def host_key_ref(self) -> KeyEntry:
+        """Where the host key is at its provider. Raises Refused where `init` was killed before it had one."""
+        key = self._present_host_key
+        return KeyEntry(key.id, key.name, key.generation)
 
     def had_host_key(self, key_id: str) -> bool:
         """Whether it was this host's before the present one."""
-        return any(each["id"] == key_id for each in self._fields["host_key"]["former"])
+        return any(each.id == key_id for each in self._present_host_key.former)
 
     def host_key(self, persistence: Secret) -> Secret | None:
         """None where it is not kept on this host. Raises Tampered."""
-        wrapped = self._fields["host_key"]["wrapped"]
+        wrapped = self._present_host_key.wrapped
         return self._unwrapped(persistence, "host-key", wrapped) if wrapped else None
+
+    # The recovery key
 
     @property
     def has_recovery_key(self) -> bool:
-        return self._fields["mac_key"] is not None
+        """Whether this host has a recovery key. The key itself is never in the state, but for a rotation's journal."""
+        return self._mac_key is not None
 
-    def set_mac_key(self, persistence: Secret, key: Secret) -> None:
-        self._fields["mac_key"] = self._wrapped(persistence, "mac-key", key)
+    def set_mac_key(self, *, persistence: Secret, mac_key: Secret) -> None:
+        """The MAC key of the present recovery key."""
+        self._mac_key = self._wrapped(persistence, "mac-key", mac_key)
 
     def mac_key(self, persistence: Secret, uuid: str = "") -> Secret:
         """The key of the headers' recovery MACs; with `uuid`, the one that fits the recovery key that this disk has.
-        Raises Tampered."""
-        return self._unwrapped(persistence, "mac-key", self.recovery["behind"].get(uuid, self._fields["mac_key"]))
+        Raises Tampered, Malformed when there is none."""
+        wrapped = self.recovery.behind.get(uuid, self._mac_key)
+        if wrapped is None:
+            raise Malformed(f"{self._path} has no mac_key")
+        return self._unwrapped(persistence, "mac-key", wrapped)
 
-    @property
-    def recovery(self) -> dict[str, dict[str, Any]]:
-        """What is known of the recovery key on each disk, by LUKS UUID."""
-        recovery: dict[str, dict[str, Any]] = self._fields["recovery"]
-        return recovery
-
-    def change_mac_key(self, persistence: Secret, key: Secret, behind: list[str]) -> None:
-        """Another recovery key; the disks `behind` still have the one before, or one before that."""
+    def change_mac_key(self, *, persistence: Secret, mac_key: Secret, behind: list[str]) -> None:
+        """Another recovery key; the disks `behind`, by LUKS UUID, still have the one before, or one before that."""
+        assert self._mac_key
         for uuid in behind:
-            self.recovery["behind"].setdefault(uuid, self._fields["mac_key"])
-        self.set_mac_key(persistence, key)
+            self.recovery.behind.setdefault(uuid, self._mac_key)
+        self.set_mac_key(persistence=persistence, mac_key=mac_key)
 
-    def wrapped_recovery_key(self, persistence: Secret, key: Secret) -> str:
-        """For the journal alone, while the key is brought to the disks."""
-        return self._wrapped(persistence, "recovery-key", key)
+    def wrap_recovery_key(self, *, persistence: Secret, recovery: Secret) -> str:
+        """The recovery key wrapped: for the journal alone, while the key is brought to the disks."""
+        return self._wrapped(persistence, "recovery-key", recovery)
 
-    def unwrapped_recovery_key(self, persistence: Secret, wrapped: str) -> Secret:
+    def unwrap_recovery_key(self, persistence: Secret, wrapped: str) -> Secret:
         """Raises Tampered."""
         return self._unwrapped(persistence, "recovery-key", wrapped)
 
-    def rewrap(self, old: Secret | None, new: Secret) -> list[str]:
-        """What `old` wraps is wrapped by `new`. Without it, host keys are not kept any more; gives the names of the
-        providers whose own key is lost. Saves nothing. Raises Tampered."""
-        lost = []
-        for entry in filter(None, (self.provider, *self.others.values())):
-            for field, kind in (("kdk", "kdk"), ("client_key", "client-key"), ("password", "client-password")):
-                if entry.get(field) and old:
-                    entry[field] = self._again(old, new, kind, entry[field])
-                elif entry.get(field):
-                    lost.append(str(entry["name"]))
-        for entry in (self._fields["host_key"], *self._fields["host_key"]["former"]):
-            entry["wrapped"] = self._again(old, new, "host-key", entry["wrapped"]) if entry["wrapped"] and old else None
-        behind = self.recovery["behind"]
-        self.recovery["behind"] = {uuid: self._again(old, new, "mac-key", behind[uuid]) for uuid in behind if old}
-        return list(dict.fromkeys(lost))
+    # The persistence key
 
-    def hide(self, new: Secret, old: Secret | None) -> str:
-        """The old persistence key, or none, wrapped by the new one: for the journal of a rebind."""
+    def prove(self, persistence: Secret) -> None:
+        """Raises Tampered unless this is the key that wraps what the state keeps."""
+        wraps = [
+            *_wrapped_keys(self.provider).items(),
+            ("host-key", self._present_host_key.wrapped),
+            ("mac-key", self._mac_key),
+        ]
+        for kind, wrapped in wraps:
+            if wrapped:
+                self._unwrapped(persistence, kind, wrapped).wipe()
+
+    def rewrap(self, *, old: Secret | None, new: Secret) -> list[str]:
+        """Wraps by `new` what `old` wraps. Without `old`, host keys are not kept any more; returns the names of the
+        providers whose own key is lost. Saves nothing. Raises Tampered."""
+        lost = [entry.name for entry in self.providers if _wrapped_keys(entry) and not old]
+
+        def again(kind: str, wrapped: str) -> str:
+            assert old
+            with self._unwrapped(old, kind, wrapped) as key:
+                return self._wrapped(new, kind, key)
+
+        def host_key_again(key: HostKey) -> HostKey:
+            return key._replace(wrapped=again("host-key", key.wrapped) if key.wrapped and old else None)
+
+        if old:
+            for entry in self.providers:
+                wraps = {kind: again(kind, wrapped) for kind, wrapped in _wrapped_keys(entry).items()}
+                self.put_provider(_with_wrapped_keys(entry, wraps))
+        present = host_key_again(self._present_host_key)
+        self._host_key = present._replace(former=tuple(host_key_again(each) for each in present.former))
+        behind = {uuid: again("mac-key", wrapped) for uuid, wrapped in self.recovery.behind.items() if old}
+        self.recovery = self.recovery._replace(behind=behind)
+        return lost
+
+    def wrap_old_persistence_key(self, *, new: Secret, old: Secret | None) -> str:
+        """The old persistence key, or 32 zero bytes for none, wrapped by the new one: for the journal of a rebind."""
         return self._wrapped(new, "rebind", old or Secret(bytes(32)))
 
-    def unhide(self, new: Secret, text: str) -> Secret | None:
-        """Raises Tampered when it is another key than the one of that rebind."""
-        old = self._unwrapped(new, "rebind", text)
+    def unwrap_old_persistence_key(self, new: Secret, wrapped: str) -> Secret | None:
+        """None where the rebind had no old persistence key. Raises Tampered when `new` is not that rebind's."""
+        old = self._unwrapped(new, "rebind", wrapped)
         return old if any(old.value) else None
-
-    def _again(self, old: Secret, new: Secret, kind: str, text: str) -> str:
-        with self._unwrapped(old, kind, text) as key:
-            return self._wrapped(new, kind, key)
 
     def _wrapped(self, persistence: Secret, kind: str, key: Secret) -> str:
         return b64encode(wrap.wrap(persistence, key, token.key_aad(self.host, kind))).decode()
@@ -391,72 +379,33 @@ class State:
     def _unwrapped(self, persistence: Secret, kind: str, text: str) -> Secret:
         try:
             wrapped = a2b_base64(text, strict_mode=True)
-        except (Base64Error, TypeError, ValueError) as error:
+        except (Base64Error, ValueError) as error:
             raise Malformed(f"the wrapped {kind} in {self._path} is not base64") from error
         return wrap.unwrap(persistence, wrapped, token.key_aad(self.host, kind))
 
 
 @contextmanager
-def exclusive(paths: Paths, patience: float = PATIENCE) -> Iterator[None]:
-    """One changing operation at a time on this host; the sync of the timer is one. Raises Refused when another is still
-    running after `patience`, in seconds."""
-    os.makedirs(paths.run, mode=0o700, exist_ok=True)
-    fd = os.open(paths.of_this_boot("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    end = time.monotonic() + patience
-    try:
-        said = False
-        while not _locked(fd):
-            if not said:
-                log.note("waiting for another unlock command to end")
-                said = True
-            if time.monotonic() >= end:
-                raise Refused("another unlock command is changing this host", "run it again later", code="busy")
-            time.sleep(0.2)
-        yield
-    finally:
-        fcntl.flock(fd, fcntl.LOCK_UN)  # a forked process that a device holds has the file open too
-        os.close(fd)
-
-
-@contextmanager
 def changing(paths: Paths, patience: float = PATIENCE) -> Iterator[State]:
-    """The same, with the state as no other operation changes it. Raises what `State.load` raises, before anything else
-    is asked."""
+    """Holds the lock; gives the state as no other command changes it. Raises what `State.load` raises, and Refused as
+    `exclusive` does."""
     with exclusive(paths, patience):
         yield State.load(paths)
 
 
-def _locked(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+def _not_initialised() -> Refused:
+    return Refused("`unlock init` is not finished", "run it again first", code="unfinished")
 
 
-def _group(name: str, entry: dict[str, Any]) -> Group:
-    if not is_name(name) or entry["policy"] not in POLICIES:
-        raise KeyError("a valid group")
-    members = tuple(Member(str(m["uuid"]), str(m["name"]), str(m["serial"])) for m in entry["members"])
-    return Group(
-        name,
-        str(entry["kek"]["id"]),
-        int(entry["kek"]["generation"]),
-        int(entry["manifest"]),
-        members,
-        str(entry["kek"]["name"]),
-        str(entry["policy"]),
-        tuple(map(str, entry["former"])),
-        tuple(map(str, entry["behind"])),
-    )
+def _wrapped_keys(entry: ProviderEntry) -> dict[str, str]:
+    """Kind -> wrapped key, of the keys that the entry has."""
+    if entry.kind == "native":
+        return {"kdk": entry.kdk}
+    wraps = {"client-key": entry.client_key, "client-password": entry.password}
+    return {kind: wrapped for kind, wrapped in wraps.items() if wrapped}
 
 
-def _entry(group: Group) -> dict[str, Any]:
-    return {
-        "kek": {"id": group.kek, "name": group.kek_name, "generation": group.generation},
-        "policy": group.policy,
-        "former": list(group.former),
-        "behind": list(group.behind),
-        "manifest": group.manifest,
-        "members": [member._asdict() for member in group.members],
-    }
+def _with_wrapped_keys(entry: ProviderEntry, wraps: dict[str, str]) -> ProviderEntry:
+    """The entry with these wrapped keys, of `_wrapped_keys`."""
+    if entry.kind == "native":
+        return entry._replace(kdk=wraps["kdk"])
+    return entry._replace(client_key=wraps.get("client-key"), password=wraps.get("client-password"))

@@ -13,6 +13,7 @@ recovered        the recovery prompt opened disks, or tried to
 ended            the agent ended in order: keys and disks are handed over, or closed
 open/G           link to a mapping of group G, which is open; members/G lists them all
 failed-groups/G  its gate failed; the units that waited
+spoofed/G        something else was mounted in the place of its file system
 keys.json        where each cached key came from
 sync.json        how the last sync went
 """
@@ -55,6 +56,14 @@ def mark(paths: Paths, *names: str) -> None:
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
+def mark_spoofed(paths: Paths, group: str, words: str) -> None:
+    """Something else was mounted in the place of the group's file system."""
+    path = paths.of_this_boot(os.path.join("spoofed", group))
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(words)
+
+
 def mark_open(paths: Paths, group: str, mappings: Sequence[str]) -> None:
     """The group is open. Its mount unit mounts a link to the first mapping; the gate shows all to btrfs."""
     link = paths.of_this_boot(os.path.join("open", group))
@@ -65,6 +74,19 @@ def mark_open(paths: Paths, group: str, mappings: Sequence[str]) -> None:
         file.writelines(f"/dev/mapper/{name}\n" for name in mappings)
     unmark(paths, "open", group)
     os.symlink(f"/dev/mapper/{mappings[0]}", link)
+
+
+def open_groups(paths: Paths) -> dict[str, set[str]]:
+    """Group -> names of its mappings, of the groups that are open."""
+    found = {}
+    try:
+        groups = os.listdir(paths.of_this_boot("members"))
+    except FileNotFoundError:
+        return {}
+    for group in groups:
+        with open(paths.of_this_boot(os.path.join("members", group)), encoding="ascii") as file:
+            found[group] = {os.path.basename(line.strip()) for line in file}
+    return found
 
 
 def unmark(paths: Paths, *names: str) -> None:

@@ -6,13 +6,13 @@ had to ask. Nothing is asked of a provider before its key is needed.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from .. import ask
 from ..disks import devices, disk_keys, find, luks, token
 from ..disks.groups import Group
 from ..errors import NoKey, Refused, Tampered, UnlockError, Usage
 from ..host import config, keyring
+from ..host.provider_entry import KmipEntry, ProviderEntry
 from ..host.state import State
 from ..paths import Paths
 from ..providers import COMPROMISED, DEACTIVATED, PRE_ACTIVE, USABLE, Provider, Ref, native
@@ -21,60 +21,83 @@ from ..secret import Secret
 OPENS = USABLE | {PRE_ACTIVE, DEACTIVATED, COMPROMISED}
 """States in which a key that is in use still opens disks, unless the operator's `drop_on` says otherwise."""
 
-Connect = Callable[[Paths, State, Secret | None, dict[str, Any]], Provider]
+Connect = Callable[[Paths, State, Secret | None, ProviderEntry], Provider]
 """Gives the provider of an entry of the state. Raises UnlockError."""
 
 
-def connect(paths: Paths, state: State, persistence: Secret | None, entry: dict[str, Any]) -> Provider:
+def connect(paths: Paths, state: State, persistence: Secret | None, entry: ProviderEntry) -> Provider:
     """The real one. `persistence` is None when the TPM refused: then a client key in a file is all there is."""
-    if entry["kind"] == "native":
+    if entry.kind == "native":
         if persistence is None:
             raise NoKey("the native provider's key is wrapped by the persistence key", "unlock status")
-        return native.Native(state.kdk(persistence, entry), entry["scope"])
-    settings = settings_of(paths, entry)
-    if entry["client_key"] is None:
-        key = ask.from_file(settings.client_key)
-    elif persistence is None:
+        return native.Native(state.kdk(persistence, entry), entry.scope)
+    settings = provider_settings(paths, entry)
+    return kmip(
+        settings,
+        provider_id=entry.id,
+        certificate=entry.client_cert,
+        key=_client_key(state, persistence, settings, entry),
+        password=_client_password(state, persistence, settings, entry),
+    )
+
+
+def _client_key(state: State, persistence: Secret | None, settings: config.ProviderConfig, entry: KmipEntry) -> Secret:
+    """From the state, or from the file that unlock.toml names. Raises NoKey, Usage."""
+    if persistence is None and entry.client_key:
         raise NoKey("the client key is wrapped by the persistence key", "give [provider] a client_key file")
-    else:
-        key = state.client_key(persistence, entry)
-    return kmip(settings, entry["id"], entry["client_cert"], key, _password(state, persistence, settings, entry))
+    kept = state.client_key(persistence, entry) if persistence else None
+    return kept or ask.from_file(settings.client_key)
 
 
-def _password(
-    state: State, persistence: Secret | None, settings: config.ProviderConfig, entry: dict[str, Any]
+def _client_password(
+    state: State, persistence: Secret | None, settings: config.ProviderConfig, entry: KmipEntry
 ) -> Secret | None:
-    """What goes with the user name in unlock.toml; None without one. Raises NoKey."""
-    if not settings.username or not entry.get("password"):
+    """The password of the user name in unlock.toml; None without a user name. Raises NoKey."""
+    if not settings.username or not entry.password:
         return None
     if persistence is None:
         raise NoKey("the key manager's password is wrapped by the persistence key", "unlock status")
     return state.client_password(persistence, entry)
 
 
-def settings_of(paths: Paths, entry: dict[str, Any]) -> config.ProviderConfig:
-    """What unlock.toml says of a key manager. Raises Refused."""
-    settings = config.load(paths.config).providers.get(entry["name"])
+def provider_settings(paths: Paths, entry: KmipEntry) -> config.ProviderConfig:
+    """The [provider.NAME] of a key manager in unlock.toml. Raises Refused where there is none."""
+    settings = config.load(paths.config).providers.get(entry.name)
     if settings is None:
-        raise Refused(f"unlock.toml has no [provider.{entry['name']}]", f"edit {paths.config}", code="no-provider")
+        raise Refused(f"unlock.toml has no [provider.{entry.name}]", f"edit {paths.config}", code="no-provider")
     return settings
 
 
 def kmip(
-    settings: config.ProviderConfig, provider_id: str, certificate: str, key: Secret, password: Secret | None = None
+    settings: config.ProviderConfig,
+    *,
+    provider_id: str,
+    certificate: str,
+    key: Secret,
+    password: Secret | None = None,
 ) -> Provider:
-    """A KMIP provider, which takes key and password over. Raises Usage, Malformed."""
-    from ..providers import kmip as door  # post-boot only
+    """A KMIP provider, which takes key and password over and wipes them. `certificate` and `key` are PEM. Raises Usage,
+    Malformed."""
+    from ..endpoint import Endpoint
+    from ..providers.kmip.provider import KmipProvider, KmipSettings  # post-boot only
 
-    endpoints = tuple(door.Endpoint.parse(each) for each in settings.endpoints)
-    ca = public(settings.ca)
-    user = settings.username
-    return door.Kmip(door.Settings(provider_id, endpoints, ca, certificate, key, user, password, settings.timeout))
+    return KmipProvider(
+        KmipSettings(
+            id=provider_id,
+            endpoints=tuple(map(Endpoint.parse, settings.endpoints)),
+            ca=public(settings.ca),
+            certificate=certificate,
+            key=key,
+            username=settings.username,
+            password=password,
+            timeout=settings.timeout,
+        )
+    )
 
 
 def certificate_until(certificate: str) -> int:
     """When a PEM certificate ends, in seconds since 1970. Raises Malformed."""
-    from ..providers import tls
+    from ..providers.kmip import tls
 
     return int(tls.validity(certificate)[1])
 
@@ -111,28 +134,12 @@ class Work:
         for key in (self.persistence, *self.fetched.values()):
             key.wipe()
 
-    def provider(self, entry: dict[str, Any] | None = None) -> Provider:
+    def provider(self, entry: ProviderEntry | None = None) -> Provider:
         """The provider in use, or that of an entry; one connection for the whole of the work."""
         entry = entry or self.state.provider
-        if entry["name"] not in self._providers:
-            self._providers[entry["name"]] = self._connect(self.paths, self.state, self.persistence, entry)
-        return self._providers[entry["name"]]
-
-    def entry(self, name: str = "") -> dict[str, Any]:
-        """A provider's entry by its name; '' is the one in use. Raises Usage."""
-        if name in ("", self.state.provider["name"]):
-            return self.state.provider
-        if name not in self.state.others:
-            raise Usage(f"there is no provider {name}", "unlock provider list")
-        return self.state.others[name]
-
-    def settings_of(self, entry: dict[str, Any]) -> config.ProviderConfig:
-        """What unlock.toml says of a key manager. Raises Refused."""
-        return settings_of(self.paths, entry)
-
-    def owner(self, kek_id: str) -> dict[str, Any]:
-        """The entry of the provider that has made a key."""
-        return owner(self.state, kek_id)
+        if entry.name not in self._providers:
+            self._providers[entry.name] = self._connect(self.paths, self.state, self.persistence, entry)
+        return self._providers[entry.name]
 
     def nodes(self, group: Group) -> dict[str, str]:
         """LUKS UUID -> node of the members that are here."""
@@ -160,17 +167,9 @@ def persistence_key() -> Secret:
         ) from error
 
 
-def owner(state: State, kek_id: str) -> dict[str, Any]:
-    """The entry of the provider that has made a key. Raises Refused when it was removed."""
-    for entry in (state.provider, *state.others.values()):
-        if kek_id.startswith(f"{entry['id']}/"):
-            return entry
-    raise Refused(f"the provider of {kek_id} is not known", "unlock provider list", code="no-provider")
-
-
-def ref(entry: dict[str, Any], kek_id: str, name: str) -> Ref:
-    """What the provider knows the key by."""
-    return Ref(kek_id.removeprefix(f"{entry['id']}/"), name)
+def key_ref(entry: ProviderEntry, key_id: str, name: str) -> Ref:
+    """A key as its provider knows it; `key_id` is PROVIDER/ID."""
+    return Ref(key_id.removeprefix(f"{entry.id}/"), name)
 
 
 def key_name(host: str, kind: str, generation: int) -> str:
@@ -204,8 +203,8 @@ def find_kek(
                 continue
     which = (group.kek, group.generation)
     if which not in work.fetched:
-        entry = work.owner(group.kek)
-        kek_id = ref(entry, group.kek, group.kek_name).id
+        entry = work.state.provider_of(group.kek)
+        kek_id = key_ref(entry, group.kek, group.kek_name).id
         work.fetched[which] = work.provider(entry).fetch(kek_id, states or work.opens(), prover(work, group, nodes))
     return Secret(bytes(work.fetched[which])), "provider"
 

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.hazmat.primitives.serialization.pkcs7 import PKCS7EnvelopeBuilder, PKCS7Options
 
+from ..der import elements
 from ..errors import CommandFailed, Malformed, Refused, Usage
 from ..paths import write_atomically
 from ..run import run
@@ -193,17 +194,16 @@ def _refused(path: str, why: str) -> Refused:
 def _check_envelope(content: bytes, certificate: x509.Certificate) -> None:
     """Raises Malformed unless it is EnvelopedData with content, for this certificate alone."""
     try:
-        oid, enveloped = _children(_only(_from_pem(content, b"PKCS7")))
-        _, recipients, encrypted = _children(_only(enveloped[1]))
-        (recipient,) = _children(recipients[1])
-        _, who, _, wrapped = _children(recipient[1])
-        issuer, serial = _children(who[1])
-        _, _, data = _children(encrypted[1])
+        oid, enveloped = elements(_only(_from_pem(content, b"PKCS7")))
+        _, recipients, encrypted = elements(_only(enveloped.content))
+        _, who, _, wrapped = elements(_only(recipients.content))
+        issuer, serial = elements(who.content)
+        _, _, data = (each.content for each in elements(encrypted.content))
         key = certificate.public_key()
         assert isinstance(key, RSAPublicKey)
-        said = (oid[1], issuer[2], int.from_bytes(serial[1], "big"), len(wrapped[1]))
+        said = (oid.content, issuer.whole, int.from_bytes(serial.content, "big"), len(wrapped.content))
         wanted = (_ENVELOPED_DATA, certificate.issuer.public_bytes(), certificate.serial_number, key.key_size // 8)
-        whole = len(data[1]) > 48 and len(data[1]) % 16 == 0
+        whole = len(data) > 48 and len(data) % 16 == 0
     except (ValueError, IndexError) as error:
         raise Malformed("the escrow file does not read back") from error
     if said != wanted or not whole:
@@ -222,26 +222,7 @@ def _from_pem(content: bytes, label: bytes) -> bytes:
         raise ValueError from error
 
 
-Element = tuple[int, bytes, bytes]
-"""Tag, content, and both with their length: one element of DER (X.690)."""
-
-
 def _only(data: bytes) -> bytes:
-    """The content of the one element that there is. Raises ValueError."""
-    ((_, content, _),) = _children(data)
-    return content
-
-
-def _children(data: bytes) -> list[Element]:
-    """Raises ValueError, IndexError."""
-    found, at = [], 0
-    while at < len(data):
-        tag, size, start = data[at], data[at + 1], at + 2
-        if size & 0x80:
-            start += size & 0x7F
-            size = int.from_bytes(data[at + 2 : start], "big")
-        if start + size > len(data):
-            raise ValueError
-        found.append((tag, data[start : start + size], data[at : start + size]))
-        at = start + size
-    return found
+    """The content of the one element of DER that there is. Raises ValueError, IndexError."""
+    (only,) = elements(data)
+    return only.content

@@ -9,14 +9,16 @@
 Volume keys and data stay as they are. A disk that fails or is away keeps what opens it, and is done when it is back.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .. import log
 from ..disks import disk_keys, luks
 from ..disks.groups import Group, Member
 from ..errors import NoKey, NotFoundOrDenied, Refused, StateBlocked, Tampered, UnlockError, Unsupported
 from ..host import keyring, this_boot
+from ..host.journal import JournalEntry, Rekey
 from ..host.state import State
+from ..host.state_file import KeyEntry, ReplacedKek
 from ..providers import USABLE, Ref
 from ..secret import Secret
 from . import access
@@ -46,34 +48,35 @@ def rotate(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
     """
     state = work.state
     group = state.groups[name]
-    if not state.unfinished("rekey", name):
+    entry = state.unfinished(Rekey, name)
+    if not entry:
         if not work.nodes(group):
             raise Refused(f"no disk of group {name} is here", "unlock status", code="missing")
-        made = list(adopt) if adopt else None
-        state.begin("rekey", name, generation=state.next_generation(name), made=made, theirs=bool(adopt))
-    entry = state.unfinished("rekey", name)
-    assert entry
+        made = (adopt.id, adopt.name) if adopt else None
+        entry = Rekey("rekey", name, generation=state.next_generation(name), made=made, theirs=bool(adopt))
+        state.begin(entry)
     try:
-        new = successor(group, work.provider().id, _made(work, group, entry), int(entry["generation"]))
+        new = successor(group, work.provider().id, _made(work, group, entry), entry.generation)
         with new_kek(work, new) as kek:
-            return replace(work, group, new, kek, journal=None, retires=not entry["theirs"])
+            return replace(work, group, new, kek, journal=None, retires=not entry.theirs)
     except UnlockError as error:
-        if not _begun(work, group, int(entry["generation"])):
+        if not _begun(work, group, entry.generation):
             if isinstance(error, StateBlocked):
-                state.skip_generation(name, int(entry["generation"]))
+                state.skip_generation(name, entry.generation)
             state.journal = None
             state.save()
         raise
 
 
-def _made(work: Work, group: Group, entry: dict[str, Any]) -> Ref:
+def _made(work: Work, group: Group, entry: Rekey) -> Ref:
     """The key that takes over, from the journal or made now."""
-    if not entry["made"]:
-        old = access.ref(work.owner(group.kek), group.kek, group.kek_name)
-        name = access.key_name(work.state.host, f"kek/{group.name}", int(entry["generation"]))
-        entry["made"] = list(work.provider().rotate(old, name))
-        work.state.save()
-    return Ref(*entry["made"])
+    if entry.made:
+        return Ref(*entry.made)
+    old = access.key_ref(work.state.provider_of(group.kek), group.kek, group.kek_name)
+    made = work.provider().rotate(old, access.key_name(work.state.host, f"kek/{group.name}", entry.generation))
+    work.state.journal = entry._replace(made=(made.id, made.name))
+    work.state.save()
+    return made
 
 
 def new_kek(work: Work, new: Group) -> Secret:
@@ -106,7 +109,7 @@ def _begun(work: Work, group: Group, generation: int) -> bool:
 
 
 def replace(
-    work: Work, group: Group, new: Group, kek: Secret, journal: dict[str, Any] | None, retires: bool = True
+    work: Work, group: Group, new: Group, kek: Secret, journal: JournalEntry | None, retires: bool = True
 ) -> Outcome:
     """Disks, then state and what the journal says from then on, then cache, then the old KEK's retirement.
 
@@ -118,7 +121,7 @@ def replace(
     outcome, new = rewrap(work, new, kek)
     state.groups[new.name] = new
     if retires:
-        state.retire.append({"id": group.kek, "group": new.name})
+        state.retire.append(ReplacedKek(group.kek, new.name))
     state.journal = journal
     state.save()
     if new.policy != "provider":
@@ -163,7 +166,7 @@ def rewrap_disk(work: Work, group: Group, member: Member, node: str, kek: Secret
     """One token beside the old one, read back and proven; then the old one goes. Raises DiskFailed, Tampered."""
     state = work.state
     with work.host_key() as host_key, state.mac_key(work.persistence, member.uuid) as mac_key:
-        keys = disk_keys.Keys(work.persistence, host_key, kek, mac_key)
+        keys = disk_keys.Keys(persistence=work.persistence, host_key=host_key, kek=kek, mac_key=mac_key)
         with luks.Container(node) as container:
             dek = access.dek(work, container, group)
             each = disk_keys.make_token(container, state.host, group, member, dek, keys)
@@ -176,8 +179,8 @@ def set_host_key(work: Work, provider_id: str, ref: Ref, key: Secret) -> None:
     """A new host key: kept in the state with the former ones first, then in every token. Killed in between, `catch_up`
     does the rest."""
     state = work.state
-    generation = state.host_key_ref[2] + 1
-    state.set_host_key(f"{provider_id}/{ref.id}", ref.name, generation, work.persistence, key)
+    entry = KeyEntry(f"{provider_id}/{ref.id}", ref.name, state.host_key_ref.generation + 1)
+    state.set_host_key(entry, persistence=work.persistence, key=key)
     for group in list(state.groups.values()):
         state.groups[group.name] = group._replace(behind=tuple(member.uuid for member in group.members))
     state.save()
@@ -257,14 +260,14 @@ def retire(work: Work, left: bool = False) -> None:
     """
     state = work.state
     for each in list(state.retire):
-        group = state.groups.get(each["group"])
-        if group and (group.behind or group.kek == each["id"]):
+        group = state.groups.get(each.group)
+        if group and (group.behind or group.kek == each.id):
             continue
         try:
-            entry = work.owner(each["id"])
-            if entry is not state.provider and not left:
+            entry = state.provider_of(each.id)
+            if entry != state.provider and not left:
                 continue
-            work.provider(entry).retire(access.ref(entry, each["id"], "").id)
+            work.provider(entry).retire(access.key_ref(entry, each.id, "").id)
         except (NotFoundOrDenied, Unsupported, StateBlocked):
             pass  # gone, not ours to retire, or retired
         except UnlockError:

@@ -2,8 +2,8 @@
 """A copy of the event-log baseline on the EFI partition, for the recovery shell: the root, which has the real one, is
 not open there.
 
-The partition is plain, and anyone who has the disk can edit it. What was measured is public; nothing else is in the
-copy. It is read for words on a screen alone, bounded, and no policy ever sees it.
+The partition is not encrypted, and anyone who has the disk can edit it. The copy has nothing but what was measured,
+which is public. It is read, up to COPY_MAX bytes, for words on a screen alone; no policy ever depends on it.
 """
 
 import os
@@ -23,10 +23,10 @@ _IN_USE = ("efi", "boot/efi", "boot")
 _MOUNT = ("mount", "-t", "vfat", "-o", "ro,nosuid,nodev,noexec")
 
 
-def write(paths: Paths, data: bytes) -> str:
-    """Replaces the copy on the mounted EFI partition; gives its path, or '' when there is no place for it.
+def write_copy(paths: Paths, data: bytes) -> str:
+    """Replaces the copy on the mounted EFI partition. Returns its path, or '' when there is no place for it.
 
-    One that is too long takes the old copy away: words from another boot would mislead. Raises OSError.
+    For data that is too long it removes the old copy, which would describe another boot. Raises OSError.
     """
     for folder in (os.path.join(paths.root, each) for each in _IN_USE):
         if not os.path.isdir(os.path.join(folder, "EFI")) or not _is_fat(paths, folder):
@@ -36,14 +36,14 @@ def write(paths: Paths, data: bytes) -> str:
             if os.path.exists(path):
                 os.unlink(path)
             return ""
-        if read_file(path) != data:
+        if read_copy_file(path) != data:
             write_atomically(path, data)
         return path
     return ""
 
 
-def read(paths: Paths) -> Iterator[bytes]:
-    """The copy on each EFI partition that has one; nothing of it is believed."""
+def read_copies(paths: Paths) -> Iterator[bytes]:
+    """Yields the copy on each EFI partition that has one. Nothing authenticates it."""
     folder = paths.of_this_boot("efi")
     for node in udev.efi_partitions()[:_PARTITIONS_MAX]:
         os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -51,7 +51,7 @@ def read(paths: Paths) -> Iterator[bytes]:
             run([*_MOUNT, node, folder], timeout=10)
         except CommandFailed:
             continue
-        data = read_file(os.path.join(folder, NAME))
+        data = read_copy_file(os.path.join(folder, NAME))
         try:
             run(["umount", folder], timeout=10)
         except CommandFailed:
@@ -61,11 +61,11 @@ def read(paths: Paths) -> Iterator[bytes]:
 
 
 def _is_fat(paths: Paths, folder: str) -> bool:
-    """A directory of the encrypted root is of no use."""
+    """Whether the folder is on a FAT file system: a directory of the encrypted root is of no use."""
     return devices.mount_type(os.path.join("/", os.path.relpath(folder, paths.root)), paths.root) == "vfat"
 
 
-def read_file(path: str) -> bytes:
+def read_copy_file(path: str) -> bytes:
     """At most COPY_MAX bytes of a regular file; b"" when it is longer, or cannot be read."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The TCG event log: what the firmware and what came after it extended the PCRs with, and its replay.
+"""Parses and replays the TCG event log: what the firmware, and programs after it, extended the PCRs with.
 
-    binary_bios_measurements ──parse──> Log ──replay──> PCR values, to be believed when they equal the live ones
-    tpm2-measure.log ──parse_systemd──> the events that systemd added later
+    binary_bios_measurements ──parse──> Log ──replay──> PCR values, which `verify` compares with the live ones
+    tpm2-measure.log ──parse_systemd──> the Events that systemd added later
 
 The log lies in memory that anybody may have written: every length is checked against what is left, and one pass
-reads it. Formats: TCG "PC Client Platform Firmware Profile" 1.06, section 10; integers are little-endian.
+reads it. Pure. Formats: TCG "PC Client Platform Firmware Profile" 1.06, section 10; integers are little-endian.
 """
 
 import json

@@ -10,10 +10,9 @@ import struct
 from typing import NamedTuple
 
 from ..errors import Malformed
+from .certificates import common_name
 
 _X509 = bytes.fromhex("a159c0a5e494a74a87b5ab155c2bf072")  # EFI_CERT_X509_GUID
-_COMMON_NAME = bytes.fromhex("0603550403")  # OBJECT IDENTIFIER 2.5.4.3
-_PKCS_SIGNED_DATA = 2  # WIN_CERT_TYPE_PKCS_SIGNED_DATA
 _MAX_SIGNATURES = 100_000
 _MAX_NAME = 1024  # characters
 _MAX_PARTITIONS = 1024
@@ -73,82 +72,6 @@ def signer(data: bytes) -> str:
         if certificate[:1] == b"\x30" and (name := common_name(certificate)):
             return name
     return ""
-
-
-def authorities(table: bytes) -> set[bytes]:
-    """Who vouches for an EFI program, by its table of signatures, a sequence of WIN_CERTIFICATE: the issuers of their
-    certificates, and those that issued themselves. What is in it and cannot be read stands for itself."""
-    found: set[bytes] = set()
-    at = 0
-    while at + 8 < len(table):
-        length, _, kind = struct.unpack_from("<IHH", table, at)
-        if not 8 < length <= len(table) - at:
-            break
-        body = table[at + 8 : at + length]
-        found |= (_issuers(body) if kind == _PKCS_SIGNED_DATA else set()) or {body}
-        at += -(-length // 8) * 8
-    return found
-
-
-def _issuers(signed: bytes) -> set[bytes]:
-    """Of the certificates in a PKCS #7 SignedData (RFC 2315, section 9.1), DER; empty when there are none."""
-    found = set()
-    try:
-        content, _ = _der(signed, 0)
-        data, _ = _der(_der(content, _skip(content, 0))[0], 0)
-        at = 0
-        for _ in range(3):  # version, algorithms, what is signed
-            at = _skip(data, at)
-        certificates, _ = _der(data, at) if data[at] == 0xA0 else (b"", 0)
-        at = 0
-        while at < len(certificates):
-            start, at = at, _skip(certificates, at)
-            issuer, subject = _names(certificates[start:at])
-            found.add(certificates[start:at] if issuer == subject else issuer)
-    except (IndexError, ValueError):
-        return set()
-    return found
-
-
-def _names(certificate: bytes) -> tuple[bytes, bytes]:
-    """Issuer and subject of an X.509 certificate. IndexError, ValueError."""
-    body, _ = _der(_der(certificate, 0)[0], 0)  # TBSCertificate
-    at = _skip(body, 0) if body[:1] == b"\xa0" else 0  # the version
-    for _ in range(2):  # serial number, algorithm
-        at = _skip(body, at)
-    issuer, at = _der(body, at)
-    subject, _ = _der(body, _skip(body, at))  # after the validity
-    return issuer, subject
-
-
-def common_name(certificate: bytes) -> str:
-    """The subject's common name of an X.509 certificate; '' when there is none, or it is no certificate."""
-    try:
-        _, subject = _names(certificate)
-        found = subject.rfind(_COMMON_NAME)
-        if found < 0:
-            return ""
-        name, _ = _der(subject, found + len(_COMMON_NAME))
-    except (IndexError, ValueError):
-        return ""
-    return name.decode("utf-8", "replace")
-
-
-def _der(data: bytes, at: int) -> tuple[bytes, int]:
-    """The content of one DER element, and where the next one starts. IndexError, ValueError."""
-    length, at = data[at + 1], at + 2
-    if length & 0x80:
-        octets = length & 0x7F
-        if not 1 <= octets <= 4:
-            raise ValueError
-        length, at = int.from_bytes(data[at : at + octets], "big"), at + octets
-    if length > len(data) - at:
-        raise ValueError
-    return data[at : at + length], at + length
-
-
-def _skip(data: bytes, at: int) -> int:
-    return _der(data, at)[1]
 
 
 class LoadOption(NamedTuple):

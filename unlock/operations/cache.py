@@ -4,7 +4,8 @@
 from ..disks import find
 from ..errors import NoKey
 from ..host import keyring, this_boot
-from ..host.state import State, exclusive
+from ..host.lock import exclusive
+from ..host.state import State
 from ..keys import access
 from ..paths import Paths
 from ..predict import allowed_states

@@ -20,14 +20,14 @@ from ..errors import CommandFailed, Malformed, NewerFormat, NoKey, NoSlot, Unloc
 from ..host import config, keyring, report, this_boot
 from ..host.state import State
 from ..keys import access
-from ..measured import at_unseal, uefi
+from ..measured import at_unseal, efivars, logs, uefi
 from ..measured.eventlog import Log
 from ..paths import TPM_DEVICE, Paths
 from ..predict import allowed_states, boot_files, initramfs_images
 from ..secret import Secret
 from ..tpm import pcr_policy
 from ..tpm.chip import Facts, Tpm
-from ..tpm.pcr_policy import Record
+from ..tpm.record import SLOTS, Record, Slot
 from . import policy, predict
 from .predict import Foreseen
 
@@ -73,7 +73,7 @@ def check(
         persistence = None
     seen = look()
     comes = foreseen(paths, tcti)
-    log, _ = at_unseal.event_log(paths)
+    log, _ = logs.read_event_log(paths)
     findings = [
         *_tpm(paths, state, tcti, comes, log),
         *_operation(state),
@@ -124,7 +124,7 @@ def _tpm(paths: Paths, state: State, tcti: str, comes: Foreseen | UnlockError, l
             tpm.verify(slot, record)
             opened = allowed_states.current(paths, tpm).opened
             facts = tpm.facts()
-            boot = at_unseal.how_booted(paths, tpm.read_pcrs(range(16)))
+            boot = at_unseal.boot_method(paths, tpm.read_pcrs(range(16)))
     except UnlockError as error:
         yield Finding("TPM", UNSAFE, str(error), error.hint or "unlock explain")
         return
@@ -144,11 +144,16 @@ def _tpm(paths: Paths, state: State, tcti: str, comes: Foreseen | UnlockError, l
         why = report.VERDICTS.get(verdict, "early boot left no report")
         yield Finding("this boot", UNSAFE, f"{why}; the next one is like this one", "unlock explain")
     yield from _pin(record, facts)
-    if at_unseal.hides_initramfs(boot, log):
+    if at_unseal.initramfs_unmeasured(boot, log):
         edited = "nothing measures it, as `initrd=` names it: whoever edits it gets the keys"
         yield Finding("initramfs", NOTE, edited, "boot a unified kernel image")
-    if state.tpm["window"]:
-        yield Finding("policy", NOTE, policy.said(state.tpm["window"]), "unlock policy close")
+    if window := state.tpm.window:
+        yield Finding(
+            "policy",
+            NOTE,
+            policy.describe_window(window.since, window.reboots),
+            "unlock policy close",
+        )
 
 
 def _pin(record: Record, facts: Facts) -> Iterator[Finding]:
@@ -186,7 +191,7 @@ def next_boot(found: Foreseen | UnlockError, record: Record) -> Iterator[Finding
             yield Finding(what, verdict, f"{each.words}: {each.why}", "unlock policy predict")
             continue
         changes = ", ".join(each.changes) or "measures what this boot did"
-        branch = pcr_policy.branch(record.selection, at_unseal.of(record.selection, each.values), record.cap)
+        branch = pcr_policy.branch(record.selection, at_unseal.known_values(record.selection, each.values), record.cap)
         if branch in record.branches:
             yield Finding(what, SAFE, f"{each.words}: the TPM allows it: {changes}")
         else:
@@ -197,10 +202,10 @@ def next_boot(found: Foreseen | UnlockError, record: Record) -> Iterator[Finding
         yield Finding("next boot", UNPROVEN, doubt, "unlock policy window --reboots 1")
 
 
-def _current(tpm: Tpm) -> tuple[pcr_policy.Slot, Record] | None:
+def _current(tpm: Tpm) -> tuple[Slot, Record] | None:
     """The slot that early boot tries first. One that is damaged keeps it from none."""
     found, problems = [], []
-    for slot in pcr_policy.SLOTS:
+    for slot in SLOTS:
         state = tpm.slot_state(slot)
         if state.record and state.complete:
             found.append((slot, state.record))
@@ -351,18 +356,18 @@ def _configuration(paths: Paths) -> Iterator[Finding]:
 def _firmware(paths: Paths, log: Log | None) -> Iterator[Finding]:
     """Whether the firmware starts what it has started now, and as it has. The order of this boot is the one in the log:
     the first entry may well be one that never starts, such as the network."""
-    current, once = (at_unseal.boot_entry(paths, which) for which in ("BootCurrent", "BootNext"))
+    current, once = (efivars.boot_entry_name(paths, which) for which in ("BootCurrent", "BootNext"))
     if once and once != current:
         why = f"it will start {once} once: a firmware update, or another system"
         yield Finding("firmware", UNPROVEN, why, "efibootmgr -v; efibootmgr -N, or unlock policy window --reboots 1")
     elif current and not once and (why := _starts_another(paths, current)):
         yield Finding("firmware", UNPROVEN, why, "efibootmgr -v; efibootmgr -o")
-    was = at_unseal.variables(log) if log else {}
+    was = efivars.measured_variables(log) if log else {}
     for name, what in {"BootOrder": "boot order", current: f"boot entry {current}"}.items():
-        now = at_unseal.variable(paths, name)
+        now = efivars.read_variable(paths, name)
         if now and was.get(name) and now != was[name]:
             yield Finding("firmware", UNPROVEN, f"its {what} has changed since this boot", "efibootmgr -v")
-    asked = int.from_bytes(at_unseal.variable(paths, "OsIndications"), "little")
+    asked = int.from_bytes(efivars.read_variable(paths, "OsIndications"), "little")
     if asked & _CAPSULE:
         why = "an update of it waits on the EFI system partition"
         yield Finding("firmware", UNPROVEN, why, "unlock policy window --reboots 1")
@@ -373,7 +378,7 @@ def _firmware(paths: Paths, log: Log | None) -> Iterator[Finding]:
 def _starts_another(paths: Paths, current: str) -> str:
     """Why the firmware by itself may start another entry than this boot's; "" when it does not. Others that come first
     and name no file that is there (the network, a removable disk) are taken for those that never start."""
-    order = at_unseal.variable(paths, "BootOrder")
+    order = efivars.read_variable(paths, "BootOrder")
     entries = [f"Boot{int.from_bytes(order[at : at + 2], 'little'):04X}" for at in range(0, len(order), 2)]
     if current not in entries:
         return f"this boot was started by {current}, which is not in its boot order"
@@ -387,7 +392,7 @@ def _starts_another(paths: Paths, current: str) -> str:
 def _file(paths: Paths, entry: str) -> str:
     """What an active boot entry starts from the EFI system partition; "" when that is not there."""
     try:
-        option = uefi.load_option(at_unseal.variable(paths, entry))
+        option = uefi.load_option(efivars.read_variable(paths, entry))
     except Malformed:
         return ""
     return next(boot_files.programs(paths, option.file), "") if option.active else ""
@@ -397,7 +402,7 @@ _SETUP, _CAPSULE = 0x1, 0x4
 """Of OsIndications: UEFI Specification 2.10, section 8.5.4."""
 _IMAGE_SECURITY = "d719b2cb-3d3a-4596-a3bc-dad00e67656f"
 """EFI_IMAGE_SECURITY_DATABASE_GUID: UEFI Specification 2.10, section 32.4.1."""
-_KEYS = {"PK": at_unseal.GLOBAL, "KEK": at_unseal.GLOBAL, "db": _IMAGE_SECURITY, "dbx": _IMAGE_SECURITY}
+_KEYS = {"PK": efivars.GLOBAL, "KEK": efivars.GLOBAL, "db": _IMAGE_SECURITY, "dbx": _IMAGE_SECURITY}
 _SHIM = "605dab50-e046-4300-abb6-3dd810dd8b23"
 _REQUESTS = ("MokNew", "MokDel", "MokXNew", "MokXDel", "MokSB", "MokDB", "MokPW", "MokListTrustedNew")
 """What mokutil leaves for shim's MokManager, which comes before the boot loader then."""
@@ -405,19 +410,19 @@ _REQUESTS = ("MokNew", "MokDel", "MokXNew", "MokXDel", "MokSB", "MokDB", "MokPW"
 
 def _keys(paths: Paths, log: Log | None, selection: Sequence[int]) -> Iterator[Finding]:
     """What fwupd and mokutil change while the host runs, and the next boot measures."""
-    was = at_unseal.variables(log) if log else {}
+    was = efivars.measured_variables(log) if log else {}
     for name, vendor in _KEYS.items():
-        now = at_unseal.variable(paths, name, vendor)
+        now = efivars.read_variable(paths, name, vendor)
         if 7 in selection and now and name in was and now != was[name]:
             why = f"{name} was updated since this boot: the TPM will refuse the next one"
             yield Finding("Secure Boot", UNSAFE, why, "unlock policy window --reboots 1")
-    waits = [name for name in _REQUESTS if at_unseal.variable(paths, name, _SHIM)]
+    waits = [name for name in _REQUESTS if efivars.read_variable(paths, name, _SHIM)]
     shim = log and any(event.pcr == 14 for event in log.events)
     if waits and shim and {4, 14} & set(selection):
         why = f"shim's MokManager comes first ({', '.join(waits)}): the TPM will refuse that boot, and the new keys"
         do = "mokutil --revoke-import, --revoke-delete; or the recovery key then, and unlock rebind"
         yield Finding("Secure Boot", UNSAFE, why, do)
-    if at_unseal.variable(paths, "SbatPolicy", _SHIM) and shim and 7 in selection:
+    if efivars.read_variable(paths, "SbatPolicy", _SHIM) and shim and 7 in selection:
         why = "shim is told to choose its revocations anew (SbatPolicy): the TPM may refuse that boot"
         yield Finding("Secure Boot", UNPROVEN, why, "unlock policy window --reboots 1")
 
@@ -452,8 +457,8 @@ def _recovery(state: State) -> Iterator[Finding]:
         yield Finding("recovery key", UNPROVEN, "there is none: a refused boot is the end", "unlock disk adopt")
         return
     uuids = [member.uuid for group in state.groups.values() for member in group.members]
-    tested = sum(uuid in state.recovery["tested"] for uuid in uuids)
-    if state.recovery["behind"]:
+    tested = sum(uuid in state.recovery.tested for uuid in uuids)
+    if state.recovery.behind:
         yield Finding("recovery key", UNPROVEN, "some disks still have an earlier one", "unlock recovery new")
     elif tested < len(uuids):
         yield Finding("recovery key", NOTE, f"tested on {tested} of {len(uuids)} disk(s)", "unlock recovery test")
@@ -464,8 +469,8 @@ def _recovery(state: State) -> Iterator[Finding]:
 def _provider(paths: Paths, state: State, persistence: Secret | None, connect: access.Connect) -> Iterator[Finding]:
     """Only a group whose key nobody else keeps needs it."""
     needed = [group.name for group in state.groups.values() if group.policy == "provider"]
-    what = f"provider {state.provider['name']}"
-    if state.provider["kind"] == "native":
+    what = f"provider {state.provider.name}"
+    if state.provider.kind == "native":
         return
     try:
         with closing(connect(paths, state, persistence, state.provider)) as provider:

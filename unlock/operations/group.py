@@ -7,13 +7,15 @@ Nothing half-made is believed: a group opens only when every disk has a token wi
 import os
 import shlex
 import uuid as uuids
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..disks import devices, disk_keys, find, fstab, luks, token, udev
 from ..disks.groups import Group, Member, check_name, mapping_names
 from ..errors import NotOurs, Refused, UnlockError, Usage
 from ..host import config, this_boot, units
-from ..host.state import State, exclusive
+from ..host.journal import DiskAdoption, GroupCreation
+from ..host.lock import exclusive
+from ..host.state import State
 from ..keys import access, delivery
 from ..keys.escrow import Escrow
 from ..keys.escrow import check as check_escrow
@@ -50,7 +52,7 @@ def group_create(paths: Paths, wanted: NewGroup) -> Group:
     with exclusive(paths), access.Work(paths) as work:
         state = work.state
         nodes = [_node(device) for device in wanted.devices]
-        unfinished = state.unfinished("group create", wanted.name)
+        unfinished = state.unfinished(GroupCreation, wanted.name)
         if wanted.name in state.groups and not unfinished:
             raise Refused(f"there is a group {wanted.name} already", "unlock status", code="group-exists")
         if wanted.name not in state.groups:
@@ -67,9 +69,9 @@ def group_create(paths: Paths, wanted: NewGroup) -> Group:
         return group
 
 
-def _create(work: access.Work, wanted: NewGroup, nodes: list[str], unfinished: dict[str, Any] | None) -> None:
+def _create(work: access.Work, wanted: NewGroup, nodes: list[str], unfinished: GroupCreation | None) -> None:
     state, persistence = work.state, work.persistence
-    before = [Member(**each) for each in unfinished["members"]] if unfinished else []
+    before = list(unfinished.members) if unfinished else []
     if before and len(before) != len(nodes):
         raise Refused(
             f"group {wanted.name} was begun with {len(before)} disks", "name the same disks", code="unfinished"
@@ -82,8 +84,7 @@ def _create(work: access.Work, wanted: NewGroup, nodes: list[str], unfinished: d
                 Member(str(uuids.uuid4()), name, udev.find_disk(node).serial)
                 for name, node in zip(names, nodes, strict=True)
             ]
-            members = [member._asdict() for member in before]
-            state.begin("group create", wanted.name, members=members, options=_options(wanted))
+            state.begin(GroupCreation("group create", wanted.name, members=tuple(before), options=_options(wanted)))
         try:
             group, kek = _new_group(work, wanted.name, tuple(before), 1, wanted.policy)
             _format(group, nodes, recovery)
@@ -138,6 +139,7 @@ def disk_adopt(
             uuid = container.uuid
             _check_adoptable(container, device)
             dek = container.volume_key(passphrase)
+        about = f"/dev/disk/by-uuid/{uuid} --group {group_name}"
         old = state.groups.get(group_name)
         known = {each.uuid: (group.name, each) for group in state.groups.values() for each in group.members}
         if uuid in known and known[uuid][0] != group_name:
@@ -149,8 +151,8 @@ def disk_adopt(
             member = Member(
                 uuid, _mapping_name(paths, state, uuid, node, group_name, name), udev.find_disk(node).serial
             )
-            unfinished = state.unfinished("disk adopt", f"/dev/disk/by-uuid/{uuid} --group {group_name}")
-            manifest = unfinished["manifest"] if unfinished else state.next_manifest(group_name)
+            unfinished = state.unfinished(DiskAdoption, about)
+            manifest = unfinished.manifest if unfinished else state.next_manifest(group_name)
             group = (old or Group(group_name, "", 0, 0, ()))._replace(
                 manifest=manifest, members=(*(old.members if old else ()), member)
             )
@@ -158,7 +160,7 @@ def disk_adopt(
         seen = work.look() if len(group.members) > 1 else {}
         others = {each.uuid: _node_of(seen, each) for each in group.members if each.uuid != uuid}
         with dek, recovery_key(state, persistence, recovery_file, escrow) as recovery:
-            state.begin("disk adopt", f"/dev/disk/by-uuid/{uuid} --group {group_name}", manifest=group.manifest)
+            state.begin(DiskAdoption("disk adopt", about, manifest=group.manifest))
             try:
                 with luks.Container(node) as container:
                     _add_recovery_keyslot(container, dek, recovery)
@@ -242,7 +244,7 @@ def recovery_key(state: State, persistence: Secret, file: str, escrow: Escrow | 
     if not state.has_recovery_key:
         recovery = delivery.made(delivery.Keep(file, escrow))
         with disk_keys.mac_key(recovery, state.host) as mac_key:
-            state.set_mac_key(persistence, mac_key)
+            state.set_mac_key(persistence=persistence, mac_key=mac_key)
         state.save()
         return recovery
     recovery = delivery.given(file if os.path.exists(file) else "")
@@ -296,7 +298,7 @@ def _dek(state: State, container: luks.Container, recovery: Secret) -> Secret:
         slot, dek = disk_keys.recovery_keyslot(container, recovery)
     except NotOurs as error:
         raise NotOurs(str(error), "unlock recovery new", "no-key") from error
-    state.recovery["keyslots"][container.uuid] = container.salt(slot)
+    state.recovery.keyslots[container.uuid] = container.salt(slot)
     return dek
 
 

@@ -15,15 +15,19 @@ from .. import log
 from ..disks import devices
 from ..errors import Refused, Usage
 from ..host import config, this_boot
-from ..host.state import State, exclusive
+from ..host.journal import Init
+from ..host.lock import exclusive
+from ..host.state import State
+from ..host.state_file import KeyEntry
 from ..keys import access
-from ..measured import at_unseal
+from ..measured import at_unseal, logs
 from ..paths import TPM_DEVICE, Paths, write_atomically
 from ..predict import allowed_states
 from ..providers import native
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
+from ..tpm.record import RECORD_SIZE, SLOTS, Payload
 
 OVERRIDES = {
     "initramfs-without-unlock": "this boot's initramfs did not run unlock: the next boot measures differently",
@@ -97,7 +101,7 @@ def init(paths: Paths, choices: Choices) -> Preflight:
                         bytes.fromhex(host),
                         found.selection,
                         (found.branch,),
-                        pcr_policy.Payload(persistence, found.unauthenticated_root),
+                        Payload(persistence, found.unauthenticated_root),
                         choices.owner_auth,
                         replace="slots-in-use" in choices.accept or unfinished is not None,
                     )
@@ -117,7 +121,7 @@ def _earlier_attempt(paths: Paths) -> State | None:
         state = State.load(paths)
     except Refused:
         return None
-    if state.journal and state.journal["operation"] == "init":
+    if isinstance(state.journal, Init):
         return state
     raise Refused("this host is initialised already", "unlock status", code="initialised")
 
@@ -126,10 +130,14 @@ def _use_native(state: State, persistence: Secret, choices: Choices, unfinished:
     """A KDK, backed up before anything depends on it; gives the host key. Raises Usage, Malformed, Tampered."""
     name = access.key_name(state.host, "host", 1)
     with Secret.random(32) as kdk, native.Native(Secret(bytes(kdk)), state.host) as provider:
-        state.use_provider(state.native_entry("native", provider.id, state.host, persistence, kdk))
+        state.use_provider(
+            state.native_entry(
+                name="native", provider_id=provider.id, scope=state.host, persistence=persistence, kdk=kdk
+            )
+        )
         host_key = provider.fetch(name)
-        state.set_host_key(f"{provider.id}/{name}", name, 1, persistence, host_key)
-        state.begin("init", f"--backup {os.path.abspath(choices.backup)}")
+        state.set_host_key(KeyEntry(f"{provider.id}/{name}", name, 1), persistence=persistence, key=host_key)
+        state.begin(Init("init", f"--backup {os.path.abspath(choices.backup)}"))
         if unfinished and _is_backup_of(choices.backup, unfinished.host):
             os.unlink(choices.backup)
         native.write_backup(choices.backup, provider, choices.password)
@@ -138,20 +146,27 @@ def _use_native(state: State, persistence: Secret, choices: Choices, unfinished:
 
 def _use_kmip(paths: Paths, state: State, persistence: Secret, kms: Kmip) -> Secret:
     """A key manager, proven by the host key that it makes and gives back. Raises ProviderError, Usage, Malformed."""
-    until = access.certificate_until(kms.certificate)
-    stays = bool(kms.settings.client_key)
     provider_id = f"kmip-{os.urandom(16).hex()}"
     entry = state.kmip_entry(
-        kms.settings.name, provider_id, kms.certificate, until, persistence, None if stays else kms.key, kms.password
+        name=kms.settings.name,
+        provider_id=provider_id,
+        certificate=kms.certificate,
+        until=access.certificate_until(kms.certificate),
+        persistence=persistence,
+        key=None if kms.settings.client_key else kms.key,
+        password=kms.password,
     )
     state.persistent = kms.persistent
     state.use_provider(entry)
-    state.begin("init", "--provider kmip")
+    state.begin(Init("init", "--provider kmip"))
     password = Secret(bytes(kms.password)) if kms.password else None
     key = Secret(bytes(kms.key))
-    with closing(access.kmip(kms.settings, provider_id, kms.certificate, key, password)) as provider:
+    with closing(
+        access.kmip(kms.settings, provider_id=provider_id, certificate=kms.certificate, key=key, password=password)
+    ) as provider:
         made, host_key = access.new_key(provider, access.key_name(state.host, "host", 1))
-    state.set_host_key(f"{provider_id}/{made.id}", made.name, 1, persistence, host_key)
+    entry_of_key = KeyEntry(f"{provider_id}/{made.id}", made.name, 1)
+    state.set_host_key(entry_of_key, persistence=persistence, key=host_key)
     state.save()
     if kms.settings.name not in config.load(paths.config).providers:
         config.append(paths.config, config.provider_table(kms.settings))
@@ -187,10 +202,10 @@ def preflight(paths: Paths, tpm: Tpm, choices: Choices, again: bool) -> Prefligh
             "find what measures into it before the root file system is mounted",
             code="cap-pcr-used",
         )
-    boot = at_unseal.how_booted(paths, values)
+    boot = at_unseal.boot_method(paths, values)
     if boot == "unmeasured":
         _refuse(choices, "unmeasured-boot", "boot with UEFI, which measures kernel and initramfs")
-    elif at_unseal.hides_initramfs(boot, at_unseal.event_log(paths)[0]):
+    elif at_unseal.initramfs_unmeasured(boot, logs.read_event_log(paths)[0]):
         _refuse(choices, "unmeasured-boot", "boot a unified kernel image: Linux does not measure what initrd= names")
     selection = pcr_policy.select(choices.pcrs or at_unseal.MEASURED_BY.get(boot, (7,)))
     plain_root = not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
@@ -198,7 +213,7 @@ def preflight(paths: Paths, tpm: Tpm, choices: Choices, again: bool) -> Prefligh
         _refuse(choices, "unauthenticated-root", "encrypt the root file system")
     tpm.srk(choices.owner_auth)
     tpm.trial(selection)
-    then = at_unseal.of(selection, at_unseal.values(paths, tpm))
+    then = at_unseal.known_values(selection, at_unseal.read_pcrs(paths, tpm))
     return Preflight(boot, selection, pcr_policy.branch(selection, then), plain_root)
 
 
@@ -216,11 +231,8 @@ def _check_chip(tpm: Tpm, choices: Choices, again: bool) -> None:
         raise Refused("the TPM's owner has a password", "--owner-auth-file FILE", code="owner-auth-set")
     if facts.taken and not again:
         _refuse(choices, "slots-in-use", "tpm2_getcap handles-persistent")
-    ours = sum(slot.object in facts.taken for slot in pcr_policy.SLOTS)
-    if (
-        facts.persistent_free + ours < 2 + (not facts.srk)
-        or min(facts.nv_buffer, facts.nv_index_size) < pcr_policy.RECORD_SIZE
-    ):
+    ours = sum(slot.object in facts.taken for slot in SLOTS)
+    if facts.persistent_free + ours < 2 + (not facts.srk) or min(facts.nv_buffer, facts.nv_index_size) < RECORD_SIZE:
         raise Refused(
             "the TPM has no room for two sealed objects and their records",
             "tpm2_getcap handles-persistent; tpm2_evictcontrol what is not needed",

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unlock provider backup | restore`: the native provider's key-derivation key, under a password."""
 
-from typing import Any
-
 from ..disks import find
 from ..disks.groups import check_name
 from ..errors import Refused, Usage
-from ..host.state import exclusive
+from ..host.lock import exclusive
+from ..host.provider_entry import NativeEntry, ProviderEntry
 from ..keys import access
 from ..paths import Paths
 from ..providers import native
@@ -16,14 +15,14 @@ from ..secret import Secret
 def backup(paths: Paths, file: str, password: Secret, name: str = "", look: find.Look = find.look) -> None:
     """The native provider's KDK under a password, restored once from the file. Raises Usage, Refused, Malformed."""
     with access.Work(paths, look) as work:
-        provider = work.provider(_native(work.entry(name)))
+        provider = work.provider(_native(work.state.provider_named(name)))
         assert isinstance(provider, native.Native)
         native.write_backup(file, provider, password)
 
 
 def restore(
     paths: Paths, file: str, password: Secret, name: str = "native", look: find.Look = find.look
-) -> dict[str, Any]:
+) -> NativeEntry:
     """A native provider from its backup: this host's own, or one of its cluster, to be switched to.
 
     Raises Refused when a provider of that name has another KDK, Tampered for a wrong password, Malformed, Usage.
@@ -36,24 +35,23 @@ def restore(
         raise Usage(f"{file} cannot be read: {error.strerror}") from error
     with exclusive(paths), native.restore(text, password) as provider, access.Work(paths, look) as work:
         state = work.state
-        known = next((each for each in (state.provider, *state.others.values()) if each["name"] == name), None)
-        if known and known["id"] != provider.id:
+        known = next((each for each in state.providers if each.name == name), None)
+        if known and known.id != provider.id:
             raise Refused(
-                f"provider {name} has another key: its fingerprint is {known['id']}, the backup's {provider.id}",
+                f"provider {name} has another key: its fingerprint is {known.id}, the backup's {provider.id}",
                 "--name NAME for this one",
                 code="fingerprint",
             )
-        entry = state.native_entry(name, provider.id, provider.scope, work.persistence, provider.kdk)
-        if known is state.provider:
-            state.provider.update(entry)
-        else:
-            state.others[name] = entry
+        entry = state.native_entry(
+            name=name, provider_id=provider.id, scope=provider.scope, persistence=work.persistence, kdk=provider.kdk
+        )
+        state.put_provider(entry)
         state.save()
         return entry
 
 
-def _native(entry: dict[str, Any]) -> dict[str, Any]:
-    if entry["kind"] != "native":
+def _native(entry: ProviderEntry) -> NativeEntry:
+    if entry.kind != "native":
         hint = "unlock provider list"
-        raise Refused(f"the keys of provider {entry['name']} are the key manager's to back up", hint, code="kmip")
+        raise Refused(f"the keys of provider {entry.name} are the key manager's to back up", hint, code="kmip")
     return entry

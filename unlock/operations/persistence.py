@@ -11,13 +11,17 @@ from typing import Any
 from ..disks import devices, disk_keys, find, luks
 from ..errors import NoKey, NoSlot, Refused, UnlockError
 from ..host import keyring, this_boot
-from ..host.state import State, exclusive
+from ..host.journal import PersistenceChange
+from ..host.lock import exclusive
+from ..host.state import State
+from ..host.state_file import RemovedPolicy
 from ..keys import access, rotation
 from ..paths import TPM_DEVICE, Paths
 from ..predict import allowed_states
 from ..secret import Secret
-from ..tpm import pcr_policy, slots
+from ..tpm import slots
 from ..tpm.chip import Tpm
+from ..tpm.record import Payload, Record
 
 
 def status(paths: Paths, look: find.Look = find.look) -> dict[str, Any]:
@@ -28,8 +32,12 @@ def status(paths: Paths, look: find.Look = find.look) -> dict[str, Any]:
             nodes = work.nodes(group)
             kept = [member.name for member in group.members if _keeps(work, nodes.get(member.uuid, ""))]
             groups.append({"name": group.name, "policy": group.policy, "members": len(group.members), "kept_on": kept})
-        kind = work.state.provider["kind"]
-        return {"version": 1, "provider": kind, "enabled": work.state.persistent, "groups": groups}
+        return {
+            "version": 1,
+            "provider": work.state.provider.kind,
+            "enabled": work.state.persistent,
+            "groups": groups,
+        }
 
 
 def _keeps(work: access.Work, node: str) -> bool:
@@ -56,31 +64,32 @@ def enable(
             if work.state.removed:
                 _seal_again(work, work.state.removed, tcti, owner_auth)
             work.state.removed = None
-            work.state.begin("persistence", "enable")
+            work.state.begin(PersistenceChange("persistence", "enable"))
             work.state.persistent = True
-            work.state.set_host_key(*work.state.host_key_ref, work.persistence, host_key, former=False)
+            work.state.set_host_key(
+                work.state.host_key_ref, persistence=work.persistence, key=host_key, keep_former=False
+            )
         return _apply(work)
 
 
-def _seal_again(work: access.Work, sealed: dict[str, Any], tcti: str, owner_auth: Secret | None) -> None:
+def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth: Secret | None) -> None:
     """The same key under the same policy, unless something of this host is in the TPM. Raises Refused, TpmFailed."""
     host = bytes.fromhex(work.state.host)
     early = this_boot.early(work.paths)
     plain = not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
     accepted = early.facts.unauthenticated_root if early else None
-    payload = pcr_policy.Payload(work.persistence, plain if accepted is None else accepted)
+    payload = Payload(work.persistence, plain if accepted is None else accepted)
     with Tpm(tcti) as tpm:
         found = _sealed(tpm)
         if found and found.host == host:
             return
-        branches = [bytes.fromhex(each) for each in sealed["branches"]]
-        with allowed_states.auth_for(work.state.host, bool(sealed.get("pin"))) or Secret(b"") as auth:
+        branches = [bytes.fromhex(each) for each in sealed.branches]
+        with allowed_states.auth_for(work.state.host, sealed.pin) or Secret(b"") as auth:
             pin_auth = auth if len(auth) else None
-            selection, cap = tuple(sealed["selection"]), sealed["cap"]
-            slots.persist(tpm, host, selection, branches, payload, owner_auth, pin_auth=pin_auth, cap=cap)
+            slots.persist(tpm, host, sealed.selection, branches, payload, owner_auth, pin_auth=pin_auth, cap=sealed.cap)
 
 
-def _sealed(tpm: Tpm) -> pcr_policy.Record | None:
+def _sealed(tpm: Tpm) -> Record | None:
     try:
         return slots.current(tpm)[1]
     except NoSlot:
@@ -91,7 +100,7 @@ def disable(paths: Paths, look: find.Look = find.look) -> list[rotation.Outcome]
     """Raises Refused where the host could not boot or reach its key manager any more."""
     with exclusive(paths), access.Work(paths, look) as work:
         refuse(work.state)
-        work.state.begin("persistence", "disable")
+        work.state.begin(PersistenceChange("persistence", "disable"))
         work.state.persistent = False
         work.state.drop_host_key()
         return _apply(work)
@@ -99,7 +108,7 @@ def disable(paths: Paths, look: find.Look = find.look) -> list[rotation.Outcome]
 
 def refuse(state: State) -> None:
     """Raises Refused when a host cannot do without keys that it keeps."""
-    if state.provider["kind"] == "native":
+    if state.provider.kind == "native":
         raise Refused(
             "the native provider's keys are made on this host: they are kept", "unlock provider switch", code="native"
         )
@@ -121,9 +130,9 @@ def _host_key(work: access.Work) -> Secret:
     try:
         return keyring.get("unlock:host")
     except NoKey:
-        key_id, name, _ = work.state.host_key_ref
-        entry = work.owner(key_id)
-        return work.provider(entry).fetch(access.ref(entry, key_id, name).id, work.opens())
+        key = work.state.host_key_ref
+        entry = work.state.provider_of(key.id)
+        return work.provider(entry).fetch(access.key_ref(entry, key.id, key.name).id, work.opens())
 
 
 def _apply(work: access.Work) -> list[rotation.Outcome]:
@@ -150,13 +159,8 @@ def remove_all_stored_keys(paths: Paths, tcti: str, owner_auth: Secret) -> None:
                     "the TPM keeps the persistence key of another installation", "unlock status", code="not-ours"
                 )
             if found:
-                branches = [each.hex() for each in found.branches]
-                state.removed = {
-                    "selection": list(found.selection),
-                    "cap": found.cap,
-                    "branches": branches,
-                    "pin": found.pin,
-                }
+                branches = tuple(each.hex() for each in found.branches)
+                state.removed = RemovedPolicy(found.selection, found.cap, branches, found.pin)
                 state.save()
             slots.remove(tpm, owner_auth)
 
@@ -165,13 +169,14 @@ def _refuse_removal(state: State) -> None:
     """Raises Refused while something hangs on the persistence key."""
     if state.persistent or state.journal:
         raise Refused("persistence is enabled", "unlock persistence disable", code="persistent")
-    if state.provider["client_key"] is not None:
+    provider = state.provider
+    if provider.kind == "kmip" and provider.client_key is not None:
         raise Refused(
             "the client key is wrapped by the persistence key: without it this host cannot ask its key manager",
             "give [provider] a client_key file, and run unlock provider renew",
             code="client-key",
         )
-    if state.provider.get("password"):
+    if provider.kind == "kmip" and provider.password:
         raise Refused(
             "the key manager's password is wrapped by the persistence key: without it this host cannot ask",
             "let the key manager accept the certificate alone, take username out of unlock.toml, and run "

@@ -19,8 +19,9 @@ from .. import log
 from ..errors import Refused, Usage
 from ..host import this_boot
 from ..host.state import State, changing
+from ..host.state_file import Window
 from ..keys import access
-from ..measured import at_unseal
+from ..measured import at_unseal, logs
 from ..paths import TPM_DEVICE, Paths
 from ..predict import allowed_states, initramfs_images
 from ..predict.allowed_states import Allowed, Pin
@@ -38,7 +39,7 @@ def show(paths: Paths, tcti: str = TPM_DEVICE) -> dict[str, Any]:
     state = State.load(paths)
     with Tpm(tcti) as tpm:
         found = allowed_states.look(paths, tpm, state)
-    window = found.window
+    window = found.window if found.window and _open(found) else None
     return {
         "version": 1,
         "slot": found.slot.name,
@@ -46,7 +47,7 @@ def show(paths: Paths, tcti: str = TPM_DEVICE) -> dict[str, Any]:
         "pcrs": list(found.record.selection),
         "cap_pcr": found.record.cap,
         "pin": found.record.pin,
-        "window": {key: window[key] for key in ("reboots", "since", "pcrs")} if window and _open(found) else None,
+        "window": {"reboots": window.reboots, "since": window.since, "pcrs": list(window.pcrs)} if window else None,
         "states": [
             {
                 "branch": each.branch.hex(),
@@ -63,10 +64,11 @@ def show(paths: Paths, tcti: str = TPM_DEVICE) -> dict[str, Any]:
 def text(found: dict[str, Any]) -> str:
     """The same for people."""
     pin = "yes: the TPM asks for it at every boot" if found["pin"] else "no"
+    window = found["window"]
     lines = [
         f"PCRs      {', '.join(map(str, found['pcrs']))} (PCR {found['cap_pcr']}: not after early boot)",
         f"PIN       {pin}",
-        f"window    {said(found['window']) or 'closed'}",
+        f"window    {describe_window(window['since'], window['reboots']) if window else 'closed'}",
         "",
     ]
     rows = [("STATE", "WHY", "PROVEN", "SINCE")]
@@ -77,12 +79,9 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join([*lines, *log.columns(rows)])
 
 
-def said(window: dict[str, Any] | None) -> str:
-    """An open window in a line."""
-    if not window:
-        return ""
-    left = window["reboots"]
-    return f"OPEN since {window['since']}: fewer PCRs count, for {left} more good boot{'' if left == 1 else 's'}"
+def describe_window(since: str, reboots: int) -> str:
+    """An open window in a line: `since` (UTC, ISO 8601), and for how many good boots more."""
+    return f"OPEN since {since}: fewer PCRs count, for {reboots} more good boot{'' if reboots == 1 else 's'}"
 
 
 def risk(selection: Iterable[int]) -> str:
@@ -110,8 +109,8 @@ def open_window(
             raise Usage(f"the policy is over PCRs {', '.join(map(str, full))}", "unlock policy show")
         selection = pcr_policy.select(set(full) - FIRMWARE | set(keep), found.record.cap)
         branch = _of_this_boot(paths, tpm, found, selection)
-        window = {"reboots": reboots, "since": allowed_states.utc(), "pcrs": list(full), "boot": _boot(paths)}
-        state.tpm.update(window=window, pcrs=list(full))
+        window = Window(reboots=reboots, since=allowed_states.utc(), pcrs=full, boot=_boot(paths))
+        state.tpm = state.tpm._replace(window=window, pcrs=full)
         reasons = {branch: "a window for a firmware update"}
         return allowed_states.reseal(paths, tpm, state, persistence, found, selection, [branch], reasons, owner_auth)
 
@@ -147,12 +146,12 @@ def choose(
             return allowed_states.reseal(paths, tpm, state, persistence, found, *same, {}, owner_auth, pin)
         selection = pcr_policy.select(pcrs, found.record.cap)
         branch = _of_this_boot(paths, tpm, found, selection)
-        state.tpm["pcrs"] = list(selection)
+        state.tpm = state.tpm._replace(pcrs=selection)
         reasons = {} if branch in found.record.branches else {branch: "this boot, when the PCRs were chosen"}
         changed = allowed_states.reseal(
             paths, tpm, state, persistence, found, selection, [branch], reasons, owner_auth, pin
         )
-        state.tpm["window"] = None
+        state.tpm = state.tpm._replace(window=None)
         state.save_if_changed()
         return changed._replace(window=None)
 
@@ -169,14 +168,15 @@ def good_boot(paths: Paths, tcti: str = "") -> int:
         found = allowed_states.look(paths, tpm, state)
         allowed_states.remember(state, found, (), {})
         if found.opened:
-            state.tpm["states"][found.opened.hex()]["proven"] = True
-        window = state.tpm["window"]
-        if not _open(found):  # or the command that opened or closed one was killed
-            window = state.tpm["window"] = None
-        if window and window["boot"] != _boot(paths):
-            window.update(reboots=max(0, window["reboots"] - 1), boot=_boot(paths))
+            branch = found.opened.hex()
+            proven = state.tpm.states[branch]._replace(proven=True)
+            state.tpm = state.tpm._replace(states={**state.tpm.states, branch: proven})
+        window = state.tpm.window if _open(found) else None  # or the command that opened or closed one was killed
+        if window and window.boot != _boot(paths):
+            window = window._replace(reboots=max(0, window.reboots - 1), boot=_boot(paths))
+        state.tpm = state.tpm._replace(window=window)
         state.save_if_changed()
-        if window and not window["reboots"]:
+        if window and not window.reboots:
             with access.persistence_key() as persistence:
                 _close(paths, tpm, state, found, persistence, None)
             log.note("the window is closed: all PCRs of the policy count again")
@@ -192,7 +192,7 @@ def _close(
     branch = _of_this_boot(paths, tpm, found, full)
     reasons = {} if branch in found.record.branches else {branch: "this boot, when the window was closed"}
     closed = allowed_states.reseal(paths, tpm, state, persistence, found, full, [branch], reasons, owner_auth)
-    state.tpm["window"] = None
+    state.tpm = state.tpm._replace(window=None)
     state.save_if_changed()
     return closed._replace(window=None)
 
@@ -207,13 +207,15 @@ def _of_this_boot(paths: Paths, tpm: Tpm, found: Allowed, selection: tuple[int, 
         )
     if selection == found.record.selection:
         return found.opened
-    return pcr_policy.branch(selection, at_unseal.of(selection, at_unseal.values(paths, tpm)), found.record.cap)
+    return pcr_policy.branch(
+        selection, at_unseal.known_values(selection, at_unseal.read_pcrs(paths, tpm)), found.record.cap
+    )
 
 
 def _full(found: Allowed) -> tuple[int, ...]:
     """The selection without a window."""
     if found.window:
-        return pcr_policy.select({*found.window["pcrs"], *found.record.selection}, found.record.cap)
+        return pcr_policy.select({*found.window.pcrs, *found.record.selection}, found.record.cap)
     return found.record.selection
 
 
@@ -224,4 +226,4 @@ def _open(found: Allowed) -> bool:
 
 def _boot(paths: Paths) -> str:
     """The kernel's random id of this boot."""
-    return at_unseal.read(paths.boot_id, 64).decode("ascii", "replace").strip()
+    return logs.read_up_to(paths.boot_id, 64).decode("ascii", "replace").strip()

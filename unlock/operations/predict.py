@@ -15,10 +15,10 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from .. import log
-from ..errors import Malformed, Refused, UnlockError
+from ..errors import Refused, UnlockError
 from ..host import this_boot
 from ..host.state import State
-from ..measured import at_unseal, describe, eventlog, explain
+from ..measured import at_unseal, efivars, eventlog, logs, verify
 from ..paths import Paths
 from ..predict import allowed_states, boot_files, efistub, grub_menu, replay, uki
 from ..predict.entry import Entry, World, loaders, signed
@@ -51,7 +51,7 @@ def foresee(world: World) -> tuple[list[Entry], list[str], list[str]]:
     """The entries that may boot next, the default one first, what that depends on, and what else is worth knowing.
     Raises Refused."""
     doubts, notes = _programs(world), list[str]()
-    kind = at_unseal.how_booted(world.paths, {pcr: world.values.get(pcr, _SOME) for pcr in range(16)})
+    kind = at_unseal.boot_method(world.paths, {pcr: world.values.get(pcr, _SOME) for pcr in range(16)})
     if kind == "shim+GRUB":
         found = grub_menu.entries(world)
         if world.before.disks != boot_files.disks(world.paths):
@@ -109,9 +109,9 @@ def _programs(world: World) -> list[str]:
 def gather(paths: Paths, tpm: Tpm) -> World:
     """Refused when this boot left no log, or one that does not account for what files change, or is none that the TPM
     allows. Sends reading commands alone."""
-    later = eventlog.parse_systemd(at_unseal.read(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG))
+    later = logs.read_systemd_log(paths)
     live = tpm.read_pcrs(range(eventlog.PCRS))
-    found, problem = at_unseal.event_log(paths, later, live)
+    found, problem = logs.read_event_log(paths, later, live)
     if found is None:
         raise replay.cannot(problem)
     allows = allowed_states.current(paths, tpm)
@@ -119,13 +119,13 @@ def gather(paths: Paths, tpm: Tpm) -> World:
         raise Refused(
             "this boot is none that the TPM allows: nothing is predicted from it", "unlock explain", "boot-not-allowed"
         )
-    unknown = _BY_FILES & set(allows.record.selection) - describe.believed(found, later, live).keys()
+    unknown = _BY_FILES & set(allows.record.selection) - verify.verified_events(found, later, live).keys()
     if unknown:
         raise replay.cannot(f"the event log does not account for PCR {min(unknown)}: what is measured is not known")
-    asked = at_unseal.asked(this_boot.early(paths), 0.0)
+    asked = at_unseal.unseal_time(this_boot.early(paths), 0.0)
     early = tuple(event for event in later if event.time < asked)
-    secure = 7 in allows.record.selection and at_unseal.variables(found).get("SecureBoot") == b"\1"
-    return World(paths, found, boot_files.load(paths, found), early, at_unseal.values(paths, tpm), secure)
+    secure = 7 in allows.record.selection and efivars.measured_variables(found).get("SecureBoot") == b"\1"
+    return World(paths, found, boot_files.load(paths, found), early, at_unseal.read_pcrs(paths, tpm), secure)
 
 
 def run(paths: Paths, tcti: str, dry_run: bool = False, trust_files: bool = False) -> Foreseen:
@@ -156,7 +156,7 @@ def run(paths: Paths, tcti: str, dry_run: bool = False, trust_files: bool = Fals
 def _told(entry: Entry, selection: Iterable[int]) -> Entry:
     """Not predicted when a PCR of the policy is not told."""
     try:
-        at_unseal.of(selection, entry.values or {})
+        at_unseal.known_values(selection, entry.values or {})
     except Refused:
         if entry.values is not None:
             unknown = min(set(selection) - entry.values.keys())
@@ -168,21 +168,6 @@ def refused(found: Foreseen) -> Refused | None:
     """When the default entry cannot be predicted."""
     bad = [each for each in found.entries if each.default and each.values is None]
     return replay.cannot(bad[0].why.removeprefix("the next boot's measurements cannot be predicted: ")) if bad else None
-
-
-def keep(paths: Paths, tcti: str) -> None:
-    """After a boot that the TPM allowed, and when the key was sealed to this one: what was measured, and which files it
-    came from, before an update replaces them."""
-    sealed = allowed_states.opens_this_boot(paths, tcti)
-    found, _ = at_unseal.event_log(paths)
-    try:
-        explain.keep_baseline(paths, tcti, sealed)
-        if sealed and found:
-            before = boot_files.keep(paths, found)
-            if not os.path.exists(paths.boot_files):
-                boot_files.vouch(paths, before)
-    except (OSError, Malformed) as problem:
-        log.error(f"what this boot has measured cannot be kept: {problem}", "unlock check")
 
 
 def hook(paths: Paths, tcti: str) -> int:

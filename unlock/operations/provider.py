@@ -2,7 +2,6 @@
 """`unlock provider add | list | test | renew`: key managers, tried before anything depends on them."""
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any, NamedTuple
@@ -12,7 +11,9 @@ from ..disks import find
 from ..disks.groups import check_name
 from ..errors import Integrity, ProviderError, Refused, Tampered, UnlockError, Usage
 from ..host import config
-from ..host.state import State, exclusive
+from ..host.lock import exclusive
+from ..host.provider_entry import KmipEntry, ProviderEntry, days_left, has_made
+from ..host.state import State
 from ..keys import access, rotation
 from ..paths import Paths
 from ..providers import Provider, Ref
@@ -42,29 +43,24 @@ def names(paths: Paths) -> list[dict[str, Any]]:
     """The providers of this host, the one in use first: plain values, nothing is asked of a server."""
     state, settings = State.load(paths), config.load(paths.config)
     rows = []
-    for entry in (state.provider, *state.others.values()):
-        setting = settings.providers.get(entry["name"])
-        groups = [group.name for group in state.groups.values() if group.kek.startswith(f"{entry['id']}/")]
+    for entry in state.providers:
+        setting = settings.providers.get(entry.name)
+        groups = [group.name for group in state.groups.values() if has_made(entry, group.kek)]
         rows.append(
             {
-                "name": entry["name"],
-                "kind": entry["kind"],
-                "id": entry["id"],
-                "in_use": entry is state.provider,
+                "name": entry.name,
+                "kind": entry.kind,
+                "id": entry.id,
+                "in_use": entry == state.provider,
                 "endpoints": list(setting.endpoints) if setting else [],
                 "username": setting.username if setting else "",
                 "certificate_days": days_left(entry),
-                "client_key": "" if entry["kind"] == "native" else "file" if entry["client_key"] is None else "wrapped",
+                "client_key": "" if entry.kind == "native" else "file" if entry.client_key is None else "wrapped",
                 "groups": groups,
                 "not_retired": len(state.not_retired(entry)),
             }
         )
     return rows
-
-
-def days_left(entry: dict[str, Any]) -> int | None:
-    """Whole days for which the client certificate is valid; None for a provider without one."""
-    return int((entry["client_until"] - time.time()) // 86400) if entry["kind"] == "kmip" else None
 
 
 def add(paths: Paths, settings: config.ProviderConfig, client: Client, look: find.Look = find.look) -> None:
@@ -75,32 +71,37 @@ def add(paths: Paths, settings: config.ProviderConfig, client: Client, look: fin
     check_name(settings.name, "provider")
     with exclusive(paths), access.Work(paths, look) as work:
         state = work.state
-        if settings.name == state.provider["name"] or state.others.get(settings.name, {}).get("kind") == "native":
+        known = state.others.get(settings.name)
+        if settings.name == state.provider.name or (known and known.kind == "native"):
             raise Refused(f"there is a provider {settings.name} already", "unlock provider list", code="exists")
         selfhosted.refuse(work.state.groups, settings.endpoints)
-        known = state.others.get(settings.name)
-        provider_id = known["id"] if known else f"kmip-{os.urandom(16).hex()}"
+        provider_id = known.id if known else f"kmip-{os.urandom(16).hex()}"
         with closing(_provider(settings, provider_id, client)) as provider:
             provider.capabilities()
         if settings.name not in work.settings.providers:
             config.append(paths.config, config.provider_table(settings))
         elif work.settings.providers[settings.name] != settings:
             raise Refused(f"unlock.toml has another [provider.{settings.name}]", f"edit {paths.config}", code="differs")
-        state.others[settings.name] = _entry(work, settings, provider_id, client)
+        state.put_provider(_entry(work, settings, provider_id, client))
         state.save()
 
 
-def _entry(work: access.Work, settings: config.ProviderConfig, provider_id: str, client: Client) -> dict[str, Any]:
-    until = access.certificate_until(client.certificate)
-    key = None if settings.client_key else client.key
+def _entry(work: access.Work, settings: config.ProviderConfig, provider_id: str, client: Client) -> KmipEntry:
     return work.state.kmip_entry(
-        settings.name, provider_id, client.certificate, until, work.persistence, key, client.password
+        name=settings.name,
+        provider_id=provider_id,
+        certificate=client.certificate,
+        until=access.certificate_until(client.certificate),
+        persistence=work.persistence,
+        key=None if settings.client_key else client.key,
+        password=client.password,
     )
 
 
 def _provider(settings: config.ProviderConfig, provider_id: str, client: Client) -> Provider:
     password = Secret(bytes(client.password)) if client.password else None
-    return access.kmip(settings, provider_id, client.certificate, Secret(bytes(client.key)), password)
+    key = Secret(bytes(client.key))
+    return access.kmip(settings, provider_id=provider_id, certificate=client.certificate, key=key, password=password)
 
 
 def test(paths: Paths, name: str = "", look: find.Look = find.look) -> list[Proof]:
@@ -110,17 +111,17 @@ def test(paths: Paths, name: str = "", look: find.Look = find.look) -> list[Proo
     For a provider that is not in use yet, the host key that `switch` would take is made and fetched twice.
     """
     with exclusive(paths), access.Work(paths, look) as work:
-        entry = work.entry(name)
-        if entry["kind"] == "kmip":
-            selfhosted.refuse(work.state.groups, work.settings_of(entry).endpoints)
+        entry = work.state.provider_named(name)
+        if entry.kind == "kmip":
+            selfhosted.refuse(work.state.groups, access.provider_settings(paths, entry).endpoints)
         provider = work.provider(entry)
         proofs = [
             Proof(f"endpoint {each.endpoint} {each.protocol}".rstrip(), each.problem)
             for each in provider.health().endpoints
         ]
-        mine = [group for group in work.state.groups.values() if group.kek.startswith(f"{entry['id']}/")]
+        mine = [group for group in work.state.groups.values() if has_made(entry, group.kek)]
         for group in mine:
-            ref = access.ref(entry, group.kek, group.kek_name)
+            ref = access.key_ref(entry, group.kek, group.kek_name)
             nodes = work.nodes(group)
             what = f"KEK of group {group.name}: fetched, proven on {len(nodes)} of {len(group.members)} disks"
             proofs.append(_prove(what, provider, ref, work.opens(), access.prover(work, group, nodes)))
@@ -128,11 +129,11 @@ def test(paths: Paths, name: str = "", look: find.Look = find.look) -> list[Proo
         if left := len(work.state.not_retired(entry)):
             rotation.retire(work, left=True)
             proofs.append(Proof(f"replaced keys: {len(work.state.not_retired(entry))} of {left} still active there"))
-        if work.settings.sync.open_from_provider_after_refusal and entry.get("client_key"):
+        if work.settings.sync.open_from_provider_after_refusal and entry.kind == "kmip" and entry.client_key:
             what = "client key in a file, for open_from_provider_after_refusal"
             trouble = Refused("it is wrapped by the TPM's key, which that boot does not have", "unlock.toml(5)")
             proofs.append(Proof(what, trouble))
-        if work.settings.sync.open_from_provider_after_refusal and entry.get("password"):
+        if work.settings.sync.open_from_provider_after_refusal and entry.kind == "kmip" and entry.password:
             what = "no password, for open_from_provider_after_refusal"
             trouble = Refused("it is wrapped by the TPM's key, which that boot does not have", "unlock.toml(5)")
             proofs.append(Proof(what, trouble))
@@ -147,14 +148,14 @@ def _prove(what: str, provider: Provider, ref: Ref, states: frozenset[str], prov
     return Proof(what)
 
 
-def _prove_host_key(work: access.Work, entry: dict[str, Any], provider: Provider) -> Proof:
+def _prove_host_key(work: access.Work, entry: ProviderEntry, provider: Provider) -> Proof:
     key_id, name, generation = work.state.host_key_ref
     try:
-        if not key_id.startswith(f"{entry['id']}/"):
+        if not has_made(entry, key_id):
             ref, key = access.new_key(provider, access.key_name(work.state.host, "host", generation + 1))
             with key, provider.fetch(ref.id) as again:
                 if key != again:
-                    raise Integrity(f"provider {entry['name']} gives two keys for one id", "unlock provider list")
+                    raise Integrity(f"provider {entry.name} gives two keys for one id", "unlock provider list")
             return Proof("host key for `unlock provider switch`: made, fetched twice")
 
         def prove(found: Secret) -> None:
@@ -162,7 +163,7 @@ def _prove_host_key(work: access.Work, entry: dict[str, Any], provider: Provider
             if kept and kept != found:
                 raise Tampered("it is not the host key that is kept")
 
-        provider.fetch(access.ref(entry, key_id, name).id, work.opens(), prove).wipe()
+        provider.fetch(access.key_ref(entry, key_id, name).id, work.opens(), prove).wipe()
         return Proof("host key: fetched, and the one that is kept")
     except ProviderError as error:
         return Proof("host key", error)
@@ -176,37 +177,35 @@ def renew(paths: Paths, client: Client, name: str = "", look: find.Look = find.l
     """
     with exclusive(paths), access.Work(paths, look) as work:
         state = work.state
-        entry = work.entry(name)
-        if entry["kind"] != "kmip":
-            raise Refused(f"provider {entry['name']} has no client certificate", "unlock provider list", code="native")
-        settings = work.settings_of(entry)
+        entry = work.state.provider_named(name)
+        if entry.kind != "kmip":
+            raise Refused(f"provider {entry.name} has no client certificate", "unlock provider list", code="native")
+        settings = access.provider_settings(paths, entry)
         if client.password and not settings.username:
             hint = f"edit {paths.config}"
             raise Usage(f"[provider.{settings.name}] has no username that the password is for", hint)
         with _completed(work, settings, entry, client) as client:
-            new = _entry(work, settings, entry["id"], client)
-            with closing(_provider(settings, entry["id"], client)) as provider:
+            new = _entry(work, settings, entry.id, client)
+            with closing(_provider(settings, entry.id, client)) as provider:
                 proof = _prove_host_key(work, entry, provider)
                 if proof.error:
                     raise proof.error
             if settings.client_key:
                 _same_file(settings.client_key, client)
-        entry.pop("password", None)
-        entry.update(new)
+        state.put_provider(new)
         state.save()
-        return days_left(entry) or 0
+        return days_left(new) or 0
 
 
 @contextmanager
 def _completed(
-    work: access.Work, settings: config.ProviderConfig, entry: dict[str, Any], client: Client
+    work: access.Work, settings: config.ProviderConfig, entry: KmipEntry, client: Client
 ) -> Iterator[Client]:
     """`client`, with what is in use where it is empty."""
     with ExitStack() as wiped:
         if not client.certificate:
-            kept = entry["client_key"]
-            key = work.state.client_key(work.persistence, entry) if kept else ask.from_file(settings.client_key)
-            client = client._replace(certificate=entry["client_cert"], key=wiped.enter_context(key))
+            key = work.state.client_key(work.persistence, entry) or ask.from_file(settings.client_key)
+            client = client._replace(certificate=entry.client_cert, key=wiped.enter_context(key))
         if settings.username and not client.password:
             password = work.state.client_password(work.persistence, entry)
             client = client._replace(password=wiped.enter_context(password) if password else None)

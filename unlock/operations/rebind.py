@@ -14,21 +14,25 @@ A disk that is away opens by the recovery key until it is back.
 
 import os
 from contextlib import ExitStack, closing
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..disks import devices, disk_keys, find, luks
 from ..disks.groups import Group
 from ..errors import Malformed, NoKey, NoSlot, Refused, Tampered, UnlockError
 from ..host import keyring, this_boot
+from ..host.journal import JournalEntry, Rebind, RecoveryRotation
+from ..host.provider_entry import has_made
 from ..host.state import State, changing
+from ..host.state_file import KeyEntry
 from ..keys import access, rotation
-from ..measured import at_unseal
+from ..measured import at_unseal, logs
 from ..paths import TPM_DEVICE, Paths
 from ..predict import allowed_states, initramfs_images
 from ..providers import Provider, native
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
+from ..tpm.record import Payload
 
 RISKS = {
     "unmeasured-boot": "the kernel or the initramfs is not measured: whoever edits it gets the keys",
@@ -93,15 +97,15 @@ def rebind(paths: Paths, choices: Choices, look: find.Look = find.look) -> Rebou
         left = _check_disks(state, seen, choices.recovery, mac_key)
         selection, branch, plain_root = _this_boot(paths, tpm, state, choices)
         pin_auth = keys.enter_context(_pin_auth(tpm, state, choices))
-        again = _ours(state) is not None
+        again = isinstance(state.journal, Rebind)
         new, old = _keys_at_hand(state)
         keys.enter_context(new)
         keys.enter_context(old or Secret(b""))
         before = _journal(state, new, old, choices)
         try:
             goes_on = _goes_on(state, before, old, new)
-            lost = state.rewrap(old, new)
-            state.set_mac_key(new, mac_key)
+            lost = state.rewrap(old=old, new=new)
+            state.set_mac_key(persistence=new, mac_key=mac_key)
             provider = keys.enter_context(closing(_provider(paths, state, old, new, choices)))
             host_key, host_key_source = _host_key(state, provider, new)
             keys.enter_context(host_key)
@@ -113,7 +117,7 @@ def rebind(paths: Paths, choices: Choices, look: find.Look = find.look) -> Rebou
         for _, kek, _ in keks:
             keys.enter_context(kek)
         this_boot.remember(paths, "made", {_NEW: new})
-        payload = pcr_policy.Payload(new, plain_root)
+        payload = Payload(new, plain_root)
         has_pin = len(pin_auth) > 0
         if choices.pin and has_pin:
             keyring.forget(allowed_states.PIN_AUTH)
@@ -131,7 +135,7 @@ def rebind(paths: Paths, choices: Choices, look: find.Look = find.look) -> Rebou
             this_boot.remember(paths, "PIN", {allowed_states.PIN_AUTH: pin_auth})
         done: list[str] = []
         for group, kek, _ in keks:
-            wraps = disk_keys.Keys(new, host_key, kek, mac_key)
+            wraps = disk_keys.Keys(persistence=new, host_key=host_key, kek=kek, mac_key=mac_key)
             done += _rewrap(state, seen, group, wraps, choices.recovery, left)
         allowed_states.begin(state, selection, branch, plain_root, has_pin)
         state.removed = None
@@ -141,21 +145,21 @@ def rebind(paths: Paths, choices: Choices, look: find.Look = find.look) -> Rebou
         if not has_pin:
             keyring.forget(allowed_states.PIN_AUTH)
         _cache(paths, host_key, host_key_source, keks)
-        return Rebound(selection, tuple(done), left, tuple(name for name in lost if name != state.provider["name"]))
+        return Rebound(selection, tuple(done), left, tuple(name for name in lost if name != state.provider.name))
 
 
-def _goes_on(state: State, before: dict[str, Any] | None, old: Secret | None, new: Secret) -> dict[str, Any] | None:
+def _goes_on(state: State, before: JournalEntry | None, old: Secret | None, new: Secret) -> JournalEntry | None:
     """What was under way, to be finished after this. A rotation of the recovery key whose key is lost is given up: the
     one that was typed counts. Raises Tampered."""
-    if not before or "key" not in before:
+    if not isinstance(before, RecoveryRotation):
         return before
     if old is None:
         return None
-    with state.unwrapped_recovery_key(old, before["key"]) as key:
-        return {**before, "key": state.wrapped_recovery_key(new, key)}
+    with state.unwrap_recovery_key(old, before.key) as recovery:
+        return before._replace(key=state.wrap_recovery_key(persistence=new, recovery=recovery))
 
 
-def _give_up(paths: Paths, before: dict[str, Any] | None) -> None:
+def _give_up(paths: Paths, before: JournalEntry | None) -> None:
     """Nothing has changed yet, so nothing is unfinished."""
     state = State.load(paths)
     state.journal = before
@@ -209,21 +213,21 @@ def _this_boot(paths: Paths, tpm: Tpm, state: State, choices: Choices) -> tuple[
     """What is sealed to: PCRs, the branch of this boot, and whether the root file system is not authenticated."""
     if _is_of_another(tpm, state):
         _accepted(choices, "slots-in-use")
-    values = at_unseal.values(paths, tpm)
-    boot = at_unseal.how_booted(paths, tpm.read_pcrs(range(16)))
+    values = at_unseal.read_pcrs(paths, tpm)
+    boot = at_unseal.boot_method(paths, tpm.read_pcrs(range(16)))
     before = [pcr for pcr in _before(tpm, state) if pcr != pcr_policy.CAP_PCR]
     if any(values.get(pcr) == pcr_policy.UNSET for pcr in before):  # another board, which boots in another way
         before = []
     pcrs = choices.pcrs or before or at_unseal.MEASURED_BY.get(boot, (7,))
-    if (boot == "unmeasured" and not before) or at_unseal.hides_initramfs(boot, at_unseal.event_log(paths)[0]):
+    if (boot == "unmeasured" and not before) or at_unseal.initramfs_unmeasured(boot, logs.read_event_log(paths)[0]):
         _accepted(choices, "unmeasured-boot")
     selection = pcr_policy.select(pcrs)
     plain_root = not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
-    if plain_root and not state.tpm["unauthenticated_root"]:
+    if plain_root and not state.tpm.unauthenticated_root:
         _accepted(choices, "unauthenticated-root")
     tpm.srk(choices.owner_auth)
     tpm.trial(selection)
-    return selection, pcr_policy.branch(selection, at_unseal.of(selection, values)), plain_root
+    return selection, pcr_policy.branch(selection, at_unseal.known_values(selection, values)), plain_root
 
 
 def _has_pin(tpm: Tpm, state: State) -> bool:
@@ -231,8 +235,8 @@ def _has_pin(tpm: Tpm, state: State) -> bool:
     try:
         record = slots.current(tpm)[1]
     except NoSlot:
-        return bool(state.tpm.get("pin"))
-    return record.pin if record.host.hex() == state.host else bool(state.tpm.get("pin"))
+        return state.tpm.pin
+    return record.pin if record.host.hex() == state.host else state.tpm.pin
 
 
 def _pin_auth(tpm: Tpm, state: State, choices: Choices) -> Secret:
@@ -253,8 +257,8 @@ def _is_of_another(tpm: Tpm, state: State) -> bool:
 
 def _before(tpm: Tpm, state: State) -> tuple[int, ...]:
     """The PCRs that the policy was over, without a window."""
-    if state.tpm["pcrs"]:
-        return tuple(state.tpm["pcrs"])
+    if state.tpm.pcrs:
+        return state.tpm.pcrs
     try:
         return slots.current(tpm)[1].selection
     except NoSlot:
@@ -271,13 +275,13 @@ def _accepted(choices: Choices, name: str) -> None:
 
 def _keys_at_hand(state: State) -> tuple[Secret, Secret | None]:
     """The new persistence key, that of a run that was killed where it is known; and the old one, or None."""
-    entry = _ours(state)
-    for name in (_NEW, "unlock:persistence") if entry else ():
-        try:
-            new = keyring.get(name)
-            return new, state.unhide(new, entry["new"])  # type: ignore[index]
-        except (NoKey, Tampered):
-            continue
+    if isinstance(state.journal, Rebind):
+        for name in (_NEW, "unlock:persistence"):
+            try:
+                new = keyring.get(name)
+                return new, state.unwrap_old_persistence_key(new, state.journal.new)
+            except (NoKey, Tampered):
+                continue
     try:
         old: Secret | None = keyring.get("unlock:persistence")
         state.prove(old)  # type: ignore[arg-type]
@@ -286,25 +290,20 @@ def _keys_at_hand(state: State) -> tuple[Secret, Secret | None]:
     return Secret.random(32), old
 
 
-def _ours(state: State) -> dict[str, Any] | None:
-    """The entry of a rebind that was killed."""
-    return state.journal if state.journal and state.journal["operation"] == "rebind" else None
-
-
-def _journal(state: State, new: Secret, old: Secret | None, choices: Choices) -> dict[str, Any] | None:
+def _journal(state: State, new: Secret, old: Secret | None, choices: Choices) -> JournalEntry | None:
     """The rebind's entry, saved; gives what was in the journal before: an operation that goes on after this one."""
-    killed = _ours(state)
-    before: dict[str, Any] | None = killed["before"] if killed else state.journal
-    backup = killed["backup"] if killed else ""
+    killed = state.journal if isinstance(state.journal, Rebind) else None
+    before = killed.before if killed else state.journal
+    backup = killed.backup if killed else ""
     if choices.backup and not os.path.exists(choices.backup):
         backup = os.path.abspath(choices.backup)
-    state.journal = {
-        "operation": "rebind",
-        "about": f"--backup {choices.backup}" if choices.backup else "",
-        "new": state.hide(new, old),
-        "backup": backup,
-        "before": before,
-    }
+    state.journal = Rebind(
+        "rebind",
+        f"--backup {choices.backup}" if choices.backup else "",
+        new=state.wrap_old_persistence_key(new=new, old=old),
+        backup=backup,
+        before=before,
+    )
     state.save()
     return before
 
@@ -314,15 +313,28 @@ def _provider(paths: Paths, state: State, old: Secret | None, new: Secret, choic
     entry = state.provider
     if old:
         return access.connect(paths, state, new, entry)
-    if entry["kind"] == "kmip":
-        key = _again("client-key", "the client key", "--client-key FILE", entry.get("client_key"), choices.client_key)
+    if entry.kind == "kmip":
+        key = _again("client-key", "the client key", "--client-key FILE", entry.client_key, choices.client_key)
         word = "the password at the key manager"
-        password = _again("password", word, "--password-file FILE", entry.get("password"), choices.client_password)
-        certificate = entry["client_cert"], entry["client_until"]
-        state.use_provider(state.kmip_entry(entry["name"], entry["id"], *certificate, new, key, password))
+        password = _again("password", word, "--password-file FILE", entry.password, choices.client_password)
+        state.put_provider(
+            state.kmip_entry(
+                name=entry.name,
+                provider_id=entry.id,
+                certificate=entry.client_cert,
+                until=entry.client_until,
+                persistence=new,
+                key=key,
+                password=password,
+            )
+        )
         return access.connect(paths, state, new, state.provider)
     provider = _native(state, choices)
-    state.use_provider(state.native_entry(entry["name"], provider.id, provider.scope, new, provider.kdk))
+    state.put_provider(
+        state.native_entry(
+            name=entry.name, provider_id=provider.id, scope=provider.scope, persistence=new, kdk=provider.kdk
+        )
+    )
     return provider
 
 
@@ -341,8 +353,7 @@ def _native(state: State, choices: Choices) -> native.Native:
             "--backup FILE: its backup; or a file that does not exist yet, for a new key",
             code="backup-needed",
         )
-    journal = state.journal or {}
-    ours = journal.get("backup") == os.path.abspath(choices.backup)
+    ours = isinstance(state.journal, Rebind) and state.journal.backup == os.path.abspath(choices.backup)
     if os.path.exists(choices.backup):
         try:
             with open(choices.backup, "rb") as file:
@@ -372,13 +383,14 @@ def _host_key(state: State, provider: Provider, new: Secret) -> tuple[Secret, st
         return kept, "TPM"
     if not state.persistent:
         return Secret(disk_keys.NOT_KEPT), ""
-    key_id, name, generation = state.host_key_ref
-    if key_id.startswith(f"{provider.id}/"):
-        key = provider.fetch(key_id.removeprefix(f"{provider.id}/"), access.OPENS)
-        state.set_host_key(key_id, name, generation, new, key, former=False)
+    entry = state.host_key_ref
+    if has_made(state.provider, entry.id):
+        key = provider.fetch(access.key_ref(state.provider, entry.id, entry.name).id, access.OPENS)
+        state.set_host_key(entry, persistence=new, key=key, keep_former=False)
         return key, "provider"
-    ref, key = access.new_key(provider, access.key_name(state.host, "host", generation + 1))
-    state.set_host_key(f"{provider.id}/{ref.id}", ref.name, generation + 1, new, key)
+    generation = entry.generation + 1
+    ref, key = access.new_key(provider, access.key_name(state.host, "host", generation))
+    state.set_host_key(KeyEntry(f"{provider.id}/{ref.id}", ref.name, generation), persistence=new, key=key)
     return key, "provider"
 
 
@@ -396,8 +408,9 @@ def _kek(
                         return group, disk_keys.unwrap_kek(each, old), "TPM"
         except UnlockError:
             continue
-    if group.kek.startswith(f"{provider.id}/"):
-        return group, provider.fetch(group.kek.removeprefix(f"{provider.id}/"), access.OPENS), "provider"
+    if has_made(state.provider, group.kek):
+        ref = access.key_ref(state.provider, group.kek, group.kek_name)
+        return group, provider.fetch(ref.id, access.OPENS), "provider"
     generation = state.next_generation(group.name)
     made, kek = access.new_key(provider, access.key_name(state.host, f"kek/{group.name}", generation))
     return rotation.successor(group, provider.id, made, generation), kek, "provider"

@@ -17,12 +17,14 @@ systemd make such).
 
 import os
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..disks import disk_keys, find, luks, token
 from ..disks.groups import Group, Member
 from ..errors import DiskFailed, Malformed, NotOurs, Refused, Tampered, UnlockError, Usage
-from ..host.state import State, exclusive
+from ..host.journal import RecoveryRenewal, RecoveryRotation
+from ..host.lock import exclusive
+from ..host.state import State
 from ..keys import access, delivery, escrow, recovery_key
 from ..keys.access import Work
 from ..paths import Paths
@@ -93,14 +95,14 @@ def _test(state: State, group: Group, member: Member, node: str, count: int, rec
         with luks.Container(node) as container:
             slot, dek = _authentic(state, container, recovery)
             dek.wipe()
-            state.recovery["keyslots"][member.uuid] = container.salt(slot)
+            state.recovery.keyslots[member.uuid] = container.salt(slot)
     except Tampered as error:
         return row._replace(outcome="altered", detail=str(error))
     except NotOurs as error:
         return row._replace(outcome="wrong-key", detail=_behind_says(state, member) or str(error))
     except UnlockError as error:
         return row._replace(outcome="failed", detail=str(error))
-    state.recovery["tested"][member.uuid] = int(time.time())
+    state.recovery.tested[member.uuid] = int(time.time())
     return row
 
 
@@ -122,7 +124,7 @@ def _authentic(state: State, container: luks.Container, recovery: Secret) -> tup
 
 
 def _behind_says(state: State, member: Member) -> str:
-    away = member.uuid in state.recovery["behind"]
+    away = member.uuid in state.recovery.behind
     return "it was away when the key was rotated: unlock recovery new" if away else ""
 
 
@@ -154,19 +156,19 @@ def rotate(
         places, absent = _places(work)
         if not places:
             raise Refused("no disk of this host is here", "unlock status", code="missing")
-        begun = state.unfinished("recovery", "rotate")
+        begun = state.unfinished(RecoveryRotation, "rotate")
         entry = begun or _begin(work, places, keep)
-        with state.unwrapped_recovery_key(work.persistence, entry["key"]) as recovery:
+        with state.unwrap_recovery_key(work.persistence, entry.key) as recovery:
             try:
-                _hand_out(work, entry, keep, recovery)
+                entry = _hand_out(work, entry, keep, recovery)
             except BaseException:
                 if not begun:
                     state.journal = None
                     state.save()
                 raise
-            if not entry["written"]:
+            if not entry.written:
                 _write_or_undo(work, places, recovery)
-                entry["written"] = True
+                state.journal = entry._replace(written=True)
                 _switch(work, places, recovery, [member.uuid for member in absent])
             return _finish(work, recovery)
 
@@ -183,7 +185,7 @@ def new(
     """
     with exclusive(paths), Work(paths, look, connect) as work:
         check_present(work.state, work.persistence, recovery)
-        work.state.begin("recovery", "new")
+        work.state.begin(RecoveryRenewal("recovery", "new"))
         return _finish(work, recovery)
 
 
@@ -196,52 +198,57 @@ def check_present(state: State, persistence: Secret, recovery: Secret) -> None:
             raise Refused("this is not the recovery key of this host", "unlock recovery rotate", code="recovery-key")
 
 
-def _begin(work: Work, places: list[Place], keep: delivery.Keep) -> dict[str, Any]:
-    """The journal's entry, with a new key. `kept`: it is with its keeper, in `file` or `escrow`, or typed back."""
+def _begin(work: Work, places: list[Place], keep: delivery.Keep) -> RecoveryRotation:
+    """The journal's entry, with a new key."""
     state = work.state
-    if state.journal:
-        state.begin("recovery", "rotate")
+    state.refuse_other("recovery", "rotate")
     _check_known(work, places)
     if keep.file and os.path.lexists(keep.file):
         raise Usage(f"{keep.file} exists already", f"{delivery.FLAG} with a file that does not exist yet")
     if keep.escrow:
         escrow.check(keep.escrow)
     with recovery_key.new() as key:
-        wrapped = state.wrapped_recovery_key(work.persistence, key)
-    state.begin("recovery", "rotate", key=wrapped, **_where(keep), kept=False, written=False)
-    assert state.journal
-    return state.journal
+        wrapped = state.wrap_recovery_key(persistence=work.persistence, recovery=key)
+    file, escrow_file = _where(keep)
+    entry = RecoveryRotation(
+        "recovery", "rotate", key=wrapped, file=file, escrow=escrow_file, kept=False, written=False
+    )
+    state.begin(entry)
+    return entry
 
 
-def _where(keep: delivery.Keep) -> dict[str, str]:
-    return {
-        "file": os.path.abspath(keep.file) if keep.file else "",
-        "escrow": os.path.abspath(keep.escrow.file) if keep.escrow else "",
-    }
+def _where(keep: delivery.Keep) -> tuple[str, str]:
+    """Absolute paths of the key's file and of the escrow file, '' for none."""
+    return (
+        os.path.abspath(keep.file) if keep.file else "",
+        os.path.abspath(keep.escrow.file) if keep.escrow else "",
+    )
 
 
-def _hand_out(work: Work, entry: dict[str, Any], keep: delivery.Keep, recovery: Secret) -> None:
+def _hand_out(work: Work, entry: RecoveryRotation, keep: delivery.Keep, recovery: Secret) -> RecoveryRotation:
     """Durable before any disk depends on it. Whoever finishes a rotation names another place, or leaves the key where
     it is: Refused when it is not there any more."""
-    where = _where(keep)
-    if entry["kept"] and not any(where.values()):
+    file, escrow_file = _where(keep)
+    if entry.kept and not file and not escrow_file:
         _check_kept(entry, recovery)
-        return
-    if keep.escrow and where["escrow"] != entry["escrow"]:
+        return entry
+    if keep.escrow and escrow_file != entry.escrow:
         escrow.check(keep.escrow)
     delivery.hand(keep, recovery)
-    entry.update(where, kept=True)
+    entry = entry._replace(file=file, escrow=escrow_file, kept=True)
+    work.state.journal = entry
     work.state.save()
+    return entry
 
 
-def _check_kept(entry: dict[str, Any], recovery: Secret) -> None:
+def _check_kept(entry: RecoveryRotation, recovery: Secret) -> None:
     """It may have been in memory when the power went. Raises Refused."""
-    places = [each for each in (entry["file"], entry["escrow"]) if each]
-    if os.path.exists(entry["file"]):
-        with delivery.given(entry["file"]) as held:
+    places = [each for each in (entry.file, entry.escrow) if each]
+    if os.path.exists(entry.file):
+        with delivery.given(entry.file) as held:
             if held == recovery:
                 return
-    if places and not os.path.exists(entry["escrow"]):
+    if places and not os.path.exists(entry.escrow):
         raise Refused(
             f"the new recovery key is not in {' or '.join(places)} any more, and the old one is about to go",
             f"unlock recovery rotate {delivery.FLAG} FILE, which writes it again",
@@ -263,7 +270,7 @@ def _check_known(work: Work, places: list[Place]) -> None:
 
 def _ours(state: State, container: luks.Container) -> list[int]:
     """The keyslots of recovery keys, as far as the state knows them."""
-    known = {state.recovery["keyslots"].get(container.uuid), *state.recovery["former"].get(container.uuid, ())}
+    known = {state.recovery.keyslots.get(container.uuid), *state.recovery.former.get(container.uuid, ())}
     return [slot for slot in container.cheap_keyslots() if container.salt(slot) in known]
 
 
@@ -320,8 +327,8 @@ def _switch(work: Work, places: list[Place], recovery: Secret, behind: list[str]
     for each in places:
         _note(state, each, recovery)
     with disk_keys.mac_key(recovery, state.host) as mac_key:
-        state.change_mac_key(work.persistence, mac_key, behind)
-    state.recovery["tested"].clear()
+        state.change_mac_key(persistence=work.persistence, mac_key=mac_key, behind=behind)
+    state.recovery.tested.clear()
     state.save()
 
 
@@ -331,11 +338,11 @@ def _note(state: State, place: Place, recovery: Secret) -> None:
         slot, dek = disk_keys.recovery_keyslot(container, recovery)
         dek.wipe()
         salt = container.salt(slot)
-    before = state.recovery["keyslots"].get(place.member.uuid, salt)
+    before = state.recovery.keyslots.get(place.member.uuid, salt)
     if before != salt:
-        state.recovery["former"].setdefault(place.member.uuid, []).append(before)
-    state.recovery["keyslots"][place.member.uuid] = salt
-    state.recovery["behind"].pop(place.member.uuid, None)
+        state.recovery.former.setdefault(place.member.uuid, []).append(before)
+    state.recovery.keyslots[place.member.uuid] = salt
+    state.recovery.behind.pop(place.member.uuid, None)
 
 
 def _finish(work: Work, recovery: Secret) -> Changed:
@@ -365,12 +372,12 @@ def _finish(work: Work, recovery: Secret) -> Changed:
 
 
 def _lags(state: State, member: Member) -> bool:
-    return member.uuid in state.recovery["behind"] or member.uuid in state.recovery["former"]
+    return member.uuid in state.recovery.behind or member.uuid in state.recovery.former
 
 
 def _clean(work: Work, place: Place, recovery: Secret) -> None:
     """Former keyslots first: a key whose keyslot is gone is a wrong key, not an altered header. Then other tokens."""
-    former = work.state.recovery["former"].get(place.member.uuid, [])
+    former = work.state.recovery.former.get(place.member.uuid, [])
     with luks.Container(place.node) as container:
         slot, dek = disk_keys.recovery_keyslot(container, recovery)
         for other in container.cheap_keyslots():
@@ -381,7 +388,7 @@ def _clean(work: Work, place: Place, recovery: Secret) -> None:
             each = disk_keys.make_token(container, work.state.host, place.group, place.member, dek, keys)
         disk_keys.drop_other_tokens(place.node, each, dek, keys)
     if former:
-        del work.state.recovery["former"][place.member.uuid]
+        del work.state.recovery.former[place.member.uuid]
         work.state.save()
 
 

@@ -4,7 +4,8 @@
 from .. import log
 from ..disks import find
 from ..errors import Refused, Usage
-from ..host.state import exclusive
+from ..host.journal import Rekey
+from ..host.lock import exclusive
 from ..keys import access, rotation
 from ..paths import Paths
 
@@ -20,7 +21,7 @@ def rekey(
         if name and name not in work.state.groups:
             raise Usage(f"there is no group {name}", "unlock status")
         journal = work.state.journal
-        unfinished = str(journal["about"]) if journal and journal["operation"] == "rekey" else ""
+        unfinished = journal.about if isinstance(journal, Rekey) else ""
         names = [name] if name else sorted(work.state.groups, key=lambda each: (each != unfinished, each))
         rotation.retire(work)
         outcomes = []

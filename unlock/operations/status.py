@@ -14,6 +14,7 @@ from ..disks import devices, disk_keys, luks, token, udev
 from ..disks.groups import Group, Member
 from ..errors import Malformed, NoKey, NotOurs, UnlockError
 from ..host import config, keyring, report, this_boot
+from ..host.provider_entry import days_left
 from ..host.state import State
 from ..paths import Paths
 from ..secret import Secret
@@ -133,14 +134,14 @@ def read_status(paths: Paths) -> Status:
         persistence_key=_describe_persistence_key(state, persistence),
         recovery_key="made" if state.has_recovery_key else "none yet",
         boot=this_boot.early(paths),
-        recovery_tested=state.recovery["tested"],
+        recovery_tested=state.recovery.tested,
         recovery_behind=[
             each.name for group in state.groups.values() for each in group.members if _has_old_recovery_key(state, each)
         ],
-        unfinished={name: state.journal[name] for name in ("operation", "about")} if state.journal else None,
+        unfinished={"operation": state.journal.operation, "about": state.journal.about} if state.journal else None,
         to_finish=state.to_finish,
         window=_window(state),
-        pin=bool(state.tpm.get("pin")),
+        pin=state.tpm.pin,
         groups=groups,
     )
 
@@ -260,24 +261,24 @@ def _describe_sync(record: dict[str, Any]) -> str:
 
 
 def _provider_rows(state: State) -> list[ProviderStatus]:
+    """The one in use first."""
     rows = []
-    for entry in filter(None, (state.provider, *state.others.values())):
-        days = int((entry["client_until"] - time.time()) // 86400) if entry["kind"] == "kmip" else None
-        not_retired = 0 if entry is state.provider else len(state.not_retired(entry))
-        rows.append(ProviderStatus(entry["name"], entry["kind"], days, not_retired))
+    for entry in state.providers:
+        not_retired = 0 if entry.id == state.provider_id else len(state.not_retired(entry))
+        rows.append(ProviderStatus(entry.name, entry.kind, days_left(entry), not_retired))
     return rows
 
 
 def _window(state: State) -> WindowStatus | None:
-    window = state.tpm["window"]
+    window = state.tpm.window
     if not window:
         return None
-    days = int((time.time() - calendar.timegm(time.strptime(window["since"], "%Y-%m-%dT%H:%M:%SZ"))) // 86400)
-    return WindowStatus(window["since"], days, window["reboots"])
+    days = int((time.time() - calendar.timegm(time.strptime(window.since, "%Y-%m-%dT%H:%M:%SZ"))) // 86400)
+    return WindowStatus(window.since, days, window.reboots)
 
 
 def _has_old_recovery_key(state: State, member: Member) -> bool:
-    return member.uuid in state.recovery["behind"] or member.uuid in state.recovery["former"]
+    return member.uuid in state.recovery.behind or member.uuid in state.recovery.former
 
 
 # Disks

@@ -5,12 +5,14 @@ journal ──> new host key ──> each group: new KEK, its disks as in every 
 old KEKs retired, where the old provider still answers
 """
 
-from typing import Any
-
 from ..disks import find
 from ..errors import Refused, Usage
 from ..host import this_boot
-from ..host.state import State, exclusive
+from ..host.journal import ProviderSwitch
+from ..host.lock import exclusive
+from ..host.provider_entry import ProviderEntry, has_made
+from ..host.state import State
+from ..host.state_file import KeyEntry
 from ..keys import access, rotation
 from ..paths import Paths
 from ..providers import Provider
@@ -27,23 +29,23 @@ def switch(
     """
     with exclusive(paths), access.Work(paths, look) as work:
         state = work.state
-        if name == state.provider["name"] and not state.unfinished("provider switch", name):
+        if name == state.provider.name and not state.unfinished(ProviderSwitch, name):
             raise Refused(f"provider {name} is in use already", "unlock provider list", code="in-use")
-        entry = work.entry(name)
+        entry = state.provider_named(name)
         kept = _persistence_with(state, entry, persistent)
         if kept and state.removed:
             raise Refused("the TPM keeps nothing of this host", "unlock persistence enable", code="removed")
-        if entry["kind"] == "kmip":
-            selfhosted.refuse(state.groups, work.settings_of(entry).endpoints)
+        if entry.kind == "kmip":
+            selfhosted.refuse(state.groups, access.provider_settings(paths, entry).endpoints)
         provider = work.provider(entry)
-        state.begin("provider switch", name)
+        state.begin(ProviderSwitch("provider switch", name))
         state.persistent = kept
-        if not state.host_key_ref[0].startswith(f"{entry['id']}/"):
+        if not has_made(entry, state.host_key_ref.id):
             _new_host_key(work, entry, provider)
         outcomes = [
             _move(work, entry, provider, group.name)
             for group in list(state.groups.values())
-            if not group.kek.startswith(f"{entry['id']}/")
+            if not has_made(entry, group.kek)
         ]
         state.use_provider(entry)
         state.journal = None
@@ -52,12 +54,12 @@ def switch(
         return outcomes
 
 
-def _persistence_with(state: State, entry: dict[str, Any], persistent: bool | None) -> bool:
+def _persistence_with(state: State, entry: ProviderEntry, persistent: bool | None) -> bool:
     """Whether keys are kept on this host under that provider: chosen by name for a key manager's."""
-    if entry["kind"] == "native":
+    if entry.kind == "native":
         return True
-    begun = state.unfinished("provider switch", entry["name"])
-    if persistent is None and state.provider["kind"] == "native" and not begun:
+    begun = state.unfinished(ProviderSwitch, entry.name)
+    if persistent is None and state.provider.kind == "native" and not begun:
         raise Usage(
             "whether the key manager's keys are kept on this host is a choice",
             "--persistence enabled (it boots without the network, for whoever takes all of it too) or disabled",
@@ -65,22 +67,23 @@ def _persistence_with(state: State, entry: dict[str, Any], persistent: bool | No
     return state.persistent if persistent is None else persistent
 
 
-def _new_host_key(work: access.Work, entry: dict[str, Any], provider: Provider) -> None:
+def _new_host_key(work: access.Work, entry: ProviderEntry, provider: Provider) -> None:
     state = work.state
-    generation = state.host_key_ref[2] + 1
+    generation = state.host_key_ref.generation + 1
     made, key = access.new_key(provider, access.key_name(state.host, "host", generation))
     with key:
-        state.set_host_key(f"{entry['id']}/{made.id}", made.name, generation, work.persistence, key)
+        new = KeyEntry(f"{entry.id}/{made.id}", made.name, generation)
+        state.set_host_key(new, persistence=work.persistence, key=key)
         state.save()
         this_boot.remember(work.paths, "provider", {"unlock:host": key})
 
 
-def _move(work: access.Work, entry: dict[str, Any], provider: Provider, name: str) -> rotation.Outcome:
+def _move(work: access.Work, entry: ProviderEntry, provider: Provider, name: str) -> rotation.Outcome:
     state = work.state
     group = state.groups[name]
     generation = state.next_generation(name)
     made, kek = access.new_key(provider, access.key_name(state.host, f"kek/{name}", generation))
     with kek:
-        new = rotation.successor(group, entry["id"], made, generation)
+        new = rotation.successor(group, entry.id, made, generation)
         new = new._replace(policy=access.wanted_policy(work, group))
         return rotation.replace(work, group, new, kek, journal=state.journal)

@@ -16,7 +16,8 @@ from ..disks import devices, find
 from ..disks.groups import Group
 from ..errors import ClockWrong, NoKey, UnlockError
 from ..host import clock, keyring, this_boot
-from ..host.state import exclusive
+from ..host.journal import Rekey
+from ..host.lock import exclusive
 from ..keys import access, rotation
 from ..keys.access import Work
 from ..paths import Paths
@@ -80,10 +81,10 @@ def _local(work: Work) -> list[Line]:
 def _ask(work: Work) -> list[Line]:
     lines = []
     groups = list(work.state.groups.values())
-    mine = [group for group in groups if work.owner(group.kek) == work.state.provider]
-    refs = [access.ref(work.state.provider, group.kek, group.kek_name) for group in mine]
-    host_key, host_name, _ = work.state.host_key_ref
-    refs.append(access.ref(work.state.provider, host_key, host_name))
+    mine = [group for group in groups if work.state.provider_of(group.kek) == work.state.provider]
+    refs = [access.key_ref(work.state.provider, group.kek, group.kek_name) for group in mine]
+    host_key = work.state.host_key_ref
+    refs.append(access.key_ref(work.state.provider, host_key.id, host_key.name))
     statuses = work.provider().resolve(refs)
     for group, status in zip(mine, statuses, strict=False):
         try:
@@ -100,12 +101,12 @@ def _ask(work: Work) -> list[Line]:
 def _finish(work: Work) -> list[Line]:
     """A rotation that was killed; what keeps it from its end is its own trouble."""
     journal = work.state.journal
-    if not journal or journal["operation"] != "rekey":
+    if not isinstance(journal, Rekey):
         return []
     try:
-        outcome = rotation.rotate(work, str(journal["about"]))
+        outcome = rotation.rotate(work, journal.about)
     except UnlockError as error:
-        return [Line(str(journal["about"]), error.code, str(error), error)]
+        return [Line(journal.about, error.code, str(error), error)]
     return [Line(outcome.group, "finished", _behind(outcome))]
 
 

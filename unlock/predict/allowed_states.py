@@ -11,23 +11,26 @@ reason or is shown as "unknown", and the next run writes what is missing.
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..errors import NoKey, Refused, UnlockError, Usage
 from ..host import keyring, this_boot
 from ..host.state import State as HostState
 from ..host.state import changing
+from ..host.state_file import BranchFacts, TpmFacts, Window
 from ..keys import access
 from ..measured import at_unseal
 from ..paths import TPM_DEVICE, Paths
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
-from ..tpm.pcr_policy import Record, Slot
+from ..tpm.record import Payload, Record, Slot
 
 PIN_AUTH = "unlock:pin-auth"
 """In the key cache while the host is up: what the PIN makes, so that unattended changes of the policy keep it."""
 UNKNOWN = "unknown"
+_NOT_KNOWN = BranchFacts(UNKNOWN, proven=False, made="")
+"""Of a branch for which the state has no reason."""
 _PATIENCE = 60.0
 """Seconds that a prediction, run by a package's hook, waits for another command to end."""
 THIS, BEFORE = "this boot", "the boot before"
@@ -55,8 +58,8 @@ class Allowed(NamedTuple):
     """One for each branch of the record, in its order."""
     opened: bytes
     """The branch that this boot has been in when early boot asked; b"" when that is none, or cannot be told."""
-    window: dict[str, Any] | None
-    """`reboots` left, `since` (UTC), when fewer PCRs count for a while."""
+    window: Window | None
+    """Set while the TPM's policy is over fewer PCRs."""
 
 
 class Pin(NamedTuple):
@@ -74,10 +77,10 @@ def current(paths: Paths, tpm: Tpm) -> Allowed:
 def look(paths: Paths, tpm: Tpm, state: HostState) -> Allowed:
     """The same for a state that is loaded."""
     slot, record = slots.current(tpm)
-    opened = _opened(record, at_unseal.values(paths, tpm))
+    opened = _opened(record, at_unseal.read_pcrs(paths, tpm))
     kept = state.tpm
     states = tuple(_state(branch, kept, opened) for branch in record.branches)
-    return Allowed(slot, record, states, opened, kept["window"])
+    return Allowed(slot, record, states, opened, kept.window)
 
 
 def predicted(
@@ -98,7 +101,8 @@ def predicted(
         new: dict[bytes, str] = {}
         for words, values in states.items():
             new.setdefault(
-                pcr_policy.branch(record.selection, at_unseal.of(record.selection, values), record.cap), words
+                pcr_policy.branch(record.selection, at_unseal.known_values(record.selection, values), record.cap),
+                words,
             )
         stay = _staying(found, state.tpm)
         wanted = [*stay, *(branch for branch in new if branch not in stay)]
@@ -137,24 +141,24 @@ def reseal(
     remember(state, found, branches, reasons)
     same = branches == list(record.branches) and selection == record.selection
     if same and (pin is None or (pin.typed is None and not record.pin)):
-        state.tpm["pin"] = record.pin
+        state.tpm = state.tpm._replace(pin=record.pin)
         state.save_if_changed()
         return look(paths, tpm, state)
     state.prove(persistence)
     with auth_for(state.host, record.pin, pin) or Secret(b"") as auth:
-        state.tpm["pin"] = record.pin or len(auth) > 0
+        state.tpm = state.tpm._replace(pin=record.pin or len(auth) > 0)
         state.save_if_changed()
         if pin and pin.typed is not None:
             # until the TPM has it: no later change of the policy may set a PIN that nobody was told of
             keyring.forget(PIN_AUTH)
-        payload = pcr_policy.Payload(persistence, unauthenticated_root(paths, state))
+        payload = Payload(persistence, unauthenticated_root(paths, state))
         host, pin_auth = bytes.fromhex(state.host), auth if len(auth) else None
         slots.persist(tpm, host, selection, branches, payload, owner_auth, pin_auth=pin_auth, cap=record.cap)
         if pin_auth:
             this_boot.remember(paths, "PIN", {PIN_AUTH: pin_auth})
         else:
             keyring.forget(PIN_AUTH)
-    state.tpm["pin"] = pin_auth is not None
+    state.tpm = state.tpm._replace(pin=pin_auth is not None)
     state.save_if_changed()
     return look(paths, tpm, state)
 
@@ -180,16 +184,14 @@ def auth_for(host: str, is_set: bool, pin: Pin | None = None) -> Secret | None:
 
 def remember(state: HostState, found: Allowed, branches: Iterable[bytes], reasons: Mapping[bytes, str]) -> None:
     """Reasons of the branches that are in the TPM and of those that come; all others are forgotten. Saves nothing."""
-    kept = state.tpm
-    old, now = kept["states"], utc()
-    settle(kept, found.opened)
+    now = utc()
     entries = {}
     for branch in (*found.record.branches, *branches):
-        entry = old.get(branch.hex()) or {"why": UNKNOWN, "proven": False, "made": now if branch in reasons else ""}
+        entry = state.tpm.states.get(branch.hex(), _NOT_KNOWN)
         if branch in reasons:
-            entry = {**entry, "why": reasons[branch], "made": entry["made"] or now}
+            entry = entry._replace(why=reasons[branch], made=entry.made or now)
         entries[branch.hex()] = entry
-    kept["states"] = entries
+    state.tpm = settle(state.tpm, found.opened)._replace(states=entries)
 
 
 def opens_this_boot(paths: Paths, tcti: str = TPM_DEVICE) -> bool:
@@ -208,27 +210,28 @@ def begin(
     state: HostState, selection: Iterable[int], branch: bytes, unauthenticated_root: bool, pin: bool = False
 ) -> None:
     """A policy for the state of this boot alone. Saves nothing."""
-    state.tpm.update(
-        states={branch.hex(): {"why": THIS, "proven": False, "made": utc()}},
+    state.tpm = TpmFacts(
+        states={branch.hex(): BranchFacts(THIS, proven=False, made=utc())},
         opened=branch.hex(),
         before="",
-        pcrs=list(selection),
+        pcrs=tuple(selection),
         window=None,
         unauthenticated_root=unauthenticated_root,
         pin=pin,
     )
 
 
-def settle(kept: dict[str, Any], opened: bytes) -> None:
-    """Which branch opened this boot, and which one the boot before."""
-    if opened and opened.hex() != kept["opened"]:
-        kept["before"], kept["opened"] = kept["opened"], opened.hex()
+def settle(kept: TpmFacts, opened: bytes) -> TpmFacts:
+    """The facts with the branch that opened this boot, and the one that opened the boot before."""
+    if opened and opened.hex() != kept.opened:
+        return kept._replace(before=kept.opened, opened=opened.hex())
+    return kept
 
 
 def unauthenticated_root(paths: Paths, state: HostState) -> bool:
     """What the operator accepted by name at init; where the state does not say, as early boot found it sealed."""
-    if state.tpm["unauthenticated_root"] is not None:
-        return bool(state.tpm["unauthenticated_root"])
+    if state.tpm.unauthenticated_root is not None:
+        return state.tpm.unauthenticated_root
     early = this_boot.early(paths)
     return bool(early and early.facts.unauthenticated_root)
 
@@ -237,11 +240,11 @@ def utc() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _staying(found: Allowed, kept: Mapping[str, Any]) -> list[bytes]:
+def _staying(found: Allowed, kept: TpmFacts) -> list[bytes]:
     """The branches that a prediction leaves alone: all of them, when it is not known which one opened this boot."""
     if not found.opened:
         return list(found.record.branches)
-    before = kept["before"] if kept["opened"] == found.opened.hex() else kept["opened"]
+    before = kept.before if kept.opened == found.opened.hex() else kept.opened
     return [branch for branch in found.record.branches if branch == found.opened or branch.hex() == before]
 
 
@@ -252,8 +255,8 @@ def _opened(record: Record, values: Mapping[int, bytes]) -> bytes:
     return branch if branch in record.branches else b""
 
 
-def _state(branch: bytes, kept: Mapping[str, Any], opened: bytes) -> State:
-    entry = kept["states"].get(branch.hex()) or {"why": UNKNOWN, "proven": False, "made": ""}
-    before = kept["before"] if not opened or kept["opened"] == opened.hex() else kept["opened"]
-    why = THIS if branch == opened else BEFORE if branch.hex() == before else str(entry["why"])
-    return State(branch, why, bool(entry["proven"]), str(entry["made"]))
+def _state(branch: bytes, kept: TpmFacts, opened: bytes) -> State:
+    entry = kept.states.get(branch.hex(), _NOT_KNOWN)
+    before = kept.before if not opened or kept.opened == opened.hex() else kept.opened
+    why = THIS if branch == opened else BEFORE if branch.hex() == before else entry.why
+    return State(branch, why, entry.proven, entry.made)

@@ -26,8 +26,8 @@ from hashlib import file_digest, sha256
 from typing import NamedTuple
 
 from ..errors import Malformed, NewerFormat
-from ..measured import eventlog, uefi
-from ..measured.describe import digest_of
+from ..measured import certificates, eventlog, uefi
+from ..measured.baseline import parse_digest
 from ..measured.eventlog import Event, Log
 from ..paths import Paths, write_atomically
 from . import grub_script, pe, replay
@@ -99,14 +99,14 @@ class Booted(NamedTuple):
                 raise NewerFormat("booted.json: written by a newer version", hint="update unlock")
             return cls(
                 _text(fields["boot"]),
-                {_text(name): (_text(path), digest_of(hexed)) for name, (path, hexed) in fields["files"].items()},
+                {_text(name): (_text(path), parse_digest(hexed)) for name, (path, hexed) in fields["files"].items()},
                 {_text(name): _text(content) for name, content in fields["texts"].items()},
-                tuple((digest_of(hexed), _text(path)) for hexed, path in fields["images"]),
-                {_text(path): digest_of(hexed) if hexed != "" else b"" for path, hexed in fields["signed"].items()},
+                tuple((parse_digest(hexed), _text(path)) for hexed, path in fields["images"]),
+                {_text(path): parse_digest(hexed) if hexed != "" else b"" for path, hexed in fields["signed"].items()},
                 _text(fields["initrd"]),
-                tuple(map(digest_of, fields["uki"])),
-                {_text(name): digest_of(hexed) for name, hexed in fields["beside"].items()},
-                {_text(path): digest_of(hexed) for path, hexed in fields["foreign"].items()},
+                tuple(map(parse_digest, fields["uki"])),
+                {_text(name): parse_digest(hexed) for name, hexed in fields["beside"].items()},
+                {_text(path): parse_digest(hexed) for path, hexed in fields["foreign"].items()},
                 tuple(map(_text, fields["disks"])),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -260,7 +260,7 @@ def _known(paths: Paths) -> set[tuple[str, bytes]] | None:
     if data is None:
         return None
     try:
-        return {(uncounted(_text(path)), digest_of(hexed)) for path, hexed in json.loads(data)["files"].items()}
+        return {(uncounted(_text(path)), parse_digest(hexed)) for path, hexed in json.loads(data)["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return set()
 
@@ -294,7 +294,7 @@ def authenticode(paths: Paths, path: str) -> bytes | None:
 def signed(paths: Paths, path: str) -> bytes | None:
     """SHA-256 of who has signed an EFI program; b"" when nobody has, None for a file that is not there, or none."""
     try:
-        found = sorted(uefi.authorities(pe.signatures(read(paths, path) or b"")))
+        found = sorted(certificates.signing_authorities(pe.signatures(read(paths, path) or b"")))
     except Malformed:
         return None
     return sha256(b"".join(sha256(each).digest() for each in found)).digest() if found else b""

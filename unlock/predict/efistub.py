@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 
 from ..errors import Malformed
-from ..measured import at_unseal, eventlog, uefi
+from ..measured import efivars, eventlog, logs, uefi
 from . import boot_files, replay
 from .entry import Entry, World, loaders, predicted, version_of
 
@@ -48,7 +48,7 @@ def entries(world: World) -> Iterator[Entry]:
 
 def _named_initrd(world: World) -> str:
     """The file that `initrd=` names, on the EFI system partition that the kernel is on; "" when it is not there."""
-    name = re.search(r"(?:^|\s)initrd=(\S+)", at_unseal.read(world.paths.cmdline, 4096).decode("utf-8", "replace"))
+    name = re.search(r"(?:^|\s)initrd=(\S+)", logs.read_up_to(world.paths.cmdline, 4096).decode("utf-8", "replace"))
     kernel = world.before.images[-1][1] if world.before.images else ""
     for esp in boot_files.ESPS if name and kernel else ():
         path = os.path.join(esp, name[1].replace("\\", "/").lstrip("/"))  # type: ignore[index]
@@ -59,10 +59,10 @@ def _named_initrd(world: World) -> str:
 
 def _options(world: World) -> replay.Change | None:
     """The kernel command line, when it was changed in the boot entry by which the firmware has started the kernel."""
-    entry = at_unseal.boot_entry(world.paths)
+    entry = efivars.boot_entry_name(world.paths)
     try:
-        was = uefi.load_option(at_unseal.variables(world.log).get(entry, b"")).options
-        now = uefi.load_option(at_unseal.variable(world.paths, entry)).options
+        was = uefi.load_option(efivars.measured_variables(world.log).get(entry, b"")).options
+        now = uefi.load_option(efivars.read_variable(world.paths, entry)).options
     except Malformed:  # nothing was started by an entry, or it is gone
         return None
     return replay.command_line(was, now) if was != now else None

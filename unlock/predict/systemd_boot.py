@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import Malformed
-from ..measured import at_unseal
+from ..measured import efivars
 from ..paths import Paths
 from . import boot_files, pe
 from .initramfs_images import natural
@@ -70,7 +70,7 @@ def comes(paths: Paths, esp: str, listed: list[Listed]) -> set[str]:
 
 
 def _variable(paths: Paths, name: str) -> str:
-    return at_unseal.variable(paths, name, _VENDOR).decode("utf-16-le", "replace").partition("\0")[0].lower()
+    return efivars.read_variable(paths, name, _VENDOR).decode("utf-16-le", "replace").partition("\0")[0].lower()
 
 
 def _unified(paths: Paths) -> Iterator[Listed]:

@@ -26,8 +26,9 @@ from ..errors import (
 from ..light import Any, Callable, NamedTuple, Sequence, signal
 from ..paths import TPM_DEVICE
 from ..secret import Secret
-from . import pcr_policy
-from .pcr_policy import BANK, SLOTS, SRK, Record, Slot
+from . import pcr_policy, public_area
+from .pcr_policy import BANK
+from .record import MAX_SEALED, RECORD_SIZE, SLOTS, SRK, Record, Slot
 
 _NONE, _PASSWORD, _OWNER, _ENDORSEMENT = 0xFFF, 0xFF, 0x101, 0x10B  # ESYS_TR_...
 _NO_SESSIONS = (_NONE, _NONE, _NONE)
@@ -157,15 +158,15 @@ class Tpm:
         NV_ReadPublic is not needed: of our own index all is known, and another's gives an error here. So both
         slots are read with as many commands as one.
         """
-        public = pcr_policy.nv_public(slot, written=True)
+        public = public_area.nv_public(slot, written=True)
         # an ESYS_TR as Esys_TR_Serialize writes it: handle, name, type 2 (NV index), public area
-        known = struct.pack(">IH34sIH", slot.nv, 34, pcr_policy.name(public), 2, len(public)) + public
+        known = struct.pack(">IH34sIH", slot.nv, 34, public_area.name(public), 2, len(public)) + public
         index = self._resource(slot.nv)
         self._send("TR_Deserialize", known, len(known), index)
         self._resources[slot.nv] = index[0]
         data = self._ffi.new("TPM2B_MAX_NV_BUFFER **")
         try:
-            self._send("NV_Read", index[0], index[0], _PASSWORD, _NONE, _NONE, pcr_policy.RECORD_SIZE, 0, data)
+            self._send("NV_Read", index[0], index[0], _PASSWORD, _NONE, _NONE, RECORD_SIZE, 0, data)
         except _Answer as failure:
             if failure.answer in (_HANDLE, _NV_UNINITIALIZED):
                 raise NoSlot(f"slot {slot.name} of the TPM has no policy record") from None
@@ -198,9 +199,9 @@ class Tpm:
         """
         srk = self._named(SRK, record.srk_name, "the storage root key")
         sealed, public = self._public(slot.object, f"slot {slot.name} of the TPM has no sealed object")
-        if pcr_policy.name(public) != record.object_name:
+        if public_area.name(public) != record.object_name:
             raise Tampered(f"the sealed object of slot {slot.name} is not the one of its policy record")
-        if not pcr_policy.is_sealed_under(public, record.branches, record.pin):
+        if not public_area.is_sealed_under(public, record.branches, record.pin):
             raise Tampered(f"the sealed object of slot {slot.name} has another policy than its record says")
         return srk, sealed
 
@@ -223,17 +224,17 @@ class Tpm:
         except NoSlot:
             self._make_srk(owner_auth)
             _, public = self._public(SRK, "the SRK that was made is not there")
-        if problem := pcr_policy.storage_problem(public):
+        if problem := public_area.srk_problem(public):
             raise Refused(
                 f"the object at {SRK:#x} is no storage root key: {problem}",
                 hint=f"tpm2_evictcontrol -c {SRK:#x}",
             )
-        return pcr_policy.name(public)
+        return public_area.name(public)
 
     def srk_name(self) -> bytes:
         """ReadPublic. The name of what is at the SRK's handle; b"" when nothing is."""
         try:
-            return pcr_policy.name(self._public(SRK, "")[1])
+            return public_area.name(self._public(SRK, "")[1])
         except NoSlot:
             return b""
 
@@ -245,7 +246,7 @@ class Tpm:
         """
         key = self._primary(_ENDORSEMENT, _Session(self, _PASSWORD))
         try:
-            return pcr_policy.name(self._area(key))
+            return public_area.name(self._area(key))
         finally:
             self._flush(key)
 
@@ -276,7 +277,7 @@ class Tpm:
         """NV_ReadPublic, [NV_UndefineSpace], [NV_DefineSpace], NV_Write."""
         data = record.encode()
         index = self._find(slot.nv)
-        if index and self._shown(index)[1] not in (pcr_policy.nv_public(slot, written) for written in (False, True)):
+        if index and self._shown(index)[1] not in (public_area.nv_public(slot, written) for written in (False, True)):
             self._undefine(index, owner_auth)
             index = 0
         index = index or self._define(slot, owner_auth)
@@ -300,7 +301,7 @@ class Tpm:
         except (NoSlot, Malformed, Tampered) as error:
             problem = error
         try:
-            object_name = pcr_policy.name(self._public(slot.object, "")[1])
+            object_name = public_area.name(self._public(slot.object, "")[1])
         except (NoSlot, Tampered):
             pass  # no object, or one that we did not make
         return SlotState(record, problem, object_name)
@@ -327,7 +328,7 @@ class Tpm:
         PCR_Read, ReadPublic, StartAuthSession, Create, Load, ReadPublic, StartAuthSession, PolicyPCR,
         PolicyOR, Unseal, FlushContext.
         """
-        branches = (pcr_policy.pcr_policy(selection, self.read_pcrs(selection)),)
+        branches = (pcr_policy.policy_pcr(selection, self.read_pcrs(selection)),)
         with Secret.random(32) as sample:
             sealed, _ = self._create(branches, sample)
             try:
@@ -401,7 +402,7 @@ class Tpm:
     def _area(self, resource: int) -> bytes:
         """The public area that ESYS holds. Tampered if the name that it holds is not this area's."""
         name, area = self._shown(resource)
-        if pcr_policy.name(area) != name:
+        if public_area.name(area) != name:
             raise Tampered("the TPM shows an object whose name is not that of its public area (SHA-256)")
         return area
 
@@ -420,7 +421,7 @@ class Tpm:
             resource, public = self._public(handle, "")
         except NoSlot:
             raise Tampered(f"{what} at {handle:#x} is gone", hint="reboot and type the recovery key") from None
-        if pcr_policy.name(public) != name or pcr_policy.storage_problem(public):
+        if public_area.name(public) != name or public_area.srk_problem(public):
             raise Tampered(
                 f"{what} at {handle:#x} is another one than when this host was enrolled",
                 hint="reboot and type the recovery key",
@@ -489,15 +490,15 @@ class Tpm:
     def _create(self, branches: Sequence[bytes], payload: Secret, auth: Secret | None = None) -> tuple[int, bytes]:
         """A transient sealed object and its name."""
         srk, _ = self._public(SRK, f"the TPM has no storage root key at {SRK:#x}")
-        ffi, template = self._ffi, self._template(pcr_policy.sealed_template(branches, auth is not None))
+        ffi, template = self._ffi, self._template(public_area.sealed_template(branches, auth is not None))
         sensitive = ffi.new("TPM2B_SENSITIVE_CREATE *")
         private, public, sealed = (
             ffi.new("TPM2B_PRIVATE **"),
             ffi.new("TPM2B_PUBLIC **"),
             ffi.new("ESYS_TR *"),
         )
-        if len(payload) > pcr_policy.MAX_SEALED:
-            raise Malformed(f"{len(payload)} bytes cannot be sealed: {pcr_policy.MAX_SEALED} at most")
+        if len(payload) > MAX_SEALED:
+            raise Malformed(f"{len(payload)} bytes cannot be sealed: {MAX_SEALED} at most")
         try:
             sensitive.sensitive.data.size = len(payload)
             ffi.memmove(sensitive.sensitive.data.buffer, payload.value, len(payload))
@@ -512,7 +513,7 @@ class Tpm:
         self._send("Load", srk, _PASSWORD, _NONE, _NONE, private[0], public[0], sealed)
         self._lib.Esys_Free(private[0])
         self._lib.Esys_Free(public[0])
-        return sealed[0], pcr_policy.name(self._area(sealed[0]))
+        return sealed[0], public_area.name(self._area(sealed[0]))
 
     def _make_srk(self, owner_auth: Secret | None) -> None:
         srk = self._primary(_OWNER, self._owner(owner_auth))
@@ -524,7 +525,7 @@ class Tpm:
     def _primary(self, hierarchy: int, authorization: "_Session") -> int:
         """CreatePrimary with the SRK's template: a transient key, the same one each time."""
         ffi, key = self._ffi, self._ffi.new("ESYS_TR *")
-        template = self._template(pcr_policy.srk_template())
+        template = self._template(public_area.srk_template())
         with authorization as session:
             sensitive, creation = ffi.new("TPM2B_SENSITIVE_CREATE *"), self._no_creation_data()
             outputs = (key, *[ffi.NULL] * 4)
@@ -544,7 +545,7 @@ class Tpm:
 
     def _define(self, slot: Slot, owner_auth: Secret | None) -> int:
         no_auth, index = self._ffi.new("TPM2B_AUTH *"), self._resource(slot.nv)
-        public = self._unmarshal("TPM2B_NV_PUBLIC", pcr_policy.nv_public(slot, written=False))
+        public = self._unmarshal("TPM2B_NV_PUBLIC", public_area.nv_public(slot, written=False))
         with self._owner(owner_auth) as session:
             self._send("NV_DefineSpace", _OWNER, session, _NONE, _NONE, no_auth, public, index)
         self._resources[slot.nv] = index[0]

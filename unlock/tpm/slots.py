@@ -22,7 +22,8 @@ from ..light import Callable, Mapping, NamedTuple, Sequence
 from ..secret import Secret
 from . import pcr_policy
 from .chip import Meanwhile, SlotState, Tpm, not_allowed
-from .pcr_policy import CAP_PCR, SLOTS, Payload, Record, Slot, select
+from .pcr_policy import CAP_PCR, select
+from .record import SLOTS, Payload, Record, Slot
 
 _TELLING = (TpmRefused, Tampered, NewerFormat, Malformed, NoSlot)
 PIN_TRIES = 3
@@ -70,7 +71,7 @@ def unseal(tpm: Tpm, ask: Ask = no_pin, meanwhile: Meanwhile = None) -> Unsealed
         try:
             objects = tpm.verify(slot, record)
             pcrs = pcrs or tpm.read_pcrs(read)
-            if read and pcr_policy.pcr_policy(record.selection, pcrs) not in record.branches:
+            if read and pcr_policy.policy_pcr(record.selection, pcrs) not in record.branches:
                 raise not_allowed(record.selection)
             if record.pin:
                 if meanwhile:

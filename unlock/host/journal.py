@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The journal of state.json: the one operation under way, a record for each kind of operation.
+
+An operation writes its record before its first step. The save that stores its result clears the record in the same
+rename. After a kill, the same command finds its own record and finishes; every other operation refuses to begin.
+`operation`, `about` and `options` make that command.
+"""
+
+from typing import Literal, NamedTuple
+
+from ..disks.groups import Member
+
+
+class Init(NamedTuple):
+    """`unlock init`."""
+
+    operation: Literal["init"]
+    about: str
+    """`--backup FILE`, or `--provider kmip`."""
+
+
+class GroupCreation(NamedTuple):
+    """`unlock group create`."""
+
+    operation: Literal["group create"]
+    about: str
+    """Name of the group."""
+    members: tuple[Member, ...]
+    options: str | None = None
+    """The words of the command after the group's name."""
+
+
+class DiskAdoption(NamedTuple):
+    """`unlock disk adopt`."""
+
+    operation: Literal["disk adopt"]
+    about: str
+    """`/dev/disk/by-uuid/UUID --group GROUP`."""
+    manifest: int
+    """Generation of the member list with this disk."""
+
+
+class Rekey(NamedTuple):
+    """A new KEK for a group: `unlock rekey`, or `unlock sync` when the key manager has replaced the KEK."""
+
+    operation: Literal["rekey"]
+    about: str
+    """Name of the group."""
+    generation: int
+    """Of the new KEK."""
+    made: tuple[str, str] | None
+    """Id and name of the new KEK at the provider; None before the provider has made it."""
+    theirs: bool
+    """The key manager made the new KEK by itself."""
+
+
+class RecoveryRotation(NamedTuple):
+    """`unlock recovery rotate`."""
+
+    operation: Literal["recovery"]
+    about: Literal["rotate"]
+    key: str
+    """The new recovery key, wrapped by the persistence key."""
+    file: str
+    """Where the new recovery key was written; '' for no file."""
+    escrow: str
+    """Where its escrow file was written; '' for none."""
+    kept: bool
+    """The new recovery key is in `file` or `escrow`, or a person has typed it back."""
+    written: bool
+    """Every disk that is here takes the new recovery key."""
+
+
+class RecoveryRenewal(NamedTuple):
+    """`unlock recovery new`: the present recovery key for disks that lack it."""
+
+    operation: Literal["recovery"]
+    about: Literal["new"]
+
+
+class PersistenceChange(NamedTuple):
+    """`unlock persistence enable` or `disable`."""
+
+    operation: Literal["persistence"]
+    about: Literal["enable", "disable"]
+
+
+class ProviderSwitch(NamedTuple):
+    """`unlock provider switch`."""
+
+    operation: Literal["provider switch"]
+    about: str
+    """Name of the provider to be used."""
+
+
+class Rebind(NamedTuple):
+    """`unlock rebind`."""
+
+    operation: Literal["rebind"]
+    about: str
+    """`--backup FILE`, or ''."""
+    new: str
+    """The old persistence key, or 32 zero bytes for none, wrapped by the new one."""
+    backup: str
+    """The file that gets the backup of a new KDK; ''."""
+    before: "JournalEntry | None"
+    """The operation that was under way when the rebind began, and goes on after it."""
+
+
+JournalEntry = (
+    Init
+    | GroupCreation
+    | DiskAdoption
+    | Rekey
+    | RecoveryRotation
+    | RecoveryRenewal
+    | PersistenceChange
+    | ProviderSwitch
+    | Rebind
+)
+
+
+def command(entry: JournalEntry) -> str:
+    """What a person types to finish the operation."""
+    options = entry.options if isinstance(entry, GroupCreation) else None
+    return " ".join(filter(None, ("unlock", entry.operation, entry.about, options)))

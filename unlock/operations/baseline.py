@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock boot baseline`: records what a good boot measured, and which files that came from.
+
+    record_good_boot()    after a boot that the TPM allowed, and after the key was sealed to this one
+      ──> baseline.json and its copy on the EFI partition    what `unlock explain` compares a refused boot with
+      ──> booted.json                                        the files that the predictions start from
+
+unlock-baseline.service runs it before an update can replace the files; init and rebind run it too.
+"""
+
+import os
+from collections.abc import Sequence
+
+from .. import log
+from ..errors import Malformed
+from ..measured import esp_copy, eventlog, logs
+from ..measured.baseline import BASELINE_MAX, Baseline, TpmIdentity
+from ..measured.describe import Item
+from ..measured.eventlog import Event
+from ..measured.evidence import gather_evidence
+from ..paths import TPM_DEVICE, Paths, write_atomically
+from ..predict import allowed_states, boot_files
+from ..tpm import pcr_policy
+
+
+def record_good_boot(paths: Paths, tcti: str) -> None:
+    """Records the baseline and the files of this boot, when the TPM allows it. Logs what cannot be written."""
+    sealed = allowed_states.opens_this_boot(paths, tcti)
+    found, _ = logs.read_event_log(paths)
+    try:
+        record_baseline(paths, tcti, sealed)
+        if sealed and found:
+            before = boot_files.keep(paths, found)
+            if not os.path.exists(paths.boot_files):
+                boot_files.vouch(paths, before)
+    except (OSError, Malformed) as problem:
+        log.error(f"what this boot has measured cannot be kept: {problem}", "unlock check")
+
+
+def record_baseline(paths: Paths, tcti: str = TPM_DEVICE, sealed: bool = False) -> Baseline | None:
+    """Writes what this boot measured; None, and nothing, when the TPM did not allow it.
+
+    `sealed`: the TPM would allow it now.
+    A PCR is recorded where the log replays to its live value. A PCR of the policy that the log does not account for is
+    recorded by its value alone, if the policy allows that value: the TPM was asked for what is there now. Without a log
+    the values alone are recorded.
+    Raises OSError, Malformed.
+    """
+    evidence = gather_evidence(paths, tcti)
+    if not sealed and (not evidence.early or evidence.early.verdict != "unsealed"):
+        return None
+    verified = evidence.verified_events()
+    items = evidence.measured_items(verified)
+    if evidence.log:
+        replayed = _replay_items(items, evidence.log.locality)
+        pcrs = {pcr: value for pcr, value in replayed.items() if pcr in verified}
+        now = {**evidence.live, **pcrs}
+        if evidence.record and evidence.policy_allows(now):
+            pcrs |= {pcr: now[pcr] for pcr in evidence.record.selection if pcr != pcr_policy.CAP_PCR}
+    else:  # systemd goes on extending 11 and the cap PCR
+        pcrs = {pcr: value for pcr, value in evidence.live.items() if pcr < 16 and pcr not in (11, pcr_policy.CAP_PCR)}
+    baseline = Baseline(
+        kernel=evidence.kernel,
+        cmdline=evidence.cmdline,
+        chip=evidence.chip or TpmIdentity(srk="", identity=""),
+        pcrs=pcrs,
+        items=items,
+    )
+    data = baseline.encode()
+    if logs.read_up_to(paths.baseline, BASELINE_MAX) != data:
+        write_atomically(paths.baseline, data)
+    try:
+        esp_copy.write_copy(paths, data)
+    except OSError as error:
+        log.note(f"no copy for the recovery shell: {error}")
+    return baseline
+
+
+def _replay_items(items: Sequence[Item], locality: int) -> dict[int, bytes]:
+    return eventlog.replay((Event(each.pcr, each.kind, each.digest, b"") for each in items), locality)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What went wrong at one endpoint, as an error of `unlock.errors` that names the endpoint and the next command.
+
+Sources of failures are result reasons of KMIP, exceptions of the socket and of TLS, and what other modules find wrong.
+"""
+
+import ssl
+
+from ...endpoint import Endpoint
+from ...errors import (
+    ClientAuth,
+    ClockWrong,
+    Integrity,
+    NotFoundOrDenied,
+    PeerUntrusted,
+    ProviderError,
+    ProviderProtocol,
+    ProviderUnavailable,
+    StateBlocked,
+    Unsupported,
+)
+from .protocol import ResultStatus, Tag
+from .ttlv import TtlvItem
+
+HINTS: dict[type[ProviderError], str] = {
+    ProviderUnavailable: "unlock provider test",
+    PeerUntrusted: "check the endpoint's server name and CA in unlock.toml; if both are right, somebody else answers",
+    ClientAuth: "let the key manager accept this client, or unlock provider renew",
+    ClockWrong: "timedatectl",
+    ProviderProtocol: "check that the endpoint is a KMIP server, version 1.1 to 1.4",
+    Integrity: "find out why the key manager answers that; nothing of it was used",
+    NotFoundOrDenied: "look for the key in the key manager, and what this client may do with it; delete nothing",
+    StateBlocked: "see in the key manager who revoked it and why",
+    Unsupported: "see what the key manager offers: unlock-kmip(7)",
+}
+
+_REASONS: dict[int, tuple[str, type[ProviderError]]] = {
+    0x01: ("item not found", NotFoundOrDenied),
+    0x02: ("response too large", ProviderUnavailable),
+    0x03: ("authentication not successful", ClientAuth),
+    0x04: ("invalid message", ProviderProtocol),
+    0x05: ("operation not supported", Unsupported),
+    0x06: ("missing data", ProviderProtocol),
+    0x07: ("invalid field", ProviderProtocol),
+    0x08: ("feature not supported", Unsupported),
+    0x09: ("operation canceled by requester", ProviderUnavailable),
+    0x0A: ("cryptographic failure", ProviderUnavailable),
+    0x0B: ("illegal operation", StateBlocked),
+    0x0C: ("permission denied", NotFoundOrDenied),
+    0x0D: ("object archived", StateBlocked),
+    0x0E: ("index out of bounds", ProviderProtocol),
+    0x0F: ("application namespace not supported", ProviderProtocol),
+    0x10: ("key format type not supported", Unsupported),
+    0x11: ("key compression type not supported", Unsupported),
+    0x12: ("encoding option error", Unsupported),
+    0x13: ("key value not present", StateBlocked),
+    0x14: ("attestation required", ClientAuth),
+    0x15: ("attestation failed", ClientAuth),
+    0x16: ("sensitive", NotFoundOrDenied),
+    0x17: ("not extractable", NotFoundOrDenied),
+    0x18: ("object already exists", ProviderProtocol),
+    0x2A: ("internal server error", ProviderUnavailable),
+    0x36: ("object destroyed", StateBlocked),
+    0x37: ("object not found", NotFoundOrDenied),
+    0x39: ("not authorised", NotFoundOrDenied),
+    0x100: ("general failure", ProviderUnavailable),
+}
+"""Result Reason, KMIP 1.4, 9.1.3.2.29; 0x2A to 0x39 are of KMIP 2.0. All others: ProviderProtocol."""
+
+_X509_V_ERR_CERT_NOT_YET_VALID = 9
+
+_CLIENT_AUTH_ALERTS = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "DECRYPT_ERROR")
+"""Parts of names of TLS alerts, RFC 8446, 6.2. With TLS 1.3 they come after the handshake, with the first answer."""
+
+
+class AmbiguousKeys(Integrity):
+    """The key manager holds two keys for one name. Other endpoints hold the same: no reason to ask them."""
+
+
+def provider_error(endpoint: Endpoint, kind: type[ProviderError], what: str) -> ProviderError:
+    """The error to raise, not raised: its message names the endpoint, its hint the next step."""
+    return kind(f"{endpoint}: {what}", HINTS[kind])
+
+
+def printable(text: str) -> str:
+    """What a server or a file says, short and in ASCII, for a terminal and a log."""
+    short = text if len(text) <= 80 else f"{text[:77]}..."
+    return short if short.isascii() and short.isprintable() else ascii(short)
+
+
+def result_error(endpoint: Endpoint, item: TtlvItem) -> ProviderError:
+    """The error that a response item reports."""
+    reason, message = item.number(Tag.RESULT_REASON), item.text(Tag.RESULT_MESSAGE)
+    if item.number(Tag.RESULT_STATUS) == ResultStatus.OPERATION_PENDING:
+        return provider_error(endpoint, Unsupported, "the server answers later (asynchronously)")
+    unknown = (f"reason {reason}", ProviderProtocol)
+    words, kind = _REASONS.get(reason, unknown) if reason else ("no reason given", ProviderUnavailable)
+    return provider_error(endpoint, kind, words + (f": {printable(message)}" if message else ""))
+
+
+def connection_error(endpoint: Endpoint, error: OSError, *, timeout: float) -> ProviderError:
+    """What an error of the socket or of TLS means. `timeout`: the seconds that the exchange was given."""
+    kind: type[ProviderError]
+    if isinstance(error, ssl.SSLCertVerificationError):
+        kind = ClockWrong if error.verify_code == _X509_V_ERR_CERT_NOT_YET_VALID else PeerUntrusted
+        return provider_error(endpoint, kind, f"the server's certificate: {error.verify_message}")
+    if isinstance(error, TimeoutError):
+        return provider_error(endpoint, ProviderUnavailable, f"no answer within {timeout:g} s")
+    closed = isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError)
+    if closed or not isinstance(error, ssl.SSLError):
+        return provider_error(endpoint, ProviderUnavailable, error.strerror or str(error))
+    reason = error.reason or "TLS failed"
+    if "ALERT" in reason and any(part in reason for part in _CLIENT_AUTH_ALERTS):
+        return provider_error(endpoint, ClientAuth, f"the server refuses our certificate: {reason}")
+    kind = ProviderUnavailable if "INTERNAL_ERROR" in reason else ProviderProtocol
+    return provider_error(endpoint, kind, f"TLS: {reason}")
