@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GroupOpener disks with the recovery key, header authenticated first: `unlock boot prompt` in the initramfs."""
+"""`unlock boot prompt` in the initramfs: asks for the recovery key and opens every disk whose header it authenticates.
+
+The boot scripts run it when the root disk did not open. The recovery shell opens disks by `open_all` too.
+"""
 
 import os
 
