@@ -331,6 +331,7 @@ WORDS = {
         "newer-format",
         "pin-wrong",
         "pin-lockout",
+        "unmeasured-input",
         "tpm-failed",
         "no-key",
     ],

@@ -20,6 +20,7 @@ from ..protect import protect
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Meanwhile, Tpm
+from .unmeasured import close_channels
 
 if TYPE_CHECKING:
     from ..disks.udev import Monitor
@@ -125,7 +126,8 @@ def unseal_once(
 ) -> Key | None:
     """Unseals the persistence key and extends the cap PCR at once, so that the TPM refuses whatever runs later.
 
-    None if there is no key; the verdict is in the record. `meanwhile` is called while the TPM works.
+    None if there is no key, or if the system that starts next would obey what nothing measures; the verdict is in the
+    record. `meanwhile` is called while the TPM works.
     """
     tcti = await_tpm()
     if not tcti:
@@ -156,6 +158,10 @@ def unseal_once(
         if not record.verdict:
             record.set_verdict(_verdict(error), str(error))
         record.add_event("not-capped", str(error))
+    if key and not record.facts.unauthenticated_root and (found := close_channels(paths)):
+        key.wipe()
+        key = None
+        record.set_verdict("unmeasured-input", found)
     write_verdict(paths, record)
     return key
 

@@ -5,8 +5,6 @@
 recovery prompt or a crash, and before a shell.
 """
 
-import os
-
 from .. import log
 from ..disks import devices, disk_keys, forget, luks
 from ..errors import UnlockError
@@ -49,11 +47,10 @@ def hand_over(
 
 
 def is_root_authentic(names: set[str]) -> bool:
-    """Whether the new root, and its /usr if that is another file system, lie on these mappings or dm-verity alone."""
-    usr = os.path.join(NEW_ROOT, "usr")
-    return devices.lies_on_mappings(NEW_ROOT, names) and (
-        not devices.devices_of_mount(usr) or devices.lies_on_mappings(usr, names)
-    )
+    """Whether the new root, and whatever is mounted in it (/usr), lie on these mappings or dm-verity alone. What lies
+    on no block device (tmpfs, nfs, overlay) does not."""
+    mounted = [each for each in devices.mount_points() if f"{each}/".startswith(f"{NEW_ROOT}/")]
+    return NEW_ROOT in mounted and all(devices.lies_on_mappings(each, names) for each in mounted)
 
 
 def secure(paths: Paths) -> int:

@@ -15,6 +15,7 @@ from ..keys import recovery_key
 from ..paths import Paths
 from ..protect import protect
 from ..secret import Secret
+from . import unmeasured
 from .activation import GroupOpener, open_present
 
 TRIES = 5
@@ -33,6 +34,8 @@ def prompt(paths: Paths) -> int:
     log.console(happened)
     if not os.path.exists(paths.of_this_boot("told")):  # `unlock boot why` has shown more
         ask.tell(happened)
+    if unmeasured_input := unmeasured.close_channels(paths):
+        log.console(f"{unmeasured_input}: whoever set that controls the system that starts next")
     tampered = _has_tampered_disk(this_boot.early(paths))
     other = "to give up" if tampered else "for the stock prompt, which does not check the disk's header"
     log.console(f"type the recovery key (8 groups of 6 digits), or Enter alone {other}")

@@ -24,6 +24,7 @@ VERDICTS = {
     "newer-format": "a later unlock wrote the TPM's record",
     "pin-wrong": "no PIN was typed that is right",
     "pin-lockout": "the TPM is locked out: too many wrong PINs",
+    "unmeasured-input": "the system that starts next would obey what no PCR measures",
     "tpm-failed": "the TPM does not work as it should",
     "no-key": "the persistence key is not in the key cache",
 }

@@ -106,6 +106,10 @@ USUAL = {
         "wait with the power on, reboot and type the PIN; or type the recovery key",
     ),
     "tpm-failed": ("the TPM's firmware, or its driver", "dmesg | grep -i tpm"),
+    "unmeasured-input": (
+        "somebody set it in the firmware's setup, or the virtual machine's host did",
+        "add systemd.import_credentials=no to the kernel command line; then: unlock rebind",
+    ),
 }
 """What usually causes it, and what to type. The keys of CAUSES, and those that no event stands for."""
 HOLDS = {
@@ -142,4 +146,5 @@ TITLES = CAUSES | {
     "pin-wrong": "no right PIN was typed",
     "pin-lockout": "the TPM is locked out after wrong PINs",
     "tpm-failed": "the TPM does not work as it should",
+    "unmeasured-input": "the system that starts next would obey what no PCR measures",
 }

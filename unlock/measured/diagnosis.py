@@ -71,7 +71,7 @@ def diagnose(evidence: Evidence) -> Explanation:
         causes = [_cause_without_event(_code_for_no_slot(evidence))]
     elif verdict == "tpm-failed":
         causes = [_cause_without_event("tpm-lockout" if evidence.lockout else "tpm-failed", new=detail)]
-    elif verdict in ("pin-wrong", "pin-lockout"):
+    elif verdict in ("pin-wrong", "pin-lockout", "unmeasured-input"):
         causes = [_cause_without_event(verdict, new=detail)]
     elif verdict in ("tampered", "malformed", "newer-format"):
         causes = [_cause_without_event(_code_for_broken_slot(evidence), new=detail)]

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the real root's PID 1 obeys and no PCR of the policy measures: whoever sets it has a root shell on an open host.
+
+    SystemdOptions      an EFI variable, a second command line: systemd 252 to 257 read it where Secure Boot is off
+    SMBIOS type 11      strings of the firmware: credentials, which can carry units (systemd.extra-unit.*)
+    QEMU's fw_cfg       the same, from a virtual machine's host
+
+Sources: systemd src/basic/efivars.c and src/core/import-creds.c, systemd.system-credentials(7).
+"""
+
+import os
+
+from .. import log
+from ..light import Iterable
+from ..paths import Paths
+
+OPTIONS = "SystemdOptions-8cf2644b-4b0b-428f-9387-6d876050dc67"
+SECURE_BOOT = "SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+CLOSED = "systemd.import_credentials=no"
+"""On the command line, which is measured: PID 1 imports no credential."""
+_OFF = frozenset(("0", "no", "n", "false", "f", "off"))
+_CREDENTIAL = b"io.systemd.credential"
+_TABLE_MAX = 1 << 20
+_VARIABLE_MAX = 1 << 16
+_FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = 0x80086601, 0x40086602
+_IMMUTABLE = 0x10
+"""linux/fs.h: the kernel sets it on most EFI variables."""
+
+
+def close_channels(paths: Paths) -> str:
+    """Deletes SystemdOptions where systemd would obey it: nobody else needs it. Returns what stays, in words; '' if
+    PID 1 obeys the command line alone."""
+    if has_options(paths) and delete_options(paths):
+        log.console("the EFI variable SystemdOptions was deleted: a command line that nothing measures")
+    return open_channels(paths)
+
+
+def open_channels(paths: Paths) -> str:
+    """What PID 1 would obey in this boot beside the command line, in words; '' for nothing."""
+    found = []
+    if has_options(paths):
+        found.append("the EFI variable SystemdOptions is set, a command line that nothing measures")
+    if not credentials_off(_read(paths.cmdline, 1 << 16).decode("utf-8", "replace")):
+        names = sorted({*_smbios(_read(paths.dmi, _TABLE_MAX)), *_fw_cfg(paths.fw_cfg)})
+        if names:
+            found.append(f"the firmware gives systemd credentials ({', '.join(names)[:200]})")
+    return "; ".join(found)
+
+
+def has_options(paths: Paths) -> bool:
+    """Whether systemd would read SystemdOptions: it is there, and Secure Boot is off."""
+    secure = _read(os.path.join(paths.efivars, SECURE_BOOT), _VARIABLE_MAX)
+    return secure[4:] != b"\x01" and os.path.lexists(os.path.join(paths.efivars, OPTIONS))
+
+
+def delete_options(paths: Paths) -> bool:
+    """Takes the variable away, which the kernel has made immutable. False: it is still there."""
+    path = os.path.join(paths.efivars, OPTIONS)
+    try:
+        import fcntl
+
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            flags = bytearray(8)
+            fcntl.ioctl(fd, _FS_IOC_GETFLAGS, flags)
+            flags[0] &= ~_IMMUTABLE
+            fcntl.ioctl(fd, _FS_IOC_SETFLAGS, bytes(flags))
+        finally:
+            os.close(fd)
+    except OSError:
+        pass  # a file system without such flags
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+    return not os.path.lexists(path)
+
+
+def credentials_off(command_line: str) -> bool:
+    """Whether the command line has systemd.import_credentials=no, and says nothing else of it."""
+    off = False
+    for word in command_line.split():
+        key, _, value = word.partition("=")
+        if "import_credentials" in key.replace("-", "_"):
+            if key.replace("-", "_") != "systemd.import_credentials" or value.lower() not in _OFF:
+                return False
+            off = True
+    return off
+
+
+def _smbios(table: bytes) -> Iterable[str]:
+    """The names of the credentials in the firmware's table, wherever they stand: no form of the table hides one."""
+    for text in table.split(_CREDENTIAL)[1:]:
+        yield _name(text.removeprefix(b".binary").removeprefix(b":").partition(b"=")[0].partition(b"\0")[0])
+
+
+def _fw_cfg(directory: str) -> list[str]:
+    try:
+        return [_name(os.fsencode(each)) for each in os.listdir(directory)]
+    except OSError:
+        return []
+
+
+def _name(raw: bytes) -> str:
+    text = raw[:64].decode("ascii", "replace")
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
+def _read(path: str, most: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(most)
+    except OSError:
+        return b""
