@@ -151,7 +151,7 @@ class Host:
     # What a flow is given
 
     def look(self) -> dict[str, list[find.Found]]:
-        return find.read(find.Found(str(image), "") for image in self.disks)
+        return find.read_headers(find.Found(str(image), "") for image in self.disks)
 
     def work(self) -> access.Work:
         return access.Work(self.paths, self.look)
@@ -168,7 +168,7 @@ class Host:
 
     def tokens(self, image: Path) -> list[tuple[str, int]]:
         with luks.Container(str(image)) as container:
-            return [(each.kek_id, each.kek_generation) for each in disk_keys.tokens(container, HOST)]
+            return [(each.kek_id, each.kek_generation) for each in disk_keys.read_tokens(container, HOST)]
 
     def boot_opens(self, images: Iterable[Path] | None = None) -> bool:
         """As early boot would: every disk gives its volume key by the persistence key alone."""
@@ -176,9 +176,9 @@ class Host:
 
     def opens(self, image: Path) -> bool:
         with luks.Container(str(image)) as container:
-            for each in disk_keys.tokens(container, HOST):
+            for each in disk_keys.read_tokens(container, HOST):
                 try:
-                    with disk_keys.volume_key(container, each, self.persistence) as dek:
+                    with disk_keys.unwrap_volume_key(container, each, self.persistence) as dek:
                         return bytes(dek) == self.deks[container.uuid]
                 except UnlockError:
                     continue
@@ -186,10 +186,13 @@ class Host:
 
     def recovery_opens(self) -> bool:
         for image in self.disks:
-            with luks.Container(str(image)) as container, disk_keys.by_recovery_key(container, self.recovery) as dek:
+            with (
+                luks.Container(str(image)) as container,
+                disk_keys.dek_by_recovery_key(container, self.recovery) as dek,
+            ):
                 if bytes(dek) != self.deks[container.uuid]:
                     return False
                 with disk_keys.mac_key(self.recovery, HOST) as mac_key:
-                    for each in disk_keys.tokens(container, HOST):
+                    for each in disk_keys.read_tokens(container, HOST):
                         disk_keys.check_recovery(container, each, mac_key)
         return True

@@ -131,7 +131,7 @@ CHANGES: dict[str, list[Change]] = {
         )
     },
     "digest without keyslots": [("disks/header.py", 'if name != "keyslots"', "")],
-    "zero key for elsewhere": [("disks/disk_keys.py", "ELSEWHERE = bytes(32)", 'ELSEWHERE = b"1" * 32')],
+    "zero key for elsewhere": [("disks/disk_keys.py", "NOT_KEPT = bytes(32)", 'NOT_KEPT = b"1" * 32')],
     "salt of the MAC key": [("disks/disk_keys.py", "bytes.fromhex(host)", "host.encode()")],
     # the disk
     "token type": [("disks/token.py", 'TYPE = "unlock"', 'TYPE = "unlocked"')],

@@ -152,3 +152,25 @@ def test_the_files_that_a_page_names_are_there(page: str) -> None:
     missing = [each for each in named if not (top / each).exists()]
     missing += [each for each in links if not (top / page).parent.joinpath(each).exists()]
     assert not missing
+
+
+def test_the_controls_of_attacks_change_code_that_is_there() -> None:
+    """Each removes a defence by its text in a virtual machine. Here a text that is gone shows at once."""
+    from tests import test_boot_attacks, test_boot_unmeasured
+
+    installed = {
+        "usr/lib/unlock/unlock/": "unlock/",
+        "usr/lib/unlock/cap": "initramfs/cap",
+        "usr/share/initramfs-tools/scripts/unlock-functions": "initramfs/functions",
+    }
+    changes = [
+        *test_boot_attacks.BELIEVES,
+        *test_boot_attacks.EVERY_KEY,
+        *test_boot_attacks.NO_CAP,
+        test_boot_attacks.CAP_SCRIPT,
+        *test_boot_unmeasured.BLIND,
+    ]
+    for path, old, _ in changes:
+        start = next(each for each in installed if path.startswith(each))
+        source = PACKAGE.parent / path.replace(start, installed[start])
+        assert source.read_text().count(old) == 1, f"{source} has not exactly one {old!r}"

@@ -24,7 +24,7 @@ BELIEVES = (  # what authenticates is believed without a look
         "or len(key) != _KEY or (_decrypt(key, wrapped, aad, plain) and False):",
     ),
     (f"{CODE}/wrap.py", "if not hmac.compare_digest(mac(key, data), expected):", "if False:"),
-    (f"{CODE}/boot/handover.py", "    return devices.lies_on_mappings(NEW_ROOT, names) and", "    return True or"),
+    (f"{CODE}/boot/handover.py", "    return NEW_ROOT in mounted and", "    return True or"),
 )
 EVERY_KEY = (  # each disk may be opened by any key that the TPM gives
     (f"{CODE}/tpm/slots.py", "_TELLING = ", "ALL = []\n_TELLING = "),
@@ -40,7 +40,7 @@ EVERY_KEY = (  # each disk may be opened by any key that the TPM gives
         "    from ..tpm.slots import ALL\n"
         "    if persistence is not ALL[-1].payload.key:\n"
         "        try:\n"
-        "            return volume_key(header, each, ALL[-1].payload.key)\n"
+        "            return unwrap_volume_key(header, each, ALL[-1].payload.key)\n"
         "        except Tampered:\n"
         "            pass\n"
         "    try:\n        kek = unwrap_kek(each, persistence)\n",

@@ -157,7 +157,7 @@ def add_group(machine: Machine, name: str, count: int) -> None:
     secrets = {name: Secret(bytes.fromhex(value)) for name, value in machine.secrets().items()}
     recovery = Secret(machine.recovery_key.encode())
     with luks.Container(str(machine.root_header(machine.home / "header"))) as root:
-        (token,) = disk_keys.tokens(root, "")
+        (token,) = disk_keys.read_tokens(root, "")
     members = tuple(Member(str(uuid.uuid4()), f"{name}-{i:02}", f"{name}{i:02}") for i in range(count))
     group = Group(name, "lab/kek", 1, 1, members)
     with Secret.random(32) as kek, disk_keys.mac_key(recovery, token.host) as mac_key:

@@ -485,6 +485,6 @@ def test_check_agrees_with_what_the_next_boot_finds(world: World) -> None:
         unsealed = slots.unseal(tpm)
     for image in world.host.disks:
         with luks.Container(str(image)) as container:
-            [each] = disk_keys.tokens(container, unsealed.record.host.hex())
-            with disk_keys.volume_key(container, each, unsealed.payload.key) as dek:
+            [each] = disk_keys.read_tokens(container, unsealed.record.host.hex())
+            with disk_keys.unwrap_volume_key(container, each, unsealed.payload.key) as dek:
                 container.verify_volume_key(dek)

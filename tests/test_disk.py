@@ -47,8 +47,8 @@ class Protected:
 
     def open(self, path: str = "") -> Secret:
         with luks.Container(path or self.path) as container:
-            (each,) = disk_keys.tokens(container, HOST)
-            return disk_keys.volume_key(container, each, self.keys.persistence)
+            (each,) = disk_keys.read_tokens(container, HOST)
+            return disk_keys.unwrap_volume_key(container, each, self.keys.persistence)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_the_token_gives_the_volume_key_again_and_again(protected: Protected) ->
 def test_writing_the_same_token_twice_changes_nothing(protected: Protected) -> None:
     before = Path(protected.path).read_bytes()
     with luks.Container(protected.path) as container:
-        (each,) = disk_keys.tokens(container, HOST)
+        (each,) = disk_keys.read_tokens(container, HOST)
     disk_keys.write_token(protected.path, each, protected.dek, protected.keys)
     assert Path(protected.path).read_bytes() == before
 
@@ -89,15 +89,15 @@ def test_a_new_member_list_is_written_beside_the_old_one_which_goes_last(protect
     newer = protected.group._replace(manifest=2, members=(*protected.group.members, Member("x", "data-b", "")))
     each = protected.write(newer)
     with luks.Container(protected.path) as container:
-        assert [found.manifest for found in disk_keys.tokens(container, HOST)] == [2, 1]
+        assert [found.manifest for found in disk_keys.read_tokens(container, HOST)] == [2, 1]
     disk_keys.drop_other_tokens(protected.path, each, protected.dek, protected.keys)
     with luks.Container(protected.path) as container:
-        assert [found.manifest for found in disk_keys.tokens(container, HOST)] == [2]
+        assert [found.manifest for found in disk_keys.read_tokens(container, HOST)] == [2]
 
 
 def generations(protected: Protected, host: str = HOST) -> list[int]:
     with luks.Container(protected.path) as container:
-        return [each.manifest for each in disk_keys.tokens(container, host)]
+        return [each.manifest for each in disk_keys.read_tokens(container, host)]
 
 
 def newer(protected: Protected) -> token.Token:
@@ -149,7 +149,7 @@ def test_a_token_of_another_host_stays_when_ours_is_replaced(protected: Protecte
     """Its host reads its own, should the disk go back to it."""
     other = "cd" * 16
     with luks.Container(protected.path) as container:
-        (ours,) = disk_keys.tokens(container, HOST)
+        (ours,) = disk_keys.read_tokens(container, HOST)
         container.set_token(token.encode(ours._replace(host=other)))
     each = newer(protected)
     disk_keys.write_token(protected.path, each, protected.dek, protected.keys)
@@ -164,13 +164,13 @@ def test_a_token_that_does_not_give_what_it_should_is_not_taken_for_written(prot
 
 def test_a_disk_of_another_host_and_a_foreign_one_are_left_alone(protected: Protected, tmp_path: Path) -> None:
     with luks.Container(protected.path) as container, pytest.raises(NotOurs) as caught:
-        disk_keys.tokens(container, "cd" * 16)
+        disk_keys.read_tokens(container, "cd" * 16)
     assert caught.value.code == "other-host"
     foreign = Protected(tmp_path / "foreign")
     with luks.Container(foreign.path) as container:
         container.remove_token(0)
     with luks.Container(foreign.path) as container, pytest.raises(NotOurs) as caught:
-        disk_keys.tokens(container, HOST)
+        disk_keys.read_tokens(container, HOST)
     assert caught.value.code == "foreign"
 
 
@@ -227,7 +227,7 @@ def test_an_operators_own_keyslot_does_not_disturb_the_token(protected: Protecte
 
 def test_the_recovery_key_authenticates_the_header_and_opens_the_disk(protected: Protected) -> None:
     with luks.Container(protected.path) as container:
-        (each,) = disk_keys.tokens(container, HOST)
+        (each,) = disk_keys.read_tokens(container, HOST)
         disk_keys.check_recovery(container, each, protected.keys.mac_key)
         assert container.volume_key(protected.recovery) == protected.dek
 
@@ -236,7 +236,7 @@ def test_the_recovery_key_authenticates_the_header_and_opens_the_disk(protected:
 def test_the_recovery_path_refuses_a_changed_header_too(protected: Protected, what: str) -> None:
     edit(protected.path, CHANGES[what])
     with pytest.raises(UnlockError), luks.Container(protected.path) as container:
-        (each,) = disk_keys.tokens(container, HOST)
+        (each,) = disk_keys.read_tokens(container, HOST)
         disk_keys.check_recovery(container, each, protected.keys.mac_key)
 
 

@@ -532,10 +532,10 @@ def test_a_disk_is_adopted_under_a_key_managers_kek(host: Paths, chip: Swtpm, km
     assert group.kek_name == f"unlock/{state.host}/kek/data/1"
     kms.stop()
     with luks.Container(device) as container:
-        (token,) = disk_keys.tokens(container, state.host)
+        (token,) = disk_keys.read_tokens(container, state.host)
         persistence = keyring.get("unlock:persistence")
         with (
-            disk_keys.volume_key(container, token, persistence) as dek,
+            disk_keys.unwrap_volume_key(container, token, persistence) as dek,
             container.volume_key(Secret(b"operator")) as same,
         ):
             assert dek == same

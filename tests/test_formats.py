@@ -163,8 +163,8 @@ def plugged(tmp_path: Path) -> Path:
 
 def test_a_disk_opens_by_the_persistence_key(plugged: Path, keys: Keys) -> None:
     with luks.Container(str(plugged)) as container:
-        (each,) = disk_keys.tokens(container, HOST)
-        assert bytes(disk_keys.volume_key(container, each, keys.persistence)) == raw("dek")
+        (each,) = disk_keys.read_tokens(container, HOST)
+        assert bytes(disk_keys.unwrap_volume_key(container, each, keys.persistence)) == raw("dek")
         assert disk_keys.unwrap_host_key(each, keys.persistence) == keys.host_key
         container.verify_volume_key(keys.dek)
 
@@ -173,15 +173,15 @@ def test_a_disk_whose_kek_only_the_provider_keeps_opens_by_that_kek(plugged: Pat
     each = token.decode(said("token-provider.json"))
     with luks.Container(str(plugged)) as container:
         with pytest.raises(NoKey):
-            disk_keys.volume_key(container, each, keys.persistence)
-        assert bytes(disk_keys.by_kek(container, each, keys.kek)) == raw("dek")
-    assert bytes(32) == disk_keys.ELSEWHERE
+            disk_keys.unwrap_volume_key(container, each, keys.persistence)
+        assert bytes(disk_keys.unwrap_by_kek(container, each, keys.kek)) == raw("dek")
+    assert bytes(32) == disk_keys.NOT_KEPT
 
 
 def test_a_disk_opens_by_the_recovery_key_its_header_authenticated(plugged: Path, keys: Keys) -> None:
     with luks.Container(str(plugged)) as container:
-        (each,) = disk_keys.tokens(container, HOST)
-        assert bytes(disk_keys.by_checked_recovery_key(container, each, keys.recovery)) == raw("dek")
+        (each,) = disk_keys.read_tokens(container, HOST)
+        assert bytes(disk_keys.dek_by_checked_recovery_key(container, each, keys.recovery)) == raw("dek")
 
 
 def test_a_cheap_keyslot_of_a_disk_with_another_cipher_is_tried(plugged: Path) -> None:
@@ -614,8 +614,8 @@ def test_what_is_changed_is_found(plugged: Path, keys: Keys) -> None:
     changed = {**said("token-persistent.json"), "members": 3}
     with luks.Container(str(plugged)) as container:
         attempts: tuple[Callable[[], object], ...] = (
-            lambda: disk_keys.volume_key(container, token.decode(changed), keys.persistence),
-            lambda: disk_keys.by_checked_recovery_key(container, token.decode(changed), keys.recovery),
+            lambda: disk_keys.unwrap_volume_key(container, token.decode(changed), keys.persistence),
+            lambda: disk_keys.dek_by_checked_recovery_key(container, token.decode(changed), keys.recovery),
         )
         for attempt in attempts:
             with pytest.raises(Tampered):

@@ -344,7 +344,7 @@ def test_a_keyslot_that_any_passphrase_opens_gives_the_recovery_path_nothing(lab
     lab.add(evil_stripes(), int(fields["keyslots"]["0"]["area"]["offset"]))
     with luks.Container(str(lab.victim)) as container:
         with pytest.raises(Tampered, match="keyslot 0") as caught:
-            disk_keys.by_recovery_key(container, lab.recovery)
+            disk_keys.dek_by_recovery_key(container, lab.recovery)
         assert caught.value.hint == f"cryptsetup luksKillSlot {lab.victim} 0"
         try:  # the empty passphrase shows that the library would take the key out of it
             assert bytes(container.volume_key(Secret(b""), 0)) == EVIL
@@ -359,7 +359,7 @@ def test_a_keyslot_that_cannot_be_read_does_not_hide_the_one_behind_it(lab: Lab)
     fields["keyslots"]["0"]["kdf"]["hash"] = "nosuch"
     lab.put(header(lab.front, json.dumps(fields).encode()))
     with luks.Container(str(lab.victim)) as container:
-        assert disk_keys.by_recovery_key(container, lab.recovery) == lab.dek
+        assert disk_keys.dek_by_recovery_key(container, lab.recovery) == lab.dek
 
 
 # A disk that answers differently at the second read
@@ -373,8 +373,8 @@ from unlock.strictjson import canonical
 path, host, persistence = sys.argv[1], sys.argv[2], Secret(bytes.fromhex(sys.stdin.read()))
 with luks.Container(path) as container:
     os.access("/first-read-done", os.F_OK)
-    for each in disk_keys.tokens(container, host):
-        with disk_keys.volume_key(container, each, persistence) as key:
+    for each in disk_keys.read_tokens(container, host):
+        with disk_keys.unwrap_volume_key(container, each, persistence) as key:
             container.verify_volume_key(key)
             try:
                 container.activate("unlock-test-hostile", key)
@@ -408,16 +408,16 @@ def test_a_disk_that_answers_differently_later_opens_with_what_was_authenticated
     lab.put(b"")
     with luks.Container(str(lab.victim)) as container:
         lab.put(hostile)
-        (each,) = disk_keys.tokens(container, HOST)
-        with disk_keys.volume_key(container, each, lab.keys.persistence) as key:
+        (each,) = disk_keys.read_tokens(container, HOST)
+        with disk_keys.unwrap_volume_key(container, each, lab.keys.persistence) as key:
             container.verify_volume_key(key)
         assert container.metadata["segments"] == lab.authentic["segments"]
     lab.put(hostile)
     with luks.Container(str(lab.victim)) as container:
         lab.put(b"")
-        (each,) = disk_keys.tokens(container, HOST)
+        (each,) = disk_keys.read_tokens(container, HOST)
         with pytest.raises(Tampered):
-            disk_keys.volume_key(container, each, lab.keys.persistence)
+            disk_keys.unwrap_volume_key(container, each, lab.keys.persistence)
 
 
 # A disk that does not answer
@@ -596,9 +596,10 @@ OF_LUKS = (
     luks_header.check_size_on_disk, luks_header._has_valid_checksum, luks_header.read_luks_version,
     luks.Container._load, luks.Container.metadata,
     luks.Container.tokens, luks.Container.facts, luks.Container.cheap_keyslots,
-    disk_keys.tokens, disk_keys.volume_key, disk_keys.unwrap_kek, disk_keys.check_recovery, disk_keys.by_recovery_key,
+    disk_keys.read_tokens, disk_keys.unwrap_volume_key, disk_keys.unwrap_kek, disk_keys.check_recovery,
+    disk_keys.dek_by_recovery_key,
 )  # fmt: skip
-OF_TOKEN = (token.decode, token._whole, token._string, token._bytes)
+OF_TOKEN = (token.decode, token._get_int, token._get_string, token._get_bytes)
 OF_POLICY = (Record.decode, Record._problem, pcr_policy.selection_problem, Payload.decode)
 
 PROPERTIES = (

@@ -79,14 +79,14 @@ def judge(path: Path, enrolled: Machine, passphrase: bytes) -> Counter[str]:
                 container.volume_key(Secret(passphrase), 0).wipe()
                 found["passphrase"] += 1
             try:
-                disk_keys.by_recovery_key(container, recovery).wipe()
+                disk_keys.dek_by_recovery_key(container, recovery).wipe()
                 found["recovery key"] += 1
             except NotOurs:
                 pass
             for _, fields in container.tokens("unlock"):
                 assert fields["group"]
-                (each,) = disk_keys.tokens(container, "")
-                disk_keys.volume_key(container, each, persistence).wipe()
+                (each,) = disk_keys.read_tokens(container, "")
+                disk_keys.unwrap_volume_key(container, each, persistence).wipe()
                 found["token"] += 1
     except (NotOurs, Malformed):
         found["nothing"] += 1

@@ -128,7 +128,7 @@ def test_from_the_native_provider_to_a_key_manager_and_on_to_another(native_host
         assert {each.outcome for each in sync.sync(host.paths, host.look)} == {"unchanged"}
     for image in host.disks:
         with luks.Container(str(image)) as container:
-            (token,) = disk_keys.tokens(container, HOST)
+            (token,) = disk_keys.read_tokens(container, HOST)
         assert disk_keys.unwrap_host_key(token, host.persistence) == host.state.host_key(host.persistence)
 
 
@@ -299,8 +299,8 @@ def test_persistence_off_and_on_again(host: Host, kms: Liar) -> None:
         assert host.recovery_opens()
     for image in host.disks:
         with luks.Container(str(image)) as container:
-            (each,) = disk_keys.tokens(container, HOST)
-        assert bytes(disk_keys.unwrap_host_key(each, host.persistence)) == disk_keys.ELSEWHERE != host_key
+            (each,) = disk_keys.read_tokens(container, HOST)
+        assert bytes(disk_keys.unwrap_host_key(each, host.persistence)) == disk_keys.NOT_KEPT != host_key
     assert host.state.host_key(host.persistence) is None
     keyring.forget(access.cache_name(host.group.kek, 1))  # as the next boot finds it
     assert host.group.policy == "provider"
@@ -450,7 +450,7 @@ def test_keys_in_the_cache_have_no_timeout(host: Host, kms: Liar) -> None:
 def opens_all(host: Host, group: Group, unwrap: Callable[..., Secret]) -> bool:
     for image in host.disks:
         with luks.Container(str(image)) as container:
-            tokens = [each for each in disk_keys.tokens(container, HOST) if each.group == group.name]
+            tokens = [each for each in disk_keys.read_tokens(container, HOST) if each.group == group.name]
             with unwrap(container, tokens[0]) as dek:
                 if bytes(dek) != host.deks[container.uuid]:
                     return False

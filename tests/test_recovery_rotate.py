@@ -56,9 +56,9 @@ def key_of(host: Host, name: str = "new-key") -> Secret:
 def authentic(image: Path, key: Secret) -> bool:
     """As the prompt of early boot would open it: by some token whose MAC fits."""
     with luks.Container(str(image)) as container:
-        for each in disk_keys.tokens(container, HOST):
+        for each in disk_keys.read_tokens(container, HOST):
             try:
-                with disk_keys.by_checked_recovery_key(container, each, key):
+                with disk_keys.dek_by_checked_recovery_key(container, each, key):
                     return True
             except UnlockError:
                 continue
@@ -483,5 +483,5 @@ def test_new_killed_at_every_boundary_finishes(host: Host, killer: Killer) -> No
 
 def test_a_disk_that_udev_shows_and_cannot_be_read_is_away(host: Host) -> None:
     host.disks[0].write_bytes(bytes(1 << 20))
-    assert find.node_of(host.look(), host.group.members[0]) == ""
+    assert find.find_node(host.look(), host.group.members[0]) == ""
     assert rotate(host).behind == ("data-0",)

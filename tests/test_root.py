@@ -114,7 +114,7 @@ class Early:
         self.record.facts = report.BootFacts(unauthenticated_root=accepted)
         self.key = agent.Key(HOST, Secret(bytes(host.persistence)), None)
         self.groups = activation.GroupOpener(
-            HOST, lambda c, each: disk_keys.volume_key(c, each, host.persistence), self.record
+            HOST, lambda c, each: disk_keys.unwrap_volume_key(c, each, host.persistence), self.record
         )
         for image in host.disks:
             self.groups.add_disk(Disk(str(image), image.name, "", "", "", 0, 0))
@@ -220,10 +220,10 @@ def _equal(found: object, expected: object) -> None:
 def test_a_host_key_that_is_kept_elsewhere_is_not_handed_over_as_zeros(host: Host, machine: Seen) -> None:
     image, group = str(host.folder / "root-0"), host.state.groups["root"]
     with luks.Container(image) as container, Secret(host.deks[container.uuid]) as dek:
-        (old,) = disk_keys.tokens(container, HOST)
+        (old,) = disk_keys.read_tokens(container, HOST)
         keys = disk_keys.Keys(
             host.persistence,
-            Secret(disk_keys.ELSEWHERE),
+            Secret(disk_keys.NOT_KEPT),
             disk_keys.unwrap_kek(old, host.persistence),
             disk_keys.mac_key(host.recovery, HOST),
         )

@@ -154,7 +154,7 @@ def test_a_replaced_host_key_reaches_state_cache_and_tokens_and_the_former_one_i
     assert bytes(keyring.get("unlock:host")) == new.material != old
     for image in host.disks:
         with luks.Container(str(image)) as container:
-            (each,) = disk_keys.tokens(container, HOST)
+            (each,) = disk_keys.read_tokens(container, HOST)
         assert bytes(disk_keys.unwrap_host_key(each, host.persistence)) == new.material
     assert len(json.loads(Path(host.paths.state).read_text())["host_key"]["former"]) == 1
     assert host.boot_opens()
@@ -419,9 +419,9 @@ def test_a_kek_of_policy_provider_is_on_no_disk_and_opens_with_the_kms(tmp_path:
     material = kms.keys[key_id(host)].material
     for image in host.disks:
         with luks.Container(str(image)) as container:
-            (each,) = disk_keys.tokens(container, HOST)
+            (each,) = disk_keys.read_tokens(container, HOST)
             with pytest.raises(NoKey) as caught:
-                disk_keys.volume_key(container, each, host.persistence)
+                disk_keys.unwrap_volume_key(container, each, host.persistence)
             assert caught.value.code == "provider"
     assert run(host)["data"] == "cached"
     assert run(host)["data"] == "unchanged"
@@ -457,9 +457,9 @@ def test_nobody_but_this_host_can_say_that_a_key_is_kept_elsewhere(tmp_path: Pat
         number, fields = container.tokens("unlock")[0]
         container.set_token({**fields, "kek": {**fields["kek"], "wrapped": marker}}, number)
     with luks.Container(str(data)) as container:
-        (each,) = disk_keys.tokens(container, HOST)
+        (each,) = disk_keys.read_tokens(container, HOST)
         with pytest.raises(UnlockError) as caught:
-            disk_keys.volume_key(container, each, host.persistence)
+            disk_keys.unwrap_volume_key(container, each, host.persistence)
         assert caught.value.code == "tampered"
     keyring.flush()
 

@@ -61,16 +61,16 @@ def test_a_worker_gives_the_header_of_the_context_that_it_keeps(lab: Lab, proces
         assert header.metadata == container.metadata
         assert header.facts() == container.facts()
         assert header.uuid == container.uuid
-    (each,) = disk_keys.tokens(header, HOST)
-    assert disk_keys.volume_key(header, each, lab.keys.persistence) == lab.dek
+    (each,) = disk_keys.read_tokens(header, HOST)
+    assert disk_keys.unwrap_volume_key(header, each, lab.keys.persistence) == lab.dek
 
 
 def test_a_worker_has_no_key_of_the_agent_and_gets_its_disks_own_alone(lab: Lab) -> None:
     """Forked after the unseal, as for a disk that comes late: this process holds the keys of the whole host."""
     process = Worker(at(lab.victim))
     header = header_of(process)
-    (each,) = disk_keys.tokens(header, HOST)
-    dek = disk_keys.volume_key(header, each, lab.keys.persistence)
+    (each,) = disk_keys.read_tokens(header, HOST)
+    dek = disk_keys.unwrap_volume_key(header, each, lab.keys.persistence)
     keys = [bytes(each) for each in lab.keys]
     before = memory(process.pid)
     assert b"unlock" in before, "this is not the worker's memory"
@@ -101,10 +101,10 @@ def test_a_worker_has_no_descriptor_but_its_pipes_and_its_disk(lab: Lab) -> None
 
 def test_the_recovery_key_opens_a_keyslot_in_the_worker(lab: Lab, process: Worker) -> None:
     header = header_of(process)
-    assert disk_keys.by_recovery_key(header, lab.recovery) == lab.dek
+    assert disk_keys.dek_by_recovery_key(header, lab.recovery) == lab.dek
     with pytest.raises(NotOurs):
         header.volume_key(Secret(b"another"), 0)
-    assert disk_keys.by_recovery_key(header, lab.recovery) == lab.dek, "a wrong key ends no worker"
+    assert disk_keys.dek_by_recovery_key(header, lab.recovery) == lab.dek, "a wrong key ends no worker"
 
 
 def test_an_error_crosses_with_its_kind_its_code_and_its_hint(tmp_path: Path) -> None:

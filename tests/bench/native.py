@@ -55,9 +55,9 @@ with chip.Tpm("{TCTI}") as tpm:
     tpm.extend(16, pcr_policy.CAP_DIGEST)
 marks.append(time.monotonic())
 with luks.Container("{PLACE}/disk") as container:
-    token = disk_keys.tokens(container, unsealed.record.host.hex())[0]
+    token = disk_keys.read_tokens(container, unsealed.record.host.hex())[0]
     marks.append(time.monotonic())
-    disk_keys.volume_key(container, token, unsealed.payload.key).wipe()
+    disk_keys.unwrap_volume_key(container, token, unsealed.payload.key).wipe()
 marks.append(time.monotonic())
 print(marks)
 """

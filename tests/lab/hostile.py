@@ -53,7 +53,7 @@ class Lab:
         self.loaded = luks.Container(str(self.victim))
         """Read before anything was changed."""
         self.uuid, self.authentic = self.loaded.uuid, self.loaded.metadata
-        (self.token,) = disk_keys.tokens(self.loaded, HOST)
+        (self.token,) = disk_keys.read_tokens(self.loaded, HOST)
         self.foreign_tokens = [fields_of(path.read_bytes())["tokens"]["0"] for path in (self.other, self.stranger)]
 
     def _make(self, name: str, group: str, dek: Secret, host: str = HOST) -> Path:
@@ -85,12 +85,12 @@ class Lab:
 
     def by_tpm(self, container: Header, each: token.Token) -> Secret:
         """As early boot and the gates unwrap."""
-        return disk_keys.volume_key(container, each, self.keys.persistence)
+        return disk_keys.unwrap_volume_key(container, each, self.keys.persistence)
 
     def by_recovery(self, container: Header, each: token.Token) -> Secret:
         """As the recovery prompt does."""
         disk_keys.check_recovery(container, each, self.keys.mac_key)
-        return disk_keys.by_recovery_key(container, self.recovery)
+        return disk_keys.dek_by_recovery_key(container, self.recovery)
 
     def judge(self, door: Callable[[luks.Container, token.Token], Secret]) -> tuple[str, str]:
         """(outcome, detail) of the victim, seen before the honest disk; what must hold whatever the victim is."""

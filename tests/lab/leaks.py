@@ -32,8 +32,8 @@ def secrets(machine: Machine) -> dict[str, bytes]:
     files["root"] = machine.root_header(machine.home / "header")
     for serial, path in files.items():
         with luks.Container(str(path)) as container:
-            for token in disk_keys.tokens(container, ""):
-                found[f"DEK of {serial}"] = bytes(disk_keys.volume_key(container, token, persistence))
+            for token in disk_keys.read_tokens(container, ""):
+                found[f"DEK of {serial}"] = bytes(disk_keys.unwrap_volume_key(container, token, persistence))
                 found[f"KEK of {serial}"] = bytes(disk_keys.unwrap_kek(token, persistence))
     found["recovery key"] = machine.recovery_key.encode()
     return found

@@ -148,7 +148,7 @@ class GroupOpener:
         from ..disks import disk_keys  # not before the first workers are forked, which do not need it
 
         uuid = header.uuid
-        tokens = disk_keys.tokens(header, self.host)
+        tokens = disk_keys.read_tokens(header, self.host)
         if self.only and all(each.group != self.only for each in tokens):
             return False
         if not self.unwrap:
@@ -246,7 +246,7 @@ class GroupOpener:
     def _close(self, group: _Group) -> None:
         """Closes what this process opened of a group; none of it is mounted."""
         for name in group.opened:
-            forget.forget(name)
+            forget.forget_file_system(name)
         for name, node in list(group.opened.items()):
             try:
                 luks.deactivate(name)

@@ -53,7 +53,7 @@ def agent(paths: Paths) -> int:
     if key:
         opener.host, opener.unwrap = (
             key.host,
-            lambda header, token: disk_keys.volume_key(header, token, key.persistence),
+            lambda header, token: disk_keys.unwrap_volume_key(header, token, key.persistence),
         )
     try:
         open_groups(paths, opener, monitor, signals, record)

@@ -114,7 +114,7 @@ def open_group(paths: Paths, name: str, *recovery: Secret) -> None:
 
 
 def _by_recovery_key(*recovery: Secret) -> Unwrap:
-    return lambda header, token: disk_keys.by_checked_recovery_key(header, token, *recovery)
+    return lambda header, token: disk_keys.dek_by_checked_recovery_key(header, token, *recovery)
 
 
 def _make_error(paths: Paths, record: report.Report, name: str) -> UnlockError:
@@ -197,10 +197,10 @@ def make_unwrap(
 
     def unwrap(header: Header, token: Token) -> Secret:
         try:
-            return disk_keys.volume_key(header, token, persistence)
+            return disk_keys.unwrap_volume_key(header, token, persistence)
         except NoKey:
             with keyring.get(access.cache_name(token.kek_id, token.kek_generation)) as kek:
-                return disk_keys.by_kek(header, token, kek)
+                return disk_keys.unwrap_by_kek(header, token, kek)
 
     return unwrap
 
@@ -244,7 +244,7 @@ def _make_provider_unwrap(
         return keks[kek_id, generation]
 
     def unwrap(header: Header, token: Token) -> Secret:
-        return disk_keys.by_kek(header, token, fetch_kek(token.kek_id, token.kek_generation))
+        return disk_keys.unwrap_by_kek(header, token, fetch_kek(token.kek_id, token.kek_generation))
 
     _retry_until(end, lambda: fetch_kek(group.kek, group.generation))
     record.add_event("opened-from-provider", f"{group.name}: {_explain_missing_key(paths)}")

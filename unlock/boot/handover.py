@@ -38,7 +38,7 @@ def hand_over(
         for name, unwrap in ((kek_name, disk_keys.unwrap_kek), ("unlock:host", disk_keys.unwrap_host_key)):
             try:
                 with unwrap(token, persistence) as unwrapped:
-                    if bytes(unwrapped) != disk_keys.ELSEWHERE:
+                    if bytes(unwrapped) != disk_keys.NOT_KEPT:
                         this_boot.cache_keys(paths, "TPM", {name: unwrapped})
             except UnlockError as error:
                 record.add_event("trouble", f"{token.name}: {error}")
@@ -74,7 +74,7 @@ def drop(keep: set[str]) -> int:
     """
     for name, uuid in devices.active_mappings().items():
         if uuid and name not in keep:
-            forget.forget(name)
+            forget.forget_file_system(name)
             luks.abandon(name)
     try:
         keyring.flush()

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mount.unlock`, which mount(8) runs for the mount unit of a group: the file system of that group, or none.
+"""`mount.unlock`, which mount(8) runs for the mount unit of a group: mounts the group's file system, and no other.
 
-    a mount namespace of its own: mount ──> every device below is a mapping of the group ──> attach it in its place
+    in a mount namespace of its own: mount ──> check that every device below is a mapping of the group ──> attach
 
-A disk can claim to be part of any btrfs or volume group: the kernel then mounts it in place of the group's own, and
-what is written goes there in clear. So nobody sees the file system before each device below it has been looked at.
-Copies of the group's btrfs are made unknown to the kernel first; what counts is the look afterwards.
+A disk can claim to be part of any btrfs or volume group. The kernel would mount it instead of the group's own, and data
+would be written there in clear. So the file system becomes visible only after each device below it has been checked.
+Before that the kernel is made to forget copies of the group's btrfs; only the check afterwards is relied on.
 """
 
 import ctypes
@@ -28,22 +28,22 @@ _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC, _MOVE_MOUNT_F_EMPTY_PATH = 1, os.O_CLOEXEC
 
 
 class Request(NamedTuple):
-    """What mount(8) asks for."""
+    """The arguments of mount(8)."""
 
     source: str
     where: str
     kind: str
-    """Of the file system; '' lets mount(8) find out."""
+    """The type of the file system; '' lets mount(8) detect it."""
     options: str
 
 
 def mount(paths: Paths, argv: Sequence[str]) -> int:
     """Mounts a group's file system. Raises Tampered (`spoofed`), CommandFailed, Usage."""
-    request = parse(argv)
-    group, names = group_of(paths, request.source)
+    request = parse_arguments(argv)
+    group, names = find_group(paths, request.source)
     try:
         btrfs.forget_copies([f"/dev/mapper/{name}" for name in names])
-        _mount_proven(request, group, names)
+        _mount_checked(request, group, names)
     except Tampered as error:
         this_boot.mark_spoofed(paths, group, str(error))
         raise
@@ -51,7 +51,7 @@ def mount(paths: Paths, argv: Sequence[str]) -> int:
     return 0
 
 
-def parse(argv: Sequence[str]) -> Request:
+def parse_arguments(argv: Sequence[str]) -> Request:
     """SOURCE DIRECTORY [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE[.SUBTYPE]], as in mount(8), EXTERNAL HELPERS."""
     words, source, options, kind = list(argv), [], "", ""
     while words:
@@ -67,8 +67,8 @@ def parse(argv: Sequence[str]) -> Request:
     return Request(source[0], source[1], kind, options)
 
 
-def group_of(paths: Paths, source: str) -> tuple[str, set[str]]:
-    """The group that `source` is a mapping of, and the names of all its mappings. Raises Usage."""
+def find_group(paths: Paths, source: str) -> tuple[str, set[str]]:
+    """The open group that `source` is a mapping of, and the names of all its mappings. Raises Usage."""
     node = os.path.realpath(source)
     for group, names in this_boot.open_groups(paths).items():
         if node in (os.path.realpath(f"/dev/mapper/{name}") for name in names):
@@ -76,9 +76,10 @@ def group_of(paths: Paths, source: str) -> tuple[str, set[str]]:
     raise Usage(f"{source} is no disk of a group that is open", "unlock status")
 
 
-def _mount_proven(request: Request, group: str, names: set[str]) -> None:
+def _mount_checked(request: Request, group: str, names: set[str]) -> None:
+    """Mounts in a new mount namespace, checks the devices below, then attaches the mount. Raises Tampered."""
     home = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    _system("unshare", _CLONE_NEWNS)
+    _call_libc("unshare", _CLONE_NEWNS)
     run(["mount", "--make-rprivate", "/"])
     kind = ["-t", request.kind] if request.kind else []
     options = ["-o", request.options] if request.options else []
@@ -89,13 +90,15 @@ def _mount_proven(request: Request, group: str, names: set[str]) -> None:
             f"take it out, or wipe it: it is a copy, or passes for one; then: systemctl start {group}",
             "spoofed",
         )
-    tree = _system("syscall", _SYS_OPEN_TREE, _AT_FDCWD, request.where.encode(), _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC)
-    _system("setns", home, _CLONE_NEWNS)
-    _system("syscall", _SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, request.where.encode(), _MOVE_MOUNT_F_EMPTY_PATH)
+    tree = _call_libc(
+        "syscall", _SYS_OPEN_TREE, _AT_FDCWD, request.where.encode(), _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC
+    )
+    _call_libc("setns", home, _CLONE_NEWNS)
+    _call_libc("syscall", _SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, request.where.encode(), _MOVE_MOUNT_F_EMPTY_PATH)
 
 
-def _system(name: str, *arguments: int | bytes) -> int:
-    """A function of the C library. Raises CommandFailed."""
+def _call_libc(name: str, *arguments: int | bytes) -> int:
+    """Calls a function of the C library. Raises CommandFailed if it returns a negative number."""
     libc = ctypes.CDLL(None, use_errno=True)
     result = int(getattr(libc, name)(*arguments))
     if result < 0:

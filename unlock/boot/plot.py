@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A report of early boot as a picture: `unlock status --boot --svg`, as `systemd-analyze plot` draws a whole boot."""
+"""`unlock status --boot --svg`: draws the report of early boot as a timeline, like `systemd-analyze plot`."""
 
 from html import escape
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class Bar(NamedTuple):
 
 
 def svg(record: Report) -> str:
-    """The timeline of a report, one row for the agent, one a disk, one a group. An SVG 1.1 document, no script."""
+    """An SVG 1.1 document without scripts: one row for the agent, one for each disk, one for each group."""
     bars = [*_agent(record), *_disks(record), *_groups(record)]
     rows = list(dict.fromkeys(bar.row for bar in bars))
     first = min((bar.begin for bar in bars), default=0.0)
@@ -71,7 +71,7 @@ def _title(record: Report) -> str:
 
 
 def _agent(record: Report) -> list[Bar]:
-    """start ──> tpm ──> key ──> capped, as far as it came."""
+    """The spans start ──> tpm ──> key ──> capped, as far as there are events."""
     at = {kind: time for time, kind, _ in reversed(record.events)}
     spans = (
         ("start", "tpm", "waits", "waits for the TPM"),
@@ -86,7 +86,7 @@ def _agent(record: Report) -> list[Bar]:
 
 
 def _disks(record: Report) -> list[Bar]:
-    """Seen by udev ──> the key is there ──> header authentic ──> opened; or the outcome that it had instead."""
+    """Seen by udev ──> key unsealed ──> header authenticated ──> opened, or the outcome instead."""
     bars = []
     key = next((time for time, kind, _ in record.events if kind == "key"), 0.0)
     for disk in record.disks.values():

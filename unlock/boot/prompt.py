@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens disks with the recovery key, header authenticated first: `unlock boot prompt` in the initramfs."""
+"""`unlock boot prompt` in the initramfs: asks for the recovery key and opens every disk whose header it authenticates.
+
+The boot scripts run it when the root disk did not open. The recovery shell opens disks by `open_all` too.
+"""
 
 import os
 
@@ -78,7 +81,7 @@ def open_all(paths: Paths, *recovery: Secret) -> report.Report:
     """Opens every group whose members these recovery keys authenticate. The result replaces this boot's report."""
 
     def unwrap(header: Header, each: token.Token) -> Secret:
-        return disk_keys.by_checked_recovery_key(header, each, *recovery)
+        return disk_keys.dek_by_checked_recovery_key(header, each, *recovery)
 
     record = report.Report("recovery", announce=log.console)
     this_boot.unmark(paths, "ended")

@@ -113,7 +113,7 @@ def _read_disk(node: str, outcome: str, mapping_names: dict[str, str]) -> DiskIn
         with luks.Container(node) as container:
             if container.uuid in mapping_names:
                 name, state = mapping_names[container.uuid], "open"
-            newest = disk_keys.tokens(container, "")[0]
+            newest = disk_keys.read_tokens(container, "")[0]
             name, group, state = name or newest.name, newest.group, state or "closed"
     except UnlockError as error:
         state = state or (error.code if error.code in report.OUTCOMES else "damaged")

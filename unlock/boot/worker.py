@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One forked process for each disk: it alone reads the disk, and it activates the disk when it gets the volume key.
+"""A forked process for each disk, which reads the disk's header and activates the disk when it gets the volume key.
 
     agent                             worker
     Worker(disk)        ──fork──>     reads and validates the header
@@ -7,9 +7,9 @@
     activate(name, dek) ──key───>     activates that context, and ends
     read()             <──done────
 
-A disk that never answers holds its own worker; a header that crashes libcryptsetup ends its own worker. A worker knows
-no key but its disk's: it is forked before there are keys, or wipes those that it inherits.
-libcryptsetup is not thread-safe, so processes are also the way to activate disks in parallel.
+Only the worker touches the disk. A disk that never answers blocks its own worker alone, and a header that crashes
+libcryptsetup ends its own worker alone. A worker has no key but its disk's: it is forked before there are keys, or
+wipes those that it inherits. libcryptsetup is not thread-safe, so disks are activated in parallel by their workers.
 """
 
 import os
@@ -27,14 +27,12 @@ from ..secret import Secret, wipe_all
 
 ANSWER_TIMEOUT = 10.0
 """Seconds for one answer to `volume_key`."""
-
-
-_LONGEST = MAX_METADATA + 1
-"""Bytes of an answer: what is cut off is too large to be parsed anyway."""
+_ANSWER_MAX = MAX_METADATA + 1
+"""Bytes of an answer. Metadata that is cut off at this size is too large for `parse_metadata` anyway."""
 
 
 class Answer(NamedTuple):
-    """`word` is header (its argument the UUID), done or key."""
+    """`word` is `header` (its argument is the UUID), `done` or `key`."""
 
     word: str
     argument: str
@@ -42,7 +40,7 @@ class Answer(NamedTuple):
 
 
 class Ended(DiskFailed):
-    """The worker ended without an answer: libcryptsetup crashed, or the kernel killed it."""
+    """The worker ended without an answer: libcryptsetup crashed, or the kernel killed the worker."""
 
 
 class Worker:
@@ -53,7 +51,7 @@ class Worker:
         luks.prepare()
         self.disk = disk
         self.deadline = 0.0
-        """When the answer that is awaited is late, as `report.now()` counts."""
+        """When the awaited answer is overdue, in the time of `report.now()`."""
         self._received = bytearray()
         requests, self._requests = os.pipe()
         self._answers, answers = os.pipe()
@@ -69,17 +67,17 @@ class Worker:
             os.close(answers)
 
     def fileno(self) -> int:
-        """Readable when `read` has something to take."""
+        """The pipe of answers: readable when `read` can take something."""
         return self._answers
 
     def read(self) -> Answer | None:
-        """Takes what has arrived. None: the answer is not complete. Raises the worker's error; Ended."""
+        """Takes what has arrived; None while the answer is not complete. Raises the worker's error, or Ended."""
         piece = os.read(self._answers, 1 << 16)
         if not piece:
             raise Ended("the worker ended without an answer")
         self._received += piece
         head, body = (int.from_bytes(self._received[at : at + 4], "big") for at in (0, 4))
-        if body > _LONGEST:
+        if body > _ANSWER_MAX:
             raise DiskFailed("its worker says too much")
         if len(self._received) < 8 + head + body:
             return None
@@ -92,11 +90,11 @@ class Worker:
         return Answer(word, argument, data)
 
     def activate(self, name: str, dek: Secret) -> None:
-        """Asks for /dev/mapper/NAME; the answer is `done`. Raises Ended."""
+        """Requests the mapping /dev/mapper/NAME; the answer will be `done`. Raises Ended."""
         self._ask(f"activate {name}", dek)
 
     def volume_key(self, passphrase: Secret, slot: int) -> Secret:
-        """The volume key out of a keyslot; waits for it. Raises NotOurs, DiskFailed."""
+        """Requests the volume key from a keyslot, and waits for it. Raises NotOurs, DiskFailed."""
         self._ask(f"volume-key {slot}", passphrase)
         end = now() + ANSWER_TIMEOUT
         poll = select.poll()
@@ -110,7 +108,7 @@ class Worker:
         raise DiskFailed(f"{self.disk.node} does not answer for {ANSWER_TIMEOUT:.0f} s", code="timed-out")
 
     def end(self) -> None:
-        """Kills it, and waits for nothing: a device that does not answer holds the worker, not us. May be repeated."""
+        """Kills the worker without waiting for it, as its device may never answer. May be repeated."""
         self._close()
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
@@ -131,7 +129,7 @@ class Worker:
 
 
 class WorkerHeader(Header):
-    """The header of the context that a worker keeps."""
+    """The header that a worker has sent; its context stays in the worker."""
 
     def __init__(self, worker: Worker, answer: Answer) -> None:
         super().__init__(worker.disk.node, answer.argument, bytes(answer.data))
@@ -145,12 +143,12 @@ class WorkerHeader(Header):
 
 
 def _serve(node: str, requests: int, answers: int) -> None:
-    """Never returns."""
+    """The worker's whole life; never returns."""
     try:
         _isolate(requests, answers)
         with luks.Container(node) as container:
-            _send(answers, f"header {container.uuid}", container.dump()[:_LONGEST])
-            while (request := _receive(requests)) and _obey(container, *request, answers):
+            _send(answers, f"header {container.uuid}", container.dump()[:_ANSWER_MAX])
+            while (request := _receive(requests)) and _carry_out(container, *request, answers):
                 pass
     except UnlockError as error:
         _send(answers, *_encode_error(error))
@@ -161,8 +159,8 @@ def _serve(node: str, requests: int, answers: int) -> None:
 
 
 def _isolate(requests: int, answers: int) -> None:
-    """Away with all that is the agent's: keys, descriptors (the TPM, udev, other workers), its way to learn of signals,
-    whose descriptor may soon be a disk's."""
+    """Drops what the worker inherits from the agent: keys, descriptors (the TPM, udev, other workers), and the wakeup
+    descriptor for signals, whose number may soon be a disk's."""
     end_with_parent()
     if os.getppid() == 1:
         os._exit(1)
@@ -174,8 +172,8 @@ def _isolate(requests: int, answers: int) -> None:
     os.closerange(high + 1, os.sysconf("SC_OPEN_MAX"))
 
 
-def _obey(container: luks.Container, head: str, secret: Secret, answers: int) -> bool:
-    """False when this was the last request."""
+def _carry_out(container: luks.Container, head: str, secret: Secret, answers: int) -> bool:
+    """Carries out a request. False when it was the last one."""
     word, _, rest = head.partition(" ")
     with secret:
         if word == "activate":
@@ -202,7 +200,7 @@ def _send(fd: int, head: str, data: bytes | bytearray = b"") -> None:
 
 
 def _receive(fd: int) -> tuple[str, Secret] | None:
-    """None: the agent wants nothing more of this disk."""
+    """The next request and its secret; None when the agent has closed the pipe."""
     sizes = bytearray(8)
     if not _fill(fd, sizes):
         return None
@@ -215,7 +213,7 @@ def _receive(fd: int) -> tuple[str, Secret] | None:
 
 
 def _fill(fd: int, data: bytearray) -> bool:
-    """False at the end of the pipe."""
+    """Reads until `data` is full. False when the pipe ends before."""
     with memoryview(data) as left:
         at = 0
         while at < len(data):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One disk and its token: from the persistence key to the volume key, and back."""
+"""The keys of one disk: makes its token, and unwraps the volume key (DEK) by the token or reads it by the recovery key.
+
+Early boot and the gates unwrap; operations write tokens. The token's format is in disks.token.
+"""
 
 from .. import wrap
 from ..errors import DiskFailed, Malformed, NoKey, NotOurs, Tampered, UnlockError
@@ -9,12 +12,12 @@ from . import luks, token
 from .groups import Group, Member
 from .header import Header
 
-ELSEWHERE = bytes(32)
-"""What stands in the place of a key that this host does not keep. No provider's key is accepted that is all zero."""
+NOT_KEPT = bytes(32)
+"""Wrapped in a token instead of a key that this host does not keep. A provider's key of all zeros is never accepted."""
 
 
 class Keys(NamedTuple):
-    """What a token is made with. The caller owns and wipes them."""
+    """The keys that a token is made with. The caller owns and wipes them."""
 
     persistence: Secret
     host_key: Secret
@@ -22,11 +25,11 @@ class Keys(NamedTuple):
     mac_key: Secret
 
 
-def tokens(header: Header, host: str) -> list[token.Token]:
-    """The tokens of `host` on a disk ('' for any host), the newest member list first.
+def read_tokens(header: Header, host: str) -> list[token.Token]:
+    """The tokens of `host` on a disk ('' for any host), the newest member list first; none is authenticated yet.
 
-    Raises NotOurs ("foreign" or "other-host"), Malformed, NewerFormat. One token that cannot be read does not
-    hide another one that can: a rotation keeps two.
+    Raises NotOurs ("foreign" or "other-host"), Malformed, NewerFormat. A token that cannot be read is skipped if
+    another can: during a rotation there are two.
     """
     found: list[token.Token] = []
     trouble: UnlockError | None = None
@@ -45,20 +48,20 @@ def tokens(header: Header, host: str) -> list[token.Token]:
     return sorted(ours, key=lambda each: (each.manifest, each.kek_generation), reverse=True)
 
 
-def volume_key(header: Header, each: token.Token, persistence: Secret) -> Secret:
-    """The DEK. Raises Tampered when the token or the header is not what this host wrote, NoKey ("provider") when
-    this host says truly that only the provider keeps the KEK."""
+def unwrap_volume_key(header: Header, each: token.Token, persistence: Secret) -> Secret:
+    """The DEK. Raises Tampered when this host did not write the token or the header so, NoKey ("provider") when the
+    token says, authenticated, that only the provider keeps the KEK."""
     try:
         kek = unwrap_kek(each, persistence)
     except Tampered:
-        wrap.unwrap(persistence, each.kek, token.elsewhere_aad(each, header.facts()))
+        wrap.unwrap(persistence, each.kek, token.not_kept_aad(each, header.facts()))
         raise NoKey("its key is kept by the key manager only", "unlock sync", code="provider") from None
     with kek:
-        return by_kek(header, each, kek)
+        return unwrap_by_kek(header, each, kek)
 
 
-def by_kek(header: Header, each: token.Token, kek: Secret) -> Secret:
-    """The DEK, from the KEK itself. Raises Tampered."""
+def unwrap_by_kek(header: Header, each: token.Token, kek: Secret) -> Secret:
+    """The DEK, unwrapped by the KEK itself. Raises Tampered."""
     return wrap.unwrap(kek, each.dek, token.dek_aad(each, header.facts()))
 
 
@@ -73,18 +76,20 @@ def unwrap_host_key(each: token.Token, persistence: Secret) -> Secret:
 
 
 def check_recovery(header: Header, each: token.Token, mac_key: Secret) -> None:
-    """Raises Tampered unless the header is the one that the recovery key's owner was promised."""
+    """Authenticates the header by the MAC key of the recovery key. Raises Tampered."""
     wrap.check_mac(mac_key, token.mac_data(each, header.facts()), each.mac)
 
 
-def by_recovery_key(header: Header, recovery: Secret) -> Secret:
-    """The DEK from the recovery key's own keyslot. Raises NotOurs when there is none, DiskFailed when one cannot be
-    read and no other takes the key."""
+def dek_by_recovery_key(header: Header, recovery: Secret) -> Secret:
+    """The DEK from the recovery key's keyslot; the header is not authenticated.
+
+    Raises NotOurs when no keyslot takes the key, DiskFailed when one cannot be read and no other takes the key.
+    """
     return recovery_keyslot(header, recovery)[1]
 
 
 def recovery_keyslot(header: Header, recovery: Secret) -> tuple[int, Secret]:
-    """The number of that keyslot, and the DEK. Raises the same."""
+    """The number of the recovery key's keyslot, and the DEK. Raises NotOurs and DiskFailed, as above."""
     trouble: UnlockError = NotOurs(f"{header.device}: no keyslot takes the recovery key", code="no-key")
     for slot in header.cheap_keyslots():
         try:
@@ -96,13 +101,15 @@ def recovery_keyslot(header: Header, recovery: Secret) -> tuple[int, Secret]:
     raise trouble
 
 
-def by_checked_recovery_key(header: Header, each: token.Token, *recovery: Secret) -> Secret:
-    """The DEK by one of these recovery keys, its header's MAC checked first. Raises Tampered, and NotOurs when none of
-    them is this disk's: the header may be good then."""
+def dek_by_checked_recovery_key(header: Header, each: token.Token, *recovery: Secret) -> Secret:
+    """The DEK by the first of these recovery keys that authenticates the header and has a keyslot.
+
+    Raises Tampered when a key has a keyslot but does not authenticate the header, NotOurs when none is this disk's.
+    """
     trouble: UnlockError | None = None
     for key in recovery:
         try:
-            return _by_checked(header, each, key)
+            return _dek_by_one_key(header, each, key)
         except NotOurs as error:
             trouble = trouble or error
         except UnlockError as error:
@@ -111,25 +118,25 @@ def by_checked_recovery_key(header: Header, each: token.Token, *recovery: Secret
     raise trouble
 
 
-def _by_checked(header: Header, each: token.Token, recovery: Secret) -> Secret:
+def _dek_by_one_key(header: Header, each: token.Token, recovery: Secret) -> Secret:
     try:
         with mac_key(recovery, each.host) as key:
             check_recovery(header, each, key)
     except Tampered:
-        by_recovery_key(header, recovery).wipe()
+        dek_by_recovery_key(header, recovery).wipe()
         raise
-    return by_recovery_key(header, recovery)
+    return dek_by_recovery_key(header, recovery)
 
 
 def mac_key(recovery: Secret, host: str) -> Secret:
-    """The key of the headers' MACs, from the recovery key as printed."""
+    """The key of the headers' MACs, derived from the recovery key as printed."""
     return wrap.derive(recovery, bytes.fromhex(host), b"unlock-header-mac-1")
 
 
 def make_token(
     container: luks.Container, host: str, group: Group, member: Member, dek: Secret, keys: Keys
 ) -> token.Token:
-    """A token for this disk as it is now; nothing is written."""
+    """A token for this disk and its header as it is now. Writes nothing."""
     facts = container.facts()
     each = token.Token(
         host=host,
@@ -146,7 +153,7 @@ def make_token(
         mac=b"",
     )
     if group.policy == "provider":
-        wrapped = wrap.wrap(keys.persistence, Secret(ELSEWHERE), token.elsewhere_aad(each, facts))
+        wrapped = wrap.wrap(keys.persistence, Secret(NOT_KEPT), token.not_kept_aad(each, facts))
     else:
         wrapped = wrap.wrap(keys.persistence, keys.kek, token.kek_aad(host, group.kek, group.generation))
     return each._replace(
@@ -157,22 +164,22 @@ def make_token(
 
 
 def write_token(device: str, each: token.Token, dek: Secret, keys: Keys) -> None:
-    """Writes a token beside what is there, and proves it from a fresh read of the disk.
+    """Adds a token to the disk's header, and checks it by reading the header again. Raises DiskFailed.
 
-    A token that says and gives the same is not written twice. Raises DiskFailed.
+    Writes nothing if the disk has a token with the same facts and keys already.
     """
     with luks.Container(device) as container:
-        if _proven(container, each, dek, keys) is None:
+        if _find_proven_token(container, each, dek, keys) is None:
             container.set_token(token.encode(each))
     with luks.Container(device) as container:
-        if _proven(container, each, dek, keys) is None:
+        if _find_proven_token(container, each, dek, keys) is None:
             raise DiskFailed(f"{device}: the token that was written does not read back")
 
 
 def drop_other_tokens(device: str, keep: token.Token, dek: Secret, keys: Keys) -> None:
-    """Removes this host's other tokens once `keep` is proven on the disk. Raises DiskFailed, Tampered."""
+    """Removes this host's other tokens, after checking that `keep` is on the disk. Raises DiskFailed, Tampered."""
     with luks.Container(device) as container:
-        kept = _proven(container, keep, dek, keys)
+        kept = _find_proven_token(container, keep, dek, keys)
         if kept is None:
             raise DiskFailed(f"{device}: the new token does not read back, so the old one stays")
         for number, fields in container.tokens(token.TYPE):
@@ -180,14 +187,17 @@ def drop_other_tokens(device: str, keep: token.Token, dek: Secret, keys: Keys) -
                 container.remove_token(number)
 
 
-def _proven(container: luks.Container, wanted: token.Token, dek: Secret, keys: Keys) -> int | None:
-    """The number of a token on the disk that says what `wanted` says and gives the same keys."""
+def _find_proven_token(container: luks.Container, wanted: token.Token, dek: Secret, keys: Keys) -> int | None:
+    """The number of a token on the disk with the facts of `wanted` and these keys, or None."""
     for number, fields in container.tokens(token.TYPE):
         try:
             each = token.decode(fields)
-            if _says(each) != _says(wanted) or _keeps_kek(each, keys) != _keeps_kek(wanted, keys):
+            if _bound_facts(each) != _bound_facts(wanted) or _keeps_kek(each, keys) != _keeps_kek(wanted, keys):
                 continue
-            with unwrap_host_key(each, keys.persistence) as host_key, _dek(container, each, keys) as found:
+            with (
+                unwrap_host_key(each, keys.persistence) as host_key,
+                _unwrap_as_at_boot(container, each, keys) as found,
+            ):
                 if found == dek and host_key == keys.host_key:
                     return number
         except (Malformed, Tampered):
@@ -195,7 +205,7 @@ def _proven(container: luks.Container, wanted: token.Token, dek: Secret, keys: K
     return None
 
 
-def _says(each: token.Token) -> tuple[object, ...]:
+def _bound_facts(each: token.Token) -> tuple[object, ...]:
     return each.facts(), each.kek_id, each.kek_generation, each.mac
 
 
@@ -207,9 +217,9 @@ def _keeps_kek(each: token.Token, keys: Keys) -> bool:
     return True
 
 
-def _dek(container: luks.Container, each: token.Token, keys: Keys) -> Secret:
-    """As the next boot gets it; where that has to ask the provider, by the KEK that it would get."""
+def _unwrap_as_at_boot(container: luks.Container, each: token.Token, keys: Keys) -> Secret:
+    """The DEK as the next boot gets it: if that asks the provider, by the KEK that the provider would return."""
     try:
-        return volume_key(container, each, keys.persistence)
+        return unwrap_volume_key(container, each, keys.persistence)
     except NoKey:
-        return by_kek(container, each, keys.kek)
+        return unwrap_by_kek(container, each, keys.kek)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which disks are here now, by LUKS UUID: for what is done to members on the running host."""
+"""Which disks are here now, by LUKS UUID. Operations on a running host find the members of groups by it."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -17,16 +17,16 @@ class Found(NamedTuple):
 
 
 Look = Callable[[], dict[str, list[Found]]]
-"""LUKS UUID -> the disks that carry it."""
+"""Returns LUKS UUID -> the disks that have it."""
 
 
 def look() -> dict[str, list[Found]]:
-    """The disks that udev marked; one whose header cannot be read is not among them."""
-    return read(Found(each.node, each.serial) for each in udev.marked_disks())
+    """The disks with our udev tag, except those whose header cannot be read."""
+    return read_headers(Found(each.node, each.serial) for each in udev.marked_disks())
 
 
-def read(disks: Iterable[Found]) -> dict[str, list[Found]]:
-    """The same for these disks."""
+def read_headers(disks: Iterable[Found]) -> dict[str, list[Found]]:
+    """These disks by LUKS UUID, except those whose header cannot be read."""
     seen: dict[str, list[Found]] = {}
     for each in disks:
         try:
@@ -37,8 +37,8 @@ def read(disks: Iterable[Found]) -> dict[str, list[Found]]:
     return seen
 
 
-def node_of(seen: dict[str, list[Found]], member: Member) -> str:
-    """The node of a member, '' when it is not here. Of two with one UUID, the one with the member's serial."""
+def find_node(seen: dict[str, list[Found]], member: Member) -> str:
+    """The node of a member, '' when it is not here. Of two disks with its UUID, the one with its serial number."""
     found = seen.get(member.uuid, [])
     if len(found) > 1:
         found = [each for each in found if each.serial and each.serial == member.serial]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel remembers of a file system on a mapping, and making it forget."""
+"""Makes the kernel release a mapping that is to be closed: its LVM volume groups, its registration with btrfs."""
 
 import os
 
@@ -7,8 +7,8 @@ from ..errors import CommandFailed
 from ..run import run
 
 
-def forget(mapping: str) -> None:
-    """Before a mapping is closed: its volume groups go, and btrfs forgets the device. Best effort."""
+def forget_file_system(mapping: str) -> None:
+    """Deactivates the volume groups on a mapping, and makes btrfs forget the device. Best effort."""
     node = f"/dev/mapper/{mapping}"
     if os.path.exists("/sbin/lvm") or os.path.exists("/usr/sbin/lvm"):
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator's tables, /etc/crypttab and /etc/fstab. All that we ever write there is `noauto` for a data disk."""
+"""Reads /etc/crypttab and /etc/fstab, which are the operator's. Their only change is `noauto` in crypttab."""
 
 import os
 import stat
@@ -7,9 +7,9 @@ import stat
 from ..paths import write_atomically
 
 
-def name_of(path: str, node: str, luks_uuid: str) -> str:
-    """The mapping name that crypttab gives to this disk, or ''."""
-    for fields in filter(None, map(_fields, _lines(path))):
+def crypttab_name(path: str, node: str, luks_uuid: str) -> str:
+    """The name of this disk's mapping in crypttab(5), or ''."""
+    for fields in filter(None, map(_split_line, _read_lines(path))):
         source = fields[1].strip('"')
         if source.startswith("UUID="):
             found = source.removeprefix("UUID=").strip('"').lower() == luks_uuid
@@ -25,13 +25,13 @@ def name_of(path: str, node: str, luks_uuid: str) -> str:
 
 
 def fstab_targets(path: str) -> set[str]:
-    """The mount points that fstab(5) names, without empty parts, `.` and the last slash."""
-    named = [unescape(fields[1]) for fields in filter(None, map(_fields, _lines(path)))]
+    """The mount points in fstab(5), normalised."""
+    named = [unescape(fields[1]) for fields in filter(None, map(_split_line, _read_lines(path)))]
     return {os.path.normpath(f"/{where.lstrip('/')}") for where in named if where.startswith("/")}
 
 
 def unescape(field: str) -> str:
-    """A field of fstab(5) or of a table in /proc, where blanks and backslashes are octal."""
+    """A field of fstab(5) or of a table in /proc, in which blanks and backslashes are octal escapes."""
     if "\\" not in field:
         return field
     import re
@@ -40,11 +40,11 @@ def unescape(field: str) -> str:
 
 
 def set_noauto(path: str, name: str) -> bool:
-    """Adds the option noauto to a mapping's line. True when the file was changed."""
-    lines = _lines(path)
+    """Adds the option noauto to a mapping's line in crypttab(5). True when the file changed."""
+    lines = _read_lines(path)
     changed = False
     for i, line in enumerate(lines):
-        fields = _fields(line)
+        fields = _split_line(line)
         if fields and fields[0] == name:
             options = fields[3].split(",") if len(fields) > 3 else ["luks"]
             if "noauto" not in options:
@@ -57,7 +57,7 @@ def set_noauto(path: str, name: str) -> bool:
     return changed
 
 
-def _lines(path: str) -> list[str]:
+def _read_lines(path: str) -> list[str]:
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             return file.readlines()
@@ -65,6 +65,6 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def _fields(line: str) -> list[str]:
+def _split_line(line: str) -> list[str]:
     fields = line.split()
     return fields if len(fields) > 1 and not fields[0].startswith("#") else []

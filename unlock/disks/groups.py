@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups of disks: their names and their members."""
+"""Groups of disks: the records of groups and members, and the rules for names. Pure."""
 
 from ..errors import Usage
 from ..light import NamedTuple
@@ -17,7 +17,7 @@ def is_name(text: object) -> bool:
 
 
 def check_name(text: str, what: str = "group") -> str:
-    """The name itself. Raises Usage."""
+    """Returns the name. Raises Usage if it is not valid."""
     if not is_name(text):
         raise Usage(
             f"{text!r} cannot be the name of a {what}",
@@ -51,7 +51,7 @@ POLICIES = ("persistent", "provider")
 
 
 class Member(NamedTuple):
-    """One disk of a group, as /var/lib/unlock knows it."""
+    """One disk of a group, as state.json has it."""
 
     uuid: str
     """LUKS UUID."""
@@ -77,6 +77,6 @@ class Group(NamedTuple):
     policy: str = "persistent"
     """`persistent`: each disk carries the KEK, wrapped by the persistence key. `provider`: only the provider has it."""
     former: tuple[str, ...] = ()
-    """Ids of KEKs that this one has replaced, the latest last: a provider that offers one again lags."""
+    """Ids of KEKs that this one replaced, the latest last: a provider that returns one of them is not up to date."""
     behind: tuple[str, ...] = ()
-    """LUKS UUIDs of members whose token may still hold an earlier KEK: they were away."""
+    """LUKS UUIDs of members whose token may still hold an earlier KEK, as they were away."""

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LUKS2 token `unlock`, format version 1: what a disk carries to be opened.
+"""The LUKS2 token `unlock`, format version 1: what a disk's header carries so that this host can open the disk.
 
     type, keyslots          as LUKS2 demands; keyslots is always []
     version                 1
     host                    host id, 32 hex digits
     group, members          name of the group, how many disks it has
-    manifest                generation of the member list
+    manifest                generation of the list of members
     name                    mapping name in /dev/mapper
     serial                  serial number of the device, or ''
-    kek                     {"id", "generation", "wrapped"}: wrapped by the persistence key; or, for a KEK that only
-                            the provider keeps, 32 zero bytes wrapped with what says so, bound to the header
+    kek                     {"id", "generation", "wrapped"}: wrapped by the persistence key; for a KEK that only the
+                            provider keeps, 32 zero bytes, wrapped with an AAD of their own that binds the header
     dek                     the volume key, wrapped by the KEK
     host_key                wrapped by the persistence key
     mac                     HMAC-SHA256 over the facts, by a key derived from the recovery key
-    pad                     spaces up to SIZE bytes, so that no later token can fail for want of room
+    pad                     spaces up to SIZE bytes: a longer token later needs no more room
 
 Wrapped keys are AES-256-GCM: 12 bytes of nonce, the ciphertext, 16 bytes of tag; base64.
 """
@@ -41,7 +41,7 @@ _FIELDS = frozenset(_NAMES.split())
 
 
 class Token(NamedTuple):
-    """One token, checked for form only: nothing in it is authenticated before its DEK is unwrapped."""
+    """One token. Its form is checked; it is not authentic before its DEK is unwrapped."""
 
     host: str
     group: str
@@ -60,7 +60,7 @@ class Token(NamedTuple):
     mac: bytes
 
     def facts(self) -> dict[str, Any]:
-        """What the DEK's AAD and the recovery MAC bind, of what the token says."""
+        """The fields that the DEK's AAD and the recovery MAC bind."""
         return {
             "host": self.host,
             "group": self.group,
@@ -72,7 +72,7 @@ class Token(NamedTuple):
 
 
 def dek_aad(token: Token, header: Mapping[str, Any]) -> bytes:
-    """What is authenticated with the wrapped DEK: the token's facts, the KEK, the header's facts."""
+    """The AAD of the wrapped DEK: the token's facts, the KEK's id and generation, the header's facts."""
     return canonical(
         {
             "format": "unlock-dek-1",
@@ -84,23 +84,26 @@ def dek_aad(token: Token, header: Mapping[str, Any]) -> bytes:
 
 
 def mac_data(token: Token, header: Mapping[str, Any]) -> bytes:
-    """What the recovery key authenticates: the same facts without the KEK, which a rekey replaces."""
+    """The data of the recovery MAC: the same facts without the KEK, which a rekey replaces."""
     return canonical({"format": "unlock-mac-1", "token": token.facts(), "header": header})
 
 
 def kek_aad(host: str, kek_id: str, generation: int) -> bytes:
-    """What is authenticated with a wrapped KEK."""
+    """The AAD of a wrapped KEK."""
     return canonical({"format": "unlock-kek-1", "host": host, "kek": [kek_id, generation]})
 
 
-def elsewhere_aad(token: Token, header: Mapping[str, Any]) -> bytes:
-    """What is authenticated in the place of a KEK that this host does not keep: nobody else can say so for it, nor
-    for another disk. An unlock that does not know of it finds a KEK that does not authenticate."""
+def not_kept_aad(token: Token, header: Mapping[str, Any]) -> bytes:
+    """The AAD of the zero bytes instead of a KEK that this host does not keep.
+
+    It binds the disk, so the statement cannot be moved to another one. A version of unlock that does not know it
+    finds a KEK that does not authenticate.
+    """
     return canonical({"format": "unlock-kek-elsewhere-1", "dek": dek_aad(token, header).decode()})
 
 
 def key_aad(host: str, kind: str) -> bytes:
-    """What is authenticated with any other key that the persistence key wraps; `kind` names the key."""
+    """The AAD of any other key that the persistence key wraps; `kind` names the key."""
     return canonical({"format": f"unlock-{kind}-1", "host": host})
 
 
@@ -111,10 +114,10 @@ def encode(token: Token) -> dict[str, Any]:
         "keyslots": [],
         "version": VERSION,
         **token.facts(),
-        "kek": {"id": token.kek_id, "generation": token.kek_generation, "wrapped": _text(token.kek)},
-        "dek": _text(token.dek),
-        "host_key": _text(token.host_key),
-        "mac": _text(token.mac),
+        "kek": {"id": token.kek_id, "generation": token.kek_generation, "wrapped": _encode_base64(token.kek)},
+        "dek": _encode_base64(token.dek),
+        "host_key": _encode_base64(token.host_key),
+        "mac": _encode_base64(token.mac),
         "pad": "",
     }
     fields["pad"] = " " * max(0, SIZE - len(canonical(fields)))
@@ -122,8 +125,8 @@ def encode(token: Token) -> dict[str, Any]:
 
 
 def decode(fields: Mapping[str, Any]) -> Token:
-    """Raises Malformed, or NewerFormat when a later version of unlock wrote it."""
-    version = _whole(fields, "version", 2**31)
+    """Checks a token's JSON object. Raises Malformed, or NewerFormat when a later version of unlock wrote it."""
+    version = _get_int(fields, "version", 2**31)
     if version > VERSION:
         raise NewerFormat(
             f"the token has format {version}; this unlock reads up to {VERSION}", "install a newer unlock"
@@ -138,52 +141,52 @@ def decode(fields: Mapping[str, Any]) -> Token:
     for field in "group", "name":
         if not is_name(fields[field]):
             raise Malformed(f"the token's {field} is not a valid name")
-    if _string(fields, "pad", SIZE).strip(" "):
+    if _get_string(fields, "pad", SIZE).strip(" "):
         raise Malformed("the token's pad is not blank")
-    host = _string(fields, "host", 32)
+    host = _get_string(fields, "host", 32)
     if len(host) != 32 or not set("0123456789abcdef").issuperset(host):
         raise Malformed("the token's host id is not 32 hex digits")
     return Token(
         host=host,
         group=fields["group"],
-        members=_whole(fields, "members", MEMBERS_MAX, least=1),
-        manifest=_whole(fields, "manifest", GENERATION_MAX, least=1),
+        members=_get_int(fields, "members", MEMBERS_MAX, least=1),
+        manifest=_get_int(fields, "manifest", GENERATION_MAX, least=1),
         name=fields["name"],
-        serial=_string(fields, "serial", SERIAL_MAX),
-        kek_id=_string(kek, "id", _KEK_ID_MAX),
-        kek_generation=_whole(kek, "generation", GENERATION_MAX, least=1),
-        kek=_bytes(kek, "wrapped", 32 + _OVERHEAD),
-        dek=_bytes(fields, "dek", DEK_MAX + _OVERHEAD, least=16 + _OVERHEAD),
-        host_key=_bytes(fields, "host_key", 32 + _OVERHEAD),
-        mac=_bytes(fields, "mac", 32),
+        serial=_get_string(fields, "serial", SERIAL_MAX),
+        kek_id=_get_string(kek, "id", _KEK_ID_MAX),
+        kek_generation=_get_int(kek, "generation", GENERATION_MAX, least=1),
+        kek=_get_bytes(kek, "wrapped", 32 + _OVERHEAD),
+        dek=_get_bytes(fields, "dek", DEK_MAX + _OVERHEAD, least=16 + _OVERHEAD),
+        host_key=_get_bytes(fields, "host_key", 32 + _OVERHEAD),
+        mac=_get_bytes(fields, "mac", 32),
     )
 
 
-def _text(value: bytes) -> str:
+def _encode_base64(value: bytes) -> str:
     return b2a_base64(value, newline=False).decode()
 
 
-def _whole(fields: Mapping[str, Any], name: str, most: int, least: int = 0) -> int:
+def _get_int(fields: Mapping[str, Any], name: str, most: int, least: int = 0) -> int:
     value = fields.get(name)
     if type(value) is not int or not least <= value <= most:
         raise Malformed(f"the token's {name} is not a whole number from {least} to {most}")
     return value
 
 
-def _string(fields: Mapping[str, Any], name: str, most: int) -> str:
+def _get_string(fields: Mapping[str, Any], name: str, most: int) -> str:
     value = fields.get(name)
     if not isinstance(value, str) or len(value) > most or not (value.isascii() and value.isprintable()):
         raise Malformed(f"the token's {name} is not a string of at most {most} printable ASCII characters")
     return value
 
 
-def _bytes(fields: Mapping[str, Any], name: str, most: int, least: int = 0) -> bytes:
-    text = _string(fields, name, 4 * most)
+def _get_bytes(fields: Mapping[str, Any], name: str, most: int, least: int = 0) -> bytes:
+    text = _get_string(fields, name, 4 * most)
     try:
         value = a2b_base64(text, strict_mode=True)
     except Base64Error as error:
         raise Malformed(f"the token's {name} is not base64") from error
-    if _text(value) != text:  # bits beside the last byte
+    if _encode_base64(value) != text:  # unused bits of the last character are set
         raise Malformed(f"the token's {name} is not canonical base64")
     if not (least or most) <= len(value) <= most:
         raise Malformed(f"the token's {name} has {len(value)} bytes")

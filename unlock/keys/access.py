@@ -148,12 +148,12 @@ class Work:
     def nodes(self, group: Group) -> dict[str, str]:
         """LUKS UUID -> node of the members that are here."""
         seen = self.look()
-        found = {member.uuid: find.node_of(seen, member) for member in group.members}
+        found = {member.uuid: find.find_node(seen, member) for member in group.members}
         return {uuid: node for uuid, node in found.items() if node}
 
     def host_key(self) -> Secret:
-        """The host key from the state; ELSEWHERE where this host does not keep it, so that tokens do not carry it."""
-        return self.state.host_key(self.persistence) or Secret(disk_keys.ELSEWHERE)
+        """The host key from the state; NOT_KEPT where this host does not keep it, so that tokens do not carry it."""
+        return self.state.host_key(self.persistence) or Secret(disk_keys.NOT_KEPT)
 
     def opens(self) -> frozenset[str]:
         """The states of a provider's key in which it may open disks."""
@@ -225,7 +225,7 @@ def kek_prover(work: Work, group: Group, nodes: dict[str, str]) -> Callable[[Sec
             for each in _tokens(work, node, group):
                 try:
                     with luks.Container(node) as container:
-                        disk_keys.by_kek(container, each, kek).wipe()
+                        disk_keys.unwrap_by_kek(container, each, kek).wipe()
                     return
                 except UnlockError as error:
                     trouble = error
@@ -239,7 +239,7 @@ def _tokens(work: Work, node: str, group: Group) -> list[token.Token]:
     """The tokens of a disk whose fields name this KEK of the group."""
     try:
         with luks.Container(node) as container:
-            found = disk_keys.tokens(container, work.state.host)
+            found = disk_keys.read_tokens(container, work.state.host)
     except UnlockError:
         return []
     said = (group.name, group.kek, group.generation)
@@ -276,7 +276,7 @@ def find_volume_key(work: Work, container: luks.Container, group: Group) -> Secr
     Raises Tampered, ProviderError, NotOurs.
     """
     trouble: UnlockError | None = None
-    for each in disk_keys.tokens(container, work.state.host):
+    for each in disk_keys.read_tokens(container, work.state.host):
         try:
             return _volume_key(work, container, each, group)
         except UnlockError as error:
@@ -287,7 +287,7 @@ def find_volume_key(work: Work, container: luks.Container, group: Group) -> Secr
 
 def _volume_key(work: Work, container: luks.Container, each: token.Token, group: Group) -> Secret:
     try:
-        return disk_keys.volume_key(container, each, work.persistence)
+        return disk_keys.unwrap_volume_key(container, each, work.persistence)
     except NoKey:
         earlier = group._replace(kek=each.kek_id, generation=each.kek_generation, kek_name="")
         kek, _ = find_kek(work, earlier)
@@ -296,4 +296,4 @@ def _volume_key(work: Work, container: luks.Container, each: token.Token, group:
             raise
         kek, _ = find_kek(work, group)
     with kek:
-        return disk_keys.by_kek(container, each, kek)
+        return disk_keys.unwrap_by_kek(container, each, kek)

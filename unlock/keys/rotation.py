@@ -103,7 +103,7 @@ def _has_reached_a_disk(work: Work, group: Group, generation: int) -> bool:
     for node in work.nodes(group).values():
         try:
             with luks.Container(node) as container:
-                if any(each.kek_generation == generation for each in disk_keys.tokens(container, work.state.host)):
+                if any(each.kek_generation == generation for each in disk_keys.read_tokens(container, work.state.host)):
                     return True
         except UnlockError:
             continue
@@ -241,14 +241,14 @@ def catch_up_disks(work: Work) -> list[Outcome]:
 def _is_current(work: Work, group: Group, member: Member, node: str) -> bool:
     """Whether a disk's one token is what the group says; needs no KEK."""
     with luks.Container(node) as container:
-        found = disk_keys.tokens(container, work.state.host)
+        found = disk_keys.read_tokens(container, work.state.host)
         if len(found) != 1:
             return False
         each = found[0]
         try:
             with disk_keys.unwrap_host_key(each, work.persistence) as kept, work.host_key() as host_key:
                 same = kept == host_key
-            disk_keys.volume_key(container, each, work.persistence).wipe()
+            disk_keys.unwrap_volume_key(container, each, work.persistence).wipe()
             policy = "persistent"
         except NoKey:
             policy = "provider"

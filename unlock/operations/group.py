@@ -227,7 +227,7 @@ def _write_member_list(work: access.Work, group: Group, kek: Secret, nodes: dict
 
 def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, asked: str) -> str:
     """The name that the disk has, in device-mapper or crypttab; else the one asked for, or a new one."""
-    has = devices.active_mapping_name(uuid) or fstab.name_of(paths.crypttab, node, uuid)
+    has = devices.active_mapping_name(uuid) or fstab.crypttab_name(paths.crypttab, node, uuid)
     if has and asked and asked != has:
         raise Refused(f"the disk's mapping name is {has}", "leave --name out", code="name-taken")
     taken = _mapping_names_in_use(state).union(
@@ -272,7 +272,7 @@ def _node(device: str) -> str:
 def _add_recovery_keyslot(container: luks.Container, dek: Secret, recovery: Secret) -> None:
     """Adds a keyslot for the recovery key, unless an earlier attempt did."""
     try:
-        disk_keys.by_recovery_key(container, recovery).wipe()
+        disk_keys.dek_by_recovery_key(container, recovery).wipe()
     except NotOurs:
         container.add_keyslot(dek, recovery)
 
@@ -293,7 +293,7 @@ def _mapping_names_in_use(state: State) -> set[str]:
 
 def _node_of(seen: dict[str, list[find.Found]], member: Member) -> str:
     """The node of a member that must be there. Raises Refused."""
-    node = find.node_of(seen, member)
+    node = find.find_node(seen, member)
     if not node:
         raise Refused(
             f"{member.name} of the group is {'there twice' if seen.get(member.uuid) else 'missing'}",

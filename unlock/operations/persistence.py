@@ -65,7 +65,7 @@ def _keeps(work: access.Work, node: str) -> bool:
         return False
     try:
         with luks.Container(node) as container:
-            for each in disk_keys.tokens(container, work.state.host):
+            for each in disk_keys.read_tokens(container, work.state.host):
                 disk_keys.unwrap_kek(each, work.persistence).wipe()
                 return True
     except UnlockError:

@@ -183,14 +183,14 @@ def _check_disks(state: State, seen: dict[str, list[find.Found]], recovery: Secr
     trouble: UnlockError | None = None
     for group in state.groups.values():
         for member in group.members:
-            node = find.node_of(seen, member)
+            node = find.find_node(seen, member)
             if not node:
                 left[member.name] = "it is not here"
                 continue
             try:
                 with luks.Container(node) as container:
                     _check_header(container, state.host, mac_key)
-                    disk_keys.by_recovery_key(container, recovery).wipe()
+                    disk_keys.dek_by_recovery_key(container, recovery).wipe()
                 good += 1
             except UnlockError as error:
                 left[member.name], trouble = str(error), error
@@ -206,7 +206,7 @@ def _check_disks(state: State, seen: dict[str, list[find.Found]], recovery: Secr
 def _check_header(container: luks.Container, host: str, mac_key: Secret) -> None:
     """Raises Tampered when the header's recovery MAC does not fit the recovery key."""
     trouble: UnlockError | None = None
-    for each in disk_keys.tokens(container, host):
+    for each in disk_keys.read_tokens(container, host):
         try:
             disk_keys.check_recovery(container, each, mac_key)
             return
@@ -395,7 +395,7 @@ def _find_host_key(state: State, provider: Provider, new: Secret) -> tuple[Secre
     if kept:
         return kept, "TPM"
     if not state.persistent:
-        return Secret(disk_keys.ELSEWHERE), ""
+        return Secret(disk_keys.NOT_KEPT), ""
     entry = state.host_key_ref
     if has_made(state.provider, entry.id):
         key = provider.fetch(access.key_ref(state.provider, entry.id, entry.name).id, access.OPENS)
@@ -413,10 +413,10 @@ def _find_kek(
     """A group, its KEK and where that came from: a token, by the old persistence key, or the provider. Where the
     provider is new, a new KEK, and the group under it."""
     for member in group.members if old else ():
-        node = find.node_of(seen, member)
+        node = find.find_node(seen, member)
         try:
             with luks.Container(node) as container:
-                for each in disk_keys.tokens(container, state.host):
+                for each in disk_keys.read_tokens(container, state.host):
                     if old and (each.kek_id, each.kek_generation) == (group.kek, group.generation):
                         return group, disk_keys.unwrap_kek(each, old), "TPM"
         except UnlockError:
@@ -446,10 +446,10 @@ def _rewrap_disks(
     for member in group.members:
         if member.name in left:
             continue
-        node = find.node_of(seen, member)
+        node = find.find_node(seen, member)
         try:
             with luks.Container(node) as container:
-                dek = disk_keys.by_recovery_key(container, recovery)
+                dek = disk_keys.dek_by_recovery_key(container, recovery)
                 each = disk_keys.make_token(container, state.host, group, member, dek, keys)
             with dek:
                 disk_keys.write_token(node, each, dek, keys)
@@ -464,7 +464,7 @@ def _rewrap_disks(
 
 def _cache_keys(paths: Paths, host_key: Secret, source: str, keks: list[tuple[Group, Secret, str]]) -> None:
     """Puts the new keys into the key cache, for the running host."""
-    if bytes(host_key) != disk_keys.ELSEWHERE:
+    if bytes(host_key) != disk_keys.NOT_KEPT:
         this_boot.cache_keys(paths, source, {"unlock:host": host_key})
     for group, kek, source in keks:
         this_boot.cache_keys(paths, source, {access.cache_name(group.kek, group.generation): kek})

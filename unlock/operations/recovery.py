@@ -83,7 +83,7 @@ def test_recovery_key(paths: Paths, recovery: Secret, look: find.Look = find.loo
         state = State.load(paths)
         seen = look()
         found = [
-            _test(state, group, member, find.node_of(seen, member), len(seen.get(member.uuid, ())), recovery)
+            _test(state, group, member, find.find_node(seen, member), len(seen.get(member.uuid, ())), recovery)
             for group in state.groups.values()
             for member in group.members
         ]
@@ -115,14 +115,14 @@ def _open_authenticated(state: State, container: luks.Container, recovery: Secre
     DiskFailed."""
     trouble: UnlockError | None = None
     try:
-        for each in disk_keys.tokens(container, state.host):
+        for each in disk_keys.read_tokens(container, state.host):
             try:
-                disk_keys.by_checked_recovery_key(container, each, recovery).wipe()
+                disk_keys.dek_by_checked_recovery_key(container, each, recovery).wipe()
                 return disk_keys.recovery_keyslot(container, recovery)
             except UnlockError as error:
                 trouble = error
     except UnlockError as error:
-        disk_keys.by_recovery_key(container, recovery).wipe()
+        disk_keys.dek_by_recovery_key(container, recovery).wipe()
         raise Tampered(f"this host's token is gone or ruined: {error}") from error
     assert trouble
     raise trouble
@@ -316,10 +316,10 @@ def _write_keyslot_and_token(work: Work, place: PresentMember, recovery: Secret)
     with dek:
         with luks.Container(place.node) as container:
             try:
-                disk_keys.by_recovery_key(container, recovery).wipe()
+                disk_keys.dek_by_recovery_key(container, recovery).wipe()
             except NotOurs:
                 container.add_keyslot(dek, recovery)
-        with luks.Container(place.node) as container, disk_keys.by_recovery_key(container, recovery) as found:
+        with luks.Container(place.node) as container, disk_keys.dek_by_recovery_key(container, recovery) as found:
             if found != dek:
                 raise DiskFailed(f"{place.node}: the keyslot that was written gives another key")
         with _token_keys(work, place.group, recovery) as keys:

@@ -312,14 +312,14 @@ def _read_disks(host: str, persistence: Secret | None) -> dict[str, _Present]:
 def _judge(container: luks.Container, host: str, persistence: Secret | None) -> tuple[str, str]:
     """(outcome or '', where the key would come from)."""
     try:
-        tokens: list[token.Token] = disk_keys.tokens(container, host)
+        tokens: list[token.Token] = disk_keys.read_tokens(container, host)
     except (NotOurs, Malformed) as error:
         return error.code, "recovery key"
     if persistence is None:
         return "", "recovery key"
     for each in tokens:
         try:
-            disk_keys.volume_key(container, each, persistence).wipe()
+            disk_keys.unwrap_volume_key(container, each, persistence).wipe()
             return "", "key cache"
         except NoKey:
             return "", "provider"

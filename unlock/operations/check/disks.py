@@ -32,7 +32,7 @@ def _check_member(
     state: State, group: Group, member: Member, present: dict[str, list[find.Found]], persistence: Secret | None
 ) -> Finding:
     what = f"group {group.name}, disk {member.name}"
-    node = find.node_of(present, member)
+    node = find.find_node(present, member)
     if not node:
         several = len(present.get(member.uuid, ())) > 1
         why = "several disks have its UUID" if several else "it is not here, and its group opens whole or not at all"
@@ -41,7 +41,7 @@ def _check_member(
         with luks.Container(node) as container:
             tokens = [
                 each
-                for each in disk_keys.tokens(container, state.host)
+                for each in disk_keys.read_tokens(container, state.host)
                 if (each.group, each.manifest, each.members) == (group.name, group.manifest, len(group.members))
             ]
             if not tokens:
@@ -60,7 +60,7 @@ def _check_opens(what: str, container: luks.Container, tokens: Sequence[token.To
     problem: UnlockError | None = None
     for each in tokens:
         try:
-            with disk_keys.volume_key(container, each, persistence) as dek:
+            with disk_keys.unwrap_volume_key(container, each, persistence) as dek:
                 container.verify_volume_key(dek)
                 return Finding(what, SAFE, "")
         except NoKey as error:  # only the key manager keeps it
