@@ -335,7 +335,7 @@ def _persistence_disable(paths: Paths, options: argparse.Namespace) -> int:
     _tell(persistence.disable(paths))
     if options.remove_all_stored_keys:
         with _owner(options) as owner:
-            persistence.remove_all_stored_keys(paths, persistence.TPM, owner)
+            persistence.remove_all_stored_keys(paths, owner_auth=owner)
         log.note("until the next boot, unlock persistence enable takes that back")
         log.note("the TPM keeps nothing of this host: after the next boot every key comes from the key manager")
     return 0

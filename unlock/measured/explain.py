@@ -461,7 +461,7 @@ def _ask_tpm(tcti: str) -> tuple[Record | None, Mapping[int, bytes], str, Chip |
             facts = tpm.facts()
             lockout = facts.lockout_interval if facts.in_lockout else 0
             chip = Chip(tpm.srk_name().hex(), "")
-            chip = chip._replace(identity=tpm.identity().hex())
+            chip = chip._replace(identity=tpm.chip_name().hex())
     except UnlockError as error:
         problem = str(error)
     return record, live, problem, chip, lockout

@@ -12,7 +12,6 @@ from contextlib import closing
 from typing import NamedTuple
 
 from .. import log
-from ..disks import devices
 from ..errors import Refused, Usage
 from ..host import config, this_boot
 from ..host.journal import Init
@@ -26,7 +25,7 @@ from ..predict import allowed_states
 from ..providers import native
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
-from ..tpm.chip import Tpm
+from ..tpm.chip import DEVICE, Tpm
 from ..tpm.record import RECORD_SIZE, SLOTS, Payload
 from .provider import Client, connect_as
 
@@ -59,7 +58,7 @@ class InitChoices(NamedTuple):
     pcrs: tuple[int, ...]
     """Empty: by how the host boots."""
     owner_auth: Secret
-    tcti: str = "device:/dev/tpmrm0"
+    tcti: str = DEVICE
     kms: KeyManager | None = None
     """None: the native provider."""
 
@@ -205,11 +204,11 @@ def preflight(paths: Paths, tpm: Tpm, choices: InitChoices, again: bool) -> Pref
             choices, "unmeasured-boot", "boot a unified kernel image: Linux does not measure what initrd= names"
         )
     selection = pcr_policy.select(choices.pcrs or at_unseal.MEASURED_BY.get(boot, (7,)))
-    plain_root = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
+    plain_root = allowed_states.has_plain_root()
     if plain_root:
         _require_accepted(choices, "unauthenticated-root", "encrypt the root file system")
-    tpm.srk(choices.owner_auth)
-    tpm.trial(selection)
+    tpm.ensure_srk(choices.owner_auth)
+    tpm.try_sealing(selection)
     then = at_unseal.of(selection, at_unseal.values(paths, tpm))
     return Preflight(boot, selection, pcr_policy.branch(selection, then), plain_root)
 

@@ -9,7 +9,7 @@ persistence key from the TPM after `disable`; until the next boot, `enable` seal
 from typing import TypedDict
 
 from ..disks import devices, disk_keys, find, luks
-from ..errors import NoKey, NoSlot, Refused, UnlockError
+from ..errors import NoKey, Refused, UnlockError
 from ..host import keyring, this_boot
 from ..host.journal import PersistenceChange
 from ..host.lock import exclusive
@@ -20,10 +20,8 @@ from ..paths import Paths
 from ..predict import allowed_states
 from ..secret import Secret
 from ..tpm import slots
-from ..tpm.chip import Tpm
-from ..tpm.record import Payload, Record
-
-TPM = "device:/dev/tpmrm0"
+from ..tpm.chip import DEVICE, Tpm
+from ..tpm.record import Payload
 
 
 class GroupRow(TypedDict):
@@ -76,7 +74,7 @@ def _keeps(work: access.Work, node: str) -> bool:
 
 
 def enable(
-    paths: Paths, look: find.Look = find.look, tcti: str = TPM, owner_auth: Secret | None = None
+    paths: Paths, look: find.Look = find.look, tcti: str = DEVICE, owner_auth: Secret | None = None
 ) -> list[rotation.Outcome]:
     """Keeps all keys on this host. Asks the TPM only where its keys were removed. Raises ProviderError, NoKey,
     DiskFailed, Refused, TpmFailed."""
@@ -100,10 +98,10 @@ def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth:
     Raises Refused, TpmFailed."""
     host = bytes.fromhex(work.state.host)
     early = this_boot.read_early_report(work.paths)
-    plain = not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
+    plain = allowed_states.has_plain_root()
     payload = Payload(work.persistence, early["facts"].get("unauthenticated_root", plain) if early else plain)
     with Tpm(tcti) as tpm:
-        found = _record_in_tpm(tpm)
+        found = slots.current_record(tpm)
         if found and found.host == host:
             return
         branches = [bytes.fromhex(each) for each in sealed.branches]
@@ -112,13 +110,6 @@ def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth:
             slots.seal_slot(
                 tpm, host, sealed.selection, branches, payload, owner_auth=owner_auth, pin_auth=pin_auth, cap=sealed.cap
             )
-
-
-def _record_in_tpm(tpm: Tpm) -> Record | None:
-    try:
-        return slots.current_slot(tpm)[1]
-    except NoSlot:
-        return None
 
 
 def disable(paths: Paths, look: find.Look = find.look) -> list[rotation.Outcome]:
@@ -172,14 +163,14 @@ def _apply_policies(work: access.Work) -> list[rotation.Outcome]:
     return outcomes
 
 
-def remove_all_stored_keys(paths: Paths, tcti: str, owner_auth: Secret) -> None:
+def remove_all_stored_keys(paths: Paths, tcti: str = DEVICE, owner_auth: Secret | None = None) -> None:
     """Evicts the sealed objects from the TPM, after `disable`. From the next boot on nothing unwraps what is wrapped on
     the disks and in the state. Finishes when run again. Raises Refused, TpmFailed."""
     with exclusive(paths):
         state = State.load(paths)
         _refuse_removal(state)
         with Tpm(tcti) as tpm:
-            found = _record_in_tpm(tpm)
+            found = slots.current_record(tpm)
             if found and found.host != bytes.fromhex(state.host):
                 raise Refused(
                     "the TPM keeps the persistence key of another installation", "unlock status", code="not-ours"

@@ -24,10 +24,10 @@ from ..keys import access
 from ..measured import at_unseal
 from ..paths import Paths
 from ..predict import allowed_states, initramfs_images
-from ..predict.allowed_states import DEVICE, Allowed, Pin
+from ..predict.allowed_states import Allowed, Pin
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
-from ..tpm.chip import Tpm
+from ..tpm.chip import DEVICE, Tpm
 
 REBOOTS_MAX = 5
 FIRMWARE = frozenset(range(8))

@@ -62,7 +62,12 @@ def status(paths: Paths) -> dict[str, Any]:
         },
         "recovery": {
             "tested": state.recovery.tested,
-            "behind": [each.name for group in state.groups.values() for each in group.members if _lags(state, each)],
+            "behind": [
+                each.name
+                for group in state.groups.values()
+                for each in group.members
+                if state.recovery.is_behind(each.uuid)
+            ],
         },
         "unfinished": ({"operation": state.journal.operation, "about": state.journal.about} if state.journal else None),
         "to_finish": state.to_finish,
@@ -164,11 +169,6 @@ def _warnings(found: dict[str, Any]) -> list[str]:
         if each["outcome"] not in _CALM:
             warnings.append(f"sync: {each['key']}: {each['outcome']}: {each['detail']}")
     return warnings
-
-
-def _lags(state: State, member: Any) -> bool:
-    """Whether an earlier recovery key opens it."""
-    return member.uuid in state.recovery.behind or member.uuid in state.recovery.former
 
 
 _CALM = frozenset(("unchanged", "replaced", "caught-up", "finished", "cached", "persistent"))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from ..disks import devices
 from ..errors import NoKey, Refused, UnlockError, Usage
 from ..host import keyring, this_boot
 from ..host.state import State as HostState
@@ -23,10 +24,9 @@ from ..measured import at_unseal
 from ..paths import Paths
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
-from ..tpm.chip import Tpm
+from ..tpm.chip import DEVICE, Tpm
 from ..tpm.record import Payload, Record, Slot
 
-DEVICE = "device:/dev/tpmrm0"
 PIN_AUTH = "unlock:pin-auth"
 """In the key cache while the host is up: what the PIN makes, so that unattended changes of the policy keep it."""
 UNKNOWN = "unknown"
@@ -247,6 +247,11 @@ def unauthenticated_root(paths: Paths, state: HostState) -> bool:
         return state.tpm.unauthenticated_root
     early = this_boot.read_early_report(paths)
     return bool(early and early["facts"].get("unauthenticated_root"))
+
+
+def has_plain_root() -> bool:
+    """Whether the root file system is on no encrypted mapping: nothing authenticates it."""
+    return not devices.opened_by("/", {name for name, uuid in devices.mappings().items() if uuid})
 
 
 def utc() -> str:
