@@ -374,7 +374,7 @@ def agent() -> Iterator[list[str]]:
 
 @pytest.mark.skipif(not os.path.exists("/usr/bin/systemd-ask-password"), reason="not installed: systemd")
 def test_systemds_agents_are_asked_without_echo(agent: list[str]) -> None:
-    assert asked("ask._ask([*ask._AGENTS, 'unlock: recovery key:'])") == "the answer"
+    assert asked("ask._run_prompt([*ask._AGENTS, 'unlock: recovery key:'])") == "the answer"
     assert "Id=unlock:recovery-key" in agent[1]
     assert "Echo=1" not in agent[1]
 
