@@ -53,7 +53,7 @@ class Host:
         self.refused = False
         keyring.flush()
         os.makedirs(self.paths.run)
-        this_boot.remember(self.paths, "TPM", {"unlock:persistence": self.persistence})
+        this_boot.cache_keys(self.paths, "TPM", {"unlock:persistence": self.persistence})
         early = report.Report("early-boot")
         early.set_verdict("unsealed")
         early.facts = report.BootFacts(unauthenticated_root=False, cap_pcr_before=pcr_policy.UNSET.hex())
@@ -94,7 +94,7 @@ class Host:
         state.use_provider(entry)
         name = access.key_name(HOST, "host", 1)
         with access.connect(self.paths, state, self.persistence, entry) as provider:
-            ref, key = access.new_key(provider, name)
+            ref, key = access.make_key(provider, name)
             with key:
                 host_key = KeyEntry(f"{provider.id}/{ref.id}", ref.name, 1)
                 state.set_host_key(host_key, persistence=self.persistence, key=key)
@@ -123,7 +123,7 @@ class Host:
         self.disks += [image for image, _ in images]
         with self.work() as work:
             provider = work.provider()
-            ref, kek = access.new_key(provider, access.key_name(HOST, f"kek/{name}", 1))
+            ref, kek = access.make_key(provider, access.key_name(HOST, f"kek/{name}", 1))
             group = Group(name, f"{provider.id}/{ref.id}", 1, 1, members, ref.name, policy_of_group)
             with kek, disk_keys.mac_key(self.recovery, HOST) as mac_key, work.host_key() as host_key:
                 keys = disk_keys.Keys(self.persistence, host_key, kek, mac_key)

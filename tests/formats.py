@@ -32,12 +32,12 @@ from unlock.host.journal import Rebind, RecoveryRotation, Rekey
 from unlock.host.state import State
 from unlock.host.state_file import KeyEntry, RemovedPolicy, ReplacedKek, Window
 from unlock.keys import access
-from unlock.keys.escrow import Escrow, write
+from unlock.keys.escrow import Escrow, write_escrow
 from unlock.measured import describe, esp_copy
 from unlock.measured.baseline import Baseline, TpmIdentity
 from unlock.operations import sync
 from unlock.paths import Paths
-from unlock.predict import allowed_states, boot_files
+from unlock.predict import allowed_states, booted
 from unlock.providers import native
 from unlock.secret import Secret
 from unlock.strictjson import canonical
@@ -186,9 +186,9 @@ def sealed(chip: Swtpm, keys: Keys, pin: bool) -> None:
         for pcr, digest in digests():
             tpm.extend(pcr, digest)
         payload, selection = Payload(keys.persistence, unauthenticated_root=pin), pcr_policy.select(MEASURED)
-        slots.persist(tpm, bytes.fromhex(HOST), selection, branches(1), payload)
+        slots.seal_slot(tpm, bytes.fromhex(HOST), selection, branches(1), payload)
         if pin:
-            slots.persist(tpm, bytes.fromhex(HOST), selection, branches(BRANCHES), payload, pin_auth=keys.pin_auth)
+            slots.seal_slot(tpm, bytes.fromhex(HOST), selection, branches(BRANCHES), payload, pin_auth=keys.pin_auth)
 
 
 # The disk
@@ -393,9 +393,9 @@ def baseline() -> Baseline:
     return Baseline("6.12.0-test", "root=/dev/test", TpmIdentity("000b" + "5a" * 32, ""), pcrs, items)
 
 
-def of_boot() -> boot_files.Booted:
+def of_boot() -> booted.BootedFiles:
     one, two = sha256(b"1").digest(), sha256(b"2").digest()
-    return boot_files.Booted(
+    return booted.BootedFiles(
         "test-boot",
         {"(hd0,gpt2)/vmlinuz": ("boot/vmlinuz", one)},
         {"(hd0,gpt2)/grub/grub.cfg": "set default=0\n"},
@@ -432,8 +432,8 @@ def fixed(paths: Paths, keys: Keys) -> dict[str, bytes]:
     agent.write_verdict(paths, a_report())
     this_boot.mark_open(paths, "data", ["data-a", "data-b"])
     this_boot.mark_failed(paths, "data", ["nginx.service"])
-    boot_files.save(paths, of_boot())
-    boot_files.vouch(paths, of_boot())
+    booted.save_booted_files(paths, of_boot())
+    booted.trust_boot_files(paths, of_boot())
     copied = esp_copy.write_copy(paths, baseline().encode())
     run = Path(paths.run)
     return {
@@ -461,7 +461,7 @@ def synced(paths: Paths, keys: Keys) -> dict[str, bytes]:
     state.set_host_key(host_key, persistence=keys.persistence, key=keys.host_key)
     state.retire.append(ReplacedKek(f"{keys.provider.id}/{keys.kek_name}", "gone"))
     state.save()
-    this_boot.remember(paths, "TPM", {"unlock:persistence": keys.persistence})
+    this_boot.cache_keys(paths, "TPM", {"unlock:persistence": keys.persistence})
     sync.sync(paths, look=dict)
     return {f"run/{name}": Path(paths.of_this_boot(name)).read_bytes() for name in ("sync.json", "keys.json")}
 
@@ -498,8 +498,8 @@ def recipient(folder: Path) -> str:
 
 def escrowed(folder: Path, to: Path, keys: Keys) -> None:
     """The recovery key for the organisation in `folder`."""
-    write(Escrow(str(folder / "certificate.pem"), str(to / "escrow.pem")), keys.recovery)
-    write(Escrow(recipient(folder), str(to / "escrow.age")), keys.recovery)
+    write_escrow(Escrow(str(folder / "certificate.pem"), str(to / "escrow.pem")), keys.recovery)
+    write_escrow(Escrow(recipient(folder), str(to / "escrow.age")), keys.recovery)
 
 
 # All of it

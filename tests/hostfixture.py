@@ -70,11 +70,11 @@ class Machine(Measures, Disks):
             branch = pcr_policy.branch(
                 selection, at_unseal.known_values(selection, at_unseal.read_pcrs(self.paths, tpm))
             )
-            slots.persist(tpm, bytes.fromhex(HOST), selection, (branch,), Payload(self.persistence))
+            slots.seal_slot(tpm, bytes.fromhex(HOST), selection, (branch,), Payload(self.persistence))
         state = State.load(self.paths)
         allowed_states.begin(state, selection, branch, False)
         state.save()
-        this_boot.remember(self.paths, "made", {"unlock:persistence": self.persistence})
+        this_boot.cache_keys(self.paths, "made", {"unlock:persistence": self.persistence})
 
     def close(self) -> None:
         self.chip.kill()
@@ -113,9 +113,9 @@ class Machine(Measures, Disks):
             before = tpm.read_pcrs([pcr_policy.CAP_PCR])[pcr_policy.CAP_PCR].hex()
             try:
                 unsealed = slots.unseal(tpm, self._person)
-                this_boot.remember(self.paths, "TPM", {"unlock:persistence": unsealed.payload.key})
+                this_boot.cache_keys(self.paths, "TPM", {"unlock:persistence": unsealed.payload.key})
                 if unsealed.pin_auth:
-                    this_boot.remember(self.paths, "PIN", {"unlock:pin-auth": unsealed.pin_auth})
+                    this_boot.cache_keys(self.paths, "PIN", {"unlock:pin-auth": unsealed.pin_auth})
                 record.facts = report.BootFacts(
                     unauthenticated_root=unsealed.payload.unauthenticated_root, pin=unsealed.record.pin
                 )

@@ -128,7 +128,7 @@ def test_init_on_a_unified_kernel_image_seals_what_the_next_boot_has(tmp_path: P
     host.write("sys/firmware/efi/efivars/StubInfo-4a67b082", b"")
     assert host.boot() == "no-slot"
     accepted = frozenset(("unauthenticated-root",))
-    asked = init.Choices(str(tmp_path / "backup"), Secret(b"password"), accepted, (), Secret(b""), host.chip.tcti)
+    asked = init.InitChoices(str(tmp_path / "backup"), Secret(b"password"), accepted, (), Secret(b""), host.chip.tcti)
     assert init.init(host.paths, asked).boot == "UKI"
     assert host.reasons() == ["this boot"]
     assert host.boot() == "unsealed"
@@ -143,9 +143,9 @@ def test_init_refuses_an_initramfs_that_is_not_measured(tmp_path: Path) -> None:
     assert host.boot() == "no-slot"
     host.write("sys/firmware/efi/fw_platform_size", b"64\n")
 
-    def asked(*accepted: str) -> init.Choices:
+    def asked(*accepted: str) -> init.InitChoices:
         risks = frozenset(("unauthenticated-root", *accepted))
-        return init.Choices(str(tmp_path / "backup"), Secret(b"password"), risks, (), Secret(b""), host.chip.tcti)
+        return init.InitChoices(str(tmp_path / "backup"), Secret(b"password"), risks, (), Secret(b""), host.chip.tcti)
 
     with pytest.raises(UnlockError) as caught:
         init.init(host.paths, asked())
@@ -161,7 +161,9 @@ def test_init_refuses_a_pcr_whose_value_at_the_unseal_cannot_be_told(tmp_path: P
     host.clear()
     host.boot(log=False)
     accepted = frozenset(("unauthenticated-root", "unmeasured-boot"))
-    asked = init.Choices(str(tmp_path / "backup"), Secret(b"password"), accepted, (7, 11), Secret(b""), host.chip.tcti)
+    asked = init.InitChoices(
+        str(tmp_path / "backup"), Secret(b"password"), accepted, (7, 11), Secret(b""), host.chip.tcti
+    )
     with pytest.raises(UnlockError) as caught:
         init.init(host.paths, asked)
     assert caught.value.code == "pcr-unknown"

@@ -22,7 +22,7 @@ from unlock.errors import CommandFailed, UnlockError
 from unlock.host import keyring, report
 from unlock.host.journal import Rekey
 from unlock.operations import check, recovery
-from unlock.operations.check import NOTE, SAFE, UNPROVEN, UNSAFE
+from unlock.operations.check.finding import NOTE, SAFE, UNPROVEN, UNSAFE
 from unlock.predict import initramfs_images
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
@@ -50,7 +50,9 @@ class World:
         selection = pcr_policy.select((7,))
         with chip.open() as tpm:
             branch = pcr_policy.branch(selection, tpm.read_pcrs(selection))
-            slots.persist(tpm, bytes.fromhex(HOST), selection, (branch,), Payload(Secret(bytes(self.host.persistence))))
+            slots.seal_slot(
+                tpm, bytes.fromhex(HOST), selection, (branch,), Payload(Secret(bytes(self.host.persistence)))
+            )
 
     def image(self, version: str, *names: str) -> None:
         """An initramfs with these files in it."""
@@ -73,8 +75,8 @@ class World:
         """The verdict, and what is not safe."""
         found = check.check(self.host.paths, self.chip.tcti, self.host.look)
         again = check.check(self.host.paths, self.chip.tcti, self.host.look)
-        assert json.loads(json.dumps(check.fields(found))) == json.loads(json.dumps(check.fields(again)))
-        said = check.text(found)
+        assert json.loads(json.dumps(check.to_json(found))) == json.loads(json.dumps(check.to_json(again)))
+        said = check.to_text(found)
         assert said.isprintable() or all(line.isprintable() for line in said.splitlines())
         assert said.splitlines()[-1].startswith(found.verdict)
         return found.verdict, {
@@ -169,7 +171,7 @@ def test_a_tpm_that_was_cleared_or_is_gone(world: World) -> None:
 def test_a_tpm_that_serves_another_installation(world: World) -> None:
     with world.chip.open() as tpm, Secret.random(32) as key:
         branch = pcr_policy.branch((7,), tpm.read_pcrs((7, 15)))
-        slots.persist(tpm, b"another host....", (7,), (branch,), Payload(key), replace=True)
+        slots.seal_slot(tpm, b"another host....", (7,), (branch,), Payload(key), replace=True)
     verdict, wrong = world.check()
     assert verdict == UNSAFE and "another installation" in wrong["TPM"][1]
 
@@ -213,7 +215,7 @@ def test_where_a_pin_is_set_the_image_must_read_that_and_ask(world: World) -> No
     with world.chip.open() as tpm:
         unsealed = slots.unseal(tpm)
         record = unsealed.record
-        slots.persist(tpm, record.host, record.selection, record.branches, unsealed.payload, pin_auth=auth)
+        slots.seal_slot(tpm, record.host, record.selection, record.branches, unsealed.payload, pin_auth=auth)
     what, newer, asks = "initrd.img-6.12.1-amd64", "usr/lib/unlock/reads/record-2", "usr/lib/cryptsetup/askpass"
     assert "does not read records of version 2" in world.check()[1][what][1]
     world.image("6.12.1-amd64", CODE, READS[0], newer)
@@ -240,7 +242,7 @@ def test_a_recovery_key_that_was_tested_and_one_that_is_another_by_now(world: Wo
         return next(each.detail for each in found.findings if each.what == "recovery key")
 
     assert said() == "tested on 0 of 2 disk(s)"
-    recovery.test(world.host.paths, world.host.recovery, world.host.look)
+    recovery.test_recovery_key(world.host.paths, world.host.recovery, world.host.look)
     assert said() == "tested on every disk"
     with world.host.work() as work:
         work.state.recovery.behind["uuid"] = ""
@@ -287,7 +289,7 @@ def test_a_power_cut_while_the_policy_was_replaced_leaves_the_other_slot(world: 
             return bytes(448)
 
     with world.chip.open() as tpm:
-        [other] = [slot for slot in SLOTS if slot != slots.current(tpm)[0]]
+        [other] = [slot for slot in SLOTS if slot != slots.current_slot(tpm)[0]]
         tpm.write_record(other, Cut())  # type: ignore[arg-type]
         assert slots.unseal(tpm).slot != other
     assert world.check() == (SAFE, {})
@@ -399,7 +401,7 @@ def test_keys_of_secure_boot_were_updated_and_the_next_boot_measures_that(world:
     with world.chip.open() as tpm:
         unsealed = slots.unseal(tpm)
         branch = pcr_policy.branch(selection, tpm.read_pcrs(selection))
-        slots.persist(tpm, unsealed.record.host, selection, (branch,), unsealed.payload)
+        slots.seal_slot(tpm, unsealed.record.host, selection, (branch,), unsealed.payload)
     assert world.check()[0] != UNSAFE, "without shim there is no MokManager"
     measured(world, dbx, eventlogs.shim(14, "MokList", b"keys"))
     verdict, wrong = world.check()
@@ -440,12 +442,12 @@ def test_the_initramfs_in_a_unified_kernel_image(world: World) -> None:
     image = world.root / "boot/efi/EFI/Linux/debian.efi"
     image.parent.mkdir(parents=True)
     image.write_bytes(pefile.build({".linux": b"kernel", ".initrd": good}))
-    assert initramfs_images.contents(str(image)).unlock
+    assert initramfs_images.read_contents(str(image)).unlock
     image.write_bytes(pefile.build({".linux": b"kernel"}))
     for data in (b"", b"MZ", image.read_bytes()):
         image.write_bytes(data)
         with pytest.raises(CommandFailed):
-            initramfs_images.contents(str(image))
+            initramfs_images.read_contents(str(image))
 
 
 def test_pcrs_of_files_where_nothing_measures_the_kernel(world: World) -> None:
@@ -454,7 +456,7 @@ def test_pcrs_of_files_where_nothing_measures_the_kernel(world: World) -> None:
     with world.chip.open() as tpm:
         branch = pcr_policy.branch(selection, tpm.read_pcrs(selection))
         payload = Payload(Secret(bytes(world.host.persistence)))
-        slots.persist(tpm, bytes.fromhex(HOST), selection, (branch,), payload)
+        slots.seal_slot(tpm, bytes.fromhex(HOST), selection, (branch,), payload)
     assert world.check()[1]["next boot"][0] == UNPROVEN
 
 

@@ -23,6 +23,7 @@ from unlock.host.provider_entry import NativeEntry
 from unlock.host.state import State
 from unlock.keys import recovery_key
 from unlock.operations import cache, group, init, sync
+from unlock.operations.provider import Client
 from unlock.paths import Paths
 from unlock.providers import native
 from unlock.secret import Secret
@@ -52,9 +53,9 @@ def host(tmp_path: Path, key_cache: None) -> Paths:
     return paths
 
 
-def choices(paths: Paths, chip: Swtpm, accept: frozenset[str] = ACCEPTED, owner: bytes = b"") -> init.Choices:
+def choices(paths: Paths, chip: Swtpm, accept: frozenset[str] = ACCEPTED, owner: bytes = b"") -> init.InitChoices:
     backup = os.path.join(paths.root, "backup")
-    return init.Choices(backup, Secret(PASSWORD), accept, (), Secret(owner), chip.tcti)
+    return init.InitChoices(backup, Secret(PASSWORD), accept, (), Secret(owner), chip.tcti)
 
 
 def unwrap_kdk(paths: Paths, persistence: Secret) -> None:
@@ -64,7 +65,7 @@ def unwrap_kdk(paths: Paths, persistence: Secret) -> None:
     state.kdk(persistence, state.provider).wipe()
 
 
-def refused(paths: Paths, asked: init.Choices) -> str:
+def refused(paths: Paths, asked: init.InitChoices) -> str:
     with pytest.raises(Refused) as caught:
         init.init(paths, asked)
     assert not os.path.exists(asked.backup)
@@ -80,7 +81,7 @@ def test_init_seals_backs_up_and_leaves_no_key_in_a_file(host: Paths, chip: Swtp
     assert unsealed.slot is A
     assert unsealed.payload.unauthenticated_root
     assert keyring.get("unlock:persistence") == persistence
-    sources = {row["what"]: row["source"] for row in cache.show(host)}
+    sources = {row["what"]: row["source"] for row in cache.list_keys(host)}
     assert sources == {"persistence key": "made", "host key": "provider"}
     state = State.load(host)
     assert (state.journal, state.has_recovery_key) == (None, False)
@@ -116,14 +117,14 @@ def test_each_refusal_has_its_name(host: Paths, chip: Swtpm) -> None:
     early.write_bytes(saved)
     with chip.open() as tpm:
         other = Payload(Secret(bytes(32)))
-        slots.persist(tpm, b"x" * 16, pcr_policy.select([7]), (pcr_policy.branch((7, 15), {7: bytes(32)}),), other)
+        slots.seal_slot(tpm, b"x" * 16, pcr_policy.select([7]), (pcr_policy.branch((7, 15), {7: bytes(32)}),), other)
     assert refused(host, choices(host, chip)) == "slots-in-use"
     chip.set_owner_auth(Secret(b"owner"))
     assert refused(host, choices(host, chip)) == "owner-auth-set"
     init.init(host, choices(host, chip, ACCEPTED | {"slots-in-use"}, b"owner"))
 
 
-def goes_on(paths: Paths, asked: init.Choices) -> init.Preflight:
+def goes_on(paths: Paths, asked: init.InitChoices) -> init.Preflight:
     with Tpm(asked.tcti) as tpm:
         return init.preflight(paths, tpm, asked, again=False)
 
@@ -132,7 +133,7 @@ def test_a_locked_out_tpm_is_waited_for(host: Paths, chip: Swtpm) -> None:
     with chip.open() as tpm:
         right, wrong = Secret(b"right".ljust(32)), Secret(b"wrong".ljust(32))
         branch = pcr_policy.branch(pcr_policy.select([7]), tpm.read_pcrs(range(16)))
-        slots.persist(tpm, b"x" * 16, pcr_policy.select([7]), (branch,), Payload(Secret(bytes(32))), pin_auth=right)
+        slots.seal_slot(tpm, b"x" * 16, pcr_policy.select([7]), (branch,), Payload(Secret(bytes(32))), pin_auth=right)
     chip.set_lockout(1, 1234)
     with chip.open() as tpm:
         record = tpm.read_record(A)
@@ -180,7 +181,7 @@ def test_a_tpm_without_room_for_a_second_sealed_object_is_refused_before_the_fir
 def test_what_an_earlier_installation_left_in_a_full_tpm_makes_room_for_one_object(host: Paths, chip: Swtpm) -> None:
     with chip.open() as tpm:
         branch = pcr_policy.branch(pcr_policy.select([7]), tpm.read_pcrs(range(16)))
-        slots.persist(tpm, b"x" * 16, pcr_policy.select([7]), (branch,), Payload(Secret(bytes(32))))
+        slots.seal_slot(tpm, b"x" * 16, pcr_policy.select([7]), (branch,), Payload(Secret(bytes(32))))
         key = tpm._primary(0x101, tpm._owner(None))
         handles = iter(range(0x81010000, 0x81010100))
         while tpm.facts().persistent_free:
@@ -221,10 +222,10 @@ def test_a_tpm_without_room_for_a_record_says_what_to_free(chip: Swtpm) -> None:
         selection, payload = pcr_policy.select([7]), Payload(Secret.random(32))
         branch = pcr_policy.branch(selection, tpm.read_pcrs(range(16)))
         with pytest.raises(TpmFailed) as caught:
-            slots.persist(tpm, b"x" * 16, selection, (branch,), payload)
+            slots.seal_slot(tpm, b"x" * 16, selection, (branch,), payload)
         assert "tpm2_getcap handles-nv-index" in caught.value.hint
         subprocess.run(["tpm2_nvundefine", "-T", chip.tcti, defined[0]], check=True, capture_output=True)
-        slots.persist(tpm, b"x" * 16, selection, (branch,), payload, replace=True)
+        slots.seal_slot(tpm, b"x" * 16, selection, (branch,), payload, replace=True)
         assert slots.unseal(tpm).payload.key == payload.key
 
 
@@ -353,7 +354,7 @@ def device(tmp_path: Path) -> Iterator[str]:
 
 def adopting(paths: Paths, device: str) -> Callable[[], object]:
     file = os.path.join(paths.root, "recovery")
-    return partial(group.disk_adopt, Paths(paths.root), device, "data", Secret(b"operator"), file)
+    return partial(group.adopt_disk, Paths(paths.root), device, "data", Secret(b"operator"), file)
 
 
 def adopt(paths: Paths, device: str) -> int:
@@ -383,7 +384,7 @@ def test_adopting_leaves_the_operators_keyslot_and_adds_ours(enrolled: Paths, de
 def test_adopting_with_a_wrong_passphrase_changes_nothing(enrolled: Paths, device: str) -> None:
     before = Path(device).read_bytes()
     with pytest.raises(UnlockError):
-        group.disk_adopt(enrolled, device, "data", Secret(b"wrong"), os.path.join(enrolled.root, "recovery"))
+        group.adopt_disk(enrolled, device, "data", Secret(b"wrong"), os.path.join(enrolled.root, "recovery"))
     assert Path(device).read_bytes() == before
     assert not State.load(enrolled).groups
 
@@ -408,7 +409,7 @@ def test_another_disk_cannot_take_the_place_of_one_whose_adoption_was_killed(
     state = State.load(enrolled)
     state.begin(DiskAdoption("disk adopt", "/dev/other --group data", manifest=state.next_manifest("data")))
     with pytest.raises(Refused, match="disk adopt /dev/other --group data"):
-        group.disk_adopt(enrolled, device, "data", Secret(b"operator"), str(tmp_path / "recovery"))
+        group.adopt_disk(enrolled, device, "data", Secret(b"operator"), str(tmp_path / "recovery"))
 
 
 def test_an_adoption_that_fails_is_undone_and_its_number_is_not_used_again(enrolled: Paths, device: str) -> None:
@@ -430,7 +431,7 @@ def test_adopting_with_another_hosts_recovery_key_is_refused(enrolled: Paths, de
     other = tmp_path / "other"
     recovery_key.write_new_file(str(other), recovery_key.new())
     with pytest.raises(Refused, match="not the recovery key"):
-        group.recovery_key(State.load(enrolled), keyring.get("unlock:persistence"), str(other))
+        group.obtain_recovery_key(State.load(enrolled), keyring.get("unlock:persistence"), str(other))
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "write"])
@@ -464,12 +465,12 @@ def test_adopting_killed_at_any_step_finishes_when_run_again(
 # A key manager from the start
 
 
-def kmip_choices(paths: Paths, chip: Swtpm, kms: Liar, persistent: bool = True) -> init.Choices:
+def kmip_choices(paths: Paths, chip: Swtpm, kms: Liar, persistent: bool = True) -> init.InitChoices:
     ca = os.path.join(paths.root, "ca.pem")
     Path(ca).write_text(AUTHORITY.certificate)
     settings = config.ProviderConfig("kms", (f"127.0.0.1:{kms.port}",), ca, "", 10)
-    client = init.Kmip(settings, CLIENT.certificate, Secret(CLIENT.key), persistent)
-    return init.Choices("", Secret(b""), ACCEPTED, (), Secret(b""), chip.tcti, client)
+    client = init.KeyManager(settings, Client(CLIENT.certificate, Secret(CLIENT.key)), persistent)
+    return init.InitChoices("", Secret(b""), ACCEPTED, (), Secret(b""), chip.tcti, client)
 
 
 @pytest.mark.parametrize("persistent", [True, False])
@@ -502,7 +503,8 @@ def test_init_with_a_key_manager_that_wants_a_password(host: Paths, chip: Swtpm,
     with_user = choices.kms._replace(settings=choices.kms.settings._replace(username="host-1"))
     with pytest.raises(ClientAuth):
         init.init(host, choices._replace(kms=with_user))
-    init.init(host, choices._replace(kms=with_user._replace(password=Secret(b"of the client"))))
+    client = with_user.client._replace(password=Secret(b"of the client"))
+    init.init(host, choices._replace(kms=with_user._replace(client=client)))
     assert [line.outcome for line in sync.sync(host)] == ["unchanged"]
     for path in Path(host.root).rglob("*"):
         assert b"of the client" not in (path.read_bytes() if path.is_file() else b""), path

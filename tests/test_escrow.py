@@ -65,7 +65,7 @@ def decrypted(file: str, private: str) -> bytes:
 def test_stock_openssl_gives_the_printed_key(tmp_path: Path, encrypts: bool | None) -> None:
     certificate, private = organisation(tmp_path, encrypts=encrypts)
     file = str(tmp_path / "escrow.pem")
-    key = delivery.made(delivery.Keep("", Escrow(certificate, file)))
+    key = delivery.make_recovery_key(delivery.Keeper("", Escrow(certificate, file)))
     assert decrypted(file, private) == bytes(key)
     assert recovery_key.parse(key) == key
     assert Path(file).stat().st_mode & 0o777 == 0o600
@@ -76,7 +76,7 @@ def test_stock_openssl_gives_the_printed_key(tmp_path: Path, encrypts: bool | No
 def test_a_key_in_a_file_goes_into_escrow_as_well(tmp_path: Path) -> None:
     certificate, private = organisation(tmp_path)
     file = str(tmp_path / "escrow.pem")
-    key = delivery.made(delivery.Keep(str(tmp_path / "key"), Escrow(certificate, file)))
+    key = delivery.make_recovery_key(delivery.Keeper(str(tmp_path / "key"), Escrow(certificate, file)))
     assert (tmp_path / "key").read_bytes() == bytes(key) + b"\n"
     assert decrypted(file, private) == bytes(key)
 
@@ -97,7 +97,9 @@ def test_a_certificate_that_cannot_be_used_is_refused_before_there_is_a_key(
 ) -> None:
     certificate, _ = organisation(tmp_path, **what)  # type: ignore[arg-type]
     with pytest.raises(Refused, match=words) as caught:
-        delivery.made(delivery.Keep(str(tmp_path / "key"), Escrow(certificate, str(tmp_path / "escrow.pem"))))
+        delivery.make_recovery_key(
+            delivery.Keeper(str(tmp_path / "key"), Escrow(certificate, str(tmp_path / "escrow.pem")))
+        )
     assert caught.value.code == "escrow-certificate"
     assert {each.name for each in tmp_path.iterdir()} == {"org.pem", "org.key"}
 
@@ -109,16 +111,16 @@ def test_a_certificate_that_cannot_be_used_is_refused_before_there_is_a_key(
 def test_what_is_neither_a_certificate_nor_a_recipient_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "to").write_bytes(content)
     with pytest.raises(Malformed):
-        escrow.check(Escrow(str(tmp_path / "to"), str(tmp_path / "escrow.pem")))
+        escrow.check_escrow(Escrow(str(tmp_path / "to"), str(tmp_path / "escrow.pem")))
     with pytest.raises(Usage):
-        escrow.check(Escrow(str(tmp_path / "none"), str(tmp_path / "escrow.pem")))
+        escrow.check_escrow(Escrow(str(tmp_path / "none"), str(tmp_path / "escrow.pem")))
 
 
 def test_a_file_that_is_too_long_is_refused_not_cut(tmp_path: Path) -> None:
     """The recipients behind the cut would be left out."""
     (tmp_path / "to").write_text(f"{age(tmp_path)[0]}\n" * 1100)
     with pytest.raises(Malformed, match="larger than 64 KiB"):
-        escrow.check(Escrow(str(tmp_path / "to"), str(tmp_path / "escrow.age")))
+        escrow.check_escrow(Escrow(str(tmp_path / "to"), str(tmp_path / "escrow.age")))
 
 
 def test_the_key_that_a_host_has_goes_into_escrow_when_it_is_given(tmp_path: Path, key_cache: None) -> None:
@@ -129,9 +131,9 @@ def test_the_key_that_a_host_has_goes_into_escrow_when_it_is_given(tmp_path: Pat
     recovery_key.write_new_file(str(tmp_path / "key"), host.recovery)
     recovery_key.write_new_file(str(tmp_path / "other"), recovery_key.new())
     with pytest.raises(Refused, match="not the recovery key"):
-        group.recovery_key(host.state, host.persistence, str(tmp_path / "other"), escrow)
+        group.obtain_recovery_key(host.state, host.persistence, str(tmp_path / "other"), escrow)
     assert not Path(escrow.file).exists()
-    group.recovery_key(host.state, host.persistence, str(tmp_path / "key"), escrow)
+    group.obtain_recovery_key(host.state, host.persistence, str(tmp_path / "key"), escrow)
     assert decrypted(escrow.file, private) == bytes(host.recovery)
 
 
@@ -139,7 +141,9 @@ def test_an_existing_file_is_never_overwritten(tmp_path: Path) -> None:
     certificate, _ = organisation(tmp_path)
     (tmp_path / "escrow.pem").write_text("precious")
     with pytest.raises(Usage, match="exists already"):
-        delivery.made(delivery.Keep(str(tmp_path / "key"), Escrow(certificate, str(tmp_path / "escrow.pem"))))
+        delivery.make_recovery_key(
+            delivery.Keeper(str(tmp_path / "key"), Escrow(certificate, str(tmp_path / "escrow.pem")))
+        )
     assert (tmp_path / "escrow.pem").read_text() == "precious"
     assert not (tmp_path / "key").exists()
 
@@ -148,7 +152,7 @@ def test_what_reads_back_for_another_certificate_or_cut_short_does_not_count(tmp
     mine, _ = organisation(tmp_path)
     other, _ = organisation(tmp_path, name="other")
     file = str(tmp_path / "escrow.pem")
-    escrow.write(Escrow(mine, file), Secret(b"x" * 55))
+    escrow.write_escrow(Escrow(mine, file), Secret(b"x" * 55))
     content = Path(file).read_bytes()
     escrow._check_envelope(content, x509.load_pem_x509_certificate(Path(mine).read_bytes()))
     with pytest.raises(Malformed):
@@ -197,7 +201,7 @@ def by_age(file: str, identity: str) -> bytes:
 def in_escrow(folder: Path, to: str) -> tuple[Secret, str]:
     """The key, and the escrow file."""
     file = str(folder / "escrow.age")
-    return delivery.made(delivery.Keep("", Escrow(to, file))), file
+    return delivery.make_recovery_key(delivery.Keeper("", Escrow(to, file))), file
 
 
 def test_age_gives_the_printed_key_to_the_recipient_alone(tmp_path: Path) -> None:
@@ -228,14 +232,14 @@ def test_who_has_the_identity_proves_on_the_host_that_the_escrow_opens_its_disks
     recipient, identity = age(tmp_path)
     for key, outcome in ((host.recovery, "ok"), (recovery_key.new(), "wrong-key")):
         file = str(tmp_path / outcome)
-        escrow.write(Escrow(recipient, file), key)
+        escrow.write_escrow(Escrow(recipient, file), key)
         with subprocess.Popen(["age", "-d", "-i", identity, file], stdout=subprocess.PIPE) as decrypts:
             assert decrypts.stdout
 
             def test(pipe: int = decrypts.stdout.fileno(), outcome: str = outcome) -> None:
                 os.dup2(pipe, 0)
-                with delivery.given("/dev/stdin") as recovery:
-                    rows = recovery_operations.test(host.paths, recovery, host.look)
+                with delivery.read_recovery_key("/dev/stdin") as recovery:
+                    rows = recovery_operations.test_recovery_key(host.paths, recovery, host.look)
                 assert [each.outcome for each in rows] == [outcome] * 2
 
             assert child(test) == 0
@@ -243,11 +247,11 @@ def test_who_has_the_identity_proves_on_the_host_that_the_escrow_opens_its_disks
 
 def test_a_rotation_into_an_age_file_alone(tmp_path: Path, key_cache: None) -> None:
     host = Host(tmp_path, 2)
-    recovery_operations.test(host.paths, host.recovery, host.look)
+    recovery_operations.test_recovery_key(host.paths, host.recovery, host.look)
     recipient, identity = age(tmp_path)
     file = str(tmp_path / "escrow.age")
-    recovery_operations.rotate(host.paths, delivery.Keep(escrow=Escrow(recipient, file)), host.look)
-    rows = recovery_operations.test(host.paths, Secret(by_age(file, identity)), host.look)
+    recovery_operations.rotate_recovery_key(host.paths, delivery.Keeper(escrow=Escrow(recipient, file)), host.look)
+    rows = recovery_operations.test_recovery_key(host.paths, Secret(by_age(file, identity)), host.look)
     assert [each.outcome for each in rows] == ["ok"] * 2
 
 
@@ -309,7 +313,7 @@ def test_without_age_it_says_what_to_install_and_certificates_still_do(
 
 def test_an_age_file_that_is_cut_short_damaged_or_for_fewer_does_not_count(tmp_path: Path) -> None:
     recipient, _ = age(tmp_path)
-    escrow.write(Escrow(recipient, str(tmp_path / "file")), Secret(b"x" * 55))
+    escrow.write_escrow(Escrow(recipient, str(tmp_path / "file")), Secret(b"x" * 55))
     content = (tmp_path / "file").read_bytes()
     escrow._check_age(content, 1, 55)
     for recipients, size in ((2, 55), (1, 54), (1, 56), (1, 0)):
@@ -326,7 +330,7 @@ def test_no_argument_of_a_program_holds_the_key(tmp_path: Path) -> None:
     (tmp_path / "go.py").write_text(
         "import sys\nfrom unlock.keys import escrow, recovery_key\n"
         "recovery_key.write_new_file(sys.argv[2] + '.key', key := recovery_key.new())\n"
-        "escrow.write(escrow.Escrow(*sys.argv[1:]), key)\n"
+        "escrow.write_escrow(escrow.Escrow(*sys.argv[1:]), key)\n"
     )
     command = [sys.executable, str(tmp_path / "go.py"), recipient, str(tmp_path / "escrow.age")]
     trace = ["strace", "-f", "-v", "-s", "4096", "-e", "trace=execve,openat", "-o", watched]
@@ -343,7 +347,7 @@ def test_killed_anywhere_the_escrow_file_is_there_or_not_never_half(tmp_path: Pa
     file = tmp_path / "escrow"
 
     def write() -> None:
-        escrow.write(Escrow(to, str(file)), Secret(b"x" * 55))
+        escrow.write_escrow(Escrow(to, str(file)), Secret(b"x" * 55))
 
     write()
     file.unlink()

@@ -46,6 +46,7 @@ from unlock.errors import Malformed
 from unlock.measured import certificates, compare, describe, eventlog, verify
 from unlock.measured.baseline import Baseline, TpmIdentity
 from unlock.measured.describe import Item
+from unlock.measured.log_text import TEXT_MAX, printable
 
 KINDS = ("grub", "uki", "direct")
 
@@ -54,7 +55,7 @@ KINDS = ("grub", "uki", "direct")
 @pytest.mark.parametrize("locality", [None, 0, 3, 4])
 def test_the_replay_is_what_a_tpm_has(kind: str, locality: int | None) -> None:
     entries = Boot(kind).entries()
-    found = eventlog.parse(log(entries, locality))
+    found = eventlog.parse_event_log(log(entries, locality))
     assert (found.problem, found.locality) == ("", locality or 0)
     assert eventlog.replay(found.events, found.locality) == values(entries, locality or 0)
 
@@ -62,7 +63,7 @@ def test_the_replay_is_what_a_tpm_has(kind: str, locality: int | None) -> None:
 @pytest.mark.parametrize("name", ["direct-0", "direct-1"])
 def test_the_replay_of_a_real_log_is_what_the_tpm_had(name: str) -> None:
     boot = real(name)
-    found = eventlog.parse(boot.log)
+    found = eventlog.parse_event_log(boot.log)
     reached = eventlog.replay(found.events, found.locality)
     assert found.problem == ""
     assert {pcr: reached[pcr] for pcr in LOGGED} == {pcr: boot.pcrs[pcr] for pcr in LOGGED}
@@ -72,7 +73,9 @@ def test_the_replay_of_a_real_log_is_what_the_tpm_had(name: str) -> None:
 
 def test_between_two_real_boots_the_command_line_has_changed() -> None:
     before, now = (
-        describe.with_command_line(map(describe.describe_event, eventlog.parse(boot.log).events), boot.cmdline)
+        describe.with_command_line(
+            map(describe.describe_event, eventlog.parse_event_log(boot.log).events), boot.cmdline
+        )
         for boot in (real("direct-0"), real("direct-1"))
     )
     (found,) = compare.compare_boots(before, now, range(16))
@@ -96,7 +99,7 @@ def test_forms_that_firmware_is_known_to_write() -> None:
         header([(11, 32), (12, 48)]) + event2(one, [12, 11]),
         header([(11, 32)]) + event2(one, [4, 12, 11]),  # banks that its header does not name
     ):
-        found = eventlog.parse(data)
+        found = eventlog.parse_event_log(data)
         assert (found.problem, [event.digest for event in found.events]) == ("", [one.sha256])
 
 
@@ -104,7 +107,7 @@ def test_forms_that_firmware_is_known_to_write() -> None:
 def test_the_locality_of_the_startup_is_read(size: int) -> None:
     entries = list(machine().values())
     told = no_action((b"StartupLocality\0\3").ljust(size, b"\0"))
-    found = eventlog.parse(header() + told + b"".join(map(event2, entries)))
+    found = eventlog.parse_event_log(header() + told + b"".join(map(event2, entries)))
     assert eventlog.replay(found.events, found.locality) == values(entries, 3)
 
 
@@ -113,7 +116,7 @@ def test_a_machine_as_one_can_buy_it() -> None:
     for banks in ([4, 11], [11], [4, 11, 12, 0x12], [0x12, 11]):
         sizes = {4: 20, 11: 32, 12: 48, 0x12: 32}
         data = header([(bank, sizes[bank]) for bank in banks]) + b"".join(event2(each, banks) for each in entries)
-        found = eventlog.parse(data)
+        found = eventlog.parse_event_log(data)
         assert (found.problem, len(found.events)) == ("", len(entries))
         assert eventlog.replay(found.events) == values(entries)
         assert verify.repair_log(found, (), values(entries)) == found
@@ -124,7 +127,7 @@ def test_a_machine_as_one_can_buy_it() -> None:
 def test_a_locality_that_the_firmware_does_not_tell(locality: int) -> None:
     entries = list(machine().values())
     live = values(entries, locality)
-    found = verify.repair_log(eventlog.parse(log(entries)), (), live)
+    found = verify.repair_log(eventlog.parse_event_log(log(entries)), (), live)
     assert found.locality == locality and verify.verified_events(found, (), live).keys() == set(range(24))
 
 
@@ -135,15 +138,15 @@ def test_final_events_that_the_kernel_appended_a_second_time(count: int) -> None
     before, end = entries[:-4], entries[-4:]
     data = log([*before, *before[-count:], *end])
     live = values(entries)
-    assert verify.verified_events(eventlog.parse(data), (), live).keys() != set(range(24))
-    found = verify.repair_log(eventlog.parse(data), (), live)
+    assert verify.verified_events(eventlog.parse_event_log(data), (), live).keys() != set(range(24))
+    found = verify.repair_log(eventlog.parse_event_log(data), (), live)
     assert eventlog.replay(found.events) == live
 
 
 def test_a_log_is_not_bent_to_what_the_tpm_has() -> None:
     entries = list(machine().values())
     live = values(entries) | {9: b"x" * 32}
-    found = eventlog.parse(log(entries))
+    found = eventlog.parse_event_log(log(entries))
     assert verify.repair_log(found, (), live) == found
     assert set(range(24)) - verify.verified_events(found, (), live).keys() == {9}
 
@@ -152,12 +155,19 @@ def test_what_another_program_extends_makes_no_other_pcr_unbelieved() -> None:
     """IMA, systemd without a log, a dynamic launch."""
     entries = list(machine().values())
     live = values(entries) | {pcr: bytes([pcr]) * 32 for pcr in (10, 11, 12, 13, 15, 17, 18, 19, 22)}
-    assert verify.verified_events(eventlog.parse(log(entries)), (), live).keys() == {*range(10), 14, 16, 20, 21, 23}
+    assert verify.verified_events(eventlog.parse_event_log(log(entries)), (), live).keys() == {
+        *range(10),
+        14,
+        16,
+        20,
+        21,
+        23,
+    }
 
 
 def test_a_pcr_whose_event_has_no_sha256_digest_is_not_replayed() -> None:
     data = header() + event2(plain(7, 4, bytes(4))) + event2(plain(4, 4, bytes(4)), [4])
-    found = eventlog.replay(eventlog.parse(data).events)
+    found = eventlog.replay(eventlog.parse_event_log(data).events)
     assert 4 not in found and 7 in found
 
 
@@ -167,7 +177,7 @@ def test_a_log_of_sha1_alone_has_a_code_of_its_own() -> None:
     sha384 = header([(12, 48)]) + event2(plain(7, 4, b""), [12])
     for data in (old, first + old, header([(4, 20)]) + event2(plain(7, 4, b""), [4]), sha384):
         with pytest.raises(Malformed) as caught:
-            eventlog.parse(data)
+            eventlog.parse_event_log(data)
         assert caught.value.code == "event-log-sha1" and caught.value.hint
 
 
@@ -178,7 +188,7 @@ def test_a_log_of_sha1_alone_has_a_code_of_its_own() -> None:
 )
 def test_what_is_no_log(data: bytes) -> None:
     with pytest.raises(Malformed):
-        eventlog.parse(data)
+        eventlog.parse_event_log(data)
 
 
 @pytest.mark.parametrize(
@@ -193,13 +203,13 @@ def test_what_is_no_log(data: bytes) -> None:
     ids=["pcr", "cut", "size", "count", "algorithm"],
 )
 def test_what_comes_before_a_broken_event_is_kept(bad: bytes) -> None:
-    found = eventlog.parse(header() + event2(plain(7, 4, b"good")) + bad)
+    found = eventlog.parse_event_log(header() + event2(plain(7, 4, b"good")) + bad)
     assert len(found.events) == 1 and found.problem.startswith("after 1 events: ")
 
 
 def test_events_beyond_any_reason_are_not_read() -> None:
     tiny = struct.pack("<IIII", 0, 4, 0, 1) + b"x"
-    found = eventlog.parse(header() + tiny * (eventlog.MAX_EVENTS + 1))
+    found = eventlog.parse_event_log(header() + tiny * (eventlog.MAX_EVENTS + 1))
     assert len(found.events) == eventlog.MAX_EVENTS and "more than" in found.problem
 
 
@@ -207,7 +217,7 @@ def test_events_beyond_any_reason_are_not_read() -> None:
 
 
 def test_what_systemd_measured_is_read() -> None:
-    found = eventlog.parse_systemd(systemd_log([(11, "phase", "enter-initrd", 1.5), (15, "machine-id", "id", 9)]))
+    found = eventlog.parse_systemd_log(systemd_log([(11, "phase", "enter-initrd", 1.5), (15, "machine-id", "id", 9)]))
     assert [(each.pcr, each.time) for each in found] == [(11, 1.5), (15, 9.0)]
     assert found[0].digest == sha256(b"enter-initrd").digest()
     assert describe.describe_event(found[0]).text == "systemd phase: enter-initrd"
@@ -224,7 +234,7 @@ def test_what_systemd_measured_is_read() -> None:
 )  # fmt: skip
 def test_records_that_are_none_of_ours_are_left_out(record: bytes) -> None:
     good = systemd_log([(11, "phase", "ready", 1)])
-    assert len(eventlog.parse_systemd(b"\x1e" + record + b"\n" + good)) == 1
+    assert len(eventlog.parse_systemd_log(b"\x1e" + record + b"\n" + good)) == 1
 
 
 # words
@@ -304,7 +314,7 @@ def test_records_that_are_none_of_ours_are_left_out(record: bytes) -> None:
     ],
 )  # fmt: skip
 def test_events_in_words(entry: Entry, cause: str, text: str) -> None:
-    (event,) = eventlog.parse(header() + event2(entry)).events
+    (event,) = eventlog.parse_event_log(header() + event2(entry)).events
     item = describe.describe_event(event)
     assert (item.cause, item.text[: len(text)]) == (cause, text)
 
@@ -315,8 +325,8 @@ def test_a_terminal_takes_nothing_in_a_text_for_a_command() -> None:
         eventlog.Event(8, 0x0D, bytes(32), f"grub_cmd: {hostile}".encode("utf-8", "replace"))
     )
     assert item.text.isprintable()
-    assert describe.printable("a" * 9999, 10) == "a" * 10
-    assert describe.printable(describe.printable("a b\t\u00a0 c", 4), 4) == describe.printable("a b\t\u00a0 c", 4)
+    assert printable("a" * 9999, 10) == "a" * 10
+    assert printable(printable("a b\t\u00a0 c", 4), 4) == printable("a b\t\u00a0 c", 4)
 
 
 def test_the_subject_of_a_certificate_not_its_issuer() -> None:
@@ -379,7 +389,7 @@ def test_pairs_are_about_the_same_thing() -> None:
 
 
 def baseline(kind: str) -> Baseline:
-    found = eventlog.parse(Boot(kind).log())
+    found = eventlog.parse_event_log(Boot(kind).log())
     kept = tuple(map(describe.describe_event, found.events))
     return Baseline("6.12.1", "root=x", TpmIdentity("00" * 34, ""), eventlog.replay(found.events), kept)
 
@@ -393,7 +403,9 @@ def test_a_baseline_of_the_first_format_still_explains() -> None:
     """The file is what version 1 wrote on the first of the two real boots."""
     kept = Baseline.decode((DATA / "baseline-1.json").read_bytes())
     now = real("direct-1")
-    items = describe.with_command_line(map(describe.describe_event, eventlog.parse(now.log).events), now.cmdline)
+    items = describe.with_command_line(
+        map(describe.describe_event, eventlog.parse_event_log(now.log).events), now.cmdline
+    )
     (found,) = compare.compare_boots(kept.items, items, kept.pcrs)
     assert found.cause == "command-line" and found.old and found.old.text == f"command line {kept.cmdline}"
     assert kept.pcrs[9] == real("direct-0").pcrs[9] and 10 not in kept.pcrs and kept.chip.srk and kept.chip.identity
@@ -419,9 +431,9 @@ def fuzz(seed: int, cases: int) -> bool:
     before = Baseline.decode(kept[0])
     for _ in range(cases):
         data = mutated(dice, dice.choice(seeds))
-        later = eventlog.parse_systemd(mutated(dice, systemd))
+        later = eventlog.parse_systemd_log(mutated(dice, systemd))
         try:
-            found = eventlog.parse(data)
+            found = eventlog.parse_event_log(data)
         except Malformed:
             found = None
         if found:
@@ -431,7 +443,7 @@ def fuzz(seed: int, cases: int) -> bool:
             if dice.random() < 0.25:
                 verify.repair_log(found, later, dict.fromkeys(range(24), bytes(32)))
             now = tuple(describe.describe_event(event) for event in (*found.events, *later) if event.digest)
-            assert all(item.text == describe.printable(item.text, describe.TEXT_MAX) for item in now)
+            assert all(item.text == printable(item.text, TEXT_MAX) for item in now)
             compare.compare_boots(before.items, now, range(eventlog.PCRS))
             again = before._replace(items=now, pcrs=reached)
             assert Baseline.decode(again.encode()) == again
@@ -505,7 +517,7 @@ def worst() -> None:
         yield event2(Entry(9, 0x0D, b"", b"x\0" * (room // 2 - 200)))
 
     for body in bodies():
-        found = eventlog.parse((header() + body)[: eventlog.MAX_LOG])
+        found = eventlog.parse_event_log((header() + body)[: eventlog.MAX_LOG])
         now = tuple(map(describe.describe_event, found.events))
         compare.compare_boots(now[::2], now[1::2], [7, 8, 9])
         compare.compare_boots(now, now[::-1], [7, 8, 9])

@@ -90,7 +90,7 @@ class Host(Measures):
         selection = pcr_policy.select(pcrs or MEASURED_BY[boot.kind])
         with self.chip.open() as tpm, Secret.random(32) as key:
             branch = pcr_policy.branch(selection, tpm.read_pcrs(selection))
-            slots.persist(tpm, HOST, selection, (branch,), Payload(key))
+            slots.seal_slot(tpm, HOST, selection, (branch,), Payload(key))
 
     def keep(self) -> Baseline | None:
         return baseline.record_baseline(self.paths, self.chip.tcti)
@@ -260,7 +260,7 @@ def test_the_tpm_was_replaced(host: Host, tmp_path: Path) -> None:
 def test_the_slot_is_gone(host: Host) -> None:
     good(host, Boot("grub"))
     with host.chip.open() as tpm:
-        slots.remove(tpm)
+        slots.evict_all(tpm)
     assert host.boot(Boot("grub")) == "no-slot"
     assert [each.code for each in host.explain().causes] == ["slot-gone"]
 
@@ -361,7 +361,7 @@ def refused(now: bytes, live: dict[int, bytes], before: Baseline | None) -> Evid
     """What `explain` finds after a refusal."""
     found, problem = None, ""
     try:
-        found = verify.repair_log(eventlog.parse(now), (), live)
+        found = verify.repair_log(eventlog.parse_event_log(now), (), live)
     except Malformed as error:
         problem = str(error)
     early = report.Report("early-boot")
@@ -386,7 +386,7 @@ def refused(now: bytes, live: dict[int, bytes], before: Baseline | None) -> Evid
 
 
 def good_machine(entries: list[Entry]) -> Baseline:
-    found = eventlog.parse(log(entries))
+    found = eventlog.parse_event_log(log(entries))
     return Baseline("6", "", TpmIdentity("", ""), values(entries), tuple(map(describe.describe_event, found.events)))
 
 
@@ -452,7 +452,7 @@ BETWEEN = [
 
 def good_boot(name: str) -> Baseline:
     made = real(name)
-    found = verify.verified_events(eventlog.parse(made.log), (), made.pcrs)
+    found = verify.verified_events(eventlog.parse_event_log(made.log), (), made.pcrs)
     kept = {pcr: made.pcrs[pcr] for pcr in found}
     before = refused(made.log, made.pcrs, None)._replace(cmdline=made.cmdline)
     items = before.measured_items(found)
@@ -499,7 +499,7 @@ def test_a_real_boot_as_it_was_differs_in_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", REAL)
 def test_after_a_real_boot_a_pcr_was_extended_by_hand(name: str, pcr: int) -> None:
     made = real(name)
-    live = made.pcrs | {pcr: eventlog.extended(made.pcrs[pcr], b"x" * 32)}
+    live = made.pcrs | {pcr: eventlog.extend(made.pcrs[pcr], b"x" * 32)}
     (cause,) = diagnosis.diagnose(refused_boot(made._replace(pcrs=live), good_boot(name))).causes
     assert (cause.code, cause.pcr) == ("pcr-extended", pcr)
 
@@ -514,9 +514,11 @@ def test_after_a_real_boot_kexec(name: str) -> None:
 
 def replaced(made: Real, at: int, event: Entry) -> Real:
     """The same boot, one event of it another one; what nothing logs stays as it was."""
-    entries = [Entry(each.pcr, each.kind, b"", each.data, each.digest) for each in eventlog.parse(made.log).events]
+    entries = [
+        Entry(each.pcr, each.kind, b"", each.data, each.digest) for each in eventlog.parse_event_log(made.log).events
+    ]
     entries[at] = event
-    new, old = values(entries), eventlog.replay(eventlog.parse(made.log).events)
+    new, old = values(entries), eventlog.replay(eventlog.parse_event_log(made.log).events)
     return made._replace(log=log(entries), pcrs=made.pcrs | {pcr: new[pcr] for pcr in new if new[pcr] != old[pcr]})
 
 
@@ -551,7 +553,7 @@ CHANGES = [
 )
 def test_one_event_of_a_real_boot_changes(name: str, words: str, event: Entry | None, code: str, pcr: int) -> None:
     made = real(name)
-    events = eventlog.parse(made.log).events
+    events = eventlog.parse_event_log(made.log).events
     at = next(at for at, each in enumerate(events) if describe.describe_event(each).text.startswith(words))
     found = diagnosis.diagnose(refused_boot(replaced(made, at, event or another(events[at])), good_boot(name)))
     (cause,) = found.causes

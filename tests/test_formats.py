@@ -36,7 +36,7 @@ from unlock.measured.baseline import Baseline
 from unlock.measured.eventlog import Log
 from unlock.operations import persistence, policy
 from unlock.paths import Paths
-from unlock.predict import allowed_states, boot_files
+from unlock.predict import allowed_states, booted
 from unlock.providers import native
 from unlock.secret import Secret
 from unlock.strictjson import canonical
@@ -147,12 +147,12 @@ def test_a_baseline_is_read() -> None:
 
 
 def test_a_record_of_boot_is_read(tmp_path: Path) -> None:
-    assert boot_files.Booted.decode(frozen("booted.json")) == formats.of_boot()
+    assert booted.BootedFiles.decode(frozen("booted.json")) == formats.of_boot()
     place = Paths(str(tmp_path))
     formats.tree(place)
     Path(place.boot_files).parent.mkdir(parents=True)
     Path(place.boot_files).write_bytes(frozen("boot-files.json"))
-    assert set(boot_files.look(place, Log((), 0, "")).foreign) == {"boot/old"}
+    assert set(booted.find_booted_files(place, Log((), 0, "")).foreign) == {"boot/old"}
 
 
 @pytest.fixture
@@ -368,8 +368,8 @@ def test_keys_cross_into_the_system_under_the_same_names(tmp_path: Path, key_cac
     handover.hand_over(Paths(str(tmp_path)), opened, record, persistence=keys.persistence, pin_auth=keys.pin_auth)
     kek = f"unlock:kek:{reader.native_id(raw('kdk'))}/unlock/{HOST}/kek/data/1:1"
     assert keyring.names() == sorted([kek, "unlock:host", "unlock:persistence", "unlock:pin-auth"])
-    assert (access.persistence_key(), keyring.get(allowed_states.PIN_AUTH)) == (keys.persistence, keys.pin_auth)
-    assert keyring.get(access.cached(keys.group().kek, 1)) == keys.kek
+    assert (access.read_persistence_key(), keyring.get(allowed_states.PIN_AUTH)) == (keys.persistence, keys.pin_auth)
+    assert keyring.get(access.cache_name(keys.group().kek, 1)) == keys.kek
     assert keyring.get("unlock:host") == keys.host_key
 
 
@@ -581,7 +581,7 @@ READERS: dict[str, Callable[[bytes, Path], object]] = {
     "state-native.json": in_state,
     "kdk.backup": lambda text, _: native.restore(text, Secret(b"")),
     "baseline.json": lambda text, _: Baseline.decode(text),
-    "booted.json": lambda text, _: boot_files.Booted.decode(text),
+    "booted.json": lambda text, _: booted.BootedFiles.decode(text),
     "run/report.json": in_report,
 }
 

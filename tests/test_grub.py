@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GRUB's scripts: what GRUB would measure of them; test_foresee.py compares with GRUB's own logs."""
+"""GRUB's scripts: what GRUB would measure of them; test_next_boots.py compares with GRUB's own logs."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 
 from tests.eventlogs import DATA
 from tests.properties import Property
-from unlock.predict import grub_script
+from unlock.predict import grub_parser, grub_script
 
 FILES = {
     "/grubenv": "# GRUB Environment Block\nsaved_entry=two\nnext_entry=menu>b\nodd=a\\\\b\n####",
@@ -17,13 +17,13 @@ FILES = {
 
 def read(name: str) -> str:
     if name not in FILES:
-        raise grub_script.Unknown(f"{name} is not on disk")
+        raise grub_parser.Unknown(f"{name} is not on disk")
     return FILES[name]
 
 
-def run(text: str, succeeds: bool = True, **variables: str) -> grub_script.Run:
-    found = grub_script.Run(grub_script.World({"prefix": "", **variables}, read, lambda _: succeeds))
-    found.config(text)
+def run(text: str, succeeds: bool = True, **variables: str) -> grub_script.ScriptRun:
+    found = grub_script.ScriptRun(grub_script.ScriptInput({"prefix": "", **variables}, read, lambda _: succeeds))
+    found.run_file(text)
     return found
 
 
@@ -81,25 +81,25 @@ submenu More --id menu {
 )
 def test_the_default_entry(default: str, titles: list[str]) -> None:
     found = run(f'set default="{default}"\n{MENU}')
-    assert [each.title for each in found.default] == titles
-    for each in found.default:
-        found.choose(each)
+    assert [each.title for each in found.default_entry] == titles
+    for each in found.default_entry:
+        found.choose_entry(each)
     assert found.commands[-1] == ("echo menu>b" if titles[-1] == "Two" else found.commands[-1])
 
 
 def test_an_entry_that_grub_reboot_chose() -> None:
     """grub-mkconfig's own lines; the environment names the entry for once."""
     text = (DATA / "grub-1.cfg").read_text()
-    found = grub_script.Run(
-        grub_script.World(
-            {**grub_script.variables("/grub.cfg"), "prefix": ""}, read, lambda about: "custom" not in about
+    found = grub_script.ScriptRun(
+        grub_script.ScriptInput(
+            {**grub_script.initial_variables("/grub.cfg"), "prefix": ""}, read, lambda about: "custom" not in about
         )
     )
     FILES["/grubenv"], kept = "next_entry=1>2\n", FILES["/grubenv"]
-    found.config(text)
+    found.run_file(text)
     FILES["/grubenv"] = kept
     assert "set default=1>2" in found.commands and "save_env next_entry" in found.commands
-    assert found.default[-1].title.endswith("with Linux 6.12.117+deb13-cloud-amd64")
+    assert found.default_entry[-1].title.endswith("with Linux 6.12.117+deb13-cloud-amd64")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_an_entry_that_grub_reboot_chose() -> None:
      "[ a -nt b ]", "function f", "f() { a; }", "source /none", "echo ${x", "function f { f; }\nf", "}"],
 )  # fmt: skip
 def test_what_is_not_known_is_said(text: str) -> None:
-    with pytest.raises(grub_script.Unknown):
+    with pytest.raises(grub_parser.Unknown):
         run(text)
 
 
@@ -125,9 +125,9 @@ def fuzz(seed: int, cases: int) -> bool:
         try:
             found = run("".join(text))
             if found.entries:
-                for each in found.default:
-                    found.choose(each)
-        except grub_script.Unknown:
+                for each in found.default_entry:
+                    found.choose_entry(each)
+        except grub_parser.Unknown:
             pass
     return True
 

@@ -382,7 +382,7 @@ def test_generator_and_commands_say_the_same_of_a_group(host: Host, which: str) 
         text = f'[group."{name}"]\n{setting}\n'
         mounts = {each for each in host.generate(text) if each.endswith(".mount") and "wants" not in each}
         try:
-            expected = {units.mount(config.parse(text).groups[name].mount)}
+            expected = {units.mount_unit(config.parse(text).groups[name].mount)}
         except UnlockError:
             expected = set()
         assert mounts == expected, text

@@ -117,7 +117,7 @@ def left(host: Host) -> Liar:
     other = Liar(AUTHORITY)
     settings = config.ProviderConfig("second", (f"127.0.0.1:{other.port}",), host.ca(), "", config.TIMEOUT)
     client = provider.Client(CLIENT.certificate, Secret(CLIENT.key))
-    provider.add(host.paths, settings, client, host.look)
+    provider.add_provider(host.paths, settings, client, host.look)
     switching.switch(host.paths, "second", None, host.look)
     return other
 
@@ -135,7 +135,10 @@ def test_keys_left_at_a_dead_key_manager_are_no_trouble_and_are_told_once(
             assert not [each for each in lines if each.error]
             assert other.traffic() - before == (1, 1)
         rekey.rekey(host.paths, "data", host.look)
-        assert {each["name"]: each["not_retired"] for each in provider.names(host.paths)} == {"second": 0, "kms": 2}
+        assert {each["name"]: each["not_retired"] for each in provider.list_providers(host.paths)} == {
+            "second": 0,
+            "kms": 2,
+        }
         keys._provider_list(host.paths, argparse.Namespace(json=False))
         assert capsys.readouterr().out.count("replaced keys still active there: 2") == 1
         said = status.to_text(status.read_status(host.paths))
@@ -147,10 +150,10 @@ def test_keys_left_at_a_dead_key_manager_are_no_trouble_and_are_told_once(
 def test_when_the_key_manager_that_was_left_answers_again_the_keys_are_deactivated_there(host: Host, kms: Liar) -> None:
     kms.stop()
     with left(host):
-        provider.test(host.paths, "kms", host.look)
+        provider.test_provider(host.paths, "kms", host.look)
         assert len(host.state.retire) == 2
         kms.start()
-        provider.test(host.paths, "kms", host.look)
+        provider.test_provider(host.paths, "kms", host.look)
         assert host.state.retire == []
         states = [key.state for key in kms.keys.values() if "/kek/" in "".join(key.names)]
         assert states == [DEACTIVATED, DEACTIVATED]
@@ -169,4 +172,4 @@ def test_a_key_manager_that_was_left_and_taken_out_of_unlock_toml_is_no_trouble(
         assert host.boot_opens()
         assert all(key.state == ACTIVE for key in kms.keys.values())
         with pytest.raises(Refused):
-            provider.test(host.paths, "kms", host.look)
+            provider.test_provider(host.paths, "kms", host.look)

@@ -51,7 +51,7 @@ def client(password: str | None = PASSWORD, certificate: str = CLIENT.certificat
 
 
 def moved(host: Host, kms: Liar | KmipServer) -> None:
-    provider.add(host.paths, settings(host, kms), client(), host.look)
+    provider.add_provider(host.paths, settings(host, kms), client(), host.look)
     switching.switch(host.paths, "kms", True, host.look)
 
 
@@ -63,8 +63,8 @@ def test_a_key_manager_with_a_password_is_used_for_everything(host: Host, kms: L
     moved(host, kms)
     assert outcomes(host) == {"unchanged"}
     rekey.rekey(host.paths, "data", host.look)
-    assert [each.error for each in provider.test(host.paths, "", host.look)] == [None] * 3
-    assert provider.names(host.paths)[0]["username"] == USER
+    assert [each.error for each in provider.test_provider(host.paths, "", host.look)] == [None] * 3
+    assert provider.list_providers(host.paths)[0]["username"] == USER
     assert host.boot_opens()
 
 
@@ -88,10 +88,10 @@ def test_the_password_is_in_no_file_and_in_no_log_at_any_level(
 def test_a_password_that_is_wrong_or_missing_adds_no_key_manager(host: Host, kms: Liar, password: str | None) -> None:
     before = Path(host.paths.state).read_bytes(), Path(host.paths.config).read_bytes()
     with pytest.raises(ClientAuth):
-        provider.add(host.paths, settings(host, kms), client(password), host.look)
+        provider.add_provider(host.paths, settings(host, kms), client(password), host.look)
     with pytest.raises(Malformed):
         not_ascii = client()._replace(password=Secret("pässword".encode()))
-        provider.add(host.paths, settings(host, kms), not_ascii, host.look)
+        provider.add_provider(host.paths, settings(host, kms), not_ascii, host.look)
     assert (Path(host.paths.state).read_bytes(), Path(host.paths.config).read_bytes()) == before
 
 
@@ -99,19 +99,19 @@ def test_a_new_password_is_tried_before_the_old_one_is_dropped(host: Host, kms: 
     moved(host, kms)
     before = Path(host.paths.state).read_bytes()
     with pytest.raises(ClientAuth):
-        provider.renew(host.paths, client("new", certificate=""), "", host.look)
+        provider.renew_client(host.paths, client("new", certificate=""), "", host.look)
     assert Path(host.paths.state).read_bytes() == before
     kms.credential = (USER, "new")
     for _ in range(2):
-        provider.renew(host.paths, client("new", certificate=""), "", host.look)
+        provider.renew_client(host.paths, client("new", certificate=""), "", host.look)
         assert outcomes(host) == {"unchanged"}
 
 
 def test_a_new_certificate_keeps_the_password(host: Host, kms: Liar) -> None:
     moved(host, kms)
     leaf = AUTHORITY.client("host-1 again", days=(-1, 30))
-    provider.renew(host.paths, provider.Client(leaf.certificate, Secret(leaf.key)), "", host.look)
-    assert provider.names(host.paths)[0]["certificate_days"] == 29
+    provider.renew_client(host.paths, provider.Client(leaf.certificate, Secret(leaf.key)), "", host.look)
+    assert provider.list_providers(host.paths)[0]["certificate_days"] == 29
     assert outcomes(host) == {"unchanged"}
 
 
@@ -123,8 +123,8 @@ def test_a_key_manager_that_does_not_want_a_password_any_more(host: Host, kms: L
     path.write_text(path.read_text().replace(f'username = "{USER}"\n', ""))
     assert outcomes(host) == {"unchanged"}
     with pytest.raises(Usage, match="no username"):
-        provider.renew(host.paths, client("new", certificate=""), "", host.look)
-    provider.renew(host.paths, client(None), "", host.look)
+        provider.renew_client(host.paths, client("new", certificate=""), "", host.look)
+    provider.renew_client(host.paths, client(None), "", host.look)
     assert "password" not in host.state.provider
     assert outcomes(host) == {"unchanged"}
 
@@ -136,11 +136,11 @@ def test_after_a_boot_that_was_refused_the_password_is_out_of_reach_and_test_say
     stays = settings(host, kms, client_key=str(key_file))
     text = config.HEAD + "[sync]\nopen_from_provider_after_refusal = true\n" + config.provider_table(stays)
     Path(host.paths.config).write_text(text)
-    provider.renew(host.paths, client(None), "", host.look)
+    provider.renew_client(host.paths, client(None), "", host.look)
     state = host.state
     with pytest.raises(NoKey, match="password"):
         access.connect(host.paths, state, None, state.provider)
-    troubles = [each for each in provider.test(host.paths, "", host.look) if each.error]
+    troubles = [each for each in provider.test_provider(host.paths, "", host.look) if each.error]
     assert [each.what for each in troubles] == ["no password, for open_from_provider_after_refusal"]
 
 

@@ -96,7 +96,7 @@ def test_the_synopsis_has_every_option_of_a_command_and_no_other(path: tuple[str
 
 def test_every_exit_status_is_in_the_manual() -> None:
     kinds = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, errors.UnlockError)]
-    statuses = {0, *check.STATUS.values(), *(each.status for each in kinds)}
+    statuses = {0, *check.EXIT_STATUS.values(), *(each.status for each in kinds)}
     assert {int(each) for each in re.findall(r"\b(\d+) ", section("EXIT STATUS"))} == statuses
 
 

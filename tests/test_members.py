@@ -110,7 +110,7 @@ class Unchanged:
 
 def not_created(host: Host, asked: NewGroup) -> UnlockError:
     disks = [each for each in asked.devices if os.path.exists(each)]
-    return Unchanged(host, *disks).after(lambda: group_operations.group_create(host.paths, asked))
+    return Unchanged(host, *disks).after(lambda: group_operations.create_group(host.paths, asked))
 
 
 # group create: a disk that is in use
@@ -146,7 +146,7 @@ def test_the_other_disk_of_a_mounted_btrfs_is_not_formatted(
     mounted("-o", f"ro,device={second}", first)
     asked = wanted(host, second, erase=frozenset({second}))
     with pytest.raises(Refused) as caught:
-        group_operations.group_create(host.paths, asked)
+        group_operations.create_group(host.paths, asked)
     assert (caught.value.code, "mounted btrfs" in str(caught.value)) == ("in-use", True)
 
 
@@ -206,7 +206,7 @@ def test_a_mount_point_of_fstab_is_taken_however_it_is_written(host: Host) -> No
 
 def test_a_mount_point_of_another_group_is_taken(host: Host) -> None:
     where = str(host.folder / "srv")
-    config.append(host.paths.config, config.group_table(config.GroupConfig("other", where, "", "", 90)))
+    config.append_table(host.paths.config, config.group_table(config.GroupConfig("other", where, "", "", 90)))
     error = not_created(host, wanted(host, "/dev/null", mount=where))
     assert (error.code, "group other" in str(error)) == ("mount-taken", True)
 
@@ -221,7 +221,7 @@ def test_a_mount_point_that_is_no_free_directory_is_taken(host: Host, mounted: C
     for where in (file, full, link, link / "below", used):
         assert not_created(host, wanted(host, "/dev/null", mount=str(where))).code == "mount-taken", where
     with pytest.raises(DiskFailed, match="/dev/null is not a block device"):
-        group_operations.group_create(host.paths, wanted(host, "/dev/null", mount=str(host.folder / "empty")))
+        group_operations.create_group(host.paths, wanted(host, "/dev/null", mount=str(host.folder / "empty")))
 
 
 # group create: a profile
@@ -257,7 +257,7 @@ def test_a_profile_needs_as_many_disks_as_mkfs_btrfs_says(tmp_path: Path) -> Non
 def test_a_creation_that_fails_is_undone_and_another_may_follow(host: Host, loops: Loops) -> None:
     for name in ("data", "other"):
         with pytest.raises(DiskFailed):
-            group_operations.group_create(host.paths, wanted(host, *loops(1, 1 << 20), name=name))
+            group_operations.create_group(host.paths, wanted(host, *loops(1, 1 << 20), name=name))
         assert (host.state.groups, host.state.journal) == ({}, None)
 
 
@@ -271,8 +271,8 @@ def test_a_name_that_is_no_name_is_refused(host: Host) -> None:
     work = Unchanged(host)
     for name in ("", "../x", "Data", "_data", ".data", "-data", "a b", "a%b", "ü", "a" * 65):
         for command in (
-            lambda name=name: group_operations.group_create(host.paths, wanted(host, "/dev/null", name=name)),
-            lambda name=name: group_operations.disk_adopt(host.paths, "/dev/null", name, host.recovery, ""),
+            lambda name=name: group_operations.create_group(host.paths, wanted(host, "/dev/null", name=name)),
+            lambda name=name: group_operations.adopt_disk(host.paths, "/dev/null", name, host.recovery, ""),
         ):
             error = work.after(command)
             assert (error.code, "name of a group" in str(error)) == ("usage", True), name
@@ -320,11 +320,11 @@ def not_adopted(host: Host, disk: str, group: str = "data", **more: Any) -> Unlo
     passphrase = more.pop("passphrase", Secret(OPERATOR))
     recovery = more.pop("recovery", recovery_file(host))
     work = Unchanged(host, *([disk] if os.path.exists(disk) else []))
-    return work.after(lambda: group_operations.disk_adopt(host.paths, disk, group, passphrase, recovery, **more))
+    return work.after(lambda: group_operations.adopt_disk(host.paths, disk, group, passphrase, recovery, **more))
 
 
 def adopt(host: Host, disk: str, group: str = "data", name: str = "") -> None:
-    group_operations.disk_adopt(host.paths, disk, group, Secret(OPERATOR), recovery_file(host), name)
+    group_operations.adopt_disk(host.paths, disk, group, Secret(OPERATOR), recovery_file(host), name)
 
 
 def test_what_is_not_luks2_is_not_adopted(host: Host, loops: Loops) -> None:
@@ -356,7 +356,7 @@ def test_a_wrong_passphrase_adopts_nothing(host: Host, loops: Loops) -> None:
     (disk,) = loops()
     luks_format(disk)
     with pytest.raises(NotOurs):
-        group_operations.disk_adopt(host.paths, disk, "data", Secret(b"wrong"), recovery_file(host))
+        group_operations.adopt_disk(host.paths, disk, "data", Secret(b"wrong"), recovery_file(host))
     assert (host.state.groups, host.state.journal) == ({}, None)
 
 

@@ -93,12 +93,12 @@ class Person:
 def persist(chip: Swtpm, pin: str = PIN, number: int = ord("k")) -> Record:
     auth = pcr_policy.pin_auth(HOST, Secret(pin.encode())) if pin else None
     with chip.open() as tpm:
-        return slots.persist(tpm, HOST, SELECTION, NOW, Payload(Secret(bytes([number]) * 32)), pin_auth=auth)
+        return slots.seal_slot(tpm, HOST, SELECTION, NOW, Payload(Secret(bytes([number]) * 32)), pin_auth=auth)
 
 
 def set_pin(host: Machine, pin: str | None = PIN) -> allowed_states.Allowed:
     chosen = Pin(Secret(pin.encode()) if pin is not None else None)
-    return policy.choose(host.paths, pin=chosen, tcti=host.chip.tcti)
+    return policy.set_policy(host.paths, pin=chosen, tcti=host.chip.tcti)
 
 
 # The TPM ----------------------------------------------------------------------------------------------------
@@ -124,8 +124,8 @@ def test_at_most_fifteen_when_the_other_slot_must_be_tried(chip: Swtpm, pcrs: tu
     selection, auth = pcr_policy.select(pcrs), pcr_policy.pin_auth(HOST, Secret(PIN.encode()))
     with chip.open() as tpm, Payload(Secret(b"x" * 32)).encode() as sealed:
         branches = (pcr_policy.branch(selection, tpm.read_pcrs(selection)),)
-        record = slots.persist(tpm, HOST, selection, branches, Payload(Secret(b"k" * 32)), pin_auth=auth)
-        name = tpm.seal(B, (b"later".ljust(32),), sealed, None, auth)
+        record = slots.seal_slot(tpm, HOST, selection, branches, Payload(Secret(b"k" * 32)), pin_auth=auth)
+        name = tpm.seal(B, (b"later".ljust(32),), sealed, pin_auth=auth)
         tpm.write_record(B, record._replace(generation=9, branches=(b"later".ljust(32),), object_name=name))
     chip.power_cycle()
     with chip.open() as tpm:
@@ -142,7 +142,7 @@ def test_at_most_fifteen_when_the_newer_slot_has_no_pin_and_is_of_another_state(
     selection, auth = pcr_policy.select(range(16)), pcr_policy.pin_auth(HOST, Secret(PIN.encode()))
     with chip.open() as tpm, Payload(Secret(b"x" * 32)).encode() as sealed:
         branches = (pcr_policy.branch(selection, tpm.read_pcrs(selection)),)
-        record = slots.persist(tpm, HOST, selection, branches, Payload(Secret(b"k" * 32)), pin_auth=auth)
+        record = slots.seal_slot(tpm, HOST, selection, branches, Payload(Secret(b"k" * 32)), pin_auth=auth)
         name = tpm.seal(B, (b"later".ljust(32),), sealed)
         later = record._replace(generation=9, branches=(b"later".ljust(32),), object_name=name, pin=False)
         tpm.write_record(B, later)
@@ -284,7 +284,7 @@ def test_a_record_whose_flag_was_taken_away_or_given_is_not_the_objects(chip: Sw
             with pytest.raises(Tampered, match="another policy"):
                 slots.unseal(tpm, person)
             assert person.left == [] and tpm.facts().lockout_counter == 0
-            slots.remove(tpm)
+            slots.evict_all(tpm)
 
 
 def test_the_policy_of_an_object_is_with_the_pin_or_without() -> None:
@@ -409,7 +409,7 @@ def test_set_and_asked_for_at_every_boot_until_it_is_taken_away(host: Machine) -
         assert set_pin(host).record.pin
         assert host.reasons() == ["this boot"]
     shown = policy.show(host.paths, host.chip.tcti)
-    assert shown["pin"] is True and "asks for it" in policy.text(shown)
+    assert shown["pin"] is True and "asks for it" in policy.table(shown)
     assert status.read_status(host.paths).pin and "asked for at every boot" in status.to_text(
         status.read_status(host.paths)
     )
@@ -444,15 +444,15 @@ def test_every_unattended_change_of_the_policy_keeps_it(host: Machine) -> None:
     assert host.boot(Boot("direct", kernel="another", dbx=230)) == "unsealed" and host.asked == 1
     policy.good_boot(host.paths, host.chip.tcti)
     assert host.allows().record.pin and not host.allows().window
-    policy.choose(host.paths, (7, 9), tcti=host.chip.tcti)
+    policy.set_policy(host.paths, (7, 9), tcti=host.chip.tcti)
     assert host.allows().record.pin and host.allows().record.selection == (7, 9, 15)
     assert host.boot() == "unsealed" and host.asked == 1
 
 
 def test_pcrs_and_a_pin_at_once(host: Machine) -> None:
-    found = policy.choose(host.paths, (7, 9), Pin(Secret(PIN.encode())), host.chip.tcti)
+    found = policy.set_policy(host.paths, (7, 9), Pin(Secret(PIN.encode())), host.chip.tcti)
     assert found.record.pin and found.record.selection == (7, 9, 15)
-    policy.choose(host.paths, (7, 9), Pin(None), host.chip.tcti)
+    policy.set_policy(host.paths, (7, 9), Pin(None), host.chip.tcti)
     assert not host.allows().record.pin
 
 
@@ -463,7 +463,7 @@ def test_without_what_it_makes_nothing_is_sealed_anew_and_the_pin_is_never_dropp
     changes: tuple[Callable[[], object], ...] = (
         lambda: host.predict(("kernel 2", NEW)),
         lambda: policy.open_window(host.paths, 1, (), host.chip.tcti),
-        lambda: policy.choose(host.paths, (7, 9), tcti=host.chip.tcti),
+        lambda: policy.set_policy(host.paths, (7, 9), tcti=host.chip.tcti),
     )
     for change in changes:
         with pytest.raises(Refused) as caught:
@@ -560,8 +560,8 @@ def test_check_says_that_somebody_must_type(host: Machine) -> None:
 
 def test_the_cache_has_what_it_makes_and_says_so(host: Machine) -> None:
     set_pin(host)
-    assert {"key": "unlock:pin-auth", "what": "what the PIN makes", "source": "PIN"} in cache.show(host.paths)
-    assert any("PIN" in line for line in cache.consequences(host.paths, host.look))
+    assert {"key": "unlock:pin-auth", "what": "what the PIN makes", "source": "PIN"} in cache.list_keys(host.paths)
+    assert any("PIN" in line for line in cache.describe_flush(host.paths, host.look))
     cache.flush(host.paths)
     assert "unlock:pin-auth" not in keyring.names()
 
@@ -571,13 +571,13 @@ def test_a_hook_says_what_to_type_and_fails_nothing(
 ) -> None:
     set_pin(host)
 
-    def needed(*_: object, **__: object) -> predict.Foreseen:
+    def needed(*_: object, **__: object) -> predict.Prediction:
         keyring.forget("unlock:pin-auth")
         host.predict(("kernel 2", NEW))
         raise AssertionError
 
-    monkeypatch.setattr(predict, "run", needed)
-    assert predict.hook(host.paths, host.chip.tcti) == 0
+    monkeypatch.setattr(predict, "predict_and_allow", needed)
+    assert predict.predict_after_update(host.paths, host.chip.tcti) == 0
     assert "unlock policy set --pin" in capsys.readouterr().err
 
 
@@ -615,7 +615,9 @@ def disks(tmp_path: Path) -> Iterator[Machine]:
 def rebound(host: Machine, pin: Pin | None = None) -> rebind.Rebound:
     accept = frozenset(("unauthenticated-root", "unmeasured-boot"))
     return rebind.rebind(
-        host.paths, rebind.Choices(host.recovery, pcrs=(7,), pin=pin, accept=accept, tcti=host.chip.tcti), host.look
+        host.paths,
+        rebind.RebindChoices(host.recovery, pcrs=(7,), pin=pin, accept=accept, tcti=host.chip.tcti),
+        host.look,
     )
 
 
@@ -623,7 +625,7 @@ def test_rebind_keeps_the_pin_of_a_tpm_that_was_cleared(disks: Machine) -> None:
     set_pin(disks)
     disks.clear()
     disks.extend([(entry.pcr, entry.sha256) for entry in OLD.entries()])
-    assert not rebind.lacks_pin(disks.paths, disks.chip.tcti)
+    assert not rebind.needs_pin(disks.paths, disks.chip.tcti)
     rebound(disks)
     assert disks.allows().record.pin and disks.state.tpm.pin
     disks.chip.set_lockout(32)
@@ -636,7 +638,7 @@ def test_rebind_never_drops_a_pin_in_silence(disks: Machine) -> None:
     keyring.forget("unlock:pin-auth")
     disks.clear()
     disks.extend([(entry.pcr, entry.sha256) for entry in OLD.entries()])
-    assert rebind.lacks_pin(disks.paths, disks.chip.tcti)
+    assert rebind.needs_pin(disks.paths, disks.chip.tcti)
     with pytest.raises(Refused) as caught:
         rebound(disks)
     assert caught.value.code == "pin-needed" and "--no-pin" in caught.value.hint
@@ -647,7 +649,7 @@ def test_rebind_never_drops_a_pin_in_silence(disks: Machine) -> None:
     assert disks.boot() == "unsealed" and disks.asked == 1
     rebound(disks, Pin(None))
     assert not disks.allows().record.pin and not disks.state.tpm.pin
-    assert not rebind.lacks_pin(disks.paths, disks.chip.tcti)
+    assert not rebind.needs_pin(disks.paths, disks.chip.tcti)
     assert disks.boot() == "unsealed" and disks.asked == 0
 
 
@@ -693,16 +695,16 @@ AGENT = "usr/lib/unlock/unlock/boot/agent.pyc"
 )
 def test_no_pin_that_an_installed_initramfs_cannot_ask_for(host: Machine, names: tuple[str, ...], why: str) -> None:
     host.write("boot/initrd.img-6.12.1-amd64", b"")
-    assert initramfs_images.installed(host.paths)
+    assert initramfs_images.list_images(host.paths)
 
     def listing(_argv: list[str]) -> str:
         return "\n".join(names)
 
     if not why:
-        initramfs_images.need_pin(host.paths, listing)
+        initramfs_images.require_pin_support(host.paths, listing)
         return
     with pytest.raises(Refused, match=why) as caught:
-        initramfs_images.need_pin(host.paths, listing)
+        initramfs_images.require_pin_support(host.paths, listing)
     assert caught.value.hint == "update-initramfs -u -k 6.12.1-amd64"
 
 
@@ -880,7 +882,7 @@ def test_a_pin_is_in_no_report_state_output_or_command_line(
     )
     told += json.dumps(explain.to_json(diagnosis.diagnose(evidence.gather_evidence(host.paths, host.chip.tcti))))
     told += Path(host.paths.state).read_text() + Path(host.paths.of_this_boot("report.json")).read_text()
-    told += json.dumps(cache.show(host.paths)) + repr(auth) + repr(Pin(Secret(PIN.encode())))
+    told += json.dumps(cache.list_keys(host.paths)) + repr(auth) + repr(Pin(Secret(PIN.encode())))
     for wrong in ("abc", "x" * 257):
         with pytest.raises(Usage) as caught:
             pcr_policy.pin_auth(HOST, Secret(wrong.encode()))

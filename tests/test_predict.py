@@ -17,13 +17,13 @@ from tests.properties import Property
 from unlock.errors import Malformed, Refused
 from unlock.measured import certificates, eventlog
 from unlock.measured.eventlog import Log
-from unlock.predict import pe, replay
+from unlock.predict import pe, replay, uki_replay
 
 SEPARATORS = [plain(pcr, 4, bytes(4)) for pcr in range(8)]
 
 
 def parsed(entries: list[Entry]) -> Log:
-    return eventlog.parse(log(entries))
+    return eventlog.parse_event_log(log(entries))
 
 
 def same(predicted: dict[int, bytes], entries: list[Entry], *pcrs: int) -> None:
@@ -31,12 +31,19 @@ def same(predicted: dict[int, bytes], entries: list[Entry], *pcrs: int) -> None:
     assert {pcr: predicted[pcr] for pcr in pcrs} == {pcr: made[pcr] for pcr in pcrs}
 
 
+def predicted(log: Log, changes: list[replay.Change]) -> dict[int, bytes]:
+    return eventlog.replay(replay.apply_changes(log, changes), log.locality)
+
+
 # logs of real boots
 
 
 def test_a_command_line_was_predicted_as_the_next_boot_measured_it() -> None:
-    change = replay.command_line(*(f"{real(each).cmdline}\0".encode("utf-16-le") for each in ("direct-0", "direct-1")))
-    found = replay.predict(eventlog.parse(real("direct-0").log), [change])
+    def options(boot: str) -> bytes:
+        return f"{real(boot).cmdline}\0".encode("utf-16-le")
+
+    change = replay.command_line_change(old=options("direct-0"), new=options("direct-1"))
+    found = predicted(eventlog.parse_event_log(real("direct-0").log), [change])
     made = real("direct-1").pcrs
     assert found[9] != real("direct-0").pcrs[9]
     assert {pcr: found[pcr] for pcr in LOGGED} == {pcr: made[pcr] for pcr in LOGGED}
@@ -58,19 +65,19 @@ def test_kernel_initramfs_and_command_line_of_a_direct_boot() -> None:
     old, new = (pefile.build({".text": code * 700}) for code in (b"old", b"new"))
     now = parsed(direct(old, b"initrd 1", "root=x quiet"))
     changes = [
-        replay.image("the kernel", old, new),
-        replay.file("the initramfs", b"initrd 1", b"initrd 2"),
-        replay.command_line(*(f"{each}\0".encode("utf-16-le") for each in ("root=x quiet", "root=x"))),
+        replay.Change("the kernel", pe.authenticode(old), pe.authenticode(new)),
+        replay.Change("the initramfs", sha256(b"initrd 1").digest(), sha256(b"initrd 2").digest()),
+        replay.command_line_change(old="root=x quiet\0".encode("utf-16-le"), new="root=x\0".encode("utf-16-le")),
     ]
-    same(replay.predict(now, changes), direct(new, b"initrd 2", "root=x"), 4, 7, 9)
-    same(replay.predict(now, changes[:1]), direct(new, b"initrd 1", "root=x quiet"), 4, 7, 9)
-    same(replay.predict(now, []), direct(old, b"initrd 1", "root=x quiet"), 4, 7, 9)
+    same(predicted(now, changes), direct(new, b"initrd 2", "root=x"), 4, 7, 9)
+    same(predicted(now, changes[:1]), direct(new, b"initrd 1", "root=x quiet"), 4, 7, 9)
+    same(predicted(now, []), direct(old, b"initrd 1", "root=x quiet"), 4, 7, 9)
 
 
 def test_what_this_boot_did_not_measure_cannot_be_predicted() -> None:
     now = parsed(direct(pefile.build({".text": b"x"}), b"initrd", "quiet"))
     with pytest.raises(Refused) as caught:
-        replay.predict(now, [replay.file("the initramfs", b"another", b"new")])
+        predicted(now, [replay.Change("the initramfs", bytes(32), bytes(32))])
     assert caught.value.code == "cannot-predict" and "the initramfs" in str(caught.value)
 
 
@@ -95,11 +102,11 @@ def test_checksum_and_signature_are_not_measured_and_all_else_is() -> None:
 def test_a_signed_kernel_has_the_hash_that_its_signer_signed() -> None:
     """The distribution's signature quotes the hash: an answer that is not ours."""
     kernels = [*Path("/boot").glob("vmlinuz-*"), *cache.ROOT.glob("rootfs-*/root/boot/vmlinuz-*")]
-    signed = [data for data in (path.read_bytes() for path in kernels) if pe.read(data).signatures]
+    signed = [data for data in (path.read_bytes() for path in kernels) if pe.read_layout(data).signatures]
     if not signed:
         pytest.skip("no signed kernel here: make test builds an image that has one")
     for data in signed:
-        assert pe.authenticode(data) in data[-pe.read(data).signatures :]
+        assert pe.authenticode(data) in data[-pe.read_layout(data).signatures :]
 
 
 def fuzz(seed: int, cases: int) -> bool:
@@ -113,10 +120,13 @@ def fuzz(seed: int, cases: int) -> bool:
             work[at : at + 4] = dice.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", dice.randbytes(4)))
         data = bytes(work[: dice.choice((len(work), dice.randrange(len(work))))])
         try:
-            assert len(pe.section(data, pe.read(data, whole=False), ".cmdline") or b"") <= len(data) + pe.MAX_PADDING
-            certificates.signing_authorities(pe.signatures(data))
+            assert (
+                len(pe.read_section(data, pe.read_layout(data, whole=False), ".cmdline") or b"")
+                <= len(data) + pe.MAX_PADDING
+            )
+            certificates.signing_authorities(pe.read_signatures(data))
             assert len(pe.authenticode(data)) == 32
-            replay.uki_measurements(data)
+            uki_replay.section_digests(data)
         except Malformed:
             pass
     return True
@@ -135,9 +145,9 @@ def unified(**sections: bytes) -> bytes:
 
 
 def uki(image: bytes) -> list[Entry]:
-    linux = pe.section(image, pe.read(image), ".linux")
+    linux = pe.read_section(image, pe.read_layout(image), ".linux")
     assert linux
-    measured = [Entry(11, 0x0D, b"", b"", digest) for digest in replay.uki_measurements(image)]
+    measured = [Entry(11, 0x0D, b"", b"", digest) for digest in uki_replay.section_digests(image)]
     return [
         *SEPARATORS,
         program("\\EFI\\Linux\\x.efi", "")._replace(digest=pe.authenticode(image)),
@@ -152,16 +162,16 @@ def test_a_unified_kernel_image() -> None:
     now = parsed(uki(old))
     for other in (new, unified(kernel=b"new", osrel=b"Debian"), old):
         same(
-            eventlog.replay(replay.unified(now, pe.authenticode(old), replay.read_unified(other))),
+            eventlog.replay(uki_replay.replace_uki(now, old=pe.authenticode(old), new=uki_replay.digest_uki(other))),
             uki(other),
             4,
             7,
             11,
         )
     with pytest.raises(Refused):
-        replay.unified(now, pe.authenticode(new), replay.read_unified(new))
+        uki_replay.replace_uki(now, old=pe.authenticode(new), new=uki_replay.digest_uki(new))
     with pytest.raises(Malformed):
-        replay.read_unified(pefile.build({".text": b"x"}))
+        uki_replay.digest_uki(pefile.build({".text": b"x"}))
 
 
 MEASURE = "/usr/lib/systemd/systemd-measure"
@@ -183,8 +193,8 @@ def test_systemd_measure_says_the_same_of_a_unified_kernel_image(tmp_path: Path)
     )
     value = bytes(32)
     image = pefile.build({f".{name}": content for name, content in contents.items()})
-    for digest in [*replay.uki_measurements(image), sha256(b"enter-initrd").digest()]:
-        value = eventlog.extended(value, digest)
+    for digest in [*uki_replay.section_digests(image), sha256(b"enter-initrd").digest()]:
+        value = eventlog.extend(value, digest)
     assert value.hex() in done.stdout
 
 
@@ -198,6 +208,6 @@ def test_a_section_that_claims_more_than_the_file_has_takes_no_memory() -> None:
     at = image.index(b".osrel\0\0") + 8
     for field in (at, at + 8):
         struct.pack_into("<I", image, field, 1 << 26)
-    layout = pe.read(bytes(image), whole=False)
+    layout = pe.read_layout(bytes(image), whole=False)
     with pytest.raises(Malformed, match="larger than the file has it"):
-        pe.section(bytes(image), layout, ".osrel")
+        pe.read_section(bytes(image), layout, ".osrel")

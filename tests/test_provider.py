@@ -65,38 +65,38 @@ def errors(proofs: list[provider.Proof]) -> list[str]:
 
 def test_a_key_manager_is_added_tested_and_listed(native_host: Host, kms: Liar) -> None:
     for _ in range(2):
-        provider.add(native_host.paths, settings(native_host, kms), client(), native_host.look)
-    rows = provider.names(native_host.paths)
+        provider.add_provider(native_host.paths, settings(native_host, kms), client(), native_host.look)
+    rows = provider.list_providers(native_host.paths)
     assert [(row["name"], row["kind"], row["in_use"]) for row in rows] == [
         ("native", "native", True),
         ("kms", "kmip", False),
     ]
     assert rows[0]["groups"] == ["data"]
-    assert 360 < rows[1]["certificate_days"] < 366
+    assert 360 < (rows[1]["certificate_days"] or 0) < 366
     assert CLIENT.key.decode().splitlines()[1] not in Path(native_host.paths.state).read_text()
     assert CLIENT.key.decode().splitlines()[1] not in Path(native_host.paths.config).read_text()
-    assert errors(provider.test(native_host.paths, "kms", native_host.look)) == []
-    assert errors(provider.test(native_host.paths, "", native_host.look)) == []
+    assert errors(provider.test_provider(native_host.paths, "kms", native_host.look)) == []
+    assert errors(provider.test_provider(native_host.paths, "", native_host.look)) == []
 
 
 def test_a_key_manager_that_does_not_answer_is_not_added(native_host: Host, kms: Liar) -> None:
     kms.lie("silent")
     before = Path(native_host.paths.state).read_bytes(), Path(native_host.paths.config).read_bytes()
     with pytest.raises(ProviderError):
-        provider.add(native_host.paths, settings(native_host, kms), client(), native_host.look)
+        provider.add_provider(native_host.paths, settings(native_host, kms), client(), native_host.look)
     assert (Path(native_host.paths.state).read_bytes(), Path(native_host.paths.config).read_bytes()) == before
     with pytest.raises(Refused):
-        provider.add(native_host.paths, settings(native_host, kms, name="native"), client(), native_host.look)
+        provider.add_provider(native_host.paths, settings(native_host, kms, name="native"), client(), native_host.look)
 
 
 def test_the_test_finds_a_key_that_is_not_the_one_in_use(host: Host, kms: Liar) -> None:
-    assert errors(provider.test(host.paths, "", host.look)) == []
+    assert errors(provider.test_provider(host.paths, "", host.look)) == []
     before = [image.read_bytes() for image in host.disks]
     kms.lie("other key", on="Get")
-    assert errors(provider.test(host.paths, "", host.look)) == ["integrity", "integrity"]
+    assert errors(provider.test_provider(host.paths, "", host.look)) == ["integrity", "integrity"]
     kms.honest()
     kms.stop()
-    assert "provider-unavailable" in errors(provider.test(host.paths, "", host.look))
+    assert "provider-unavailable" in errors(provider.test_provider(host.paths, "", host.look))
     assert [image.read_bytes() for image in host.disks] == before
 
 
@@ -105,7 +105,7 @@ def test_the_test_finds_a_key_that_is_not_the_one_in_use(host: Host, kms: Liar) 
 
 def test_from_the_native_provider_to_a_key_manager_and_on_to_another(native_host: Host, kms: Liar) -> None:
     host = native_host
-    provider.add(host.paths, settings(host, kms), client(), host.look)
+    provider.add_provider(host.paths, settings(host, kms), client(), host.look)
     with pytest.raises(Usage, match="choice"):
         switching.switch(host.paths, "kms", None, host.look)
     (outcome,) = switching.switch(host.paths, "kms", True, host.look)
@@ -119,12 +119,12 @@ def test_from_the_native_provider_to_a_key_manager_and_on_to_another(native_host
     with pytest.raises(Refused):
         switching.switch(host.paths, "kms", True, host.look)
     with Liar(AUTHORITY) as other:
-        provider.add(host.paths, settings(host, other, name="second"), client(), host.look)
+        provider.add_provider(host.paths, settings(host, other, name="second"), client(), host.look)
         old = kms.keys[host.group.kek.rpartition("/")[2]]
         switching.switch(host.paths, "second", None, host.look)
         assert old.state == DEACTIVATED, "retired where it came from"
         assert host.boot_opens()
-        assert errors(provider.test(host.paths, "", host.look)) == []
+        assert errors(provider.test_provider(host.paths, "", host.look)) == []
         assert {each.outcome for each in sync.sync(host.paths, host.look)} == {"unchanged"}
     for image in host.disks:
         with luks.Container(str(image)) as container:
@@ -135,7 +135,7 @@ def test_from_the_native_provider_to_a_key_manager_and_on_to_another(native_host
 def test_away_from_a_key_manager_that_is_gone(host: Host, kms: Liar) -> None:
     kms.stop()
     with Liar(AUTHORITY) as other:
-        provider.add(host.paths, settings(host, other, name="second"), client(), host.look)
+        provider.add_provider(host.paths, settings(host, other, name="second"), client(), host.look)
         switching.switch(host.paths, "second", None, host.look)
         assert host.boot_opens()
         assert host.state.retire, "cannot be retired where nobody answers"
@@ -148,7 +148,7 @@ def test_a_switch_killed_anywhere_is_finished_by_the_same_command(host: Host, ki
     with Liar(AUTHORITY) as one, Liar(AUTHORITY) as two:
         managers = {"second": one, "third": two}
         for name, each in managers.items():
-            provider.add(host.paths, settings(host, each, name=name), client(), host.look)
+            provider.add_provider(host.paths, settings(host, each, name=name), client(), host.look)
 
         def target(attempt: int) -> str:
             return "second" if attempt % 2 else "third"
@@ -169,7 +169,7 @@ def test_a_switch_killed_anywhere_is_finished_by_the_same_command(host: Host, ki
 def test_a_switch_with_a_member_away(host: Host, kms: Liar) -> None:
     away = host.disks.pop()
     with Liar(AUTHORITY) as other:
-        provider.add(host.paths, settings(host, other, name="second"), client(), host.look)
+        provider.add_provider(host.paths, settings(host, other, name="second"), client(), host.look)
         switching.switch(host.paths, "second", None, host.look)
     host.disks.append(away)
     assert host.boot_opens(), "no provider answers, and nothing is needed of one"
@@ -186,12 +186,12 @@ def test_a_new_certificate_is_tried_before_the_old_one_is_dropped(host: Host, km
     foreign = provider.Client(*_foreign())
     before = Path(host.paths.state).read_bytes()
     with pytest.raises(ProviderError) as caught:
-        provider.renew(host.paths, foreign, "", host.look)
+        provider.renew_client(host.paths, foreign, "", host.look)
     assert isinstance(caught.value, ClientAuth)
     assert Path(host.paths.state).read_bytes() == before
-    days = provider.renew(host.paths, client("host-1 again", days=(-1, 30)), "", host.look)
+    days = provider.renew_client(host.paths, client("host-1 again", days=(-1, 30)), "", host.look)
     assert days == 29
-    assert provider.names(host.paths)[0]["certificate_days"] == 29
+    assert provider.list_providers(host.paths)[0]["certificate_days"] == 29
     assert {each.outcome for each in sync.sync(host.paths, host.look)} == {"unchanged"}
 
 
@@ -205,7 +205,7 @@ def _foreign() -> tuple[str, Secret]:
 def test_a_certificate_without_its_key_is_refused(host: Host) -> None:
     mixed = provider.Client(CLIENT.certificate, Secret(AUTHORITY.client("x").key))
     with pytest.raises(UnlockError):
-        provider.renew(host.paths, mixed, "", host.look)
+        provider.renew_client(host.paths, mixed, "", host.look)
     assert {each.outcome for each in sync.sync(host.paths, host.look)} == {"unchanged"}
 
 
@@ -243,7 +243,7 @@ def test_a_restore_mends_the_hosts_own_provider(native_host: Host, tmp_path: Pat
     Path(native_host.paths.state).write_text(json.dumps(state))
     assert native_host.boot_opens(), "the disks carry what opens them"
     native_backup.restore(native_host.paths, file, PASSWORD, "native", native_host.look)
-    assert errors(provider.test(native_host.paths, "", native_host.look)) == []
+    assert errors(provider.test_provider(native_host.paths, "", native_host.look)) == []
 
 
 def test_a_key_manager_has_no_backup_here(host: Host, tmp_path: Path) -> None:
@@ -272,12 +272,12 @@ def test_a_server_with_an_open_file_on_the_group_lives_there(tmp_path: Path) -> 
     try:
         assert process.stdout
         port = process.stdout.readline().strip()
-        assert selfhosted.group_of(f"127.0.0.1:{port}", {str(data): "data"}) == "data"
-        assert selfhosted.group_of(f"localhost:{port}=kms.example", {str(data): "data"}) == "data"
-        assert selfhosted.group_of(f"127.0.0.1:{port}", {str(tmp_path / "other"): "data"}) == ""
-        assert selfhosted.group_of("192.0.2.1:5696", {str(data): "data"}) == ""
+        assert selfhosted.hosting_group(f"127.0.0.1:{port}", {str(data): "data"}) == "data"
+        assert selfhosted.hosting_group(f"localhost:{port}=kms.example", {str(data): "data"}) == "data"
+        assert selfhosted.hosting_group(f"127.0.0.1:{port}", {str(tmp_path / "other"): "data"}) == ""
+        assert selfhosted.hosting_group("192.0.2.1:5696", {str(data): "data"}) == ""
         with socket.create_server(("127.0.0.1", 0)) as free:
-            assert selfhosted.group_of(f"127.0.0.1:{free.getsockname()[1]}", {str(data): "data"}) == ""
+            assert selfhosted.hosting_group(f"127.0.0.1:{free.getsockname()[1]}", {str(data): "data"}) == ""
     finally:
         process.kill()
         process.wait()
@@ -302,7 +302,7 @@ def test_persistence_off_and_on_again(host: Host, kms: Liar) -> None:
             (each,) = disk_keys.read_tokens(container, HOST)
         assert bytes(disk_keys.unwrap_host_key(each, host.persistence)) == disk_keys.NOT_KEPT != host_key
     assert host.state.host_key(host.persistence) is None
-    keyring.forget(access.cached(host.group.kek, 1))  # as the next boot finds it
+    keyring.forget(access.cache_name(host.group.kek, 1))  # as the next boot finds it
     assert host.group.policy == "provider"
     for _ in range(2):
         persistence.enable(host.paths, host.look)
@@ -314,7 +314,7 @@ def test_persistence_off_and_on_again(host: Host, kms: Liar) -> None:
 
 def test_enabling_without_the_key_manager_changes_nothing(host: Host, kms: Liar) -> None:
     persistence.disable(host.paths, host.look)
-    keyring.forget(access.cached(host.group.kek, 1))
+    keyring.forget(access.cache_name(host.group.kek, 1))
     kms.stop()
     with pytest.raises(ProviderError):
         persistence.enable(host.paths, host.look)
@@ -344,30 +344,37 @@ def test_every_path_that_caches_a_key_is_known() -> None:
         f"{path.stem}: {line.strip()}"
         for path in package.rglob("*.py")
         for line in path.read_text().splitlines()
-        if "keyring.put(" in line or "this_boot.remember(" in line
+        if "keyring.put(" in line or "this_boot.cache_keys(" in line
     }
-    assert callers == {
-        'handover: this_boot.remember(paths, "TPM", {"unlock:persistence": persistence})',  # unsealed from the TPM
-        'handover: this_boot.remember(paths, "PIN", {"unlock:pin-auth": pin_auth})',  # it opened the sealed object
-        'handover: this_boot.remember(paths, "TPM", {name: unwrapped})',  # from a token
+    expected = {
+        # unsealed from the TPM
+        'handover: this_boot.cache_keys(paths, "TPM", {"unlock:persistence": persistence})',
+        # it opened the sealed object
+        'handover: this_boot.cache_keys(paths, "PIN", {"unlock:pin-auth": pin_auth})',
+        # from a token
+        'handover: this_boot.cache_keys(paths, "TPM", {name: unwrapped})',
         # sealed next; killed, it goes on with it
-        'allowed_states: this_boot.remember(paths, "PIN", {PIN_AUTH: pin_auth})',
-        'rebind: this_boot.remember(paths, "PIN", {allowed_states.PIN_AUTH: pin_auth})',  # the same
-        'init: this_boot.remember(paths, "made", {"unlock:persistence": persistence})',  # sealed before
-        'rebind: this_boot.remember(paths, "made", {_NEW: new})',  # the same
-        'rebind: this_boot.remember(paths, "made", {"unlock:persistence": new})',  # sealed before
-        'rebind: this_boot.remember(paths, source, {"unlock:host": host_key})',  # in state and tokens before
+        'allowed_states: this_boot.cache_keys(paths, "PIN", {PIN_AUTH: pin_auth})',
+        'rebind: this_boot.cache_keys(paths, "PIN", {allowed_states.PIN_AUTH: pin_auth})',
+        'rebind: this_boot.cache_keys(paths, "made", {_NEW: new})',
+        # sealed before
+        'init: this_boot.cache_keys(paths, "made", {"unlock:persistence": persistence})',
+        'rebind: this_boot.cache_keys(paths, "made", {"unlock:persistence": new})',
+        # in state and tokens before
+        'rebind: this_boot.cache_keys(paths, source, {"unlock:host": host_key})',
         # on the disks
-        "rebind: this_boot.remember(paths, source, {access.cached(group.kek, group.generation): kek})",
-        'init: this_boot.remember(paths, "provider", {"unlock:host": host_key})',  # saved in the state before
+        "rebind: this_boot.cache_keys(paths, source, {access.cache_name(group.kek, group.generation): kek})",
         "this_boot: keyring.put(name, key)",
-        'rotation: this_boot.remember(work.paths, "provider", {"unlock:host": key})',  # saved in the state before
-        "rotation: this_boot.remember(work.paths, source, {access.cached(group.kek, group.generation): kek})",
-        'switch: this_boot.remember(work.paths, "provider", {"unlock:host": key})',  # saved in the state before
+        "rotation: this_boot.cache_keys(work.paths, source, {access.cache_name(group.kek, group.generation): kek})",
+        # saved in the state before
+        'init: this_boot.cache_keys(paths, "provider", {"unlock:host": host_key})',
+        'rotation: this_boot.cache_keys(work.paths, "provider", {"unlock:host": key})',
+        'switch: this_boot.cache_keys(work.paths, "provider", {"unlock:host": key})',
         # never kept
-        "sync: this_boot.remember(work.paths, source, {access.cached(group.kek, group.generation): kek})",
-        "gate: this_boot.remember(paths, source, {access.cached(group.kek, group.generation): kek})",  # never kept
+        "sync: this_boot.cache_keys(work.paths, source, {access.cache_name(group.kek, group.generation): kek})",
+        "gate: this_boot.cache_keys(paths, source, {access.cache_name(group.kek, group.generation): kek})",
     }
+    assert callers == expected
 
 
 def test_a_key_in_the_cache_is_on_the_disks_whenever_it_is_killed(host: Host, kms: Liar, killer: Killer) -> None:
@@ -397,22 +404,22 @@ def test_a_key_in_the_cache_is_on_the_disks_whenever_it_is_killed(host: Host, km
 def test_the_cache_tells_where_each_key_came_from_and_what_goes_with_it(host: Host, kms: Liar) -> None:
     kms.replace(kms.keys[host.group.kek.rpartition("/")[2]])
     sync.sync(host.paths, host.look)
-    rows = {row["what"]: row["source"] for row in cache.show(host.paths)}
+    rows = {row["what"]: row["source"] for row in cache.list_keys(host.paths)}
     assert rows == {"persistence key": "TPM", "KEK of group data": "provider"}
-    assert any("sync" in line for line in cache.consequences(host.paths, host.look))
+    assert any("sync" in line for line in cache.describe_flush(host.paths, host.look))
     assert cache.flush(host.paths)
-    assert cache.show(host.paths) == []
+    assert cache.list_keys(host.paths) == []
     assert cache.flush(host.paths) == []
-    assert cache.consequences(host.paths, host.look) == ["nothing more than now: the persistence key is not there"]
+    assert cache.describe_flush(host.paths, host.look) == ["nothing more than now: the persistence key is not there"]
 
 
 def test_a_key_that_was_in_the_cache_keeps_its_source(tmp_path: Path, kms: Liar) -> None:
     """A gate finds there what a sync has put there; a change of policy, what the disks gave."""
     host = Host(tmp_path, 1, kms, policy_of_group="provider")
-    name = access.cached(host.group.kek, 1)
+    name = access.cache_name(host.group.kek, 1)
 
     def source() -> str:
-        return {row["key"]: row["source"] for row in cache.show(host.paths)}[name]
+        return {row["key"]: row["source"] for row in cache.list_keys(host.paths)}[name]
 
     sync.sync(host.paths, host.look)
     assert source() == "provider"
@@ -422,7 +429,7 @@ def test_a_key_that_was_in_the_cache_keeps_its_source(tmp_path: Path, kms: Liar)
     keyring.forget(name)
     (tmp_path / "two").mkdir()
     host = Host(tmp_path / "two", 1, kms)
-    name = access.cached(host.group.kek, 1)
+    name = access.cache_name(host.group.kek, 1)
     persistence.disable(host.paths, host.look)
     assert source() == "TPM", "the token of the disk had it"
     keyring.flush()
@@ -481,7 +488,7 @@ def test_the_tpm_refuses_and_the_key_manager_answers(host: Host, kms: Liar, allo
     made = settings(host, kms, client_key=str(key_file))
     text = "[sync]\nopen_from_provider_after_refusal = true\n" if allowed else ""
     Path(host.paths.config).write_text(config.HEAD + text + config.provider_table(made))
-    provider.renew(host.paths, client(), "", host.look)
+    provider.renew_client(host.paths, client(), "", host.look)
     keyring.flush()
     early = report.Report("early-boot")
     early.set_verdict("pcr-mismatch", "PCR 9: the kernel command line changed")
@@ -564,7 +571,7 @@ def test_a_choice_of_persistence_killed_anywhere_is_finished_by_the_same_command
 
 def test_a_client_key_that_a_refused_boot_could_not_use_is_found_by_the_test(host: Host, kms: Liar) -> None:
     host.configure(kms, more="[sync]\nopen_from_provider_after_refusal = true\n")
-    assert errors(provider.test(host.paths, "", host.look)) == ["refused"]
+    assert errors(provider.test_provider(host.paths, "", host.look)) == ["refused"]
 
 
 # Another implementation: PyKMIP's own server
@@ -582,7 +589,7 @@ def test_a_year_with_pykmips_server(tmp_path: Path) -> None:
             rekey.rekey(host.paths, "data", host.look)
             assert all(host.tokens(image) == [(host.group.kek, generation)] for image in host.disks)
             assert host.boot_opens()
-        assert errors(provider.test(host.paths, "", host.look)) == []
+        assert errors(provider.test_provider(host.paths, "", host.look)) == []
         server.kill()
         with pytest.raises(ProviderError):
             sync.sync(host.paths, host.look)
@@ -593,7 +600,7 @@ def test_a_year_with_pykmips_server(tmp_path: Path) -> None:
 
 
 def test_status_shows_the_days_left_what_is_behind_and_how_the_last_sync_went(host: Host, kms: Liar) -> None:
-    provider.renew(host.paths, client("host-1 again", days=(-1, 20.5)), "", host.look)
+    provider.renew_client(host.paths, client("host-1 again", days=(-1, 20.5)), "", host.look)
     assert "not in this boot" in status.to_text(status.read_status(host.paths))
     host.disks.pop()
     kms.replace(kms.keys[host.group.kek.rpartition("/")[2]])

@@ -48,7 +48,7 @@ def run(
     client_key: bytes = b"",
     accept: tuple[str, ...] = (),
 ) -> rebind.Rebound:
-    choices = rebind.Choices(
+    choices = rebind.RebindChoices(
         recovery or host.recovery,
         file,
         Secret(PASSWORD) if file else None,
@@ -81,7 +81,7 @@ def boots(host: Machine, boot: Boot | None = None) -> None:
 
 
 def sources(host: Machine) -> dict[str, str]:
-    return {row["what"]: row["source"] for row in cache.show(host.paths)}
+    return {row["what"]: row["source"] for row in cache.list_keys(host.paths)}
 
 
 def headers(host: Machine) -> list[bytes]:
@@ -140,10 +140,10 @@ def test_run_again_with_the_key_at_hand_it_makes_another(host: Machine) -> None:
 
 def rotation_killed(host: Machine) -> Callable[[], recovery.Changed]:
     """A rotation of the recovery key that was killed between its disks; what finishes it."""
-    recovery.test(host.paths, host.recovery, host.look)
+    recovery.test_recovery_key(host.paths, host.recovery, host.look)
 
     def rotate() -> recovery.Changed:
-        return recovery.rotate(host.paths, delivery.Keep(str(host.folder / "new-key")), host.look)
+        return recovery.rotate_recovery_key(host.paths, delivery.Keeper(str(host.folder / "new-key")), host.look)
 
     assert killed_at(3, rotate, [luks.Container.add_keyslot])
     assert host.state.journal
@@ -155,7 +155,7 @@ def test_a_rotation_of_the_recovery_key_goes_on_after_it(host: Machine) -> None:
     rotate = rotation_killed(host)
     run(host)
     assert len(rotate().done) == 2
-    host.recovery = delivery.given(str(host.folder / "new-key"))
+    host.recovery = delivery.read_recovery_key(str(host.folder / "new-key"))
     boots(host)
 
 
@@ -167,7 +167,7 @@ def test_a_rotation_of_the_recovery_key_whose_key_is_lost_is_given_up(host: Mach
     boots(host)
     os.unlink(host.folder / "new-key")
     assert len(rotate().done) == 2
-    host.recovery = delivery.given(str(host.folder / "new-key"))
+    host.recovery = delivery.read_recovery_key(str(host.folder / "new-key"))
     boots(host)
 
 
@@ -177,7 +177,7 @@ def test_a_wrong_recovery_key_or_password_changes_nothing(host: Machine) -> None
     before = headers(host), Path(host.paths.state).read_bytes()
     with pytest.raises(UnlockError):
         run(host, backup(host), recovery_key.new())
-    choices = rebind.Choices(
+    choices = rebind.RebindChoices(
         host.recovery, backup(host), Secret(b"wrong"), accept=frozenset(("unauthenticated-root",)), tcti=host.chip.tcti
     )
     with pytest.raises(UnlockError):
@@ -232,11 +232,11 @@ def test_a_tpm_that_another_host_uses_is_not_overwritten_unasked(host: Machine) 
     host.boot()
     with host.chip.open() as tpm:
         theirs = Payload(Secret(bytes(32)))
-        kept = slots.persist(tpm, b"x" * 16, (7, 15), (pcr_policy.branch((7, 15), {7: bytes(32)}),), theirs)
+        kept = slots.seal_slot(tpm, b"x" * 16, (7, 15), (pcr_policy.branch((7, 15), {7: bytes(32)}),), theirs)
     with pytest.raises(Refused) as caught:
         run(host, backup(host))
     assert caught.value.code == "slots-in-use" and host.allows().record == kept
-    choices = rebind.Choices(
+    choices = rebind.RebindChoices(
         host.recovery,
         backup(host),
         Secret(PASSWORD),

@@ -34,7 +34,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 
 def look_at(host: Host, key: Secret) -> list[recovery.Tested]:
-    return recovery.test(host.paths, key, host.look)
+    return recovery.test_recovery_key(host.paths, key, host.look)
 
 
 def outcomes(host: Host, key: Secret) -> list[str]:
@@ -46,11 +46,11 @@ def file_of(host: Host, name: str = "new-key") -> str:
 
 
 def rotate(host: Host, name: str = "new-key") -> recovery.Changed:
-    return recovery.rotate(host.paths, delivery.Keep(file_of(host, name)), host.look)
+    return recovery.rotate_recovery_key(host.paths, delivery.Keeper(file_of(host, name)), host.look)
 
 
 def key_of(host: Host, name: str = "new-key") -> Secret:
-    return delivery.given(file_of(host, name))
+    return delivery.read_recovery_key(file_of(host, name))
 
 
 def authentic(image: Path, key: Secret) -> bool:
@@ -91,9 +91,9 @@ def test_another_hosts_key_is_told_from_a_changed_header_and_an_absent_disk(host
     host.disks.pop(2)
     found = look_at(host, host.recovery)
     assert [each.outcome for each in found] == ["altered", "ok", "absent"]
-    assert recovery.status(found) == Tampered.status
-    assert recovery.status(look_at(host, recovery_key.new())) == NotOurs.status
-    assert recovery.status(found[1:]) == 1
+    assert recovery.exit_status(found) == Tampered.status
+    assert recovery.exit_status(look_at(host, recovery_key.new())) == NotOurs.status
+    assert recovery.exit_status(found[1:]) == 1
 
 
 def change_flags(image: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_disk_that_was_away_keeps_the_old_key_until_new_finds_it(host: Host) -
     )
     rekey.rekey(host.paths, "data", host.look)
     assert authentic(away, host.recovery), "a new KEK leaves it with the MAC of the key that it has"
-    assert recovery.new(host.paths, new, host.look) == (("data-0", "data-1", "data-2"), ())
+    assert recovery.renew_keyslots(host.paths, new, host.look) == (("data-0", "data-1", "data-2"), ())
     assert outcomes(host, new) == ["ok"] * 3
     assert not authentic(away, host.recovery)
     assert slots(away) == 1
@@ -207,20 +207,20 @@ def test_new_gives_a_lost_keyslot_back_and_is_nothing_where_none_is_lost(host: H
     with luks.Container(str(host.disks[1])) as container:
         container.remove_keyslot(disk_keys.recovery_keyslot(container, host.recovery)[0])
     assert outcomes(host, host.recovery) == ["ok", "wrong-key", "ok"]
-    recovery.new(host.paths, host.recovery, host.look)
+    recovery.renew_keyslots(host.paths, host.recovery, host.look)
     assert outcomes(host, host.recovery) == ["ok"] * 3
     before = [image.read_bytes() for image in host.disks]
-    recovery.new(host.paths, host.recovery, host.look)
+    recovery.renew_keyslots(host.paths, host.recovery, host.look)
     assert [image.read_bytes() for image in host.disks] == before
     with pytest.raises(Refused, match="not the recovery key"):
-        recovery.new(host.paths, recovery_key.new(), host.look)
+        recovery.renew_keyslots(host.paths, recovery_key.new(), host.look)
 
 
 def test_a_changed_header_is_never_blessed(host: Host) -> None:
     change_flags(host.disks[1])
     changes: tuple[Callable[[], object], ...] = (
         lambda: rotate(host),
-        lambda: recovery.new(host.paths, host.recovery, host.look),
+        lambda: recovery.renew_keyslots(host.paths, host.recovery, host.look),
     )
     for change in changes:
         with pytest.raises(Tampered):
@@ -230,18 +230,18 @@ def test_a_changed_header_is_never_blessed(host: Host) -> None:
     assert [authentic(image, host.recovery) for image in host.disks] == [True, False, True]
 
 
-def killed_before_the_first_keyslot(host: Host, keep: delivery.Keep) -> None:
-    assert killed_at(1, lambda: recovery.rotate(host.paths, keep, host.look), [luks.Container.add_keyslot])
+def killed_before_the_first_keyslot(host: Host, keep: delivery.Keeper) -> None:
+    assert killed_at(1, lambda: recovery.rotate_recovery_key(host.paths, keep, host.look), [luks.Container.add_keyslot])
 
 
 def test_who_finishes_a_rotation_gets_its_key_wherever_they_ask_for_it(host: Host) -> None:
     certificate, private = organisation(host.folder)
-    killed_before_the_first_keyslot(host, delivery.Keep(file_of(host)))
+    killed_before_the_first_keyslot(host, delivery.Keeper(file_of(host)))
     recovery_key.write_new_file(file_of(host, "another"), recovery_key.new())
     with pytest.raises(Usage, match="another key"):
         rotate(host, "another")
     escrow = Escrow(certificate, file_of(host, "e"))
-    recovery.rotate(host.paths, delivery.Keep(file_of(host, "copy"), escrow), host.look)
+    recovery.rotate_recovery_key(host.paths, delivery.Keeper(file_of(host, "copy"), escrow), host.look)
     assert key_of(host, "copy") == key_of(host) == Secret(decrypted(escrow.file, private))
     assert outcomes(host, key_of(host)) == ["ok"] * 3
 
@@ -251,34 +251,37 @@ def test_a_rotation_whose_key_went_with_the_power_does_not_end_without_it(host: 
     """It was on a file system in memory. The old key may go only when somebody has the new one."""
     certificate, private = organisation(host.folder)
     lost = Path(file_of(host))
-    keep = delivery.Keep(str(lost)) if into == "file" else delivery.Keep(escrow=Escrow(certificate, str(lost)))
+    keep = delivery.Keeper(str(lost)) if into == "file" else delivery.Keeper(escrow=Escrow(certificate, str(lost)))
     killed_before_the_first_keyslot(host, keep)
     lost.unlink()
     with pytest.raises(Refused) as caught:
-        recovery.rotate(host.paths, delivery.Keep(), host.look)
+        recovery.rotate_recovery_key(host.paths, delivery.Keeper(), host.look)
     assert caught.value.code == "recovery-key-gone"
     assert outcomes(host, host.recovery) == ["ok"] * 3
-    recovery.rotate(host.paths, keep, host.look)
+    recovery.rotate_recovery_key(host.paths, keep, host.look)
     new = key_of(host) if into == "file" else Secret(decrypted(str(lost), private))
     assert outcomes(host, new) == ["ok"] * 3
 
 
 def test_without_options_a_rotation_ends_that_left_its_key_where_it_is(host: Host) -> None:
-    killed_before_the_first_keyslot(host, delivery.Keep(file_of(host)))
-    recovery.rotate(host.paths, delivery.Keep(), host.look)
+    killed_before_the_first_keyslot(host, delivery.Keeper(file_of(host)))
+    recovery.rotate_recovery_key(host.paths, delivery.Keeper(), host.look)
     assert outcomes(host, key_of(host)) == ["ok"] * 3
 
 
 def test_a_key_that_cannot_be_handed_out_leaves_nothing_under_way(host: Host) -> None:
-    for keep in (delivery.Keep(str(host.folder / "none" / "key")), delivery.Keep(str(host.folder / "data-0" / "key"))):
+    for keep in (
+        delivery.Keeper(str(host.folder / "none" / "key")),
+        delivery.Keeper(str(host.folder / "data-0" / "key")),
+    ):
         with pytest.raises((OSError, UnlockError)):
-            recovery.rotate(host.paths, keep, host.look)
+            recovery.rotate_recovery_key(host.paths, keep, host.look)
         assert host.state.journal is None
     assert outcomes(host, host.recovery) == ["ok"] * 3
 
 
 def test_status_tells_what_is_under_way_and_no_key_not_even_a_wrapped_one(host: Host) -> None:
-    killed_before_the_first_keyslot(host, delivery.Keep(file_of(host)))
+    killed_before_the_first_keyslot(host, delivery.Keeper(file_of(host)))
     assert isinstance(host.state.journal, RecoveryRotation) and host.state.journal.key
     assert status.read_status(host.paths).unfinished == {"operation": "recovery", "about": "rotate"}
 
@@ -321,7 +324,7 @@ def test_a_disk_that_lost_its_token_stops_a_rotation_by_name_and_nothing_is_left
 def test_a_rotation_into_escrow_alone(host: Host) -> None:
     certificate, private = organisation(host.folder)
     escrow = Escrow(certificate, file_of(host, "escrow.pem"))
-    recovery.rotate(host.paths, delivery.Keep(escrow=escrow), host.look)
+    recovery.rotate_recovery_key(host.paths, delivery.Keeper(escrow=escrow), host.look)
     assert outcomes(host, Secret(decrypted(escrow.file, private))) == ["ok"] * 3
 
 
@@ -427,7 +430,7 @@ def test_killed_and_the_disks_that_are_here_have_changed_meanwhile(host: Host) -
     new = key_of(host)
     assert authentic(first, new)
     host.disks.append(first)
-    assert recovery.new(host.paths, new, host.look).behind == ()
+    assert recovery.renew_keyslots(host.paths, new, host.look).behind == ()
     assert outcomes(host, new) == ["ok"] * 3
     assert all((slots(image), len(host.tokens(image))) == (1, 1) for image in host.disks)
 
@@ -440,7 +443,7 @@ def test_a_rotation_into_escrow_alone_killed_at_every_boundary_is_finished_by_th
     start = Start(host)
 
     def rotate() -> recovery.Changed:
-        return recovery.rotate(host.paths, delivery.Keep(escrow=escrow), host.look)
+        return recovery.rotate_recovery_key(host.paths, delivery.Keeper(escrow=escrow), host.look)
 
     def begin(_: int) -> Callable[[], object]:
         start.again()
@@ -467,12 +470,12 @@ def test_new_killed_at_every_boundary_finishes(host: Host, killer: Killer) -> No
 
     def begin(_: int) -> Callable[[], object]:
         start.again(keep=True)
-        return partial(recovery.new, host.paths, new, host.look)
+        return partial(recovery.renew_keyslots, host.paths, new, host.look)
 
     for attempt, _ in killer(begin):
         assert authentic(away, host.recovery) or authentic(away, new), f"attempt {attempt}"
         assert host.boot_opens()
-        recovery.new(host.paths, new, host.look)
+        recovery.renew_keyslots(host.paths, new, host.look)
         assert (slots(away), len(host.tokens(away))) == (1, 1)
         assert authentic(away, new)
         assert host.state.journal is None and not host.state.recovery.behind and not host.state.recovery.former

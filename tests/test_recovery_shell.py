@@ -123,7 +123,7 @@ def test_a_mangled_report_is_refused_or_shown(paths: Paths) -> None:
     for _ in range(3000):
         text = json.dumps(mangled(whole, random)).encode()
         Path(paths.of_this_boot("report.json")).write_bytes(text)
-        if found := this_boot.early(paths):
+        if found := this_boot.read_early_report(paths):
             shown += 1
             for text_of in (status.boot_to_text, plot.svg, lambda found: shell.status_text(found, [])):
                 text_of(found).encode()
@@ -261,10 +261,10 @@ def test_a_member_that_was_away_at_a_rotation_opens_beside_the_others_when_both_
     tmp_path: Path, key_cache: None
 ) -> None:
     host = Host(tmp_path, 2)
-    recovery.test(host.paths, host.recovery, host.look)
+    recovery.test_recovery_key(host.paths, host.recovery, host.look)
     away = host.disks.pop()
-    recovery.rotate(host.paths, delivery.Keep(str(tmp_path / "new")), host.look)
-    new = delivery.given(str(tmp_path / "new"))
+    recovery.rotate_recovery_key(host.paths, delivery.Keeper(str(tmp_path / "new")), host.look)
+    new = delivery.read_recovery_key(str(tmp_path / "new"))
     outcome = {
         (image.name, len(keys)): look(host, image, *keys).disks[str(image)].outcome
         for image in (*host.disks, away)
@@ -328,17 +328,27 @@ def asked(expression: str, **environment: str) -> str:
 def test_a_credential_is_taken_without_a_terminal(tmp_path: Path) -> None:
     key = recovery_key.new()
     (tmp_path / "unlock.recovery-key").write_bytes(bytes(key).replace(b"-", b" ") + b"\n")
-    assert asked("delivery.given()", CREDENTIALS_DIRECTORY=str(tmp_path)) == bytes(key).decode()
+    assert asked("delivery.read_recovery_key()", CREDENTIALS_DIRECTORY=str(tmp_path)) == bytes(key).decode()
 
 
 def test_without_terminal_file_or_credential_the_flag_is_named() -> None:
-    for expression in ("delivery.given()", "ask.anyone('recovery key', '--recovery-key-file')"):
+    for expression in ("delivery.read_recovery_key()", "ask.anyone('recovery key', '--recovery-key-file')"):
         assert "--recovery-key-file FILE" in asked(expression)
 
 
 def test_the_kernel_command_line_is_no_place_for_a_key() -> None:
     readers = {path.stem for path in (TOP / "unlock").rglob("*.py") if "cmdline" in path.read_text()}
-    assert readers == {"evidence", "diagnosis", "baseline", "causes", "describe", "efistub", "paths", "replay"}
+    assert readers == {
+        "evidence",
+        "diagnosis",
+        "baseline",
+        "causes",
+        "describe_ipl",
+        "efistub",
+        "paths",
+        "uki_replay",
+        "unmeasured",
+    }
 
 
 @pytest.fixture

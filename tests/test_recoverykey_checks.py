@@ -21,7 +21,7 @@ def valid() -> list[int]:
     for place in range(recovery_key.GROUPS):
         bits = bytearray(NUMBERS)
         for number in range(NUMBERS):
-            bits[number] = recovery_key.fits(place, number)
+            bits[number] = recovery_key.group_fits(place, number)
         assert sum(bits) == 1 << 16, "16 bits a group"
         found.append(int(bits.translate(b"01" + bytes(254)).decode()[::-1], 2))
     return found

@@ -60,7 +60,7 @@ def test_the_old_kek_does_not_open_what_the_new_one_wraps(host: Host) -> None:
         old, _ = access.find_kek(work, host.group)
     again(host)
     with host.work() as work, pytest.raises(UnlockError):
-        access.prover(work, host.group, work.nodes(host.group))(old)
+        access.kek_prover(work, host.group, work.nodes(host.group))(old)
 
 
 def test_a_member_that_is_away_still_opens_when_it_is_back_and_gets_the_new_kek_then(host: Host, kms: Liar) -> None:
@@ -73,10 +73,10 @@ def test_a_member_that_is_away_still_opens_when_it_is_back_and_gets_the_new_kek_
     host.disks.append(away)
     assert host.boot_opens()
     with host.work() as work:
-        (outcome,) = rotation.catch_up(work)
+        (outcome,) = rotation.catch_up_disks(work)
         assert outcome.done == ("data-1",)
-        assert rotation.catch_up(work) == []
-        rotation.retire(work)
+        assert rotation.catch_up_disks(work) == []
+        rotation.retire_keks(work)
     assert host.tokens(away) == [(host.group.kek, 3)]
     assert host.boot_opens()
     assert not host.state.retire

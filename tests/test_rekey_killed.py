@@ -80,7 +80,7 @@ def reached(host: Host, kms: Liar, generation: int) -> str:
         return "done"
     if kms.keys[state.retire[0].id.rpartition("/")[2]].state == DEACTIVATED:
         return "retired"
-    return "cached" if access.cached(host.group.kek, generation) in keyring.names() else "state saved"
+    return "cached" if access.cache_name(host.group.kek, generation) in keyring.names() else "state saved"
 
 
 class Start:

@@ -43,11 +43,11 @@ def host(tmp_path: Path, kms: Liar, chip: Swtpm) -> Iterator[Host]:
     key_file.write_bytes(CLIENT.key)
     stays = config.ProviderConfig("kms", (f"127.0.0.1:{kms.port}",), host.ca(), str(key_file), config.TIMEOUT)
     Path(host.paths.config).write_text(config.HEAD + config.provider_table(stays))
-    provider.renew(host.paths, provider.Client(CLIENT.certificate, Secret(CLIENT.key)), "", host.look)
+    provider.renew_client(host.paths, provider.Client(CLIENT.certificate, Secret(CLIENT.key)), "", host.look)
     with chip.open() as tpm:
         branch = pcr_policy.branch(SELECTION, tpm.read_pcrs(range(16)))
         payload = Payload(Secret(bytes(host.persistence)))
-        slots.persist(tpm, bytes.fromhex(HOST), SELECTION, (branch, OTHER_BRANCH), payload)
+        slots.seal_slot(tpm, bytes.fromhex(HOST), SELECTION, (branch, OTHER_BRANCH), payload)
         tpm.extend(CAP_PCR, CAP_DIGEST)
     yield host
     keyring.flush()
@@ -68,7 +68,7 @@ def disable(host: Host) -> None:
 def record(chip: Swtpm) -> Record | None:
     with chip.open() as tpm:
         try:
-            return slots.current(tpm)[1]
+            return slots.current_slot(tpm)[1]
         except NoSlot:
             return None
 
@@ -130,7 +130,7 @@ def test_a_policy_that_came_after_the_removal_is_not_replaced_by_the_old_one(hos
     remove(host, chip)
     with chip.open() as tpm:
         newer = pcr_policy.branch(SELECTION, tpm.read_pcrs(range(16)))
-        slots.persist(tpm, bytes.fromhex(HOST), SELECTION, (newer,), Payload(Secret(bytes(host.persistence))))
+        slots.seal_slot(tpm, bytes.fromhex(HOST), SELECTION, (newer,), Payload(Secret(bytes(host.persistence))))
     enable(host, chip)
     after = record(chip)
     assert after and after.branches == (newer,)
@@ -141,7 +141,7 @@ def test_while_the_tpm_keeps_nothing_no_other_way_leads_back(host: Host, kms: Li
     with Liar(AUTHORITY) as other:
         settings = config.ProviderConfig("second", (f"127.0.0.1:{other.port}",), host.ca(), "", config.TIMEOUT)
         client = provider.Client(CLIENT.certificate, Secret(CLIENT.key))
-        provider.add(host.paths, settings, client, host.look)
+        provider.add_provider(host.paths, settings, client, host.look)
         remove(host, chip)
         with pytest.raises(Refused, match="keeps nothing"):
             switching.switch(host.paths, "second", True, host.look)
@@ -156,7 +156,7 @@ def test_another_installations_key_is_not_removed(host: Host, chip: Swtpm) -> No
     disable(host)
     with chip.open() as tpm:
         branch = pcr_policy.branch(SELECTION, tpm.read_pcrs(range(16)))
-        slots.persist(tpm, b"h" * 16, SELECTION, (branch,), Payload(Secret.random(32)), replace=True)
+        slots.seal_slot(tpm, b"h" * 16, SELECTION, (branch,), Payload(Secret.random(32)), replace=True)
     with pytest.raises(Refused, match="another installation"):
         remove(host, chip)
     with chip.open() as tpm:
@@ -167,12 +167,12 @@ def test_nothing_is_removed_while_the_password_hangs_on_it(host: Host, chip: Swt
     path = Path(host.paths.config)
     path.write_text(path.read_text() + 'username = "host-1"\n')
     client = provider.Client(CLIENT.certificate, Secret(CLIENT.key), Secret(b"password"))
-    provider.renew(host.paths, client, "", host.look)
+    provider.renew_client(host.paths, client, "", host.look)
     disable(host)
     with pytest.raises(Refused, match="password"):
         remove(host, chip)
     path.write_text(path.read_text().replace('username = "host-1"\n', ""))
-    provider.renew(host.paths, client._replace(password=None), "", host.look)
+    provider.renew_client(host.paths, client._replace(password=None), "", host.look)
     remove(host, chip)
 
 

@@ -151,7 +151,7 @@ def test_a_root_on_a_disk_that_early_boot_opened_gets_the_keys(host: Host, machi
 
     assert "not authenticated" not in machine.inside(work)
     assert keyring.get("unlock:persistence") == host.persistence
-    assert {row["source"] for row in cache.show(host.paths)} == {"TPM"}
+    assert {row["source"] for row in cache.list_keys(host.paths)} == {"TPM"}
 
 
 def test_keys_of_disks_that_did_not_open_stay_where_they_are(host: Host, machine: Seen) -> None:
@@ -308,7 +308,7 @@ def adopt(host: Host, group: str, name: str = "") -> None:
     write_atomically(str(recovery), bytes(host.recovery))
     with luks.Container(image) as container, Secret(host.deks[container.uuid]) as dek:
         container.add_keyslot(dek, Secret(b"operator"))
-    group_operations.disk_adopt(host.paths, image, group, Secret(b"operator"), str(recovery), name)
+    group_operations.adopt_disk(host.paths, image, group, Secret(b"operator"), str(recovery), name)
 
 
 def test_a_root_whose_key_would_need_the_network_is_not_adopted(kmip: Host, machine: Seen) -> None:

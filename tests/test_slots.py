@@ -47,7 +47,7 @@ def payload(number: int) -> Payload:
 def persist(
     tpm: Tpm, number: int, branches: tuple[bytes, ...] = NOW, host: bytes = HOST, *, replace: bool = False
 ) -> Record:
-    return slots.persist(tpm, host, SELECTION, branches, payload(number), replace=replace)
+    return slots.seal_slot(tpm, host, SELECTION, branches, payload(number), replace=replace)
 
 
 def found(tpm: Tpm) -> int:
@@ -203,7 +203,7 @@ def test_remove_twice(chip: Swtpm) -> None:
     with chip.open() as tpm:
         two_complete(tpm, 1, 2)
         for _ in range(2):
-            slots.remove(tpm)
+            slots.evict_all(tpm)
             assert tpm.facts().taken == ()
         with pytest.raises(NoSlot):
             slots.unseal(tpm)
@@ -216,12 +216,12 @@ def test_the_owner_authorization_is_used_and_needed(chip: Swtpm) -> None:
     chip.set_owner_auth(auth)
     with chip.open() as tpm:
         for number in (1, 2):
-            slots.persist(tpm, HOST, SELECTION, NOW, payload(number), auth)
+            slots.seal_slot(tpm, HOST, SELECTION, NOW, payload(number), owner_auth=auth)
             assert found(tpm) == number
         with pytest.raises(TpmFailed):
             persist(tpm, 3)
         assert found(tpm) == 2
-        slots.remove(tpm, auth)
+        slots.evict_all(tpm, auth)
 
 
 def test_a_slot_that_does_not_read_back_costs_nothing(chip: Swtpm) -> None:
@@ -380,10 +380,10 @@ def test_remove_cut_after_every_command(tmp_path: Path) -> None:
             with chip.open() as tpm:
                 chip.proxy.cut_after(count)
                 with pytest.raises(UnlockError):
-                    slots.remove(tpm)
+                    slots.evict_all(tpm)
                     raise NoSlot("nothing left to cut")
             chip.proxy.restore()
             with chip.open() as tpm:
-                slots.remove(tpm)
+                slots.evict_all(tpm)
                 assert tpm.facts().taken == ()
         shutil.rmtree(state)

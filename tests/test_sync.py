@@ -430,7 +430,7 @@ def test_a_kek_of_policy_provider_is_on_no_disk_and_opens_with_the_kms(tmp_path:
     with host.work() as work, access.find_kek(work, host.group)[0] as kek:
         assert bytes(kek) != material
         for image in host.disks:
-            with luks.Container(str(image)) as container, access.dek(work, container, host.group) as dek:
+            with luks.Container(str(image)) as container, access.find_volume_key(work, container, host.group) as dek:
                 assert bytes(dek) == host.deks[container.uuid]
     keyring.flush()
 
@@ -469,7 +469,7 @@ def test_native_keys_are_made_again_from_name_and_generation(tmp_path: Path) -> 
     with host.work() as work:
         provider = work.provider()
         assert isinstance(provider, native.Native)
-        rotation.rotate(work, "data")
+        rotation.rotate_kek(work, "data")
         with (
             provider.fetch(f"unlock/{HOST}/kek/data/2") as again,
             access.find_kek(work, work.state.groups["data"])[0] as kek,
@@ -500,7 +500,7 @@ def test_a_full_keyring_costs_no_key(kms: Liar) -> None:
                 keyring.put(f"unlock:filler:{number}", host.persistence)
         assert caught.value.code == "keyring-full"
         assert run(host)["data"] == "replaced"
-        assert access.cached(host.group.kek, 2) not in keyring.names()
+        assert access.cache_name(host.group.kek, 2) not in keyring.names()
         keyring.flush()
 
     with tempfile.TemporaryDirectory() as folder:

@@ -31,7 +31,7 @@ def chip(tmp_path: Path) -> Iterator[Swtpm]:
 def enroll(tpm: Tpm, slot: Slot, payload: Secret, auth: Secret | None = None, **changes: Any) -> Record:
     branches = (pcr_policy.branch(SELECTION, tpm.read_pcrs(SELECTION)),)
     srk_name = tpm.srk(auth)
-    name = tpm.seal(slot, branches, payload, auth)
+    name = tpm.seal(slot, branches, payload, owner_auth=auth)
     record = Record(1, b"h" * 16, SELECTION, pcr_policy.CAP_PCR, branches, srk_name, name)._replace(**changes)
     tpm.write_record(slot, record, auth)
     return record

@@ -44,10 +44,10 @@ def opened(host: Machine) -> allowed_states.Allowed:
     return policy.open_window(host.paths, 1, (), host.chip.tcti)
 
 
-def shown(host: Machine) -> dict[str, object]:
+def shown(host: Machine) -> policy.PolicyReport:
     found = policy.show(host.paths, host.chip.tcti)
     assert json.loads(json.dumps(found)) == found
-    assert policy.text(found)
+    assert policy.table(found)
     return found
 
 
@@ -62,7 +62,7 @@ def test_a_firmware_update_goes_through_a_window_that_closes_itself(host: Machin
     assert host.boot(THIEF) == "pcr-mismatch"  # what the kernel measures still counts
     policy.good_boot(host.paths, host.chip.tcti)
     assert host.boot(UPDATED) == "unsealed"
-    assert "OPEN" in policy.text(shown(host))
+    assert "OPEN" in policy.table(shown(host))
     policy.good_boot(host.paths, host.chip.tcti)
     assert shown(host)["window"] is None and shown(host)["pcrs"] == [4, 7, 9, 15]
     assert host.reasons() == ["this boot"] and not host.allows().states[0].proven
@@ -87,18 +87,18 @@ def test_closed_by_hand_it_is_closed_and_only_this_boot_is_left(host: Machine) -
     host.predict(("kernel", Boot("direct", kernel="another")))
     opened(host)
     good(host, UPDATED)
-    policy.close(host.paths, host.chip.tcti)
+    policy.close_window(host.paths, host.chip.tcti)
     host.predict(("kernel", Boot("direct", kernel="another", dbx=230)))
     assert host.boot(Boot("direct", kernel="another", dbx=230)) == "unsealed"
     for _ in range(2):
-        policy.close(host.paths, host.chip.tcti)
+        policy.close_window(host.paths, host.chip.tcti)
         assert host.reasons() == ["this boot"]
     assert host.boot(UPDATED) == "pcr-mismatch"
 
 
 def test_other_pcrs(host: Machine) -> None:
     for _ in range(2):
-        policy.choose(host.paths, (7, 9), tcti=host.chip.tcti)
+        policy.set_policy(host.paths, (7, 9), tcti=host.chip.tcti)
         assert host.allows().record.selection == (7, 9, 15) and host.reasons() == ["this boot"]
     good(host)
     opened(host)
@@ -106,7 +106,7 @@ def test_other_pcrs(host: Machine) -> None:
     assert shown(host)["pcrs"] == [7, 9, 15]
     assert host.boot(Boot("direct", kernel="another")) == "unsealed"  # PCR 4 counts no more
     with pytest.raises(Usage):
-        policy.choose(host.paths, (16,), tcti=host.chip.tcti)
+        policy.set_policy(host.paths, (16,), tcti=host.chip.tcti)
     assert host.boot(THIEF) == "pcr-mismatch"
 
 
@@ -139,7 +139,7 @@ def test_the_key_cache_was_flushed(host: Machine) -> None:
         policy.good_boot(host.paths, host.chip.tcti)
     assert "it was flushed" in str(caught.value) and caught.value.hint.startswith("after a flush: reboot")
     with pytest.raises(NoKey):
-        policy.close(host.paths, host.chip.tcti)
+        policy.close_window(host.paths, host.chip.tcti)
     good(host, UPDATED)
     assert shown(host)["window"] is None
 
@@ -149,7 +149,7 @@ def test_a_boot_that_is_not_allowed_closes_nothing(host: Machine) -> None:
     assert host.boot(UPDATED) == "pcr-mismatch"
     keyring.put("unlock:persistence", key)  # however it came there
     with pytest.raises(Refused):
-        policy.close(host.paths, host.chip.tcti)
+        policy.close_window(host.paths, host.chip.tcti)
     with pytest.raises(Refused):
         opened(host)
     assert host.boot(OLD) == "unsealed"
@@ -170,7 +170,7 @@ def test_what_was_predicted_outlives_a_closing_that_was_killed_in_its_last_step(
     new = Boot("direct", kernel="another")
     opened(host)
     before = host.state.tpm.window
-    policy.close(host.paths, host.chip.tcti)
+    policy.close_window(host.paths, host.chip.tcti)
     state = host.state
     state.tpm = state.tpm._replace(window=before)
     state.save()
@@ -185,7 +185,7 @@ def test_killed_anywhere_a_window_is_never_forgotten(host: Machine, what: str, k
         if what == "opening":
             return partial(opened, host)
         opened(host)
-        return partial(policy.close, host.paths, host.chip.tcti)
+        return partial(policy.close_window, host.paths, host.chip.tcti)
 
     for _ in killer(begin):
         found = host.allows()
@@ -202,11 +202,11 @@ def test_killed_anywhere_a_window_is_never_forgotten(host: Machine, what: str, k
         check.check,
         policy.show,
         lambda paths, tcti: policy.open_window(paths, 1, (), tcti),
-        policy.close,
-        lambda paths, tcti: policy.choose(paths, (4,), None, tcti),
-        predict.run,
-        rebind.lacks_pin,
-        lambda paths, tcti: rebind.rebind(paths, rebind.Choices(Secret(b""), tcti=tcti)),
+        policy.close_window,
+        lambda paths, tcti: policy.set_policy(paths, (4,), None, tcti),
+        predict.predict_and_allow,
+        rebind.needs_pin,
+        lambda paths, tcti: rebind.rebind(paths, rebind.RebindChoices(Secret(b""), tcti=tcti)),
     ],
 )
 def test_a_host_that_is_not_initialised_is_told_so_before_its_tpm_is_asked(

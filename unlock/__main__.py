@@ -76,9 +76,9 @@ def _boot(argv: list[str]) -> int:
         return 0
     if argv == ["predict"]:
         from .host.this_boot import tpm_device
-        from .operations.predict import hook
+        from .operations.predict import predict_after_update
 
-        return hook(paths, tpm_device())
+        return predict_after_update(paths, tpm_device())
     if argv[:1] == ["mount"]:
         from .boot.mount import mount
 

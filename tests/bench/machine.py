@@ -98,7 +98,7 @@ with Tpm() as chip:
     record = next(state.record for state in map(chip.slot_state, SLOTS) if state.complete)
     branch = pcr_policy.policy_pcr(record.selection, chip.read_pcrs(range(16)))
     payload = Payload(keyring.get("unlock:persistence"), True)
-    slots.persist(chip, record.host, record.selection, (branch,), payload)
+    slots.seal_slot(chip, record.host, record.selection, (branch,), payload)
 """
 """The cap of the last run is in the PCRs: seal anew, to the PCRs as they are."""
 

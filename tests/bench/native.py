@@ -28,7 +28,7 @@ persistence, host = Secret.random(32), b"h" * 16
 with chip.Tpm("{TCTI}") as tpm:
     selection = pcr_policy.select((7,))
     branch = pcr_policy.branch(selection, tpm.read_pcrs(range(16)))
-    slots.persist(tpm, host, selection, (branch,), Payload(persistence, False))
+    slots.seal_slot(tpm, host, selection, (branch,), Payload(persistence, False))
 with luks.Container("{PLACE}/disk") as container, container.volume_key(Secret(b"{PASSPHRASE}")) as dek:
     member = Member(container.uuid, "b", "")
     keys = disk_keys.Keys(persistence, Secret.random(32), Secret.random(32), Secret.random(32))

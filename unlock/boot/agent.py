@@ -68,7 +68,7 @@ def agent(paths: Paths) -> int:
         key.wipe()
     opener.wipe()
     record.add_event("stop")
-    this_boot.tell(paths, record)
+    this_boot.publish(paths, record)
     if safe:
         this_boot.mark(paths, "ended")
     return 0
@@ -101,7 +101,7 @@ def open_groups(
         list_disks = False
         if report_wanted and done:
             report_wanted = False
-            this_boot.tell(paths, record)
+            this_boot.publish(paths, record)
         wait_readable([monitor.fileno(), signals.fd, *opener.worker_fds()], 1.0 if done else 0.05)
         if signals.take_report_request():
             report_wanted = list_disks = True

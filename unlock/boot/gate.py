@@ -109,8 +109,8 @@ def open_group(paths: Paths, name: str, *recovery: Secret) -> None:
         this_boot.mark_open(paths, name, record.groups[name].mappings)
         this_boot.unmark(paths, "failed-groups", name)
     settings = config.load(paths.config).groups.get(name)
-    if units.running() and paths.root == "/":
-        units.start(name, settings.mount if settings else "")
+    if units.is_systemd_running() and paths.root == "/":
+        units.start_group(name, settings.mount if settings else "")
 
 
 def _by_recovery_key(*recovery: Secret) -> Unwrap:
@@ -159,13 +159,13 @@ def _heal_failed_groups(paths: Paths) -> int:
         waiting = _read_waiting_units(paths, name)
         settings = config.load(paths.config).groups.get(name)
         try:
-            run(["systemctl", "start", units.gate(name)])
+            run(["systemctl", "start", units.gate_unit(name)])
             if settings and settings.mount:
-                run(["systemctl", "start", "--no-block", units.mount(settings.mount)])
+                run(["systemctl", "start", "--no-block", units.mount_unit(settings.mount)])
             if waiting:
                 run(["systemctl", "start", "--no-block", *waiting])
         except CommandFailed as error:
-            log.error(f"group {name}: {error}", f"systemctl status {units.gate(name)}")
+            log.error(f"group {name}: {error}", f"systemctl status {units.gate_unit(name)}")
     return 0
 
 
@@ -199,7 +199,7 @@ def make_unwrap(
         try:
             return disk_keys.unwrap_volume_key(header, token, persistence)
         except NoKey:
-            with keyring.get(access.cached(token.kek_id, token.kek_generation)) as kek:
+            with keyring.get(access.cache_name(token.kek_id, token.kek_generation)) as kek:
                 return disk_keys.unwrap_by_kek(header, token, kek)
 
     return unwrap
@@ -212,7 +212,7 @@ def _await_kek(paths: Paths, group: Group, end: float, look: find.Look, connect:
         with access.Work(paths, look, connect) as work:
             kek, source = access.find_kek(work, group)
             with kek:
-                this_boot.remember(paths, source, {access.cached(group.kek, group.generation): kek})
+                this_boot.cache_keys(paths, source, {access.cache_name(group.kek, group.generation): kek})
 
     _retry_until(end, fetch)
 
@@ -267,7 +267,7 @@ def _retry_until(end: float, ask: Callable[[], object]) -> None:
 
 def _explain_missing_key(paths: Paths) -> str:
     """Why early boot left no persistence key."""
-    early = this_boot.early(paths)
+    early = this_boot.read_early_report(paths)
     if early is None:
         return "early boot left no report"
     if early.verdict == "unsealed":
@@ -302,13 +302,13 @@ def _mark_failed(paths: Paths, name: str) -> None:
     try:
         settings = config.load(paths.config).groups.get(name)
         if settings and settings.mount:
-            mount = units.mount(settings.mount)
+            mount = units.mount_unit(settings.mount)
             jobs = run(["systemctl", "list-jobs", "--no-legend", "--plain"])
             queued = {line.split()[1] for line in jobs.splitlines() if len(line.split()) > 2}
             waiting = sorted(queued & _dependents(mount))
     except UnlockError as error:
         what = f"group {name}: what waits for it will not start with it: {error}"
-        log.error(what, f"systemctl list-dependencies --reverse {mount or units.gate(name)}")
+        log.error(what, f"systemctl list-dependencies --reverse {mount or units.gate_unit(name)}")
     if name in this_boot.failed_groups(paths):
         waiting = sorted({*waiting, *_read_waiting_units(paths, name)})
     this_boot.mark_failed(paths, name, waiting)

@@ -30,16 +30,16 @@ def hand_over(
         if ours:
             log.console("the root file system is not authenticated: disks closed, keys dropped")
         return opener.close_all()
-    this_boot.remember(paths, "TPM", {"unlock:persistence": persistence})
+    this_boot.cache_keys(paths, "TPM", {"unlock:persistence": persistence})
     if pin_auth:
-        this_boot.remember(paths, "PIN", {"unlock:pin-auth": pin_auth})
+        this_boot.cache_keys(paths, "PIN", {"unlock:pin-auth": pin_auth})
     for token in opener.opened_tokens():
         kek_name = f"unlock:kek:{token.kek_id}:{token.kek_generation}"
         for name, unwrap in ((kek_name, disk_keys.unwrap_kek), ("unlock:host", disk_keys.unwrap_host_key)):
             try:
                 with unwrap(token, persistence) as unwrapped:
                     if bytes(unwrapped) != disk_keys.NOT_KEPT:
-                        this_boot.remember(paths, "TPM", {name: unwrapped})
+                        this_boot.cache_keys(paths, "TPM", {name: unwrapped})
             except UnlockError as error:
                 record.add_event("trouble", f"{token.name}: {error}")
     record.add_event("handed-over")
@@ -60,7 +60,7 @@ def secure(paths: Paths) -> int:
     Disks that a recovery key opened stay open only if it opened the root too. Else every disk is closed on which the
     root does not lie.
     """
-    early = this_boot.early(paths)
+    early = this_boot.read_early_report(paths)
     recovered = early.disks.values() if early and early.phase == "recovery" else ()
     if is_root_authentic({each.name for each in recovered if each.outcome in report.OPEN}):
         return 0

@@ -36,7 +36,7 @@ def prompt(paths: Paths) -> int:
         ask.show_on_splash(happened)
     if unmeasured_input := unmeasured.close_channels(paths):
         log.console(f"{unmeasured_input}: whoever set that controls the system that starts next")
-    tampered = _has_tampered_disk(this_boot.early(paths))
+    tampered = _has_tampered_disk(this_boot.read_early_report(paths))
     other = "to give up" if tampered else "for the stock prompt, which does not check the disk's header"
     log.console(f"type the recovery key (8 groups of 6 digits), or Enter alone {other}")
     keys: list[Secret] = []
@@ -89,13 +89,13 @@ def open_all(paths: Paths, *recovery: Secret) -> report.Report:
     _continue_report(paths, record)
     monitor = udev.Monitor()
     open_present(GroupOpener("", unwrap, record), monitor)
-    this_boot.tell(paths, record)
+    this_boot.publish(paths, record)
     return record
 
 
 def _continue_report(paths: Paths, record: report.Report) -> None:
     """Takes over verdict, facts and events of the agent's report; outcomes of disks start anew."""
-    before = this_boot.early(paths)
+    before = this_boot.read_early_report(paths)
     if before:
         record.verdict, record.detail, record.facts = before.verdict, before.detail, before.facts
         record.events = before.events
@@ -104,7 +104,7 @@ def _continue_report(paths: Paths, record: report.Report) -> None:
 
 def _explain_boot(paths: Paths) -> str:
     """Why a person is asked: the verdict, or the disks that did not open."""
-    before = this_boot.early(paths)
+    before = this_boot.read_early_report(paths)
     if before is None:
         return "early boot left no report"
     if before.verdict != "unsealed":

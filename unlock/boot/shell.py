@@ -18,7 +18,8 @@ from ..disks import devices, disk_keys, luks, udev
 from ..errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from ..host import report, this_boot
 from ..keys import recovery_key
-from ..measured import describe, diagnosis, evidence, explain
+from ..measured import diagnosis, evidence, explain
+from ..measured.log_text import printable_line
 from ..paths import Paths
 from ..protect import protect
 from ..secret import Secret
@@ -48,7 +49,7 @@ def shell(paths: Paths, argv: list[str]) -> int:
     if word == ["explain"] and rest in ([], ["--json"]):
         return explain.explain(paths, as_json=bool(rest))
     if word == ["status"] and rest in ([], ["--json"]):
-        early = this_boot.early(paths)
+        early = this_boot.read_early_report(paths)
         disks = read_disks(early)
         print(json.dumps(status_json(early, disks), indent=1) if rest else status_text(early, disks))
         return 0
@@ -147,7 +148,7 @@ def why(paths: Paths) -> int:
     found = diagnosis.diagnose(evidence.gather_evidence(paths, this_boot.tpm_device()))
     if found.causes:
         print("\n".join(_printable(_cause_lines(found))), flush=True)
-        ask.show_on_splash(describe.printable_line(found.causes[0].title, COLUMNS))
+        ask.show_on_splash(printable_line(found.causes[0].title, COLUMNS))
         this_boot.mark(paths, "told")
     return 0
 
@@ -162,7 +163,7 @@ def screen(paths: Paths) -> int:
 
 def screen_lines(paths: Paths) -> list[str]:
     """At most 20 lines of COLUMNS characters. The errors shown are recorded: the next screen shows only new ones."""
-    early = this_boot.early(paths)
+    early = this_boot.read_early_report(paths)
     shown = this_boot.read_json(paths, "shown.json").get("troubles")
     errors = _errors(early)
     if early and early.verdict in ("no-slot", "no-tpm") and not errors:
@@ -178,7 +179,7 @@ def screen_lines(paths: Paths) -> list[str]:
 
 
 def _printable(lines: list[str]) -> list[str]:
-    return [describe.printable_line(line, COLUMNS) for line in lines]
+    return [printable_line(line, COLUMNS) for line in lines]
 
 
 def _verdict_lines(early: report.Report | None) -> list[str]:

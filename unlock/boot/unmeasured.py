@@ -28,7 +28,7 @@ _IMMUTABLE = 0x10
 
 
 def close_channels(paths: Paths) -> str:
-    """Deletes SystemdOptions if systemd would obey it; nothing else uses it. Returns what `open_channels` still finds."""
+    """Deletes SystemdOptions if systemd would obey it; nobody else does. Returns what `open_channels` still finds."""
     if has_options(paths) and delete_options(paths):
         log.console("the EFI variable SystemdOptions was deleted: a command line that nothing measures")
     return open_channels(paths)

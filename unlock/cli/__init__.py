@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 def _init(paths: Paths, options: argparse.Namespace) -> int:
     from ..host import this_boot
     from ..operations import baseline
-    from ..operations.init import OVERRIDES, Choices, init
+    from ..operations.init import OVERRIDES, InitChoices, init
 
     unknown = set(options.accept) - OVERRIDES.keys()
     if unknown:
@@ -116,7 +116,7 @@ def _init(paths: Paths, options: argparse.Namespace) -> int:
     with password, owner:
         found = init(
             paths,
-            Choices(
+            InitChoices(
                 options.backup,
                 password,
                 frozenset(options.accept),
@@ -166,14 +166,14 @@ def _check(paths: Paths, options: argparse.Namespace) -> int:
     from ..operations import check
 
     found = check.check(paths)
-    print(json.dumps(check.fields(found), indent=1) if options.json else check.text(found))
-    return check.STATUS[found.verdict]
+    print(json.dumps(check.to_json(found), indent=1) if options.json else check.to_text(found))
+    return check.EXIT_STATUS[found.verdict]
 
 
 def _group_create(paths: Paths, options: argparse.Namespace) -> int:
-    from ..operations.group import group_create
+    from ..operations.group import create_group
 
-    group = group_create(paths, _wanted(options))
+    group = create_group(paths, _wanted(options))
     log.note(f"group {group.name}: {len(group.members)} disk(s) at {options.mount}")
     return 0
 
@@ -194,12 +194,12 @@ def _wanted(options: argparse.Namespace) -> "NewGroup":
 
 
 def _disk_adopt(paths: Paths, options: argparse.Namespace) -> int:
-    from ..operations.group import disk_adopt
+    from ..operations.group import adopt_disk
 
     with keys.secret(
         options.passphrase_file, "unlock.passphrase", f"passphrase of {options.device}", "--passphrase-file"
     ) as passphrase:
-        group = disk_adopt(
+        group = adopt_disk(
             paths,
             options.device,
             options.group,

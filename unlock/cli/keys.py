@@ -127,9 +127,9 @@ def _client(options: argparse.Namespace, name: str) -> "tuple[config.ProviderCon
     key_file = os.path.abspath(options.client_key) if options.client_key_stays else ""
     ca = os.path.abspath(options.ca)
     settings = config.ProviderConfig(
-        name, tuple(options.endpoint), ca, key_file, config.TIMEOUT, config.username(options.username)
+        name, tuple(options.endpoint), ca, key_file, config.TIMEOUT, config.check_username(options.username)
     )
-    certificate, key = access.public(options.client_cert), ask.from_file(options.client_key)
+    certificate, key = access.read_public_pem(options.client_cert), ask.from_file(options.client_key)
     return settings, provider.Client(certificate, key, _password(options) if options.username else None)
 
 
@@ -138,7 +138,7 @@ def _password(options: argparse.Namespace) -> Secret:
     return secret(options.password_file, PASSWORD, "password at the key manager", "--password-file")
 
 
-def kmip_at_init(options: argparse.Namespace) -> "init.Kmip":
+def kmip_at_init(options: argparse.Namespace) -> "init.KeyManager":
     """Raises Usage unless the choice of persistence was made by name."""
     from ..operations import init
 
@@ -148,7 +148,7 @@ def kmip_at_init(options: argparse.Namespace) -> "init.Kmip":
             "--persistence enabled (it boots without the network, for whoever takes all of it too) or disabled",
         )
     settings, client = _client(options, options.name)
-    return init.Kmip(settings, client.certificate, client.key, options.persistence == "enabled", client.password)
+    return init.KeyManager(settings, client, options.persistence == "enabled")
 
 
 def secret(file: str | None, credential: str, prompt: str, flag: str) -> Secret:
@@ -212,7 +212,7 @@ def _tell(outcomes: "list[rotation.Outcome]", as_json: bool = False) -> int:
 def _provider_list(paths: Paths, options: argparse.Namespace) -> int:
     from ..operations import provider
 
-    rows = provider.names(paths)
+    rows = provider.list_providers(paths)
     if options.json:
         print(json.dumps(rows, indent=1))
         return 0
@@ -235,7 +235,7 @@ def _provider_add(paths: Paths, options: argparse.Namespace) -> int:
 
     settings, client = _client(options, options.name)
     with client.key, client.password or Secret(b""):
-        provider.add(paths, settings, client)
+        provider.add_provider(paths, settings, client)
     log.note(f"provider {options.name} answers; next: unlock provider test {options.name}, unlock provider switch")
     tell_key_file(options)
     return 0
@@ -251,7 +251,7 @@ def tell_key_file(options: argparse.Namespace) -> None:
 def _provider_test(paths: Paths, options: argparse.Namespace) -> int:
     from ..operations import provider
 
-    proofs = provider.test(paths, options.name)
+    proofs = provider.test_provider(paths, options.name)
     rows: list[dict[str, Any]] = [
         {"what": each.what, "error": each.error.code if each.error else "", "detail": str(each.error or "")}
         for each in proofs
@@ -283,9 +283,9 @@ def _provider_renew(paths: Paths, options: argparse.Namespace) -> int:
     if options.password_file or not (options.client_cert or password):
         password = _password(options)
     if options.client_cert:
-        certificate, key = access.public(options.client_cert), ask.from_file(options.client_key)
+        certificate, key = access.read_public_pem(options.client_cert), ask.from_file(options.client_key)
     with key, password or Secret(b""):
-        days = provider.renew(paths, provider.Client(certificate, key, password), options.name)
+        days = provider.renew_client(paths, provider.Client(certificate, key, password), options.name)
     log.note(f"accepted by the key manager, and in use; the certificate is valid for {days} days")
     return 0
 
@@ -349,7 +349,7 @@ def _owner(options: argparse.Namespace) -> Secret:
 def _cache_show(paths: Paths, options: argparse.Namespace) -> int:
     from ..operations import cache
 
-    rows = cache.show(paths)
+    rows = cache.list_keys(paths)
     if options.json:
         print(json.dumps(rows, indent=1))
         return 0
@@ -362,7 +362,7 @@ def _cache_flush(paths: Paths, options: argparse.Namespace) -> int:
     from ..operations import cache
 
     log.note("until the next boot:")
-    for line in cache.consequences(paths):
+    for line in cache.describe_flush(paths):
         log.note(f"  {line}")
     if not options.yes:
         try:

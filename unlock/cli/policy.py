@@ -94,7 +94,7 @@ def _show(paths: Paths, options: argparse.Namespace) -> int:
     from ..operations import policy
 
     found = policy.show(paths, this_boot.tpm_device())
-    print(json.dumps(found, indent=1) if options.json else policy.text(found))
+    print(json.dumps(found, indent=1) if options.json else policy.table(found))
     return 0
 
 
@@ -106,7 +106,7 @@ def _window(paths: Paths, options: argparse.Namespace) -> int:
         found = policy.open_window(paths, options.reboots, options.keep, this_boot.tpm_device(), owner)
         by_hand = len(owner) > 0
     log.note(f"the window is open: only PCRs {', '.join(map(str, found.record.selection))} count")
-    log.note(f"until it closes, {policy.risk(found.record.selection)}")
+    log.note(f"until it closes, {policy.describe_window_risk(found.record.selection)}")
     log.note("what was predicted for the next boot, and the state of the boot before, are dropped")
     if by_hand:
         log.note("the TPM's owner has a password: it is not closed by itself, but by unlock policy close")
@@ -120,7 +120,7 @@ def _close(paths: Paths, options: argparse.Namespace) -> int:
     from ..operations import policy
 
     with _owner(options) as owner:
-        found = policy.close(paths, this_boot.tpm_device(), owner)
+        found = policy.close_window(paths, this_boot.tpm_device(), owner)
     log.note(f"the TPM allows the state of this boot alone, over PCRs {', '.join(map(str, found.record.selection))}")
     return 0
 
@@ -133,7 +133,7 @@ def _set(paths: Paths, options: argparse.Namespace) -> int:
     if not options.pcrs and pin is None:
         raise Usage("what is to be set?", "--pcrs N,N, --pin, or --no-pin")
     with _owner(options) as owner, (pin and pin.typed) or Secret(b""):
-        found = policy.choose(paths, options.pcrs, pin, this_boot.tpm_device(), owner)
+        found = policy.set_policy(paths, options.pcrs, pin, this_boot.tpm_device(), owner)
     if options.pcrs:
         numbers = ", ".join(map(str, found.record.selection))
         log.note(f"the TPM allows the state of this boot alone, over PCRs {numbers}")
@@ -156,7 +156,7 @@ def _rebind(paths: Paths, options: argparse.Namespace) -> int:
     log.note("this boot, as the TPM sees it, is what will be allowed:")
     print(explain.to_text(diagnosis.diagnose(evidence.gather_evidence(paths, tcti))))
     pin = _chosen_pin(options)
-    if pin is None and rebind.lacks_pin(paths, tcti):
+    if pin is None and rebind.needs_pin(paths, tcti):
         log.note("a PIN is set, and the key cache lacks what it makes: the same one again, another one, or --no-pin")
         pin = _chosen_pin(options, needed=True)
     with (
@@ -170,7 +170,7 @@ def _rebind(paths: Paths, options: argparse.Namespace) -> int:
     ):
         found = rebind.rebind(
             paths,
-            rebind.Choices(
+            rebind.RebindChoices(
                 recovery,
                 options.backup,
                 password if len(password) else None,

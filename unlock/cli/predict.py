@@ -25,8 +25,8 @@ def _predict(paths: Paths, options: argparse.Namespace) -> int:
     from ..host import this_boot
     from ..operations import predict
 
-    found = predict.run(paths, this_boot.tpm_device(), options.dry_run, options.trust_files)
-    print(json.dumps(predict.fields(found), indent=1) if options.json else predict.text(found))
-    if problem := predict.refused(found):
+    found = predict.predict_and_allow(paths, this_boot.tpm_device(), options.dry_run, options.trust_files)
+    print(json.dumps(predict.to_json(found), indent=1) if options.json else predict.to_text(found))
+    if problem := predict.default_boot_refusal(found):
         raise problem
     return 0

@@ -78,16 +78,16 @@ def _test(paths: Paths, options: argparse.Namespace) -> int:
     from ..keys import delivery
     from ..operations import recovery as recovery_operations
 
-    with delivery.given(options.recovery_key_file) as recovery:
-        rows = recovery_operations.test(paths, recovery)
+    with delivery.read_recovery_key(options.recovery_key_file) as recovery:
+        rows = recovery_operations.test_recovery_key(paths, recovery)
     if options.json:
         disks = [each._asdict() for each in rows]
         print(json.dumps({"version": recovery_operations.VERSION, "disks": disks}, indent=1))
-        return recovery_operations.status(rows)
+        return recovery_operations.exit_status(rows)
     for each in rows:
         what = {"altered": "header altered", "wrong-key": "wrong key"}.get(each.outcome, each.outcome)
         print(f"{each.disk}: {what}" + (f" ({each.detail})" if each.detail else ""))
-    return recovery_operations.status(rows)
+    return recovery_operations.exit_status(rows)
 
 
 def _new(paths: Paths, options: argparse.Namespace) -> int:
@@ -97,11 +97,11 @@ def _new(paths: Paths, options: argparse.Namespace) -> int:
 
     wanted = escrow(options)
     if wanted:
-        door.check(wanted)
-    with delivery.given(options.recovery_key_file) as recovery:
-        changed = recovery_operations.new(paths, recovery)
+        door.check_escrow(wanted)
+    with delivery.read_recovery_key(options.recovery_key_file) as recovery:
+        changed = recovery_operations.renew_keyslots(paths, recovery)
         if wanted:
-            door.write(wanted, recovery)
+            door.write_escrow(wanted, recovery)
     return _tell(changed, options, "")
 
 
@@ -109,7 +109,9 @@ def _rotate(paths: Paths, options: argparse.Namespace) -> int:
     from ..keys import delivery
     from ..operations import recovery as recovery_operations
 
-    changed = recovery_operations.rotate(paths, delivery.Keep(options.recovery_key_file, escrow(options)))
+    changed = recovery_operations.rotate_recovery_key(
+        paths, delivery.Keeper(options.recovery_key_file, escrow(options))
+    )
     return _tell(changed, options, "the recovery key was replaced; next: unlock recovery test")
 
 
@@ -133,7 +135,7 @@ def _open(paths: Paths, options: argparse.Namespace) -> int:
     names = options.group or sorted(State.load(paths).groups)
     if options.recovery_key_file and not options.recovery:
         raise Usage("--recovery-key-file goes with --recovery", "unlock open --recovery --recovery-key-file FILE")
-    keys = [delivery.given(file) for file in options.recovery_key_file]
+    keys = [delivery.read_recovery_key(file) for file in options.recovery_key_file]
     if options.recovery and not keys:
         with ask.credential(delivery.CREDENTIAL) or ask.anyone("recovery key", delivery.FLAG) as text:
             keys = [recovery_key.parse(text)]

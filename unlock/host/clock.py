@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the time of day can be believed: a certificate that is not valid yet may only mean that it is not set."""
+"""Tells whether the time of day is set, and waits until it is: before that, a valid certificate may not seem valid yet.
+
+`unlock sync` waits here when a server's certificate is not valid yet.
+"""
 
 import ctypes
 import os
 import time
 
 PATIENCE = 600.0
-"""Seconds that `wait` waits at most."""
+"""Seconds that `wait_until_set` waits at most."""
 _ERROR = 5
 _SYNCHRONISED = "/run/systemd/timesync/synchronized"
 
@@ -17,8 +20,8 @@ def is_set() -> bool:
     return ctypes.CDLL(None).adjtimex(buffer) != _ERROR or os.path.exists(_SYNCHRONISED)
 
 
-def wait() -> bool:
-    """Until it is set. False when that took too long, or when it was set all along: waiting is no help then."""
+def wait_until_set() -> bool:
+    """Waits until the clock is set. False when that took longer than PATIENCE, or when the clock was set all along."""
     if is_set():
         return False
     end = time.monotonic() + PATIENCE

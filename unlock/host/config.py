@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""/etc/unlock/unlock.toml: what a person edits."""
+"""Reads /etc/unlock/unlock.toml, the configuration that a person edits, and appends tables to it.
+
+Every command reads it; `init`, `group create`, `disk adopt` and `provider add` append. unlock.toml(5) is its reference.
+"""
 
 import os
 from typing import Any, NamedTuple, TypeVar
@@ -66,13 +69,15 @@ class SyncConfig(NamedTuple):
 
 
 class Config(NamedTuple):
+    """The whole file."""
+
     groups: dict[str, GroupConfig]
     providers: dict[str, ProviderConfig]
     sync: SyncConfig
 
 
 def parse(text: str) -> Config:
-    """Raises Malformed that names the key, NewerFormat."""
+    """The configuration in a file's text. Raises Malformed that names the key, NewerFormat."""
     import tomllib
 
     try:
@@ -95,7 +100,7 @@ def _group(name: str, table: Any) -> GroupConfig:
     _only(table, {"mount", "type", "options", "deadline", "policy"}, where)
     mount = _line(table, "mount", where)
     try:
-        mount = mount and mount_point(mount)
+        mount = mount and normalise_mount_point(mount)
     except Usage as error:
         raise _bad(f"{where}mount: {error}") from error
     deadline = _get(table, "deadline", DEADLINE, where)
@@ -129,7 +134,7 @@ def _provider(name: str, table: Any) -> ProviderConfig:
     if not 1 <= timeout <= 300:
         raise _bad(f"{where}timeout is not from 1 to 300")
     try:
-        user = username(_get(table, "username", "", where))
+        user = check_username(_get(table, "username", "", where))
     except Usage as error:
         raise _bad(f"{where}username: {error}") from error
     return ProviderConfig(name, tuple(endpoints), files["ca"], files["client_key"], timeout, user)
@@ -185,7 +190,7 @@ def provider_table(provider: ProviderConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def append(path: str, table: str) -> None:
+def append_table(path: str, table: str) -> None:
     """Adds a table to the file; the text that is there stays as it is. Raises Malformed, OSError."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -197,15 +202,15 @@ def append(path: str, table: str) -> None:
     write_atomically(path, text.encode(), mode=0o644)
 
 
-def username(text: str) -> str:
-    """Of a key manager's client. Raises Usage."""
+def check_username(text: str) -> str:
+    """A user name of a key manager's client, unchanged. Raises Usage for one that cannot be."""
     if not (text.isascii() and text.isprintable()) or len(text) > USERNAME_MAX:
         raise Usage(f"{text!r} cannot be a user name", f"up to {USERNAME_MAX} printable ASCII characters")
     return text
 
 
-def mount_point(path: str) -> str:
-    """The path as systemd names its mount unit: without empty parts, `.` and the last slash. Raises Usage."""
+def normalise_mount_point(path: str) -> str:
+    """The mount point without empty parts, `.` and the last slash, as systemd names its mount unit. Raises Usage."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if not path.startswith("/") or not parts or ".." in parts or not path.isprintable():
         raise Usage(f"{path!r} cannot be a mount point", "give an absolute path")

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of this boot in /run/unlock, which the initramfs scripts, the gates and `status` read.
+"""Reads and writes the files of this boot in /run/unlock: for the initramfs scripts, the gates and `unlock status`.
 
-report.json      what early boot did            verdict    its verdict, one word
+report.json      the report of early boot            verdict    its verdict, one word
 idle             every present disk has an outcome
-failed           a disk of this host that is present did not open
-waiting          the boot scripts wait for the agent: it may ask a person
-asking           it does: no deadline runs
+failed           a present disk of this host did not open
+waiting          the boot scripts wait for the agent, which may ask a person
+asking           the agent asks a person: no deadline runs
 capped           the TPM confirmed the cap
-dropped          what the TPM had opened was closed before a shell
+dropped          the disks that the TPM's key had opened were closed before a shell started
 shown.json       the errors that the recovery shell has shown
 recovered        the recovery prompt opened disks, or tried to
 ended            the agent ended in order: keys and disks are handed over, or closed
@@ -15,7 +15,7 @@ open/G           link to a mapping of group G, which is open; members/G lists th
 failed-groups/G  its gate failed; the units that waited
 spoofed/G        something else was mounted in the place of its file system
 keys.json        where each cached key came from
-sync.json        how the last sync went
+sync.json        the outcome of the last sync
 """
 
 import os
@@ -28,8 +28,8 @@ from . import keyring
 from .report import Report, encode, read
 
 
-def tell(paths: Paths, record: Report) -> None:
-    """Report, open groups, failures, and last `idle`."""
+def publish(paths: Paths, record: Report) -> None:
+    """Writes what early boot did: open groups, failures, the report, and `idle` last."""
     for name, group in record.groups.items():
         if group.outcome == "open":
             mark_open(paths, name, group.mappings)
@@ -42,7 +42,7 @@ def tell(paths: Paths, record: Report) -> None:
 
 
 def write_report(paths: Paths, record: Report, name: str) -> None:
-    """Whole or not at all; /run needs no fsync."""
+    """Writes a report, whole or not at all; /run needs no fsync."""
     path = paths.of_this_boot(name)
     with open(f"{path}.new", "wb") as file:
         file.write(encode(record))
@@ -90,6 +90,7 @@ def open_groups(paths: Paths) -> dict[str, set[str]]:
 
 
 def unmark(paths: Paths, *names: str) -> None:
+    """Removes a file below /run/unlock; one that is not there is fine."""
     try:
         os.unlink(paths.of_this_boot(os.path.join(*names)))
     except FileNotFoundError:
@@ -97,7 +98,7 @@ def unmark(paths: Paths, *names: str) -> None:
 
 
 def failed_groups(paths: Paths) -> list[str]:
-    """Groups whose gate failed."""
+    """Names of the groups whose gate failed, sorted."""
     try:
         return sorted(os.listdir(paths.of_this_boot("failed-groups")))
     except FileNotFoundError:
@@ -105,7 +106,8 @@ def failed_groups(paths: Paths) -> list[str]:
 
 
 def mark_failed(paths: Paths, group: str, waiting: list[str]) -> None:
-    """Its gate failed; the units that waited. Written beside the folder: a group may have any name in it."""
+    """Marks that the gate of a group failed, with the units that waited for it. The file is written beside the folder
+    and moved into it: every name in the folder is that of a group."""
     import json
 
     os.makedirs(paths.of_this_boot("failed-groups"), mode=0o700, exist_ok=True)
@@ -115,27 +117,27 @@ def mark_failed(paths: Paths, group: str, waiting: list[str]) -> None:
     os.rename(new, paths.of_this_boot(os.path.join("failed-groups", group)))
 
 
-def remember(paths: Paths, source: str, keys: dict[str, Secret]) -> None:
-    """Caches keys by name, and records first where they come from: `TPM`, a disk's token included; `provider`; `PIN`;
-    `made` on this host; `cache` for one that is there already, whose record stays. Raises UnlockError.
+def cache_keys(paths: Paths, source: str, keys: dict[str, Secret]) -> None:
+    """Puts keys into the key cache by name, and records first where they came from: `TPM`, a disk's token included;
+    `provider`; `PIN`; `made` on this host. With `cache`, does nothing: the keys are there already. Raises UnlockError.
 
-    Each is persisted already, or never is.
+    The caller has persisted each key, or never does.
     """
     if source == "cache":
         return
-    write_json(paths, "keys.json", {**sources(paths), **dict.fromkeys(keys, source)})
+    write_json(paths, "keys.json", {**key_sources(paths), **dict.fromkeys(keys, source)})
     for name, key in keys.items():
         keyring.put(name, key)
 
 
-def sources(paths: Paths) -> dict[str, str]:
-    """Name of a cached key -> where it came from."""
+def key_sources(paths: Paths) -> dict[str, str]:
+    """Name of each cached key -> where it came from, as `cache_keys` recorded it."""
     found = read_json(paths, "keys.json")
     return {str(key): str(source) for key, source in found.items()}
 
 
 def write_json(paths: Paths, name: str, content: dict[str, Any]) -> None:
-    """Whole or not at all; /run needs no fsync."""
+    """Writes a JSON object, whole or not at all; /run needs no fsync."""
     import json
 
     path = paths.of_this_boot(name)
@@ -146,7 +148,7 @@ def write_json(paths: Paths, name: str, content: dict[str, Any]) -> None:
 
 
 def read_json(paths: Paths, name: str) -> dict[str, Any]:
-    """Empty when there is none that can be read."""
+    """A JSON object of this boot; empty where there is none that can be read."""
     import json
 
     try:
@@ -168,7 +170,7 @@ def tpm_device() -> str:
     return find_tpm() or TPM_DEVICE
 
 
-def early(paths: Paths) -> Report | None:
+def read_early_report(paths: Paths) -> Report | None:
     """The report of early boot, or None when there is none that can be read."""
     try:
         return read(paths.of_this_boot("report.json"))

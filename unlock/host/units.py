@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of systemd units, and starting those of a group."""
+"""The systemd units of a group: their names, and starting them. For the gates and for the commands that open groups."""
 
 import os
 
@@ -9,7 +9,7 @@ _PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 
 
 def escape_path(path: str) -> str:
-    """A normalised absolute path as the first part of a unit name, as `systemd-escape --path` (systemd.unit(5))."""
+    """A normalised absolute path escaped as a unit name, as `systemd-escape --path` (systemd.unit(5))."""
     text = path.strip("/")
     return (
         "".join(
@@ -20,23 +20,23 @@ def escape_path(path: str) -> str:
     )
 
 
-def gate(group: str) -> str:
-    """The service that is done when the group is open. A group's name needs no escaping."""
+def gate_unit(group: str) -> str:
+    """The service of the group's gate, which ends when the group is open. A group's name needs no escaping."""
     return f"unlock-group@{group}.service"
 
 
-def running() -> bool:
+def is_systemd_running() -> bool:
     """Whether systemd is the init of this system."""
     return os.path.exists("/run/systemd/system")
 
 
-def start(group: str, mount_point: str) -> None:
-    """Gate and mount of a group that is open. Raises CommandFailed."""
-    run(["systemctl", "start", gate(group)])
+def start_group(group: str, mount_point: str) -> None:
+    """Starts the gate and the mount of a group that is open. Raises CommandFailed."""
+    run(["systemctl", "start", gate_unit(group)])
     if mount_point:
-        run(["systemctl", "start", mount(mount_point)])
+        run(["systemctl", "start", mount_unit(mount_point)])
 
 
-def mount(path: str) -> str:
-    """The unit of a mount point."""
+def mount_unit(path: str) -> str:
+    """The mount unit of a mount point."""
     return f"{escape_path(path)}.mount"

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys for the running host, in this order: key cache, what the disks carry (the TPM's care), provider.
+"""Gets the keys that a command on the running host needs: from the key cache, else from the disks, else from a
+provider.
 
-A Work is one command or service that needs keys: the state, the persistence key, the disks, and the providers that it
-had to ask. Nothing is asked of a provider before its key is needed.
+`Work` is one run of a command or service that needs keys: it holds the state, the persistence key, the disks and the
+connections to providers. It asks a provider only when neither key cache nor disks have the key.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from .. import ask
 from ..disks import devices, disk_keys, find, luks, token
@@ -22,17 +24,18 @@ OPENS = USABLE | {PRE_ACTIVE, DEACTIVATED, COMPROMISED}
 """States in which a key that is in use still opens disks, unless the operator's `drop_on` says otherwise."""
 
 Connect = Callable[[Paths, State, Secret | None, ProviderEntry], Provider]
-"""Gives the provider of an entry of the state. Raises UnlockError."""
+"""Connects to the provider of an entry of the state. Raises UnlockError."""
 
 
 def connect(paths: Paths, state: State, persistence: Secret | None, entry: ProviderEntry) -> Provider:
-    """The real one. `persistence` is None when the TPM refused: then a client key in a file is all there is."""
+    """The provider of an entry. `persistence` is None when the TPM refused: then only a key manager whose client key is
+    in a file can be asked. Raises NoKey, Tampered, Usage, Refused, Malformed."""
     if entry.kind == "native":
         if persistence is None:
             raise NoKey("the native provider's key is wrapped by the persistence key", "unlock status")
         return native.Native(state.kdk(persistence, entry), entry.scope)
     settings = provider_settings(paths, entry)
-    return kmip(
+    return connect_kmip(
         settings,
         provider_id=entry.id,
         certificate=entry.client_cert,
@@ -68,7 +71,7 @@ def provider_settings(paths: Paths, entry: KmipEntry) -> config.ProviderConfig:
     return settings
 
 
-def kmip(
+def connect_kmip(
     settings: config.ProviderConfig,
     *,
     provider_id: str,
@@ -85,7 +88,7 @@ def kmip(
         KmipSettings(
             id=provider_id,
             endpoints=tuple(map(Endpoint.parse, settings.endpoints)),
-            ca=public(settings.ca),
+            ca=read_public_pem(settings.ca),
             certificate=certificate,
             key=key,
             username=settings.username,
@@ -95,15 +98,15 @@ def kmip(
     )
 
 
-def certificate_until(certificate: str) -> int:
+def certificate_end(certificate: str) -> int:
     """When a PEM certificate ends, in seconds since 1970. Raises Malformed."""
     from ..providers.kmip import tls
 
     return int(tls.validity(certificate)[1])
 
 
-def public(path: str) -> str:
-    """A PEM file without secrets. Raises Usage."""
+def read_public_pem(path: str) -> str:
+    """The text of a PEM file that holds no secrets. Raises Usage."""
     try:
         with open(path, encoding="ascii") as file:
             return file.read(1 << 20)
@@ -112,13 +115,14 @@ def public(path: str) -> str:
 
 
 class Work:
-    """Raises Refused when the host is not initialised, NoKey as `persistence_key` does."""
+    """One run of a command that needs keys. The constructor raises Refused when the host is not initialised, NoKey as
+    `read_persistence_key` does."""
 
     def __init__(self, paths: Paths, look: find.Look = find.look, connect: Connect = connect) -> None:
         self.paths = paths
         self.state = State.load(paths)
         self.settings = config.load(paths.config)
-        self.persistence = persistence_key()
+        self.persistence = read_persistence_key()
         self.look = look
         self._connect = connect
         self._providers: dict[str, Provider] = {}
@@ -148,15 +152,17 @@ class Work:
         return {uuid: node for uuid, node in found.items() if node}
 
     def host_key(self) -> Secret:
-        """The host key: kept, cached, or the provider's. ELSEWHERE where it is not kept on the disks either."""
+        """The host key from the state; NOT_KEPT where this host does not keep it, so that tokens do not carry it."""
         return self.state.host_key(self.persistence) or Secret(disk_keys.NOT_KEPT)
 
     def opens(self) -> frozenset[str]:
+        """The states of a provider's key in which it may open disks."""
         return OPENS - self.settings.sync.drop_on
 
 
-def persistence_key() -> Secret:
-    """Raises NoKey when this boot was not unsealed, or the key cache was flushed."""
+def read_persistence_key() -> Secret:
+    """The persistence key, from the key cache. Raises NoKey when this boot was not unsealed, or the cache was
+    flushed."""
     try:
         return keyring.get("unlock:persistence")
     except NoKey as error:
@@ -173,25 +179,25 @@ def key_ref(entry: ProviderEntry, key_id: str, name: str) -> Ref:
 
 
 def key_name(host: str, kind: str, generation: int) -> str:
-    """The unique name that a key gets at the provider. `kind` is `host` or `kek/GROUP`."""
+    """The name of a key at the provider, which no other key has. `kind` is `host` or `kek/GROUP`."""
     return f"unlock/{host}/{kind}/{generation}"
 
 
-def cached(kek_id: str, generation: int) -> str:
-    """The name of a KEK in the key cache."""
+def cache_name(kek_id: str, generation: int) -> str:
+    """The name of a KEK in the key cache; each generation has its own."""
     return f"unlock:kek:{kek_id}:{generation}"
 
 
 def find_kek(
     work: Work, group: Group, nodes: dict[str, str] | None = None, states: frozenset[str] | None = None
 ) -> tuple[Secret, str]:
-    """The KEK of a group and its source: `cache`, `TPM` or `provider`. Raises ProviderError.
+    """The KEK of a group and where it came from: `cache`, `TPM` (a disk's token) or `provider`. Raises ProviderError.
 
-    `nodes`: LUKS UUID -> node of members, where the caller knows them. `states`: in which the provider may give it, by
-    default those in which it opens disks.
+    `nodes`: LUKS UUID -> node of members, where the caller knows them. `states`: the states of the key in which the
+    provider may give it; by default those in which it opens disks.
     """
     try:
-        return keyring.get(cached(group.kek, group.generation)), "cache"
+        return keyring.get(cache_name(group.kek, group.generation)), "cache"
     except NoKey:
         pass
     nodes = work.nodes(group) if nodes is None else nodes
@@ -205,13 +211,13 @@ def find_kek(
     if which not in work.fetched:
         entry = work.state.provider_of(group.kek)
         kek_id = key_ref(entry, group.kek, group.kek_name).id
-        work.fetched[which] = work.provider(entry).fetch(kek_id, states or work.opens(), prover(work, group, nodes))
+        work.fetched[which] = work.provider(entry).fetch(kek_id, states or work.opens(), kek_prover(work, group, nodes))
     return Secret(bytes(work.fetched[which])), "provider"
 
 
-def prover(work: Work, group: Group, nodes: dict[str, str]) -> Callable[[Secret], None]:
-    """A key that claims to be the group's KEK must unwrap a volume key that is wrapped with that KEK, of any member:
-    one that was tampered with does not hold up the others."""
+def kek_prover(work: Work, group: Group, nodes: dict[str, str]) -> Callable[[Secret], None]:
+    """A check for a key from a provider: the group's KEK must unwrap the volume key of some member. A member that was
+    tampered with does not hold up the others. The check raises Tampered."""
 
     def prove(kek: Secret) -> None:
         trouble = None
@@ -230,7 +236,7 @@ def prover(work: Work, group: Group, nodes: dict[str, str]) -> Callable[[Secret]
 
 
 def _tokens(work: Work, node: str, group: Group) -> list[token.Token]:
-    """The tokens of a disk that say that they are under this KEK of the group."""
+    """The tokens of a disk whose fields name this KEK of the group."""
     try:
         with luks.Container(node) as container:
             found = disk_keys.read_tokens(container, work.state.host)
@@ -240,37 +246,46 @@ def _tokens(work: Work, node: str, group: Group) -> list[token.Token]:
     return [each for each in found if (each.group, each.kek_id, each.kek_generation) == said]
 
 
+@contextmanager
+def token_keys(work: Work, *, kek: Secret, mac_key: Secret) -> Iterator[disk_keys.Keys]:
+    """The keys that a token is made with. Takes `kek` and `mac_key` over and wipes them."""
+    with kek, mac_key, work.host_key() as host_key:
+        yield disk_keys.Keys(persistence=work.persistence, host_key=host_key, kek=kek, mac_key=mac_key)
+
+
 def wanted_policy(work: Work, group: Group) -> str:
-    """What configuration and `unlock persistence` ask for. The root file system cannot wait for a network."""
+    """`persistent` or `provider`, as configuration and `unlock persistence` say. A group with the root file system is
+    always persistent: it cannot wait for a network."""
     setting = work.settings.groups.get(group.name)
     if any(member.name in devices.mappings_below("/") for member in group.members):
         return "persistent"
     return "provider" if not work.state.persistent or (setting and setting.policy == "provider") else "persistent"
 
 
-def new_key(provider: Provider, name: str, prove: Callable[[Secret], None] | None = None) -> tuple[Ref, Secret]:
-    """A key made, activated and fetched under a name; found again by it after a kill. Raises ProviderError."""
+def make_key(provider: Provider, name: str, prove: Callable[[Secret], None] | None = None) -> tuple[Ref, Secret]:
+    """Makes a key at the provider under a name, activates and fetches it; after a kill, finds it by that name. Raises
+    ProviderError."""
     made = provider.create(name)
     provider.activate(made.id)
     return made, provider.fetch(made.id, prove=prove) if prove else provider.fetch(made.id)
 
 
-def dek(work: Work, container: luks.Container, group: Group) -> Secret:
-    """The volume key of a member from whichever of its tokens gives it, old or new.
+def find_volume_key(work: Work, container: luks.Container, group: Group) -> Secret:
+    """The volume key of a member, from the first of its tokens, old or new, that gives it.
 
     Raises Tampered, ProviderError, NotOurs.
     """
     trouble: UnlockError | None = None
     for each in disk_keys.read_tokens(container, work.state.host):
         try:
-            return _dek(work, container, each, group)
+            return _volume_key(work, container, each, group)
         except UnlockError as error:
             trouble = error
     assert trouble
     raise trouble
 
 
-def _dek(work: Work, container: luks.Container, each: token.Token, group: Group) -> Secret:
+def _volume_key(work: Work, container: luks.Container, each: token.Token, group: Group) -> Secret:
     try:
         return disk_keys.unwrap_volume_key(container, each, work.persistence)
     except NoKey:

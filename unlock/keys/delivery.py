@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a recovery key comes to whoever keeps it, and back: a file, a terminal, escrow.
+"""Delivers a recovery key to whoever keeps it, by a file, the terminal or escrow, and reads it back from them.
 
-Nothing depends on a new key before it is with its keeper: the file is durable, the escrow read back, or the key typed
-back by a person.
+`group create`, `disk adopt` and `recovery rotate` deliver a new key before any disk depends on it: its file is durable,
+its escrow file has been read back, or a person has typed it back.
 """
 
 import os
@@ -12,49 +12,50 @@ from .. import ask, log
 from ..errors import Refused, Usage
 from ..secret import Secret
 from . import recovery_key
-from .escrow import Escrow, check, write
+from .escrow import Escrow, check_escrow, write_escrow
 
 CREDENTIAL = "unlock.recovery-key"
 FLAG = "--recovery-key-file"
 
 
-class Keep(NamedTuple):
-    """Where the key is, or goes. With neither, a terminal."""
+class Keeper(NamedTuple):
+    """Where the recovery key is kept. With neither file nor escrow, a person keeps it: the key is shown at the
+    terminal."""
 
     file: str = ""
     escrow: Escrow | None = None
 
 
-def given(file: str = "") -> Secret:
-    """The recovery key that there is: from a file, a systemd credential, or asked for. Raises Usage."""
+def read_recovery_key(file: str = "") -> Secret:
+    """The present recovery key, from a file, a systemd credential, or typed at the terminal. Raises Usage."""
     text = ask.from_file(file) if file else ask.credential(CREDENTIAL)
     with text or ask.terminal("recovery key of this host", FLAG) as typed:
         return recovery_key.parse(typed)
 
 
-def made(keep: Keep) -> Secret:
-    """A new one, with its keeper; or the one that a file holds, which an attempt that was killed may have written.
+def make_recovery_key(keep: Keeper) -> Secret:
+    """Makes a recovery key and delivers it; takes the key in a file that exists, as a killed attempt may have left it.
 
     Raises Usage, Refused, Malformed, CommandFailed, OSError.
     """
     if keep.escrow:
-        check(keep.escrow)
-    recovery = given(keep.file) if keep.file and os.path.exists(keep.file) else recovery_key.new()
-    hand(keep, recovery)
+        check_escrow(keep.escrow)
+    recovery = read_recovery_key(keep.file) if keep.file and os.path.exists(keep.file) else recovery_key.new()
+    deliver(keep, recovery)
     return recovery
 
 
-def hand(keep: Keep, recovery: Secret) -> None:
-    """Brings a key to its keeper; a file that holds it already will do. Raises Usage for a file that holds another,
-    Refused, Malformed, CommandFailed, OSError."""
+def deliver(keep: Keeper, recovery: Secret) -> None:
+    """Writes the key to its file and its escrow file, or shows it and has it typed back. A file that holds the key
+    already stays. Raises Usage for a file that holds another key, Refused, Malformed, CommandFailed, OSError."""
     if keep.file and os.path.exists(keep.file):
-        with given(keep.file) as held:
+        with read_recovery_key(keep.file) as held:
             if held != recovery:
                 raise Usage(f"{keep.file} holds another key", f"{FLAG} with a file that does not exist yet")
     elif keep.file:
         recovery_key.write_new_file(keep.file, recovery)
     if keep.escrow:
-        write(keep.escrow, recovery)
+        write_escrow(keep.escrow, recovery)
     if not keep.file and not keep.escrow:
         _show_and_type_back(recovery)
 

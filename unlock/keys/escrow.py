@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Escrow: the recovery key encrypted to an organisation's public key, for whoever has the private key to read.
+"""Encrypts the recovery key to an organisation's public key, and writes the escrow file.
 
 To an X.509 certificate the file is CMS EnvelopedData (RFC 5652) as PEM: one recipient, the content key by RSA, the
 content by AES-CBC. To age recipients it is an armored age file (age-encryption.org/v1), by age(1). The content is the
@@ -55,17 +55,19 @@ class Escrow(NamedTuple):
     """The encrypted key; must not exist."""
 
 
-def check(escrow: Escrow) -> None:
-    """Before anything is changed: something is encrypted to it. Raises Usage, Refused, Malformed, CommandFailed."""
+def check_escrow(escrow: Escrow) -> None:
+    """Encrypts a sample to the recipients, and writes nothing: callers do it before they change anything. Raises Usage,
+    Refused, Malformed, CommandFailed."""
     if os.path.lexists(escrow.file):
         raise Usage(f"{escrow.file} exists already", "name a file that does not exist yet")
     with recovery_key.new() as sample:
         _sealed(escrow.to, sample)
 
 
-def write(escrow: Escrow, key: Secret) -> None:
-    """Durable, and read back: what was written is there, and is for these recipients, as far as that can be told
-    without a private key. Replaces what is there. Raises Usage, Refused, Malformed, CommandFailed, OSError."""
+def write_escrow(escrow: Escrow, key: Secret) -> None:
+    """Writes the escrow file durably, in place of what is there, and reads it back. Checks that it is for these
+    recipients, as far as that can be told without a private key. Raises Usage, Refused, Malformed, CommandFailed,
+    OSError."""
     sealed = _sealed(escrow.to, key)
     write_atomically(os.path.abspath(escrow.file), sealed)
     with open(escrow.file, "rb") as file:

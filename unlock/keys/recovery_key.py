@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recovery key as a person sees it: 128 random bits, 8 groups of 6 digits, e.g. 123453-003520-….
+"""Makes and parses recovery keys: 128 random bits, printed as 8 groups of 6 digits, e.g. 123453-003520-….
 
 The passphrase of the LUKS2 keyslot is exactly the printed ASCII, dashes included. Group i (0 to 7) prints
 16 bits v as the number 11 v + i + 1. A digit typed wrong changes the number by d * 10^k, which 11 does not
@@ -25,7 +25,7 @@ def new() -> Secret:
 
 
 def parse(typed: Secret) -> Secret:
-    """The key as printed, from what was typed: dashes and blanks may be missing or be others.
+    """The key as printed, from what a person typed: dashes and blanks may be missing, or be others.
 
     Raises Usage that names the first group that cannot be right; the digits are never in the message.
     """
@@ -37,7 +37,7 @@ def parse(typed: Secret) -> Secret:
         )
     parts = [digits[i * DIGITS : (i + 1) * DIGITS] for i in range(GROUPS)]
     for i, part in enumerate(parts):
-        if not fits(i, int(part)):
+        if not group_fits(i, int(part)):
             raise Usage(
                 f"group {i + 1} of the recovery key is mistyped, or not in its place",
                 code="recovery-key-typo",
@@ -45,7 +45,7 @@ def parse(typed: Secret) -> Secret:
     return Secret(b"-".join(parts))
 
 
-def fits(place: int, number: int) -> bool:
+def group_fits(place: int, number: int) -> bool:
     """Whether a group of this number may stand at this place, 0 to 7."""
     word, rest = divmod(number, 11)
     return rest == place + 1 and word <= 0xFFFF

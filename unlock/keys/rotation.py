@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A group gets a new KEK: the one order, for `rekey`, `sync` and `provider switch` alike.
+"""Replaces the KEK of a group: the one sequence of writes, which `rekey`, `sync` and `provider switch` all use.
 
     journal ──> key made and active at the provider, found by its name after a kill ──> fetched, proven ──>
     each disk: token with the new KEK beside the old, read back, proven, the old removed ──>
     state: the new KEK, members that were away, the KEK to retire; the journal closed in the same rename ──>
     cache ──> the old KEK retired at the provider once no disk may need it, never destroyed
 
-Volume keys and data stay as they are. A disk that fails or is away keeps what opens it, and is done when it is back.
+Volume keys and data stay as they are. A disk that fails or is away keeps its old token, and `sync` rewrites it when it
+is back.
 """
 
 from typing import NamedTuple
@@ -29,7 +30,7 @@ FORMER_MAX = 64
 
 
 class Outcome(NamedTuple):
-    """What became of one group."""
+    """The result for one group."""
 
     group: str
     generation: int
@@ -40,8 +41,9 @@ class Outcome(NamedTuple):
     """Mapping name -> why its token is not."""
 
 
-def rotate(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
-    """A new KEK for a group: one that the provider makes, or, with `adopt`, the one that the KMS has put in its place.
+def rotate_kek(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
+    """Replaces the KEK of a group by one that the provider makes, or, with `adopt`, by the one that the key manager
+    made.
 
     Raises ProviderError, DiskFailed, Refused ("missing" when no member is here): then no disk has changed. After a
     kill, call it again.
@@ -56,11 +58,11 @@ def rotate(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
         entry = Rekey("rekey", name, generation=state.next_generation(name), made=made, theirs=bool(adopt))
         state.begin(entry)
     try:
-        new = successor(group, work.provider().id, _made(work, group, entry), entry.generation)
-        with new_kek(work, new) as kek:
-            return replace(work, group, new, kek, journal=None, retires=not entry.theirs)
+        new = successor(group, work.provider().id, _make_successor(work, group, entry), entry.generation)
+        with fetch_new_kek(work, new) as kek:
+            return replace_kek(work, group, new, kek, journal=None, retires=not entry.theirs)
     except UnlockError as error:
-        if not _begun(work, group, entry.generation):
+        if not _has_reached_a_disk(work, group, entry.generation):
             if isinstance(error, StateBlocked):
                 state.skip_generation(name, entry.generation)
             state.journal = None
@@ -68,8 +70,8 @@ def rotate(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
         raise
 
 
-def _made(work: Work, group: Group, entry: Rekey) -> Ref:
-    """The key that takes over, from the journal or made now."""
+def _make_successor(work: Work, group: Group, entry: Rekey) -> Ref:
+    """The new key at the provider, from the journal or made now."""
     if entry.made:
         return Ref(*entry.made)
     old = access.key_ref(work.state.provider_of(group.kek), group.kek, group.kek_name)
@@ -79,14 +81,14 @@ def _made(work: Work, group: Group, entry: Rekey) -> Ref:
     return made
 
 
-def new_kek(work: Work, new: Group) -> Secret:
-    """The KEK that takes over. When an earlier run was killed, a disk or the cache may have it already, and what
-    the provider gives must be the same one."""
+def fetch_new_kek(work: Work, new: Group) -> Secret:
+    """The new KEK. When an earlier run was killed, a disk or the cache may have it already; the provider must then give
+    the same one."""
     return access.find_kek(work, new, states=USABLE)[0]
 
 
 def successor(group: Group, provider_id: str, made: Ref, generation: int) -> Group:
-    """The group under its new KEK; nobody is confirmed yet."""
+    """The group under its new KEK, with every member marked as behind."""
     return group._replace(
         kek=f"{provider_id}/{made.id}",
         kek_name=made.name,
@@ -96,7 +98,7 @@ def successor(group: Group, provider_id: str, made: Ref, generation: int) -> Gro
     )
 
 
-def _begun(work: Work, group: Group, generation: int) -> bool:
+def _has_reached_a_disk(work: Work, group: Group, generation: int) -> bool:
     """Whether a disk has a token under the KEK that this rotation was to bring."""
     for node in work.nodes(group).values():
         try:
@@ -108,17 +110,18 @@ def _begun(work: Work, group: Group, generation: int) -> bool:
     return False
 
 
-def replace(
+def replace_kek(
     work: Work, group: Group, new: Group, kek: Secret, journal: JournalEntry | None, retires: bool = True
 ) -> Outcome:
-    """Disks, then state and what the journal says from then on, then cache, then the old KEK's retirement.
+    """Writes the new KEK to the disks, then the state with `journal` as its new entry, then the cache; then deactivates
+    the old KEK.
 
-    Raises DiskFailed and others when no disk took it.
+    Raises DiskFailed and others when no disk took the new KEK.
     """
     state = work.state
     if new.policy == "provider":  # no disk will have it
-        _cache(work, new, kek)
-    outcome, new = rewrap(work, new, kek)
+        _cache_kek(work, new, kek)
+    outcome, new = rewrap_disks(work, new, kek)
     state.groups[new.name] = new
     if retires:
         state.retire.append(ReplacedKek(group.kek, new.name))
@@ -126,21 +129,21 @@ def replace(
     state.save()
     if new.policy != "provider":
         try:
-            _cache(work, new, kek)
+            _cache_kek(work, new, kek)
         except UnlockError as error:  # every disk carries it
             log.error(str(error), error.hint)
-    retire(work)
+    retire_keks(work)
     return outcome
 
 
-def _cache(work: Work, group: Group, kek: Secret, source: str = "provider") -> None:
-    this_boot.remember(work.paths, source, {access.cached(group.kek, group.generation): kek})
+def _cache_kek(work: Work, group: Group, kek: Secret, source: str = "provider") -> None:
+    this_boot.cache_keys(work.paths, source, {access.cache_name(group.kek, group.generation): kek})
 
 
-def rewrap(work: Work, group: Group, kek: Secret) -> tuple[Outcome, Group]:
-    """Every member that is here gets a token as the group says; gives the group with those that are behind.
+def rewrap_disks(work: Work, group: Group, kek: Secret) -> tuple[Outcome, Group]:
+    """Writes a new token to every member that is here; returns the group with its other members marked as behind.
 
-    One disk's trouble is its own. Raises that trouble when no disk is left without.
+    A disk that fails does not stop the others. Raises the last failure when no disk was rewritten.
     """
     nodes = work.nodes(group)
     behind: dict[str, str] = {}
@@ -163,12 +166,13 @@ def rewrap(work: Work, group: Group, kek: Secret) -> tuple[Outcome, Group]:
 
 
 def rewrap_disk(work: Work, group: Group, member: Member, node: str, kek: Secret) -> None:
-    """One token beside the old one, read back and proven; then the old one goes. Raises DiskFailed, Tampered."""
+    """Writes a token beside the old one, reads it back and proves it; then removes the old one. Raises DiskFailed,
+    Tampered."""
     state = work.state
     with work.host_key() as host_key, state.mac_key(work.persistence, member.uuid) as mac_key:
         keys = disk_keys.Keys(persistence=work.persistence, host_key=host_key, kek=kek, mac_key=mac_key)
         with luks.Container(node) as container:
-            dek = access.dek(work, container, group)
+            dek = access.find_volume_key(work, container, group)
             each = disk_keys.make_token(container, state.host, group, member, dek, keys)
         with dek:
             disk_keys.write_token(node, each, dek, keys)
@@ -176,39 +180,40 @@ def rewrap_disk(work: Work, group: Group, member: Member, node: str, kek: Secret
 
 
 def set_host_key(work: Work, provider_id: str, ref: Ref, key: Secret) -> None:
-    """A new host key: kept in the state with the former ones first, then in every token. Killed in between, `catch_up`
-    does the rest."""
+    """Replaces the host key: first in the state, which keeps the former one, then in every token. Killed in between,
+    `catch_up_disks` does the rest."""
     state = work.state
     entry = KeyEntry(f"{provider_id}/{ref.id}", ref.name, state.host_key_ref.generation + 1)
     state.set_host_key(entry, persistence=work.persistence, key=key)
     for group in list(state.groups.values()):
         state.groups[group.name] = group._replace(behind=tuple(member.uuid for member in group.members))
     state.save()
-    this_boot.remember(work.paths, "provider", {"unlock:host": key})
-    catch_up(work)
+    this_boot.cache_keys(work.paths, "provider", {"unlock:host": key})
+    catch_up_disks(work)
 
 
 def set_policy(work: Work, group: Group, policy: str) -> Outcome:
-    """Members carry the KEK from now on, or do not; it stays the same one. Raises NoKey, ProviderError, DiskFailed."""
+    """Puts the KEK into the members' tokens (`persistent`), or takes it out of them (`provider`). The KEK stays the
+    same. Raises NoKey, ProviderError, DiskFailed."""
     state = work.state
     if group.policy == policy and not group.behind:
         return Outcome(group.name, group.generation, tuple(member.name for member in group.members), {})
     kek, source = access.find_kek(work, group)
     with kek:
         if policy == "provider" or source == "provider":
-            _cache(work, group, kek, source)
+            _cache_kek(work, group, kek, source)
         new = group._replace(policy=policy, behind=tuple(member.uuid for member in group.members))
         state.groups[group.name] = new
         state.save()
-        outcome, new = rewrap(work, new, kek)
+        outcome, new = rewrap_disks(work, new, kek)
     state.groups[group.name] = new
     state.save()
     return outcome
 
 
-def catch_up(work: Work) -> list[Outcome]:
-    """Members that were away and are back get the token that the others have. Asks the provider only when neither
-    cache nor disks have the KEK. Writes nothing when nobody is behind."""
+def catch_up_disks(work: Work) -> list[Outcome]:
+    """Rewrites the tokens of members that were away and are back. Asks the provider only when neither cache nor disks
+    have the KEK. Writes nothing when no member is behind."""
     outcomes = []
     for group in list(work.state.groups.values()):
         nodes = work.nodes(group) if group.behind else {}
@@ -253,10 +258,11 @@ def _is_current(work: Work, group: Group, member: Member, node: str) -> bool:
     return same and says == (group.kek, group.generation, group.manifest, member.name, group.policy)
 
 
-def retire(work: Work, left: bool = False) -> None:
-    """Deactivates replaced KEKs of groups in which nobody is behind; with `left`, at providers that were left too.
+def retire_keks(work: Work, left: bool = False) -> None:
+    """Deactivates replaced KEKs of groups in which no member is behind; with `left`, also at providers that this host
+    has left.
 
-    What fails is tried again another time.
+    A KEK that a provider does not deactivate stays in the state, for the next time.
     """
     state = work.state
     for each in list(state.retire):
@@ -278,7 +284,7 @@ def retire(work: Work, left: bool = False) -> None:
 
 
 def _forget_former(state: State) -> None:
-    """Replaced KEKs leave the cache when no disk may need them."""
+    """Removes replaced KEKs from the cache when no disk may need them."""
     former = {kek for group in state.groups.values() if not group.behind for kek in group.former}
     for name in keyring.names():
         if name.startswith("unlock:kek:") and name.removeprefix("unlock:kek:").rpartition(":")[0] in former:

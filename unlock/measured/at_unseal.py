@@ -36,7 +36,7 @@ def read_pcrs(paths: Paths, tpm: Tpm) -> dict[int, bytes]:
     """
     live = tpm.read_pcrs(range(16))
     later = read_systemd_log(paths)
-    asked = unseal_time(this_boot.early(paths), 0.0)
+    asked = unseal_time(this_boot.read_early_report(paths), 0.0)
     log, _ = read_event_log(paths, later, live)
     return verify.values_at_unseal(asked, log, later, live) | {pcr_policy.CAP_PCR: pcr_policy.UNSET}
 

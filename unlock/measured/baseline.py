@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from ..errors import Malformed, NewerFormat
 from . import eventlog
 from .causes import CAUSES
-from .describe import TEXT_MAX, Item, printable
+from .describe import Item
+from .log_text import TEXT_MAX, printable
 
 BASELINE_MAX = 2 << 20
 """Bytes."""
@@ -70,10 +71,16 @@ class Baseline(NamedTuple):
                 raise NewerFormat("event-log baseline: written by a newer version", hint="update unlock")
             if version != _VERSION:
                 raise ValueError("its version")
-            chip = TpmIdentity(_parse_text(fields["chip"]["srk"], 68), _parse_text(fields["chip"]["identity"], 68))
+            srk, identity = (_parse_text(fields["chip"][name], 68) for name in ("srk", "identity"))
             pcrs = {_parse_pcr(int(pcr)): parse_digest(value) for pcr, value in fields["pcrs"].items()}
             items = tuple(_parse_item(*each) for each in fields["events"])
-            return cls(_parse_text(fields["kernel"], 256), _parse_text(fields["cmdline"], TEXT_MAX), chip, pcrs, items)
+            return cls(
+                kernel=_parse_text(fields["kernel"], 256),
+                cmdline=_parse_text(fields["cmdline"], TEXT_MAX),
+                chip=TpmIdentity(srk, identity),
+                pcrs=pcrs,
+                items=items,
+            )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Malformed(f"event-log baseline: cannot be read: {type(error).__name__}") from None
 
@@ -81,7 +88,9 @@ class Baseline(NamedTuple):
 def _parse_item(pcr: Any, kind: Any, digest: Any, cause: Any, text: Any) -> Item:
     if type(kind) is not int or cause not in CAUSES:
         raise ValueError
-    return Item(_parse_pcr(pcr), kind, parse_digest(digest), cause, _parse_text(text, TEXT_MAX))
+    return Item(
+        pcr=_parse_pcr(pcr), kind=kind, digest=parse_digest(digest), cause=cause, text=_parse_text(text, TEXT_MAX)
+    )
 
 
 def _parse_pcr(value: Any) -> int:
@@ -91,7 +100,7 @@ def _parse_pcr(value: Any) -> int:
 
 
 def parse_digest(value: Any) -> bytes:
-    """A SHA-256 from hex. Raises ValueError, TypeError."""
+    """A SHA-256 digest from hex. Raises ValueError, TypeError."""
     digest = bytes.fromhex(value)
     if len(digest) != 32:
         raise ValueError

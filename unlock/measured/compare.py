@@ -64,8 +64,8 @@ def _differences_in_pcr(
     old, new = old[same:], new[same:]
     before, now = [item for _, item in old], [item for _, item in new]
     gone, came = _unmatched_indices(before, now), _unmatched_indices(now, before)
-    kept = _without_indices(old, gone), _without_indices(new, came)
-    places |= {at: place for (at, _), (place, _) in zip(*kept, strict=True)}
+    common = _without_indices(old, gone), _without_indices(new, came)
+    places |= {at: place for (at, _), (place, _) in zip(*common, strict=True)}
     if old and not gone and not came:
         (place, item), (_, was) = new[0], old[0]
         return [Difference(pcr, item.cause, was, item, place)]

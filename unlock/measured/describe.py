@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 from ..errors import Malformed
 from . import eventlog, uefi
+from .describe_ipl import describe_ipl, is_kernel
 from .eventlog import Event
+from .log_text import TEXT_MAX, decode_text, printable, readable_text
 
-TEXT_MAX = 4096
-"""Characters of one text that are kept: GRUB logs whole menu entries."""
 _ON = b"\x01"
+_NAMES = 8
+"""Names of partitions in a text."""
 _SEPARATORS = (sha256(bytes(4)).digest(), sha256(b"\xff" * 4).digest())
 
 
@@ -38,21 +40,12 @@ def describe_event(event: Event) -> Item:
         cause, text = _describe(event)
     except Malformed:
         cause, text = _describe_by_pcr(event)
-    return Item(event.pcr, event.kind, event.digest or b"", cause, printable(text, TEXT_MAX))
-
-
-def printable(text: str, limit: int) -> str:
-    """The text as one line of at most `limit` characters, without those that a terminal takes for a command."""
-    line = " ".join(text[: 4 * limit].split())
-    return "".join(each if each.isprintable() else "?" for each in line)[:limit].rstrip()
-
-
-def printable_line(text: str, limit: int) -> str:
-    """The same, with its blanks as they are."""
-    return "".join(each if each.isprintable() else "?" for each in text[:limit]).rstrip()
+    digest = event.digest or b""
+    return Item(pcr=event.pcr, kind=event.kind, digest=digest, cause=cause, text=printable(text, TEXT_MAX))
 
 
 def _describe(event: Event) -> tuple[str, str]:
+    """Cause and text. Raises Malformed."""
     kind, pcr = event.kind, event.pcr
     if kind == eventlog.SYSTEMD:
         return _describe_systemd(event.data)
@@ -61,12 +54,12 @@ def _describe(event: Event) -> tuple[str, str]:
     if kind == eventlog.EFI_VARIABLE_AUTHORITY:
         return _describe_authority(event)
     if kind == eventlog.EFI_APPLICATION:
-        return _describe_efi_program(uefi.image_path(event.data))
+        return _describe_efi_program(uefi.parse_image_path(event.data))
     if kind in (eventlog.EFI_BOOT_DRIVER, eventlog.EFI_RUNTIME_DRIVER):
-        path = uefi.image_path(event.data)
+        path = uefi.parse_image_path(event.data)
         return ("option-rom" if pcr == 2 else "firmware"), f"driver {path}".rstrip()
     if kind == eventlog.IPL:
-        return _describe_ipl(event)
+        return describe_ipl(event)
     if kind == eventlog.EVENT_TAG:
         return _describe_tag(event)
     if kind == eventlog.SEPARATOR:
@@ -81,18 +74,15 @@ def _describe(event: Event) -> tuple[str, str]:
 
 def _describe_partitions(data: bytes) -> str:
     try:
-        disk, names = uefi.partitions(data)
+        disk, names = uefi.parse_partition_table(data)
     except Malformed:
         return "partition table of the boot disk"
     more = f", and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
     return f"partition table of disk {disk}: {', '.join(name or 'no name' for name in names[:_NAMES])}{more}"
 
 
-_NAMES = 8
-
-
 def _describe_by_pcr(event: Event) -> tuple[str, str]:
-    """For an event whose data is not of the documented form."""
+    """Cause and text of an event whose data is not of the documented form."""
     return _BY_PCR.get(event.pcr, "other"), f"event of type {event.kind:#x}"
 
 
@@ -109,7 +99,7 @@ _BY_PCR = {
 
 
 def _describe_action(event: Event) -> tuple[str, str]:
-    text = _decode_text(event.data)
+    text = decode_text(event.data)
     if text in _SWITCHES:
         return "firmware-settings", f"{_SWITCHES[text]} ({text})"
     return ("secure-boot" if event.pcr == 7 else "boot-path"), text or "nothing said"
@@ -119,11 +109,11 @@ _SWITCHES = {
     "DMA Protection Disabled": "the protection against devices that read memory is off",
     "UEFI Debug Mode": "the firmware can be debugged",
 }
-"""In PCR 7, and no part of Secure Boot."""
+"""Texts of actions in PCR 7 that are no part of Secure Boot."""
 
 
 def _describe_firmware_event(event: Event) -> tuple[str, str]:
-    """Kinds that have a name, and perhaps a word of the firmware's: a version, or what is in a volume."""
+    """The name of the kind, and the text of the firmware's, if any: a version, or what is in a volume."""
     if event.kind not in _FIRMWARE:
         return _describe_by_pcr(event)
     cause, text = _FIRMWARE[event.kind]
@@ -132,16 +122,10 @@ def _describe_firmware_event(event: Event) -> tuple[str, str]:
     data = event.data
     if event.kind in (eventlog.EFI_BLOB2, eventlog.EFI_TABLES2):
         data = data[1 : 1 + data[0]] if data else b""
-    said = _readable_text(data)
-    if not said and event.kind == eventlog.CRTM_VERSION and len(data) == 16:
-        said = uefi.guid(data)
-    return cause, f"{text} {said}".rstrip()
-
-
-def _readable_text(data: bytes) -> str:
-    """A text, when it looks like one."""
-    text = _decode_text(data).strip()
-    return text if len(text) > 2 and text.isascii() and text.isprintable() else ""
+    detail = readable_text(data)
+    if not detail and event.kind == eventlog.CRTM_VERSION and len(data) == 16:
+        detail = uefi.format_guid(data)
+    return cause, f"{text} {detail}".rstrip()
 
 
 _FIRMWARE = {
@@ -173,10 +157,10 @@ _FIRMWARE = {
 
 def _describe_variable(event: Event) -> tuple[str, str]:
     try:
-        name, data = uefi.variable(event.data)
+        name, data = uefi.parse_variable(event.data)
     except Malformed:  # Intel Boot Guard logs a string instead
-        said = _readable_text(event.data)
-        return ("firmware", said) if said else _describe_by_pcr(event)
+        text = readable_text(event.data)
+        return ("firmware", text) if text else _describe_by_pcr(event)
     if name in ("SecureBoot", "AuditMode", "DeployedMode", "SetupMode"):
         title = "Secure Boot" if name == "SecureBoot" else name
         return "secure-boot", f"{title} {'on' if data[:1] == _ON else 'off'}"
@@ -186,13 +170,13 @@ def _describe_variable(event: Event) -> tuple[str, str]:
         numbers = (f"{data[at + 1]:02X}{data[at]:02X}" for at in range(0, len(data) & ~1, 2))
         return "boot-order", f"BootOrder: {' '.join(numbers)}"
     if re.fullmatch("Boot[0-9A-F]{4}", name):
-        return "boot-order", f"{name}: {uefi.load_option(data).description}"
+        return "boot-order", f"{name}: {uefi.parse_load_option(data).description}"
     return ("secure-boot-keys" if event.pcr == 7 else "firmware-settings"), f"UEFI variable {name}"
 
 
 def _describe_signatures(data: bytes) -> str:
     try:
-        found = uefi.signatures(data)
+        found = uefi.parse_signature_lists(data)
     except Malformed:
         return f"{len(data)} bytes"
     many = f"{found.entries} entr{'y' if found.entries == 1 else 'ies'}"
@@ -200,21 +184,21 @@ def _describe_signatures(data: bytes) -> str:
 
 
 def _describe_authority(event: Event) -> tuple[str, str]:
-    name, data = uefi.variable(event.data)
+    name, data = uefi.parse_variable(event.data)
     if name == "SbatLevel":
-        return "sbat", f"SbatLevel: {_decode_text(data)}"
+        return "sbat", f"SbatLevel: {decode_text(data)}"
     if name.startswith("Mok") and name != "MokList":
         return "mok", name
-    who = uefi.signer(data)
+    who = uefi.signer_name(data)
     return ("mok" if name == "MokList" else "signer"), f"{name}: {who or 'a hash'}"
 
 
 def _describe_efi_program(path: str) -> tuple[str, str]:
-    """An EFI program, by its file's name: nothing else in the log says what it is."""
+    """Cause and text of an EFI program, by its file's name: nothing else in the log says what it is."""
     file = path.replace("/", "\\").rpartition("\\")[2].lower()
     if "\\efi\\linux\\" in path.lower():
         return "uki", f"unified kernel image {path}"
-    if _is_kernel(file):
+    if is_kernel(file):
         return "kernel", f"kernel image {path}"
     if not path or path == "memory":
         return "kernel", "image that a boot loader handed on: the kernel"
@@ -227,71 +211,6 @@ def _describe_efi_program(path: str) -> tuple[str, str]:
 
 _ONCE = ("fwupd", "mmx64", "mmaa64", "fbx64", "fbaa64", "mokmanager", "fallback")
 """A firmware update of fwupd's, shim's MokManager, and shim's fallback that makes the boot entries anew."""
-
-
-def _is_kernel(file: str) -> bool:
-    return bool(re.match(r"(vmlinu|bzimage|kernel|linux|image|xen[-.])", file)) and not file.endswith(
-        (".cfg", ".mod", ".conf")
-    )
-
-
-def _is_initrd(file: str) -> bool:
-    return bool(re.match(r"(initrd|initramfs|ramdisk|booster)", file)) or file.endswith(("ucode.img", "ucode.cpio"))
-
-
-def _describe_ipl(event: Event) -> tuple[str, str]:
-    text = _decode_text(event.data)
-    if event.pcr == 11 and text.startswith("."):
-        name = event.digest == sha256(event.data).digest()
-        return _SECTIONS.get(text, "uki"), f"section {text}{', its name' if name else ''}"
-    if event.pcr == 14 or text.startswith("Mok"):
-        return "mok", text or "nothing said"
-    for prefix in ("kernel_cmdline", "grub_kernel_cmdline", "module_cmdline"):  # grub_: of the GRUB of RHEL 8
-        if text.startswith(prefix):
-            return "command-line", f"command line {text[len(prefix) :].lstrip(': ')}"
-    if text.startswith("grub_cmd"):
-        return _describe_grub_command(text[len("grub_cmd") :].lstrip(": "))
-    if event.pcr == 12:
-        return ("extension", text) if _EXTENSION.search(text) else ("command-line", f"command line {text}")
-    if event.pcr == 13:
-        return "extension", text or "nothing said"
-    if event.pcr == 9 and text:
-        return _describe_grub_file(text.removeprefix("grub_linuxefi "))
-    if event.pcr == 8:  # systemd before 251
-        return "command-line", f"command line {text}"
-    return ("boot-loader" if event.pcr in (4, 5) else "other"), text or "nothing said"
-
-
-_EXTENSION = re.compile(r"credential|extension|initrd", re.IGNORECASE)
-
-_SECTIONS = {
-    ".linux": "kernel",
-    ".uname": "kernel",
-    ".osrel": "kernel",
-    ".initrd": "initrd",
-    ".cmdline": "command-line",
-}
-
-
-def _describe_grub_command(line: str) -> tuple[str, str]:
-    word, _, rest = line.partition(" ")
-    loaded = _is_kernel(rest.partition(" ")[0].rpartition("/")[2].lower())
-    if word in ("linux", "linuxefi", "linux16") or (word in ("module", "module2", "xen_module") and loaded):
-        return "command-line", f"command line {rest}"
-    return "boot-loader-config", f"GRUB command {line}"
-
-
-def _describe_grub_file(path: str) -> tuple[str, str]:
-    file = path.rpartition("/")[2].lower()
-    if _is_kernel(file):
-        return "kernel", f"kernel file {path}"
-    if _is_initrd(file):
-        return "initrd", f"initramfs file {path}"
-    if file == "grubenv":
-        return "grubenv", f"GRUB environment {path}"
-    if file.endswith((".cfg", ".conf")):
-        return "boot-loader-config", f"GRUB configuration {path}"
-    return "boot-loader-files", f"file {path}"
 
 
 _TAGS = {
@@ -319,16 +238,8 @@ def _describe_systemd(data: bytes) -> tuple[str, str]:
     return "systemd", f"systemd {kind}: {text}"
 
 
-def _decode_text(data: bytes) -> str:
-    """A string as the log has it, or its beginning: ASCII or UTF-16, with or without NUL."""
-    data = data[: 4 * TEXT_MAX]
-    if len(data) >= 4 and not any(data[1:64:2]) and any(data[:64:2]):
-        return uefi.utf16(data)
-    return data.partition(b"\0")[0].decode("utf-8", "replace")
-
-
 def with_command_line(items: Iterable[Item], command_line: str) -> tuple[Item, ...]:
-    """Adds the text to the events that have its digest: the kernel's EFI stub logs only that there was one."""
+    """The items, with the command line in those that have its digest: the kernel's EFI stub logs the digest alone."""
     texts = {sha256((command_line + end).encode("utf-16-le", "replace")).digest() for end in ("\0", "")}
     line = printable(f"command line {command_line}", TEXT_MAX)
     return tuple(item._replace(text=line) if item.digest in texts else item for item in items)

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ..tpm import pcr_policy
-from . import describe, eventlog, verify
+from . import eventlog, verify
 from .baseline import Baseline, TpmIdentity
 from .causes import HOLDS, TITLES, USUAL
 from .compare import Difference, compare_boots
 from .evidence import Evidence
+from .log_text import printable
 
 COPIED = "by the copy on the EFI partition, which anyone could have edited"
 _IMA = 10
@@ -161,7 +162,7 @@ def _baseline_has_events(baseline: Baseline | None, pcr: int) -> bool:
     """Whether the baseline lists what this PCR was extended with; else it has the value alone, or nothing."""
     if baseline is None or pcr not in baseline.pcrs:
         return False
-    return baseline.pcrs[pcr] == eventlog.start()[pcr] or any(each.pcr == pcr for each in baseline.items)
+    return baseline.pcrs[pcr] == eventlog.initial_pcrs()[pcr] or any(each.pcr == pcr for each in baseline.items)
 
 
 def _status_by_value(pcr: int, evidence: Evidence, verified: bool) -> str:
@@ -196,7 +197,7 @@ def _cause_without_event(code: str, pcr: int | None = None, new: str = "") -> Ca
     elif pcr in HOLDS and code in ("pcr-changed", "log-mismatch"):
         where = f"PCR {pcr}, {HOLDS[pcr]}: "
     usually, do = USUAL[code]
-    new = describe.printable(new, _SHOWN)
+    new = printable(new, _SHOWN)
     return Cause(code=code, pcr=pcr, title=where + TITLES[code], old="", new=new, usually=usually, do=do)
 
 

@@ -44,7 +44,7 @@ def measured_variables(log: Log) -> dict[str, bytes]:
     for event in log.events:
         if event.kind in _VARIABLES:
             try:
-                each = uefi.variable(event.data)
+                each = uefi.parse_variable(event.data)
             except Malformed:
                 continue
             if event.digest in (sha256(event.data).digest(), sha256(each.data).digest()):

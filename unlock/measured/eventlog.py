@@ -31,16 +31,16 @@ INITRD, LOAD_OPTIONS = ((0x8F3B22EC).to_bytes(4, "little"), (0x8F3B22ED).to_byte
 """How the data of an EVENT_TAG begins that the kernel's EFI stub has measured: linux
 drivers/firmware/efi/libstub/efistub.h."""
 SYSTEMD = -1
-"""An event that systemd logged; its data is the kind, NUL, what was measured."""
+"""The kind of an event that systemd logged; its data is systemd's own kind, NUL, what was measured."""
 
 _SHA256 = 0x000B
 _SIZES = {0x04: 20, _SHA256: 32, 0x0C: 48, 0x0D: 64, 0x12: 32, 0x27: 32, 0x28: 48, 0x29: 64}
-"""Digests of algorithms that some firmware uses and leaves out of the log's header: TCG Algorithm Registry."""
+"""Digest sizes by algorithm (TCG Algorithm Registry): some firmware uses one that is not in the log's header."""
 _HEADER = struct.Struct("<II20sI")
 _SIGNATURE = b"Spec ID Event03\0"
 _LOCALITY = b"StartupLocality\0"
 _REST = bytes(16)
-"""An event of type 0 without digests and data is none: the buffer's rest begins, as Linux has it too."""
+"""Where the unused rest of the buffer begins: an event of type 0 without digests and data, as in Linux."""
 _MAX_BANKS = 16
 _SHA1_HINT = "turn on the SHA-256 PCR bank in the firmware's setup"
 
@@ -59,6 +59,8 @@ class Event(NamedTuple):
 
 
 class Log(NamedTuple):
+    """The firmware's event log."""
+
     events: tuple[Event, ...]
     """In the order in which they were extended; those that extend nothing are left out."""
     locality: int
@@ -67,11 +69,11 @@ class Log(NamedTuple):
     """Why reading stopped before the end; empty when it did not. What was read may be right all the same."""
 
 
-def parse(data: bytes) -> Log:
-    """A crypto-agile log. Malformed when nothing of it can be used; code `event-log-sha1` for one without SHA-256."""
+def parse_event_log(data: bytes) -> Log:
+    """A crypto-agile log. Raises Malformed when nothing of it can be used; code `event-log-sha1` without SHA-256."""
     if len(data) > MAX_LOG:
         raise Malformed(f"the event log is larger than {MAX_LOG >> 20} MiB")
-    sizes, at = _banks(data)
+    sizes, at = _parse_header(data)
     events: list[Event] = []
     locality: int | None = None
     problem = ""
@@ -81,7 +83,7 @@ def parse(data: bytes) -> Log:
             problem = f"there are more than {MAX_EVENTS} events"
             break
         try:
-            event, at = _event(data, at, sizes)
+            event, at = _parse_event(data, at, sizes)
         except (struct.error, ValueError) as error:
             problem = f"after {len(events)} events: {error}"
             break
@@ -92,7 +94,7 @@ def parse(data: bytes) -> Log:
     return Log(tuple(events), locality or 0, problem)
 
 
-def _banks(data: bytes) -> tuple[dict[int, int], int]:
+def _parse_header(data: bytes) -> tuple[dict[int, int], int]:
     """Digest sizes by algorithm, from the first event, and where the second one starts."""
     try:
         _, kind, _, size = _HEADER.unpack_from(data)
@@ -115,8 +117,8 @@ def _banks(data: bytes) -> tuple[dict[int, int], int]:
     return _SIZES | sizes, _HEADER.size + size
 
 
-def _event(data: bytes, at: int, sizes: dict[int, int]) -> tuple[Event, int]:
-    """TCG_PCR_EVENT2, and where the next one starts. struct.error, ValueError."""
+def _parse_event(data: bytes, at: int, sizes: dict[int, int]) -> tuple[Event, int]:
+    """A TCG_PCR_EVENT2, and where the next one starts. Raises struct.error, ValueError."""
     pcr, kind, count = struct.unpack_from("<III", data, at)
     at += 12
     if count > _MAX_BANKS:
@@ -138,7 +140,7 @@ def _event(data: bytes, at: int, sizes: dict[int, int]) -> tuple[Event, int]:
     return Event(pcr, kind, digest, data[at : at + size]), at + size
 
 
-def parse_systemd(data: bytes) -> tuple[Event, ...]:
+def parse_systemd_log(data: bytes) -> tuple[Event, ...]:
     """/run/log/systemd/tpm2-measure.log of systemd 255 and later; older ones keep none.
 
     RFC 7464 records, each an object of the TCG "Canonical Event Log" in JSON: pcr, digests, content_type, content.
@@ -166,25 +168,25 @@ def _systemd_event(fields: Any) -> Event:
     return Event(pcr, SYSTEMD, digest, f"{kind or ''}\0{text or ''}".encode("utf-8", "replace"), time)
 
 
-def start(locality: int = 0) -> dict[int, bytes]:
-    """PCR values when the TPM has started. 17 to 22 are all ones until a dynamic launch."""
+def initial_pcrs(locality: int = 0) -> dict[int, bytes]:
+    """PCR values after the TPM's startup at `locality`. 17 to 22 are all ones until a dynamic launch."""
     values = {pcr: (b"\xff" if 17 <= pcr <= 22 else b"\0") * 32 for pcr in range(PCRS)}
     values[0] = bytes(31) + bytes([locality])
     return values
 
 
-def extended(value: bytes, digest: bytes) -> bytes:
+def extend(value: bytes, digest: bytes) -> bytes:
     """A PCR after one more extension."""
     return sha256(value + digest).digest()
 
 
 def replay(events: Iterable[Event], locality: int = 0) -> dict[int, bytes]:
-    """PCR values after these events. A PCR for which one of them has no digest is left out."""
-    values = start(locality)
+    """PCR values after these events. A PCR is left out when one of its events has no digest."""
+    values = initial_pcrs(locality)
     unknown = set()
     for event in events:
         if event.digest is None:
             unknown.add(event.pcr)
         else:
-            values[event.pcr] = extended(values[event.pcr], event.digest)
+            values[event.pcr] = extend(values[event.pcr], event.digest)
     return {pcr: value for pcr, value in values.items() if pcr not in unknown}

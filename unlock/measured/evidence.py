@@ -21,6 +21,7 @@ from . import at_unseal, describe, esp_copy, eventlog, logs, verify
 from .baseline import BASELINE_MAX, Baseline, TpmIdentity
 from .describe import Item
 from .eventlog import Event, Log
+from .log_text import TEXT_MAX, printable
 
 _KEXEC = 0xD
 """The type in /proc/sys/kernel/bootloader_type when kexec started the kernel (linux, Documentation/arch/x86/boot.rst).
@@ -96,9 +97,9 @@ def gather_evidence(paths: Paths, tcti: str = TPM_DEVICE) -> Evidence:
     log, log_problem = logs.read_event_log(paths, later, tpm.live)
     baseline, baseline_problem = _load_baseline(paths)
     copy = _load_baseline_copy(paths) if not baseline and os.path.exists(_INITRAMFS) else None
-    cmdline = logs.read_up_to(paths.cmdline, describe.TEXT_MAX).decode("utf-8", "replace")
+    cmdline = logs.read_up_to(paths.cmdline, TEXT_MAX).decode("utf-8", "replace")
     return Evidence(
-        early=this_boot.early(paths),
+        early=this_boot.read_early_report(paths),
         record=tpm.record,
         live=tpm.live,
         tpm_problem=tpm.problem,
@@ -110,8 +111,8 @@ def gather_evidence(paths: Paths, tcti: str = TPM_DEVICE) -> Evidence:
         chip=tpm.chip,
         lockout=tpm.lockout,
         kexec=_started_by_kexec(logs.read_up_to(paths.bootloader, 16)),
-        kernel=describe.printable(os.uname().release, 256),
-        cmdline=describe.printable(cmdline, describe.TEXT_MAX),
+        kernel=printable(os.uname().release, 256),
+        cmdline=printable(cmdline, TEXT_MAX),
         copied=copy is not None,
     )
 

@@ -17,25 +17,14 @@ from .diagnosis import Cause, Explanation, diagnose
 from .evidence import gather_evidence
 
 
-class CauseJson(TypedDict):
-    """A cause, as JSON: the fields of diagnosis.Cause."""
-
-    code: str
-    pcr: int | None
-    title: str
-    old: str
-    new: str
-    usually: str
-    do: str
-
-
 class ExplanationJson(TypedDict):
     """What `unlock explain --json` prints."""
 
     version: int
     verdict: str
     summary: str
-    causes: list[CauseJson]
+    causes: list[dict[str, object]]
+    """The fields of diagnosis.Cause."""
     notes: list[str]
     copied: bool
     pcrs: dict[str, str]
@@ -56,22 +45,10 @@ def to_json(found: Explanation) -> ExplanationJson:
         "version": 1,
         "verdict": found.verdict,
         "summary": found.summary,
-        "causes": [_cause_to_json(each) for each in found.causes],
+        "causes": [each._asdict() for each in found.causes],
         "notes": list(found.notes),
         "copied": found.copied,
         "pcrs": {str(pcr): status for pcr, status in found.pcrs.items()},
-    }
-
-
-def _cause_to_json(cause: Cause) -> CauseJson:
-    return {
-        "code": cause.code,
-        "pcr": cause.pcr,
-        "title": cause.title,
-        "old": cause.old,
-        "new": cause.new,
-        "usually": cause.usually,
-        "do": cause.do,
     }
 
 

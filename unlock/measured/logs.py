@@ -32,7 +32,7 @@ def read_event_log(
             "which event changed cannot be told"
         )
     try:
-        return verify.repair_log(eventlog.parse(data), later, live), ""
+        return verify.repair_log(eventlog.parse_event_log(data), later, live), ""
     except Malformed as error:
         hint = f"; {error.hint}" if error.hint else ""
         return None, f"{error}: which event changed cannot be told{hint}"
@@ -40,7 +40,7 @@ def read_event_log(
 
 def read_systemd_log(paths: Paths) -> tuple[Event, ...]:
     """What systemd measured in this boot; empty before systemd 255, which keeps no log."""
-    return eventlog.parse_systemd(read_up_to(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG))
+    return eventlog.parse_systemd_log(read_up_to(paths.systemd_log, eventlog.MAX_SYSTEMD_LOG))
 
 
 def _mount_securityfs(paths: Paths) -> None:

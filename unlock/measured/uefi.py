@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""UEFI structures that the event log quotes, as far as a person wants to read them.
+"""Parses the UEFI structures that the event log quotes, as far as a person wants to read them.
 
-From the UEFI specification 2.10: variables and load options (3), device paths (10), signatures of programs (32.2.4),
-signature lists (32.4.1).
-Everything here raises Malformed for bytes that are not of that form, and reads each byte a bounded number of times.
+From the UEFI specification 2.10: variables and load options (3), device paths (10), signature
+lists (32.4.1).
+Every function raises Malformed for bytes that are not of that form, and reads each byte a bounded number of times.
 """
 
 import struct
@@ -25,7 +25,8 @@ class Variable(NamedTuple):
     data: bytes
 
 
-def variable(data: bytes) -> Variable:
+def parse_variable(data: bytes) -> Variable:
+    """UEFI_VARIABLE_DATA."""
     try:
         name_length, size = struct.unpack_from("<QQ", data, 16)
     except struct.error:
@@ -44,7 +45,7 @@ class Signatures(NamedTuple):
     """The subjects' common names, of the certificates among them."""
 
 
-def signatures(data: bytes) -> Signatures:
+def parse_signature_lists(data: bytes) -> Signatures:
     """A sequence of EFI_SIGNATURE_LIST."""
     count, at = 0, 0
     names: list[str] = []
@@ -66,7 +67,7 @@ def signatures(data: bytes) -> Signatures:
     return Signatures(count, tuple(names))
 
 
-def signer(data: bytes) -> str:
+def signer_name(data: bytes) -> str:
     """The common name in an EFI_SIGNATURE_DATA (its owner's GUID, a certificate), or in a bare certificate."""
     for certificate in (data[16:], data):
         if certificate[:1] == b"\x30" and (name := common_name(certificate)):
@@ -86,17 +87,17 @@ class LoadOption(NamedTuple):
     """What that gets with it."""
 
 
-def load_option(data: bytes) -> LoadOption:
+def parse_load_option(data: bytes) -> LoadOption:
     """Of data that is cut short after the description, what is there."""
     if len(data) < 8:
         raise Malformed("UEFI load option: cut short")
-    description = utf16(data[6:])
+    description = decode_utf16(data[6:])
     start = 6 + len(description.encode("utf-16-le", "surrogatepass")) + 2
     end = start + int.from_bytes(data[4:6], "little")
-    return LoadOption(bool(data[0] & 1), description, _device_path(data[start:end]), data[end:])
+    return LoadOption(bool(data[0] & 1), description, _device_path_text(data[start:end]), data[end:])
 
 
-def partitions(data: bytes) -> tuple[str, tuple[str, ...]]:
+def parse_partition_table(data: bytes) -> tuple[str, tuple[str, ...]]:
     """UEFI_GPT_DATA, which has the table's header, a count and the entries that are used: the disk's GUID, and the
     partitions' names."""
     if len(data) < 100 or data[:8] != b"EFI PART":
@@ -105,24 +106,24 @@ def partitions(data: bytes) -> tuple[str, tuple[str, ...]]:
     size = int.from_bytes(data[84:88], "little")
     if size < 128 or count > _MAX_PARTITIONS or count * size > len(data) - 100:
         raise Malformed("UEFI partition table: a size is wrong")
-    names = tuple(utf16(data[at + 56 : at + 128]) for at in range(100, 100 + count * size, size))
-    return guid(data[56:72]), names
+    names = tuple(decode_utf16(data[at + 56 : at + 128]) for at in range(100, 100 + count * size, size))
+    return format_guid(data[56:72]), names
 
 
-def utf16(data: bytes) -> str:
+def decode_utf16(data: bytes) -> str:
     """UTF-16 up to the first NUL, or the end."""
     return data[: len(data) & ~1].decode("utf-16-le", "replace").partition("\0")[0]
 
 
-def image_path(data: bytes) -> str:
+def parse_image_path(data: bytes) -> str:
     """Of an EFI_IMAGE_LOAD_EVENT: the file's path, or what else the device path ends in; '' when it has none."""
     if len(data) < 32:
         raise Malformed("UEFI image load event: cut short")
     (size,) = struct.unpack_from("<Q", data, 24)
-    return _device_path(data[32 : 32 + min(size, len(data))])
+    return _device_path_text(data[32 : 32 + min(size, len(data))])
 
 
-def _device_path(data: bytes) -> str:
+def _device_path_text(data: bytes) -> str:
     files, other, at = [], "", 0
     while at + 4 <= len(data):
         kind, subtype, length = struct.unpack_from("<BBH", data, at)
@@ -130,9 +131,9 @@ def _device_path(data: bytes) -> str:
             break
         body = data[at + 4 : at + length]
         if (kind, subtype) == (4, 4):
-            files.append(utf16(body))
+            files.append(decode_utf16(body))
         elif (kind, subtype) in ((4, 6), (4, 7)):
-            other = f"firmware file {guid(body)}"
+            other = f"firmware file {format_guid(body)}"
         elif (kind, subtype) == (1, 3):
             other = "memory"
         elif (kind, subtype) == (3, 24):
@@ -145,7 +146,7 @@ def _device_path(data: bytes) -> str:
     return "\\".join(files).replace("\\\\", "\\") or other
 
 
-def guid(data: bytes) -> str:
+def format_guid(data: bytes) -> str:
     """The usual text form; '' for what is shorter than 16 bytes."""
     if len(data) < 16:
         return ""

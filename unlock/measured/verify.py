@@ -109,13 +109,13 @@ def extensions_between(pcr: int, value: bytes, later: Sequence[Event], live: byt
     candidates: list[tuple[Event, ...]] = [logged, *(_phase_sequences() if pcr == 11 else ())]
     cap = pcr == pcr_policy.CAP_PCR
     for events in candidates:
-        for start in (value, eventlog.extended(value, pcr_policy.CAP_DIGEST)) if cap else (value,):
+        for start in (value, eventlog.extend(value, pcr_policy.CAP_DIGEST)) if cap else (value,):
             reached = start
             for count in range(len(events) + 1):
-                if reached == live or (cap and eventlog.extended(reached, pcr_policy.CAP_DIGEST) == live):
+                if reached == live or (cap and eventlog.extend(reached, pcr_policy.CAP_DIGEST) == live):
                     return events[:count]
                 if count < len(events):
-                    reached = eventlog.extended(reached, events[count].digest or b"")
+                    reached = eventlog.extend(reached, events[count].digest or b"")
     return None
 
 

@@ -19,7 +19,7 @@ from ..measured.describe import Item
 from ..measured.eventlog import Event
 from ..measured.evidence import gather_evidence
 from ..paths import TPM_DEVICE, Paths, write_atomically
-from ..predict import allowed_states, boot_files
+from ..predict import allowed_states, booted
 from ..tpm import pcr_policy
 
 
@@ -30,9 +30,9 @@ def record_good_boot(paths: Paths, tcti: str) -> None:
     try:
         record_baseline(paths, tcti, sealed)
         if sealed and found:
-            before = boot_files.keep(paths, found)
+            before = booted.record_booted_files(paths, found)
             if not os.path.exists(paths.boot_files):
-                boot_files.vouch(paths, before)
+                booted.trust_boot_files(paths, before)
     except (OSError, Malformed) as problem:
         log.error(f"what this boot has measured cannot be kept: {problem}", "unlock check")
 

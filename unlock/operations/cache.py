@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock cache`: the keys that are in the kernel keyring, where each came from, and what is lost when they go."""
+"""`unlock cache`: lists the keys in the key cache and where each came from, and flushes them."""
 
 from ..disks import find
 from ..errors import NoKey
@@ -10,29 +10,29 @@ from ..keys import access
 from ..paths import Paths
 from ..predict import allowed_states
 
-_WHAT = {
+_MEANING = {
     "unlock:persistence": "persistence key",
     "unlock:host": "host key",
     allowed_states.PIN_AUTH: "what the PIN makes",
 }
 
 
-def show(paths: Paths) -> list[dict[str, str]]:
-    """Name, source and what it is; never a key."""
+def list_keys(paths: Paths) -> list[dict[str, str]]:
+    """Each cached key: `key`, its name; `what`, its meaning; `source`. Never the key itself."""
     state = State.load(paths)
-    sources = this_boot.sources(paths)
-    keks = {access.cached(group.kek, group.generation): group.name for group in state.groups.values()}
+    sources = this_boot.key_sources(paths)
+    keks = {access.cache_name(group.kek, group.generation): group.name for group in state.groups.values()}
     rows = []
     for name in keyring.names():
-        what = _WHAT.get(name, "")
+        what = _MEANING.get(name, "")
         if name in keks:
             what = f"KEK of group {keks[name]}"
         rows.append({"key": name, "what": what or "a former KEK", "source": sources.get(name, "not recorded")})
     return rows
 
 
-def consequences(paths: Paths, look: find.Look = find.look) -> list[str]:
-    """What will not be possible until the next boot, once the cache is empty."""
+def describe_flush(paths: Paths, look: find.Look = find.look) -> list[str]:
+    """What this host cannot do until the next boot once the cache is flushed, a line each."""
     lines = [
         "no disk that comes late opens, and no group that is closed now",
         "no sync, rekey, switch, adopt or renew: they need the persistence key",
@@ -54,7 +54,7 @@ def consequences(paths: Paths, look: find.Look = find.look) -> list[str]:
 
 
 def flush(paths: Paths) -> list[str]:
-    """Removes every key of ours from the keyring; gives their names. What is open stays open."""
+    """Removes all of unlock's keys from the key cache; returns their names. What is open stays open."""
     with exclusive(paths):
         names = keyring.names()
         keyring.flush()

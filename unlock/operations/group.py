@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks become members of groups: `unlock group create`, `unlock disk adopt`.
+"""`unlock group create` and `unlock disk adopt`: make disks members of a group.
 
-Nothing half-made is believed: a group opens only when every disk has a token with the same member list.
+A group opens only when every disk has a token with the same member list, so one that is half made never opens.
 """
 
 import os
@@ -18,15 +18,15 @@ from ..host.lock import exclusive
 from ..host.state import State
 from ..keys import access, delivery
 from ..keys.escrow import Escrow
-from ..keys.escrow import check as check_escrow
-from ..keys.escrow import write as put_in_escrow
+from ..keys.escrow import check_escrow as check_escrow
+from ..keys.escrow import write_escrow as put_in_escrow
 from ..paths import Paths
 from ..run import run
 from ..secret import Secret
 
 
 class NewGroup(NamedTuple):
-    """What `group create` was asked for."""
+    """The options of `group create`."""
 
     name: str
     devices: tuple[str, ...]
@@ -42,13 +42,13 @@ class NewGroup(NamedTuple):
     escrow: Escrow | None = None
 
 
-def group_create(paths: Paths, wanted: NewGroup) -> Group:
-    """Formats disks and makes them a group. Destroys what is on them. Raises Refused, DiskFailed, Usage.
+def create_group(paths: Paths, wanted: NewGroup) -> Group:
+    """Formats disks and makes them a group. Destroys their content. Raises Refused, DiskFailed, Usage.
 
-    An ordinary failure is undone and may be followed by anything; after a kill the same command finishes.
+    An error is undone, and any command may follow; after a kill the same command finishes.
     """
     check_name(wanted.name)
-    wanted = wanted._replace(mount=config.mount_point(wanted.mount))
+    wanted = wanted._replace(mount=config.normalise_mount_point(wanted.mount))
     with exclusive(paths), access.Work(paths) as work:
         state = work.state
         nodes = [_node(device) for device in wanted.devices]
@@ -60,10 +60,10 @@ def group_create(paths: Paths, wanted: NewGroup) -> Group:
             _check_profile(wanted)
             _create(work, wanted, nodes, unfinished)
         group = state.groups[wanted.name]
-        kind = _type(group, wanted)
+        kind = _file_system_type(group, wanted)
         _add_to_config(paths, config.GroupConfig(wanted.name, wanted.mount, kind, "", config.DEADLINE, wanted.policy))
         this_boot.mark_open(paths, group.name, [member.name for member in group.members])
-        _start(units.mount(wanted.mount))
+        _start(units.mount_unit(wanted.mount))
         state.journal = None
         state.save()
         return group
@@ -77,9 +77,11 @@ def _create(work: access.Work, wanted: NewGroup, nodes: list[str], unfinished: G
             f"group {wanted.name} was begun with {len(before)} disks", "name the same disks", code="unfinished"
         )
     _check_disks(nodes, wanted, before)
-    with recovery_key(state, persistence, wanted.recovery_file, wanted.escrow) as recovery:
+    with obtain_recovery_key(state, persistence, wanted.recovery_file, wanted.escrow) as recovery:
         if not before:
-            names = mapping_names(wanted.name, len(nodes), _names(state).union(devices.active_mappings()))
+            names = mapping_names(
+                wanted.name, len(nodes), _mapping_names_in_use(state).union(devices.active_mappings())
+            )
             before = [
                 Member(str(uuids.uuid4()), name, udev.find_disk(node).serial)
                 for name, node in zip(names, nodes, strict=True)
@@ -89,11 +91,11 @@ def _create(work: access.Work, wanted: NewGroup, nodes: list[str], unfinished: G
             group, kek = _new_group(work, wanted.name, tuple(before), 1, wanted.policy)
             _format(group, nodes, recovery)
             _make_file_system(group, wanted)
-            with _keys(work, kek, recovery) as keys:
+            with access.token_keys(work, kek=kek, mac_key=disk_keys.mac_key(recovery, state.host)) as keys:
                 for member, node in zip(group.members, nodes, strict=True):
-                    with luks.Container(node) as container, _dek(state, container, recovery) as dek:
-                        each = disk_keys.make_token(container, state.host, group, member, dek, keys.keys)
-                        disk_keys.write_token(node, each, dek, keys.keys)
+                    with luks.Container(node) as container, _open_by_recovery_key(state, container, recovery) as dek:
+                        each = disk_keys.make_token(container, state.host, group, member, dek, keys)
+                        disk_keys.write_token(node, each, dek, keys)
         except UnlockError:
             for member in before:
                 luks.abandon(member.name)
@@ -117,7 +119,7 @@ def _options(wanted: NewGroup) -> str:
     return shlex.join(words)
 
 
-def disk_adopt(
+def adopt_disk(
     paths: Paths,
     device: str,
     group_name: str,
@@ -126,8 +128,8 @@ def disk_adopt(
     name: str = "",
     escrow: Escrow | None = None,
 ) -> Group:
-    """Takes in an existing LUKS2 disk. Its data, keyslots and mapping name stay; a recovery keyslot and a token
-    are added. On a member it mends what is missing.
+    """Makes an existing LUKS2 disk a member. Its data, keyslots and mapping name stay; a recovery keyslot and a token
+    are added. On a disk that is a member already, adds what is missing.
 
     Raises NotOurs when it is not LUKS2 or the passphrase is wrong, DiskFailed, Refused.
     """
@@ -159,7 +161,7 @@ def disk_adopt(
         _check_policy(work, group, member)
         seen = work.look() if len(group.members) > 1 else {}
         others = {each.uuid: _node_of(seen, each) for each in group.members if each.uuid != uuid}
-        with dek, recovery_key(state, persistence, recovery_file, escrow) as recovery:
+        with dek, obtain_recovery_key(state, persistence, recovery_file, escrow) as recovery:
             state.begin(DiskAdoption("disk adopt", about, manifest=group.manifest))
             try:
                 with luks.Container(node) as container:
@@ -187,10 +189,10 @@ def disk_adopt(
 def _new_group(
     work: access.Work, name: str, members: tuple[Member, ...], manifest: int, policy: str = "persistent"
 ) -> tuple[Group, Secret]:
-    """A group with a KEK of its own, which it keeps on its disks unless a policy says otherwise."""
+    """A new group and its KEK, which the provider makes. The disks carry the KEK, unless a policy says otherwise."""
     generation = work.state.next_generation(name)
     provider = work.provider()
-    made, kek = access.new_key(provider, access.key_name(work.state.host, f"kek/{name}", generation))
+    made, kek = access.make_key(provider, access.key_name(work.state.host, f"kek/{name}", generation))
     policy = policy if work.state.persistent else "provider"
     return Group(name, f"{provider.id}/{made.id}", generation, manifest, members, made.name, policy), kek
 
@@ -206,20 +208,21 @@ def _check_policy(work: access.Work, group: Group, member: Member) -> None:
 
 
 def _write_member_list(work: access.Work, group: Group, kek: Secret, nodes: dict[str, str], recovery: Secret) -> None:
-    """Every member gets a token with the group's present member list; the old ones go when all have it."""
+    """Writes a token with the group's present member list to every member; then removes the old tokens. Takes the KEK
+    over."""
     state = work.state
-    with _keys(work, kek, recovery) as keys:
+    with access.token_keys(work, kek=kek, mac_key=disk_keys.mac_key(recovery, state.host)) as keys:
         written = []
         for member in group.members:
             node = nodes[member.uuid]
             with luks.Container(node) as container:
-                dek = _dek(state, container, recovery)
-                each = disk_keys.make_token(container, state.host, group, member, dek, keys.keys)
-            disk_keys.write_token(node, each, dek, keys.keys)
+                dek = _open_by_recovery_key(state, container, recovery)
+                each = disk_keys.make_token(container, state.host, group, member, dek, keys)
+            disk_keys.write_token(node, each, dek, keys)
             written.append((node, each, dek))
         for node, each, dek in written:
             with dek:
-                disk_keys.drop_other_tokens(node, each, dek, keys.keys)
+                disk_keys.drop_other_tokens(node, each, dek, keys)
 
 
 def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, asked: str) -> str:
@@ -227,7 +230,9 @@ def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, 
     has = devices.active_mapping_name(uuid) or fstab.crypttab_name(paths.crypttab, node, uuid)
     if has and asked and asked != has:
         raise Refused(f"the disk's mapping name is {has}", "leave --name out", code="name-taken")
-    taken = _names(state).union(name for name, other in devices.active_mappings().items() if other != uuid)
+    taken = _mapping_names_in_use(state).union(
+        name for name, other in devices.active_mappings().items() if other != uuid
+    )
     name = has or asked or mapping_names(group, 1, taken)[0]
     check_name(name, "mapping")
     if name in taken:
@@ -235,19 +240,19 @@ def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, 
     return name
 
 
-def recovery_key(state: State, persistence: Secret, file: str, escrow: Escrow | None = None) -> Secret:
-    """This host's recovery key: made the first time, asked for later.
+def obtain_recovery_key(state: State, persistence: Secret, file: str, escrow: Escrow | None = None) -> Secret:
+    """The recovery key of this host: the first call makes it, later ones read it from `file` or ask for it.
 
-    A named file is read if it exists and written if not. At a terminal a new key is shown and typed back, unless it
-    goes into escrow alone. Raises Usage for a typo, Refused for a key of another host.
+    A new key is written to `file`, or shown at the terminal and typed back, unless it goes into escrow alone. Raises
+    Usage for a typo, Refused for a key of another host.
     """
     if not state.has_recovery_key:
-        recovery = delivery.made(delivery.Keep(file, escrow))
+        recovery = delivery.make_recovery_key(delivery.Keeper(file, escrow))
         with disk_keys.mac_key(recovery, state.host) as mac_key:
             state.set_mac_key(persistence=persistence, mac_key=mac_key)
         state.save()
         return recovery
-    recovery = delivery.given(file if os.path.exists(file) else "")
+    recovery = delivery.read_recovery_key(file if os.path.exists(file) else "")
     with disk_keys.mac_key(recovery, state.host) as mac_key, state.mac_key(persistence) as expected:
         if mac_key != expected:
             raise Refused("this is not the recovery key of this host", "unlock status", code="recovery-key")
@@ -255,26 +260,6 @@ def recovery_key(state: State, persistence: Secret, file: str, escrow: Escrow | 
         check_escrow(escrow)
         put_in_escrow(escrow, recovery)
     return recovery
-
-
-class _Keys:
-    """The keys of one operation, wiped together."""
-
-    def __init__(self, *secrets: Secret) -> None:
-        self.keys = disk_keys.Keys(*secrets)
-
-    def __enter__(self) -> "_Keys":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for secret in self.keys:
-            secret.wipe()
-
-
-def _keys(work: access.Work, kek: Secret, recovery: Secret) -> _Keys:
-    """Takes the KEK over."""
-    persistence = Secret(bytes(work.persistence))
-    return _Keys(persistence, work.host_key(), kek, disk_keys.mac_key(recovery, work.state.host))
 
 
 def _node(device: str) -> str:
@@ -285,15 +270,15 @@ def _node(device: str) -> str:
 
 
 def _add_recovery_keyslot(container: luks.Container, dek: Secret, recovery: Secret) -> None:
-    """Unless an earlier attempt did. The other keyslots are left alone."""
+    """Adds a keyslot for the recovery key, unless an earlier attempt did."""
     try:
         disk_keys.dek_by_recovery_key(container, recovery).wipe()
     except NotOurs:
         container.add_keyslot(dek, recovery)
 
 
-def _dek(state: State, container: luks.Container, recovery: Secret) -> Secret:
-    """The volume key by the recovery key, whose keyslot the state remembers. Raises NotOurs, DiskFailed."""
+def _open_by_recovery_key(state: State, container: luks.Container, recovery: Secret) -> Secret:
+    """The volume key, by the recovery key, whose keyslot's salt goes into the state. Raises NotOurs, DiskFailed."""
     try:
         slot, dek = disk_keys.recovery_keyslot(container, recovery)
     except NotOurs as error:
@@ -302,7 +287,7 @@ def _dek(state: State, container: luks.Container, recovery: Secret) -> Secret:
     return dek
 
 
-def _names(state: State) -> set[str]:
+def _mapping_names_in_use(state: State) -> set[str]:
     return {member.name for group in state.groups.values() for member in group.members}
 
 
@@ -351,7 +336,8 @@ PROFILES = {
 
 
 def _check_profile(wanted: NewGroup) -> None:
-    """Raises Usage, before a disk is touched: mkfs.btrfs says it when the disks are formatted already."""
+    """Raises Usage for a profile that needs more disks: mkfs.btrfs would refuse it only after the disks are
+    formatted."""
     if wanted.profile and wanted.profile not in PROFILES:
         raise Usage(f"{wanted.profile!r} is no btrfs profile", f"--profile takes {', '.join(PROFILES)}")
     least = PROFILES[wanted.profile] if wanted.profile else 1
@@ -360,7 +346,8 @@ def _check_profile(wanted: NewGroup) -> None:
 
 
 def _check_disks(nodes: list[str], wanted: NewGroup, before: list[Member]) -> None:
-    """`before`: the members that an unfinished run has begun with. A disk is ours, half made, by its UUID alone."""
+    """Raises Usage, Refused. `before`: the members with which an unfinished run began. A disk with the UUID of one of
+    them is half made by that run, and may be formatted again."""
     erase = {os.path.realpath(device) for device in wanted.erase}
     if len(set(nodes)) != len(nodes) or not erase <= set(nodes):
         raise Usage("each disk is named once with --disk, and --erase names some of them")
@@ -390,7 +377,7 @@ def _is_half_made(node: str, member: Member) -> bool:
 
 
 def _format(group: Group, nodes: list[str], recovery: Secret) -> None:
-    """Fresh headers with the recovery keyslot, open under their names."""
+    """Writes fresh headers with the recovery keyslot, and opens the disks under their mapping names."""
     for member, node in zip(group.members, nodes, strict=True):
         if devices.active_mapping_name(member.uuid):
             luks.deactivate(member.name)
@@ -400,13 +387,13 @@ def _format(group: Group, nodes: list[str], recovery: Secret) -> None:
             container.activate(member.name, dek)
 
 
-def _type(group: Group, wanted: NewGroup) -> str:
+def _file_system_type(group: Group, wanted: NewGroup) -> str:
     return "btrfs" if len(group.members) > 1 or wanted.profile else "ext4"
 
 
 def _make_file_system(group: Group, wanted: NewGroup) -> None:
     mappings = [f"/dev/mapper/{member.name}" for member in group.members]
-    if _type(group, wanted) == "ext4":
+    if _file_system_type(group, wanted) == "ext4":
         run(["mkfs.ext4", "-q", "-F", "-L", group.name[:16], *mappings])
         return
     metadata = "raid1" if len(mappings) > 1 else "dup"
@@ -415,9 +402,9 @@ def _make_file_system(group: Group, wanted: NewGroup) -> None:
 
 
 def _add_to_config(paths: Paths, group: config.GroupConfig) -> None:
-    """Unless it is there already. The text that is there stays as it is."""
+    """Appends the group to unlock.toml, unless it is there already."""
     if group.name not in config.load(paths.config).groups:
-        config.append(paths.config, config.group_table(group))
+        config.append_table(paths.config, config.group_table(group))
     if os.path.exists("/run/systemd/system") and paths.root == "/":
         run(["systemctl", "daemon-reload"])
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock init`: the host's keys are made, backed up, and sealed to this boot's measurements.
+"""`unlock init`: makes the host's keys, backs them up, and seals the persistence key to this boot's measurements.
 
     preflight ──> keys ──> state (journaled) ──> backup, test-restored ──> TPM slot A ──> key cache ──> done
                                              or  host key at the KMS, fetched
 
-Killed before the end, it leaves nothing that a disk depends on; running it again starts over.
+Killed before the end, it leaves nothing that a disk depends on; run again, it starts over.
 """
 
 import os
@@ -28,6 +28,7 @@ from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
 from ..tpm.record import RECORD_SIZE, SLOTS, Payload
+from .provider import Client, connect_as
 
 OVERRIDES = {
     "initramfs-without-unlock": "this boot's initramfs did not run unlock: the next boot measures differently",
@@ -38,21 +39,16 @@ OVERRIDES = {
 """What `--accept NAME` can accept, and what that means."""
 
 
-class Kmip(NamedTuple):
+class KeyManager(NamedTuple):
     """A key manager to begin with."""
 
     settings: config.ProviderConfig
-    certificate: str
-    """The client's, PEM."""
-    key: Secret
-    """The client's, PEM."""
+    client: Client
     persistent: bool
     """Whether its keys are kept on this host, wrapped."""
-    password: Secret | None = None
-    """Of the user name in the settings."""
 
 
-class Choices(NamedTuple):
+class InitChoices(NamedTuple):
     """What the operator chose."""
 
     backup: str
@@ -64,12 +60,12 @@ class Choices(NamedTuple):
     """Empty: by how the host boots."""
     owner_auth: Secret
     tcti: str = TPM_DEVICE
-    kms: Kmip | None = None
+    kms: KeyManager | None = None
     """None: the native provider."""
 
 
 class Preflight(NamedTuple):
-    """What was found out before anything was changed."""
+    """The findings of `preflight`."""
 
     boot: str
     """How the host boots: a key of at_unseal.MEASURED_BY, or 'unmeasured'."""
@@ -78,7 +74,7 @@ class Preflight(NamedTuple):
     unauthenticated_root: bool
 
 
-def init(paths: Paths, choices: Choices) -> Preflight:
+def init(paths: Paths, choices: InitChoices) -> Preflight:
     """Initialises this host. Raises Refused with the name of what is wrong, TpmAbsent, TpmFailed."""
     with exclusive(paths):
         unfinished = _earlier_attempt(paths)
@@ -96,17 +92,17 @@ def init(paths: Paths, choices: Choices) -> Preflight:
                     if choices.kms
                     else _use_native(state, persistence, choices, unfinished)
                 ) as host_key:
-                    slots.persist(
+                    slots.seal_slot(
                         tpm,
                         bytes.fromhex(host),
                         found.selection,
                         (found.branch,),
                         Payload(persistence, found.unauthenticated_root),
-                        choices.owner_auth,
+                        owner_auth=choices.owner_auth,
                         replace="slots-in-use" in choices.accept or unfinished is not None,
                     )
-                    this_boot.remember(paths, "made", {"unlock:persistence": persistence})
-                    this_boot.remember(paths, "provider", {"unlock:host": host_key})
+                    this_boot.cache_keys(paths, "made", {"unlock:persistence": persistence})
+                    this_boot.cache_keys(paths, "provider", {"unlock:host": host_key})
         if not os.path.exists(paths.config):
             write_atomically(paths.config, config.HEAD.encode(), mode=0o644)
         allowed_states.begin(state, found.selection, found.branch, found.unauthenticated_root)
@@ -116,7 +112,7 @@ def init(paths: Paths, choices: Choices) -> Preflight:
 
 
 def _earlier_attempt(paths: Paths) -> State | None:
-    """An init that was killed. Raises Refused when one has finished."""
+    """The state of an init that was killed; None without one. Raises Refused when an init has finished."""
     try:
         state = State.load(paths)
     except Refused:
@@ -126,8 +122,9 @@ def _earlier_attempt(paths: Paths) -> State | None:
     raise Refused("this host is initialised already", "unlock status", code="initialised")
 
 
-def _use_native(state: State, persistence: Secret, choices: Choices, unfinished: State | None) -> Secret:
-    """A KDK, backed up before anything depends on it; gives the host key. Raises Usage, Malformed, Tampered."""
+def _use_native(state: State, persistence: Secret, choices: InitChoices, unfinished: State | None) -> Secret:
+    """Makes a KDK and backs it up before anything depends on it. Returns the host key. Raises Usage, Malformed,
+    Tampered."""
     name = access.key_name(state.host, "host", 1)
     with Secret.random(32) as kdk, native.Native(Secret(bytes(kdk)), state.host) as provider:
         state.use_provider(
@@ -144,37 +141,34 @@ def _use_native(state: State, persistence: Secret, choices: Choices, unfinished:
     return host_key
 
 
-def _use_kmip(paths: Paths, state: State, persistence: Secret, kms: Kmip) -> Secret:
-    """A key manager, proven by the host key that it makes and gives back. Raises ProviderError, Usage, Malformed."""
+def _use_kmip(paths: Paths, state: State, persistence: Secret, kms: KeyManager) -> Secret:
+    """Begins to use a key manager, which must make the host key and give it back. Returns the host key. Raises
+    ProviderError, Usage, Malformed."""
     provider_id = f"kmip-{os.urandom(16).hex()}"
     entry = state.kmip_entry(
         name=kms.settings.name,
         provider_id=provider_id,
-        certificate=kms.certificate,
-        until=access.certificate_until(kms.certificate),
+        certificate=kms.client.certificate,
+        until=access.certificate_end(kms.client.certificate),
         persistence=persistence,
-        key=None if kms.settings.client_key else kms.key,
-        password=kms.password,
+        key=None if kms.settings.client_key else kms.client.key,
+        password=kms.client.password,
     )
     state.persistent = kms.persistent
     state.use_provider(entry)
     state.begin(Init("init", "--provider kmip"))
-    password = Secret(bytes(kms.password)) if kms.password else None
-    key = Secret(bytes(kms.key))
-    with closing(
-        access.kmip(kms.settings, provider_id=provider_id, certificate=kms.certificate, key=key, password=password)
-    ) as provider:
-        made, host_key = access.new_key(provider, access.key_name(state.host, "host", 1))
+    with closing(connect_as(kms.client, kms.settings, provider_id)) as provider:
+        made, host_key = access.make_key(provider, access.key_name(state.host, "host", 1))
     entry_of_key = KeyEntry(f"{provider_id}/{made.id}", made.name, 1)
     state.set_host_key(entry_of_key, persistence=persistence, key=host_key)
     state.save()
     if kms.settings.name not in config.load(paths.config).providers:
-        config.append(paths.config, config.provider_table(kms.settings))
+        config.append_table(paths.config, config.provider_table(kms.settings))
     return host_key
 
 
 def _is_backup_of(path: str, host: str) -> bool:
-    """Whether the file is what a killed init of ours has written: nothing depends on it."""
+    """Whether the file is a backup that a killed init of this host has written: nothing depends on it."""
     try:
         with open(path, "rb") as file:
             content = file.read(native.BACKUP_MAX)
@@ -183,12 +177,13 @@ def _is_backup_of(path: str, host: str) -> bool:
     return not content or f'"scope": "{host}"'.encode() in content
 
 
-def preflight(paths: Paths, tpm: Tpm, choices: Choices, again: bool) -> Preflight:
-    """Everything that can be known beforehand; changes nothing, but for an SRK where there is none. Raises Refused."""
+def preflight(paths: Paths, tpm: Tpm, choices: InitChoices, again: bool) -> Preflight:
+    """Checks TPM, boot and root file system before anything is changed. Makes only an SRK, where there is none. Raises
+    Refused."""
     _check_chip(tpm, choices, again)
-    early = this_boot.early(paths)
+    early = this_boot.read_early_report(paths)
     if early is None:
-        _refuse(choices, "initramfs-without-unlock", "update-initramfs -u, and reboot once")
+        _require_accepted(choices, "initramfs-without-unlock", "update-initramfs -u, and reboot once")
     values = tpm.read_pcrs(range(16))
     before = early.facts.cap_pcr_before if early else None
     untouched = (
@@ -204,20 +199,22 @@ def preflight(paths: Paths, tpm: Tpm, choices: Choices, again: bool) -> Prefligh
         )
     boot = at_unseal.boot_method(paths, values)
     if boot == "unmeasured":
-        _refuse(choices, "unmeasured-boot", "boot with UEFI, which measures kernel and initramfs")
+        _require_accepted(choices, "unmeasured-boot", "boot with UEFI, which measures kernel and initramfs")
     elif at_unseal.initramfs_unmeasured(boot, logs.read_event_log(paths)[0]):
-        _refuse(choices, "unmeasured-boot", "boot a unified kernel image: Linux does not measure what initrd= names")
+        _require_accepted(
+            choices, "unmeasured-boot", "boot a unified kernel image: Linux does not measure what initrd= names"
+        )
     selection = pcr_policy.select(choices.pcrs or at_unseal.MEASURED_BY.get(boot, (7,)))
     plain_root = not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
     if plain_root:
-        _refuse(choices, "unauthenticated-root", "encrypt the root file system")
+        _require_accepted(choices, "unauthenticated-root", "encrypt the root file system")
     tpm.srk(choices.owner_auth)
     tpm.trial(selection)
     then = at_unseal.known_values(selection, at_unseal.read_pcrs(paths, tpm))
     return Preflight(boot, selection, pcr_policy.branch(selection, then), plain_root)
 
 
-def _check_chip(tpm: Tpm, choices: Choices, again: bool) -> None:
+def _check_chip(tpm: Tpm, choices: InitChoices, again: bool) -> None:
     facts = tpm.facts()
     if facts.in_lockout:
         raise Refused(
@@ -230,7 +227,7 @@ def _check_chip(tpm: Tpm, choices: Choices, again: bool) -> None:
     if facts.owner_auth_set and not len(choices.owner_auth):
         raise Refused("the TPM's owner has a password", "--owner-auth-file FILE", code="owner-auth-set")
     if facts.taken and not again:
-        _refuse(choices, "slots-in-use", "tpm2_getcap handles-persistent")
+        _require_accepted(choices, "slots-in-use", "tpm2_getcap handles-persistent")
     ours = sum(slot.object in facts.taken for slot in SLOTS)
     if facts.persistent_free + ours < 2 + (not facts.srk) or min(facts.nv_buffer, facts.nv_index_size) < RECORD_SIZE:
         raise Refused(
@@ -240,7 +237,7 @@ def _check_chip(tpm: Tpm, choices: Choices, again: bool) -> None:
         )
 
 
-def _refuse(choices: Choices, name: str, other: str) -> None:
+def _require_accepted(choices: InitChoices, name: str, other: str) -> None:
     if name in choices.accept:
         log.note(f"accepted: {name}: {OVERRIDES[name]}")
         return

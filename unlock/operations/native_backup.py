@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock provider backup | restore`: the native provider's key-derivation key, under a password."""
+"""`unlock provider backup` and `restore`: the native provider's key-derivation key (KDK) in a file, under a
+password."""
 
 from ..disks import find
 from ..disks.groups import check_name
@@ -13,7 +14,8 @@ from ..secret import Secret
 
 
 def backup(paths: Paths, file: str, password: Secret, name: str = "", look: find.Look = find.look) -> None:
-    """The native provider's KDK under a password, restored once from the file. Raises Usage, Refused, Malformed."""
+    """Writes a backup of the native provider's KDK, and restores it once from the file as a test. Raises Usage,
+    Refused, Malformed."""
     with access.Work(paths, look) as work:
         provider = work.provider(_native(work.state.provider_named(name)))
         assert isinstance(provider, native.Native)
@@ -23,7 +25,7 @@ def backup(paths: Paths, file: str, password: Secret, name: str = "", look: find
 def restore(
     paths: Paths, file: str, password: Secret, name: str = "native", look: find.Look = find.look
 ) -> NativeEntry:
-    """A native provider from its backup: this host's own, or one of its cluster, to be switched to.
+    """Adds a native provider from its backup: this host's own, or that of another host, to be switched to.
 
     Raises Refused when a provider of that name has another KDK, Tampered for a wrong password, Malformed, Usage.
     """

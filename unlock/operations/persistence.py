@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock persistence`: whether a key manager's keys are kept on this host, so that it boots without the network.
+"""`unlock persistence`: chooses whether a key manager's keys are kept on this host, so that it boots without network.
 
-enable     every key is on every disk, wrapped by the persistence key, before it says so
-disable    no disk carries a KEK any more; after the next boot groups open when the key manager answers
-remove     then the TPM forgets the persistence key; until the next boot `enable` seals it again, as it was sealed
+enable     puts every KEK on every disk, wrapped by the persistence key, and the host key into the state disable
+takes every KEK off the disks; from the next boot on, groups open when the key manager answers remove     evicts the
+persistence key from the TPM after `disable`; until the next boot, `enable` seals it again under the same policy
 """
 
-from typing import Any
+from typing import TypedDict
 
 from ..disks import devices, disk_keys, find, luks
 from ..errors import NoKey, NoSlot, Refused, UnlockError
@@ -24,10 +24,30 @@ from ..tpm.chip import Tpm
 from ..tpm.record import Payload, Record
 
 
-def status(paths: Paths, look: find.Look = find.look) -> dict[str, Any]:
-    """Plain values; what disks carry is read from them."""
+class GroupRow(TypedDict):
+    """One group in `unlock persistence status --json`."""
+
+    name: str
+    policy: str
+    members: int
+    kept_on: list[str]
+    """Mapping names of the members that carry the KEK."""
+
+
+class Status(TypedDict):
+    """`unlock persistence status --json`."""
+
+    version: int
+    provider: str
+    """Kind of the provider in use."""
+    enabled: bool
+    groups: list[GroupRow]
+
+
+def status(paths: Paths, look: find.Look = find.look) -> Status:
+    """Reads from each disk whether it carries its KEK. Raises NoKey, Refused."""
     with access.Work(paths, look) as work:
-        groups = []
+        groups: list[GroupRow] = []
         for group in work.state.groups.values():
             nodes = work.nodes(group)
             kept = [member.name for member in group.members if _keeps(work, nodes.get(member.uuid, ""))]
@@ -56,7 +76,8 @@ def _keeps(work: access.Work, node: str) -> bool:
 def enable(
     paths: Paths, look: find.Look = find.look, tcti: str = TPM_DEVICE, owner_auth: Secret | None = None
 ) -> list[rotation.Outcome]:
-    """Asks the TPM only where its keys were removed. Raises ProviderError, NoKey, DiskFailed, Refused, TpmFailed."""
+    """Keeps all keys on this host. Asks the TPM only where its keys were removed. Raises ProviderError, NoKey,
+    DiskFailed, Refused, TpmFailed."""
     with exclusive(paths), access.Work(paths, look) as work:
         for group in work.state.groups.values():
             access.find_kek(work, group)[0].wipe()  # before anything is changed
@@ -69,45 +90,49 @@ def enable(
             work.state.set_host_key(
                 work.state.host_key_ref, persistence=work.persistence, key=host_key, keep_former=False
             )
-        return _apply(work)
+        return _apply_policies(work)
 
 
 def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth: Secret | None) -> None:
-    """The same key under the same policy, unless something of this host is in the TPM. Raises Refused, TpmFailed."""
+    """Seals the persistence key under the policy from before its removal, unless the TPM holds a key of this host.
+    Raises Refused, TpmFailed."""
     host = bytes.fromhex(work.state.host)
-    early = this_boot.early(work.paths)
+    early = this_boot.read_early_report(work.paths)
     plain = not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
     accepted = early.facts.unauthenticated_root if early else None
     payload = Payload(work.persistence, plain if accepted is None else accepted)
     with Tpm(tcti) as tpm:
-        found = _sealed(tpm)
+        found = _record_in_tpm(tpm)
         if found and found.host == host:
             return
         branches = [bytes.fromhex(each) for each in sealed.branches]
         with allowed_states.auth_for(work.state.host, sealed.pin) or Secret(b"") as auth:
             pin_auth = auth if len(auth) else None
-            slots.persist(tpm, host, sealed.selection, branches, payload, owner_auth, pin_auth=pin_auth, cap=sealed.cap)
+            slots.seal_slot(
+                tpm, host, sealed.selection, branches, payload, owner_auth=owner_auth, pin_auth=pin_auth, cap=sealed.cap
+            )
 
 
-def _sealed(tpm: Tpm) -> Record | None:
+def _record_in_tpm(tpm: Tpm) -> Record | None:
     try:
-        return slots.current(tpm)[1]
+        return slots.current_slot(tpm)[1]
     except NoSlot:
         return None
 
 
 def disable(paths: Paths, look: find.Look = find.look) -> list[rotation.Outcome]:
-    """Raises Refused where the host could not boot or reach its key manager any more."""
+    """Keeps no keys on this host any more. Raises Refused where the host could not boot or reach its key manager
+    then."""
     with exclusive(paths), access.Work(paths, look) as work:
-        refuse(work.state)
+        refuse_without_kept_keys(work.state)
         work.state.begin(PersistenceChange("persistence", "disable"))
         work.state.persistent = False
         work.state.drop_host_key()
-        return _apply(work)
+        return _apply_policies(work)
 
 
-def refuse(state: State) -> None:
-    """Raises Refused when a host cannot do without keys that it keeps."""
+def refuse_without_kept_keys(state: State) -> None:
+    """Raises Refused when this host could not boot or work without the keys that it keeps."""
     if state.provider.kind == "native":
         raise Refused(
             "the native provider's keys are made on this host: they are kept", "unlock provider switch", code="native"
@@ -123,7 +148,7 @@ def refuse(state: State) -> None:
 
 
 def _host_key(work: access.Work) -> Secret:
-    """Kept, cached, or the provider's. Raises ProviderError."""
+    """The host key: from the state, the key cache or the provider. Raises ProviderError."""
     kept = work.state.host_key(work.persistence)
     if kept:
         return kept
@@ -135,8 +160,8 @@ def _host_key(work: access.Work) -> Secret:
         return work.provider(entry).fetch(access.key_ref(entry, key.id, key.name).id, work.opens())
 
 
-def _apply(work: access.Work) -> list[rotation.Outcome]:
-    """Each group as the choice and its own policy say; a group that is so already is looked at again."""
+def _apply_policies(work: access.Work) -> list[rotation.Outcome]:
+    """Gives each group the policy that the host's choice and configuration ask for, then closes the journal."""
     state = work.state
     outcomes = [
         rotation.set_policy(work, group, access.wanted_policy(work, group)) for group in list(state.groups.values())
@@ -147,13 +172,13 @@ def _apply(work: access.Work) -> list[rotation.Outcome]:
 
 
 def remove_all_stored_keys(paths: Paths, tcti: str, owner_auth: Secret) -> None:
-    """After `disable`: the sealed objects go, and every wrap on the disks and in the state is dead from the next boot
-    on. Finishes when run again. Raises Refused, TpmFailed."""
+    """Evicts the sealed objects from the TPM, after `disable`. From the next boot on nothing unwraps what is wrapped on
+    the disks and in the state. Finishes when run again. Raises Refused, TpmFailed."""
     with exclusive(paths):
         state = State.load(paths)
         _refuse_removal(state)
         with Tpm(tcti) as tpm:
-            found = _sealed(tpm)
+            found = _record_in_tpm(tpm)
             if found and found.host != bytes.fromhex(state.host):
                 raise Refused(
                     "the TPM keeps the persistence key of another installation", "unlock status", code="not-ours"
@@ -162,11 +187,11 @@ def remove_all_stored_keys(paths: Paths, tcti: str, owner_auth: Secret) -> None:
                 branches = tuple(each.hex() for each in found.branches)
                 state.removed = RemovedPolicy(found.selection, found.cap, branches, found.pin)
                 state.save()
-            slots.remove(tpm, owner_auth)
+            slots.evict_all(tpm, owner_auth)
 
 
 def _refuse_removal(state: State) -> None:
-    """Raises Refused while something hangs on the persistence key."""
+    """Raises Refused while this host still needs the persistence key."""
     if state.persistent or state.journal:
         raise Refused("persistence is enabled", "unlock persistence disable", code="persistent")
     provider = state.provider

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock policy show`, `window`, `close` and `set`; and what each good boot teaches.
+"""`unlock policy show`, `window`, `close` and `set`, and what is done after each good boot.
 
-    show       which states the TPM allows, and why each
-    window     before a firmware update: fewer PCRs count, for a number of good boots
-    good_boot  after each boot that the TPM allowed: its state is proven, an older policy that a power cut left is
-               evicted; the last boot of a window closes it
-    close      the full selection again, and this boot's state alone
-    set        another selection, or a PIN
+    show       lists the PCR states that the TPM allows, and why each
+    window     before a firmware update: seals to fewer PCRs, for a number of good boots
+    good_boot  after each boot that the TPM allowed: marks its state as proven and evicts an older policy that a power
+               cut left; after the last boot of a window, closes it
+    close      seals to the full selection again, for the state of this boot alone
+    set        seals to another selection, or with another PIN
 
-The state says that a window is open before the TPM has it, and until the TPM does not have it any more: killed
-anywhere, a window is never forgotten. A boot that the TPM refused counts for nothing.
+state.json records a window before the TPM has it, and until the TPM does not have it any more: killed anywhere, no
+window is forgotten. A boot that the TPM refused is not counted.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TypedDict
 
 from .. import log
 from ..errors import Refused, Usage
@@ -34,12 +34,48 @@ FIRMWARE = frozenset(range(8))
 """The PCRs that a firmware update may change: TCG "PC Client Platform Firmware Profile", section 3.3.4."""
 
 
-def show(paths: Paths, tcti: str = TPM_DEVICE) -> dict[str, Any]:
-    """Plain values."""
+class WindowRow(TypedDict):
+    """The open window in `unlock policy show --json`."""
+
+    reboots: int
+    """Good boots that are left."""
+    since: str
+    """UTC, ISO 8601."""
+    pcrs: list[int]
+    """The selection when the window is closed."""
+
+
+class StateRow(TypedDict):
+    """One PCR state in `unlock policy show --json`."""
+
+    branch: str
+    """In hex."""
+    why: str
+    this_boot: bool
+    proven: bool
+    made: str
+    """UTC, ISO 8601; '' when not known."""
+
+
+class PolicyReport(TypedDict):
+    """`unlock policy show --json`."""
+
+    version: int
+    slot: str
+    generation: int
+    pcrs: list[int]
+    cap_pcr: int
+    pin: bool
+    window: WindowRow | None
+    states: list[StateRow]
+
+
+def show(paths: Paths, tcti: str = TPM_DEVICE) -> PolicyReport:
+    """The TPM's policy as it is now. Raises Refused, NoSlot, NewerFormat, TpmFailed."""
     state = State.load(paths)
     with Tpm(tcti) as tpm:
         found = allowed_states.look(paths, tpm, state)
-    window = found.window if found.window and _open(found) else None
+    window = found.window if found.window and _is_window_open(found) else None
     return {
         "version": 1,
         "slot": found.slot.name,
@@ -61,8 +97,8 @@ def show(paths: Paths, tcti: str = TPM_DEVICE) -> dict[str, Any]:
     }
 
 
-def text(found: dict[str, Any]) -> str:
-    """The same for people."""
+def table(found: PolicyReport) -> str:
+    """The report of `show` as text for a person."""
     pin = "yes: the TPM asks for it at every boot" if found["pin"] else "no"
     window = found["window"]
     lines = [
@@ -84,8 +120,8 @@ def describe_window(since: str, reboots: int) -> str:
     return f"OPEN since {since}: fewer PCRs count, for {reboots} more good boot{'' if reboots == 1 else 's'}"
 
 
-def risk(selection: Iterable[int]) -> str:
-    """What an open window means, in words."""
+def describe_window_risk(selection: Iterable[int]) -> str:
+    """What an attacker can do while the policy is over `selection` alone, in words."""
     if 7 in selection:
         return "whoever boots this host with any program that its Secure Boot accepts gets the keys"
     if 4 in selection:
@@ -96,60 +132,92 @@ def risk(selection: Iterable[int]) -> str:
 def open_window(
     paths: Paths, reboots: int, keep: Iterable[int] = (), tcti: str = TPM_DEVICE, owner_auth: Secret | None = None
 ) -> Allowed:
-    """Until so many good boots, only this boot's PCRs 8 to 14 of the policy count, the cap PCR, and `keep`.
+    """Seals to PCRs 8 to 14 of the policy, the cap PCR and `keep`, in the state of this boot, for `reboots` good boots.
 
-    Raises Usage, Refused for a PCR that cannot be told, NoKey, TpmFailed. An open one may be opened again.
+    A window that is open may be opened again. Raises Usage, Refused for a PCR whose value at the unseal is not known,
+    NoKey, TpmFailed.
     """
     if not 1 <= reboots <= REBOOTS_MAX:
         raise Usage(f"a window lasts 1 to {REBOOTS_MAX} good boots", "unlock policy window --reboots 1")
-    with changing(paths) as state, Tpm(tcti) as tpm, access.persistence_key() as persistence:
+    with changing(paths) as state, Tpm(tcti) as tpm, access.read_persistence_key() as persistence:
         found = allowed_states.look(paths, tpm, state)
-        full = _full(found)
+        full = _full_selection(found)
         if not set(keep) <= set(full):
             raise Usage(f"the policy is over PCRs {', '.join(map(str, full))}", "unlock policy show")
         selection = pcr_policy.select(set(full) - FIRMWARE | set(keep), found.record.cap)
-        branch = _of_this_boot(paths, tpm, found, selection)
-        window = Window(reboots=reboots, since=allowed_states.utc(), pcrs=full, boot=_boot(paths))
+        branch = _branch_of_this_boot(paths, tpm, found, selection)
+        window = Window(reboots=reboots, since=allowed_states.utc(), pcrs=full, boot=_boot_id(paths))
         state.tpm = state.tpm._replace(window=window, pcrs=full)
         reasons = {branch: "a window for a firmware update"}
-        return allowed_states.reseal(paths, tpm, state, persistence, found, selection, [branch], reasons, owner_auth)
+        return allowed_states.reseal(
+            paths,
+            tpm,
+            state,
+            found,
+            persistence=persistence,
+            selection=selection,
+            branches=[branch],
+            reasons=reasons,
+            owner_auth=owner_auth,
+        )
 
 
-def close(paths: Paths, tcti: str = TPM_DEVICE, owner_auth: Secret | None = None) -> Allowed:
-    """The full selection, and the state of this boot alone: predicted ones and that of the boot before are dropped.
+def close_window(paths: Paths, tcti: str = TPM_DEVICE, owner_auth: Secret | None = None) -> Allowed:
+    """Seals to the full selection, for the state of this boot alone. Predicted states and that of the boot before go.
 
-    Raises NoKey, Refused when the state of this boot is not one that the policy allows, or cannot be told.
+    Raises NoKey, Refused when the policy does not allow the state of this boot, or that state is not known.
     """
-    with changing(paths) as state, Tpm(tcti) as tpm, access.persistence_key() as persistence:
-        return _close(paths, tpm, state, allowed_states.look(paths, tpm, state), persistence, owner_auth)
+    with changing(paths) as state, Tpm(tcti) as tpm, access.read_persistence_key() as persistence:
+        return _close(
+            paths, tpm, state, allowed_states.look(paths, tpm, state), persistence=persistence, owner_auth=owner_auth
+        )
 
 
-def choose(
+def set_policy(
     paths: Paths,
     pcrs: Iterable[int] = (),
     pin: Pin | None = None,
     tcti: str = TPM_DEVICE,
     owner_auth: Secret | None = None,
 ) -> Allowed:
-    """The policy over these PCRs, with the cap PCR, from now on: for this boot's state alone. A window is closed by it.
-    Without PCRs only what a boot is asked for changes.
+    """Seals to these PCRs and the cap PCR, for the state of this boot alone, and closes a window. Without PCRs, changes
+    the PIN alone.
 
-    Raises Usage for PCRs that protect nothing and for a PIN too short or too long; Refused for a PCR that cannot be
-    told, and for a PIN that an installed initramfs cannot ask for; NoKey, TpmFailed.
+    Raises Usage for PCRs that protect nothing and for a PIN too short or too long; Refused for a PCR whose value at the
+    unseal is not known, and for a PIN that an installed initramfs cannot ask for; NoKey, TpmFailed.
     """
     if pin and pin.typed is not None:
-        initramfs_images.need_pin(paths)
-    with changing(paths) as state, Tpm(tcti) as tpm, access.persistence_key() as persistence:
+        initramfs_images.require_pin_support(paths)
+    with changing(paths) as state, Tpm(tcti) as tpm, access.read_persistence_key() as persistence:
         found = allowed_states.look(paths, tpm, state)
         if not pcrs:
-            same = found.record.selection, found.record.branches
-            return allowed_states.reseal(paths, tpm, state, persistence, found, *same, {}, owner_auth, pin)
+            return allowed_states.reseal(
+                paths,
+                tpm,
+                state,
+                found,
+                persistence=persistence,
+                selection=found.record.selection,
+                branches=found.record.branches,
+                reasons={},
+                owner_auth=owner_auth,
+                pin=pin,
+            )
         selection = pcr_policy.select(pcrs, found.record.cap)
-        branch = _of_this_boot(paths, tpm, found, selection)
+        branch = _branch_of_this_boot(paths, tpm, found, selection)
         state.tpm = state.tpm._replace(pcrs=selection)
         reasons = {} if branch in found.record.branches else {branch: "this boot, when the PCRs were chosen"}
         changed = allowed_states.reseal(
-            paths, tpm, state, persistence, found, selection, [branch], reasons, owner_auth, pin
+            paths,
+            tpm,
+            state,
+            found,
+            persistence=persistence,
+            selection=selection,
+            branches=[branch],
+            reasons=reasons,
+            owner_auth=owner_auth,
+            pin=pin,
         )
         state.tpm = state.tpm._replace(window=None)
         state.save_if_changed()
@@ -157,11 +225,12 @@ def choose(
 
 
 def good_boot(paths: Paths, tcti: str = "") -> int:
-    """`unlock boot baseline`, after a boot: nothing after one that the TPM refused. Adds no state.
+    """What `unlock boot baseline` does to the policy after a boot; nothing after a boot that the TPM refused. Adds no
+    state. Returns the exit status, 0.
 
     Raises NoKey when a window ends and the key cache was flushed, TpmFailed and others.
     """
-    early = this_boot.early(paths)
+    early = this_boot.read_early_report(paths)
     if not early or early.verdict != "unsealed":
         return 0
     with changing(paths) as state, Tpm(tcti or this_boot.tpm_device()) as tpm:
@@ -171,34 +240,46 @@ def good_boot(paths: Paths, tcti: str = "") -> int:
             branch = found.opened.hex()
             proven = state.tpm.states[branch]._replace(proven=True)
             state.tpm = state.tpm._replace(states={**state.tpm.states, branch: proven})
-        window = state.tpm.window if _open(found) else None  # or the command that opened or closed one was killed
-        if window and window.boot != _boot(paths):
-            window = window._replace(reboots=max(0, window.reboots - 1), boot=_boot(paths))
+        window = (
+            state.tpm.window if _is_window_open(found) else None
+        )  # or the command that opened or closed one was killed
+        if window and window.boot != _boot_id(paths):
+            window = window._replace(reboots=max(0, window.reboots - 1), boot=_boot_id(paths))
         state.tpm = state.tpm._replace(window=window)
         state.save_if_changed()
         if window and not window.reboots:
-            with access.persistence_key() as persistence:
-                _close(paths, tpm, state, found, persistence, None)
+            with access.read_persistence_key() as persistence:
+                _close(paths, tpm, state, found, persistence=persistence, owner_auth=None)
             log.note("the window is closed: all PCRs of the policy count again")
         elif found.opened:
-            slots.finish(tpm, found.slot, found.record.host)
+            slots.evict_older_policy(tpm, found.slot, found.record.host)
     return 0
 
 
 def _close(
-    paths: Paths, tpm: Tpm, state: State, found: Allowed, persistence: Secret, owner_auth: Secret | None
+    paths: Paths, tpm: Tpm, state: State, found: Allowed, *, persistence: Secret, owner_auth: Secret | None
 ) -> Allowed:
-    full = _full(found)
-    branch = _of_this_boot(paths, tpm, found, full)
+    full = _full_selection(found)
+    branch = _branch_of_this_boot(paths, tpm, found, full)
     reasons = {} if branch in found.record.branches else {branch: "this boot, when the window was closed"}
-    closed = allowed_states.reseal(paths, tpm, state, persistence, found, full, [branch], reasons, owner_auth)
+    closed = allowed_states.reseal(
+        paths,
+        tpm,
+        state,
+        found,
+        persistence=persistence,
+        selection=full,
+        branches=[branch],
+        reasons=reasons,
+        owner_auth=owner_auth,
+    )
     state.tpm = state.tpm._replace(window=None)
     state.save_if_changed()
     return closed._replace(window=None)
 
 
-def _of_this_boot(paths: Paths, tpm: Tpm, found: Allowed, selection: tuple[int, ...]) -> bytes:
-    """The branch of this boot, which must be one that the policy allows as it is now."""
+def _branch_of_this_boot(paths: Paths, tpm: Tpm, found: Allowed, selection: tuple[int, ...]) -> bytes:
+    """The branch of this boot under `selection`. Raises Refused where the present policy does not allow this boot."""
     if not found.opened:
         raise Refused(
             "this boot is in no state that the policy allows, or its state cannot be told",
@@ -212,18 +293,18 @@ def _of_this_boot(paths: Paths, tpm: Tpm, found: Allowed, selection: tuple[int, 
     )
 
 
-def _full(found: Allowed) -> tuple[int, ...]:
+def _full_selection(found: Allowed) -> tuple[int, ...]:
     """The selection without a window."""
     if found.window:
         return pcr_policy.select({*found.window.pcrs, *found.record.selection}, found.record.cap)
     return found.record.selection
 
 
-def _open(found: Allowed) -> bool:
+def _is_window_open(found: Allowed) -> bool:
     """Whether the TPM has the window that the state speaks of."""
-    return found.record.selection != _full(found)
+    return found.record.selection != _full_selection(found)
 
 
-def _boot(paths: Paths) -> str:
+def _boot_id(paths: Paths) -> str:
     """The kernel's random id of this boot."""
     return logs.read_up_to(paths.boot_id, 64).decode("ascii", "replace").strip()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock provider add | list | test | renew`: key managers, tried before anything depends on them."""
+"""`unlock provider add`, `list`, `test` and `renew`: key managers, which are asked before anything depends on them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from .. import ask
 from ..disks import find
@@ -22,7 +22,7 @@ from . import selfhosted
 
 
 class Client(NamedTuple):
-    """What a KMIP client shows of itself."""
+    """The credentials of this host as a KMIP client."""
 
     certificate: str
     """PEM."""
@@ -33,16 +33,35 @@ class Client(NamedTuple):
 
 
 class Proof(NamedTuple):
-    """One thing that `test` has looked at."""
+    """One check of `test_provider`."""
 
     what: str
     error: UnlockError | None = None
+    """None where the check passed."""
 
 
-def names(paths: Paths) -> list[dict[str, Any]]:
-    """The providers of this host, the one in use first: plain values, nothing is asked of a server."""
+class ProviderRow(TypedDict):
+    """One provider in `unlock provider list --json`."""
+
+    name: str
+    kind: str
+    id: str
+    in_use: bool
+    endpoints: list[str]
+    username: str
+    certificate_days: int | None
+    client_key: str
+    """`file`, `wrapped`, or '' for a provider without one."""
+    groups: list[str]
+    """Names of the groups whose KEK it has made."""
+    not_retired: int
+    """Replaced KEKs that it has not deactivated yet."""
+
+
+def list_providers(paths: Paths) -> list[ProviderRow]:
+    """The providers of this host, the one in use first. Asks no server. Raises Refused, Malformed."""
     state, settings = State.load(paths), config.load(paths.config)
-    rows = []
+    rows: list[ProviderRow] = []
     for entry in state.providers:
         setting = settings.providers.get(entry.name)
         groups = [group.name for group in state.groups.values() if has_made(entry, group.kek)]
@@ -63,10 +82,10 @@ def names(paths: Paths) -> list[dict[str, Any]]:
     return rows
 
 
-def add(paths: Paths, settings: config.ProviderConfig, client: Client, look: find.Look = find.look) -> None:
-    """A key manager beside the one in use; it must answer and know our certificate.
+def add_provider(paths: Paths, settings: config.ProviderConfig, client: Client, look: find.Look = find.look) -> None:
+    """Adds a key manager beside the provider in use; it must answer and accept this host's certificate.
 
-    Raises Refused, Usage, Malformed, ProviderError: then nothing is left of it. Again, it mends what is there.
+    Raises Refused, Usage, Malformed, ProviderError: then nothing has changed. Called again, it mends what is there.
     """
     check_name(settings.name, "provider")
     with exclusive(paths), access.Work(paths, look) as work:
@@ -74,12 +93,12 @@ def add(paths: Paths, settings: config.ProviderConfig, client: Client, look: fin
         known = state.others.get(settings.name)
         if settings.name == state.provider.name or (known and known.kind == "native"):
             raise Refused(f"there is a provider {settings.name} already", "unlock provider list", code="exists")
-        selfhosted.refuse(work.state.groups, settings.endpoints)
+        selfhosted.refuse_self_hosted(work.state.groups, settings.endpoints)
         provider_id = known.id if known else f"kmip-{os.urandom(16).hex()}"
-        with closing(_provider(settings, provider_id, client)) as provider:
+        with closing(connect_as(client, settings, provider_id)) as provider:
             provider.capabilities()
         if settings.name not in work.settings.providers:
-            config.append(paths.config, config.provider_table(settings))
+            config.append_table(paths.config, config.provider_table(settings))
         elif work.settings.providers[settings.name] != settings:
             raise Refused(f"unlock.toml has another [provider.{settings.name}]", f"edit {paths.config}", code="differs")
         state.put_provider(_entry(work, settings, provider_id, client))
@@ -91,29 +110,32 @@ def _entry(work: access.Work, settings: config.ProviderConfig, provider_id: str,
         name=settings.name,
         provider_id=provider_id,
         certificate=client.certificate,
-        until=access.certificate_until(client.certificate),
+        until=access.certificate_end(client.certificate),
         persistence=work.persistence,
         key=None if settings.client_key else client.key,
         password=client.password,
     )
 
 
-def _provider(settings: config.ProviderConfig, provider_id: str, client: Client) -> Provider:
+def connect_as(client: Client, settings: config.ProviderConfig, provider_id: str) -> Provider:
+    """The key manager, asked as this client, whose key and password are copied. Raises Usage, Malformed."""
     password = Secret(bytes(client.password)) if client.password else None
     key = Secret(bytes(client.key))
-    return access.kmip(settings, provider_id=provider_id, certificate=client.certificate, key=key, password=password)
+    return access.connect_kmip(
+        settings, provider_id=provider_id, certificate=client.certificate, key=key, password=password
+    )
 
 
-def test(paths: Paths, name: str = "", look: find.Look = find.look) -> list[Proof]:
-    """Every endpoint is asked; every key of this host is fetched and proven on its disks. Changes nothing at the disks.
-    What a switch could not deactivate there is deactivated.
+def test_provider(paths: Paths, name: str = "", look: find.Look = find.look) -> list[Proof]:
+    """Asks every endpoint, fetches every key of this host and proves it on its disks, which it does not change.
+    Deactivates the replaced KEKs that a switch could not deactivate.
 
-    For a provider that is not in use yet, the host key that `switch` would take is made and fetched twice.
+    For a provider that is not in use yet, makes the host key that `switch` would take, and fetches it twice.
     """
     with exclusive(paths), access.Work(paths, look) as work:
         entry = work.state.provider_named(name)
         if entry.kind == "kmip":
-            selfhosted.refuse(work.state.groups, access.provider_settings(paths, entry).endpoints)
+            selfhosted.refuse_self_hosted(work.state.groups, access.provider_settings(paths, entry).endpoints)
         provider = work.provider(entry)
         proofs = [
             Proof(f"endpoint {each.endpoint} {each.protocol}".rstrip(), each.problem)
@@ -124,10 +146,10 @@ def test(paths: Paths, name: str = "", look: find.Look = find.look) -> list[Proo
             ref = access.key_ref(entry, group.kek, group.kek_name)
             nodes = work.nodes(group)
             what = f"KEK of group {group.name}: fetched, proven on {len(nodes)} of {len(group.members)} disks"
-            proofs.append(_prove(what, provider, ref, work.opens(), access.prover(work, group, nodes)))
+            proofs.append(_prove(what, provider, ref, work.opens(), access.kek_prover(work, group, nodes)))
         proofs.append(_prove_host_key(work, entry, provider))
         if left := len(work.state.not_retired(entry)):
-            rotation.retire(work, left=True)
+            rotation.retire_keks(work, left=True)
             proofs.append(Proof(f"replaced keys: {len(work.state.not_retired(entry))} of {left} still active there"))
         if work.settings.sync.open_from_provider_after_refusal and entry.kind == "kmip" and entry.client_key:
             what = "client key in a file, for open_from_provider_after_refusal"
@@ -140,7 +162,7 @@ def test(paths: Paths, name: str = "", look: find.Look = find.look) -> list[Proo
         return proofs
 
 
-def _prove(what: str, provider: Provider, ref: Ref, states: frozenset[str], prove: Any) -> Proof:
+def _prove(what: str, provider: Provider, ref: Ref, states: frozenset[str], prove: Callable[[Secret], None]) -> Proof:
     try:
         provider.fetch(ref.id, states, prove).wipe()
     except ProviderError as error:
@@ -152,7 +174,7 @@ def _prove_host_key(work: access.Work, entry: ProviderEntry, provider: Provider)
     key_id, name, generation = work.state.host_key_ref
     try:
         if not has_made(entry, key_id):
-            ref, key = access.new_key(provider, access.key_name(work.state.host, "host", generation + 1))
+            ref, key = access.make_key(provider, access.key_name(work.state.host, "host", generation + 1))
             with key, provider.fetch(ref.id) as again:
                 if key != again:
                     raise Integrity(f"provider {entry.name} gives two keys for one id", "unlock provider list")
@@ -169,9 +191,9 @@ def _prove_host_key(work: access.Work, entry: ProviderEntry, provider: Provider)
         return Proof("host key", error)
 
 
-def renew(paths: Paths, client: Client, name: str = "", look: find.Look = find.look) -> int:
-    """A new client certificate, or password, or both, once the key manager has given a key for them; gives the days
-    that the certificate is valid. What `client` leaves empty stays as it is.
+def renew_client(paths: Paths, client: Client, name: str = "", look: find.Look = find.look) -> int:
+    """Takes a new client certificate, password, or both, once the key manager has given a key for them. Returns the
+    days for which the certificate is valid. What `client` leaves empty stays as it is.
 
     Raises ProviderError, Malformed, Refused, Usage: the old ones are then still in use.
     """
@@ -186,7 +208,7 @@ def renew(paths: Paths, client: Client, name: str = "", look: find.Look = find.l
             raise Usage(f"[provider.{settings.name}] has no username that the password is for", hint)
         with _completed(work, settings, entry, client) as client:
             new = _entry(work, settings, entry.id, client)
-            with closing(_provider(settings, entry.id, client)) as provider:
+            with closing(connect_as(client, settings, entry.id)) as provider:
                 proof = _prove_host_key(work, entry, provider)
                 if proof.error:
                     raise proof.error
@@ -201,7 +223,7 @@ def renew(paths: Paths, client: Client, name: str = "", look: find.Look = find.l
 def _completed(
     work: access.Work, settings: config.ProviderConfig, entry: KmipEntry, client: Client
 ) -> Iterator[Client]:
-    """`client`, with what is in use where it is empty."""
+    """`client`, completed with the credentials in use. Wipes those at the end."""
     with ExitStack() as wiped:
         if not client.certificate:
             key = work.state.client_key(work.persistence, entry) or ask.from_file(settings.client_key)
@@ -213,7 +235,7 @@ def _completed(
 
 
 def _same_file(path: str, client: Client) -> None:
-    """Where the key stays in a file, that file must hold the new one already. Raises Usage."""
+    """Raises Usage unless the file in which the client key stays holds the new key already."""
     with ask.from_file(path) as kept:
         if bytes(kept).strip() != bytes(client.key).strip():
             raise Usage(f"{path}, which unlock.toml names, holds another key", f"put the new key into {path}")

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock rebind`: a new board, a TPM that was cleared or replaced, or a changed boot that the operator accepts.
+"""`unlock rebind`: seals a new persistence key to the TPM and the boot that this host has now.
+
+It is for a new board, a TPM that was cleared or replaced, or a changed boot that the operator accepts.
 
     recovery key proven on the headers ──> provider, keys of the groups ──> journal, new persistence key ──>
     TPM: sealed to this boot ──> each disk: token beside the old, proven, the old removed ──> state, journal closed
 
-Where the old persistence key is not in the key cache, what it wrapped comes from elsewhere: volume keys from the
-recovery keyslots, KEKs and host key from the provider. The native provider needs its backup for that, or, with the name
-of a new backup file, becomes a new provider with new KEKs; a key manager must answer.
+Where the old persistence key is not in the key cache, the keys that it wrapped come from elsewhere: volume keys from
+the recovery keyslots, KEKs and host key from the provider. The native provider is restored from its backup, or, with
+the name of a new backup file, replaced by a new one with new KEKs; a key manager must answer.
 
 Killed anywhere, each disk opens by the old key, by the new one, or by the recovery key, and the same command finishes.
 A disk that is away opens by the recovery key until it is back.
@@ -44,11 +46,13 @@ _NEW = "unlock:rebind"
 """The new persistence key in the key cache, until everything is under it."""
 
 
-class Choices(NamedTuple):
+class RebindChoices(NamedTuple):
+    """What the operator gave and accepted."""
+
     recovery: Secret
-    """As printed."""
+    """The recovery key, as printed."""
     backup: str = ""
-    """Native: the KDK's backup, or a file that does not exist, for that of a new KDK."""
+    """Native: the KDK's backup, or a file that does not exist yet, which gets the backup of a new KDK."""
     password: Secret | None = None
     """Of the backup."""
     client_key: Secret | None = None
@@ -66,16 +70,18 @@ class Choices(NamedTuple):
 
 
 class Rebound(NamedTuple):
+    """The result of `rebind`."""
+
     selection: tuple[int, ...]
     done: tuple[str, ...]
     """Mapping names of the disks that open by the new key."""
     left: dict[str, str]
     """Mapping name -> why it opens by the recovery key alone."""
     lost: tuple[str, ...]
-    """Other providers, whose key was wrapped by the old persistence key alone."""
+    """Names of other providers whose key is lost: only the old persistence key unwrapped it."""
 
 
-def lacks_pin(paths: Paths, tcti: str = TPM_DEVICE) -> bool:
+def needs_pin(paths: Paths, tcti: str = TPM_DEVICE) -> bool:
     """Whether a PIN was set and what it makes is not in the key cache: `rebind` must be given one. Raises Refused when
     the host is not initialised, TpmAbsent, TpmFailed."""
     state = State.load(paths)
@@ -83,74 +89,78 @@ def lacks_pin(paths: Paths, tcti: str = TPM_DEVICE) -> bool:
         return _has_pin(tpm, state) and allowed_states.PIN_AUTH not in keyring.names()
 
 
-def rebind(paths: Paths, choices: Choices, look: find.Look = find.look) -> Rebound:
-    """Raises Refused, Usage, Tampered, TpmAbsent, TpmFailed, ProviderError: then nothing has changed, or the same
-    command finishes. Refused, code `pin-needed`, where a PIN was set and neither is one chosen nor what it makes in
-    the key cache: a PIN is never dropped in silence."""
+def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) -> Rebound:
+    """Seals a new persistence key to this boot, and brings every disk that is here under it.
+
+    Raises Refused, Usage, Tampered, TpmAbsent, TpmFailed, ProviderError: then nothing has changed, or the same command
+    finishes. Refused, code `pin-needed`, where a PIN was set, none is chosen now, and its auth value is not in the key
+    cache: a PIN is never dropped in silence."""
     if choices.pin and choices.pin.typed is not None:
-        initramfs_images.need_pin(paths)
+        initramfs_images.require_pin_support(paths)
     with changing(paths) as state, Tpm(choices.tcti) as tpm, ExitStack() as keys:
         if not state.has_recovery_key:
             raise Refused("this host has no recovery key, so no disk depends on its TPM", "unlock status")
         seen = look()
         mac_key = keys.enter_context(disk_keys.mac_key(choices.recovery, state.host))
         left = _check_disks(state, seen, choices.recovery, mac_key)
-        selection, branch, plain_root = _this_boot(paths, tpm, state, choices)
+        selection, branch, plain_root = _policy_of_this_boot(paths, tpm, state, choices)
         pin_auth = keys.enter_context(_pin_auth(tpm, state, choices))
         again = isinstance(state.journal, Rebind)
-        new, old = _keys_at_hand(state)
+        new, old = _new_and_old_key(state)
         keys.enter_context(new)
         keys.enter_context(old or Secret(b""))
-        before = _journal(state, new, old, choices)
+        before = _begin(state, new, old, choices)
         try:
-            goes_on = _goes_on(state, before, old, new)
+            goes_on = _rewrapped_journal(state, before, old, new)
             lost = state.rewrap(old=old, new=new)
             state.set_mac_key(persistence=new, mac_key=mac_key)
-            provider = keys.enter_context(closing(_provider(paths, state, old, new, choices)))
-            host_key, host_key_source = _host_key(state, provider, new)
+            provider = keys.enter_context(closing(_connect_provider(paths, state, old, new, choices)))
+            host_key, host_key_source = _find_host_key(state, provider, new)
             keys.enter_context(host_key)
-            keks = [_kek(state, provider, old, seen, group) for group in state.groups.values()]
+            keks = [_find_kek(state, provider, old, seen, group) for group in state.groups.values()]
         except UnlockError:
             if not again:
-                _give_up(paths, before)
+                _restore_journal(paths, before)
             raise
         for _, kek, _ in keks:
             keys.enter_context(kek)
-        this_boot.remember(paths, "made", {_NEW: new})
+        this_boot.cache_keys(paths, "made", {_NEW: new})
         payload = Payload(new, plain_root)
         has_pin = len(pin_auth) > 0
         if choices.pin and has_pin:
             keyring.forget(allowed_states.PIN_AUTH)
-        slots.persist(
+        slots.seal_slot(
             tpm,
             bytes.fromhex(state.host),
             selection,
             (branch,),
             payload,
-            choices.owner_auth,
+            owner_auth=choices.owner_auth,
             pin_auth=pin_auth if has_pin else None,
             replace=True,
         )
         if has_pin:
-            this_boot.remember(paths, "PIN", {allowed_states.PIN_AUTH: pin_auth})
+            this_boot.cache_keys(paths, "PIN", {allowed_states.PIN_AUTH: pin_auth})
         done: list[str] = []
         for group, kek, _ in keks:
             wraps = disk_keys.Keys(persistence=new, host_key=host_key, kek=kek, mac_key=mac_key)
-            done += _rewrap(state, seen, group, wraps, choices.recovery, left)
+            done += _rewrap_disks(state, seen, group, wraps, choices.recovery, left)
         allowed_states.begin(state, selection, branch, plain_root, has_pin)
         state.removed = None
         state.journal = goes_on
-        this_boot.remember(paths, "made", {"unlock:persistence": new})
+        this_boot.cache_keys(paths, "made", {"unlock:persistence": new})
         state.save()
         if not has_pin:
             keyring.forget(allowed_states.PIN_AUTH)
-        _cache(paths, host_key, host_key_source, keks)
+        _cache_keys(paths, host_key, host_key_source, keks)
         return Rebound(selection, tuple(done), left, tuple(name for name in lost if name != state.provider.name))
 
 
-def _goes_on(state: State, before: JournalEntry | None, old: Secret | None, new: Secret) -> JournalEntry | None:
-    """What was under way, to be finished after this. A rotation of the recovery key whose key is lost is given up: the
-    one that was typed counts. Raises Tampered."""
+def _rewrapped_journal(
+    state: State, before: JournalEntry | None, old: Secret | None, new: Secret
+) -> JournalEntry | None:
+    """The journal entry of the operation that goes on after the rebind, its key wrapped anew. None for a rotation of
+    the recovery key whose new key is lost: the key that was typed stays. Raises Tampered."""
     if not isinstance(before, RecoveryRotation):
         return before
     if old is None:
@@ -159,15 +169,15 @@ def _goes_on(state: State, before: JournalEntry | None, old: Secret | None, new:
         return before._replace(key=state.wrap_recovery_key(persistence=new, recovery=recovery))
 
 
-def _give_up(paths: Paths, before: JournalEntry | None) -> None:
-    """Nothing has changed yet, so nothing is unfinished."""
+def _restore_journal(paths: Paths, before: JournalEntry | None) -> None:
+    """Puts back the journal entry from before the rebind, which has changed nothing yet."""
     state = State.load(paths)
     state.journal = before
     state.save()
 
 
 def _check_disks(state: State, seen: dict[str, list[find.Found]], recovery: Secret, mac_key: Secret) -> dict[str, str]:
-    """Why a disk is left as it is, by mapping name. Refused when the recovery key opens none of those that are here."""
+    """Mapping name -> why that disk is left as it is. Raises Refused when the recovery key opens none that is here."""
     left: dict[str, str] = {}
     good = 0
     trouble: UnlockError | None = None
@@ -179,7 +189,7 @@ def _check_disks(state: State, seen: dict[str, list[find.Found]], recovery: Secr
                 continue
             try:
                 with luks.Container(node) as container:
-                    _check(container, state.host, mac_key)
+                    _check_header(container, state.host, mac_key)
                     disk_keys.dek_by_recovery_key(container, recovery).wipe()
                 good += 1
             except UnlockError as error:
@@ -193,8 +203,8 @@ def _check_disks(state: State, seen: dict[str, list[find.Found]], recovery: Secr
     return left
 
 
-def _check(container: luks.Container, host: str, mac_key: Secret) -> None:
-    """Raises Tampered when the header is not the one that the recovery key's owner was promised."""
+def _check_header(container: luks.Container, host: str, mac_key: Secret) -> None:
+    """Raises Tampered when the header's recovery MAC does not fit the recovery key."""
     trouble: UnlockError | None = None
     for each in disk_keys.read_tokens(container, host):
         try:
@@ -209,38 +219,40 @@ def _check(container: luks.Container, host: str, mac_key: Secret) -> None:
     ) from trouble
 
 
-def _this_boot(paths: Paths, tpm: Tpm, state: State, choices: Choices) -> tuple[tuple[int, ...], bytes, bool]:
+def _policy_of_this_boot(
+    paths: Paths, tpm: Tpm, state: State, choices: RebindChoices
+) -> tuple[tuple[int, ...], bytes, bool]:
     """What is sealed to: PCRs, the branch of this boot, and whether the root file system is not authenticated."""
-    if _is_of_another(tpm, state):
-        _accepted(choices, "slots-in-use")
+    if _is_used_by_another_host(tpm, state):
+        _require_accepted(choices, "slots-in-use")
     values = at_unseal.read_pcrs(paths, tpm)
     boot = at_unseal.boot_method(paths, tpm.read_pcrs(range(16)))
-    before = [pcr for pcr in _before(tpm, state) if pcr != pcr_policy.CAP_PCR]
+    before = [pcr for pcr in _previous_pcrs(tpm, state) if pcr != pcr_policy.CAP_PCR]
     if any(values.get(pcr) == pcr_policy.UNSET for pcr in before):  # another board, which boots in another way
         before = []
     pcrs = choices.pcrs or before or at_unseal.MEASURED_BY.get(boot, (7,))
     if (boot == "unmeasured" and not before) or at_unseal.initramfs_unmeasured(boot, logs.read_event_log(paths)[0]):
-        _accepted(choices, "unmeasured-boot")
+        _require_accepted(choices, "unmeasured-boot")
     selection = pcr_policy.select(pcrs)
     plain_root = not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
     if plain_root and not state.tpm.unauthenticated_root:
-        _accepted(choices, "unauthenticated-root")
+        _require_accepted(choices, "unauthenticated-root")
     tpm.srk(choices.owner_auth)
     tpm.trial(selection)
     return selection, pcr_policy.branch(selection, at_unseal.known_values(selection, values)), plain_root
 
 
 def _has_pin(tpm: Tpm, state: State) -> bool:
-    """By the TPM; where it keeps nothing of this host, by the state."""
+    """Whether a PIN is set: by the TPM, or by the state where the TPM keeps nothing of this host."""
     try:
-        record = slots.current(tpm)[1]
+        record = slots.current_slot(tpm)[1]
     except NoSlot:
         return state.tpm.pin
     return record.pin if record.host.hex() == state.host else state.tpm.pin
 
 
-def _pin_auth(tpm: Tpm, state: State, choices: Choices) -> Secret:
-    """Empty without a PIN. Raises Usage, Refused."""
+def _pin_auth(tpm: Tpm, state: State, choices: RebindChoices) -> Secret:
+    """The auth value of the PIN that is chosen or was set; empty without a PIN. Raises Usage, Refused."""
     try:
         return allowed_states.auth_for(state.host, _has_pin(tpm, state), choices.pin) or Secret(b"")
     except Refused as error:
@@ -248,24 +260,24 @@ def _pin_auth(tpm: Tpm, state: State, choices: Choices) -> Secret:
         raise
 
 
-def _is_of_another(tpm: Tpm, state: State) -> bool:
+def _is_used_by_another_host(tpm: Tpm, state: State) -> bool:
     try:
-        return slots.current(tpm)[1].host.hex() != state.host
+        return slots.current_slot(tpm)[1].host.hex() != state.host
     except NoSlot:
         return False
 
 
-def _before(tpm: Tpm, state: State) -> tuple[int, ...]:
-    """The PCRs that the policy was over, without a window."""
+def _previous_pcrs(tpm: Tpm, state: State) -> tuple[int, ...]:
+    """The PCRs of the policy before the rebind, without a window; empty when not known."""
     if state.tpm.pcrs:
         return state.tpm.pcrs
     try:
-        return slots.current(tpm)[1].selection
+        return slots.current_slot(tpm)[1].selection
     except NoSlot:
         return ()
 
 
-def _accepted(choices: Choices, name: str) -> None:
+def _require_accepted(choices: RebindChoices, name: str) -> None:
     if name not in choices.accept:
         raise Refused(RISKS[name], f"--accept {name}", code=name)
 
@@ -273,8 +285,8 @@ def _accepted(choices: Choices, name: str) -> None:
 # Keys -------------------------------------------------------------------------------------------------------
 
 
-def _keys_at_hand(state: State) -> tuple[Secret, Secret | None]:
-    """The new persistence key, that of a run that was killed where it is known; and the old one, or None."""
+def _new_and_old_key(state: State) -> tuple[Secret, Secret | None]:
+    """The new persistence key, taken from a killed run where the key cache has it, and the old one, or None."""
     if isinstance(state.journal, Rebind):
         for name in (_NEW, "unlock:persistence"):
             try:
@@ -290,8 +302,8 @@ def _keys_at_hand(state: State) -> tuple[Secret, Secret | None]:
     return Secret.random(32), old
 
 
-def _journal(state: State, new: Secret, old: Secret | None, choices: Choices) -> JournalEntry | None:
-    """The rebind's entry, saved; gives what was in the journal before: an operation that goes on after this one."""
+def _begin(state: State, new: Secret, old: Secret | None, choices: RebindChoices) -> JournalEntry | None:
+    """Journals the rebind, durably. Returns the entry that was there: of an operation that goes on after the rebind."""
     killed = state.journal if isinstance(state.journal, Rebind) else None
     before = killed.before if killed else state.journal
     backup = killed.backup if killed else ""
@@ -308,15 +320,15 @@ def _journal(state: State, new: Secret, old: Secret | None, choices: Choices) ->
     return before
 
 
-def _provider(paths: Paths, state: State, old: Secret | None, new: Secret, choices: Choices) -> Provider:
-    """The provider in use, its own key under the new persistence key."""
+def _connect_provider(paths: Paths, state: State, old: Secret | None, new: Secret, choices: RebindChoices) -> Provider:
+    """Connects to the provider in use, and wraps its own keys by the new persistence key."""
     entry = state.provider
     if old:
         return access.connect(paths, state, new, entry)
     if entry.kind == "kmip":
-        key = _again("client-key", "the client key", "--client-key FILE", entry.client_key, choices.client_key)
+        key = _require_given("client-key", "the client key", "--client-key FILE", entry.client_key, choices.client_key)
         word = "the password at the key manager"
-        password = _again("password", word, "--password-file FILE", entry.password, choices.client_password)
+        password = _require_given("password", word, "--password-file FILE", entry.password, choices.client_password)
         state.put_provider(
             state.kmip_entry(
                 name=entry.name,
@@ -329,7 +341,7 @@ def _provider(paths: Paths, state: State, old: Secret | None, new: Secret, choic
             )
         )
         return access.connect(paths, state, new, state.provider)
-    provider = _native(state, choices)
+    provider = _restore_or_make_native(state, choices)
     state.put_provider(
         state.native_entry(
             name=entry.name, provider_id=provider.id, scope=provider.scope, persistence=new, kdk=provider.kdk
@@ -338,15 +350,16 @@ def _provider(paths: Paths, state: State, old: Secret | None, new: Secret, choic
     return provider
 
 
-def _again(code: str, what: str, flag: str, wrapped: str | None, given: Secret | None) -> Secret | None:
-    """What is lost, as it was given; None where there was nothing. Raises Refused."""
+def _require_given(code: str, what: str, flag: str, wrapped: str | None, given: Secret | None) -> Secret | None:
+    """What the operator gave in place of a wrapped key that is lost; None where nothing was wrapped. Raises Refused."""
     if wrapped and given is None:
         raise Refused(f"{what} was wrapped by the persistence key that is gone", flag, code=code)
     return given if wrapped else None
 
 
-def _native(state: State, choices: Choices) -> native.Native:
-    """From the KDK's backup, or new with a new backup. Raises Refused, Usage, Tampered, Malformed."""
+def _restore_or_make_native(state: State, choices: RebindChoices) -> native.Native:
+    """The native provider from the KDK's backup, or a new one, whose backup is written. Raises Refused, Usage,
+    Tampered, Malformed."""
     if not choices.backup or choices.password is None:
         raise Refused(
             "the native provider's key was wrapped by the persistence key that is gone",
@@ -375,8 +388,8 @@ def _native(state: State, choices: Choices) -> native.Native:
     return provider
 
 
-def _host_key(state: State, provider: Provider, new: Secret) -> tuple[Secret, str]:
-    """The key and its source. Kept in the state from now on, as far as this host keeps such keys. Raises
+def _find_host_key(state: State, provider: Provider, new: Secret) -> tuple[Secret, str]:
+    """The host key and where it came from. Puts it into the state where this host keeps such keys. Raises
     ProviderError."""
     kept = state.host_key(new)
     if kept:
@@ -389,16 +402,16 @@ def _host_key(state: State, provider: Provider, new: Secret) -> tuple[Secret, st
         state.set_host_key(entry, persistence=new, key=key, keep_former=False)
         return key, "provider"
     generation = entry.generation + 1
-    ref, key = access.new_key(provider, access.key_name(state.host, "host", generation))
+    ref, key = access.make_key(provider, access.key_name(state.host, "host", generation))
     state.set_host_key(KeyEntry(f"{provider.id}/{ref.id}", ref.name, generation), persistence=new, key=key)
     return key, "provider"
 
 
-def _kek(
+def _find_kek(
     state: State, provider: Provider, old: Secret | None, seen: dict[str, list[find.Found]], group: Group
 ) -> tuple[Group, Secret, str]:
-    """The KEK of a group and its source, by the old persistence key or the provider; else a new one, and the group
-    under it."""
+    """A group, its KEK and where that came from: a token, by the old persistence key, or the provider. Where the
+    provider is new, a new KEK, and the group under it."""
     for member in group.members if old else ():
         node = find.find_node(seen, member)
         try:
@@ -412,14 +425,14 @@ def _kek(
         ref = access.key_ref(state.provider, group.kek, group.kek_name)
         return group, provider.fetch(ref.id, access.OPENS), "provider"
     generation = state.next_generation(group.name)
-    made, kek = access.new_key(provider, access.key_name(state.host, f"kek/{group.name}", generation))
+    made, kek = access.make_key(provider, access.key_name(state.host, f"kek/{group.name}", generation))
     return rotation.successor(group, provider.id, made, generation), kek, "provider"
 
 
 # Disks ------------------------------------------------------------------------------------------------------
 
 
-def _rewrap(
+def _rewrap_disks(
     state: State,
     seen: dict[str, list[find.Found]],
     group: Group,
@@ -427,7 +440,8 @@ def _rewrap(
     recovery: Secret,
     left: dict[str, str],
 ) -> list[str]:
-    """Each member that is here gets a token under the new keys; one disk's trouble is its own."""
+    """Writes a token under the new keys to each member that is here; returns their mapping names. A disk that fails
+    goes into `left` and does not stop the others."""
     done = []
     for member in group.members:
         if member.name in left:
@@ -448,10 +462,10 @@ def _rewrap(
     return done
 
 
-def _cache(paths: Paths, host_key: Secret, source: str, keks: list[tuple[Group, Secret, str]]) -> None:
-    """The running host works with the new keys from now on."""
+def _cache_keys(paths: Paths, host_key: Secret, source: str, keks: list[tuple[Group, Secret, str]]) -> None:
+    """Puts the new keys into the key cache, for the running host."""
     if bytes(host_key) != disk_keys.NOT_KEPT:
-        this_boot.remember(paths, source, {"unlock:host": host_key})
+        this_boot.cache_keys(paths, source, {"unlock:host": host_key})
     for group, kek, source in keks:
-        this_boot.remember(paths, source, {access.cached(group.kek, group.generation): kek})
+        this_boot.cache_keys(paths, source, {access.cache_name(group.kek, group.generation): kek})
     keyring.forget(_NEW)

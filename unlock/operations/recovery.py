@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock recovery`: is the key that the operator keeps the one that opens the disks; and another key instead.
+"""`unlock recovery test`, `rotate` and `new`: tests the recovery key on every disk, and replaces it.
 
-    test      each disk: header authenticated, keyslot tried; nothing is opened
-    rotate    a new key for this host ──> journal ──> with its keeper ──>
+    test      each disk: header authenticated, keyslot tried; opens nothing
+    rotate    a new key for this host ──> journal ──> delivered to its keeper ──>
               each disk here: keyslot beside the old one, proven; token with the new MAC beside the old one, proven ──>
               state: the new MAC key, and which disks are behind ──>
               each disk here: the old keyslot goes, then the old token; the journal is closed
-    new       a new keyslot for the key that there is, on disks that lost theirs or were away when it was rotated
+    new       a keyslot for the present key, on disks that lost theirs or were away when the key was rotated
 
-Until the state says otherwise each disk opens with the old key, from then on with the new one, its header authenticated
-either way. A disk that was away keeps the old key until `new` finds it.
+Until the state has the new MAC key, each disk opens with the old recovery key, from then on with the new one; its
+header is authenticated by either. A disk that was away keeps the old key until `new` finds it.
 
-A keyslot is taken away only when the state knows its salt: others that are as cheap to try are not ours (clevis and
-systemd make such).
+A keyslot is removed only when the state knows its salt: others that are as cheap to try may be those of clevis or
+systemd.
 """
 
 import os
 import time
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from ..disks import disk_keys, find, luks, token
@@ -34,7 +35,7 @@ VERSION = 1
 
 
 class Tested(NamedTuple):
-    """What the recovery key is worth on one disk."""
+    """The result of the test on one disk."""
 
     disk: str
     """Mapping name."""
@@ -56,13 +57,15 @@ STATUS = {
 
 
 class Changed(NamedTuple):
-    """Mapping names of the disks that have the key now, and of those that do not: they were away."""
+    """The result of `rotate` and `new`."""
 
     done: tuple[str, ...]
+    """Mapping names of the disks that have the key now."""
     behind: tuple[str, ...]
+    """Mapping names of the disks that do not: they were away."""
 
 
-class Place(NamedTuple):
+class PresentMember(NamedTuple):
     """A member that is here."""
 
     group: Group
@@ -73,8 +76,9 @@ class Place(NamedTuple):
 # Test
 
 
-def test(paths: Paths, recovery: Secret, look: find.Look = find.look) -> list[Tested]:
-    """Every member of every group. Needs no other key; remembers when each disk last was ok. Raises Refused."""
+def test_recovery_key(paths: Paths, recovery: Secret, look: find.Look = find.look) -> list[Tested]:
+    """Tests the recovery key on every member of every group. Needs no other key. Records when each disk was last ok.
+    Raises Refused."""
     with exclusive(paths):
         state = State.load(paths)
         seen = look()
@@ -93,21 +97,22 @@ def _test(state: State, group: Group, member: Member, node: str, count: int, rec
         return row._replace(outcome="absent", detail=f"{count} disks have its UUID" if count else "")
     try:
         with luks.Container(node) as container:
-            slot, dek = _authentic(state, container, recovery)
+            slot, dek = _open_authenticated(state, container, recovery)
             dek.wipe()
             state.recovery.keyslots[member.uuid] = container.salt(slot)
     except Tampered as error:
         return row._replace(outcome="altered", detail=str(error))
     except NotOurs as error:
-        return row._replace(outcome="wrong-key", detail=_behind_says(state, member) or str(error))
+        return row._replace(outcome="wrong-key", detail=_explain_wrong_key(state, member) or str(error))
     except UnlockError as error:
         return row._replace(outcome="failed", detail=str(error))
     state.recovery.tested[member.uuid] = int(time.time())
     return row
 
 
-def _authentic(state: State, container: luks.Container, recovery: Secret) -> tuple[int, Secret]:
-    """Keyslot and volume key, the header's MAC checked first. Raises NotOurs for another key, Tampered, DiskFailed."""
+def _open_authenticated(state: State, container: luks.Container, recovery: Secret) -> tuple[int, Secret]:
+    """Keyslot and volume key, after a check of the header's MAC. Raises NotOurs for another key, Tampered,
+    DiskFailed."""
     trouble: UnlockError | None = None
     try:
         for each in disk_keys.read_tokens(container, state.host):
@@ -123,13 +128,13 @@ def _authentic(state: State, container: luks.Container, recovery: Secret) -> tup
     raise trouble
 
 
-def _behind_says(state: State, member: Member) -> str:
+def _explain_wrong_key(state: State, member: Member) -> str:
     away = member.uuid in state.recovery.behind
     return "it was away when the key was rotated: unlock recovery new" if away else ""
 
 
-def status(rows: list[Tested]) -> int:
-    """The exit status."""
+def exit_status(rows: list[Tested]) -> int:
+    """The exit status of `unlock recovery test`: that of the worst outcome."""
     order = list(STATUS)
     return STATUS[max((each.outcome for each in rows), key=order.index, default="ok")]
 
@@ -137,30 +142,30 @@ def status(rows: list[Tested]) -> int:
 # Rotate and new
 
 
-def rotate(
+def rotate_recovery_key(
     paths: Paths,
-    keep: delivery.Keep,
+    keep: delivery.Keeper,
     look: find.Look = find.look,
     connect: access.Connect = access.connect,
 ) -> Changed:
-    """A new recovery key for every disk of this host; the old one is not needed.
+    """Gives every disk of this host a new recovery key; the old one is not needed.
 
-    A failure before every disk has it is undone; what fails later is left to `new`. After a kill the same command
-    finishes with the key that it had made, and sees to it that its keeper has it.
-    Raises Refused, NoKey, ProviderError, DiskFailed, Usage, Malformed, CommandFailed, OSError.
+    A failure before every disk has the new key is undone; what fails later is left to `renew_keyslots`. After a kill
+    the same command finishes with the key that it had made, and makes sure that its keeper has it. Raises Refused,
+    NoKey, ProviderError, DiskFailed, Usage, Malformed, CommandFailed, OSError.
     """
     with exclusive(paths), Work(paths, look, connect) as work:
         state = work.state
         if not state.has_recovery_key:
             raise Refused("this host has no recovery key yet", "unlock group create", code="no-recovery-key")
-        places, absent = _places(work)
+        places, absent = _present_and_absent(work)
         if not places:
             raise Refused("no disk of this host is here", "unlock status", code="missing")
         begun = state.unfinished(RecoveryRotation, "rotate")
-        entry = begun or _begin(work, places, keep)
+        entry = begun or _begin_rotation(work, places, keep)
         with state.unwrap_recovery_key(work.persistence, entry.key) as recovery:
             try:
-                entry = _hand_out(work, entry, keep, recovery)
+                entry = _deliver(work, entry, keep, recovery)
             except BaseException:
                 if not begun:
                     state.journal = None
@@ -169,27 +174,28 @@ def rotate(
             if not entry.written:
                 _write_or_undo(work, places, recovery)
                 state.journal = entry._replace(written=True)
-                _switch(work, places, recovery, [member.uuid for member in absent])
-            return _finish(work, recovery)
+                _use_new_key(work, places, recovery, [member.uuid for member in absent])
+            return _finish_disks(work, recovery)
 
 
-def new(
+def renew_keyslots(
     paths: Paths,
     recovery: Secret,
     look: find.Look = find.look,
     connect: access.Connect = access.connect,
 ) -> Changed:
-    """Every disk that is here takes the present recovery key, and no earlier one. Writes nothing where that is so.
+    """Gives every disk that is here the present recovery key, and removes earlier ones. Writes nothing where that is
+    so.
 
     Killed, the same command finishes. Raises Refused for another key, NoKey, ProviderError, DiskFailed.
     """
     with exclusive(paths), Work(paths, look, connect) as work:
-        check_present(work.state, work.persistence, recovery)
+        check_recovery_key(work.state, work.persistence, recovery)
         work.state.begin(RecoveryRenewal("recovery", "new"))
-        return _finish(work, recovery)
+        return _finish_disks(work, recovery)
 
 
-def check_present(state: State, persistence: Secret, recovery: Secret) -> None:
+def check_recovery_key(state: State, persistence: Secret, recovery: Secret) -> None:
     """Raises Refused unless it is the recovery key of this host."""
     if not state.has_recovery_key:
         raise Refused("this host has no recovery key yet", "unlock group create", code="no-recovery-key")
@@ -198,18 +204,18 @@ def check_present(state: State, persistence: Secret, recovery: Secret) -> None:
             raise Refused("this is not the recovery key of this host", "unlock recovery rotate", code="recovery-key")
 
 
-def _begin(work: Work, places: list[Place], keep: delivery.Keep) -> RecoveryRotation:
-    """The journal's entry, with a new key."""
+def _begin_rotation(work: Work, places: list[PresentMember], keep: delivery.Keeper) -> RecoveryRotation:
+    """Makes a new recovery key and journals the rotation, durably. Raises Refused, Usage, Malformed, CommandFailed."""
     state = work.state
     state.refuse_other("recovery", "rotate")
     _check_known(work, places)
     if keep.file and os.path.lexists(keep.file):
         raise Usage(f"{keep.file} exists already", f"{delivery.FLAG} with a file that does not exist yet")
     if keep.escrow:
-        escrow.check(keep.escrow)
+        escrow.check_escrow(keep.escrow)
     with recovery_key.new() as key:
         wrapped = state.wrap_recovery_key(persistence=work.persistence, recovery=key)
-    file, escrow_file = _where(keep)
+    file, escrow_file = _destinations(keep)
     entry = RecoveryRotation(
         "recovery", "rotate", key=wrapped, file=file, escrow=escrow_file, kept=False, written=False
     )
@@ -217,7 +223,7 @@ def _begin(work: Work, places: list[Place], keep: delivery.Keep) -> RecoveryRota
     return entry
 
 
-def _where(keep: delivery.Keep) -> tuple[str, str]:
+def _destinations(keep: delivery.Keeper) -> tuple[str, str]:
     """Absolute paths of the key's file and of the escrow file, '' for none."""
     return (
         os.path.abspath(keep.file) if keep.file else "",
@@ -225,27 +231,27 @@ def _where(keep: delivery.Keep) -> tuple[str, str]:
     )
 
 
-def _hand_out(work: Work, entry: RecoveryRotation, keep: delivery.Keep, recovery: Secret) -> RecoveryRotation:
-    """Durable before any disk depends on it. Whoever finishes a rotation names another place, or leaves the key where
-    it is: Refused when it is not there any more."""
-    file, escrow_file = _where(keep)
+def _deliver(work: Work, entry: RecoveryRotation, keep: delivery.Keeper, recovery: Secret) -> RecoveryRotation:
+    """Delivers the key before any disk depends on it; returns the journal entry that says so. Whoever finishes a killed
+    rotation names another place, or none where the key was delivered: raises Refused when it is not there any more."""
+    file, escrow_file = _destinations(keep)
     if entry.kept and not file and not escrow_file:
-        _check_kept(entry, recovery)
+        _check_delivered(entry, recovery)
         return entry
     if keep.escrow and escrow_file != entry.escrow:
-        escrow.check(keep.escrow)
-    delivery.hand(keep, recovery)
+        escrow.check_escrow(keep.escrow)
+    delivery.deliver(keep, recovery)
     entry = entry._replace(file=file, escrow=escrow_file, kept=True)
     work.state.journal = entry
     work.state.save()
     return entry
 
 
-def _check_kept(entry: RecoveryRotation, recovery: Secret) -> None:
-    """It may have been in memory when the power went. Raises Refused."""
+def _check_delivered(entry: RecoveryRotation, recovery: Secret) -> None:
+    """Raises Refused when the delivered key is gone: its file may have been lost in a power cut."""
     places = [each for each in (entry.file, entry.escrow) if each]
     if os.path.exists(entry.file):
-        with delivery.given(entry.file) as held:
+        with delivery.read_recovery_key(entry.file) as held:
             if held == recovery:
                 return
     if places and not os.path.exists(entry.escrow):
@@ -256,11 +262,11 @@ def _check_kept(entry: RecoveryRotation, recovery: Secret) -> None:
         )
 
 
-def _check_known(work: Work, places: list[Place]) -> None:
+def _check_known(work: Work, places: list[PresentMember]) -> None:
     """Raises Refused when the keyslot that is to go cannot be told from an operator's own."""
     for each in places:
         with luks.Container(each.node) as container:
-            if container.cheap_keyslots() and not _ours(work.state, container):
+            if container.cheap_keyslots() and not _recovery_keyslots(work.state, container):
                 raise Refused(
                     f"which keyslot of {each.member.name} takes the present recovery key is not known",
                     "unlock recovery test, with that key, finds it; if it is lost: cryptsetup luksKillSlot",
@@ -268,44 +274,45 @@ def _check_known(work: Work, places: list[Place]) -> None:
                 )
 
 
-def _ours(state: State, container: luks.Container) -> list[int]:
-    """The keyslots of recovery keys, as far as the state knows them."""
+def _recovery_keyslots(state: State, container: luks.Container) -> list[int]:
+    """The keyslots of recovery keys whose salt the state knows."""
     known = {state.recovery.keyslots.get(container.uuid), *state.recovery.former.get(container.uuid, ())}
     return [slot for slot in container.cheap_keyslots() if container.salt(slot) in known]
 
 
-def _places(work: Work) -> tuple[list[Place], list[Member]]:
+def _present_and_absent(work: Work) -> tuple[list[PresentMember], list[Member]]:
     """Members that are here, and those that are not."""
-    places: list[Place] = []
+    places: list[PresentMember] = []
     absent: list[Member] = []
     for group in work.state.groups.values():
         nodes = work.nodes(group)
-        places += [Place(group, each, nodes[each.uuid]) for each in group.members if each.uuid in nodes]
+        places += [PresentMember(group, each, nodes[each.uuid]) for each in group.members if each.uuid in nodes]
         absent += [each for each in group.members if each.uuid not in nodes]
     return places, absent
 
 
-def _write_or_undo(work: Work, places: list[Place], recovery: Secret) -> None:
+def _write_or_undo(work: Work, places: list[PresentMember], recovery: Secret) -> None:
     for number, each in enumerate(places, 1):
         try:
-            _write(work, each, recovery)
+            _write_keyslot_and_token(work, each, recovery)
         except UnlockError as error:
             for begun in places[:number]:
-                _undo(work, begun, recovery)
+                _remove_new(work, begun, recovery)
             work.state.journal = None
             work.state.save()
-            raise _of(each, error) from error
+            raise _with_disk_name(each, error) from error
 
 
-def _of(place: Place, error: UnlockError) -> UnlockError:
-    """The same, with the disk's name."""
+def _with_disk_name(place: PresentMember, error: UnlockError) -> UnlockError:
+    """The same error, with the disk's name."""
     return type(error)(f"{place.member.name}: {error}", error.hint, error.code)
 
 
-def _write(work: Work, place: Place, recovery: Secret) -> None:
-    """Keyslot and token beside what is there, each proven from a fresh read. Nothing that is there is written twice."""
+def _write_keyslot_and_token(work: Work, place: PresentMember, recovery: Secret) -> None:
+    """Writes keyslot and token beside the old ones, and proves each from a fresh read. Writes neither again where it is
+    there already."""
     with luks.Container(place.node) as container:
-        dek = access.dek(work, container, place.group)
+        dek = access.find_volume_key(work, container, place.group)
     with dek:
         with luks.Container(place.node) as container:
             try:
@@ -315,25 +322,25 @@ def _write(work: Work, place: Place, recovery: Secret) -> None:
         with luks.Container(place.node) as container, disk_keys.dek_by_recovery_key(container, recovery) as found:
             if found != dek:
                 raise DiskFailed(f"{place.node}: the keyslot that was written gives another key")
-        with _Keys(work, place.group, recovery) as keys:
+        with _token_keys(work, place.group, recovery) as keys:
             with luks.Container(place.node) as container:
                 each = disk_keys.make_token(container, work.state.host, place.group, place.member, dek, keys)
             disk_keys.write_token(place.node, each, dek, keys)
 
 
-def _switch(work: Work, places: list[Place], recovery: Secret, behind: list[str]) -> None:
-    """From here on the new key counts. Which keyslots go is remembered in the same save."""
+def _use_new_key(work: Work, places: list[PresentMember], recovery: Secret, behind: list[str]) -> None:
+    """Saves the new MAC key, and which keyslots are to be removed: from here on the new recovery key counts."""
     state = work.state
     for each in places:
-        _note(state, each, recovery)
+        _remember_keyslot(state, each, recovery)
     with disk_keys.mac_key(recovery, state.host) as mac_key:
         state.change_mac_key(persistence=work.persistence, mac_key=mac_key, behind=behind)
     state.recovery.tested.clear()
     state.save()
 
 
-def _note(state: State, place: Place, recovery: Secret) -> None:
-    """The disk has the key: what its keyslot was before is former."""
+def _remember_keyslot(state: State, place: PresentMember, recovery: Secret) -> None:
+    """Records the salt of the key's keyslot on this disk; the keyslot that was recorded before becomes a former one."""
     with luks.Container(place.node) as container:
         slot, dek = disk_keys.recovery_keyslot(container, recovery)
         dek.wipe()
@@ -345,24 +352,25 @@ def _note(state: State, place: Place, recovery: Secret) -> None:
     state.recovery.behind.pop(place.member.uuid, None)
 
 
-def _finish(work: Work, recovery: Secret) -> Changed:
-    """All disks that are here: the key is on them, then nothing of an earlier one. One disk's trouble stops no other.
+def _finish_disks(work: Work, recovery: Secret) -> Changed:
+    """Gives every disk that is here the key, then removes what is left of earlier keys, and closes the journal.
 
-    Raises that trouble at the end. The journal is closed then too: the state says of each disk what is left to do.
+    A disk that fails does not stop the others. Raises the last failure at the end; the journal is closed then too, as
+    the state records for each disk what is left to do.
     """
     state = work.state
     trouble: UnlockError | None = None
     done: list[str] = []
-    places, absent = _places(work)
+    places, absent = _present_and_absent(work)
     for each in places:
         try:
-            _write(work, each, recovery)
-            _note(state, each, recovery)
+            _write_keyslot_and_token(work, each, recovery)
+            _remember_keyslot(state, each, recovery)
             state.save()
-            _clean(work, each, recovery)
+            _remove_former(work, each, recovery)
             done.append(each.member.name)
         except UnlockError as error:
-            trouble = _of(each, error)
+            trouble = _with_disk_name(each, error)
     state.journal = None
     state.save()
     if trouble:
@@ -375,15 +383,16 @@ def _lags(state: State, member: Member) -> bool:
     return member.uuid in state.recovery.behind or member.uuid in state.recovery.former
 
 
-def _clean(work: Work, place: Place, recovery: Secret) -> None:
-    """Former keyslots first: a key whose keyslot is gone is a wrong key, not an altered header. Then other tokens."""
+def _remove_former(work: Work, place: PresentMember, recovery: Secret) -> None:
+    """Removes former keyslots, then other tokens. In this order, a former key is reported as a wrong key, not as an
+    altered header."""
     former = work.state.recovery.former.get(place.member.uuid, [])
     with luks.Container(place.node) as container:
         slot, dek = disk_keys.recovery_keyslot(container, recovery)
         for other in container.cheap_keyslots():
             if other != slot and container.salt(other) in former:
                 container.remove_keyslot(other)
-    with dek, _Keys(work, place.group, recovery) as keys:
+    with dek, _token_keys(work, place.group, recovery) as keys:
         with luks.Container(place.node) as container:
             each = disk_keys.make_token(container, work.state.host, place.group, place.member, dek, keys)
         disk_keys.drop_other_tokens(place.node, each, dek, keys)
@@ -392,8 +401,8 @@ def _clean(work: Work, place: Place, recovery: Secret) -> None:
         work.state.save()
 
 
-def _undo(work: Work, place: Place, recovery: Secret) -> None:
-    """Token and keyslot of a key that is not used after all. Raises DiskFailed: the journal stays open then."""
+def _remove_new(work: Work, place: PresentMember, recovery: Secret) -> None:
+    """Removes token and keyslot of a key that is not used after all. Raises DiskFailed: the journal stays open then."""
     with luks.Container(place.node) as container, disk_keys.mac_key(recovery, work.state.host) as mac_key:
         try:
             slot, dek = disk_keys.recovery_keyslot(container, recovery)
@@ -409,18 +418,7 @@ def _undo(work: Work, place: Place, recovery: Secret) -> None:
         container.remove_keyslot(slot)
 
 
-class _Keys:
-    """What a member's token is made with, wiped together."""
-
-    def __init__(self, work: Work, group: Group, recovery: Secret) -> None:
-        kek, _ = access.find_kek(work, group)
-        self._keys = disk_keys.Keys(
-            Secret(bytes(work.persistence)), work.host_key(), kek, disk_keys.mac_key(recovery, work.state.host)
-        )
-
-    def __enter__(self) -> disk_keys.Keys:
-        return self._keys
-
-    def __exit__(self, *_: object) -> None:
-        for each in self._keys:
-            each.wipe()
+def _token_keys(work: Work, group: Group, recovery: Secret) -> AbstractContextManager[disk_keys.Keys]:
+    """What a member's token is made with, its MAC by the key that belongs to `recovery`."""
+    kek, _ = access.find_kek(work, group)
+    return access.token_keys(work, kek=kek, mac_key=disk_keys.mac_key(recovery, work.state.host))

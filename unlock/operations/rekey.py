@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock rekey [GROUP]`: a new KEK for a group, or for each. Volume keys and data stay; only headers are written."""
+"""`unlock rekey [GROUP]`: replaces the KEK of a group, or of each group. Only LUKS2 headers are written."""
 
 from .. import log
 from ..disks import find
@@ -13,7 +13,8 @@ from ..paths import Paths
 def rekey(
     paths: Paths, name: str = "", look: find.Look = find.look, connect: access.Connect = access.connect
 ) -> list[rotation.Outcome]:
-    """Groups stay open and mounted. Finishes what was killed. A group without a disk here is left as it is.
+    """Replaces the KEK of the named group, or of each; a killed rotation is finished first. Groups stay open and
+    mounted. Without a name, a group without a disk here is left as it is.
 
     Raises Usage, Refused, ProviderError, DiskFailed.
     """
@@ -23,11 +24,11 @@ def rekey(
         journal = work.state.journal
         unfinished = journal.about if isinstance(journal, Rekey) else ""
         names = [name] if name else sorted(work.state.groups, key=lambda each: (each != unfinished, each))
-        rotation.retire(work)
+        rotation.retire_keks(work)
         outcomes = []
         for each in names:
             try:
-                outcomes.append(rotation.rotate(work, each))
+                outcomes.append(rotation.rotate_kek(work, each))
             except Refused as error:
                 if name or error.code != "missing":
                     raise

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A key manager that lives on the group whose keys it gives: nothing could ever open it. Seen when it runs here.
+"""Finds a key manager whose own files are on a group that needs its keys: nothing could open that group.
 
-What can be seen: an endpoint that is an address of this host, and a process that listens on its port and has its
-program, its working directory or an open file on the group. A virtual machine's disk image is not looked into.
+`provider add`, `test` and `switch` refuse such a one, and `check` warns of it. It is found while it runs on this host:
+an endpoint is an address of this host, and a process that listens on its port has its program, its working directory or
+an open file on the group. A key manager in a virtual machine whose disk image is on the group is not found.
 """
 
 import os
@@ -14,11 +15,11 @@ from ..endpoint import Endpoint
 from ..errors import Refused
 
 
-def refuse(groups: dict[str, Group], endpoints: tuple[str, ...]) -> None:
-    """Raises Refused when the server behind one of them lives on one of the groups."""
-    where = mounts(groups)
+def refuse_self_hosted(groups: dict[str, Group], endpoints: tuple[str, ...]) -> None:
+    """Raises Refused when the server at one of the endpoints has its files on one of the groups."""
+    where = group_mounts(groups)
     for endpoint in endpoints:
-        if group := group_of(endpoint, where):
+        if group := hosting_group(endpoint, where):
             raise Refused(
                 f"the key manager at {endpoint} lives on group {group}, which could not open without it",
                 "run it elsewhere",
@@ -26,7 +27,7 @@ def refuse(groups: dict[str, Group], endpoints: tuple[str, ...]) -> None:
             )
 
 
-def mounts(groups: dict[str, Group]) -> dict[str, str]:
+def group_mounts(groups: dict[str, Group]) -> dict[str, str]:
     """Mount point -> the group that it lies on."""
     members = {member.name: group.name for group in groups.values() for member in group.members}
     found = {}
@@ -37,13 +38,13 @@ def mounts(groups: dict[str, Group]) -> dict[str, str]:
     return found
 
 
-def group_of(endpoint: str, where: dict[str, str]) -> str:
-    """The group on which the server behind `HOST[:PORT][=NAME]` lives, as far as can be seen; or ''.
-    Raises Usage."""
+def hosting_group(endpoint: str, where: dict[str, str]) -> str:
+    """The name of the group that holds the files of the server at `HOST[:PORT][=NAME]`; '' when none is found. `where`
+    is that of `group_mounts`. Raises Usage."""
     server = Endpoint.parse(endpoint)
     if not where or not _is_here(server.host):
         return ""
-    inodes = _listening(server.port)
+    inodes = _listening_sockets(server.port)
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         links = _links(pid)
         if not inodes & {link for link in links if link.startswith("socket:")}:
@@ -71,8 +72,8 @@ def _is_here(host: str) -> bool:
     return False
 
 
-def _listening(port: int) -> set[str]:
-    """What /proc/PID/fd calls the sockets that listen on a TCP port: proc_pid_net(5)."""
+def _listening_sockets(port: int) -> set[str]:
+    """The sockets that listen on a TCP port, as /proc/PID/fd names them (proc_pid_net(5))."""
     found = set()
     for name in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:

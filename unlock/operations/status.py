@@ -133,7 +133,7 @@ def read_status(paths: Paths) -> Status:
         waiting_to_retire=len(state.retire),
         persistence_key=_describe_persistence_key(state, persistence),
         recovery_key="made" if state.has_recovery_key else "none yet",
-        boot=this_boot.early(paths),
+        boot=this_boot.read_early_report(paths),
         recovery_tested=state.recovery.tested,
         recovery_behind=[
             each.name for group in state.groups.values() for each in group.members if _has_old_recovery_key(state, each)
@@ -361,7 +361,7 @@ def _worst(states: list[str]) -> str:
 
 def read_boot(paths: Paths) -> report.Report:
     """The report of this boot's early phase. Raises UnlockError ("no-report") when there is none."""
-    found = this_boot.early(paths)
+    found = this_boot.read_early_report(paths)
     if found is None:
         raise UnlockError("early boot left no report", "update-initramfs -u, and reboot", code="no-report")
     return found

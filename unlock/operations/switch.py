@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock provider switch NAME`: the host moves to another provider while its groups stay mounted.
+"""`unlock provider switch NAME`: moves the host to another provider while its groups stay mounted.
 
 journal ──> new host key ──> each group: new KEK, its disks as in every rotation ──> the new provider is in use ──>
 old KEKs retired, where the old provider still answers
@@ -22,10 +22,10 @@ from . import selfhosted
 def switch(
     paths: Paths, name: str, persistent: bool | None = None, look: find.Look = find.look
 ) -> list[rotation.Outcome]:
-    """Moves the host to another provider: new host key, new KEKs, tokens rewritten, groups stay mounted.
+    """Moves the host to another provider: makes a new host key and new KEKs there, and rewrites the tokens.
 
-    Killed, it goes on when it is called again; each group is on one provider or the other, and opens. Raises Usage,
-    Refused, ProviderError.
+    Killed, it goes on when it is called again; each group is then on one provider or the other, and opens. Raises
+    Usage, Refused, ProviderError.
     """
     with exclusive(paths), access.Work(paths, look) as work:
         state = work.state
@@ -36,7 +36,7 @@ def switch(
         if kept and state.removed:
             raise Refused("the TPM keeps nothing of this host", "unlock persistence enable", code="removed")
         if entry.kind == "kmip":
-            selfhosted.refuse(state.groups, access.provider_settings(paths, entry).endpoints)
+            selfhosted.refuse_self_hosted(state.groups, access.provider_settings(paths, entry).endpoints)
         provider = work.provider(entry)
         state.begin(ProviderSwitch("provider switch", name))
         state.persistent = kept
@@ -50,12 +50,13 @@ def switch(
         state.use_provider(entry)
         state.journal = None
         state.save()
-        rotation.retire(work, left=True)
+        rotation.retire_keks(work, left=True)
         return outcomes
 
 
 def _persistence_with(state: State, entry: ProviderEntry, persistent: bool | None) -> bool:
-    """Whether keys are kept on this host under that provider: chosen by name for a key manager's."""
+    """Whether this host keeps its keys under that provider. For a key manager the operator must choose. Raises
+    Usage."""
     if entry.kind == "native":
         return True
     begun = state.unfinished(ProviderSwitch, entry.name)
@@ -70,20 +71,20 @@ def _persistence_with(state: State, entry: ProviderEntry, persistent: bool | Non
 def _new_host_key(work: access.Work, entry: ProviderEntry, provider: Provider) -> None:
     state = work.state
     generation = state.host_key_ref.generation + 1
-    made, key = access.new_key(provider, access.key_name(state.host, "host", generation))
+    made, key = access.make_key(provider, access.key_name(state.host, "host", generation))
     with key:
         new = KeyEntry(f"{entry.id}/{made.id}", made.name, generation)
         state.set_host_key(new, persistence=work.persistence, key=key)
         state.save()
-        this_boot.remember(work.paths, "provider", {"unlock:host": key})
+        this_boot.cache_keys(work.paths, "provider", {"unlock:host": key})
 
 
 def _move(work: access.Work, entry: ProviderEntry, provider: Provider, name: str) -> rotation.Outcome:
     state = work.state
     group = state.groups[name]
     generation = state.next_generation(name)
-    made, kek = access.new_key(provider, access.key_name(state.host, f"kek/{name}", generation))
+    made, kek = access.make_key(provider, access.key_name(state.host, f"kek/{name}", generation))
     with kek:
         new = rotation.successor(group, entry.id, made, generation)
         new = new._replace(policy=access.wanted_policy(work, group))
-        return rotation.replace(work, group, new, kek, journal=state.journal)
+        return rotation.replace_kek(work, group, new, kek, journal=state.journal)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock sync`, after boot and on a timer: what changed at the key manager reaches the disks.
+"""`unlock sync`, after boot and on a timer: brings to the disks what changed at the key manager.
 
     members that are back ──> what was killed ──> resolve all keys, one request ──> each key: unchanged, replaced,
     blocked, unknown ──> a replaced one: fetch, validate, prove, rotation ──> keys that only the provider keeps: cached
 
-It never touches the TPM. Nothing leaves cache or disks because a server said `not found`, `denied` or nothing: only a
-state that the operator's `drop_on` names does that. When nothing changed, nothing is written.
+It never touches the TPM. It removes no key from cache or disks because a server answers `not found` or `denied`, or
+does not answer: only for a state of the key that the operator's `drop_on` names. When nothing changed, it writes
+nothing.
 """
 
 import time
@@ -27,8 +28,8 @@ from ..run import run
 VERSION = 1
 
 
-class Line(NamedTuple):
-    """One key, and what came of it."""
+class SyncLine(NamedTuple):
+    """The result for one key."""
 
     key: str
     """Of a group, by its name; or `host key`."""
@@ -42,10 +43,10 @@ def sync(
     paths: Paths,
     look: find.Look = find.look,
     connect: access.Connect = access.connect,
-    wait_for_clock: Callable[[], bool] = clock.wait,
-) -> list[Line]:
-    """One sync; its record is /run/unlock/sync.json. Raises what kept all of it from being done, ProviderError, NoKey,
-    Refused; trouble with one key is in its line."""
+    wait_for_clock: Callable[[], bool] = clock.wait_until_set,
+) -> list[SyncLine]:
+    """Runs one sync and records it in /run/unlock/sync.json. Raises ProviderError, NoKey or Refused when nothing could
+    be done; a failure with one key is in that key's line."""
     try:
         try:
             lines = _sync(paths, look, connect)
@@ -54,31 +55,31 @@ def sync(
                 raise
             lines = _sync(paths, look, connect)
     except UnlockError as error:
-        _record(paths, [Line("all", error.code, str(error), error)])
+        _write_record(paths, [SyncLine("all", error.code, str(error), error)])
         if isinstance(error, NoKey):  # a gate may be allowed to ask without it, and the network is up now
-            _heal(paths)
+            _start_failed_groups(paths)
         raise
-    _record(paths, lines)
-    _heal(paths)
+    _write_record(paths, lines)
+    _start_failed_groups(paths)
     return lines
 
 
-def _sync(paths: Paths, look: find.Look, connect: access.Connect) -> list[Line]:
+def _sync(paths: Paths, look: find.Look, connect: access.Connect) -> list[SyncLine]:
     with exclusive(paths), Work(paths, look, connect) as work:
-        lines = [*_local(work), *_finish(work), *_ask(work)]
-        rotation.retire(work)
+        lines = [*_catch_up(work), *_finish_rotation(work), *_ask_provider(work)]
+        rotation.retire_keks(work)
         return lines
 
 
-def _local(work: Work) -> list[Line]:
-    """What needs no network: disks that are back."""
+def _catch_up(work: Work) -> list[SyncLine]:
+    """Rewrites the tokens of disks that are back; needs no network where cache or disks have the KEK."""
     return [
-        Line(each.group, "caught-up", ", ".join(each.done) or "; ".join(each.behind.values()))
-        for each in rotation.catch_up(work)
+        SyncLine(each.group, "caught-up", ", ".join(each.done) or "; ".join(each.behind.values()))
+        for each in rotation.catch_up_disks(work)
     ]
 
 
-def _ask(work: Work) -> list[Line]:
+def _ask_provider(work: Work) -> list[SyncLine]:
     lines = []
     groups = list(work.state.groups.values())
     mine = [group for group in groups if work.state.provider_of(group.kek) == work.state.provider]
@@ -88,100 +89,100 @@ def _ask(work: Work) -> list[Line]:
     statuses = work.provider().resolve(refs)
     for group, status in zip(mine, statuses, strict=False):
         try:
-            lines.append(_judge(work, group, status))
+            lines.append(_follow_status(work, group, status))
         except UnlockError as error:
-            lines.append(Line(group.name, error.code, str(error), error))
+            lines.append(SyncLine(group.name, error.code, str(error), error))
     try:
-        lines.append(_judge_host_key(work, statuses[-1]))
+        lines.append(_follow_host_key(work, statuses[-1]))
     except UnlockError as error:
-        lines.append(Line("host key", error.code, str(error), error))
+        lines.append(SyncLine("host key", error.code, str(error), error))
     return lines
 
 
-def _finish(work: Work) -> list[Line]:
-    """A rotation that was killed; what keeps it from its end is its own trouble."""
+def _finish_rotation(work: Work) -> list[SyncLine]:
+    """Finishes a rotation that was killed. Its failure does not stop the sync of other keys."""
     journal = work.state.journal
     if not isinstance(journal, Rekey):
         return []
     try:
-        outcome = rotation.rotate(work, journal.about)
+        outcome = rotation.rotate_kek(work, journal.about)
     except UnlockError as error:
-        return [Line(journal.about, error.code, str(error), error)]
-    return [Line(outcome.group, "finished", _behind(outcome))]
+        return [SyncLine(journal.about, error.code, str(error), error)]
+    return [SyncLine(outcome.group, "finished", _describe_behind(outcome))]
 
 
-def _judge(work: Work, group: Group, status: Status) -> Line:
+def _follow_status(work: Work, group: Group, status: Status) -> SyncLine:
     """Raises ProviderError, DiskFailed."""
     if status.problem:
-        return Line(group.name, status.problem.code, str(status.problem), status.problem)
+        return SyncLine(group.name, status.problem.code, str(status.problem), status.problem)
     if status.changed:
-        return _follow(work, group, status.current)
+        return _follow_replacement(work, group, status.current)
     if status.state in work.settings.sync.drop_on:
-        return _drop(work, group, status.state)
+        return _drop_kek(work, group, status.state)
     wanted = access.wanted_policy(work, group)
     if group.policy != wanted:
-        return Line(group.name, wanted, _behind(rotation.set_policy(work, group, wanted)))
+        return SyncLine(group.name, wanted, _describe_behind(rotation.set_policy(work, group, wanted)))
     if group.policy == "provider" and not _is_cached(group):
         kek, source = access.find_kek(work, group)
         with kek:
-            this_boot.remember(work.paths, source, {access.cached(group.kek, group.generation): kek})
-        return Line(group.name, "cached")
+            this_boot.cache_keys(work.paths, source, {access.cache_name(group.kek, group.generation): kek})
+        return SyncLine(group.name, "cached")
     if status.state in BLOCKED:
-        return Line(group.name, "state-blocked", f"the key is {status.state}; its disks still open")
-    return Line(group.name, "unchanged")
+        return SyncLine(group.name, "state-blocked", f"the key is {status.state}; its disks still open")
+    return SyncLine(group.name, "unchanged")
 
 
-def _follow(work: Work, group: Group, current: str) -> Line:
-    """The KMS names another key in the place of ours."""
+def _follow_replacement(work: Work, group: Group, current: str) -> SyncLine:
+    """Rotates the group to the key that the key manager names in place of its KEK."""
     if f"{work.state.provider_id}/{current}" in group.former:
-        return Line(group.name, "lagging", "the server offers a key that this group has left behind")
-    outcome = rotation.rotate(work, group.name, Ref(current, group.kek_name))
-    return Line(group.name, "replaced", _behind(outcome))
+        return SyncLine(group.name, "lagging", "the server offers a key that this group has left behind")
+    outcome = rotation.rotate_kek(work, group.name, Ref(current, group.kek_name))
+    return SyncLine(group.name, "replaced", _describe_behind(outcome))
 
 
-def _drop(work: Work, group: Group, state: str) -> Line:
-    """The operator's revocation policy: the key is not kept any more. What is open stays open until it is closed."""
+def _drop_kek(work: Work, group: Group, state: str) -> SyncLine:
+    """Stops keeping the KEK, by the operator's `drop_on`. What is open stays open until it is closed."""
     if group.policy == "provider" and not group.behind:
-        keyring.forget(access.cached(group.kek, group.generation))
-        return Line(group.name, "dropped", f"the key is {state}")
+        keyring.forget(access.cache_name(group.kek, group.generation))
+        return SyncLine(group.name, "dropped", f"the key is {state}")
     if any(member.name in devices.mappings_below("/") for member in group.members):
-        return Line(group.name, "state-blocked", f"the key is {state}, and kept: the root file system needs it")
+        return SyncLine(group.name, "state-blocked", f"the key is {state}, and kept: the root file system needs it")
     outcome = rotation.set_policy(work, group, "provider")
-    keyring.forget(access.cached(group.kek, group.generation))
-    return Line(group.name, "dropped", f"the key is {state}" + _behind(outcome))
+    keyring.forget(access.cache_name(group.kek, group.generation))
+    return SyncLine(group.name, "dropped", f"the key is {state}" + _describe_behind(outcome))
 
 
 def _is_cached(group: Group) -> bool:
     try:
-        keyring.get(access.cached(group.kek, group.generation)).wipe()
+        keyring.get(access.cache_name(group.kek, group.generation)).wipe()
     except NoKey:
         return False
     return True
 
 
-def _judge_host_key(work: Work, status: Status) -> Line:
-    """A new one; dumps of the old one stay readable: it is kept with the former ones."""
+def _follow_host_key(work: Work, status: Status) -> SyncLine:
+    """Takes a new host key over. The state keeps the old one, so that its dumps stay readable."""
     if status.problem:
-        return Line("host key", status.problem.code, str(status.problem), status.problem)
+        return SyncLine("host key", status.problem.code, str(status.problem), status.problem)
     if not status.changed:
-        return Line("host key", "unchanged")
+        return SyncLine("host key", "unchanged")
     if work.state.had_host_key(f"{work.state.provider_id}/{status.current}"):
-        return Line("host key", "lagging", "the server offers a key that this host has left behind")
+        return SyncLine("host key", "lagging", "the server offers a key that this host has left behind")
     with work.provider().fetch(status.current) as key:
         rotation.set_host_key(work, work.state.provider_id, Ref(status.current, status.ref.name), key)
-    return Line("host key", "replaced")
+    return SyncLine("host key", "replaced")
 
 
-def _heal(paths: Paths) -> None:
-    """Groups whose gate gave up may open now."""
+def _start_failed_groups(paths: Paths) -> None:
+    """Starts the units that open groups whose gate has failed: they may open now."""
     if paths.root == "/" and this_boot.failed_groups(paths):
         run(["systemctl", "start", "--no-block", "unlock-heal@sync.service"])
 
 
-def _behind(outcome: rotation.Outcome) -> str:
+def _describe_behind(outcome: rotation.Outcome) -> str:
     return "; ".join(f"{name}: {why}" for name, why in outcome.behind.items())
 
 
-def _record(paths: Paths, lines: list[Line]) -> None:
+def _write_record(paths: Paths, lines: list[SyncLine]) -> None:
     keys = [{"key": each.key, "outcome": each.outcome, "detail": each.detail} for each in lines]
     this_boot.write_json(paths, "sync.json", {"version": VERSION, "at": int(time.time()), "keys": keys})

@@ -76,7 +76,7 @@ def current(paths: Paths, tpm: Tpm) -> Allowed:
 
 def look(paths: Paths, tpm: Tpm, state: HostState) -> Allowed:
     """The same for a state that is loaded."""
-    slot, record = slots.current(tpm)
+    slot, record = slots.current_slot(tpm)
     opened = _opened(record, at_unseal.read_pcrs(paths, tpm))
     kept = state.tpm
     states = tuple(_state(branch, kept, opened) for branch in record.branches)
@@ -95,7 +95,7 @@ def predicted(
     Writes nothing when nothing changes. Raises Usage for more than the policy holds, Refused when the branch that
     opened this boot cannot be told and one would have to go; NoKey, NoSlot, TpmFailed.
     """
-    with changing(paths, _PATIENCE) as state, Tpm(tcti) as tpm, access.persistence_key() as persistence:
+    with changing(paths, _PATIENCE) as state, Tpm(tcti) as tpm, access.read_persistence_key() as persistence:
         found = look(paths, tpm, state)
         record = found.record
         new: dict[bytes, str] = {}
@@ -116,15 +116,26 @@ def predicted(
             most = pcr_policy.MAX_BRANCHES - len(stay)
             raise Usage(f"{len(new)} predicted states: beside this boot's, and the one before, {most} have room")
         reasons = {branch: f"predicted: {words}" for branch, words in new.items() if branch not in stay}
-        return reseal(paths, tpm, state, persistence, found, record.selection, wanted, reasons, owner_auth)
+        return reseal(
+            paths,
+            tpm,
+            state,
+            found,
+            persistence=persistence,
+            selection=record.selection,
+            branches=wanted,
+            reasons=reasons,
+            owner_auth=owner_auth,
+        )
 
 
 def reseal(
     paths: Paths,
     tpm: Tpm,
     state: HostState,
-    persistence: Secret,
     found: Allowed,
+    *,
+    persistence: Secret,
     selection: Iterable[int],
     branches: Iterable[bytes],
     reasons: Mapping[bytes, str],
@@ -153,9 +164,11 @@ def reseal(
             keyring.forget(PIN_AUTH)
         payload = Payload(persistence, unauthenticated_root(paths, state))
         host, pin_auth = bytes.fromhex(state.host), auth if len(auth) else None
-        slots.persist(tpm, host, selection, branches, payload, owner_auth, pin_auth=pin_auth, cap=record.cap)
+        slots.seal_slot(
+            tpm, host, selection, branches, payload, owner_auth=owner_auth, pin_auth=pin_auth, cap=record.cap
+        )
         if pin_auth:
-            this_boot.remember(paths, "PIN", {PIN_AUTH: pin_auth})
+            this_boot.cache_keys(paths, "PIN", {PIN_AUTH: pin_auth})
         else:
             keyring.forget(PIN_AUTH)
     state.tpm = state.tpm._replace(pin=pin_auth is not None)
@@ -196,7 +209,7 @@ def remember(state: HostState, found: Allowed, branches: Iterable[bytes], reason
 
 def opens_this_boot(paths: Paths, tcti: str = TPM_DEVICE) -> bool:
     """Whether the TPM released the key to this boot, or would now: it was sealed to this boot since."""
-    early = this_boot.early(paths)
+    early = this_boot.read_early_report(paths)
     if early and early.verdict == "unsealed":
         return True
     try:
@@ -232,7 +245,7 @@ def unauthenticated_root(paths: Paths, state: HostState) -> bool:
     """What the operator accepted by name at init; where the state does not say, as early boot found it sealed."""
     if state.tpm.unauthenticated_root is not None:
         return state.tpm.unauthenticated_root
-    early = this_boot.early(paths)
+    early = this_boot.read_early_report(paths)
     return bool(early and early.facts.unauthenticated_root)
 
 

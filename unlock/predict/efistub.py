@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the firmware starts next when it starts the kernel by itself: this boot's kernel, initramfs and command line, as
+"""Predicts the boot of a kernel that the firmware starts by itself: this boot's kernel, initramfs and command line, as
 they are now."""
 
 import os
@@ -10,59 +10,66 @@ from hashlib import sha256
 from ..errors import Malformed
 from ..measured import efivars, eventlog, logs, uefi
 from . import boot_files, replay
-from .entry import Entry, World, loaders, predicted, version_of
+from .next_boot import NextBoot, PredictionInput, boot_loaders, predict_boot, version_in_name
 
 
-def entries(world: World) -> Iterator[Entry]:
-    """One. A kernel that is not on disk (QEMU -kernel) stays as it is. Raises Refused."""
-    if loaders(world):
-        raise replay.cannot("entries of systemd-boot that are no unified kernel images are not understood")
-    changes, words = [], []
-    version = ""
-    for digest, path in world.before.images[-1:]:
-        now = boot_files.authenticode(world.paths, path)
-        version = version_of(path)
-        if now is None:
-            raise replay.cannot(f"the kernel {path} is not there any more")
-        if now != digest:
-            changes.append(replay.Change("the kernel", digest, now))
-            words.append(f"kernel {version} was replaced")
-    if path := world.before.initrd:
-        old = [e.digest for e in world.log.events if e.kind == eventlog.EVENT_TAG and e.data[:4] == eventlog.INITRD]
-        data = boot_files.read(world.paths, path)
-        if data is None:
-            raise replay.cannot(f"the initramfs {path} is not there any more")
-        version = version or version_of(path)
-        if old[-1] and sha256(data).digest() != old[-1]:
-            changes.append(replay.Change("the initramfs", old[-1], sha256(data).digest()))
-            words.append(f"initramfs of {version_of(path)}")
-    if line := _options(world):
-        changes.append(line)
-        words.append("kernel command line")
-    if not world.before.images and not world.before.initrd:
-        raise replay.cannot("neither the kernel nor the initramfs of this boot is a file on disk")
-    kernel = world.before.images[-1][1] if world.before.images else ""
-    entry = predicted(world, f"kernel {version}", words, replay.changed(world.log, changes), True, kernel)
-    yield entry._replace(initrd=world.before.initrd or _named_initrd(world))
+def next_boots(inputs: PredictionInput) -> Iterator[NextBoot]:
+    """One boot. A kernel that is not on disk (QEMU -kernel) stays as it is. Raises Refused."""
+    if boot_loaders(inputs):
+        raise replay.cannot_predict("entries of systemd-boot that are no unified kernel images are not understood")
+    kernel = inputs.booted.images[-1][1] if inputs.booted.images else ""
+    initrd = inputs.booted.initrd
+    changes = {}
+    if kernel and (change := _kernel_change(inputs)):
+        changes[f"kernel {version_in_name(kernel)} was replaced"] = change
+    if initrd and (change := _initramfs_change(inputs)):
+        changes[f"initramfs of {version_in_name(initrd)}"] = change
+    if change := _command_line_change(inputs):
+        changes["kernel command line"] = change
+    if not kernel and not initrd:
+        raise replay.cannot_predict("neither the kernel nor the initramfs of this boot is a file on disk")
+    words = f"kernel {version_in_name(kernel) or version_in_name(initrd)}"
+    events = replay.apply_changes(inputs.log, changes.values())
+    found = predict_boot(inputs, words, changes, events, default=True, kernel=kernel)
+    yield found._replace(initrd=initrd or _find_named_initrd(inputs))
 
 
-def _named_initrd(world: World) -> str:
+def _kernel_change(inputs: PredictionInput) -> replay.Change | None:
+    digest, path = inputs.booted.images[-1]
+    now = boot_files.authenticode(inputs.paths, path)
+    if now is None:
+        raise replay.cannot_predict(f"the kernel {path} is not there any more")
+    return replay.Change(what="the kernel", old=digest, new=now) if now != digest else None
+
+
+def _initramfs_change(inputs: PredictionInput) -> replay.Change | None:
+    path = inputs.booted.initrd
+    tags = [event for event in inputs.log.events if event.kind == eventlog.EVENT_TAG]
+    old = [event.digest for event in tags if event.data[:4] == eventlog.INITRD][-1]
+    data = boot_files.read_file(inputs.paths, path)
+    if data is None:
+        raise replay.cannot_predict(f"the initramfs {path} is not there any more")
+    new = sha256(data).digest()
+    return replay.Change(what="the initramfs", old=old, new=new) if old and new != old else None
+
+
+def _find_named_initrd(inputs: PredictionInput) -> str:
     """The file that `initrd=` names, on the EFI system partition that the kernel is on; "" when it is not there."""
-    name = re.search(r"(?:^|\s)initrd=(\S+)", logs.read_up_to(world.paths.cmdline, 4096).decode("utf-8", "replace"))
-    kernel = world.before.images[-1][1] if world.before.images else ""
+    name = re.search(r"(?:^|\s)initrd=(\S+)", logs.read_up_to(inputs.paths.cmdline, 4096).decode("utf-8", "replace"))
+    kernel = inputs.booted.images[-1][1] if inputs.booted.images else ""
     for esp in boot_files.ESPS if name and kernel else ():
         path = os.path.join(esp, name[1].replace("\\", "/").lstrip("/"))  # type: ignore[index]
-        if kernel.startswith(f"{esp}/") and os.path.isfile(os.path.join(world.paths.root, path)):
+        if kernel.startswith(f"{esp}/") and os.path.isfile(os.path.join(inputs.paths.root, path)):
             return path
     return ""
 
 
-def _options(world: World) -> replay.Change | None:
-    """The kernel command line, when it was changed in the boot entry by which the firmware has started the kernel."""
-    entry = efivars.boot_entry_name(world.paths)
+def _command_line_change(inputs: PredictionInput) -> replay.Change | None:
+    """Another command line in the boot entry by which the firmware has started the kernel."""
+    entry = efivars.boot_entry_name(inputs.paths)
     try:
-        was = uefi.load_option(efivars.measured_variables(world.log).get(entry, b"")).options
-        now = uefi.load_option(efivars.read_variable(world.paths, entry)).options
+        was = uefi.parse_load_option(efivars.measured_variables(inputs.log).get(entry, b"")).options
+        now = uefi.parse_load_option(efivars.read_variable(inputs.paths, entry)).options
     except Malformed:  # nothing was started by an entry, or it is gone
         return None
-    return replay.command_line(was, now) if was != now else None
+    return replay.command_line_change(old=was, new=now) if was != now else None

@@ -1,140 +1,171 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What GRUB may start next: its menu is read again, with its files as they are now."""
+"""Predicts the boots that GRUB may start: runs its menu again, with its files as they are now on disk."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from hashlib import sha256
+from typing import NamedTuple
 
 from ..errors import UnlockError
-from . import boot_files, grub_script, replay
-from .entry import Entry, World, predicted, unvouched, version_of
+from . import boot_files, grub_script
+from .grub_learn import learn_grub_boot
+from .grub_parser import Unknown
+from .grub_replay import GrubBoot, GrubFiles, GrubKernel, encode_text, list_menu, measure_entry
+from .next_boot import NextBoot, PredictionInput, not_predicted, predict_boot, version_in_name, why_untrusted
+from .replay import cannot_predict
 
 
-def entries(world: World) -> Iterator[Entry]:
-    """The entries of GRUB's menu, first the one that it starts by itself. Raises Refused."""
-    before = world.before
-    images = {path: digest for digest, path in before.images}
+def next_boots(inputs: PredictionInput) -> Iterator[NextBoot]:
+    """The entries of GRUB's menu, the default one first. Raises Refused."""
+    booted = inputs.booted
+    images = {path: digest for digest, path in booted.images}
 
-    learned = replay.learn(world.log, before.texts, lambda name: images.get(before.files.get(name, ("", b""))[0], b""))
-    where = _places(world)
-    disk = _disk(world, where)
-    for name in before.texts:
-        if name != learned.name and name.endswith(".cfg") and _changed(world, name):
-            raise replay.cannot(f"{before.files[name][0]} has changed, and GRUB reads it before its menu")
+    def image(name: str) -> bytes:
+        return images.get(booted.files.get(name, ("", b""))[0], b"")
+
+    boot = learn_grub_boot(inputs.log, booted.texts, image)
+    find_path = _path_finder(inputs)
+    files = _files_on_disk(inputs, find_path)
+    for name in booted.texts:
+        if name != boot.config_name and name.endswith(".cfg") and _has_changed(inputs, name):
+            raise cannot_predict(f"{booted.files[name][0]} has changed, and GRUB reads it before its menu")
     try:
-        text = disk.content(learned.name).decode("utf-8", "surrogateescape")
-    except grub_script.Unknown as problem:
-        raise replay.cannot(str(problem)) from None
-    later = _without_once(disk, f"{learned.variables['prefix']}/grubenv")
-    for number, (title, titles) in enumerate(replay.menu(learned, text, disk)):
-        yield _menu_entry(world, learned, text, title, titles, disk, where, not number)
+        text = files.content(boot.config_name).decode("utf-8", "surrogateescape")
+    except Unknown as problem:
+        raise cannot_predict(str(problem)) from None
+    menu = _Menu(inputs=inputs, boot=boot, text=text, files=files, find_path=find_path)
+    later = _files_after_next_boot(files, f"{boot.variables['prefix']}/grubenv")
+    for number, (title, titles) in enumerate(list_menu(boot, text, files)):
+        yield _predict_entry(menu, title, titles, default=not number)
         if later and not number:
-            title, titles = next(replay.menu(learned, text, later))
-            after = _menu_entry(world, learned, text, title, titles, later, where, False)
+            title, titles = next(list_menu(boot, text, later))
+            after = _predict_entry(menu._replace(files=later), title, titles, default=False)
             yield after._replace(words=f"{after.words}, after the next boot")
 
 
-def _menu_entry(
-    world: World,
-    learned: replay.Learned,
-    text: str,
-    title: str,
-    titles: Sequence[str],
-    disk: replay.Disk,
-    where: Callable[[str], str],
-    default: bool,
-) -> Entry:
+class _Menu(NamedTuple):
+    """The menu that is predicted from."""
+
+    inputs: PredictionInput
+    boot: GrubBoot
+    text: str
+    """Of the grub.cfg on disk now."""
+    files: GrubFiles
+    find_path: Callable[[str], str]
+
+
+def _predict_entry(menu: _Menu, title: str, titles: tuple[str, ...], *, default: bool) -> NextBoot:
+    inputs, boot = menu.inputs, menu.boot
     try:
-        events, kernel = replay.boot(learned, text, titles, disk)
+        events, kernel = measure_entry(boot, menu.text, titles, menu.files)
     except UnlockError as problem:
-        return Entry(f"menu entry {title}", (), None, str(problem), default)
-    old = learned.kernel
-    version, before = (version_of(each.words[0]) for each in (kernel, old))
+        return not_predicted(f"menu entry {title}", str(problem), default=default)
+    changes = _kernel_changes(inputs, boot.kernel, kernel)
+    if menu.text != inputs.booted.texts[boot.config_name]:
+        changes.append("grub.cfg")
+    if titles != boot.titles:
+        changes.append("another menu entry")
+    words = f"kernel {version_in_name(kernel.words[0])}" + ("" if default else f", menu entry {title}")
+    if boot.kernel.initrds and not kernel.initrds:
+        why = "it starts no initramfs, so nothing opens a disk"
+        return not_predicted(words, why, default=default, changes=changes)
+    loaded = [menu.find_path(name) for name in (kernel.words[0], *kernel.initrds)]
+    if why := why_untrusted(inputs, loaded):
+        return not_predicted(words, why, default=default, changes=changes)
+    found = predict_boot(inputs, words, changes, events, default=default, kernel=loaded[0])
+    return found._replace(initrd=loaded[1]) if loaded[1:] else found
+
+
+def _kernel_changes(inputs: PredictionInput, old: GrubKernel, new: GrubKernel) -> list[str]:
+    """What differs in kernel, initramfs and command line, in words."""
     changes = []
+    version, before = version_in_name(new.words[0]), version_in_name(old.words[0])
     if version != before:
         changes.append(f"kernel {version} instead of {before}")
-    elif _changed(world, kernel.words[0]):
+    elif _has_changed(inputs, new.words[0]):
         changes.append(f"kernel {version} was replaced")
-    for name in kernel.initrds:
-        if name in old.initrds and _changed(world, name):
-            changes.append(f"initramfs of {version_of(name)}")
-    if kernel.words[1:] != old.words[1:]:
+    for name in new.initrds:
+        if name in old.initrds and _has_changed(inputs, name):
+            changes.append(f"initramfs of {version_in_name(name)}")
+    if new.words[1:] != old.words[1:]:
         changes.append("kernel command line")
-    if text != world.before.texts[learned.name]:
-        changes.append("grub.cfg")
-    if tuple(titles) != learned.way:
-        changes.append("another menu entry")
-    words = f"kernel {version}" + ("" if default else f", menu entry {title}")
-    if old.initrds and not kernel.initrds:
-        return Entry(words, tuple(changes), None, "it starts no initramfs, so nothing opens a disk", default)
-    loaded = [where(name) for name in (kernel.words[0], *kernel.initrds)]
-    if foreign := unvouched(world, loaded):
-        return Entry(words, tuple(changes), None, foreign, default)
-    entry = predicted(world, words, changes, events, default, loaded[0])
-    return entry._replace(initrd=loaded[1]) if loaded[1:] else entry
+    return changes
 
 
-def _changed(world: World, name: str) -> bool:
-    path, digest = world.before.files.get(name, ("", b""))
-    data = boot_files.read(world.paths, path) if path else None
+def _has_changed(inputs: PredictionInput, name: str) -> bool:
+    """Whether the file that this boot has read by GRUB's name is another one now, or gone."""
+    path, digest = inputs.booted.files.get(name, ("", b""))
+    data = boot_files.read_file(inputs.paths, path) if path else None
     return data is None or sha256(data).digest() != digest
 
 
-def _places(world: World) -> Callable[[str], str]:
-    """GRUB's names for files -> paths below the root directory, as far as this boot's show where they are mounted."""
+# Files ------------------------------------------------------------------------------------------------------
+
+
+def _path_finder(inputs: PredictionInput) -> Callable[[str], str]:
+    """A function from GRUB's names for files to paths below the root directory.
+
+    The files of this boot show where GRUB's devices are mounted. The function raises NotOnDisk for another device.
+    """
     places = {}
-    for name, (path, _) in world.before.files.items():
-        device, rest = _parted(name)
+    for name, (path, _) in inputs.booted.files.items():
+        device, rest = _split_device(name)
         if path.endswith(rest.lstrip("/")):
             places[device] = path[: len(path) - len(rest.lstrip("/"))]
 
-    def where(name: str) -> str:
-        device, rest = _parted(name)
+    def find_path(name: str) -> str:
+        device, rest = _split_device(name)
         if device not in places or not rest.startswith("/") or ".." in rest.split("/"):
-            raise grub_script.Elsewhere(f"where {name} is on disk is not known")
+            raise grub_script.NotOnDisk(f"where {name} is on disk is not known")
         return os.path.join(places[device], rest.lstrip("/"))
 
-    return where
+    return find_path
 
 
-def _disk(world: World, where: Callable[[str], str]) -> replay.Disk:
+def _files_on_disk(inputs: PredictionInput, find_path: Callable[[str], str]) -> GrubFiles:
     def content(name: str) -> bytes:
-        data = boot_files.read(world.paths, where(name))
+        data = boot_files.read_file(inputs.paths, find_path(name))
         if data is None:
-            raise grub_script.Unknown(f"{name} is not on disk")
+            raise Unknown(f"{name} is not on disk")
         return data
 
+    def digest(name: str) -> bytes:
+        return sha256(content(name)).digest()
+
     def test(kind: str, name: str) -> bool:
-        path = os.path.join(world.paths.root, where(name))
+        path = os.path.join(inputs.paths.root, find_path(name))
         if kind == "s":
             return os.path.isfile(path) and os.path.getsize(path) > 0
         return {"d": os.path.isdir, "e": os.path.exists, "f": os.path.isfile}[kind](path)
 
     def image(name: str) -> bytes:
-        digest = boot_files.authenticode(world.paths, where(name))
+        digest = boot_files.authenticode(inputs.paths, find_path(name))
         if digest is None:
-            raise grub_script.Unknown(f"{name} is no kernel that is on disk")
+            raise Unknown(f"{name} is no kernel that is on disk")
         return digest
 
-    return replay.Disk(content, lambda name: sha256(content(name)).digest(), image, test)
+    return GrubFiles(content=content, sha256=digest, image=image, test=test)
 
 
-def _without_once(disk: replay.Disk, environment: str) -> replay.Disk | None:
-    """What the boot after `grub-reboot` will have found: GRUB takes the entry out of its environment. None without."""
+def _files_after_next_boot(files: GrubFiles, environment: str) -> GrubFiles | None:
+    """The files that the boot after the next one finds; None when they are the same.
+
+    After `grub-reboot`, GRUB takes the entry for one boot out of its environment.
+    """
     try:
-        old = disk.content(environment).decode("utf-8", "surrogateescape")
-    except grub_script.Unknown:
+        old = files.content(environment).decode("utf-8", "surrogateescape")
+    except Unknown:
         return None
-    new = grub_script.with_variable(old, "next_entry", "").encode("utf-8", "surrogateescape")
+    new = encode_text(grub_script.set_environment_variable(old, "next_entry", ""))
     if new.decode("utf-8", "surrogateescape") == old:
         return None
-    return disk._replace(
-        content=lambda name: new if name == environment else disk.content(name),
-        sha256=lambda name: sha256(new).digest() if name == environment else disk.sha256(name),
+    return files._replace(
+        content=lambda name: new if name == environment else files.content(name),
+        sha256=lambda name: sha256(new).digest() if name == environment else files.sha256(name),
     )
 
 
-def _parted(name: str) -> tuple[str, str]:
+def _split_device(name: str) -> tuple[str, str]:
     """(hd0,gpt2)/grub/grub.cfg: the device, which may be none, and the rest."""
     if name.startswith("("):
         device, _, rest = name.partition(")")

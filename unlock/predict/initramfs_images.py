@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The initramfs images that are installed, and what the unlock in each of them reads.
+"""Lists the installed initramfs images, and reads which formats the unlock in each of them understands.
 
-An image says it by the names of empty files: usr/lib/unlock/reads/NAME-N (initramfs/manifest).
+Empty files in the image say that: usr/lib/unlock/reads/NAME-N (initramfs/manifest).
 """
 
 import glob
@@ -24,22 +24,25 @@ _ASKPASS = ("lib/cryptsetup/askpass", "usr/lib/cryptsetup/askpass")
 Listing = Callable[[list[str]], str]
 
 
-class Contents(NamedTuple):
+class ImageContents(NamedTuple):
+    """What `unlock check` looks for in an image."""
+
     unlock: bool
+    """unlock is in it."""
     reads: dict[str, int]
-    """Format -> its newest version that is read."""
+    """Format -> the newest version that the unlock in it reads."""
     asks: bool
-    """There is a program that asks for a PIN or a key."""
+    """A program is in it that asks for a PIN or a key."""
 
 
-def installed(paths: Paths) -> list[str]:
-    """Paths of the images, the newest kernel last."""
-    found = sorted(glob.glob(os.path.join(paths.root, "boot/initrd.img-*")), key=natural)
+def list_images(paths: Paths) -> list[str]:
+    """The paths of the images, the newest kernel last."""
+    found = sorted(glob.glob(os.path.join(paths.root, "boot/initrd.img-*")), key=version_sort_key)
     return [each for each in found if not each.endswith((".bak", ".dpkg-bak", ".new"))]
 
 
-def kernel(image: str) -> str:
-    """Its kernel's version."""
+def kernel_version(image: str) -> str:
+    """The version of the kernel that the image is for."""
     return os.path.basename(image).removeprefix("initrd.img-")
 
 
@@ -48,26 +51,26 @@ def is_unified(image: str) -> bool:
     return image.lower().endswith(".efi")
 
 
-def contents(image: str, listing: Listing = run) -> Contents:
-    """Of an initramfs, or of the one in a unified kernel image. Raises CommandFailed."""
-    with _initramfs(image) as path:
+def read_contents(image: str, listing: Listing = run) -> ImageContents:
+    """What is in an initramfs, or in the one of a unified kernel image. Raises CommandFailed."""
+    with _initramfs_file(image) as path:
         names = set(listing(["lsinitramfs", path]).split())
     reads: dict[str, int] = {}
     for found in filter(None, map(_READS.fullmatch, names)):
         reads[found[1]] = max(int(found[2]), reads.get(found[1], 0))
-    return Contents(_AGENT in names, reads, not names.isdisjoint(_ASKPASS))
+    return ImageContents(_AGENT in names, reads, not names.isdisjoint(_ASKPASS))
 
 
 @contextmanager
-def _initramfs(image: str) -> Iterator[str]:
-    """Its file."""
+def _initramfs_file(image: str) -> Iterator[str]:
+    """The path of the initramfs; of one in a unified kernel image, that of a temporary copy."""
     if not is_unified(image):
         yield image
         return
     try:
         with open(image, "rb") as file:
             data = file.read()
-        inside = pe.section(data, pe.read(data), ".initrd")
+        inside = pe.read_section(data, pe.read_layout(data), ".initrd")
     except (OSError, Malformed) as error:
         raise CommandFailed(f"{os.path.basename(image)}: {error}") from error
     with tempfile.NamedTemporaryFile() as copy:
@@ -76,11 +79,13 @@ def _initramfs(image: str) -> Iterator[str]:
         yield copy.name
 
 
-def need_pin(paths: Paths, listing: Listing = run) -> None:
-    """Raises Refused, code `old-initramfs`, for an installed image that could not ask for a PIN. One without unlock
-    unseals nothing, and does not count. Raises CommandFailed for one that cannot be read."""
-    for image in installed(paths):
-        found = contents(image, listing)
+def require_pin_support(paths: Paths, listing: Listing = run) -> None:
+    """Raises Refused, code `old-initramfs`, when an installed image could not ask for a PIN.
+
+    An image without unlock unseals nothing, and does not count. Raises CommandFailed for one that cannot be read.
+    """
+    for image in list_images(paths):
+        found = read_contents(image, listing)
         why = (
             "does not read policies with a PIN"
             if found.reads.get("record", 0) < 2
@@ -91,11 +96,11 @@ def need_pin(paths: Paths, listing: Listing = run) -> None:
         if found.unlock and why:
             raise Refused(
                 f"the unlock in {os.path.basename(image)} {why}",
-                f"update-initramfs -u -k {kernel(image)}",
+                f"update-initramfs -u -k {kernel_version(image)}",
                 code="old-initramfs",
             )
 
 
-def natural(name: str) -> list[tuple[bool, int, str]]:
-    """Sorts versions in names as numbers: 6.9 before 6.12."""
+def version_sort_key(name: str) -> list[tuple[bool, int, str]]:
+    """A key that sorts versions in names as numbers: 6.9 before 6.12."""
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EFI programs as files: the hash that the firmware measures, and the sections of a unified kernel image.
+"""Reads EFI programs: the hash that the firmware measures, signatures, and sections.
 
 Microsoft "PE Format" and "Windows Authenticode Portable Executable Signature Format": all of the file but the
 checksum, the directory entry of the signatures, and the signatures themselves. Integers are little-endian.
@@ -21,6 +21,8 @@ _SECURITY = 4  # the data directory of the signatures
 
 
 class Section(NamedTuple):
+    """A row of the section table."""
+
     name: str
     size: int
     """In memory: what was meant; the file pads it."""
@@ -29,7 +31,9 @@ class Section(NamedTuple):
     offset: int
 
 
-class Image(NamedTuple):
+class PeLayout(NamedTuple):
+    """Where the parts of an EFI program are in the file."""
+
     checksum: int
     """Offset of the checksum in the file, 4 bytes."""
     security: int
@@ -41,16 +45,18 @@ class Image(NamedTuple):
     sections: tuple[Section, ...]
 
 
-def read(data: bytes, whole: bool = True) -> Image:
-    """The layout of a PE32 or PE32+ file. Malformed; without `whole`, not for one that ends too early behind its
-    headers."""
+def read_layout(data: bytes, whole: bool = True) -> PeLayout:
+    """The layout of a PE32 or PE32+ file. Raises Malformed.
+
+    Without `whole`, a file that is cut short behind its headers is read too.
+    """
     try:
-        return _read(data, whole)
+        return _read_layout(data, whole)
     except struct.error:
         raise Malformed("not an EFI program: cut short") from None
 
 
-def _read(data: bytes, whole: bool) -> Image:
+def _read_layout(data: bytes, whole: bool) -> PeLayout:
     (pe,) = struct.unpack_from("<I", data, 0x3C)
     if data[:2] != b"MZ" or data[pe : pe + 4] != b"PE\0\0":
         raise Malformed("not an EFI program")
@@ -73,12 +79,12 @@ def _read(data: bytes, whole: bool) -> Image:
         sections.append(Section(name.rstrip(b"\0").decode("ascii", "replace"), size, raw, offset))
     if headers > len(data) or security + 8 > headers or (whole and start + signatures > len(data)):
         raise Malformed("not an EFI program: a size is wrong")
-    return Image(optional + 64, security, headers, signatures, tuple(sections))
+    return PeLayout(optional + 64, security, headers, signatures, tuple(sections))
 
 
 def authenticode(data: bytes) -> bytes:
-    """The SHA-256 that the firmware measures into PCR 4 when it loads this file. Malformed."""
-    image, view = read(data), memoryview(data)
+    """The SHA-256 that the firmware measures into PCR 4 when it loads this file. Raises Malformed."""
+    image, view = read_layout(data), memoryview(data)
     digest = sha256(view[: image.checksum])
     if image.security:
         digest.update(view[image.checksum + 4 : image.security])
@@ -94,15 +100,16 @@ def authenticode(data: bytes) -> bytes:
     return digest.digest()
 
 
-def signatures(data: bytes) -> bytes:
-    """The table of its signatures; b"" when it has none. Malformed."""
-    image = read(data)
+def read_signatures(data: bytes) -> bytes:
+    """The table of signatures of an EFI program; b"" when it has none. Raises Malformed."""
+    image = read_layout(data)
     start = struct.unpack_from("<I", data, image.security)[0] if image.security else 0
     return data[start : start + image.signatures]
 
 
-def section(data: bytes, image: Image, name: str) -> bytes | None:
-    """The content of a section as it is in memory, zeros at its end included; None when there is no such section."""
+def read_section(data: bytes, image: PeLayout, name: str) -> bytes | None:
+    """The content of a section as it is in memory, with its zeros at the end; None when there is no such section.
+    Raises Malformed."""
     for each in image.sections:
         if each.name == name:
             content = data[each.offset : each.offset + min(each.raw, each.size)]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What systemd-boot starts when nobody is at its menu: what it was told to, else the first entry in its order
-(systemd-boot(7); the Boot Loader Specification, "Sorting")."""
+"""Lists the menu of systemd-boot, and works out which entry it starts when nobody chooses.
+
+systemd-boot(7); the Boot Loader Specification, "Sorting".
+"""
 
 import fnmatch
 import glob
@@ -12,13 +14,13 @@ from ..errors import Malformed
 from ..measured import efivars
 from ..paths import Paths
 from . import boot_files, pe
-from .initramfs_images import natural
+from .initramfs_images import version_sort_key
 
 _VENDOR = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
 """Of its variables: systemd.io/BOOT_LOADER_INTERFACE."""
 
 
-class Listed(NamedTuple):
+class LoaderEntry(NamedTuple):
     """An entry of the menu."""
 
     id: str
@@ -32,77 +34,82 @@ class Listed(NamedTuple):
     version: str
 
 
-_ORDER: tuple[tuple[Callable[[Listed], Any], bool], ...] = (
-    (lambda each: natural(each.id), True),
-    (lambda each: natural(each.version) if each.sort_key else [], True),
+_ORDER: tuple[tuple[Callable[[LoaderEntry], Any], bool], ...] = (
+    (lambda each: version_sort_key(each.id), True),
+    (lambda each: version_sort_key(each.version) if each.sort_key else [], True),
     (lambda each: each.machine_id if each.sort_key else "", False),
     (lambda each: each.sort_key, False),
     (lambda each: not each.sort_key, False),
     (lambda each: (left := boot_files.COUNTER.search(each.path)) is not None and int(left[1]) == 0, False),
 )
-"""What tells two entries apart, and whether the larger comes first; what counts most is last."""
+"""The keys that sort the menu, and whether the larger comes first; the most important key is last."""
 
 
-def menu(paths: Paths) -> list[Listed]:
-    """All entries in its order."""
-    found = [*_unified(paths), *_configured(paths)]
+def list_entries(paths: Paths) -> list[LoaderEntry]:
+    """All entries of the menu, in its order."""
+    found = [*_unified_entries(paths), *_configured_entries(paths)]
     for key, reverse in _ORDER:
         found.sort(key=key, reverse=reverse)
     return found
 
 
-def comes(paths: Paths, esp: str, listed: list[Listed]) -> set[str]:
-    """Ids of those that may be started next: what it was told to start once, and what comes after that. `esp`: where
-    the file system that it was started from is mounted. What it finds by itself (`auto-`) and the profiles of a unified
-    kernel image (`@`) are not listed."""
+def next_entry_ids(paths: Paths, esp: str, listed: list[LoaderEntry]) -> set[str]:
+    """The ids of the entries that may be started next: the one for one boot only, and the default one after it.
 
-    def matching(told: str) -> set[str]:
-        pattern = _variable(paths, "LoaderEntryLastBooted") if told == "@saved" else told
+    `esp`: the mount point of the file system that systemd-boot was started from. Entries that it finds by itself
+    (`auto-`) and profiles of a unified kernel image (`@`) are not in `listed`, but may be among the ids.
+    """
+
+    def matching(setting: str) -> set[str]:
+        pattern = _loader_variable(paths, "LoaderEntryLastBooted") if setting == "@saved" else setting
         found = [each.id for each in listed if fnmatch.fnmatchcase(each.id, pattern)][:1]
         return set(found or ([pattern] if pattern.startswith("auto-") or "@" in pattern else []))
 
     configured = (
-        _fields(boot_files.read(paths, os.path.join(esp, "loader/loader.conf")) or b"").get("default", "").lower()
+        _parse_fields(boot_files.read_file(paths, os.path.join(esp, "loader/loader.conf")) or b"")
+        .get("default", "")
+        .lower()
     )
-    lasting = (_variable(paths, "LoaderEntryDefault"), configured, "*")
-    always = next((found for told in lasting if (found := matching(told))), set())
-    return matching(_variable(paths, "LoaderEntryOneShot")) | always
+    lasting = (_loader_variable(paths, "LoaderEntryDefault"), configured, "*")
+    always = next((found for each in lasting if (found := matching(each))), set())
+    return matching(_loader_variable(paths, "LoaderEntryOneShot")) | always
 
 
-def _variable(paths: Paths, name: str) -> str:
+def _loader_variable(paths: Paths, name: str) -> str:
     return efivars.read_variable(paths, name, _VENDOR).decode("utf-16-le", "replace").partition("\0")[0].lower()
 
 
-def _unified(paths: Paths) -> Iterator[Listed]:
-    """Those that say which system they are. Whether there is a kernel in them, and whether they are whole, is seen when
-    they are started."""
-    for path in _files(paths, "EFI/Linux", "*.[eE][fF][iI]"):
-        data = boot_files.read(paths, path) or b""
+def _unified_entries(paths: Paths) -> Iterator[LoaderEntry]:
+    """Unified kernel images with a section .osrel. systemd-boot looks at no more before it starts one."""
+    for path in _entry_files(paths, "EFI/Linux", "*.[eE][fF][iI]"):
+        data = boot_files.read_file(paths, path) or b""
         try:
-            said = (pe.section(data, pe.read(data, whole=False), ".osrel") or b"").rstrip(b"\0")
+            release = (pe.read_section(data, pe.read_layout(data, whole=False), ".osrel") or b"").rstrip(b"\0")
         except Malformed:
             continue
-        if not said:
+        if not release:
             continue
-        system = {name: value.strip("\"'") for name, value in _fields(said.replace(b"=", b" ")).items()}
+        system = {name: value.strip("\"'") for name, value in _parse_fields(release.replace(b"=", b" ")).items()}
         sort_key = system.get("IMAGE_ID") or system.get("ID", "")
         versions = ("IMAGE_VERSION", "VERSION", "VERSION_ID", "BUILD_ID")
         version = next((system[each] for each in versions if system.get(each)), "")
-        yield Listed(_id(path), path, True, sort_key, "", version)
+        yield LoaderEntry(_entry_id(path), path, True, sort_key, "", version)
 
 
-def _configured(paths: Paths) -> Iterator[Listed]:
-    """Those whose program is there."""
-    for path in _files(paths, "loader/entries", "*.[cC][oO][nN][fF]"):
-        fields = _fields(boot_files.read(paths, path) or b"")
+def _configured_entries(paths: Paths) -> Iterator[LoaderEntry]:
+    """Files in loader/entries whose program exists."""
+    for path in _entry_files(paths, "loader/entries", "*.[cC][oO][nN][fF]"):
+        fields = _parse_fields(boot_files.read_file(paths, path) or b"")
         program = next((fields[each] for each in ("linux", "efi", "uki") if each in fields), "")
-        if os.path.isfile(os.path.join(paths.root, boot_files.esp_of(path), program.replace("\\", "/").lstrip("/"))):
+        if os.path.isfile(
+            os.path.join(paths.root, boot_files.mount_point_of(path), program.replace("\\", "/").lstrip("/"))
+        ):
             words = (fields.get(each, "") for each in ("sort-key", "machine-id", "version"))
-            yield Listed(_id(path), path, False, *words)
+            yield LoaderEntry(_entry_id(path), path, False, *words)
 
 
-def _files(paths: Paths, folder: str, pattern: str) -> Iterator[str]:
-    """A folder that is reached in two ways counts once."""
+def _entry_files(paths: Paths, folder: str, pattern: str) -> Iterator[str]:
+    """The files in a folder of each boot file system; a folder with two paths counts once."""
     folders: dict[tuple[int, int], str] = {}
     for esp in boot_files.ESPS:
         path = os.path.join(paths.root, esp, folder)
@@ -114,11 +121,11 @@ def _files(paths: Paths, folder: str, pattern: str) -> Iterator[str]:
             yield os.path.relpath(each, paths.root)
 
 
-def _id(path: str) -> str:
-    return boot_files.uncounted(os.path.basename(path))
+def _entry_id(path: str) -> str:
+    return boot_files.without_counter(os.path.basename(path))
 
 
-def _fields(text: bytes) -> Mapping[str, str]:
-    """Of lines of a name, white space, and a value."""
+def _parse_fields(text: bytes) -> Mapping[str, str]:
+    """Name -> value, from lines of a name, white space, and a value."""
     lines = (line.split(None, 1) for line in text.decode("utf-8", "replace").splitlines())
     return {words[0]: words[1].strip() for words in lines if words[1:]}

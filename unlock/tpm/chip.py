@@ -255,17 +255,18 @@ class Tpm:
         slot: Slot,
         branches: Sequence[bytes],
         payload: Secret,
+        *,
         owner_auth: Secret | None = None,
-        auth: Secret | None = None,
+        pin_auth: Secret | None = None,
     ) -> bytes:
         """Seal `payload`, at most 128 bytes, in the place of what is in the slot; the new object's name.
 
-        With `auth` it is opened by the policy and this value, and the TPM counts wrong ones.
+        With `pin_auth` it is opened by the policy and this value, and the TPM counts wrong ones.
         ReadPublic (SRK), StartAuthSession, Create, Load, ReadPublic, [EvictControl], EvictControl,
         FlushContext. Payload and value are encrypted on their way. Not CreateLoaded: TPMs older than revision 1.38
         lack it.
         """
-        sealed, name = self._create(branches, payload, auth)
+        sealed, name = self._create(branches, payload, pin_auth=pin_auth)
         try:
             self._evict_object(slot, owner_auth)
             self._keep(sealed, slot.object, owner_auth)
@@ -480,17 +481,19 @@ class Tpm:
                 self._send("Unseal", sealed, session, _NONE, _NONE, data)
             except _Answer as failure:
                 if failure.answer in (_VALUE, _POLICY_FAIL):
-                    raise not_allowed(selection) from None
+                    raise pcr_refusal(selection) from None
                 raise
             finally:
                 if auth is not None:
                     self._set_auth(sealed, Secret(b""))
         return Secret(self._taken(data, "buffer"))
 
-    def _create(self, branches: Sequence[bytes], payload: Secret, auth: Secret | None = None) -> tuple[int, bytes]:
+    def _create(
+        self, branches: Sequence[bytes], payload: Secret, *, pin_auth: Secret | None = None
+    ) -> tuple[int, bytes]:
         """A transient sealed object and its name."""
         srk, _ = self._public(SRK, f"the TPM has no storage root key at {SRK:#x}")
-        ffi, template = self._ffi, self._template(public_area.sealed_template(branches, auth is not None))
+        ffi, template = self._ffi, self._template(public_area.sealed_template(branches, pin_auth is not None))
         sensitive = ffi.new("TPM2B_SENSITIVE_CREATE *")
         private, public, sealed = (
             ffi.new("TPM2B_PRIVATE **"),
@@ -502,9 +505,9 @@ class Tpm:
         try:
             sensitive.sensitive.data.size = len(payload)
             ffi.memmove(sensitive.sensitive.data.buffer, payload.value, len(payload))
-            if auth is not None:
-                sensitive.sensitive.userAuth.size = len(auth)
-                ffi.memmove(sensitive.sensitive.userAuth.buffer, auth.value, len(auth))
+            if pin_auth is not None:
+                sensitive.sensitive.userAuth.size = len(pin_auth)
+                ffi.memmove(sensitive.sensitive.userAuth.buffer, pin_auth.value, len(pin_auth))
             with self._session(srk, _HMAC, _DECRYPT) as session:
                 creation = (*self._no_creation_data(), private, public, *[ffi.NULL] * 3)
                 self._send("Create", srk, session, _NONE, _NONE, sensitive, template, *creation)
@@ -671,7 +674,7 @@ class Tpm:
         return tuple(found)
 
 
-def not_allowed(selection: Sequence[int]) -> TpmRefused:
+def pcr_refusal(selection: Sequence[int]) -> TpmRefused:
     """The error for PCRs in no state that the policy has."""
     numbers = ", ".join(map(str, selection))
     return TpmRefused(f"the TPM refuses: PCRs {numbers} are in no state that the policy allows")

@@ -21,7 +21,7 @@ from ..errors import (
 from ..light import Callable, Mapping, NamedTuple, Sequence
 from ..secret import Secret
 from . import pcr_policy
-from .chip import Meanwhile, SlotState, Tpm, not_allowed
+from .chip import Meanwhile, SlotState, Tpm, pcr_refusal
 from .pcr_policy import CAP_PCR, select
 from .record import SLOTS, Payload, Record, Slot
 
@@ -72,7 +72,7 @@ def unseal(tpm: Tpm, ask: Ask = no_pin, meanwhile: Meanwhile = None) -> Unsealed
             objects = tpm.verify(slot, record)
             pcrs = pcrs or tpm.read_pcrs(read)
             if read and pcr_policy.policy_pcr(record.selection, pcrs) not in record.branches:
-                raise not_allowed(record.selection)
+                raise pcr_refusal(record.selection)
             if record.pin:
                 if meanwhile:
                     meanwhile()
@@ -102,7 +102,7 @@ def _by_pin(tpm: Tpm, slot: Slot, record: Record, objects: tuple[int, int], ask:
     raise PinWrong(f"the PIN was wrong {PIN_TRIES} times", "reboot, or type the recovery key")
 
 
-def current(tpm: Tpm) -> tuple[Slot, Record]:
+def current_slot(tpm: Tpm) -> tuple[Slot, Record]:
     """The complete slot of the highest generation. NV_Read and ReadPublic, each twice. NoSlot, NewerFormat."""
     complete = _complete({slot: tpm.slot_state(slot) for slot in SLOTS})
     if not complete:
@@ -110,14 +110,14 @@ def current(tpm: Tpm) -> tuple[Slot, Record]:
     return max(complete.items(), key=lambda pair: pair[1].generation)
 
 
-def persist(
+def seal_slot(
     tpm: Tpm,
     host: bytes,
     selection: tuple[int, ...],
     branches: Sequence[bytes],
     payload: Payload,
-    owner_auth: Secret | None = None,
     *,
+    owner_auth: Secret | None = None,
     pin_auth: Secret | None = None,
     cap: int = CAP_PCR,
     replace: bool = False,
@@ -138,7 +138,7 @@ def persist(
 
     srk_name = tpm.srk(owner_auth)
     with payload.encode() as sealed:
-        object_name = tpm.seal(target, branches, sealed, owner_auth, pin_auth)
+        object_name = tpm.seal(target, branches, sealed, owner_auth=owner_auth, pin_auth=pin_auth)
     generation = 1 + (complete[current].generation if current in complete else 0)
     record = Record(generation, host, selection, cap, tuple(branches), srk_name, object_name, pin_auth is not None)
     tpm.write_record(target, record, owner_auth)
@@ -149,7 +149,7 @@ def persist(
     return record
 
 
-def finish(tpm: Tpm, current: Slot, host: bytes) -> None:
+def evict_older_policy(tpm: Tpm, current: Slot, host: bytes) -> None:
     """Evicts what a `persist` that was killed has left beside the current slot: an older policy of this host, perhaps
     one without the PIN. NV_Read, ReadPublic, and what `Tpm.evict` sends. Raises TpmFailed."""
     other = _other(current)
@@ -169,7 +169,7 @@ def _complete(states: Mapping[Slot, SlotState]) -> dict[Slot, Record]:
     return {slot: state.record for slot, state in states.items() if state.record and state.complete}
 
 
-def remove(tpm: Tpm, owner_auth: Secret | None = None) -> None:
+def evict_all(tpm: Tpm, owner_auth: Secret | None = None) -> None:
     """Evict both slots: what they sealed is lost, and every key that it wraps. Finishes when run again."""
     for slot in SLOTS:
         tpm.evict(slot, owner_auth)

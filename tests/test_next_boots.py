@@ -26,8 +26,10 @@ from tests.hostfixture import Machine
 from unlock.errors import Refused, UnlockError
 from unlock.measured import at_unseal, certificates, diagnosis, efivars, eventlog, evidence, uefi
 from unlock.operations import baseline, cache, check, predict
+from unlock.operations.check.finding import NOTE, SAFE, UNPROVEN, UNSAFE
+from unlock.operations.check.tpm import check_next_boot, predict_or_error
 from unlock.paths import Paths
-from unlock.predict import boot_files, grub_script, pe, replay
+from unlock.predict import booted, grub_learn, grub_replay, grub_script, pe, uki_replay
 from unlock.tpm import slots
 
 pytestmark = pytest.mark.usefixtures("key_cache")
@@ -54,25 +56,25 @@ def text(name: str) -> str:
 @pytest.mark.parametrize("name", ["grub-0", "grub-1", "grub-2", "grub-3", "secure-0", "uki-0", "uki-1"])
 def test_the_log_accounts_for_the_pcrs(name: str) -> None:
     made = real(name)
-    found = eventlog.parse(made.log)
+    found = eventlog.parse_event_log(made.log)
     assert found.problem == ""
     replayed = eventlog.replay(found.events, found.locality)
     assert {pcr: replayed[pcr] for pcr in LOGGED} == {pcr: made.pcrs[pcr] for pcr in LOGGED}
 
 
-def disk(name: str) -> replay.Disk:
+def disk(name: str) -> grub_replay.GrubFiles:
     files = FILES[name]
 
     def known(place: int) -> Callable[[str], bytes]:
         def of(file: str) -> bytes:
             if file not in files:
-                raise grub_script.Elsewhere(file)
+                raise grub_script.NotOnDisk(file)
             return bytes.fromhex(files[file][place])
 
         return of
 
     config = texts(name)
-    return replay.Disk(lambda file: config[file].encode(), known(0), known(1), lambda _, file: file in config)
+    return grub_replay.GrubFiles(lambda file: config[file].encode(), known(0), known(1), lambda _, file: file in config)
 
 
 def texts(name: str) -> dict[str, str]:
@@ -81,8 +83,8 @@ def texts(name: str) -> dict[str, str]:
     return {CONFIG: text(name), FIRST: text("grub-first"), **env}
 
 
-def learned(name: str = "grub-0") -> replay.Learned:
-    return replay.learn(eventlog.parse(real(name).log), texts(name), disk(name).image)
+def learned(name: str = "grub-0") -> grub_replay.GrubBoot:
+    return grub_learn.learn_grub_boot(eventlog.parse_event_log(real(name).log), texts(name), disk(name).image)
 
 
 WAYS = {
@@ -98,8 +100,8 @@ WAYS = {
 def test_each_boot_predicts_each_other(now: str, then: str) -> None:
     """Also back to what was before the update, from an entry of the submenu, and with GRUB's environment file, which
     grub-common makes after the first boot."""
-    assert learned(now).way == WAYS[now]
-    events, _ = replay.boot(learned(now), text(then), WAYS[then], disk(then))
+    assert learned(now).titles == WAYS[now]
+    events, _ = grub_replay.measure_entry(learned(now), text(then), WAYS[then], disk(then))
     found, made = eventlog.replay(events), real(then).pcrs
     assert {pcr: found[pcr] for pcr in LOGGED} == {pcr: made[pcr] for pcr in LOGGED}
 
@@ -107,14 +109,14 @@ def test_each_boot_predicts_each_other(now: str, then: str) -> None:
 def test_kernel_initramfs_menu_and_command_line_were_predicted_as_the_next_boots_measured_them() -> None:
     """Another kernel is the default now, both initramfs files and the command line are new; then its older brother is
     chosen from the submenu, by hand."""
-    ways = list(replay.menu(learned(), text("grub-1"), disk("grub-1")))
+    ways = list(grub_replay.list_menu(learned(), text("grub-1"), disk("grub-1")))
     assert [title for title, _ in ways] == [
         "Debian GNU/Linux",
         f"Debian GNU/Linux, with Linux {NEW}",
         f"Debian GNU/Linux, with Linux {OLD}",
     ]
     for name, (_, titles) in (("grub-1", ways[0]), ("grub-2", ways[2])):
-        events, kernel = replay.boot(learned(), text("grub-1"), titles, disk("grub-1"))
+        events, kernel = grub_replay.measure_entry(learned(), text("grub-1"), titles, disk("grub-1"))
         found, made = eventlog.replay(events), real(name).pcrs
         assert {pcr: found[pcr] for pcr in LOGGED} == {pcr: made[pcr] for pcr in LOGGED}
         assert kernel.words[0] == f"/vmlinuz-{NEW if name == 'grub-1' else OLD}"
@@ -127,8 +129,8 @@ def test_a_unified_kernel_image_was_predicted_as_the_next_boot_measured_it(now: 
     images = {}
     for name, each in json.loads((DATA / "uki-files.json").read_text()).items():
         sections = tuple(map(bytes.fromhex, each["sections"]))
-        images[name] = replay.Unified(bytes.fromhex(each["image"]), bytes.fromhex(each["kernel"]), sections)
-    events = replay.unified(eventlog.parse(real(now).log), images[now].image, images[then])
+        images[name] = uki_replay.UkiDigests(bytes.fromhex(each["image"]), bytes.fromhex(each["kernel"]), sections)
+    events = uki_replay.replace_uki(eventlog.parse_event_log(real(now).log), old=images[now].image, new=images[then])
     found, made = eventlog.replay(events), real(then).pcrs
     own = set(LOGGED) - {9}
     assert {pcr: found[pcr] for pcr in own} == {pcr: made[pcr] for pcr in own}
@@ -150,10 +152,10 @@ def test_what_grub_will_do_is_never_guessed(old: str, new: str, why: str) -> Non
     changed = text("grub-1").replace(old, new)
     assert changed != text("grub-1")
     if not why:
-        assert next(replay.menu(learned(), changed, disk("grub-1")))[0] == "Debian GNU/Linux"
+        assert next(grub_replay.list_menu(learned(), changed, disk("grub-1")))[0] == "Debian GNU/Linux"
         return
     with pytest.raises(Refused, match=why) as caught:
-        replay.boot(learned(), changed, ["Debian GNU/Linux"], disk("grub-1"))
+        grub_replay.measure_entry(learned(), changed, ["Debian GNU/Linux"], disk("grub-1"))
     assert caught.value.code == "cannot-predict"
 
 
@@ -161,23 +163,23 @@ def test_a_log_that_grub_cfg_does_not_explain() -> None:
     """A command typed at GRUB's prompt, another grub.cfg than the one that was read."""
     image = disk("grub-0").image
     with pytest.raises(Refused, match="is not understood"):
-        replay.learn(eventlog.parse(real("grub-0").log), {CONFIG: text("grub-1")}, image)
-    found = eventlog.parse(real("grub-0").log)
-    at = next(i for i, event in enumerate(found.events) if replay.grub_command(event) == "insmod gzio")
+        grub_learn.learn_grub_boot(eventlog.parse_event_log(real("grub-0").log), {CONFIG: text("grub-1")}, image)
+    found = eventlog.parse_event_log(real("grub-0").log)
+    at = next(i for i, event in enumerate(found.events) if grub_replay.grub_command(event) == "insmod gzio")
     typed = found.events[at]._replace(data=b"grub_cmd: ls\0", digest=sha256(b"ls").digest())
     events = (*found.events[:at], typed, *found.events[at:])
     with pytest.raises(Refused, match="was not expected"):
-        replay.learn(found._replace(events=events), {CONFIG: text("grub-0")}, image)
+        grub_learn.learn_grub_boot(found._replace(events=events), {CONFIG: text("grub-0")}, image)
 
 
 def test_a_log_that_comes_out_otherwise() -> None:
     """The kernel got another initramfs than GRUB has read."""
-    found = eventlog.parse(real("grub-0").log)
+    found = eventlog.parse_event_log(real("grub-0").log)
     events = tuple(
         each._replace(digest=bytes(32)) if each.data[:4] == eventlog.INITRD else each for each in found.events
     )
     with pytest.raises(Refused, match="PCRs 9 come out otherwise"):
-        replay.learn(found._replace(events=events), texts("grub-0"), disk("grub-0").image)
+        grub_learn.learn_grub_boot(found._replace(events=events), texts("grub-0"), disk("grub-0").image)
 
 
 # a host
@@ -197,7 +199,7 @@ class RealBoot(NamedTuple):
     kind: str = "grub"
 
     def entries(self) -> list[Entry]:
-        return self.small(eventlog.parse(real(self.name).log).events)
+        return self.small(eventlog.parse_event_log(real(self.name).log).events)
 
     def small(self, events: Iterable[eventlog.Event]) -> list[Entry]:
         replaced = {}
@@ -208,7 +210,7 @@ class RealBoot(NamedTuple):
                 replaced[bytes.fromhex(digests[1])] = pe.authenticode(data)
         events = list(events)
         for event in events:
-            if event.kind == eventlog.EFI_APPLICATION and (path := uefi.image_path(event.data)) in LOADERS:
+            if event.kind == eventlog.EFI_APPLICATION and (path := uefi.parse_image_path(event.data)) in LOADERS:
                 replaced[event.digest or b""] = pe.authenticode(LOADERS[path])
         return [
             Entry(e.pcr, e.kind, b"", e.data, replaced.get(e.digest or b"", e.digest))
@@ -282,46 +284,46 @@ def host(tmp_path: Path) -> Iterator[Machine]:
         machine.write("boot/efi" + path.replace("\\", "/"), data)
     install(machine, {name: data for name, data in BEFORE.items() if NEW not in name})
     assert boot(machine, NOW) == "unsealed"
-    found = eventlog.parse(NOW.log())
-    boot_files.keep(machine.paths, found)
+    found = eventlog.parse_event_log(NOW.log())
+    booted.record_booted_files(machine.paths, found)
     baseline.record_baseline(machine.paths, machine.chip.tcti)
     yield machine
     machine.close()
 
 
-def run(host: Machine, dry_run: bool = False) -> predict.Foreseen:
-    return predict.run(host.paths, host.chip.tcti, dry_run)
+def run(host: Machine, dry_run: bool = False) -> predict.Prediction:
+    return predict.predict_and_allow(host.paths, host.chip.tcti, dry_run)
 
 
 def checked(host: Machine) -> list[str]:
     """What `unlock check` says of the entries that may come next."""
     with host.chip.open() as tpm:
-        record = slots.current(tpm)[1]
-    return [each.verdict for each in check.next_boot(check.foreseen(host.paths, host.chip.tcti), record)]
+        record = slots.current_slot(tpm)[1]
+    return [each.verdict for each in check_next_boot(predict_or_error(host.paths, host.chip.tcti), record)]
 
 
 def test_what_this_boot_has_read_is_kept_while_an_update_replaces_it(host: Machine) -> None:
     """`rebind` after the update keeps again what this boot has measured."""
     install(host, AFTER)
     baseline.record_good_boot(host.paths, host.chip.tcti)
-    assert len(run(host).entries) == 3
+    assert len(run(host).boots) == 3
     assert boot(host, NEXT) == "unsealed"
 
 
 def test_an_update_of_everything_and_the_host_boots_without_a_prompt(host: Machine) -> None:
-    assert checked(host) == [check.SAFE, check.NOTE]
+    assert checked(host) == [SAFE, NOTE]
     install(host, AFTER)
-    assert checked(host) == [check.UNSAFE, check.NOTE, check.NOTE]
-    assert len(run(host, dry_run=True).entries) == 3
+    assert checked(host) == [UNSAFE, NOTE, NOTE]
+    assert len(run(host, dry_run=True).boots) == 3
     assert host.reasons() == ["this boot"]
     found = run(host)
-    assert predict.refused(found) is None
-    assert found.entries[0].words == f"kernel {NEW}"
-    assert found.entries[0].changes == (f"kernel {NEW} instead of {OLD}", "kernel command line", "grub.cfg")
-    assert [each.default for each in found.entries] == [True, False, False]
-    assert f"initramfs of {OLD}" in found.entries[2].changes
+    assert predict.default_boot_refusal(found) is None
+    assert found.boots[0].words == f"kernel {NEW}"
+    assert found.boots[0].changes == (f"kernel {NEW} instead of {OLD}", "kernel command line", "grub.cfg")
+    assert [each.default for each in found.boots] == [True, False, False]
+    assert f"initramfs of {OLD}" in found.boots[2].changes
     assert run(host) == found
-    assert checked(host) == [check.SAFE] * 3
+    assert checked(host) == [SAFE] * 3
     assert boot(host, NEXT) == "unsealed"
     assert boot(host, OLDER) == "unsealed"
     assert boot(host, NOW) == "unsealed"
@@ -335,7 +337,7 @@ def test_an_initramfs_that_was_built_again(host: Machine) -> None:
     assert boot(host, NOW) == "unsealed"
     install(host, {f"/initrd.img-{OLD}": b"with a newer unlock"})
     found = run(host)
-    assert found.entries[0].changes == (f"initramfs of {OLD}",)
+    assert found.boots[0].changes == (f"initramfs of {OLD}",)
     assert boot(host, RealBoot("grub-0", changed)) == "unsealed"
 
 
@@ -356,7 +358,7 @@ def test_grub_reboot_once_and_the_boot_after_it(host: Machine) -> None:
             content=lambda name: content.encode() if name == ENV else disk("grub-3").content(name),
             sha256=lambda name: sha256(content.encode()).digest() if name == ENV else disk("grub-3").sha256(name),
         )
-        events, _ = replay.boot(learned("grub-3"), text("grub-3"), WAYS["grub-3"], files)
+        events, _ = grub_replay.measure_entry(learned("grub-3"), text("grub-3"), WAYS["grub-3"], files)
         return Made(now.small(events), "grub", content)
 
     install(host, {ENV: env.encode()})
@@ -364,7 +366,7 @@ def test_grub_reboot_once_and_the_boot_after_it(host: Machine) -> None:
     assert boot(host, like(env)) == "unsealed"
     baseline.record_good_boot(host.paths, host.chip.tcti)
     install(host, {ENV: once.encode()})
-    assert [each.words for each in run(host).entries if each.default] == [f"kernel {OLD}"]
+    assert [each.words for each in run(host).boots if each.default] == [f"kernel {OLD}"]
     assert boot(host, like(once)) == "unsealed"
     install(host, {ENV: after.encode()})
     assert boot(host, like(after)) == "unsealed"  # by a power cut: nothing was predicted in between
@@ -372,7 +374,7 @@ def test_grub_reboot_once_and_the_boot_after_it(host: Machine) -> None:
     assert boot(host, like(once)) == "unsealed"
     install(host, {ENV: after.encode()})
     baseline.record_good_boot(host.paths, host.chip.tcti)
-    assert checked(host)[0] == check.SAFE and predict.refused(run(host)) is None
+    assert checked(host)[0] == SAFE and predict.default_boot_refusal(run(host)) is None
     assert boot(host, like(after)) == "unsealed"
 
 
@@ -380,7 +382,7 @@ def test_a_kernel_of_the_same_name(host: Machine) -> None:
     """Nothing on disk tells any more what the old one was: that was kept after the boot."""
     kernel = {f"/vmlinuz-{OLD}": pefile.build({".text": b"a security update" * 9})}
     install(host, kernel)
-    assert run(host).entries[0].changes == (f"kernel {OLD} was replaced",)
+    assert run(host).boots[0].changes == (f"kernel {OLD} was replaced",)
     assert boot(host, RealBoot("grub-0", {**BEFORE, **kernel})) == "unsealed"
 
 
@@ -400,23 +402,23 @@ def test_what_a_thief_put_beside_while_the_host_was_off_is_never_allowed(host: M
     install(host, AFTER)
     run(host)
     assert boot(host, NEXT) == "unsealed"
-    boot_files.keep(host.paths, eventlog.parse(NEXT.log()))
-    assert [each.why for each in run(host).entries] == ["", "", ""]
+    booted.record_booted_files(host.paths, eventlog.parse_event_log(NEXT.log()))
+    assert [each.why for each in run(host).boots] == ["", "", ""]
     thief = {**AFTER, f"/initrd.img-{OLD}": b"sends the keys away"}
     install(host, thief)
     assert boot(host, NEXT) == "unsealed"
-    boot_files.keep(host.paths, eventlog.parse(NEXT.log()))
+    booted.record_booted_files(host.paths, eventlog.parse_event_log(NEXT.log()))
     for _ in range(2):
         found = run(host)
-        assert "while this host was off" in found.entries[2].why and predict.refused(found) is None
-        assert not found.entries[0].why and not found.entries[1].why
+        assert "while this host was off" in found.boots[2].why and predict.default_boot_refusal(found) is None
+        assert not found.boots[0].why and not found.boots[1].why
     assert boot(host, RealBoot("grub-2", thief)) == "pcr-mismatch"
     assert boot(host, NEXT) == "unsealed"
-    boot_files.keep(host.paths, eventlog.parse(NEXT.log()))
-    assert run(host).entries[2].why
+    booted.record_booted_files(host.paths, eventlog.parse_event_log(NEXT.log()))
+    assert run(host).boots[2].why
     again = {**AFTER, f"/initrd.img-{OLD}": b"built again"}
     install(host, again)
-    assert not run(host).entries[2].why
+    assert not run(host).boots[2].why
     assert boot(host, RealBoot("grub-2", again)) == "unsealed"
 
 
@@ -431,7 +433,7 @@ def test_nor_what_he_put_there_before_the_first_prediction(host: Machine) -> Non
     install(host, {**AFTER, f"/initrd.img-{OLD}": b"sends the keys away"})
     assert boot(host, NEXT) == "unsealed"
     baseline.record_good_boot(host.paths, host.chip.tcti)
-    assert "while this host was off" in run(host).entries[2].why
+    assert "while this host was off" in run(host).boots[2].why
 
 
 def test_files_that_cannot_be_seen_at_shutdown_stay_vouched_for(host: Machine) -> None:
@@ -440,8 +442,8 @@ def test_files_that_cannot_be_seen_at_shutdown_stay_vouched_for(host: Machine) -
     folder = Path(host.paths.root, "boot")
     folder.rename(folder.with_name("unmounted"))
     folder.mkdir()
-    predict.hook(host.paths, host.chip.tcti)
-    boot_files.vouch(host.paths, boot_files.load(host.paths, eventlog.parse(NOW.log())))
+    predict.predict_after_update(host.paths, host.chip.tcti)
+    booted.trust_boot_files(host.paths, booted.load_booted_files(host.paths, eventlog.parse_event_log(NOW.log())))
     assert Path(host.paths.boot_files).read_bytes() == before
 
 
@@ -451,16 +453,16 @@ def test_the_operator_vouches_for_a_file(host: Machine) -> None:
     assert boot(host, NEXT) == "unsealed"
     changed = {**AFTER, f"/initrd.img-{OLD}": b"from the rescue system"}
     install(host, changed)
-    boot_files.keep(host.paths, eventlog.parse(NEXT.log()))
-    assert run(host).entries[2].why
-    assert not predict.run(host.paths, host.chip.tcti, trust_files=True).entries[2].why
-    assert not run(host).entries[2].why
+    booted.record_booted_files(host.paths, eventlog.parse_event_log(NEXT.log()))
+    assert run(host).boots[2].why
+    assert not predict.predict_and_allow(host.paths, host.chip.tcti, trust_files=True).boots[2].why
+    assert not run(host).boots[2].why
     assert boot(host, RealBoot("grub-2", changed)) == "unsealed"
 
 
 def test_a_file_that_was_replaced_before_it_was_kept(host: Machine) -> None:
     Path(host.paths.booted).unlink()
-    assert run(host, dry_run=True).entries
+    assert run(host, dry_run=True).boots
     install(host, AFTER)
     with pytest.raises(Refused) as caught:
         run(host)
@@ -473,12 +475,12 @@ def test_another_default_entry_is_not_hidden_by_those_that_are_understood(host: 
     first = text("grub-0").index("menuentry ")
     xen = "menuentry 'Debian GNU/Linux, with Xen hypervisor' {\n\tmultiboot2 /xen.gz\n\tmodule2 /vmlinuz\n}\n"
     install(host, {CONFIG: (text("grub-0")[:first] + xen + text("grub-0")[first:]).encode()})
-    assert checked(host)[0] == check.UNSAFE
-    assert (bad := predict.refused(run(host))) and "not one kernel" in str(bad)
+    assert checked(host)[0] == UNSAFE
+    assert (bad := predict.default_boot_refusal(run(host))) and "not one kernel" in str(bad)
     saved = f"Advanced options for Debian GNU/Linux>Debian GNU/Linux, with Linux {OLD} (recovery mode)"
     install(host, {CONFIG: text("grub-0").replace('set default="0"', f'set default="{saved}"').encode()})
-    assert checked(host)[0] == check.UNSAFE
-    assert "recovery mode" not in run(host).entries[0].why and checked(host)[0] == check.SAFE
+    assert checked(host)[0] == UNSAFE
+    assert "recovery mode" not in run(host).boots[0].why and checked(host)[0] == SAFE
 
 
 def initramfs(folder: Path, *names: str) -> bytes:
@@ -506,31 +508,31 @@ def test_the_image_that_counts_is_that_of_the_default_entry(host: Machine, tmp_p
     assert boot(host, RealBoot("grub-1", files)) == "unsealed"
     baseline.record_good_boot(host.paths, host.chip.tcti)
     new, old, rescue = f"initrd.img-{NEW}", f"initrd.img-{OLD}", "initrd.img-rescue"
-    assert about_images(host) == {new: check.SAFE, old: check.NOTE, rescue: check.NOTE}
+    assert about_images(host) == {new: SAFE, old: NOTE, rescue: NOTE}
     older = f"Advanced options for Debian GNU/Linux>Debian GNU/Linux, with Linux {OLD}"
     install(host, {CONFIG: text("grub-1").replace('set default="0"', f'set default="{older}"').encode()})
-    assert run(host).entries[0].words == f"kernel {OLD}" and checked(host)[0] == check.SAFE
-    assert about_images(host) == {new: check.SAFE, old: check.UNSAFE, rescue: check.NOTE}
+    assert run(host).boots[0].words == f"kernel {OLD}" and checked(host)[0] == SAFE
+    assert about_images(host) == {new: SAFE, old: UNSAFE, rescue: NOTE}
 
 
 def test_boot_is_not_mounted(host: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     Path(host.paths.root, "boot/grub").rename(Path(host.paths.root, "elsewhere"))
-    assert checked(host) == [check.UNPROVEN]
-    assert predict.hook(host.paths, host.chip.tcti) == 0
+    assert checked(host) == [UNPROVEN]
+    assert predict.predict_after_update(host.paths, host.chip.tcti) == 0
     assert "not on disk" in capsys.readouterr().err
 
 
 def test_the_hook_never_fails_and_says_what_comes(host: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    assert predict.hook(Paths(str(host.folder / "nowhere")), host.chip.tcti) == 0
+    assert predict.predict_after_update(Paths(str(host.folder / "nowhere")), host.chip.tcti) == 0
     install(host, AFTER)
-    assert predict.hook(host.paths, host.chip.tcti) == 0
+    assert predict.predict_after_update(host.paths, host.chip.tcti) == 0
     assert f"next boot: kernel {NEW} is predicted" in capsys.readouterr().err
     install(host, {CONFIG: text("grub-1").replace("terminal_input console", "while true; do true; done").encode()})
-    assert predict.hook(host.paths, host.chip.tcti) == 0
+    assert predict.predict_after_update(host.paths, host.chip.tcti) == 0
     said = capsys.readouterr().err
     assert "cannot be predicted" in said and WINDOW in said and "recovery key" in said
     host.chip.kill()
-    assert predict.hook(host.paths, host.chip.tcti) == 1  # the next hook tries again
+    assert predict.predict_after_update(host.paths, host.chip.tcti) == 1  # the next hook tries again
     assert "unlock:" in capsys.readouterr().err
 
 
@@ -539,7 +541,7 @@ def test_after_a_flush_of_the_key_cache_the_hook_says_that_nothing_can_be_sealed
 ) -> None:
     cache.flush(host.paths)
     install(host, AFTER)
-    assert predict.hook(host.paths, host.chip.tcti) == 0  # tried again it would say the same
+    assert predict.predict_after_update(host.paths, host.chip.tcti) == 0  # tried again it would say the same
     said = capsys.readouterr().err
     assert "nothing can be sealed" in said and "it was flushed" in said and "after a flush: reboot" in said
     assert "recovery key opens the disks" in said and "is predicted" not in said
@@ -551,7 +553,7 @@ def test_after_a_boot_that_the_tpm_refused_the_hook_says_so(host: Machine, capsy
     cache.flush(host.paths)
     assert boot(host, NEXT) == "pcr-mismatch"
     install(host, AFTER)
-    assert predict.hook(host.paths, host.chip.tcti) == 0
+    assert predict.predict_after_update(host.paths, host.chip.tcti) == 0
     said = capsys.readouterr().err
     assert "none that the TPM allows" in said and "unlock explain" in said and "key cache" not in said
 
@@ -560,8 +562,8 @@ def test_where_no_update_matters_nothing_is_predicted(tmp_path: Path) -> None:
     host = Machine(tmp_path, NOW, (7,))  # type: ignore[arg-type]
     host.write("sys/firmware/efi/x", b"")
     found = run(host)
-    assert checked(host) == [check.SAFE]
-    assert found.entries == () and "nothing to predict" in found.notes[0] and predict.refused(found) is None
+    assert checked(host) == [SAFE]
+    assert found.boots == () and "nothing to predict" in found.notes[0] and predict.default_boot_refusal(found) is None
     host.close()
 
 
@@ -573,19 +575,19 @@ def test_a_new_first_configuration_is_not_guessed(host: Machine) -> None:
 
 def test_the_kept_files_are_read_as_written_and_nothing_else(host: Machine) -> None:
     data = Path(host.paths.booted).read_bytes()
-    found = boot_files.Booted.decode(data)
+    found = booted.BootedFiles.decode(data)
     assert found.encode() == data
     assert found.files[CONFIG][0] == "boot/grub/grub.cfg" and CONFIG in found.texts
     newer = json.dumps({**json.loads(data), "version": 2}).encode()
     unsigned = b'"signed":{"boot/x":"",'
-    assert boot_files.Booted.decode(data.replace(b'"signed":{', unsigned)).signed["boot/x"] == b""
+    assert booted.BootedFiles.decode(data.replace(b'"signed":{', unsigned)).signed["boot/x"] == b""
     wrong = [
         data.replace(b'"images":[', b'"images":[7,'),
         *(data.replace(b'"signed":{', unsigned.replace(b'""', each)) for each in (b"null", b'"7"')),
     ]
     for bad in (b"", b"{}", data[:-9], newer, *wrong):
         with pytest.raises(UnlockError):
-            boot_files.Booted.decode(bad)
+            booted.BootedFiles.decode(bad)
 
 
 # without GRUB
@@ -597,7 +599,7 @@ def enrolled(tmp_path: Path, now: RealBoot | Made, files: dict[str, bytes]) -> M
     for path, data in files.items():
         machine.write(path, data)
     assert boot(machine, now) == "unsealed"
-    boot_files.keep(machine.paths, eventlog.parse(now.log()))
+    booted.record_booted_files(machine.paths, eventlog.parse_event_log(now.log()))
     return machine
 
 
@@ -625,7 +627,7 @@ def test_a_kernel_that_the_firmware_starts(tmp_path: Path) -> None:
     host = enrolled(tmp_path, stub(old, b"one"), {kernel: old, initrd: b"one"})
     for path, data in ((kernel, new), (initrd, b"two")):
         host.write(path, data)
-    (entry,) = run(host).entries
+    (entry,) = run(host).boots
     assert (entry.words, entry.changes) == ("kernel 6.1", ("kernel 6.1 was replaced", "initramfs of 6.1"))
     assert boot(host, stub(new, b"another")) == "pcr-mismatch"
     assert boot(host, stub(new, b"two")) == "unsealed"
@@ -642,7 +644,7 @@ def test_an_initramfs_that_the_command_line_names_is_not_measured(tmp_path: Path
     host = enrolled(tmp_path, now, {kernel: program, initrd: b"one"})
     host.write("proc/cmdline", b"root=x initrd=\\EFI\\debian\\initrd.img quiet")
     host.write(initrd, b"a thief's")
-    (entry,) = run(host).entries
+    (entry,) = run(host).boots
     assert (entry.changes, entry.initrd) == ((), initrd)
     assert boot(host, now) == "unsealed"
     host.close()
@@ -651,7 +653,7 @@ def test_an_initramfs_that_the_command_line_names_is_not_measured(tmp_path: Path
 @pytest.mark.parametrize("name", ["direct-0", "uki-0", "grub-0"])
 def test_whether_the_initramfs_was_measured_is_told_by_the_log(name: str) -> None:
     kind = {"direct": "direct kernel", "uki": "UKI", "grub": "shim+GRUB"}[name[:-2]]
-    found = eventlog.parse(real(name).log)
+    found = eventlog.parse_event_log(real(name).log)
     assert not at_unseal.initramfs_unmeasured(kind, found)
     less = found._replace(events=tuple(each for each in found.events if each.data[:4] != eventlog.INITRD))
     assert at_unseal.initramfs_unmeasured(kind, less) == (kind == "direct kernel"), (
@@ -667,11 +669,11 @@ def test_a_kernel_command_line_in_the_entry_of_the_firmware(tmp_path: Path) -> N
     host = enrolled(tmp_path, stub(program, b"one"), {kernel: program, initrd: b"one"})
     for name, data in {"BootCurrent": b"\7\0", "Boot0007": boot_entry("root=x"), "Boot0001": boot_entry("y")}.items():
         host.write(f"sys/firmware/efi/efivars/{name}-{efivars.GLOBAL}", bytes(4) + data)
-    assert run(host).entries[0].changes == ()
+    assert run(host).boots[0].changes == ()
     host.write(f"sys/firmware/efi/efivars/Boot0007-{efivars.GLOBAL}", bytes(4) + boot_entry("root=x quiet"))
     assert boot(host, stub(program, b"one", "root=x quiet")) == "pcr-mismatch"
     assert boot(host, stub(program, b"one")) == "unsealed"
-    assert run(host).entries[0].changes == ("kernel command line",)
+    assert run(host).boots[0].changes == ("kernel command line",)
     assert boot(host, stub(program, b"one", "root=x quiet")) == "unsealed"
     host.close()
 
@@ -698,7 +700,7 @@ def test_a_log_is_good_for_the_pcrs_that_it_accounts_for(tmp_path: Path, form: t
     host = enrolled(tmp_path, now, {kernel: code, initrd: b"one"})
     host.write(initrd, b"two")
     if predicted:
-        assert [each.values is not None for each in run(host).entries] == [True]
+        assert [each.values is not None for each in run(host).boots] == [True]
     else:
         with pytest.raises(Refused, match="does not account for PCR 9"):
             run(host)
@@ -717,7 +719,7 @@ def test_a_host_that_was_initialised_in_this_boot_may_be_updated_before_the_next
     found = diagnosis.diagnose(evidence.gather_evidence(host.paths, host.chip.tcti))
     assert (found.verdict, found.causes) == ("no-slot", ())
     host.write("boot/efi/EFI/debian/vmlinuz-6.1", new)
-    (entry,) = run(host).entries
+    (entry,) = run(host).boots
     assert entry.changes == ("kernel 6.1 was replaced",)
     assert boot(host, stub(new, b"another")) == "pcr-mismatch"
     baseline.record_good_boot(host.paths, host.chip.tcti)  # teaches nothing
@@ -729,7 +731,7 @@ def test_a_host_that_was_initialised_in_this_boot_may_be_updated_before_the_next
 
 def test_a_kernel_that_is_on_no_disk_stays_and_its_initramfs_is_predicted(tmp_path: Path) -> None:
     """QEMU -kernel; a real log, the initramfs replaced."""
-    events = eventlog.parse(real("direct-0").log).events
+    events = eventlog.parse_event_log(real("direct-0").log).events
     made = [Entry(each.pcr, each.kind, b"", each.data, each.digest) for each in events]
 
     def with_initrd(data: bytes) -> Made:
@@ -739,7 +741,7 @@ def test_a_kernel_that_is_on_no_disk_stays_and_its_initramfs_is_predicted(tmp_pa
 
     host = enrolled(tmp_path, with_initrd(b"one"), {"boot/initrd.img-6.12": b"one"})
     host.write("boot/initrd.img-6.12", b"two")
-    (entry,) = run(host).entries
+    (entry,) = run(host).boots
     assert (entry.words, entry.changes) == ("kernel 6.12", ("initramfs of 6.12",))
     assert boot(host, with_initrd(b"two")) == "unsealed"
     host.close()
@@ -752,13 +754,13 @@ def unified(code: bytes, system: bytes = b'ID=debian\nVERSION_ID="13"\n', signat
 
 
 def uki(image: bytes, name: str) -> Made:
-    linux = pe.section(image, pe.read(image), ".linux")
+    linux = pe.read_section(image, pe.read_layout(image), ".linux")
     assert linux
     entries = [
         *(plain(pcr, 4, bytes(4)) for pcr in range(8)),
         program("\\EFI\\BOOT\\BOOTX64.EFI", "")._replace(digest=pe.authenticode(LOADER)),
         program(f"\\EFI\\Linux\\{name}", "")._replace(digest=pe.authenticode(image)),
-        *(Entry(11, 0x0D, b"", b"", digest) for digest in replay.uki_measurements(image)),
+        *(Entry(11, 0x0D, b"", b"", digest) for digest in uki_replay.section_digests(image)),
         program("", "")._replace(digest=pe.authenticode(linux)),
     ]
     return Made(entries, "uki")
@@ -777,12 +779,12 @@ def test_unified_kernel_images(tmp_path: Path) -> None:
     host.write(f"{linux}/debian-6.1\N{SUPERSCRIPT TWO}.efi", older)
     host.write(f"{linux}/addon.efi", b"no image")
     found = run(host)
-    assert [each.words.split()[-1] for each in found.entries] == [
+    assert [each.words.split()[-1] for each in found.boots] == [
         "debian-6.9.efi",
         "debian-6.12.efi",
         "debian-6.1\N{SUPERSCRIPT TWO}.efi",
     ]
-    assert [each.default for each in found.entries] == [True, True, False]
+    assert [each.default for each in found.boots] == [True, True, False]
     assert boot(host, uki(newer, "debian-6.12.efi")) == "unsealed"
     assert boot(host, uki(again, "debian-6.9.efi")) == "unsealed"
     assert boot(host, uki(unified(b"a thief's"), "debian-6.9.efi")) == "pcr-mismatch"
@@ -796,7 +798,7 @@ def test_what_systemd_boot_was_told_to_start_is_what_comes(tmp_path: Path) -> No
     host = enrolled(tmp_path, now, {f"{linux}/b-6.9.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
 
     def defaults() -> list[str]:
-        return [each.words.split()[-1] for each in run(host, dry_run=True).entries if each.default]
+        return [each.words.split()[-1] for each in run(host, dry_run=True).boots if each.default]
 
     host.write(f"{linux}/b-6.1+2-1.efi", older)
     host.write(f"{linux}/a-6.2.efi", newer)
@@ -811,7 +813,7 @@ def test_what_systemd_boot_was_told_to_start_is_what_comes(tmp_path: Path) -> No
     assert defaults() == ["b-6.9.efi", "b-6.1+2-1.efi", "a-6.2.efi"]
     for name in ("auto-windows", "b-6.9.efi@1"):  # another system, a profile of a unified kernel image
         host.write(once, bytes(4) + f"{name}\0".encode("utf-16-le"))
-        assert checked(host)[0] == check.UNSAFE and defaults() == [name, "b-6.9.efi", "a-6.2.efi"]
+        assert checked(host)[0] == UNSAFE and defaults() == [name, "b-6.9.efi", "a-6.2.efi"]
     host.write(once.replace("OneShot", "Default"), bytes(4) + "b-6.9.efi@2\0".encode("utf-16-le"))
     assert defaults() == ["b-6.9.efi@1", "b-6.9.efi@2", "b-6.9.efi"]
     host.write(f"{linux}/b-6.9.efi@2.efi", older)
@@ -827,15 +829,15 @@ def test_unified_kernel_images_on_an_extended_boot_loader_partition(tmp_path: Pa
     host = enrolled(tmp_path, now, {f"{linux}/6.12.efi": newer, "efi/EFI/BOOT/BOOTX64.EFI": LOADER})
     host.write(f"{linux}/6.9.efi", old)
     host.write("boot/loader/loader.conf", b"default nobody-reads-this\n")
-    assert checked(host) == [check.SAFE, check.NOTE]
+    assert checked(host) == [SAFE, NOTE]
     host.write("efi/loader/loader.conf", b"default 6.9*\n")
-    assert checked(host) == [check.SAFE, check.UNSAFE]
+    assert checked(host) == [SAFE, UNSAFE]
     host.write("efi/loader/loader.conf", b"timeout 3\n")
     host.write("efi/EFI/Linux/6.13.efi", newest)
-    assert checked(host) == [check.SAFE, check.UNSAFE, check.NOTE]
+    assert checked(host) == [SAFE, UNSAFE, NOTE]
     Path(host.paths.root, "boot/efi").symlink_to("../efi")  # an image that is reached twice
     run(host)
-    assert checked(host) == [check.SAFE] * 3
+    assert checked(host) == [SAFE] * 3
     assert boot(host, uki(newest, "6.13.efi")) == "unsealed"
     host.close()
 
@@ -845,7 +847,7 @@ def test_the_default_entry_is_among_those_that_there_is_room_for(tmp_path: Path)
     files = {f"{linux}/{name}": data for name, data in image.items()}
     host = enrolled(tmp_path, uki(image["9.efi"], "9.efi"), {**files, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
     host.write("boot/efi/loader/loader.conf", b"default 1.efi\n")
-    assert len(run(host).entries) == predict.MOST
+    assert len(run(host).boots) == predict.BOOTS_MAX
     assert boot(host, uki(image["1.efi"], "1.efi")) == "unsealed"
     host.close()
 
@@ -858,18 +860,18 @@ def test_programs_in_the_menu_that_would_not_start_as_they_should(tmp_path: Path
     now, cut = uki(unified(b"old"), "6.9.efi"), unified(b"newer", later)[:-200]
     host = enrolled(tmp_path, now, {f"{linux}/6.9.efi": unified(b"old"), "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
     host.write(f"{linux}/memtest.efi", pefile.build({".text": b"of no system, so in no menu"}))
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     host.write(f"{linux}/none.efi", pefile.build({".osrel": b"ID=z\n", ".text": b"no kernel"}))
-    assert checked(host) == [check.SAFE, check.NOTE]
+    assert checked(host) == [SAFE, NOTE]
     host.write("boot/efi/loader/loader.conf", b"default none*\n")
-    assert checked(host) == [check.SAFE, check.UNSAFE]
+    assert checked(host) == [SAFE, UNSAFE]
     Path(host.paths.root, linux, "none.efi").unlink()
     for data in (cut, signed[:-200]):
         host.write(f"{linux}/6.12.efi", data)
-        assert run(host).entries[1].why and checked(host) == [check.SAFE, check.UNSAFE]
+        assert run(host).boots[1].why and checked(host) == [SAFE, UNSAFE]
     Path(host.paths.root, linux, "6.12.efi").unlink()
     Path(host.paths.root, linux, "6.9.efi").unlink()
-    assert checked(host) == [check.UNPROVEN]
+    assert checked(host) == [UNPROVEN]
     host.close()
 
 
@@ -880,10 +882,10 @@ def test_a_unified_kernel_image_that_the_firmware_starts(tmp_path: Path) -> None
     now.made.remove(next(each for each in now.made if each.digest == pe.authenticode(LOADER)))
     host = enrolled(tmp_path, now, {f"{linux}/6.9.efi": old})
     host.write(f"{linux}/6.12.efi", newer)
-    assert checked(host) == [check.SAFE, check.NOTE]
+    assert checked(host) == [SAFE, NOTE]
     run(host)
     Path(host.paths.root, linux, "6.9.efi").unlink()
-    assert checked(host) == [check.UNPROVEN]
+    assert checked(host) == [UNPROVEN]
     host.close()
 
 
@@ -895,7 +897,7 @@ def test_the_order_of_systemd_boots_menu(tmp_path: Path) -> None:
     host = enrolled(tmp_path, now, {f"{linux}/b.efi": unified(b"old"), "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
 
     def defaults() -> list[str]:
-        return [each.words.split()[-1] for each in run(host, dry_run=True).entries if each.default]
+        return [each.words.split()[-1] for each in run(host, dry_run=True).boots if each.default]
 
     def entry(name: str, *lines: str) -> None:
         host.write(f"{entries}/{name}", "\n".join(("title x", "linux /EFI/Linux/b.efi", *lines)).encode())
@@ -915,7 +917,7 @@ def test_the_order_of_systemd_boots_menu(tmp_path: Path) -> None:
     entry("v.conf", "sort-key debian", "version 13")
     assert defaults() == ["b.efi", "a.efi"]
     entry("v.conf", "sort-key debian", "version 15")
-    assert defaults() == ["v.conf", "b.efi"] and checked(host)[0] == check.UNSAFE
+    assert defaults() == ["v.conf", "b.efi"] and checked(host)[0] == UNSAFE
     entry("u+2.conf", "sort-key cloud")
     assert defaults() == ["u.conf", "b.efi"]
     host.write("boot/efi/loader/loader.conf", b"default @saved\n")
@@ -939,11 +941,11 @@ def test_the_unified_kernel_image_of_this_boot_was_removed(tmp_path: Path) -> No
     host = enrolled(tmp_path, now, {f"{linux}/6.9.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
     host.write(f"{linux}/6.12.efi", newer)
     run(host)
-    assert checked(host) == [check.SAFE, check.SAFE]
+    assert checked(host) == [SAFE, SAFE]
     Path(host.paths.root, linux, "6.9.efi").unlink()
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     Path(host.paths.root, linux, "6.12.efi").unlink()
-    assert checked(host) == [check.UNPROVEN]
+    assert checked(host) == [UNPROVEN]
     host.close()
 
 
@@ -953,13 +955,13 @@ def test_an_add_on_or_a_credential_beside_a_unified_kernel_image_is_measured_too
     host = enrolled(
         tmp_path, now, {f"{linux}/debian.efi": image, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER, addon: b"quiet"}
     )
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     host.write("boot/efi/loader/credentials/x.cred", b"secret")
-    assert checked(host) == [check.UNSAFE]
+    assert checked(host) == [UNSAFE]
     Path(host.paths.root, "boot/efi/loader/credentials/x.cred").unlink()
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     host.write(addon, b"not quiet")
-    assert checked(host) == [check.UNSAFE] and "add-ons" in run(host).entries[0].why
+    assert checked(host) == [UNSAFE] and "add-ons" in run(host).boots[0].why
     host.close()
 
 
@@ -977,11 +979,11 @@ def test_an_add_on_is_a_program_too_and_stays_as_it_is(tmp_path: Path, handed: b
     now = with_addon(old, "6.9.efi")
     files = {f"{linux}/6.9.efi": old, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER}
     host = enrolled(tmp_path, now, {**files, f"{linux}/6.9.efi.extra.d/quiet.ADDON.EFI": addon})
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     for name, data in ((f"{linux}/6.12.efi", newer), (f"{linux}/6.12.efi.extra.d/quiet.ADDON.EFI", addon)):
         host.write(name, data)
     run(host)
-    assert checked(host) == [check.SAFE, check.SAFE]
+    assert checked(host) == [SAFE, SAFE]
     assert boot(host, with_addon(newer, "6.12.efi")) == "unsealed"
     host.close()
 
@@ -992,13 +994,13 @@ def test_a_boot_that_was_blessed_has_another_name(tmp_path: Path) -> None:
     now = uki(image, "debian+2-1.efi")
     host = enrolled(tmp_path, now, {f"{linux}/debian+2-1.efi": image, "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
     host.write(f"{linux}/debian.efi.extra.d/x.cred", b"one")
-    assert checked(host) == [check.UNSAFE]
-    boot_files.save(host.paths, boot_files.look(host.paths, eventlog.parse(now.log())))
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [UNSAFE]
+    booted.save_booted_files(host.paths, booted.find_booted_files(host.paths, eventlog.parse_event_log(now.log())))
+    assert checked(host) == [SAFE]
     Path(host.paths.root, f"{linux}/debian+2-1.efi").rename(Path(host.paths.root, f"{linux}/debian.efi"))
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     Path(host.paths.booted).unlink()
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     host.close()
 
 
@@ -1011,7 +1013,7 @@ def test_a_trial_that_failed_is_the_file_that_it_was(tmp_path: Path) -> None:
 
     def again() -> list[str]:
         assert boot(host, now) == "unsealed"
-        boot_files.save(host.paths, boot_files.look(host.paths, eventlog.parse(now.log())))
+        booted.save_booted_files(host.paths, booted.find_booted_files(host.paths, eventlog.parse_event_log(now.log())))
         return checked(host)
 
     def renamed(name: str, to: str) -> None:
@@ -1020,13 +1022,13 @@ def test_a_trial_that_failed_is_the_file_that_it_was(tmp_path: Path) -> None:
     host.write(f"{linux}/6.12+3.efi", newer)
     run(host)
     renamed("6.12+3.efi", "6.12+2-1.efi")
-    assert again() == [check.SAFE, check.SAFE]
+    assert again() == [SAFE, SAFE]
     host.write(f"{linux}/6.12+2-1.efi", his)
-    assert again() == [check.SAFE, check.UNSAFE]
+    assert again() == [SAFE, UNSAFE]
     renamed("6.12+2-1.efi", "6.12+1-2.EFI")
     for _ in range(2):
-        assert "while this host was off" in run(host).entries[1].why
-        assert again() == [check.SAFE, check.UNSAFE]
+        assert "while this host was off" in run(host).boots[1].why
+        assert again() == [SAFE, UNSAFE]
     assert boot(host, uki(his, "6.12+1-2.EFI")) == "pcr-mismatch"
     host.close()
 
@@ -1043,8 +1045,8 @@ def test_a_policy_over_a_pcr_that_cannot_be_foreseen_leaves_out_that_entry_alone
     assert boot(host, now) == "unsealed"
     baseline.record_good_boot(host.paths, host.chip.tcti)
     host.write(f"{linux}/debian-6.12.efi", newer)
-    assert checked(host) == [check.SAFE, check.UNSAFE]
-    assert ["PCR 9" in each.why for each in run(host).entries] == [False, True]
+    assert checked(host) == [SAFE, UNSAFE]
+    assert ["PCR 9" in each.why for each in run(host).boots] == [False, True]
     host.close()
 
 
@@ -1068,7 +1070,7 @@ def test_what_grub_would_read_of_its_own_accord_is_not_guessed(tmp_path: Path) -
     english = text("grub-0").replace("terminal_input console", "set lang=en_US\nterminal_input console")
     german = english.replace("en_US", "de_DE")
     assert english != text("grub-0")
-    events, _ = replay.boot(learned("grub-0"), text("grub-0"), WAYS["grub-0"], disk("grub-0"))
+    events, _ = grub_replay.measure_entry(learned("grub-0"), text("grub-0"), WAYS["grub-0"], disk("grub-0"))
     said = next(event for event in events if event.data == b"grub_cmd: terminal_input console")
     lang = b"set lang=en_US"
     at = events.index(said)
@@ -1084,16 +1086,16 @@ def test_what_grub_would_read_of_its_own_accord_is_not_guessed(tmp_path: Path) -
     files = {**BEFORE, CONFIG: english.encode(), "(hd1)/grub/fonts/unicode.pf2": b"font"}
     install(host, {name: data for name, data in files.items() if NEW not in name})
     baseline.record_good_boot(host.paths, host.chip.tcti)
-    assert {each.why for each in run(host).entries} == {""}
+    assert {each.why for each in run(host).boots} == {""}
     install(host, {CONFIG: german.encode()})
-    assert "`set lang=de_DE` reads is not known" in run(host).entries[0].why
+    assert "`set lang=de_DE` reads is not known" in run(host).boots[0].why
     install(host, {CONFIG: english.encode()})
     host.write("boot/grub/custom.cfg", b"")
-    assert "custom.cfg" in run(host).entries[0].why
+    assert "custom.cfg" in run(host).boots[0].why
     Path(host.paths.root, "boot/grub/custom.cfg").unlink()
-    assert {each.why for each in run(host).entries} == {""}
+    assert {each.why for each in run(host).boots} == {""}
     Path(host.paths.root, "boot/grub/fonts/unicode.pf2").unlink()
-    assert "is not on disk" in run(host).entries[0].why
+    assert "is not on disk" in run(host).boots[0].why
     host.close()
 
 
@@ -1101,8 +1103,8 @@ def test_a_menu_entry_without_an_initramfs_opens_nothing(host: Machine) -> None:
     """/boot was full when it was made, and update-grub has left it out."""
     lines = [line for line in text("grub-1").splitlines(keepends=True) if f"initrd\t/initrd.img-{NEW}" not in line]
     install(host, {**AFTER, CONFIG: "".join(lines).encode()})
-    assert "no initramfs" in run(host).entries[0].why
-    assert checked(host)[0] == check.UNSAFE
+    assert "no initramfs" in run(host).boots[0].why
+    assert checked(host)[0] == UNSAFE
 
 
 def test_a_disk_that_came_or_went_may_have_renumbered_those_of_grub(host: Machine) -> None:
@@ -1113,19 +1115,19 @@ def test_a_disk_that_came_or_went_may_have_renumbered_those_of_grub(host: Machin
 
     for name, at in (("dm-0", "virtual/block"), ("loop0", "virtual/block"), ("sr0", "pci0000:00/ata1/block")):
         plug(name, at)
-    assert check.UNPROVEN not in checked(host)
+    assert UNPROVEN not in checked(host)
     plug("sdb", "pci0000:00/usb1/host2/block")
-    assert check.UNPROVEN in checked(host) and "disks came or went" in run(host).doubts[0]
+    assert UNPROVEN in checked(host) and "disks came or went" in run(host).doubts[0]
     Path(host.paths.root, "sys/block/sdb").unlink()
     plug("nvme0n1", "virtual/nvme-subsystem/nvme-subsys0")
-    assert check.UNPROVEN in checked(host)
+    assert UNPROVEN in checked(host)
 
 
 def test_a_new_shim_is_not_guessed_and_a_new_grub_is_said(host: Machine) -> None:
     host.write("boot/efi/EFI/BOOT/grubx64.efi", pefile.build({".text": b"grub 2.13" * 50}))
     (note,) = run(host).notes
     assert "grubx64.efi" in note
-    assert checked(host) == [check.SAFE, check.SAFE, check.UNPROVEN]
+    assert checked(host) == [SAFE, SAFE, UNPROVEN]
     host.write("boot/efi/EFI/BOOT/BOOTX64.EFI", pefile.build({".text": b"shim 17" * 50}))
     with pytest.raises(Refused, match="new shim"):
         run(host)
@@ -1142,18 +1144,18 @@ def test_a_boot_loader_that_could_not_be_looked_at_when_the_boot_was_recorded(ho
     esp.rename(away)
     esp.mkdir()
     baseline.record_good_boot(host.paths, host.chip.tcti)
-    assert check.UNPROVEN in checked(host)
+    assert UNPROVEN in checked(host)
     doubts = run(host, dry_run=True).doubts
     assert ["is the EFI system partition mounted" in each for each in doubts] == [True, True]
     esp.rmdir()
     away.rename(esp)
-    assert checked(host) == [check.SAFE, check.NOTE]
+    assert checked(host) == [SAFE, NOTE]
     host.write(f"{EFI}/grubx64.efi", pefile.build({".text": b"grub 2.13" * 50}))
-    assert checked(host) == [check.SAFE, check.NOTE, check.UNPROVEN]
+    assert checked(host) == [SAFE, NOTE, UNPROVEN]
     (note,) = run(host).notes
     assert "grubx64.efi is not on disk as it was booted" in note
     host.write(f"{EFI}/BOOTX64.EFI", pefile.build({".text": b"shim 17" * 50}))
-    assert checked(host) == [check.UNPROVEN]
+    assert checked(host) == [UNPROVEN]
     with pytest.raises(Refused, match="new shim"):
         run(host)
 
@@ -1162,11 +1164,11 @@ def test_systemd_boot_was_updated_before_the_boot_was_recorded(tmp_path: Path) -
     image, newer = unified(b"kernel"), pefile.build({".text": b"newer systemd-boot" * 50})
     now = uki(image, "debian.efi")
     host = enrolled(tmp_path, now, {"boot/efi/EFI/Linux/debian.efi": image, f"{EFI}/BOOTX64.EFI": LOADER})
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     Path(host.paths.booted).unlink()
     host.write(f"{EFI}/BOOTX64.EFI", newer)
     baseline.record_good_boot(host.paths, host.chip.tcti)
-    assert checked(host) == [check.SAFE, check.UNPROVEN]
+    assert checked(host) == [SAFE, UNPROVEN]
     host.close()
 
 
@@ -1204,15 +1206,15 @@ def test_who_signed_a_unified_kernel_image(tmp_path: Path) -> None:
         run(host)
         return checked(host)
 
-    assert checked(host) == [check.SAFE]
-    assert after(signature("Signer 2025", "CA")) == [check.SAFE]
-    assert after(signature("Signer 2022", "Another CA")) == [check.SAFE, check.UNPROVEN]
+    assert checked(host) == [SAFE]
+    assert after(signature("Signer 2025", "CA")) == [SAFE]
+    assert after(signature("Signer 2022", "Another CA")) == [SAFE, UNPROVEN]
     assert f"{image} is signed by another key: PCR 7 may change" in run(host).notes
-    assert after(signature("CA")) == [check.SAFE, check.UNPROVEN]
-    assert after(struct.pack("<IHH", 64, 0x200, 2) + b"\xff" * 56) == [check.SAFE, check.UNPROVEN]
+    assert after(signature("CA")) == [SAFE, UNPROVEN]
+    assert after(struct.pack("<IHH", 64, 0x200, 2) + b"\xff" * 56) == [SAFE, UNPROVEN]
     for nothing in (b"\1", bytes(64), signature("Signer 2025", "CA")[:-60], b""):
-        assert after(nothing) == [check.UNSAFE]
-    assert run(host).entries[0].why == "it is not signed, and Secure Boot is on"
+        assert after(nothing) == [UNSAFE]
+    assert run(host).boots[0].why == "it is not signed, and Secure Boot is on"
     host.close()
 
 
@@ -1233,7 +1235,7 @@ def test_where_secure_boot_is_off_nobody_asks_who_signed(tmp_path: Path) -> None
     host = enrolled(tmp_path, uki(old, "debian.efi"), {image: old, f"{EFI}/BOOTX64.EFI": LOADER})
     host.write(image, unified(b"new"))
     run(host)
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     host.close()
 
 
@@ -1247,15 +1249,15 @@ def test_who_signed_a_boot_loader(tmp_path: Path) -> None:
     now = uki(image, "debian.efi")
     made = [each._replace(digest=pe.authenticode(old)) if b"B\0O\0O\0T\0X" in each.data else each for each in now.made]
     host = enrolled(tmp_path, secure(now._replace(made=made)), {"boot/efi/EFI/Linux/debian.efi": image, loader: old})
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     host.write(loader, systemd_boot(b"systemd-boot 257", signature("of this host")))  # another key of that name
-    assert checked(host) == [check.SAFE, check.UNPROVEN]
+    assert checked(host) == [SAFE, UNPROVEN]
     host.write(loader, systemd_boot(b"systemd-boot 258"))
-    assert checked(host) == [check.UNPROVEN]
+    assert checked(host) == [UNPROVEN]
     with pytest.raises(Refused, match="it is not signed, and Secure Boot is on"):
         run(host)
     Path(host.paths.root, loader).unlink()
-    assert checked(host) == [check.SAFE, check.UNPROVEN]
+    assert checked(host) == [SAFE, UNPROVEN]
     host.close()
 
 
@@ -1263,12 +1265,12 @@ def test_who_signed_a_kernel_that_the_firmware_starts(tmp_path: Path) -> None:
     kernel, initrd = "boot/efi/EFI/debian/vmlinuz-6.1", "boot/efi/EFI/debian/initrd.img-6.1"
     old = pefile.build({".text": b"old" * 300}, signature=signature("of this host"))
     host = enrolled(tmp_path, secure(stub(old, b"one")), {kernel: old, initrd: b"one"})
-    assert checked(host) == [check.SAFE]
+    assert checked(host) == [SAFE]
     host.write(kernel, pefile.build({".text": b"new" * 300}, signature=signature("of this host")))
     run(host)
-    assert checked(host) == [check.SAFE, check.UNPROVEN]
+    assert checked(host) == [SAFE, UNPROVEN]
     host.write(kernel, pefile.build({".text": b"new" * 300}))
-    assert checked(host) == [check.UNSAFE]
+    assert checked(host) == [UNSAFE]
     host.close()
 
 
@@ -1286,10 +1288,10 @@ def test_who_signed_a_kernel_that_grub_starts(tmp_path: Path) -> None:
     disks = {f"boot/efi{path.replace(chr(92), '/')}": data for path, data in LOADERS.items()}
     disks |= {place(name): data for name, data in files.items() if NEW not in name and name.startswith(("/", "(hd"))}
     host = enrolled(tmp_path, now, disks)
-    assert checked(host)[0] == check.SAFE
+    assert checked(host)[0] == SAFE
     install(host, {**AFTER, **old, **new})
-    assert run(host).entries[0].words == f"kernel {NEW}" and checked(host) == [check.SAFE] * 3
+    assert run(host).boots[0].words == f"kernel {NEW}" and checked(host) == [SAFE] * 3
     install(host, {f"/vmlinuz-{NEW}": AFTER[f"/vmlinuz-{NEW}"]})
-    assert checked(host)[:2] == [check.UNSAFE, check.NOTE]
-    assert run(host).entries[0].why == "it is not signed, and Secure Boot is on"
+    assert checked(host)[:2] == [UNSAFE, NOTE]
+    assert run(host).boots[0].why == "it is not signed, and Secure Boot is on"
     host.close()

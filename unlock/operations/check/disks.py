@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks every disk of every group, and the root: do they open as early boot opens them?"""
+
+from collections.abc import Iterator, Sequence
+
+from ...disks import devices, disk_keys, find, luks, token
+from ...disks.groups import Group, Member
+from ...errors import NoKey, UnlockError
+from ...host.state import State
+from ...paths import Paths
+from ...predict import allowed_states
+from ...secret import Secret
+from .finding import SAFE, UNPROVEN, UNSAFE, Finding
+
+
+def check_group(
+    state: State, group: Group, present: dict[str, list[find.Found]], persistence: Secret | None
+) -> Iterator[Finding]:
+    """A group opens whole or not at all, so the worst of its disks counts. One finding when all are alike."""
+    what = f"group {group.name}"
+    found = [_check_member(state, group, member, present, persistence) for member in group.members]
+    wrong = [each for each in found if each.verdict != SAFE]
+    if not wrong:
+        yield Finding(what, SAFE, f"{len(found)} disk(s) open with the key that the TPM keeps")
+    elif len({each[1:] for each in wrong}) == 1 and len(wrong) == len(found):
+        yield wrong[0]._replace(what=what)
+    else:
+        yield from wrong
+
+
+def _check_member(
+    state: State, group: Group, member: Member, present: dict[str, list[find.Found]], persistence: Secret | None
+) -> Finding:
+    what = f"group {group.name}, disk {member.name}"
+    node = find.find_node(present, member)
+    if not node:
+        several = len(present.get(member.uuid, ())) > 1
+        why = "several disks have its UUID" if several else "it is not here, and its group opens whole or not at all"
+        return Finding(what, UNSAFE, why, "unlock status")
+    try:
+        with luks.Container(node) as container:
+            tokens = [
+                each
+                for each in disk_keys.read_tokens(container, state.host)
+                if (each.group, each.manifest, each.members) == (group.name, group.manifest, len(group.members))
+            ]
+            if not tokens:
+                return Finding(what, UNSAFE, "its token is not of the group as it is now", "unlock sync")
+            if persistence is None:
+                return Finding(
+                    what, UNPROVEN, "the key cache is empty: whether it opens cannot be tried", "unlock status"
+                )
+            return _check_opens(what, container, tokens, persistence)
+    except UnlockError as error:
+        return Finding(what, UNSAFE, str(error), error.hint)
+
+
+def _check_opens(what: str, container: luks.Container, tokens: Sequence[token.Token], persistence: Secret) -> Finding:
+    """Opens it as early boot does: by the newest token that unwraps. Raises UnlockError."""
+    problem: UnlockError | None = None
+    for each in tokens:
+        try:
+            with disk_keys.unwrap_volume_key(container, each, persistence) as dek:
+                container.verify_volume_key(dek)
+                return Finding(what, SAFE, "")
+        except NoKey as error:  # only the key manager keeps it
+            return Finding(what, UNPROVEN, str(error), "unlock provider test")
+        except UnlockError as error:
+            problem = error
+    assert problem
+    raise problem
+
+
+def check_root(paths: Paths, state: State) -> Iterator[Finding]:
+    """Whether the root file system opens by itself, and early boot gives it the keys."""
+    ours = {member.name for group in state.groups.values() for member in group.members}
+    if devices.lies_on_mappings("/", ours, paths.root):
+        yield Finding("root", SAFE, "it lies on disks that unlock opens")
+    elif ours and not allowed_states.unauthenticated_root(paths, state):
+        closed = "unlock does not open it: early boot gives it no keys, and closes all disks"
+        yield Finding("root", UNSAFE, closed, "unlock disk adopt")
+    elif any(devices.is_encrypted(number, paths.root) for number in devices.devices_of_mount("/", paths.root)):
+        yield Finding("root", UNPROVEN, "it is encrypted, and something else than unlock opens it", "unlock disk adopt")
+    else:
+        yield Finding("root", SAFE, "it is not encrypted: nothing has to open it")

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks the installed initramfs images: is unlock in them, and does it read what is on the disks and in the TPM?"""
+
+import os
+from collections.abc import Iterator
+
+from ...disks import token
+from ...errors import CommandFailed, UnlockError
+from ...paths import Paths
+from ...predict import initramfs_images
+from ...tpm.chip import Tpm
+from ..predict import Prediction
+from .finding import NOTE, SAFE, UNPROVEN, UNSAFE, Finding
+from .tpm import current_slot
+
+
+def check_initramfs_images(paths: Paths, tcti: str, predicted: Prediction | UnlockError) -> Iterator[Finding]:
+    """The image of the default boot must be usable; where that is not known, the newest image."""
+    found = initramfs_images.list_images(paths)
+    written = _formats_in_use(tcti)
+    boots = () if isinstance(predicted, UnlockError) else predicted.boots
+    needed = [os.path.join(paths.root, each.initrd) for each in boots if each.default and each.initrd] or found[-1:]
+    if not needed:
+        yield Finding("initramfs", UNPROVEN, "there is no /boot/initrd.img-*: whether unlock is in it is not known")
+    for image in dict.fromkeys([*found, *needed]):
+        name = os.path.basename(image)
+        try:
+            wrong = _why_unusable(initramfs_images.read_contents(image), written)
+        except CommandFailed as error:
+            wrong = str(error)
+        if wrong:
+            unified = initramfs_images.is_unified(image)
+            do = (
+                "kernel-install add-all"
+                if unified
+                else f"update-initramfs -u -k {initramfs_images.kernel_version(image)}"
+            )
+            yield Finding(name, UNSAFE if image in needed else NOTE, wrong, do)
+        else:
+            yield Finding(name, SAFE, "unlock is in it, and reads what is on the disks and in the TPM")
+
+
+def _formats_in_use(tcti: str) -> dict[str, int]:
+    """Format -> the version of it that is on the disks or in the TPM, and that an image must read."""
+    try:
+        with Tpm(tcti) as tpm:
+            found = current_slot(tpm)
+    except UnlockError:
+        found = None
+    return {"token": token.VERSION, "record": found[1].version if found else 1}
+
+
+def _why_unusable(image: initramfs_images.ImageContents, written: dict[str, int]) -> str:
+    """Why the image cannot open the disks; '' when it can."""
+    if not image.unlock:
+        return "unlock is not in it"
+    for kind, version in written.items():
+        if image.reads.get(kind, 0) < version:
+            return f"the unlock in it does not read {kind}s of version {version}"
+    if written["record"] > 1 and not image.asks:
+        return "no program is in it that asks for the PIN"
+    return ""
