@@ -338,7 +338,17 @@ def test_without_terminal_file_or_credential_the_flag_is_named() -> None:
 
 def test_the_kernel_command_line_is_no_place_for_a_key() -> None:
     readers = {path.stem for path in (TOP / "unlock").rglob("*.py") if "cmdline" in path.read_text()}
-    assert readers == {"evidence", "diagnosis", "baseline", "causes", "describe_ipl", "efistub", "paths", "uki_replay"}
+    assert readers == {
+        "evidence",
+        "diagnosis",
+        "baseline",
+        "causes",
+        "describe_ipl",
+        "efistub",
+        "paths",
+        "uki_replay",
+        "unmeasured",
+    }
 
 
 @pytest.fixture
@@ -374,7 +384,7 @@ def agent() -> Iterator[list[str]]:
 
 @pytest.mark.skipif(not os.path.exists("/usr/bin/systemd-ask-password"), reason="not installed: systemd")
 def test_systemds_agents_are_asked_without_echo(agent: list[str]) -> None:
-    assert asked("ask._ask([*ask._AGENTS, 'unlock: recovery key:'])") == "the answer"
+    assert asked("ask._run_prompt([*ask._AGENTS, 'unlock: recovery key:'])") == "the answer"
     assert "Id=unlock:recovery-key" in agent[1]
     assert "Echo=1" not in agent[1]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program. Early boot gets no further than its own flow: no argparse, no other imports."""
+"""The entry point. `unlock boot ...` imports only the module that it runs: early boot has no argparse and is fast."""
 
 import sys
 
@@ -34,7 +34,7 @@ def main() -> int:
 
 
 def _boot(argv: list[str]) -> int:
-    """What the initramfs scripts and the units run; not for people."""
+    """The commands of the initramfs scripts and the systemd units; they are not for people."""
     paths = Paths()
     if argv == ["agent"]:
         from .boot.agent import agent
@@ -71,7 +71,7 @@ def _boot(argv: list[str]) -> int:
 
         try:
             record_good_boot(paths, tpm_device())
-        finally:  # a window is closed even where no baseline can be kept
+        finally:  # a window is closed even if no baseline can be recorded
             good_boot(paths)
         return 0
     if argv == ["predict"]:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Secrets from a person, a file or a systemd credential; never from argv or the environment."""
+"""Reads secrets from a person, a file or a systemd credential; never from argv or the environment.
+
+Commands ask at the terminal or through systemd's agents, early boot through the askpass of the initramfs.
+"""
 
 import os
 
@@ -10,16 +13,16 @@ from .secret import Secret
 
 _MAX = 4096
 ASKPASS = "/lib/cryptsetup/askpass"
-"""cryptsetup's: it speaks with Plymouth, systemd and the plain console. Debian ships it for its initramfs."""
+"""cryptsetup's, which Debian ships for its initramfs: it asks through Plymouth, systemd or the console."""
 
 _PLYMOUTH = "/bin/plymouth"
 _AGENTS = ("systemd-ask-password", "--no-tty", "--id=unlock:recovery-key", "--timeout=90")
 _INITRAMFS = "/scripts/unlock-functions"
-"""Is there in an initramfs alone."""
+"""Exists in an initramfs alone."""
 
 
 def from_file(path: str) -> Secret:
-    """The content without its last newline. Raises Usage."""
+    """The content of a file without its last newline. Raises Usage."""
     try:
         with open(path, "rb") as file:
             content = file.read(_MAX + 1)
@@ -38,7 +41,7 @@ def credential(name: str) -> Secret | None:
 
 
 def terminal(prompt: str, flag: str) -> Secret:
-    """Asks without echo. Raises Usage that names `flag` when there is no terminal."""
+    """Asks at the terminal without echo. Raises Usage, with `flag` in the hint, when there is no terminal."""
     import termios
 
     try:
@@ -67,24 +70,24 @@ def terminal(prompt: str, flag: str) -> Secret:
 
 
 def anyone(prompt: str, flag: str) -> Secret:
-    """At the terminal; where there is none, by what asks for the system: systemd's agents (Plymouth, the console, a
-    logged-in administrator), or the askpass of an initramfs. Raises Usage that names `flag`."""
+    """Asks at the terminal, or, if there is none, through systemd's agents (Plymouth, the console, a logged-in
+    administrator) or the askpass of an initramfs. Raises Usage, with `flag` in the hint."""
     try:
         return terminal(prompt, flag)
     except Usage as no_terminal:
         try:
             if os.path.exists("/run/systemd/system"):
-                return _ask([*_AGENTS, f"unlock: {prompt}:"])
+                return _run_prompt([*_AGENTS, f"unlock: {prompt}:"])
             if os.path.exists(_INITRAMFS):
-                return askpass(f"unlock: {prompt}: ")
+                return ask_in_initramfs(f"unlock: {prompt}: ")
         except Usage as error:
             error.hint = no_terminal.hint
             raise
         raise
 
 
-def show(text: bytes) -> bool:
-    """Writes to the terminal alone, never to a redirected standard output. False when there is none."""
+def write_to_terminal(text: bytes) -> bool:
+    """Writes to the terminal itself, never to a redirected standard output. False when there is no terminal."""
     try:
         fd = os.open("/dev/tty", os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError:
@@ -94,18 +97,18 @@ def show(text: bytes) -> bool:
     return True
 
 
-def askpass(prompt: str, stopped: Callable[[], bool] = lambda: False, program: str = ASKPASS) -> Secret:
-    """Asks in the initramfs, for as long as it takes; gives up, five times a second, when `stopped` says so.
+def ask_in_initramfs(prompt: str, stopped: Callable[[], bool] = lambda: False, program: str = ASKPASS) -> Secret:
+    """Asks in the initramfs until a person answers or `stopped`, called five times a second, returns True.
 
-    Raises Usage then, and when nothing can ask there. What asks ends with this process, and then also what that has
-    started, Plymouth's client perhaps: the next prompt has the console alone.
+    Raises Usage when stopped, and when nothing can ask. The askpass program ends with this process; when stopped, its
+    children end too (Plymouth's client), so that the next prompt has the console alone.
     """
     import select
     import signal
     import subprocess
 
-    console = _console()
-    before = _settings(console)
+    console = _open_console()
+    before = _terminal_settings(console)
     typed = bytearray()
     try:
         command = [program, prompt]
@@ -131,12 +134,12 @@ def askpass(prompt: str, stopped: Callable[[], bool] = lambda: False, program: s
         raise Usage("nothing can ask for a key here") from error
     finally:
         typed[:] = bytes(len(typed))
-        _restore(console, before)
+        _restore_terminal(console, before)
         os.close(console)
 
 
-def tell(line: str) -> None:
-    """On Plymouth's splash, which hides the console; nowhere where there is none."""
+def show_on_splash(line: str) -> None:
+    """Shows a line on Plymouth's splash, which hides the console. Does nothing without Plymouth."""
     import subprocess
 
     command = [_PLYMOUTH, "display-message", f"--text={line}"]
@@ -148,15 +151,15 @@ def tell(line: str) -> None:
         pass
 
 
-def _console() -> int:
+def _open_console() -> int:
     try:
         return os.open("/dev/console", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError:
         return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
 
 
-def _settings(console: int) -> "list[object] | None":
-    """Of the terminal; None when it is none."""
+def _terminal_settings(console: int) -> "list[object] | None":
+    """The settings of the console's terminal; None when it is no terminal."""
     import termios
 
     try:
@@ -165,8 +168,8 @@ def _settings(console: int) -> "list[object] | None":
         return None
 
 
-def _restore(console: int, before: "list[object] | None") -> None:
-    """A program that was stopped while it asked has left the echo off."""
+def _restore_terminal(console: int, before: "list[object] | None") -> None:
+    """Turns the echo on again, which a program that was killed while it asked has left off."""
     import termios
 
     try:
@@ -176,8 +179,8 @@ def _restore(console: int, before: "list[object] | None") -> None:
         pass
 
 
-def _ask(command: list[str]) -> Secret:
-    """What a program gets from a person. Raises Usage."""
+def _run_prompt(command: list[str]) -> Secret:
+    """Runs a program that asks a person, and returns the answer. Raises Usage."""
     import subprocess
 
     try:

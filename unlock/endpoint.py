@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a key manager answers, as unlock.toml and `--endpoint` name it."""
+"""The address of a key manager, as in unlock.toml and `--endpoint`."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ class Endpoint(NamedTuple):
     """A name or an address."""
     port: int = 5696
     server_name: str = ""
-    """What the server's certificate must be for; '' is the host."""
+    """The name that the server's certificate must have; '' is the host."""
 
     @classmethod
     def parse(cls, text: str) -> "Endpoint":
@@ -31,6 +31,6 @@ class Endpoint(NamedTuple):
         return cls(host, number, server_name)
 
     def __str__(self) -> str:
-        """As `parse` reads it."""
+        """The text that `parse` reads."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}" + (f"={self.server_name}" if self.server_name else "")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every error that a user can meet: a message, the next command to type, a stable code, an exit status.
+"""Every error that a user can get: a message, the next command to type, a stable code, an exit status.
 
 Codes and exit statuses are an interface for scripts; they never change meaning.
 """
 
 
 class UnlockError(Exception):
-    """What failed, on which thing; `hint` is the next command to type. One line each, never a secret in either."""
+    """`message` says what failed on which thing, `hint` is the next command to type: a line each, without secrets."""
 
     code = "error"
     status = 1
@@ -19,13 +19,13 @@ class UnlockError(Exception):
 
 
 class Usage(UnlockError):
-    """The command line or the configuration asks for something that cannot be."""
+    """The command line or the configuration asks for something impossible."""
 
     code, status = "usage", 2
 
 
 class Refused(UnlockError):
-    """A safety check said no; the hint names the override, where there is one."""
+    """A safety check failed. The hint names the override, if there is one."""
 
     code, status = "refused", 3
 
@@ -43,13 +43,13 @@ class NewerFormat(Malformed):
 
 
 class NotOurs(UnlockError):
-    """Well formed, but of another host or key: the caller tries the next one."""
+    """Well formed, but of another host or for another key: the caller tries the next one."""
 
     code, status = "not-ours", 5
 
 
 class Tampered(UnlockError):
-    """Authentication failed: the thing was changed, swapped or moved, or the key is another one."""
+    """Authentication failed: the thing was changed, swapped or moved, or it is the wrong key."""
 
     code, status = "tampered", 6
 
@@ -61,19 +61,19 @@ class TpmAbsent(UnlockError):
 
 
 class TpmRefused(UnlockError):
-    """The TPM works and says no: the PCR policy is not satisfied."""
+    """The TPM works and refuses: its PCR policy is not satisfied."""
 
     code, status = "pcr-mismatch", 8
 
 
 class TpmFailed(UnlockError):
-    """The TPM, or the way to it, does not work as it should."""
+    """The TPM or its driver does not work as it should."""
 
     code, status = "tpm-failed", 9
 
 
 class NoSlot(UnlockError):
-    """The TPM holds nothing of this host: never enrolled, cleared, or another TPM."""
+    """The TPM holds nothing of this host: it was never enrolled, was cleared, or is another TPM."""
 
     code, status = "no-slot", 10
 
@@ -91,46 +91,46 @@ class NoKey(UnlockError):
 
 
 class CommandFailed(UnlockError):
-    """A program that we ran (mkfs, mount, systemctl) failed."""
+    """A program that unlock ran (mkfs, mount, systemctl) failed."""
 
     code, status = "command-failed", 13
 
 
 class PinWrong(UnlockError):
-    """The TPM asks for a PIN, and none was typed that is right."""
+    """The TPM asks for a PIN, and no right one was typed."""
 
     code, status = "pin-wrong", 14
 
 
 class PinLockout(UnlockError):
-    """Too many wrong tries: the TPM takes no PIN for a while."""
+    """After too many wrong PINs the TPM accepts none for a while."""
 
     code, status = "pin-lockout", 15
 
 
 class ProviderError(UnlockError):
-    """A key provider did not do what it was asked; the kinds below differ in what to do next."""
+    """A key provider did not do what it was asked. The classes below differ in what to do next."""
 
     code, status = "provider", 20
 
     retry_after = 0.0
-    """Seconds before which asking again is no use."""
+    """Seconds after which asking again may succeed."""
 
 
 class ProviderUnavailable(ProviderError):
-    """Nothing answers, or not in time: the next endpoint, then back off."""
+    """No answer in time: try the next endpoint, then back off."""
 
     code, status = "provider-unavailable", 20
 
 
 class PeerUntrusted(ProviderError):
-    """The server's certificate is not that of the one we asked, expired, or of an unknown CA."""
+    """The server's certificate is for another name, expired, or of an unknown CA."""
 
     code, status = "peer-untrusted", 21
 
 
 class ClientAuth(ProviderError):
-    """The server refuses our certificate or password: no retry before they are renewed."""
+    """The server refuses our certificate or password: a retry needs new ones."""
 
     code, status = "client-auth", 22
 
@@ -142,30 +142,30 @@ class ClockWrong(ProviderError):
 
 
 class ProviderProtocol(ProviderError):
-    """An answer that is not to the question, or is not of the protocol."""
+    """An answer that violates the protocol or does not belong to the request."""
 
     code, status = "provider-protocol", 24
 
 
 class Integrity(ProviderError):
-    """A key that cannot be the one that was asked for, or more than one: never adopted."""
+    """The answer has a key that cannot be the requested one, or several keys: none is used."""
 
     code, status = "integrity", 25
 
 
 class NotFoundOrDenied(ProviderError):
-    """No such key, or none that we may have: nothing is ever deleted for that."""
+    """The key does not exist, or access is denied. Nothing is ever deleted because of this."""
 
     code, status = "not-found-or-denied", 26
 
 
 class StateBlocked(ProviderError):
-    """The key is deactivated, compromised or destroyed: no new wraps."""
+    """The key is deactivated, compromised or destroyed: nothing new is wrapped with it."""
 
     code, status = "state-blocked", 27
 
 
 class Unsupported(ProviderError):
-    """The server does not offer the operation: use the other way."""
+    """The server does not offer the operation: the caller uses another one."""
 
     code, status = "unsupported", 28

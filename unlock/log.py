@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines for people: the console during boot, standard error otherwise. No secret ever gets here."""
+"""Prints lines for people: on the console during boot, else on standard error. Never a secret."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from .light import Sequence
 
 
 def console(line: str) -> None:
-    """One line on /dev/console; a console that is gone is no reason to stop."""
+    """Writes a line to /dev/console. Errors are ignored: a missing console must not stop a boot."""
     try:
         fd = os.open("/dev/console", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -22,14 +22,14 @@ def console(line: str) -> None:
 
 
 def error(message: str, hint: str = "") -> None:
-    """An error and what to type next, on standard error."""
+    """Prints an error and the command to type next to standard error."""
     print(f"unlock: {message}", file=sys.stderr)
     if hint:
         print(f"hint: {hint}", file=sys.stderr)
 
 
 def note(message: str) -> None:
-    """Progress, on standard error, so that standard output stays a result."""
+    """Prints progress to standard error, so that standard output has the result alone."""
     print(message, file=sys.stderr, flush=True)
 
 

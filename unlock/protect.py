@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that will hold keys: not dumpable, no core file, its memory locked."""
+"""Protects a process that will hold keys: not dumpable, no core file, memory locked."""
 
 import ctypes
 import resource
@@ -13,12 +13,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def protect() -> None:
-    """Before the first key is in memory. Best effort where the kernel refuses."""
+    """To be called before the first key is in memory. Best effort: the kernel may refuse."""
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
 
 
 def end_with_parent() -> None:
-    """In a worker: killed when the process that forked it ends, however that ends."""
+    """Makes the kernel kill this process when its parent ends, for whatever reason."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

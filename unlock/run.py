@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts other programs: no shell, a fixed environment, secrets only through standard input."""
+"""Runs other programs without a shell, in a fixed environment. Secrets go only through standard input."""
 
 from .errors import CommandFailed
 
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _LINE = 300
-"""Characters of what a program says that are passed on."""
+"""Characters of a program's error message that are passed on."""
 
 
 def run(argv: list[str], stdin: bytes = b"", timeout: float = 600) -> str:
-    """Runs a program and gives its standard output.
+    """Runs a program and returns its standard output. `timeout` is in seconds.
 
-    `timeout` is in seconds. Raises CommandFailed with the line in which the program speaks of an error, else its last.
+    Raises CommandFailed with the line of standard error that has the word error, else with its last line.
     """
     import subprocess  # 10 ms, and early boot rarely needs it
 

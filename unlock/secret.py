@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Secret: bytes that are wiped when their `with` ends and that never show in a repr.
+"""Secret: bytes that are wiped at the end of their `with` and never appear in a repr.
 
 Best effort: Python and the libraries below may have copied the bytes elsewhere in memory.
 """
@@ -7,11 +7,11 @@ Best effort: Python and the libraries below may have copied the bytes elsewhere 
 import os
 
 _live: dict[int, bytearray] = {}
-"""The bytes of every Secret that there is, by its id."""
+"""The bytes of every Secret in this process, by id."""
 
 
 class Secret:
-    """Key material. `value` is the live bytearray; do not keep references to it past the `with`."""
+    """Key material. `value` is the bytearray itself: keep no reference to it after the `with`."""
 
     __slots__ = ("value",)
 
@@ -57,6 +57,6 @@ class Secret:
 
 
 def wipe_all() -> None:
-    """Wipes every Secret of this process: in a forked one, all that it inherited."""
+    """Wipes every Secret of this process; a forked one wipes all that it inherited."""
     for value in _live.values():
         value[:] = bytes(len(value))

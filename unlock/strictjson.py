@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON without surprises, both ways, by the compiled part of `json`: its Python part imports `re` at every boot."""
+"""Strict JSON for what is authenticated or comes from a disk, by the compiled part of `json`.
+
+The Python part of `json` would import `re` at every boot.
+"""
 
 from _json import encode_basestring_ascii, make_encoder, make_scanner
 
@@ -9,7 +12,8 @@ _BLANKS = " \t\n\r"
 
 
 def parse(text: str) -> Any:
-    """One JSON value: no name twice in an object, no NaN, no number without end. Raises ValueError, RecursionError."""
+    """Parses one JSON value. Raises ValueError, also for a repeated name, NaN or a number of more than 20 digits;
+    RecursionError."""
     text = text.strip(_BLANKS)
     try:
         value, end = _scan(text, 0)
@@ -21,7 +25,7 @@ def parse(text: str) -> Any:
 
 
 def canonical(value: object) -> bytes:
-    """The one byte string for a JSON value: names sorted, no blanks, ASCII. Raises ValueError for NaN."""
+    """The canonical encoding of a JSON value: names sorted, no blanks, ASCII. Raises ValueError for NaN."""
     encode = make_encoder({}, _unknown, encode_basestring_ascii, None, ":", ",", True, False, False)
     return "".join(encode(value, 0)).encode()
 
@@ -51,7 +55,7 @@ def _finite(digits: str) -> float:
 
 
 class _Rules:
-    """What the scanner asks for, as of a json.JSONDecoder."""
+    """The attributes that the scanner expects of a json.JSONDecoder."""
 
     strict = True
     object_hook = None

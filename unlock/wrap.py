@@ -2,8 +2,8 @@
 """Wrapping keys with keys: AES-256-GCM, HKDF-SHA256, scrypt. The only file that imports `cryptography`.
 
 A wrapped key is 12 bytes of random nonce, the ciphertext, 16 bytes of tag (NIST SP 800-38D).
-Unwrapping, which every boot does, calls OpenSSL directly: libcryptsetup has loaded it, the package would take a boot as
-long as half of the interpreter's start, and the plain key is written into its Secret alone.
+Unwrapping, which every boot does, calls OpenSSL directly. libcryptsetup has loaded it already, while importing the
+package takes half as long as starting the interpreter. The plain key is written into its Secret alone.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ _SCRYPT = {"n": 2**17, "r": 8, "p": 1}
 
 
 def wrap(key: Secret, plain: Secret, aad: bytes) -> bytes:
-    """`plain` encrypted and authenticated together with `aad`; 28 bytes longer than `plain`."""
+    """Encrypts `plain` and authenticates it together with `aad`. The result is 28 bytes longer than `plain`."""
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
     nonce = os.urandom(_NONCE)
@@ -28,7 +28,7 @@ def wrap(key: Secret, plain: Secret, aad: bytes) -> bytes:
 
 
 def unwrap(key: Secret, wrapped: bytes, aad: bytes) -> Secret:
-    """The plain key. Raises Tampered when key, bytes or `aad` are not those of the wrapping."""
+    """The plain key. Raises Tampered when `key`, `wrapped` or `aad` differ from those of the wrapping."""
     plain = Secret(bytes(max(0, len(wrapped) - _NONCE - _TAG)))
     if len(wrapped) < _NONCE + _TAG or len(key) != _KEY or not _decrypt(key, wrapped, aad, plain):
         plain.wipe()
@@ -37,7 +37,7 @@ def unwrap(key: Secret, wrapped: bytes, aad: bytes) -> Secret:
 
 
 def _decrypt(key: Secret, wrapped: bytes, aad: bytes, plain: Secret) -> bool:
-    """Whether it authenticates: `plain` is worth nothing before the last call has said so (EVP_EncryptInit(3))."""
+    """Decrypts into `plain`. True if it authenticates; `plain` must not be used otherwise (EVP_EncryptInit(3))."""
     evp, count = _libcrypto(), ctypes.byref(ctypes.c_int())
     nonce, text, tag = wrapped[:_NONCE], wrapped[_NONCE:-_TAG], wrapped[-_TAG:]
     context, out = evp.EVP_CIPHER_CTX_new(), _buffer(plain)

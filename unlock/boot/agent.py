@@ -179,7 +179,7 @@ def pin_prompt(paths: Paths, stopped: Callable[[], bool], program: str = ask.ASK
             while not os.path.exists(paths.of_this_boot("waiting")) and not stopped():
                 time.sleep(0.1)
             wrong = "" if left == slots.PIN_TRIES else f"wrong PIN, {left} more tr{'y' if left == 1 else 'ies'}; "
-            pin = ask.askpass(f"unlock: {wrong}PIN: ", stopped, program)
+            pin = ask.ask_in_initramfs(f"unlock: {wrong}PIN: ", stopped, program)
         except Usage as error:
             raise PinWrong(f"the TPM asks for a PIN: {error}") from None
         finally:

@@ -33,7 +33,7 @@ def prompt(paths: Paths) -> int:
     happened = _explain_boot(paths)
     log.console(happened)
     if not os.path.exists(paths.of_this_boot("told")):  # `unlock boot why` has shown more
-        ask.tell(happened)
+        ask.show_on_splash(happened)
     if unmeasured_input := unmeasured.close_channels(paths):
         log.console(f"{unmeasured_input}: whoever set that controls the system that starts next")
     tampered = _has_tampered_disk(this_boot.read_early_report(paths))
@@ -42,7 +42,7 @@ def prompt(paths: Paths) -> int:
     keys: list[Secret] = []
     try:
         for _ in range(TRIES):
-            with ask.askpass("unlock: recovery key: ") as typed:
+            with ask.ask_in_initramfs("unlock: recovery key: ") as typed:
                 if not len(typed):
                     break
                 try:
@@ -65,7 +65,7 @@ def prompt(paths: Paths) -> int:
 
 def _show(line: str) -> None:
     log.console(line)
-    ask.tell(line)
+    ask.show_on_splash(line)
 
 
 def is_member_missing(found: report.Report) -> bool:

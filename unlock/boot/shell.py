@@ -148,7 +148,7 @@ def why(paths: Paths) -> int:
     found = diagnosis.diagnose(evidence.gather_evidence(paths, this_boot.tpm_device()))
     if found.causes:
         print("\n".join(_printable(_cause_lines(found))), flush=True)
-        ask.tell(printable_line(found.causes[0].title, COLUMNS))
+        ask.show_on_splash(printable_line(found.causes[0].title, COLUMNS))
         this_boot.mark(paths, "told")
     return 0
 

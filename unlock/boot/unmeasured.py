@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the real root's PID 1 obeys and no PCR of the policy measures: whoever sets it has a root shell on an open host.
+"""Finds input that PID 1 of the real root obeys and no PCR of the policy measures: it could give a thief a root shell.
 
     SystemdOptions      an EFI variable, a second command line: systemd 252 to 257 read it where Secure Boot is off
     SMBIOS type 11      strings of the firmware: credentials, which can carry units (systemd.extra-unit.*)
@@ -28,15 +28,14 @@ _IMMUTABLE = 0x10
 
 
 def close_channels(paths: Paths) -> str:
-    """Deletes SystemdOptions where systemd would obey it: nobody else needs it. Returns what stays, in words; '' if
-    PID 1 obeys the command line alone."""
+    """Deletes SystemdOptions if systemd would obey it; nobody else does. Returns what `open_channels` still finds."""
     if has_options(paths) and delete_options(paths):
         log.console("the EFI variable SystemdOptions was deleted: a command line that nothing measures")
     return open_channels(paths)
 
 
 def open_channels(paths: Paths) -> str:
-    """What PID 1 would obey in this boot beside the command line, in words; '' for nothing."""
+    """The input that PID 1 would obey in this boot beside the command line, in words; '' if there is none."""
     found = []
     if has_options(paths):
         found.append("the EFI variable SystemdOptions is set, a command line that nothing measures")
@@ -48,13 +47,13 @@ def open_channels(paths: Paths) -> str:
 
 
 def has_options(paths: Paths) -> bool:
-    """Whether systemd would read SystemdOptions: it is there, and Secure Boot is off."""
+    """Whether systemd would read SystemdOptions: the variable exists, and Secure Boot is off."""
     secure = _read(os.path.join(paths.efivars, SECURE_BOOT), _VARIABLE_MAX)
     return secure[4:] != b"\x01" and os.path.lexists(os.path.join(paths.efivars, OPTIONS))
 
 
 def delete_options(paths: Paths) -> bool:
-    """Takes the variable away, which the kernel has made immutable. False: it is still there."""
+    """Deletes the variable, which the kernel has made immutable. False if it still exists."""
     path = os.path.join(paths.efivars, OPTIONS)
     try:
         import fcntl
@@ -77,7 +76,7 @@ def delete_options(paths: Paths) -> bool:
 
 
 def credentials_off(command_line: str) -> bool:
-    """Whether the command line has systemd.import_credentials=no, and says nothing else of it."""
+    """Whether the command line has systemd.import_credentials=no, and no other value of it."""
     off = False
     for word in command_line.split():
         key, _, value = word.partition("=")
@@ -89,7 +88,7 @@ def credentials_off(command_line: str) -> bool:
 
 
 def _smbios(table: bytes) -> Iterable[str]:
-    """The names of the credentials in the firmware's table, wherever they stand: no form of the table hides one."""
+    """The names of the credentials in the SMBIOS table. It is searched as a whole, so no malformed entry hides one."""
     for text in table.split(_CREDENTIAL)[1:]:
         yield _name(text.removeprefix(b".binary").removeprefix(b":").partition(b"=")[0].partition(b"\0")[0])
 

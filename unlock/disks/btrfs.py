@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel knows of a btrfs across disks: ioctls of linux/btrfs.h."""
+"""Tells the kernel which devices belong to a btrfs across disks: ioctls of linux/btrfs.h."""
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ _SCAN, _FORGET = 0x50009404, 0x50009405
 
 
 def forget(node: str) -> None:
-    """The kernel does not count this device to any btrfs any more. Nothing happens to one that is mounted."""
+    """Makes the kernel forget that a device belongs to a btrfs. Does nothing if the file system is mounted."""
     try:
         _control(_FORGET, node)
     except OSError:
@@ -20,8 +20,10 @@ def forget(node: str) -> None:
 
 
 def forget_copies(members: list[str]) -> None:
-    """Devices that carry the UUID of a btrfs of these members, and are none of them, are forgotten; then the members
-    are told to the kernel again, as it may have held a copy for one of them. Best effort."""
+    """Makes the kernel forget every device that has the UUID of a btrfs on these members and is none of them.
+
+    Then it scans the members again, as the kernel may have registered a copy instead of one. Best effort.
+    """
     ours = {os.path.realpath(each) for each in members}
     systems = [udev.file_system(each) for each in members]
     uuids = {each.uuid for each in systems if each.kind == "btrfs"}

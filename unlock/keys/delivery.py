@@ -62,7 +62,7 @@ def deliver(keep: Keeper, recovery: Secret) -> None:
 
 def _show_and_type_back(recovery: Secret) -> None:
     shown = b"\nRecovery key of this host. It opens every disk, on any machine. Keep it off this host:\n\n    "
-    if not ask.show(shown + bytes(recovery) + b"\n\n"):
+    if not ask.write_to_terminal(shown + bytes(recovery) + b"\n\n"):
         raise Usage("there is no terminal to show the recovery key on", f"{FLAG} FILE")
     for _ in range(5):
         with ask.terminal("type it back", FLAG) as typed:
