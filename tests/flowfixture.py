@@ -116,7 +116,7 @@ class Host:
             with image.open("wb") as file:
                 file.truncate(32 << 20)
             with Secret.random(64) as dek, luks.format(str(image), dek) as container:
-                container.add_keyslot(dek, self.recovery)
+                container.add_keyslot(dek, passphrase=self.recovery)
                 self.deks[container.uuid] = bytes(dek)
                 images.append((image, container.uuid))
         members = tuple(Member(uuid, f"{name}-{i}", "") for i, (_, uuid) in enumerate(images))

@@ -198,8 +198,8 @@ def formatted(path: Path, keys: Keys) -> None:
     """A LUKS2 image with the keyslot of the recovery key; no token."""
     with path.open("wb") as file:
         file.truncate(IMAGE_SIZE)
-    with luks.format(str(path), keys.dek, UUIDS[0]) as container:
-        container.add_keyslot(keys.dek, keys.recovery)
+    with luks.format(str(path), keys.dek, uuid=UUIDS[0]) as container:
+        container.add_keyslot(keys.dek, passphrase=keys.recovery)
 
 
 def tokens(image: Path, keys: Keys) -> dict[str, dict[str, Any]]:

@@ -417,7 +417,7 @@ def test_an_adoption_that_fails_is_undone_and_its_number_is_not_used_again(enrol
     with luks.Container(device) as container, container.volume_key(Secret(b"operator")) as dek:
         while len(container.keyslots()) < 32:
             try:
-                container.add_keyslot(dek, Secret(b"more %d" % len(container.keyslots())))
+                container.add_keyslot(dek, passphrase=Secret(b"more %d" % len(container.keyslots())))
             except UnlockError:
                 break
     assert adopt(enrolled, device) != 0

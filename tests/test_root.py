@@ -307,7 +307,7 @@ def adopt(host: Host, group: str, name: str = "") -> None:
     image, recovery = str(host.folder / f"{group}-0"), host.folder / "recovery"
     write_atomically(str(recovery), bytes(host.recovery))
     with luks.Container(image) as container, Secret(host.deks[container.uuid]) as dek:
-        container.add_keyslot(dek, Secret(b"operator"))
+        container.add_keyslot(dek, passphrase=Secret(b"operator"))
     group_operations.adopt_disk(host.paths, image, group, Secret(b"operator"), str(recovery), name)
 
 

@@ -149,16 +149,16 @@ def make_token(
         kek_generation=group.generation,
         kek=b"",
         dek=b"",
-        host_key=wrap.wrap(keys.persistence, keys.host_key, token.key_aad(host, "host-key")),
+        host_key=wrap.wrap(keys.persistence, plain=keys.host_key, aad=token.key_aad(host, "host-key")),
         mac=b"",
     )
     if group.policy == "provider":
-        wrapped = wrap.wrap(keys.persistence, Secret(NOT_KEPT), token.not_kept_aad(each, facts))
+        wrapped = wrap.wrap(keys.persistence, plain=Secret(NOT_KEPT), aad=token.not_kept_aad(each, facts))
     else:
-        wrapped = wrap.wrap(keys.persistence, keys.kek, token.kek_aad(host, group.kek, group.generation))
+        wrapped = wrap.wrap(keys.persistence, plain=keys.kek, aad=token.kek_aad(host, group.kek, group.generation))
     return each._replace(
         kek=wrapped,
-        dek=wrap.wrap(keys.kek, dek, token.dek_aad(each, facts)),
+        dek=wrap.wrap(keys.kek, plain=dek, aad=token.dek_aad(each, facts)),
         mac=wrap.mac(keys.mac_key, token.mac_data(each, facts)),
     )
 

@@ -374,7 +374,7 @@ class State:
         return old if any(old.value) else None
 
     def _wrapped(self, persistence: Secret, kind: str, key: Secret) -> str:
-        return b64encode(wrap.wrap(persistence, key, token.key_aad(self.host, kind))).decode()
+        return b64encode(wrap.wrap(persistence, plain=key, aad=token.key_aad(self.host, kind))).decode()
 
     def _unwrapped(self, persistence: Secret, kind: str, text: str) -> Secret:
         try:

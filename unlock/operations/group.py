@@ -227,7 +227,7 @@ def _write_member_list(work: access.Work, group: Group, kek: Secret, nodes: dict
 
 def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, asked: str) -> str:
     """The name that the disk has, in device-mapper or crypttab; else the one asked for, or a new one."""
-    has = devices.active_mapping_name(uuid) or fstab.crypttab_name(paths.crypttab, node, uuid)
+    has = devices.active_mapping_name(uuid) or fstab.crypttab_name(paths.crypttab, node=node, luks_uuid=uuid)
     if has and asked and asked != has:
         raise Refused(f"the disk's mapping name is {has}", "leave --name out", code="name-taken")
     taken = _mapping_names_in_use(state).union(
@@ -273,7 +273,7 @@ def _add_recovery_keyslot(container: luks.Container, dek: Secret, recovery: Secr
     try:
         disk_keys.dek_by_recovery_key(container, recovery).wipe()
     except NotOurs:
-        container.add_keyslot(dek, recovery)
+        container.add_keyslot(dek, passphrase=recovery)
 
 
 def _open_by_recovery_key(state: State, container: luks.Container, recovery: Secret) -> Secret:
@@ -382,7 +382,7 @@ def _format(group: Group, nodes: list[str], recovery: Secret) -> None:
             luks.deactivate(member.name)
         run(["wipefs", "--all", "--quiet", node])
         with Secret.random(64) as dek, luks.format(node, dek, uuid=member.uuid) as container:
-            container.add_keyslot(dek, recovery)
+            container.add_keyslot(dek, passphrase=recovery)
             container.activate(member.name, dek)
 
 

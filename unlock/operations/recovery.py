@@ -317,7 +317,7 @@ def _write_keyslot_and_token(work: Work, place: PresentMember, recovery: Secret)
             try:
                 disk_keys.dek_by_recovery_key(container, recovery).wipe()
             except NotOurs:
-                container.add_keyslot(dek, recovery)
+                container.add_keyslot(dek, passphrase=recovery)
         with luks.Container(place.node) as container, disk_keys.dek_by_recovery_key(container, recovery) as found:
             if found != dek:
                 raise DiskFailed(f"{place.node}: the keyslot that was written gives another key")
