@@ -14,11 +14,11 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 
 from .. import log
-from ..disks import devices, disk_keys, find, udev
+from ..disks import devices, disk_keys, find, spoofed, udev
 from ..disks.groups import Group
 from ..disks.header import Header
 from ..disks.token import Token
@@ -63,9 +63,22 @@ def gate(paths: Paths, name: str) -> int:
     this_boot.write_report(paths, record, f"gate-{name}.json")
     if not _is_open(record, name):
         raise UnlockError(*_explain_failure(paths, record, name), code="group-incomplete")
+    _refuse_active_copies(paths, name, record.groups[name].mappings)
     this_boot.mark_open(paths, name, record.groups[name].mappings)
     this_boot.unmark(paths, "failed-groups", name)
     return 0
+
+
+def _refuse_active_copies(paths: Paths, name: str, mappings: Sequence[str]) -> None:
+    """Raises Tampered when another physical volume with the UUID of the group's is in use: what is mounted by a logical
+    volume's name would lie on that one."""
+    if copies := spoofed.find_active_volumes(mappings):
+        nodes = ", ".join(each.node for each in copies)
+        words = f"group {name}: {nodes} has the LVM UUID of its disks, and its volume group is active"
+        this_boot.mark_spoofed(paths, name, words)
+        _mark_failed(paths, name)
+        raise Tampered(words, f"vgchange -an; take {nodes} out; then: systemctl start unlock-group@{name}", "spoofed")
+    this_boot.unmark(paths, "spoofed", name)
 
 
 def _open_until(opener: GroupOpener, monitor: udev.Monitor, name: str, end: float) -> None:
@@ -80,11 +93,14 @@ def _open_until(opener: GroupOpener, monitor: udev.Monitor, name: str, end: floa
 
 
 def _is_open_already(paths: Paths, name: str) -> bool:
-    """Whether every member has its mapping already, opened by hand perhaps. The group is marked open then."""
+    """Whether every member has its mapping already, opened by hand perhaps. The group is marked open then. Raises
+    Tampered."""
     group = State.load(paths).groups.get(name)
     if not group or any(devices.active_mapping_name(each.uuid) != each.name for each in group.members):
         return False
-    this_boot.mark_open(paths, name, [each.name for each in group.members])
+    mappings = [each.name for each in group.members]
+    _refuse_active_copies(paths, name, mappings)
+    this_boot.mark_open(paths, name, mappings)
     this_boot.unmark(paths, "failed-groups", name)
     return True
 

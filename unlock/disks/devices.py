@@ -135,6 +135,24 @@ def mappings_below(mountpoint: str, root: str = "/") -> set[str]:
     )
 
 
+def nodes_below(mountpoint: str, root: str = "/") -> set[str]:
+    """Nodes of every device, in all layers, that a mounted file system lies on."""
+    found: set[str] = set()
+    todo = [_sysfs_folder(each, root) for each in devices_of_mount(mountpoint, root)]
+    while todo:
+        folder = todo.pop()
+        node = f"/dev/{os.path.basename(folder)}"
+        if node not in found:
+            found.add(node)
+            todo += _lower_folders(folder)
+    return found
+
+
+def has_holders(number: str, root: str = "/") -> bool:
+    """Whether the device MAJOR:MINOR is a part of another one, as a physical volume is of a logical one."""
+    return bool(_entries(_sysfs_folder(number, root), "holders"))
+
+
 def active_mappings(root: str = "/") -> dict[str, str]:
     """Name -> LUKS UUID of every active mapping; '' for one that is not LUKS2."""
     return {read_line(folder, "name"): luks2_uuid(read_line(folder, "uuid")) for folder in _dm_folders(root)}

@@ -64,6 +64,16 @@ def mark_spoofed(paths: Paths, group: str, words: str) -> None:
         file.write(words)
 
 
+def spoofed_groups(paths: Paths) -> dict[str, str]:
+    """Group -> what passed for it, in words."""
+    folder = paths.of_this_boot("spoofed")
+    found = {}
+    for group in os.listdir(folder) if os.path.isdir(folder) else ():
+        with open(os.path.join(folder, group), encoding="utf-8", errors="backslashreplace") as file:
+            found[group] = file.read(4096)
+    return found
+
+
 def mark_open(paths: Paths, group: str, mappings: Sequence[str]) -> None:
     """The group is open. Its mount unit mounts a link to the first mapping; the gate shows all to btrfs."""
     link = paths.of_this_boot(os.path.join("open", group))

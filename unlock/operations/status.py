@@ -10,7 +10,7 @@ import time
 from typing import Any, NamedTuple
 
 from .. import log
-from ..disks import devices, disk_keys, luks, token, udev
+from ..disks import devices, disk_keys, luks, spoofed, token, udev
 from ..disks.groups import Group, Member
 from ..errors import Malformed, NoKey, NotOurs, UnlockError
 from ..host import config, keyring, report, this_boot
@@ -45,7 +45,7 @@ class DiskStatus(NamedTuple):
 class GroupStatus(NamedTuple):
     name: str
     state: str
-    """The worst of its disks'."""
+    """The worst of its disks'; spoofed when other disks pass for them."""
     mount: str
     """Its mount point in unlock.toml, or ''."""
     kek_id: str
@@ -53,6 +53,8 @@ class GroupStatus(NamedTuple):
     policy: str
     behind: list[str]
     """Names of members whose token may still hold an earlier KEK."""
+    spoofed: str
+    """What passes for its disks, in words; ''."""
     disks: list[DiskStatus]
 
 
@@ -120,10 +122,12 @@ def read_status(paths: Paths) -> Status:
     except NoKey:
         persistence = None
     present = _read_disks(state.host, persistence)
+    spoofed_groups = this_boot.spoofed_groups(paths)
     groups = []
     for group in state.groups.values():
         setting = settings.groups.get(group.name)
-        groups.append(_group_status(group, setting.mount if setting else "", present))
+        words = spoofed_groups.get(group.name) or _describe_copies(group)
+        groups.append(_group_status(group, setting.mount if setting else "", words, present))
     return Status(
         host=state.host,
         provider_id=state.provider_id,
@@ -184,6 +188,7 @@ def to_json(found: Status) -> dict[str, Any]:
                 "kek": {"id": group.kek_id, "generation": group.kek_generation},
                 "policy": group.policy,
                 "behind": group.behind,
+                "spoofed": group.spoofed,
                 "disks": [each._asdict() for each in group.disks],
             }
             for group in found.groups
@@ -233,6 +238,8 @@ def _warnings(found: Status) -> list[str]:
     if days is not None and days < CERTIFICATE_DAYS:
         warnings.append(f"the client certificate ends in {days} days: unlock provider renew")
     for group in found.groups:
+        if group.spoofed:
+            warnings.append(f"group {group.name} is spoofed: {group.spoofed}")
         if group.behind:
             warnings.append(f"{', '.join(group.behind)}: still under an earlier KEK; done when back, by unlock sync")
     if found.recovery_behind:
@@ -328,16 +335,23 @@ def _judge(container: luks.Container, host: str, persistence: Secret | None) -> 
     return "tampered", "recovery key"
 
 
-def _group_status(group: Group, mount: str, present: dict[str, _Present]) -> GroupStatus:
+def _describe_copies(group: Group) -> str:
+    """What is mounted from other disks that have the UUIDs of the group's file system; '' for nothing."""
+    mounts = spoofed.mounts_of_copies(each.name for each in group.members)
+    return "; ".join(f"{where} lies on {', '.join(nodes)}, no disk of the group" for where, nodes in mounts.items())
+
+
+def _group_status(group: Group, mount: str, words: str, present: dict[str, _Present]) -> GroupStatus:
     disks = [_disk_status(member, present.get(member.uuid)) for member in group.members]
     return GroupStatus(
         name=group.name,
-        state=_worst([each.state for each in disks]),
+        state="spoofed" if words else _worst([each.state for each in disks]),
         mount=mount,
         kek_id=group.kek,
         kek_generation=group.generation,
         policy=group.policy,
         behind=[member.name for member in group.members if member.uuid in group.behind],
+        spoofed=words,
         disks=disks,
     )
 
