@@ -204,7 +204,7 @@ def test_what_finishes_a_group_that_was_begun_can_be_typed(tmp_path: Path, wante
     assert not state.to_finish
     state.begin(GroupCreation("group create", wanted.name, members=(), options=group._options(wanted)))
     typed = cli._parser().parse_args(shlex.split(State.load(Paths(str(tmp_path))).to_finish)[1:])
-    assert cli._wanted(typed) == wanted._replace(erase=frozenset())
+    assert cli.group.wanted(typed) == wanted._replace(erase=frozenset())
 
 
 def test_what_finishes_a_group_that_was_begun_can_be_typed_in_another_directory() -> None:

@@ -493,7 +493,7 @@ def test_a_tpm_unseals(tmp_path: Path) -> None:
         record = found.record
         assert (found.slot.name, record.generation, record.host.hex(), record.pin) == ("A", 1, HOST, False)
         assert reader.nv_record(record.encode())["branches"] == [bytes.fromhex(said("policy.json")["branches"][0])]
-        assert tpm.srk() == record.srk_name
+        assert tpm.ensure_srk() == record.srk_name
         tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
         with pytest.raises(UnlockError):
             slots.unseal(tpm)

@@ -11,7 +11,7 @@ from tests.flowfixture import HOST, Host
 from tests.killing import LASTING, killed_at
 from tests.kmipfixture import AUTHORITY, CLIENT, connect
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
-from unlock.cli import keys
+from unlock.cli import provider as provider_command
 from unlock.errors import ProviderUnavailable, Refused
 from unlock.host import config, keyring
 from unlock.host.journal import Rekey
@@ -139,7 +139,7 @@ def test_keys_left_at_a_dead_key_manager_are_no_trouble_and_are_told_once(
             "second": 0,
             "kms": 2,
         }
-        keys._provider_list(host.paths, argparse.Namespace(json=False))
+        provider_command._list(host.paths, argparse.Namespace(json=False))
         assert capsys.readouterr().out.count("replaced keys still active there: 2") == 1
         said = status.to_text(status.read_status(host.paths))
         assert said.count("2 replaced key(s) still active at kms") == 1

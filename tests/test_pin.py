@@ -909,7 +909,7 @@ def test_a_pin_is_in_no_report_state_output_or_command_line(
 def test_the_words_of_the_command_line(line: str) -> None:
     from unlock import cli
 
-    assert cli._parser().parse_args(line.split()).run.__module__ == "unlock.cli.policy"
+    assert cli._parser().parse_args(line.split()).run.__module__ == f"unlock.cli.{line.split()[0]}"
 
 
 def test_each_verdict_of_a_pin_has_words() -> None:

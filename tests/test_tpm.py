@@ -30,7 +30,7 @@ def chip(tmp_path: Path) -> Iterator[Swtpm]:
 
 def enroll(tpm: Tpm, slot: Slot, payload: Secret, auth: Secret | None = None, **changes: Any) -> Record:
     branches = (pcr_policy.branch(SELECTION, tpm.read_pcrs(SELECTION)),)
-    srk_name = tpm.srk(auth)
+    srk_name = tpm.ensure_srk(auth)
     name = tpm.seal(slot, branches, payload, owner_auth=auth)
     record = Record(1, b"h" * 16, SELECTION, pcr_policy.CAP_PCR, branches, srk_name, name)._replace(**changes)
     tpm.write_record(slot, record, auth)
@@ -78,7 +78,7 @@ def test_every_size_up_to_the_limit(chip: Swtpm, size: int) -> None:
 
 def test_more_than_fits_is_refused_before_the_tpm_is_asked(chip: Swtpm) -> None:
     with chip.open() as tpm:
-        tpm.srk()
+        tpm.ensure_srk()
         with pytest.raises(Malformed):
             tpm.seal(A, (b"1" * 32,), Secret(bytes(129)))
 
@@ -105,8 +105,8 @@ def test_any_of_eight_states_opens(chip: Swtpm) -> None:
     with chip.open() as tpm:
         now = pcr_policy.branch(SELECTION, tpm.read_pcrs(SELECTION))
         branches = (*(bytes([n]) * 32 for n in range(7)), now)
-        name = tpm.srk() and tpm.seal(A, branches, Secret(b"payload"))
-        tpm.write_record(A, Record(1, b"h" * 16, SELECTION, 15, branches, tpm.srk(), name))
+        name = tpm.ensure_srk() and tpm.seal(A, branches, Secret(b"payload"))
+        tpm.write_record(A, Record(1, b"h" * 16, SELECTION, 15, branches, tpm.ensure_srk(), name))
         assert unsealed(tpm) == b"payload"
 
 
@@ -153,7 +153,7 @@ def test_an_object_with_a_password_is_not_ours(chip: Swtpm, monkeypatch: pytest.
         template = public_area.sealed_template
         with monkeypatch.context() as patch:
             patch.setattr(
-                pcr_policy,
+                public_area,
                 "sealed_template",
                 lambda *sealed: struct.pack(">HHI", 8, 0xB, 0x452) + template(*sealed)[8:],
             )
@@ -237,7 +237,7 @@ def test_a_foreign_index_at_our_handle_is_replaced(
 
 def make_srk(tpm: Tpm, monkeypatch: pytest.MonkeyPatch, template: bytes) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(pcr_policy, "srk_template", lambda: template)
+        patch.setattr(public_area, "srk_template", lambda: template)
         tpm._make_srk(None)
 
 
@@ -249,7 +249,7 @@ def test_an_rsa_srk_is_accepted(chip: Swtpm, monkeypatch: pytest.MonkeyPatch) ->
     with chip.open() as tpm:
         make_srk(tpm, monkeypatch, rsa_template())
         enroll(tpm, A, Secret(b"payload"))
-        tpm.trial(SELECTION)
+        tpm.try_sealing(SELECTION)
         assert unsealed(tpm) == b"payload"
 
 
@@ -258,14 +258,14 @@ def test_a_key_that_is_no_srk_is_refused(chip: Swtpm, monkeypatch: pytest.Monkey
     with chip.open() as tpm:
         make_srk(tpm, monkeypatch, signing)
         with pytest.raises(Refused):
-            tpm.srk()
+            tpm.ensure_srk()
 
 
 def test_the_srk_is_made_once(chip: Swtpm) -> None:
     with chip.open() as tpm:
-        name = tpm.srk()
+        name = tpm.ensure_srk()
         chip.proxy.clear()
-        assert tpm.srk() == name
+        assert tpm.ensure_srk() == name
         assert chip.proxy.commands == ["ReadPublic"]
 
 
@@ -326,12 +326,12 @@ def test_owner_authorization(chip: Swtpm) -> None:
     with chip.open() as tpm:
         assert tpm.facts().owner_auth_set
         with pytest.raises(TpmFailed) as failure:
-            tpm.srk()
+            tpm.ensure_srk()
         assert "owner authorization" in failure.value.hint
         with pytest.raises(TpmFailed):
-            tpm.srk(Secret(b"wrong"))
+            tpm.ensure_srk(Secret(b"wrong"))
         with pytest.raises(Usage):
-            tpm.srk(Secret(bytes(65)))
+            tpm.ensure_srk(Secret(bytes(65)))
         chip.proxy.clear()
         enroll(tpm, A, Secret(b"payload"), auth)
         assert unsealed(tpm) == b"payload"
@@ -347,7 +347,7 @@ def test_a_listener_learns_nothing(chip: Swtpm) -> None:
     with chip.open() as tpm, Secret.random(34) as payload:
         enroll(tpm, A, payload)
         assert unsealed(tpm) == bytes(payload)
-        tpm.trial(SELECTION)
+        tpm.try_sealing(SELECTION)
         assert len(chip.proxy.traffic) > 1000
         for at in range(0, 34 - 8):
             assert bytes(payload)[at : at + 8] not in chip.proxy.traffic
@@ -367,7 +367,7 @@ def test_no_session_and_no_object_is_left(chip: Swtpm) -> None:
         record = enroll(tpm, A, Secret(b"payload"))
         for _ in range(24):
             tpm.unseal(tpm.verify(A, record), record).wipe()
-            tpm.trial(SELECTION)
+            tpm.try_sealing(SELECTION)
         tpm.extend(9, bytes(32))
         for _ in range(24):
             with pytest.raises(TpmRefused):
@@ -456,15 +456,15 @@ def test_a_line_that_breaks(chip: Swtpm) -> None:
 def test_trial_leaves_nothing_and_needs_an_srk(chip: Swtpm) -> None:
     with chip.open() as tpm:
         with pytest.raises(NoSlot):
-            tpm.trial(SELECTION)
-        tpm.srk()
+            tpm.try_sealing(SELECTION)
+        tpm.ensure_srk()
         tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)  # it is about the TPM, not about the cap
         before = tpm._handles(0x81000000)
-        tpm.trial(range(24))
+        tpm.try_sealing(range(24))
         assert tpm._handles(0x81000000) == before
         chip.proxy.answer("Unseal", 0x101)
         with pytest.raises(TpmFailed):
-            tpm.trial(SELECTION)
+            tpm.try_sealing(SELECTION)
         assert tpm._handles(0x80000000) == ()
 
 
@@ -473,7 +473,7 @@ def test_an_object_of_another_hash_is_not_ours_and_is_replaced(chip: Swtpm, monk
         record = enroll(tpm, A, Secret(b"payload"))
         template = public_area.sealed_template
         with monkeypatch.context() as patch:
-            patch.setattr(pcr_policy, "sealed_template", lambda *_: struct.pack(">HHIHHH", 8, 0xC, 0x452, 0, 0x10, 0))
+            patch.setattr(public_area, "sealed_template", lambda *_: struct.pack(">HHIHHH", 8, 0xC, 0x452, 0, 0x10, 0))
             patch.setattr(Tpm, "_area", lambda *_: b"")
             tpm.seal(A, record.branches, Secret(b"payload"))
         assert public_area.sealed_template is template

@@ -229,7 +229,7 @@ def test_a_host_that_is_not_initialised_is_told_so_before_its_tpm_is_asked(
     ],
 )
 def test_the_words_of_the_command_line(line: str) -> None:
-    assert cli._parser().parse_args(line.split()).run.__module__ == "unlock.cli.policy"
+    assert cli._parser().parse_args(line.split()).run.__module__ == f"unlock.cli.{line.split()[0]}"
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def own_key(machine: Machine) -> None:
             states = {slot: tpm.slot_state(slot) for slot in SLOTS}
             ((_, genuine),) = [(slot, state.record) for slot, state in states.items() if state.record]
             (free,) = [slot for slot, state in states.items() if not state.record]
-            tpm.srk()
+            tpm.ensure_srk()
             with Payload(persistence, False).encode() as sealed:
                 name = tpm.seal(free, genuine.branches, sealed)
             tpm.write_record(free, genuine._replace(generation=genuine.generation + 1, object_name=name))

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words of `unlock policy predict`."""
+"""`unlock policy predict`."""
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..paths import Paths
+from .arguments import add_command, add_json
+
+if TYPE_CHECKING:
+    from .arguments import Commands
 
 
-def add(verbs: Any) -> None:
-    """`verbs`: the subparsers of `unlock policy`."""
-    predict = verbs.add_parser("predict", help="allow what the files on disk will boot next", allow_abbrev=False)
-    predict.set_defaults(run=_predict)
-    predict.add_argument("--json", action="store_true")
+def add(verbs: "Commands") -> None:
+    """Adds it to the verbs of `unlock policy`."""
+    predict = add_command(verbs, "predict", _predict, "allow what the files on disk will boot next")
+    add_json(predict)
     predict.add_argument("--dry-run", action="store_true", help="say what would be allowed; change nothing")
     predict.add_argument(
         "--trust-files",

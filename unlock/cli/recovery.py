@@ -1,77 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line's words for recovery: recovery test|new|rotate, open, help. Imports a flow only when chosen."""
+"""`unlock recovery test | new | rotate`."""
 
 import argparse
 import json
 from typing import TYPE_CHECKING
 
 from .. import log
-from ..errors import UnlockError, Usage
 from ..paths import Paths
+from .arguments import RECOVERY_KEY_SOURCE, add_command, add_escrow, add_json, add_noun, escrow
 
 if TYPE_CHECKING:
-    from ..keys.escrow import Escrow
     from ..operations.recovery import Changed
-
-    Words = argparse._SubParsersAction[argparse.ArgumentParser]
-
-_GIVEN = "else credential unlock.recovery-key, else asked"
+    from .arguments import Commands
 
 
-def add(words: "Words", top: argparse.ArgumentParser) -> None:
-    """Adds the commands to the top parser."""
-    opened = words.add_parser("open", help="open and mount groups now", allow_abbrev=False)
-    opened.set_defaults(run=_open)
-    opened.add_argument("group", nargs="*", help="default: every group")
-    opened.add_argument("--recovery", action="store_true", help="by the recovery key, not from the key cache")
-    opened.add_argument("--recovery-key-file", action="append", default=[], metavar="FILE", help=_GIVEN)
-
-    verbs = words.add_parser("recovery", help="the key that opens every disk, on any machine").add_subparsers(
-        metavar="VERB", required=True
+def add(commands: "Commands") -> None:
+    verbs = add_noun(commands, "recovery", "the key that opens every disk, on any machine")
+    test = add_command(verbs, "test", _test, "does your copy of it open the disks? opens nothing")
+    test.add_argument("--recovery-key-file", default="", metavar="FILE", help=RECOVERY_KEY_SOURCE)
+    add_json(test)
+    new = add_command(verbs, "new", _new, "write it to disks that lost it, or were away")
+    new.add_argument("--recovery-key-file", default="", metavar="FILE", help=RECOVERY_KEY_SOURCE)
+    add_escrow(new)
+    rotate = add_command(verbs, "rotate", _rotate, "replace it by another one on every disk")
+    rotate.add_argument(
+        "--recovery-key-file", default="", metavar="FILE", help="new file for the new key; default: it is shown"
     )
-    test = verbs.add_parser("test", help="is your copy of it good? opens nothing", allow_abbrev=False)
-    test.set_defaults(run=_test)
-    test.add_argument("--recovery-key-file", default="", metavar="FILE", help=_GIVEN)
-    test.add_argument("--json", action="store_true")
-    new = verbs.add_parser("new", help="bring it to disks that lost it, or were away", allow_abbrev=False)
-    new.set_defaults(run=_new)
-    new.add_argument("--recovery-key-file", default="", metavar="FILE", help=_GIVEN)
-    _add_escrow(new)
-    rotate = verbs.add_parser("rotate", help="another one in its place, on every disk", allow_abbrev=False)
-    rotate.set_defaults(run=_rotate)
-    rotate.add_argument("--recovery-key-file", default="", metavar="FILE", help="written; without it, shown")
-    _add_escrow(rotate)
-
-    words.add_parser("help", help="this text").set_defaults(run=lambda *_: print(top.format_help(), end="") or 0)
-
-
-def add_keep(parser: argparse.ArgumentParser) -> None:
-    """Options of a command that makes the recovery key the first time, and needs it later."""
-    parser.add_argument(
-        "--recovery-key-file",
-        default="",
-        metavar="FILE",
-        help="read if it exists, else written; without it, asked or shown",
-    )
-    _add_escrow(parser)
-
-
-def _add_escrow(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--escrow-to", default="", metavar="KEY", help="encrypt it: X.509 certificate, or age recipient"
-    )
-    parser.add_argument("--escrow-file", default="", metavar="FILE", help="where to; must not exist")
-
-
-def escrow(options: argparse.Namespace) -> "Escrow | None":
-    """Raises Usage for one of the two options without the other."""
-    if bool(options.escrow_to) != bool(options.escrow_file):
-        raise Usage("escrow needs a public key and a file", "--escrow-to KEY --escrow-file FILE")
-    if not options.escrow_to:
-        return None
-    from ..keys.escrow import Escrow
-
-    return Escrow(options.escrow_to, options.escrow_file)
+    add_escrow(rotate)
 
 
 def _test(paths: Paths, options: argparse.Namespace) -> int:
@@ -102,7 +57,7 @@ def _new(paths: Paths, options: argparse.Namespace) -> int:
         changed = recovery_operations.renew_keyslots(paths, recovery)
         if wanted:
             door.write_escrow(wanted, recovery)
-    return _tell(changed, options, "")
+    return _print_changed(changed, options)
 
 
 def _rotate(paths: Paths, options: argparse.Namespace) -> int:
@@ -112,41 +67,18 @@ def _rotate(paths: Paths, options: argparse.Namespace) -> int:
     changed = recovery_operations.rotate_recovery_key(
         paths, delivery.Keeper(options.recovery_key_file, escrow(options))
     )
-    return _tell(changed, options, "the recovery key was replaced; next: unlock recovery test")
+    status = _print_changed(changed, options)
+    log.note("the recovery key was replaced; next: unlock recovery test")
+    return status
 
 
-def _tell(changed: "Changed", options: argparse.Namespace, end: str) -> int:
+def _print_changed(changed: "Changed", options: argparse.Namespace) -> int:
     log.note(f"the recovery key opens {', '.join(changed.done) or 'no disk that is here'}")
     if options.escrow_file:
         log.note(f"in escrow: {options.escrow_file}, read back; move it off this host")
     for name in changed.behind:
-        log.error(f"{name} is not here: it opens with the key before, until it is back", "unlock recovery new")
-    if end:
-        log.note(end)
+        log.error(
+            f"{name} is not here: it still opens with the recovery key that it had",
+            "when it is back: unlock recovery new",
+        )
     return 0
-
-
-def _open(paths: Paths, options: argparse.Namespace) -> int:
-    from .. import ask
-    from ..boot import gate
-    from ..host.state import State
-    from ..keys import delivery, recovery_key
-
-    names = options.group or sorted(State.load(paths).groups)
-    if options.recovery_key_file and not options.recovery:
-        raise Usage("--recovery-key-file goes with --recovery", "unlock open --recovery --recovery-key-file FILE")
-    keys = [delivery.read_recovery_key(file) for file in options.recovery_key_file]
-    if options.recovery and not keys:
-        with ask.credential(delivery.CREDENTIAL) or ask.anyone("recovery key", delivery.FLAG) as text:
-            keys = [recovery_key.parse(text)]
-    status = 0
-    for name in names:
-        try:
-            gate.open_group(paths, name, *keys)
-            print(f"group {name}: open")
-        except UnlockError as error:
-            log.error(str(error), error.hint)
-            status = max(status, error.status)
-    for each in keys:
-        each.wipe()
-    return status

@@ -67,6 +67,10 @@ class RecoveryFacts(NamedTuple):
     tested: dict[str, int]
     """When the recovery key last opened the disk, in seconds since 1970."""
 
+    def is_behind(self, uuid: str) -> bool:
+        """Whether an earlier recovery key opens the disk."""
+        return uuid in self.behind or uuid in self.former
+
 
 class BranchFacts(NamedTuple):
     """Why the TPM's policy allows one PCR state."""

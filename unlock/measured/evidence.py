@@ -141,7 +141,7 @@ def _read_tpm(tcti: str) -> _TpmAnswers:
             found = found._replace(lockout=facts.lockout_interval if facts.in_lockout else 0)
             chip = TpmIdentity(srk=tpm.srk_name().hex(), identity="")
             found = found._replace(chip=chip)
-            found = found._replace(chip=chip._replace(identity=tpm.identity().hex()))
+            found = found._replace(chip=chip._replace(identity=tpm.chip_name().hex()))
     except UnlockError as error:
         found = found._replace(problem=str(error))
     return found

@@ -253,9 +253,8 @@ def obtain_recovery_key(state: State, persistence: Secret, file: str, escrow: Es
         state.save()
         return recovery
     recovery = delivery.read_recovery_key(file if os.path.exists(file) else "")
-    with disk_keys.mac_key(recovery, state.host) as mac_key, state.mac_key(persistence) as expected:
-        if mac_key != expected:
-            raise Refused("this is not the recovery key of this host", "unlock status", code="recovery-key")
+    if not access.is_recovery_key(state, persistence, recovery):
+        raise Refused("this is not the recovery key of this host", "unlock status", code="recovery-key")
     if escrow:
         check_escrow(escrow)
         put_in_escrow(escrow, recovery)

@@ -12,7 +12,6 @@ from contextlib import closing
 from typing import NamedTuple
 
 from .. import log
-from ..disks import devices
 from ..errors import Refused, Usage
 from ..host import config, this_boot
 from ..host.journal import Init
@@ -205,11 +204,11 @@ def preflight(paths: Paths, tpm: Tpm, choices: InitChoices, again: bool) -> Pref
             choices, "unmeasured-boot", "boot a unified kernel image: Linux does not measure what initrd= names"
         )
     selection = pcr_policy.select(choices.pcrs or at_unseal.MEASURED_BY.get(boot, (7,)))
-    plain_root = not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
+    plain_root = allowed_states.has_plain_root()
     if plain_root:
         _require_accepted(choices, "unauthenticated-root", "encrypt the root file system")
-    tpm.srk(choices.owner_auth)
-    tpm.trial(selection)
+    tpm.ensure_srk(choices.owner_auth)
+    tpm.try_sealing(selection)
     then = at_unseal.known_values(selection, at_unseal.read_pcrs(paths, tpm))
     return Preflight(boot, selection, pcr_policy.branch(selection, then), plain_root)
 

@@ -9,7 +9,7 @@ persistence key from the TPM after `disable`; until the next boot, `enable` seal
 from typing import TypedDict
 
 from ..disks import devices, disk_keys, find, luks
-from ..errors import NoKey, NoSlot, Refused, UnlockError
+from ..errors import NoKey, Refused, UnlockError
 from ..host import keyring, this_boot
 from ..host.journal import PersistenceChange
 from ..host.lock import exclusive
@@ -21,7 +21,7 @@ from ..predict import allowed_states
 from ..secret import Secret
 from ..tpm import slots
 from ..tpm.chip import Tpm
-from ..tpm.record import Payload, Record
+from ..tpm.record import Payload
 
 
 class GroupRow(TypedDict):
@@ -98,11 +98,11 @@ def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth:
     Raises Refused, TpmFailed."""
     host = bytes.fromhex(work.state.host)
     early = this_boot.read_early_report(work.paths)
-    plain = not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
+    plain = allowed_states.has_plain_root()
     accepted = early.facts.unauthenticated_root if early else None
     payload = Payload(work.persistence, plain if accepted is None else accepted)
     with Tpm(tcti) as tpm:
-        found = _record_in_tpm(tpm)
+        found = slots.current_record(tpm)
         if found and found.host == host:
             return
         branches = [bytes.fromhex(each) for each in sealed.branches]
@@ -111,13 +111,6 @@ def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth:
             slots.seal_slot(
                 tpm, host, sealed.selection, branches, payload, owner_auth=owner_auth, pin_auth=pin_auth, cap=sealed.cap
             )
-
-
-def _record_in_tpm(tpm: Tpm) -> Record | None:
-    try:
-        return slots.current_slot(tpm)[1]
-    except NoSlot:
-        return None
 
 
 def disable(paths: Paths, look: find.Look = find.look) -> list[rotation.Outcome]:
@@ -171,14 +164,14 @@ def _apply_policies(work: access.Work) -> list[rotation.Outcome]:
     return outcomes
 
 
-def remove_all_stored_keys(paths: Paths, tcti: str, owner_auth: Secret) -> None:
+def remove_all_stored_keys(paths: Paths, tcti: str = TPM_DEVICE, owner_auth: Secret | None = None) -> None:
     """Evicts the sealed objects from the TPM, after `disable`. From the next boot on nothing unwraps what is wrapped on
     the disks and in the state. Finishes when run again. Raises Refused, TpmFailed."""
     with exclusive(paths):
         state = State.load(paths)
         _refuse_removal(state)
         with Tpm(tcti) as tpm:
-            found = _record_in_tpm(tpm)
+            found = slots.current_record(tpm)
             if found and found.host != bytes.fromhex(state.host):
                 raise Refused(
                     "the TPM keeps the persistence key of another installation", "unlock status", code="not-ours"

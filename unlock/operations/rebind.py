@@ -18,9 +18,9 @@ import os
 from contextlib import ExitStack, closing
 from typing import NamedTuple
 
-from ..disks import devices, disk_keys, find, luks
+from ..disks import disk_keys, find, luks
 from ..disks.groups import Group
-from ..errors import Malformed, NoKey, NoSlot, Refused, Tampered, UnlockError
+from ..errors import Malformed, NoKey, Refused, Tampered, UnlockError
 from ..host import keyring, this_boot
 from ..host.journal import JournalEntry, Rebind, RecoveryRotation
 from ..host.provider_entry import has_made
@@ -35,10 +35,11 @@ from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
 from ..tpm.record import Payload
+from .init import OVERRIDES
 
 RISKS = {
-    "unmeasured-boot": "the kernel or the initramfs is not measured: whoever edits it gets the keys",
-    "unauthenticated-root": "the root file system is not encrypted: whoever edits it gets the keys",
+    "unmeasured-boot": OVERRIDES["unmeasured-boot"],
+    "unauthenticated-root": OVERRIDES["unauthenticated-root"],
     "slots-in-use": "another installation of unlock uses this TPM: its key is overwritten",
 }
 """What `--accept NAME` can accept, and what that means."""
@@ -82,8 +83,8 @@ class Rebound(NamedTuple):
 
 
 def needs_pin(paths: Paths, tcti: str = TPM_DEVICE) -> bool:
-    """Whether a PIN was set and what it makes is not in the key cache: `rebind` must be given one. Raises Refused when
-    the host is not initialised, TpmAbsent, TpmFailed."""
+    """Whether a PIN was set and its auth value is not in the key cache, so that `rebind` must be given one. Raises
+    Refused when the host is not initialised, TpmAbsent, TpmFailed."""
     state = State.load(paths)
     with Tpm(tcti) as tpm:
         return _has_pin(tpm, state) and allowed_states.PIN_AUTH not in keyring.names()
@@ -234,21 +235,18 @@ def _policy_of_this_boot(
     if (boot == "unmeasured" and not before) or at_unseal.initramfs_unmeasured(boot, logs.read_event_log(paths)[0]):
         _require_accepted(choices, "unmeasured-boot")
     selection = pcr_policy.select(pcrs)
-    plain_root = not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
+    plain_root = allowed_states.has_plain_root()
     if plain_root and not state.tpm.unauthenticated_root:
         _require_accepted(choices, "unauthenticated-root")
-    tpm.srk(choices.owner_auth)
-    tpm.trial(selection)
+    tpm.ensure_srk(choices.owner_auth)
+    tpm.try_sealing(selection)
     return selection, pcr_policy.branch(selection, at_unseal.known_values(selection, values)), plain_root
 
 
 def _has_pin(tpm: Tpm, state: State) -> bool:
     """Whether a PIN is set: by the TPM, or by the state where the TPM keeps nothing of this host."""
-    try:
-        record = slots.current_slot(tpm)[1]
-    except NoSlot:
-        return state.tpm.pin
-    return record.pin if record.host.hex() == state.host else state.tpm.pin
+    record = slots.current_record(tpm)
+    return record.pin if record and record.host.hex() == state.host else state.tpm.pin
 
 
 def _pin_auth(tpm: Tpm, state: State, choices: RebindChoices) -> Secret:
@@ -261,20 +259,14 @@ def _pin_auth(tpm: Tpm, state: State, choices: RebindChoices) -> Secret:
 
 
 def _is_used_by_another_host(tpm: Tpm, state: State) -> bool:
-    try:
-        return slots.current_slot(tpm)[1].host.hex() != state.host
-    except NoSlot:
-        return False
+    record = slots.current_record(tpm)
+    return record is not None and record.host.hex() != state.host
 
 
 def _previous_pcrs(tpm: Tpm, state: State) -> tuple[int, ...]:
     """The PCRs of the policy before the rebind, without a window; empty when not known."""
-    if state.tpm.pcrs:
-        return state.tpm.pcrs
-    try:
-        return slots.current_slot(tpm)[1].selection
-    except NoSlot:
-        return ()
+    record = None if state.tpm.pcrs else slots.current_record(tpm)
+    return record.selection if record else state.tpm.pcrs
 
 
 def _require_accepted(choices: RebindChoices, name: str) -> None:

@@ -199,9 +199,8 @@ def check_recovery_key(state: State, persistence: Secret, recovery: Secret) -> N
     """Raises Refused unless it is the recovery key of this host."""
     if not state.has_recovery_key:
         raise Refused("this host has no recovery key yet", "unlock group create", code="no-recovery-key")
-    with disk_keys.mac_key(recovery, state.host) as mac_key, state.mac_key(persistence) as expected:
-        if mac_key != expected:
-            raise Refused("this is not the recovery key of this host", "unlock recovery rotate", code="recovery-key")
+    if not access.is_recovery_key(state, persistence, recovery):
+        raise Refused("this is not the recovery key of this host", "unlock recovery rotate", code="recovery-key")
 
 
 def _begin_rotation(work: Work, places: list[PresentMember], keep: delivery.Keeper) -> RecoveryRotation:
@@ -376,11 +375,7 @@ def _finish_disks(work: Work, recovery: Secret) -> Changed:
     if trouble:
         trouble.hint = trouble.hint or "unlock recovery new, when it is mended"
         raise trouble
-    return Changed(tuple(done), tuple(each.name for each in absent if _lags(state, each)))
-
-
-def _lags(state: State, member: Member) -> bool:
-    return member.uuid in state.recovery.behind or member.uuid in state.recovery.former
+    return Changed(tuple(done), tuple(each.name for each in absent if state.recovery.is_behind(each.uuid)))
 
 
 def _remove_former(work: Work, place: PresentMember, recovery: Secret) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from ..disks import devices
 from ..errors import NoKey, Refused, UnlockError, Usage
 from ..host import keyring, this_boot
 from ..host.state import State as HostState
@@ -247,6 +248,11 @@ def unauthenticated_root(paths: Paths, state: HostState) -> bool:
         return state.tpm.unauthenticated_root
     early = this_boot.read_early_report(paths)
     return bool(early and early.facts.unauthenticated_root)
+
+
+def has_plain_root() -> bool:
+    """Whether the root file system is on no encrypted mapping: nothing authenticates it."""
+    return not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
 
 
 def utc() -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door to the TPM: ESYS calls through the compiled part of tpm2-pytss.
+"""Talks to the TPM: ESYS calls through the compiled part of tpm2-pytss. Nothing else in unlock does.
 
-Only the extension module is loaded: 10 ms instead of the 56 of tpm2_pytss itself, and the same in each of its
-versions. Names are computed here from the public areas, because ESYS believes the name that it is told.
+It loads only the extension module: 10 ms instead of the 56 of tpm2_pytss itself, and the same in each version. It
+computes names from the public areas, because ESYS takes the name that it is given without a check.
 """
 
 import os
@@ -64,7 +64,7 @@ _HINTS = {
 
 
 Meanwhile = Callable[[], None] | None
-"""What to do while the TPM works. It raises nothing."""
+"""Called while the TPM works. It raises nothing."""
 
 
 class _Answer(TpmFailed):
@@ -76,14 +76,14 @@ class _Answer(TpmFailed):
 
 
 class Facts(NamedTuple):
-    """What `init` must know before it relies on this TPM."""
+    """What `init` and `check` must know of a TPM before this host relies on it."""
 
     manufacturer: str
     sha256_bank: bool
     """All of PCRs 0 to 23 have a sha256 value."""
     owner_auth_set: bool
     lockout_auth_set: bool
-    """Else anyone who boots this host, in whatever state, has wrong tries forgotten."""
+    """Without it, anyone who boots this host, in whatever state, can reset the count of wrong tries."""
     in_lockout: bool
     lockout_counter: int
     lockout_interval: int
@@ -153,10 +153,10 @@ class Tpm:
     # Boot ---------------------------------------------------------------------------------------------------
 
     def read_record(self, slot: Slot) -> Record:
-        """NV_Read. NoSlot if there is none; Malformed, NewerFormat, or Tampered for an index not of ours.
+        """The policy record of a slot. NV_Read. Raises NoSlot if there is none; Malformed, NewerFormat; Tampered for an
+        index that unlock did not make.
 
-        NV_ReadPublic is not needed: of our own index all is known, and another's gives an error here. So both
-        slots are read with as many commands as one.
+        NV_ReadPublic is not needed: the public area of unlock's own index is known, and NV_Read fails for another.
         """
         public = public_area.nv_public(slot, written=True)
         # an ESYS_TR as Esys_TR_Serialize writes it: handle, name, type 2 (NV index), public area
@@ -206,7 +206,8 @@ class Tpm:
         return srk, sealed
 
     def extend(self, pcr: int, digest: bytes) -> None:
-        """PCR_Extend, sha256 bank. Returns when the TPM has confirmed it. It ends every policy session."""
+        """Extends a PCR of the sha256 bank; returns when the TPM has confirmed it. PCR_Extend. Ends every policy
+        session."""
         values = self._ffi.new("TPML_DIGEST_VALUES *", {"count": 1})
         values.digests[0].hashAlg = BANK
         values.digests[0].digest.sha256 = digest
@@ -214,8 +215,9 @@ class Tpm:
 
     # Operations ---------------------------------------------------------------------------------------------
 
-    def srk(self, owner_auth: Secret | None = None) -> bytes:
-        """The name of the SRK. ReadPublic; if absent CreatePrimary, EvictControl, FlushContext, ReadPublic.
+    def ensure_srk(self, owner_auth: Secret | None = None) -> bytes:
+        """The name of the SRK, which is made if there is none. ReadPublic; if absent CreatePrimary, EvictControl,
+        FlushContext, ReadPublic.
 
         Refused if the object at that handle is no storage key (RSA and ECC P-256 are accepted).
         """
@@ -232,17 +234,17 @@ class Tpm:
         return public_area.name(public)
 
     def srk_name(self) -> bytes:
-        """ReadPublic. The name of what is at the SRK's handle; b"" when nothing is."""
+        """The name of the object at the SRK's handle; b"" when there is none. ReadPublic."""
         try:
             return public_area.name(self._public(SRK, "")[1])
         except NoSlot:
             return b""
 
-    def identity(self) -> bytes:
-        """CreatePrimary, ReadPublic, FlushContext: a name that only this chip has, also after TPM2_Clear.
+    def chip_name(self) -> bytes:
+        """A name that only this chip has, also after TPM2_Clear. CreatePrimary, ReadPublic, FlushContext.
 
-        A key of the endorsement hierarchy, whose seed is the manufacturer's. TpmFailed where that hierarchy has a
-        password or is off.
+        It is that of a key of the endorsement hierarchy, whose seed is the manufacturer's. TpmFailed where that
+        hierarchy has a password or is off.
         """
         key = self._primary(_ENDORSEMENT, _Session(self, _PASSWORD))
         try:
@@ -259,7 +261,7 @@ class Tpm:
         owner_auth: Secret | None = None,
         pin_auth: Secret | None = None,
     ) -> bytes:
-        """Seal `payload`, at most 128 bytes, in the place of what is in the slot; the new object's name.
+        """Seals `payload`, at most 128 bytes, in place of the slot's object. Returns the new object's name.
 
         With `pin_auth` it is opened by the policy and this value, and the TPM counts wrong ones.
         ReadPublic (SRK), StartAuthSession, Create, Load, ReadPublic, [EvictControl], EvictControl,
@@ -275,7 +277,7 @@ class Tpm:
         return name
 
     def write_record(self, slot: Slot, record: Record, owner_auth: Secret | None = None) -> None:
-        """NV_ReadPublic, [NV_UndefineSpace], [NV_DefineSpace], NV_Write."""
+        """Writes a slot's policy record. NV_ReadPublic, [NV_UndefineSpace], [NV_DefineSpace], NV_Write."""
         data = record.encode()
         index = self._find(slot.nv)
         if index and self._shown(index)[1] not in (public_area.nv_public(slot, written) for written in (False, True)):
@@ -287,13 +289,13 @@ class Tpm:
             self._send("NV_Write", _OWNER, index, session, _NONE, _NONE, buffer, 0)
 
     def evict(self, slot: Slot, owner_auth: Secret | None = None) -> None:
-        """ReadPublic, [EvictControl], NV_ReadPublic, [NV_UndefineSpace]. Object first: its policy ends."""
+        """Removes a slot's object, then its record. ReadPublic, [EvictControl], NV_ReadPublic, [NV_UndefineSpace]."""
         self._evict_object(slot, owner_auth)
         if index := self._find(slot.nv):
             self._undefine(index, owner_auth)
 
     def slot_state(self, slot: Slot) -> SlotState:
-        """NV_Read, ReadPublic."""
+        """A slot's record, and the name of its object. NV_Read, ReadPublic."""
         record: Record | None = None
         problem: UnlockError | None = None
         object_name = None
@@ -308,7 +310,7 @@ class Tpm:
         return SlotState(record, problem, object_name)
 
     def read_pcrs(self, pcrs: Sequence[int]) -> dict[int, bytes]:
-        """PCR_Read, one for 8 PCRs. sha256 values by PCR; TpmFailed if the bank lacks one."""
+        """PCR -> its sha256 value. PCR_Read, one for 8 PCRs. TpmFailed if the bank lacks one."""
         values: dict[int, bytes] = {}
         read, digests = self._ffi.new("TPML_PCR_SELECTION **"), self._ffi.new("TPML_DIGEST **")
         while missing := sorted(set(pcrs) - set(values)):
@@ -323,8 +325,8 @@ class Tpm:
             self._lib.Esys_Free(digests[0])
         return values
 
-    def trial(self, selection: Sequence[int]) -> None:
-        """Seal to the present PCR values and unseal again, leaving nothing. Needs an SRK.
+    def try_sealing(self, selection: Sequence[int]) -> None:
+        """Seals a sample to the present PCR values and unseals it again. Leaves nothing. Needs an SRK.
 
         PCR_Read, ReadPublic, StartAuthSession, Create, Load, ReadPublic, StartAuthSession, PolicyPCR,
         PolicyOR, Unseal, FlushContext.
@@ -363,7 +365,7 @@ class Tpm:
     # One command each ---------------------------------------------------------------------------------------
 
     def _send(self, call: str, *arguments: Any) -> None:
-        """Call ESYS, again while the TPM is busy."""
+        """Calls ESYS, again while the TPM is busy."""
         function = getattr(self._lib, "Esys_" + call)
         rc = _uninterrupted(function, self._context[0], *arguments)
         for pause in _PAUSES:
@@ -375,14 +377,15 @@ class Tpm:
             raise _Answer(call.replace("TR_FromTPMPublic", "ReadPublic"), rc)
 
     def _public(self, handle: int, absent: str) -> tuple[int, bytes]:
-        """ReadPublic, or NV_ReadPublic: an ESYS_TR and the public area that ESYS will use. NoSlot(absent)."""
+        """The ESYS_TR of what is persistent at this handle, and its public area. ReadPublic, or NV_ReadPublic. Raises
+        NoSlot with the message `absent`."""
         resource = self._find(handle)
         if not resource:
             raise NoSlot(absent)
         return resource, self._area(resource)
 
     def _find(self, handle: int) -> int:
-        """ReadPublic, or NV_ReadPublic: the ESYS_TR of what is persistent at this handle, 0 for nothing."""
+        """The ESYS_TR of what is persistent at this handle, 0 for nothing. ReadPublic, or NV_ReadPublic."""
         resource = self._resource(handle)
         try:
             self._send("TR_FromTPMPublic", handle, *_NO_SESSIONS, resource)
@@ -491,7 +494,7 @@ class Tpm:
     def _create(
         self, branches: Sequence[bytes], payload: Secret, *, pin_auth: Secret | None = None
     ) -> tuple[int, bytes]:
-        """A transient sealed object and its name."""
+        """Makes a transient sealed object; returns its ESYS_TR and name."""
         srk, _ = self._public(SRK, f"the TPM has no storage root key at {SRK:#x}")
         ffi, template = self._ffi, self._template(public_area.sealed_template(branches, pin_auth is not None))
         sensitive = ffi.new("TPM2B_SENSITIVE_CREATE *")
@@ -675,7 +678,7 @@ class Tpm:
 
 
 def pcr_refusal(selection: Sequence[int]) -> TpmRefused:
-    """The error for PCRs in no state that the policy has."""
+    """The error for a boot whose PCRs are in no state that the policy allows."""
     numbers = ", ".join(map(str, selection))
     return TpmRefused(f"the TPM refuses: PCRs {numbers} are in no state that the policy allows")
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slot pair: one persistence key in the TPM, and how its policy is replaced without an unusable instant.
+"""Unseals the persistence key, and replaces its policy so that at every instant one slot of the TPM can be unsealed.
 
-A slot is complete when its record describes its object. The complete slot of the highest generation is the
-current one. It is not touched until the other one is complete; then it is evicted, object first, so that the
-old policy ends before its record does.
+Early boot unseals; `init`, `rebind` and every change of the policy seal. There are two slots. A slot is complete when
+its record describes its object. The complete slot of the highest generation is the current one. Sealing does not touch
+it until the other slot is complete; then it is evicted, object first, so that the old policy ends before its record
+does.
 """
 
 from ..errors import (
@@ -34,29 +35,31 @@ Ask = Callable[[int], Secret]
 
 
 class Unsealed(NamedTuple):
+    """The result of `unseal`."""
+
     payload: Payload
     slot: Slot
     record: Record
     pin_auth: Secret | None = None
-    """The value that the PIN made, where there is one."""
+    """The auth value that the PIN made; None where there is no PIN."""
 
 
 def no_pin(_left: int) -> Secret:
-    """Where nobody can be asked."""
+    """The `Ask` for where nobody can be asked."""
     raise PinWrong("the TPM asks for a PIN, and nobody can be asked for it here")
 
 
 def unseal(tpm: Tpm, ask: Ask = no_pin, meanwhile: Meanwhile = None) -> Unsealed:
-    """Unseal the current slot: 8 TPM commands in either slot, at most 14 when the other must be tried too.
+    """Unseals the current slot, or the other one where that fails. `meanwhile` is called while the TPM works or a
+    person is asked: perhaps not at all, perhaps twice.
 
-    `meanwhile` is called while the TPM or a person is waited for: perhaps not at all, perhaps twice.
+    Sends 8 TPM commands, at most 14 when the other slot must be tried too. Where a slot has a PIN, 10 or 12: the PCRs
+    are read first, so that nobody is asked in a boot that is not allowed; 6 more for each wrong PIN. One more for a
+    policy over more than 8 PCRs, and one where the TPM wants the first command that it counts sent again
+    (TPM_RC_RETRY).
 
-    Where a slot has a PIN 10, or 12: the PCRs are read first, so that nobody is asked in a boot that is not allowed.
-    One more for a policy over more than 8 PCRs, and one where the TPM wants the first command that it counts sent again
-    (TPM_RC_RETRY). Each wrong PIN costs 6.
-
-    TpmRefused, Tampered, Malformed or NoSlot, the most telling of the two slots; PinWrong, PinLockout and TpmFailed at
-    once, as they say nothing of a slot.
+    Raises TpmRefused, Tampered, Malformed or NoSlot, the most telling of the two slots; PinWrong, PinLockout and
+    TpmFailed at once, as they concern no single slot.
     """
     found: list[tuple[Slot, Record]] = []
     problems: list[UnlockError] = []
@@ -103,11 +106,20 @@ def _by_pin(tpm: Tpm, slot: Slot, record: Record, objects: tuple[int, int], ask:
 
 
 def current_slot(tpm: Tpm) -> tuple[Slot, Record]:
-    """The complete slot of the highest generation. NV_Read and ReadPublic, each twice. NoSlot, NewerFormat."""
+    """The complete slot of the highest generation. NV_Read and ReadPublic, each twice. Raises NoSlot, NewerFormat."""
     complete = _complete({slot: tpm.slot_state(slot) for slot in SLOTS})
     if not complete:
         raise NoSlot("the TPM holds no persistence key of this host", hint="unlock explain")
     return max(complete.items(), key=lambda pair: pair[1].generation)
+
+
+def current_record(tpm: Tpm) -> Record | None:
+    """The record of the current slot; None where the TPM holds no persistence key. Sends what `current_slot` does.
+    Raises NewerFormat."""
+    try:
+        return current_slot(tpm)[1]
+    except NoSlot:
+        return None
 
 
 def seal_slot(
@@ -122,11 +134,12 @@ def seal_slot(
     cap: int = CAP_PCR,
     replace: bool = False,
 ) -> Record:
-    """Seal `payload` under the policy in the slot that is not current, prove the pair, then evict the other.
+    """Seals `payload` under the policy in the slot that is not current, reads record and object back, then evicts the
+    other slot. Returns the new record.
 
-    With `pin_auth` a boot asks for the PIN that makes this value.
-    Killed anywhere, one slot or both open; run again, it finishes. Refused, unless `replace`, while a slot
-    holds the key of another host.
+    With `pin_auth` a boot asks for the PIN that makes this auth value. Killed anywhere, one slot or both can be
+    unsealed; run again, it finishes. Raises Refused, unless `replace`, while a slot holds the key of another host;
+    TpmFailed.
     """
     selection = select(selection, cap)
     states = {slot: tpm.slot_state(slot) for slot in SLOTS}
@@ -136,7 +149,7 @@ def seal_slot(
     current = max(complete, key=lambda slot: complete[slot].generation, default=SLOTS[1])
     target = _other(current)
 
-    srk_name = tpm.srk(owner_auth)
+    srk_name = tpm.ensure_srk(owner_auth)
     with payload.encode() as sealed:
         object_name = tpm.seal(target, branches, sealed, owner_auth=owner_auth, pin_auth=pin_auth)
     generation = 1 + (complete[current].generation if current in complete else 0)
@@ -150,8 +163,8 @@ def seal_slot(
 
 
 def evict_older_policy(tpm: Tpm, current: Slot, host: bytes) -> None:
-    """Evicts what a `persist` that was killed has left beside the current slot: an older policy of this host, perhaps
-    one without the PIN. NV_Read, ReadPublic, and what `Tpm.evict` sends. Raises TpmFailed."""
+    """Evicts the older policy of this host, perhaps one without the PIN, that a killed `seal_slot` has left beside the
+    current slot. NV_Read, ReadPublic, and what `Tpm.evict` sends. Raises TpmFailed."""
     other = _other(current)
     record = tpm.slot_state(other).record
     if record and record.host == host:
@@ -170,7 +183,7 @@ def _complete(states: Mapping[Slot, SlotState]) -> dict[Slot, Record]:
 
 
 def evict_all(tpm: Tpm, owner_auth: Secret | None = None) -> None:
-    """Evict both slots: what they sealed is lost, and every key that it wraps. Finishes when run again."""
+    """Evicts both slots. The persistence key in them is lost, and every key that it wraps. Finishes when run again."""
     for slot in SLOTS:
         tpm.evict(slot, owner_auth)
 

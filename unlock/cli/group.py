@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock group create`."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from .. import log
+from ..paths import Paths
+from .arguments import add_command, add_noun, add_recovery_key_and_escrow, escrow
+
+if TYPE_CHECKING:
+    from ..operations.group import NewGroup
+    from .arguments import Commands
+
+
+def add(commands: "Commands") -> None:
+    verbs = add_noun(commands, "group", "groups of disks")
+    create = add_command(verbs, "create", _create, "format disks and make them a group")
+    create.add_argument("name")
+    create.add_argument("--disk", nargs="+", action="extend", required=True, metavar="DEV")
+    create.add_argument("--mount", required=True, metavar="DIR", help="where the group's file system is mounted")
+    create.add_argument(
+        "--policy",
+        choices=("persistent", "provider"),
+        default="persistent",
+        help="provider: the group's key-encryption key is never kept on this host",
+    )
+    create.add_argument("--profile", default="", help="btrfs data profile; default: raid1 for two disks or more")
+    create.add_argument(
+        "--erase", nargs="+", action="extend", default=[], metavar="DEV", help="a disk whose data may be destroyed"
+    )
+    add_recovery_key_and_escrow(create)
+
+
+def _create(paths: Paths, options: argparse.Namespace) -> int:
+    from ..operations.group import create_group
+
+    group = create_group(paths, wanted(options))
+    log.note(f"group {group.name}: {len(group.members)} disk(s) at {options.mount}")
+    return 0
+
+
+def wanted(options: argparse.Namespace) -> "NewGroup":
+    """What was typed. Raises Usage."""
+    from ..operations.group import NewGroup
+
+    return NewGroup(
+        name=options.name,
+        devices=tuple(options.disk),
+        mount=options.mount,
+        profile=options.profile,
+        erase=frozenset(options.erase),
+        recovery_file=options.recovery_key_file,
+        policy=options.policy,
+        escrow=escrow(options),
+    )

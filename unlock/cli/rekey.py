@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock rekey`, and how a rotation is printed."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from .. import log
+from ..paths import Paths
+from .arguments import add_command, add_json
+
+if TYPE_CHECKING:
+    from ..keys import rotation
+    from .arguments import Commands
+
+
+def add(commands: "Commands") -> None:
+    rekey = add_command(commands, "rekey", _rekey, "give a group a new key-encryption key; data untouched")
+    rekey.add_argument("group", nargs="?", default="", help="default: every group")
+    add_json(rekey)
+
+
+def _rekey(paths: Paths, options: argparse.Namespace) -> int:
+    from ..operations.rekey import rekey
+
+    return print_outcomes(rekey(paths, options.group), as_json=options.json)
+
+
+def print_outcomes(outcomes: "list[rotation.Outcome]", *, as_json: bool = False) -> int:
+    """Prints one line a group, and the disks that still have the old key. Returns 0."""
+    if as_json:
+        print(json.dumps([each._asdict() for each in outcomes], indent=1))
+    for each in outcomes:
+        if not as_json:
+            print(f"group {each.group}: generation {each.generation}, {len(each.done)} disk(s)")
+        for name, why in each.behind.items():
+            log.error(f"{name}: {why}: it opens with its old key until it is back", "when it is back: unlock sync")
+    return 0
