@@ -24,14 +24,8 @@ import pytest
 
 TOP = Path(__file__).parents[1]
 CODE = ("unlock", "initramfs")
-PARTS = (*CODE, "docs", "tests/data/formats")
-FILES = (
-    "tests/conftest.py",
-    "tests/test_formats.py",
-    "tests/formats.py",
-    "tests/formatreader.py",
-    "tests/tpmfixture.py",
-)
+PARTS = (*CODE, "docs", "tests/data/formats", "tests/lab")
+FILES = ("pyproject.toml", *(f"tests/{each.name}" for each in (TOP / "tests").glob("*.py")))
 PRELOADED = (
     "cryptography.hazmat.primitives.ciphers.aead",
     "cryptography.hazmat.primitives.kdf.hkdf",
@@ -382,8 +376,7 @@ def run(tree: Path) -> str:
                 "-x",
                 "-q",
                 "--tb=line",
-                "-p",
-                "no:cacheprovider",
+                *("-p", "no:cacheprovider", "-p", "xdist.plugin", "-p", "pytest_timeout"),
                 "--rootdir",
                 str(tree),
                 "--basetemp",
