@@ -216,6 +216,14 @@ class Report:
         row = self.groups.get(name)
         return row.outcome if row else ""
 
+    def has_disk(self, outcome: str) -> bool:
+        """Whether a disk has this outcome."""
+        return any(row.outcome == outcome for row in self.disks.values())
+
+    def has_open_group(self) -> bool:
+        """Whether a group is open."""
+        return any(row.outcome == "open" for row in self.groups.values())
+
     def failed_nodes(self) -> list[str]:
         """Nodes of disks that are present and did not open, as far as they are known to be this host's."""
         return [row.node for row in self.disks.values() if row.outcome not in HARMLESS | _ANY_HOST]
