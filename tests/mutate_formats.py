@@ -24,14 +24,8 @@ import pytest
 
 TOP = Path(__file__).parents[1]
 CODE = ("unlock", "initramfs")
-PARTS = (*CODE, "docs", "tests/data/formats")
-FILES = (
-    "tests/conftest.py",
-    "tests/test_formats.py",
-    "tests/formats.py",
-    "tests/formatreader.py",
-    "tests/tpmfixture.py",
-)
+PARTS = (*CODE, "docs", "tests/data/formats", "tests/lab")
+FILES = ("pyproject.toml", *(f"tests/{each.name}" for each in (TOP / "tests").glob("*.py")))
 PRELOADED = (
     "cryptography.hazmat.primitives.ciphers.aead",
     "cryptography.hazmat.primitives.kdf.hkdf",
@@ -231,7 +225,7 @@ CHANGES: dict[str, list[Change]] = {
         ("measured/baseline.py", "def _parse_item(pcr: Any, kind: Any,", "def _parse_item(kind: Any, pcr: Any,"),
     ],
     "booted version": [("predict/booted.py", "_VERSION = 1", "_VERSION = 2")],
-    "report version": [("host/report.py", "VERSION = 1", "VERSION = 2")],
+    "report version": [("host/report_file.py", "VERSION = 1", "VERSION = 2")],
     "sync version": [("operations/sync.py", "VERSION = 1", "VERSION = 2")],
     "verdict line end": [("boot/agent.py", 'record.verdict + "\\n"', "record.verdict")],
     "path `var/lib/unlock/state.json`": [("paths.py", "unlock/state.json", "unlock/state")],
@@ -257,7 +251,7 @@ FIELDS = {
     "baseline": "measured/baseline.py",
     "booted": "predict/booted.py",
     "boot-files": "predict/trusted_files.py",
-    "report": "host/report.py",
+    "report": "host/report_file.py",
     "sync": "operations/sync.py",
 }
 """Format -> where the names of its fields stand."""
@@ -382,8 +376,7 @@ def run(tree: Path) -> str:
                 "-x",
                 "-q",
                 "--tb=line",
-                "-p",
-                "no:cacheprovider",
+                *("-p", "no:cacheprovider", "-p", "xdist.plugin", "-p", "pytest_timeout"),
                 "--rootdir",
                 str(tree),
                 "--basetemp",

@@ -19,7 +19,7 @@ from tests.test_devices import Machine
 from tests.tpmfixture import Swtpm
 from unlock.disks import disk_keys, luks, token
 from unlock.errors import CommandFailed, UnlockError
-from unlock.host import keyring, report
+from unlock.host import keyring, report, report_file
 from unlock.host.journal import Rekey
 from unlock.operations import check, recovery
 from unlock.operations.check.finding import NOTE, SAFE, UNPROVEN, UNSAFE
@@ -179,7 +179,7 @@ def test_a_tpm_that_serves_another_installation(world: World) -> None:
 def test_after_a_refused_boot_the_next_is_refused_too(world: World) -> None:
     early = report.Report("early-boot")
     early.set_verdict("pcr-mismatch")
-    Path(world.host.paths.of_this_boot("report.json")).write_bytes(report.encode(early))
+    Path(world.host.paths.of_this_boot("report.json")).write_bytes(report_file.encode(early))
     verdict, wrong = world.check()  # sealed since then, to what this boot has measured
     assert verdict == UNPROVEN and "has not been asked yet" in wrong["this boot"][1]
     world.chip.extend(7)

@@ -25,7 +25,7 @@ from tests.tpmfixture import Swtpm
 from unlock.boot import handover
 from unlock.disks import disk_keys, luks, token
 from unlock.errors import Malformed, NewerFormat, NoKey, Tampered, UnlockError, Usage
-from unlock.host import keyring, report
+from unlock.host import keyring, report, report_file
 from unlock.host.journal import Rebind, RecoveryRotation
 from unlock.host.provider_entry import KmipEntry, NativeEntry
 from unlock.host.state import State
@@ -337,7 +337,7 @@ def test_an_escrow_file_gives_the_recovery_key_to_stock_tools(tmp_path: Path, ke
 
 
 def test_a_report_is_read() -> None:
-    found = report.read(str(FOLDER / "run/report.json"))
+    found = report_file.read(str(FOLDER / "run/report.json"))
     assert found.verdict == "unsealed" and len(found.disks) == len(formats.WORDS["outcomes"])
 
 
@@ -573,7 +573,7 @@ def in_state(text: bytes, folder: Path) -> None:
 
 def in_report(text: bytes, folder: Path) -> None:
     (folder / "report").write_bytes(text)
-    report.read(str(folder / "report"))
+    report_file.read(str(folder / "report"))
 
 
 READERS: dict[str, Callable[[bytes, Path], object]] = {

@@ -21,7 +21,7 @@ from unlock.boot import gate
 from unlock.disks import disk_keys, luks
 from unlock.disks.groups import Group
 from unlock.errors import ClientAuth, NoKey, ProviderError, Refused, Tampered, UnlockError, Usage
-from unlock.host import config, keyring, report
+from unlock.host import config, keyring, report, report_file
 from unlock.host.state import State
 from unlock.keys import access
 from unlock.operations import cache, native_backup, persistence, provider, rekey, selfhosted, status, sync
@@ -492,7 +492,7 @@ def test_the_tpm_refuses_and_the_key_manager_answers(host: Host, kms: Liar, allo
     keyring.flush()
     early = report.Report("early-boot")
     early.set_verdict("pcr-mismatch", "PCR 9: the kernel command line changed")
-    Path(host.paths.of_this_boot("report.json")).write_bytes(report.encode(early))
+    Path(host.paths.of_this_boot("report.json")).write_bytes(report_file.encode(early))
     before = [Path(host.paths.state).read_bytes(), *(image.read_bytes() for image in host.disks)]
     record = report.Report("gate data")
     if allowed:

@@ -20,6 +20,7 @@ from .activation import GroupOpener, open_present
 
 TRIES = 5
 ANOTHER_KEY = "a member is missing, or takes an earlier recovery key: type that too"
+"""For a disk that is authentic and waits for its group: a member is away, or was when the key was rotated."""
 
 
 def prompt(paths: Paths) -> int:
@@ -36,7 +37,8 @@ def prompt(paths: Paths) -> int:
         ask.show_on_splash(happened)
     if unmeasured_input := unmeasured.close_channels(paths):
         log.console(f"{unmeasured_input}: whoever set that controls the system that starts next")
-    tampered = _has_tampered_disk(this_boot.read_early_report(paths))
+    early = this_boot.read_early_report(paths)
+    tampered = early is not None and early.has_disk("tampered")
     other = "to give up" if tampered else "for the stock prompt, which does not check the disk's header"
     log.console(f"type the recovery key (8 groups of 6 digits), or Enter alone {other}")
     keys: list[Secret] = []
@@ -51,12 +53,12 @@ def prompt(paths: Paths) -> int:
                     _show(str(error))
                     continue
             found = open_all(paths, *keys)
-            if _has_tampered_disk(found):
+            if found.has_disk("tampered"):
                 tampered = True
                 break
-            if any(each.outcome == "open" for each in found.groups.values()):
+            if found.has_open_group():
                 return 0
-            _show(ANOTHER_KEY if is_member_missing(found) else "this recovery key opens no disk here")
+            _show(ANOTHER_KEY if found.has_disk("waiting") else "this recovery key opens no disk here")
     finally:
         for each in keys:
             each.wipe()
@@ -66,15 +68,6 @@ def prompt(paths: Paths) -> int:
 def _show(line: str) -> None:
     log.console(line)
     ask.show_on_splash(line)
-
-
-def is_member_missing(found: report.Report) -> bool:
-    """Whether a disk is authentic and its group cannot open: a member is away, or was when the key was rotated."""
-    return any(each.outcome == "waiting" for each in found.disks.values())
-
-
-def _has_tampered_disk(found: report.Report | None) -> bool:
-    return found is not None and any(each.outcome == "tampered" for each in found.disks.values())
 
 
 def open_all(paths: Paths, *recovery: Secret) -> report.Report:

@@ -33,7 +33,7 @@ _ERROR_EVENTS = frozenset(("crashed", "trouble", "not-capped", "root-not-authent
 """Events of a report that are errors."""
 
 HELP = """\
-unlock status            groups and disks, as far as they can be told here
+unlock status            groups and disks, as far as they are known here
 unlock explain           what differs from the last good boot, in full; --json
 unlock open --recovery   opens all disks by the recovery key, headers checked
                          --recovery-key-file FILE, else it is asked for
@@ -72,12 +72,12 @@ def _open(paths: Paths, options: list[str]) -> int:
             with ask.from_file(file) if file else ask.anyone("recovery key", "--recovery-key-file") as typed:
                 keys.append(recovery_key.parse(typed))
             found = prompt.open_all(paths, *keys)
-            if any(each.outcome == "tampered" for each in found.disks.values()):
+            if found.has_disk("tampered"):
                 raise Tampered("a header is not the one that this host wrote: that disk stays closed", "unlock status")
-            if any(each.outcome == "open" for each in found.groups.values()):
+            if found.has_open_group():
                 print('open; "exit" goes on booting')
                 return 0
-            if file or not prompt.is_member_missing(found):
+            if file or not found.has_disk("waiting"):
                 raise NotOurs("this recovery key opens no group here", "unlock status", "no-key")
             print(prompt.ANOTHER_KEY)
     finally:
@@ -199,7 +199,7 @@ def _first_difference_lines(paths: Paths, early: report.Report | None) -> list[s
     try:
         found = diagnosis.diagnose(evidence.gather_evidence(paths, this_boot.tpm_device()))
     except (UnlockError, OSError) as error:
-        return [f"{'first':<10}cannot be told: {error}"]
+        return [f"{'first':<10}unknown: {error}"]
     if not found.causes:
         return [f"{'first':<10}{found.summary}"]
     return _cause_lines(found)

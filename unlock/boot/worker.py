@@ -78,7 +78,7 @@ class Worker:
         self._received += piece
         head, body = (int.from_bytes(self._received[at : at + 4], "big") for at in (0, 4))
         if body > _ANSWER_MAX:
-            raise DiskFailed("its worker says too much")
+            raise DiskFailed(f"its worker sends more than {_ANSWER_MAX} bytes")
         if len(self._received) < 8 + head + body:
             return None
         word, _, argument = self._received[8 : 8 + head].decode("utf-8", "replace").partition(" ")

@@ -23,7 +23,7 @@ def add(commands: "Commands") -> None:
 
 
 def _status(paths: Paths, options: argparse.Namespace) -> int:
-    from ..host import report
+    from ..host import report_file
     from ..operations import status
 
     if options.svg and not (options.boot and not options.json):
@@ -35,7 +35,7 @@ def _status(paths: Paths, options: argparse.Namespace) -> int:
 
             print(plot.svg(record), end="")
         else:
-            print(json.dumps(report.to_json(record), indent=1) if options.json else status.boot_to_text(record))
+            print(json.dumps(report_file.to_json(record), indent=1) if options.json else status.boot_to_text(record))
         return 0
     found = status.read_status(paths)
     print(json.dumps(status.to_json(found), indent=1) if options.json else status.to_text(found))

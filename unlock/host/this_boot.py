@@ -25,7 +25,8 @@ from ..light import Any, Sequence
 from ..paths import TPM_DEVICE, Paths
 from ..secret import Secret
 from . import keyring
-from .report import Report, encode, read
+from .report import Report
+from .report_file import encode, read
 
 
 def publish(paths: Paths, record: Report) -> None:

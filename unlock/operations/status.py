@@ -13,7 +13,7 @@ from .. import log
 from ..disks import devices, disk_keys, luks, spoofed, token, udev
 from ..disks.groups import Group, Member
 from ..errors import Malformed, NoKey, NotOurs, UnlockError
-from ..host import config, keyring, report, this_boot
+from ..host import config, keyring, report, report_file, this_boot
 from ..host.provider_entry import days_left
 from ..host.state import State
 from ..paths import Paths
@@ -173,7 +173,7 @@ def to_json(found: Status) -> dict[str, Any]:
         "boot": {
             "verdict": found.boot.verdict if found.boot else "",
             "detail": _describe_boot(found.boot),
-            "facts": report.facts_to_json(found.boot.facts) if found.boot else {},
+            "facts": report_file.facts_to_json(found.boot.facts) if found.boot else {},
         },
         "recovery": {"tested": found.recovery_tested, "behind": found.recovery_behind},
         "unfinished": found.unfinished,
