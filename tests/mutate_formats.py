@@ -24,12 +24,17 @@ import pytest
 
 TOP = Path(__file__).parents[1]
 CODE = ("unlock", "initramfs")
-PARTS = (*CODE, "docs", "tests/data/formats")
+PARTS = (*CODE, "docs", "tests/data/formats", "tests/lab")
 FILES = (
+    "pyproject.toml",
+    "tests/__init__.py",
     "tests/conftest.py",
     "tests/test_formats.py",
     "tests/formats.py",
     "tests/formatreader.py",
+    "tests/flowfixture.py",
+    "tests/killing.py",
+    "tests/kmipfixture.py",
     "tests/tpmfixture.py",
 )
 PRELOADED = (
@@ -385,6 +390,8 @@ def run(tree: Path) -> str:
                 "--tb=line",
                 "-p",
                 "no:cacheprovider",
+                "-p",
+                "pytest_timeout",
                 "--rootdir",
                 str(tree),
                 "--basetemp",
