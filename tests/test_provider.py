@@ -115,7 +115,7 @@ def test_from_the_native_provider_to_a_key_manager_and_on_to_another(native_host
     first = host.state
     assert (first.provider.name, list(first.others), first.journal) == ("kms", ["native"], None)
     assert all(host.tokens(image) == [(host.group.kek, 2)] for image in host.disks)
-    assert first.host_key_ref[0].startswith(first.provider_id)
+    assert first.host_key_ref.id.startswith(first.provider_id)
     with pytest.raises(Refused):
         switching.switch(host.paths, "kms", True, host.look)
     with Liar(AUTHORITY) as other:

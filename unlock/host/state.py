@@ -23,7 +23,7 @@ from .lock import PATIENCE, exclusive
 from .provider_entry import KmipEntry, NativeEntry, ProviderEntry, has_made
 from .state_file import NOTHING_KNOWN, HostKey, KeyEntry, RecoveryFacts, ReplacedKek, StateFile, TpmFacts
 
-Entry = TypeVar("Entry", bound=JournalEntry)
+Journaled = TypeVar("Journaled", bound=JournalEntry)
 
 
 class State:
@@ -126,7 +126,7 @@ class State:
         if self.journal and (self.journal.operation, self.journal.about) != (operation, about):
             raise Refused(f"`{self.to_finish}` is not finished", "run it again first", code="unfinished")
 
-    def unfinished(self, kind: type[Entry], about: str) -> Entry | None:
+    def unfinished(self, kind: type[Journaled], about: str) -> Journaled | None:
         """The journal entry of the same operation, killed earlier."""
         return self.journal if isinstance(self.journal, kind) and self.journal.about == about else None
 

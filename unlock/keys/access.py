@@ -253,7 +253,7 @@ def token_keys(work: Work, *, kek: Secret, mac_key: Secret) -> Iterator[disk_key
         yield disk_keys.Keys(persistence=work.persistence, host_key=host_key, kek=kek, mac_key=mac_key)
 
 
-def is_recovery_key(state: State, persistence: Secret, recovery: Secret) -> bool:
+def is_recovery_key(state: State, *, persistence: Secret, recovery: Secret) -> bool:
     """Whether this is the present recovery key of this host, by its MAC key. Raises Tampered, Malformed."""
     with disk_keys.mac_key(recovery, state.host) as mac_key, state.mac_key(persistence) as expected:
         return mac_key == expected

@@ -165,12 +165,12 @@ def adopt_disk(
             state.begin(DiskAdoption("disk adopt", about, manifest=group.manifest))
             try:
                 with luks.Container(node) as container:
-                    _add_recovery_keyslot(container, dek, recovery)
+                    _add_recovery_keyslot(container, dek=dek, recovery=recovery)
                 if group.kek:
                     kek, _ = access.find_kek(work, group, {**others, uuid: node})
                 else:
                     group, kek = _new_group(work, group_name, group.members, group.manifest)
-                _write_member_list(work, group, kek, {**others, uuid: node}, recovery)
+                _write_member_list(work, group, {**others, uuid: node}, kek=kek, recovery=recovery)
             except UnlockError:
                 state.journal = None
                 state.save()
@@ -207,7 +207,9 @@ def _check_policy(work: access.Work, group: Group, member: Member) -> None:
         )
 
 
-def _write_member_list(work: access.Work, group: Group, kek: Secret, nodes: dict[str, str], recovery: Secret) -> None:
+def _write_member_list(
+    work: access.Work, group: Group, nodes: dict[str, str], *, kek: Secret, recovery: Secret
+) -> None:
     """Writes a token with the group's present member list to every member; then removes the old tokens. Takes the KEK
     over."""
     state = work.state
@@ -253,7 +255,7 @@ def obtain_recovery_key(state: State, persistence: Secret, file: str, escrow: Es
         state.save()
         return recovery
     recovery = delivery.read_recovery_key(file if os.path.exists(file) else "")
-    if not access.is_recovery_key(state, persistence, recovery):
+    if not access.is_recovery_key(state, persistence=persistence, recovery=recovery):
         raise Refused("this is not the recovery key of this host", "unlock status", code="recovery-key")
     if escrow:
         check_escrow(escrow)
@@ -268,7 +270,7 @@ def _node(device: str) -> str:
     return node
 
 
-def _add_recovery_keyslot(container: luks.Container, dek: Secret, recovery: Secret) -> None:
+def _add_recovery_keyslot(container: luks.Container, *, dek: Secret, recovery: Secret) -> None:
     """Adds a keyslot for the recovery key, unless an earlier attempt did."""
     try:
         disk_keys.dek_by_recovery_key(container, recovery).wipe()

@@ -24,7 +24,7 @@ from ..tpm.chip import Tpm
 from ..tpm.record import Payload
 
 
-class GroupRow(TypedDict):
+class PersistenceRow(TypedDict):
     """One group in `unlock persistence status --json`."""
 
     name: str
@@ -34,20 +34,20 @@ class GroupRow(TypedDict):
     """Mapping names of the members that carry the KEK."""
 
 
-class Status(TypedDict):
+class PersistenceReport(TypedDict):
     """`unlock persistence status --json`."""
 
     version: int
     provider: str
     """Kind of the provider in use."""
     enabled: bool
-    groups: list[GroupRow]
+    groups: list[PersistenceRow]
 
 
-def status(paths: Paths, look: find.Look = find.look) -> Status:
+def status(paths: Paths, look: find.Look = find.look) -> PersistenceReport:
     """Reads from each disk whether it carries its KEK. Raises NoKey, Refused."""
     with access.Work(paths, look) as work:
-        groups: list[GroupRow] = []
+        groups: list[PersistenceRow] = []
         for group in work.state.groups.values():
             nodes = work.nodes(group)
             kept = [member.name for member in group.members if _keeps(work, nodes.get(member.uuid, ""))]

@@ -103,19 +103,19 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
             raise Refused("this host has no recovery key, so no disk depends on its TPM", "unlock status")
         seen = look()
         mac_key = keys.enter_context(disk_keys.mac_key(choices.recovery, state.host))
-        left = _check_disks(state, seen, choices.recovery, mac_key)
+        left = _check_disks(state, seen, recovery=choices.recovery, mac_key=mac_key)
         selection, branch, plain_root = _policy_of_this_boot(paths, tpm, state, choices)
         pin_auth = keys.enter_context(_pin_auth(tpm, state, choices))
         again = isinstance(state.journal, Rebind)
         new, old = _new_and_old_key(state)
         keys.enter_context(new)
         keys.enter_context(old or Secret(b""))
-        before = _begin(state, new, old, choices)
+        before = _begin(state, choices, new=new, old=old)
         try:
-            goes_on = _rewrapped_journal(state, before, old, new)
+            goes_on = _rewrapped_journal(state, before, old=old, new=new)
             lost = state.rewrap(old=old, new=new)
             state.set_mac_key(persistence=new, mac_key=mac_key)
-            provider = keys.enter_context(closing(_connect_provider(paths, state, old, new, choices)))
+            provider = keys.enter_context(closing(_connect_provider(paths, state, choices, old=old, new=new)))
             host_key, host_key_source = _find_host_key(state, provider, new)
             keys.enter_context(host_key)
             keks = [_find_kek(state, provider, old, seen, group) for group in state.groups.values()]
@@ -158,7 +158,7 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
 
 
 def _rewrapped_journal(
-    state: State, before: JournalEntry | None, old: Secret | None, new: Secret
+    state: State, before: JournalEntry | None, *, old: Secret | None, new: Secret
 ) -> JournalEntry | None:
     """The journal entry of the operation that goes on after the rebind, its key wrapped anew. None for a rotation of
     the recovery key whose new key is lost: the key that was typed stays. Raises Tampered."""
@@ -177,7 +177,9 @@ def _restore_journal(paths: Paths, before: JournalEntry | None) -> None:
     state.save()
 
 
-def _check_disks(state: State, seen: dict[str, list[find.Found]], recovery: Secret, mac_key: Secret) -> dict[str, str]:
+def _check_disks(
+    state: State, seen: dict[str, list[find.Found]], *, recovery: Secret, mac_key: Secret
+) -> dict[str, str]:
     """Mapping name -> why that disk is left as it is. Raises Refused when the recovery key opens none that is here."""
     left: dict[str, str] = {}
     good = 0
@@ -294,7 +296,7 @@ def _new_and_old_key(state: State) -> tuple[Secret, Secret | None]:
     return Secret.random(32), old
 
 
-def _begin(state: State, new: Secret, old: Secret | None, choices: RebindChoices) -> JournalEntry | None:
+def _begin(state: State, choices: RebindChoices, *, new: Secret, old: Secret | None) -> JournalEntry | None:
     """Journals the rebind, durably. Returns the entry that was there: of an operation that goes on after the rebind."""
     killed = state.journal if isinstance(state.journal, Rebind) else None
     before = killed.before if killed else state.journal
@@ -312,7 +314,9 @@ def _begin(state: State, new: Secret, old: Secret | None, choices: RebindChoices
     return before
 
 
-def _connect_provider(paths: Paths, state: State, old: Secret | None, new: Secret, choices: RebindChoices) -> Provider:
+def _connect_provider(
+    paths: Paths, state: State, choices: RebindChoices, *, old: Secret | None, new: Secret
+) -> Provider:
     """Connects to the provider in use, and wraps its own keys by the new persistence key."""
     entry = state.provider
     if old:

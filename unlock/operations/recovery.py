@@ -190,16 +190,16 @@ def renew_keyslots(
     Killed, the same command finishes. Raises Refused for another key, NoKey, ProviderError, DiskFailed.
     """
     with exclusive(paths), Work(paths, look, connect) as work:
-        check_recovery_key(work.state, work.persistence, recovery)
+        check_recovery_key(work.state, persistence=work.persistence, recovery=recovery)
         work.state.begin(RecoveryRenewal("recovery", "new"))
         return _finish_disks(work, recovery)
 
 
-def check_recovery_key(state: State, persistence: Secret, recovery: Secret) -> None:
+def check_recovery_key(state: State, *, persistence: Secret, recovery: Secret) -> None:
     """Raises Refused unless it is the recovery key of this host."""
     if not state.has_recovery_key:
         raise Refused("this host has no recovery key yet", "unlock group create", code="no-recovery-key")
-    if not access.is_recovery_key(state, persistence, recovery):
+    if not access.is_recovery_key(state, persistence=persistence, recovery=recovery):
         raise Refused("this is not the recovery key of this host", "unlock recovery rotate", code="recovery-key")
 
 

@@ -67,7 +67,7 @@ Meanwhile = Callable[[], None] | None
 """Called while the TPM works. It raises nothing."""
 
 
-class _Answer(TpmFailed):
+class _ResponseError(TpmFailed):
     """A command's response code that is not success. `answer` is 0 when it is not the TPM's own."""
 
     def __init__(self, command: str, rc: int) -> None:
@@ -167,7 +167,7 @@ class Tpm:
         data = self._ffi.new("TPM2B_MAX_NV_BUFFER **")
         try:
             self._send("NV_Read", index[0], index[0], _PASSWORD, _NONE, _NONE, RECORD_SIZE, 0, data)
-        except _Answer as failure:
+        except _ResponseError as failure:
             if failure.answer in (_HANDLE, _NV_UNINITIALIZED):
                 raise NoSlot(f"slot {slot.name} of the TPM has no policy record") from None
             if failure.answer == _NV_RANGE:
@@ -374,7 +374,7 @@ class Tpm:
             time.sleep(pause)
             rc = _uninterrupted(function, self._context[0], *arguments)
         if rc:
-            raise _Answer(call.replace("TR_FromTPMPublic", "ReadPublic"), rc)
+            raise _ResponseError(call.replace("TR_FromTPMPublic", "ReadPublic"), rc)
 
     def _public(self, handle: int, absent: str) -> tuple[int, bytes]:
         """The ESYS_TR of what is persistent at this handle, and its public area. ReadPublic, or NV_ReadPublic. Raises
@@ -389,7 +389,7 @@ class Tpm:
         resource = self._resource(handle)
         try:
             self._send("TR_FromTPMPublic", handle, *_NO_SESSIONS, resource)
-        except _Answer as failure:
+        except _ResponseError as failure:
             if failure.answer == _HANDLE:
                 return 0
             raise
@@ -444,7 +444,7 @@ class Tpm:
         for _ in range(_TRIES):
             try:
                 return self._unsealed_once(srk, sealed, selection, branches, auth, meanwhile)
-            except _Answer as failure:
+            except _ResponseError as failure:
                 if auth is not None and failure.answer == _AUTH_FAIL:
                     raise PinWrong("the PIN is wrong") from None
                 if auth is not None and failure.answer == _LOCKOUT:
@@ -482,7 +482,7 @@ class Tpm:
                     self._send("PolicyAuthValue", session, *_NO_SESSIONS)
                     self._set_auth(sealed, auth)
                 self._send("Unseal", sealed, session, _NONE, _NONE, data)
-            except _Answer as failure:
+            except _ResponseError as failure:
                 if failure.answer in (_VALUE, _POLICY_FAIL):
                     raise pcr_refusal(selection) from None
                 raise
