@@ -19,7 +19,7 @@ CLIENT = AUTHORITY.client("host-1")
 
 
 def settings(*servers: Liar | KmipServer | Endpoint, client: Leaf = CLIENT, **more: Any) -> KmipSettings:
-    """Of a host that knows those servers, in that order."""
+    """Settings of a host that uses these servers, in this order."""
     endpoints = tuple(each if isinstance(each, Endpoint) else Endpoint("127.0.0.1", each.port) for each in servers)
     fields = {"ca": AUTHORITY.certificate, "timeout": 60.0, **more}
     return KmipSettings(

@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where keys come from: one interface, one file a provider.
+"""Key providers: the interface through which `keys` and `operations` get keys, and its two implementations.
 
-    resolve(refs) ──> changed? ──> fetch(id, prove=...) ──> the flow rotates what depends on it
-    create(name) ──> activate(id) ──> fetch(id) ... rotate(ref, name) ──> fetch ... retire(id)
+`native` derives keys on this host, `kmip` asks a key manager. What they are used for:
 
-What each error asks of the caller (`unlock.errors`; a provider has tried all its endpoints before it raises one):
+    what has changed:  resolve(refs) ──> fetch(id, prove=...) of what has
+    a new key:         create(name) ──> activate(id) ──> fetch(id)
+    a rotation:        rotate(ref, name) ──> fetch(id) ──> retire(id of the old key)
 
-| error | means | do |
+Errors (`unlock.errors`) and what the caller does. A provider raises one only after it has tried all its endpoints:
+
+| error | meaning | the caller |
 |---|---|---|
-| ProviderUnavailable | nothing answers, or not in time | keep what is there; again after `retry_after` seconds |
-| PeerUntrusted | somebody else answers, or its certificate is not trusted | alert; nothing was sent to it |
-| ClientAuth | our certificate or password is refused | alert; no retry before they are renewed |
-| ClockWrong | a certificate is not valid yet | wait for the time to be set, then again |
-| ProviderProtocol | an answer that is not to the question, or not KMIP | as ProviderUnavailable, and alert |
-| Integrity | a wrong key, or no single one: id, type, length, proof | never adopt; alert; the endpoint is out |
-| NotFoundOrDenied | no such key, or not for us: servers do not tell these apart | never delete anything; alert |
-| StateBlocked | deactivated, compromised, destroyed | no new wraps; policy decides whether it may open disks |
-| Unsupported | the server cannot do this | use what else `capabilities` offers |
+| ProviderUnavailable | no endpoint answers in time | keeps what it has; asks again after `retry_after` seconds |
+| PeerUntrusted | the server's certificate is not trusted; nothing was sent | alerts |
+| ClientAuth | the server refuses our certificate or password | alerts; does not retry before they are renewed |
+| ClockWrong | a certificate is not valid yet | waits until the clock is set |
+| ProviderProtocol | an answer is not KMIP, or not to the request | as ProviderUnavailable, and alerts |
+| Integrity | a wrong key, or several for one name | never adopts the key; alerts |
+| NotFoundOrDenied | no such key, or not for this client | deletes nothing; alerts |
+| StateBlocked | the key is deactivated, compromised or destroyed | wraps nothing new with it; policy decides the rest |
+| Unsupported | the server does not offer the operation | uses what else `capabilities` offers |
 """
 
 from collections.abc import Callable, Sequence
@@ -40,16 +43,16 @@ BLOCKED = frozenset({DEACTIVATED, COMPROMISED, DESTROYED})
 
 
 class Ref(NamedTuple):
-    """What the host keeps of a key."""
+    """How the host refers to a key."""
 
     id: str
     """The provider's own identifier."""
     name: str
-    """The one that unlock gave it; '' for a key that has none."""
+    """The name that unlock gave it; '' for a key without one."""
 
 
 class Status(NamedTuple):
-    """What the provider says of one key. Never a reason to drop a key that the host has."""
+    """What the provider says of one key. It is never a reason to drop a key that the host has."""
 
     ref: Ref
     found: bool
@@ -68,12 +71,12 @@ class Status(NamedTuple):
 class Capabilities(NamedTuple):
     create: bool
     rekey: bool
-    """`rotate` makes the server replace the key under its old name; else a new key gets the new name."""
+    """`rotate` uses the server's Re-key, and the new key has the old name; else a new key is made with the new name."""
 
 
 class EndpointHealth(NamedTuple):
     endpoint: str
-    """As a person would write it."""
+    """HOST:PORT[=NAME], as in unlock.toml."""
     protocol: str
     """'KMIP 1.4', or '' when it did not answer."""
     problem: ProviderError | None
@@ -87,11 +90,11 @@ class Health(NamedTuple):
 
 
 def no_proof(key: Secret) -> None:
-    """For a key that nothing is wrapped with yet."""
+    """Accepts any key: for one that nothing is wrapped with yet."""
 
 
 class Provider(Protocol):
-    """Every method raises ProviderError only. Usable in a `with`, which closes it."""
+    """A source of keys. Every method raises only ProviderError. A `with` closes it."""
 
     def __enter__(self) -> "Provider": ...
 
@@ -99,17 +102,17 @@ class Provider(Protocol):
 
     @property
     def id(self) -> str:
-        """Identity that is stored in the state: the same for as long as the keys are."""
+        """Stored in the state with each key; the same as long as the keys are the same."""
 
     def capabilities(self) -> Capabilities: ...
 
     def resolve(self, refs: Sequence[Ref]) -> list[Status]:
-        """One status a ref, in that order; one request for up to 50 of them when nothing has changed. No secrets."""
+        """One status a ref, in that order. Asks for no secrets; one request for 50 refs when nothing has changed."""
 
     def fetch(self, key_id: str, states: frozenset[str] = USABLE, prove: Callable[[Secret], None] = no_proof) -> Secret:
         """The AES-256 key, 32 bytes, of exactly that id. StateBlocked when it is in none of `states`.
 
-        `prove` raises Tampered when the key does not unwrap what it must: then the next endpoint is asked.
+        `prove` raises Tampered when the key does not unwrap what it must; then the next endpoint is asked.
         """
 
     def health(self) -> Health:
@@ -119,19 +122,19 @@ class Provider(Protocol):
         """The one key of that name that is not BLOCKED. Raises Integrity when there are two."""
 
     def create(self, name: str) -> Ref:
-        """A new AES-256 key, to be activated. Called again with its name it finds the same key."""
+        """Makes an AES-256 key that is not active yet. Called again with the same name, it finds the same key."""
 
     def activate(self, key_id: str) -> None:
-        """May be repeated."""
+        """Activates a key. May be repeated."""
 
     def rotate(self, ref: Ref, name: str) -> Ref:
-        """A key that replaces `ref`, active: by Re-key, under the old name, or a new one under `name`.
+        """Makes an active key that replaces `ref`: by Re-key, with the old name, or else a new key named `name`.
 
-        Killed, call it again with the same arguments: it finds the key that it has made.
+        Called again with the same arguments, after a kill too, it finds the key that it has made.
         """
 
     def retire(self, key_id: str) -> None:
-        """Deactivates, never destroys. May be repeated."""
+        """Deactivates a key; never destroys it. May be repeated."""
 
     def close(self) -> None:
-        """Ends connections and wipes what secrets the provider holds."""
+        """Closes connections and wipes the secrets that the provider holds."""

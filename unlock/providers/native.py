@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded provider: keys derived from one key-derivation key (KDK), with no server.
+"""The provider `native`: keys derived on this host from one key-derivation key (KDK), without a server.
 
-key = HKDF-SHA256(KDK, salt = provider id, info = scope, name, generation); the scope is a host id or a
-cluster id. The provider's id is a fingerprint of the KDK, so another KDK cannot pass for this one.
+key = HKDF-SHA256(KDK, salt = provider id, info = scope, name, generation); the scope is the id of the host that made
+the KDK. The provider's id is a fingerprint of the KDK, so another KDK cannot pass for this one. Also: the KDK's backup.
 """
 
 import json
@@ -25,7 +25,7 @@ _SALT = 16
 
 
 class Native:
-    """A provider over one KDK of 32 bytes, which it owns and wipes. A key's id is its name, NAME/GENERATION."""
+    """Implements `Provider` with a KDK of 32 bytes, which it owns and wipes. A key's id is its name NAME/GENERATION."""
 
     def __init__(self, kdk: Secret, scope: str) -> None:
         self.kdk = kdk
@@ -83,12 +83,12 @@ class Native:
         pass
 
     def key(self, name: str, generation: int) -> Secret:
-        """The AES-256 key of that name and generation; the same one for ever."""
+        """Derives the AES-256 key of that name and generation; always the same one."""
         info = canonical({"format": "unlock-native-1", "scope": self.scope, "name": name, "generation": generation})
         return wrap.derive(self.kdk, self.id.encode(), info)
 
     def backup(self, password: Secret) -> bytes:
-        """The KDK under a password (scrypt, AES-256-GCM), as the text of a JSON file."""
+        """The content of a backup file: JSON with the KDK under a password (scrypt, AES-256-GCM)."""
         salt = os.urandom(_SALT)
         head = {"unlock": "kdk-backup", "version": BACKUP_VERSION, "provider": self.id, "scope": self.scope}
         with wrap.from_password(password, salt) as key:
@@ -98,7 +98,7 @@ class Native:
 
 
 def write_backup(path: str, provider: Native, password: Secret) -> None:
-    """A new file, restored once from what was written. Raises Usage, Malformed, Tampered."""
+    """Writes a new file and restores it once as a test. Raises Usage, Malformed, Tampered."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
@@ -114,7 +114,7 @@ def write_backup(path: str, provider: Native, password: Secret) -> None:
 
 
 def restore(backup: bytes, password: Secret) -> Native:
-    """The provider in a backup. Raises Malformed, NewerFormat, or Tampered for a wrong password."""
+    """Returns the provider of a backup. Raises Malformed, NewerFormat, or Tampered for a wrong password."""
     if len(backup) > BACKUP_MAX:
         raise Malformed("the backup is larger than any that unlock writes")
     try:
