@@ -25,7 +25,7 @@ _SALT = 16
 
 
 class Native:
-    """Implements `Provider` with one KDK of 32 bytes, which it owns and wipes. A key's id is its name."""
+    """Implements `Provider` with a KDK of 32 bytes, which it owns and wipes. A key's id is its name NAME/GENERATION."""
 
     def __init__(self, kdk: Secret, scope: str) -> None:
         self.kdk = kdk
