@@ -101,8 +101,7 @@ def _fw_cfg(directory: str) -> list[str]:
 
 
 def _name(raw: bytes) -> str:
-    text = raw[:64].decode("ascii", "replace")
-    return "".join(each if each.isprintable() else "?" for each in text)
+    return log.printable(raw[:64].decode("ascii", "replace"))
 
 
 def _read(path: str, most: int) -> bytes:

@@ -112,7 +112,7 @@ def table(found: PolicyReport) -> str:
         why = each["why"] + (" (opened this boot)" if each["this_boot"] and each["why"] != allowed_states.THIS else "")
         proven = "yes" if each["proven"] else "no: unproven until it boots"
         rows.append((each["branch"][:16], why, proven, each["made"] or "-"))
-    return "\n".join([*lines, *log.columns(rows)])
+    return log.join_lines([*lines, *log.columns(rows)])
 
 
 def describe_window(since: str, reboots: int) -> str:
