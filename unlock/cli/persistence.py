@@ -39,19 +39,21 @@ def _status(paths: Paths, options: argparse.Namespace) -> int:
 
 
 def _enable(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host import this_boot
     from ..operations import persistence
 
     with owner_auth(options) as owner:
-        return print_outcomes(persistence.enable(paths, owner_auth=owner))
+        return print_outcomes(persistence.enable(paths, tcti=this_boot.tpm_device(), owner_auth=owner))
 
 
 def _disable(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host import this_boot
     from ..operations import persistence
 
     print_outcomes(persistence.disable(paths))
     if options.remove_all_stored_keys:
         with owner_auth(options) as owner:
-            persistence.remove_all_stored_keys(paths, owner_auth=owner)
+            persistence.remove_all_stored_keys(paths, tcti=this_boot.tpm_device(), owner_auth=owner)
         log.note("until the next boot, unlock persistence enable takes that back")
         log.note("the TPM keeps nothing of this host: after the next boot every key comes from the key manager")
     return 0

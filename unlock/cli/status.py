@@ -49,9 +49,10 @@ def _status(paths: Paths, options: argparse.Namespace) -> int:
 
 
 def _check(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host import this_boot
     from ..operations import check
 
-    found = check.check(paths)
+    found = check.check(paths, this_boot.tpm_device())
     if options.json:
         log.show_json(check.to_json(found))
     else:

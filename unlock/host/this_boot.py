@@ -6,7 +6,8 @@ idle             every present disk has an outcome
 failed           a present disk of this host did not open
 waiting          the boot scripts wait for the agent, which may ask a person
 asking           the agent asks a person: no deadline runs
-capped           the TPM confirmed the cap
+tpm              the name of the TPM that the key came from
+capped           the names of the TPMs that confirmed the cap
 dropped          the disks that the TPM's key had opened were closed before a shell started
 shown.json       the errors that the recovery shell has shown
 recovered        the recovery prompt opened disks, or tried to
@@ -170,15 +171,38 @@ def read_json(paths: Paths, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def find_tpm() -> str:
-    """The TCTI of the first TPM, or '' when there is none."""
-    found = [name for name in os.listdir("/dev") if name.startswith("tpmrm")]
-    return f"device:/dev/{min(found)}" if found else ""
+def list_tpms() -> list[str]:
+    """The names of the TPMs' resource managers in /dev, sorted. A TPM 1.2 has none."""
+    return sorted(name for name in os.listdir("/dev") if name.startswith("tpmrm"))
+
+
+def tcti(name: str) -> str:
+    """The TCTI of a TPM in /dev."""
+    return f"device:/dev/{name}"
+
+
+def mark_tpm(paths: Paths, name: str) -> None:
+    """The TPM that this boot's key came from."""
+    with open(paths.of_this_boot("tpm"), "w", encoding="ascii") as file:
+        file.write(f"{name}\n")
+
+
+def mark_capped(paths: Paths, name: str) -> None:
+    """The TPM confirmed the cap. initramfs/cap reads and writes the file too."""
+    with open(paths.of_this_boot("capped"), "a", encoding="ascii") as file:
+        file.write(f"{name}\n")
 
 
 def tpm_device() -> str:
-    """The TCTI of the first TPM; TPM_DEVICE when there is none, so that opening it says so."""
-    return find_tpm() or TPM_DEVICE
+    """The TCTI of the TPM that this boot's key came from; else of the first one; TPM_DEVICE when there is none, so that
+    opening it says so."""
+    names = list_tpms()
+    try:
+        with open(Paths().of_this_boot("tpm"), encoding="ascii") as file:
+            used = file.read(64).strip()
+    except (OSError, ValueError):
+        used = ""
+    return tcti(used if used in names else names[0]) if names else TPM_DEVICE
 
 
 def read_early_report(paths: Paths) -> Report | None:
