@@ -193,6 +193,15 @@ def mark_capped(paths: Paths, name: str) -> None:
         file.write(f"{name}\n")
 
 
+def capped_tpms(paths: Paths) -> set[str]:
+    """The names of the TPMs that confirmed the cap in this boot."""
+    try:
+        with open(paths.of_this_boot("capped"), encoding="ascii", errors="replace") as file:
+            return set(file.read().split())
+    except OSError:
+        return set()
+
+
 def tpm_device() -> str:
     """The TCTI of the TPM that this boot's key came from; else of the first one; TPM_DEVICE when there is none, so that
     opening it says so."""

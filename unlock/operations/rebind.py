@@ -237,7 +237,7 @@ def _policy_of_this_boot(
     if (boot == "unmeasured" and not before) or at_unseal.initramfs_unmeasured(boot, logs.read_event_log(paths)[0]):
         _require_accepted(choices, "unmeasured-boot")
     selection = pcr_policy.select(pcrs)
-    plain_root = allowed_states.has_plain_root()
+    plain_root = bool(allowed_states.describe_untrusted_system(paths))
     if plain_root and not state.tpm.unauthenticated_root:
         _require_accepted(choices, "unauthenticated-root")
     tpm.ensure_srk(choices.owner_auth)

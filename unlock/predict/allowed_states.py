@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from ..boot import unmeasured
 from ..disks import devices
 from ..errors import NoKey, Refused, UnlockError, Usage
 from ..host import keyring, this_boot
@@ -250,9 +251,13 @@ def unauthenticated_root(paths: Paths, state: HostState) -> bool:
     return bool(early and early.facts.unauthenticated_root)
 
 
-def has_plain_root() -> bool:
-    """Whether the root file system is on no encrypted mapping: nothing authenticates it."""
-    return not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
+def describe_untrusted_system(paths: Paths) -> str:
+    """Why keys should not cross into this system, in words; '' if nothing speaks against it: a part of it lies on no
+    encrypted disk, or systemd obeys what nothing measures."""
+    encrypted = {name for name, uuid in devices.active_mappings().items() if uuid}
+    plain = devices.unproven_system_mounts(encrypted)
+    words = [f"{', '.join(plain)}: not on an encrypted disk"] if plain else []
+    return "; ".join([*words, *filter(None, [unmeasured.open_channels(paths)])])
 
 
 def utc() -> str:
