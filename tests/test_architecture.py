@@ -142,7 +142,9 @@ def test_nothing_speaks_of_this_machine() -> None:
             assert f"{top}/" not in path.read_text(errors="replace"), name
 
 
-@pytest.mark.parametrize("page", ["README.md", "SECURITY.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/design.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "SECURITY.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/design.md"]
+)
 def test_the_files_that_a_page_names_are_there(page: str) -> None:
     top = PACKAGE.parent
     text = (top / page).read_text()
