@@ -51,6 +51,14 @@ def mac_key(recovery: str, host: str) -> bytes:
     return derive(recovery.encode("ascii"), bytes.fromhex(host), b"unlock-header-mac-1")
 
 
+# boot-files.json
+
+
+def boot_files_mac(persistence: bytes, said: dict[str, Any]) -> bytes:
+    rest = {name: value for name, value in said.items() if name != "mac"}
+    return hmac.digest(derive(persistence, b"", b"unlock-boot-files-1"), canonical(rest), "sha256")
+
+
 # The LUKS2 header
 
 

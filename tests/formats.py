@@ -38,6 +38,7 @@ from unlock.measured.baseline import Baseline, TpmIdentity
 from unlock.operations import sync
 from unlock.paths import Paths
 from unlock.predict import allowed_states, booted
+from unlock.predict.trusted_files import TrustedFiles
 from unlock.providers import native
 from unlock.secret import Secret
 from unlock.strictjson import canonical
@@ -404,9 +405,16 @@ def of_boot() -> booted.BootedFiles:
         "boot/initrd.img",
         (one, two),
         {"addon.efi": one},
-        {"boot/old": sha256(b"a file that may be a thief's").digest()},
+        {"boot/vmlinuz": sha256(b"a kernel").digest(), "boot/initrd.img": sha256(b"an initramfs").digest()},
+        {"boot/old": sha256(b"a file that may be a thief's").digest(), "boot/link": b""},
+        ("boot/link",),
+        {"boot": "8:1"},
         ("pci0000:00/test",),
     )
+
+
+def trusted() -> TrustedFiles:
+    return TrustedFiles(of_boot().known, {"boot/current": "vmlinuz"})
 
 
 def tree(paths: Paths) -> None:
@@ -433,7 +441,6 @@ def fixed(paths: Paths, keys: Keys) -> dict[str, bytes]:
     this_boot.mark_open(paths, "data", ["data-a", "data-b"])
     this_boot.mark_failed(paths, "data", ["nginx.service"])
     booted.save_booted_files(paths, of_boot())
-    booted.trust_boot_files(paths, of_boot())
     copied = esp_copy.write_copy(paths, baseline().encode())
     run = Path(paths.run)
     return {
@@ -445,7 +452,7 @@ def fixed(paths: Paths, keys: Keys) -> dict[str, bytes]:
         "baseline.json": baseline().encode(),
         os.path.relpath(copied, paths.root): Path(copied).read_bytes(),
         "booted.json": Path(paths.booted).read_bytes(),
-        "boot-files.json": Path(paths.boot_files).read_bytes(),
+        "boot-files.json": trusted().encode(keys.persistence),
         "run/report.json": (run / "report.json").read_bytes(),
         "run/verdict": (run / "verdict").read_bytes(),
         "run/members/data": (run / "members/data").read_bytes(),

@@ -25,6 +25,7 @@ from unlock.host.journal import Rekey
 from unlock.operations import check, recovery
 from unlock.operations.check.finding import NOTE, SAFE, UNPROVEN, UNSAFE
 from unlock.predict import initramfs_images
+from unlock.predict.boot_tree import BootTree
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
 from unlock.tpm.record import RECORD_VERSION, SLOTS, Payload
@@ -487,12 +488,12 @@ def test_the_initramfs_in_a_unified_kernel_image(world: World) -> None:
     image = world.root / "boot/efi/EFI/Linux/debian.efi"
     image.parent.mkdir(parents=True)
     image.write_bytes(pefile.build({".linux": b"kernel", ".initrd": good}))
-    assert initramfs_images.read_contents(str(image)).unlock
+    assert initramfs_images.read_contents(BootTree(world.host.paths), "boot/efi/EFI/Linux/debian.efi").unlock
     image.write_bytes(pefile.build({".linux": b"kernel"}))
     for data in (b"", b"MZ", image.read_bytes()):
         image.write_bytes(data)
         with pytest.raises(CommandFailed):
-            initramfs_images.read_contents(str(image))
+            initramfs_images.read_contents(BootTree(world.host.paths), "boot/efi/EFI/Linux/debian.efi")
 
 
 def test_pcrs_of_files_where_nothing_measures_the_kernel(world: World) -> None:

@@ -33,10 +33,10 @@ from unlock.host.state_file import RemovedPolicy
 from unlock.keys import access, recovery_key
 from unlock.measured import causes, esp_copy
 from unlock.measured.baseline import Baseline
-from unlock.measured.eventlog import Log
 from unlock.operations import persistence, policy
 from unlock.paths import Paths
 from unlock.predict import allowed_states, booted
+from unlock.predict.trusted_files import TrustedFiles
 from unlock.providers import native
 from unlock.secret import Secret
 from unlock.strictjson import canonical
@@ -146,13 +146,15 @@ def test_a_baseline_is_read() -> None:
     assert Baseline.decode(frozen("baseline.json")) == formats.baseline()
 
 
-def test_a_record_of_boot_is_read(tmp_path: Path) -> None:
+def test_a_record_of_boot_is_read(keys: Keys) -> None:
     assert booted.BootedFiles.decode(frozen("booted.json")) == formats.of_boot()
-    place = Paths(str(tmp_path))
-    formats.tree(place)
-    Path(place.boot_files).parent.mkdir(parents=True)
-    Path(place.boot_files).write_bytes(frozen("boot-files.json"))
-    assert set(booted.find_booted_files(place, Log((), 0, "")).foreign) == {"boot/old"}
+    assert TrustedFiles.decode(frozen("boot-files.json"), keys.persistence) == formats.trusted()
+    said = {**json.loads(frozen("boot-files.json"))}
+    assert reader.boot_files_mac(raw("persistence"), said).hex() == said["mac"]
+    changes: tuple[dict[str, object], ...] = ({"files": {}}, {"links": {}}, {"mac": "00" * 32}, {"version": 2})
+    for changed in changes:
+        with pytest.raises(Tampered):
+            TrustedFiles.decode(json.dumps({**said, **changed}).encode(), keys.persistence)
 
 
 @pytest.fixture

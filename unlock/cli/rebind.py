@@ -92,7 +92,7 @@ def _rebind(paths: Paths, options: argparse.Namespace) -> int:
             tcti=tcti,
         )
         found = rebind.rebind(paths, choices)
-    baseline.record_good_boot(paths, tcti)
+    baseline.record_good_boot(paths, tcti, first=True)
     log.note(f"sealed to this boot, under PCRs {', '.join(map(str, found.selection))}: {len(found.done)} disk(s)")
     for name, why in found.left.items():
         log.error(f"{name}: {why}: it opens with the recovery key", "when it is back: unlock sync, or unlock rebind")

@@ -25,6 +25,7 @@ from ..measured import at_unseal, logs
 from ..paths import TPM_DEVICE, Paths
 from ..predict import allowed_states, initramfs_images
 from ..predict.allowed_states import Allowed, Pin
+from ..predict.boot_tree import BootTree
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
@@ -187,7 +188,7 @@ def set_policy(
     unseal is not known, and for a PIN that an installed initramfs cannot ask for; NoKey, TpmFailed.
     """
     if pin and pin.typed is not None:
-        initramfs_images.require_pin_support(paths)
+        initramfs_images.require_pin_support(BootTree(paths))
     with changing(paths) as state, Tpm(tcti) as tpm, access.read_persistence_key() as persistence:
         found = allowed_states.look(paths, tpm, state)
         if not pcrs:

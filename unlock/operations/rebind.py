@@ -30,6 +30,7 @@ from ..keys import access, rotation
 from ..measured import at_unseal, logs
 from ..paths import TPM_DEVICE, Paths
 from ..predict import allowed_states, initramfs_images
+from ..predict.boot_tree import BootTree
 from ..providers import Provider, native
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
@@ -97,7 +98,7 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
     finishes. Refused, code `pin-needed`, where a PIN was set, none is chosen now, and its auth value is not in the key
     cache: a PIN is never dropped in silence."""
     if choices.pin and choices.pin.typed is not None:
-        initramfs_images.require_pin_support(paths)
+        initramfs_images.require_pin_support(BootTree(paths))
     with changing(paths) as state, Tpm(choices.tcti) as tpm, ExitStack() as keys:
         if not state.has_recovery_key:
             raise Refused("this host has no recovery key, so no disk depends on its TPM", "unlock status")
