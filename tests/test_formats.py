@@ -370,7 +370,10 @@ def test_keys_cross_into_the_system_under_the_same_names(tmp_path: Path, key_cac
     handover.hand_over(Paths(str(tmp_path)), opened, record, persistence=keys.persistence, pin_auth=keys.pin_auth)
     kek = f"unlock:kek:{reader.native_id(raw('kdk'))}/unlock/{HOST}/kek/data/1:1"
     assert keyring.names() == sorted([kek, "unlock:host", "unlock:persistence", "unlock:pin-auth"])
-    assert (access.read_persistence_key(), keyring.get(allowed_states.PIN_AUTH)) == (keys.persistence, keys.pin_auth)
+    assert (keyring.get("unlock:persistence"), keyring.get(allowed_states.PIN_AUTH)) == (
+        keys.persistence,
+        keys.pin_auth,
+    )
     assert keyring.get(access.cache_name(keys.group().kek, 1)) == keys.kek
     assert keyring.get("unlock:host") == keys.host_key
 

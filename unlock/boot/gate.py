@@ -24,8 +24,9 @@ from ..disks.header import Header
 from ..disks.token import Token
 from ..errors import ClockWrong, CommandFailed, NoKey, NotOurs, ProviderUnavailable, Tampered, UnlockError, Usage
 from ..host import config, keyring, report, this_boot, units
+from ..host.lock import exclusive
 from ..host.state import State
-from ..keys import access
+from ..keys import access, rotation
 from ..paths import Paths
 from ..protect import protect
 from ..run import run
@@ -45,6 +46,7 @@ def gate(paths: Paths, name: str) -> int:
         return 0
     record = report.Report(f"gate {name}")
     monitor = udev.Monitor()
+    _bring_on_disks_that_were_away(paths)
     try:
         unwrap = make_unwrap(paths, name, record, end)
     except UnlockError:
@@ -148,12 +150,29 @@ def _make_error(paths: Paths, record: report.Report, name: str) -> UnlockError:
 def heal(paths: Paths) -> int:
     """Starts, for each failed group whose members are all here, its gate, its mount, and the units that had waited."""
     protect()
+    _bring_on_disks_that_were_away(paths)
     with open(paths.of_this_boot("heal.lock"), "w") as lock:  # one at a time: the second sees what the first did
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             return _heal_failed_groups(paths)
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)  # a worker whose device hangs has the file open too
+
+
+def _bring_on_disks_that_were_away(
+    paths: Paths, look: find.Look = find.look, connect: access.Connect = access.connect
+) -> None:
+    """Brings disks that are back under the persistence key that was made while they were away: a gate knows that one
+    alone. Does nothing unless one was made. Logs what fails: a sync tries again."""
+    try:
+        if not State.load(paths).has_old_keys:
+            return
+        with exclusive(paths), access.Work(paths, look, connect) as work:
+            for outcome in rotation.catch_up_disks(work):
+                for disk, why in outcome.behind.items():
+                    log.error(f"{disk}: {why}", "unlock sync")
+    except UnlockError as error:
+        log.error(f"disks that were away: {error}", error.hint or "unlock sync")
 
 
 def _heal_failed_groups(paths: Paths) -> int:

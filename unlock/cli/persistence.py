@@ -50,10 +50,12 @@ def _disable(paths: Paths, options: argparse.Namespace) -> int:
     from ..host import this_boot
     from ..operations import persistence
 
-    print_outcomes(persistence.disable(paths))
+    tcti = this_boot.tpm_device()
+    with owner_auth(options) as owner:
+        print_outcomes(persistence.disable(paths, tcti=tcti, owner_auth=owner))
+        if options.remove_all_stored_keys:
+            persistence.remove_all_stored_keys(paths, tcti, owner)
     if options.remove_all_stored_keys:
-        with owner_auth(options) as owner:
-            persistence.remove_all_stored_keys(paths, tcti=this_boot.tpm_device(), owner_auth=owner)
         log.note("until the next boot, unlock persistence enable takes that back")
         log.note("the TPM keeps nothing of this host: after the next boot every key comes from the key manager")
     return 0

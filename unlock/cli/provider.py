@@ -14,8 +14,10 @@ from .arguments import (
     add_command,
     add_json,
     add_noun,
+    add_owner_auth,
     existing_backup_password,
     new_backup_password,
+    owner_auth,
 )
 from .key_manager import add_key_manager, client_password, note_where_key_is, read_key_manager
 from .rekey import print_outcomes
@@ -39,6 +41,7 @@ def add(commands: "Commands") -> None:
         "--persistence", choices=("enabled", "disabled"), help="whether a key manager's keys are kept on this host"
     )
     add_json(switch)
+    add_owner_auth(switch)
     renew = add_command(verbs, "renew", _renew, "use a new client certificate or password")
     renew.add_argument("name", nargs="?", default="", help="default: the one in use")
     renew.add_argument("--client-cert", default="", metavar="FILE", help="PEM; without it only the password is new")
@@ -111,10 +114,13 @@ def _test(paths: Paths, options: argparse.Namespace) -> int:
 
 
 def _switch(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host import this_boot
     from ..operations.switch import switch
 
     persistent = {"enabled": True, "disabled": False, None: None}[options.persistence]
-    return print_outcomes(switch(paths, options.name, persistent), as_json=options.json)
+    with owner_auth(options) as owner:
+        outcomes = switch(paths, options.name, persistent, tcti=this_boot.tpm_device(), owner_auth=owner)
+    return print_outcomes(outcomes, as_json=options.json)
 
 
 def _renew(paths: Paths, options: argparse.Namespace) -> int:

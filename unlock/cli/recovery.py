@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING
 
 from .. import log
 from ..paths import Paths
-from .arguments import RECOVERY_KEY_SOURCE, add_command, add_escrow, add_json, add_noun, escrow
+from .arguments import (
+    RECOVERY_KEY_SOURCE,
+    add_command,
+    add_escrow,
+    add_json,
+    add_noun,
+    add_owner_auth,
+    escrow,
+    owner_auth,
+)
 
 if TYPE_CHECKING:
     from ..operations.recovery import Changed
@@ -25,7 +34,11 @@ def add(commands: "Commands") -> None:
     rotate.add_argument(
         "--recovery-key-file", default="", metavar="FILE", help="new file for the new key; default: it is shown"
     )
+    rotate.add_argument(
+        "--leaked", action="store_true", help="somebody may have read this host by it: a new persistence key too"
+    )
     add_escrow(rotate)
+    add_owner_auth(rotate)
 
 
 def _test(paths: Paths, options: argparse.Namespace) -> int:
@@ -60,12 +73,18 @@ def _new(paths: Paths, options: argparse.Namespace) -> int:
 
 
 def _rotate(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host import this_boot
     from ..keys import delivery
     from ..operations import recovery as recovery_operations
 
-    changed = recovery_operations.rotate_recovery_key(
-        paths, delivery.Keeper(options.recovery_key_file, escrow(options))
-    )
+    with owner_auth(options) as owner:
+        changed = recovery_operations.rotate_recovery_key(
+            paths,
+            delivery.Keeper(options.recovery_key_file, escrow(options)),
+            leaked=options.leaked,
+            tcti=this_boot.tpm_device(),
+            owner_auth=owner,
+        )
     status = _print_changed(changed, options)
     log.note("the recovery key was replaced; next: unlock recovery test")
     return status

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from .. import log
 from ..paths import Paths
-from .arguments import add_command, add_json
+from .arguments import add_command, add_json, add_owner_auth, owner_auth
 
 if TYPE_CHECKING:
     from ..keys import rotation
@@ -16,12 +16,21 @@ if TYPE_CHECKING:
 def add(commands: "Commands") -> None:
     rekey = add_command(commands, "rekey", _rekey, "give a group a new key-encryption key; data untouched")
     rekey.add_argument("group", nargs="?", default="", help="default: every group")
+    rekey.add_argument(
+        "--fresh", action="store_true", help="a new persistence key too: earlier copies of headers open nothing"
+    )
     add_json(rekey)
+    add_owner_auth(rekey)
 
 
 def _rekey(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host import this_boot
+    from ..operations import new_persistence_key
     from ..operations.rekey import rekey
 
+    if options.fresh:
+        with owner_auth(options) as owner:
+            new_persistence_key.describe(new_persistence_key.replace(paths, this_boot.tpm_device(), owner))
     return print_outcomes(rekey(paths, options.group), as_json=options.json)
 
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unlock persistence`: chooses whether a key manager's keys are kept on this host, so that it boots without network.
 
-enable     puts every KEK on every disk, wrapped by the persistence key, and the host key into the state disable
-takes every KEK off the disks; from the next boot on, groups open when the key manager answers remove     evicts the
-persistence key from the TPM after `disable`; until the next boot, `enable` seals it again under the same policy
+enable     puts every KEK on every disk, wrapped by the persistence key, and the host key into the state
+disable    takes every KEK off the disks, and makes a new persistence key, so that earlier copies of headers open
+           nothing; from the next boot on, groups open when the key manager answers
+remove     evicts the persistence key from the TPM after `disable`; until the next boot, `enable` seals it again under
+           the same policy
 """
 
 from typing import TypedDict
@@ -22,6 +24,7 @@ from ..secret import Secret
 from ..tpm import slots
 from ..tpm.chip import Tpm
 from ..tpm.record import Payload
+from . import new_persistence_key
 
 
 class PersistenceRow(TypedDict):
@@ -113,15 +116,23 @@ def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth:
             )
 
 
-def disable(paths: Paths, look: find.Look = find.look) -> list[rotation.Outcome]:
+def disable(
+    paths: Paths, look: find.Look = find.look, tcti: str = TPM_DEVICE, owner_auth: Secret | None = None
+) -> list[rotation.Outcome]:
     """Keeps no keys on this host any more. Raises Refused where the host could not boot or reach its key manager
-    then."""
+    then; TpmFailed and others when that is done and the new persistence key is not made."""
     with exclusive(paths), access.Work(paths, look) as work:
         refuse_without_kept_keys(work.state)
+        if work.state.persistent:
+            work.state.narrowed = "keys are not kept on this host any more"
         work.state.begin(PersistenceChange("persistence", "disable"))
         work.state.persistent = False
         work.state.drop_host_key()
-        return _apply_policies(work)
+        outcomes = _apply_policies(work)
+        removed = work.state.removed is not None
+    if not removed:
+        new_persistence_key.replace_if_due(paths, tcti, owner_auth, look)
+    return outcomes
 
 
 def refuse_without_kept_keys(state: State) -> None:

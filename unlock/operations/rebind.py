@@ -11,7 +11,8 @@ the recovery keyslots, KEKs and host key from the provider. The native provider 
 the name of a new backup file, replaced by a new one with new KEKs; a key manager must answer.
 
 Killed anywhere, each disk opens by the old key, by the new one, or by the recovery key, and the same command finishes.
-A disk that is away opens by the recovery key until it is back.
+A disk that is away opens by the recovery key until it is back; where the old persistence key is at hand it is kept for
+that disk, as in every replacement of it (new_persistence_key.py).
 """
 
 import os
@@ -22,7 +23,7 @@ from ..disks import disk_keys, find, luks
 from ..disks.groups import Group
 from ..errors import Malformed, NoKey, Refused, Tampered, UnlockError
 from ..host import keyring, this_boot
-from ..host.journal import JournalEntry, Rebind, RecoveryRotation
+from ..host.journal import JournalEntry, NewPersistenceKey, Rebind
 from ..host.provider_entry import has_made
 from ..host.state import State, changing
 from ..host.state_file import KeyEntry
@@ -111,9 +112,10 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
         new, old = _new_and_old_key(state)
         keys.enter_context(new)
         keys.enter_context(old or Secret(b""))
+        unfinished = state.journal
         before = _begin(state, choices, new=new, old=old)
         try:
-            goes_on = _rewrapped_journal(state, before, old=old, new=new)
+            goes_on = state.rewrapped(before, old=old, new=new)
             lost = state.rewrap(old=old, new=new)
             state.set_mac_key(persistence=new, mac_key=mac_key)
             provider = keys.enter_context(closing(_connect_provider(paths, state, choices, old=old, new=new)))
@@ -122,7 +124,7 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
             keks = [_find_kek(state, provider, old, seen, group) for group in state.groups.values()]
         except UnlockError:
             if not again:
-                _restore_journal(paths, before)
+                _restore_journal(paths, unfinished)
             raise
         for _, kek, _ in keks:
             keys.enter_context(kek)
@@ -147,6 +149,8 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
         for group, kek, _ in keks:
             wraps = disk_keys.Keys(persistence=new, host_key=host_key, kek=kek, mac_key=mac_key)
             done += _rewrap_disks(state, seen, group, wraps, choices.recovery, left)
+        _keep_old_keys(state, left, old=old, new=new)
+        state.narrowed = None
         allowed_states.begin(state, selection, branch, plain_root, has_pin)
         state.removed = None
         state.journal = goes_on
@@ -158,23 +162,21 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
         return Rebound(selection, tuple(done), left, tuple(name for name in lost if name != state.provider.name))
 
 
-def _rewrapped_journal(
-    state: State, before: JournalEntry | None, *, old: Secret | None, new: Secret
-) -> JournalEntry | None:
-    """The journal entry of the operation that goes on after the rebind, its key wrapped anew. None for a rotation of
-    the recovery key whose new key is lost: the key that was typed stays. Raises Tampered."""
-    if not isinstance(before, RecoveryRotation):
-        return before
-    if old is None:
-        return None
-    with state.unwrap_recovery_key(old, before.key) as recovery:
-        return before._replace(key=state.wrap_recovery_key(persistence=new, recovery=recovery))
+def _keep_old_keys(state: State, left: dict[str, str], *, old: Secret | None, new: Secret) -> None:
+    """Keeps the old persistence key, where it is known, for the disks that are left under it."""
+    for group in state.groups.values():
+        for member in group.members:
+            if member.name not in left:
+                state.drop_old_key(member.uuid)
+            elif old:
+                state.keep_old_key(member.uuid, new=new, old=old)
+    state.forget_strangers()
 
 
-def _restore_journal(paths: Paths, before: JournalEntry | None) -> None:
+def _restore_journal(paths: Paths, unfinished: JournalEntry | None) -> None:
     """Puts back the journal entry from before the rebind, which has changed nothing yet."""
     state = State.load(paths)
-    state.journal = before
+    state.journal = unfinished
     state.save()
 
 
@@ -290,7 +292,7 @@ def _new_and_old_key(state: State) -> tuple[Secret, Secret | None]:
             except (NoKey, Tampered):
                 continue
     try:
-        old: Secret | None = keyring.get("unlock:persistence")
+        old: Secret | None = state.own_key(keyring.get("unlock:persistence"))
         state.prove(old)  # type: ignore[arg-type]
     except (NoKey, Tampered):
         old = None
@@ -298,9 +300,11 @@ def _new_and_old_key(state: State) -> tuple[Secret, Secret | None]:
 
 
 def _begin(state: State, choices: RebindChoices, *, new: Secret, old: Secret | None) -> JournalEntry | None:
-    """Journals the rebind, durably. Returns the entry that was there: of an operation that goes on after the rebind."""
+    """Journals the rebind, durably. Returns the entry of an operation that goes on after the rebind. A replacement of
+    the persistence key does not: this is one."""
     killed = state.journal if isinstance(state.journal, Rebind) else None
-    before = killed.before if killed else state.journal
+    superseded = killed or (state.journal if isinstance(state.journal, NewPersistenceKey) else None)
+    before = superseded.before if superseded else state.journal
     backup = killed.backup if killed else ""
     if choices.backup and not os.path.exists(choices.backup):
         backup = os.path.abspath(choices.backup)

@@ -28,8 +28,9 @@ from ..host.lock import exclusive
 from ..host.state import State
 from ..keys import access, delivery, escrow, recovery_key
 from ..keys.access import Work
-from ..paths import Paths
+from ..paths import TPM_DEVICE, Paths
 from ..secret import Secret
+from . import new_persistence_key
 
 VERSION = 1
 
@@ -147,17 +148,30 @@ def rotate_recovery_key(
     keep: delivery.Keeper,
     look: find.Look = find.look,
     connect: access.Connect = access.connect,
+    *,
+    leaked: bool = False,
+    tcti: str = TPM_DEVICE,
+    owner_auth: Secret | None = None,
 ) -> Changed:
-    """Gives every disk of this host a new recovery key; the old one is not needed.
+    """Gives every disk of this host a new recovery key; the old one is not needed. `leaked`: whoever had it may have
+    read more of this host, so that a new persistence key follows.
 
     A failure before every disk has the new key is undone; what fails later is left to `renew_keyslots`. After a kill
     the same command finishes with the key that it had made, and makes sure that its keeper has it. Raises Refused,
     NoKey, ProviderError, DiskFailed, Usage, Malformed, CommandFailed, OSError.
     """
+    changed = _rotate(paths, keep, look, connect, leaked)
+    new_persistence_key.replace_if_due(paths, tcti, owner_auth, look)
+    return changed
+
+
+def _rotate(paths: Paths, keep: delivery.Keeper, look: find.Look, connect: access.Connect, leaked: bool) -> Changed:
     with exclusive(paths), Work(paths, look, connect) as work:
         state = work.state
         if not state.has_recovery_key:
             raise Refused("this host has no recovery key yet", "unlock group create", code="no-recovery-key")
+        if leaked:
+            state.narrowed = "the recovery key has leaked"
         places, absent = _present_and_absent(work)
         if not places:
             raise Refused("no disk of this host is here", "unlock status", code="missing")

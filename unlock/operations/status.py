@@ -107,6 +107,8 @@ class Status(NamedTuple):
     """`operation` and `about` of an operation that was interrupted."""
     to_finish: str
     """The command that finishes it, or ''."""
+    narrowed: str
+    """What has narrowed a policy, while the new persistence key is still to come; ''."""
     window: WindowStatus | None
     pin: bool
     groups: list[GroupStatus]
@@ -144,6 +146,7 @@ def read_status(paths: Paths) -> Status:
         ],
         unfinished={"operation": state.journal.operation, "about": state.journal.about} if state.journal else None,
         to_finish=state.to_finish,
+        narrowed=state.narrowed or "",
         window=_window(state),
         pin=state.tpm.pin,
         groups=groups,
@@ -178,6 +181,7 @@ def to_json(found: Status) -> dict[str, Any]:
         "recovery": {"tested": found.recovery_tested, "behind": found.recovery_behind},
         "unfinished": found.unfinished,
         "to_finish": found.to_finish,
+        "narrowed": found.narrowed,
         "window": found.window._asdict() if found.window else None,
         "pin": found.pin,
         "groups": [
@@ -230,6 +234,8 @@ def _warnings(found: Status) -> list[str]:
     warnings = []
     if found.boot and found.boot.facts.unauthenticated_root:
         warnings.append("the root file system is not encrypted: persistence protects lost disks, not a stolen host")
+    if found.narrowed:
+        warnings.append(f"{found.narrowed}, but earlier copies of headers still open: unlock rekey --fresh")
     if found.to_finish:
         warnings.append(f"`{found.to_finish}` is not finished: run it again")
     if window := found.window:
@@ -243,7 +249,7 @@ def _warnings(found: Status) -> list[str]:
         if group.spoofed:
             warnings.append(f"group {group.name} is spoofed: {group.spoofed}")
         if group.behind:
-            warnings.append(f"{', '.join(group.behind)}: still under an earlier KEK; done when back, by unlock sync")
+            warnings.append(f"{', '.join(group.behind)}: still under an earlier key; done when back, by unlock sync")
     if found.recovery_behind:
         names = ", ".join(found.recovery_behind)
         warnings.append(f"{names}: opens with an earlier recovery key too, or alone: unlock recovery new")

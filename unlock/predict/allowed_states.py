@@ -97,7 +97,7 @@ def predicted(
     Writes nothing when nothing changes. Raises Usage for more than the policy holds, Refused when the branch that
     opened this boot cannot be told and one would have to go; NoKey, NoSlot, TpmFailed.
     """
-    with changing(paths, _PATIENCE) as state, Tpm(tcti) as tpm, access.read_persistence_key() as persistence:
+    with changing(paths, _PATIENCE) as state, Tpm(tcti) as tpm, access.read_persistence_key(state) as persistence:
         found = look(paths, tpm, state)
         record = found.record
         new: dict[bytes, str] = {}
