@@ -33,6 +33,7 @@ from unlock.operations import (
     switch,
     sync,
 )
+from unlock.predict import trusted_files
 from unlock.predict.allowed_states import Pin
 from unlock.secret import Secret
 
@@ -40,11 +41,13 @@ pytestmark = pytest.mark.usefixtures("key_cache", "cheap_passwords")
 
 BOOT = Boot("direct")
 PIN = "correct horse"
+TRUSTED = trusted_files.TrustedFiles({"boot/vmlinuz": bytes(32)}, {})
 
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Machine]:
     machine = Machine(tmp_path, BOOT, disks=2)
+    trusted_files.save_trusted_files(machine.paths, TRUSTED)
     yield machine
     machine.close()
 
@@ -85,6 +88,8 @@ def is_whole(host: Machine) -> None:
     assert state.journal is None and not new_persistence_key.is_due(state)
     assert host.boot_opens() and host.recovery_opens()
     assert all(len(host.tokens(image)) == 1 for image in host.disks)
+    if Path(host.paths.boot_files).exists():  # what vouches for /boot has come along
+        assert trusted_files.load_trusted_files(host.paths) == TRUSTED
 
 
 def replace(host: Machine) -> new_persistence_key.Replaced:
@@ -564,4 +569,5 @@ def test_a_rebind_takes_the_place_of_one_that_is_unfinished(host: Machine, seale
     host.boot()
     choices = rebind.RebindChoices(host.recovery, accept=frozenset(("unauthenticated-root",)), tcti=host.chip.tcti)
     rebind.rebind(host.paths, choices, host.look)
+    Path(host.paths.boot_files).unlink()  # the command begins another
     is_whole(host)
