@@ -121,6 +121,7 @@ def disable(
 ) -> list[rotation.Outcome]:
     """Keeps no keys on this host any more. Raises Refused where the host could not boot or reach its key manager
     then; TpmFailed and others when that is done and the new persistence key is not made."""
+    new_persistence_key.finish(paths, tcti, owner_auth, look)
     with exclusive(paths), access.Work(paths, look) as work:
         refuse_without_kept_keys(work.state)
         if work.state.persistent:

@@ -160,6 +160,7 @@ def rotate_recovery_key(
     the same command finishes with the key that it had made, and makes sure that its keeper has it. Raises Refused,
     NoKey, ProviderError, DiskFailed, Usage, Malformed, CommandFailed, OSError.
     """
+    new_persistence_key.finish(paths, tcti, owner_auth, look)
     changed = _rotate(paths, keep, look, connect, leaked)
     new_persistence_key.replace_if_due(paths, tcti, owner_auth, look)
     return changed

@@ -34,6 +34,7 @@ def switch(
     Killed, it goes on when it is called again; each group is then on one provider or the other, and opens. Raises
     Usage, Refused, ProviderError.
     """
+    new_persistence_key.finish(paths, tcti, owner_auth, look)
     with exclusive(paths), access.Work(paths, look) as work:
         state = work.state
         if name == state.provider.name and not state.unfinished(ProviderSwitch, name):
