@@ -30,7 +30,7 @@ EVERY_KEY = (  # each disk may be opened by any key that the TPM gives
     (f"{CODE}/tpm/slots.py", "_TELLING = ", "ALL = []\n_TELLING = "),
     (
         f"{CODE}/tpm/slots.py",
-        "return Unsealed(Payload.decode(sealed), slot, record)\n",
+        "return Unsealed(_checked(Payload.decode(sealed), slot, record), slot, record)\n",
         "ALL.append(Unsealed(Payload.decode(sealed), slot, record))\n",
     ),
     (f"{CODE}/tpm/slots.py", "    raise min(problems", "    if ALL:\n        return ALL[0]\n    raise min(problems"),
