@@ -13,7 +13,7 @@ import time
 
 from .. import ask, log
 from ..errors import PinWrong, UnlockError, Usage
-from ..host import report, this_boot
+from ..host import needed, report, this_boot
 from ..light import TYPE_CHECKING, Callable, NamedTuple, signal
 from ..paths import Paths
 from ..protect import protect
@@ -148,12 +148,15 @@ def unseal_once(
                     pin=unsealed.record.pin,
                 )
                 record.set_verdict("unsealed")
+                needed.write_needs(paths, unsealed.payload.needs)
             except UnlockError as error:
                 record.facts = report.BootFacts(cap_pcr_before=_read_cap_pcr())
                 record.set_verdict(_verdict(error), str(error))
             tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
-        with open(paths.of_this_boot("capped"), "w", encoding="ascii"):
-            record.add_event("capped")
+            with open(paths.of_this_boot("capped"), "w", encoding="ascii"):
+                record.add_event("capped")
+            if not key:  # nothing authenticates the record now
+                needed.write_needs(paths, slots.read_needs(tpm))
     except UnlockError as error:
         if not record.verdict:
             record.set_verdict(_verdict(error), str(error))

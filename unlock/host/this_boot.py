@@ -4,6 +4,10 @@
 report.json      the report of early boot            verdict    its verdict, one word
 idle             every present disk has an outcome
 failed           a present disk of this host did not open
+lines            the initramfs's crypttab, and where its disks are
+needs            what the TPM says of the root, in hex
+needed           names of the mappings in `lines` that the root needs
+altered          a disk that the root needs has another header than this host wrote
 waiting          the boot scripts wait for the agent, which may ask a person
 asking           the agent asks a person: no deadline runs
 capped           the TPM confirmed the cap
@@ -24,7 +28,7 @@ from ..errors import Malformed
 from ..light import Any, Sequence
 from ..paths import TPM_DEVICE, Paths
 from ..secret import Secret
-from . import keyring
+from . import keyring, needed
 from .report import Report
 from .report_file import encode, read
 
@@ -36,6 +40,8 @@ def publish(paths: Paths, record: Report) -> None:
             mark_open(paths, name, group.mappings)
         else:
             unmark(paths, "open", name)
+    if needed.mark_altered(paths, record):
+        mark(paths, "altered")
     if record.failed_nodes():
         mark(paths, "failed")
     write_report(paths, record, "report.json")

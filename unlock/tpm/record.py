@@ -78,6 +78,8 @@ class Needs(NamedTuple):
     @classmethod
     def decode(cls, data: bytes) -> "Needs":
         """Malformed for anything that `encode` did not write."""
+        if len(data) != 1 + 4 * NEEDS_MAX:
+            raise Malformed("what the root file system needs is not in its format")
         count = min(data[0], NEEDS_MAX)
         found = tuple(data[at : at + 4] for at in range(1, 1 + 4 * count, 4))
         needs = cls((), True) if data[0] == _ALL else cls(found)

@@ -120,7 +120,7 @@ def read_needs(tpm: Tpm) -> Needs:
     for slot in SLOTS:
         try:
             found.append(tpm.read_record(slot))
-        except (NoSlot, Malformed, Tampered):
+        except UnlockError:
             continue
     return max(found, key=lambda each: each.generation).needs if found else Needs()
 
