@@ -135,6 +135,7 @@ def unseal_once(
         write_verdict(paths, record)
         return None
     record.add_event("tpm")
+    this_boot.mark(paths, "unsealing")
     key = None
     try:
         with Tpm(tcti) as tpm:

@@ -8,12 +8,15 @@ lines            the initramfs's crypttab, and where its disks are
 needs            what the TPM says of the root, in hex
 needed           names of the mappings in `lines` that the root needs
 altered          a disk that the root needs has another header than this host wrote
+unsealing        the agent has asked the TPM for the key
 waiting          the boot scripts wait for the agent, which may ask a person
 asking           the agent asks a person: no deadline runs
 capped           the TPM confirmed the cap
 dropped          the disks that the TPM's key had opened were closed before a shell started
 shown.json       the errors that the recovery shell has shown
 recovered        the recovery prompt opened disks, or tried to
+authentic        the real root lies on disks that unlock opened, or the operator accepted one that does not
+scrubbed         free memory was overwritten before a shell, or before a system that gets no keys
 ended            the agent ended in order: keys and disks are handed over, or closed
 open/G           link to a mapping of group G, which is open; members/G lists them all
 failed-groups/G  its gate failed; the units that waited
