@@ -97,6 +97,12 @@ def traces(pid: int, *keys: bytes) -> list[bytes]:
     return [key for key in keys if key[: len(key) // 2] in held or key[len(key) // 2 :] in held]
 
 
+def await_call(pid: int, name: str) -> None:
+    """Waits until a process is in a system call."""
+    while Path(f"/proc/{pid}/syscall").read_text().split()[0] != {"write": "1", "readv": "19"}[name]:
+        time.sleep(0.01)
+
+
 AGENT = """
 import os, signal, sys
 from unlock.boot.worker import Worker, WorkerHeader
@@ -159,12 +165,12 @@ def test_a_worker_has_no_trace_of_a_key_when_it_waits_or_ends(lab: Lab, tmp_path
             agent.stdin.write(keys[3] + b"\n")
             agent.stdin.flush()
             assert agent.stdout.readline()
+            await_call(late, "readv")
             assert traces(late, *keys) == [], "what it gave is not what it keeps"
             agent.stdin.write(b"\n")
             agent.stdin.flush()
             assert agent.stdout.readline()
-            while Path(f"/proc/{worker}/syscall").read_text().split()[0] != "1":  # it writes
-                time.sleep(0.01)
+            await_call(worker, "write")
             assert traces(worker, *keys) == [], "when it ends"
             agent.stdin.close()
 
