@@ -97,6 +97,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         "record-2.bin",
         "payload-0.bin",
         "payload-1.bin",
+        "payload-2.bin",
         "policy.json",
         "baseline.json",
         "booted.json",
@@ -450,8 +451,10 @@ def test_the_document_tells_what_the_tpm_keeps() -> None:
         "A": {"object": 0x81104C41, "nv": 0x01814C41, "nv_public": reader.nv_public(0x01814C41).hex()},
         "B": {"object": 0x81104C42, "nv": 0x01814C42, "nv_public": reader.nv_public(0x01814C42).hex()},
     }
-    for flag in 0, 1:
-        assert reader.payload(frozen(f"payload-{flag}.bin")) == (raw("persistence"), bool(flag))
+    needs = sorted(map(reader.need, formats.NEEDED))
+    assert (one["needs"], two["needs"]) == ([], needs)
+    for number, expected in enumerate([(False, []), (True, needs), (False, None)]):
+        assert reader.payload(frozen(f"payload-{number}.bin")) == (raw("persistence"), *expected)
 
 
 def test_the_document_tells_how_every_key_in_the_state_is_unwrapped() -> None:

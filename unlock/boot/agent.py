@@ -13,13 +13,14 @@ import time
 
 from .. import ask, log
 from ..errors import PinWrong, UnlockError, Usage
-from ..host import report, this_boot
+from ..host import needed, report, this_boot
 from ..light import TYPE_CHECKING, Callable, NamedTuple, signal
 from ..paths import Paths
 from ..protect import protect
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Meanwhile, Tpm
+from ..tpm.record import Needs
 from .unmeasured import close_channels
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ class Key(NamedTuple):
     persistence: Secret
     pin_auth: Secret | None
     """The TPM's auth value from the PIN, with which the real root reseals the policy unattended."""
+    needs: Needs
+    """The disks that the root file system needs."""
 
     def wipe(self) -> None:
         self.persistence.wipe()
@@ -135,20 +138,24 @@ def unseal_once(
         write_verdict(paths, record)
         return None
     record.add_event("tpm")
+    this_boot.mark(paths, "unsealing")
     key = None
     for name in names:
         try:
             with Tpm(this_boot.tcti(name)) as tpm:
                 key = key or _try_unseal(tpm, name, record, pin, meanwhile)
                 tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
-            this_boot.mark_capped(paths, name)
-            record.add_event("capped")
+                this_boot.mark_capped(paths, name)
+                record.add_event("capped")
+                if not key and record.verdict != "no-slot":  # nothing authenticates what the record says now
+                    needed.write_needs(paths, slots.read_needs(tpm))
         except UnlockError as error:
             if not record.verdict:
                 record.set_verdict(_verdict(error), str(error))
             record.add_event("not-capped", str(error))
         if key and not os.path.exists(paths.of_this_boot("tpm")):
             this_boot.mark_tpm(paths, name)
+            needed.write_needs(paths, key.needs)
     if key and not record.facts.unauthenticated_root and (found := close_channels(paths)):
         key.wipe()
         key = None
@@ -173,7 +180,7 @@ def _try_unseal(tpm: Tpm, name: str, record: report.Report, pin: slots.Ask, mean
         pin=unsealed.record.pin,
     )
     record.set_verdict("unsealed")
-    return Key(unsealed.record.host.hex(), unsealed.payload.key, unsealed.pin_auth)
+    return Key(unsealed.record.host.hex(), unsealed.payload.key, unsealed.pin_auth, unsealed.payload.needs)
 
 
 def pin_prompt(paths: Paths, stopped: Callable[[], bool], program: str = ask.ASKPASS) -> slots.Ask:

@@ -74,7 +74,7 @@ def _open(paths: Paths, options: list[str]) -> int:
             with ask.from_file(file) if file else ask.anyone("recovery key", "--recovery-key-file") as typed:
                 keys.append(recovery_key.parse(typed))
             found = prompt.open_all(paths, *keys)
-            if found.has_disk("tampered"):
+            if found.has_changed_disk():
                 raise Tampered("a header is not the one that this host wrote: that disk stays closed", "unlock status")
             if found.has_open_group():
                 log.show('open; "exit" goes on booting')

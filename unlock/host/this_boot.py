@@ -4,6 +4,11 @@
 report.json      the report of early boot            verdict    its verdict, one word
 idle             every present disk has an outcome
 failed           a present disk of this host did not open
+lines            the initramfs's crypttab, and where its disks are
+needs            what the TPM says of the root, in hex
+needed           names of the mappings in `lines` that the root needs
+altered          a disk that the root needs has another header than this host wrote
+unsealing        the agent has asked the TPM for the key
 waiting          the boot scripts wait for the agent, which may ask a person
 asking           the agent asks a person: no deadline runs
 tpm              the name of the TPM that the key came from
@@ -11,6 +16,8 @@ capped           the names of the TPMs that confirmed the cap
 dropped          the disks that the TPM's key had opened were closed before a shell started
 shown.json       the errors that the recovery shell has shown
 recovered        the recovery prompt opened disks, or tried to
+authentic        the real root lies on disks that unlock opened, or the operator accepted one that does not
+scrubbed         free memory was overwritten before a shell, or before a system that gets no keys
 ended            the agent ended in order: keys and disks are handed over, or closed
 open/G           link to a mapping of group G, which is open; members/G lists them all
 failed-groups/G  its gate failed; the units that waited
@@ -25,7 +32,7 @@ from ..errors import Malformed
 from ..light import Any, Sequence
 from ..paths import TPM_DEVICE, Paths
 from ..secret import Secret
-from . import keyring
+from . import keyring, needed
 from .report import Report
 from .report_file import encode, read
 
@@ -37,6 +44,8 @@ def publish(paths: Paths, record: Report) -> None:
             mark_open(paths, name, group.mappings)
         else:
             unmark(paths, "open", name)
+    if needed.mark_altered(paths, record):
+        mark(paths, "altered")
     if record.failed_nodes():
         mark(paths, "failed")
     write_report(paths, record, "report.json")

@@ -66,9 +66,7 @@ def replace_if_due(
     return found
 
 
-def finish(
-    paths: Paths, tcti: str = TPM_DEVICE, owner_auth: Secret | None = None, look: find.Look = find.look
-) -> None:
+def finish(paths: Paths, tcti: str = TPM_DEVICE, owner_auth: Secret | None = None, look: find.Look = find.look) -> None:
     """Finishes a replacement that was killed: for commands that end with one, so that the same command finishes. Raises
     what `replace` raises."""
     if isinstance(State.load(paths).journal, NewPersistenceKey):

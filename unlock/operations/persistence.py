@@ -103,7 +103,8 @@ def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth:
     early = this_boot.read_early_report(work.paths)
     plain = bool(allowed_states.describe_untrusted_system(work.paths))
     accepted = early.facts.unauthenticated_root if early else None
-    payload = Payload(work.persistence, plain if accepted is None else accepted)
+    needs = allowed_states.needs_of_root(work.state)
+    payload = Payload(work.persistence, plain if accepted is None else accepted, needs)
     with Tpm(tcti) as tpm:
         found = slots.current_record(tpm)
         if found and found.host == host:

@@ -129,7 +129,7 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
         for _, kek, _ in keks:
             keys.enter_context(kek)
         this_boot.cache_keys(paths, "made", {_NEW: new})
-        payload = Payload(new, plain_root)
+        payload = Payload(new, plain_root, allowed_states.needs_of_root(state))
         has_pin = len(pin_auth) > 0
         if choices.pin and has_pin:
             keyring.forget(allowed_states.PIN_AUTH)
