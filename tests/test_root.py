@@ -30,6 +30,7 @@ from unlock.operations import group as group_operations
 from unlock.paths import TPM_DEVICE, write_atomically
 from unlock.secret import Secret
 from unlock.tpm import slots
+from unlock.tpm.record import Needs
 
 pytestmark = [pytest.mark.usefixtures("key_cache"), pytest.mark.root]
 
@@ -115,7 +116,7 @@ class Early:
         self.paths = host.paths
         self.record = report.Report("early-boot")
         self.record.facts = report.BootFacts(unauthenticated_root=accepted)
-        self.key = agent.Key(HOST, Secret(bytes(host.persistence)), None)
+        self.key = agent.Key(HOST, Secret(bytes(host.persistence)), None, Needs())
         self.groups = activation.GroupOpener(
             HOST, lambda c, each: disk_keys.unwrap_volume_key(c, each, host.persistence), self.record
         )
