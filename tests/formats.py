@@ -38,11 +38,12 @@ from unlock.measured.baseline import Baseline, TpmIdentity
 from unlock.operations import sync
 from unlock.paths import Paths
 from unlock.predict import allowed_states, booted
+from unlock.predict.trusted_files import TrustedFiles
 from unlock.providers import native
 from unlock.secret import Secret
 from unlock.strictjson import canonical
 from unlock.tpm import pcr_policy, public_area, slots
-from unlock.tpm.record import SLOTS, SRK, Payload, Record
+from unlock.tpm.record import SLOTS, SRK, Needs, Payload, Record
 
 FOLDER = Path(__file__).parent / "data/formats/v1"
 WARNING = "test keys, known to everybody: they protect nothing"
@@ -57,6 +58,8 @@ MEASURED = {4: "boot loader", 7: "Secure Boot", 8: "command line", 9: "kernel an
 """PCR -> what it was extended with once: the SHA-256 of `test data: ...`."""
 BRANCHES = 8
 """Of the policy record with a PIN."""
+NEEDED = ("root", "usr")
+"""What its root file system lies on."""
 
 
 def _key(name: str, size: int = 32) -> bytes:
@@ -152,6 +155,7 @@ def record(pin: bool = False) -> Record:
         name,
         b"\0\x0b" + bytes(range(32, 64)),
         pin,
+        Needs.of(NEEDED) if pin else Needs(),
     )
 
 
@@ -404,9 +408,16 @@ def of_boot() -> booted.BootedFiles:
         "boot/initrd.img",
         (one, two),
         {"addon.efi": one},
-        {"boot/old": sha256(b"a file that may be a thief's").digest()},
+        {"boot/vmlinuz": sha256(b"a kernel").digest(), "boot/initrd.img": sha256(b"an initramfs").digest()},
+        {"boot/old": sha256(b"a file that may be a thief's").digest(), "boot/link": b""},
+        ("boot/link",),
+        {"boot": "8:1"},
         ("pci0000:00/test",),
     )
+
+
+def trusted() -> TrustedFiles:
+    return TrustedFiles(of_boot().known, {"boot/current": "vmlinuz"})
 
 
 def tree(paths: Paths) -> None:
@@ -433,19 +444,19 @@ def fixed(paths: Paths, keys: Keys) -> dict[str, bytes]:
     this_boot.mark_open(paths, "data", ["data-a", "data-b"])
     this_boot.mark_failed(paths, "data", ["nginx.service"])
     booted.save_booted_files(paths, of_boot())
-    booted.trust_boot_files(paths, of_boot())
     copied = esp_copy.write_copy(paths, baseline().encode())
     run = Path(paths.run)
     return {
         "record-1.bin": record().encode(),
         "record-2.bin": record(pin=True).encode(),
         "payload-0.bin": bytes(Payload(keys.persistence).encode()),
-        "payload-1.bin": bytes(Payload(keys.persistence, True).encode()),
+        "payload-1.bin": bytes(Payload(keys.persistence, True, Needs.of(NEEDED)).encode()),
+        "payload-2.bin": bytes(Payload(keys.persistence, False, Needs.of(map(str, range(13)))).encode()),
         "policy.json": json.dumps(policies(keys), indent=1).encode(),
         "baseline.json": baseline().encode(),
         os.path.relpath(copied, paths.root): Path(copied).read_bytes(),
         "booted.json": Path(paths.booted).read_bytes(),
-        "boot-files.json": Path(paths.boot_files).read_bytes(),
+        "boot-files.json": trusted().encode(keys.persistence),
         "run/report.json": (run / "report.json").read_bytes(),
         "run/verdict": (run / "verdict").read_bytes(),
         "run/members/data": (run / "members/data").read_bytes(),

@@ -207,15 +207,23 @@ CHANGES: dict[str, list[Change]] = {
     "record byte order": [("tpm/record.py", '">7sBQ', '"<7sBQ')],
     "record names": [
         ("tpm/record.py", "self.srk_name, self.object_name,", "self.object_name, self.srk_name,"),
-        ("tpm/record.py", "flags, srk_name, object_name, digests", "flags, object_name, srk_name, digests"),
+        ("tpm/record.py", "needed, srk_name, object_name, digests", "needed, object_name, srk_name, digests"),
     ],
     "record checksum": [("tpm/record.py", "sha256(body)", 'sha256(body + b"1")')],
     "payload version": [("tpm/record.py", "\n_VERSION = 1", "\n_VERSION = 2")],
     "payload flag": [("tpm/record.py", "_UNAUTHENTICATED_ROOT = 0x01", "_UNAUTHENTICATED_ROOT = 0x02")],
     "payload key": [
-        ("tpm/record.py", "data.value[2:] = self.key.value", "data.value[2:] = self.key.value[::-1]"),
-        ("tpm/record.py", "Secret(value[2:])", "Secret(value[2:][::-1])"),
+        ("tpm/record.py", "data.value[2:34] = self.key.value", "data.value[2:34] = self.key.value[::-1]"),
+        ("tpm/record.py", "Secret(value[2:34])", "Secret(value[2:34][::-1])"),
     ],
+    "need: label": [("tpm/record.py", 'b"unlock needs "', 'b"unlock need "')],
+    "need: size": [
+        ("tpm/record.py", "digest()[:4]", "digest()[:3]"),
+        ("tpm/record.py", "at + 4]", "at + 3]"),
+        ("tpm/record.py", "1 + 4 * count, 4)", "1 + 3 * count, 3)"),
+    ],
+    "needs: most": [("tpm/record.py", "NEEDS_MAX = 12", "NEEDS_MAX = 13")],
+    "needs: more than that": [("tpm/record.py", "_ALL = 0xFF", "_ALL = 0xFE")],
     # files
     "state version": [("host/state_file.py", "\nVERSION = 1", "\nVERSION = 2")],
     "state indent": [("host/state_file.py", "indent=1", "indent=2")],

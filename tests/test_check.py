@@ -17,6 +17,7 @@ from tests.kmipfixture import AUTHORITY
 from tests.lab.kmipliar import Liar
 from tests.test_devices import Machine
 from tests.tpmfixture import Swtpm
+from unlock.boot import unmeasured
 from unlock.disks import disk_keys, luks, token
 from unlock.errors import CommandFailed, UnlockError
 from unlock.host import keyring, report, report_file
@@ -24,6 +25,7 @@ from unlock.host.journal import Rekey
 from unlock.operations import check, recovery
 from unlock.operations.check.finding import NOTE, SAFE, UNPROVEN, UNSAFE
 from unlock.predict import initramfs_images
+from unlock.predict.boot_tree import BootTree
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
 from unlock.tpm.record import RECORD_VERSION, SLOTS, Payload
@@ -32,6 +34,12 @@ pytestmark = [pytest.mark.usefixtures("key_cache"), pytest.mark.root]
 
 CODE = "usr/lib/unlock/unlock/boot/agent.pyc"
 READS = ("usr/lib/unlock/reads/token-1", "usr/lib/unlock/reads/record-1")
+
+
+def findings(world: "World") -> dict[str, tuple[str, str, str]]:
+    """All that is found: what -> verdict, detail, command."""
+    found = check.check(world.host.paths, world.chip.tcti, world.host.look)
+    return {each.what: (each.verdict, each.detail, each.do) for each in found.findings}
 
 
 class World:
@@ -266,6 +274,44 @@ def test_hibernation_only_to_an_encrypted_disk(world: World, number: str, verdic
     assert world.check()[0] == verdict
 
 
+def test_hibernation_to_a_disk_that_somebody_else_opens(world: World) -> None:
+    world.machine.mapping("swap", "253:1", "CRYPT-LUKS2-" + "1" * 32 + "-swap", "sdb")
+    world.write("sys/power/resume", "253:1\n")
+    verdict, _ = world.check()
+    assert verdict == SAFE
+    assert findings(world)["hibernation"][0] == NOTE
+
+
+def test_file_systems_beside_the_root_are_named(world: World) -> None:
+    """/var on a plain disk runs as root too; what has no content of its own, or is a group's, is no matter."""
+    world.machine.mount("8:16", "/var", "/dev/sdb", "ext4")
+    world.machine.mount("0:40", "/usr/local", "server:/export", "nfs4")
+    world.machine.mount("0:41", "/var/tmp", "tmpfs", "tmpfs")
+    world.machine.mount("8:16", "/srv", "/dev/sdb", "ext4")
+    world.machine.mount("253:0", "/var/lib/data", "/dev/mapper/data-0", "ext4")
+    named = {what: verdict for what, (verdict, *_) in findings(world).items() if what.startswith("/")}
+    assert named == {"/var": NOTE, "/usr/local": NOTE}
+
+
+def test_what_systemd_obeys_beside_the_command_line(world: World) -> None:
+    world.write(f"sys/firmware/efi/efivars/{unmeasured.OPTIONS}", "x")
+    assert findings(world)["systemd"][0] == NOTE  # the next boot deletes it
+    (world.root / f"sys/firmware/efi/efivars/{unmeasured.OPTIONS}").unlink()
+    world.write("sys/firmware/dmi/tables/DMI", "io.systemd.credential:passwd.hashed-password.root=x")
+    verdict, wrong = world.check()
+    assert verdict == UNSAFE and "passwd.hashed-password.root" in wrong["systemd"][1]
+    world.write("proc/cmdline", "root=/dev/mapper/root systemd.import_credentials=no\n")
+    assert world.check() == (SAFE, {})
+
+
+@pytest.mark.parametrize(("password", "said"), [("", True), ("!", False), ("$y$j9T$abc", False)])
+def test_a_console_that_gives_a_shell_without_a_password(world: World, password: str, said: bool) -> None:
+    world.write("etc/shadow", f"daemon::1::::::\nroot:{password}:20000:0:99999:7:::\n")
+    assert ("console" in findings(world)) == said
+    world.write("etc/systemd/system/emergency.service.d/x.conf", "[Service]\nEnvironment=SYSTEMD_SULOGIN_FORCE=1\n")
+    assert findings(world)["console"][0] == NOTE
+
+
 def test_a_root_that_somebody_else_opens(world: World) -> None:
     world.machine.mapping("luks-root", "253:1", "CRYPT-LUKS2-" + "1" * 32 + "-luks-root", "sdb")
     world.machine.mount("253:1", "/", "/dev/mapper/luks-root", "ext4")
@@ -442,12 +488,12 @@ def test_the_initramfs_in_a_unified_kernel_image(world: World) -> None:
     image = world.root / "boot/efi/EFI/Linux/debian.efi"
     image.parent.mkdir(parents=True)
     image.write_bytes(pefile.build({".linux": b"kernel", ".initrd": good}))
-    assert initramfs_images.read_contents(str(image)).unlock
+    assert initramfs_images.read_contents(BootTree(world.host.paths), "boot/efi/EFI/Linux/debian.efi").unlock
     image.write_bytes(pefile.build({".linux": b"kernel"}))
     for data in (b"", b"MZ", image.read_bytes()):
         image.write_bytes(data)
         with pytest.raises(CommandFailed):
-            initramfs_images.read_contents(str(image))
+            initramfs_images.read_contents(BootTree(world.host.paths), "boot/efi/EFI/Linux/debian.efi")
 
 
 def test_pcrs_of_files_where_nothing_measures_the_kernel(world: World) -> None:

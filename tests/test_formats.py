@@ -33,10 +33,10 @@ from unlock.host.state_file import RemovedPolicy
 from unlock.keys import access, recovery_key
 from unlock.measured import causes, esp_copy
 from unlock.measured.baseline import Baseline
-from unlock.measured.eventlog import Log
 from unlock.operations import persistence, policy
 from unlock.paths import Paths
 from unlock.predict import allowed_states, booted
+from unlock.predict.trusted_files import TrustedFiles
 from unlock.providers import native
 from unlock.secret import Secret
 from unlock.strictjson import canonical
@@ -97,6 +97,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         "record-2.bin",
         "payload-0.bin",
         "payload-1.bin",
+        "payload-2.bin",
         "policy.json",
         "baseline.json",
         "booted.json",
@@ -146,13 +147,15 @@ def test_a_baseline_is_read() -> None:
     assert Baseline.decode(frozen("baseline.json")) == formats.baseline()
 
 
-def test_a_record_of_boot_is_read(tmp_path: Path) -> None:
+def test_a_record_of_boot_is_read(keys: Keys) -> None:
     assert booted.BootedFiles.decode(frozen("booted.json")) == formats.of_boot()
-    place = Paths(str(tmp_path))
-    formats.tree(place)
-    Path(place.boot_files).parent.mkdir(parents=True)
-    Path(place.boot_files).write_bytes(frozen("boot-files.json"))
-    assert set(booted.find_booted_files(place, Log((), 0, "")).foreign) == {"boot/old"}
+    assert TrustedFiles.decode(frozen("boot-files.json"), keys.persistence) == formats.trusted()
+    said = {**json.loads(frozen("boot-files.json"))}
+    assert reader.boot_files_mac(raw("persistence"), said).hex() == said["mac"]
+    changes: tuple[dict[str, object], ...] = ({"files": {}}, {"links": {}}, {"mac": "00" * 32}, {"version": 2})
+    for changed in changes:
+        with pytest.raises(Tampered):
+            TrustedFiles.decode(json.dumps({**said, **changed}).encode(), keys.persistence)
 
 
 @pytest.fixture
@@ -448,8 +451,10 @@ def test_the_document_tells_what_the_tpm_keeps() -> None:
         "A": {"object": 0x81104C41, "nv": 0x01814C41, "nv_public": reader.nv_public(0x01814C41).hex()},
         "B": {"object": 0x81104C42, "nv": 0x01814C42, "nv_public": reader.nv_public(0x01814C42).hex()},
     }
-    for flag in 0, 1:
-        assert reader.payload(frozen(f"payload-{flag}.bin")) == (raw("persistence"), bool(flag))
+    needs = sorted(map(reader.need, formats.NEEDED))
+    assert (one["needs"], two["needs"]) == ([], needs)
+    for number, expected in enumerate([(False, []), (True, needs), (False, None)]):
+        assert reader.payload(frozen(f"payload-{number}.bin")) == (raw("persistence"), *expected)
 
 
 def test_the_document_tells_how_every_key_in_the_state_is_unwrapped() -> None:

@@ -33,18 +33,23 @@ from unlock.operations import (
     switch,
     sync,
 )
+from unlock.predict import allowed_states, trusted_files
 from unlock.predict.allowed_states import Pin
 from unlock.secret import Secret
+from unlock.tpm import slots
+from unlock.tpm.record import Needs
 
 pytestmark = pytest.mark.usefixtures("key_cache", "cheap_passwords")
 
 BOOT = Boot("direct")
 PIN = "correct horse"
+TRUSTED = trusted_files.TrustedFiles({"boot/vmlinuz": bytes(32)}, {})
 
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Machine]:
     machine = Machine(tmp_path, BOOT, disks=2)
+    trusted_files.save_trusted_files(machine.paths, TRUSTED)
     yield machine
     machine.close()
 
@@ -85,6 +90,8 @@ def is_whole(host: Machine) -> None:
     assert state.journal is None and not new_persistence_key.is_due(state)
     assert host.boot_opens() and host.recovery_opens()
     assert all(len(host.tokens(image)) == 1 for image in host.disks)
+    if Path(host.paths.boot_files).exists():  # what vouches for /boot has come along
+        assert trusted_files.load_trusted_files(host.paths) == TRUSTED
 
 
 def replace(host: Machine) -> new_persistence_key.Replaced:
@@ -272,6 +279,17 @@ def test_a_group_that_only_the_key_manager_opens_needs_none_for_it(managed: Mach
         ):
             assert bytes(dek) == managed.deks[container.uuid]
     assert run_sync(managed)["data"] in ("cached", "unchanged")
+
+
+def test_what_the_root_needs_is_sealed_with_the_new_key(host: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = Needs.of(["data-0"])
+    monkeypatch.setattr(allowed_states, "needs_of_root", lambda _: needs)
+    replace(host)
+    assert host.allows().record.needs == needs
+    host.chip.power_cycle()
+    host.extend([(entry.pcr, entry.sha256) for entry in BOOT.entries()])
+    with host.chip.open() as tpm:
+        assert slots.unseal(tpm).payload.needs == needs
 
 
 # Disks that are away
@@ -561,4 +579,5 @@ def test_a_rebind_takes_the_place_of_one_that_is_unfinished(host: Machine, seale
     host.boot()
     choices = rebind.RebindChoices(host.recovery, accept=frozenset(("unauthenticated-root",)), tcti=host.chip.tcti)
     rebind.rebind(host.paths, choices, host.look)
+    Path(host.paths.boot_files).unlink()  # the command begins another
     is_whole(host)

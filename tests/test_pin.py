@@ -40,6 +40,7 @@ from unlock.measured import causes, diagnosis, evidence, explain
 from unlock.operations import baseline, cache, check, policy, predict, rebind, status
 from unlock.predict import allowed_states, initramfs_images
 from unlock.predict.allowed_states import Pin
+from unlock.predict.boot_tree import BootTree
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, public_area, slots
 from unlock.tpm.chip import Tpm
@@ -695,16 +696,16 @@ AGENT = "usr/lib/unlock/unlock/boot/agent.pyc"
 )
 def test_no_pin_that_an_installed_initramfs_cannot_ask_for(host: Machine, names: tuple[str, ...], why: str) -> None:
     host.write("boot/initrd.img-6.12.1-amd64", b"")
-    assert initramfs_images.list_images(host.paths)
+    assert initramfs_images.list_images(BootTree(host.paths))
 
     def listing(_argv: list[str]) -> str:
         return "\n".join(names)
 
     if not why:
-        initramfs_images.require_pin_support(host.paths, listing)
+        initramfs_images.require_pin_support(BootTree(host.paths), listing)
         return
     with pytest.raises(Refused, match=why) as caught:
-        initramfs_images.require_pin_support(host.paths, listing)
+        initramfs_images.require_pin_support(BootTree(host.paths), listing)
     assert caught.value.hint == "update-initramfs -u -k 6.12.1-amd64"
 
 

@@ -60,9 +60,10 @@ def _init(paths: Paths, options: argparse.Namespace) -> int:
             pcrs=options.pcrs,
             owner_auth=owner,
             kms=kms,
+            tcti=this_boot.tpm_device(),
         )
         found = init(paths, choices)
-    baseline.record_good_boot(paths, this_boot.tpm_device())
+    baseline.record_good_boot(paths, this_boot.tpm_device(), first=True)
     log.note(f"boot: {found.boot}; sealed under PCRs {', '.join(map(str, found.selection))}")
     if kms:
         log.note(f"keys come from {', '.join(kms.settings.endpoints)}; the host key was made and fetched")

@@ -2,7 +2,6 @@
 """`unlock persistence status | enable | disable`."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from .. import log
@@ -29,11 +28,13 @@ def _status(paths: Paths, options: argparse.Namespace) -> int:
 
     found = persistence.status(paths)
     if options.json:
-        print(json.dumps(found, indent=1))
+        log.show_json(found)
         return 0
-    print(f"persistence: {'enabled' if found['enabled'] else 'disabled'}")
+    log.show(f"persistence: {'enabled' if found['enabled'] else 'disabled'}")
     for group in found["groups"]:
-        print(f"group {group['name']}: policy {group['policy']}, kept on {len(group['kept_on'])} of {group['members']}")
+        log.show(
+            f"group {group['name']}: policy {group['policy']}, kept on {len(group['kept_on'])} of {group['members']}"
+        )
     return 0
 
 

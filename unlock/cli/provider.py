@@ -2,7 +2,6 @@
 """`unlock provider list | add | test | switch | renew | backup | restore`."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from .. import ask, log
@@ -66,7 +65,7 @@ def _list(paths: Paths, options: argparse.Namespace) -> int:
 
     rows = provider.list_providers(paths)
     if options.json:
-        print(json.dumps(rows, indent=1))
+        log.show_json(rows)
         return 0
     for row in rows:
         days = row["certificate_days"]
@@ -78,7 +77,7 @@ def _list(paths: Paths, options: argparse.Namespace) -> int:
             f"groups: {', '.join(row['groups'])}" if row["groups"] else "",
             f"replaced keys still active there: {row['not_retired']}" if row["not_retired"] else "",
         ]
-        print(f"{row['name']}: {'; '.join(filter(None, facts))}")
+        log.show(f"{row['name']}: {'; '.join(filter(None, facts))}")
     return 0
 
 
@@ -105,12 +104,12 @@ def _test(paths: Paths, options: argparse.Namespace) -> int:
             {"what": each.what, "error": each.error.code if each.error else "", "detail": str(each.error or "")}
             for each in proofs
         ]
-        print(json.dumps(rows, indent=1))
+        log.show_json(rows)
     for each in proofs:
         if each.error:
             log.error(f"{each.what}: {each.error}", each.error.hint)
         elif not options.json:
-            print(f"{each.what}: good")
+            log.show(f"{each.what}: good")
     return max((each.error.status for each in proofs if each.error), default=0)
 
 

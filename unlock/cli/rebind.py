@@ -63,7 +63,7 @@ def _rebind(paths: Paths, options: argparse.Namespace) -> int:
     State.load(paths)
     tcti = this_boot.tpm_device()
     log.note("the TPM will allow the state of this boot, which is:")
-    print(explain.to_text(diagnosis.diagnose(evidence.gather_evidence(paths, tcti))))
+    log.show(explain.to_text(diagnosis.diagnose(evidence.gather_evidence(paths, tcti))))
     pin = new_pin(options)
     if pin is None and rebind.needs_pin(paths, tcti):
         log.note("a PIN is set, and the key cache cannot keep it: type the same one, or another, or give --no-pin")
@@ -92,7 +92,7 @@ def _rebind(paths: Paths, options: argparse.Namespace) -> int:
             tcti=tcti,
         )
         found = rebind.rebind(paths, choices)
-    baseline.record_good_boot(paths, tcti)
+    baseline.record_good_boot(paths, tcti, first=True)
     log.note(f"sealed to this boot, under PCRs {', '.join(map(str, found.selection))}: {len(found.done)} disk(s)")
     for name, why in found.left.items():
         log.error(f"{name}: {why}: it opens with the recovery key", "when it is back: unlock sync, or unlock rebind")

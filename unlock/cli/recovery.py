@@ -2,7 +2,6 @@
 """`unlock recovery test | new | rotate`."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from .. import log
@@ -50,11 +49,11 @@ def _test(paths: Paths, options: argparse.Namespace) -> int:
         rows = recovery_operations.test_recovery_key(paths, recovery)
     if options.json:
         disks = [each._asdict() for each in rows]
-        print(json.dumps({"version": recovery_operations.VERSION, "disks": disks}, indent=1))
+        log.show_json({"version": recovery_operations.VERSION, "disks": disks})
         return recovery_operations.exit_status(rows)
     for each in rows:
         what = {"altered": "header altered", "wrong-key": "wrong key"}.get(each.outcome, each.outcome)
-        print(f"{each.disk}: {what}" + (f" ({each.detail})" if each.detail else ""))
+        log.show(f"{each.disk}: {what}" + (f" ({each.detail})" if each.detail else ""))
     return recovery_operations.exit_status(rows)
 
 

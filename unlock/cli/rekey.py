@@ -2,7 +2,6 @@
 """`unlock rekey`, and how a rotation is printed."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from .. import log
@@ -38,10 +37,10 @@ def _rekey(paths: Paths, options: argparse.Namespace) -> int:
 def print_outcomes(outcomes: "list[rotation.Outcome]", *, as_json: bool = False) -> int:
     """Prints one line a group, and the disks that still have the old key. Returns 0."""
     if as_json:
-        print(json.dumps([each._asdict() for each in outcomes], indent=1))
+        log.show_json([each._asdict() for each in outcomes])
     for each in outcomes:
         if not as_json:
-            print(f"group {each.group}: generation {each.generation}, {len(each.done)} disk(s)")
+            log.show(f"group {each.group}: generation {each.generation}, {len(each.done)} disk(s)")
         for name, why in each.behind.items():
             log.error(f"{name}: {why}: it opens with its old key until it is back", "when it is back: unlock sync")
     return 0

@@ -37,6 +37,7 @@ OUTCOMES = {
     "malformed": "its token cannot be read",
     "newer-format": "a later unlock wrote its token",
     "tampered": "header or token are not what this host wrote",
+    "altered": "this host adopted it, and its token is gone",
     "no-key": "there is no key to open it with",
     "provider": "its key is kept by the key manager only: it opens when that answers",
     "name-taken": "its mapping name is in use",
@@ -219,6 +220,10 @@ class Report:
     def has_disk(self, outcome: str) -> bool:
         """Whether a disk has this outcome."""
         return any(row.outcome == outcome for row in self.disks.values())
+
+    def has_changed_disk(self) -> bool:
+        """Whether a disk's header is known not to be the one that this host wrote."""
+        return self.has_disk("tampered") or self.has_disk("altered")
 
     def has_open_group(self) -> bool:
         """Whether a group is open."""

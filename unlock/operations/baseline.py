@@ -9,32 +9,54 @@ unlock-baseline.service runs it before an update can replace the files; init and
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .. import log
-from ..errors import Malformed
+from ..errors import Malformed, NoKey, Refused
 from ..measured import esp_copy, eventlog, logs
 from ..measured.baseline import BASELINE_MAX, Baseline, TpmIdentity
 from ..measured.describe import Item
 from ..measured.eventlog import Event
 from ..measured.evidence import gather_evidence
 from ..paths import TPM_DEVICE, Paths, write_atomically
-from ..predict import allowed_states, booted
+from ..predict import allowed_states, booted, trusted_files
+from ..predict.boot_tree import BootTree
 from ..tpm import pcr_policy
 
 
-def record_good_boot(paths: Paths, tcti: str) -> None:
-    """Records the baseline and the files of this boot, when the TPM allows it. Logs what cannot be written."""
+def record_good_boot(paths: Paths, tcti: str, *, first: bool = False) -> None:
+    """Records the baseline and the files of this boot, when the TPM allows it. Logs what cannot be written.
+
+    `first`: somebody is there who has this boot sealed to, and vouches for the files below /boot, unless this boot has
+    looked at them already.
+    """
     sealed = allowed_states.opens_this_boot(paths, tcti)
     found, _ = logs.read_event_log(paths)
     try:
         record_baseline(paths, tcti, sealed)
         if sealed and found:
-            before = booted.record_booted_files(paths, found)
-            if not os.path.exists(paths.boot_files):
-                booted.trust_boot_files(paths, before)
-    except (OSError, Malformed) as problem:
+            tree = BootTree(paths)
+            looked = booted.read_booted_files(paths)
+            now = looked or booted.find_booted_files(tree, found)
+            if first and not looked:
+                sources = set(now.sources)
+                now, accepted, left = booted.accept_boot_files(tree, now)
+                log_accepted({path: what for path, what in accepted.items() if path in sources}, left)
+            booted.save_booted_files(paths, now)
+            if first:
+                booted.trust_boot_files(tree, now)
+            elif not looked and trusted_files.load_trusted_files(paths) is None:
+                log.error("what this host knew of the files below /boot is not there, or was changed", booted.ACCEPT)
+    except (OSError, Malformed, NoKey, Refused) as problem:
         log.error(f"what this boot has measured cannot be kept: {problem}", "unlock check")
+
+
+def log_accepted(accepted: Mapping[str, str], left: Mapping[str, str]) -> None:
+    """Says which files are trusted from now on, and which cannot be."""
+    for path, what in accepted.items():
+        log.note(f"unlock: trusted from now on: {path}: {what}")
+    for path, why in left.items():
+        log.error(f"{path} cannot be trusted: {why}", f"ls -lAi /{os.path.dirname(path)}; rm, or e2fsck, fsck.fat")
 
 
 def record_baseline(paths: Paths, tcti: str = TPM_DEVICE, sealed: bool = False) -> Baseline | None:

@@ -20,7 +20,8 @@ from ..keys import access, delivery
 from ..keys.escrow import Escrow
 from ..keys.escrow import check_escrow as check_escrow
 from ..keys.escrow import write_escrow as put_in_escrow
-from ..paths import Paths
+from ..paths import TPM_DEVICE, Paths
+from ..predict import allowed_states
 from ..run import run
 from ..secret import Secret
 
@@ -127,6 +128,7 @@ def adopt_disk(
     recovery_file: str,
     name: str = "",
     escrow: Escrow | None = None,
+    tcti: str = TPM_DEVICE,
 ) -> Group:
     """Makes an existing LUKS2 disk a member. Its data, keyslots and mapping name stay; a recovery keyslot and a token
     are added. On a disk that is a member already, adds what is missing.
@@ -183,6 +185,7 @@ def adopt_disk(
         state.save()
         if all(devices.active_mapping_name(each.uuid) == each.name for each in group.members):
             this_boot.mark_open(paths, group_name, [each.name for each in group.members])
+        allowed_states.tell_root(paths, state, persistence, tcti)
         return group
 
 

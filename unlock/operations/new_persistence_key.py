@@ -29,11 +29,11 @@ from ..host.journal import NewPersistenceKey, Rebind
 from ..host.state import State, changing
 from ..keys import access
 from ..paths import TPM_DEVICE, Paths
-from ..predict import allowed_states
+from ..predict import allowed_states, trusted_files
 from ..secret import Secret
 from ..tpm import slots
 from ..tpm.chip import Tpm
-from ..tpm.record import Payload, Record
+from ..tpm.record import Record
 
 
 class Replaced(NamedTuple):
@@ -102,7 +102,7 @@ def replace(
                 nodes = _find_nodes(state, look)
                 behind: dict[str, str] = {}
                 if not entry.sealed:
-                    payload = Payload(new, allowed_states.unauthenticated_root(paths, state))
+                    payload = allowed_states.payload_for(paths, state, new)
                     try:
                         behind = _add_tokens(state, nodes, old=old, new=new)
                         slots.seal_slot(
@@ -202,7 +202,9 @@ def _undo(state: State, nodes: dict[str, str], entry: NewPersistenceKey, old: Se
 def _put_state_under(
     paths: Paths, state: State, entry: NewPersistenceKey, behind: dict[str, str], *, old: Secret, new: Secret
 ) -> None:
-    """Key cache and state under the new key, which the TPM has now. The old one is kept for disks that are away."""
+    """Key cache, boot-files.json and state under the new key, which the TPM has now. The old one is kept for disks that
+    are away."""
+    trusted_files.put_under_new_key(paths, old=old, new=new)
     before = state.rewrapped(entry.before, old=old, new=new)
     state.rewrap(old=old, new=new)
     state.forget_strangers()

@@ -101,9 +101,10 @@ def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth:
     Raises Refused, TpmFailed."""
     host = bytes.fromhex(work.state.host)
     early = this_boot.read_early_report(work.paths)
-    plain = allowed_states.has_plain_root()
+    plain = bool(allowed_states.describe_untrusted_system(work.paths))
     accepted = early.facts.unauthenticated_root if early else None
-    payload = Payload(work.persistence, plain if accepted is None else accepted)
+    needs = allowed_states.needs_of_root(work.state)
+    payload = Payload(work.persistence, plain if accepted is None else accepted, needs)
     with Tpm(tcti) as tpm:
         found = slots.current_record(tpm)
         if found and found.host == host:

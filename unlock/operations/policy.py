@@ -28,6 +28,7 @@ from ..measured import at_unseal, logs
 from ..paths import TPM_DEVICE, Paths
 from ..predict import allowed_states, initramfs_images
 from ..predict.allowed_states import Allowed, Pin
+from ..predict.boot_tree import BootTree
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
@@ -116,7 +117,7 @@ def table(found: PolicyReport) -> str:
         why = each["why"] + (" (opened this boot)" if each["this_boot"] and each["why"] != allowed_states.THIS else "")
         proven = "yes" if each["proven"] else "no: unproven until it boots"
         rows.append((each["branch"][:16], why, proven, each["made"] or "-"))
-    return "\n".join([*lines, *log.columns(rows)])
+    return log.join_lines([*lines, *log.columns(rows)])
 
 
 def describe_window(since: str, reboots: int) -> str:
@@ -194,7 +195,7 @@ def set_policy(
     unseal is not known, and for a PIN that an installed initramfs cannot ask for; NoKey, TpmFailed.
     """
     if pin and pin.typed is not None:
-        initramfs_images.require_pin_support(paths)
+        initramfs_images.require_pin_support(BootTree(paths))
     _set_policy(paths, pcrs, pin, tcti, owner_auth)
     return _with_new_key(paths, tcti, owner_auth, look)
 

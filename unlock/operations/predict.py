@@ -11,7 +11,8 @@ settings, a new shim) is never guessed: those PCRs stay as they are, or the pred
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple, TypedDict
 
 from .. import log
@@ -21,9 +22,11 @@ from ..host.state import State
 from ..measured import at_unseal, efivars, eventlog, logs, verify
 from ..paths import Paths
 from ..predict import allowed_states, boot_files, booted, efistub, grub_menu, uki
+from ..predict.boot_tree import BootTree
 from ..predict.next_boot import NextBoot, PredictionInput, boot_loaders, check_signer
 from ..predict.replay import cannot_predict
 from ..tpm.chip import Tpm
+from .baseline import log_accepted
 
 BOOTS_MAX = 6
 """Boots that are predicted: a policy holds eight states, and two are this boot's and the one before."""
@@ -46,6 +49,8 @@ class Prediction(NamedTuple):
     """What the prediction of the default boot depends on."""
     needed: bool = True
     """Whether the TPM looks at what an update of files changes; else `boots` is empty."""
+    foreign: Mapping[str, str] = MappingProxyType({})
+    """File that may be a thief's, and that boot files may be made from -> why nothing vouches for it."""
 
 
 # Predicting -------------------------------------------------------------------------------------------------
@@ -86,10 +91,10 @@ def _check_boot_loaders(inputs: PredictionInput) -> list[str]:
     files = [(each, name) for each in started if "\\" in (name := boot_files.program_name(each))]
     for number, (event, name) in enumerate(files):
         digest = event.digest or b""
-        path = images.get(digest) or boot_files.find_started_file(inputs.paths, event)
-        if path and (digest not in loaders or boot_files.authenticode(inputs.paths, path) == digest):
+        path = images.get(digest) or boot_files.find_started_file(inputs.tree, event)
+        if path and (digest not in loaders or boot_files.authenticode(inputs.tree, path) == digest):
             continue
-        there = path or next(boot_files.find_programs(inputs.paths, name), "")
+        there = path or next(boot_files.find_programs(inputs.tree, name), "")
         if shim and not number and there:
             why = "is not this boot's: which revocations a new shim measures is not known"
             raise cannot_predict(f"{there} {why}")
@@ -127,10 +132,12 @@ def gather_input(paths: Paths, tpm: Tpm) -> PredictionInput:
     if unknown:
         raise cannot_predict(f"the event log does not account for PCR {min(unknown)}: what is measured is not known")
     asked = at_unseal.unseal_time(this_boot.read_early_report(paths), 0.0)
+    tree = BootTree(paths)
     return PredictionInput(
         paths=paths,
+        tree=tree,
         log=found,
-        booted=booted.load_booted_files(paths, found),
+        booted=booted.load_booted_files(tree, found),
         later=tuple(event for event in later if event.time < asked),
         values=at_unseal.read_pcrs(paths, tpm),
         secure=7 in selection and efivars.measured_variables(found).get("SecureBoot") == b"\1",
@@ -151,7 +158,9 @@ def predict_and_allow(paths: Paths, tcti: str, dry_run: bool = False, trust_file
             return Prediction(boots=(), notes=(note,), states=len(allowed.states), needed=False)
         inputs = gather_input(paths, tpm)
         if trust_files:
-            inputs = inputs._replace(booted=inputs.booted._replace(foreign={}))
+            now, accepted, left = booted.accept_boot_files(inputs.tree, inputs.booted)
+            log_accepted(accepted, left)
+            inputs = inputs._replace(booted=now)
         boots, doubts, notes = predict_next_boots(inputs)
         boots = [_with_all_pcrs(each, allowed.record.selection) for each in boots]
         states = len(allowed_states.current(paths, tpm).states)
@@ -161,8 +170,11 @@ def predict_and_allow(paths: Paths, tcti: str, dry_run: bool = False, trust_file
     if not dry_run:
         if trust_files:
             booted.save_booted_files(paths, inputs.booted)
-        booted.trust_boot_files(paths, inputs.booted)
-    return Prediction(boots=tuple(boots), notes=(*doubts, *notes), states=states, doubts=tuple(doubts))
+        booted.trust_boot_files(inputs.tree, inputs.booted)
+    foreign = booted.Judge(inputs.tree, inputs.booted).foreign_sources()
+    if foreign:
+        notes.append(f"no new file below /boot is trusted: {next(iter(foreign.values()))}")
+    return Prediction(boots=tuple(boots), notes=(*doubts, *notes), states=states, doubts=tuple(doubts), foreign=foreign)
 
 
 def _with_all_pcrs(boot: NextBoot, selection: Iterable[int]) -> NextBoot:
@@ -266,4 +278,4 @@ def to_text(found: Prediction) -> str:
     for each in found.boots:
         what = ", ".join(each.changes) or "as this boot"
         lines.append(f"{each.words}: " + (f"predicted: {what}" if each.values is not None else f"not: {each.why}"))
-    return "\n".join([*lines, *(f"note: {each}" for each in found.notes)])
+    return log.join_lines([*lines, *(f"note: {each}" for each in found.notes)])

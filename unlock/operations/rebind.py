@@ -31,6 +31,7 @@ from ..keys import access, rotation
 from ..measured import at_unseal, logs
 from ..paths import TPM_DEVICE, Paths
 from ..predict import allowed_states, initramfs_images
+from ..predict.boot_tree import BootTree
 from ..providers import Provider, native
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
@@ -98,7 +99,7 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
     finishes. Refused, code `pin-needed`, where a PIN was set, none is chosen now, and its auth value is not in the key
     cache: a PIN is never dropped in silence."""
     if choices.pin and choices.pin.typed is not None:
-        initramfs_images.require_pin_support(paths)
+        initramfs_images.require_pin_support(BootTree(paths))
     with changing(paths) as state, Tpm(choices.tcti) as tpm, ExitStack() as keys:
         if not state.has_recovery_key:
             raise Refused("this host has no recovery key, so no disk depends on its TPM", "unlock status")
@@ -128,7 +129,7 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
         for _, kek, _ in keks:
             keys.enter_context(kek)
         this_boot.cache_keys(paths, "made", {_NEW: new})
-        payload = Payload(new, plain_root)
+        payload = Payload(new, plain_root, allowed_states.needs_of_root(state))
         has_pin = len(pin_auth) > 0
         if choices.pin and has_pin:
             keyring.forget(allowed_states.PIN_AUTH)
@@ -239,7 +240,7 @@ def _policy_of_this_boot(
     if (boot == "unmeasured" and not before) or at_unseal.initramfs_unmeasured(boot, logs.read_event_log(paths)[0]):
         _require_accepted(choices, "unmeasured-boot")
     selection = pcr_policy.select(pcrs)
-    plain_root = allowed_states.has_plain_root()
+    plain_root = bool(allowed_states.describe_untrusted_system(paths))
     if plain_root and not state.tpm.unauthenticated_root:
         _require_accepted(choices, "unauthenticated-root")
     tpm.ensure_srk(choices.owner_auth)

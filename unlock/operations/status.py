@@ -224,8 +224,10 @@ def to_text(found: Status) -> str:
         for i, each in enumerate(group.disks)
     ]
     if not rows:
-        return "\n".join([*lines, "no groups yet: unlock group create, or unlock disk adopt"])
-    return "\n".join([*lines, "", *log.columns([("GROUP", "DISK", "DEVICE", "STATE", "KEY FROM", "MOUNT"), *rows])])
+        return log.join_lines([*lines, "no groups yet: unlock group create, or unlock disk adopt"])
+    return log.join_lines(
+        [*lines, "", *log.columns([("GROUP", "DISK", "DEVICE", "STATE", "KEY FROM", "MOUNT"), *rows])]
+    )
 
 
 def _warnings(found: Status) -> list[str]:
@@ -397,7 +399,7 @@ def boot_to_text(record: report.Report) -> str:
     rows += [
         (row.seen, f"disk seen            {row.node} {row.name}".rstrip()) for row in record.disks.values() if row.seen
     ]
-    return "\n".join(f"{time:9.3f} s  {text}" for time, text in sorted(rows))
+    return log.join_lines(f"{time:9.3f} s  {text}" for time, text in sorted(rows))
 
 
 _EVENTS = {

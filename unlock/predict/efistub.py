@@ -10,7 +10,15 @@ from hashlib import sha256
 from ..errors import Malformed
 from ..measured import efivars, eventlog, logs, uefi
 from . import boot_files, replay
-from .next_boot import NextBoot, PredictionInput, boot_loaders, predict_boot, version_in_name
+from .next_boot import (
+    NextBoot,
+    PredictionInput,
+    boot_loaders,
+    not_predicted,
+    predict_boot,
+    version_in_name,
+    why_untrusted,
+)
 
 
 def next_boots(inputs: PredictionInput) -> Iterator[NextBoot]:
@@ -29,14 +37,18 @@ def next_boots(inputs: PredictionInput) -> Iterator[NextBoot]:
     if not kernel and not initrd:
         raise replay.cannot_predict("neither the kernel nor the initramfs of this boot is a file on disk")
     words = f"kernel {version_in_name(kernel) or version_in_name(initrd)}"
+    initrd = initrd or _find_named_initrd(inputs)
+    if why := why_untrusted(inputs, filter(None, (kernel, initrd))):
+        yield not_predicted(words, why, default=True, changes=changes)
+        return
     events = replay.apply_changes(inputs.log, changes.values())
     found = predict_boot(inputs, words, changes, events, default=True, kernel=kernel)
-    yield found._replace(initrd=initrd or _find_named_initrd(inputs))
+    yield found._replace(initrd=initrd)
 
 
 def _kernel_change(inputs: PredictionInput) -> replay.Change | None:
     digest, path = inputs.booted.images[-1]
-    now = boot_files.authenticode(inputs.paths, path)
+    now = boot_files.authenticode(inputs.tree, path)
     if now is None:
         raise replay.cannot_predict(f"the kernel {path} is not there any more")
     return replay.Change(what="the kernel", old=digest, new=now) if now != digest else None
@@ -46,7 +58,7 @@ def _initramfs_change(inputs: PredictionInput) -> replay.Change | None:
     path = inputs.booted.initrd
     tags = [event for event in inputs.log.events if event.kind == eventlog.EVENT_TAG]
     old = [event.digest for event in tags if event.data[:4] == eventlog.INITRD][-1]
-    data = boot_files.read_file(inputs.paths, path)
+    data = inputs.tree.read(path)
     if data is None:
         raise replay.cannot_predict(f"the initramfs {path} is not there any more")
     new = sha256(data).digest()
@@ -59,7 +71,7 @@ def _find_named_initrd(inputs: PredictionInput) -> str:
     kernel = inputs.booted.images[-1][1] if inputs.booted.images else ""
     for esp in boot_files.ESPS if name and kernel else ():
         path = os.path.join(esp, name[1].replace("\\", "/").lstrip("/"))  # type: ignore[index]
-        if kernel.startswith(f"{esp}/") and os.path.isfile(os.path.join(inputs.paths.root, path)):
+        if kernel.startswith(f"{esp}/") and inputs.tree.is_file(path):
             return path
     return ""
 

@@ -25,7 +25,8 @@ def next_boots(inputs: PredictionInput) -> Iterator[NextBoot]:
 
     boot = learn_grub_boot(inputs.log, booted.texts, image)
     find_path = _path_finder(inputs)
-    files = _files_on_disk(inputs, find_path)
+    used: set[str] = set()
+    files = _files_on_disk(inputs, find_path, used)
     for name in booted.texts:
         if name != boot.config_name and name.endswith(".cfg") and _has_changed(inputs, name):
             raise cannot_predict(f"{booted.files[name][0]} has changed, and GRUB reads it before its menu")
@@ -33,7 +34,7 @@ def next_boots(inputs: PredictionInput) -> Iterator[NextBoot]:
         text = files.content(boot.config_name).decode("utf-8", "surrogateescape")
     except Unknown as problem:
         raise cannot_predict(str(problem)) from None
-    menu = _Menu(inputs=inputs, boot=boot, text=text, files=files, find_path=find_path)
+    menu = _Menu(inputs=inputs, boot=boot, text=text, files=files, find_path=find_path, used=used)
     later = _files_after_next_boot(files, f"{boot.variables['prefix']}/grubenv")
     for number, (title, titles) in enumerate(list_menu(boot, text, files)):
         yield _predict_entry(menu, title, titles, default=not number)
@@ -52,10 +53,13 @@ class _Menu(NamedTuple):
     """Of the grub.cfg on disk now."""
     files: GrubFiles
     find_path: Callable[[str], str]
+    used: set[str]
+    """The paths that `files` has read."""
 
 
 def _predict_entry(menu: _Menu, title: str, titles: tuple[str, ...], *, default: bool) -> NextBoot:
     inputs, boot = menu.inputs, menu.boot
+    menu.used.clear()
     try:
         events, kernel = measure_entry(boot, menu.text, titles, menu.files)
     except UnlockError as problem:
@@ -70,7 +74,7 @@ def _predict_entry(menu: _Menu, title: str, titles: tuple[str, ...], *, default:
         why = "it starts no initramfs, so nothing opens a disk"
         return not_predicted(words, why, default=default, changes=changes)
     loaded = [menu.find_path(name) for name in (kernel.words[0], *kernel.initrds)]
-    if why := why_untrusted(inputs, loaded):
+    if why := why_untrusted(inputs, [*loaded, menu.find_path(boot.config_name), *sorted(menu.used)]):
         return not_predicted(words, why, default=default, changes=changes)
     found = predict_boot(inputs, words, changes, events, default=default, kernel=loaded[0])
     return found._replace(initrd=loaded[1]) if loaded[1:] else found
@@ -95,7 +99,7 @@ def _kernel_changes(inputs: PredictionInput, old: GrubKernel, new: GrubKernel) -
 def _has_changed(inputs: PredictionInput, name: str) -> bool:
     """Whether the file that this boot has read by GRUB's name is another one now, or gone."""
     path, digest = inputs.booted.files.get(name, ("", b""))
-    data = boot_files.read_file(inputs.paths, path) if path else None
+    data = inputs.tree.read(path) if path else None
     return data is None or sha256(data).digest() != digest
 
 
@@ -122,26 +126,31 @@ def _path_finder(inputs: PredictionInput) -> Callable[[str], str]:
     return find_path
 
 
-def _files_on_disk(inputs: PredictionInput, find_path: Callable[[str], str]) -> GrubFiles:
+def _files_on_disk(inputs: PredictionInput, find_path: Callable[[str], str], used: set[str]) -> GrubFiles:
+    """Adds the paths that are read to `used`."""
+
     def content(name: str) -> bytes:
-        data = boot_files.read_file(inputs.paths, find_path(name))
+        data = inputs.tree.read(path := find_path(name))
         if data is None:
-            raise Unknown(f"{name} is not on disk")
+            raise Unknown(f"{name} is not on disk: {inputs.tree.why_unreadable(path)}")
+        used.add(path)
         return data
 
     def digest(name: str) -> bytes:
         return sha256(content(name)).digest()
 
     def test(kind: str, name: str) -> bool:
-        path = os.path.join(inputs.paths.root, find_path(name))
-        if kind == "s":
-            return os.path.isfile(path) and os.path.getsize(path) > 0
-        return {"d": os.path.isdir, "e": os.path.exists, "f": os.path.isfile}[kind](path)
+        path, tree = find_path(name), inputs.tree
+        size, is_folder = tree.size(path), tree.folder_id(path) is not None
+        if size is None and not is_folder and tree.is_there(path):
+            raise Unknown(f"{name} is no file that can be read: {tree.why_unreadable(path)}")
+        return {"d": is_folder, "e": is_folder or size is not None, "f": size is not None, "s": bool(size)}[kind]
 
     def image(name: str) -> bytes:
-        digest = boot_files.authenticode(inputs.paths, find_path(name))
+        digest = boot_files.authenticode(inputs.tree, path := find_path(name))
         if digest is None:
             raise Unknown(f"{name} is no kernel that is on disk")
+        used.add(path)
         return digest
 
     return GrubFiles(content=content, sha256=digest, image=image, test=test)

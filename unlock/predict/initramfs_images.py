@@ -4,7 +4,6 @@
 Empty files in the image say that: usr/lib/unlock/reads/NAME-N (initramfs/manifest).
 """
 
-import glob
 import os
 import re
 import tempfile
@@ -13,13 +12,16 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from ..errors import CommandFailed, Malformed, Refused
-from ..paths import Paths
 from ..run import run
 from . import pe
+from .boot_tree import BootTree, Unreadable
 
 _AGENT = "usr/lib/unlock/unlock/boot/agent.pyc"
 _READS = re.compile(r"usr/lib/unlock/reads/([a-z]+)-(\d+)")
 _ASKPASS = ("lib/cryptsetup/askpass", "usr/lib/cryptsetup/askpass")
+
+_PATIENCE = 120.0
+"""Seconds."""
 
 Listing = Callable[[list[str]], str]
 
@@ -35,10 +37,11 @@ class ImageContents(NamedTuple):
     """A program is in it that asks for a PIN or a key."""
 
 
-def list_images(paths: Paths) -> list[str]:
-    """The paths of the images, the newest kernel last."""
-    found = sorted(glob.glob(os.path.join(paths.root, "boot/initrd.img-*")), key=version_sort_key)
-    return [each for each in found if not each.endswith((".bak", ".dpkg-bak", ".new"))]
+def list_images(tree: BootTree) -> list[str]:
+    """The paths of the images below the root directory, the newest kernel last."""
+    names = (each for each in tree.list_names("boot") if each.startswith("initrd.img-"))
+    found = [f"boot/{each}" for each in names if not each.endswith((".bak", ".dpkg-bak", ".new"))]
+    return sorted(found, key=version_sort_key)
 
 
 def kernel_version(image: str) -> str:
@@ -51,10 +54,18 @@ def is_unified(image: str) -> bool:
     return image.lower().endswith(".efi")
 
 
-def read_contents(image: str, listing: Listing = run) -> ImageContents:
+def list_contents(argv: list[str]) -> str:
+    """Runs a program that lists an image, which may have been made to take for ever. Raises CommandFailed."""
+    return run(argv, timeout=_PATIENCE)
+
+
+def read_contents(tree: BootTree, image: str, listing: Listing = list_contents) -> ImageContents:
     """What is in an initramfs, or in the one of a unified kernel image. Raises CommandFailed."""
-    with _initramfs_file(image) as path:
-        names = set(listing(["lsinitramfs", path]).split())
+    try:
+        with _initramfs_file(tree, image) as path:
+            names = set(listing(["lsinitramfs", path]).split())
+    except Unreadable as problem:
+        raise CommandFailed(f"{os.path.basename(image)}: {problem}") from None
     reads: dict[str, int] = {}
     for found in filter(None, map(_READS.fullmatch, names)):
         reads[found[1]] = max(int(found[2]), reads.get(found[1], 0))
@@ -62,16 +73,18 @@ def read_contents(image: str, listing: Listing = run) -> ImageContents:
 
 
 @contextmanager
-def _initramfs_file(image: str) -> Iterator[str]:
-    """The path of the initramfs; of one in a unified kernel image, that of a temporary copy."""
+def _initramfs_file(tree: BootTree, image: str) -> Iterator[str]:
+    """A path of the initramfs; of one in a unified kernel image, that of a temporary copy. Raises Unreadable."""
     if not is_unified(image):
-        yield image
+        with tree.name_for_programs(image) as path:
+            yield path
         return
+    data = tree.read(image)
+    if data is None:
+        raise Unreadable(tree.why_unreadable(image))
     try:
-        with open(image, "rb") as file:
-            data = file.read()
         inside = pe.read_section(data, pe.read_layout(data), ".initrd")
-    except (OSError, Malformed) as error:
+    except Malformed as error:
         raise CommandFailed(f"{os.path.basename(image)}: {error}") from error
     with tempfile.NamedTemporaryFile() as copy:
         copy.write(inside or b"")
@@ -79,13 +92,13 @@ def _initramfs_file(image: str) -> Iterator[str]:
         yield copy.name
 
 
-def require_pin_support(paths: Paths, listing: Listing = run) -> None:
+def require_pin_support(tree: BootTree, listing: Listing = list_contents) -> None:
     """Raises Refused, code `old-initramfs`, when an installed image could not ask for a PIN.
 
     An image without unlock unseals nothing, and does not count. Raises CommandFailed for one that cannot be read.
     """
-    for image in list_images(paths):
-        found = read_contents(image, listing)
+    for image in list_images(tree):
+        found = read_contents(tree, image, listing)
         why = (
             "does not read policies with a PIN"
             if found.reads.get("record", 0) < 2

@@ -11,7 +11,6 @@ operations.predict chooses the way, and allows what was predicted.
 
 import os
 from collections.abc import Iterable, Mapping
-from hashlib import sha256
 from typing import NamedTuple
 
 from ..measured import eventlog
@@ -19,7 +18,8 @@ from ..measured.eventlog import Event, Log
 from ..paths import Paths
 from ..tpm import pcr_policy
 from . import boot_files
-from .booted import BootedFiles
+from .boot_tree import BootTree
+from .booted import BootedFiles, Judge
 
 _UNSIGNED = "it is not signed, and Secure Boot is on"
 
@@ -53,6 +53,7 @@ class PredictionInput(NamedTuple):
     """All that a prediction looks at. Construct it by keywords."""
 
     paths: Paths
+    tree: BootTree
     log: Log
     """Of this boot."""
     booted: BootedFiles
@@ -73,11 +74,14 @@ def predict_boot(
     A PCR that the events leave as it is keeps its value, whatever that is. For any other, the log must account.
     """
     loaders = boot_loaders(inputs)
+    there = [path for _, path in loaders if inputs.tree.is_file(path)]
+    if why := why_untrusted(inputs, there):
+        return not_predicted(words, why, default=default, changes=changes)
     old_kernel = next((path for digest, path in reversed(inputs.booted.images) if (digest, path) not in loaders), "")
     unsigned, doubt = check_signer(inputs, old=old_kernel, new=kernel)
     if unsigned:
         return not_predicted(words, unsigned, default=default, changes=changes)
-    now = {digest: boot_files.authenticode(inputs.paths, path) or digest for digest, path in loaders}
+    now = {digest: boot_files.authenticode(inputs.tree, path) or digest for digest, path in loaders}
     changes = [*changes, *(["boot loader"] if any(old != new for old, new in now.items()) else [])]
     events = [each._replace(digest=now.get(each.digest or b"", each.digest)) for each in events]
     was = eventlog.replay([*inputs.log.events, *inputs.later], inputs.log.locality)
@@ -96,7 +100,7 @@ def predict_boot(
 def check_signer(inputs: PredictionInput, *, old: str, new: str) -> tuple[str, str]:
     """Why the program `new`, which replaces `old`, will not start; and what is doubtful about it. "" for neither."""
     was = inputs.booted.signed.get(old)
-    if not inputs.secure or not was or (now := boot_files.signers_digest(inputs.paths, new)) in (was, None):
+    if not inputs.secure or not was or (now := boot_files.signers_digest(inputs.tree, new)) in (was, None):
         return "", ""
     return ("", f"{new} is signed by another key: PCR 7 may change") if now else (_UNSIGNED, "")
 
@@ -109,13 +113,13 @@ def boot_loaders(inputs: PredictionInput) -> list[tuple[bytes, str]]:
 
 
 def why_untrusted(inputs: PredictionInput, loaded: Iterable[str]) -> str:
-    """Why one of these files is not trusted; "" when all are: see trusted_files."""
-    root = inputs.paths.root
-    for path in loaded:
-        digest = sha256(boot_files.read_file(inputs.paths, path) or b"").digest()
-        real = os.path.relpath(os.path.realpath(os.path.join(root, path)), os.path.realpath(root))
-        if any(inputs.booted.is_foreign(name, digest) for name in (path, real)):
-            return f"{path} was changed while this host was off, or before it was looked at: --trust-files if by you"
+    """Why one of these files is not trusted; "" when all are: booted.Judge."""
+    judge = Judge(inputs.tree, inputs.booted)
+    for path in dict.fromkeys(loaded):
+        digest = inputs.tree.digest(path)
+        why = judge.why_foreign(path, digest) if digest else f"{path}: {inputs.tree.why_unreadable(path)}"
+        if why:
+            return why
     return ""
 
 

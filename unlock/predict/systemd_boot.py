@@ -5,15 +5,14 @@ systemd-boot(7); the Boot Loader Specification, "Sorting".
 """
 
 import fnmatch
-import glob
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import Malformed
 from ..measured import efivars
-from ..paths import Paths
 from . import boot_files, pe
+from .boot_tree import BootTree
 from .initramfs_images import version_sort_key
 
 _VENDOR = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
@@ -45,15 +44,15 @@ _ORDER: tuple[tuple[Callable[[LoaderEntry], Any], bool], ...] = (
 """The keys that sort the menu, and whether the larger comes first; the most important key is last."""
 
 
-def list_entries(paths: Paths) -> list[LoaderEntry]:
+def list_entries(tree: BootTree) -> list[LoaderEntry]:
     """All entries of the menu, in its order."""
-    found = [*_unified_entries(paths), *_configured_entries(paths)]
+    found = [*_unified_entries(tree), *_configured_entries(tree)]
     for key, reverse in _ORDER:
         found.sort(key=key, reverse=reverse)
     return found
 
 
-def next_entry_ids(paths: Paths, esp: str, listed: list[LoaderEntry]) -> set[str]:
+def next_entry_ids(tree: BootTree, esp: str, listed: list[LoaderEntry]) -> set[str]:
     """The ids of the entries that may be started next: the one for one boot only, and the default one after it.
 
     `esp`: the mount point of the file system that systemd-boot was started from. Entries that it finds by itself
@@ -61,28 +60,24 @@ def next_entry_ids(paths: Paths, esp: str, listed: list[LoaderEntry]) -> set[str
     """
 
     def matching(setting: str) -> set[str]:
-        pattern = _loader_variable(paths, "LoaderEntryLastBooted") if setting == "@saved" else setting
+        pattern = _loader_variable(tree, "LoaderEntryLastBooted") if setting == "@saved" else setting
         found = [each.id for each in listed if fnmatch.fnmatchcase(each.id, pattern)][:1]
         return set(found or ([pattern] if pattern.startswith("auto-") or "@" in pattern else []))
 
-    configured = (
-        _parse_fields(boot_files.read_file(paths, os.path.join(esp, "loader/loader.conf")) or b"")
-        .get("default", "")
-        .lower()
-    )
-    lasting = (_loader_variable(paths, "LoaderEntryDefault"), configured, "*")
+    configured = _parse_fields(tree.read(os.path.join(esp, "loader/loader.conf")) or b"").get("default", "").lower()
+    lasting = (_loader_variable(tree, "LoaderEntryDefault"), configured, "*")
     always = next((found for each in lasting if (found := matching(each))), set())
-    return matching(_loader_variable(paths, "LoaderEntryOneShot")) | always
+    return matching(_loader_variable(tree, "LoaderEntryOneShot")) | always
 
 
-def _loader_variable(paths: Paths, name: str) -> str:
-    return efivars.read_variable(paths, name, _VENDOR).decode("utf-16-le", "replace").partition("\0")[0].lower()
+def _loader_variable(tree: BootTree, name: str) -> str:
+    return efivars.read_variable(tree.paths, name, _VENDOR).decode("utf-16-le", "replace").partition("\0")[0].lower()
 
 
-def _unified_entries(paths: Paths) -> Iterator[LoaderEntry]:
+def _unified_entries(tree: BootTree) -> Iterator[LoaderEntry]:
     """Unified kernel images with a section .osrel. systemd-boot looks at no more before it starts one."""
-    for path in _entry_files(paths, "EFI/Linux", "*.[eE][fF][iI]"):
-        data = boot_files.read_file(paths, path) or b""
+    for path in _entry_files(tree, "EFI/Linux", ".efi"):
+        data = tree.read(path) or b""
         try:
             release = (pe.read_section(data, pe.read_layout(data, whole=False), ".osrel") or b"").rstrip(b"\0")
         except Malformed:
@@ -96,29 +91,26 @@ def _unified_entries(paths: Paths) -> Iterator[LoaderEntry]:
         yield LoaderEntry(_entry_id(path), path, True, sort_key, "", version)
 
 
-def _configured_entries(paths: Paths) -> Iterator[LoaderEntry]:
+def _configured_entries(tree: BootTree) -> Iterator[LoaderEntry]:
     """Files in loader/entries whose program exists."""
-    for path in _entry_files(paths, "loader/entries", "*.[cC][oO][nN][fF]"):
-        fields = _parse_fields(boot_files.read_file(paths, path) or b"")
+    for path in _entry_files(tree, "loader/entries", ".conf"):
+        fields = _parse_fields(tree.read(path) or b"")
         program = next((fields[each] for each in ("linux", "efi", "uki") if each in fields), "")
-        if os.path.isfile(
-            os.path.join(paths.root, boot_files.mount_point_of(path), program.replace("\\", "/").lstrip("/"))
-        ):
+        if tree.is_file(os.path.join(boot_files.mount_point_of(path), program.replace("\\", "/").lstrip("/"))):
             words = (fields.get(each, "") for each in ("sort-key", "machine-id", "version"))
             yield LoaderEntry(_entry_id(path), path, False, *words)
 
 
-def _entry_files(paths: Paths, folder: str, pattern: str) -> Iterator[str]:
+def _entry_files(tree: BootTree, folder: str, suffix: str) -> Iterator[str]:
     """The files in a folder of each boot file system; a folder with two paths counts once."""
     folders: dict[tuple[int, int], str] = {}
-    for esp in boot_files.ESPS:
-        path = os.path.join(paths.root, esp, folder)
-        if os.path.isdir(path):
-            found = os.stat(path)
-            folders.setdefault((found.st_dev, found.st_ino), path)
+    for path in (os.path.join(esp, folder) for esp in boot_files.ESPS):
+        if identity := tree.folder_id(path):
+            folders.setdefault(identity, path)
     for path in folders.values():
-        for each in glob.glob(os.path.join(glob.escape(path), pattern)):
-            yield os.path.relpath(each, paths.root)
+        for name in tree.list_names(path):
+            if name.lower().endswith(suffix):
+                yield os.path.join(path, name)
 
 
 def _entry_id(path: str) -> str:

@@ -4,42 +4,101 @@
 Nothing authenticates these file systems, and a boot measures only the files that it reads. A file of another boot
 entry, such as an older kernel's initramfs, may come from somebody who had the disk while the host was off. So the
 running system records the files as it knows them; at the next boot, a file that is neither recorded nor measured is
-foreign (booted.BootedFiles.foreign). A file that changed after that boot was changed by the running system.
+foreign (booted.BootedFiles.foreign).
 
-JSON, version 1: {"version", "files": PATH -> 64 hex digits}. PATH is below the root directory.
+/var may be as plain as /boot. So the record has a MAC, by a key that only a boot which the TPM allowed has. Without a
+right one nothing is trusted but what the boot has measured, nor when the record is not there. `unlock init`, `rebind`
+and `policy predict --trust-files` begin one with all files, as somebody is there who vouches for them. An older record
+of this host has a right MAC too: whoever brings it back has the host trust again what it trusted then.
+
+JSON, version 1: {"version", "files": PATH -> 64 hex digits, "links": PATH -> target, "mac": 64 hex digits}. PATH is
+below the root directory; the MAC is of the canonical JSON of the others.
 """
 
-import json
+import os
+import stat
 from collections.abc import Mapping
+from typing import NamedTuple
 
+from .. import wrap
+from ..errors import Malformed, NewerFormat, NoKey, Refused, Tampered
+from ..host.state import State
+from ..keys import access
 from ..measured.baseline import parse_digest
 from ..paths import Paths, write_atomically
-from .boot_files import without_counter
+from ..secret import Secret
+from ..strictjson import canonical, parse
 
 TRUSTED_MAX = 2 << 20
 """Bytes."""
 _VERSION = 1
+_LABEL = b"unlock-boot-files-1"
 
 
-def save_trusted_files(paths: Paths, files: Mapping[str, bytes]) -> None:
-    """Writes path -> SHA-256, when it differs from what is there. Raises OSError."""
-    fields = {"version": _VERSION, "files": {path: digest.hex() for path, digest in files.items()}}
-    data = json.dumps(fields, separators=(",", ":")).encode()
-    if _read_file(paths.boot_files) != data:
+class TrustedFiles(NamedTuple):
+    """What this host had below /boot and on the EFI system partition when it last looked."""
+
+    files: Mapping[str, bytes]
+    """Path -> SHA-256."""
+    links: Mapping[str, str]
+    """Path -> target. No link is ever followed; the programs that make boot files may."""
+
+    def encode(self, persistence: Secret) -> bytes:
+        """The content of boot-files.json. Raises Malformed when it would be too long to be read."""
+        fields: dict[str, object] = {
+            "version": _VERSION,
+            "files": {path: digest.hex() for path, digest in self.files.items()},
+            "links": dict(self.links),
+        }
+        with wrap.derive(persistence, b"", _LABEL) as key:
+            data = canonical({**fields, "mac": wrap.mac(key, canonical(fields)).hex()})
+        if len(data) > TRUSTED_MAX:
+            raise Malformed(f"the files below /boot take too much room to keep: {len(data)} bytes")
+        return data
+
+    @classmethod
+    def decode(cls, data: bytes, persistence: Secret) -> "TrustedFiles":
+        """Raises Tampered unless the MAC is right, Malformed, NewerFormat."""
+        try:
+            fields = parse(data.decode("ascii"))
+            expected = parse_digest(fields.pop("mac"))
+            with wrap.derive(persistence, b"", _LABEL) as key:
+                wrap.check_mac(key, canonical(fields), expected)
+            if type(fields["version"]) is int and fields["version"] > _VERSION:
+                raise NewerFormat("boot-files.json: written by a newer version", hint="update unlock")
+            return cls(
+                {parse_text(path): parse_digest(hexed) for path, hexed in fields["files"].items()},
+                {parse_text(path): parse_text(target) for path, target in fields["links"].items()},
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise Malformed(f"boot-files.json: cannot be read: {type(error).__name__}") from None
+
+
+def save_trusted_files(paths: Paths, trusted: TrustedFiles) -> None:
+    """Writes the record, when it differs from what is there. Raises NoKey, OSError, Malformed when it is too long."""
+    with access.read_persistence_key(State.load(paths)) as persistence:
+        data = trusted.encode(persistence)
+    if read_own_file(paths.boot_files, TRUSTED_MAX) != data:
         write_atomically(paths.boot_files, data)
 
 
-def load_trusted_files(paths: Paths) -> set[tuple[str, bytes]] | None:
-    """Paths without a boot counter, SHA-256. None before `init` and the first prediction: all files are trusted then.
-    Empty when the record cannot be read."""
-    data = _read_file(paths.boot_files)
-    if data is None:
-        return None
+def load_trusted_files(paths: Paths) -> TrustedFiles | None:
+    """None without a record whose MAC is right, and while the persistence key is not in the key cache."""
     try:
-        files = json.loads(data)["files"]
-        return {(without_counter(parse_text(path)), parse_digest(hexed)) for path, hexed in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return set()
+        with access.read_persistence_key(State.load(paths)) as persistence:
+            return TrustedFiles.decode(read_own_file(paths.boot_files, TRUSTED_MAX), persistence)
+    except (NoKey, Refused, Tampered, Malformed):
+        return None
+
+
+def put_under_new_key(paths: Paths, *, old: Secret, new: Secret) -> None:
+    """The record gets a MAC by a new persistence key. One that is under neither key, or not there, stays as it is, and
+    vouches for nothing. May be repeated."""
+    try:
+        trusted = TrustedFiles.decode(read_own_file(paths.boot_files, TRUSTED_MAX), old)
+    except (Tampered, Malformed):
+        return
+    write_atomically(paths.boot_files, trusted.encode(new))
 
 
 def parse_text(value: object) -> str:
@@ -49,9 +108,13 @@ def parse_text(value: object) -> str:
     return value
 
 
-def _read_file(path: str) -> bytes | None:
+def read_own_file(path: str, most: int) -> bytes:
+    """A file in /var/lib/unlock; b"" when there is none, or more than `most` bytes, or no regular file: a pipe there
+    blocks nothing."""
     try:
-        with open(path, "rb") as file:
-            return file.read(TRUSTED_MAX + 1)
-    except FileNotFoundError:
-        return None
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            data = file.read(most + 1) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    except OSError:
+        return b""
+    return data if len(data) <= most else b""

@@ -16,14 +16,14 @@ def next_boots(inputs: PredictionInput) -> Iterator[NextBoot]:
     booted = inputs.booted
     if not booted.uki:
         raise cannot_predict("the unified kernel image of this boot is not on disk as it was booted")
-    listed = systemd_boot.list_entries(inputs.paths)
+    listed = systemd_boot.list_entries(inputs.tree)
     own = _current_name(booted.images[-1][1], listed)
-    defaults = systemd_boot.next_entry_ids(inputs.paths, _started_from(inputs), listed) if _has_menu(inputs) else set()
+    defaults = systemd_boot.next_entry_ids(inputs.tree, _started_from(inputs), listed) if _has_menu(inputs) else set()
     unified = {each.path: each.id for each in listed if each.unified}
     for name in sorted(defaults - set(unified.values())):
         yield not_predicted(f"boot entry {name}", "it is no unified kernel image like this boot's", default=True)
     for path in [own, *(each for each in unified if each != own)]:
-        data = boot_files.read_file(inputs.paths, path)
+        data = inputs.tree.read(path)
         if data is not None:  # else its kernel was removed
             yield _predict_image(inputs, path, data, own=path == own, default=path == own or unified[path] in defaults)
 
@@ -41,7 +41,7 @@ def _predict_image(inputs: PredictionInput, path: str, data: bytes, *, own: bool
     if not own:
         changes.append("another menu entry")
     why = why_untrusted(inputs, [path])
-    if not why and boot_files.sidecar_digests(inputs.paths, path) != inputs.booted.beside:
+    if not why and boot_files.sidecar_digests(inputs.tree, path) != inputs.booted.beside:
         why = "add-ons or credentials beside it are not those of this boot"
     if why:
         return not_predicted(words, why, default=default, changes=changes)

@@ -8,6 +8,7 @@ from ...measured import efivars, uefi
 from ...measured.eventlog import Log
 from ...paths import Paths
 from ...predict import boot_files
+from ...predict.boot_tree import BootTree
 from .finding import UNPROVEN, UNSAFE, Finding
 
 _SETUP, _CAPSULE = 0x1, 0x4
@@ -67,7 +68,7 @@ def _file_of_entry(paths: Paths, entry: str) -> str:
         option = uefi.parse_load_option(efivars.read_variable(paths, entry))
     except Malformed:
         return ""
-    return next(boot_files.find_programs(paths, option.file), "") if option.active else ""
+    return next(boot_files.find_programs(BootTree(paths), option.file), "") if option.active else ""
 
 
 def check_secure_boot(paths: Paths, log: Log | None, selection: Sequence[int]) -> Iterator[Finding]:

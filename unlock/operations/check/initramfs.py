@@ -8,6 +8,8 @@ from ...disks import token
 from ...errors import CommandFailed, UnlockError
 from ...paths import Paths
 from ...predict import initramfs_images
+from ...predict.boot_tree import BootTree
+from ...predict.booted import ACCEPT
 from ...tpm.chip import Tpm
 from ..predict import Prediction
 from .finding import NOTE, SAFE, UNPROVEN, UNSAFE, Finding
@@ -15,17 +17,25 @@ from .tpm import current_slot
 
 
 def check_initramfs_images(paths: Paths, tcti: str, predicted: Prediction | UnlockError) -> Iterator[Finding]:
-    """The image of the default boot must be usable; where that is not known, the newest image."""
-    found = initramfs_images.list_images(paths)
+    """The image of the default boot must be usable; where that is not known, the newest image.
+
+    Into one that may be a thief's it does not look.
+    """
+    tree = BootTree(paths)
+    found = initramfs_images.list_images(tree)
     written = _formats_in_use(tcti)
     boots = () if isinstance(predicted, UnlockError) else predicted.boots
-    needed = [os.path.join(paths.root, each.initrd) for each in boots if each.default and each.initrd] or found[-1:]
+    foreign = {} if isinstance(predicted, UnlockError) else predicted.foreign
+    needed = [each.initrd for each in boots if each.default and each.initrd] or found[-1:]
     if not needed:
         yield Finding("initramfs", UNPROVEN, "there is no /boot/initrd.img-*: whether unlock is in it is not known")
     for image in dict.fromkeys([*found, *needed]):
         name = os.path.basename(image)
+        if why := foreign.get(image):
+            yield Finding(name, UNSAFE if image in needed else NOTE, why, ACCEPT)
+            continue
         try:
-            wrong = _why_unusable(initramfs_images.read_contents(image), written)
+            wrong = _why_unusable(initramfs_images.read_contents(tree, image), written)
         except CommandFailed as error:
             wrong = str(error)
         if wrong:
