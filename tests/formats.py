@@ -251,6 +251,8 @@ def native_state(paths: Paths, keys: Keys) -> None:
     state.recovery.tested[UUIDS[0]] = 1700000000
     with disk_keys.mac_key(keys.next_recovery, HOST) as mac_key:
         state.change_mac_key(persistence=keys.persistence, mac_key=mac_key, behind=[UUIDS[1]])
+    state.narrowed = "a PIN was set"
+    state.keep_old_key(UUIDS[1], new=keys.persistence, old=keys.next_persistence)
     (branch,) = branches(1)
     allowed_states.begin(state, pcr_policy.select(MEASURED), branch, False, pin=True)
     when, full = "2026-01-02T03:04:05Z", (0, *pcr_policy.select(MEASURED))

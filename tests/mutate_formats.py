@@ -101,6 +101,7 @@ CHANGES: dict[str, list[Change]] = {
     "KIND `mac-key`": [("host/state.py", '"mac-key"', '"mac-kez"')],
     "KIND `recovery-key`": [("host/state.py", '"recovery-key"', '"recovery-kez"')],
     "KIND `rebind`": [("host/state.py", '"rebind"', '"rebine"')],
+    "KIND `persistence`": [("host/state.py", '"persistence"', '"persistencf"')],
     "AAD of KIND: host": [("disks/token.py", '-{kind}-1", "host": host', '-{kind}-1"')],
     "AAD of kek: host": [("disks/token.py", '"host": host, "kek": [', '"kek": [')],
     "AAD of kek: id, generation": [("disks/token.py", ', "kek": [kek_id, generation]', "")],

@@ -257,6 +257,9 @@ def test_a_state_is_read_and_saved_as_it_was(name: str, tmp_path: Path, keys: Ke
     if name == "native":
         assert bytes(state.host_key(keys.persistence) or b"") == derived(2, "host")
         assert state.mac_key(keys.persistence, UUIDS[1]) == keys.mac_key
+        assert state.narrowed == "a PIN was set"
+        assert state.old_key(keys.persistence, UUIDS[1]) == keys.next_persistence
+        assert state.old_key(keys.persistence, UUIDS[0]) is None
         journal = state.journal
         assert isinstance(journal, Rebind) and isinstance(journal.before, RecoveryRotation)
         assert state.unwrap_old_persistence_key(keys.next_persistence, journal.new) == keys.persistence
@@ -471,6 +474,7 @@ def test_the_document_tells_how_every_key_in_the_state_is_unwrapped() -> None:
         ("mac-key", next_mac_key),
         ("mac-key", mac_key),
     ]
+    assert unwrapped("persistence", found["old_keys"][UUIDS[1]]) == raw("next_persistence")
     assert unwrapped("rebind", found["journal"]["new"], "next_persistence") == raw("persistence")
     assert unwrapped("recovery-key", found["journal"]["before"]["key"]) == KEYS["next_recovery"].encode()
     assert [(kind, unwrapped(kind, text)) for kind, text in reader.state_wraps(kmip)] == [
