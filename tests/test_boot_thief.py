@@ -440,7 +440,9 @@ def test_an_edited_record_on_a_plain_var(host: Machine) -> None:
 
 def test_a_record_under_a_key_of_his_own(host: Machine) -> None:
     updated(host)
-    his = TrustedFiles({place(IMAGE): sha256(EVIL).digest()}, {})
+    files = json.loads(Path(host.paths.boot_files).read_bytes())["files"]
+    known = {path: bytes.fromhex(hexed) for path, hexed in files.items()}
+    his = TrustedFiles({**known, place(IMAGE): sha256(EVIL).digest()}, {})
     Path(host.paths.boot_files).write_bytes(his.encode(Secret.random(32)))
     in_boot(host, IMAGE).write_bytes(EVIL)
     look(host)
