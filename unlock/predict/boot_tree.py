@@ -287,7 +287,8 @@ class BootTree:
         flags = _FOLDER if is_folder else os.O_PATH | os.O_CLOEXEC
         below = os.open(name, flags | os.O_NOFOLLOW, dir_fd=fd)
         found = os.fstat(below)
-        is_mounted = found.st_dev != os.fstat(fd).st_dev  # a folder lists the number of what is below the mount
+        # a folder lists the number of what is below a mount; /boot and /efi may be mounted from the root's file system
+        is_mounted = found.st_dev != os.fstat(fd).st_dev or (not folder and part in TOPS)
         # FAT numbers a file anew unless it is open
         if not is_mounted and found.st_ino not in (listing.inodes[name], _listed_inode(fd, name)):
             os.close(below)
