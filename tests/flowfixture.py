@@ -15,7 +15,7 @@ from tests.lab.pki import Leaf
 from unlock.disks import disk_keys, find, luks
 from unlock.disks.groups import Group, Member
 from unlock.errors import UnlockError
-from unlock.host import config, keyring, report, this_boot
+from unlock.host import config, keyring, report, report_file, this_boot
 from unlock.host.provider_entry import KmipEntry, ProviderEntry
 from unlock.host.state import State
 from unlock.host.state_file import KeyEntry
@@ -57,7 +57,7 @@ class Host:
         early = report.Report("early-boot")
         early.set_verdict("unsealed")
         early.facts = report.BootFacts(unauthenticated_root=False, cap_pcr_before=pcr_policy.UNSET.hex())
-        Path(self.paths.of_this_boot("report.json")).write_bytes(report.encode(early))
+        Path(self.paths.of_this_boot("report.json")).write_bytes(report_file.encode(early))
         self.configure(*kms)
         state = State.new(self.paths, HOST)
         self._provide(state, bool(kms))
@@ -116,7 +116,7 @@ class Host:
             with image.open("wb") as file:
                 file.truncate(32 << 20)
             with Secret.random(64) as dek, luks.format(str(image), dek) as container:
-                container.add_keyslot(dek, self.recovery)
+                container.add_keyslot(dek, passphrase=self.recovery)
                 self.deks[container.uuid] = bytes(dek)
                 images.append((image, container.uuid))
         members = tuple(Member(uuid, f"{name}-{i}", "") for i, (_, uuid) in enumerate(images))

@@ -236,10 +236,11 @@ def nv_public(index: int) -> bytes:
 
 def nv_record(data: bytes) -> dict[str, Any]:
     assert len(data) == 448 and data[416:] == hashlib.sha256(data[:416]).digest()
-    magic, version, generation, host, cap, count, bitmap, flags, zero, srk, name = struct.unpack_from(
-        ">7sBQ16sBB3sB2s34s34s", data
+    magic, version, generation, host, cap, count, bitmap, flags, needed, zero, srk, name = struct.unpack_from(
+        ">7sBQ16sBB3sBBB34s34s", data
     )
-    assert magic == b"unlock\0" and zero == bytes(2) and 1 <= count <= 8 and not any(data[108 + 32 * count : 416])
+    assert magic == b"unlock\0" and zero == 0 and 1 <= count <= 8
+    assert not any(data[108 + 32 * count : 364]) and not any(data[412:416])
     assert (version, flags) in ((1, 0), (2, 1))
     bits = int.from_bytes(bitmap, "little")
     return {
@@ -251,11 +252,25 @@ def nv_record(data: bytes) -> dict[str, Any]:
         "srk": srk,
         "object": name,
         "branches": [data[108 + 32 * each : 140 + 32 * each] for each in range(count)],
+        "needs": needs(needed, data[364:412]),
     }
 
 
-def payload(data: bytes) -> tuple[bytes, bool]:
-    """The persistence key, and whether the root file system may be one that nothing authenticated."""
-    version, flags, key = struct.unpack(">BB32s", data)
+def payload(data: bytes) -> tuple[bytes, bool, list[bytes] | None]:
+    """The persistence key, whether the root file system may be one that nothing authenticated, and what it needs."""
+    version, flags, key, needed, rest = struct.unpack(">BB32sB48s", data)
     assert version == 1 and flags in (0, 1)
-    return key, bool(flags)
+    return key, bool(flags), needs(needed, rest)
+
+
+def needs(number: int, data: bytes) -> list[bytes] | None:
+    """None for each disk of the initramfs's crypttab."""
+    count = 0 if number == 255 else number
+    assert count <= 12 and not any(data[4 * count :])
+    found = [data[4 * each : 4 * each + 4] for each in range(count)]
+    assert found == sorted(set(found))
+    return None if number == 255 else found
+
+
+def need(name: str) -> bytes:
+    return hashlib.sha256(b"unlock needs " + name.encode()).digest()[:4]

@@ -43,7 +43,7 @@ from unlock.providers import native
 from unlock.secret import Secret
 from unlock.strictjson import canonical
 from unlock.tpm import pcr_policy, public_area, slots
-from unlock.tpm.record import SLOTS, SRK, Payload, Record
+from unlock.tpm.record import SLOTS, SRK, Needs, Payload, Record
 
 FOLDER = Path(__file__).parent / "data/formats/v1"
 WARNING = "test keys, known to everybody: they protect nothing"
@@ -58,6 +58,8 @@ MEASURED = {4: "boot loader", 7: "Secure Boot", 8: "command line", 9: "kernel an
 """PCR -> what it was extended with once: the SHA-256 of `test data: ...`."""
 BRANCHES = 8
 """Of the policy record with a PIN."""
+NEEDED = ("root", "usr")
+"""What its root file system lies on."""
 
 
 def _key(name: str, size: int = 32) -> bytes:
@@ -153,6 +155,7 @@ def record(pin: bool = False) -> Record:
         name,
         b"\0\x0b" + bytes(range(32, 64)),
         pin,
+        Needs.of(NEEDED) if pin else Needs(),
     )
 
 
@@ -199,8 +202,8 @@ def formatted(path: Path, keys: Keys) -> None:
     """A LUKS2 image with the keyslot of the recovery key; no token."""
     with path.open("wb") as file:
         file.truncate(IMAGE_SIZE)
-    with luks.format(str(path), keys.dek, UUIDS[0]) as container:
-        container.add_keyslot(keys.dek, keys.recovery)
+    with luks.format(str(path), keys.dek, uuid=UUIDS[0]) as container:
+        container.add_keyslot(keys.dek, passphrase=keys.recovery)
 
 
 def tokens(image: Path, keys: Keys) -> dict[str, dict[str, Any]]:
@@ -447,7 +450,8 @@ def fixed(paths: Paths, keys: Keys) -> dict[str, bytes]:
         "record-1.bin": record().encode(),
         "record-2.bin": record(pin=True).encode(),
         "payload-0.bin": bytes(Payload(keys.persistence).encode()),
-        "payload-1.bin": bytes(Payload(keys.persistence, True).encode()),
+        "payload-1.bin": bytes(Payload(keys.persistence, True, Needs.of(NEEDED)).encode()),
+        "payload-2.bin": bytes(Payload(keys.persistence, False, Needs.of(map(str, range(13)))).encode()),
         "policy.json": json.dumps(policies(keys), indent=1).encode(),
         "baseline.json": baseline().encode(),
         os.path.relpath(copied, paths.root): Path(copied).read_bytes(),

@@ -24,14 +24,8 @@ import pytest
 
 TOP = Path(__file__).parents[1]
 CODE = ("unlock", "initramfs")
-PARTS = (*CODE, "docs", "tests/data/formats")
-FILES = (
-    "tests/conftest.py",
-    "tests/test_formats.py",
-    "tests/formats.py",
-    "tests/formatreader.py",
-    "tests/tpmfixture.py",
-)
+PARTS = (*CODE, "docs", "tests/data/formats", "tests/lab")
+FILES = ("pyproject.toml", *(f"tests/{each.name}" for each in (TOP / "tests").glob("*.py")))
 PRELOADED = (
     "cryptography.hazmat.primitives.ciphers.aead",
     "cryptography.hazmat.primitives.kdf.hkdf",
@@ -220,9 +214,17 @@ CHANGES: dict[str, list[Change]] = {
     "payload version": [("tpm/record.py", "\n_VERSION = 1", "\n_VERSION = 2")],
     "payload flag": [("tpm/record.py", "_UNAUTHENTICATED_ROOT = 0x01", "_UNAUTHENTICATED_ROOT = 0x02")],
     "payload key": [
-        ("tpm/record.py", "data.value[2:] = self.key.value", "data.value[2:] = self.key.value[::-1]"),
-        ("tpm/record.py", "Secret(value[2:])", "Secret(value[2:][::-1])"),
+        ("tpm/record.py", "data.value[2:34] = self.key.value", "data.value[2:34] = self.key.value[::-1]"),
+        ("tpm/record.py", "Secret(value[2:34])", "Secret(value[2:34][::-1])"),
     ],
+    "need: label": [("tpm/record.py", 'b"unlock needs "', 'b"unlock need "')],
+    "need: size": [
+        ("tpm/record.py", "digest()[:4]", "digest()[:3]"),
+        ("tpm/record.py", "at + 4]", "at + 3]"),
+        ("tpm/record.py", "1 + 4 * count, 4)", "1 + 3 * count, 3)"),
+    ],
+    "needs: most": [("tpm/record.py", "NEEDS_MAX = 12", "NEEDS_MAX = 13")],
+    "needs: more than that": [("tpm/record.py", "_ALL = 0xFF", "_ALL = 0xFE")],
     # files
     "state version": [("host/state_file.py", "\nVERSION = 1", "\nVERSION = 2")],
     "state indent": [("host/state_file.py", "indent=1", "indent=2")],
@@ -232,7 +234,7 @@ CHANGES: dict[str, list[Change]] = {
         ("measured/baseline.py", "def _parse_item(pcr: Any, kind: Any,", "def _parse_item(kind: Any, pcr: Any,"),
     ],
     "booted version": [("predict/booted.py", "_VERSION = 1", "_VERSION = 2")],
-    "report version": [("host/report.py", "VERSION = 1", "VERSION = 2")],
+    "report version": [("host/report_file.py", "VERSION = 1", "VERSION = 2")],
     "sync version": [("operations/sync.py", "VERSION = 1", "VERSION = 2")],
     "verdict line end": [("boot/agent.py", 'record.verdict + "\\n"', "record.verdict")],
     "path `var/lib/unlock/state.json`": [("paths.py", "unlock/state.json", "unlock/state")],
@@ -258,7 +260,7 @@ FIELDS = {
     "baseline": "measured/baseline.py",
     "booted": "predict/booted.py",
     "boot-files": "predict/trusted_files.py",
-    "report": "host/report.py",
+    "report": "host/report_file.py",
     "sync": "operations/sync.py",
 }
 """Format -> where the names of its fields stand."""
@@ -383,8 +385,7 @@ def run(tree: Path) -> str:
                 "-x",
                 "-q",
                 "--tb=line",
-                "-p",
-                "no:cacheprovider",
+                *("-p", "no:cacheprovider", "-p", "xdist.plugin", "-p", "pytest_timeout"),
                 "--rootdir",
                 str(tree),
                 "--basetemp",

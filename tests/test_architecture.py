@@ -142,7 +142,9 @@ def test_nothing_speaks_of_this_machine() -> None:
             assert f"{top}/" not in path.read_text(errors="replace"), name
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/design.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "SECURITY.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/design.md"]
+)
 def test_the_files_that_a_page_names_are_there(page: str) -> None:
     top = PACKAGE.parent
     text = (top / page).read_text()
@@ -156,7 +158,7 @@ def test_the_files_that_a_page_names_are_there(page: str) -> None:
 
 def test_the_controls_of_attacks_change_code_that_is_there() -> None:
     """Each removes a defence by its text in a virtual machine. Here a text that is gone shows at once."""
-    from tests import test_boot_attacks, test_boot_unmeasured
+    from tests import test_boot_attacks, test_boot_silence, test_boot_unmeasured
 
     installed = {
         "usr/lib/unlock/unlock/": "unlock/",
@@ -169,6 +171,7 @@ def test_the_controls_of_attacks_change_code_that_is_there() -> None:
         *test_boot_attacks.NO_CAP,
         test_boot_attacks.CAP_SCRIPT,
         *test_boot_unmeasured.BLIND,
+        *test_boot_silence.UNTOLD,
     ]
     for path, old, _ in changes:
         start = next(each for each in installed if path.startswith(each))

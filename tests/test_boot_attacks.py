@@ -13,6 +13,7 @@ from tests.lab.guest import Guest
 from tests.lab.machine import Machine, report
 from tests.lab.running import Disk, Running
 from tests.lab.stories import UNSEAL, begun, outcomes, unmeasured, unseal_as_root
+from tests.test_boot_silence import ALTERED, UNTOLD
 
 pytestmark = pytest.mark.vm
 
@@ -30,7 +31,7 @@ EVERY_KEY = (  # each disk may be opened by any key that the TPM gives
     (f"{CODE}/tpm/slots.py", "_TELLING = ", "ALL = []\n_TELLING = "),
     (
         f"{CODE}/tpm/slots.py",
-        "return Unsealed(Payload.decode(sealed), slot, record)\n",
+        "return Unsealed(_checked(Payload.decode(sealed), slot, record), slot, record)\n",
         "ALL.append(Unsealed(Payload.decode(sealed), slot, record))\n",
     ),
     (f"{CODE}/tpm/slots.py", "    raise min(problems", "    if ALL:\n        return ALL[0]\n    raise min(problems"),
@@ -72,7 +73,7 @@ def emulated(tmp_path: Path) -> Iterator[Machine]:
 
 
 def believing(story: Machine) -> Path:
-    return story.image.initramfs({}, BELIEVES)
+    return story.image.initramfs({}, (*BELIEVES, *UNTOLD))
 
 
 def give_recovery_key(booted: Running, story: Machine) -> None:
@@ -129,9 +130,19 @@ def test_plaintext_would_open_by_recovery_key_without_authentication(story: Mach
 
 
 def test_a_thiefs_root_of_the_same_uuid_gets_no_key_and_no_disk(story: Machine) -> None:
-    """The thief opens his own root disk at the stock prompt, after an honest unseal."""
-    console = thiefs_root(story)
+    """The thief opens his own root disk at the stock prompt, after an honest unseal, on a host that does not know that
+    its root has to have a token."""
+    console = thiefs_root(story, story.image.initramfs({}, UNTOLD))
     assert console == (set(), {"root"})
+
+
+def test_a_thiefs_root_of_the_same_uuid_is_told_where_the_host_knows_its_own(story: Machine) -> None:
+    attacks.own_root(story)
+    with story.boot() as booted:
+        booted.console.expect(ALTERED, 300)
+        booted.console.expect("recovery key: ", 60)
+        assert "unlock disk" not in booted.console.text
+        booted.kill()
 
 
 def test_a_thiefs_root_would_get_all_of_it_if_keys_crossed_into_any_root(story: Machine) -> None:

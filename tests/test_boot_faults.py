@@ -163,6 +163,18 @@ echo "$device" > unbind
 """
 
 
+def test_of_two_tpms_the_second_has_the_key_and_both_are_locked(story: Machine) -> None:
+    with story.boot(tpm_before="other") as booted:
+        console = up(booted)
+        assert report(console)["verdict"] == "unsealed"
+        assert set(status(console).values()) == {"open"}
+        assert [console.sh(f"cat /sys/class/tpm/tpm{each}/pcr-sha256/15").out for each in (0, 1)] == [CAPPED, CAPPED]
+        assert console.sh("cat /run/unlock/capped").out.split() == ["tpmrm0", "tpmrm1"]
+        assert checked(console)[""] == "safe"
+        console.sh("unlock policy show && unlock policy predict --dry-run && unlock explain")
+        booted.kill()
+
+
 def test_a_tpm_that_comes_after_early_boot_is_locked(story: Machine) -> None:
     promised = ": >/sys/firmware/acpi/tables/TPM2\n"
     assert promised in FIRST and START_TPM in FIRST

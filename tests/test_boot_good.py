@@ -166,6 +166,6 @@ def add_group(machine: Machine, name: str, count: int) -> None:
             machine.disk(member.serial, 24)
             path = str(machine.home / f"{member.serial}.raw")
             with Secret.random(64) as dek, luks.format(path, dek, uuid=member.uuid) as container:
-                container.add_keyslot(dek, recovery)
+                container.add_keyslot(dek, passphrase=recovery)
                 each = disk_keys.make_token(container, token.host, group, member, dek, keys)
                 disk_keys.write_token(path, each, dek, keys)

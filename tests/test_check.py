@@ -17,9 +17,10 @@ from tests.kmipfixture import AUTHORITY
 from tests.lab.kmipliar import Liar
 from tests.test_devices import Machine
 from tests.tpmfixture import Swtpm
+from unlock.boot import unmeasured
 from unlock.disks import disk_keys, luks, token
 from unlock.errors import CommandFailed, UnlockError
-from unlock.host import keyring, report
+from unlock.host import keyring, report, report_file
 from unlock.host.journal import Rekey
 from unlock.operations import check, recovery
 from unlock.operations.check.finding import NOTE, SAFE, UNPROVEN, UNSAFE
@@ -33,6 +34,12 @@ pytestmark = [pytest.mark.usefixtures("key_cache"), pytest.mark.root]
 
 CODE = "usr/lib/unlock/unlock/boot/agent.pyc"
 READS = ("usr/lib/unlock/reads/token-1", "usr/lib/unlock/reads/record-1")
+
+
+def findings(world: "World") -> dict[str, tuple[str, str, str]]:
+    """All that is found: what -> verdict, detail, command."""
+    found = check.check(world.host.paths, world.chip.tcti, world.host.look)
+    return {each.what: (each.verdict, each.detail, each.do) for each in found.findings}
 
 
 class World:
@@ -180,7 +187,7 @@ def test_a_tpm_that_serves_another_installation(world: World) -> None:
 def test_after_a_refused_boot_the_next_is_refused_too(world: World) -> None:
     early = report.Report("early-boot")
     early.set_verdict("pcr-mismatch")
-    Path(world.host.paths.of_this_boot("report.json")).write_bytes(report.encode(early))
+    Path(world.host.paths.of_this_boot("report.json")).write_bytes(report_file.encode(early))
     verdict, wrong = world.check()  # sealed since then, to what this boot has measured
     assert verdict == UNPROVEN and "has not been asked yet" in wrong["this boot"][1]
     world.chip.extend(7)
@@ -265,6 +272,44 @@ def test_hibernation_only_to_an_encrypted_disk(world: World, number: str, verdic
     world.machine.mapping("vg-swap", "253:1", "LVM-abc", "dm-0")
     world.write("sys/power/resume", f"{number}\n")
     assert world.check()[0] == verdict
+
+
+def test_hibernation_to_a_disk_that_somebody_else_opens(world: World) -> None:
+    world.machine.mapping("swap", "253:1", "CRYPT-LUKS2-" + "1" * 32 + "-swap", "sdb")
+    world.write("sys/power/resume", "253:1\n")
+    verdict, _ = world.check()
+    assert verdict == SAFE
+    assert findings(world)["hibernation"][0] == NOTE
+
+
+def test_file_systems_beside_the_root_are_named(world: World) -> None:
+    """/var on a plain disk runs as root too; what has no content of its own, or is a group's, is no matter."""
+    world.machine.mount("8:16", "/var", "/dev/sdb", "ext4")
+    world.machine.mount("0:40", "/usr/local", "server:/export", "nfs4")
+    world.machine.mount("0:41", "/var/tmp", "tmpfs", "tmpfs")
+    world.machine.mount("8:16", "/srv", "/dev/sdb", "ext4")
+    world.machine.mount("253:0", "/var/lib/data", "/dev/mapper/data-0", "ext4")
+    named = {what: verdict for what, (verdict, *_) in findings(world).items() if what.startswith("/")}
+    assert named == {"/var": NOTE, "/usr/local": NOTE}
+
+
+def test_what_systemd_obeys_beside_the_command_line(world: World) -> None:
+    world.write(f"sys/firmware/efi/efivars/{unmeasured.OPTIONS}", "x")
+    assert findings(world)["systemd"][0] == NOTE  # the next boot deletes it
+    (world.root / f"sys/firmware/efi/efivars/{unmeasured.OPTIONS}").unlink()
+    world.write("sys/firmware/dmi/tables/DMI", "io.systemd.credential:passwd.hashed-password.root=x")
+    verdict, wrong = world.check()
+    assert verdict == UNSAFE and "passwd.hashed-password.root" in wrong["systemd"][1]
+    world.write("proc/cmdline", "root=/dev/mapper/root systemd.import_credentials=no\n")
+    assert world.check() == (SAFE, {})
+
+
+@pytest.mark.parametrize(("password", "said"), [("", True), ("!", False), ("$y$j9T$abc", False)])
+def test_a_console_that_gives_a_shell_without_a_password(world: World, password: str, said: bool) -> None:
+    world.write("etc/shadow", f"daemon::1::::::\nroot:{password}:20000:0:99999:7:::\n")
+    assert ("console" in findings(world)) == said
+    world.write("etc/systemd/system/emergency.service.d/x.conf", "[Service]\nEnvironment=SYSTEMD_SULOGIN_FORCE=1\n")
+    assert findings(world)["console"][0] == NOTE
 
 
 def test_a_root_that_somebody_else_opens(world: World) -> None:

@@ -34,7 +34,7 @@ class Protected:
             Secret.random(32), Secret.random(32), Secret.random(32), disk_keys.mac_key(self.recovery, HOST)
         )
         with luks.format(self.path, self.dek) as container:
-            container.add_keyslot(self.dek, self.recovery)
+            container.add_keyslot(self.dek, passphrase=self.recovery)
             self.member = Member(container.uuid, "data-a", "SERIAL")
         self.group = Group("data", "native-0/kek/data", 1, 1, (self.member,))
         self.write(self.group)
@@ -139,7 +139,7 @@ def test_the_old_token_stays_when_the_new_one_gives_other_keys(protected: Protec
     right = protected.keys
     protected.keys = right._replace(**{which: Secret.random(32)})
     if which == "kek":  # the token keeps it
-        each = each._replace(kek=wrap.wrap(right.persistence, Secret.random(32), b"of something else"))
+        each = each._replace(kek=wrap.wrap(right.persistence, plain=Secret.random(32), aad=b"of something else"))
     with pytest.raises(DiskFailed):
         drop(protected, each)
     assert generations(protected) == [2, 1]
@@ -221,7 +221,7 @@ def test_an_unchanged_header_survives_the_same_rewriting(protected: Protected) -
 
 def test_an_operators_own_keyslot_does_not_disturb_the_token(protected: Protected) -> None:
     with luks.Container(protected.path) as container:
-        container.add_keyslot(protected.dek, Secret(b"the operator's own"))
+        container.add_keyslot(protected.dek, passphrase=Secret(b"the operator's own"))
     assert protected.open() == protected.dek
 
 

@@ -17,7 +17,7 @@ from tests.lab.kmipliar import Liar
 from tests.tpmfixture import Swtpm
 from unlock.disks import disk_keys, luks
 from unlock.errors import ClientAuth, PinWrong, Refused, TpmFailed, UnlockError, Usage
-from unlock.host import config, keyring, report
+from unlock.host import config, keyring, report, report_file
 from unlock.host.journal import DiskAdoption
 from unlock.host.provider_entry import NativeEntry
 from unlock.host.state import State
@@ -49,7 +49,7 @@ def host(tmp_path: Path, key_cache: None) -> Paths:
     early = report.Report("early-boot")
     early.set_verdict("no-slot")
     early.facts = report.BootFacts(cap_pcr_before=pcr_policy.UNSET.hex())
-    Path(paths.of_this_boot("report.json")).write_bytes(report.encode(early))
+    Path(paths.of_this_boot("report.json")).write_bytes(report_file.encode(early))
     return paths
 
 
@@ -417,7 +417,7 @@ def test_an_adoption_that_fails_is_undone_and_its_number_is_not_used_again(enrol
     with luks.Container(device) as container, container.volume_key(Secret(b"operator")) as dek:
         while len(container.keyslots()) < 32:
             try:
-                container.add_keyslot(dek, Secret(b"more %d" % len(container.keyslots())))
+                container.add_keyslot(dek, passphrase=Secret(b"more %d" % len(container.keyslots())))
             except UnlockError:
                 break
     assert adopt(enrolled, device) != 0

@@ -25,7 +25,7 @@ from tests.tpmfixture import Swtpm
 from unlock.boot import handover
 from unlock.disks import disk_keys, luks, token
 from unlock.errors import Malformed, NewerFormat, NoKey, Tampered, UnlockError, Usage
-from unlock.host import keyring, report
+from unlock.host import keyring, report, report_file
 from unlock.host.journal import Rebind, RecoveryRotation
 from unlock.host.provider_entry import KmipEntry, NativeEntry
 from unlock.host.state import State
@@ -97,6 +97,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         "record-2.bin",
         "payload-0.bin",
         "payload-1.bin",
+        "payload-2.bin",
         "policy.json",
         "baseline.json",
         "booted.json",
@@ -339,7 +340,7 @@ def test_an_escrow_file_gives_the_recovery_key_to_stock_tools(tmp_path: Path, ke
 
 
 def test_a_report_is_read() -> None:
-    found = report.read(str(FOLDER / "run/report.json"))
+    found = report_file.read(str(FOLDER / "run/report.json"))
     assert found.verdict == "unsealed" and len(found.disks) == len(formats.WORDS["outcomes"])
 
 
@@ -370,7 +371,10 @@ def test_keys_cross_into_the_system_under_the_same_names(tmp_path: Path, key_cac
     handover.hand_over(Paths(str(tmp_path)), opened, record, persistence=keys.persistence, pin_auth=keys.pin_auth)
     kek = f"unlock:kek:{reader.native_id(raw('kdk'))}/unlock/{HOST}/kek/data/1:1"
     assert keyring.names() == sorted([kek, "unlock:host", "unlock:persistence", "unlock:pin-auth"])
-    assert (access.read_persistence_key(), keyring.get(allowed_states.PIN_AUTH)) == (keys.persistence, keys.pin_auth)
+    assert (keyring.get("unlock:persistence"), keyring.get(allowed_states.PIN_AUTH)) == (
+        keys.persistence,
+        keys.pin_auth,
+    )
     assert keyring.get(access.cache_name(keys.group().kek, 1)) == keys.kek
     assert keyring.get("unlock:host") == keys.host_key
 
@@ -447,8 +451,10 @@ def test_the_document_tells_what_the_tpm_keeps() -> None:
         "A": {"object": 0x81104C41, "nv": 0x01814C41, "nv_public": reader.nv_public(0x01814C41).hex()},
         "B": {"object": 0x81104C42, "nv": 0x01814C42, "nv_public": reader.nv_public(0x01814C42).hex()},
     }
-    for flag in 0, 1:
-        assert reader.payload(frozen(f"payload-{flag}.bin")) == (raw("persistence"), bool(flag))
+    needs = sorted(map(reader.need, formats.NEEDED))
+    assert (one["needs"], two["needs"]) == ([], needs)
+    for number, expected in enumerate([(False, []), (True, needs), (False, None)]):
+        assert reader.payload(frozen(f"payload-{number}.bin")) == (raw("persistence"), *expected)
 
 
 def test_the_document_tells_how_every_key_in_the_state_is_unwrapped() -> None:
@@ -575,7 +581,7 @@ def in_state(text: bytes, folder: Path) -> None:
 
 def in_report(text: bytes, folder: Path) -> None:
     (folder / "report").write_bytes(text)
-    report.read(str(folder / "report"))
+    report_file.read(str(folder / "report"))
 
 
 READERS: dict[str, Callable[[bytes, Path], object]] = {

@@ -48,7 +48,7 @@ from unlock.host.report import Report
 from unlock.secret import Secret
 from unlock.strictjson import canonical
 from unlock.tpm import pcr_policy
-from unlock.tpm.record import RECORD_SIZE, Payload, Record
+from unlock.tpm.record import RECORD_SIZE, Needs, Payload, Record
 
 SEED = 20_240_229
 
@@ -565,7 +565,9 @@ def a_record(_: object, random: Random) -> bool:
     """Any policy record, and any sealed payload: read as it would be written, or Malformed."""
     data = bytearray(
         RECORD._replace(
-            branches=tuple(random.randbytes(32) for _ in range(random.randrange(1, 9))), pin=random.random() < 0.5
+            branches=tuple(random.randbytes(32) for _ in range(random.randrange(1, 9))),
+            pin=random.random() < 0.5,
+            needs=Needs.of(map(str, range(random.choice((0, 1, 12, 13))))),
         ).encode()
     )
     for _ in range(random.choice((0, 1, 1, 2, 3))):
@@ -600,7 +602,7 @@ OF_LUKS = (
     disk_keys.dek_by_recovery_key,
 )  # fmt: skip
 OF_TOKEN = (token.decode, token._get_int, token._get_string, token._get_bytes)
-OF_POLICY = (Record.decode, Record._problem, pcr_policy.selection_problem, Payload.decode)
+OF_POLICY = (Record.decode, Record._problem, pcr_policy.selection_problem, Payload.decode, Needs.decode)
 
 PROPERTIES = (
     Property("headers", 5000, Lab, a_header, OF_LUKS + OF_TOKEN),

@@ -495,7 +495,7 @@ def test_a_resume_disk_is_ours_when_all_below_it_is(shell: list[str], tmp_path: 
     (tmp_path / "run/members").mkdir(parents=True)
     (tmp_path / "run/members/root").write_text("/dev/mapper/root\n/dev/mapper/root-2\n")
     functions = (TOP / "initramfs/functions").read_text()
-    assert functions.count("/sys/class/block/") == 3
+    assert functions.count("/sys/class/block/") == 6
     script = tmp_path / "script"
     script.write_text(
         functions.replace("/sys/class/block/", f"{tmp_path}/").replace("=/run/unlock", f"={tmp_path}/run")
@@ -504,6 +504,47 @@ def test_a_resume_disk_is_ours_when_all_below_it_is(shell: list[str], tmp_path: 
     )
     done = subprocess.run([*shell, script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["dm-0", "dm-1", "dm-3"] and not done.stderr
+
+
+# the root that is mounted
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=lambda shell: shell[0].split("/")[-1])
+def test_a_root_is_the_hosts_own_if_a_disk_that_it_needs_is_below_it(shell: list[str], tmp_path: Path) -> None:
+    below = {"sda": [], "sdb": [], "dm-0": ["sda"], "dm-1": ["dm-0"], "dm-2": ["sdb", "dm-0"], "dm-4": ["sdb"]}
+    names = {"dm-0": "root", "dm-1": "vg-root", "dm-2": "vg-two", "dm-4": "of-a-thief"}
+    for name, slaves in below.items():
+        (tmp_path / name / "slaves").mkdir(parents=True)
+        for each in slaves:
+            (tmp_path / name / "slaves" / each).symlink_to(tmp_path / each)
+        if name in names:
+            (tmp_path / name / "dm").mkdir()
+            kind = "CRYPT-LUKS2-x" if name in ("dm-0", "dm-4") else "LVM-x"
+            (tmp_path / name / "dm/uuid").write_text(f"{kind}\n")
+            (tmp_path / name / "dm/name").write_text(f"{names[name]}\n")
+    (tmp_path / "run").mkdir()
+    functions = (TOP / "initramfs/functions").read_text()
+    script = tmp_path / "script"
+    script.write_text(
+        functions.replace("/sys/class/block/", f"{tmp_path}/")
+        .replace("=/run/unlock", f"={tmp_path}/run")
+        .replace("/proc/mounts", f"{tmp_path}/mounts")
+        .replace("/dev/\\*)", "/*)")
+        + "for each in sda sdb dm-0 dm-1 dm-2 dm-4 gone; do\n"
+        + f'echo "/dev/$each /root ext4 rw 0 0" >{tmp_path}/mounts\n'
+        + "unlock_own_root && echo $each; done; true\n"
+    )
+
+    def own() -> list[str]:
+        done = subprocess.run([*shell, script], capture_output=True, text=True, check=True)
+        assert not done.stderr
+        return done.stdout.split()
+
+    assert len(own()) == 7, "a host whose root was never adopted"
+    (tmp_path / "run/needed").write_text("usr\nroot\n")
+    assert own() == ["dm-0", "dm-1", "dm-2"]
+    script.write_text(script.read_text().replace('"/dev/$each /root', '"tmpfs /root'))
+    assert len(own()) == 7, "what lies on no block device cannot be told"
 
 
 # install

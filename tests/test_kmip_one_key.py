@@ -85,7 +85,7 @@ def test_a_namesake_that_cannot_be_read_is_no_reason_to_make_another_key(kms: Li
 
 
 def test_a_host_key_that_cannot_be_fetched_does_not_undo_what_was_said_of_the_groups(host: Host, kms: Liar) -> None:
-    new = kms.replace(kms.keys[host.state.host_key_ref[0].rpartition("/")[2]])
+    new = kms.replace(kms.keys[host.state.host_key_ref.id.rpartition("/")[2]])
     kms.replace(kms.keys[key_id(host, "data")])
     with kms.replica() as other:
         host.configure(other)

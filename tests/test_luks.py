@@ -47,7 +47,7 @@ def template(tmp_path_factory: pytest.TempPathFactory, volume_key: Secret) -> Pa
     path = tmp_path_factory.mktemp("luks") / "template"
     empty(path)
     with luks.format(str(path), volume_key) as container:
-        container.add_keyslot(volume_key, Secret(PASSPHRASE))
+        container.add_keyslot(volume_key, passphrase=Secret(PASSPHRASE))
         container.set_token({"type": "unlock", "version": 1})
     return path
 
@@ -113,7 +113,7 @@ def test_what_we_format_opens_with_stock_cryptsetup_and_the_recovery_key(tmp_pat
     with luks.format(str(path), volume_key, uuid="12345678-1234-1234-1234-123456789abc", label="mine") as made:
         assert made.uuid == "12345678-1234-1234-1234-123456789abc"
         assert made.keyslots() == []
-        slot = made.add_keyslot(volume_key, Secret(PASSPHRASE))
+        slot = made.add_keyslot(volume_key, passphrase=Secret(PASSPHRASE))
     opened = cryptsetup("open", "--test-passphrase", "--key-file=-", str(path), stdin=PASSPHRASE)
     assert opened.returncode == 0, opened.stderr
     assert cryptsetup("open", "--test-passphrase", "--key-file=-", str(path), stdin=b"wrong").returncode == 2
@@ -154,7 +154,7 @@ def test_an_adopted_disk_gets_its_recovery_keyslot_and_keeps_the_operators(tmp_p
     with luks.Container(str(path)) as container:
         before = container.facts()
         with container.volume_key(Secret(b"the operator's")) as key:
-            assert container.add_keyslot(key, Secret(PASSPHRASE)) == 1
+            assert container.add_keyslot(key, passphrase=Secret(PASSPHRASE)) == 1
         assert container.facts() == before, "a keyslot is not a fact"
         assert container.keyslots() == [0, 1]
         assert disk_keys.recovery_keyslot(container, Secret(b"the operator's"))[0] == 0
@@ -185,7 +185,7 @@ def test_a_wrong_passphrase_or_key_is_not_ours(image: Path, volume_key: Secret) 
         with pytest.raises(NotOurs):
             container.verify_volume_key(Secret(bytes(32)))
         with pytest.raises(NotOurs):
-            container.add_keyslot(Secret(bytes(64)), Secret(PASSPHRASE))
+            container.add_keyslot(Secret(bytes(64)), passphrase=Secret(PASSPHRASE))
         with container.volume_key(Secret(PASSPHRASE)) as key:
             assert key == volume_key
 
@@ -198,7 +198,7 @@ def test_a_removed_keyslot_opens_nothing_and_the_volume_key_still_does(image: Pa
         with pytest.raises(DiskFailed):
             container.remove_keyslot(0)
         container.verify_volume_key(volume_key)
-        assert container.add_keyslot(volume_key, Secret(PASSPHRASE)) == 0
+        assert container.add_keyslot(volume_key, passphrase=Secret(PASSPHRASE)) == 0
 
 
 def test_secrets_stay_wipeable_and_out_of_errors(image: Path) -> None:

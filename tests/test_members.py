@@ -453,6 +453,7 @@ GROWING = """
     from tests.flowfixture import Host
     from tests.test_members import adopt, luks_format
     from pathlib import Path
+    from unlock.disks import disk_keys
     from unlock.errors import UnlockError
     from unlock.keys import recovery_key
 

@@ -81,6 +81,33 @@ def test_what_the_tpm_opened_is_closed_before_the_screen(tmp_path: Path, shell: 
     assert stage.panic(shell) == ["cap shell", "umount", "boot drop", "boot screen"]
 
 
+@pytest.mark.parametrize("verdict", ["unsealed", "unmeasured-input", ""])
+def test_free_memory_is_overwritten_once_before_the_first_shell(tmp_path: Path, shell: list[str], verdict: str) -> None:
+    stage = Stage(tmp_path)
+    (stage.run_folder / "unsealing").touch()
+    (stage.run_folder / "verdict").write_text(f"{verdict}\n" if verdict else "")
+    assert stage.panic(shell)[-2:] == ["boot scrub", "boot screen"]
+    assert "boot scrub" not in stage.panic(shell)
+
+
+def test_where_it_cannot_be_there_is_no_shell(tmp_path: Path, shell: list[str]) -> None:
+    stage = Stage(tmp_path, failing="scrub")
+    (stage.run_folder / "unsealing").touch()
+    (stage.run_folder / "verdict").write_text("unsealed\n")
+    said = stage.panic(shell)
+    assert said[-1] == "poweroff" and "boot screen" not in said
+    assert "keys may be left in memory" in stage.console.read_text()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_it_is_not_where_the_tpm_has_released_nothing(tmp_path: Path, shell: list[str], asked: bool) -> None:
+    stage = Stage(tmp_path, failing="scrub")
+    if asked:
+        (stage.run_folder / "unsealing").touch()
+        (stage.run_folder / "verdict").write_text("pcr-mismatch\n")
+    assert stage.panic(shell) == ["cap shell", "boot screen"]
+
+
 def test_what_a_person_opened_at_the_first_prompt_stays_open_at_the_second(tmp_path: Path, shell: list[str]) -> None:
     stage = Stage(tmp_path)
     (stage.run_folder / "verdict").write_text("unsealed\n")

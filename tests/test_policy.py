@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from unlock.errors import Malformed, NewerFormat, Usage
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, public_area
-from unlock.tpm.record import MAX_SEALED, RECORD_SIZE, SLOTS, Payload, Record
+from unlock.tpm.record import MAX_SEALED, NEEDS_MAX, RECORD_SIZE, SLOTS, Needs, Payload, Record
 
 names = st.binary(min_size=32, max_size=32).map(lambda digest: b"\0\x0b" + digest)
+needs = st.sets(st.text(), max_size=14).map(Needs.of)
 records = st.builds(
     Record,
     generation=st.integers(1, 1 << 63),
@@ -24,6 +25,7 @@ records = st.builds(
     srk_name=names,
     object_name=names,
     pin=st.booleans(),
+    needs=needs,
 )
 RECORD = Record(7, b"h" * 16, (4, 7, 9, 15), 15, (b"1" * 32, b"2" * 32), b"\0\x0b" + b"s" * 32, b"\0\x0b" + b"o" * 32)
 
@@ -144,19 +146,33 @@ def test_one_branch_is_listed_twice_and_nine_are_too_many() -> None:
             pcr_policy.policy_or(branches)
 
 
-@pytest.mark.parametrize("accepted", [False, True])
-def test_a_payload_reads_back(accepted: bool) -> None:
-    payload = Payload(Secret.random(32), accepted)
+@given(st.booleans(), needs)
+def test_a_payload_reads_back(accepted: bool, needed: Needs) -> None:
+    payload = Payload(Secret.random(32), accepted, needed)
     assert len(payload.encode()) <= MAX_SEALED
     assert Payload.decode(payload.encode()) == payload
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\x01", b"\0" * 34, b"\x01\0" + b"k" * 31, b"\x01\0" + b"k" * 33, b"\x01" * 129]
+    "data",
+    [
+        *(b"", b"\x01", b"\0" * 83, b"\x01\0" + b"k" * 32, b"\x01\0" + b"\0" * 80, b"\x01\0" + b"\0" * 82),
+        *(b"\x01\0" + b"k" * 32 + rest.ljust(49, b"\0") for rest in (b"\x0d", b"\2aaaaaaaa", b"\2bbbbaaaa", b"\0a")),
+        b"\x01" * 129,
+    ],
 )
 def test_a_foreign_payload_is_refused(data: bytes) -> None:
     with pytest.raises(Malformed):
         Payload.decode(Secret(data))
+
+
+@given(st.lists(st.text(), max_size=14), st.text())
+def test_what_the_root_needs_is_what_was_named_and_too_many_are_everything(names: list[str], other: str) -> None:
+    found = Needs.decode(Needs.of(names).encode())
+    assert all(map(found.covers, names))
+    assert bool(found) == bool(names)
+    assert found.every == (len(set(names)) > NEEDS_MAX)
+    assert found.every or other in names or not found.covers(other)
 
 
 @given(st.binary(max_size=140))

@@ -21,7 +21,7 @@ from unlock.boot import gate
 from unlock.disks import disk_keys, luks
 from unlock.disks.groups import Group
 from unlock.errors import ClientAuth, NoKey, ProviderError, Refused, Tampered, UnlockError, Usage
-from unlock.host import config, keyring, report
+from unlock.host import config, keyring, report, report_file
 from unlock.host.state import State
 from unlock.keys import access
 from unlock.operations import cache, native_backup, persistence, provider, rekey, selfhosted, status, sync
@@ -115,7 +115,7 @@ def test_from_the_native_provider_to_a_key_manager_and_on_to_another(native_host
     first = host.state
     assert (first.provider.name, list(first.others), first.journal) == ("kms", ["native"], None)
     assert all(host.tokens(image) == [(host.group.kek, 2)] for image in host.disks)
-    assert first.host_key_ref[0].startswith(first.provider_id)
+    assert first.host_key_ref.id.startswith(first.provider_id)
     with pytest.raises(Refused):
         switching.switch(host.paths, "kms", True, host.look)
     with Liar(AUTHORITY) as other:
@@ -492,7 +492,7 @@ def test_the_tpm_refuses_and_the_key_manager_answers(host: Host, kms: Liar, allo
     keyring.flush()
     early = report.Report("early-boot")
     early.set_verdict("pcr-mismatch", "PCR 9: the kernel command line changed")
-    Path(host.paths.of_this_boot("report.json")).write_bytes(report.encode(early))
+    Path(host.paths.of_this_boot("report.json")).write_bytes(report_file.encode(early))
     before = [Path(host.paths.state).read_bytes(), *(image.read_bytes() for image in host.disks)]
     record = report.Report("gate data")
     if allowed:

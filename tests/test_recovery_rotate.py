@@ -154,7 +154,7 @@ def test_an_operators_keyslots_stay_also_those_that_are_as_cheap(host: Host) -> 
     """clevis and systemd make such."""
     for image in host.disks:
         with luks.Container(str(image)) as container, Secret(host.deks[container.uuid]) as dek:
-            container.add_keyslot(dek, Secret(b"clevis"))
+            container.add_keyslot(dek, passphrase=Secret(b"clevis"))
     rotate(host)
     assert all(opens_with_cryptsetup(image, Secret(b"clevis")) for image in host.disks)
     assert all(not opens_with_cryptsetup(image, host.recovery) for image in host.disks)
@@ -299,7 +299,7 @@ def test_a_rotation_that_one_disk_cannot_take_is_undone(host: Host) -> None:
         number = 0
         with pytest.raises(UnlockError):
             while number := number + 1:
-                container.add_keyslot(dek, Secret(b"more %d" % number))
+                container.add_keyslot(dek, passphrase=Secret(b"more %d" % number))
     with pytest.raises(UnlockError):
         rotate(host)
     assert host.state.journal is None

@@ -22,7 +22,7 @@ from unlock import ask, cli
 from unlock.boot import activation, gate, plot, shell
 from unlock.disks import udev
 from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
-from unlock.host import keyring, report, this_boot
+from unlock.host import keyring, report, report_file, this_boot
 from unlock.keys import delivery, recovery_key
 from unlock.operations import recovery, status
 from unlock.paths import Paths
@@ -118,7 +118,7 @@ def mangled(value: Any, random: Random) -> Any:
 
 
 def test_a_mangled_report_is_refused_or_shown(paths: Paths) -> None:
-    random, whole = Random(1), report.to_json(a_report())
+    random, whole = Random(1), report_file.to_json(a_report())
     shown = 0
     for _ in range(3000):
         text = json.dumps(mangled(whole, random)).encode()
@@ -127,10 +127,10 @@ def test_a_mangled_report_is_refused_or_shown(paths: Paths) -> None:
             shown += 1
             for text_of in (status.boot_to_text, plot.svg, lambda found: shell.status_text(found, [])):
                 text_of(found).encode()
-            report.encode(found)
+            report_file.encode(found)
             told(paths, None)
     assert shown > 100
-    assert report.encode(report.decode(report.encode(a_report()), "")) == report.encode(a_report())
+    assert report_file.encode(report_file.decode(report_file.encode(a_report()), "")) == report_file.encode(a_report())
 
 
 # Its words

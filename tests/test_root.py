@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import hostfixture
+from tests.eventlogs import Boot
 from tests.flowfixture import HOST, Host
 from tests.killing import child
 from tests.kmipfixture import CLIENT
@@ -25,8 +27,9 @@ from unlock.errors import NoKey, Refused
 from unlock.host import config, keyring, report, this_boot
 from unlock.operations import cache, persistence, sync
 from unlock.operations import group as group_operations
-from unlock.paths import write_atomically
+from unlock.paths import TPM_DEVICE, write_atomically
 from unlock.secret import Secret
+from unlock.tpm import slots
 
 pytestmark = [pytest.mark.usefixtures("key_cache"), pytest.mark.root]
 
@@ -303,12 +306,12 @@ def kmip(tmp_path: Path, kms: Liar, machine: Seen) -> Iterator[Host]:
     keyring.flush()
 
 
-def adopt(host: Host, group: str, name: str = "") -> None:
+def adopt(host: Host, group: str, name: str = "", tcti: str = TPM_DEVICE) -> None:
     image, recovery = str(host.folder / f"{group}-0"), host.folder / "recovery"
     write_atomically(str(recovery), bytes(host.recovery))
     with luks.Container(image) as container, Secret(host.deks[container.uuid]) as dek:
-        container.add_keyslot(dek, Secret(b"operator"))
-    group_operations.adopt_disk(host.paths, image, group, Secret(b"operator"), str(recovery), name)
+        container.add_keyslot(dek, passphrase=Secret(b"operator"))
+    group_operations.adopt_disk(host.paths, image, group, Secret(b"operator"), str(recovery), name, tcti=tcti)
 
 
 def test_a_root_whose_key_would_need_the_network_is_not_adopted(kmip: Host, machine: Seen) -> None:
@@ -429,3 +432,34 @@ def test_a_group_of_any_name_is_healed_after_its_gate_gave_up(bare: Host) -> Non
     assert child(give_up) == 0
     assert this_boot.failed_groups(bare.paths) == ["data", "data.new"]
     assert gate._read_waiting_units(bare.paths, "data.new") == []
+
+
+# What the TPM says of the root
+
+
+def test_the_tpm_says_which_disks_the_root_needs_from_its_adoption_on(tmp_path: Path, machine: Seen) -> None:
+    """No other command changes that: a policy is sealed again only where it differs."""
+    host = hostfixture.Machine(tmp_path / "host", Boot())
+    try:
+        for name in ("root", "data"):
+            host.add_group(name, 1)
+        tcti = host.chip.tcti
+
+        def work() -> None:
+            with host.chip.open() as tpm:
+                assert not slots.read_needs(tpm)
+            for name in ("data", "root"):
+                adopt(host, name, tcti=tcti)
+            with host.chip.open() as tpm:
+                needs = slots.read_needs(tpm)
+                assert (needs.covers("root-0"), needs.covers("data-0")) == (True, False)
+                before = slots.current_slot(tpm)[1]
+            adopt(host, "root", tcti=tcti)
+            with host.chip.open() as tpm:
+                assert slots.current_slot(tpm)[1] == before, "once is enough"
+
+        machine.mount(machine.opened("root-0", host.state.groups["root"].members[0].uuid), "/", "/dev/mapper/root-0")
+        machine.inside(work)
+        assert host.boot() == "unsealed"
+    finally:
+        host.close()

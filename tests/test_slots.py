@@ -15,7 +15,7 @@ from unlock.errors import Malformed, NewerFormat, NoSlot, Refused, Tampered, Tpm
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
 from unlock.tpm.chip import Tpm
-from unlock.tpm.record import SLOTS, A, B, Payload, Record
+from unlock.tpm.record import SLOTS, A, B, Needs, Payload, Record
 
 HOST = b"h" * 16
 SELECTION = pcr_policy.select([4, 7, 9])
@@ -156,6 +156,21 @@ def test_a_foreign_payload_in_the_newest_slot(chip: Swtpm) -> None:
         name = tpm.seal(B, NOW, Secret(b"not a payload"))
         tpm.write_record(B, record._replace(generation=9, object_name=name))
         assert found(tpm) == 1
+
+
+def test_what_the_record_says_of_the_root_is_what_is_sealed(chip: Swtpm) -> None:
+    """The TPM's owner can write the record, and mend its checksum."""
+    with chip.open() as tpm:
+        needs = Needs.of(["root"])
+        record = slots.seal_slot(tpm, HOST, SELECTION, NOW, payload(1)._replace(needs=needs))
+        assert slots.read_needs(tpm) == slots.unseal(tpm).payload.needs == needs
+        for changed in Needs(), Needs.of(["root", "more"]), Needs.of(map(str, range(13))):
+            tpm.write_record(A, record._replace(needs=changed))
+            assert slots.read_needs(tpm) == changed, "where the TPM refuses, nothing authenticates it"
+            with pytest.raises(Tampered, match="another root file system"):
+                slots.unseal(tpm)
+        slots.evict_all(tpm)
+        assert not slots.read_needs(tpm)
 
 
 def test_damage_costs_only_its_slot(chip: Swtpm) -> None:

@@ -149,7 +149,7 @@ def test_a_rotated_kek_on_24_disks_is_3_requests_and_2_header_writes_a_disk(tmp_
 
 def test_a_replaced_host_key_reaches_state_cache_and_tokens_and_the_former_one_is_kept(host: Host, kms: Liar) -> None:
     old = bytes(host.state.host_key(host.persistence) or b"")
-    new = kms.replace(kms.keys[host.state.host_key_ref[0].rpartition("/")[2]])
+    new = kms.replace(kms.keys[host.state.host_key_ref.id.rpartition("/")[2]])
     assert run(host)["host key"] == "replaced"
     assert bytes(keyring.get("unlock:host")) == new.material != old
     for image in host.disks:

@@ -474,7 +474,7 @@ def test_an_object_of_another_hash_is_not_ours_and_is_replaced(chip: Swtpm, monk
         template = public_area.sealed_template
         with monkeypatch.context() as patch:
             patch.setattr(public_area, "sealed_template", lambda *_: struct.pack(">HHIHHH", 8, 0xC, 0x452, 0, 0x10, 0))
-            patch.setattr(Tpm, "_area", lambda *_: b"")
+            patch.setattr(Tpm, "_area", lambda tpm, resource: tpm._shown(resource)[1])
             tpm.seal(A, record.branches, Secret(b"payload"))
         assert public_area.sealed_template is template
         assert not tpm.slot_state(A).complete

@@ -3,6 +3,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.lab.hostile import HOST, Lab
+from tests.test_slots import NOW, SELECTION
+from tests.tpmfixture import Swtpm
 from unlock.boot import worker
 from unlock.boot.activation import GroupOpener
 from unlock.boot.worker import Worker, WorkerHeader
@@ -18,6 +22,8 @@ from unlock.disks.udev import Disk
 from unlock.errors import DiskFailed, NotOurs, UnlockError
 from unlock.host.report import Report
 from unlock.secret import Secret
+from unlock.tpm import slots
+from unlock.tpm.record import Payload
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +89,90 @@ def test_a_worker_has_no_key_of_the_agent_and_gets_its_disks_own_alone(lab: Lab)
         while True:
             process.read()
     process.end()
+
+
+def traces(pid: int, *keys: bytes) -> list[bytes]:
+    """Those of the keys of which a half or more is in a process's memory."""
+    held = memory(pid)
+    return [key for key in keys if key[: len(key) // 2] in held or key[len(key) // 2 :] in held]
+
+
+def await_call(pid: int, name: str) -> None:
+    """Waits until a process is in a system call."""
+    while Path(f"/proc/{pid}/syscall").read_text().split()[0] != {"write": "1", "readv": "19"}[name]:
+        time.sleep(0.01)
+
+
+AGENT = """
+import os, signal, sys
+from unlock.boot.worker import Worker, WorkerHeader
+from unlock.disks import disk_keys
+from unlock.disks.udev import Disk
+from unlock.secret import Secret
+from unlock.tpm import slots
+from unlock.tpm.chip import Tpm
+
+def start():
+    worker = Worker(Disk(sys.argv[2], "disk", "", "", "", 0, 0.0))
+    while not (answer := worker.read()):
+        pass
+    return worker, WorkerHeader(worker, answer)
+
+with Tpm(sys.argv[1]) as tpm:
+    unsealed = slots.unseal(tpm)
+worker, header = start()
+(each,) = disk_keys.read_tokens(header, "")
+with disk_keys.unwrap_kek(each, unsealed.payload.key) as kek:
+    dek = disk_keys.unwrap_by_kek(header, each, kek)
+late, its = start()
+print(os.getpid(), worker.pid, late.pid, flush=True)
+
+with Secret(sys.stdin.buffer.readline().rstrip()) as recovery, its.volume_key(recovery, 0) as key:
+    assert key == dek
+print("it has read its key by the recovery key", flush=True)
+sys.stdin.buffer.readline()
+
+os.kill(worker.pid, signal.SIGSTOP)
+pipe = os.stat(worker.fileno()).st_ino
+(end,) = (each for each in os.scandir(f"/proc/{worker.pid}/fd") if os.stat(each.path).st_ino == pipe)
+full = os.open(end.path, os.O_WRONLY | os.O_NONBLOCK)
+try:
+    while True:
+        os.write(full, bytes(4096))
+except BlockingIOError:
+    worker.activate("unlock-test", dek)
+os.kill(worker.pid, signal.SIGCONT)
+print("it has got its key, and cannot say what came of it", flush=True)
+sys.stdin.buffer.readline()
+"""
+"""Unseals as the agent does, and sees two disks after that. A line on standard input is awaited before each step."""
+
+
+def test_a_worker_has_no_trace_of_a_key_when_it_waits_or_ends(lab: Lab, tmp_path: Path) -> None:
+    """Not only what a Secret holds: libtss2, libcrypto and libcryptsetup have had the keys, too. The agent kills a
+    worker after its last answer, and nothing wipes the pages of a process that was killed."""
+    keys = [bytes(lab.keys.persistence), bytes(lab.keys.kek), bytes(lab.dek), bytes(lab.recovery)]
+    with Swtpm(tmp_path / "tpm") as chip:
+        with chip.open() as tpm:
+            slots.seal_slot(tpm, bytes.fromhex(HOST), SELECTION, NOW, Payload(Secret(keys[0])))
+        command = [sys.executable, "-c", AGENT, chip.tcti, str(lab.victim)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as agent:
+            assert agent.stdin and agent.stdout
+            main, worker, late = map(int, agent.stdout.readline().split())
+            assert traces(main, *keys) == [keys[0], keys[2]], "this is not the agent's memory"
+            assert [traces(each, *keys) for each in (worker, late)] == [[], []], "forked after the unseal"
+            agent.stdin.write(keys[3] + b"\n")
+            agent.stdin.flush()
+            assert agent.stdout.readline()
+            await_call(late, "readv")
+            assert traces(late, *keys) == [], "what it gave is not what it keeps"
+            agent.stdin.write(b"\n")
+            agent.stdin.flush()
+            assert agent.stdout.readline()
+            await_call(worker, "write")
+            assert traces(worker, *keys) == [], "when it ends"
+            agent.stdin.close()
 
 
 def test_a_worker_has_no_descriptor_but_its_pipes_and_its_disk(lab: Lab) -> None:

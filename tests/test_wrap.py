@@ -32,7 +32,7 @@ def test_a_known_answer() -> None:
 
 @given(st.binary(min_size=1, max_size=200), st.binary(max_size=300))
 def test_what_one_wraps_the_other_unwraps(plain: bytes, aad: bytes) -> None:
-    wrapped = wrap.wrap(Secret(KEY), Secret(plain), aad)
+    wrapped = wrap.wrap(Secret(KEY), plain=Secret(plain), aad=aad)
     assert len(wrapped) == len(plain) + 28
     assert bytes(wrap.unwrap(Secret(KEY), wrapped, aad)) == plain
     assert AESGCM(KEY).decrypt(wrapped[:12], wrapped[12:], aad) == plain
@@ -40,7 +40,7 @@ def test_what_one_wraps_the_other_unwraps(plain: bytes, aad: bytes) -> None:
 
 def test_every_changed_bit_is_found() -> None:
     aad = b"the facts"
-    wrapped = wrap.wrap(Secret(KEY), Secret(b"k" * 32), aad)
+    wrapped = wrap.wrap(Secret(KEY), plain=Secret(b"k" * 32), aad=aad)
     for at in range(len(wrapped) * 8):
         changed = bytearray(wrapped)
         changed[at // 8] ^= 1 << at % 8
@@ -65,6 +65,6 @@ def test_what_is_too_short_is_refused(length: int) -> None:
 
 @pytest.mark.parametrize("length", [0, 16, 24, 31, 33])
 def test_a_key_of_another_length_is_refused(length: int) -> None:
-    wrapped = wrap.wrap(Secret(KEY), Secret(b"k"), b"")
+    wrapped = wrap.wrap(Secret(KEY), plain=Secret(b"k"), aad=b"")
     with pytest.raises(Tampered):
         wrap.unwrap(Secret(KEY[:length].ljust(length, b"x")), wrapped, b"")

@@ -56,6 +56,10 @@ def _boot(argv: list[str]) -> int:
         from .boot.handover import drop
 
         return drop(keep=set())
+    if argv == ["scrub"]:
+        from .boot.scrub import scrub
+
+        return scrub()
     if argv == ["secure"]:
         from .boot.handover import secure
 
@@ -87,9 +91,8 @@ def _boot(argv: list[str]) -> int:
         from .boot.gate import gate
 
         return gate(paths, argv[1])
-    raise Usage(
-        "usage: unlock boot agent|why|prompt|screen|secure|drop|heal|baseline|predict|gate GROUP|mount SOURCE DIRECTORY"
-    )
+    words = "agent|why|prompt|screen|secure|drop|scrub|heal|baseline|predict|gate GROUP|mount SOURCE DIRECTORY"
+    raise Usage(f"usage: unlock boot {words}")
 
 
 if __name__ == "__main__":

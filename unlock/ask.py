@@ -6,6 +6,7 @@ Commands ask at the terminal or through systemd's agents, early boot through the
 
 import os
 
+from . import log
 from .errors import Usage
 from .light import Callable
 from .protect import end_with_parent
@@ -142,7 +143,7 @@ def show_on_splash(line: str) -> None:
     """Shows a line on Plymouth's splash, which hides the console. Does nothing without Plymouth."""
     import subprocess
 
-    command = [_PLYMOUTH, "display-message", f"--text={line}"]
+    command = [_PLYMOUTH, "display-message", f"--text={log.printable(line)}"]
     try:
         subprocess.run(
             command, timeout=5, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

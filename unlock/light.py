@@ -6,13 +6,14 @@ if TYPE_CHECKING:
     import signal as signal
     from collections.abc import Callable as Callable
     from collections.abc import Iterable as Iterable
+    from collections.abc import Iterator as Iterator
     from collections.abc import Mapping as Mapping
     from collections.abc import Sequence as Sequence
     from typing import Any as Any
     from typing import NamedTuple as NamedTuple
 else:
     import _signal as signal  # noqa: F401
-    from _collections_abc import Callable, Iterable, Mapping, Sequence  # noqa: F401
+    from _collections_abc import Callable, Iterable, Iterator, Mapping, Sequence  # noqa: F401
     from _operator import itemgetter
 
     Any = object

@@ -1,10 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints lines for people: on the console during boot, else on standard error. Never a secret."""
+"""Prints lines for people: on the console during boot, else on standard output and error. Never a secret.
+
+What is printed may quote a disk, the EFI partition, the firmware, a key manager or the TPM: names and texts that an
+attacker chose. So nothing else in unlock prints a line, and each line goes through `printable`: none of it moves the
+cursor, begins another line, or turns text around.
+"""
 
 import os
 import sys
 
-from .light import Sequence
+from .light import Iterable, Sequence
+
+
+def printable(line: str) -> str:
+    """The line, with `?` for each character that a terminal does not show as itself."""
+    return line if line.isprintable() else "".join(each if each.isprintable() else "?" for each in line)
+
+
+def join_lines(lines: Iterable[str]) -> str:
+    """Lines as one text, each made printable."""
+    return "\n".join(map(printable, lines))
+
+
+def show(text: str) -> None:
+    """Prints a result to standard output: one line, or what `join_lines` made."""
+    print(join_lines(text.split("\n")), flush=True)
+
+
+def show_json(value: object) -> None:
+    """Prints a result for scripts to standard output. JSON escapes what no terminal may get."""
+    import json
+
+    print(json.dumps(value, indent=1), flush=True)
 
 
 def console(line: str) -> None:
@@ -14,7 +41,7 @@ def console(line: str) -> None:
     except OSError:
         return
     try:
-        os.write(fd, f"unlock: {line}\r\n".encode("utf-8", "replace"))
+        os.write(fd, f"unlock: {printable(line)}\r\n".encode("utf-8", "replace"))
     except OSError:
         pass
     finally:
@@ -23,17 +50,18 @@ def console(line: str) -> None:
 
 def error(message: str, hint: str = "") -> None:
     """Prints an error and the command to type next to standard error."""
-    print(f"unlock: {message}", file=sys.stderr)
+    print(f"unlock: {printable(message)}", file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print(f"hint: {printable(hint)}", file=sys.stderr)
 
 
 def note(message: str) -> None:
     """Prints progress to standard error, so that standard output has the result alone."""
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """A line for each row, with each column as wide as its longest cell and two blanks between columns."""
+    """A printable line for each row, with each column as wide as its longest cell and two blanks between columns."""
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -19,7 +19,7 @@ _SCRYPT = {"n": 2**17, "r": 8, "p": 1}
 """RFC 7914; 128 MiB and about half a second: for a password that a person chose."""
 
 
-def wrap(key: Secret, plain: Secret, aad: bytes) -> bytes:
+def wrap(key: Secret, *, plain: Secret, aad: bytes) -> bytes:
     """Encrypts `plain` and authenticates it together with `aad`. The result is 28 bytes longer than `plain`."""
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 

@@ -17,6 +17,7 @@ from . import image
 from .luks import DATA_OFFSET, fill, format_disk
 from .machine import Machine
 
+FS_UUID = image.FS_UUID
 PASSPHRASE = "the thief's own"
 MARK = "stolen"
 """A file in each file system that the thief made, and the label of his data disks."""
@@ -32,13 +33,13 @@ def plaintext_root(machine: Machine) -> None:
     """The thief's system, readable, behind the host's own root header with a null cipher."""
     rogue = machine.root_header(machine.home / "rogue.raw")
     edit(str(rogue), null_cipher)
-    _append(_system(machine), rogue)
+    _append(plain_system(machine), rogue)
     machine.replace_root(rogue)
 
 
 def own_root(machine: Machine) -> Path:
     """The thief's system on a LUKS2 disk of his own, with the UUID of the host's; opened by his PASSPHRASE."""
-    system = _system(machine)
+    system = plain_system(machine)
     rogue = machine.home / "rogue.raw"
     format_disk(rogue, PASSPHRASE, size=DATA_OFFSET + system.stat().st_size, uuid=image.LUKS_UUID)
     fill(rogue, PASSPHRASE, system)
@@ -55,7 +56,7 @@ def own_key(machine: Machine) -> None:
             ((_, genuine),) = [(slot, state.record) for slot, state in states.items() if state.record]
             (free,) = [slot for slot, state in states.items() if not state.record]
             tpm.ensure_srk()
-            with Payload(persistence, False).encode() as sealed:
+            with Payload(persistence, False, genuine.needs).encode() as sealed:
                 name = tpm.seal(free, genuine.branches, sealed)
             tpm.write_record(free, genuine._replace(generation=genuine.generation + 1, object_name=name))
         host = genuine.host.hex()
@@ -85,7 +86,7 @@ def swap_tokens(one: Path, other: Path) -> None:
         edit(str(path), lambda fields, tokens=tokens: fields.update(tokens=tokens))
 
 
-def _system(machine: Machine) -> Path:
+def plain_system(machine: Machine) -> Path:
     """The host's own system, as anybody could install it, with a mark."""
     system = machine.home / "system.ext4"
     subprocess.run(["cp", "--sparse=always", machine.image.plain, system], check=True)

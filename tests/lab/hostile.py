@@ -61,7 +61,7 @@ class Lab:
         with path.open("wb") as file:
             file.truncate(SIZE)
         with luks.format(str(path), dek) as container:
-            container.add_keyslot(dek, self.recovery)
+            container.add_keyslot(dek, passphrase=self.recovery)
             member = Member(container.uuid, f"{group}-a", "")
             each = disk_keys.make_token(
                 container, host, Group(group, f"kek/{group}", 1, 1, (member,)), member, dek, self.keys

@@ -13,13 +13,14 @@ import time
 
 from .. import ask, log
 from ..errors import PinWrong, UnlockError, Usage
-from ..host import report, this_boot
+from ..host import needed, report, this_boot
 from ..light import TYPE_CHECKING, Callable, NamedTuple, signal
 from ..paths import Paths
 from ..protect import protect
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Meanwhile, Tpm
+from ..tpm.record import Needs
 from .unmeasured import close_channels
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ class Key(NamedTuple):
     persistence: Secret
     pin_auth: Secret | None
     """The TPM's auth value from the PIN, with which the real root reseals the policy unattended."""
+    needs: Needs
+    """The disks that the root file system needs."""
 
     def wipe(self) -> None:
         self.persistence.wipe()
@@ -126,44 +129,58 @@ def unseal_once(
 ) -> Key | None:
     """Unseals the persistence key and extends the cap PCR at once, so that the TPM refuses whatever runs later.
 
-    None if there is no key, or if the system that starts next would obey what nothing measures; the verdict is in the
-    record. `meanwhile` is called while the TPM works.
+    Every TPM is asked until one has the key, and each is locked. None if there is no key, or if the system that starts
+    next would obey what nothing measures; the verdict is in the record. `meanwhile` is called while the TPM works.
     """
-    tcti = await_tpm()
-    if not tcti:
+    names = await_tpms()
+    if not names:
         record.set_verdict("no-tpm")
         write_verdict(paths, record)
         return None
     record.add_event("tpm")
+    this_boot.mark(paths, "unsealing")
     key = None
-    try:
-        with Tpm(tcti) as tpm:
-            try:
-                unsealed = slots.unseal(tpm, pin, meanwhile)
-                key = Key(unsealed.record.host.hex(), unsealed.payload.key, unsealed.pin_auth)
-                record.facts = report.BootFacts(
-                    slot=unsealed.slot.name,
-                    generation=unsealed.record.generation,
-                    unauthenticated_root=unsealed.payload.unauthenticated_root,
-                    pin=unsealed.record.pin,
-                )
-                record.set_verdict("unsealed")
-            except UnlockError as error:
-                record.facts = report.BootFacts(cap_pcr_before=_read_cap_pcr())
+    for name in names:
+        try:
+            with Tpm(this_boot.tcti(name)) as tpm:
+                key = key or _try_unseal(tpm, name, record, pin, meanwhile)
+                tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
+                this_boot.mark_capped(paths, name)
+                record.add_event("capped")
+                if not key and record.verdict != "no-slot":  # nothing authenticates what the record says now
+                    needed.write_needs(paths, slots.read_needs(tpm))
+        except UnlockError as error:
+            if not record.verdict:
                 record.set_verdict(_verdict(error), str(error))
-            tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
-        with open(paths.of_this_boot("capped"), "w", encoding="ascii"):
-            record.add_event("capped")
-    except UnlockError as error:
-        if not record.verdict:
-            record.set_verdict(_verdict(error), str(error))
-        record.add_event("not-capped", str(error))
+            record.add_event("not-capped", str(error))
+        if key and not os.path.exists(paths.of_this_boot("tpm")):
+            this_boot.mark_tpm(paths, name)
+            needed.write_needs(paths, key.needs)
     if key and not record.facts.unauthenticated_root and (found := close_channels(paths)):
         key.wipe()
         key = None
         record.set_verdict("unmeasured-input", found)
     write_verdict(paths, record)
     return key
+
+
+def _try_unseal(tpm: Tpm, name: str, record: report.Report, pin: slots.Ask, meanwhile: Meanwhile) -> Key | None:
+    """The key from one TPM. The record keeps the verdict of a TPM that has a slot over one that has none."""
+    try:
+        unsealed = slots.unseal(tpm, pin, meanwhile)
+    except UnlockError as error:
+        if record.verdict in ("", "no-slot"):
+            record.facts = report.BootFacts(cap_pcr_before=_read_cap_pcr(name))
+            record.set_verdict(_verdict(error), str(error))
+        return None
+    record.facts = report.BootFacts(
+        slot=unsealed.slot.name,
+        generation=unsealed.record.generation,
+        unauthenticated_root=unsealed.payload.unauthenticated_root,
+        pin=unsealed.record.pin,
+    )
+    record.set_verdict("unsealed")
+    return Key(unsealed.record.host.hex(), unsealed.payload.key, unsealed.pin_auth, unsealed.payload.needs)
 
 
 def pin_prompt(paths: Paths, stopped: Callable[[], bool], program: str = ask.ASKPASS) -> slots.Ask:
@@ -195,24 +212,25 @@ def _verdict(error: UnlockError) -> str:
     return error.code if error.code in report.VERDICTS else "tpm-failed"
 
 
-def _read_cap_pcr() -> str:
+def _read_cap_pcr(name: str) -> str:
     """The cap PCR before the cap, in hex, for `init` on a host that is not initialised yet and for `explain`; '' if the
     kernel does not say."""
+    number = name.removeprefix("tpmrm")
     try:
-        with open(f"/sys/class/tpm/tpm0/pcr-sha256/{pcr_policy.CAP_PCR}", encoding="ascii") as file:
+        with open(f"/sys/class/tpm/tpm{number}/pcr-sha256/{pcr_policy.CAP_PCR}", encoding="ascii") as file:
             return file.read().strip().lower()
     except OSError:
         return ""
 
 
-def await_tpm() -> str:
-    """The TCTI of the TPM, or '' when there is none. Waits for it only where the firmware announces one."""
+def await_tpms() -> list[str]:
+    """The names of the TPMs, tpmrm0 and so on. Waits for the first only where the firmware announces one."""
     end = time.monotonic() + TPM_WAIT
-    while not (tcti := this_boot.find_tpm()):
+    while not (names := this_boot.list_tpms()):
         if not os.path.exists("/sys/firmware/acpi/tables/TPM2") or time.monotonic() > end:
-            return ""
+            return []
         time.sleep(0.05)
-    return tcti
+    return names
 
 
 def write_verdict(paths: Paths, record: report.Report) -> None:

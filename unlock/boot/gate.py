@@ -14,18 +14,19 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 
 from .. import log
-from ..disks import devices, disk_keys, find, udev
+from ..disks import devices, disk_keys, find, spoofed, udev
 from ..disks.groups import Group
 from ..disks.header import Header
 from ..disks.token import Token
 from ..errors import ClockWrong, CommandFailed, NoKey, NotOurs, ProviderUnavailable, Tampered, UnlockError, Usage
 from ..host import config, keyring, report, this_boot, units
+from ..host.lock import exclusive
 from ..host.state import State
-from ..keys import access
+from ..keys import access, rotation
 from ..paths import Paths
 from ..protect import protect
 from ..run import run
@@ -45,6 +46,7 @@ def gate(paths: Paths, name: str) -> int:
         return 0
     record = report.Report(f"gate {name}")
     monitor = udev.Monitor()
+    _bring_on_disks_that_were_away(paths)
     try:
         unwrap = make_unwrap(paths, name, record, end)
     except UnlockError:
@@ -63,9 +65,22 @@ def gate(paths: Paths, name: str) -> int:
     this_boot.write_report(paths, record, f"gate-{name}.json")
     if not _is_open(record, name):
         raise UnlockError(*_explain_failure(paths, record, name), code="group-incomplete")
+    _refuse_active_copies(paths, name, record.groups[name].mappings)
     this_boot.mark_open(paths, name, record.groups[name].mappings)
     this_boot.unmark(paths, "failed-groups", name)
     return 0
+
+
+def _refuse_active_copies(paths: Paths, name: str, mappings: Sequence[str]) -> None:
+    """Raises Tampered when another physical volume with the UUID of the group's is in use: what is mounted by a logical
+    volume's name would lie on that one."""
+    if copies := spoofed.find_active_volumes(mappings):
+        nodes = ", ".join(each.node for each in copies)
+        words = f"group {name}: {nodes} has the LVM UUID of its disks, and its volume group is active"
+        this_boot.mark_spoofed(paths, name, words)
+        _mark_failed(paths, name)
+        raise Tampered(words, f"vgchange -an; take {nodes} out; then: systemctl start unlock-group@{name}", "spoofed")
+    this_boot.unmark(paths, "spoofed", name)
 
 
 def _open_until(opener: GroupOpener, monitor: udev.Monitor, name: str, end: float) -> None:
@@ -80,11 +95,14 @@ def _open_until(opener: GroupOpener, monitor: udev.Monitor, name: str, end: floa
 
 
 def _is_open_already(paths: Paths, name: str) -> bool:
-    """Whether every member has its mapping already, opened by hand perhaps. The group is marked open then."""
+    """Whether every member has its mapping already, opened by hand perhaps. The group is marked open then. Raises
+    Tampered."""
     group = State.load(paths).groups.get(name)
     if not group or any(devices.active_mapping_name(each.uuid) != each.name for each in group.members):
         return False
-    this_boot.mark_open(paths, name, [each.name for each in group.members])
+    mappings = [each.name for each in group.members]
+    _refuse_active_copies(paths, name, mappings)
+    this_boot.mark_open(paths, name, mappings)
     this_boot.unmark(paths, "failed-groups", name)
     return True
 
@@ -132,12 +150,29 @@ def _make_error(paths: Paths, record: report.Report, name: str) -> UnlockError:
 def heal(paths: Paths) -> int:
     """Starts, for each failed group whose members are all here, its gate, its mount, and the units that had waited."""
     protect()
+    _bring_on_disks_that_were_away(paths)
     with open(paths.of_this_boot("heal.lock"), "w") as lock:  # one at a time: the second sees what the first did
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             return _heal_failed_groups(paths)
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)  # a worker whose device hangs has the file open too
+
+
+def _bring_on_disks_that_were_away(
+    paths: Paths, look: find.Look = find.look, connect: access.Connect = access.connect
+) -> None:
+    """Brings disks that are back under the persistence key that was made while they were away: a gate knows that one
+    alone. Does nothing unless one was made. Logs what fails: a sync tries again."""
+    try:
+        if not State.load(paths).has_old_keys:
+            return
+        with exclusive(paths), access.Work(paths, look, connect) as work:
+            for outcome in rotation.catch_up_disks(work):
+                for disk, why in outcome.behind.items():
+                    log.error(f"{disk}: {why}", "unlock sync")
+    except UnlockError as error:
+        log.error(f"disks that were away: {error}", error.hint or "unlock sync")
 
 
 def _heal_failed_groups(paths: Paths) -> int:

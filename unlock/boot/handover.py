@@ -30,6 +30,7 @@ def hand_over(
         if ours:
             log.console("the root file system is not authenticated: disks closed, keys dropped")
         return opener.close_all()
+    this_boot.mark(paths, "authentic")
     this_boot.cache_keys(paths, "TPM", {"unlock:persistence": persistence})
     if pin_auth:
         this_boot.cache_keys(paths, "PIN", {"unlock:pin-auth": pin_auth})
@@ -63,6 +64,7 @@ def secure(paths: Paths) -> int:
     early = this_boot.read_early_report(paths)
     recovered = early.disks.values() if early and early.phase == "recovery" else ()
     if is_root_authentic({each.name for each in recovered if each.outcome in report.OPEN}):
+        this_boot.mark(paths, "authentic")
         return 0
     return drop(keep=devices.mappings_below(NEW_ROOT))
 

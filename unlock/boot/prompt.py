@@ -10,7 +10,7 @@ from .. import ask, log
 from ..disks import disk_keys, token, udev
 from ..disks.header import Header
 from ..errors import Tampered, Usage
-from ..host import report, this_boot
+from ..host import needed, report, this_boot
 from ..keys import recovery_key
 from ..paths import Paths
 from ..protect import protect
@@ -20,14 +20,18 @@ from .activation import GroupOpener, open_present
 
 TRIES = 5
 ANOTHER_KEY = "a member is missing, or takes an earlier recovery key: type that too"
+"""For a disk that is authentic and waits for its group: a member is away, or was when the key was rotated."""
+
+
+NOT_OF_ROOT = "this recovery key does not authenticate the root's disk: it is not its key, or its header was changed"
 
 
 def prompt(paths: Paths) -> int:
     """Asks until a group is open, at most TRIES times.
 
     Returns 0 when a group opened, and when the person skips this prompt with an empty line: the stock prompt comes
-    next. Returns the status of Tampered when a header is not the one that this host wrote: no prompt may follow that
-    does not check the header.
+    next. Returns the status of Tampered when a header is not the one that this host wrote, or when no key that was
+    typed proves the header of a disk that the root needs: no prompt may follow that does not check the header.
     """
     protect()
     happened = _explain_boot(paths)
@@ -36,10 +40,12 @@ def prompt(paths: Paths) -> int:
         ask.show_on_splash(happened)
     if unmeasured_input := unmeasured.close_channels(paths):
         log.console(f"{unmeasured_input}: whoever set that controls the system that starts next")
-    tampered = _has_tampered_disk(this_boot.read_early_report(paths))
+    early = this_boot.read_early_report(paths)
+    tampered = early is not None and early.has_changed_disk()
     other = "to give up" if tampered else "for the stock prompt, which does not check the disk's header"
     log.console(f"type the recovery key (8 groups of 6 digits), or Enter alone {other}")
     keys: list[Secret] = []
+    unproven = False
     try:
         for _ in range(TRIES):
             with ask.ask_in_initramfs("unlock: recovery key: ") as typed:
@@ -51,30 +57,25 @@ def prompt(paths: Paths) -> int:
                     _show(str(error))
                     continue
             found = open_all(paths, *keys)
-            if _has_tampered_disk(found):
+            if found.has_changed_disk():
                 tampered = True
                 break
-            if any(each.outcome == "open" for each in found.groups.values()):
+            unproven = needed.is_unproven(paths, found)
+            if found.has_open_group() and not unproven:
                 return 0
-            _show(ANOTHER_KEY if is_member_missing(found) else "this recovery key opens no disk here")
+            if unproven:
+                _show(NOT_OF_ROOT)
+            else:
+                _show(ANOTHER_KEY if found.has_disk("waiting") else "this recovery key opens no disk here")
     finally:
         for each in keys:
             each.wipe()
-    return Tampered.status if tampered else 0
+    return Tampered.status if tampered or unproven else 0
 
 
 def _show(line: str) -> None:
     log.console(line)
     ask.show_on_splash(line)
-
-
-def is_member_missing(found: report.Report) -> bool:
-    """Whether a disk is authentic and its group cannot open: a member is away, or was when the key was rotated."""
-    return any(each.outcome == "waiting" for each in found.disks.values())
-
-
-def _has_tampered_disk(found: report.Report | None) -> bool:
-    return found is not None and any(each.outcome == "tampered" for each in found.disks.values())
 
 
 def open_all(paths: Paths, *recovery: Secret) -> report.Report:
@@ -107,10 +108,9 @@ def _explain_boot(paths: Paths) -> str:
     before = this_boot.read_early_report(paths)
     if before is None:
         return "early boot left no report"
-    if before.verdict != "unsealed":
-        return f"cannot unseal: {before.describe_verdict()}"
-    return "; ".join(
-        f"{row.name or row.node}: {row.describe()}"
-        for row in before.disks.values()
-        if row.outcome not in report.HARMLESS | {"closed-again"}
-    )
+    said = [] if before.verdict == "unsealed" else [f"cannot unseal: {before.describe_verdict()}"]
+    harmless = report.HARMLESS | {"closed-again"} | ({"no-key"} if said else set())
+    said += [
+        f"{row.name or row.node}: {row.describe()}" for row in before.disks.values() if row.outcome not in harmless
+    ]
+    return "; ".join(said)

@@ -9,7 +9,6 @@ The initramfs has neither configuration nor state, and no argparse, to stay smal
 say, unauthenticated.
 """
 
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ _ERROR_EVENTS = frozenset(("crashed", "trouble", "not-capped", "root-not-authent
 """Events of a report that are errors."""
 
 HELP = """\
-unlock status            groups and disks, as far as they can be told here
+unlock status            groups and disks, as far as they are known here
 unlock explain           what differs from the last good boot, in full; --json
 unlock open --recovery   opens all disks by the recovery key, headers checked
                          --recovery-key-file FILE, else it is asked for
@@ -44,14 +43,17 @@ def shell(paths: Paths, argv: list[str]) -> int:
     """Runs one command and returns its exit status. Raises UnlockError."""
     word, rest = argv[:1], argv[1:]
     if word in ([], ["help"]) or "--help" in argv:
-        print(HELP)
+        log.show(HELP)
         return 0
     if word == ["explain"] and rest in ([], ["--json"]):
         return explain.explain(paths, as_json=bool(rest))
     if word == ["status"] and rest in ([], ["--json"]):
         early = this_boot.read_early_report(paths)
         disks = read_disks(early)
-        print(json.dumps(status_json(early, disks), indent=1) if rest else status_text(early, disks))
+        if rest:
+            log.show_json(status_json(early, disks))
+        else:
+            log.show(status_text(early, disks))
         return 0
     if word == ["open"]:
         return _open(paths, rest)
@@ -72,14 +74,14 @@ def _open(paths: Paths, options: list[str]) -> int:
             with ask.from_file(file) if file else ask.anyone("recovery key", "--recovery-key-file") as typed:
                 keys.append(recovery_key.parse(typed))
             found = prompt.open_all(paths, *keys)
-            if any(each.outcome == "tampered" for each in found.disks.values()):
+            if found.has_changed_disk():
                 raise Tampered("a header is not the one that this host wrote: that disk stays closed", "unlock status")
-            if any(each.outcome == "open" for each in found.groups.values()):
-                print('open; "exit" goes on booting')
+            if found.has_open_group():
+                log.show('open; "exit" goes on booting')
                 return 0
-            if file or not prompt.is_member_missing(found):
+            if file or not found.has_disk("waiting"):
                 raise NotOurs("this recovery key opens no group here", "unlock status", "no-key")
-            print(prompt.ANOTHER_KEY)
+            log.show(prompt.ANOTHER_KEY)
     finally:
         for key in keys:
             key.wipe()
@@ -131,9 +133,9 @@ def status_text(early: report.Report | None, disks: list[DiskInfo]) -> str:
     verdict = early.verdict if early else ""
     lines = [f"boot      {verdict or 'unknown'}: {_describe_boot(early)}", ""]
     if not disks:
-        return "\n".join([*lines, "no LUKS2 disk is here"])
+        return log.join_lines([*lines, "no LUKS2 disk is here"])
     rows = [(each.device, each.name or "-", each.group or "-", each.state) for each in disks]
-    return "\n".join([*lines, *log.columns([("DEVICE", "DISK", "GROUP", "STATE"), *rows])])
+    return log.join_lines([*lines, *log.columns([("DEVICE", "DISK", "GROUP", "STATE"), *rows])])
 
 
 def _describe_boot(early: report.Report | None) -> str:
@@ -147,7 +149,7 @@ def why(paths: Paths) -> int:
     """Prints the first difference from the last good boot, if it is known."""
     found = diagnosis.diagnose(evidence.gather_evidence(paths, this_boot.tpm_device()))
     if found.causes:
-        print("\n".join(_printable(_cause_lines(found))), flush=True)
+        log.show(log.join_lines(_printable(_cause_lines(found))))
         ask.show_on_splash(printable_line(found.causes[0].title, COLUMNS))
         this_boot.mark(paths, "told")
     return 0
@@ -157,7 +159,7 @@ def screen(paths: Paths) -> int:
     """Prints the screen; nothing on a host that does not use unlock."""
     lines = screen_lines(paths)
     if lines:
-        print("\n".join(lines), flush=True)
+        log.show(log.join_lines(lines))
     return 0
 
 
@@ -199,7 +201,7 @@ def _first_difference_lines(paths: Paths, early: report.Report | None) -> list[s
     try:
         found = diagnosis.diagnose(evidence.gather_evidence(paths, this_boot.tpm_device()))
     except (UnlockError, OSError) as error:
-        return [f"{'first':<10}cannot be told: {error}"]
+        return [f"{'first':<10}unknown: {error}"]
     if not found.causes:
         return [f"{'first':<10}{found.summary}"]
     return _cause_lines(found)

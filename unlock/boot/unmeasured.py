@@ -35,15 +35,19 @@ def close_channels(paths: Paths) -> str:
 
 
 def open_channels(paths: Paths) -> str:
-    """The input that PID 1 would obey in this boot beside the command line, in words; '' if there is none."""
-    found = []
-    if has_options(paths):
-        found.append("the EFI variable SystemdOptions is set, a command line that nothing measures")
-    if not credentials_off(_read(paths.cmdline, 1 << 16).decode("utf-8", "replace")):
-        names = sorted({*_smbios(_read(paths.dmi, _TABLE_MAX)), *_fw_cfg(paths.fw_cfg)})
-        if names:
-            found.append(f"the firmware gives systemd credentials ({', '.join(names)[:200]})")
-    return "; ".join(found)
+    """What PID 1 would obey in this boot beside the command line, in words; '' for nothing."""
+    found = (
+        ["the EFI variable SystemdOptions is set, a command line that nothing measures"] if has_options(paths) else []
+    )
+    return "; ".join([*found, *filter(None, [credentials(paths)])])
+
+
+def credentials(paths: Paths) -> str:
+    """The credentials of the firmware that PID 1 would import in this boot, in words; '' for none."""
+    if credentials_off(_read(paths.cmdline, 1 << 16).decode("utf-8", "replace")):
+        return ""
+    names = sorted({*_smbios(_read(paths.dmi, _TABLE_MAX)), *_fw_cfg(paths.fw_cfg)})
+    return f"the firmware gives systemd credentials ({', '.join(names)[:200]})" if names else ""
 
 
 def has_options(paths: Paths) -> bool:
@@ -101,8 +105,7 @@ def _fw_cfg(directory: str) -> list[str]:
 
 
 def _name(raw: bytes) -> str:
-    text = raw[:64].decode("ascii", "replace")
-    return "".join(each if each.isprintable() else "?" for each in text)
+    return log.printable(raw[:64].decode("ascii", "replace"))
 
 
 def _read(path: str, most: int) -> bytes:

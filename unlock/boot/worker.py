@@ -9,7 +9,8 @@
 
 Only the worker touches the disk. A disk that never answers blocks its own worker alone, and a header that crashes
 libcryptsetup ends its own worker alone. A worker has no key but its disk's: it is forked before there are keys, or
-wipes those that it inherits. libcryptsetup is not thread-safe, so disks are activated in parallel by their workers.
+wipes those that it inherits; and it has none any more when it gives its last answer. libcryptsetup is not thread-safe,
+so disks are activated in parallel by their workers.
 """
 
 import os
@@ -78,7 +79,7 @@ class Worker:
         self._received += piece
         head, body = (int.from_bytes(self._received[at : at + 4], "big") for at in (0, 4))
         if body > _ANSWER_MAX:
-            raise DiskFailed("its worker says too much")
+            raise DiskFailed(f"its worker sends more than {_ANSWER_MAX} bytes")
         if len(self._received) < 8 + head + body:
             return None
         word, _, argument = self._received[8 : 8 + head].decode("utf-8", "replace").partition(" ")
@@ -148,8 +149,10 @@ def _serve(node: str, requests: int, answers: int) -> None:
         _isolate(requests, answers)
         with luks.Container(node) as container:
             _send(answers, f"header {container.uuid}", container.dump()[:_ANSWER_MAX])
-            while (request := _receive(requests)) and _carry_out(container, *request, answers):
+            while (request := _receive(requests)) and (going_on := _carry_out(container, *request, answers)):
                 pass
+        if request and not going_on:
+            _send(answers, "done")  # now that no key is left here: the agent kills the worker
     except UnlockError as error:
         _send(answers, *_encode_error(error))
     except BaseException as error:
@@ -173,12 +176,11 @@ def _isolate(requests: int, answers: int) -> None:
 
 
 def _carry_out(container: luks.Container, head: str, secret: Secret, answers: int) -> bool:
-    """Carries out a request. False when it was the last one."""
+    """Carries out a request, and answers unless it was the last one: False."""
     word, _, rest = head.partition(" ")
     with secret:
         if word == "activate":
             container.activate(rest, secret)
-            _send(answers, "done")
             return False
         try:
             with container.volume_key(secret, int(rest)) as key:

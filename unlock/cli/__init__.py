@@ -8,7 +8,7 @@ and prints what it returns: results on standard output, notes and errors on stan
 import argparse
 import os
 
-from .. import __version__
+from .. import __version__, log
 from ..errors import Refused
 from ..paths import Paths
 from ..protect import protect
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         noun.add(commands)
 
     def print_help(paths: Paths, options: argparse.Namespace) -> int:
-        print(top.format_help(), end="")
+        log.show(top.format_help().rstrip())
         return 0
 
     add_command(commands, "help", print_help, "this text")

@@ -2,7 +2,6 @@
 """`unlock cache show | flush`."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from .. import ask, log
@@ -26,10 +25,10 @@ def _show(paths: Paths, options: argparse.Namespace) -> int:
 
     rows = cache.list_keys(paths)
     if options.json:
-        print(json.dumps(rows, indent=1))
+        log.show_json(rows)
         return 0
     for row in rows:
-        print(f"{row['key']}: {row['what']}, from {row['source']}")
+        log.show(f"{row['key']}: {row['what']}, from {row['source']}")
     return 0
 
 
@@ -51,5 +50,5 @@ def _flush(paths: Paths, options: argparse.Namespace) -> int:
                 "the keys stay in the key cache: yes was not typed", "unlock cache flush --yes", code="not-confirmed"
             )
     for name in cache.flush(paths):
-        print(f"forgotten: {name}")
+        log.show(f"forgotten: {name}")
     return 0

@@ -27,6 +27,7 @@ def add(commands: "Commands") -> None:
 
 
 def _adopt(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host.this_boot import tpm_device
     from ..operations.group import adopt_disk
 
     with existing_secret(
@@ -43,6 +44,7 @@ def _adopt(paths: Paths, options: argparse.Namespace) -> int:
             options.recovery_key_file,
             options.name,
             escrow(options),
+            tpm_device(),
         )
     log.note(f"{options.device} is in group {group.name}; its data, keyslots and mapping name are unchanged")
     return 0

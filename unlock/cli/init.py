@@ -60,6 +60,7 @@ def _init(paths: Paths, options: argparse.Namespace) -> int:
             pcrs=options.pcrs,
             owner_auth=owner,
             kms=kms,
+            tcti=this_boot.tpm_device(),
         )
         found = init(paths, choices)
     baseline.record_good_boot(paths, this_boot.tpm_device(), first=True)

@@ -44,7 +44,7 @@ def _open(paths: Paths, options: argparse.Namespace) -> int:
     for name in names:
         try:
             gate.open_group(paths, name, *keys)
-            print(f"group {name}: open")
+            log.show(f"group {name}: open")
         except UnlockError as error:
             log.error(str(error), error.hint)
             status = max(status, error.status)

@@ -2,7 +2,6 @@
 """`unlock persistence status | enable | disable`."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from .. import log
@@ -29,28 +28,34 @@ def _status(paths: Paths, options: argparse.Namespace) -> int:
 
     found = persistence.status(paths)
     if options.json:
-        print(json.dumps(found, indent=1))
+        log.show_json(found)
         return 0
-    print(f"persistence: {'enabled' if found['enabled'] else 'disabled'}")
+    log.show(f"persistence: {'enabled' if found['enabled'] else 'disabled'}")
     for group in found["groups"]:
-        print(f"group {group['name']}: policy {group['policy']}, kept on {len(group['kept_on'])} of {group['members']}")
+        log.show(
+            f"group {group['name']}: policy {group['policy']}, kept on {len(group['kept_on'])} of {group['members']}"
+        )
     return 0
 
 
 def _enable(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host import this_boot
     from ..operations import persistence
 
     with owner_auth(options) as owner:
-        return print_outcomes(persistence.enable(paths, owner_auth=owner))
+        return print_outcomes(persistence.enable(paths, tcti=this_boot.tpm_device(), owner_auth=owner))
 
 
 def _disable(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host import this_boot
     from ..operations import persistence
 
-    print_outcomes(persistence.disable(paths))
+    tcti = this_boot.tpm_device()
+    with owner_auth(options) as owner:
+        print_outcomes(persistence.disable(paths, tcti=tcti, owner_auth=owner))
+        if options.remove_all_stored_keys:
+            persistence.remove_all_stored_keys(paths, tcti, owner)
     if options.remove_all_stored_keys:
-        with owner_auth(options) as owner:
-            persistence.remove_all_stored_keys(paths, owner_auth=owner)
         log.note("until the next boot, unlock persistence enable takes that back")
         log.note("the TPM keeps nothing of this host: after the next boot every key comes from the key manager")
     return 0

@@ -2,7 +2,6 @@
 """`unlock policy show | window | close | set`; `predict` has a file of its own."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from .. import log
@@ -37,7 +36,10 @@ def _show(paths: Paths, options: argparse.Namespace) -> int:
     from ..operations import policy
 
     found = policy.show(paths, this_boot.tpm_device())
-    print(json.dumps(found, indent=1) if options.json else policy.table(found))
+    if options.json:
+        log.show_json(found)
+    else:
+        log.show(policy.table(found))
     return 0
 
 

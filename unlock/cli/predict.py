@@ -2,9 +2,9 @@
 """`unlock policy predict`."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
+from .. import log
 from ..paths import Paths
 from .arguments import add_command, add_json
 
@@ -29,7 +29,10 @@ def _predict(paths: Paths, options: argparse.Namespace) -> int:
     from ..operations import predict
 
     found = predict.predict_and_allow(paths, this_boot.tpm_device(), options.dry_run, options.trust_files)
-    print(json.dumps(predict.to_json(found), indent=1) if options.json else predict.to_text(found))
+    if options.json:
+        log.show_json(predict.to_json(found))
+    else:
+        log.show(predict.to_text(found))
     if problem := predict.default_boot_refusal(found):
         raise problem
     return 0

@@ -2,7 +2,6 @@
 """`unlock provider list | add | test | switch | renew | backup | restore`."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from .. import ask, log
@@ -15,8 +14,10 @@ from .arguments import (
     add_command,
     add_json,
     add_noun,
+    add_owner_auth,
     existing_backup_password,
     new_backup_password,
+    owner_auth,
 )
 from .key_manager import add_key_manager, client_password, note_where_key_is, read_key_manager
 from .rekey import print_outcomes
@@ -40,6 +41,7 @@ def add(commands: "Commands") -> None:
         "--persistence", choices=("enabled", "disabled"), help="whether a key manager's keys are kept on this host"
     )
     add_json(switch)
+    add_owner_auth(switch)
     renew = add_command(verbs, "renew", _renew, "use a new client certificate or password")
     renew.add_argument("name", nargs="?", default="", help="default: the one in use")
     renew.add_argument("--client-cert", default="", metavar="FILE", help="PEM; without it only the password is new")
@@ -63,7 +65,7 @@ def _list(paths: Paths, options: argparse.Namespace) -> int:
 
     rows = provider.list_providers(paths)
     if options.json:
-        print(json.dumps(rows, indent=1))
+        log.show_json(rows)
         return 0
     for row in rows:
         days = row["certificate_days"]
@@ -75,7 +77,7 @@ def _list(paths: Paths, options: argparse.Namespace) -> int:
             f"groups: {', '.join(row['groups'])}" if row["groups"] else "",
             f"replaced keys still active there: {row['not_retired']}" if row["not_retired"] else "",
         ]
-        print(f"{row['name']}: {'; '.join(filter(None, facts))}")
+        log.show(f"{row['name']}: {'; '.join(filter(None, facts))}")
     return 0
 
 
@@ -102,20 +104,23 @@ def _test(paths: Paths, options: argparse.Namespace) -> int:
             {"what": each.what, "error": each.error.code if each.error else "", "detail": str(each.error or "")}
             for each in proofs
         ]
-        print(json.dumps(rows, indent=1))
+        log.show_json(rows)
     for each in proofs:
         if each.error:
             log.error(f"{each.what}: {each.error}", each.error.hint)
         elif not options.json:
-            print(f"{each.what}: good")
+            log.show(f"{each.what}: good")
     return max((each.error.status for each in proofs if each.error), default=0)
 
 
 def _switch(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host import this_boot
     from ..operations.switch import switch
 
     persistent = {"enabled": True, "disabled": False, None: None}[options.persistence]
-    return print_outcomes(switch(paths, options.name, persistent), as_json=options.json)
+    with owner_auth(options) as owner:
+        outcomes = switch(paths, options.name, persistent, tcti=this_boot.tpm_device(), owner_auth=owner)
+    return print_outcomes(outcomes, as_json=options.json)
 
 
 def _renew(paths: Paths, options: argparse.Namespace) -> int:

@@ -63,7 +63,7 @@ def _rebind(paths: Paths, options: argparse.Namespace) -> int:
     State.load(paths)
     tcti = this_boot.tpm_device()
     log.note("the TPM will allow the state of this boot, which is:")
-    print(explain.to_text(diagnosis.diagnose(evidence.gather_evidence(paths, tcti))))
+    log.show(explain.to_text(diagnosis.diagnose(evidence.gather_evidence(paths, tcti))))
     pin = new_pin(options)
     if pin is None and rebind.needs_pin(paths, tcti):
         log.note("a PIN is set, and the key cache cannot keep it: type the same one, or another, or give --no-pin")

@@ -2,12 +2,20 @@
 """`unlock recovery test | new | rotate`."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from .. import log
 from ..paths import Paths
-from .arguments import RECOVERY_KEY_SOURCE, add_command, add_escrow, add_json, add_noun, escrow
+from .arguments import (
+    RECOVERY_KEY_SOURCE,
+    add_command,
+    add_escrow,
+    add_json,
+    add_noun,
+    add_owner_auth,
+    escrow,
+    owner_auth,
+)
 
 if TYPE_CHECKING:
     from ..operations.recovery import Changed
@@ -26,7 +34,11 @@ def add(commands: "Commands") -> None:
     rotate.add_argument(
         "--recovery-key-file", default="", metavar="FILE", help="new file for the new key; default: it is shown"
     )
+    rotate.add_argument(
+        "--leaked", action="store_true", help="somebody may have read this host by it: a new persistence key too"
+    )
     add_escrow(rotate)
+    add_owner_auth(rotate)
 
 
 def _test(paths: Paths, options: argparse.Namespace) -> int:
@@ -37,11 +49,11 @@ def _test(paths: Paths, options: argparse.Namespace) -> int:
         rows = recovery_operations.test_recovery_key(paths, recovery)
     if options.json:
         disks = [each._asdict() for each in rows]
-        print(json.dumps({"version": recovery_operations.VERSION, "disks": disks}, indent=1))
+        log.show_json({"version": recovery_operations.VERSION, "disks": disks})
         return recovery_operations.exit_status(rows)
     for each in rows:
         what = {"altered": "header altered", "wrong-key": "wrong key"}.get(each.outcome, each.outcome)
-        print(f"{each.disk}: {what}" + (f" ({each.detail})" if each.detail else ""))
+        log.show(f"{each.disk}: {what}" + (f" ({each.detail})" if each.detail else ""))
     return recovery_operations.exit_status(rows)
 
 
@@ -61,12 +73,18 @@ def _new(paths: Paths, options: argparse.Namespace) -> int:
 
 
 def _rotate(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host import this_boot
     from ..keys import delivery
     from ..operations import recovery as recovery_operations
 
-    changed = recovery_operations.rotate_recovery_key(
-        paths, delivery.Keeper(options.recovery_key_file, escrow(options))
-    )
+    with owner_auth(options) as owner:
+        changed = recovery_operations.rotate_recovery_key(
+            paths,
+            delivery.Keeper(options.recovery_key_file, escrow(options)),
+            leaked=options.leaked,
+            tcti=this_boot.tpm_device(),
+            owner_auth=owner,
+        )
     status = _print_changed(changed, options)
     log.note("the recovery key was replaced; next: unlock recovery test")
     return status

@@ -2,12 +2,11 @@
 """`unlock rekey`, and how a rotation is printed."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from .. import log
 from ..paths import Paths
-from .arguments import add_command, add_json
+from .arguments import add_command, add_json, add_owner_auth, owner_auth
 
 if TYPE_CHECKING:
     from ..keys import rotation
@@ -17,22 +16,31 @@ if TYPE_CHECKING:
 def add(commands: "Commands") -> None:
     rekey = add_command(commands, "rekey", _rekey, "give a group a new key-encryption key; data untouched")
     rekey.add_argument("group", nargs="?", default="", help="default: every group")
+    rekey.add_argument(
+        "--fresh", action="store_true", help="a new persistence key too: earlier copies of headers open nothing"
+    )
     add_json(rekey)
+    add_owner_auth(rekey)
 
 
 def _rekey(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host import this_boot
+    from ..operations import new_persistence_key
     from ..operations.rekey import rekey
 
+    if options.fresh:
+        with owner_auth(options) as owner:
+            new_persistence_key.describe(new_persistence_key.replace(paths, this_boot.tpm_device(), owner))
     return print_outcomes(rekey(paths, options.group), as_json=options.json)
 
 
 def print_outcomes(outcomes: "list[rotation.Outcome]", *, as_json: bool = False) -> int:
     """Prints one line a group, and the disks that still have the old key. Returns 0."""
     if as_json:
-        print(json.dumps([each._asdict() for each in outcomes], indent=1))
+        log.show_json([each._asdict() for each in outcomes])
     for each in outcomes:
         if not as_json:
-            print(f"group {each.group}: generation {each.generation}, {len(each.done)} disk(s)")
+            log.show(f"group {each.group}: generation {each.generation}, {len(each.done)} disk(s)")
         for name, why in each.behind.items():
             log.error(f"{name}: {why}: it opens with its old key until it is back", "when it is back: unlock sync")
     return 0

@@ -2,9 +2,9 @@
 """What this host says of itself: `unlock status | check | explain`. All of them change nothing."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
+from .. import log
 from ..errors import Usage
 from ..paths import Paths
 from .arguments import add_command, add_json
@@ -23,7 +23,7 @@ def add(commands: "Commands") -> None:
 
 
 def _status(paths: Paths, options: argparse.Namespace) -> int:
-    from ..host import report
+    from ..host import report_file
     from ..operations import status
 
     if options.svg and not (options.boot and not options.json):
@@ -33,20 +33,30 @@ def _status(paths: Paths, options: argparse.Namespace) -> int:
         if options.svg:
             from ..boot import plot
 
-            print(plot.svg(record), end="")
+            log.show(plot.svg(record).rstrip())
         else:
-            print(json.dumps(report.to_json(record), indent=1) if options.json else status.boot_to_text(record))
+            if options.json:
+                log.show_json(report_file.to_json(record))
+            else:
+                log.show(status.boot_to_text(record))
         return 0
     found = status.read_status(paths)
-    print(json.dumps(status.to_json(found), indent=1) if options.json else status.to_text(found))
+    if options.json:
+        log.show_json(status.to_json(found))
+    else:
+        log.show(status.to_text(found))
     return 0
 
 
 def _check(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host import this_boot
     from ..operations import check
 
-    found = check.check(paths)
-    print(json.dumps(check.to_json(found), indent=1) if options.json else check.to_text(found))
+    found = check.check(paths, this_boot.tpm_device())
+    if options.json:
+        log.show_json(check.to_json(found))
+    else:
+        log.show(check.to_text(found))
     return check.EXIT_STATUS[found.verdict]
 
 

@@ -2,7 +2,6 @@
 """`unlock sync`."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from .. import log
@@ -24,10 +23,10 @@ def _sync(paths: Paths, options: argparse.Namespace) -> int:
     lines = sync.sync(paths)
     if options.json:
         keys = [{"key": each.key, "outcome": each.outcome, "detail": each.detail} for each in lines]
-        print(json.dumps({"version": sync.VERSION, "keys": keys}, indent=1))
+        log.show_json({"version": sync.VERSION, "keys": keys})
     for each in lines:
         if each.error:
             log.error(f"{each.key}: {each.detail}", each.error.hint)
         elif not options.json:
-            print(f"{each.key}: {each.outcome}" + (f" ({each.detail})" if each.detail else ""))
+            log.show(f"{each.key}: {each.outcome}" + (f" ({each.detail})" if each.detail else ""))
     return max((each.error.status for each in lines if each.error), default=0)

@@ -15,6 +15,28 @@ from ..light import Iterable
 from .fstab import unescape
 
 _BTRFS_IOC_FS_INFO = 0x8400941F
+_SYSTEM = ("/bin", "/etc", "/lib", "/lib32", "/lib64", "/opt", "/root", "/sbin", "/usr", "/var")
+_WITHOUT_CONTENT = frozenset(
+    [
+        "autofs",
+        "binfmt_misc",
+        "bpf",
+        "cgroup2",
+        "debugfs",
+        "fusectl",
+        "mqueue",
+        "nsfs",
+        "overlay",
+        "proc",
+        "ramfs",
+        "rpc_pipefs",
+        "securityfs",
+        "squashfs",
+        "sysfs",
+        "tmpfs",
+        "tracefs",
+    ]
+)
 _LAYERS_MAX = 32
 """Layers of a storage stack that are followed; no real one has as many."""
 
@@ -118,6 +140,25 @@ def is_encrypted(number: str, root: str = "/") -> bool:
     return _is_below_crypt(_sysfs_folder(number, root), _LAYERS_MAX)
 
 
+def device_lies_on_mappings(number: str, names: set[str], root: str = "/") -> bool:
+    """Whether every path from MAJOR:MINOR down to a disk passes a LUKS mapping of one of these names."""
+    return _is_authenticated(_sysfs_folder(number, root), names, _LAYERS_MAX, verity=False)
+
+
+def unproven_system_mounts(names: set[str], root: str = "/") -> list[str]:
+    """Mount points of file systems that root runs programs or reads settings from, and that lie neither on LUKS
+    mappings of these names nor on dm-verity: whoever edits one of them controls this system."""
+    found = {where for _, where, _, kind in _mounts(root) if _is_system_mount(where, kind)}
+    return sorted(where for where in found if not lies_on_mappings(where, names, root))
+
+
+def _is_system_mount(where: str, kind: str) -> bool:
+    """Without what has no content of its own (proc, tmpfs), and what lies on files of another mount (overlay, loop)."""
+    if where == "/":
+        return True
+    return any(f"{where}/".startswith(f"{each}/") for each in _SYSTEM) and kind not in _WITHOUT_CONTENT
+
+
 def mount_type(mountpoint: str, root: str = "/") -> str:
     """The type of the file system that is mounted there, '' if none is."""
     return next((kind for _, where, _, kind in reversed(list(_mounts(root))) if where == mountpoint), "")
@@ -133,6 +174,24 @@ def mappings_below(mountpoint: str, root: str = "/") -> set[str]:
     return set().union(
         *(_mapping_names(_sysfs_folder(each, root), _LAYERS_MAX) for each in devices_of_mount(mountpoint, root))
     )
+
+
+def nodes_below(mountpoint: str, root: str = "/") -> set[str]:
+    """Nodes of every device, in all layers, that a mounted file system lies on."""
+    found: set[str] = set()
+    todo = [_sysfs_folder(each, root) for each in devices_of_mount(mountpoint, root)]
+    while todo:
+        folder = todo.pop()
+        node = f"/dev/{os.path.basename(folder)}"
+        if node not in found:
+            found.add(node)
+            todo += _lower_folders(folder)
+    return found
+
+
+def has_holders(number: str, root: str = "/") -> bool:
+    """Whether the device MAJOR:MINOR is a part of another one, as a physical volume is of a logical one."""
+    return bool(_entries(_sysfs_folder(number, root), "holders"))
 
 
 def active_mappings(root: str = "/") -> dict[str, str]:

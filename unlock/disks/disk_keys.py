@@ -149,16 +149,16 @@ def make_token(
         kek_generation=group.generation,
         kek=b"",
         dek=b"",
-        host_key=wrap.wrap(keys.persistence, keys.host_key, token.key_aad(host, "host-key")),
+        host_key=wrap.wrap(keys.persistence, plain=keys.host_key, aad=token.key_aad(host, "host-key")),
         mac=b"",
     )
     if group.policy == "provider":
-        wrapped = wrap.wrap(keys.persistence, Secret(NOT_KEPT), token.not_kept_aad(each, facts))
+        wrapped = wrap.wrap(keys.persistence, plain=Secret(NOT_KEPT), aad=token.not_kept_aad(each, facts))
     else:
-        wrapped = wrap.wrap(keys.persistence, keys.kek, token.kek_aad(host, group.kek, group.generation))
+        wrapped = wrap.wrap(keys.persistence, plain=keys.kek, aad=token.kek_aad(host, group.kek, group.generation))
     return each._replace(
         kek=wrapped,
-        dek=wrap.wrap(keys.kek, dek, token.dek_aad(each, facts)),
+        dek=wrap.wrap(keys.kek, plain=dek, aad=token.dek_aad(each, facts)),
         mac=wrap.mac(keys.mac_key, token.mac_data(each, facts)),
     )
 
@@ -185,6 +185,99 @@ def drop_other_tokens(device: str, keep: token.Token, dek: Secret, keys: Keys) -
         for number, fields in container.tokens(token.TYPE):
             if number != kept and fields.get("host") == keep.host:
                 container.remove_token(number)
+
+
+def rewrap_token(header: Header, each: token.Token, *, old: Secret, new: Secret, keeps_kek: bool = True) -> token.Token:
+    """The same token under another persistence key: KEK and host key are wrapped again, the wrapped DEK and the MAC
+    stay as they are. Without `keeps_kek` the new one does not carry the KEK. Raises Tampered when `old` does not
+    authenticate it."""
+    facts = header.facts()
+    nothing = token.not_kept_aad(each, facts)
+    with unwrap_host_key(each, old) as host_key:
+        host_key_again = wrap.wrap(new, plain=host_key, aad=token.key_aad(each.host, "host-key"))
+    try:
+        kek = unwrap_kek(each, old)
+    except Tampered:
+        wrap.unwrap(old, each.kek, nothing).wipe()
+        keeps_kek = False
+    else:
+        with kek:
+            unwrap_by_kek(header, each, kek).wipe()  # nothing is written for a header that is not authentic
+            again = wrap.wrap(new, plain=kek, aad=token.kek_aad(each.host, each.kek_id, each.kek_generation))
+    if not keeps_kek:
+        again = wrap.wrap(new, plain=Secret(NOT_KEPT), aad=nothing)
+    return each._replace(kek=again, host_key=host_key_again)
+
+
+def add_rewrapped_tokens(device: str, host: str, *, old: Secret, new: Secret, keeps_kek: bool) -> None:
+    """Adds the same under `new` beside each token that `old` authenticates, and proves it by reading the header again.
+    Adds none twice. Raises DiskFailed; Tampered and others when neither key authenticates a token."""
+    with luks.Container(device) as container:
+        there = [each for each in read_tokens(container, host) if _is_under(container, each, new)]
+        missing, trouble = _not_rewrapped(container, host, there, old, new, keeps_kek)
+        if not there and not missing:
+            assert trouble
+            raise trouble
+        for each in missing:
+            container.set_token(token.encode(each))
+    with luks.Container(device) as container:
+        there = [each for each in read_tokens(container, host) if _is_under(container, each, new)]
+        if not there or _not_rewrapped(container, host, there, old, new, keeps_kek)[0]:
+            raise DiskFailed(f"{device}: the token that was written does not read back")
+
+
+def _not_rewrapped(
+    container: luks.Container,
+    host: str,
+    there: list[token.Token],
+    old: Secret,
+    new: Secret,
+    keeps_kek: bool,
+) -> tuple[list[token.Token], UnlockError | None]:
+    """What is to be added: under `new`, the tokens under `old` of which `there` has none. And why one is under neither
+    key."""
+    missing: list[token.Token] = []
+    trouble: UnlockError | None = None
+    for each in read_tokens(container, host):
+        if any(other.dek == each.dek for other in there):  # the wrapped DEK has a nonce of its own
+            continue
+        try:
+            missing.append(rewrap_token(container, each, old=old, new=new, keeps_kek=keeps_kek))
+        except Tampered as error:
+            trouble = error
+    return missing, trouble
+
+
+def drop_tokens_not_under(device: str, host: str, persistence: Secret) -> None:
+    """Removes this host's tokens that this persistence key does not authenticate. Raises DiskFailed when it
+    authenticates none; then nothing is removed."""
+    with luks.Container(device) as container:
+        keep: list[int] = []
+        others: list[int] = []
+        for number, fields in container.tokens(token.TYPE):
+            if fields.get("host") != host:
+                continue
+            try:
+                kept = _is_under(container, token.decode(fields), persistence)
+            except Malformed:
+                kept = False
+            (keep if kept else others).append(number)
+        if not keep:
+            raise DiskFailed(f"{device}: no token reads back under the persistence key, so the others stay")
+        for number in others:
+            container.remove_token(number)
+
+
+def _is_under(header: Header, each: token.Token, persistence: Secret) -> bool:
+    """Whether this persistence key authenticates a token and the header."""
+    try:
+        unwrap_host_key(each, persistence).wipe()
+        unwrap_volume_key(header, each, persistence).wipe()
+    except NoKey:
+        return True
+    except Tampered:
+        return False
+    return True
 
 
 def _find_proven_token(container: luks.Container, wanted: token.Token, dek: Secret, keys: Keys) -> int | None:

@@ -7,7 +7,7 @@ import stat
 from ..paths import write_atomically
 
 
-def crypttab_name(path: str, node: str, luks_uuid: str) -> str:
+def crypttab_name(path: str, *, node: str, luks_uuid: str) -> str:
     """The name of this disk's mapping in crypttab(5), or ''."""
     for fields in filter(None, map(_split_line, _read_lines(path))):
         source = fields[1].strip('"')

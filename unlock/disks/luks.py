@@ -195,7 +195,7 @@ class Container(Header):
         """Raises NotOurs unless this is the key of the header's digest."""
         self._do("has another volume key", "crypt_volume_key_verify", *_sized(volume_key))
 
-    def add_keyslot(self, volume_key: Secret, passphrase: Secret, slot: int = ANY) -> int:
+    def add_keyslot(self, volume_key: Secret, *, passphrase: Secret, slot: int = ANY) -> int:
         """Adds a keyslot with KEYSLOT_ITERATIONS of PBKDF2 and returns its number: for a `passphrase` of full strength.
 
         Raises NotOurs for another volume key, DiskFailed.
@@ -233,7 +233,7 @@ class Container(Header):
         return _do(self.device, trouble, function, self._cd, *arguments)
 
 
-def format(device: str, volume_key: Secret, uuid: str | None = None, label: str = "") -> Container:
+def format(device: str, volume_key: Secret, *, uuid: str | None = None, label: str = "") -> Container:
     """Writes a new LUKS2 header over whatever is there: aes-xts-plain64 with this key (64 random bytes), no keyslot.
 
     The key's digest has KEYSLOT_ITERATIONS of PBKDF2, not the usual 125 ms of them: the key is random, and every

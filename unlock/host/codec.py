@@ -18,7 +18,7 @@ Record = TypeVar("Record")
 
 def decode(record: type[Record], value: object) -> Record:
     """The record in a JSON value. Raises Malformed that names the field, RecursionError. Other fields are ignored."""
-    found: Record = _decode(record, value, "it")
+    found: Record = _decode(record, value, "")
     return found
 
 
@@ -65,10 +65,11 @@ def _decode_record(record: Any, value: dict[str, Any], where: str) -> Any:
     defaults = _defaults(record)
     found = {}
     for name, kind in _fields(record).items():
+        place = f"{where}.{name}" if where else name
         if name in value:
-            found[name] = _decode(kind, value[name], f"{where}.{name}")
-        else:
-            _checked(name in defaults, value, where, f"an object with {name}")
+            found[name] = _decode(kind, value[name], place)
+        elif name not in defaults:
+            raise Malformed(f"{place} is missing")
     return record(**found)
 
 
@@ -89,7 +90,7 @@ def _alternative(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
 def _checked(fits: bool, value: Any, where: str, what: str) -> Any:
     """The value. Raises Malformed where it does not fit; never says what the value is: it may be a secret's wrap."""
     if not fits:
-        raise Malformed(f"{where} is not {what}")
+        raise Malformed(f"{where or 'its content'} is not {what}")
     return value
 
 

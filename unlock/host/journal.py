@@ -107,6 +107,21 @@ class Rebind(NamedTuple):
     """The operation that was under way when the rebind began, and goes on after it."""
 
 
+class NewPersistenceKey(NamedTuple):
+    """`unlock rekey --fresh`, and what follows when a policy narrows."""
+
+    operation: Literal["rekey --fresh"]
+    about: Literal[""]
+    new: str
+    """The new persistence key, wrapped by the old one."""
+    old: str
+    """The old persistence key, wrapped by the new one."""
+    sealed: bool
+    """The TPM has the new key, and the state is under it: what is left is to remove the old tokens."""
+    before: "JournalEntry | None"
+    """The operation that was under way when this one began, and goes on after it."""
+
+
 JournalEntry = (
     Init
     | GroupCreation
@@ -117,6 +132,7 @@ JournalEntry = (
     | PersistenceChange
     | ProviderSwitch
     | Rebind
+    | NewPersistenceKey
 )
 
 

@@ -14,16 +14,16 @@ from typing import TypeVar
 
 from .. import wrap
 from ..disks import token
-from ..errors import Malformed, Refused, Usage
+from ..errors import Malformed, Refused, Tampered, Usage
 from ..paths import Paths, write_atomically
 from ..secret import Secret
 from . import state_file
-from .journal import JournalEntry, command
+from .journal import JournalEntry, NewPersistenceKey, RecoveryRotation, command
 from .lock import PATIENCE, exclusive
 from .provider_entry import KmipEntry, NativeEntry, ProviderEntry, has_made
 from .state_file import NOTHING_KNOWN, HostKey, KeyEntry, RecoveryFacts, ReplacedKek, StateFile, TpmFacts
 
-Entry = TypeVar("Entry", bound=JournalEntry)
+Journaled = TypeVar("Journaled", bound=JournalEntry)
 
 
 class State:
@@ -50,6 +50,9 @@ class State:
         self._tpm = file.tpm
         self.removed = file.removed
         """The policy under which the persistence key was sealed, when the TPM does not have it any more."""
+        self.narrowed = file.narrowed
+        """What has narrowed a policy, in words, until there is a new persistence key; None."""
+        self._old_keys = dict(file.old_keys or {})
 
     @classmethod
     def new(cls, paths: Paths, host: str) -> "State":
@@ -110,6 +113,8 @@ class State:
             recovery=self.recovery,
             tpm=self._tpm,
             removed=self.removed,
+            narrowed=self.narrowed,
+            old_keys=self._old_keys or None,
         )
         return state_file.write(file)
 
@@ -126,7 +131,7 @@ class State:
         if self.journal and (self.journal.operation, self.journal.about) != (operation, about):
             raise Refused(f"`{self.to_finish}` is not finished", "run it again first", code="unfinished")
 
-    def unfinished(self, kind: type[Entry], about: str) -> Entry | None:
+    def unfinished(self, kind: type[Journaled], about: str) -> Journaled | None:
         """The journal entry of the same operation, killed earlier."""
         return self.journal if isinstance(self.journal, kind) and self.journal.about == about else None
 
@@ -342,8 +347,9 @@ class State:
                 self._unwrapped(persistence, kind, wrapped).wipe()
 
     def rewrap(self, *, old: Secret | None, new: Secret) -> list[str]:
-        """Wraps by `new` what `old` wraps. Without `old`, host keys are not kept any more; returns the names of the
-        providers whose own key is lost. Saves nothing. Raises Tampered."""
+        """Wraps by `new` what `old` wraps, but for the journal. Without `old`, host keys and the old keys of absent
+        disks are not kept any more; returns the names of the providers whose own key is lost. Saves nothing. Raises
+        Tampered."""
         lost = [entry.name for entry in self.providers if _wrapped_keys(entry) and not old]
 
         def again(kind: str, wrapped: str) -> str:
@@ -360,9 +366,72 @@ class State:
                 self.put_provider(_with_wrapped_keys(entry, wraps))
         present = host_key_again(self._present_host_key)
         self._host_key = present._replace(former=tuple(host_key_again(each) for each in present.former))
+        if old and self._mac_key:
+            self._mac_key = again("mac-key", self._mac_key)
         behind = {uuid: again("mac-key", wrapped) for uuid, wrapped in self.recovery.behind.items() if old}
         self.recovery = self.recovery._replace(behind=behind)
+        self._old_keys = {uuid: again("persistence", wrapped) for uuid, wrapped in self._old_keys.items() if old}
         return lost
+
+    def rewrapped(self, entry: JournalEntry | None, *, old: Secret | None, new: Secret) -> JournalEntry | None:
+        """A journal entry with its key wrapped by `new`. None for a rotation of the recovery key whose new key is lost.
+        Raises Tampered."""
+        if not isinstance(entry, RecoveryRotation):
+            return entry
+        if old is None:
+            return None
+        with self.unwrap_recovery_key(old, entry.key) as recovery:
+            return entry._replace(key=self.wrap_recovery_key(persistence=new, recovery=recovery))
+
+    def wrap_pair(self, *, old: Secret, new: Secret) -> tuple[str, str]:
+        """The new persistence key wrapped by the old one, and the old one wrapped by the new one: for the journal."""
+        return self._wrapped(old, "persistence", new), self._wrapped(new, "persistence", old)
+
+    def unwrap_pair(self, entry: NewPersistenceKey, either: Secret) -> tuple[Secret, Secret]:
+        """The old and the new persistence key of a replacement under way, by the one that the TPM gave. Raises
+        Tampered."""
+        try:
+            return Secret(bytes(either)), self._unwrapped(either, "persistence", entry.new)
+        except Tampered:
+            return self._unwrapped(either, "persistence", entry.old), Secret(bytes(either))
+
+    def own_key(self, cached: Secret) -> Secret:
+        """The persistence key that wraps what the state keeps: `cached`, or, while one replaces the other, perhaps the
+        other. Takes `cached` over. Raises Tampered."""
+        if not isinstance(self.journal, NewPersistenceKey):
+            return cached
+        with cached:
+            old, new = self.unwrap_pair(self.journal, cached)
+        mine, other = (new, old) if self.journal.sealed else (old, new)
+        other.wipe()
+        return mine
+
+    # Old persistence keys: a disk that was away when there was a new one needs the old one, once
+
+    @property
+    def has_old_keys(self) -> bool:
+        """Whether a disk may come back whose token is under an earlier persistence key."""
+        return bool(self._old_keys)
+
+    def keep_old_key(self, uuid: str, *, new: Secret, old: Secret) -> None:
+        """Keeps, wrapped by `new`, the persistence key that the token of an absent disk is under; an earlier one that
+        is kept for it stays."""
+        self._old_keys.setdefault(uuid, self._wrapped(new, "persistence", old))
+
+    def drop_old_key(self, uuid: str) -> None:
+        """The disk is under the present persistence key, or is none of this host's any more."""
+        self._old_keys.pop(uuid, None)
+
+    def old_key(self, persistence: Secret, uuid: str) -> Secret | None:
+        """The persistence key that the token of a disk is under which was away; None for every other disk. Raises
+        Tampered."""
+        wrapped = self._old_keys.get(uuid)
+        return self._unwrapped(persistence, "persistence", wrapped) if wrapped else None
+
+    def forget_strangers(self) -> None:
+        """Drops the old keys of disks that are in no group."""
+        known = {member.uuid for group in self.groups.values() for member in group.members}
+        self._old_keys = {uuid: wrapped for uuid, wrapped in self._old_keys.items() if uuid in known}
 
     def wrap_old_persistence_key(self, *, new: Secret, old: Secret | None) -> str:
         """The old persistence key, or 32 zero bytes for none, wrapped by the new one: for the journal of a rebind."""
@@ -374,7 +443,7 @@ class State:
         return old if any(old.value) else None
 
     def _wrapped(self, persistence: Secret, kind: str, key: Secret) -> str:
-        return b64encode(wrap.wrap(persistence, key, token.key_aad(self.host, kind))).decode()
+        return b64encode(wrap.wrap(persistence, plain=key, aad=token.key_aad(self.host, kind))).decode()
 
     def _unwrapped(self, persistence: Secret, kind: str, text: str) -> Secret:
         try:

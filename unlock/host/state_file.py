@@ -153,6 +153,10 @@ class StateFile(NamedTuple):
     recovery: RecoveryFacts | None = None
     tpm: TpmFacts | None = None
     removed: RemovedPolicy | None = None
+    narrowed: str | None = None
+    """What has narrowed a policy, in words, while the persistence key is still the one from before."""
+    old_keys: dict[str, str] | None = None
+    """LUKS UUID -> wrapped: the persistence key that the token of a disk is under that has been away since."""
 
 
 def parse(content: bytes, path: str) -> StateFile:

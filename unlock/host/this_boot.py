@@ -4,12 +4,20 @@
 report.json      the report of early boot            verdict    its verdict, one word
 idle             every present disk has an outcome
 failed           a present disk of this host did not open
+lines            the initramfs's crypttab, and where its disks are
+needs            what the TPM says of the root, in hex
+needed           names of the mappings in `lines` that the root needs
+altered          a disk that the root needs has another header than this host wrote
+unsealing        the agent has asked the TPM for the key
 waiting          the boot scripts wait for the agent, which may ask a person
 asking           the agent asks a person: no deadline runs
-capped           the TPM confirmed the cap
+tpm              the name of the TPM that the key came from
+capped           the names of the TPMs that confirmed the cap
 dropped          the disks that the TPM's key had opened were closed before a shell started
 shown.json       the errors that the recovery shell has shown
 recovered        the recovery prompt opened disks, or tried to
+authentic        the real root lies on disks that unlock opened, or the operator accepted one that does not
+scrubbed         free memory was overwritten before a shell, or before a system that gets no keys
 ended            the agent ended in order: keys and disks are handed over, or closed
 open/G           link to a mapping of group G, which is open; members/G lists them all
 failed-groups/G  its gate failed; the units that waited
@@ -24,8 +32,9 @@ from ..errors import Malformed
 from ..light import Any, Sequence
 from ..paths import TPM_DEVICE, Paths
 from ..secret import Secret
-from . import keyring
-from .report import Report, encode, read
+from . import keyring, needed
+from .report import Report
+from .report_file import encode, read
 
 
 def publish(paths: Paths, record: Report) -> None:
@@ -35,6 +44,8 @@ def publish(paths: Paths, record: Report) -> None:
             mark_open(paths, name, group.mappings)
         else:
             unmark(paths, "open", name)
+    if needed.mark_altered(paths, record):
+        mark(paths, "altered")
     if record.failed_nodes():
         mark(paths, "failed")
     write_report(paths, record, "report.json")
@@ -62,6 +73,16 @@ def mark_spoofed(paths: Paths, group: str, words: str) -> None:
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(words)
+
+
+def spoofed_groups(paths: Paths) -> dict[str, str]:
+    """Group -> what passed for it, in words."""
+    folder = paths.of_this_boot("spoofed")
+    found = {}
+    for group in os.listdir(folder) if os.path.isdir(folder) else ():
+        with open(os.path.join(folder, group), encoding="utf-8", errors="backslashreplace") as file:
+            found[group] = file.read(4096)
+    return found
 
 
 def mark_open(paths: Paths, group: str, mappings: Sequence[str]) -> None:
@@ -159,15 +180,47 @@ def read_json(paths: Paths, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def find_tpm() -> str:
-    """The TCTI of the first TPM, or '' when there is none."""
-    found = [name for name in os.listdir("/dev") if name.startswith("tpmrm")]
-    return f"device:/dev/{min(found)}" if found else ""
+def list_tpms() -> list[str]:
+    """The names of the TPMs' resource managers in /dev, sorted. A TPM 1.2 has none."""
+    return sorted(name for name in os.listdir("/dev") if name.startswith("tpmrm"))
+
+
+def tcti(name: str) -> str:
+    """The TCTI of a TPM in /dev."""
+    return f"device:/dev/{name}"
+
+
+def mark_tpm(paths: Paths, name: str) -> None:
+    """The TPM that this boot's key came from."""
+    with open(paths.of_this_boot("tpm"), "w", encoding="ascii") as file:
+        file.write(f"{name}\n")
+
+
+def mark_capped(paths: Paths, name: str) -> None:
+    """The TPM confirmed the cap. initramfs/cap reads and writes the file too."""
+    with open(paths.of_this_boot("capped"), "a", encoding="ascii") as file:
+        file.write(f"{name}\n")
+
+
+def capped_tpms(paths: Paths) -> set[str]:
+    """The names of the TPMs that confirmed the cap in this boot."""
+    try:
+        with open(paths.of_this_boot("capped"), encoding="ascii", errors="replace") as file:
+            return set(file.read().split())
+    except OSError:
+        return set()
 
 
 def tpm_device() -> str:
-    """The TCTI of the first TPM; TPM_DEVICE when there is none, so that opening it says so."""
-    return find_tpm() or TPM_DEVICE
+    """The TCTI of the TPM that this boot's key came from; else of the first one; TPM_DEVICE when there is none, so that
+    opening it says so."""
+    names = list_tpms()
+    try:
+        with open(Paths().of_this_boot("tpm"), encoding="ascii") as file:
+            used = file.read(64).strip()
+    except (OSError, ValueError):
+        used = ""
+    return tcti(used if used in names else names[0]) if names else TPM_DEVICE
 
 
 def read_early_report(paths: Paths) -> Report | None:

@@ -122,12 +122,13 @@ class Work:
         self.paths = paths
         self.state = State.load(paths)
         self.settings = config.load(paths.config)
-        self.persistence = read_persistence_key()
+        self.persistence = read_persistence_key(self.state)
         self.look = look
         self._connect = connect
         self._providers: dict[str, Provider] = {}
         self.fetched: dict[tuple[str, int], Secret] = {}
         """KEKs that only a provider had, so that each is asked for once."""
+        self._old_keys: dict[str, Secret] = {}
 
     def __enter__(self) -> "Work":
         return self
@@ -135,7 +136,7 @@ class Work:
     def __exit__(self, *_: object) -> None:
         for each in self._providers.values():
             each.close()
-        for key in (self.persistence, *self.fetched.values()):
+        for key in (self.persistence, *self.fetched.values(), *self._old_keys.values()):
             key.wipe()
 
     def provider(self, entry: ProviderEntry | None = None) -> Provider:
@@ -151,6 +152,13 @@ class Work:
         found = {member.uuid: find.find_node(seen, member) for member in group.members}
         return {uuid: node for uuid, node in found.items() if node}
 
+    def persistence_keys(self, uuid: str) -> list[Secret]:
+        """Those that the token of a disk may be under: the present one, and, for a disk that was away when that was
+        made, the one before. They stay this object's. Raises Tampered."""
+        if uuid not in self._old_keys and (old := self.state.old_key(self.persistence, uuid)):
+            self._old_keys[uuid] = old
+        return [self.persistence, *([self._old_keys[uuid]] if uuid in self._old_keys else [])]
+
     def host_key(self) -> Secret:
         """The host key from the state; NOT_KEPT where this host does not keep it, so that tokens do not carry it."""
         return self.state.host_key(self.persistence) or Secret(disk_keys.NOT_KEPT)
@@ -160,11 +168,11 @@ class Work:
         return OPENS - self.settings.sync.drop_on
 
 
-def read_persistence_key() -> Secret:
-    """The persistence key, from the key cache. Raises NoKey when this boot was not unsealed, or the cache was
-    flushed."""
+def read_persistence_key(state: State) -> Secret:
+    """The persistence key that wraps what the state keeps, by the key cache. Raises NoKey when this boot was not
+    unsealed, or the cache was flushed; Tampered."""
     try:
-        return keyring.get("unlock:persistence")
+        return state.own_key(keyring.get("unlock:persistence"))
     except NoKey as error:
         raise NoKey(
             "the persistence key is not in the key cache, so nothing can be sealed or unwrapped: it was flushed, or "
@@ -201,12 +209,13 @@ def find_kek(
     except NoKey:
         pass
     nodes = work.nodes(group) if nodes is None else nodes
-    for node in nodes.values():
+    for uuid, node in nodes.items():
         for each in _tokens(work, node, group):
-            try:
-                return disk_keys.unwrap_kek(each, work.persistence), "TPM"
-            except Tampered:
-                continue
+            for key in work.persistence_keys(uuid):
+                try:
+                    return disk_keys.unwrap_kek(each, key), "TPM"
+                except Tampered:
+                    continue
     which = (group.kek, group.generation)
     if which not in work.fetched:
         entry = work.state.provider_of(group.kek)
@@ -253,7 +262,7 @@ def token_keys(work: Work, *, kek: Secret, mac_key: Secret) -> Iterator[disk_key
         yield disk_keys.Keys(persistence=work.persistence, host_key=host_key, kek=kek, mac_key=mac_key)
 
 
-def is_recovery_key(state: State, persistence: Secret, recovery: Secret) -> bool:
+def is_recovery_key(state: State, *, persistence: Secret, recovery: Secret) -> bool:
     """Whether this is the present recovery key of this host, by its MAC key. Raises Tampered, Malformed."""
     with disk_keys.mac_key(recovery, state.host) as mac_key, state.mac_key(persistence) as expected:
         return mac_key == expected
@@ -292,14 +301,19 @@ def find_volume_key(work: Work, container: luks.Container, group: Group) -> Secr
 
 
 def _volume_key(work: Work, container: luks.Container, each: token.Token, group: Group) -> Secret:
-    try:
-        return disk_keys.unwrap_volume_key(container, each, work.persistence)
-    except NoKey:
-        earlier = group._replace(kek=each.kek_id, generation=each.kek_generation, kek_name="")
-        kek, _ = find_kek(work, earlier)
-    except Tampered:  # or it was away while this host got another persistence key
+    kek = None
+    for key in work.persistence_keys(container.uuid):
+        try:
+            return disk_keys.unwrap_volume_key(container, each, key)
+        except NoKey:
+            earlier = group._replace(kek=each.kek_id, generation=each.kek_generation, kek_name="")
+            kek, _ = find_kek(work, earlier)
+            break
+        except Tampered as error:  # or it was away while this host got another persistence key
+            trouble = error
+    if kek is None:
         if (each.kek_id, each.kek_generation) != (group.kek, group.generation):
-            raise
+            raise trouble
         kek, _ = find_kek(work, group)
     with kek:
         return disk_keys.unwrap_by_kek(container, each, kek)

@@ -17,7 +17,7 @@ from ..disks import disk_keys, luks
 from ..disks.groups import Group, Member
 from ..errors import NoKey, NotFoundOrDenied, Refused, StateBlocked, Tampered, UnlockError, Unsupported
 from ..host import keyring, this_boot
-from ..host.journal import JournalEntry, Rekey
+from ..host.journal import JournalEntry, NewPersistenceKey, Rekey
 from ..host.state import State
 from ..host.state_file import KeyEntry, ReplacedKek
 from ..providers import USABLE, Ref
@@ -167,8 +167,10 @@ def rewrap_disks(work: Work, group: Group, kek: Secret) -> tuple[Outcome, Group]
 
 def rewrap_disk(work: Work, group: Group, member: Member, node: str, kek: Secret) -> None:
     """Writes a token beside the old one, reads it back and proves it; then removes the old one. Raises DiskFailed,
-    Tampered."""
+    Tampered; Refused while a new persistence key is on its way: the next boot may have that one."""
     state = work.state
+    if isinstance(state.journal, NewPersistenceKey):
+        raise Refused(f"`{state.to_finish}` is not finished", "run it again first", code="unfinished")
     with work.host_key() as host_key, state.mac_key(work.persistence, member.uuid) as mac_key:
         keys = disk_keys.Keys(persistence=work.persistence, host_key=host_key, kek=kek, mac_key=mac_key)
         with luks.Container(node) as container:
@@ -177,6 +179,7 @@ def rewrap_disk(work: Work, group: Group, member: Member, node: str, kek: Secret
         with dek:
             disk_keys.write_token(node, each, dek, keys)
             disk_keys.drop_other_tokens(node, each, dek, keys)
+    state.drop_old_key(member.uuid)
 
 
 def set_host_key(work: Work, provider_id: str, ref: Ref, key: Secret) -> None:
@@ -203,6 +206,8 @@ def set_policy(work: Work, group: Group, policy: str) -> Outcome:
         if policy == "provider" or source == "provider":
             _cache_kek(work, group, kek, source)
         new = group._replace(policy=policy, behind=tuple(member.uuid for member in group.members))
+        if policy == "provider":
+            state.narrowed = f"the key of group {group.name} is not kept any more"
         state.groups[group.name] = new
         state.save()
         outcome, new = rewrap_disks(work, new, kek)
@@ -229,6 +234,8 @@ def catch_up_disks(work: Work) -> list[Outcome]:
             except UnlockError as error:
                 behind[member.name] = str(error)
         if done:
+            for uuid in done:
+                work.state.drop_old_key(uuid)
             left = tuple(uuid for uuid in group.behind if uuid not in done)
             work.state.groups[group.name] = group._replace(behind=left)
             work.state.save()

@@ -6,10 +6,10 @@
 The command works in the booted system and in the recovery shell of the initramfs.
 """
 
-import json
 import os
 from typing import TypedDict
 
+from .. import log
 from ..errors import Refused
 from ..host import report, this_boot
 from ..paths import Paths
@@ -35,7 +35,10 @@ def explain(paths: Paths, as_json: bool) -> int:
     if os.geteuid() != 0:
         raise Refused("unlock needs root", "sudo unlock explain", code="not-root")
     found = diagnose(gather_evidence(paths, this_boot.tpm_device()))
-    print(json.dumps(to_json(found), indent=1) if as_json else to_text(found))
+    if as_json:
+        log.show_json(to_json(found))
+    else:
+        log.show(to_text(found))
     return 0
 
 
@@ -67,4 +70,4 @@ def to_text(found: Explanation) -> str:
         lines += [f"   {name:<8} {value}" for name, value in rows if value]
     if found.notes:
         lines += ["", *(f"note: {each}" for each in found.notes)]
-    return "\n".join(lines)
+    return log.join_lines(lines)

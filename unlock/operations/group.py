@@ -20,7 +20,8 @@ from ..keys import access, delivery
 from ..keys.escrow import Escrow
 from ..keys.escrow import check_escrow as check_escrow
 from ..keys.escrow import write_escrow as put_in_escrow
-from ..paths import Paths
+from ..paths import TPM_DEVICE, Paths
+from ..predict import allowed_states
 from ..run import run
 from ..secret import Secret
 
@@ -127,6 +128,7 @@ def adopt_disk(
     recovery_file: str,
     name: str = "",
     escrow: Escrow | None = None,
+    tcti: str = TPM_DEVICE,
 ) -> Group:
     """Makes an existing LUKS2 disk a member. Its data, keyslots and mapping name stay; a recovery keyslot and a token
     are added. On a disk that is a member already, adds what is missing.
@@ -165,12 +167,12 @@ def adopt_disk(
             state.begin(DiskAdoption("disk adopt", about, manifest=group.manifest))
             try:
                 with luks.Container(node) as container:
-                    _add_recovery_keyslot(container, dek, recovery)
+                    _add_recovery_keyslot(container, dek=dek, recovery=recovery)
                 if group.kek:
                     kek, _ = access.find_kek(work, group, {**others, uuid: node})
                 else:
                     group, kek = _new_group(work, group_name, group.members, group.manifest)
-                _write_member_list(work, group, kek, {**others, uuid: node}, recovery)
+                _write_member_list(work, group, {**others, uuid: node}, kek=kek, recovery=recovery)
             except UnlockError:
                 state.journal = None
                 state.save()
@@ -183,6 +185,7 @@ def adopt_disk(
         state.save()
         if all(devices.active_mapping_name(each.uuid) == each.name for each in group.members):
             this_boot.mark_open(paths, group_name, [each.name for each in group.members])
+        allowed_states.tell_root(paths, state, persistence, tcti)
         return group
 
 
@@ -207,7 +210,9 @@ def _check_policy(work: access.Work, group: Group, member: Member) -> None:
         )
 
 
-def _write_member_list(work: access.Work, group: Group, kek: Secret, nodes: dict[str, str], recovery: Secret) -> None:
+def _write_member_list(
+    work: access.Work, group: Group, nodes: dict[str, str], *, kek: Secret, recovery: Secret
+) -> None:
     """Writes a token with the group's present member list to every member; then removes the old tokens. Takes the KEK
     over."""
     state = work.state
@@ -227,7 +232,7 @@ def _write_member_list(work: access.Work, group: Group, kek: Secret, nodes: dict
 
 def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, asked: str) -> str:
     """The name that the disk has, in device-mapper or crypttab; else the one asked for, or a new one."""
-    has = devices.active_mapping_name(uuid) or fstab.crypttab_name(paths.crypttab, node, uuid)
+    has = devices.active_mapping_name(uuid) or fstab.crypttab_name(paths.crypttab, node=node, luks_uuid=uuid)
     if has and asked and asked != has:
         raise Refused(f"the disk's mapping name is {has}", "leave --name out", code="name-taken")
     taken = _mapping_names_in_use(state).union(
@@ -253,7 +258,7 @@ def obtain_recovery_key(state: State, persistence: Secret, file: str, escrow: Es
         state.save()
         return recovery
     recovery = delivery.read_recovery_key(file if os.path.exists(file) else "")
-    if not access.is_recovery_key(state, persistence, recovery):
+    if not access.is_recovery_key(state, persistence=persistence, recovery=recovery):
         raise Refused("this is not the recovery key of this host", "unlock status", code="recovery-key")
     if escrow:
         check_escrow(escrow)
@@ -268,12 +273,12 @@ def _node(device: str) -> str:
     return node
 
 
-def _add_recovery_keyslot(container: luks.Container, dek: Secret, recovery: Secret) -> None:
+def _add_recovery_keyslot(container: luks.Container, *, dek: Secret, recovery: Secret) -> None:
     """Adds a keyslot for the recovery key, unless an earlier attempt did."""
     try:
         disk_keys.dek_by_recovery_key(container, recovery).wipe()
     except NotOurs:
-        container.add_keyslot(dek, recovery)
+        container.add_keyslot(dek, passphrase=recovery)
 
 
 def _open_by_recovery_key(state: State, container: luks.Container, recovery: Secret) -> Secret:
@@ -382,7 +387,7 @@ def _format(group: Group, nodes: list[str], recovery: Secret) -> None:
             luks.deactivate(member.name)
         run(["wipefs", "--all", "--quiet", node])
         with Secret.random(64) as dek, luks.format(node, dek, uuid=member.uuid) as container:
-            container.add_keyslot(dek, recovery)
+            container.add_keyslot(dek, passphrase=recovery)
             container.activate(member.name, dek)
 
 

@@ -12,6 +12,7 @@ from contextlib import closing
 from typing import NamedTuple
 
 from .. import log
+from ..boot import unmeasured
 from ..errors import Refused, Usage
 from ..host import config, this_boot
 from ..host.journal import Init
@@ -32,7 +33,7 @@ from .provider import Client, connect_as
 OVERRIDES = {
     "initramfs-without-unlock": "this boot's initramfs did not run unlock: the next boot measures differently",
     "unmeasured-boot": "the kernel or the initramfs is not measured: whoever edits it gets the keys",
-    "unauthenticated-root": "the root file system is not encrypted: whoever edits it gets the keys",
+    "unauthenticated-root": "a part of this system is not authenticated: whoever edits it gets the keys",
     "slots-in-use": "what another installation of unlock left in this TPM is overwritten",
 }
 """What `--accept NAME` can accept, and what that means."""
@@ -204,13 +205,14 @@ def preflight(paths: Paths, tpm: Tpm, choices: InitChoices, again: bool) -> Pref
             choices, "unmeasured-boot", "boot a unified kernel image: Linux does not measure what initrd= names"
         )
     selection = pcr_policy.select(choices.pcrs or at_unseal.MEASURED_BY.get(boot, (7,)))
-    plain_root = allowed_states.has_plain_root()
-    if plain_root:
-        _require_accepted(choices, "unauthenticated-root", "encrypt the root file system")
+    untrusted = allowed_states.describe_untrusted_system(paths)
+    if untrusted:
+        other = "encrypt it" if "not on an encrypted" in untrusted else f"add {unmeasured.CLOSED} to the command line"
+        _require_accepted(choices, "unauthenticated-root", other, untrusted)
     tpm.ensure_srk(choices.owner_auth)
     tpm.try_sealing(selection)
     then = at_unseal.known_values(selection, at_unseal.read_pcrs(paths, tpm))
-    return Preflight(boot, selection, pcr_policy.branch(selection, then), plain_root)
+    return Preflight(boot, selection, pcr_policy.branch(selection, then), bool(untrusted))
 
 
 def _check_chip(tpm: Tpm, choices: InitChoices, again: bool) -> None:
@@ -236,9 +238,10 @@ def _check_chip(tpm: Tpm, choices: InitChoices, again: bool) -> None:
         )
 
 
-def _require_accepted(choices: InitChoices, name: str, other: str) -> None:
+def _require_accepted(choices: InitChoices, name: str, other: str, detail: str = "") -> None:
+    words = f"{OVERRIDES[name]} ({detail})" if detail else OVERRIDES[name]
     if name in choices.accept:
-        log.note(f"accepted: {name}: {OVERRIDES[name]}")
+        log.note(f"accepted: {name}: {words}")
         return
     hint = f"--accept {name}" if not other else f"{other}; or --accept {name}"
-    raise Refused(OVERRIDES[name], hint, code=name)
+    raise Refused(words, hint, code=name)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unlock persistence`: chooses whether a key manager's keys are kept on this host, so that it boots without network.
 
-enable     puts every KEK on every disk, wrapped by the persistence key, and the host key into the state disable
-takes every KEK off the disks; from the next boot on, groups open when the key manager answers remove     evicts the
-persistence key from the TPM after `disable`; until the next boot, `enable` seals it again under the same policy
+enable     puts every KEK on every disk, wrapped by the persistence key, and the host key into the state
+disable    takes every KEK off the disks, and makes a new persistence key, so that earlier copies of headers open
+           nothing; from the next boot on, groups open when the key manager answers
+remove     evicts the persistence key from the TPM after `disable`; until the next boot, `enable` seals it again under
+           the same policy
 """
 
 from typing import TypedDict
@@ -22,9 +24,10 @@ from ..secret import Secret
 from ..tpm import slots
 from ..tpm.chip import Tpm
 from ..tpm.record import Payload
+from . import new_persistence_key
 
 
-class GroupRow(TypedDict):
+class PersistenceRow(TypedDict):
     """One group in `unlock persistence status --json`."""
 
     name: str
@@ -34,20 +37,20 @@ class GroupRow(TypedDict):
     """Mapping names of the members that carry the KEK."""
 
 
-class Status(TypedDict):
+class PersistenceReport(TypedDict):
     """`unlock persistence status --json`."""
 
     version: int
     provider: str
     """Kind of the provider in use."""
     enabled: bool
-    groups: list[GroupRow]
+    groups: list[PersistenceRow]
 
 
-def status(paths: Paths, look: find.Look = find.look) -> Status:
+def status(paths: Paths, look: find.Look = find.look) -> PersistenceReport:
     """Reads from each disk whether it carries its KEK. Raises NoKey, Refused."""
     with access.Work(paths, look) as work:
-        groups: list[GroupRow] = []
+        groups: list[PersistenceRow] = []
         for group in work.state.groups.values():
             nodes = work.nodes(group)
             kept = [member.name for member in group.members if _keeps(work, nodes.get(member.uuid, ""))]
@@ -98,9 +101,10 @@ def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth:
     Raises Refused, TpmFailed."""
     host = bytes.fromhex(work.state.host)
     early = this_boot.read_early_report(work.paths)
-    plain = allowed_states.has_plain_root()
+    plain = bool(allowed_states.describe_untrusted_system(work.paths))
     accepted = early.facts.unauthenticated_root if early else None
-    payload = Payload(work.persistence, plain if accepted is None else accepted)
+    needs = allowed_states.needs_of_root(work.state)
+    payload = Payload(work.persistence, plain if accepted is None else accepted, needs)
     with Tpm(tcti) as tpm:
         found = slots.current_record(tpm)
         if found and found.host == host:
@@ -113,15 +117,24 @@ def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth:
             )
 
 
-def disable(paths: Paths, look: find.Look = find.look) -> list[rotation.Outcome]:
+def disable(
+    paths: Paths, look: find.Look = find.look, tcti: str = TPM_DEVICE, owner_auth: Secret | None = None
+) -> list[rotation.Outcome]:
     """Keeps no keys on this host any more. Raises Refused where the host could not boot or reach its key manager
-    then."""
+    then; TpmFailed and others when that is done and the new persistence key is not made."""
+    new_persistence_key.finish(paths, tcti, owner_auth, look)
     with exclusive(paths), access.Work(paths, look) as work:
         refuse_without_kept_keys(work.state)
+        if work.state.persistent:
+            work.state.narrowed = "keys are not kept on this host any more"
         work.state.begin(PersistenceChange("persistence", "disable"))
         work.state.persistent = False
         work.state.drop_host_key()
-        return _apply_policies(work)
+        outcomes = _apply_policies(work)
+        removed = work.state.removed is not None
+    if not removed:
+        new_persistence_key.replace_if_due(paths, tcti, owner_auth, look)
+    return outcomes
 
 
 def refuse_without_kept_keys(state: State) -> None:

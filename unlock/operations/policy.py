@@ -8,6 +8,8 @@
     close      seals to the full selection again, for the state of this boot alone
     set        seals to another selection, or with another PIN
 
+What narrows the policy, `close` and `set`, also makes a new persistence key, under the new policy.
+
 state.json records a window before the TPM has it, and until the TPM does not have it any more: killed anywhere, no
 window is forgotten. A boot that the TPM refused is not counted.
 """
@@ -16,6 +18,7 @@ from collections.abc import Iterable
 from typing import TypedDict
 
 from .. import log
+from ..disks import find
 from ..errors import Refused, Usage
 from ..host import this_boot
 from ..host.state import State, changing
@@ -29,6 +32,7 @@ from ..predict.boot_tree import BootTree
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
+from . import new_persistence_key
 
 REBOOTS_MAX = 5
 FIRMWARE = frozenset(range(8))
@@ -113,7 +117,7 @@ def table(found: PolicyReport) -> str:
         why = each["why"] + (" (opened this boot)" if each["this_boot"] and each["why"] != allowed_states.THIS else "")
         proven = "yes" if each["proven"] else "no: unproven until it boots"
         rows.append((each["branch"][:16], why, proven, each["made"] or "-"))
-    return "\n".join([*lines, *log.columns(rows)])
+    return log.join_lines([*lines, *log.columns(rows)])
 
 
 def describe_window(since: str, reboots: int) -> str:
@@ -140,7 +144,7 @@ def open_window(
     """
     if not 1 <= reboots <= REBOOTS_MAX:
         raise Usage(f"a window lasts 1 to {REBOOTS_MAX} good boots", "unlock policy window --reboots 1")
-    with changing(paths) as state, Tpm(tcti) as tpm, access.read_persistence_key() as persistence:
+    with changing(paths) as state, Tpm(tcti) as tpm, access.read_persistence_key(state) as persistence:
         found = allowed_states.look(paths, tpm, state)
         full = _full_selection(found)
         if not set(keep) <= set(full):
@@ -163,15 +167,17 @@ def open_window(
         )
 
 
-def close_window(paths: Paths, tcti: str = TPM_DEVICE, owner_auth: Secret | None = None) -> Allowed:
+def close_window(
+    paths: Paths, tcti: str = TPM_DEVICE, owner_auth: Secret | None = None, look: find.Look = find.look
+) -> Allowed:
     """Seals to the full selection, for the state of this boot alone. Predicted states and that of the boot before go.
 
     Raises NoKey, Refused when the policy does not allow the state of this boot, or that state is not known.
     """
-    with changing(paths) as state, Tpm(tcti) as tpm, access.read_persistence_key() as persistence:
-        return _close(
-            paths, tpm, state, allowed_states.look(paths, tpm, state), persistence=persistence, owner_auth=owner_auth
-        )
+    with changing(paths) as state, Tpm(tcti) as tpm, access.read_persistence_key(state) as persistence:
+        found = allowed_states.look(paths, tpm, state)
+        _close(paths, tpm, state, found, persistence=persistence, owner_auth=owner_auth)
+    return _with_new_key(paths, tcti, owner_auth, look)
 
 
 def set_policy(
@@ -180,6 +186,7 @@ def set_policy(
     pin: Pin | None = None,
     tcti: str = TPM_DEVICE,
     owner_auth: Secret | None = None,
+    look: find.Look = find.look,
 ) -> Allowed:
     """Seals to these PCRs and the cap PCR, for the state of this boot alone, and closes a window. Without PCRs, changes
     the PIN alone.
@@ -189,10 +196,17 @@ def set_policy(
     """
     if pin and pin.typed is not None:
         initramfs_images.require_pin_support(BootTree(paths))
-    with changing(paths) as state, Tpm(tcti) as tpm, access.read_persistence_key() as persistence:
+    _set_policy(paths, pcrs, pin, tcti, owner_auth)
+    return _with_new_key(paths, tcti, owner_auth, look)
+
+
+def _set_policy(paths: Paths, pcrs: Iterable[int], pin: Pin | None, tcti: str, owner_auth: Secret | None) -> None:
+    with changing(paths) as state, Tpm(tcti) as tpm, access.read_persistence_key(state) as persistence:
         found = allowed_states.look(paths, tpm, state)
+        if pin and pin.typed is not None:
+            state.narrowed = "a PIN was set"
         if not pcrs:
-            return allowed_states.reseal(
+            allowed_states.reseal(
                 paths,
                 tpm,
                 state,
@@ -204,11 +218,14 @@ def set_policy(
                 owner_auth=owner_auth,
                 pin=pin,
             )
+            return
         selection = pcr_policy.select(pcrs, found.record.cap)
         branch = _branch_of_this_boot(paths, tpm, found, selection)
         state.tpm = state.tpm._replace(pcrs=selection)
+        if (selection, (branch,)) != (found.record.selection, found.record.branches):
+            state.narrowed = state.narrowed or "other PCRs were chosen"
         reasons = {} if branch in found.record.branches else {branch: "this boot, when the PCRs were chosen"}
-        changed = allowed_states.reseal(
+        allowed_states.reseal(
             paths,
             tpm,
             state,
@@ -222,10 +239,16 @@ def set_policy(
         )
         state.tpm = state.tpm._replace(window=None)
         state.save_if_changed()
-        return changed._replace(window=None)
 
 
-def good_boot(paths: Paths, tcti: str = "") -> int:
+def _with_new_key(paths: Paths, tcti: str, owner_auth: Secret | None, look: find.Look) -> Allowed:
+    """The policy, with a new persistence key under it where it has narrowed."""
+    new_persistence_key.replace_if_due(paths, tcti, owner_auth, look)
+    with Tpm(tcti) as tpm:
+        return allowed_states.current(paths, tpm)
+
+
+def good_boot(paths: Paths, tcti: str = "", look: find.Look = find.look) -> int:
     """What `unlock boot baseline` does to the policy after a boot; nothing after a boot that the TPM refused. Adds no
     state. Returns the exit status, 0.
 
@@ -234,7 +257,8 @@ def good_boot(paths: Paths, tcti: str = "") -> int:
     early = this_boot.read_early_report(paths)
     if not early or early.verdict != "unsealed":
         return 0
-    with changing(paths) as state, Tpm(tcti or this_boot.tpm_device()) as tpm:
+    tcti = tcti or this_boot.tpm_device()
+    with changing(paths) as state, Tpm(tcti) as tpm:
         found = allowed_states.look(paths, tpm, state)
         allowed_states.remember(state, found, (), {})
         if found.opened:
@@ -249,21 +273,24 @@ def good_boot(paths: Paths, tcti: str = "") -> int:
         state.tpm = state.tpm._replace(window=window)
         state.save_if_changed()
         if window and not window.reboots:
-            with access.read_persistence_key() as persistence:
+            with access.read_persistence_key(state) as persistence:
                 _close(paths, tpm, state, found, persistence=persistence, owner_auth=None)
             log.note("the window is closed: all PCRs of the policy count again")
         elif found.opened:
             slots.evict_older_policy(tpm, found.slot, found.record.host)
+    new_persistence_key.replace_if_due(paths, tcti, look=look)
     return 0
 
 
 def _close(
     paths: Paths, tpm: Tpm, state: State, found: Allowed, *, persistence: Secret, owner_auth: Secret | None
-) -> Allowed:
+) -> None:
     full = _full_selection(found)
     branch = _branch_of_this_boot(paths, tpm, found, full)
     reasons = {} if branch in found.record.branches else {branch: "this boot, when the window was closed"}
-    closed = allowed_states.reseal(
+    if (full, (branch,)) != (found.record.selection, found.record.branches):
+        state.narrowed = "a window was closed" if _is_window_open(found) else "this boot alone is allowed"
+    allowed_states.reseal(
         paths,
         tpm,
         state,
@@ -276,7 +303,6 @@ def _close(
     )
     state.tpm = state.tpm._replace(window=None)
     state.save_if_changed()
-    return closed._replace(window=None)
 
 
 def _branch_of_this_boot(paths: Paths, tpm: Tpm, found: Allowed, selection: tuple[int, ...]) -> bytes:

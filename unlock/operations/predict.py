@@ -274,4 +274,4 @@ def to_text(found: Prediction) -> str:
     for each in found.boots:
         what = ", ".join(each.changes) or "as this boot"
         lines.append(f"{each.words}: " + (f"predicted: {what}" if each.values is not None else f"not: {each.why}"))
-    return "\n".join([*lines, *(f"note: {each}" for each in found.notes)])
+    return log.join_lines([*lines, *(f"note: {each}" for each in found.notes)])

@@ -11,7 +11,8 @@ the recovery keyslots, KEKs and host key from the provider. The native provider 
 the name of a new backup file, replaced by a new one with new KEKs; a key manager must answer.
 
 Killed anywhere, each disk opens by the old key, by the new one, or by the recovery key, and the same command finishes.
-A disk that is away opens by the recovery key until it is back.
+A disk that is away opens by the recovery key until it is back; where the old persistence key is at hand it is kept for
+that disk, as in every replacement of it (new_persistence_key.py).
 """
 
 import os
@@ -22,7 +23,7 @@ from ..disks import disk_keys, find, luks
 from ..disks.groups import Group
 from ..errors import Malformed, NoKey, Refused, Tampered, UnlockError
 from ..host import keyring, this_boot
-from ..host.journal import JournalEntry, Rebind, RecoveryRotation
+from ..host.journal import JournalEntry, NewPersistenceKey, Rebind
 from ..host.provider_entry import has_made
 from ..host.state import State, changing
 from ..host.state_file import KeyEntry
@@ -104,30 +105,31 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
             raise Refused("this host has no recovery key, so no disk depends on its TPM", "unlock status")
         seen = look()
         mac_key = keys.enter_context(disk_keys.mac_key(choices.recovery, state.host))
-        left = _check_disks(state, seen, choices.recovery, mac_key)
+        left = _check_disks(state, seen, recovery=choices.recovery, mac_key=mac_key)
         selection, branch, plain_root = _policy_of_this_boot(paths, tpm, state, choices)
         pin_auth = keys.enter_context(_pin_auth(tpm, state, choices))
         again = isinstance(state.journal, Rebind)
         new, old = _new_and_old_key(state)
         keys.enter_context(new)
         keys.enter_context(old or Secret(b""))
-        before = _begin(state, new, old, choices)
+        unfinished = state.journal
+        before = _begin(state, choices, new=new, old=old)
         try:
-            goes_on = _rewrapped_journal(state, before, old, new)
+            goes_on = state.rewrapped(before, old=old, new=new)
             lost = state.rewrap(old=old, new=new)
             state.set_mac_key(persistence=new, mac_key=mac_key)
-            provider = keys.enter_context(closing(_connect_provider(paths, state, old, new, choices)))
+            provider = keys.enter_context(closing(_connect_provider(paths, state, choices, old=old, new=new)))
             host_key, host_key_source = _find_host_key(state, provider, new)
             keys.enter_context(host_key)
             keks = [_find_kek(state, provider, old, seen, group) for group in state.groups.values()]
         except UnlockError:
             if not again:
-                _restore_journal(paths, before)
+                _restore_journal(paths, unfinished)
             raise
         for _, kek, _ in keks:
             keys.enter_context(kek)
         this_boot.cache_keys(paths, "made", {_NEW: new})
-        payload = Payload(new, plain_root)
+        payload = Payload(new, plain_root, allowed_states.needs_of_root(state))
         has_pin = len(pin_auth) > 0
         if choices.pin and has_pin:
             keyring.forget(allowed_states.PIN_AUTH)
@@ -147,6 +149,8 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
         for group, kek, _ in keks:
             wraps = disk_keys.Keys(persistence=new, host_key=host_key, kek=kek, mac_key=mac_key)
             done += _rewrap_disks(state, seen, group, wraps, choices.recovery, left)
+        _keep_old_keys(state, left, old=old, new=new)
+        state.narrowed = None
         allowed_states.begin(state, selection, branch, plain_root, has_pin)
         state.removed = None
         state.journal = goes_on
@@ -158,27 +162,27 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
         return Rebound(selection, tuple(done), left, tuple(name for name in lost if name != state.provider.name))
 
 
-def _rewrapped_journal(
-    state: State, before: JournalEntry | None, old: Secret | None, new: Secret
-) -> JournalEntry | None:
-    """The journal entry of the operation that goes on after the rebind, its key wrapped anew. None for a rotation of
-    the recovery key whose new key is lost: the key that was typed stays. Raises Tampered."""
-    if not isinstance(before, RecoveryRotation):
-        return before
-    if old is None:
-        return None
-    with state.unwrap_recovery_key(old, before.key) as recovery:
-        return before._replace(key=state.wrap_recovery_key(persistence=new, recovery=recovery))
+def _keep_old_keys(state: State, left: dict[str, str], *, old: Secret | None, new: Secret) -> None:
+    """Keeps the old persistence key, where it is known, for the disks that are left under it."""
+    for group in state.groups.values():
+        for member in group.members:
+            if member.name not in left:
+                state.drop_old_key(member.uuid)
+            elif old:
+                state.keep_old_key(member.uuid, new=new, old=old)
+    state.forget_strangers()
 
 
-def _restore_journal(paths: Paths, before: JournalEntry | None) -> None:
+def _restore_journal(paths: Paths, unfinished: JournalEntry | None) -> None:
     """Puts back the journal entry from before the rebind, which has changed nothing yet."""
     state = State.load(paths)
-    state.journal = before
+    state.journal = unfinished
     state.save()
 
 
-def _check_disks(state: State, seen: dict[str, list[find.Found]], recovery: Secret, mac_key: Secret) -> dict[str, str]:
+def _check_disks(
+    state: State, seen: dict[str, list[find.Found]], *, recovery: Secret, mac_key: Secret
+) -> dict[str, str]:
     """Mapping name -> why that disk is left as it is. Raises Refused when the recovery key opens none that is here."""
     left: dict[str, str] = {}
     good = 0
@@ -236,7 +240,7 @@ def _policy_of_this_boot(
     if (boot == "unmeasured" and not before) or at_unseal.initramfs_unmeasured(boot, logs.read_event_log(paths)[0]):
         _require_accepted(choices, "unmeasured-boot")
     selection = pcr_policy.select(pcrs)
-    plain_root = allowed_states.has_plain_root()
+    plain_root = bool(allowed_states.describe_untrusted_system(paths))
     if plain_root and not state.tpm.unauthenticated_root:
         _require_accepted(choices, "unauthenticated-root")
     tpm.ensure_srk(choices.owner_auth)
@@ -288,17 +292,19 @@ def _new_and_old_key(state: State) -> tuple[Secret, Secret | None]:
             except (NoKey, Tampered):
                 continue
     try:
-        old: Secret | None = keyring.get("unlock:persistence")
+        old: Secret | None = state.own_key(keyring.get("unlock:persistence"))
         state.prove(old)  # type: ignore[arg-type]
     except (NoKey, Tampered):
         old = None
     return Secret.random(32), old
 
 
-def _begin(state: State, new: Secret, old: Secret | None, choices: RebindChoices) -> JournalEntry | None:
-    """Journals the rebind, durably. Returns the entry that was there: of an operation that goes on after the rebind."""
+def _begin(state: State, choices: RebindChoices, *, new: Secret, old: Secret | None) -> JournalEntry | None:
+    """Journals the rebind, durably. Returns the entry of an operation that goes on after the rebind. A replacement of
+    the persistence key does not: this is one."""
     killed = state.journal if isinstance(state.journal, Rebind) else None
-    before = killed.before if killed else state.journal
+    superseded = killed or (state.journal if isinstance(state.journal, NewPersistenceKey) else None)
+    before = superseded.before if superseded else state.journal
     backup = killed.backup if killed else ""
     if choices.backup and not os.path.exists(choices.backup):
         backup = os.path.abspath(choices.backup)
@@ -313,7 +319,9 @@ def _begin(state: State, new: Secret, old: Secret | None, choices: RebindChoices
     return before
 
 
-def _connect_provider(paths: Paths, state: State, old: Secret | None, new: Secret, choices: RebindChoices) -> Provider:
+def _connect_provider(
+    paths: Paths, state: State, choices: RebindChoices, *, old: Secret | None, new: Secret
+) -> Provider:
     """Connects to the provider in use, and wraps its own keys by the new persistence key."""
     entry = state.provider
     if old:

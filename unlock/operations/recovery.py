@@ -28,8 +28,9 @@ from ..host.lock import exclusive
 from ..host.state import State
 from ..keys import access, delivery, escrow, recovery_key
 from ..keys.access import Work
-from ..paths import Paths
+from ..paths import TPM_DEVICE, Paths
 from ..secret import Secret
+from . import new_persistence_key
 
 VERSION = 1
 
@@ -147,17 +148,31 @@ def rotate_recovery_key(
     keep: delivery.Keeper,
     look: find.Look = find.look,
     connect: access.Connect = access.connect,
+    *,
+    leaked: bool = False,
+    tcti: str = TPM_DEVICE,
+    owner_auth: Secret | None = None,
 ) -> Changed:
-    """Gives every disk of this host a new recovery key; the old one is not needed.
+    """Gives every disk of this host a new recovery key; the old one is not needed. `leaked`: whoever had it may have
+    read more of this host, so that a new persistence key follows.
 
     A failure before every disk has the new key is undone; what fails later is left to `renew_keyslots`. After a kill
     the same command finishes with the key that it had made, and makes sure that its keeper has it. Raises Refused,
     NoKey, ProviderError, DiskFailed, Usage, Malformed, CommandFailed, OSError.
     """
+    new_persistence_key.finish(paths, tcti, owner_auth, look)
+    changed = _rotate(paths, keep, look, connect, leaked)
+    new_persistence_key.replace_if_due(paths, tcti, owner_auth, look)
+    return changed
+
+
+def _rotate(paths: Paths, keep: delivery.Keeper, look: find.Look, connect: access.Connect, leaked: bool) -> Changed:
     with exclusive(paths), Work(paths, look, connect) as work:
         state = work.state
         if not state.has_recovery_key:
             raise Refused("this host has no recovery key yet", "unlock group create", code="no-recovery-key")
+        if leaked:
+            state.narrowed = "the recovery key has leaked"
         places, absent = _present_and_absent(work)
         if not places:
             raise Refused("no disk of this host is here", "unlock status", code="missing")
@@ -190,16 +205,16 @@ def renew_keyslots(
     Killed, the same command finishes. Raises Refused for another key, NoKey, ProviderError, DiskFailed.
     """
     with exclusive(paths), Work(paths, look, connect) as work:
-        check_recovery_key(work.state, work.persistence, recovery)
+        check_recovery_key(work.state, persistence=work.persistence, recovery=recovery)
         work.state.begin(RecoveryRenewal("recovery", "new"))
         return _finish_disks(work, recovery)
 
 
-def check_recovery_key(state: State, persistence: Secret, recovery: Secret) -> None:
+def check_recovery_key(state: State, *, persistence: Secret, recovery: Secret) -> None:
     """Raises Refused unless it is the recovery key of this host."""
     if not state.has_recovery_key:
         raise Refused("this host has no recovery key yet", "unlock group create", code="no-recovery-key")
-    if not access.is_recovery_key(state, persistence, recovery):
+    if not access.is_recovery_key(state, persistence=persistence, recovery=recovery):
         raise Refused("this is not the recovery key of this host", "unlock recovery rotate", code="recovery-key")
 
 
@@ -317,7 +332,7 @@ def _write_keyslot_and_token(work: Work, place: PresentMember, recovery: Secret)
             try:
                 disk_keys.dek_by_recovery_key(container, recovery).wipe()
             except NotOurs:
-                container.add_keyslot(dek, recovery)
+                container.add_keyslot(dek, passphrase=recovery)
         with luks.Container(place.node) as container, disk_keys.dek_by_recovery_key(container, recovery) as found:
             if found != dek:
                 raise DiskFailed(f"{place.node}: the keyslot that was written gives another key")

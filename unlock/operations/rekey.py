@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock rekey [GROUP]`: replaces the KEK of a group, or of each group. Only LUKS2 headers are written."""
+"""`unlock rekey [GROUP]`: replaces the KEK of a group, or of each group. Only LUKS2 headers are written.
+
+With `--fresh` there is a new persistence key first. Without it, an earlier copy of a header still opens its disk in a
+boot that the TPM allows: the KEK in it is wrapped by the same persistence key, and the volume key is the same.
+"""
 
 from .. import log
 from ..disks import find

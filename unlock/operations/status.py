@@ -10,10 +10,10 @@ import time
 from typing import Any, NamedTuple
 
 from .. import log
-from ..disks import devices, disk_keys, luks, token, udev
+from ..disks import devices, disk_keys, luks, spoofed, token, udev
 from ..disks.groups import Group, Member
 from ..errors import Malformed, NoKey, NotOurs, UnlockError
-from ..host import config, keyring, report, this_boot
+from ..host import config, keyring, report, report_file, this_boot
 from ..host.provider_entry import days_left
 from ..host.state import State
 from ..paths import Paths
@@ -45,7 +45,7 @@ class DiskStatus(NamedTuple):
 class GroupStatus(NamedTuple):
     name: str
     state: str
-    """The worst of its disks'."""
+    """The worst of its disks'; spoofed when other disks pass for them."""
     mount: str
     """Its mount point in unlock.toml, or ''."""
     kek_id: str
@@ -53,6 +53,8 @@ class GroupStatus(NamedTuple):
     policy: str
     behind: list[str]
     """Names of members whose token may still hold an earlier KEK."""
+    spoofed: str
+    """What passes for its disks, in words; ''."""
     disks: list[DiskStatus]
 
 
@@ -105,6 +107,8 @@ class Status(NamedTuple):
     """`operation` and `about` of an operation that was interrupted."""
     to_finish: str
     """The command that finishes it, or ''."""
+    narrowed: str
+    """What has narrowed a policy, while the new persistence key is still to come; ''."""
     window: WindowStatus | None
     pin: bool
     groups: list[GroupStatus]
@@ -120,10 +124,12 @@ def read_status(paths: Paths) -> Status:
     except NoKey:
         persistence = None
     present = _read_disks(state.host, persistence)
+    spoofed_groups = this_boot.spoofed_groups(paths)
     groups = []
     for group in state.groups.values():
         setting = settings.groups.get(group.name)
-        groups.append(_group_status(group, setting.mount if setting else "", present))
+        words = spoofed_groups.get(group.name) or _describe_copies(group)
+        groups.append(_group_status(group, setting.mount if setting else "", words, present))
     return Status(
         host=state.host,
         provider_id=state.provider_id,
@@ -140,6 +146,7 @@ def read_status(paths: Paths) -> Status:
         ],
         unfinished={"operation": state.journal.operation, "about": state.journal.about} if state.journal else None,
         to_finish=state.to_finish,
+        narrowed=state.narrowed or "",
         window=_window(state),
         pin=state.tpm.pin,
         groups=groups,
@@ -169,11 +176,12 @@ def to_json(found: Status) -> dict[str, Any]:
         "boot": {
             "verdict": found.boot.verdict if found.boot else "",
             "detail": _describe_boot(found.boot),
-            "facts": report.facts_to_json(found.boot.facts) if found.boot else {},
+            "facts": report_file.facts_to_json(found.boot.facts) if found.boot else {},
         },
         "recovery": {"tested": found.recovery_tested, "behind": found.recovery_behind},
         "unfinished": found.unfinished,
         "to_finish": found.to_finish,
+        "narrowed": found.narrowed,
         "window": found.window._asdict() if found.window else None,
         "pin": found.pin,
         "groups": [
@@ -184,6 +192,7 @@ def to_json(found: Status) -> dict[str, Any]:
                 "kek": {"id": group.kek_id, "generation": group.kek_generation},
                 "policy": group.policy,
                 "behind": group.behind,
+                "spoofed": group.spoofed,
                 "disks": [each._asdict() for each in group.disks],
             }
             for group in found.groups
@@ -215,14 +224,18 @@ def to_text(found: Status) -> str:
         for i, each in enumerate(group.disks)
     ]
     if not rows:
-        return "\n".join([*lines, "no groups yet: unlock group create, or unlock disk adopt"])
-    return "\n".join([*lines, "", *log.columns([("GROUP", "DISK", "DEVICE", "STATE", "KEY FROM", "MOUNT"), *rows])])
+        return log.join_lines([*lines, "no groups yet: unlock group create, or unlock disk adopt"])
+    return log.join_lines(
+        [*lines, "", *log.columns([("GROUP", "DISK", "DEVICE", "STATE", "KEY FROM", "MOUNT"), *rows])]
+    )
 
 
 def _warnings(found: Status) -> list[str]:
     warnings = []
     if found.boot and found.boot.facts.unauthenticated_root:
         warnings.append("the root file system is not encrypted: persistence protects lost disks, not a stolen host")
+    if found.narrowed:
+        warnings.append(f"{found.narrowed}, but earlier copies of headers still open: unlock rekey --fresh")
     if found.to_finish:
         warnings.append(f"`{found.to_finish}` is not finished: run it again")
     if window := found.window:
@@ -233,8 +246,10 @@ def _warnings(found: Status) -> list[str]:
     if days is not None and days < CERTIFICATE_DAYS:
         warnings.append(f"the client certificate ends in {days} days: unlock provider renew")
     for group in found.groups:
+        if group.spoofed:
+            warnings.append(f"group {group.name} is spoofed: {group.spoofed}")
         if group.behind:
-            warnings.append(f"{', '.join(group.behind)}: still under an earlier KEK; done when back, by unlock sync")
+            warnings.append(f"{', '.join(group.behind)}: still under an earlier key; done when back, by unlock sync")
     if found.recovery_behind:
         names = ", ".join(found.recovery_behind)
         warnings.append(f"{names}: opens with an earlier recovery key too, or alone: unlock recovery new")
@@ -328,16 +343,23 @@ def _judge(container: luks.Container, host: str, persistence: Secret | None) -> 
     return "tampered", "recovery key"
 
 
-def _group_status(group: Group, mount: str, present: dict[str, _Present]) -> GroupStatus:
+def _describe_copies(group: Group) -> str:
+    """What is mounted from other disks that have the UUIDs of the group's file system; '' for nothing."""
+    mounts = spoofed.mounts_of_copies(each.name for each in group.members)
+    return "; ".join(f"{where} lies on {', '.join(nodes)}, no disk of the group" for where, nodes in mounts.items())
+
+
+def _group_status(group: Group, mount: str, words: str, present: dict[str, _Present]) -> GroupStatus:
     disks = [_disk_status(member, present.get(member.uuid)) for member in group.members]
     return GroupStatus(
         name=group.name,
-        state=_worst([each.state for each in disks]),
+        state="spoofed" if words else _worst([each.state for each in disks]),
         mount=mount,
         kek_id=group.kek,
         kek_generation=group.generation,
         policy=group.policy,
         behind=[member.name for member in group.members if member.uuid in group.behind],
+        spoofed=words,
         disks=disks,
     )
 
@@ -377,7 +399,7 @@ def boot_to_text(record: report.Report) -> str:
     rows += [
         (row.seen, f"disk seen            {row.node} {row.name}".rstrip()) for row in record.disks.values() if row.seen
     ]
-    return "\n".join(f"{time:9.3f} s  {text}" for time, text in sorted(rows))
+    return log.join_lines(f"{time:9.3f} s  {text}" for time, text in sorted(rows))
 
 
 _EVENTS = {

@@ -2,7 +2,8 @@
 """`unlock provider switch NAME`: moves the host to another provider while its groups stay mounted.
 
 journal ──> new host key ──> each group: new KEK, its disks as in every rotation ──> the new provider is in use ──>
-old KEKs retired, where the old provider still answers
+old KEKs retired, where the old provider still answers ──> a new persistence key, where the new provider's keys are not
+kept on this host as the old one's were
 """
 
 from ..disks import find
@@ -14,19 +15,26 @@ from ..host.provider_entry import ProviderEntry, has_made
 from ..host.state import State
 from ..host.state_file import KeyEntry
 from ..keys import access, rotation
-from ..paths import Paths
+from ..paths import TPM_DEVICE, Paths
 from ..providers import Provider
-from . import selfhosted
+from ..secret import Secret
+from . import new_persistence_key, selfhosted
 
 
 def switch(
-    paths: Paths, name: str, persistent: bool | None = None, look: find.Look = find.look
+    paths: Paths,
+    name: str,
+    persistent: bool | None = None,
+    look: find.Look = find.look,
+    tcti: str = TPM_DEVICE,
+    owner_auth: Secret | None = None,
 ) -> list[rotation.Outcome]:
     """Moves the host to another provider: makes a new host key and new KEKs there, and rewrites the tokens.
 
     Killed, it goes on when it is called again; each group is then on one provider or the other, and opens. Raises
     Usage, Refused, ProviderError.
     """
+    new_persistence_key.finish(paths, tcti, owner_auth, look)
     with exclusive(paths), access.Work(paths, look) as work:
         state = work.state
         if name == state.provider.name and not state.unfinished(ProviderSwitch, name):
@@ -38,6 +46,8 @@ def switch(
         if entry.kind == "kmip":
             selfhosted.refuse_self_hosted(state.groups, access.provider_settings(paths, entry).endpoints)
         provider = work.provider(entry)
+        if state.persistent and not kept:
+            state.narrowed = "keys are not kept on this host any more"
         state.begin(ProviderSwitch("provider switch", name))
         state.persistent = kept
         if not has_made(entry, state.host_key_ref.id):
@@ -51,7 +61,10 @@ def switch(
         state.journal = None
         state.save()
         rotation.retire_keks(work, left=True)
-        return outcomes
+        removed = state.removed is not None
+    if not removed:
+        new_persistence_key.replace_if_due(paths, tcti, owner_auth, look)
+    return outcomes
 
 
 def _persistence_with(state: State, entry: ProviderEntry, persistent: bool | None) -> bool:
@@ -87,4 +100,6 @@ def _move(work: access.Work, entry: ProviderEntry, provider: Provider, name: str
     with kek:
         new = rotation.successor(group, entry.id, made, generation)
         new = new._replace(policy=access.wanted_policy(work, group))
+        if (group.policy, new.policy) == ("persistent", "provider"):
+            state.narrowed = state.narrowed or f"the key of group {name} is not kept any more"
         return rotation.replace_kek(work, group, new, kek, journal=state.journal)

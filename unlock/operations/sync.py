@@ -4,9 +4,9 @@
     members that are back ──> what was killed ──> resolve all keys, one request ──> each key: unchanged, replaced,
     blocked, unknown ──> a replaced one: fetch, validate, prove, rotation ──> keys that only the provider keeps: cached
 
-It never touches the TPM. It removes no key from cache or disks because a server answers `not found` or `denied`, or
-does not answer: only for a state of the key that the operator's `drop_on` names. When nothing changed, it writes
-nothing.
+It touches the TPM only where a group's key is not kept any more: then this host gets a new persistence key, under the
+same policy. It removes no key from cache or disks because a server answers `not found` or `denied`, or does not answer:
+only for a state of the key that the operator's `drop_on` names. When nothing changed, it writes nothing.
 """
 
 import time
@@ -17,8 +17,9 @@ from ..disks import devices, find
 from ..disks.groups import Group
 from ..errors import ClockWrong, NoKey, UnlockError
 from ..host import clock, keyring, this_boot
-from ..host.journal import Rekey
+from ..host.journal import NewPersistenceKey, Rekey
 from ..host.lock import exclusive
+from ..host.state import State
 from ..keys import access, rotation
 from ..keys.access import Work
 from ..paths import Paths
@@ -44,16 +45,19 @@ def sync(
     look: find.Look = find.look,
     connect: access.Connect = access.connect,
     wait_for_clock: Callable[[], bool] = clock.wait_until_set,
+    tcti: str = "",
 ) -> list[SyncLine]:
     """Runs one sync and records it in /run/unlock/sync.json. Raises ProviderError, NoKey or Refused when nothing could
     be done; a failure with one key is in that key's line."""
     try:
+        first = _replace_persistence_key(paths, look, tcti)
         try:
             lines = _sync(paths, look, connect)
         except ClockWrong:
             if not wait_for_clock():
                 raise
             lines = _sync(paths, look, connect)
+        lines += first or _replace_persistence_key(paths, look, tcti)
     except UnlockError as error:
         _write_record(paths, [SyncLine("all", error.code, str(error), error)])
         if isinstance(error, NoKey):  # a gate may be allowed to ask without it, and the network is up now
@@ -69,6 +73,20 @@ def _sync(paths: Paths, look: find.Look, connect: access.Connect) -> list[SyncLi
         lines = [*_catch_up(work), *_finish_rotation(work), *_ask_provider(work)]
         rotation.retire_keks(work)
         return lines
+
+
+def _replace_persistence_key(paths: Paths, look: find.Look, tcti: str) -> list[SyncLine]:
+    """A new persistence key where one is due. Imports what speaks with the TPM only then."""
+    state = State.load(paths)
+    if state.removed is not None or (state.narrowed is None and not isinstance(state.journal, NewPersistenceKey)):
+        return []
+    from . import new_persistence_key
+
+    try:
+        found = new_persistence_key.replace_if_due(paths, tcti or this_boot.tpm_device(), look=look)
+    except UnlockError as error:
+        return [SyncLine("persistence key", error.code, str(error), error)]
+    return [SyncLine("persistence key", "replaced", "; ".join(found.behind) if found else "")]
 
 
 def _catch_up(work: Work) -> list[SyncLine]:

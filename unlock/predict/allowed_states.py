@@ -13,8 +13,9 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from ..boot import unmeasured
 from ..disks import devices
-from ..errors import NoKey, Refused, UnlockError, Usage
+from ..errors import NoKey, NoSlot, Refused, TpmAbsent, UnlockError, Usage
 from ..host import keyring, this_boot
 from ..host.state import State as HostState
 from ..host.state import changing
@@ -25,7 +26,7 @@ from ..paths import TPM_DEVICE, Paths
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
-from ..tpm.record import Payload, Record, Slot
+from ..tpm.record import Needs, Payload, Record, Slot
 
 PIN_AUTH = "unlock:pin-auth"
 """In the key cache while the host is up: what the PIN makes, so that unattended changes of the policy keep it."""
@@ -96,7 +97,7 @@ def predicted(
     Writes nothing when nothing changes. Raises Usage for more than the policy holds, Refused when the branch that
     opened this boot cannot be told and one would have to go; NoKey, NoSlot, TpmFailed.
     """
-    with changing(paths, _PATIENCE) as state, Tpm(tcti) as tpm, access.read_persistence_key() as persistence:
+    with changing(paths, _PATIENCE) as state, Tpm(tcti) as tpm, access.read_persistence_key(state) as persistence:
         found = look(paths, tpm, state)
         record = found.record
         new: dict[bytes, str] = {}
@@ -151,7 +152,8 @@ def reseal(
     branches, selection = list(branches), pcr_policy.select(selection, found.record.cap)
     record = found.record
     remember(state, found, branches, reasons)
-    same = branches == list(record.branches) and selection == record.selection
+    needs = needs_of_root(state)
+    same = branches == list(record.branches) and selection == record.selection and needs == record.needs
     if same and (pin is None or (pin.typed is None and not record.pin)):
         state.tpm = state.tpm._replace(pin=record.pin)
         state.save_if_changed()
@@ -163,7 +165,7 @@ def reseal(
         if pin and pin.typed is not None:
             # until the TPM has it: no later change of the policy may set a PIN that nobody was told of
             keyring.forget(PIN_AUTH)
-        payload = Payload(persistence, unauthenticated_root(paths, state))
+        payload = Payload(persistence, unauthenticated_root(paths, state), needs)
         host, pin_auth = bytes.fromhex(state.host), auth if len(auth) else None
         slots.seal_slot(
             tpm, host, selection, branches, payload, owner_auth=owner_auth, pin_auth=pin_auth, cap=record.cap
@@ -250,9 +252,42 @@ def unauthenticated_root(paths: Paths, state: HostState) -> bool:
     return bool(early and early.facts.unauthenticated_root)
 
 
-def has_plain_root() -> bool:
-    """Whether the root file system is on no encrypted mapping: nothing authenticates it."""
-    return not devices.lies_on_mappings("/", {name for name, uuid in devices.active_mappings().items() if uuid})
+def needs_of_root(state: HostState) -> Needs:
+    """The members of this host's groups that / and /usr lie on, whatever their mappings are called now."""
+    below = {name for where in ("/", "/usr") for name in devices.mappings_below(where)}
+    uuids = {uuid for name, uuid in devices.active_mappings().items() if uuid and name in below} if below else set()
+    members = [member for group in state.groups.values() for member in group.members]
+    return Needs.of(each.name for each in members if each.name in below or each.uuid in uuids)
+
+
+def tell_root(paths: Paths, state: HostState, persistence: Secret, tcti: str = TPM_DEVICE) -> None:
+    """Seals the key again, under the policy that is there, where the TPM does not say yet which disks the root file
+    system needs. Nothing where the TPM keeps no key of this host. Raises Refused, TpmFailed."""
+    try:
+        with Tpm(tcti) as tpm:
+            found = look(paths, tpm, state)
+            if found.record.host == bytes.fromhex(state.host):
+                reseal(
+                    paths,
+                    tpm,
+                    state,
+                    found,
+                    persistence=persistence,
+                    selection=found.record.selection,
+                    branches=found.record.branches,
+                    reasons={},
+                )
+    except (NoSlot, TpmAbsent):
+        pass
+
+
+def describe_untrusted_system(paths: Paths) -> str:
+    """Why keys should not cross into this system, in words; '' if nothing speaks against it: a part of it lies on no
+    encrypted disk, or systemd obeys what nothing measures."""
+    encrypted = {name for name, uuid in devices.active_mappings().items() if uuid}
+    plain = devices.unproven_system_mounts(encrypted)
+    words = [f"{', '.join(plain)}: not on an encrypted disk"] if plain else []
+    return "; ".join([*words, *filter(None, [unmeasured.open_channels(paths)])])
 
 
 def utc() -> str:

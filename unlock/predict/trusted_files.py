@@ -21,7 +21,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from .. import wrap
-from ..errors import Malformed, NewerFormat, NoKey, Tampered
+from ..errors import Malformed, NewerFormat, NoKey, Refused, Tampered
+from ..host.state import State
 from ..keys import access
 from ..measured.baseline import parse_digest
 from ..paths import Paths, write_atomically
@@ -75,7 +76,7 @@ class TrustedFiles(NamedTuple):
 
 def save_trusted_files(paths: Paths, trusted: TrustedFiles) -> None:
     """Writes the record, when it differs from what is there. Raises NoKey, OSError, Malformed when it is too long."""
-    with access.read_persistence_key() as persistence:
+    with access.read_persistence_key(State.load(paths)) as persistence:
         data = trusted.encode(persistence)
     if read_own_file(paths.boot_files, TRUSTED_MAX) != data:
         write_atomically(paths.boot_files, data)
@@ -84,10 +85,20 @@ def save_trusted_files(paths: Paths, trusted: TrustedFiles) -> None:
 def load_trusted_files(paths: Paths) -> TrustedFiles | None:
     """None without a record whose MAC is right, and while the persistence key is not in the key cache."""
     try:
-        with access.read_persistence_key() as persistence:
+        with access.read_persistence_key(State.load(paths)) as persistence:
             return TrustedFiles.decode(read_own_file(paths.boot_files, TRUSTED_MAX), persistence)
-    except (NoKey, Tampered, Malformed):
+    except (NoKey, Refused, Tampered, Malformed):
         return None
+
+
+def put_under_new_key(paths: Paths, *, old: Secret, new: Secret) -> None:
+    """The record gets a MAC by a new persistence key. One that is under neither key, or not there, stays as it is, and
+    vouches for nothing. May be repeated."""
+    try:
+        trusted = TrustedFiles.decode(read_own_file(paths.boot_files, TRUSTED_MAX), old)
+    except (Tampered, Malformed):
+        return
+    write_atomically(paths.boot_files, trusted.encode(new))
 
 
 def parse_text(value: object) -> str:

@@ -128,7 +128,7 @@ class Provider(Protocol):
         """Activates a key. May be repeated."""
 
     def rotate(self, ref: Ref, name: str) -> Ref:
-        """Makes an active key that replaces `ref`: by Re-key, with the old name, or else a new one named `name`.
+        """Makes an active key that replaces `ref`: by Re-key, with the old name, or else a new key named `name`.
 
         Called again with the same arguments, after a kill too, it finds the key that it has made.
         """

@@ -25,7 +25,7 @@ _SALT = 16
 
 
 class Native:
-    """Implements `Provider` with one KDK of 32 bytes, which it owns and wipes. A key's id is its name."""
+    """Implements `Provider` with a KDK of 32 bytes, which it owns and wipes. A key's id is its name NAME/GENERATION."""
 
     def __init__(self, kdk: Secret, scope: str) -> None:
         self.kdk = kdk
@@ -92,7 +92,7 @@ class Native:
         salt = os.urandom(_SALT)
         head = {"unlock": "kdk-backup", "version": BACKUP_VERSION, "provider": self.id, "scope": self.scope}
         with wrap.from_password(password, salt) as key:
-            wrapped = wrap.wrap(key, self.kdk, canonical(head))
+            wrapped = wrap.wrap(key, plain=self.kdk, aad=canonical(head))
         body = {"salt": b64encode(salt).decode(), "kdk": b64encode(wrapped).decode()}
         return json.dumps({**head, **body}, indent=1).encode() + b"\n"
 

@@ -33,6 +33,7 @@ from .record import MAX_SEALED, RECORD_SIZE, SLOTS, SRK, Record, Slot
 _NONE, _PASSWORD, _OWNER, _ENDORSEMENT = 0xFFF, 0xFF, 0x101, 0x10B  # ESYS_TR_...
 _NO_SESSIONS = (_NONE, _NONE, _NONE)
 _HMAC, _POLICY = 0, 1  # TPM2_SE_...
+_CONTINUE = 0x01  # the session outlives its command
 _DECRYPT, _ENCRYPT = 0x20, 0x40  # the first parameter: on its way to the TPM, from the TPM
 _PAUSES = (
     0.02,
@@ -67,7 +68,7 @@ Meanwhile = Callable[[], None] | None
 """Called while the TPM works. It raises nothing."""
 
 
-class _Answer(TpmFailed):
+class _ResponseError(TpmFailed):
     """A command's response code that is not success. `answer` is 0 when it is not the TPM's own."""
 
     def __init__(self, command: str, rc: int) -> None:
@@ -167,7 +168,7 @@ class Tpm:
         data = self._ffi.new("TPM2B_MAX_NV_BUFFER **")
         try:
             self._send("NV_Read", index[0], index[0], _PASSWORD, _NONE, _NONE, RECORD_SIZE, 0, data)
-        except _Answer as failure:
+        except _ResponseError as failure:
             if failure.answer in (_HANDLE, _NV_UNINITIALIZED):
                 raise NoSlot(f"slot {slot.name} of the TPM has no policy record") from None
             if failure.answer == _NV_RANGE:
@@ -265,8 +266,8 @@ class Tpm:
 
         With `pin_auth` it is opened by the policy and this value, and the TPM counts wrong ones.
         ReadPublic (SRK), StartAuthSession, Create, Load, ReadPublic, [EvictControl], EvictControl,
-        FlushContext. Payload and value are encrypted on their way. Not CreateLoaded: TPMs older than revision 1.38
-        lack it.
+        FlushContext. Payload and value are encrypted on their way, and so is the object itself: whoever has recorded it
+        could load it again when its policy is long gone. Not CreateLoaded: TPMs older than revision 1.38 lack it.
         """
         sealed, name = self._create(branches, payload, pin_auth=pin_auth)
         try:
@@ -335,7 +336,7 @@ class Tpm:
         with Secret.random(32) as sample:
             sealed, _ = self._create(branches, sample)
             try:
-                with self._unsealed(self._public(SRK, "no SRK")[0], sealed, selection, branches) as found:
+                with self._unsealed(self._storage_root_key(), sealed, selection, branches) as found:
                     if found != sample:
                         raise TpmFailed("the TPM unseals something else than was sealed")
             finally:
@@ -374,7 +375,7 @@ class Tpm:
             time.sleep(pause)
             rc = _uninterrupted(function, self._context[0], *arguments)
         if rc:
-            raise _Answer(call.replace("TR_FromTPMPublic", "ReadPublic"), rc)
+            raise _ResponseError(call.replace("TR_FromTPMPublic", "ReadPublic"), rc)
 
     def _public(self, handle: int, absent: str) -> tuple[int, bytes]:
         """The ESYS_TR of what is persistent at this handle, and its public area. ReadPublic, or NV_ReadPublic. Raises
@@ -389,7 +390,7 @@ class Tpm:
         resource = self._resource(handle)
         try:
             self._send("TR_FromTPMPublic", handle, *_NO_SESSIONS, resource)
-        except _Answer as failure:
+        except _ResponseError as failure:
             if failure.answer == _HANDLE:
                 return 0
             raise
@@ -444,7 +445,7 @@ class Tpm:
         for _ in range(_TRIES):
             try:
                 return self._unsealed_once(srk, sealed, selection, branches, auth, meanwhile)
-            except _Answer as failure:
+            except _ResponseError as failure:
                 if auth is not None and failure.answer == _AUTH_FAIL:
                     raise PinWrong("the PIN is wrong") from None
                 if auth is not None and failure.answer == _LOCKOUT:
@@ -482,7 +483,7 @@ class Tpm:
                     self._send("PolicyAuthValue", session, *_NO_SESSIONS)
                     self._set_auth(sealed, auth)
                 self._send("Unseal", sealed, session, _NONE, _NONE, data)
-            except _Answer as failure:
+            except _ResponseError as failure:
                 if failure.answer in (_VALUE, _POLICY_FAIL):
                     raise pcr_refusal(selection) from None
                 raise
@@ -494,8 +495,12 @@ class Tpm:
     def _create(
         self, branches: Sequence[bytes], payload: Secret, *, pin_auth: Secret | None = None
     ) -> tuple[int, bytes]:
-        """Makes a transient sealed object; returns its ESYS_TR and name."""
-        srk, _ = self._public(SRK, f"the TPM has no storage root key at {SRK:#x}")
+        """Makes a transient sealed object; returns its ESYS_TR and name.
+
+        One session, salted to the SRK, encrypts the first parameter of each way: inSensitive and outPrivate of Create,
+        inPrivate of Load.
+        """
+        srk = self._storage_root_key()
         ffi, template = self._ffi, self._template(public_area.sealed_template(branches, pin_auth is not None))
         sensitive = ffi.new("TPM2B_SENSITIVE_CREATE *")
         private, public, sealed = (
@@ -511,15 +516,24 @@ class Tpm:
             if pin_auth is not None:
                 sensitive.sensitive.userAuth.size = len(pin_auth)
                 ffi.memmove(sensitive.sensitive.userAuth.buffer, pin_auth.value, len(pin_auth))
-            with self._session(srk, _HMAC, _DECRYPT) as session:
+            with self._session(srk, _HMAC, _DECRYPT | _ENCRYPT | _CONTINUE) as session:
                 creation = (*self._no_creation_data(), private, public, *[ffi.NULL] * 3)
                 self._send("Create", srk, session, _NONE, _NONE, sensitive, template, *creation)
+                self._send("TRSess_SetAttributes", session, _DECRYPT, 0xFF)
+                self._send("Load", srk, session, _NONE, _NONE, private[0], public[0], sealed)
         finally:
             ffi.memmove(sensitive, bytes(ffi.sizeof(sensitive[0])), ffi.sizeof(sensitive[0]))
-        self._send("Load", srk, _PASSWORD, _NONE, _NONE, private[0], public[0], sealed)
-        self._lib.Esys_Free(private[0])
-        self._lib.Esys_Free(public[0])
+            self._lib.Esys_Free(private[0])
+            self._lib.Esys_Free(public[0])
         return sealed[0], public_area.name(self._area(sealed[0]))
+
+    def _storage_root_key(self) -> int:
+        """The ESYS_TR of the SRK. ReadPublic. Raises NoSlot, or Tampered where the object there is no SRK: what is
+        encrypted to it could be read by whoever has its private part."""
+        srk, public = self._public(SRK, f"the TPM has no storage root key at {SRK:#x}")
+        if problem := public_area.srk_problem(public):
+            raise Tampered(f"the object at {SRK:#x} is no storage root key: {problem}", "unlock explain")
+        return srk
 
     def _make_srk(self, owner_auth: Secret | None) -> None:
         srk = self._primary(_OWNER, self._owner(owner_auth))
@@ -589,12 +603,17 @@ class Tpm:
         return not rc
 
     def _owner(self, auth: Secret | None) -> "_Session":
-        """The owner's authorization of one command: empty, or StartAuthSession: it never crosses the bus."""
+        """The owner's authorization of one command: empty, or ReadPublic, StartAuthSession: it never crosses the bus,
+        and once there is an SRK, nothing that it could be guessed from."""
         if auth is None or not len(auth):
             return _Session(self, _PASSWORD)
         if len(auth) > 64:
             raise Usage("the owner authorization is longer than a TPM takes: 64 bytes")
-        session = self._session(_NONE, _HMAC, 0)
+        try:
+            salt_key = self._storage_root_key()
+        except (NoSlot, Tampered):  # `ensure_srk` makes one, or refuses
+            salt_key = _NONE
+        session = self._session(salt_key, _HMAC, 0)
         self._set_auth(_OWNER, auth)
         return session
 

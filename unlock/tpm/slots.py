@@ -24,7 +24,7 @@ from ..secret import Secret
 from . import pcr_policy
 from .chip import Meanwhile, SlotState, Tpm, pcr_refusal
 from .pcr_policy import CAP_PCR, select
-from .record import SLOTS, Payload, Record, Slot
+from .record import SLOTS, Needs, Payload, Record, Slot
 
 _TELLING = (TpmRefused, Tampered, NewerFormat, Malformed, NoSlot)
 PIN_TRIES = 3
@@ -81,7 +81,7 @@ def unseal(tpm: Tpm, ask: Ask = no_pin, meanwhile: Meanwhile = None) -> Unsealed
                     meanwhile()
                 return _by_pin(tpm, slot, record, objects, ask)
             with tpm.unseal(objects, record, meanwhile=meanwhile) as sealed:
-                return Unsealed(Payload.decode(sealed), slot, record)
+                return Unsealed(_checked(Payload.decode(sealed), slot, record), slot, record)
         except (NoSlot, Malformed, Tampered, TpmRefused) as problem:
             problems.append(problem)
     raise min(problems, key=_rank)
@@ -96,13 +96,33 @@ def _by_pin(tpm: Tpm, slot: Slot, record: Record, objects: tuple[int, int], ask:
                 continue
         try:
             with tpm.unseal(objects, record, auth) as sealed:
-                return Unsealed(Payload.decode(sealed), slot, record, auth)
+                return Unsealed(_checked(Payload.decode(sealed), slot, record), slot, record, auth)
         except PinWrong:
             auth.wipe()
         except BaseException:
             auth.wipe()
             raise
     raise PinWrong(f"the PIN was wrong {PIN_TRIES} times", "reboot, or type the recovery key")
+
+
+def _checked(payload: Payload, slot: Slot, record: Record) -> Payload:
+    """The payload, if the record beside it tells the same of the root. Raises Tampered."""
+    if payload.needs != record.needs:
+        payload.key.wipe()
+        raise Tampered(f"the record of slot {slot.name} tells of another root file system than what is sealed")
+    return payload
+
+
+def read_needs(tpm: Tpm) -> Needs:
+    """What the newest record that can be read says of the root, which nothing authenticates where the TPM refuses.
+    NV_Read, twice."""
+    found: list[Record] = []
+    for slot in SLOTS:
+        try:
+            found.append(tpm.read_record(slot))
+        except UnlockError:
+            continue
+    return max(found, key=lambda each: each.generation).needs if found else Needs()
 
 
 def current_slot(tpm: Tpm) -> tuple[Slot, Record]:
@@ -153,7 +173,9 @@ def seal_slot(
     with payload.encode() as sealed:
         object_name = tpm.seal(target, branches, sealed, owner_auth=owner_auth, pin_auth=pin_auth)
     generation = 1 + (complete[current].generation if current in complete else 0)
-    record = Record(generation, host, selection, cap, tuple(branches), srk_name, object_name, pin_auth is not None)
+    record = Record(
+        generation, host, selection, cap, tuple(branches), srk_name, object_name, pin_auth is not None, payload.needs
+    )
     tpm.write_record(target, record, owner_auth)
     state = tpm.slot_state(target)
     if state.record != record or not state.complete:

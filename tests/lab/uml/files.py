@@ -10,6 +10,7 @@ from .line import AGENT, SHARED
 CMDLINE = "console=ttyS0 quiet panic=-1 systemd.show_status=no init_on_alloc=0 pty.legacy_count=0 dummy.numdummies=0"
 """udev would trigger each of 256 old pseudo-terminals, zeroing memory costs time, and a dummy is no network card."""
 START_TPM = "/usr/lib/lab/vtpm /dev/ttyS3 </dev/null >/dev/kmsg 2>&1"
+START_TPM_BEFORE = START_TPM.replace("ttyS3", "ttyS4")
 FIRST = f"""#!/bin/sh
 # First in the initramfs: what the host shares, the clock, what the firmware would have left, the TPM.
 [ "$1" = prereqs ] && {{ echo udev; exit; }}
@@ -24,6 +25,7 @@ mkdir -p /sys/firmware/acpi/tables
     cat {SHARED}/eventlog >/run/tpm-eventlog
     mkdir -p /sys/firmware/efi/efivars
 }}
+[ ! -e {SHARED}/tpm-before ] || {START_TPM_BEFORE}
 {START_TPM}
 """
 HOOK = """#!/bin/sh

@@ -52,6 +52,7 @@ class Uml(Running):
 
     What stays in `home` from boot to boot: one of ROOT, the disks, the TPM states. `tpm` names the TPM's state
     directory: another name is a replaced board, None is no TPM.
+    `tpm_before`: the state directory of another TPM, which the kernel finds first.
     `uefi`: the PCRs and the event log are those of a UEFI that starts this kernel, initramfs and command line.
     `network`: a card; this host's loopback is at running.GATEWAY, the guest is running.ADDRESS.
     `clock`: the guest's at the start, as YYYY-MM-DDTHH:MM:SS in UTC.
@@ -71,6 +72,7 @@ class Uml(Running):
         *,
         disks: Sequence[Disk] = (),
         tpm: str | None = "tpm",
+        tpm_before: str = "",
         tpm_delays: Delays | None = None,
         uefi: bool = False,
         initrd: Path | None = None,
@@ -88,6 +90,8 @@ class Uml(Running):
         self._cmdline = f"{cmdline or image.cmdline} {append}".strip()
         self._disks = list(disks)
         self._tpm_name = tpm
+        self._tpm_before = tpm_before
+        self._other_tpm: LineTpm | None = None
         self._tpm_delays = tpm_delays
         self._uefi = uefi
         self._memory = memory
@@ -175,6 +179,11 @@ class Uml(Running):
                 port = self.tpm_line.port
             ends.append(port)
             arguments.append(f"ssl3=fd:{port.fileno()}")
+        if self._tpm_before:
+            (shared / "tpm-before").touch()
+            self._other_tpm = LineTpm(self.home / self._tpm_before, self.home / f"tpm-before-{self.boot}.log")
+            ends.append(self._other_tpm.port)
+            arguments.append(f"ssl4=fd:{self._other_tpm.port.fileno()}")
         assert self._turn
         command = ["taskset", "--cpu-list", str(self._turn.core), "unshare", "--pid", "--fork", "--kill-child"]
         if self._network:
@@ -206,6 +215,8 @@ class Uml(Running):
 
     def _stop(self) -> None:
         super()._stop()
+        if self._other_tpm:
+            self._other_tpm.stop()
         covered.collect(self.home / "line")
         if self._slirp:
             self._slirp.kill()

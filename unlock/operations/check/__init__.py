@@ -17,13 +17,20 @@ from ...keys import access
 from ...measured import logs
 from ...paths import Paths
 from ...secret import Secret
-from .disks import check_group, check_root
+from .disks import check_copies, check_group, check_root
 from .finding import EXIT_STATUS as EXIT_STATUS
 from .finding import CheckResult, result_of
 from .finding import to_json as to_json
 from .finding import to_text as to_text
 from .firmware import check_firmware
-from .host import check_configuration, check_hibernation, check_kexec, check_stopped_operation
+from .host import (
+    check_cap,
+    check_configuration,
+    check_hibernation,
+    check_kexec,
+    check_stopped_operation,
+    check_system,
+)
 from .initramfs import check_boot_files, check_initramfs_images, foreign_boot_files
 from .keys import check_provider, check_recovery_key
 from .tpm import check_tpm, predict_or_error
@@ -41,6 +48,7 @@ def check(
         persistence: Secret | None = keyring.get("unlock:persistence")
     except NoKey:
         persistence = None
+    ours = {member.name for group in state.groups.values() for member in group.members}
     present = look()
     predicted = predict_or_error(paths, tcti)
     log, _ = logs.read_event_log(paths)
@@ -50,6 +58,7 @@ def check(
             *check_tpm(paths, state, tcti, predicted, log),
             *check_stopped_operation(state),
             *(each for group in state.groups.values() for each in check_group(state, group, present, persistence)),
+            *check_copies(state),
             *check_root(paths, state),
             *check_boot_files(foreign),
             *check_initramfs_images(paths, tcti, predicted, foreign),
@@ -58,6 +67,8 @@ def check(
             *check_configuration(paths),
             *check_firmware(paths, log),
             *check_kexec(paths),
-            *check_hibernation(paths),
+            *check_hibernation(paths, ours),
+            *check_system(paths, ours),
+            *check_cap(paths),
         ]
     )

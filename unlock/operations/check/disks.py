@@ -3,7 +3,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from ...disks import devices, disk_keys, find, luks, token
+from ...disks import devices, disk_keys, find, luks, spoofed, token
 from ...disks.groups import Group, Member
 from ...errors import NoKey, UnlockError
 from ...host.state import State
@@ -26,6 +26,14 @@ def check_group(
         yield wrong[0]._replace(what=what)
     else:
         yield from wrong
+
+
+def check_copies(state: State) -> Iterator[Finding]:
+    """Other disks with the UUIDs of what lies on a group's mappings: what mounts by UUID may take them."""
+    for group in state.groups.values():
+        for copy in spoofed.find_copies(each.name for each in group.members):
+            why = f"{copy.node} has the UUID of what is on its disks, and may be mounted in its place"
+            yield Finding(f"group {group.name}", UNPROVEN, why, f"take {copy.node} out, or wipefs it")
 
 
 def _check_member(

@@ -4,6 +4,8 @@
 from collections.abc import Iterable
 from typing import NamedTuple, TypedDict
 
+from ... import log
+
 NOTE, SAFE, UNPROVEN, UNSAFE = "note", "safe", "unproven", "unsafe"
 """A note is worth knowing, and is not about the next boot."""
 EXIT_STATUS = {SAFE: 0, UNPROVEN: 30, UNSAFE: 31}
@@ -60,4 +62,4 @@ def to_text(result: CheckResult) -> str:
         lines.append(f"{each.verdict:<9} {each.what}: {each.detail}")
         if each.do:
             lines.append(f"{'':<9} > {each.do}")
-    return "\n".join([*lines, f"{result.verdict}: {MEANING[result.verdict]}"])
+    return log.join_lines([*lines, f"{result.verdict}: {MEANING[result.verdict]}"])

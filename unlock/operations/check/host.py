@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks the configuration, and what could keep a reboot from being one: kexec, hibernation, a stopped command."""
 
+import glob
 import os
 import re
 from collections.abc import Iterator
 
+from ...boot import unmeasured
 from ...disks import devices, fstab
 from ...errors import UnlockError
-from ...host import config
+from ...host import config, this_boot
 from ...host.state import State
 from ...paths import Paths
-from .finding import UNPROVEN, UNSAFE, Finding
+from .finding import NOTE, UNPROVEN, UNSAFE, Finding
 
 
 def check_configuration(paths: Paths) -> Iterator[Finding]:
@@ -44,12 +46,55 @@ def check_kexec(paths: Paths) -> Iterator[Finding]:
         yield Finding("kexec", UNSAFE, why, "LOAD_KEXEC=false in /etc/default/kexec")
 
 
-def check_hibernation(paths: Paths) -> Iterator[Finding]:
+def check_hibernation(paths: Paths, ours: set[str]) -> Iterator[Finding]:
     """Whether hibernation writes keys to a disk that is not encrypted."""
     number = _read_line(paths, "sys/power/resume")
-    if number not in ("", "0:0") and not devices.is_encrypted(number, paths.root):
+    if number in ("", "0:0"):
+        return
+    if not devices.is_encrypted(number, paths.root):
         why = "the host hibernates to a disk that is not encrypted, with all keys in memory; unlock resumes from none"
         yield Finding("hibernation", UNSAFE, why, "take resume= away, or put the swap on an encrypted disk")
+    elif not devices.device_lies_on_mappings(number, ours, paths.root):
+        why = "the host hibernates to a disk that unlock does not open: nothing is resumed from it"
+        yield Finding("hibernation", NOTE, why, "unlock disk adopt")
+
+
+def check_system(paths: Paths, ours: set[str]) -> Iterator[Finding]:
+    """What controls this system beside the root file system: other file systems, systemd's other inputs, its shells."""
+    for where in devices.unproven_system_mounts(ours, paths.root):
+        if where != "/":
+            why = "it lies on no disk that unlock opens: whoever edits it controls this system, and gets the keys"
+            yield Finding(where, NOTE, why, "unlock disk adopt, or move it to the root file system")
+    if unmeasured.has_options(paths):
+        deleted = "the EFI variable SystemdOptions is set, which nothing measures: the next boot deletes it"
+        yield Finding("systemd", NOTE, deleted, "bootctl systemd-efi-options ''")
+    if credentials := unmeasured.credentials(paths):
+        closed = f"add {unmeasured.CLOSED} to the kernel command line, then: unlock policy predict"
+        yield Finding("systemd", UNSAFE, f"{credentials}: the next boot opens nothing by itself", closed)
+    if shell := _describe_emergency_shell(paths):
+        yield Finding("console", NOTE, shell, "passwd root, or systemctl mask emergency.service rescue.service")
+
+
+def check_cap(paths: Paths) -> Iterator[Finding]:
+    """Whether every TPM is locked in this boot."""
+    if this_boot.read_early_report(paths) is None:
+        return
+    for name in sorted(set(this_boot.list_tpms()) - this_boot.capped_tpms(paths)):
+        why = f"{name} was not locked in this boot: whoever is root here can ask it for the key"
+        yield Finding("TPM", UNSAFE, why, "systemctl start unlock-cap")
+
+
+def _describe_emergency_shell(paths: Paths) -> str:
+    """Who gets systemd's emergency shell at the console, where it asks for no password; ''."""
+    shadow = _read_line(paths, "etc/shadow")
+    password = next((line.split(":")[1] for line in shadow.splitlines() if line.startswith("root:")), "*")
+    if password == "":
+        return "root has no password: whoever is at the console has a shell once a unit of the boot fails"
+    for unit in ("emergency.service", "rescue.service"):
+        for path in glob.glob(os.path.join(glob.escape(paths.root), "etc/systemd/system", f"{unit}.d", "*.conf")):
+            if "SYSTEMD_SULOGIN_FORCE=1" in _read_line(paths, os.path.relpath(path, paths.root)):
+                return f"{path} has SYSTEMD_SULOGIN_FORCE=1: whoever is at the console has a shell once a unit fails"
+    return ""
 
 
 def _read_line(paths: Paths, name: str) -> str:

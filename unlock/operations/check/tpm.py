@@ -57,6 +57,9 @@ def check_tpm(
     if at_unseal.initramfs_unmeasured(boot, log):
         edited = "nothing measures it, as `initrd=` names it: whoever edits it gets the keys"
         yield Finding("initramfs", NOTE, edited, "boot a unified kernel image")
+    if state.narrowed is not None:
+        earlier = f"{state.narrowed}, but earlier copies of headers still open: there is no new persistence key yet"
+        yield Finding("policy", NOTE, earlier, "unlock rekey --fresh")
     if window := state.tpm.window:
         yield Finding("policy", NOTE, policy.describe_window(window.since, window.reboots), "unlock policy close")
 
