@@ -577,11 +577,13 @@ def test_who_accepts_is_told_what(host: Machine, capsys: pytest.CaptureFixture[s
     in_boot(host, IMAGE).write_bytes(b"from the rescue system")
     Path(host.paths.root, "boot/vmlinuz").symlink_to(f"vmlinuz-{NEW}")
     os.mkfifo(Path(host.paths.root, "boot/pipe"))
+    host.write("boot/vmlinuz; id", HIS[KERNEL])
     host.write("proc/self/mountinfo", b"")
     look(host)
     findings = {each.what: each for each in check.check(host.paths, host.chip.tcti, dict).findings}
     assert {f"/{place(IMAGE)}", "/boot/vmlinuz", "/boot/pipe"} <= findings.keys()
     assert booted.ACCEPT in findings[f"/{place(IMAGE)}"].do
+    assert findings["/boot/vmlinuz; id"].do.startswith("rm '/boot/vmlinuz; id', or ")
     capsys.readouterr()
     predict.predict_and_allow(host.paths, host.chip.tcti, trust_files=True)
     said = capsys.readouterr().err

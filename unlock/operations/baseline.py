@@ -9,6 +9,7 @@ unlock-baseline.service runs it before an update can replace the files; init and
 """
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 
 from .. import log
@@ -56,7 +57,10 @@ def log_accepted(accepted: Mapping[str, str], left: Mapping[str, str], *, dry_ru
     for path, what in accepted.items():
         log.note(f"unlock: {'would be trusted' if dry_run else 'trusted from now on'}: {path}: {what}")
     for path, why in left.items():
-        log.error(f"{path} cannot be trusted: {why}", f"ls -lAi /{os.path.dirname(path)}; rm, or e2fsck, fsck.fat")
+        log.error(
+            f"{path} cannot be trusted: {why}",
+            f"ls -lAi {shlex.quote(f'/{os.path.dirname(path)}')}; rm, or e2fsck, fsck.fat",
+        )
 
 
 def record_baseline(paths: Paths, tcti: str = TPM_DEVICE, sealed: bool = False) -> Baseline | None:

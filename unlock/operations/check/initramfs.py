@@ -2,6 +2,7 @@
 """Checks the installed initramfs images: is unlock in them, and does it read what is on the disks and in the TPM?"""
 
 import os
+import shlex
 from collections.abc import Iterator
 
 from ...disks import token
@@ -30,7 +31,7 @@ def check_boot_files(foreign: dict[str, str]) -> Iterator[Finding]:
     """Files that nothing vouches for. A boot that depends on one is told by the prediction."""
     for path, why in foreign.items():
         detail = f"{why}. Until then no new file below /boot is trusted"
-        yield Finding(f"/{path}", NOTE, detail, f"rm /{path}, or {booted.ACCEPT}")
+        yield Finding(f"/{path}", NOTE, detail, f"rm {shlex.quote(f'/{path}')}, or {booted.ACCEPT}")
 
 
 def check_initramfs_images(
