@@ -12,6 +12,7 @@ from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from tests.lab.kmipserver import KmipServer
 from tests.lab.pki import Leaf
+from tests.tpmfixture import Swtpm
 from unlock.disks import disk_keys, find, luks
 from unlock.disks.groups import Group, Member
 from unlock.errors import UnlockError
@@ -23,7 +24,8 @@ from unlock.keys import access, recovery_key
 from unlock.paths import Paths, write_atomically
 from unlock.providers import native
 from unlock.secret import Secret
-from unlock.tpm import pcr_policy
+from unlock.tpm import pcr_policy, slots
+from unlock.tpm.record import Payload
 
 HOST = "ab" * 16
 Server = Liar | KmipServer
@@ -155,6 +157,20 @@ class Host:
 
     def work(self) -> access.Work:
         return access.Work(self.paths, self.look)
+
+    def take_key(self) -> None:
+        """After a new persistence key was made: what the next boot has."""
+        self.persistence = keyring.get("unlock:persistence")
+
+    @contextmanager
+    def tpm(self) -> Iterator[str]:
+        """A TPM that has the persistence key, for any boot like this one. Gives its TCTI."""
+        with Swtpm(self.folder / "chip") as chip, chip.open() as tpm:
+            selection = pcr_policy.select((7,))
+            branch = pcr_policy.branch(selection, tpm.read_pcrs(range(16)))
+            payload = Payload(Secret(bytes(self.persistence)))
+            slots.seal_slot(tpm, bytes.fromhex(HOST), selection, (branch,), payload)
+            yield chip.tcti
 
     # What is true
 

@@ -33,9 +33,11 @@ from unlock.operations import (
     switch,
     sync,
 )
-from unlock.predict import trusted_files
+from unlock.predict import allowed_states, trusted_files
 from unlock.predict.allowed_states import Pin
 from unlock.secret import Secret
+from unlock.tpm import slots
+from unlock.tpm.record import Needs
 
 pytestmark = pytest.mark.usefixtures("key_cache", "cheap_passwords")
 
@@ -277,6 +279,17 @@ def test_a_group_that_only_the_key_manager_opens_needs_none_for_it(managed: Mach
         ):
             assert bytes(dek) == managed.deks[container.uuid]
     assert run_sync(managed)["data"] in ("cached", "unchanged")
+
+
+def test_what_the_root_needs_is_sealed_with_the_new_key(host: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = Needs.of(["data-0"])
+    monkeypatch.setattr(allowed_states, "needs_of_root", lambda _: needs)
+    replace(host)
+    assert host.allows().record.needs == needs
+    host.chip.power_cycle()
+    host.extend([(entry.pcr, entry.sha256) for entry in BOOT.entries()])
+    with host.chip.open() as tpm:
+        assert slots.unseal(tpm).payload.needs == needs
 
 
 # Disks that are away

@@ -287,12 +287,23 @@ def test_a_server_with_an_open_file_on_the_group_lives_there(tmp_path: Path) -> 
 # persistence
 
 
-def test_persistence_off_and_on_again(host: Host, kms: Liar) -> None:
+@pytest.fixture
+def tcti(host: Host) -> Iterator[str]:
+    with host.tpm() as tcti:
+        yield tcti
+
+
+def disable(host: Host, tcti: str) -> None:
+    persistence.disable(host.paths, host.look, tcti)
+    host.take_key()
+
+
+def test_persistence_off_and_on_again(host: Host, kms: Liar, tcti: str) -> None:
     assert persistence.status(host.paths, host.look)["groups"][0]["kept_on"] == ["data-0", "data-1"]
     material = kms.keys[host.group.kek.rpartition("/")[2]].material
     host_key = bytes(host.state.host_key(host.persistence) or b"")
     for _ in range(2):
-        persistence.disable(host.paths, host.look)
+        disable(host, tcti)
         found = persistence.status(host.paths, host.look)
         assert (found["enabled"], found["groups"][0]["kept_on"]) == (False, [])
         assert not any(host.opens(image) for image in host.disks)
@@ -312,8 +323,8 @@ def test_persistence_off_and_on_again(host: Host, kms: Liar) -> None:
         assert bytes(kek) == material
 
 
-def test_enabling_without_the_key_manager_changes_nothing(host: Host, kms: Liar) -> None:
-    persistence.disable(host.paths, host.look)
+def test_enabling_without_the_key_manager_changes_nothing(host: Host, kms: Liar, tcti: str) -> None:
+    disable(host, tcti)
     keyring.forget(access.cache_name(host.group.kek, 1))
     kms.stop()
     with pytest.raises(ProviderError):
@@ -329,10 +340,10 @@ def test_native_keys_are_always_kept(native_host: Host) -> None:
     assert native_host.boot_opens()
 
 
-def test_the_tpm_is_not_emptied_while_something_hangs_on_it(host: Host) -> None:
+def test_the_tpm_is_not_emptied_while_something_hangs_on_it(host: Host, tcti: str) -> None:
     with pytest.raises(Refused, match="enabled"):
         persistence.remove_all_stored_keys(host.paths, "device:/dev/absent", Secret(b""))
-    persistence.disable(host.paths, host.look)
+    disable(host, tcti)
     with pytest.raises(Refused, match="client key"):
         persistence.remove_all_stored_keys(host.paths, "device:/dev/absent", Secret(b""))
 
@@ -360,6 +371,7 @@ def test_every_path_that_caches_a_key_is_known() -> None:
         # sealed before
         'init: this_boot.cache_keys(paths, "made", {"unlock:persistence": persistence})',
         'rebind: this_boot.cache_keys(paths, "made", {"unlock:persistence": new})',
+        'new_persistence_key: this_boot.cache_keys(paths, "made", {"unlock:persistence": new})',
         # in state and tokens before
         'rebind: this_boot.cache_keys(paths, source, {"unlock:host": host_key})',
         # on the disks
@@ -424,13 +436,15 @@ def test_a_key_that_was_in_the_cache_keeps_its_source(tmp_path: Path, kms: Liar)
     sync.sync(host.paths, host.look)
     assert source() == "provider"
     unwrapper(host)
-    persistence.disable(host.paths, host.look)
+    with host.tpm() as tcti:
+        disable(host, tcti)
     assert source() == "provider"
     keyring.forget(name)
     (tmp_path / "two").mkdir()
     host = Host(tmp_path / "two", 1, kms)
     name = access.cache_name(host.group.kek, 1)
-    persistence.disable(host.paths, host.look)
+    with host.tpm() as tcti:
+        disable(host, tcti)
     assert source() == "TPM", "the token of the disk had it"
     keyring.flush()
 
@@ -551,20 +565,22 @@ def test_the_command_line_speaks_for_people_and_for_scripts(host: Host) -> None:
 
 @pytest.mark.parametrize("enabling", [False, True])
 def test_a_choice_of_persistence_killed_anywhere_is_finished_by_the_same_command(
-    host: Host, enabling: bool, killer: Killer
+    host: Host, enabling: bool, killer: Killer, tcti: str
 ) -> None:
     choice, back = persistence.disable, persistence.enable
     if enabling:
         choice, back = back, choice
 
     def begin(_: int) -> Callable[[], object]:
-        back(host.paths, host.look)
+        back(host.paths, host.look, tcti)
+        host.take_key()
         assert [host.opens(image) for image in host.disks] == [not enabling] * 2
-        return partial(choice, host.paths, host.look)
+        return partial(choice, host.paths, host.look, tcti)
 
     for _ in killer(begin):
         assert host.recovery_opens()
-        choice(host.paths, host.look)
+        choice(host.paths, host.look, tcti)
+        host.take_key()
         assert host.state.journal is None
         assert [host.opens(image) for image in host.disks] == [enabling] * 2
 
@@ -611,7 +627,7 @@ def test_status_shows_the_days_left_what_is_behind_and_how_the_last_sync_went(ho
     said = status.to_text(status.read_status(host.paths))
     assert "certificate: 20 days left" in said
     assert "unlock provider renew" in said
-    assert "data-1: still under an earlier KEK" in said
+    assert "data-1: still under an earlier key" in said
     kms.lie("denied")
     sync.sync(host.paths, host.look)
     assert "sync: data: not-found-or-denied" in status.to_text(status.read_status(host.paths))

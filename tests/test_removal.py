@@ -61,8 +61,9 @@ def enable(host: Host, chip: Swtpm) -> None:
     persistence.enable(host.paths, host.look, chip.tcti)
 
 
-def disable(host: Host) -> None:
-    persistence.disable(host.paths, host.look)
+def disable(host: Host, chip: Swtpm) -> None:
+    persistence.disable(host.paths, host.look, chip.tcti)
+    host.persistence = keyring.get("unlock:persistence")
 
 
 def record(chip: Swtpm) -> Record | None:
@@ -84,7 +85,7 @@ def boot_gives(chip: Swtpm) -> bytes:
 
 
 def test_removed_the_tpm_keeps_nothing_and_the_disks_need_the_key_manager(host: Host, chip: Swtpm) -> None:
-    disable(host)
+    disable(host, chip)
     for _ in range(2):
         remove(host, chip)
         with chip.open() as tpm:
@@ -110,7 +111,7 @@ def test_removed_the_tpm_keeps_nothing_and_the_disks_need_the_key_manager(host: 
 def test_enabled_again_the_same_key_is_sealed_under_the_same_policy(host: Host, chip: Swtpm) -> None:
     before = record(chip)
     assert before
-    disable(host)
+    disable(host, chip)
     remove(host, chip)
     for _ in range(2):
         enable(host, chip)
@@ -126,7 +127,7 @@ def test_enabled_again_the_same_key_is_sealed_under_the_same_policy(host: Host, 
 
 
 def test_a_policy_that_came_after_the_removal_is_not_replaced_by_the_old_one(host: Host, chip: Swtpm) -> None:
-    disable(host)
+    disable(host, chip)
     remove(host, chip)
     with chip.open() as tpm:
         newer = pcr_policy.branch(SELECTION, tpm.read_pcrs(range(16)))
@@ -137,7 +138,7 @@ def test_a_policy_that_came_after_the_removal_is_not_replaced_by_the_old_one(hos
 
 
 def test_while_the_tpm_keeps_nothing_no_other_way_leads_back(host: Host, kms: Liar, chip: Swtpm) -> None:
-    disable(host)
+    disable(host, chip)
     with Liar(AUTHORITY) as other:
         settings = config.ProviderConfig("second", (f"127.0.0.1:{other.port}",), host.ca(), "", config.TIMEOUT)
         client = provider.Client(CLIENT.certificate, Secret(CLIENT.key))
@@ -153,7 +154,7 @@ def test_while_the_tpm_keeps_nothing_no_other_way_leads_back(host: Host, kms: Li
 
 
 def test_another_installations_key_is_not_removed(host: Host, chip: Swtpm) -> None:
-    disable(host)
+    disable(host, chip)
     with chip.open() as tpm:
         branch = pcr_policy.branch(SELECTION, tpm.read_pcrs(range(16)))
         slots.seal_slot(tpm, b"h" * 16, SELECTION, (branch,), Payload(Secret.random(32)), replace=True)
@@ -168,7 +169,7 @@ def test_nothing_is_removed_while_the_password_hangs_on_it(host: Host, chip: Swt
     path.write_text(path.read_text() + 'username = "host-1"\n')
     client = provider.Client(CLIENT.certificate, Secret(CLIENT.key), Secret(b"password"))
     provider.renew_client(host.paths, client, "", host.look)
-    disable(host)
+    disable(host, chip)
     with pytest.raises(Refused, match="password"):
         remove(host, chip)
     path.write_text(path.read_text().replace('username = "host-1"\n', ""))
@@ -192,7 +193,7 @@ def cut_at_every_command(chip: Swtpm, work: Callable[[], None], again: Callable[
 
 
 def test_removal_cut_at_every_tpm_command_is_finished_by_the_same_command(host: Host, chip: Swtpm) -> None:
-    disable(host)
+    disable(host, chip)
 
     def again() -> None:
         remove(host, chip)
@@ -200,7 +201,7 @@ def test_removal_cut_at_every_tpm_command_is_finished_by_the_same_command(host: 
             assert tpm.facts().taken == ()
         assert host.state.removed
         enable(host, chip)
-        disable(host)
+        disable(host, chip)
 
     assert cut_at_every_command(chip, lambda: remove(host, chip), again) > 8
 
@@ -208,7 +209,7 @@ def test_removal_cut_at_every_tpm_command_is_finished_by_the_same_command(host: 
 def test_enabling_cut_at_every_tpm_command_claims_nothing_and_is_finished_by_the_same_command(
     host: Host, chip: Swtpm
 ) -> None:
-    disable(host)
+    disable(host, chip)
     remove(host, chip)
 
     def again() -> None:
@@ -218,7 +219,7 @@ def test_enabling_cut_at_every_tpm_command_claims_nothing_and_is_finished_by_the
         enable(host, chip)
         assert boot_gives(chip) == bytes(host.persistence)
         assert host.boot_opens()
-        disable(host)
+        disable(host, chip)
         remove(host, chip)
 
     assert cut_at_every_command(chip, lambda: enable(host, chip), again) > 12
@@ -226,7 +227,7 @@ def test_enabling_cut_at_every_tpm_command_claims_nothing_and_is_finished_by_the
 
 @pytest.mark.parametrize("code", [0x922, 0x908, 0x920])
 def test_a_busy_tpm_is_waited_for(host: Host, chip: Swtpm, code: int) -> None:
-    disable(host)
+    disable(host, chip)
     for command in ("EvictControl", "NV_UndefineSpace", "Create", "NV_Write"):
         chip.proxy.answer(command, code)
     remove(host, chip)
@@ -241,7 +242,7 @@ def test_removal_and_enabling_killed_anywhere_are_finished_by_the_same_command(
     """Whenever the state says that keys are kept, the next boot has what they are wrapped with."""
 
     def both() -> None:
-        disable(host)
+        disable(host, chip)
         remove(host, chip)
         enable(host, chip)
 

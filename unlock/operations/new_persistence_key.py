@@ -33,7 +33,7 @@ from ..predict import allowed_states, trusted_files
 from ..secret import Secret
 from ..tpm import slots
 from ..tpm.chip import Tpm
-from ..tpm.record import Payload, Record
+from ..tpm.record import Record
 
 
 class Replaced(NamedTuple):
@@ -102,7 +102,7 @@ def replace(
                 nodes = _find_nodes(state, look)
                 behind: dict[str, str] = {}
                 if not entry.sealed:
-                    payload = Payload(new, allowed_states.unauthenticated_root(paths, state))
+                    payload = allowed_states.payload_for(paths, state, new)
                     try:
                         behind = _add_tokens(state, nodes, old=old, new=new)
                         slots.seal_slot(

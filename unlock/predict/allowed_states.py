@@ -165,7 +165,7 @@ def reseal(
         if pin and pin.typed is not None:
             # until the TPM has it: no later change of the policy may set a PIN that nobody was told of
             keyring.forget(PIN_AUTH)
-        payload = Payload(persistence, unauthenticated_root(paths, state), needs)
+        payload = payload_for(paths, state, persistence)
         host, pin_auth = bytes.fromhex(state.host), auth if len(auth) else None
         slots.seal_slot(
             tpm, host, selection, branches, payload, owner_auth=owner_auth, pin_auth=pin_auth, cap=record.cap
@@ -177,6 +177,11 @@ def reseal(
     state.tpm = state.tpm._replace(pin=pin_auth is not None)
     state.save_if_changed()
     return look(paths, tpm, state)
+
+
+def payload_for(paths: Paths, state: HostState, persistence: Secret) -> Payload:
+    """What is sealed, whichever the policy: the key, what the operator accepted, and what the root needs."""
+    return Payload(persistence, unauthenticated_root(paths, state), needs_of_root(state))
 
 
 def auth_for(host: str, is_set: bool, pin: Pin | None = None) -> Secret | None:
