@@ -153,6 +153,9 @@ class StateFile(NamedTuple):
     recovery: RecoveryFacts | None = None
     tpm: TpmFacts | None = None
     removed: RemovedPolicy | None = None
+    headers: dict[str, str] | None = None
+    """LUKS UUID -> what the header of the member said when this host made its token: canonical JSON of
+    `Header.facts`."""
 
 
 def parse(content: bytes, path: str) -> StateFile:
