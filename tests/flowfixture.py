@@ -163,14 +163,15 @@ class Host:
         self.persistence = keyring.get("unlock:persistence")
 
     @contextmanager
-    def tpm(self) -> Iterator[str]:
-        """A TPM that has the persistence key, for any boot like this one. Gives its TCTI."""
-        with Swtpm(self.folder / "chip") as chip, chip.open() as tpm:
-            selection = pcr_policy.select((7,))
-            branch = pcr_policy.branch(selection, tpm.read_pcrs(range(16)))
-            payload = Payload(Secret(bytes(self.persistence)))
-            slots.seal_slot(tpm, bytes.fromhex(HOST), selection, (branch,), payload)
-            yield chip.tcti
+    def tpm(self) -> Iterator[Swtpm]:
+        """A TPM that has the persistence key, for any boot like this one."""
+        with Swtpm(self.folder / "chip") as chip:
+            with chip.open() as tpm:
+                selection = pcr_policy.select((7,))
+                branch = pcr_policy.branch(selection, tpm.read_pcrs(range(16)))
+                payload = Payload(Secret(bytes(self.persistence)))
+                slots.seal_slot(tpm, bytes.fromhex(HOST), selection, (branch,), payload)
+            yield chip
 
     # What is true
 

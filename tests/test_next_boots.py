@@ -596,8 +596,8 @@ def test_the_kept_files_are_read_as_written_and_nothing_else(host: Machine) -> N
 # without GRUB
 
 
-def enrolled(tmp_path: Path, now: RealBoot | Made, files: dict[str, bytes]) -> Machine:
-    machine = Machine(tmp_path, now)  # type: ignore[arg-type]
+def enrolled(tmp_path: Path, now: RealBoot | Made, files: dict[str, bytes], pcrs: tuple[int, ...] = ()) -> Machine:
+    machine = Machine(tmp_path, now, pcrs)  # type: ignore[arg-type]
     machine.write("sys/firmware/efi/efivars/StubInfo-1" if now.kind == "uki" else "sys/firmware/efi/x", b"")
     for path, data in files.items():
         machine.write(path, data)
@@ -678,6 +678,38 @@ def test_a_kernel_command_line_in_the_entry_of_the_firmware(tmp_path: Path) -> N
     assert boot(host, stub(program, b"one")) == "unsealed"
     assert run(host).boots[0].changes == ("kernel command line",)
     assert boot(host, stub(program, b"one", "root=x quiet")) == "unsealed"
+    host.close()
+
+
+ALL = (0, 1, 2, 3, 4, 7, 9)
+"""As `init` chooses them where Secure Boot is off."""
+
+
+def test_an_entry_of_the_firmware_is_predicted_in_pcr_1_too(tmp_path: Path) -> None:
+    """Its content is measured there, and the command line that is in it again by the kernel."""
+    program = pefile.build({".text": b"kernel" * 300})
+    kernel, initrd = "boot/efi/EFI/debian/vmlinuz-6.1", "boot/efi/EFI/debian/initrd.img-6.1"
+    host = enrolled(tmp_path, stub(program, b"one"), {kernel: program, initrd: b"one"}, ALL)
+    for name, data in {"BootCurrent": b"\7\0", "Boot0007": boot_entry("root=x")}.items():
+        host.write(f"sys/firmware/efi/efivars/{name}-{efivars.GLOBAL}", bytes(4) + data)
+    assert run(host).boots[0].changes == ()
+    host.write(f"sys/firmware/efi/efivars/Boot0007-{efivars.GLOBAL}", bytes(4) + boot_entry("root=x quiet"))
+    host.write(initrd, b"two")
+    found = run(host).boots[0]
+    assert "kernel command line" in found.changes
+    assert boot(host, stub(program, b"two", "root=x quiet")) == "unsealed"
+    host.close()
+
+
+@pytest.mark.parametrize("pcrs", [(), (0, 1, 2, 3, 4, 7, 8, 9, 14)])
+def test_an_update_of_everything_leaves_the_firmwares_pcrs_as_they_are(tmp_path: Path, pcrs: tuple[int, ...]) -> None:
+    files = {place(name): data for name, data in BEFORE.items() if NEW not in name and name.startswith(("/", "(hd"))}
+    files |= {"boot/efi" + path.replace("\\", "/"): data for path, data in LOADERS.items()}
+    host = enrolled(tmp_path, NOW, files, pcrs)
+    install(host, AFTER)
+    assert run(host).boots[0].words == f"kernel {NEW}"
+    assert boot(host, NEXT) == "unsealed"
+    assert boot(host, NOW) == "unsealed"
     host.close()
 
 

@@ -64,7 +64,7 @@ def _init(paths: Paths, options: argparse.Namespace) -> int:
         )
         found = init(paths, choices)
     baseline.record_good_boot(paths, this_boot.tpm_device(), first=True)
-    log.note(f"boot: {found.boot}; sealed under PCRs {', '.join(map(str, found.selection))}")
+    log.note(f"boot: {found.boot}; sealed under PCRs {', '.join(map(str, found.selection))}: {found.why}")
     if kms:
         log.note(f"keys come from {', '.join(kms.settings.endpoints)}; the host key was made and fetched")
         note_where_key_is(options)

@@ -25,7 +25,7 @@ from .pin import add_pin, new_pin
 if TYPE_CHECKING:
     from .arguments import Commands
 
-_RISKS = ("unmeasured-boot", "unauthenticated-root", "slots-in-use")
+_RISKS = ("unmeasured-boot", "unmeasured-drivers", "unauthenticated-root", "slots-in-use")
 
 
 def add(commands: "Commands") -> None:

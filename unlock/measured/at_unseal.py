@@ -17,7 +17,7 @@ from ..host import report, this_boot
 from ..paths import Paths
 from ..tpm import pcr_policy
 from ..tpm.chip import Tpm
-from . import eventlog, verify
+from . import efivars, eventlog, verify
 from .eventlog import Log
 from .logs import read_event_log, read_systemd_log
 
@@ -27,6 +27,9 @@ MEASURED_BY = {
     "direct kernel": (4, 7, 9),
 }
 """PCRs of the policy, by how the host boots; the cap PCR always comes on top."""
+DRIVERS = frozenset((0, 1, 2, 3))
+"""PCRs of the firmware, its settings, and the drivers that it runs before any boot loader: of option ROMs and of the
+variables Driver#### (TCG "PC Client Platform Firmware Profile", section 3.3.4)."""
 
 
 def read_pcrs(paths: Paths, tpm: Tpm) -> dict[int, bytes]:
@@ -64,6 +67,27 @@ def boot_method(paths: Paths, values: dict[int, bytes]) -> str:
     if values[4] != pcr_policy.UNSET and values[9] != pcr_policy.UNSET:
         return "direct kernel"
     return "unmeasured"
+
+
+def default_pcrs(boot: str, log: Log | None) -> tuple[int, ...]:
+    """The PCRs for a host that boots by the method `boot`, whose event log this is. DRIVERS too, where Secure Boot is
+    not on: the firmware runs any driver then, before what the others measure, and it can do all that the system can."""
+    if boot not in MEASURED_BY:
+        return (7,)
+    return tuple(sorted({*MEASURED_BY[boot], *(() if is_secure_boot_on(log) else DRIVERS)}))
+
+
+def missing_for_drivers(boot: str, log: Log | None, selection: Iterable[int]) -> tuple[int, ...]:
+    """Those of DRIVERS that `selection` lacks, where Secure Boot lets any driver run; () where a kernel that nothing
+    measures makes no difference of it."""
+    if boot not in MEASURED_BY or is_secure_boot_on(log):
+        return ()
+    return tuple(sorted(DRIVERS.difference(selection)))
+
+
+def is_secure_boot_on(log: Log | None) -> bool:
+    """Whether this boot's event log says so. Without a log it counts as off."""
+    return log is not None and efivars.measured_variables(log).get("SecureBoot") == b"\1"
 
 
 def unseal_time(early: report.Report | None, otherwise: float) -> float:

@@ -171,6 +171,10 @@ def _describe_variable(event: Event) -> tuple[str, str]:
         return "boot-order", f"BootOrder: {' '.join(numbers)}"
     if re.fullmatch("Boot[0-9A-F]{4}", name):
         return "boot-order", f"{name}: {uefi.parse_load_option(data).description}"
+    if name == "DriverOrder":
+        return "firmware-settings", "DriverOrder: the firmware runs drivers before any boot loader"
+    if re.fullmatch("Driver[0-9A-F]{4}", name):
+        return "firmware-settings", f"{name}, a driver: {uefi.parse_load_option(data).description}"
     return ("secure-boot-keys" if event.pcr == 7 else "firmware-settings"), f"UEFI variable {name}"
 
 

@@ -11,7 +11,7 @@ from hashlib import sha256
 from ..errors import Malformed
 from ..paths import Paths
 from . import eventlog, uefi
-from .eventlog import Log
+from .eventlog import Event, Log
 from .logs import read_up_to
 
 _MAX = 1 << 20
@@ -33,6 +33,26 @@ def boot_entry_name(paths: Paths, which: str = "BootCurrent") -> str:
     """The name of the boot entry in BootCurrent, or in BootNext: Boot0001; "" when there is none."""
     number = read_variable(paths, which)
     return f"Boot{int.from_bytes(number[:2], 'little'):04X}" if number else ""
+
+
+def remeasured(paths: Paths, event: Event) -> bytes | None:
+    """The digest of a boot entry's or the boot order's event, with the content that the variable has now. That of the
+    event where nothing has changed, or where firmware measures something else than `measured_variables` knows."""
+    if event.kind not in (eventlog.EFI_VARIABLE_BOOT, eventlog.EFI_VARIABLE_BOOT2):
+        return event.digest
+    try:
+        name, was = uefi.parse_variable(event.data)
+    except Malformed:
+        return event.digest
+    now = read_variable(paths, name)
+    if not now or now == was:
+        return event.digest
+    if event.digest == sha256(was).digest():
+        return sha256(now).digest()
+    if event.digest != sha256(event.data).digest():
+        return event.digest
+    names = event.data[32 : 32 + 2 * int.from_bytes(event.data[16:24], "little")]
+    return sha256(event.data[:24] + len(now).to_bytes(8, "little") + names + now).digest()
 
 
 def measured_variables(log: Log) -> dict[str, bytes]:

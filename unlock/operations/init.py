@@ -21,6 +21,7 @@ from ..host.state import State
 from ..host.state_file import KeyEntry
 from ..keys import access
 from ..measured import at_unseal, logs
+from ..measured.eventlog import Log
 from ..paths import TPM_DEVICE, Paths, write_atomically
 from ..predict import allowed_states
 from ..providers import native
@@ -33,6 +34,8 @@ from .provider import Client, connect_as
 OVERRIDES = {
     "initramfs-without-unlock": "this boot's initramfs did not run unlock: the next boot measures differently",
     "unmeasured-boot": "the kernel or the initramfs is not measured: whoever edits it gets the keys",
+    "unmeasured-drivers": "Secure Boot is off, and PCRs 0 to 3 are not all chosen: whoever adds a driver (a "
+    "Driver#### variable, an option ROM) gets the keys",
     "unauthenticated-root": "a part of this system is not authenticated: whoever edits it gets the keys",
     "slots-in-use": "what another installation of unlock left in this TPM is overwritten",
 }
@@ -72,6 +75,8 @@ class Preflight(NamedTuple):
     selection: tuple[int, ...]
     branch: bytes
     unauthenticated_root: bool
+    why: str
+    """Why these PCRs, in words."""
 
 
 def init(paths: Paths, choices: InitChoices) -> Preflight:
@@ -198,13 +203,18 @@ def preflight(paths: Paths, tpm: Tpm, choices: InitChoices, again: bool) -> Pref
             code="cap-pcr-used",
         )
     boot = at_unseal.boot_method(paths, values)
+    log_of_boot = logs.read_event_log(paths)[0]
     if boot == "unmeasured":
         _require_accepted(choices, "unmeasured-boot", "boot with UEFI, which measures kernel and initramfs")
-    elif at_unseal.initramfs_unmeasured(boot, logs.read_event_log(paths)[0]):
+    elif at_unseal.initramfs_unmeasured(boot, log_of_boot):
         _require_accepted(
             choices, "unmeasured-boot", "boot a unified kernel image: Linux does not measure what initrd= names"
         )
-    selection = pcr_policy.select(choices.pcrs or at_unseal.MEASURED_BY.get(boot, (7,)))
+    selection = pcr_policy.select(choices.pcrs or at_unseal.default_pcrs(boot, log_of_boot))
+    if missing := at_unseal.missing_for_drivers(boot, log_of_boot, selection):
+        _require_accepted(
+            choices, "unmeasured-drivers", f"add PCRs {', '.join(map(str, missing))}, or turn Secure Boot on"
+        )
     untrusted = allowed_states.describe_untrusted_system(paths)
     if untrusted:
         other = "encrypt it" if "not on an encrypted" in untrusted else f"add {unmeasured.CLOSED} to the command line"
@@ -212,7 +222,20 @@ def preflight(paths: Paths, tpm: Tpm, choices: InitChoices, again: bool) -> Pref
     tpm.ensure_srk(choices.owner_auth)
     tpm.try_sealing(selection)
     then = at_unseal.known_values(selection, at_unseal.read_pcrs(paths, tpm))
-    return Preflight(boot, selection, pcr_policy.branch(selection, then), bool(untrusted))
+    return Preflight(
+        boot, selection, pcr_policy.branch(selection, then), bool(untrusted), _why(choices, boot, log_of_boot)
+    )
+
+
+def _why(choices: InitChoices, boot: str, log_of_boot: Log | None) -> str:
+    """Why these PCRs are sealed to."""
+    if choices.pcrs:
+        return "as chosen by --pcrs"
+    if boot not in at_unseal.MEASURED_BY:
+        return "nothing more is measured"
+    if at_unseal.is_secure_boot_on(log_of_boot):
+        return "Secure Boot is on, so that the firmware runs no driver that it does not trust"
+    return "0 to 3 too, as Secure Boot is off: they measure the drivers that run before the boot loader"
 
 
 def _check_chip(tpm: Tpm, choices: InitChoices, again: bool) -> None:

@@ -41,6 +41,7 @@ from .init import OVERRIDES
 
 RISKS = {
     "unmeasured-boot": OVERRIDES["unmeasured-boot"],
+    "unmeasured-drivers": OVERRIDES["unmeasured-drivers"],
     "unauthenticated-root": OVERRIDES["unauthenticated-root"],
     "slots-in-use": "another installation of unlock uses this TPM: its key is overwritten",
 }
@@ -236,9 +237,15 @@ def _policy_of_this_boot(
     before = [pcr for pcr in _previous_pcrs(tpm, state) if pcr != pcr_policy.CAP_PCR]
     if any(values.get(pcr) == pcr_policy.UNSET for pcr in before):  # another board, which boots in another way
         before = []
-    pcrs = choices.pcrs or before or at_unseal.MEASURED_BY.get(boot, (7,))
-    if (boot == "unmeasured" and not before) or at_unseal.initramfs_unmeasured(boot, logs.read_event_log(paths)[0]):
+    log_of_boot = logs.read_event_log(paths)[0]
+    pcrs = choices.pcrs or before or at_unseal.default_pcrs(boot, log_of_boot)
+    if (boot == "unmeasured" and not before) or at_unseal.initramfs_unmeasured(boot, log_of_boot):
         _require_accepted(choices, "unmeasured-boot")
+    if missing := at_unseal.missing_for_drivers(boot, log_of_boot, pcrs):
+        if choices.pcrs:
+            _require_accepted(choices, "unmeasured-drivers")
+        elif "unmeasured-drivers" not in choices.accept:
+            pcrs = (*pcrs, *missing)
     selection = pcr_policy.select(pcrs)
     plain_root = bool(allowed_states.describe_untrusted_system(paths))
     if plain_root and not state.tpm.unauthenticated_root:

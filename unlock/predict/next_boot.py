@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from ..measured import eventlog
+from ..measured import efivars, eventlog
 from ..measured.eventlog import Event, Log
 from ..paths import Paths
 from ..tpm import pcr_policy
@@ -85,6 +85,12 @@ def predict_boot(
     changes = [*changes, *(["boot loader"] if any(old != new for old, new in now.items()) else [])]
     events = [each._replace(digest=now.get(each.digest or b"", each.digest)) for each in events]
     was = eventlog.replay([*inputs.log.events, *inputs.later], inputs.log.locality)
+    if was.get(1) == inputs.values.get(1):
+        again = [
+            each._replace(digest=efivars.remeasured(inputs.paths, each)) if each.pcr == 1 else each for each in events
+        ]
+        changes += ["boot entry or boot order"] if again != events and not changes else []
+        events = again
     will = eventlog.replay([*events, *inputs.later], inputs.log.locality)
     values = dict(inputs.values)
     for pcr in range(16):

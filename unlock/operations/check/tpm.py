@@ -54,6 +54,10 @@ def check_tpm(
         why = report.VERDICTS.get(verdict, "early boot left no report")
         yield Finding("this boot", UNSAFE, f"{why}; the next one is like this one", "unlock explain")
     yield from _check_pin(record, facts)
+    when_closed = {*record.selection, *(state.tpm.window.pcrs if state.tpm.window else ())}
+    if missing := at_unseal.missing_for_drivers(boot, log, when_closed):
+        unseen = f"Secure Boot is off, and PCRs {', '.join(map(str, missing))} are not checked: drivers run unseen"
+        yield Finding("policy", NOTE, unseen, "unlock policy set --pcrs")
     if at_unseal.initramfs_unmeasured(boot, log):
         edited = "nothing measures it, as `initrd=` names it: whoever edits it gets the keys"
         yield Finding("initramfs", NOTE, edited, "boot a unified kernel image")
