@@ -300,6 +300,7 @@ def kmip_state(paths: Paths, keys: Keys) -> None:
     state.set_mac_key(persistence=keys.persistence, mac_key=keys.mac_key)
     state.groups["data"] = keys.group("provider")._replace(kek="kmip-00/5")
     state.retire.append(ReplacedKek(f"{keys.provider.id}/{keys.kek_name}", "data"))
+    state.headers[UUIDS[0]] = '{"uuid":"of the test"}'
     state.removed = RemovedPolicy(
         selection=pcr_policy.select(MEASURED),
         cap=pcr_policy.CAP_PCR,
@@ -352,6 +353,7 @@ WORDS = {
         "malformed",
         "newer-format",
         "tampered",
+        "altered",
         "no-key",
         "provider",
         "name-taken",

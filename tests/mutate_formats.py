@@ -51,6 +51,7 @@ LABELS = (
     "unlock-kek-1",
     "unlock-kek-elsewhere-1",
     "unlock-header-mac-1",
+    "unlock-boot-files-1",
     "unlock-native-fingerprint-1",
     "unlock-native-1",
     "kdk-backup",

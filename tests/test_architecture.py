@@ -158,7 +158,7 @@ def test_the_files_that_a_page_names_are_there(page: str) -> None:
 
 def test_the_controls_of_attacks_change_code_that_is_there() -> None:
     """Each removes a defence by its text in a virtual machine. Here a text that is gone shows at once."""
-    from tests import test_boot_attacks, test_boot_silence, test_boot_unmeasured
+    from tests import test_boot_attacks, test_boot_memory, test_boot_silence, test_boot_unmeasured
 
     installed = {
         "usr/lib/unlock/unlock/": "unlock/",
@@ -172,6 +172,7 @@ def test_the_controls_of_attacks_change_code_that_is_there() -> None:
         test_boot_attacks.CAP_SCRIPT,
         *test_boot_unmeasured.BLIND,
         *test_boot_silence.UNTOLD,
+        *test_boot_memory.KEPT,
     ]
     for path, old, _ in changes:
         start = next(each for each in installed if path.startswith(each))

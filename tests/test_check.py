@@ -22,7 +22,7 @@ from unlock.disks import disk_keys, luks, token
 from unlock.errors import CommandFailed, UnlockError
 from unlock.host import keyring, report, report_file
 from unlock.host.journal import Rekey
-from unlock.operations import check, recovery
+from unlock.operations import baseline, check, recovery
 from unlock.operations.check.finding import NOTE, SAFE, UNPROVEN, UNSAFE
 from unlock.predict import initramfs_images
 from unlock.predict.boot_tree import BootTree
@@ -368,6 +368,7 @@ def measured(world: World, *events: eventlogs.Entry) -> None:
     log = world.root / "sys/kernel/security/tpm0/binary_bios_measurements"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_bytes(eventlogs.log(list(events)))
+    baseline.record_good_boot(world.host.paths, world.chip.tcti, first=True)  # init
 
 
 def test_the_firmware_is_told_to_start_something_else(world: World) -> None:

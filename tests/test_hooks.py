@@ -100,3 +100,16 @@ def test_dpkg_calls_it(tmp_path: Path) -> None:
     command = line.removeprefix("post-invoke=").replace("/usr/lib/unlock/predict", str(program))
     subprocess.run(["dpkg", f"--root={root}", f"--post-invoke={command}", "--configure", "-a"], check=True)
     assert (tmp_path / "ran").exists()
+
+
+def test_what_is_no_folder_is_not_opened(host: Host) -> None:
+    """A thief's pipe blocks nothing, and his link is not followed."""
+    (host.top / "efi").rmdir()
+    (host.top / "efi").symlink_to("/dev")
+    os.mkfifo(host.top / "boot/efi")
+    os.mkfifo(host.top / "boot/pipe")
+    (host.top / "boot/endless").symlink_to("/dev/zero")
+    assert host.hook() == 1
+    os.mkfifo(host.top / "boot/another")
+    assert host.hook() == 2
+    assert set((host.top / "synced").read_text().split()) == {"-f", str(host.top / "boot")}

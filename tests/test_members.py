@@ -13,9 +13,9 @@ import pytest
 from tests.flowfixture import Host
 from tests.test_devices import UDEV, python, rules
 from tests.test_disk import edit
-from unlock.disks import luks, token
+from unlock.disks import changes, luks, token
 from unlock.disks.groups import Member
-from unlock.errors import DiskFailed, NotOurs, Refused, UnlockError, Usage
+from unlock.errors import DiskFailed, NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.host import config
 from unlock.host.journal import GroupCreation
 from unlock.keys import recovery_key
@@ -451,7 +451,8 @@ def test_a_group_takes_in_no_disk_while_one_of_its_members_is_missing(host: Host
 
 GROWING = """
     from tests.flowfixture import Host
-    from tests.test_members import adopt, luks_format
+    from tests.test_members import accept, adopt, luks_format
+    from tests.test_recovery_rotate import change_flags
     from pathlib import Path
     from unlock.disks import disk_keys
     from unlock.errors import UnlockError
@@ -495,6 +496,9 @@ GROWING = """
             container.remove_keyslot(disk_keys.recovery_keyslot(container, host.recovery)[0])
         found.append(refused(third))
         adopt(host, first)
+        change_flags(Path(first))
+        found.append(refused(third))
+        accept(host, Path(first))
         adopt(host, third)
         print(json.dumps([*found, tokens(), host.group.manifest]))
     finally:
@@ -505,14 +509,99 @@ GROWING = """
 """
 
 
+@pytest.fixture
+def member(tmp_path: Path) -> tuple[Host, Path]:
+    """A host with one member, which the operator's passphrase opens too; adopted once, as the state has its header."""
+    made = Host(tmp_path, 1)
+    (image,) = made.disks
+    with luks.Container(str(image)) as container, Secret(made.deks[container.uuid]) as dek:
+        container.add_keyslot(dek, passphrase=Secret(OPERATOR))
+    adopt(made, str(image))
+    return made, image
+
+
+def flags(fields: dict[str, Any]) -> None:
+    fields["config"]["flags"] = ["allow-discards"]
+
+
+def cipher(fields: dict[str, Any]) -> None:
+    fields["segments"]["0"]["encryption"] = "aes-ecb"
+
+
+def cipher_without_token(fields: dict[str, Any]) -> None:
+    cipher(fields)
+    fields["tokens"].clear()
+
+
+CHANGES = [
+    (flags, 'flags was none, is ["allow-discards"]'),
+    (cipher, "segments.0.encryption was aes-xts-plain64, is aes-ecb"),
+    (cipher_without_token, "segments.0.encryption was aes-xts-plain64, is aes-ecb"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), CHANGES)
+@pytest.mark.parametrize("known", [True, False], ids=["known", "not known"])
+def test_a_changed_header_of_a_member_is_shown_and_not_made_authentic_unless_it_is_accepted_by_name(
+    member: tuple[Host, Path], change: Callable[[dict[str, Any]], None], words: str, known: bool
+) -> None:
+    """By what the state has of it; where the state has nothing, by its token."""
+    host, image = member
+    if not known:
+        state = host.state
+        state.headers.clear()
+        state.save()
+        words = "its token is gone" if change is cipher_without_token else "what it was is not known"
+    edit(str(image), change)
+    error = not_adopted(host, str(image))
+    assert isinstance(error, Tampered)
+    assert (error.code, error.status) == ("changed-header", 6)
+    assert words in str(error) and "data-0" in str(error)
+    assert error.hint == "if you changed it: --accept-changed-header data-0"
+    assert not_adopted(host, str(image), accepted=["data-1"]).code == "changed-header"
+    accept(host, image)
+    assert host.boot_opens()
+    adopt(host, str(image))  # now it is the header that this host wrote
+
+
+def accept(host: Host, image: Path) -> None:
+    """Whatever was changed in its header."""
+    with luks.Container(str(image)) as container:
+        (name,) = (each.name for each in host.group.members if each.uuid == container.uuid)
+    group_operations.adopt_disk(host.paths, str(image), "data", Secret(OPERATOR), recovery_file(host), accepted=[name])
+
+
+def test_a_member_that_lost_its_token_alone_is_mended_without_a_question(member: tuple[Host, Path]) -> None:
+    host, image = member
+    edit(str(image), lambda fields: fields["tokens"].clear())
+    with pytest.raises(NotOurs):
+        host.boot_opens()
+    adopt(host, str(image))
+    assert host.boot_opens()
+
+
+def test_what_differs_in_a_header_is_told_by_its_place_and_is_printable() -> None:
+    before = {"flags": None, "segments": {"0": {"encryption": "aes-xts-plain64", "size": "dynamic"}}, "uuid": "x"}
+    now = {"flags": ["\x1b[2J\n"], "segments": {"0": {"encryption": "a" * 500}, "1\n": {}}, "uuid": "x"}
+    found = changes.describe_changes(before, now)
+    assert found == [
+        'flags was none, is ["\\u001b[2J\\n"]',
+        f"segments.0.encryption was aes-xts-plain64, is {'a' * 100}...",
+        "segments.0.size was dynamic, is none",
+        "segments.1\\n was none, is {}",
+    ]
+    assert changes.describe_changes(before, before) == []
+
+
 @pytest.mark.root
 def test_a_group_grows_only_while_every_member_is_here_once_and_takes_the_recovery_key(
     tmp_path: Path, rules: Path
 ) -> None:
     """A real udevd marks the disks; all members are rewritten when one comes."""
-    names, two, twice, no_key, three, manifest = json.loads(python(UDEV + GROWING, str(rules), str(tmp_path)))
+    names, two, twice, no_key, changed, three, manifest = json.loads(python(UDEV + GROWING, str(rules), str(tmp_path)))
     assert names == ["data-a", "data-b"]
     assert [len(each) for each in two] == [1, 1] and [len(each) for each in three] == [1, 1, 1]
     assert (twice[0], "data-b of the group is there twice" in twice[1]) == ("missing", True)
+    assert (changed[0], changed[2]) == ("changed-header", "if you changed it: --accept-changed-header data-a")
     assert (no_key[0], no_key[2]) == ("no-key", "unlock recovery new")
     assert manifest >= 4, "no number of a member list is used twice"

@@ -431,7 +431,7 @@ def test_nor_what_he_put_there_before_the_first_prediction(host: Machine) -> Non
     assert boot(host, NEXT) == "unsealed"
     for path in (host.paths.boot_files, host.paths.booted):
         Path(path).unlink()
-    baseline.record_good_boot(host.paths, host.chip.tcti)  # init
+    baseline.record_good_boot(host.paths, host.chip.tcti, first=True)  # init
     install(host, {**AFTER, f"/initrd.img-{OLD}": b"sends the keys away"})
     assert boot(host, NEXT) == "unsealed"
     baseline.record_good_boot(host.paths, host.chip.tcti)

@@ -342,7 +342,7 @@ def test_records_of_both_versions() -> None:
         (37, 2, "newer-format"),
         (37, 3, "newer-format"),
         (37, 0x81, "newer-format"),
-        (38, 1, "malformed"),
+        (38, 13, "malformed"),  # more needs than there is room for
         (7, 1, "malformed"),  # version 1 with a flag
         (7, 3, "newer-format"),
     ):

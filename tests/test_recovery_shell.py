@@ -3,12 +3,14 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 
 from tests.flowfixture import HOST, Host
 from tests.formats import a_report
+from tests.test_disk import edit
 from tests.test_recovery_rotate import change_flags
 from unlock import ask, cli
 from unlock.boot import activation, gate, plot, shell
@@ -255,6 +258,56 @@ def test_open_authenticates_the_header_before_it_opens(tmp_path: Path, key_cache
     trouble = gate._make_error(host.paths, changed, "data")
     assert isinstance(trouble, Tampered)
     assert "data-0" in str(trouble)
+
+
+def without_token(image: Path) -> None:
+    def change(fields: dict[str, Any]) -> None:
+        fields["segments"]["0"]["encryption"] = "cipher_null-ecb"
+        fields["tokens"].clear()
+
+    edit(str(image), change)
+
+
+def another_host(image: Path) -> None:
+    edit(str(image), lambda fields: fields["tokens"][min(fields["tokens"])].update(host="0" * 32))
+
+
+def uuid_of_its_own(image: Path) -> None:
+    """The disk is known by its serial number."""
+    without_token(image)
+    rename(image)
+
+
+def rename(image: Path) -> None:
+    subprocess.run(["cryptsetup", "luksUUID", "-q", image, "--uuid", str(uuid.uuid4())], check=True)
+
+
+@pytest.mark.parametrize("change", [without_token, another_host, uuid_of_its_own])
+def test_a_member_without_its_token_is_told_as_altered(
+    tmp_path: Path, key_cache: None, change: Callable[[Path], None]
+) -> None:
+    """By the recovery key and by the persistence key; a disk of the same kind that is no member is left alone."""
+    host = Host(tmp_path, 2)
+    state = host.state
+    first, second = state.groups["data"].members
+    state.groups["data"] = state.groups["data"]._replace(members=(first._replace(serial="S1"), second))
+    state.save()
+    image, stranger = host.disks[0], tmp_path / "stranger"
+    shutil.copyfile(image, stranger)
+    change(image)
+    without_token(stranger)
+    rename(stranger)
+    for unwrap in (gate._by_recovery_key(host.recovery), gate.make_unwrap(host.paths, "data", report.Report("x"), 0)):
+        record = report.Report("open data")
+        opener = gate._opener(host.state, "data", unwrap, record)
+        for path, serial in ((image, "S1"), (stranger, "S2")):
+            opener.add_disk(udev.Disk(str(path), path.name, "", serial, "", 0, 0))
+        opener.read_headers()
+        opener.wipe()
+        assert (record.outcome(str(image)), record.outcome(str(stranger))) == ("altered", "foreign")
+        trouble = gate._make_error(host.paths, record, "data")
+        assert isinstance(trouble, Tampered)
+        assert f"data-0 ({image}): its header is not the one that this host wrote" in str(trouble)
 
 
 def test_a_member_that_was_away_at_a_rotation_opens_beside_the_others_when_both_keys_are_given(

@@ -14,12 +14,13 @@ import os
 import select
 
 from ..disks import forget, luks
+from ..disks.groups import Member
 from ..disks.header import Header
 from ..disks.token import Token
 from ..disks.udev import Disk, Monitor, has_settled
 from ..errors import Malformed, NotOurs, Tampered, UnlockError
 from ..host.report import OPEN, OUTCOMES, Report, now
-from ..light import Callable
+from ..light import Callable, Sequence
 from ..secret import Secret
 from .candidates import Candidate, choose_members
 from .worker import Ended, Worker, WorkerHeader
@@ -28,6 +29,9 @@ ACTIVATION_TIMEOUT = 20.0
 """Seconds for one activation, in which libcryptsetup waits for udev."""
 READ_TIMEOUT = 10.0
 """Seconds until a worker has sent a disk's header, or the next part of it."""
+
+_TOKEN_GONE = frozenset(("foreign", "other-host", "damaged", "malformed", "newer-format"))
+"""Outcomes that a member's header does not have as this host wrote it."""
 
 Unwrap = Callable[[Header, Token], Secret]
 """Returns a disk's volume key once header and token are authentic. Raises Tampered and other UnlockErrors."""
@@ -51,13 +55,24 @@ class GroupOpener:
     """Opens the groups of one host. Without `unwrap` there is no key, and disks are only identified.
 
     `host` is a host id, or '' for any host; `only` limits it to one group; `workers` 0 is one activation a core.
+    `members`: disks that have a token of this host, where the caller knows them: one without is `altered`.
     """
 
-    def __init__(self, host: str, unwrap: Unwrap | None, report: Report, *, only: str = "", workers: int = 0) -> None:
+    def __init__(
+        self,
+        host: str,
+        unwrap: Unwrap | None,
+        report: Report,
+        *,
+        only: str = "",
+        workers: int = 0,
+        members: Sequence[Member] = (),
+    ) -> None:
         self.host = host
         self.unwrap = unwrap
         self.report = report
         self.only = only
+        self._members = members
         self.workers = workers or len(os.sched_getaffinity(0))
         self.read_timeout = READ_TIMEOUT
         self.has_listed_disks = False
@@ -85,7 +100,7 @@ class GroupOpener:
 
     def add_disk(self, disk: Disk) -> None:
         """Starts to read a disk that appeared or changed. An error with one disk does not stop the others."""
-        if self.report.outcome(disk.node) not in ("", "foreign", "damaged", "failed"):
+        if self.report.outcome(disk.node) not in ("", "foreign", "damaged", "failed", "altered"):
             return
         if any(each.disk.node == disk.node for each in self.reading.values()):
             return
@@ -142,6 +157,17 @@ class GroupOpener:
             self.report.set_disk(node, "failed", type(error).__name__)
         del self.reading[fd]
         worker.end()
+        self._recognise(worker.disk, answer.argument if answer else "")
+
+    def _recognise(self, disk: Disk, uuid: str) -> None:
+        """Makes it `altered` if it is a member, by LUKS UUID or serial number, and has no token of this host."""
+        row = self.report.disks.get(disk.node)
+        for each in self._members if row and row.outcome in _TOKEN_GONE else ():
+            if each.uuid == uuid or (each.serial and each.serial == disk.serial):
+                assert row
+                words = f"its header is not the one that this host wrote: {row.describe()}"
+                self.report.set_disk(disk.node, "altered", words, uuid=each.uuid, name=each.name)
+                return
 
     def _authenticate(self, disk: Disk, header: WorkerHeader) -> bool:
         """Unwraps the volume key by each token. True when the disk is a candidate now, and its worker stays."""

@@ -52,7 +52,7 @@ def gate(paths: Paths, name: str) -> int:
     except UnlockError:
         _mark_failed(paths, name)
         raise
-    opener = GroupOpener(State.load(paths).host, unwrap, record, only=name)
+    opener = _opener(State.load(paths), name, unwrap, record)
     _open_until(opener, monitor, name, end)
     if not _is_open(record, name):
         _mark_failed(paths, name)
@@ -120,7 +120,7 @@ def open_group(paths: Paths, name: str, *recovery: Secret) -> None:
         record = report.Report(f"open {name}")
         unwrap = _by_recovery_key(*recovery) if recovery else make_unwrap(paths, name, record, report.now())
         monitor = udev.Monitor()
-        open_present(GroupOpener(state.host, unwrap, record, only=name), monitor)
+        open_present(_opener(state, name, unwrap, record), monitor)
         this_boot.write_report(paths, record, f"open-{name}.json")
         if not _is_open(record, name):
             raise _make_error(paths, record, name)
@@ -131,6 +131,11 @@ def open_group(paths: Paths, name: str, *recovery: Secret) -> None:
         units.start_group(name, settings.mount if settings else "")
 
 
+def _opener(state: State, name: str, unwrap: Unwrap, record: report.Report) -> GroupOpener:
+    group = state.groups.get(name)
+    return GroupOpener(state.host, unwrap, record, only=name, members=group.members if group else ())
+
+
 def _by_recovery_key(*recovery: Secret) -> Unwrap:
     return lambda header, token: disk_keys.dek_by_checked_recovery_key(header, token, *recovery)
 
@@ -139,7 +144,7 @@ def _make_error(paths: Paths, record: report.Report, name: str) -> UnlockError:
     """The error for a group that did not open: the worst outcome of its disks."""
     message, hint = _explain_failure(paths, record, name)
     outcomes = {each.outcome for each in record.disks.values()}
-    if "tampered" in outcomes:
+    if outcomes & {"tampered", "altered"}:
         return Tampered(message, hint)
     if "no-key" in outcomes:
         hint = "give the key before it as well: --recovery-key-file twice" if "waiting" in outcomes else hint
@@ -180,7 +185,7 @@ def _heal_failed_groups(paths: Paths) -> int:
         record = report.Report(f"heal {name}")
         try:
             unwrap = make_unwrap(paths, name, record, 0)
-            opener = GroupOpener(State.load(paths).host, unwrap, record, only=name)
+            opener = _opener(State.load(paths), name, unwrap, record)
         except UnlockError as error:
             log.error(f"group {name}: {error}", error.hint)
             continue

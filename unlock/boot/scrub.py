@@ -12,6 +12,7 @@ import os
 
 from .. import log
 from ..light import signal
+from ..protect import end_with_parent
 
 _PIECE = 32 << 20
 """Bytes that are asked for at a time: less when there is no more room for so much."""
@@ -49,6 +50,7 @@ def _start(cpu: int) -> int:
     pid = os.fork()
     if pid == 0:
         try:
+            end_with_parent()
             os.sched_setaffinity(0, [cpu])  # pages that were freed are kept for their CPU
             _fill()
         finally:

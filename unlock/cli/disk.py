@@ -23,6 +23,13 @@ def add(commands: "Commands") -> None:
         metavar="FILE",
         help=f"a passphrase that opens the disk; default: credential {PASSPHRASE}, else you are asked",
     )
+    adopt.add_argument(
+        "--accept-changed-header",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the header of this member is not as this host wrote it, and you changed it; may be repeated",
+    )
     add_recovery_key_and_escrow(adopt)
 
 
@@ -45,6 +52,7 @@ def _adopt(paths: Paths, options: argparse.Namespace) -> int:
             options.name,
             escrow(options),
             tpm_device(),
+            options.accept_changed_header,
         )
     log.note(f"{options.device} is in group {group.name}; its data, keyslots and mapping name are unchanged")
     return 0

@@ -60,6 +60,17 @@ def unwrap_volume_key(header: Header, each: token.Token, persistence: Secret) ->
         return unwrap_by_kek(header, each, kek)
 
 
+def is_authentic(header: Header, each: token.Token, persistence: Secret) -> bool:
+    """Whether this host wrote token and header so, as its persistence key proves."""
+    try:
+        unwrap_volume_key(header, each, persistence).wipe()
+    except NoKey:  # that is authenticated, too
+        return True
+    except Tampered:
+        return False
+    return True
+
+
 def unwrap_by_kek(header: Header, each: token.Token, kek: Secret) -> Secret:
     """The DEK, unwrapped by the KEK itself. Raises Tampered."""
     return wrap.unwrap(kek, each.dek, token.dek_aad(each, header.facts()))

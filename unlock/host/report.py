@@ -133,6 +133,8 @@ class Report:
     def __init__(self, phase: str, announce: Callable[[str], None] | None = None) -> None:
         self.phase = phase
         self._announce = announce
+        self._said: dict[str, str] = {}
+        """Node -> the last line of it."""
         self.verdict = ""
         self.detail = ""
         self.events: list[BootEvent] = []
@@ -182,8 +184,10 @@ class Report:
             old.opened if opened is None else opened,
         )
         self.add_event("disk", " ".join(filter(None, (node, row.name, outcome))))
-        if self._announce and outcome not in _SILENT:
-            self._announce(f"{row.name or node}: {row.describe()}")
+        line = f"{row.name or node}: {row.describe()}"
+        if self._announce and outcome not in _SILENT and self._said.get(node) != line:  # it may be looked at again
+            self._said[node] = line
+            self._announce(line)
 
     def set_group(
         self,

@@ -48,6 +48,8 @@ class State:
         """The operation under way."""
         self.recovery = file.recovery or RecoveryFacts({}, {}, {}, {})
         self._tpm = file.tpm
+        self.headers = file.headers or {}
+        """LUKS UUID -> the header's facts when this host made the member's token, as canonical JSON."""
         self.removed = file.removed
         """The policy under which the persistence key was sealed, when the TPM does not have it any more."""
         self.narrowed = file.narrowed
@@ -115,6 +117,7 @@ class State:
             removed=self.removed,
             narrowed=self.narrowed,
             old_keys=self._old_keys or None,
+            headers=self.headers or None,
         )
         return state_file.write(file)
 

@@ -157,6 +157,9 @@ class StateFile(NamedTuple):
     """What has narrowed a policy, in words, while the persistence key is still the one from before."""
     old_keys: dict[str, str] | None = None
     """LUKS UUID -> wrapped: the persistence key that the token of a disk is under that has been away since."""
+    headers: dict[str, str] | None = None
+    """LUKS UUID -> what the header of the member said when this host made its token: canonical JSON of
+    `Header.facts`."""
 
 
 def parse(content: bytes, path: str) -> StateFile:

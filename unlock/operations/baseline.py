@@ -9,6 +9,7 @@ unlock-baseline.service runs it before an update can replace the files; init and
 """
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 
 from .. import log
@@ -51,12 +52,15 @@ def record_good_boot(paths: Paths, tcti: str, *, first: bool = False) -> None:
         log.error(f"what this boot has measured cannot be kept: {problem}", "unlock check")
 
 
-def log_accepted(accepted: Mapping[str, str], left: Mapping[str, str]) -> None:
-    """Says which files are trusted from now on, and which cannot be."""
+def log_accepted(accepted: Mapping[str, str], left: Mapping[str, str], *, dry_run: bool = False) -> None:
+    """Says which files are trusted from now on, or would be, and which cannot be."""
     for path, what in accepted.items():
-        log.note(f"unlock: trusted from now on: {path}: {what}")
+        log.note(f"unlock: {'would be trusted' if dry_run else 'trusted from now on'}: {path}: {what}")
     for path, why in left.items():
-        log.error(f"{path} cannot be trusted: {why}", f"ls -lAi /{os.path.dirname(path)}; rm, or e2fsck, fsck.fat")
+        log.error(
+            f"{path} cannot be trusted: {why}",
+            f"ls -lAi {shlex.quote(f'/{os.path.dirname(path)}')}; rm, or e2fsck, fsck.fat",
+        )
 
 
 def record_baseline(paths: Paths, tcti: str = TPM_DEVICE, sealed: bool = False) -> Baseline | None:

@@ -7,11 +7,13 @@ A group opens only when every disk has a token with the same member list, so one
 import os
 import shlex
 import uuid as uuids
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..disks import devices, disk_keys, find, fstab, luks, token, udev
+from .. import strictjson
+from ..disks import changes, devices, disk_keys, find, fstab, luks, token, udev
 from ..disks.groups import Group, Member, check_name, mapping_names
-from ..errors import NotOurs, Refused, UnlockError, Usage
+from ..errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from ..host import config, this_boot, units
 from ..host.journal import DiskAdoption, GroupCreation
 from ..host.lock import exclusive
@@ -97,6 +99,7 @@ def _create(work: access.Work, wanted: NewGroup, nodes: list[str], unfinished: G
                     with luks.Container(node) as container, _open_by_recovery_key(state, container, recovery) as dek:
                         each = disk_keys.make_token(container, state.host, group, member, dek, keys)
                         disk_keys.write_token(node, each, dek, keys)
+                        state.headers[member.uuid] = strictjson.canonical(container.facts()).decode()
         except UnlockError:
             for member in before:
                 luks.abandon(member.name)
@@ -129,11 +132,14 @@ def adopt_disk(
     name: str = "",
     escrow: Escrow | None = None,
     tcti: str = TPM_DEVICE,
+    accepted: Iterable[str] = (),
 ) -> Group:
     """Makes an existing LUKS2 disk a member. Its data, keyslots and mapping name stay; a recovery keyslot and a token
-    are added. On a disk that is a member already, adds what is missing.
+    are added. On a disk that is a member already, adds what is missing. `accepted`: mapping names of members whose
+    headers were changed by the operator.
 
-    Raises NotOurs when it is not LUKS2 or the passphrase is wrong, DiskFailed, Refused.
+    Raises NotOurs when it is not LUKS2 or the passphrase is wrong, DiskFailed, Refused; Tampered, code
+    `changed-header`, with what differs in the header of a member.
     """
     check_name(group_name)
     with exclusive(paths), access.Work(paths) as work:
@@ -163,6 +169,7 @@ def adopt_disk(
         _check_policy(work, group, member)
         seen = work.look() if len(group.members) > 1 else {}
         others = {each.uuid: _node_of(seen, each) for each in group.members if each.uuid != uuid}
+        _check_headers(work, group, {**others, uuid: node}, frozenset(accepted))
         with dek, obtain_recovery_key(state, persistence, recovery_file, escrow) as recovery:
             state.begin(DiskAdoption("disk adopt", about, manifest=group.manifest))
             try:
@@ -210,6 +217,35 @@ def _check_policy(work: access.Work, group: Group, member: Member) -> None:
         )
 
 
+def _check_headers(work: access.Work, group: Group, nodes: dict[str, str], accepted: frozenset[str]) -> None:
+    """Raises Tampered for a member whose header is not as it was when this host made its token: a new token would make
+    that authentic."""
+    for member in group.members:
+        with luks.Container(nodes[member.uuid]) as container:
+            found = _find_changes(work, container)
+        if found and member.name not in accepted:
+            raise Tampered(
+                f"{member.name} ({nodes[member.uuid]}) has another header than this host wrote: {'; '.join(found)}",
+                f"if you changed it: --accept-changed-header {member.name}",
+                "changed-header",
+            )
+
+
+def _find_changes(work: access.Work, container: luks.Container) -> list[str]:
+    """What differs from the header that this host made a token for, in words; empty where it made none."""
+    state, facts = work.state, container.facts()
+    if known := state.headers.get(container.uuid):
+        return changes.describe_changes(strictjson.parse(known), facts)
+    try:
+        tokens = disk_keys.read_tokens(container, state.host)
+    except NotOurs:
+        members = {each.uuid for group in state.groups.values() for each in group.members}
+        return ["its token is gone"] if container.uuid in members else []
+    if any(disk_keys.is_authentic(container, each, work.persistence) for each in tokens):
+        return []
+    return ["what it was is not known, and its token does not authenticate what it is"]
+
+
 def _write_member_list(
     work: access.Work, group: Group, nodes: dict[str, str], *, kek: Secret, recovery: Secret
 ) -> None:
@@ -223,6 +259,7 @@ def _write_member_list(
             with luks.Container(node) as container:
                 dek = _open_by_recovery_key(state, container, recovery)
                 each = disk_keys.make_token(container, state.host, group, member, dek, keys)
+                state.headers[member.uuid] = strictjson.canonical(container.facts()).decode()
             disk_keys.write_token(node, each, dek, keys)
             written.append((node, each, dek))
         for node, each, dek in written:

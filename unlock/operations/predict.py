@@ -11,8 +11,7 @@ settings, a new shim) is never guessed: those PCRs stay as they are, or the pred
 """
 
 import os
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Iterable
 from typing import NamedTuple, TypedDict
 
 from .. import log
@@ -49,8 +48,6 @@ class Prediction(NamedTuple):
     """What the prediction of the default boot depends on."""
     needed: bool = True
     """Whether the TPM looks at what an update of files changes; else `boots` is empty."""
-    foreign: Mapping[str, str] = MappingProxyType({})
-    """File that may be a thief's, and that boot files may be made from -> why nothing vouches for it."""
 
 
 # Predicting -------------------------------------------------------------------------------------------------
@@ -159,7 +156,7 @@ def predict_and_allow(paths: Paths, tcti: str, dry_run: bool = False, trust_file
         inputs = gather_input(paths, tpm)
         if trust_files:
             now, accepted, left = booted.accept_boot_files(inputs.tree, inputs.booted)
-            log_accepted(accepted, left)
+            log_accepted(accepted, left, dry_run=dry_run)
             inputs = inputs._replace(booted=now)
         boots, doubts, notes = predict_next_boots(inputs)
         boots = [_with_all_pcrs(each, allowed.record.selection) for each in boots]
@@ -171,10 +168,9 @@ def predict_and_allow(paths: Paths, tcti: str, dry_run: bool = False, trust_file
         if trust_files:
             booted.save_booted_files(paths, inputs.booted)
         booted.trust_boot_files(inputs.tree, inputs.booted)
-    foreign = booted.Judge(inputs.tree, inputs.booted).foreign_sources()
-    if foreign:
-        notes.append(f"no new file below /boot is trusted: {next(iter(foreign.values()))}")
-    return Prediction(boots=tuple(boots), notes=(*doubts, *notes), states=states, doubts=tuple(doubts), foreign=foreign)
+    for why in list(booted.Judge(inputs.tree, inputs.booted).foreign_sources().values())[:1]:
+        notes.append(f"no new file below /boot is trusted: {why}")
+    return Prediction(boots=tuple(boots), notes=(*doubts, *notes), states=states, doubts=tuple(doubts))
 
 
 def _with_all_pcrs(boot: NextBoot, selection: Iterable[int]) -> NextBoot:

@@ -286,10 +286,11 @@ class BootTree:
         is_folder = stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode)
         flags = _FOLDER if is_folder else os.O_PATH | os.O_CLOEXEC
         below = os.open(name, flags | os.O_NOFOLLOW, dir_fd=fd)
-        inode = os.fstat(below).st_ino
-        mount_point = os.path.join(folder, part) in TOPS
+        found = os.fstat(below)
+        # a folder lists the number of what is below a mount; /boot and /efi may be mounted from the root's file system
+        is_mounted = found.st_dev != os.fstat(fd).st_dev or (not folder and part in TOPS)
         # FAT numbers a file anew unless it is open
-        if not mount_point and inode not in (listing.inodes[name], _listed_inode(fd, name)):
+        if not is_mounted and found.st_ino not in (listing.inodes[name], _listed_inode(fd, name)):
             os.close(below)
             raise Unreadable("its folder lists another file under this name")
         return below

@@ -63,7 +63,10 @@ def read_contents(tree: BootTree, image: str, listing: Listing = list_contents) 
     """What is in an initramfs, or in the one of a unified kernel image. Raises CommandFailed."""
     try:
         with _initramfs_file(tree, image) as path:
-            names = set(listing(["lsinitramfs", path]).split())
+            try:
+                names = set(listing(["lsinitramfs", path]).split())
+            except CommandFailed as error:
+                raise CommandFailed(str(error).replace(path, os.path.basename(image))) from error
     except Unreadable as problem:
         raise CommandFailed(f"{os.path.basename(image)}: {problem}") from None
     reads: dict[str, int] = {}

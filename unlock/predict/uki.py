@@ -24,7 +24,10 @@ def next_boots(inputs: PredictionInput) -> Iterator[NextBoot]:
         yield not_predicted(f"boot entry {name}", "it is no unified kernel image like this boot's", default=True)
     for path in [own, *(each for each in unified if each != own)]:
         data = inputs.tree.read(path)
-        if data is not None:  # else its kernel was removed
+        if data is None and path == own and inputs.tree.is_there(path):
+            why = f"{path}: {inputs.tree.why_unreadable(path)}"
+            yield not_predicted(f"unified kernel image {os.path.basename(path)}", why, default=True)
+        elif data is not None:  # else its kernel was removed
             yield _predict_image(inputs, path, data, own=path == own, default=path == own or unified[path] in defaults)
 
 

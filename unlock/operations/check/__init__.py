@@ -31,7 +31,7 @@ from .host import (
     check_stopped_operation,
     check_system,
 )
-from .initramfs import check_initramfs_images
+from .initramfs import check_boot_files, check_initramfs_images, foreign_boot_files
 from .keys import check_provider, check_recovery_key
 from .tpm import check_tpm, predict_or_error
 
@@ -52,6 +52,7 @@ def check(
     present = look()
     predicted = predict_or_error(paths, tcti)
     log, _ = logs.read_event_log(paths)
+    foreign = foreign_boot_files(paths, log)
     return result_of(
         [
             *check_tpm(paths, state, tcti, predicted, log),
@@ -59,7 +60,8 @@ def check(
             *(each for group in state.groups.values() for each in check_group(state, group, present, persistence)),
             *check_copies(state),
             *check_root(paths, state),
-            *check_initramfs_images(paths, tcti, predicted),
+            *check_boot_files(foreign),
+            *check_initramfs_images(paths, tcti, predicted, foreign),
             *check_recovery_key(state),
             *check_provider(paths, state, persistence, connect),
             *check_configuration(paths),

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from ...disks import devices, disk_keys, find, luks, spoofed, token
 from ...disks.groups import Group, Member
-from ...errors import NoKey, UnlockError
+from ...errors import NoKey, NotOurs, UnlockError
 from ...host.state import State
 from ...paths import Paths
 from ...predict import allowed_states
@@ -59,6 +59,9 @@ def _check_member(
                     what, UNPROVEN, "the key cache is empty: whether it opens cannot be tried", "unlock status"
                 )
             return _check_opens(what, container, tokens, persistence)
+    except NotOurs:
+        why = "its header is not the one that this host wrote: its token is gone"
+        return Finding(what, UNSAFE, why, "unlock disk adopt, which shows what else was changed")
     except UnlockError as error:
         return Finding(what, UNSAFE, str(error), error.hint)
 

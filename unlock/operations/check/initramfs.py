@@ -2,21 +2,41 @@
 """Checks the installed initramfs images: is unlock in them, and does it read what is on the disks and in the TPM?"""
 
 import os
+import shlex
 from collections.abc import Iterator
 
 from ...disks import token
-from ...errors import CommandFailed, UnlockError
+from ...errors import CommandFailed, Refused, UnlockError
+from ...measured.eventlog import Log
 from ...paths import Paths
-from ...predict import initramfs_images
+from ...predict import booted, initramfs_images
 from ...predict.boot_tree import BootTree
-from ...predict.booted import ACCEPT
 from ...tpm.chip import Tpm
 from ..predict import Prediction
 from .finding import NOTE, SAFE, UNPROVEN, UNSAFE, Finding
 from .tpm import current_slot
 
 
-def check_initramfs_images(paths: Paths, tcti: str, predicted: Prediction | UnlockError) -> Iterator[Finding]:
+def foreign_boot_files(paths: Paths, log: Log | None) -> dict[str, str]:
+    """File below /boot that may be a thief's, and that boot files may be made from -> why nothing vouches for it."""
+    tree = BootTree(paths)
+    try:
+        found = booted.load_booted_files(tree, log) if log else booted.read_booted_files(paths)
+    except Refused:
+        found = None
+    return booted.Judge(tree, found).foreign_sources() if found else {}
+
+
+def check_boot_files(foreign: dict[str, str]) -> Iterator[Finding]:
+    """Files that nothing vouches for. A boot that depends on one is told by the prediction."""
+    for path, why in foreign.items():
+        detail = f"{why}. Until then no new file below /boot is trusted"
+        yield Finding(f"/{path}", NOTE, detail, f"rm {shlex.quote(f'/{path}')}, or {booted.ACCEPT}")
+
+
+def check_initramfs_images(
+    paths: Paths, tcti: str, predicted: Prediction | UnlockError, foreign: dict[str, str]
+) -> Iterator[Finding]:
     """The image of the default boot must be usable; where that is not known, the newest image.
 
     Into one that may be a thief's it does not look.
@@ -25,14 +45,13 @@ def check_initramfs_images(paths: Paths, tcti: str, predicted: Prediction | Unlo
     found = initramfs_images.list_images(tree)
     written = _formats_in_use(tcti)
     boots = () if isinstance(predicted, UnlockError) else predicted.boots
-    foreign = {} if isinstance(predicted, UnlockError) else predicted.foreign
     needed = [each.initrd for each in boots if each.default and each.initrd] or found[-1:]
     if not needed:
         yield Finding("initramfs", UNPROVEN, "there is no /boot/initrd.img-*: whether unlock is in it is not known")
     for image in dict.fromkeys([*found, *needed]):
         name = os.path.basename(image)
         if why := foreign.get(image):
-            yield Finding(name, UNSAFE if image in needed else NOTE, why, ACCEPT)
+            yield Finding(name, UNPROVEN if image in needed else NOTE, f"it was not looked into: {why}", booted.ACCEPT)
             continue
         try:
             wrong = _why_unusable(initramfs_images.read_contents(tree, image), written)
