@@ -46,7 +46,10 @@ class Replaced(NamedTuple):
 
 
 def is_due(state: State) -> bool:
-    """Whether a policy has narrowed since the persistence key was made, or a replacement is not finished."""
+    """Whether a policy has narrowed since the persistence key was made, or a replacement is not finished. Not while a
+    rebind is: that makes a new key itself."""
+    if isinstance(state.journal, Rebind):
+        return False
     return state.narrowed is not None or isinstance(state.journal, NewPersistenceKey)
 
 

@@ -86,7 +86,7 @@ def _replace_persistence_key(paths: Paths, look: find.Look, tcti: str) -> list[S
         found = new_persistence_key.replace_if_due(paths, tcti or this_boot.tpm_device(), look=look)
     except UnlockError as error:
         return [SyncLine("persistence key", error.code, str(error), error)]
-    return [SyncLine("persistence key", "replaced", "; ".join(found.behind) if found else "")]
+    return [SyncLine("persistence key", "replaced", "; ".join(found.behind))] if found else []
 
 
 def _catch_up(work: Work) -> list[SyncLine]:
