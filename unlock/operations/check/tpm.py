@@ -54,6 +54,9 @@ def check_tpm(
         why = report.VERDICTS.get(verdict, "early boot left no report")
         yield Finding("this boot", UNSAFE, f"{why}; the next one is like this one", "unlock explain")
     yield from _check_pin(record, facts)
+    if record.needs != allowed_states.needs_of_root(state, paths.root):
+        silent = "it does not say which disks the root needs: one without its token would not be called altered"
+        yield Finding("TPM", NOTE, silent, "unlock disk adopt, of the root's disk once more")
     if at_unseal.initramfs_unmeasured(boot, log):
         edited = "nothing measures it, as `initrd=` names it: whoever edits it gets the keys"
         yield Finding("initramfs", NOTE, edited, "boot a unified kernel image")
