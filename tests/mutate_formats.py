@@ -207,7 +207,7 @@ CHANGES: dict[str, list[Change]] = {
     "record byte order": [("tpm/record.py", '">7sBQ', '"<7sBQ')],
     "record names": [
         ("tpm/record.py", "self.srk_name, self.object_name,", "self.object_name, self.srk_name,"),
-        ("tpm/record.py", "flags, srk_name, object_name, digests", "flags, object_name, srk_name, digests"),
+        ("tpm/record.py", "needed, srk_name, object_name, digests", "needed, object_name, srk_name, digests"),
     ],
     "record checksum": [("tpm/record.py", "sha256(body)", 'sha256(body + b"1")')],
     "payload version": [("tpm/record.py", "\n_VERSION = 1", "\n_VERSION = 2")],
