@@ -28,7 +28,7 @@ from unlock.predict import initramfs_images
 from unlock.predict.boot_tree import BootTree
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
-from unlock.tpm.record import RECORD_VERSION, SLOTS, Payload
+from unlock.tpm.record import RECORD_VERSION, SLOTS, Needs, Payload
 
 pytestmark = [pytest.mark.usefixtures("key_cache"), pytest.mark.root]
 
@@ -59,7 +59,11 @@ class World:
         with chip.open() as tpm:
             branch = pcr_policy.branch(selection, tpm.read_pcrs(selection))
             slots.seal_slot(
-                tpm, bytes.fromhex(HOST), selection, (branch,), Payload(Secret(bytes(self.host.persistence)))
+                tpm,
+                bytes.fromhex(HOST),
+                selection,
+                (branch,),
+                Payload(Secret(bytes(self.host.persistence)), needs=Needs.of(["data-0"])),
             )
 
     def image(self, version: str, *names: str) -> None:
@@ -193,6 +197,19 @@ def test_after_a_refused_boot_the_next_is_refused_too(world: World) -> None:
     world.chip.extend(7)
     verdict, wrong = world.check()
     assert verdict == UNSAFE and list(wrong) == ["this boot"]
+
+
+def test_a_tpm_that_does_not_know_the_root(world: World) -> None:
+    def said() -> list[str]:
+        found = check.check(world.host.paths, world.chip.tcti, world.host.look)
+        return [each.detail for each in found.findings if (each.what, each.verdict) == ("TPM", NOTE)]
+
+    assert not said()
+    with world.chip.open() as tpm:
+        unsealed = slots.unseal(tpm)
+        payload = unsealed.payload._replace(needs=Needs())
+        slots.seal_slot(tpm, unsealed.record.host, unsealed.record.selection, unsealed.record.branches, payload)
+    assert ["does not say which disks the root needs" in each for each in said()] == [True]
 
 
 def test_an_operation_that_was_stopped(world: World) -> None:

@@ -21,8 +21,6 @@ from .activation import GroupOpener, open_present
 TRIES = 5
 ANOTHER_KEY = "a member is missing, or takes an earlier recovery key: type that too"
 """For a disk that is authentic and waits for its group: a member is away, or was when the key was rotated."""
-
-
 NOT_OF_ROOT = "this recovery key does not authenticate the root's disk: it is not its key, or its header was changed"
 
 

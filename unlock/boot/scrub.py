@@ -16,6 +16,8 @@ from ..protect import end_with_parent
 
 _PIECE = 32 << 20
 """Bytes that are asked for at a time: less when there is no more room for so much."""
+PASSES = 3
+"""The kernel keeps a few pages back, which are others each time."""
 _MAP_POPULATE = 0x8000
 _FAILED = ctypes.c_void_p(-1).value
 _VM = "/proc/sys/vm"
@@ -24,7 +26,7 @@ _SETTINGS = {
     f"{_VM}/oom_dump_tasks": "0",
     f"{_VM}/overcommit_memory": "1",
     f"{_VM}/lowmem_reserve_ratio": "0 0 0 0",  # else low memory is kept for devices
-    f"{_VM}/min_free_kbytes": "256",  # else so much is never given out
+    f"{_VM}/min_free_kbytes": "0",  # else so much is never given out
     "/proc/sys/kernel/printk": "1 1 1 1",  # the kernel tells at length that it ends a process
 }
 """For the time of it; see Documentation/admin-guide/sysctl/vm.rst of the kernel."""
@@ -34,9 +36,10 @@ def scrub() -> int:
     """Returns 0 when every process was ended for want of memory; 1, with words, when free memory may be left."""
     before = {path: old for path, new in _SETTINGS.items() if (old := _set(path, new))}
     _set(f"{_VM}/drop_caches", "3")
+    ends = []
     try:
-        # a process is ended when there is nothing left, so the last one has had what the others leave
-        ends = [os.waitpid(pid, 0)[1] for pid in [_start(cpu) for cpu in sorted(os.sched_getaffinity(0))]]
+        for _ in range(PASSES):
+            ends += [os.waitpid(pid, 0)[1] for pid in [_start(cpu) for cpu in sorted(os.sched_getaffinity(0))]]
     finally:
         for path, old in before.items():
             _set(path, old)

@@ -257,9 +257,9 @@ def unauthenticated_root(paths: Paths, state: HostState) -> bool:
     return bool(early and early.facts.unauthenticated_root)
 
 
-def needs_of_root(state: HostState) -> Needs:
+def needs_of_root(state: HostState, root: str = "/") -> Needs:
     """The members of this host's groups that / and /usr lie on, whatever their mappings are called now."""
-    below = {name for where in ("/", "/usr") for name in devices.mappings_below(where)}
+    below = {name for where in ("/", "/usr") for name in devices.mappings_below(where, root)}
     uuids = {uuid for name, uuid in devices.active_mappings().items() if uuid and name in below} if below else set()
     members = [member for group in state.groups.values() for member in group.members]
     return Needs.of(each.name for each in members if each.name in below or each.uuid in uuids)

@@ -58,6 +58,9 @@ def check_tpm(
     if missing := at_unseal.missing_for_drivers(boot, log, when_closed):
         unseen = f"Secure Boot is off, and PCRs {', '.join(map(str, missing))} are not checked: drivers run unseen"
         yield Finding("policy", NOTE, unseen, "unlock policy set --pcrs")
+    if record.needs != allowed_states.needs_of_root(state, paths.root):
+        silent = "it does not say which disks the root needs: one without its token would not be called altered"
+        yield Finding("TPM", NOTE, silent, "unlock disk adopt, of the root's disk once more")
     if at_unseal.initramfs_unmeasured(boot, log):
         edited = "nothing measures it, as `initrd=` names it: whoever edits it gets the keys"
         yield Finding("initramfs", NOTE, edited, "boot a unified kernel image")
