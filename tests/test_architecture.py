@@ -157,7 +157,7 @@ def test_the_files_that_a_page_names_are_there(page: str) -> None:
 
 
 def test_the_controls_of_attacks_change_code_that_is_there() -> None:
-    """Each removes a defence by its text in a virtual machine. Here a text that is gone shows at once."""
+    """Each removes a defence by its text in a virtual machine. A text that is gone, or a syntax error, shows here."""
     from tests import test_boot_attacks, test_boot_memory, test_boot_silence, test_boot_unmeasured
 
     installed = {
@@ -174,7 +174,12 @@ def test_the_controls_of_attacks_change_code_that_is_there() -> None:
         *test_boot_silence.UNTOLD,
         *test_boot_memory.KEPT,
     ]
-    for path, old, _ in changes:
+    for path, old, new in changes:
         start = next(each for each in installed if path.startswith(each))
         source = PACKAGE.parent / path.replace(start, installed[start])
         assert source.read_text().count(old) == 1, f"{source} has not exactly one {old!r}"
+        changed = source.read_text().replace(old, new)
+        if source.suffix == ".py":
+            ast.parse(changed, path)
+        else:
+            subprocess.run(["sh", "-n"], input=changed, text=True, check=True)

@@ -48,11 +48,13 @@ EVERY_KEY = (  # each disk may be opened by any key that the TPM gives
     ),
 )
 NO_CAP = (
-    (f"{CODE}/boot/agent.py", "            tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)\n", ""),
+    (f"{CODE}/boot/agent.py", "                tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)\n", ""),
     ("usr/share/initramfs-tools/scripts/unlock-functions", "&& return 0 ;;", "; return 0 ;;\n\t*) return 0 ;;"),
 )
 """Together with the next: nothing locks the TPM, and any disk may be resumed from."""
 CAP_SCRIPT = ("usr/lib/unlock/cap", "run=/run/unlock\n", "exit 0\nrun=/run/unlock\n")
+NO_LATE_CAP = "systemd.mask=unlock-cap.service"
+"""And nothing locks it in the system either."""
 
 TRY = f"echo {base64.b64encode(UNSEAL.encode()).decode()} | base64 -d | python3 -I -"
 """What a person could try at a shell's prompt."""
@@ -226,7 +228,7 @@ def shell_after_shell(booted: Running, story: Machine, names: Sequence[str]) -> 
 
 
 def test_every_shell_would_unseal_without_the_cap(story: Machine) -> None:
-    with shells(story, SHELLS[:1], story.image.initramfs({}, (*NO_CAP, CAP_SCRIPT))) as booted:
+    with shells(story, SHELLS[:1], story.image.initramfs({}, (*NO_CAP, CAP_SCRIPT)), NO_LATE_CAP) as booted:
         unsealed_in_shells(booted)
         booted.kill()
 
@@ -234,7 +236,7 @@ def test_every_shell_would_unseal_without_the_cap(story: Machine) -> None:
 @pytest.mark.long(minutes=7)
 def test_every_shell_a_resumed_image_and_kexec_would_unseal_without_the_cap(emulated: Machine) -> None:
     initrd = emulated.image.initramfs({}, (*NO_CAP, CAP_SCRIPT))
-    with shells(emulated, [FIRST_OF_ALL], initrd) as booted:
+    with shells(emulated, [FIRST_OF_ALL], initrd, NO_LATE_CAP) as booted:
         console = unsealed_in_shells(booted)
         assert console.sh("cat /sys/power/resume").out != "0:0"
         kexec(emulated, booted, initrd)
@@ -252,14 +254,15 @@ def unsealed_in_shells(booted: Running) -> Guest:
     return booted.guest
 
 
-def shells(story: Machine, names: Sequence[str], initrd: Path | None = None) -> Running:
+def shells(story: Machine, names: Sequence[str], initrd: Path | None = None, also: str = "") -> Running:
     """Every place at which a command line can ask for a shell, and a disk to resume from."""
     story.disks = {"swap": Disk("swap.raw", "swap")}
     swap = bytearray(64 << 20)
     swap[4086:4096] = b"SWAPSPACE2"
     swap[1024:1036] = (1).to_bytes(4, "little") + ((64 << 20) // 4096 - 1).to_bytes(4, "little") + bytes(4)
     (story.home / "swap.raw").write_bytes(swap)
-    append = f"break={','.join(names)} rd.break systemd.unit=emergency.target resume={story.disks['swap'].device}"
+    resume = story.disks["swap"].device
+    append = f"break={','.join(names)} rd.break systemd.unit=emergency.target resume={resume} {also}"
     return story.boot(initrd=initrd, cmdline=story.image.cmdline.replace("panic=-1", ""), append=append)
 
 
