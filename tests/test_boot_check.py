@@ -79,6 +79,7 @@ subprocess.run(["ukify", "build", "--config=/etc/kernel/uki.conf", *sections, "-
 OPENS = "opens by itself"
 PART = "opens root alone by itself"
 ASKS = "asks for the recovery key"
+ALTERED = "opens root with no key and says that its header changed"
 STOCK = "asks for root's passphrase"
 
 
@@ -135,7 +136,7 @@ ANYWHERE = (
         "python3 take-token {d2} >token",
         "cryptsetup token import --token-id 0 --json-file token {d2}",
         UNSAFE | {"data": "unsafe"},
-        "it has no unlock token",
+        "its token is gone",
         PART,
     ),
     Row(
@@ -143,8 +144,8 @@ ANYWHERE = (
         "python3 take-token {root} >token",
         "cryptsetup token import --token-id 0 --json-file token {root}",
         UNSAFE | {"root": "unsafe"},
-        "it has no unlock token",
-        STOCK,
+        "its token is gone",
+        ALTERED,
     ),
     Row("a program extends a PCR of this boot", "python3 extend-pcr", "", UNPROVEN, "this boot is none that", OPENS),
     Row("the key cache is flushed", "unlock cache flush --yes", "", UNTRIED, "the key cache is empty", OPENS),
@@ -456,6 +457,10 @@ def happens(booted: Running, row: Row) -> None:
     if row.does == STOCK:
         booted.console.expect("unlock disk root", 600)
         assert "recovery key" not in booted.console.text
+    elif row.does == ALTERED:
+        booted.console.expect("its header is not the one that this host wrote: it has no unlock token", 600)
+        booted.console.expect("recovery key: ", 60)
+        assert "unlock disk" not in booted.console.text
     elif row.does == ASKS:
         booted.console.expect("recovery key: ", 600)
         assert f"first     {row.why}" in booted.console.text
