@@ -145,6 +145,7 @@ def test_explain_names_the_driver(insecure: Machine, thief: type[Boot]) -> None:
 
 def test_check_says_when_they_are_not_checked(insecure: Machine) -> None:
     host = insecure
+    host.write("proc/self/mountinfo", b"")
 
     def told() -> list[Finding]:
         log, _ = logs.read_event_log(host.paths)
