@@ -15,7 +15,7 @@ class Secret:
 
     __slots__ = ("value",)
 
-    def __init__(self, value: bytes | bytearray) -> None:
+    def __init__(self, value: bytes | bytearray | memoryview) -> None:
         self.value = _live[id(self)] = bytearray(value)
 
     def __del__(self) -> None:
@@ -25,6 +25,11 @@ class Secret:
     def random(cls, size: int) -> "Secret":
         """`size` bytes from the kernel's random number generator."""
         return cls(os.urandom(size))
+
+    def copy(self, start: int = 0, stop: int | None = None) -> "Secret":
+        """The bytes from `start` to `stop`. A slice would leave them in freed memory, which nobody wipes."""
+        with memoryview(self.value) as whole, whole[start:stop] as part:
+            return Secret(part)
 
     def wipe(self) -> None:
         self.value[:] = bytes(len(self.value))

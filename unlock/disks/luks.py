@@ -186,7 +186,7 @@ class Container(Header):
             if size.value == len(key):
                 return key
             with key:
-                return Secret(key.value[: size.value])
+                return key.copy(0, size.value)
         except BaseException:
             key.wipe()
             raise

@@ -394,9 +394,9 @@ class State:
         """The old and the new persistence key of a replacement under way, by the one that the TPM gave. Raises
         Tampered."""
         try:
-            return Secret(bytes(either)), self._unwrapped(either, "persistence", entry.new)
+            return either.copy(), self._unwrapped(either, "persistence", entry.new)
         except Tampered:
-            return self._unwrapped(either, "persistence", entry.old), Secret(bytes(either))
+            return self._unwrapped(either, "persistence", entry.old), either.copy()
 
     def own_key(self, cached: Secret) -> Secret:
         """The persistence key that wraps what the state keeps: `cached`, or, while one replaces the other, perhaps the

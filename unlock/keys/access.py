@@ -221,7 +221,7 @@ def find_kek(
         entry = work.state.provider_of(group.kek)
         kek_id = key_ref(entry, group.kek, group.kek_name).id
         work.fetched[which] = work.provider(entry).fetch(kek_id, states or work.opens(), kek_prover(work, group, nodes))
-    return Secret(bytes(work.fetched[which])), "provider"
+    return work.fetched[which].copy(), "provider"
 
 
 def kek_prover(work: Work, group: Group, nodes: dict[str, str]) -> Callable[[Secret], None]:

@@ -131,7 +131,7 @@ def _use_native(state: State, persistence: Secret, choices: InitChoices, unfinis
     """Makes a KDK and backs it up before anything depends on it. Returns the host key. Raises Usage, Malformed,
     Tampered."""
     name = access.key_name(state.host, "host", 1)
-    with Secret.random(32) as kdk, native.Native(Secret(bytes(kdk)), state.host) as provider:
+    with Secret.random(32) as kdk, native.Native(kdk.copy(), state.host) as provider:
         state.use_provider(
             state.native_entry(
                 name="native", provider_id=provider.id, scope=state.host, persistence=persistence, kdk=kdk

@@ -146,7 +146,7 @@ def _begin(state: State, mine: Secret) -> tuple[NewPersistenceKey, Secret, Secre
     if isinstance(state.journal, NewPersistenceKey):
         return state.journal, *state.unwrap_pair(state.journal, mine)
     state.prove(mine)
-    old, new = Secret(bytes(mine)), Secret.random(32)
+    old, new = mine.copy(), Secret.random(32)
     under_old, under_new = state.wrap_pair(old=old, new=new)
     entry = NewPersistenceKey("rekey --fresh", "", new=under_old, old=under_new, sealed=False, before=state.journal)
     state.journal = entry

@@ -119,8 +119,8 @@ def _entry(work: access.Work, settings: config.ProviderConfig, provider_id: str,
 
 def connect_as(client: Client, settings: config.ProviderConfig, provider_id: str) -> Provider:
     """The key manager, asked as this client, whose key and password are copied. Raises Usage, Malformed."""
-    password = Secret(bytes(client.password)) if client.password else None
-    key = Secret(bytes(client.key))
+    password = client.password.copy() if client.password else None
+    key = client.key.copy()
     return access.connect_kmip(
         settings, provider_id=provider_id, certificate=client.certificate, key=key, password=password
     )

@@ -196,4 +196,4 @@ class Payload(NamedTuple):
         if value[0] != _VERSION or len(value) != _PAYLOAD_SIZE:
             raise Malformed("sealed payload: not one of ours")
         needs = Needs.decode(bytes(value[34:]))
-        return cls(Secret(value[2:34]), bool(value[1] & _UNAUTHENTICATED_ROOT), needs)
+        return cls(data.copy(2, 34), bool(value[1] & _UNAUTHENTICATED_ROOT), needs)

@@ -133,12 +133,12 @@ def _parse_value(kind: int, data: memoryview, depth: int) -> _Value:
     if kind == STRUCTURE:
         return parse(data, depth + 1)
     if kind in (_BYTES, _BIG):
-        return Secret(data)  # type: ignore[arg-type]
+        return Secret(data)
     if kind == _TEXT:
         try:
             return bytes(data).decode()
         except UnicodeDecodeError:  # perhaps a vendor's own attribute: an error only for a caller that asks for a text
-            return Secret(data)  # type: ignore[arg-type]
+            return Secret(data)
     if kind in _FIXED:
         return int.from_bytes(data, signed=kind != _ENUMERATION)
     raise MalformedAnswer(f"an unknown TTLV type {kind}")
