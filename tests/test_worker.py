@@ -2,6 +2,7 @@
 """The process of one disk: what it knows, and that nothing it does holds up the agent."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -103,8 +104,13 @@ def await_call(pid: int, name: str) -> None:
         time.sleep(0.01)
 
 
-EAGER = {"LD_BIND_NOW": "1"}
-"""Without it, ld.so saves registers on the stack when it binds a function late, with what a copied key left there."""
+PREMOUNT = Path(__file__).parents[1] / "initramfs/init-premount"
+AS_IN_EARLY_BOOT = {
+    **os.environ,
+    **dict(re.findall(r"(\w+)=(\w+) /usr/sbin/unlock boot agent", PREMOUNT.read_text())),
+    "PYTHONPATH": str(Path(__file__).parents[1]),
+}
+"""The environment that early boot gives the agent."""
 
 AGENT = """
 import os, signal, sys
@@ -159,8 +165,7 @@ def test_a_worker_has_no_trace_of_a_key_when_it_waits_or_ends(lab: Lab, tmp_path
         with chip.open() as tpm:
             slots.seal_slot(tpm, bytes.fromhex(HOST), SELECTION, NOW, Payload(Secret(keys[0])))
         command = [sys.executable, "-c", AGENT, chip.tcti, str(lab.victim)]
-        environment = {**os.environ, **EAGER, "PYTHONPATH": str(Path(__file__).parents[1])}
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as agent:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=AS_IN_EARLY_BOOT) as agent:
             assert agent.stdin and agent.stdout
             main, worker, late = map(int, agent.stdout.readline().split())
             assert traces(main, *keys) == [keys[0], keys[2]], "this is not the agent's memory"
@@ -176,6 +181,34 @@ def test_a_worker_has_no_trace_of_a_key_when_it_waits_or_ends(lab: Lab, tmp_path
             await_call(worker, "write")
             assert traces(worker, *keys) == [], "when it ends"
             agent.stdin.close()
+
+
+DECODES = """
+import os
+from unlock.secret import Secret
+from unlock.tpm.record import Payload
+
+with Secret(bytes(SIZE)) as sealed:
+    os.readv(0, [sealed.value])
+    payload = Payload.decode(sealed)
+payload.key.wipe()
+os.write(1, b"wiped")
+os.read(0, 1)
+"""
+
+
+def test_what_was_unsealed_is_not_found_when_it_is_wiped() -> None:
+    """ld.so, which binds a function at its first call, would leave on the stack what copying left in registers."""
+    key = os.urandom(32)
+    sealed = bytes(Payload(Secret(key)).encode())
+    command = [sys.executable, "-c", DECODES.replace("SIZE", str(len(sealed)))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=AS_IN_EARLY_BOOT) as process:
+        assert process.stdin and process.stdout
+        process.stdin.write(sealed)
+        process.stdin.flush()
+        assert process.stdout.read(5) == b"wiped"
+        assert traces(process.pid, key) == []
+        process.stdin.close()
 
 
 def test_a_worker_has_no_descriptor_but_its_pipes_and_its_disk(lab: Lab) -> None:
