@@ -33,7 +33,6 @@ PRELOADED = (
     "cryptography.hazmat.primitives.serialization.pkcs7",
     "cryptography.x509",
     "tpm2_pytss._libtpm2_pytss",
-    "pyudev",
     "subprocess",
     "tomllib",
 )
@@ -216,7 +215,7 @@ CHANGES: dict[str, list[Change]] = {
     "payload flag": [("tpm/record.py", "_UNAUTHENTICATED_ROOT = 0x01", "_UNAUTHENTICATED_ROOT = 0x02")],
     "payload key": [
         ("tpm/record.py", "data.value[2:34] = self.key.value", "data.value[2:34] = self.key.value[::-1]"),
-        ("tpm/record.py", "Secret(value[2:34])", "Secret(value[2:34][::-1])"),
+        ("tpm/record.py", "data.copy(2, 34)", "Secret(value[2:34][::-1])"),
     ],
     "need: label": [("tpm/record.py", 'b"unlock needs "', 'b"unlock need "')],
     "need: size": [
