@@ -104,6 +104,7 @@ SAFE = {"": "safe", "root": "safe", "data": "safe"}
 UNPROVEN, UNSAFE = SAFE | {"": "unproven"}, SAFE | {"": "unsafe"}
 UNTRIED = dict.fromkeys(SAFE, "unproven")
 EDITED = "PCR 9: the kernel command line changed"
+ENTRIES = "PCR 1: the firmware's boot entries or their order changed"
 NOTHING = Row("nothing", "", "", SAFE, "the TPM allows it", OPENS)
 ANYWHERE = (
     NOTHING,
@@ -169,7 +170,7 @@ BY_FIRMWARE = (
         UNSAFE,
         "the TPM will refuse it: kernel command line",
         ASKS,
-        EDITED,
+        ENTRIES,
     ),
     Row(
         "the firmware is told to start another entry once",
@@ -190,7 +191,7 @@ BY_FIRMWARE = (
         UNPROVEN,
         "its boot order has changed",
         ASKS,
-        EDITED,
+        ENTRIES,
     ),
     Row(
         "the kernel is replaced, and no hook has seen it",

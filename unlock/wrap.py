@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrapping keys with keys: AES-256-GCM, HKDF-SHA256, scrypt. The only file that imports `cryptography`.
+"""Wrapping keys with keys: AES-256-GCM, HKDF-SHA256, scrypt. The only file that imports `cryptography`, but
+for certificates (keys.escrow, providers.kmip.tls).
 
 A wrapped key is 12 bytes of random nonce, the ciphertext, 16 bytes of tag (NIST SP 800-38D).
 Unwrapping, which every boot does, calls OpenSSL directly. libcryptsetup has loaded it already, while importing the

@@ -87,7 +87,7 @@ def _mount_checked(request: Request, group: str, names: set[str]) -> None:
     if foreign := devices.foreign_devices(request.where, names):
         raise Tampered(
             f"group {group}: what was mounted on {request.where} lies on {', '.join(foreign)}, no disk of the group",
-            f"take it out, or wipe it: it is a copy, or passes for one; then: systemctl start {group}",
+            f"take it out, or wipe it: it is a copy, or passes for one; then: unlock open {group}",
             "spoofed",
         )
     tree = _call_libc(

@@ -24,7 +24,7 @@ def add(commands: "Commands") -> None:
     window.add_argument("--reboots", type=int, required=True, metavar="N", help="good boots until it closes")
     add_pcrs(window, "--keep", "PCRs of 0 to 7 that are still checked")
     close = add_command(verbs, "close", _close, "close the window: allow this boot's state alone, over all PCRs")
-    chosen = add_command(verbs, "set", _set, "choose other PCRs, or a PIN; allows this boot's state alone")
+    chosen = add_command(verbs, "set", _set, "choose other PCRs, for this boot's state alone; or a PIN")
     add_pcrs(chosen, "--pcrs", "PCRs to check; PCR 15 is always added")
     add_pin(chosen)
     for each in (window, close, chosen):

@@ -20,7 +20,7 @@ def add(verbs: "Commands") -> None:
     predict.add_argument(
         "--trust-files",
         action="store_true",
-        help="kernels and initramfs files that were changed while the host was off are yours",
+        help="every foreign file and link below /boot and on the EFI partition is yours; each is named",
     )
 
 

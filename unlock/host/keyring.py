@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The key cache: keys of type `user` in root's user keyring, which lasts until the next boot, across switch_root.
 
-Names: unlock:persistence, unlock:pin-auth, unlock:host, unlock:kek:ID. The system calls are used directly (keyctl(2)).
-A later root process, whatever its session keyring, reads them by its uid; nobody else may.
+Names: unlock:persistence, unlock:pin-auth, unlock:host, unlock:kek:ID:GENERATION, unlock:rebind. The system
+calls are used directly (keyctl(2)). A later root process, whatever its session keyring, reads them by its uid; nobody
+else may.
 """
 
 import ctypes

@@ -5,7 +5,7 @@ CAUSES = {
     "firmware": "the firmware",
     "firmware-settings": "a setting of the firmware",
     "option-rom": "the firmware of a device",
-    "boot-order": "the firmware's boot order",
+    "boot-order": "the firmware's boot entries or their order",
     "boot-path": "the way in which the firmware came to the boot loader",
     "partition-table": "a partition table",
     "secure-boot": "the Secure Boot mode",
@@ -42,7 +42,7 @@ USUAL = {
         "a device was added, removed, or got new firmware",
         "lspci -nn, and compare with what should be there; " + _RETYPE,
     ),
-    "boot-order": ("the boot order was changed, or another entry was chosen", "efibootmgr -v"),
+    "boot-order": ("a boot entry was edited, added or removed, or the order changed", "efibootmgr -v"),
     "boot-path": (
         "another boot entry came first and failed, or was chosen by hand; or a firmware update, or MokManager, ran",
         "efibootmgr -v, and reboot",

@@ -5,8 +5,10 @@
     blocked, unknown ──> a replaced one: fetch, validate, prove, rotation ──> keys that only the provider keeps: cached
 
 It touches the TPM only where a group's key is not kept any more: then this host gets a new persistence key, under the
-same policy. It removes no key from cache or disks because a server answers `not found` or `denied`, or does not answer:
-only for a state of the key that the operator's `drop_on` names. When nothing changed, it writes nothing.
+same policy. The sync of the timer cannot reach the TPM, and fails with that until somebody else has made the key.
+
+It removes no key from cache or disks because a server answers `not found` or `denied`, or does not answer: only for a
+state of the key that the operator's `drop_on` names. When nothing changed, it writes nothing.
 """
 
 import time

@@ -8,9 +8,9 @@
 The predictions start from these files. The record counts only as far as the event log of the same boot has the same
 digests.
 
-What is foreign stays so in this boot, whatever its content is later, until the operator accepts it by name. A file
-that is not known is vouched for only if this look has found nothing of its name, or a known file, and nothing foreign
-that a program of this system could have made it from.
+What is foreign stays so in this boot, whatever its content is later, until the operator accepts all that is
+foreign. A file that is not known is vouched for only if this look has found nothing of its name, or a known file, and
+nothing foreign that a program of this system could have made it from.
 
 booted.json needs no MAC, though /var may be plain. It counts only in the boot whose id it has, which the kernel draws
 at random (122 bits): who edits it while the host is off writes the record of another boot, and the files are looked at
