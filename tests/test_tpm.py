@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -541,3 +542,26 @@ def test_loading_brings_only_what_boot_uses() -> None:
         check=True,
     )
     assert set(done.stdout.split()).isdisjoint(banned.split())
+
+
+FORKS = """
+    import sys, threading
+    from pathlib import Path
+    from tests.killing import child
+    from tests.tpmfixture import Swtpm
+
+    def use() -> None:
+        with chip.open() as tpm:
+            tpm.read_pcrs([0])
+
+    with Swtpm(Path(sys.argv[1])) as chip:
+        for _ in range(3):
+            use()
+            assert child(use) == 0
+"""
+
+
+def test_a_fork_while_a_line_to_the_tpm_is_being_closed_does_not_keep_it_open(tmp_path: Path) -> None:
+    """A child that did would wait for itself: every close(2) takes 5 ms here."""
+    slow = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=close", "-e", "inject=close:delay_enter=5000"]
+    subprocess.run([*slow, sys.executable, "-c", dedent(FORKS), tmp_path / "tpm"], check=True, timeout=60)

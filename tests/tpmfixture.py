@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -196,7 +196,7 @@ class Proxy:
 
     def _serve(self, client: socket.socket) -> None:
         try:
-            with client, self._line(self.data) as server:
+            with self._line(client, self.data) as server:
                 while command := _message(client):
                     if self._cut == 0:
                         break
@@ -217,22 +217,29 @@ class Proxy:
                     client.sendall(answer)
         except OSError:
             pass
-        client.close()
 
     def _control(self, client: socket.socket) -> None:
         try:
-            with client, self._line(self.control) as server:
+            with self._line(client, self.control) as server:
                 while data := client.recv(4096):
                     server.sendall(data)
                     client.sendall(server.recv(4096))
         except OSError:
             pass
 
-    def _line(self, path: Path) -> socket.socket:
-        with _forking:
-            line = _connect(path)
-            self._open.append(line)
-            return line
+    @contextlib.contextmanager
+    def _line(self, client: socket.socket, path: Path) -> Iterator[socket.socket]:
+        """What `client` says goes to swtpm at `path`: both are closed at the end."""
+        with client:
+            with _forking:
+                server = _connect(path)
+                self._open.append(server)
+            try:
+                yield server
+            finally:
+                with _forking:
+                    server.close()
+                    client.close()
 
     def _drop(self) -> None:
         for connection in self._open:
@@ -241,7 +248,8 @@ class Proxy:
 
 
 _forking = threading.Lock()
-"""No fork while a line is open that no proxy knows of: a child that keeps one open holds up the TPM."""
+"""No fork while a line is open that no proxy can close in the child, one that is being closed too: a child that keeps
+one open holds up the TPM."""
 _proxies: weakref.WeakSet[Proxy] = weakref.WeakSet()
 
 
