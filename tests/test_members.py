@@ -16,7 +16,7 @@ from tests.test_disk import edit
 from unlock.disks import changes, luks, token
 from unlock.disks.groups import Member
 from unlock.errors import DiskFailed, NotOurs, Refused, Tampered, UnlockError, Usage
-from unlock.host import config
+from unlock.host import config, this_boot
 from unlock.host.journal import GroupCreation
 from unlock.keys import recovery_key
 from unlock.operations import group as group_operations
@@ -577,6 +577,23 @@ def test_a_member_that_lost_its_token_alone_is_mended_without_a_question(member:
     with pytest.raises(NotOurs):
         host.boot_opens()
     adopt(host, str(image))
+    assert host.boot_opens()
+
+
+def test_a_member_that_is_back_under_an_earlier_persistence_key_is_adopted_and_that_key_is_kept_no_more(
+    member: tuple[Host, Path],
+) -> None:
+    host, image = member
+    state, new = host.state, Secret.random(32)
+    state.rewrap(old=host.persistence, new=new)
+    for uuid in host.deks:
+        state.keep_old_key(uuid, new=new, old=host.persistence)
+    state.headers.clear()
+    state.save()
+    this_boot.cache_keys(host.paths, "TPM", {"unlock:persistence": new})
+    adopt(host, str(image))
+    assert not host.state.has_old_keys
+    host.take_key()
     assert host.boot_opens()
 
 

@@ -36,13 +36,15 @@ from unlock.operations import (
 from unlock.predict import allowed_states, trusted_files
 from unlock.predict.allowed_states import Pin
 from unlock.secret import Secret
-from unlock.tpm import slots
+from unlock.tpm import chip, slots
 from unlock.tpm.record import Needs
 
 pytestmark = pytest.mark.usefixtures("key_cache", "cheap_passwords")
 
 BOOT = Boot("direct")
 PIN = "correct horse"
+REBIND = rebind.RebindChoices(Secret(b""), accept=frozenset(("unauthenticated-root",)))
+REBIND_STEPS = (luks.Container.set_token, chip.Tpm.write_record, luks.Container.remove_token)
 TRUSTED = trusted_files.TrustedFiles({"boot/vmlinuz": bytes(32)}, {})
 
 
@@ -404,6 +406,7 @@ def test_killed_anywhere_every_disk_opens_at_the_next_boot_and_the_same_command_
         if power:
             boots(host)
             assert host.boot_opens() and host.recovery_opens()
+            assert trusted_files.load_trusted_files(host.paths) == TRUSTED
         steps += host.state.journal is not None
         if killed:
             KILLED[what](host)
@@ -569,15 +572,105 @@ def test_a_rekey_goes_on(host: Machine) -> None:
     assert host.group.generation == 2
 
 
-@pytest.mark.parametrize("sealed", [True, False])
-def test_a_rebind_takes_the_place_of_one_that_is_unfinished(host: Machine, sealed: bool) -> None:
+def test_a_policy_that_narrows_after_a_killed_replacement_gets_a_key_of_its_own(host: Machine) -> None:
+    """The key of the killed run may be in a recording from before."""
+    assert killed_at(3, partial(replace, host), [luks.Container.remove_token])
+    boots(host)
+    recorded, copies = bytes(keyring.get("unlock:persistence")), headers(host)
+    set_pin(host)
+    is_whole(host)
+    assert bytes(host.persistence) != recorded
+    put_back(copies)
+    assert not any(host.opens(image) for image in host.disks)
+
+
+def test_a_leaked_recovery_key_is_rotated_by_the_same_command_killed_anywhere(host: Machine, killer: Killer) -> None:
+    recovery.test_recovery_key(host.paths, host.recovery, host.look)
+
+    def rotate(attempt: int) -> None:
+        keep = delivery.Keeper(str(host.folder / f"key-{attempt}"))
+        recovery.rotate_recovery_key(host.paths, keep, host.look, leaked=True, tcti=host.chip.tcti)
+
+    def begin(attempt: int) -> Callable[[], object]:
+        known.append(bytes(keyring.get("unlock:persistence")))
+        return partial(rotate, attempt)
+
+    known: list[bytes] = []
+    for attempt, killed in killer(begin):
+        boots(host)
+        assert host.boot_opens()
+        file = host.folder / f"key-{attempt}"
+        if killed and (host.state.journal or new_persistence_key.is_due(host.state) or not file.exists()):
+            rotate(attempt)
+        host.recovery = delivery.read_recovery_key(str(file))
+        is_whole(host)
+        assert bytes(host.persistence) != known[-1]
+
+
+def test_a_leaked_recovery_key_that_was_rotated_is_not_in_another_place(host: Machine) -> None:
+    recovery.test_recovery_key(host.paths, host.recovery, host.look)
+
+    def rotate(name: str) -> recovery.Changed:
+        keep = delivery.Keeper(str(host.folder / name))
+        return recovery.rotate_recovery_key(host.paths, keep, host.look, leaked=True, tcti=host.chip.tcti)
+
+    assert killed_at(1, partial(rotate, "new-key"), [chip.Tpm.write_record])
+    with pytest.raises(Refused) as caught:
+        rotate("elsewhere")
+    assert caught.value.code == "unfinished" and not (host.folder / "elsewhere").exists()
+    assert len(rotate("new-key").done) == 2
+    host.recovery = delivery.read_recovery_key(str(host.folder / "new-key"))
+    is_whole(host)
+
+
+def test_a_provider_whose_key_was_lost_in_a_rebind_holds_up_no_replacement(host: Machine) -> None:
     with Secret(b"of the backup") as password:
         native_backup.backup(host.paths, str(host.folder / "backup"), password, look=host.look)
-    call = luks.Container.remove_token if sealed else luks.Container.set_token
-    assert killed_at(3, partial(replace, host), [call])
-    assert isinstance(journal := host.state.journal, NewPersistenceKey) and journal.sealed == sealed
-    host.boot()
-    choices = rebind.RebindChoices(host.recovery, accept=frozenset(("unauthenticated-root",)), tcti=host.chip.tcti)
-    rebind.rebind(host.paths, choices, host.look)
+        state = host.state
+        state.put_provider(
+            state.native_entry(
+                name="left",
+                provider_id="native-" + "0" * 32,
+                scope=state.host,
+                persistence=host.persistence,
+                kdk=Secret.random(32),
+            )
+        )
+        state.save()
+        host.clear()
+        host.boot()
+        choices = REBIND._replace(
+            recovery=host.recovery, backup=str(host.folder / "backup"), password=password, tcti=host.chip.tcti
+        )
+        assert rebind.rebind(host.paths, choices, host.look).lost == ("left",)
     Path(host.paths.boot_files).unlink()  # the command begins another
+    for narrow in (replace, set_pin):
+        narrow(host)
+        boots(host)
+        assert host.state.journal is None and host.boot_opens() and host.recovery_opens()
+        assert list(host.state.others) == ["left"]
+    rekey.rekey(host.paths, "data", host.look)
+
+
+CUTS: dict[str, tuple[int, Callable[..., object]]] = {
+    "not sealed": (3, luks.Container.set_token),
+    "sealed, and the journal does not know": (2, chip.Tpm.write_record),
+    "sealed": (3, luks.Container.remove_token),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_rebind_takes_the_place_of_one_that_is_unfinished(host: Machine, cut: str) -> None:
+    with Secret(b"of the backup") as password:
+        native_backup.backup(host.paths, str(host.folder / "backup"), password, look=host.look)
+    number, step = CUTS[cut]
+    assert killed_at(number, partial(replace, host), [step])
+    assert isinstance(journal := host.state.journal, NewPersistenceKey) and journal.sealed == (cut == "sealed")
+    boots(host)
+    again = partial(rebind.rebind, host.paths, REBIND._replace(recovery=host.recovery, tcti=host.chip.tcti), host.look)
+    for step in REBIND_STEPS:
+        assert killed_at(1, again, [step])
+        boots(host)
+        assert host.boot_opens() and host.recovery_opens(), step
+    again()
     is_whole(host)

@@ -39,7 +39,7 @@ def hand_over(
         for name, unwrap in ((kek_name, disk_keys.unwrap_kek), ("unlock:host", disk_keys.unwrap_host_key)):
             try:
                 with unwrap(token, persistence) as unwrapped:
-                    if bytes(unwrapped) != disk_keys.NOT_KEPT:
+                    if unwrapped.value != disk_keys.NOT_KEPT:
                         this_boot.cache_keys(paths, "TPM", {name: unwrapped})
             except UnlockError as error:
                 record.add_event("trouble", f"{token.name}: {error}")

@@ -259,9 +259,9 @@ def _not_rewrapped(
     return missing, trouble
 
 
-def drop_tokens_not_under(device: str, host: str, persistence: Secret) -> None:
-    """Removes this host's tokens that this persistence key does not authenticate. Raises DiskFailed when it
-    authenticates none; then nothing is removed."""
+def drop_tokens_not_under(device: str, host: str, *persistence: Secret) -> None:
+    """Removes this host's tokens that none of these persistence keys authenticates. Raises DiskFailed when there is no
+    other; then nothing is removed."""
     with luks.Container(device) as container:
         keep: list[int] = []
         others: list[int] = []
@@ -269,7 +269,7 @@ def drop_tokens_not_under(device: str, host: str, persistence: Secret) -> None:
             if fields.get("host") != host:
                 continue
             try:
-                kept = _is_under(container, token.decode(fields), persistence)
+                kept = any(_is_under(container, token.decode(fields), each) for each in persistence)
             except Malformed:
                 kept = False
             (keep if kept else others).append(number)

@@ -9,7 +9,7 @@ from base64 import b64encode
 from binascii import Error as Base64Error
 from binascii import a2b_base64
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from .. import wrap
@@ -18,7 +18,7 @@ from ..errors import Malformed, Refused, Tampered, Usage
 from ..paths import Paths, write_atomically
 from ..secret import Secret
 from . import state_file
-from .journal import JournalEntry, NewPersistenceKey, RecoveryRotation, command
+from .journal import JournalEntry, NewPersistenceKey, Rebind, RecoveryRotation, command
 from .lock import PATIENCE, exclusive
 from .provider_entry import KmipEntry, NativeEntry, ProviderEntry, has_made
 from .state_file import NOTHING_KNOWN, HostKey, KeyEntry, RecoveryFacts, ReplacedKek, StateFile, TpmFacts
@@ -351,8 +351,8 @@ class State:
 
     def rewrap(self, *, old: Secret | None, new: Secret) -> list[str]:
         """Wraps by `new` what `old` wraps, but for the journal. Without `old`, host keys and the old keys of absent
-        disks are not kept any more; returns the names of the providers whose own key is lost. Saves nothing. Raises
-        Tampered."""
+        disks are not kept any more; returns the names of the providers whose own key is lost, now or in an earlier
+        rebind: their entries stay as they are. Saves nothing. Raises Tampered."""
         lost = [entry.name for entry in self.providers if _wrapped_keys(entry) and not old]
 
         def again(kind: str, wrapped: str) -> str:
@@ -365,8 +365,14 @@ class State:
 
         if old:
             for entry in self.providers:
-                wraps = {kind: again(kind, wrapped) for kind, wrapped in _wrapped_keys(entry).items()}
-                self.put_provider(_with_wrapped_keys(entry, wraps))
+                try:
+                    wraps = {kind: again(kind, wrapped) for kind, wrapped in _wrapped_keys(entry).items()}
+                except Tampered:
+                    if entry.name == self.provider.name:
+                        raise
+                    lost.append(entry.name)
+                else:
+                    self.put_provider(_with_wrapped_keys(entry, wraps))
         present = host_key_again(self._present_host_key)
         self._host_key = present._replace(former=tuple(host_key_again(each) for each in present.former))
         if old and self._mac_key:
@@ -401,13 +407,32 @@ class State:
     def own_key(self, cached: Secret) -> Secret:
         """The persistence key that wraps what the state keeps: `cached`, or, while one replaces the other, perhaps the
         other. Takes `cached` over. Raises Tampered."""
-        if not isinstance(self.journal, NewPersistenceKey):
+        entry = self._replacement
+        if not entry:
             return cached
         with cached:
-            old, new = self.unwrap_pair(self.journal, cached)
-        mine, other = (new, old) if self.journal.sealed else (old, new)
+            old, new = self.unwrap_pair(entry, cached)
+        mine, other = (new, old) if entry.sealed else (old, new)
         other.wipe()
         return mine
+
+    def known_keys(self, cached: Secret) -> list[Secret]:
+        """`cached`, and the other persistence key while one replaces the other. Takes `cached` over. Raises
+        Tampered."""
+        if entry := self._replacement:
+            with cached:
+                return list(self.unwrap_pair(entry, cached))
+        if isinstance(self.journal, Rebind):
+            with suppress(Tampered):
+                if old := self.unwrap_old_persistence_key(cached, self.journal.new):
+                    return [cached, old]
+        return [cached]
+
+    @property
+    def _replacement(self) -> NewPersistenceKey | None:
+        """A replacement of the persistence key that is not finished; a rebind goes on from it."""
+        entry = self.journal.before if isinstance(self.journal, Rebind) else self.journal
+        return entry if isinstance(entry, NewPersistenceKey) else None
 
     # Old persistence keys: a disk that was away when there was a new one needs the old one, once
 

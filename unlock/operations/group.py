@@ -188,6 +188,8 @@ def adopt_disk(
             fstab.set_noauto(paths.crypttab, member.name)
             _add_to_config(paths, config.GroupConfig(group_name, "", "", "", config.DEADLINE))
         state.groups[group_name] = group._replace(behind=())
+        for each in group.members:  # all are here, and under the present persistence key now
+            state.drop_old_key(each.uuid)
         state.journal = None
         state.save()
         if all(devices.active_mapping_name(each.uuid) == each.name for each in group.members):
@@ -241,7 +243,8 @@ def _find_changes(work: access.Work, container: luks.Container) -> list[str]:
     except NotOurs:
         members = {each.uuid for group in state.groups.values() for each in group.members}
         return ["its token is gone"] if container.uuid in members else []
-    if any(disk_keys.is_authentic(container, each, work.persistence) for each in tokens):
+    keys = work.persistence_keys(container.uuid)
+    if any(disk_keys.is_authentic(container, each, key) for each in tokens for key in keys):
         return []
     return ["what it was is not known, and its token does not authenticate what it is"]
 

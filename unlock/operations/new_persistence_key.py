@@ -89,8 +89,15 @@ def replace(
     """Makes a new persistence key, under the policy as it is, and brings every disk that is here under it.
 
     Raises Refused (code `pin-needed` when a PIN is set and what it makes is not in the key cache; `removed` when the
-    TPM keeps nothing), NoKey, DiskFailed, TpmFailed: then nothing has changed, or the same command finishes.
+    TPM keeps nothing), NoKey, DiskFailed, TpmFailed: then nothing has changed, or the same command finishes. Where a
+    killed run was finished and a policy may have narrowed since it began, another key follows: that run's key may be
+    in a recording from before.
     """
+    found = _replace(paths, tcti, owner_auth, look)
+    return found if State.load(paths).narrowed is None else _replace(paths, tcti, owner_auth, look)
+
+
+def _replace(paths: Paths, tcti: str, owner_auth: Secret | None, look: find.Look) -> Replaced:
     with changing(paths) as state, Tpm(tcti) as tpm:
         if isinstance(state.journal, Rebind):
             state.refuse_other("rekey --fresh", "")
@@ -123,7 +130,9 @@ def replace(
                             _undo(state, nodes, entry, old)
                         raise
                     _put_state_under(paths, state, entry, behind, old=old, new=new)
-                return _remove_old_tokens(state, nodes, entry, behind, new)
+                if not begun:
+                    state.narrowed = None
+                return _remove_old_tokens(state, nodes, behind, new)
 
 
 def _current_record(tpm: Tpm, state: State) -> Record:
@@ -224,9 +233,7 @@ def _put_state_under(
     state.save()
 
 
-def _remove_old_tokens(
-    state: State, nodes: dict[str, str], entry: NewPersistenceKey, behind: dict[str, str], new: Secret
-) -> Replaced:
+def _remove_old_tokens(state: State, nodes: dict[str, str], behind: dict[str, str], new: Secret) -> Replaced:
     """Removes the tokens under the old key, and closes the journal. A disk that fails does not stop the others: it is
     left to `unlock sync`."""
     done = []
@@ -248,6 +255,5 @@ def _remove_old_tokens(
             state.groups[name] = group._replace(behind=tuple(dict.fromkeys([*group.behind, *failed])))
     journal = state.journal
     state.journal = journal.before if isinstance(journal, NewPersistenceKey) else None
-    state.narrowed = None
     state.save()
     return Replaced(tuple(done), behind)

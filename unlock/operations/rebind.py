@@ -16,6 +16,7 @@ that disk, as in every replacement of it (new_persistence_key.py).
 """
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ from ..host.state_file import KeyEntry
 from ..keys import access, rotation
 from ..measured import at_unseal, logs
 from ..paths import TPM_DEVICE, Paths
-from ..predict import allowed_states, initramfs_images
+from ..predict import allowed_states, initramfs_images, trusted_files
 from ..predict.boot_tree import BootTree
 from ..providers import Provider, native
 from ..secret import Secret
@@ -130,6 +131,13 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
         for _, kek, _ in keks:
             keys.enter_context(kek)
         this_boot.cache_keys(paths, "made", {_NEW: new})
+        wraps = [
+            (group, disk_keys.Keys(persistence=new, host_key=host_key, kek=kek, mac_key=mac_key))
+            for group, kek, _ in keks
+        ]
+        known = [keys.enter_context(each) for each in (state.known_keys(old.copy()) if old else ())]
+        for group, each in wraps:  # the next boot may have the new key, or still another
+            _add_tokens(state, seen, group, each, choices.recovery, left, known)
         payload = Payload(new, plain_root, allowed_states.needs_of_root(state))
         has_pin = len(pin_auth) > 0
         if choices.pin and has_pin:
@@ -147,9 +155,10 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
         if has_pin:
             this_boot.cache_keys(paths, "PIN", {allowed_states.PIN_AUTH: pin_auth})
         done: list[str] = []
-        for group, kek, _ in keks:
-            wraps = disk_keys.Keys(persistence=new, host_key=host_key, kek=kek, mac_key=mac_key)
-            done += _rewrap_disks(state, seen, group, wraps, choices.recovery, left)
+        for group, each in wraps:
+            done += _rewrap_disks(state, seen, group, each, choices.recovery, left)
+        for each_key in known:
+            trusted_files.put_under_new_key(paths, old=each_key, new=new)
         _keep_old_keys(state, left, old=old, new=new)
         state.narrowed = None
         allowed_states.begin(state, selection, branch, plain_root, has_pin)
@@ -308,10 +317,9 @@ def _new_and_old_key(state: State) -> tuple[Secret, Secret | None]:
 
 def _begin(state: State, choices: RebindChoices, *, new: Secret, old: Secret | None) -> JournalEntry | None:
     """Journals the rebind, durably. Returns the entry of an operation that goes on after the rebind. A replacement of
-    the persistence key does not: this is one."""
+    the persistence key does not: this is one. Its entry has the keys until then."""
     killed = state.journal if isinstance(state.journal, Rebind) else None
-    superseded = killed or (state.journal if isinstance(state.journal, NewPersistenceKey) else None)
-    before = superseded.before if superseded else state.journal
+    before = killed.before if killed else state.journal
     backup = killed.backup if killed else ""
     if choices.backup and not os.path.exists(choices.backup):
         backup = os.path.abspath(choices.backup)
@@ -323,7 +331,7 @@ def _begin(state: State, choices: RebindChoices, *, new: Secret, old: Secret | N
         before=before,
     )
     state.save()
-    return before
+    return before.before if isinstance(before, NewPersistenceKey) else before
 
 
 def _connect_provider(
@@ -438,6 +446,34 @@ def _find_kek(
 
 
 # Disks ------------------------------------------------------------------------------------------------------
+
+
+def _add_tokens(
+    state: State,
+    seen: dict[str, list[find.Found]],
+    group: Group,
+    keys: disk_keys.Keys,
+    recovery: Secret,
+    left: dict[str, str],
+    known: Sequence[Secret],
+) -> None:
+    """Writes a token under the new keys beside the others to each member that is here. Where persistence keys are
+    known, tokens under others make room: earlier rebinds have left them, which were killed before the TPM had their
+    key. A disk that fails goes into `left`."""
+    for member in group.members:
+        if member.name in left:
+            continue
+        node = find.find_node(seen, member)
+        try:
+            if known:
+                disk_keys.drop_tokens_not_under(node, state.host, *known, keys.persistence)
+            with luks.Container(node) as container:
+                dek = disk_keys.dek_by_recovery_key(container, recovery)
+                each = disk_keys.make_token(container, state.host, group, member, dek, keys)
+            with dek:
+                disk_keys.write_token(node, each, dek, keys)
+        except UnlockError as error:
+            left[member.name] = str(error)
 
 
 def _rewrap_disks(

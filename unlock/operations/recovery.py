@@ -23,7 +23,7 @@ from typing import NamedTuple
 from ..disks import disk_keys, find, luks, token
 from ..disks.groups import Group, Member
 from ..errors import DiskFailed, Malformed, NotOurs, Refused, Tampered, UnlockError, Usage
-from ..host.journal import RecoveryRenewal, RecoveryRotation
+from ..host.journal import NewPersistenceKey, RecoveryRenewal, RecoveryRotation
 from ..host.lock import exclusive
 from ..host.state import State
 from ..keys import access, delivery, escrow, recovery_key
@@ -33,6 +33,7 @@ from ..secret import Secret
 from . import new_persistence_key
 
 VERSION = 1
+_LEAKED = "the recovery key has leaked"
 
 
 class Tested(NamedTuple):
@@ -160,10 +161,37 @@ def rotate_recovery_key(
     the same command finishes with the key that it had made, and makes sure that its keeper has it. Raises Refused,
     NoKey, ProviderError, DiskFailed, Usage, Malformed, CommandFailed, OSError.
     """
+    if leaked and _awaits_persistence_key(State.load(paths)):
+        return _finish_leaked(paths, keep, look, tcti, owner_auth)
     new_persistence_key.finish(paths, tcti, owner_auth, look)
     changed = _rotate(paths, keep, look, connect, leaked)
     new_persistence_key.replace_if_due(paths, tcti, owner_auth, look)
     return changed
+
+
+def _awaits_persistence_key(state: State) -> bool:
+    """Whether `rotate --leaked` was killed when every disk had the new recovery key."""
+    journal = state.journal.before if isinstance(state.journal, NewPersistenceKey) else state.journal
+    return state.narrowed == _LEAKED and not isinstance(journal, RecoveryRotation)
+
+
+def _finish_leaked(
+    paths: Paths, keep: delivery.Keeper, look: find.Look, tcti: str, owner_auth: Secret | None
+) -> Changed:
+    """The second half of `rotate --leaked`. Raises Refused when `keep` names a place that the first has not used."""
+    for file in filter(None, _destinations(keep)):
+        if not os.path.exists(file):
+            raise Refused(
+                f"the recovery key was rotated already, and is not in {file}", "unlock rekey --fresh", code="unfinished"
+            )
+    new_persistence_key.replace_if_due(paths, tcti, owner_auth, look)
+    state = State.load(paths)
+    members = [member for group in state.groups.values() for member in group.members]
+    away = state.recovery.behind
+    return Changed(
+        tuple(each.name for each in members if each.uuid not in away),
+        tuple(each.name for each in members if each.uuid in away),
+    )
 
 
 def _rotate(paths: Paths, keep: delivery.Keeper, look: find.Look, connect: access.Connect, leaked: bool) -> Changed:
@@ -172,7 +200,7 @@ def _rotate(paths: Paths, keep: delivery.Keeper, look: find.Look, connect: acces
         if not state.has_recovery_key:
             raise Refused("this host has no recovery key yet", "unlock group create", code="no-recovery-key")
         if leaked:
-            state.narrowed = "the recovery key has leaked"
+            state.narrowed = _LEAKED
         places, absent = _present_and_absent(work)
         if not places:
             raise Refused("no disk of this host is here", "unlock status", code="missing")

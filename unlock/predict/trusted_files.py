@@ -18,11 +18,13 @@ below the root directory; the MAC is of the canonical JSON of the others.
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
 from .. import wrap
 from ..errors import Malformed, NewerFormat, NoKey, Refused, Tampered
-from ..host.state import State
+from ..host import keyring
+from ..host.state import State, changing
 from ..keys import access
 from ..measured.baseline import parse_digest
 from ..paths import Paths, write_atomically
@@ -75,20 +77,27 @@ class TrustedFiles(NamedTuple):
 
 
 def save_trusted_files(paths: Paths, trusted: TrustedFiles) -> None:
-    """Writes the record, when it differs from what is there. Raises NoKey, OSError, Malformed when it is too long."""
-    with access.read_persistence_key(State.load(paths)) as persistence:
-        data = trusted.encode(persistence)
-    if read_own_file(paths.boot_files, TRUSTED_MAX) != data:
-        write_atomically(paths.boot_files, data)
+    """Writes the record, when it differs from what is there. Raises NoKey, OSError, Refused as `exclusive` does,
+    Malformed when it is too long."""
+    with changing(paths) as state:
+        with access.read_persistence_key(state) as persistence:
+            data = trusted.encode(persistence)
+        if read_own_file(paths.boot_files, TRUSTED_MAX) != data:
+            write_atomically(paths.boot_files, data)
 
 
 def load_trusted_files(paths: Paths) -> TrustedFiles | None:
-    """None without a record whose MAC is right, and while the persistence key is not in the key cache."""
+    """None without a record whose MAC is right, and while the persistence key is not in the key cache. While one
+    replaces the other, the record may be under either."""
     try:
-        with access.read_persistence_key(State.load(paths)) as persistence:
-            return TrustedFiles.decode(read_own_file(paths.boot_files, TRUSTED_MAX), persistence)
+        keys = State.load(paths).known_keys(keyring.get("unlock:persistence"))
     except (NoKey, Refused, Tampered, Malformed):
         return None
+    data, found = read_own_file(paths.boot_files, TRUSTED_MAX), None
+    for each in keys:
+        with each, suppress(Tampered, Malformed):
+            found = found or TrustedFiles.decode(data, each)
+    return found
 
 
 def put_under_new_key(paths: Paths, *, old: Secret, new: Secret) -> None:

@@ -490,7 +490,11 @@ class Tpm:
             finally:
                 if auth is not None:
                     self._set_auth(sealed, Secret(b""))
-        return Secret(self._taken(data, "buffer"))
+        taken = self._taken(data, "buffer")
+        try:
+            return Secret(taken)
+        finally:
+            taken[:] = bytes(len(taken))
 
     def _create(
         self, branches: Sequence[bytes], payload: Secret, *, pin_auth: Secret | None = None
