@@ -116,7 +116,9 @@ def test_early_boot_starts_without_half_of_the_standard_library() -> None:
     code = (
         "import sys; sys.path[:0] = sys.argv[1:]; import unlock.__main__, unlock.boot.agent, unlock.boot.activation; "
         "from unlock.disks import disk_keys, luks, udev; from unlock.tpm import chip; "
-        "udev.libudev(); luks.prepare(); chip._load(); print(*sys.modules)"
+        "from unlock.host import report, report_file, this_boot; from unlock.paths import Paths; "
+        "udev.libudev(); luks.prepare(); chip._load(); report_file.encode(report.Report('early-boot')); "
+        "this_boot.key_sources(Paths('/nowhere')); print(*sys.modules)"
     )
     command = [sys.executable, "-IS", "-c", code, str(PACKAGE.parent), *filter(None, sys.path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

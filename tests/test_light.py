@@ -71,6 +71,7 @@ def test_json_is_that_of_the_standard_library(value: object) -> None:
     text = strictjson.canonical(value)
     assert text == json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
     assert strictjson.parse(text.decode()) == value
+    assert strictjson.indented(value) == json.dumps(value, indent=1)
     assert strictjson.parse(f"\n {json.dumps(value, indent=2)} \t") == value
 
 

@@ -30,6 +30,17 @@ def canonical(value: object) -> bytes:
     return "".join(encode(value, 0)).encode()
 
 
+def indented(value: Any, margin: str = "\n") -> str:
+    """The text of `json.dumps(value, indent=1)`."""
+    deeper = f"{margin} "
+    if isinstance(value, dict) and value:
+        rows = [f"{encode_basestring_ascii(name)}: {indented(each, deeper)}" for name, each in value.items()]
+        return "{" + deeper + f",{deeper}".join(rows) + margin + "}"
+    if isinstance(value, list | tuple) and value:
+        return "[" + deeper + f",{deeper}".join(indented(each, deeper) for each in value) + margin + "]"
+    return canonical(value).decode()
+
+
 def _unknown(value: object) -> object:
     raise TypeError(f"no JSON for {type(value).__name__}")
 

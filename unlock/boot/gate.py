@@ -228,7 +228,7 @@ def make_unwrap(
         persistence = keyring.get("unlock:persistence")
     except NoKey as error:
         if group and _may_ask_provider(paths, state, group):
-            return _make_provider_unwrap(paths, state, group, record, end, look, connect)
+            return _make_provider_unwrap(paths, state, group, record, end, connect)
         raise NoKey(
             f"group {name}: no key: {_explain_missing_key(paths)}", "reboot and type the recovery key"
         ) from error
@@ -269,7 +269,6 @@ def _make_provider_unwrap(
     group: Group,
     record: report.Report,
     end: float,
-    look: find.Look,
     connect: access.Connect,
 ) -> Unwrap:
     """A function that unwraps by a KEK fetched from the provider, which is not cached; it authenticates the header."""

@@ -34,13 +34,17 @@ def hand_over(
     this_boot.cache_keys(paths, "TPM", {"unlock:persistence": persistence})
     if pin_auth:
         this_boot.cache_keys(paths, "PIN", {"unlock:pin-auth": pin_auth})
+    handed: set[str] = set()
     for token in opener.opened_tokens():
         kek_name = f"unlock:kek:{token.kek_id}:{token.kek_generation}"
         for name, unwrap in ((kek_name, disk_keys.unwrap_kek), ("unlock:host", disk_keys.unwrap_host_key)):
+            if name in handed:  # by the token of another disk
+                continue
             try:
                 with unwrap(token, persistence) as unwrapped:
                     if unwrapped.value != disk_keys.NOT_KEPT:
                         this_boot.cache_keys(paths, "TPM", {name: unwrapped})
+                        handed.add(name)
             except UnlockError as error:
                 record.add_event("trouble", f"{token.name}: {error}")
     record.add_event("handed-over")

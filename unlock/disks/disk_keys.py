@@ -82,7 +82,7 @@ def unwrap_kek(each: token.Token, persistence: Secret) -> Secret:
 
 
 def unwrap_host_key(each: token.Token, persistence: Secret) -> Secret:
-    """The host key; ELSEWHERE where only the provider keeps it. Raises Tampered."""
+    """The host key; NOT_KEPT where only the provider keeps it. Raises Tampered."""
     return wrap.unwrap(persistence, each.host_key, token.key_aad(each.host, "host-key"))
 
 
@@ -110,6 +110,14 @@ def recovery_keyslot(header: Header, recovery: Secret) -> tuple[int, Secret]:
         except DiskFailed as error:
             trouble = error
     raise trouble
+
+
+def ensure_recovery_keyslot(container: luks.Container, *, dek: Secret, recovery: Secret) -> None:
+    """Adds a keyslot for the recovery key, unless an earlier attempt did. Raises NotOurs, DiskFailed."""
+    try:
+        dek_by_recovery_key(container, recovery).wipe()
+    except NotOurs:
+        container.add_keyslot(dek, passphrase=recovery)
 
 
 def dek_by_checked_recovery_key(header: Header, each: token.Token, *recovery: Secret) -> Secret:
@@ -280,15 +288,12 @@ def drop_tokens_not_under(device: str, host: str, *persistence: Secret) -> None:
 
 
 def _is_under(header: Header, each: token.Token, persistence: Secret) -> bool:
-    """Whether this persistence key authenticates a token and the header."""
+    """Whether this persistence key authenticates a token, its host key too, and the header."""
     try:
         unwrap_host_key(each, persistence).wipe()
-        unwrap_volume_key(header, each, persistence).wipe()
-    except NoKey:
-        return True
     except Tampered:
         return False
-    return True
+    return is_authentic(header, each, persistence)
 
 
 def _find_proven_token(container: luks.Container, wanted: token.Token, dek: Secret, keys: Keys) -> int | None:

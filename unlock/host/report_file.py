@@ -20,9 +20,9 @@ def read(path: str) -> Report:
 
 def encode(record: Report) -> bytes:
     """The file's content."""
-    import json
+    from .. import strictjson  # not before the TPM works
 
-    return json.dumps(to_json(record), indent=1).encode()
+    return strictjson.indented(to_json(record)).encode()
 
 
 def to_json(record: Report) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def decode(text: bytes, path: str) -> Report:
 
     Raises Malformed unless every value that is used has its type. Unknown fields and words are ignored.
     """
-    from .. import strictjson  # early boot imports this module before the TPM works, and reads no report
+    from .. import strictjson
 
     try:
         fields = strictjson.parse(text.decode())

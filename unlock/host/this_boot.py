@@ -159,23 +159,23 @@ def key_sources(paths: Paths) -> dict[str, str]:
 
 def write_json(paths: Paths, name: str, content: dict[str, Any]) -> None:
     """Writes a JSON object, whole or not at all; /run needs no fsync."""
-    import json
+    from .. import strictjson  # not before the TPM works
 
     path = paths.of_this_boot(name)
     os.makedirs(paths.run, mode=0o700, exist_ok=True)
     with open(f"{path}.new", "w", encoding="ascii") as file:
-        json.dump(content, file, indent=1)
+        file.write(strictjson.indented(content))
     os.rename(f"{path}.new", path)
 
 
 def read_json(paths: Paths, name: str) -> dict[str, Any]:
     """A JSON object of this boot; empty where there is none that can be read."""
-    import json
+    from .. import strictjson
 
     try:
         with open(paths.of_this_boot(name), "rb") as file:
-            found = json.load(file)
-    except (OSError, ValueError):
+            found = strictjson.parse(file.read().decode())
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -174,7 +174,7 @@ def adopt_disk(
             state.begin(DiskAdoption("disk adopt", about, manifest=group.manifest))
             try:
                 with luks.Container(node) as container:
-                    _add_recovery_keyslot(container, dek=dek, recovery=recovery)
+                    disk_keys.ensure_recovery_keyslot(container, dek=dek, recovery=recovery)
                 if group.kek:
                     kek, _ = access.find_kek(work, group, {**others, uuid: node})
                 else:
@@ -313,14 +313,6 @@ def _node(device: str) -> str:
     return node
 
 
-def _add_recovery_keyslot(container: luks.Container, *, dek: Secret, recovery: Secret) -> None:
-    """Adds a keyslot for the recovery key, unless an earlier attempt did."""
-    try:
-        disk_keys.dek_by_recovery_key(container, recovery).wipe()
-    except NotOurs:
-        container.add_keyslot(dek, passphrase=recovery)
-
-
 def _open_by_recovery_key(state: State, container: luks.Container, recovery: Secret) -> Secret:
     """The volume key, by the recovery key, whose keyslot's salt goes into the state. Raises NotOurs, DiskFailed."""
     try:
@@ -449,12 +441,12 @@ def _add_to_config(paths: Paths, group: config.GroupConfig) -> None:
     """Appends the group to unlock.toml, unless it is there already."""
     if group.name not in config.load(paths.config).groups:
         config.append_table(paths.config, config.group_table(group))
-    if os.path.exists("/run/systemd/system") and paths.root == "/":
+    if units.is_systemd_running() and paths.root == "/":
         run(["systemctl", "daemon-reload"])
 
 
 def _start(unit: str) -> None:
-    if os.path.exists("/run/systemd/system"):
+    if units.is_systemd_running():
         run(["systemctl", "start", unit])
 
 

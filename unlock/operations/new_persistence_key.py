@@ -105,7 +105,10 @@ def _replace(paths: Paths, tcti: str, owner_auth: Secret | None, look: find.Look
         if tpm.facts().owner_auth_set and not (owner_auth and len(owner_auth)):  # before any header is written
             hint = "unlock rekey --fresh --owner-auth-file FILE"
             raise Refused("the TPM's owner has a password", hint, code="owner-auth-set")
-        with access.read_persistence_key(state) as mine, _pin_auth(state, record) as pin_auth:
+        with (
+            access.read_persistence_key(state) as mine,
+            allowed_states.auth_for(state.host, record.pin) as pin_auth,
+        ):
             begun = state.journal if isinstance(state.journal, NewPersistenceKey) else None
             entry, old, new = _begin(state, mine)
             with old, new:
@@ -122,7 +125,7 @@ def _replace(paths: Paths, tcti: str, owner_auth: Secret | None, look: find.Look
                             record.branches,
                             payload,
                             owner_auth=owner_auth,
-                            pin_auth=pin_auth if len(pin_auth) else None,
+                            pin_auth=pin_auth,
                             cap=record.cap,
                         )
                     except UnlockError:
@@ -143,11 +146,6 @@ def _current_record(tpm: Tpm, state: State) -> Record:
     if record.host.hex() != state.host:
         raise Refused("the TPM keeps the key of another installation", "unlock status", code="not-ours")
     return record
-
-
-def _pin_auth(state: State, record: Record) -> Secret:
-    """What the PIN makes; empty without one. Raises Refused."""
-    return allowed_states.auth_for(state.host, record.pin) or Secret(b"")
 
 
 def _begin(state: State, mine: Secret) -> tuple[NewPersistenceKey, Secret, Secret]:

@@ -12,7 +12,7 @@ from typing import TypedDict
 
 from ..disks import devices, disk_keys, find, luks
 from ..errors import NoKey, Refused, UnlockError
-from ..host import keyring, this_boot
+from ..host import keyring
 from ..host.journal import PersistenceChange
 from ..host.lock import exclusive
 from ..host.state import State
@@ -23,7 +23,6 @@ from ..predict import allowed_states
 from ..secret import Secret
 from ..tpm import slots
 from ..tpm.chip import Tpm
-from ..tpm.record import Payload
 from . import new_persistence_key
 
 
@@ -100,20 +99,15 @@ def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth:
     """Seals the persistence key under the policy from before its removal, unless the TPM holds a key of this host.
     Raises Refused, TpmFailed."""
     host = bytes.fromhex(work.state.host)
-    early = this_boot.read_early_report(work.paths)
-    plain = bool(allowed_states.describe_untrusted_system(work.paths))
-    accepted = early.facts.unauthenticated_root if early else None
-    needs = allowed_states.needs_of_root(work.state)
-    payload = Payload(work.persistence, plain if accepted is None else accepted, needs)
+    payload = allowed_states.payload_for(work.paths, work.state, work.persistence)
     with Tpm(tcti) as tpm:
         found = slots.current_record(tpm)
         if found and found.host == host:
             return
         branches = [bytes.fromhex(each) for each in sealed.branches]
-        with allowed_states.auth_for(work.state.host, sealed.pin) or Secret(b"") as auth:
-            pin_auth = auth if len(auth) else None
+        with allowed_states.auth_for(work.state.host, sealed.pin) as auth:
             slots.seal_slot(
-                tpm, host, sealed.selection, branches, payload, owner_auth=owner_auth, pin_auth=pin_auth, cap=sealed.cap
+                tpm, host, sealed.selection, branches, payload, owner_auth=owner_auth, pin_auth=auth, cap=sealed.cap
             )
 
 

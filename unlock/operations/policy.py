@@ -206,39 +206,15 @@ def _set_policy(paths: Paths, pcrs: Iterable[int], pin: Pin | None, tcti: str, o
         if pin and pin.typed is not None:
             state.narrowed = "a PIN was set"
         if not pcrs:
-            allowed_states.reseal(
-                paths,
-                tpm,
-                state,
-                found,
-                persistence=persistence,
-                selection=found.record.selection,
-                branches=found.record.branches,
-                reasons={},
-                owner_auth=owner_auth,
-                pin=pin,
-            )
+            allowed_states.reseal(paths, tpm, state, found, persistence=persistence, owner_auth=owner_auth, pin=pin)
             return
         selection = pcr_policy.select(pcrs, found.record.cap)
         branch = _branch_of_this_boot(paths, tpm, found, selection)
         state.tpm = state.tpm._replace(pcrs=selection)
         if (selection, (branch,)) != (found.record.selection, found.record.branches):
             state.narrowed = state.narrowed or "other PCRs were chosen"
-        reasons = {} if branch in found.record.branches else {branch: "this boot, when the PCRs were chosen"}
-        allowed_states.reseal(
-            paths,
-            tpm,
-            state,
-            found,
-            persistence=persistence,
-            selection=selection,
-            branches=[branch],
-            reasons=reasons,
-            owner_auth=owner_auth,
-            pin=pin,
-        )
-        state.tpm = state.tpm._replace(window=None)
-        state.save_if_changed()
+        why = "this boot, when the PCRs were chosen"
+        _seal_to(paths, tpm, state, found, persistence, selection, branch, why=why, owner_auth=owner_auth, pin=pin)
 
 
 def _with_new_key(paths: Paths, tcti: str, owner_auth: Secret | None, look: find.Look) -> Allowed:
@@ -287,19 +263,37 @@ def _close(
 ) -> None:
     full = _full_selection(found)
     branch = _branch_of_this_boot(paths, tpm, found, full)
-    reasons = {} if branch in found.record.branches else {branch: "this boot, when the window was closed"}
     if (full, (branch,)) != (found.record.selection, found.record.branches):
         state.narrowed = "a window was closed" if _is_window_open(found) else "this boot alone is allowed"
+    why = "this boot, when the window was closed"
+    _seal_to(paths, tpm, state, found, persistence, full, branch, why=why, owner_auth=owner_auth)
+
+
+def _seal_to(
+    paths: Paths,
+    tpm: Tpm,
+    state: State,
+    found: Allowed,
+    persistence: Secret,
+    selection: tuple[int, ...],
+    branch: bytes,
+    *,
+    why: str,
+    owner_auth: Secret | None,
+    pin: Pin | None = None,
+) -> None:
+    """Seals to this branch alone, and closes a window. `why` is kept for a branch that is not allowed yet."""
     allowed_states.reseal(
         paths,
         tpm,
         state,
         found,
         persistence=persistence,
-        selection=full,
+        selection=selection,
         branches=[branch],
-        reasons=reasons,
+        reasons={} if branch in found.record.branches else {branch: why},
         owner_auth=owner_auth,
+        pin=pin,
     )
     state.tpm = state.tpm._replace(window=None)
     state.save_if_changed()

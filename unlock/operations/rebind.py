@@ -149,7 +149,7 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
             (branch,),
             payload,
             owner_auth=choices.owner_auth,
-            pin_auth=pin_auth if has_pin else None,
+            pin_auth=pin_auth,
             replace=True,
         )
         if has_pin:
@@ -273,7 +273,7 @@ def _has_pin(tpm: Tpm, state: State) -> bool:
 def _pin_auth(tpm: Tpm, state: State, choices: RebindChoices) -> Secret:
     """The auth value of the PIN that is chosen or was set; empty without a PIN. Raises Usage, Refused."""
     try:
-        return allowed_states.auth_for(state.host, _has_pin(tpm, state), choices.pin) or Secret(b"")
+        return allowed_states.auth_for(state.host, _has_pin(tpm, state), choices.pin)
     except Refused as error:
         error.hint = "--pin, or --pin-file FILE: the same PIN or another one; or --no-pin"
         raise

@@ -357,10 +357,7 @@ def _write_keyslot_and_token(work: Work, place: PresentMember, recovery: Secret)
         dek = access.find_volume_key(work, container, place.group)
     with dek:
         with luks.Container(place.node) as container:
-            try:
-                disk_keys.dek_by_recovery_key(container, recovery).wipe()
-            except NotOurs:
-                container.add_keyslot(dek, passphrase=recovery)
+            disk_keys.ensure_recovery_keyslot(container, dek=dek, recovery=recovery)
         with luks.Container(place.node) as container, disk_keys.dek_by_recovery_key(container, recovery) as found:
             if found != dek:
                 raise DiskFailed(f"{place.node}: the keyslot that was written gives another key")

@@ -11,6 +11,7 @@ reason or is shown as "unknown", and the next run writes what is missing.
 
 import time
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ..boot import unmeasured
@@ -124,7 +125,6 @@ def predicted(
             state,
             found,
             persistence=persistence,
-            selection=record.selection,
             branches=wanted,
             reasons=reasons,
             owner_auth=owner_auth,
@@ -138,19 +138,21 @@ def reseal(
     found: Allowed,
     *,
     persistence: Secret,
-    selection: Iterable[int],
-    branches: Iterable[bytes],
-    reasons: Mapping[bytes, str],
+    selection: Iterable[int] | None = None,
+    branches: Iterable[bytes] | None = None,
+    reasons: Mapping[bytes, str] = MappingProxyType({}),
     owner_auth: Secret | None = None,
     pin: Pin | None = None,
 ) -> Allowed:
-    """This policy, in the place of what is in the TPM, and why. The state is saved first: it has the reasons of both.
+    """This policy, in the place of what is in the TPM, and why. What is not given stays as it is there. The state is
+    saved first: it has the reasons of both.
 
     Does nothing when nothing changes. Raises Tampered for a persistence key that is not this host's, Refused, code
     `pin-needed`, when a PIN is set and what it makes is not in the key cache.
     """
-    branches, selection = list(branches), pcr_policy.select(selection, found.record.cap)
     record = found.record
+    branches = list(record.branches if branches is None else branches)
+    selection = record.selection if selection is None else pcr_policy.select(selection, record.cap)
     remember(state, found, branches, reasons)
     needs = needs_of_root(state)
     same = branches == list(record.branches) and selection == record.selection and needs == record.needs
@@ -159,22 +161,22 @@ def reseal(
         state.save_if_changed()
         return look(paths, tpm, state)
     state.prove(persistence)
-    with auth_for(state.host, record.pin, pin) or Secret(b"") as auth:
-        state.tpm = state.tpm._replace(pin=record.pin or len(auth) > 0)
+    with auth_for(state.host, record.pin, pin) as pin_auth:
+        state.tpm = state.tpm._replace(pin=record.pin or len(pin_auth) > 0)
         state.save_if_changed()
         if pin and pin.typed is not None:
             # until the TPM has it: no later change of the policy may set a PIN that nobody was told of
             keyring.forget(PIN_AUTH)
         payload = payload_for(paths, state, persistence)
-        host, pin_auth = bytes.fromhex(state.host), auth if len(auth) else None
-        slots.seal_slot(
+        host = bytes.fromhex(state.host)
+        sealed = slots.seal_slot(
             tpm, host, selection, branches, payload, owner_auth=owner_auth, pin_auth=pin_auth, cap=record.cap
         )
-        if pin_auth:
+        if sealed.pin:
             this_boot.cache_keys(paths, "PIN", {PIN_AUTH: pin_auth})
         else:
             keyring.forget(PIN_AUTH)
-    state.tpm = state.tpm._replace(pin=pin_auth is not None)
+    state.tpm = state.tpm._replace(pin=sealed.pin)
     state.save_if_changed()
     return look(paths, tpm, state)
 
@@ -184,15 +186,15 @@ def payload_for(paths: Paths, state: HostState, persistence: Secret) -> Payload:
     return Payload(persistence, unauthenticated_root(paths, state), needs_of_root(state))
 
 
-def auth_for(host: str, is_set: bool, pin: Pin | None = None) -> Secret | None:
-    """What the sealed object asks for from now on: by the operator's choice, else as it is. None without a PIN.
+def auth_for(host: str, is_set: bool, pin: Pin | None = None) -> Secret:
+    """What the sealed object asks for from now on: by the operator's choice, else as it is. Empty without a PIN.
 
     Raises Usage for a PIN too short or too long; Refused, code `pin-needed`.
     """
     if pin:
-        return pcr_policy.pin_auth(bytes.fromhex(host), pin.typed) if pin.typed is not None else None
+        return pcr_policy.pin_auth(bytes.fromhex(host), pin.typed) if pin.typed is not None else Secret(b"")
     if not is_set:
-        return None
+        return Secret(b"")
     try:
         return keyring.get(PIN_AUTH)
     except NoKey:
@@ -272,16 +274,7 @@ def tell_root(paths: Paths, state: HostState, persistence: Secret, tcti: str = T
         with Tpm(tcti) as tpm:
             found = look(paths, tpm, state)
             if found.record.host == bytes.fromhex(state.host):
-                reseal(
-                    paths,
-                    tpm,
-                    state,
-                    found,
-                    persistence=persistence,
-                    selection=found.record.selection,
-                    branches=found.record.branches,
-                    reasons={},
-                )
+                reseal(paths, tpm, state, found, persistence=persistence)
     except (NoSlot, TpmAbsent):
         pass
 

@@ -157,10 +157,11 @@ def seal_slot(
     """Seals `payload` under the policy in the slot that is not current, reads record and object back, then evicts the
     other slot. Returns the new record.
 
-    With `pin_auth` a boot asks for the PIN that makes this auth value. Killed anywhere, one slot or both can be
-    unsealed; run again, it finishes. Raises Refused, unless `replace`, while a slot holds the key of another host;
-    TpmFailed.
+    With a `pin_auth`, which may be empty for none, a boot asks for the PIN that makes this value. Killed anywhere, one
+    slot or both can be unsealed; run again, it finishes. Raises Refused, unless `replace`, while a slot holds the key
+    of another host; TpmFailed.
     """
+    pin_auth = pin_auth if pin_auth and len(pin_auth) else None
     selection = select(selection, cap)
     states = {slot: tpm.slot_state(slot) for slot in SLOTS}
     complete = _complete(states)
