@@ -501,6 +501,20 @@ def test_a_mount_point_that_fstab_has_too(world: World) -> None:
     assert verdict == UNSAFE and "/etc/fstab or another group has /srv" in wrong["unlock.toml"][1]
 
 
+def test_a_mount_point_that_no_group_can_have(world: World) -> None:
+    world.write("etc/unlock/unlock.toml", 'version = 1\n[group.data]\nmount = "/var"\n')
+    verdict, wrong = world.check()
+    assert verdict == UNSAFE and "/var is needed before groups are mounted" in wrong["unlock.toml"][1]
+
+
+def test_a_data_group_that_holds_what_its_gate_waits_for(world: World) -> None:
+    world.machine.mapping("vg-var", "253:1", "LVM-1", "dm-0")
+    world.machine.mount("253:1", "/var", "/dev/mapper/vg-var")
+    assert world.check() == (SAFE, {}), "it is opened with the root, in early boot"
+    world.machine.mount("8:16", "/", "/dev/sdb")
+    assert "data-0 holds /var, which its gate waits for" in world.check()[1]["group data"][1]
+
+
 def test_the_initramfs_in_a_unified_kernel_image(world: World) -> None:
     good = (world.root / "boot/initrd.img-6.12.1-amd64").read_bytes()
     image = world.root / "boot/efi/EFI/Linux/debian.efi"

@@ -158,9 +158,9 @@ def adopt_disk(
             assert old
             group, member = old, known[uuid][1]
         else:
-            member = Member(
-                uuid, _mapping_name(paths, state, uuid, node, group_name, name), udev.find_disk(node).serial
-            )
+            name = _mapping_name(paths, state, uuid, node, group_name, name)
+            _check_not_needed(name, group_name, old.members if old else ())
+            member = Member(uuid, name, udev.find_disk(node).serial)
             unfinished = state.unfinished(DiskAdoption, about)
             manifest = unfinished.manifest if unfinished else state.next_manifest(group_name)
             group = (old or Group(group_name, "", 0, 0, ()))._replace(
@@ -184,7 +184,7 @@ def adopt_disk(
                 state.journal = None
                 state.save()
                 raise
-        if member.name not in devices.mappings_below("/"):
+        if not _is_opened_early(member):
             fstab.set_noauto(paths.crypttab, member.name)
             _add_to_config(paths, config.GroupConfig(group_name, "", "", "", config.DEADLINE))
         state.groups[group_name] = group._replace(behind=())
@@ -217,6 +217,32 @@ def _check_policy(work: access.Work, group: Group, member: Member) -> None:
             "unlock persistence enable",
             code="root-needs-persistence",
         )
+
+
+def _check_not_needed(name: str, group: str, members: tuple[Member, ...]) -> None:
+    """Raises Refused for a mapping that holds what the gate of the group waits for. The group that holds the root file
+    system has no gate: its members are opened in early boot, or not at all."""
+    where = mounts_needed_before_groups(name)
+    if where and devices.mappings_below("/").isdisjoint({name, *(each.name for each in members)}):
+        raise Refused(
+            f"{name} holds {where[0]}, which is needed before group {group} can open",
+            f"adopt it into the group of the root file system, or move {where[0]} there",
+            code="needed-before-groups",
+        )
+
+
+def mounts_needed_before_groups(name: str, root: str = "/") -> list[str]:
+    """The mount points on this mapping that a boot needs before it can mount a group, other than the root."""
+    return [
+        where
+        for where in devices.mount_points(root)
+        if where != "/" and config.is_needed_before_groups(where) and name in devices.mappings_below(where, root)
+    ]
+
+
+def _is_opened_early(member: Member) -> bool:
+    """Whether nothing but early boot, or crypttab, can open the disk in time."""
+    return member.name in devices.mappings_below("/") or bool(mounts_needed_before_groups(member.name))
 
 
 def _check_headers(work: access.Work, group: Group, nodes: dict[str, str], accepted: frozenset[str]) -> None:
@@ -339,13 +365,8 @@ def _node_of(seen: dict[str, list[find.Found]], member: Member) -> str:
     return node
 
 
-_NEEDED_TO_BOOT = ("/var/lib/unlock", "/etc/unlock", "/run", "/usr", "/boot", "/dev", "/proc", "/sys")
-
-
 def _check_mount_point(paths: Paths, wanted: NewGroup) -> None:
     where = wanted.mount
-    if any(f"{needed}/".startswith(f"{where}/") or where.startswith(f"{needed}/") for needed in _NEEDED_TO_BOOT):
-        raise Refused(f"{where} is needed before groups are mounted", "another --mount", code="mount-taken")
     if where in fstab.fstab_targets(paths.fstab):
         raise Refused(f"{paths.fstab} mounts something at {where}", "another --mount", code="mount-taken")
     for group in config.load(paths.config).groups.values():

@@ -10,6 +10,7 @@ from ...host.state import State
 from ...paths import Paths
 from ...predict import allowed_states
 from ...secret import Secret
+from ..group import mounts_needed_before_groups
 from .finding import SAFE, UNPROVEN, UNSAFE, Finding
 
 
@@ -34,6 +35,17 @@ def check_copies(state: State) -> Iterator[Finding]:
         for copy in spoofed.find_copies(each.name for each in group.members):
             why = f"{copy.node} has the UUID of what is on its disks, and may be mounted in its place"
             yield Finding(f"group {group.name}", UNPROVEN, why, f"take {copy.node} out, or wipefs it")
+
+
+def check_needed(paths: Paths, state: State) -> Iterator[Finding]:
+    """Whether a group that is opened after early boot holds what its gate waits for."""
+    root = devices.mappings_below("/", paths.root)
+    for group in state.groups.values():
+        names = [each.name for each in group.members]
+        for name in names if root.isdisjoint(names) else ():
+            for where in mounts_needed_before_groups(name, paths.root):
+                why = f"disk {name} holds {where}, which its gate waits for: it opens in early boot, or not at all"
+                yield Finding(f"group {group.name}", UNPROVEN, why, f"move {where} to the root file system")
 
 
 def _check_member(
