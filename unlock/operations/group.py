@@ -147,7 +147,7 @@ def adopt_disk(
         node = _node(device)
         with luks.Container(node) as container:
             uuid = container.uuid
-            _check_adoptable(container, device)
+            check_adoptable(container, device)
             dek = container.volume_key(passphrase)
         about = f"/dev/disk/by-uuid/{uuid} --group {group_name}"
         old = state.groups.get(group_name)
@@ -261,9 +261,9 @@ def _check_headers(work: access.Work, group: Group, nodes: dict[str, str], accep
 
 def _find_changes(work: access.Work, container: luks.Container) -> list[str]:
     """What differs from the header that this host made a token for, in words; empty where it made none."""
-    state, facts = work.state, container.facts()
-    if known := state.headers.get(container.uuid):
-        return changes.describe_changes(strictjson.parse(known), facts)
+    state = work.state
+    if (known := known_changes(state, container)) is not None:
+        return known
     try:
         tokens = disk_keys.read_tokens(container, state.host)
     except NotOurs:
@@ -273,6 +273,13 @@ def _find_changes(work: access.Work, container: luks.Container) -> list[str]:
     if any(disk_keys.is_authentic(container, each, key) for each in tokens for key in keys):
         return []
     return ["what it was is not known, and its token does not authenticate what it is"]
+
+
+def known_changes(state: State, container: luks.Container) -> list[str] | None:
+    """What differs from the header that this host made a token for, by what the state has of it, in words; None where
+    it has nothing."""
+    known = state.headers.get(container.uuid)
+    return changes.describe_changes(strictjson.parse(known), container.facts()) if known else None
 
 
 def _write_member_list(
@@ -471,7 +478,8 @@ def _start(unit: str) -> None:
         run(["systemctl", "start", unit])
 
 
-def _check_adoptable(container: luks.Container, device: str) -> None:
+def check_adoptable(container: luks.Container, device: str) -> None:
+    """Raises Refused for a disk that unlock cannot open, or that is not encrypted throughout."""
     if container.requirements:  # first: two digests cover the data then
         raise Refused(f"{device} is being re-encrypted", "cryptsetup reencrypt --resume-only", code="reencrypting")
     facts = container.facts()
