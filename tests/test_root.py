@@ -20,7 +20,7 @@ from tests.killing import child
 from tests.kmipfixture import CLIENT
 from tests.lab.kmipliar import COMPROMISED, Liar
 from tests.test_devices import Machine
-from unlock.boot import activation, agent, gate, handover
+from unlock.boot import activation, agent, candidates, gate, handover
 from unlock.disks import disk_keys, luks
 from unlock.disks.udev import Disk
 from unlock.errors import DiskFailed, NoKey, Refused
@@ -291,6 +291,37 @@ def test_with_nothing_open_there_is_nothing_to_close(bare: Host, machine: Seen) 
     machine.mount(machine.plain(), "/root", "/dev/vda")
     machine.opened("vg-root", kind="LVM-{}{}")
     assert machine.inside(lambda: _equal(handover.secure(bare.paths), 0)) == ""
+
+
+# A logical volume beside its snapshot
+
+
+def test_early_boot_opens_a_logical_volume_and_not_its_snapshot(host: Host, machine: Seen, tmp_path: Path) -> None:
+    machine.block("sdb", "8:16")
+    for minor, (name, below) in enumerate(
+        {"data-real": ["sdb"], "snap-cow": ["sdb"], "snap": ["dm-0", "dm-1"], "data": ["dm-0"]}.items()
+    ):
+        machine.mapping(f"vg-{name}", f"254:{minor}", f"LVM-{name}", *below)
+    (image,) = (each for each in host.disks if each.name == "data-0")
+    record = report.Report("early-boot")
+    groups = activation.GroupOpener(
+        HOST, lambda c, each: disk_keys.unwrap_volume_key(c, each, host.persistence), record
+    )
+    for minor in (2, 3):
+        node = tmp_path / f"dm-{minor}"
+        node.symlink_to(image)
+        groups.add_disk(Disk(str(node), node.name, f"254:{minor}", "", "", 0, 0))
+    groups.read_headers()
+    assert not groups.is_complete("data"), "what they lie on is not known outside of that machine"
+
+    def work() -> None:
+        assert groups.is_complete("data")
+        (chosen,) = candidates.choose_members(groups.groups["data"].candidates, settled=True).members
+        assert chosen.disk.number == "254:3"
+
+    machine.inside(work)
+    groups.stop(1)
+    groups.wipe()
 
 
 # The root's own disk in the running system
