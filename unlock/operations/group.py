@@ -332,7 +332,7 @@ def obtain_recovery_key(state: State, persistence: Secret, file: str, escrow: Es
         return recovery
     recovery = delivery.read_recovery_key(file if os.path.exists(file) else "")
     if not access.is_recovery_key(state, persistence=persistence, recovery=recovery):
-        raise Refused("this is not the recovery key of this host", "unlock status", code="recovery-key")
+        raise Refused("this is not the recovery key of this host", "unlock recovery test", code="recovery-key")
     if escrow:
         check_escrow(escrow)
         put_in_escrow(escrow, recovery)
