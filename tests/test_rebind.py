@@ -19,10 +19,10 @@ from tests.lab.kmipliar import Liar
 from tests.test_disk import edit
 from unlock import strictjson
 from unlock.disks import luks, token
-from unlock.errors import ProviderUnavailable, Refused, Tampered, UnlockError
-from unlock.host import keyring
+from unlock.errors import NoKey, ProviderUnavailable, Refused, Tampered, UnlockError
+from unlock.host import keyring, this_boot
 from unlock.keys import access, delivery, recovery_key
-from unlock.operations import cache, native_backup, rebind, recovery, sync
+from unlock.operations import cache, group, native_backup, rebind, recovery, sync
 from unlock.operations.check.disks import check_group
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
@@ -304,6 +304,19 @@ def test_a_lone_disk_whose_header_was_changed_is_bound_again_by_name(
     lone.boot()
     run(lone)
     boots(lone)
+
+
+def test_a_command_that_finds_no_key_after_such_a_boot_names_rebind(lone: Machine) -> None:
+    lone.boot()
+    keyring.flush()
+    early = this_boot.read_early_report(lone.paths)
+    assert early
+    for outcome, hint in (("no-key", "after a flush"), ("altered", "unlock rebind"), ("tampered", "unlock rebind")):
+        early.set_disk("/dev/sda", outcome)
+        this_boot.write_report(lone.paths, early, "report.json")
+        with pytest.raises(NoKey) as caught:
+            group.adopt_disk(lone.paths, str(lone.disks[0]), "data", Secret(b"operator"), "")
+        assert hint in caught.value.hint
 
 
 def test_a_wrong_recovery_key_is_told_from_a_token_that_is_gone(lone: Machine) -> None:

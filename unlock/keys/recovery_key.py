@@ -18,7 +18,7 @@ DIGITS = 6
 _ESCAPE = 0x1B
 _DIGIT = {byte: byte for byte in b"0123456789"}
 _UNSHIFTED = {**_DIGIT, **dict(zip(b")!@#$%^&*(", b"0123456789", strict=True))}
-"""What Shift makes of the digits on a US keyboard, which an initramfs without the host's keymap takes each for."""
+"""What Shift makes of the digits on a US keyboard, which is what an initramfs without a keymap takes any for."""
 
 
 def new() -> Secret:
