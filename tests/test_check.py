@@ -6,7 +6,7 @@ import json
 import os
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from unlock.disks import disk_keys, luks, token
 from unlock.errors import CommandFailed, UnlockError
 from unlock.host import keyring, report, report_file
 from unlock.host.journal import Rekey
+from unlock.keys import recovery_key
 from unlock.operations import baseline, check, recovery
 from unlock.operations.check.finding import NOTE, SAFE, UNPROVEN, UNSAFE
 from unlock.predict import initramfs_images
@@ -278,6 +279,59 @@ def test_a_recovery_key_that_was_tested_and_one_that_is_another_by_now(world: Wo
     )
 
 
+def cryptsetup(*command: object, key: bytes = b"") -> None:
+    subprocess.run(["cryptsetup", "--batch-mode", *map(str, command)], input=key, check=True, capture_output=True)
+
+
+def change_key(image: Path, recovery: bytes) -> None:
+    fast = ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000")
+    (image.parent / "old").write_bytes(recovery)
+    cryptsetup("luksChangeKey", *fast, "--key-slot", "0", "--key-file", image.parent / "old", image, key=b"another\n")
+
+
+KEYSLOT_CHANGES: dict[str, Callable[[Path, bytes], None]] = {
+    "erased": lambda image, _: cryptsetup("luksErase", image),
+    "killed": lambda image, _: cryptsetup("luksKillSlot", image, "0"),
+    "changed": change_key,
+    "restored": lambda image, _: cryptsetup(
+        "luksHeaderRestore", "--header-backup-file", image.parent / "header", image
+    ),
+}
+
+
+@pytest.mark.parametrize("change", KEYSLOT_CHANGES)
+def test_a_recovery_key_whose_keyslot_went_after_the_test(world: World, change: str) -> None:
+    image = world.host.disks[1]
+    recovery.test_recovery_key(world.host.paths, world.host.recovery, world.host.look)
+    assert world.check() == (SAFE, {})
+    cryptsetup("luksHeaderBackup", "--header-backup-file", image.parent / "header", image)
+    if change == "restored":  # from a time when the keyslot was another
+        with luks.Container(str(image)) as container, Secret(world.host.deks[container.uuid]) as dek:
+            container.remove_keyslot(0)
+            container.add_keyslot(dek, passphrase=world.host.recovery)
+        assert recovery.test_recovery_key(world.host.paths, world.host.recovery, world.host.look)[1].outcome == "ok"
+    KEYSLOT_CHANGES[change](image, bytes(world.host.recovery))
+    verdict, wrong = world.check()
+    assert (verdict, wrong) == (
+        UNPROVEN,
+        {"recovery key": (UNPROVEN, "its keyslot is gone from data-1, or was changed")},
+    )
+    recovery.renew_keyslots(world.host.paths, world.host.recovery, world.host.look)
+    assert world.check() == (SAFE, {})
+
+
+def test_a_test_that_fails_takes_the_word_back(world: World) -> None:
+    recovery.test_recovery_key(world.host.paths, world.host.recovery, world.host.look)
+    recovery.test_recovery_key(world.host.paths, recovery_key.new(), world.host.look)
+    assert findings(world)["recovery key"][1] == "tested on 0 of 2 disk(s)"
+    recovery.test_recovery_key(world.host.paths, world.host.recovery, world.host.look)
+    away = world.host.disks.pop()
+    recovery.test_recovery_key(world.host.paths, world.host.recovery, world.host.look)
+    assert findings(world)["recovery key"][1] == "tested on 1 of 2 disk(s)", "it cannot be looked at"
+    world.host.disks.append(away)
+    assert findings(world)["recovery key"][1] == "tested on every disk"
+
+
 def test_a_loaded_kexec_kernel(world: World) -> None:
     world.write("sys/kernel/kexec_loaded", "1\n")
     verdict, wrong = world.check()
@@ -499,6 +553,20 @@ def test_a_mount_point_that_fstab_has_too(world: World) -> None:
     world.write("etc/fstab", "LABEL=x /srv ext4 defaults 0 0\n")
     verdict, wrong = world.check()
     assert verdict == UNSAFE and "/etc/fstab or another group has /srv" in wrong["unlock.toml"][1]
+
+
+def test_a_mount_point_that_no_group_can_have(world: World) -> None:
+    world.write("etc/unlock/unlock.toml", 'version = 1\n[group.data]\nmount = "/var"\n')
+    verdict, wrong = world.check()
+    assert verdict == UNSAFE and "/var is needed before groups are mounted" in wrong["unlock.toml"][1]
+
+
+def test_a_data_group_that_holds_what_its_gate_waits_for(world: World) -> None:
+    world.machine.mapping("vg-var", "253:1", "LVM-1", "dm-0")
+    world.machine.mount("253:1", "/var", "/dev/mapper/vg-var")
+    assert world.check() == (SAFE, {}), "it is opened with the root, in early boot"
+    world.machine.mount("8:16", "/", "/dev/sdb")
+    assert "data-0 holds /var, which its gate waits for" in world.check()[1]["group data"][1]
 
 
 def test_the_initramfs_in_a_unified_kernel_image(world: World) -> None:

@@ -35,6 +35,7 @@ def test_a_group_that_is_added_is_read_back_and_the_operators_text_stays() -> No
         assert whole.startswith(text)
 
 
+NEEDED = ("/var", "/etc", "/usr", "/var/lib", "/var/lib/unlock", "/boot", "/boot/efi", "/run", "/lib", "/sbin")
 KMS = "[provider.kms]\nendpoints = ['kms', '[::1]:5697=kms']\nca = '/ca.pem'\n"
 
 
@@ -70,6 +71,7 @@ def test_a_mount_point_and_an_endpoint_are_read_as_they_are_used() -> None:
         ("group.data = 3", "data"),
         ("[group.data]\ndeadline = '90'", "deadline"),
         ("[group.data]\nmount = '/'", "mount"),
+        *((f"[group.data]\nmount = '{where}'", f"data.mount: {where} is needed") for where in NEEDED),
         ('[group.data]\ntype = "a\\nb"', "type"),
         ('[group.data]\noptions = "a\\nb"', "options"),
         ("[group.data]\npolicy = 'sometimes'", "policy"),

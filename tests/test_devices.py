@@ -210,6 +210,69 @@ def test_active_mappings_are_listed_with_their_luks_uuid(machine: Machine) -> No
     assert devices.active_mapping_name("00000000-0000-0000-0000-000000000000", machine.root) == ""
 
 
+# One disk in several devices
+
+
+def distinct(machine: Machine, *found: devices.Found) -> list[str]:
+    nodes = [each.node for each in devices.distinct_disks(found, machine.root)]
+    assert nodes == [each.node for each in devices.distinct_disks(found[::-1], machine.root)]
+    return nodes
+
+
+def found(name: str, number: str, serial: str = "", size: int = 1 << 20) -> devices.Found:
+    return devices.Found(f"/dev/{name}", serial, number, size)
+
+
+def test_two_paths_to_one_disk_are_one(machine: Machine) -> None:
+    for name, number in (("sdc", "8:32"), ("sdd", "8:48")):
+        machine.block(name, number)
+        machine.block(f"{name}2", f"{number}2", parent=name)
+    assert distinct(machine, found("sdc", "8:32", "S1"), found("sdd", "8:48", "S1")) == ["/dev/sdc"]
+    assert distinct(machine, found("sdc2", "8:322", "S1"), found("sdd2", "8:482", "S1")) == ["/dev/sdc2"]
+
+
+def test_copies_are_not_one_disk(machine: Machine) -> None:
+    """Without a serial number, with another one, of another size, in another partition of the same disk."""
+    (machine.folders["sda2"] / "partition").write_text("2\n")
+    for one, other in (
+        (found("sda", "8:0"), found("sdb", "8:16")),
+        (found("sda", "8:0", "S1"), found("sdb", "8:16", "S2")),
+        (found("sda", "8:0", "S1"), found("sdb", "8:16", "S1", 2 << 20)),
+        (found("sda1", "8:1", "S1"), found("sda2", "8:2", "S1")),
+        (found("sda", "8:0"), found("sda1", "8:1")),
+    ):
+        assert distinct(machine, one, other) == sorted([one.node, other.node])
+
+
+def test_a_multipath_map_is_taken_and_its_paths_are_not(machine: Machine) -> None:
+    machine.mapping("mpatha", "254:0", "mpath-36001", "sda", "sdb")
+    paths = found("sda", "8:0", "S1"), found("sdb", "8:16", "S1")
+    assert distinct(machine, found("dm-0", "254:0"), *paths) == ["/dev/dm-0"]
+
+
+LVM = "LVM-" + "v" * 32
+
+
+def test_an_lvm_volume_is_told_from_its_snapshots(machine: Machine) -> None:
+    machine.mapping("vg-data-real", "254:1", f"{LVM}one-real", "sdb")
+    machine.mapping("vg-snap-cow", "254:2", f"{LVM}two-cow", "sdb")
+    machine.mapping("vg-more-cow", "254:3", f"{LVM}six-cow", "sdb")
+    machine.mapping("vg-snap", "254:4", f"{LVM}two", "dm-1", "dm-2")
+    machine.mapping("vg-data", "254:5", f"{LVM}one", "dm-1")
+    machine.mapping("vg-more", "254:6", f"{LVM}six", "dm-1", "dm-3")
+    volumes = [found(f"dm-{minor}", f"254:{minor}") for minor in (4, 5, 6)]
+    assert distinct(machine, *volumes) == ["/dev/dm-5"]
+    machine.mapping("vg-copy", "254:7", f"{LVM}ten", "sdb")
+    assert distinct(machine, *volumes, found("dm-7", "254:7")) == ["/dev/dm-5", "/dev/dm-7"], "a copy is no snapshot"
+
+
+def test_two_volumes_on_one_disk_are_two(machine: Machine) -> None:
+    """One of them lies on a disk more: it is a copy all the same."""
+    machine.mapping("vg-data", "254:1", f"{LVM}one", "sdb")
+    machine.mapping("vg-copy", "254:2", f"{LVM}two", "sdb", "sda")
+    assert distinct(machine, found("dm-1", "254:1"), found("dm-2", "254:2")) == ["/dev/dm-1", "/dev/dm-2"]
+
+
 # What a device is used for
 
 

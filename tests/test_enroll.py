@@ -14,6 +14,7 @@ import pytest
 from tests.killing import Killer, child, killed_in
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
+from tests.test_devices import Machine
 from tests.tpmfixture import Swtpm
 from unlock.disks import disk_keys, luks
 from unlock.errors import ClientAuth, PinWrong, Refused, TpmFailed, UnlockError, Usage
@@ -122,6 +123,66 @@ def test_each_refusal_has_its_name(host: Paths, chip: Swtpm) -> None:
     chip.set_owner_auth(Secret(b"owner"))
     assert refused(host, choices(host, chip)) == "owner-auth-set"
     init.init(host, choices(host, chip, ACCEPTED | {"slots-in-use"}, b"owner"))
+
+
+# init where the state is away
+
+
+def set_verdict(paths: Paths, verdict: str) -> None:
+    early = report.Report("early-boot")
+    early.set_verdict(verdict)
+    early.facts = report.BootFacts(cap_pcr_before=pcr_policy.UNSET.hex())
+    Path(paths.of_this_boot("report.json")).write_bytes(report_file.encode(early))
+
+
+def lose_state(paths: Paths) -> None:
+    Path(paths.state).unlink()
+    os.unlink(os.path.join(paths.root, "backup"))
+
+
+@pytest.mark.parametrize("sign", ["group", "unsealed", "pcr-mismatch", "pin-wrong"])
+def test_a_host_whose_state_is_away_is_not_initialised_again(host: Paths, chip: Swtpm, sign: str) -> None:
+    init.init(host, choices(host, chip))
+    lose_state(host)
+    if sign == "group":
+        config.append_table(host.config, config.group_table(config.GroupConfig("data", "", "", "", 90)))
+    else:
+        set_verdict(host, sign)
+    with chip.open() as tpm:
+        before = slots.current_record(tpm)
+    with pytest.raises(Refused, match=f"{host.state} is missing, and this host was initialised") as told:
+        State.load(host)
+    assert told.value.code == "lost-state" and os.path.dirname(host.state) in told.value.hint
+    assert refused(host, choices(host, chip, ACCEPTED | {"slots-in-use"})) == "lost-state"
+    with chip.open() as tpm:
+        assert slots.current_record(tpm) == before
+    init.init(host, choices(host, chip, ACCEPTED | {"slots-in-use", "lost-state"}))
+    assert State.load(host).journal is None
+
+
+def test_a_tpm_that_keeps_a_key_alone_is_told_as_what_it_may_be(host: Paths, chip: Swtpm) -> None:
+    """Another installation's, which is no matter of this host's state; or this host's own."""
+    init.init(host, choices(host, chip))
+    lose_state(host)
+    with pytest.raises(Refused, match="if its /var/lib/unlock is only away") as caught:
+        init.init(host, choices(host, chip))
+    assert caught.value.code == "slots-in-use"
+
+
+@pytest.mark.parametrize("where", ["/var", "/var/lib/", "/var/lib/unlock"])
+def test_nothing_is_initialised_below_a_mount_point_where_nothing_is_mounted(
+    host: Paths, chip: Swtpm, where: str
+) -> None:
+    machine = Machine(Path(host.root))
+    os.makedirs(os.path.dirname(host.fstab))
+    Path(host.fstab).write_text(f"UUID=1 / ext4 defaults 0 1\nUUID=2 {where} ext4 defaults 0 2\n")
+    accepted = ACCEPTED | {"slots-in-use", "lost-state"}
+    with pytest.raises(Refused, match=f"{where.rstrip('/')} is not mounted") as caught:
+        init.init(host, choices(host, chip, accepted))
+    assert (caught.value.code, caught.value.hint) == ("not-mounted", f"mount {where.rstrip('/')}")
+    assert not os.path.lexists(host.state)
+    machine.mount("8:1", where.rstrip("/"), "/dev/sda1")
+    init.init(host, choices(host, chip, accepted))
 
 
 def goes_on(paths: Paths, asked: init.InitChoices) -> init.Preflight:

@@ -59,6 +59,23 @@ def test_it_runs_again_only_after_a_change_and_always_at_shutdown(host: Host) ->
     assert host.hook("always") == 4
 
 
+@pytest.mark.parametrize("clock", [0.0, -3600.0, 3600.0])
+def test_a_change_is_seen_whatever_the_clock_did_meanwhile(host: Host, clock: float) -> None:
+    """The clock was an hour ahead when the stamp was made, and was set right; or it was behind."""
+    assert host.hook() == 1
+    stamp = host.top / "run/unlock/predicted"
+    time = stamp.stat().st_mtime - clock
+    os.utime(stamp, (time, time))
+    assert host.hook() == 1
+    (host.top / "boot/initrd.img").write_bytes(b"two")
+    assert host.hook() == 2
+    (host.top / "boot/vmlinuz").write_bytes(b"new")
+    assert host.hook() == 3
+    (host.top / "boot/vmlinuz").rename(host.top / "boot/vmlinuz.old")
+    assert host.hook() == 4
+    assert host.hook() == 4
+
+
 def test_a_failure_fails_no_package_operation_and_is_tried_again(host: Host) -> None:
     host.answer(3)
     assert host.hook() == 1

@@ -366,6 +366,8 @@ SETTINGS = [
     'mount = "/srv/x"', 'mount = "/srv//x/./y/"', 'mount = "/srv/.../y"', 'mount = "/srv/ü y"', 'mount = "srv"',
     'mount = "/"', 'mount = "//."', 'mount = "/srv/../x"', 'mount = "/srv/.."', 'mount = "/a\\nb"', 'mount = "/a\\tb"',
     "mount = 3", 'mount = "/srv/x"\ntype = "a\\nb"', 'mount = "/srv/x"\noptions = "a\\nb"',
+    'mount = "/var"', 'mount = "/var/lib/unlock/x"', 'mount = "/usr"', 'mount = "//etc/."', 'mount = "/boot"',
+    'mount = "/var/lib/data"', 'mount = "/var/log"', 'mount = "/opt"', 'mount = "/library"',
     'mount = "/srv/x"\noptions = 3', 'mount = "/srv/x"\noptions = "a,b c"',
 ]  # fmt: skip
 
@@ -442,6 +444,15 @@ def test_a_mangled_group_leaves_the_others(host: Host, line: str) -> None:
     made = host.generate(f"[group.bad]\n{line}\n{DATA}")
     assert made == MOUNT | {"local-fs.target.wants/unlock-group@bad.service"}
     assert "group 'bad'" in host.errors
+
+
+def test_no_unit_is_made_where_the_gate_would_wait_for_it(host: Host) -> None:
+    """A gate is ordered after /var/lib/unlock: a mount of /var that waits for the gate is a cycle."""
+    gates = {"local-fs.target.wants/unlock-group@data.service"}
+    for where in ("/var", "/var/", "/etc", "/usr", "/var/lib", "/boot"):
+        assert host.generate(f'[group.data]\nmount = "{where}"\n') == gates, where
+        assert f"{where.rstrip('/')} is needed before groups are mounted" in host.errors
+        assert host.generate(f'[group.data\nmount = "{where}"\n') == set(), "not valid TOML"
 
 
 def test_percent_is_no_specifier(host: Host) -> None:

@@ -2,6 +2,8 @@
 """A cleared TPM, another TPM, a changed boot: `unlock rebind` with the recovery key. A software TPM, real headers."""
 
 import os
+import re
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -9,15 +11,19 @@ from pathlib import Path
 import pytest
 
 from tests.eventlogs import Boot, Unmeasured
+from tests.flowfixture import Host
 from tests.hostfixture import Machine
 from tests.killing import Killer, killed_at
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
+from tests.test_disk import edit
+from unlock import strictjson
 from unlock.disks import luks, token
-from unlock.errors import ProviderUnavailable, Refused, UnlockError
-from unlock.host import keyring
+from unlock.errors import NoKey, ProviderUnavailable, Refused, Tampered, UnlockError
+from unlock.host import keyring, this_boot
 from unlock.keys import access, delivery, recovery_key
-from unlock.operations import cache, native_backup, rebind, recovery, sync
+from unlock.operations import cache, group, native_backup, rebind, recovery, sync
+from unlock.operations.check.disks import check_group
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
 from unlock.tpm.record import Payload
@@ -47,6 +53,7 @@ def run(
     recovery: Secret | None = None,
     client_key: bytes = b"",
     accept: tuple[str, ...] = (),
+    accepted: tuple[str, ...] = (),
 ) -> rebind.Rebound:
     choices = rebind.RebindChoices(
         recovery or host.recovery,
@@ -54,6 +61,7 @@ def run(
         Secret(PASSWORD) if file else None,
         Secret(client_key) if client_key else None,
         accept=frozenset(("unauthenticated-root", *accept)),
+        accepted=frozenset(accepted),
         tcti=host.chip.tcti,
     )
     return rebind.rebind(host.paths, choices, host.look)
@@ -213,6 +221,144 @@ def test_a_header_that_was_changed_is_left_alone(host: Machine) -> None:
     found = run(host, backup(host))
     assert found.done == ("data-0",) and "header" in found.left["data-1"]
     assert headers(host)[1] == before
+
+
+# A header that its operator has changed
+
+
+def cryptsetup(*command: object, key: bytes = b"") -> None:
+    subprocess.run(["cryptsetup", "--batch-mode", *map(str, command)], input=key, check=True, capture_output=True)
+
+
+def remove_token(host: Host, image: Path) -> None:
+    cryptsetup("token", "remove", "--token-id", "0", image)
+
+
+def set_flag(host: Host, image: Path) -> None:
+    edit(str(image), lambda fields: fields["config"].update(flags=["allow-discards"]))
+
+
+def reencrypt(host: Host, image: Path) -> None:
+    """By the recovery key. cryptsetup makes the keyslot anew, as one for a password."""
+    fast = ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "2000")
+    cryptsetup("reencrypt", "--force-offline-reencrypt", *fast, "--key-file", "-", image, key=bytes(host.recovery))
+    with luks.Container(str(image)) as container, container.volume_key(host.recovery) as dek:
+        host.deks[container.uuid] = bytes(dek)
+
+
+CHANGED: list[tuple[Callable[[Host, Path], None], str]] = [
+    (remove_token, "its token is gone"),
+    (set_flag, 'flags was none, is ["allow-discards"]'),
+    (reencrypt, "digest.digest was "),
+]
+
+
+@pytest.fixture
+def lone(tmp_path: Path) -> Iterator[Machine]:
+    """A host with one disk, whose header the state knows."""
+    machine = Machine(tmp_path, OLD, disks=1)
+    with Secret(PASSWORD) as password:
+        native_backup.backup(machine.paths, backup(machine), password, look=machine.look)
+    state = machine.state
+    with luks.Container(str(machine.disks[0])) as container:
+        state.headers[container.uuid] = strictjson.canonical(container.facts()).decode()
+    state.save()
+    yield machine
+    machine.close()
+
+
+@pytest.mark.parametrize(("change", "words"), CHANGED)
+def test_check_says_before_the_reboot_what_was_changed_and_what_to_type(
+    lone: Machine, change: Callable[[Host, Path], None], words: str
+) -> None:
+    (image,) = lone.disks
+    change(lone, image)
+    (row,) = check_group(lone.state, lone.group, lone.look(), lone.persistence)
+    assert (row.verdict, row.do) == ("unsafe", f"unlock disk adopt {image} --group data")
+    assert words in row.detail
+
+
+@pytest.mark.parametrize(("change", "words"), CHANGED)
+def test_a_lone_disk_whose_header_was_changed_is_bound_again_by_name(
+    lone: Machine, change: Callable[[Host, Path], None], words: str
+) -> None:
+    """No key crossed into this boot: its root file system was opened by the recovery key."""
+    (image,) = lone.disks
+    change(lone, image)
+    lone.boot()
+    keyring.flush()
+    before = image.read_bytes()[: 16 << 10], Path(lone.paths.state).read_bytes()
+    for accepted in ((), ("data-1",)):
+        with pytest.raises(Tampered, match=re.escape(words)) as caught:
+            run(lone, backup(lone), accepted=accepted)
+        assert (caught.value.code, caught.value.hint) == (
+            "changed-header",
+            "if you changed it: --accept-changed-header data-0",
+        )
+    assert (image.read_bytes()[: 16 << 10], Path(lone.paths.state).read_bytes()) == before
+    found = run(lone, backup(lone), accepted=("data-0",))
+    assert (found.done, found.left) == (("data-0",), {})
+    boots(lone)
+    assert [each.outcome for each in recovery.test_recovery_key(lone.paths, lone.recovery, lone.look)] == ["ok"]
+    assert {each.verdict for each in check_group(lone.state, lone.group, lone.look(), lone.persistence)} == {"safe"}
+    lone.boot()
+    run(lone)
+    boots(lone)
+
+
+def test_a_command_that_finds_no_key_after_such_a_boot_names_rebind(lone: Machine) -> None:
+    lone.boot()
+    keyring.flush()
+    early = this_boot.read_early_report(lone.paths)
+    assert early
+    for outcome, hint in (("no-key", "after a flush"), ("altered", "unlock rebind"), ("tampered", "unlock rebind")):
+        early.set_disk("/dev/sda", outcome)
+        this_boot.write_report(lone.paths, early, "report.json")
+        with pytest.raises(NoKey) as caught:
+            group.adopt_disk(lone.paths, str(lone.disks[0]), "data", Secret(b"operator"), "")
+        assert hint in caught.value.hint
+
+
+def test_a_wrong_recovery_key_is_told_from_a_token_that_is_gone(lone: Machine) -> None:
+    lone.boot()
+    with pytest.raises(Refused, match="no keyslot takes the recovery key") as caught:
+        run(lone, backup(lone), recovery_key.new())
+    assert caught.value.code == "wrong-recovery-key" and "token" not in str(caught.value)
+    remove_token(lone, lone.disks[0])
+    with pytest.raises(Tampered, match="its token is gone"):
+        run(lone, backup(lone))
+
+
+def test_a_reencrypted_disk_that_lost_its_recovery_keyslot_is_told_how_to_get_one(lone: Machine) -> None:
+    (image,) = lone.disks
+    reencrypt(lone, image)
+    with luks.Container(str(image)) as container:
+        (slot,) = container.keyslots()
+        with container.volume_key(lone.recovery) as dek:
+            container.add_keyslot(dek, passphrase=Secret(b"operator"))
+        container.remove_keyslot(slot)
+    lone.boot()
+    keyring.flush()
+    with pytest.raises(Refused, match="no keyslot takes this recovery key") as caught:
+        run(lone, backup(lone), accepted=("data-0",))
+    assert f"cryptsetup luksAddKey {image}" in caught.value.hint
+    new = lone.folder / "recovery"
+    new.write_bytes(bytes(lone.recovery))
+    fast = ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "2000")
+    cryptsetup("luksAddKey", *fast, "--key-file", "-", image, new, key=b"operator")
+    run(lone, backup(lone), accepted=("data-0",))
+    boots(lone)
+
+
+def test_a_changed_header_among_others_is_left_and_named(host: Machine) -> None:
+    host.clear()
+    host.boot()
+    remove_token(host, host.disks[1])
+    found = run(host, backup(host))
+    assert (found.done, found.changed) == (("data-0",), ("data-1",))
+    assert "its token is gone" in found.left["data-1"]
+    run(host, accepted=("data-1",))
+    boots(host)
 
 
 def test_another_board_that_boots_in_another_way_is_measured_by_its_own_pcrs(host: Machine) -> None:

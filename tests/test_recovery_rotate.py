@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unlock recovery test, new, rotate`: real headers; run twice, killed anywhere, disks away, disks that fail."""
 
+import ctypes
 import json
+import os
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.flowfixture import HOST, Host
-from tests.killing import LASTING, Killer, killed_at
+from tests.killing import LASTING, Killer, child, killed_at
 from tests.test_escrow import decrypted, organisation
 from unlock.disks import disk_keys, find, luks
 from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
@@ -485,3 +487,66 @@ def test_a_disk_that_udev_shows_and_cannot_be_read_is_away(host: Host) -> None:
     host.disks[0].write_bytes(bytes(1 << 20))
     assert find.find_node(host.look(), host.group.members[0]) == ""
     assert rotate(host).behind == ("data-0",)
+
+
+# A state that is not as the disks are
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(("fault", "why"), [("full", "No space left"), ("ro", "Read-only file system")])
+def test_the_answer_of_a_test_does_not_need_room_on_the_disk(
+    host: Host, capfd: pytest.CaptureFixture[str], fault: str, why: str
+) -> None:
+    folder = os.path.dirname(host.paths.state)
+    state = Path(host.paths.state).read_bytes()
+
+    def work() -> None:
+        assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS
+        for command in (["--make-rprivate", "/"], ["-t", "tmpfs", "-o", "size=64k", "none", folder]):
+            subprocess.run(["mount", *command], check=True)
+        Path(host.paths.state).write_bytes(state)
+        if fault == "ro":
+            subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        else:
+            with pytest.raises(OSError, match="No space left"), open(f"{folder}/rest", "wb", buffering=0) as rest:
+                while rest.write(bytes(4096)):
+                    pass
+        assert outcomes(host, host.recovery) == ["ok"] * 3
+        assert outcomes(host, recovery_key.new()) == ["wrong-key"] * 3
+
+    capfd.readouterr()
+    assert child(work) == 0
+    heard = capfd.readouterr().err
+    assert heard.count(f"the test is not recorded: {host.paths.state} cannot be written: {why}") == 2
+
+
+def test_a_root_from_before_a_rotation_takes_the_key_of_the_disks(host: Host) -> None:
+    old = Path(host.paths.state).read_bytes()
+    rotate(host)
+    new = key_of(host)
+    Path(host.paths.state).write_bytes(old)
+    with pytest.raises(Refused, match="not the recovery key"):
+        recovery.renew_keyslots(host.paths, recovery_key.new(), host.look)
+    assert Path(host.paths.state).read_bytes() == old
+    assert len(recovery.renew_keyslots(host.paths, new, host.look).done) == 3
+    assert outcomes(host, new) == ["ok"] * 3
+    host.recovery = new
+    assert host.recovery_opens() and host.boot_opens()
+    assert all(slots(image) == 1 for image in host.disks)
+    rotate(host, "third")
+    assert outcomes(host, key_of(host, "third")) == ["ok"] * 3
+
+
+def test_a_disk_from_before_a_rotation_does_not_bring_its_key_back(host: Host) -> None:
+    """One that was away, which the state knows; and one whose header was brought back, which it does not."""
+    away = host.disks.pop()
+    header = host.disks[0].read_bytes()[: 16 << 20]
+    rotate(host)
+    host.disks, present = [away], host.disks
+    with pytest.raises(Refused, match="not the recovery key"):
+        recovery.renew_keyslots(host.paths, host.recovery, host.look)
+    with present[0].open("r+b") as file:
+        file.write(header)
+    host.disks = present
+    with pytest.raises(Refused, match="not the recovery key"):
+        recovery.renew_keyslots(host.paths, host.recovery, host.look)

@@ -20,10 +20,10 @@ from tests.killing import child
 from tests.kmipfixture import CLIENT
 from tests.lab.kmipliar import COMPROMISED, Liar
 from tests.test_devices import Machine
-from unlock.boot import activation, agent, gate, handover
+from unlock.boot import activation, agent, candidates, gate, handover
 from unlock.disks import disk_keys, luks
 from unlock.disks.udev import Disk
-from unlock.errors import NoKey, Refused
+from unlock.errors import DiskFailed, NoKey, Refused
 from unlock.host import config, keyring, report, this_boot
 from unlock.operations import cache, persistence, sync
 from unlock.operations import group as group_operations
@@ -293,6 +293,37 @@ def test_with_nothing_open_there_is_nothing_to_close(bare: Host, machine: Seen) 
     assert machine.inside(lambda: _equal(handover.secure(bare.paths), 0)) == ""
 
 
+# A logical volume beside its snapshot
+
+
+def test_early_boot_opens_a_logical_volume_and_not_its_snapshot(host: Host, machine: Seen, tmp_path: Path) -> None:
+    machine.block("sdb", "8:16")
+    for minor, (name, below) in enumerate(
+        {"data-real": ["sdb"], "snap-cow": ["sdb"], "snap": ["dm-0", "dm-1"], "data": ["dm-0"]}.items()
+    ):
+        machine.mapping(f"vg-{name}", f"254:{minor}", f"LVM-{name}", *below)
+    (image,) = (each for each in host.disks if each.name == "data-0")
+    record = report.Report("early-boot")
+    groups = activation.GroupOpener(
+        HOST, lambda c, each: disk_keys.unwrap_volume_key(c, each, host.persistence), record
+    )
+    for minor in (2, 3):
+        node = tmp_path / f"dm-{minor}"
+        node.symlink_to(image)
+        groups.add_disk(Disk(str(node), node.name, f"254:{minor}", "", "", 0, 0))
+    groups.read_headers()
+    assert not groups.is_complete("data"), "what they lie on is not known outside of that machine"
+
+    def work() -> None:
+        assert groups.is_complete("data")
+        (chosen,) = candidates.choose_members(groups.groups["data"].candidates, settled=True).members
+        assert chosen.disk.number == "254:3"
+
+    machine.inside(work)
+    groups.stop(1)
+    groups.wipe()
+
+
 # The root's own disk in the running system
 
 
@@ -348,6 +379,45 @@ def test_the_roots_line_in_crypttab_stays_when_it_is_adopted_and_a_data_disks_ge
     machine.inside(work)
     assert [line.split()[3] for line in table.read_text().splitlines()] == ["luks", "luks,noauto"]
     assert list(config.load(kmip.paths.config).groups) == ["data"], "the root has no gate"
+
+
+@pytest.mark.parametrize("where", ["/var", "/usr", "/etc", "/var/lib", "/boot"])
+def test_a_disk_that_a_gate_would_wait_for_is_adopted_into_the_roots_group_alone(
+    kmip: Host, machine: Seen, where: str
+) -> None:
+    state = kmip.state
+    system = state.groups.pop("data").members[0]
+    state.save()
+    write_atomically(kmip.paths.crypttab, f"system UUID={system.uuid} none luks\n".encode())
+    machine.mount(machine.opened("system", system.uuid), where, "/dev/mapper/system")
+    image = str(kmip.folder / "data-0")
+    write_atomically(str(kmip.folder / "recovery"), bytes(kmip.recovery))
+
+    def adopt_into(group: str) -> None:
+        with luks.Container(image) as container, Secret(kmip.deks[container.uuid]) as dek:
+            container.add_keyslot(dek, passphrase=Secret(b"operator"))
+        group_operations.adopt_disk(kmip.paths, image, group, Secret(b"operator"), str(kmip.folder / "recovery"))
+
+    def work() -> None:
+        before = Path(kmip.paths.state).read_bytes()
+        for group in ("data", "more"):
+            with pytest.raises(Refused, match=f"system holds {where}") as caught:
+                adopt_into(group)
+            assert (caught.value.code, Path(kmip.paths.state).read_bytes()) == ("needed-before-groups", before)
+
+        with pytest.raises(DiskFailed, match="is not a block device"):  # an image has no serial number
+            adopt_into("root")
+
+    machine.inside(work)
+
+
+def test_a_member_that_holds_var_is_mended_and_crypttab_still_opens_it(kmip: Host, machine: Seen) -> None:
+    table = Path(kmip.paths.crypttab)
+    uuid = kmip.state.groups["data"].members[0].uuid
+    table.write_text(f"data-0 UUID={uuid} none luks\n")
+    machine.mount(machine.opened("data-0", uuid), "/var", "/dev/mapper/data-0")
+    machine.inside(lambda: adopt(kmip, "data"))
+    assert table.read_text() == f"data-0 UUID={uuid} none luks\n"
 
 
 def test_an_active_mapping_of_another_disk_keeps_its_name(kmip: Host, machine: Seen) -> None:

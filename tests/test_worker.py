@@ -18,7 +18,8 @@ from tests.tpmfixture import Swtpm
 from unlock.boot import worker
 from unlock.boot.activation import GroupOpener
 from unlock.boot.worker import Worker, WorkerHeader
-from unlock.disks import disk_keys, luks
+from unlock.disks import disk_keys, find, luks
+from unlock.disks.groups import Member
 from unlock.disks.udev import Disk
 from unlock.errors import DiskFailed, NotOurs, UnlockError
 from unlock.host.report import Report
@@ -309,3 +310,43 @@ def test_a_keyslot_that_takes_for_ever_is_given_up(lab: Lab, monkeypatch: pytest
     with pytest.raises(DiskFailed, match="does not answer"):
         header.volume_key(lab.recovery, 0)
     process.end()
+
+
+@pytest.mark.parametrize(
+    ("serials", "complete"),
+    [(("S1", "S1"), True), (("", ""), False), (("S1", "S2"), False), (("S1", "S1", "S2"), False)],
+)
+def test_a_disk_with_two_paths_is_opened_by_one_of_them(
+    lab: Lab, tmp_path: Path, serials: tuple[str, ...], complete: bool
+) -> None:
+    """Another disk with its UUID is a copy, and which of them to open is not known."""
+    report = Report("test")
+    opening = GroupOpener(HOST, lab.by_tpm, report)
+    for number, serial in enumerate(serials):
+        path = tmp_path / f"path-{number}"
+        path.symlink_to(lab.honest)
+        opening.add_disk(at(path)._replace(serial=serial))
+    opening.read_headers()
+    assert opening.is_complete("safe") == complete
+    opening.start_complete_groups(settled=True)
+    opened = opening.groups["safe"].nodes
+    assert opened == ({str(tmp_path / "path-0")} if complete else set())
+    outcomes = [report.disks[str(tmp_path / f"path-{number}")].outcome for number in range(len(serials))]
+    if complete:
+        assert report.disks[str(tmp_path / "path-1")].detail == f"{tmp_path}/path-0 is opened"
+        for each in opening.groups["safe"].candidates:
+            os.kill(each.header.worker.pid, signal.SIGKILL)  # there is no device-mapper to wait for
+    else:
+        assert "duplicate" in outcomes
+    opening.stop(5)
+    opening.wipe()
+
+
+def test_a_member_with_two_paths_is_here_on_the_running_system() -> None:
+    member = Member("uuid", "data-a", "")
+    paths = [find.Found("/dev/sdb", "S1"), find.Found("/dev/sda", "S1")]
+    assert find.find_node({"uuid": paths}, member) == "/dev/sda"
+    copy = find.Found("/dev/sdc", "S2")
+    assert find.find_node({"uuid": [*paths, copy]}, member) == ""
+    assert find.find_node({"uuid": [*paths, copy]}, member._replace(serial="S2")) == "/dev/sdc"
+    assert find.find_node({"uuid": [*paths, copy]}, member._replace(serial="S1")) == "/dev/sda"

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which of the authentic disks are the members of a group: one for each UUID, all of one member list.
 
-`boot.activation` collects the candidates and opens those that are chosen here. Nothing here has a side effect.
+`boot.activation` collects the candidates and opens those that are chosen here. Nothing here has a side effect; what a
+device is made of is read from /sys.
 """
 
+from ..disks.devices import Found, distinct_disks
 from ..disks.token import Token
 from ..disks.udev import Disk
 from ..light import NamedTuple
@@ -55,6 +57,8 @@ def _choose_by_uuid(candidates: list[Candidate], settled: bool) -> Chosen:
     members: list[Candidate] = []
     duplicates: list[Candidate] = []
     for same in by_uuid.values():
+        if len(same) > 1:
+            same = _distinct(same)
         named = [each for each in same if each.token.serial and each.token.serial == each.disk.serial]
         if len(named) == 1:
             members += named
@@ -64,3 +68,11 @@ def _choose_by_uuid(candidates: list[Candidate], settled: bool) -> Chosen:
         else:
             duplicates += same
     return Chosen(members, duplicates)
+
+
+def _distinct(same: list[Candidate]) -> list[Candidate]:
+    """One candidate for each disk."""
+    disks = [each.disk for each in same]
+    kept = distinct_disks([Found(each.node, each.serial, each.number, each.size) for each in disks])
+    nodes = {each.node for each in kept}
+    return [each for each in same if each.disk.node in nodes]

@@ -48,6 +48,13 @@ def add(commands: "Commands") -> None:
         metavar="RISK",
         help=f"go on although this check refuses: {', '.join(_RISKS)}",
     )
+    rebind.add_argument(
+        "--accept-changed-header",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the header of this disk is not as this host wrote it, and you changed it; may be repeated",
+    )
     add_pin(rebind)
     add_owner_auth(rebind)
 
@@ -88,6 +95,7 @@ def _rebind(paths: Paths, options: argparse.Namespace) -> int:
             pcrs=options.pcrs,
             pin=pin,
             accept=frozenset(options.accept),
+            accepted=frozenset(options.accept_changed_header),
             owner_auth=owner,
             tcti=tcti,
         )
@@ -95,7 +103,10 @@ def _rebind(paths: Paths, options: argparse.Namespace) -> int:
     baseline.record_good_boot(paths, tcti, first=True)
     log.note(f"sealed to this boot, under PCRs {', '.join(map(str, found.selection))}: {len(found.done)} disk(s)")
     for name, why in found.left.items():
-        log.error(f"{name}: {why}: it opens with the recovery key", "when it is back: unlock sync, or unlock rebind")
+        back = "when it is back: unlock sync, or unlock rebind"
+        if name in found.changed:
+            back = f"if you changed it: unlock rebind --accept-changed-header {name}"
+        log.error(f"{name}: {why}: it opens with the recovery key", back)
     for name in found.lost:
         log.error(
             f"provider {name}: the key that it needs was wrapped by the old TPM key and is lost", "unlock provider list"

@@ -11,7 +11,7 @@ import os
 import stat
 
 from ..errors import DiskFailed
-from ..light import Iterable
+from ..light import Iterable, NamedTuple, Sequence
 from .fstab import unescape
 
 _BTRFS_IOC_FS_INFO = 0x8400941F
@@ -254,8 +254,8 @@ def _lower_folders(folder: str) -> list[str]:
     """The sysfs folders of the devices directly below one. A loop device counts as a disk: its file is not followed."""
     if not folder:
         return []
-    if slaves := _entries(folder, "slaves"):
-        return [os.path.realpath(f"{folder}/slaves/{each}") for each in slaves]
+    if slaves := _slaves(folder):
+        return sorted(slaves)
     if os.path.exists(f"{folder}/partition"):
         return [os.path.dirname(folder)]
     return []
@@ -291,6 +291,63 @@ def _btrfs_id(mountpoint: str) -> str:
         os.close(fd)
     digits = answer[16:32].hex()
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+
+# One disk in several devices
+
+
+class Found(NamedTuple):
+    """A block device with a LUKS2 header."""
+
+    node: str
+    serial: str
+    """Of the disk itself, see udev.serial_number; '' without one."""
+    number: str = ""
+    """MAJOR:MINOR"""
+    size: int = 0
+    """Bytes."""
+
+
+def distinct_disks(found: Sequence[Found], root: str = "/") -> list[Found]:
+    """One device for each disk, of devices with one LUKS UUID. Left out are what another of them is made of (the paths
+    of a multipath map), LVM snapshots of another, and further paths to one disk: the same serial number, size and
+    partition."""
+    folders = {each.node: _sysfs_folder(each.number, root) for each in found}
+    parts = set().union(*(_all_slaves(folder) for folder in folders.values()))
+    disks: dict[tuple[object, ...], Found] = {}
+    for each in sorted(found):
+        folder = folders[each.node]
+        if folder not in parts and not any(_is_snapshot(folder, other) for other in folders.values()):
+            one = (each.serial, each.size, read_line(folder, "partition")) if each.serial else (each.node,)
+            disks.setdefault(one, each)
+    return list(disks.values())
+
+
+def _all_slaves(folder: str) -> set[str]:
+    """The sysfs folders of everything that a device is made of."""
+    found: set[str] = set()
+    todo = [folder] if folder else []
+    while todo:
+        below = _slaves(todo.pop()) - found
+        found |= below
+        todo += below
+    return found
+
+
+def _is_snapshot(folder: str, origin: str) -> bool:
+    """Whether a device is an LVM snapshot of another one: both stand on the hidden volume `-real`, the snapshot alone
+    on a `-cow` too."""
+    shared, own = _slaves(folder) & _slaves(origin), _slaves(folder) - _slaves(origin)
+    return any(_is_hidden(each, "-real") for each in shared) and any(_is_hidden(each, "-cow") for each in own)
+
+
+def _is_hidden(folder: str, layer: str) -> bool:
+    kind = read_line(folder, "dm", "uuid")
+    return kind.startswith("LVM-") and kind.endswith(layer)
+
+
+def _slaves(folder: str) -> set[str]:
+    return {os.path.realpath(f"{folder}/slaves/{each}") for each in _entries(folder, "slaves")} if folder else set()
 
 
 # /proc and /sys

@@ -2,19 +2,12 @@
 """Which disks are here now, by LUKS UUID. Operations on a running host find the members of groups by it."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from ..errors import UnlockError
 from . import luks, udev
+from .devices import Found as Found
+from .devices import distinct_disks
 from .groups import Member
-
-
-class Found(NamedTuple):
-    """A disk with a LUKS2 header."""
-
-    node: str
-    serial: str
-
 
 Look = Callable[[], dict[str, list[Found]]]
 """Returns LUKS UUID -> the disks that have it."""
@@ -22,7 +15,7 @@ Look = Callable[[], dict[str, list[Found]]]
 
 def look() -> dict[str, list[Found]]:
     """The disks with our udev tag, except those whose header cannot be read."""
-    return read_headers(Found(each.node, each.serial) for each in udev.marked_disks())
+    return read_headers(Found(each.node, each.serial, each.number, each.size) for each in udev.marked_disks())
 
 
 def read_headers(disks: Iterable[Found]) -> dict[str, list[Found]]:
@@ -39,7 +32,7 @@ def read_headers(disks: Iterable[Found]) -> dict[str, list[Found]]:
 
 def find_node(seen: dict[str, list[Found]], member: Member) -> str:
     """The node of a member, '' when it is not here. Of two disks with its UUID, the one with its serial number."""
-    found = seen.get(member.uuid, [])
+    found = distinct_disks(seen.get(member.uuid, []))
     if len(found) > 1:
         found = [each for each in found if each.serial and each.serial == member.serial]
     return found[0].node if len(found) == 1 else ""

@@ -20,6 +20,25 @@ DEADLINE = 90
 TIMEOUT = 10
 """Seconds for one request to one endpoint of a provider."""
 USERNAME_MAX = 255
+_NEEDED = (
+    "/bin",
+    "/boot",
+    "/dev",
+    "/efi",
+    "/etc/unlock",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/proc",
+    "/run",
+    "/sbin",
+    "/sys",
+    "/usr",
+    "/var/lib/unlock",
+    "/var/lock",
+    "/var/run",
+)
+"""What a boot needs before its groups are mounted: what is above and below is needed, too."""
 DROP_ON = ("deactivated", "compromised", "destroyed")
 
 HEAD = """\
@@ -210,11 +229,21 @@ def check_username(text: str) -> str:
 
 
 def normalise_mount_point(path: str) -> str:
-    """The mount point without empty parts, `.` and the last slash, as systemd names its mount unit. Raises Usage."""
+    """The mount point of a group without empty parts, `.` and the last slash, as systemd names its mount unit. Raises
+    Usage, also where no group can be mounted."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if not path.startswith("/") or not parts or ".." in parts or not path.isprintable():
         raise Usage(f"{path!r} cannot be a mount point", "give an absolute path")
-    return "/" + "/".join(parts)
+    where = "/" + "/".join(parts)
+    if is_needed_before_groups(where):
+        raise Usage(f"{where} is needed before groups are mounted", "another mount point", code="mount-taken")
+    return where
+
+
+def is_needed_before_groups(where: str) -> bool:
+    """Whether a boot needs the file system at a mount point before it can mount a group: the gate, which the mount
+    waits for, would wait for the mount."""
+    return any(f"{needed}/".startswith(f"{where.rstrip('/')}/") or where.startswith(f"{needed}/") for needed in _NEEDED)
 
 
 def _quoted(text: str) -> str:

@@ -77,12 +77,14 @@ class State:
 
     @classmethod
     def load(cls, paths: Paths) -> "State":
-        """Raises Refused when the host is not initialised, Malformed, NewerFormat."""
+        """Raises Refused when the host is not initialised, or was and its state is away; Malformed, NewerFormat."""
         try:
             with open(paths.state, "rb") as file:
                 content = file.read()
         except FileNotFoundError as error:
-            raise Refused("this host is not initialised", "unlock init", code="not-initialised") from error
+            from .missing_state import explain_missing_state
+
+            raise explain_missing_state(paths) from error
         return cls(paths.state, state_file.parse(content, paths.state))
 
     def save(self) -> None:

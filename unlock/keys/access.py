@@ -13,7 +13,7 @@ from .. import ask
 from ..disks import devices, disk_keys, find, luks, token
 from ..disks.groups import Group
 from ..errors import NoKey, Refused, Tampered, UnlockError, Usage
-from ..host import config, keyring
+from ..host import config, keyring, this_boot
 from ..host.provider_entry import KmipEntry, ProviderEntry
 from ..host.state import State
 from ..paths import Paths
@@ -122,7 +122,13 @@ class Work:
         self.paths = paths
         self.state = State.load(paths)
         self.settings = config.load(paths.config)
-        self.persistence = read_persistence_key(self.state)
+        try:
+            self.persistence = read_persistence_key(self.state)
+        except NoKey as error:
+            early = this_boot.read_early_report(paths)
+            if early and early.has_changed_disk():
+                error.hint = "a disk's header was changed, so that early boot gave no keys: unlock rebind"
+            raise
         self.look = look
         self._connect = connect
         self._providers: dict[str, Provider] = {}

@@ -15,6 +15,10 @@ from ..secret import Secret
 
 GROUPS = 8
 DIGITS = 6
+_ESCAPE = 0x1B
+_DIGIT = {byte: byte for byte in b"0123456789"}
+_UNSHIFTED = {**_DIGIT, **dict(zip(b")!@#$%^&*(", b"0123456789", strict=True))}
+"""What Shift makes of the digits on a US keyboard, which is what an initramfs without a keymap takes any for."""
 
 
 def new() -> Secret:
@@ -25,17 +29,44 @@ def new() -> Secret:
 
 
 def parse(typed: Secret) -> Secret:
-    """The key as printed, from what a person typed: dashes and blanks may be missing, or be others.
+    """The key as printed, from what a person typed: its digits count, whatever separates them. Shift held on a US
+    keyboard is undone.
 
     Raises Usage that names the first group that cannot be right; the digits are never in the message.
     """
-    digits = bytes(b for b in typed.value if b in b"0123456789")
-    if any(b not in b"0123456789- \t\r\n" for b in typed.value) or len(digits) != GROUPS * DIGITS:
+    with _take_digits(typed.value, _DIGIT) as digits, _take_digits(typed.value, _UNSHIFTED) as unshifted:
+        if len(digits) != GROUPS * DIGITS == len(unshifted):
+            return _join_groups(unshifted)
+        if len(digits) == GROUPS * DIGITS:
+            return _join_groups(digits)
+        wrong_keys = len(typed) - len(digits) > len(digits)
         raise Usage(
-            f"a recovery key is {GROUPS} groups of {DIGITS} digits; {len(digits)} digits were typed",
+            f"a recovery key is {GROUPS} groups of {DIGITS} digits; {len(digits)} digits were typed"
+            + (": keyboard layout, Shift or NumLock?" if wrong_keys else ""),
             code="recovery-key-form",
         )
-    parts = [digits[i * DIGITS : (i + 1) * DIGITS] for i in range(GROUPS)]
+
+
+def _take_digits(typed: bytearray, digit_of: dict[int, int]) -> Secret:
+    """The digits in a text. Those in the escape sequences of function keys, of a keypad without NumLock and of a
+    paste (ECMA-48, 5.4) were not typed."""
+    found = bytearray()
+    before = sequence = 0
+    for byte in typed:
+        if before == _ESCAPE and byte in b"[O":
+            sequence = byte
+        elif not sequence and byte in digit_of:
+            found.append(digit_of[byte])
+        elif sequence and not 0x20 <= byte < 0x40:
+            sequence = 0
+        before = byte
+    digits = Secret(found)
+    found[:] = bytes(len(found))
+    return digits
+
+
+def _join_groups(digits: Secret) -> Secret:
+    parts = [digits.value[i * DIGITS : (i + 1) * DIGITS] for i in range(GROUPS)]
     for i, part in enumerate(parts):
         if not group_fits(i, int(part)):
             raise Usage(

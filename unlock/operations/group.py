@@ -147,7 +147,7 @@ def adopt_disk(
         node = _node(device)
         with luks.Container(node) as container:
             uuid = container.uuid
-            _check_adoptable(container, device)
+            check_adoptable(container, device)
             dek = container.volume_key(passphrase)
         about = f"/dev/disk/by-uuid/{uuid} --group {group_name}"
         old = state.groups.get(group_name)
@@ -158,9 +158,9 @@ def adopt_disk(
             assert old
             group, member = old, known[uuid][1]
         else:
-            member = Member(
-                uuid, _mapping_name(paths, state, uuid, node, group_name, name), udev.find_disk(node).serial
-            )
+            name = _mapping_name(paths, state, uuid, node, group_name, name)
+            _check_not_needed(name, group_name, old.members if old else ())
+            member = Member(uuid, name, udev.find_disk(node).serial)
             unfinished = state.unfinished(DiskAdoption, about)
             manifest = unfinished.manifest if unfinished else state.next_manifest(group_name)
             group = (old or Group(group_name, "", 0, 0, ()))._replace(
@@ -184,7 +184,7 @@ def adopt_disk(
                 state.journal = None
                 state.save()
                 raise
-        if member.name not in devices.mappings_below("/"):
+        if not _is_opened_early(member):
             fstab.set_noauto(paths.crypttab, member.name)
             _add_to_config(paths, config.GroupConfig(group_name, "", "", "", config.DEADLINE))
         state.groups[group_name] = group._replace(behind=())
@@ -219,6 +219,32 @@ def _check_policy(work: access.Work, group: Group, member: Member) -> None:
         )
 
 
+def _check_not_needed(name: str, group: str, members: tuple[Member, ...]) -> None:
+    """Raises Refused for a mapping that holds what the gate of the group waits for. The group that holds the root file
+    system has no gate: its members are opened in early boot, or not at all."""
+    where = mounts_needed_before_groups(name)
+    if where and devices.mappings_below("/").isdisjoint({name, *(each.name for each in members)}):
+        raise Refused(
+            f"{name} holds {where[0]}, which is needed before group {group} can open",
+            f"adopt it into the group of the root file system, or move {where[0]} there",
+            code="needed-before-groups",
+        )
+
+
+def mounts_needed_before_groups(name: str, root: str = "/") -> list[str]:
+    """The mount points on this mapping that a boot needs before it can mount a group, other than the root."""
+    return [
+        where
+        for where in devices.mount_points(root)
+        if where != "/" and config.is_needed_before_groups(where) and name in devices.mappings_below(where, root)
+    ]
+
+
+def _is_opened_early(member: Member) -> bool:
+    """Whether nothing but early boot, or crypttab, can open the disk in time."""
+    return member.name in devices.mappings_below("/") or bool(mounts_needed_before_groups(member.name))
+
+
 def _check_headers(work: access.Work, group: Group, nodes: dict[str, str], accepted: frozenset[str]) -> None:
     """Raises Tampered for a member whose header is not as it was when this host made its token: a new token would make
     that authentic."""
@@ -235,9 +261,9 @@ def _check_headers(work: access.Work, group: Group, nodes: dict[str, str], accep
 
 def _find_changes(work: access.Work, container: luks.Container) -> list[str]:
     """What differs from the header that this host made a token for, in words; empty where it made none."""
-    state, facts = work.state, container.facts()
-    if known := state.headers.get(container.uuid):
-        return changes.describe_changes(strictjson.parse(known), facts)
+    state = work.state
+    if (known := known_changes(state, container)) is not None:
+        return known
     try:
         tokens = disk_keys.read_tokens(container, state.host)
     except NotOurs:
@@ -247,6 +273,13 @@ def _find_changes(work: access.Work, container: luks.Container) -> list[str]:
     if any(disk_keys.is_authentic(container, each, key) for each in tokens for key in keys):
         return []
     return ["what it was is not known, and its token does not authenticate what it is"]
+
+
+def known_changes(state: State, container: luks.Container) -> list[str] | None:
+    """What differs from the header that this host made a token for, by what the state has of it, in words; None where
+    it has nothing."""
+    known = state.headers.get(container.uuid)
+    return changes.describe_changes(strictjson.parse(known), container.facts()) if known else None
 
 
 def _write_member_list(
@@ -299,7 +332,7 @@ def obtain_recovery_key(state: State, persistence: Secret, file: str, escrow: Es
         return recovery
     recovery = delivery.read_recovery_key(file if os.path.exists(file) else "")
     if not access.is_recovery_key(state, persistence=persistence, recovery=recovery):
-        raise Refused("this is not the recovery key of this host", "unlock status", code="recovery-key")
+        raise Refused("this is not the recovery key of this host", "unlock recovery test", code="recovery-key")
     if escrow:
         check_escrow(escrow)
         put_in_escrow(escrow, recovery)
@@ -339,13 +372,8 @@ def _node_of(seen: dict[str, list[find.Found]], member: Member) -> str:
     return node
 
 
-_NEEDED_TO_BOOT = ("/var/lib/unlock", "/etc/unlock", "/run", "/usr", "/boot", "/dev", "/proc", "/sys")
-
-
 def _check_mount_point(paths: Paths, wanted: NewGroup) -> None:
     where = wanted.mount
-    if any(f"{needed}/".startswith(f"{where}/") or where.startswith(f"{needed}/") for needed in _NEEDED_TO_BOOT):
-        raise Refused(f"{where} is needed before groups are mounted", "another --mount", code="mount-taken")
     if where in fstab.fstab_targets(paths.fstab):
         raise Refused(f"{paths.fstab} mounts something at {where}", "another --mount", code="mount-taken")
     for group in config.load(paths.config).groups.values():
@@ -450,7 +478,8 @@ def _start(unit: str) -> None:
         run(["systemctl", "start", unit])
 
 
-def _check_adoptable(container: luks.Container, device: str) -> None:
+def check_adoptable(container: luks.Container, device: str) -> None:
+    """Raises Refused for a disk that unlock cannot open, or that is not encrypted throughout."""
     if container.requirements:  # first: two digests cover the data then
         raise Refused(f"{device} is being re-encrypted", "cryptsetup reencrypt --resume-only", code="reencrypting")
     facts = container.facts()

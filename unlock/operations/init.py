@@ -17,6 +17,7 @@ from ..errors import Refused, Usage
 from ..host import config, this_boot
 from ..host.journal import Init
 from ..host.lock import exclusive
+from ..host.missing_state import LOST
 from ..host.state import State
 from ..host.state_file import KeyEntry
 from ..keys import access
@@ -37,7 +38,9 @@ OVERRIDES = {
     "unmeasured-drivers": "Secure Boot is off, and PCRs 0 to 3 are not all chosen: whoever adds a driver (a "
     "Driver#### variable, an option ROM) gets the keys",
     "unauthenticated-root": "a part of this system is not authenticated: whoever edits it gets the keys",
-    "slots-in-use": "what another installation of unlock left in this TPM is overwritten",
+    "slots-in-use": "what another installation of unlock left in this TPM is overwritten; or what this host "
+    "keeps there, if its /var/lib/unlock is only away",
+    LOST: "this host was initialised, and its state is gone: its disks open by the recovery key alone from now on",
 }
 """What `--accept NAME` can accept, and what that means."""
 
@@ -82,7 +85,7 @@ class Preflight(NamedTuple):
 def init(paths: Paths, choices: InitChoices) -> Preflight:
     """Initialises this host. Raises Refused with the name of what is wrong, TpmAbsent, TpmFailed."""
     with exclusive(paths):
-        unfinished = _earlier_attempt(paths)
+        unfinished = _earlier_attempt(paths, choices)
         with Tpm(choices.tcti) as tpm:
             found = preflight(paths, tpm, choices, unfinished is not None)
             ours = unfinished and _is_backup_of(choices.backup, unfinished.host)
@@ -116,11 +119,15 @@ def init(paths: Paths, choices: InitChoices) -> Preflight:
     return found
 
 
-def _earlier_attempt(paths: Paths) -> State | None:
+def _earlier_attempt(paths: Paths, choices: InitChoices) -> State | None:
     """The state of an init that was killed; None without one. Raises Refused when an init has finished."""
     try:
         state = State.load(paths)
-    except Refused:
+    except Refused as error:
+        if error.code == "not-mounted" or (error.code == LOST and LOST not in choices.accept):
+            raise
+        if error.code == LOST:
+            log.note(f"accepted: {LOST}: {OVERRIDES[LOST]}")
         return None
     if isinstance(state.journal, Init):
         return state

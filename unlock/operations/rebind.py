@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from typing import NamedTuple
 
-from ..disks import disk_keys, find, luks
+from .. import strictjson
+from ..disks import disk_keys, find, luks, token
 from ..disks.groups import Group
-from ..errors import Malformed, NoKey, Refused, Tampered, UnlockError
+from ..errors import Malformed, NoKey, NotOurs, Refused, Tampered, UnlockError
 from ..host import keyring, this_boot
 from ..host.journal import JournalEntry, NewPersistenceKey, Rebind
 from ..host.provider_entry import has_made
@@ -38,6 +39,7 @@ from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
 from ..tpm.record import Payload
+from .group import check_adoptable, known_changes
 from .init import OVERRIDES
 
 RISKS = {
@@ -70,6 +72,8 @@ class RebindChoices(NamedTuple):
     """None: the one that was set stays, which needs the key cache."""
     accept: frozenset[str] = frozenset()
     """Of RISKS."""
+    accepted: frozenset[str] = frozenset()
+    """Mapping names of disks whose headers the operator has changed."""
     owner_auth: Secret | None = None
     tcti: str = TPM_DEVICE
 
@@ -84,6 +88,8 @@ class Rebound(NamedTuple):
     """Mapping name -> why it opens by the recovery key alone."""
     lost: tuple[str, ...]
     """Names of other providers whose key is lost: only the old persistence key unwrapped it."""
+    changed: tuple[str, ...] = ()
+    """Mapping names of the disks in `left` whose headers are not as this host wrote them."""
 
 
 def needs_pin(paths: Paths, tcti: str = TPM_DEVICE) -> bool:
@@ -107,7 +113,7 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
             raise Refused("this host has no recovery key, so no disk depends on its TPM", "unlock status")
         seen = look()
         mac_key = keys.enter_context(disk_keys.mac_key(choices.recovery, state.host))
-        left = _check_disks(state, seen, recovery=choices.recovery, mac_key=mac_key)
+        left, changed = _check_disks(state, seen, choices.accepted, recovery=choices.recovery, mac_key=mac_key)
         selection, branch, plain_root = _policy_of_this_boot(paths, tpm, state, choices)
         pin_auth = keys.enter_context(_pin_auth(tpm, state, choices))
         again = isinstance(state.journal, Rebind)
@@ -137,7 +143,7 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
         ]
         known = [keys.enter_context(each) for each in (state.known_keys(old.copy()) if old else ())]
         for group, each in wraps:  # the next boot may have the new key, or still another
-            _add_tokens(state, seen, group, each, choices.recovery, left, known)
+            _add_tokens(state, seen, group, each, choices, left, known)
         payload = Payload(new, plain_root, allowed_states.needs_of_root(state))
         has_pin = len(pin_auth) > 0
         if choices.pin and has_pin:
@@ -169,7 +175,8 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
         if not has_pin:
             keyring.forget(allowed_states.PIN_AUTH)
         _cache_keys(paths, host_key, host_key_source, keks)
-        return Rebound(selection, tuple(done), left, tuple(name for name in lost if name != state.provider.name))
+        others = tuple(name for name in lost if name != state.provider.name)
+        return Rebound(selection, tuple(done), left, others, changed)
 
 
 def _keep_old_keys(state: State, left: dict[str, str], *, old: Secret | None, new: Secret) -> None:
@@ -190,11 +197,27 @@ def _restore_journal(paths: Paths, unfinished: JournalEntry | None) -> None:
     state.save()
 
 
+class CheckedDisks(NamedTuple):
+    """What the recovery key says of the disks, by mapping name."""
+
+    left: dict[str, str]
+    """Why that disk is left as it is."""
+    changed: tuple[str, ...]
+    """Of these: the disks whose headers are not as this host wrote them."""
+
+
 def _check_disks(
-    state: State, seen: dict[str, list[find.Found]], *, recovery: Secret, mac_key: Secret
-) -> dict[str, str]:
-    """Mapping name -> why that disk is left as it is. Raises Refused when the recovery key opens none that is here."""
+    state: State,
+    seen: dict[str, list[find.Found]],
+    accepted: frozenset[str],
+    *,
+    recovery: Secret,
+    mac_key: Secret,
+) -> CheckedDisks:
+    """Raises Refused when the recovery key opens no disk that is here, Tampered, code `changed-header`, when that is
+    because headers are not as this host wrote them."""
     left: dict[str, str] = {}
+    changed: dict[str, Tampered] = {}
     good = 0
     trouble: UnlockError | None = None
     for group in state.groups.values():
@@ -205,34 +228,86 @@ def _check_disks(
                 continue
             try:
                 with luks.Container(node) as container:
-                    _check_header(container, state.host, mac_key)
-                    disk_keys.dek_by_recovery_key(container, recovery).wipe()
+                    if member.name not in accepted:
+                        _check_header(state, container, member.name, recovery=recovery, mac_key=mac_key)
+                    elif not _is_authentic(container, state.host, mac_key):
+                        check_adoptable(container, node)
+                        _dek_of_changed(container, recovery).wipe()
                 good += 1
+            except Tampered as error:
+                left[member.name] = str(error)
+                changed[member.name] = error
             except UnlockError as error:
                 left[member.name], trouble = str(error), error
     if not good:
-        if isinstance(trouble, Tampered):
-            raise trouble
+        if changed:
+            raise next(iter(changed.values()))
         raise Refused(
-            "this recovery key opens no disk of this host that is here", "unlock status", code="wrong-recovery-key"
+            f"this recovery key opens no disk of this host that is here{f': {trouble}' if trouble else ''}",
+            (trouble and trouble.hint) or "unlock status",
+            code="wrong-recovery-key",
         ) from trouble
-    return left
+    return CheckedDisks(left, tuple(changed))
 
 
-def _check_header(container: luks.Container, host: str, mac_key: Secret) -> None:
-    """Raises Tampered when the header's recovery MAC does not fit the recovery key."""
-    trouble: UnlockError | None = None
-    for each in disk_keys.read_tokens(container, host):
+def _check_header(state: State, container: luks.Container, name: str, *, recovery: Secret, mac_key: Secret) -> None:
+    """Raises Tampered, code `changed-header`, with what differs, when the header's recovery MAC does not fit, or it has
+    no token of this host; NotOurs when the recovery key is another, or has no keyslot."""
+    if _is_authentic(container, state.host, mac_key):
+        disk_keys.dek_by_recovery_key(container, recovery).wipe()
+        return
+    known = known_changes(state, container)
+    differs = [] if _tokens(container, state.host) else ["its token is gone"]
+    differs += known or []
+    try:
+        disk_keys.dek_by_recovery_key(container, recovery).wipe()
+    except NotOurs:
+        if not differs:
+            raise
+        differs.append("no keyslot that this host made takes this recovery key")
+    if not differs:
+        differs.append("what it was is not known" if known is None else "its token was changed")
+    raise Tampered(
+        f"{name} ({container.device}) has another header than this host wrote: {'; '.join(differs)}",
+        f"if you changed it: --accept-changed-header {name}",
+        "changed-header",
+    )
+
+
+def _is_authentic(container: luks.Container, host: str, mac_key: Secret) -> bool:
+    """Whether the recovery MAC of a token fits the header."""
+    for each in _tokens(container, host):
         try:
             disk_keys.check_recovery(container, each, mac_key)
-            return
-        except Tampered as error:
-            trouble = error
-    assert trouble
-    raise Tampered(
-        f"{container.device}: its header is not the one that this host wrote, or the recovery key is another",
-        "unlock recovery test",
-    ) from trouble
+            return True
+        except Tampered:
+            continue
+    return False
+
+
+def _tokens(container: luks.Container, host: str) -> list[token.Token]:
+    """This host's tokens that can be read; empty without one."""
+    try:
+        return disk_keys.read_tokens(container, host)
+    except (NotOurs, Malformed):
+        return []
+
+
+def _dek_of_changed(container: luks.Container, recovery: Secret) -> Secret:
+    """The volume key of a disk whose changed header was accepted: by any keyslot, as `cryptsetup reencrypt` makes
+    them anew. Raises NotOurs."""
+    try:
+        return disk_keys.dek_by_recovery_key(container, recovery)
+    except NotOurs:
+        pass
+    try:
+        return container.volume_key(recovery)
+    except NotOurs as error:
+        raise NotOurs(
+            f"{container.device}: no keyslot takes this recovery key",
+            f"cryptsetup luksAddKey {container.device}, with the recovery key as the new passphrase",
+            "no-key",
+        ) from error
 
 
 def _policy_of_this_boot(
@@ -453,22 +528,27 @@ def _add_tokens(
     seen: dict[str, list[find.Found]],
     group: Group,
     keys: disk_keys.Keys,
-    recovery: Secret,
+    choices: RebindChoices,
     left: dict[str, str],
     known: Sequence[Secret],
 ) -> None:
     """Writes a token under the new keys beside the others to each member that is here. Where persistence keys are
     known, tokens under others make room: earlier rebinds have left them, which were killed before the TPM had their
-    key. A disk that fails goes into `left`."""
+    key. A disk whose changed header was accepted gets its recovery keyslot first. A disk that fails goes into `left`.
+    """
     for member in group.members:
         if member.name in left:
             continue
         node = find.find_node(seen, member)
         try:
-            if known:
-                disk_keys.drop_tokens_not_under(node, state.host, *known, keys.persistence)
             with luks.Container(node) as container:
-                dek = disk_keys.dek_by_recovery_key(container, recovery)
+                if member.name in choices.accepted and not _is_authentic(container, state.host, keys.mac_key):
+                    with _dek_of_changed(container, choices.recovery) as dek:
+                        disk_keys.ensure_recovery_keyslot(container, dek=dek, recovery=choices.recovery)
+                elif known:
+                    disk_keys.drop_tokens_not_under(node, state.host, *known, keys.persistence)
+            with luks.Container(node) as container:
+                dek = disk_keys.dek_by_recovery_key(container, choices.recovery)
                 each = disk_keys.make_token(container, state.host, group, member, dek, keys)
             with dek:
                 disk_keys.write_token(node, each, dek, keys)
@@ -493,7 +573,9 @@ def _rewrap_disks(
         node = find.find_node(seen, member)
         try:
             with luks.Container(node) as container:
-                dek = disk_keys.dek_by_recovery_key(container, recovery)
+                slot, dek = disk_keys.recovery_keyslot(container, recovery)
+                state.recovery.keyslots[member.uuid] = container.salt(slot)
+                state.headers[member.uuid] = strictjson.canonical(container.facts()).decode()
                 each = disk_keys.make_token(container, state.host, group, member, dek, keys)
             with dek:
                 disk_keys.write_token(node, each, dek, keys)

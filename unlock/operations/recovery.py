@@ -20,6 +20,7 @@ import time
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+from .. import log
 from ..disks import disk_keys, find, luks, token
 from ..disks.groups import Group, Member
 from ..errors import DiskFailed, Malformed, NotOurs, Refused, Tampered, UnlockError, Usage
@@ -79,8 +80,8 @@ class PresentMember(NamedTuple):
 
 
 def test_recovery_key(paths: Paths, recovery: Secret, look: find.Look = find.look) -> list[Tested]:
-    """Tests the recovery key on every member of every group. Needs no other key. Records when each disk was last ok.
-    Raises Refused."""
+    """Tests the recovery key on every member of every group. Needs no other key. Records when each disk was last ok,
+    until a test on it fails. Raises Refused."""
     with exclusive(paths):
         state = State.load(paths)
         seen = look()
@@ -89,7 +90,10 @@ def test_recovery_key(paths: Paths, recovery: Secret, look: find.Look = find.loo
             for group in state.groups.values()
             for member in group.members
         ]
-        state.save()
+        try:
+            state.save()
+        except OSError as error:
+            log.error(f"the test is not recorded: {paths.state} cannot be written: {error.strerror}", "df /var")
         return found
 
 
@@ -97,6 +101,7 @@ def _test(state: State, group: Group, member: Member, node: str, count: int, rec
     row = Tested(member.name, group.name, node, "ok")
     if not node:
         return row._replace(outcome="absent", detail=f"{count} disks have its UUID" if count else "")
+    state.recovery.tested.pop(member.uuid, None)
     try:
         with luks.Container(node) as container:
             slot, dek = _open_authenticated(state, container, recovery)
@@ -233,6 +238,8 @@ def renew_keyslots(
     Killed, the same command finishes. Raises Refused for another key, NoKey, ProviderError, DiskFailed.
     """
     with exclusive(paths), Work(paths, look, connect) as work:
+        if work.state.has_recovery_key and not work.state.journal and _is_known_to_disks_alone(work, recovery):
+            _take_from_disks(work, recovery)
         check_recovery_key(work.state, persistence=work.persistence, recovery=recovery)
         work.state.begin(RecoveryRenewal("recovery", "new"))
         return _finish_disks(work, recovery)
@@ -244,6 +251,43 @@ def check_recovery_key(state: State, *, persistence: Secret, recovery: Secret) -
         raise Refused("this host has no recovery key yet", "unlock group create", code="no-recovery-key")
     if not access.is_recovery_key(state, persistence=persistence, recovery=recovery):
         raise Refused("this is not the recovery key of this host", "unlock recovery rotate", code="recovery-key")
+
+
+def _is_known_to_disks_alone(work: Work, recovery: Secret) -> bool:
+    """Whether the root file system was brought back from before a rotation: every disk that is here, but for those of
+    which the state knows an earlier key, is authenticated by this key and not by that of the state."""
+    state = work.state
+    with disk_keys.mac_key(recovery, state.host) as typed, state.mac_key(work.persistence) as known:
+        if typed == known:
+            return False
+        places = [each for each in _present_and_absent(work)[0] if each.member.uuid not in state.recovery.behind]
+        return bool(places) and all(
+            _is_authenticated(work, each, typed) and not _is_authenticated(work, each, known) for each in places
+        )
+
+
+def _is_authenticated(work: Work, place: PresentMember, mac_key: Secret) -> bool:
+    """Whether a token that this host's persistence key proves has a recovery MAC by this key."""
+    with luks.Container(place.node) as container:
+        for each in disk_keys.read_tokens(container, work.state.host):
+            try:
+                disk_keys.check_recovery(container, each, mac_key)
+            except Tampered:
+                continue
+            if any(disk_keys.is_authentic(container, each, key) for key in work.persistence_keys(place.member.uuid)):
+                return True
+    return False
+
+
+def _take_from_disks(work: Work, recovery: Secret) -> None:
+    """Makes it the recovery key of this host, as its disks say. Those that are away may have it or an earlier one."""
+    state = work.state
+    log.note("the disks have another recovery key than the state, which is older: this one is right")
+    absent = [each.uuid for each in _present_and_absent(work)[1]]
+    with disk_keys.mac_key(recovery, state.host) as mac_key:
+        state.change_mac_key(persistence=work.persistence, mac_key=mac_key, behind=absent)
+    state.recovery.tested.clear()
+    state.save()
 
 
 def _begin_rotation(work: Work, places: list[PresentMember], keep: delivery.Keeper) -> RecoveryRotation:

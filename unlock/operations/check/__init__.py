@@ -17,7 +17,7 @@ from ...keys import access
 from ...measured import logs
 from ...paths import Paths
 from ...secret import Secret
-from .disks import check_copies, check_group, check_root
+from .disks import check_copies, check_group, check_needed, check_root
 from .finding import EXIT_STATUS as EXIT_STATUS
 from .finding import CheckResult, result_of
 from .finding import to_json as to_json
@@ -59,10 +59,11 @@ def check(
             *check_stopped_operation(state),
             *(each for group in state.groups.values() for each in check_group(state, group, present, persistence)),
             *check_copies(state),
+            *check_needed(paths, state),
             *check_root(paths, state),
             *check_boot_files(foreign),
             *check_initramfs_images(paths, tcti, predicted, foreign),
-            *check_recovery_key(state),
+            *check_recovery_key(state, present),
             *check_provider(paths, state, persistence, connect),
             *check_configuration(paths),
             *check_firmware(paths, log),

@@ -10,6 +10,7 @@ from ...host.state import State
 from ...paths import Paths
 from ...predict import allowed_states
 from ...secret import Secret
+from ..group import known_changes, mounts_needed_before_groups
 from .finding import SAFE, UNPROVEN, UNSAFE, Finding
 
 
@@ -36,6 +37,17 @@ def check_copies(state: State) -> Iterator[Finding]:
             yield Finding(f"group {group.name}", UNPROVEN, why, f"take {copy.node} out, or wipefs it")
 
 
+def check_needed(paths: Paths, state: State) -> Iterator[Finding]:
+    """Whether a group that is opened after early boot holds what its gate waits for."""
+    root = devices.mappings_below("/", paths.root)
+    for group in state.groups.values():
+        names = [each.name for each in group.members]
+        for name in names if root.isdisjoint(names) else ():
+            for where in mounts_needed_before_groups(name, paths.root):
+                why = f"disk {name} holds {where}, which its gate waits for: it opens in early boot, or not at all"
+                yield Finding(f"group {group.name}", UNPROVEN, why, f"move {where} to the root file system")
+
+
 def _check_member(
     state: State, group: Group, member: Member, present: dict[str, list[find.Found]], persistence: Secret | None
 ) -> Finding:
@@ -45,6 +57,7 @@ def _check_member(
         several = len(present.get(member.uuid, ())) > 1
         why = "several disks have its UUID" if several else "it is not here, and its group opens whole or not at all"
         return Finding(what, UNSAFE, why, "unlock status")
+    adopt = f"unlock disk adopt {node} --group {group.name}"
     try:
         with luks.Container(node) as container:
             tokens = [
@@ -52,6 +65,8 @@ def _check_member(
                 for each in disk_keys.read_tokens(container, state.host)
                 if (each.group, each.manifest, each.members) == (group.name, group.manifest, len(group.members))
             ]
+            if differs := known_changes(state, container):
+                return Finding(what, UNSAFE, f"its header was changed: {'; '.join(differs)}", adopt)
             if not tokens:
                 return Finding(what, UNSAFE, "its token is not of the group as it is now", "unlock sync")
             if persistence is None:
@@ -60,8 +75,7 @@ def _check_member(
                 )
             return _check_opens(what, container, tokens, persistence)
     except NotOurs:
-        why = "its header is not the one that this host wrote: its token is gone"
-        return Finding(what, UNSAFE, why, "unlock disk adopt, which shows what else was changed")
+        return Finding(what, UNSAFE, "its header is not the one that this host wrote: its token is gone", adopt)
     except UnlockError as error:
         return Finding(what, UNSAFE, str(error), error.hint)
 
