@@ -97,6 +97,17 @@ def list_menu(boot: GrubBoot, text: str, files: GrubFiles) -> Iterator[tuple[str
             yield titles[-1], titles
 
 
+def saved_by_default(boot: GrubBoot, text: str, files: GrubFiles) -> dict[str, str | None]:
+    """What GRUB saves in its environment when it boots the default entry; {} when that is not known."""
+    try:
+        run = run_config(boot, text, files)
+        for entry in run.default_entry:
+            run.choose_entry(entry)
+    except Unknown:
+        return {}
+    return run.saved
+
+
 def _list_choices(run: ScriptRun, way: Sequence[MenuEntry]) -> Iterator[list[MenuEntry]]:
     """The entries of the menu and of its submenus, each after the submenus to choose on the way to it. A submenu that
     cannot be run stands for what is in it."""
