@@ -30,9 +30,9 @@ from tests.eventlogs import (
 )
 from tests.hostfixture import MEASURED_BY, Measures
 from tests.tpmfixture import Swtpm
-from unlock.errors import Malformed, UnlockError
+from unlock.errors import Malformed, Refused, UnlockError
 from unlock.host import report, this_boot
-from unlock.measured import causes, describe, diagnosis, eventlog, evidence, explain, verify
+from unlock.measured import at_unseal, causes, describe, diagnosis, eventlog, evidence, explain, verify
 from unlock.measured.baseline import Baseline, TpmIdentity
 from unlock.measured.diagnosis import Explanation
 from unlock.measured.evidence import Evidence
@@ -714,6 +714,44 @@ def test_phases_that_systemd_252_does_not_log(host: Host) -> None:
     host.extend([(11, sha256(b"sysinit").digest()), (11, sha256(b"ready").digest())])
     kept = host.keep()
     assert kept and 11 in kept.pcrs and not any(item.cause == "systemd" for item in kept.items)
+
+
+SEPARATED = (*range(8), 9, 12, 13, 14)
+
+
+def test_the_separator_of_systemd_261(host: Host) -> None:
+    """Before the unseal it is one of the measurements; after it, it is taken off; a boot without it is told from one
+    with it."""
+    boot = Boot("grub")
+    early, late = ([(pcr, "os-separator", "os-separator", time) for pcr in SEPARATED] for time in (0.0, 1e9))
+    good(host, boot)
+    host.systemd(*late)
+    kept = host.keep()
+    assert kept and set(SEPARATED) <= kept.pcrs.keys() and not any(each.cause == "systemd" for each in kept.items)
+    assert kept.pcrs[7] == eventlog.replay(eventlog.parse_event_log(boot.log()).events)[7]
+    separator = sha256(b"os-separator").digest()
+    assert host.boot(boot, before=dict.fromkeys(SEPARATED, separator)) == "pcr-mismatch"
+    host.write("run/log/systemd/tpm2-measure.log", systemd_log(early))
+    found = host.explain()
+    assert {(each.code, each.pcr) for each in found.causes} == {
+        ("systemd", pcr) for pcr in MEASURED_BY["grub"] if pcr != 8
+    }
+    assert "separator after the boot loader" in found.causes[0].new
+
+
+def test_a_separator_of_systemd_that_no_log_has(host: Host) -> None:
+    """Whether it came before the unseal cannot be told: nothing is sealed to those PCRs."""
+    good(host, Boot("grub"))
+    host.extend([(pcr, sha256(b"os-separator").digest()) for pcr in SEPARATED])
+    with host.chip.open() as tpm:
+        known = at_unseal.read_pcrs(host.paths, tpm)
+    assert known.keys() == set(range(16)) - set(SEPARATED)
+    with pytest.raises(Refused, match="cannot be told"):
+        at_unseal.known_values((7,), known)
+    host.keep()
+    assert host.boot(Boot("grub", initrd="another")) == "pcr-mismatch"
+    host.extend([(pcr, sha256(b"os-separator").digest()) for pcr in SEPARATED])
+    assert {each.code for each in host.explain().causes} == {"initrd"}
 
 
 def test_a_damaged_baseline_is_told_and_nothing_fails(host: Host) -> None:

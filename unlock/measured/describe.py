@@ -239,6 +239,8 @@ def _describe_tag(event: Event) -> tuple[str, str]:
 
 def _describe_systemd(data: bytes) -> tuple[str, str]:
     kind, _, text = data.decode("utf-8", "replace").partition("\0")
+    if text == eventlog.OS_SEPARATOR:
+        return "systemd", "systemd's separator after the boot loader (systemd 261 and later)"
     return "systemd", f"systemd {kind}: {text}"
 
 

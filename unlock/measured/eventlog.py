@@ -32,6 +32,9 @@ INITRD, LOAD_OPTIONS = ((0x8F3B22EC).to_bytes(4, "little"), (0x8F3B22ED).to_byte
 drivers/firmware/efi/libstub/efistub.h."""
 SYSTEMD = -1
 """The kind of an event that systemd logged; its data is systemd's own kind, NUL, what was measured."""
+OS_SEPARATOR = "os-separator"
+"""What systemd 261 and later, in an initrd with systemd, extends the PCRs of the firmware and the boot loader with:
+systemd-pcrosseparator.service(8)."""
 
 _SHA256 = 0x000B
 _SIZES = {0x04: 20, _SHA256: 32, 0x0C: 48, 0x0D: 64, 0x12: 32, 0x27: 32, 0x28: 48, 0x29: 64}
