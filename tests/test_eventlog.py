@@ -385,6 +385,27 @@ def test_pairs_are_about_the_same_thing() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "old,new,paired",
+    [
+        ("[ 0 = 1 ]", "[ 1 = 1 ]", True),
+        ("[ y = y ]", "[ -s (hd0)/grub/grubenv ]", False),
+        ("[ efi = xen ]", "[ 1 = 2 ]", False),
+        ("[ -f /a ]", "[ -f /b ]", False),
+        ("test 0 = 1", "[ 2 = 1 ]", True),
+        ("[ 1>2 ]", "[ 0 ]", True),
+        ("[ 0 != 5 -a x = x ]", "[ 1 != 5 ]", False),
+        ("a=1", "a=2", True),
+        ("a=1", "set a=2", True),
+        ("a=1", "b=2", False),
+        ("", "[", False),
+    ],
+)
+def test_a_changed_test_or_variable_is_paired_with_itself_alone(old: str, new: str, paired: bool) -> None:
+    found = compare.compare_boots(items(old), items(new), [8])
+    assert [bool(each.old and each.new) for each in found] == ([True] if paired else [False, False])
+
+
 # the baseline
 
 

@@ -3,7 +3,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from tests.eventlogs import (
     Boot,
     Entry,
     Real,
+    grub,
+    grub_file,
     header,
     log,
     machine,
@@ -169,6 +171,77 @@ def test_a_kernel_update_under_grub_shows_all_that_came_with_it(host: Host) -> N
     assert told.count("\n   usually ") == len({(each.code, each.pcr) for each in found.causes}) < len(codes)
     assert "more such event" in told and "image that a boot loader handed on: the kernel (SHA-256 " in told
     assert found.pcrs == {4: "changed", 7: "same", 8: "changed", 9: "changed", 14: "same"}
+
+
+MENU = (
+    "menuentry Debian --id gnulinux-simple { linux /vmlinuz-6.12.1 root=x; initrd /initrd.img-6.12.1 }",
+    "submenu Advanced { menuentry Debian, with Linux 6.12.1 { linux /vmlinuz-6.12.1 root=x } }",
+    "echo Loading Linux 6.12.1 ...",
+    "initrd /initrd.img-6.12.1",
+)
+ELSEWHERE = "GRUB looks on another file system"
+KERNEL_UPDATE = "a kernel update"
+
+
+def usual(old: Iterable[Entry], new: Iterable[Entry]) -> dict[str, str]:
+    """What `explain` calls each difference, by its new text."""
+    before, now = [*old, grub_file("(hd0)/vmlinuz-6.12.1", "1")], [*new, grub_file("(hd0)/vmlinuz-6.12.2", "2")]
+    found = diagnosis.diagnose(refused(log(now), values(now), good_machine(before)))
+    assert "kernel" in [each.code for each in found.causes]
+    return {each.new or each.old: each.usually for each in found.causes if each.code == "boot-loader-config"}
+
+
+def test_the_menu_lines_of_a_new_kernel_are_a_kernel_update() -> None:
+    config = [grub_file(path, "1") for path in ("(hd0)/EFI/debian/grub.cfg", "(hd1)/grub/grub.cfg")]
+    old = [*config, *(grub("grub_cmd", each) for each in MENU)]
+    new = [grub("grub_cmd", each.replace("6.12.1", "6.12.2")) for each in MENU]
+    found = usual(old, [config[0], grub_file("(hd1)/grub/grub.cfg", "2"), *new])
+    assert len(found) == 5 and all(each.startswith(KERNEL_UPDATE) for each in found.values())
+    longer = new[1]._replace(
+        data=new[1].data[:-2] + b" menuentry Debian, with Linux 6.12.1 { linux /vmlinuz-6.12.1 } }\0"
+    )
+    assert usual([old[3]], [longer]).popitem()[1].startswith(KERNEL_UPDATE)
+
+
+@pytest.mark.parametrize(
+    "old,new",
+    [
+        ("set prefix=(hd0)/grub", "set prefix=(hd1)/grub"),
+        ("set root=hd0", "set root=hd1"),
+        ("root=hd0", "root=hd1"),
+        ("search.fs_uuid 12-34 root hd0,gpt2", "search.fs_uuid 56-78 root hd0,gpt2"),
+        ("search --no-floppy --fs-uuid --set=root 12-34", "search --no-floppy --fs-uuid --set=root 56-78"),
+        ("configfile (hd0)/grub/grub.cfg", "configfile (hd1)/grub/grub.cfg"),
+    ],
+)
+def test_another_file_system_is_no_kernel_update(old: str, new: str) -> None:
+    """The kernel is another too, and the main grub.cfg; a file of another system may have this system's name."""
+    menu = grub("grub_cmd", MENU[0]), grub("grub_cmd", MENU[0].replace("6.12.1", "6.12.2"))
+    before, now = (
+        [grub_file("(hd1)/grub/grub.cfg", text), grub("grub_cmd", text), line]
+        for text, line in zip((old, new), menu, strict=True)
+    )
+    found = usual(before, now)
+    assert found.pop(f"GRUB command {new}").startswith(ELSEWHERE)
+    assert found.pop("GRUB command " + MENU[0].replace("6.12.1", "6.12.2")).startswith(KERNEL_UPDATE)
+    assert [each == causes.USUAL["boot-loader-config"][0] for each in found.values()] == [True]
+
+
+def test_other_changes_of_grubs_configuration_are_no_kernel_update() -> None:
+    plain = causes.USUAL["boot-loader-config"][0]
+    first = "(hd0,gpt1)/EFI/debian/grub.cfg"
+    assert [each[: len(ELSEWHERE)] for each in usual([grub_file(first, "1")], [grub_file(first, "2")]).values()] == [
+        ELSEWHERE
+    ]
+    for old, new in (
+        ("set superusers=root", "set superusers="),
+        (MENU[0], MENU[0].replace("6.12.1", "6.12.2").replace("root=x", "root=x init=/bin/sh")),
+        (MENU[0], MENU[0].replace("{", "{ search --set=root 56-78;")),
+        ("menuentry other { true }", "menuentry other { false }"),
+        ("set default=0", "set default=1>6.12.2"),
+    ):
+        assert list(usual([grub("grub_cmd", old)], [grub("grub_cmd", new)]).values()) == [plain], new
+    assert list(usual([], [grub("grub_cmd", MENU[0].replace("6.12.1", "6.12.2"))]).values()) == [plain]
 
 
 def test_a_line_edited_in_the_boot_menu_is_not_taken_for_a_changed_configuration(host: Host) -> None:

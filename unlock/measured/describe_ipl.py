@@ -8,6 +8,8 @@ from .eventlog import Event
 from .log_text import decode_text
 
 _EXTENSION = re.compile(r"credential|extension|initrd", re.IGNORECASE)
+GRUB_COMMAND = "GRUB command "
+"""How the text of a command begins."""
 _SECTIONS = {
     ".linux": "kernel",
     ".uname": "kernel",
@@ -46,7 +48,7 @@ def _describe_grub_command(line: str) -> tuple[str, str]:
     loaded = is_kernel(rest.partition(" ")[0].rpartition("/")[2].lower())
     if word in ("linux", "linuxefi", "linux16") or (word in ("module", "module2", "xen_module") and loaded):
         return "command-line", f"command line {rest}"
-    return "boot-loader-config", f"GRUB command {line}"
+    return "boot-loader-config", f"{GRUB_COMMAND}{line}"
 
 
 def _describe_grub_file(path: str) -> tuple[str, str]:
