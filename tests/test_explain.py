@@ -14,15 +14,18 @@ from tests.eventlogs import (
     IMAGE_SECURITY,
     LOGGED,
     SHA256,
+    SHIM_LOCK,
     Boot,
     Entry,
     Real,
+    authority,
     grub,
     grub_file,
     header,
     log,
     machine,
     one_as_another,
+    plain,
     real,
     shim,
     signature_list,
@@ -244,6 +247,36 @@ def test_other_changes_of_grubs_configuration_are_no_kernel_update() -> None:
     assert list(usual([], [grub("grub_cmd", MENU[0].replace("6.12.1", "6.12.2"))]).values()) == [plain]
 
 
+def told(old: Entry | None, new: Entry | None) -> diagnosis.Cause:
+    before, now = ([plain(7, 4, bytes(4)), *([each] if each else [])] for each in (old, new))
+    (cause,) = diagnosis.diagnose(refused(log(now), values(now), good_machine(before))).causes
+    return cause
+
+
+def test_what_revokes_less_than_before_is_no_update() -> None:
+    def dbx(entries: int) -> Entry:
+        return variable(7, "dbx", signature_list(SHA256, [bytes([each]) * 32 for each in range(1, entries + 1)]))
+
+    def sbat(day: int) -> Entry:
+        return authority("SbatLevel", f"sbat,1,{day}\nshim,4\n".encode(), SHIM_LOCK)
+
+    for old, new, code in ((dbx(2), dbx(3), "dbx"), (sbat(2022052400), sbat(2024010900), "sbat")):
+        for before, now in ((old, new), (None, new)):
+            assert "update" in told(before, now).usually and "rollback" not in told(before, now).usually
+        for before, gone in ((new, old), (new, None)):
+            found = told(before, gone)
+            assert found.code == code and "rollback" in found.usually and found.do.startswith("mokutil")
+    empty = variable(7, "dbx", b"")
+    assert "rollback" in told(dbx(1), empty).usually and "rollback" not in told(empty, dbx(1)).usually
+
+
+def test_the_deny_list_of_shim_is_not_its_keys() -> None:
+    for event in (shim(14, "MokListX", b"x"), authority("MokListX", b"x", SHIM_LOCK)):
+        found = told(event, event._replace(measured=b"y"))
+        assert found.code == "mok" and "deny list (MokListX) changed" in found.title and "--mokx" in found.do
+    assert "--mokx" not in told(shim(14, "MokList", b"x"), shim(14, "MokList", b"y")).do
+
+
 def test_a_line_edited_in_the_boot_menu_is_not_taken_for_a_changed_configuration(host: Host) -> None:
     good(host, Boot("direct"))
     host.boot(Boot("direct", cmdline="root=/dev/mapper/root ro quiet break=bottom"))
@@ -385,7 +418,7 @@ ONE_EVENT = {
     "volume": ("firmware", "firmware volume Fv(8C8CE578)"),
     "acpi": ("firmware", "firmware code (POST) ACPI DATA"),
     "post": ("firmware", "firmware code (POST)"),
-    "microcode": ("firmware-settings", "CPU microcode"),
+    "microcode": ("firmware", "CPU microcode"),
     "straps": ("firmware-settings", "platform configuration CPUSTRAP"),
     "devices": ("firmware-settings", "table of devices SPD"),
     "tables": ("firmware-settings", "firmware tables (SMBIOS)"),
@@ -399,8 +432,8 @@ ONE_EVENT = {
     "revoked": ("dbx", "dbx: 0 entries"),
     "dma": ("firmware-settings", "the protection against devices that read memory is off (DMA Protection Disabled)"),
     "end of 7": ("boot-path", "separator"),
-    "network card": ("option-rom", "driver PCI device 03.0"),
-    "disk controller": ("option-rom", "driver PCI device 04.0"),
+    "network card": ("option-rom", "driver PCI device PciRoot(0x0)/Pci(0x1c,0x0)/Pci(0x3,0x0)"),
+    "disk controller": ("option-rom", "driver PCI device PciRoot(0x0)/Pci(0x1c,0x0)/Pci(0x4,0x0)"),
     "device": ("option-rom", "firmware of a device (SPDM)"),
     "device settings": ("option-rom", "settings of a device (SPDM)"),
     "vendor": ("firmware", "Dell Configuration Information 1"),
@@ -650,8 +683,8 @@ def test_a_log_that_ends_too_early_is_believed_for_the_pcrs_that_it_has_whole() 
     "now,words",
     [
         (b"", "the event log is empty"),
-        (header([(12, 48)]), "no SHA-256 digests"),
-        (header([(4, 20)]), "no SHA-256 digests"),
+        (header([(12, 48)]), "has SHA-384 digests only"),
+        (header([(4, 20)]), "has SHA-1 digests only"),
         (header()[32:] * 2, "SHA-1 digests only"),
     ],
     ids=["none", "sha384", "sha1", "old"],

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ..tpm import pcr_policy
 from . import eventlog, verify
 from .baseline import Baseline, TpmIdentity
-from .causes import HOLDS, TITLES, USUAL
+from .causes import DETAILS, HOLDS, TITLES, USUAL
 from .compare import Difference, compare_boots
 from .describe import Item
 from .describe_ipl import GRUB_COMMAND, is_kernel
@@ -217,13 +217,8 @@ def _cause_without_event(code: str, pcr: int | None = None, new: str = "") -> Ca
 def _causes_of_differences(differences: Sequence[Difference], evidence: Evidence) -> list[Cause]:
     """One for each. An update changes several things at once, which makes another cause of one of them the usual."""
     menu = _menu_differences(differences)
-    causes = [
-        _cause_of_difference(each, evidence, usually=_usual_configuration_change(each, menu)) for each in differences
-    ]
-    if any(each.pcr == 11 for each in differences):
-        image = "an update of the unified kernel image, which the firmware starts"
-        causes = [each._replace(usually=image) if each.code == "boot-loader" else each for each in causes]
-    return causes
+    unified = any(each.pcr == 11 for each in differences)
+    return [_cause_of_difference(each, evidence, _usual_cause(each, menu, unified=unified)) for each in differences]
 
 
 def _menu_differences(differences: Sequence[Difference]) -> list[Difference]:
@@ -260,27 +255,43 @@ def _names_only_new(each: Difference, versions: Iterable[str]) -> bool:
     return all(word in known or kernel.search(word) for word in words)
 
 
-def _usual_configuration_change(each: Difference, menu: Sequence[Difference]) -> str:
-    """What usually changes this part of GRUB's configuration; "" for what USUAL says."""
-    texts = [item.text for item in (each.old, each.new) if item]
+def _usual_cause(each: Difference, menu: Sequence[Difference], *, unified: bool) -> tuple[str, str]:
+    """What usually causes it, and what to type. `unified`: a section of the unified kernel image differs."""
+    old, new = (item.text if item else "" for item in (each.old, each.new))
     if each in menu:
-        return "a kernel update: the boot menu names another kernel"
-    if each.cause == "boot-loader-config" and any(map(_PLACE.match, texts)):
-        return "GRUB looks on another file system: a disk was changed or cloned, or somebody edited its configuration"
-    return ""
+        return DETAILS["kernel-update"]
+    if each.cause == "boot-loader-config" and (_PLACE.match(old) or _PLACE.match(new)):
+        return DETAILS["elsewhere"]
+    if each.cause == "boot-loader" and unified:
+        return DETAILS["uki-started"]
+    if _is_deny_list(each):
+        return DETAILS["mokx"]
+    if each.cause in ("dbx", "sbat") and old and (not new or _revocations(new) < _revocations(old)):
+        return DETAILS[f"{each.cause}-reset"]
+    return USUAL[each.cause]
 
 
-def _cause_of_difference(each: Difference, evidence: Evidence, usually: str) -> Cause:
-    """`usually`: instead of what USUAL says, unless it is ""."""
+def _is_deny_list(each: Difference) -> bool:
+    return each.cause == "mok" and any(item and item.text.startswith("MokListX") for item in (each.old, each.new))
+
+
+def _revocations(text: str) -> int:
+    """How much a dbx or an SBAT level revokes: its entries, or its date. 0 when that is not known."""
+    found = re.match(r"dbx: (\d+) entr|SbatLevel: sbat,\d+,(\d+)", text)
+    return int(found[1] or found[2]) if found else 0
+
+
+def _cause_of_difference(each: Difference, evidence: Evidence, words: tuple[str, str]) -> Cause:
+    """`words`: what usually causes it, and what to type."""
     old, new = _texts_of_difference(each, evidence)
-    common, do = USUAL[each.cause]
+    usually, do = words
     old, new = excerpts(old, new)
     title = f"PCR {each.pcr}: {_change_in_words(each)}"
-    return Cause(code=each.cause, pcr=each.pcr, title=title, old=old, new=new, usually=usually or common, do=do)
+    return Cause(code=each.cause, pcr=each.pcr, title=title, old=old, new=new, usually=usually, do=do)
 
 
 def _change_in_words(each: Difference) -> str:
-    what = TITLES[each.cause]
+    what = "shim's deny list (MokListX)" if _is_deny_list(each) else TITLES[each.cause]
     if each.cause == "secure-boot" and each.new and each.new.text in ("Secure Boot off", "Secure Boot on"):
         return f"Secure Boot was switched {each.new.text.rpartition(' ')[2]}"
     if each.moved:

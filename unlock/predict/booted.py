@@ -147,8 +147,8 @@ class BootedFiles(NamedTuple):
                 looked={parse_text(path): parse_text(number) for path, number in fields["looked"].items()},
                 disks=tuple(map(parse_text, fields["disks"])),
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise Malformed(f"booted.json: cannot be read: {type(error).__name__}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise Malformed("booted.json: it is not as unlock writes it") from None
 
 
 def _parse_optional(hexed: object) -> bytes:
