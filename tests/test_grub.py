@@ -14,7 +14,7 @@ import pytest
 
 from tests.eventlogs import DATA
 from tests.properties import Property
-from unlock.predict import grub_parser, grub_replay, grub_script
+from unlock.predict import grub_learn, grub_parser, grub_replay, grub_script
 
 FILES = {
     "/grubenv": "# GRUB Environment Block\nsaved_entry=two\nnext_entry=menu>b\nodd=a\\\\b\n####",
@@ -195,6 +195,9 @@ SCRIPTS = {
     "if false; then true; fi\necho @$?\nfunction f {\n  false\n}\nf\necho @$?\n" + ENTRIES,
     "load_env": 'load_env\necho "@$saved_entry $odd"\nunset saved_entry\nload_env --file $prefix/grubenv saved_entry\n'
     'echo "@$saved_entry"\nset default="${saved_entry}"\n' + ENTRIES,
+    "arguments": 'function f {\n  echo "@$# $1 $2" $@ $*\n}\necho "@$# $1 $@"\nf\nf a "b c"\nf $# "$@" x\n' + ENTRIES,
+    "empty tests": 'if [ $no ]; then\necho @empty\nfi\nif [ "" ]; then\necho @no\nfi\nif test; then\necho @test\nfi\n'
+    "if ! [ $no -o a = b ]; then\necho @neither\nfi\n" + ENTRIES,
     "unset takes one": 'a=1\nb=2\nunset a b\necho "@$a $b"\n' + ENTRIES,
     "words": 'x="1 2"\necho @a"$x"b $x \\$x \'$x\'\necho @"\\"$x\\""\nx=\nif [ -n "$x" -o ! -z a -a b = b ]; then\n'
     "echo @yes\nelif true; then\necho @no\nfi\n" + ENTRIES,
@@ -209,6 +212,49 @@ def test_grub_runs_a_script_as_it_is_predicted(grub: Emulated, name: str) -> Non
     grub.write("grubenv", "# GRUB Environment Block\nsaved_entry=m>>n>two\nodd=a\\\\b\n".ljust(1024, "#"))
     predicted = grub.predicted(SCRIPTS[name])
     assert predicted and predicted == grub.boots(SCRIPTS[name])
+
+
+WORDS = (
+    "$a", '"$a"', "${b}", "x", '"q w"', "'s $a'", "\\$", "a\\\nb", "$c", '""', "$#", '"\\""', '"\\\\"', "#no", "k#",
+    "$1",    "$@", '"$@"', "$*", "!=", "$default",
+)  # fmt: skip
+CONDITIONS = (
+    "true", "false", "! false", "f x", "[ a = a ]", "[ a = 1 ]", '[ -n "$c" ]', '[ -z "$c" ]', "[ ! a = b ]", "[ $c ]",
+    '[ "$b" = "2 3" -o x ]', "[ a = b -a c ]", "test x = x",
+)  # fmt: skip
+
+
+def made_up_command(dice: random.Random, number: int) -> str:
+    words = " ".join(dice.choices(WORDS, k=dice.randrange(4)))
+    variable, condition = dice.choice("abc"), dice.choice(CONDITIONS)
+    return dice.choice(
+        (
+            f'echo "@{number}" {words}',
+            f"set {variable}={dice.choice(WORDS)}",
+            f"{variable}={dice.choice(WORDS)}",
+            f"if {condition}; then\necho @{number} yes\nelse\necho @{number} no\nfi",
+            f'f {words}\necho "@{number} $?"',
+            f"{dice.choice(('export', 'unset'))} {variable}",
+        )
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_grub_runs_made_up_scripts_as_they_are_predicted(grub: Emulated, seed: int) -> None:
+    dice = random.Random(seed)
+    lines = [made_up_command(dice, number) for number in range(12)]
+    text = "\n".join(["a=1", 'b="2 3"', 'function f {\n  echo "@f $1 $#" $@\n}', *lines, ENTRIES])
+    assert grub.predicted(text) == grub.boots(text)
+
+
+def test_what_was_set_before_the_main_configuration() -> None:
+    """By the grub.cfg on the EFI partition: `configfile` leaves what is exported."""
+    before = ["a=1", "set b=2", "export b", "set prefix=(hd0)/grub"]
+    assert grub_learn._variables_before("(hd0)/grub/grub.cfg", before)[0]["a"] == "1"
+    before.append("configfile (hd0)/grub/grub.cfg")
+    variables, exported = grub_learn._variables_before("(hd0)/grub/grub.cfg", before)
+    assert "a" not in variables and variables["b"] == "2" and variables["prefix"] == "(hd0)/grub"
+    assert exported == {"b"}
 
 
 def test_what_only_grub_knows_is_not_guessed() -> None:

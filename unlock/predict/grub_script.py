@@ -143,7 +143,7 @@ class ScriptRun:
 
     def run_file(self, text: str) -> None:
         """Runs a configuration file up to its menu. Raises Unknown."""
-        self._run_to_menu(parse_script(text), ())
+        self._run_to_menu(parse_script(text), None)
         for name in ("config_file", "config_directory"):  # those of the file before are back
             self._hide(name)
 
@@ -210,13 +210,13 @@ class ScriptRun:
 
     # Nodes
 
-    def _run_to_menu(self, nodes: list[Node], arguments: Sequence[str]) -> None:
+    def _run_to_menu(self, nodes: list[Node], arguments: Sequence[str] | None) -> None:
         try:
             self._run(nodes, arguments)
         except _MenuShown:
             self._depth = 0
 
-    def _run(self, nodes: list[Node], arguments: Sequence[str]) -> None:
+    def _run(self, nodes: list[Node], arguments: Sequence[str] | None) -> None:
         self._depth += 1
         if self._depth > _DEPTH:
             raise Unknown("functions call each other without end")
@@ -229,7 +229,7 @@ class ScriptRun:
                 self._command([part for word in node.words for part in self._expand(word, arguments)], node.negated)
         self._depth -= 1
 
-    def _if(self, node: If, arguments: Sequence[str]) -> None:
+    def _if(self, node: If, arguments: Sequence[str] | None) -> None:
         for condition, body in node.branches:
             self._run(condition, arguments)
             if self._succeeded():
@@ -319,7 +319,7 @@ class ScriptRun:
                 self._set(name, value)
             else:
                 self._hide(name)
-        self._run(parse_script(self._input.read(path)), ())
+        self._run(parse_script(self._input.read(path)), None)
         for name, was in zip(names, before, strict=True):
             if was is None:
                 self._hide(name)
@@ -367,11 +367,11 @@ class ScriptRun:
         return any(all(self._simple(part) for part in _split_words(each, "-a")) for each in _split_words(words, "-o"))
 
     def _simple(self, words: list[str]) -> bool:
-        if words[:1] == ["!"]:
+        if words[:1] == ["!"] and words[1:]:
             return not self._simple(words[1:])
         match words:
-            case []:
-                return False
+            case []:  # true for GRUB, unlike test(1)
+                return True
             case [text]:
                 return bool(text)
             case ["-z", text]:
@@ -389,7 +389,7 @@ class ScriptRun:
 
     # Words
 
-    def _expand(self, word: str, arguments: Sequence[str]) -> list[str]:
+    def _expand(self, word: str, arguments: Sequence[str] | None) -> list[str]:
         """One written word as GRUB passes it on: none, one, or several."""
         if word.startswith("{"):
             return [word]
@@ -419,7 +419,7 @@ class ScriptRun:
                 at += 1
         return [part for part in parts if part] or ([""] if some else [])
 
-    def _quoted(self, word: str, at: int, arguments: Sequence[str]) -> tuple[str, int]:
+    def _quoted(self, word: str, at: int, arguments: Sequence[str] | None) -> tuple[str, int]:
         text = ""
         while word[at] != '"':
             if word[at] == "\\" and word[at + 1] in '"\\$\n':
@@ -433,12 +433,15 @@ class ScriptRun:
                 at += 1
         return text, at + 1
 
-    def _value(self, name: str, arguments: Sequence[str]) -> str:
+    def _value(self, name: str, arguments: Sequence[str] | None) -> str:
         if name == "?":
             asked = bool(self._pending)
             if not self._succeeded() and asked:
                 raise Unknown("the number of an error is not known")
             return str(self._status)
+        if arguments is None and (name in "#@*" or name.isdigit()):  # outside of functions and menu entries
+            return ""
+        arguments = arguments or ()
         if name == "#":
             return str(len(arguments))
         if name in "@*":
