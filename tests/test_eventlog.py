@@ -3,6 +3,7 @@
 
 import json
 import random
+import re
 import resource
 import struct
 import subprocess
@@ -25,6 +26,7 @@ from tests.eventlogs import (
     described,
     event2,
     grub,
+    grub_file,
     header,
     log,
     machine,
@@ -174,11 +176,25 @@ def test_a_pcr_whose_event_has_no_sha256_digest_is_not_replayed() -> None:
 def test_a_log_of_sha1_alone_has_a_code_of_its_own() -> None:
     old = struct.pack("<II20sI", 4, 4, bytes(20), 4) + bytes(4)
     first = struct.pack("<II20sI", 0, 3, bytes(20), 17) + b"StartupLocality\0\3"
-    sha384 = header([(12, 48)]) + event2(plain(7, 4, b""), [12])
-    for data in (old, first + old, header([(4, 20)]) + event2(plain(7, 4, b""), [4]), sha384):
-        with pytest.raises(Malformed) as caught:
+    for data in (old, first + old, header([(4, 20)]) + event2(plain(7, 4, b""), [4])):
+        with pytest.raises(Malformed, match="SHA-1 digests only") as caught:
             eventlog.parse_event_log(data)
         assert caught.value.code == "event-log-sha1" and caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "banks,words",
+    [
+        ([(12, 48)], "SHA-384 digests only"),
+        ([(4, 20), (12, 48)], "SHA-1 and SHA-384 digests only"),
+        ([(0x99, 7)], "algorithm 0x99 digests only"),
+        ([], "no digests"),
+    ],
+)
+def test_a_log_without_sha256_says_what_it_has(banks: list[tuple[int, int]], words: str) -> None:
+    with pytest.raises(Malformed, match=f"the event log has {words}$") as caught:
+        eventlog.parse_event_log(header(banks))
+    assert caught.value.code == "event-log-no-sha256" and caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -205,6 +221,14 @@ def test_what_is_no_log(data: bytes) -> None:
 def test_what_comes_before_a_broken_event_is_kept(bad: bytes) -> None:
     found = eventlog.parse_event_log(header() + event2(plain(7, 4, b"good")) + bad)
     assert len(found.events) == 1 and found.problem.startswith("after 1 events: ")
+
+
+def test_a_log_that_ends_anywhere_is_told_in_our_words() -> None:
+    whole = header() + event2(plain(7, 4, b"good")) + event2(plain(7, 4, b"data"))
+    start = len(header() + event2(plain(7, 4, b"good")))
+    problems = {eventlog.parse_event_log(whole[:end]).problem for end in range(start + 1, len(whole))}
+    ends = r"after 1 events: (it is cut short|an event of 4 bytes where \d are left)"
+    assert all(re.fullmatch(ends, each) for each in problems if each) and len(problems) > 2
 
 
 def test_events_beyond_any_reason_are_not_read() -> None:
@@ -238,6 +262,13 @@ def test_records_that_are_none_of_ours_are_left_out(record: bytes) -> None:
 
 
 # words
+
+OFFSET = struct.pack("<BBHIQQ", 4, 8, 24, 0, 0x15C00, 0x3FF)
+
+
+def driver(path: bytes) -> Entry:
+    path += struct.pack("<BBH", 0x7F, 0xFF, 4)
+    return Entry(2, 0x80000004, b"rom", struct.pack("<QQQQ", 0, 0, 0, len(path)) + path)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +313,21 @@ def test_records_that_are_none_of_ours_are_left_out(record: bytes) -> None:
         (plain(4, 0x12, b"BOOT ATTEMPTS OMITTED"), "boot-path", "boot devices left out BOOT ATTEMPTS OMITTED"),
         (plain(5, 0x0E, bytes(64)), "partition-table", "partition of the boot loader"),
         (plain(2, 0x800000E1, b"SPDM Device Sec2"), "option-rom", "firmware of a device (SPDM)"),
-        (option_rom(3, "rom"), "option-rom", "driver PCI device 03.0"),
+        (option_rom(3, "rom"), "option-rom", "driver PCI device PciRoot(0x0)/Pci(0x1c,0x0)/Pci(0x3,0x0)"),
+        (driver(OFFSET), "option-rom", "driver ROM at offset 0x15c00"),
+        (driver(b"\2\1\x0c\0\xd0\x41\x08\x0a\2\0\0\0\1\1\6\0\1\2"), "option-rom",
+         "driver PCI device PciRoot(0x2)/Pci(0x2,0x1)"),
+        (driver(b"\1\1\6\0\0\3" + OFFSET), "option-rom", "driver PCI device Pci(0x3,0x0)"),
+        (program("", "x", OFFSET), "firmware", "EFI program from ROM at offset 0x15c00"),
+        (program("System_Services", "x"), "firmware", "EFI program from System_Services"),
+        (program("BOOTX64.EFI", "x"), "boot-loader", "EFI program BOOTX64.EFI"),
+        (Entry(1, 0x09, b"", b"CPU Microcode"), "firmware", "CPU microcode"),
+        (plain(12, 4, b"WBCL"), "other", "separator"),
+        (plain(14, 4, b"\xff\xff\xff\xff"), "other", "separator"),
+        (plain(14, 0x80000007, b"something"), "other", "something"),
+        (plain(3, 4, b"WBCL"), "boot-path", "separator: an error of the firmware"),
+        (Entry(11, 0x0D, b".linux\0", ".linux\0".encode("utf-16-le")), "kernel", "section .linux, its name"),
+        (Entry(11, 0x0D, b"code", ".linux\0".encode("utf-16-le")), "kernel", "section .linux"),
         (partition_table(["EFI System", ""]), "partition-table",
          "partition table of disk 03020100-0504-0706-0809-0a0b0c0d0e0f: EFI System, no name"),
         (plain(5, 0x8000000D, b"EFI PART"), "partition-table", "partition table of the boot disk"),
@@ -317,6 +362,29 @@ def test_events_in_words(entry: Entry, cause: str, text: str) -> None:
     (event,) = eventlog.parse_event_log(header() + event2(entry)).events
     item = describe.describe_event(event)
     assert (item.cause, item.text[: len(text)]) == (cause, text)
+
+
+def test_an_image_without_a_name_is_the_boot_loader_before_grub() -> None:
+    """Old shims give none. After GRUB has begun it is the kernel, and where there is no GRUB."""
+    nameless = [program("", "a"), program("", "b")]
+    shim, command, file = program("\\EFI\\x\\shimx64.efi", "s"), grub("grub_cmd", "set a=b"), grub_file("/x.mod", "")
+
+    def causes(*entries: Entry) -> list[str]:
+        events = eventlog.parse_event_log(log(entries)).events
+        return [each.cause for each in describe.describe_events(events) if each.kind == eventlog.EFI_APPLICATION]
+
+    for first in (command, file):
+        assert causes(shim, nameless[0], first, nameless[1]) == ["boot-loader", "boot-loader", "kernel"]
+    assert causes(shim, nameless[0]) == ["boot-loader", "kernel"]
+    stub = Entry(11, 0x0D, b".linux\0", ".linux\0".encode("utf-16-le"))
+    assert causes(shim, stub, nameless[0], plain(5, 0x80000007, b"Exit")) == ["boot-loader", "kernel"]
+
+
+def test_the_sections_of_a_real_unified_kernel_image_are_told_from_their_names() -> None:
+    texts = [each.text for each in map(describe.describe_event, eventlog.parse_event_log(real("uki-0").log).events)]
+    sections = [each for each in texts if each.startswith("section ")]
+    assert sections[:2] == ["section .linux, its name", "section .linux"]
+    assert sum(each.endswith("its name") for each in sections) * 2 == len(sections)
 
 
 def test_a_terminal_takes_nothing_in_a_text_for_a_command() -> None:
@@ -385,6 +453,27 @@ def test_pairs_are_about_the_same_thing() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "old,new,paired",
+    [
+        ("[ 0 = 1 ]", "[ 1 = 1 ]", True),
+        ("[ y = y ]", "[ -s (hd0)/grub/grubenv ]", False),
+        ("[ efi = xen ]", "[ 1 = 2 ]", False),
+        ("[ -f /a ]", "[ -f /b ]", False),
+        ("test 0 = 1", "[ 2 = 1 ]", True),
+        ("[ 1>2 ]", "[ 0 ]", True),
+        ("[ 0 != 5 -a x = x ]", "[ 1 != 5 ]", False),
+        ("a=1", "a=2", True),
+        ("a=1", "set a=2", True),
+        ("a=1", "b=2", False),
+        ("", "[", False),
+    ],
+)
+def test_a_changed_test_or_variable_is_paired_with_itself_alone(old: str, new: str, paired: bool) -> None:
+    found = compare.compare_boots(items(old), items(new), [8])
+    assert [bool(each.old and each.new) for each in found] == ([True] if paired else [False, False])
+
+
 # the baseline
 
 
@@ -415,7 +504,7 @@ def test_a_baseline_of_the_first_format_still_explains() -> None:
 @pytest.mark.parametrize("value", [None, 7, "\x1b[2J", [[]], {"99": ""}, {"4": "00"}, [[8, 13, "00", "kernel", "x"]]])
 def test_a_baseline_with_another_field_is_malformed(field: str, value: object) -> None:
     fields = json.loads(baseline("direct").encode()) | {field: value}
-    with pytest.raises(Malformed):
+    with pytest.raises(Malformed, match=r"it is not as unlock writes it|newer version"):
         Baseline.decode(json.dumps(fields).encode())
 
 

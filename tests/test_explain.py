@@ -3,7 +3,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,18 @@ from tests.eventlogs import (
     IMAGE_SECURITY,
     LOGGED,
     SHA256,
+    SHIM_LOCK,
     Boot,
     Entry,
     Real,
+    authority,
+    grub,
+    grub_file,
     header,
     log,
     machine,
     one_as_another,
+    plain,
     real,
     shim,
     signature_list,
@@ -30,9 +35,9 @@ from tests.eventlogs import (
 )
 from tests.hostfixture import MEASURED_BY, Measures
 from tests.tpmfixture import Swtpm
-from unlock.errors import Malformed, UnlockError
+from unlock.errors import Malformed, Refused, UnlockError
 from unlock.host import report, this_boot
-from unlock.measured import causes, describe, diagnosis, eventlog, evidence, explain, verify
+from unlock.measured import at_unseal, causes, describe, diagnosis, eventlog, evidence, explain, verify
 from unlock.measured.baseline import Baseline, TpmIdentity
 from unlock.measured.diagnosis import Explanation
 from unlock.measured.evidence import Evidence
@@ -169,6 +174,107 @@ def test_a_kernel_update_under_grub_shows_all_that_came_with_it(host: Host) -> N
     assert told.count("\n   usually ") == len({(each.code, each.pcr) for each in found.causes}) < len(codes)
     assert "more such event" in told and "image that a boot loader handed on: the kernel (SHA-256 " in told
     assert found.pcrs == {4: "changed", 7: "same", 8: "changed", 9: "changed", 14: "same"}
+
+
+MENU = (
+    "menuentry Debian --id gnulinux-simple { linux /vmlinuz-6.12.1 root=x; initrd /initrd.img-6.12.1 }",
+    "submenu Advanced { menuentry Debian, with Linux 6.12.1 { linux /vmlinuz-6.12.1 root=x } }",
+    "echo Loading Linux 6.12.1 ...",
+    "initrd /initrd.img-6.12.1",
+)
+ELSEWHERE = "GRUB looks on another file system"
+KERNEL_UPDATE = "a kernel update"
+
+
+def usual(old: Iterable[Entry], new: Iterable[Entry]) -> dict[str, str]:
+    """What `explain` calls each difference, by its new text."""
+    before, now = [*old, grub_file("(hd0)/vmlinuz-6.12.1", "1")], [*new, grub_file("(hd0)/vmlinuz-6.12.2", "2")]
+    found = diagnosis.diagnose(refused(log(now), values(now), good_machine(before)))
+    assert "kernel" in [each.code for each in found.causes]
+    return {each.new or each.old: each.usually for each in found.causes if each.code == "boot-loader-config"}
+
+
+def test_the_menu_lines_of_a_new_kernel_are_a_kernel_update() -> None:
+    config = [grub_file(path, "1") for path in ("(hd0)/EFI/debian/grub.cfg", "(hd1)/grub/grub.cfg")]
+    old = [*config, *(grub("grub_cmd", each) for each in MENU)]
+    new = [grub("grub_cmd", each.replace("6.12.1", "6.12.2")) for each in MENU]
+    found = usual(old, [config[0], grub_file("(hd1)/grub/grub.cfg", "2"), *new])
+    assert len(found) == 5 and all(each.startswith(KERNEL_UPDATE) for each in found.values())
+    longer = new[1]._replace(
+        data=new[1].data[:-2] + b" menuentry Debian, with Linux 6.12.1 { linux /vmlinuz-6.12.1 } }\0"
+    )
+    assert usual([old[3]], [longer]).popitem()[1].startswith(KERNEL_UPDATE)
+
+
+@pytest.mark.parametrize(
+    "old,new",
+    [
+        ("set prefix=(hd0)/grub", "set prefix=(hd1)/grub"),
+        ("set root=hd0", "set root=hd1"),
+        ("root=hd0", "root=hd1"),
+        ("search.fs_uuid 12-34 root hd0,gpt2", "search.fs_uuid 56-78 root hd0,gpt2"),
+        ("search --no-floppy --fs-uuid --set=root 12-34", "search --no-floppy --fs-uuid --set=root 56-78"),
+        ("configfile (hd0)/grub/grub.cfg", "configfile (hd1)/grub/grub.cfg"),
+    ],
+)
+def test_another_file_system_is_no_kernel_update(old: str, new: str) -> None:
+    """The kernel is another too, and the main grub.cfg; a file of another system may have this system's name."""
+    menu = grub("grub_cmd", MENU[0]), grub("grub_cmd", MENU[0].replace("6.12.1", "6.12.2"))
+    before, now = (
+        [grub_file("(hd1)/grub/grub.cfg", text), grub("grub_cmd", text), line]
+        for text, line in zip((old, new), menu, strict=True)
+    )
+    found = usual(before, now)
+    assert found.pop(f"GRUB command {new}").startswith(ELSEWHERE)
+    assert found.pop("GRUB command " + MENU[0].replace("6.12.1", "6.12.2")).startswith(KERNEL_UPDATE)
+    assert [each == causes.USUAL["boot-loader-config"][0] for each in found.values()] == [True]
+
+
+def test_other_changes_of_grubs_configuration_are_no_kernel_update() -> None:
+    plain = causes.USUAL["boot-loader-config"][0]
+    first = "(hd0,gpt1)/EFI/debian/grub.cfg"
+    assert [each[: len(ELSEWHERE)] for each in usual([grub_file(first, "1")], [grub_file(first, "2")]).values()] == [
+        ELSEWHERE
+    ]
+    for old, new in (
+        ("set superusers=root", "set superusers="),
+        (MENU[0], MENU[0].replace("6.12.1", "6.12.2").replace("root=x", "root=x init=/bin/sh")),
+        (MENU[0], MENU[0].replace("{", "{ search --set=root 56-78;")),
+        ("menuentry other { true }", "menuentry other { false }"),
+        ("set default=0", "set default=1>6.12.2"),
+    ):
+        assert list(usual([grub("grub_cmd", old)], [grub("grub_cmd", new)]).values()) == [plain], new
+    assert list(usual([], [grub("grub_cmd", MENU[0].replace("6.12.1", "6.12.2"))]).values()) == [plain]
+
+
+def told(old: Entry | None, new: Entry | None) -> diagnosis.Cause:
+    before, now = ([plain(7, 4, bytes(4)), *([each] if each else [])] for each in (old, new))
+    (cause,) = diagnosis.diagnose(refused(log(now), values(now), good_machine(before))).causes
+    return cause
+
+
+def test_what_revokes_less_than_before_is_no_update() -> None:
+    def dbx(entries: int) -> Entry:
+        return variable(7, "dbx", signature_list(SHA256, [bytes([each]) * 32 for each in range(1, entries + 1)]))
+
+    def sbat(day: int) -> Entry:
+        return authority("SbatLevel", f"sbat,1,{day}\nshim,4\n".encode(), SHIM_LOCK)
+
+    for old, new, code in ((dbx(2), dbx(3), "dbx"), (sbat(2022052400), sbat(2024010900), "sbat")):
+        for before, now in ((old, new), (None, new)):
+            assert "update" in told(before, now).usually and "rollback" not in told(before, now).usually
+        for before, gone in ((new, old), (new, None)):
+            found = told(before, gone)
+            assert found.code == code and "rollback" in found.usually and found.do.startswith("mokutil")
+    empty = variable(7, "dbx", b"")
+    assert "rollback" in told(dbx(1), empty).usually and "rollback" not in told(empty, dbx(1)).usually
+
+
+def test_the_deny_list_of_shim_is_not_its_keys() -> None:
+    for event in (shim(14, "MokListX", b"x"), authority("MokListX", b"x", SHIM_LOCK)):
+        found = told(event, event._replace(measured=b"y"))
+        assert found.code == "mok" and "deny list (MokListX) changed" in found.title and "--mokx" in found.do
+    assert "--mokx" not in told(shim(14, "MokList", b"x"), shim(14, "MokList", b"y")).do
 
 
 def test_a_line_edited_in_the_boot_menu_is_not_taken_for_a_changed_configuration(host: Host) -> None:
@@ -312,7 +418,7 @@ ONE_EVENT = {
     "volume": ("firmware", "firmware volume Fv(8C8CE578)"),
     "acpi": ("firmware", "firmware code (POST) ACPI DATA"),
     "post": ("firmware", "firmware code (POST)"),
-    "microcode": ("firmware-settings", "CPU microcode"),
+    "microcode": ("firmware", "CPU microcode"),
     "straps": ("firmware-settings", "platform configuration CPUSTRAP"),
     "devices": ("firmware-settings", "table of devices SPD"),
     "tables": ("firmware-settings", "firmware tables (SMBIOS)"),
@@ -326,8 +432,8 @@ ONE_EVENT = {
     "revoked": ("dbx", "dbx: 0 entries"),
     "dma": ("firmware-settings", "the protection against devices that read memory is off (DMA Protection Disabled)"),
     "end of 7": ("boot-path", "separator"),
-    "network card": ("option-rom", "driver PCI device 03.0"),
-    "disk controller": ("option-rom", "driver PCI device 04.0"),
+    "network card": ("option-rom", "driver PCI device PciRoot(0x0)/Pci(0x1c,0x0)/Pci(0x3,0x0)"),
+    "disk controller": ("option-rom", "driver PCI device PciRoot(0x0)/Pci(0x1c,0x0)/Pci(0x4,0x0)"),
     "device": ("option-rom", "firmware of a device (SPDM)"),
     "device settings": ("option-rom", "settings of a device (SPDM)"),
     "vendor": ("firmware", "Dell Configuration Information 1"),
@@ -577,8 +683,8 @@ def test_a_log_that_ends_too_early_is_believed_for_the_pcrs_that_it_has_whole() 
     "now,words",
     [
         (b"", "the event log is empty"),
-        (header([(12, 48)]), "no SHA-256 digests"),
-        (header([(4, 20)]), "no SHA-256 digests"),
+        (header([(12, 48)]), "has SHA-384 digests only"),
+        (header([(4, 20)]), "has SHA-1 digests only"),
         (header()[32:] * 2, "SHA-1 digests only"),
     ],
     ids=["none", "sha384", "sha1", "old"],
@@ -714,6 +820,44 @@ def test_phases_that_systemd_252_does_not_log(host: Host) -> None:
     host.extend([(11, sha256(b"sysinit").digest()), (11, sha256(b"ready").digest())])
     kept = host.keep()
     assert kept and 11 in kept.pcrs and not any(item.cause == "systemd" for item in kept.items)
+
+
+SEPARATED = (*range(8), 9, 12, 13, 14)
+
+
+def test_the_separator_of_systemd_261(host: Host) -> None:
+    """Before the unseal it is one of the measurements; after it, it is taken off; a boot without it is told from one
+    with it."""
+    boot = Boot("grub")
+    early, late = ([(pcr, "os-separator", "os-separator", time) for pcr in SEPARATED] for time in (0.0, 1e9))
+    good(host, boot)
+    host.systemd(*late)
+    kept = host.keep()
+    assert kept and set(SEPARATED) <= kept.pcrs.keys() and not any(each.cause == "systemd" for each in kept.items)
+    assert kept.pcrs[7] == eventlog.replay(eventlog.parse_event_log(boot.log()).events)[7]
+    separator = sha256(b"os-separator").digest()
+    assert host.boot(boot, before=dict.fromkeys(SEPARATED, separator)) == "pcr-mismatch"
+    host.write("run/log/systemd/tpm2-measure.log", systemd_log(early))
+    found = host.explain()
+    assert {(each.code, each.pcr) for each in found.causes} == {
+        ("systemd", pcr) for pcr in MEASURED_BY["grub"] if pcr != 8
+    }
+    assert "separator after the boot loader" in found.causes[0].new
+
+
+def test_a_separator_of_systemd_that_no_log_has(host: Host) -> None:
+    """Whether it came before the unseal cannot be told: nothing is sealed to those PCRs."""
+    good(host, Boot("grub"))
+    host.extend([(pcr, sha256(b"os-separator").digest()) for pcr in SEPARATED])
+    with host.chip.open() as tpm:
+        known = at_unseal.read_pcrs(host.paths, tpm)
+    assert known.keys() == set(range(16)) - set(SEPARATED)
+    with pytest.raises(Refused, match="cannot be told"):
+        at_unseal.known_values((7,), known)
+    host.keep()
+    assert host.boot(Boot("grub", initrd="another")) == "pcr-mismatch"
+    host.extend([(pcr, sha256(b"os-separator").digest()) for pcr in SEPARATED])
+    assert {each.code for each in host.explain().causes} == {"initrd"}
 
 
 def test_a_damaged_baseline_is_told_and_nothing_fails(host: Host) -> None:

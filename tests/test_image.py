@@ -45,7 +45,7 @@ def test_early_boots_python_runs_in_the_unpacked_initramfs(tmp_path: Path) -> No
         "for name in os.listdir('/logs'):\n"
         "    if name.endswith('.bin'):\n"
         "        log = eventlog.parse_event_log(open(f'/logs/{name}', 'rb').read())\n"
-        "        describe.with_command_line(map(describe.describe_event, log.events), 'quiet')\n"
+        "        describe.with_command_line(describe.describe_events(log.events), 'quiet')\n"
     )
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "CRYPTOGRAPHY_OPENSSL_NO_LEGACY": "1"}
     command = ["chroot", str(tree), "/usr/bin/python3", "-I", "-c", code]

@@ -379,6 +379,95 @@ def test_grub_reboot_once_and_the_boot_after_it(host: Machine) -> None:
     assert boot(host, like(after)) == "unsealed"
 
 
+def environment(*lines: str) -> str:
+    return "".join(f"{each}\n" for each in ("# GRUB Environment Block", *lines)).ljust(1024, "#")
+
+
+@pytest.mark.parametrize(
+    "read,commands,now",
+    [
+        ((), "set recordfail=1; save_env recordfail", ("recordfail=1",)),
+        (("recordfail=1", "next_entry="), "set recordfail=1; save_env recordfail", ("next_entry=",)),
+        (("saved_entry=x", "recordfail=1"), "set default=x", ("saved_entry=x",)),
+        (
+            ("saved_entry=new", "prev_saved_entry=old"),
+            "set default=new; set saved_entry=old; save_env saved_entry; set prev_saved_entry=;"
+            " save_env prev_saved_entry",
+            ("saved_entry=old", "prev_saved_entry="),
+        ),
+        (
+            ("initrdfail=1", "prev_entry=a>b"),
+            "set next_entry=a>b; set prev_entry=; save_env prev_entry; set initrdfail=2; set default=a>b;"
+            " set next_entry=; save_env next_entry; save_env initrdfail",
+            ("prev_entry=", "next_entry="),
+        ),
+        (("saved_entry=x",), "set default=x; saved_entry=y>z; save_env saved_entry", ("saved_entry=y>z",)),
+        (("next_entry=1>2", "other=\\\\"), "set default=1>2; save_env next_entry", ("next_entry=", "other=\\\\")),
+    ],
+)  # fmt: skip
+def test_grubs_environment_as_it_was_read(
+    tmp_path: Path, read: tuple[str, ...], commands: str, now: tuple[str, ...]
+) -> None:
+    """GRUB has saved variables since, and Ubuntu's grub-common.service and grub-initrd-fallback.service have taken out
+    those of a boot that failed."""
+    paths = Paths(str(tmp_path))
+    (tmp_path / "boot/grub").mkdir(parents=True)
+    (tmp_path / "boot/grub/grubenv").write_text(environment(*now))
+    events = [eventlog.Event(9, eventlog.IPL, sha256(environment(*read).encode()).digest(), ENV.encode())]
+    for each in commands.split("; "):
+        events.append(eventlog.Event(8, eventlog.IPL, sha256(each.encode()).digest(), f"grub_cmd: {each}".encode()))
+    found = booted.find_booted_files(BootTree(paths), eventlog.Log(tuple(events), 0, ""))
+    assert found.texts == {ENV: environment(*read)}
+    other = eventlog.Log((events[0]._replace(digest=bytes(32)), *events[1:]), 0, "")
+    assert booted.find_booted_files(BootTree(paths), other).texts == {}
+
+
+RECORDFAIL = """\
+function recordfail {
+  set recordfail=1
+  if [ -n "${have_grubenv}" ]; then if [ -z "${boot_once}" ]; then save_env recordfail; fi; fi
+}
+"""
+
+
+def test_ubuntus_flag_of_a_boot_that_failed(host: Machine) -> None:
+    """GRUB sets it after it has read its environment; in a submenu it does not, as `have_grubenv` is not exported."""
+    ubuntu = (
+        text("grub-3")
+        .replace("menuentry ", RECORDFAIL + "menuentry ", 1)
+        .replace("\tload_video\n", "\trecordfail\n\tload_video\n")
+    )
+    ubuntu = ubuntu.replace("\tload_video\n", "\trecordfail\n\tload_video\n")
+    titles = (*WAYS["grub-2"][:1], f"Debian GNU/Linux, with Linux {OLD}")
+    clean, failed = environment("saved_entry=0"), environment("saved_entry=0", "recordfail=1")
+
+    def like(content: str, way: tuple[str, ...], name: str) -> Made:
+        now = RealBoot("grub-3", {**BEFORE, ENV: texts("grub-3")[ENV].encode()})
+        given = {ENV: content.encode(), CONFIG: ubuntu.encode()}
+        files = disk("grub-3")
+        files = files._replace(
+            content=lambda name: given[name] if name in given else disk("grub-3").content(name),
+            sha256=lambda name: sha256(given[name]).digest() if name in given else disk("grub-3").sha256(name),
+        )
+        events, _ = grub_replay.measure_entry(learned("grub-3"), ubuntu, way, files)
+        return Made(now.small(events), "grub", name)
+
+    first, older = like(clean, WAYS["grub-3"], "first"), like(clean, titles, "older")
+    assert [any(b"save_env recordfail" in each.data for each in way.made) for way in (first, older)] == [True, False]
+    install(host, {CONFIG: ubuntu.encode(), ENV: clean.encode()})
+    run(host)
+    assert boot(host, first) == "unsealed"
+    install(host, {ENV: failed.encode()})  # GRUB wrote it
+    baseline.record_good_boot(host.paths, host.chip.tcti)
+    install(host, {ENV: clean.encode()})  # grub-common.service
+    found = run(host)
+    assert [each.why for each in found.boots] == ["", ""]
+    assert boot(host, older) == "unsealed"
+    baseline.record_good_boot(host.paths, host.chip.tcti)
+    assert [each.why for each in run(host).boots] == ["", ""]
+    assert boot(host, like(clean, WAYS["grub-3"], "again")) == "unsealed"
+
+
 def test_a_kernel_of_the_same_name(host: Machine) -> None:
     """Nothing on disk tells any more what the old one was: that was kept after the boot."""
     kernel = {f"/vmlinuz-{OLD}": pefile.build({".text": b"a security update" * 9})}
@@ -854,6 +943,39 @@ def test_what_systemd_boot_was_told_to_start_is_what_comes(tmp_path: Path) -> No
     host.write(f"{linux}/b-6.9.efi@2.efi", older)
     host.write(once.replace("OneShot", "Default"), bytes(4) + "b-6.9.efi@2.efi\0".encode("utf-16-le"))
     assert defaults() == ["b-6.9.efi@1", "b-6.9.efi", "b-6.9.efi@2.efi"]
+    host.close()
+
+
+def test_what_systemd_boot_was_told_to_prefer(tmp_path: Path) -> None:
+    """By systemd 260 and later: it comes before the default, but not when it has no try left. An older systemd-boot
+    does not know the word."""
+    now, linux = uki(unified(b"old"), "1.efi"), "boot/efi/EFI/Linux"
+    host = enrolled(tmp_path, now, {f"{linux}/1.efi": unified(b"old"), "boot/efi/EFI/BOOT/BOOTX64.EFI": LOADER})
+
+    def defaults() -> list[str]:
+        return [each.words.split()[-1] for each in run(host, dry_run=True).boots if each.default][1:]
+
+    def variable(name: str, value: bytes) -> None:
+        host.write(f"sys/firmware/efi/efivars/{name}-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f", bytes(4) + value)
+
+    for name in ("2.efi", "3.efi", "4+0-3.efi"):
+        host.write(f"{linux}/{name}", unified(name.encode()))
+    host.write("boot/efi/loader/loader.conf", b"default 2.efi\npreferred [34].efi\n")
+    assert defaults() == ["3.efi", "2.efi"]
+    variable("LoaderFeatures", (0x7FFFF).to_bytes(8, "little"))
+    assert defaults() == ["3.efi", "2.efi"]
+    variable("LoaderFeatures", (0xFFFFF).to_bytes(8, "little"))
+    assert defaults() == ["3.efi"]
+    host.write("boot/efi/loader/loader.conf", b"default 2.efi\npreferred 4.efi\n")
+    assert defaults() == ["2.efi"]
+    variable("LoaderEntryPreferred", "3.efi\0".encode("utf-16-le"))
+    assert defaults() == ["3.efi"]
+    variable("LoaderEntryDefault", "4.efi\0".encode("utf-16-le"))
+    assert defaults() == ["3.efi"]
+    variable("LoaderEntryPreferred", "gone.efi\0".encode("utf-16-le"))
+    assert defaults() == ["4+0-3.efi"]
+    variable("LoaderEntryOneShot", "2.efi\0".encode("utf-16-le"))
+    assert defaults() == ["2.efi", "4+0-3.efi"]
     host.close()
 
 

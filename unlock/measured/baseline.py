@@ -81,8 +81,8 @@ class Baseline(NamedTuple):
                 pcrs=pcrs,
                 items=items,
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise Malformed(f"event-log baseline: cannot be read: {type(error).__name__}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise Malformed("event-log baseline: it is not as unlock writes it") from None
 
 
 def _parse_item(pcr: Any, kind: Any, digest: Any, cause: Any, text: Any) -> Item:

@@ -112,6 +112,33 @@ USUAL = {
     ),
 }
 """What usually causes it, and what to type. The keys of CAUSES, and those that no event stands for."""
+DETAILS = {
+    "dbx-reset": (
+        "a reset of the firmware's keys, or a rollback: it revokes less than before, no update does that",
+        "mokutil --dbx; restore it by fwupdmgr or the firmware's setup; " + _RETYPE,
+    ),
+    "sbat-reset": (
+        "mokutil --set-sbat-policy delete, or a rollback: it revokes less than before, no update does that",
+        "mokutil --list-sbat-revocations; " + _RETYPE,
+    ),
+    "mokx": (
+        "an update of shim's deny list (MokListX), or mokutil --mokx",
+        "mokutil --list-enrolled --mokx; " + _RETYPE,
+    ),
+    "kernel-update": (
+        "a kernel update: the boot menu names another kernel",
+        USUAL["boot-loader-config"][1],
+    ),
+    "elsewhere": (
+        "GRUB looks on another file system: a disk was changed or cloned, or somebody edited its configuration",
+        f"lsblk -f; {USUAL['boot-loader-config'][1]}",
+    ),
+    "uki-started": (
+        "an update of the unified kernel image, which the firmware starts",
+        USUAL["boot-loader"][1],
+    ),
+}
+"""The same as USUAL, for some changes of a cause."""
 HOLDS = {
     0: "the firmware",
     1: "the firmware's settings and tables",

@@ -117,13 +117,29 @@ def _subject(item: Item) -> tuple[object, ...]:
     if item.cause in ("kernel", "initrd", "command-line"):  # a file of a version has another name in the next
         return item.kind, item.cause, item.text.partition(" ")[0]
     if item.kind == eventlog.IPL and item.cause == "boot-loader-config":
-        words = item.text.split(" ")  # GRUB command set NAME=VALUE
-        return item.kind, *words[:3], words[3].partition("=")[0] if words[2:3] == ["set"] and words[3:] else ""
+        words = [*item.text.split(" "), ""]
+        if words[2:3] in (["["], ["test"]):
+            return item.kind, *_subject_of_test(words[3:-1])
+        if words[2:3] == ["set"] and words[3:]:
+            return item.kind, "variable", words[3].partition("=")[0]
+        if words[1:2] == ["command"] and "=" in words[2]:
+            return item.kind, "variable", words[2].partition("=")[0]
+        return item.kind, *words[:3]
     if item.kind in (eventlog.EFI_VARIABLE_DRIVER_CONFIG, eventlog.EFI_VARIABLE_BOOT, eventlog.EFI_VARIABLE_BOOT2):
         return item.kind, re.split("[: ]", item.text)[0]
     if item.kind in _ONE_OF_ITS_CAUSE:
         return item.kind, item.cause
     return item.kind, item.text
+
+
+def _subject_of_test(words: list[str]) -> tuple[str, ...]:
+    """Of `[ VALUE = WORD ]` and the like, all but the value, which GRUB has put there for a variable."""
+    words = words[:-1] if words[-1:] == ["]"] else words
+    if len(words) == 3 and words[1] in ("=", "==", "!="):
+        return "test", *words[1:]
+    if len(words) == 1:
+        return "test", "whether it is empty"
+    return "test", *words
 
 
 _ONE_OF_ITS_CAUSE = (

@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Describes the events of a log in words.
 
-    Event ──describe_event──> Item: what a person calls it, and a stable code of its cause
+    Events ──describe_events──> Item: what a person calls it, and a stable code of its cause
 
 Pure. The texts come from a log that anybody may have written, and are made printable.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from typing import NamedTuple
 
 from ..errors import Malformed
 from . import eventlog, uefi
-from .describe_ipl import describe_ipl, is_kernel
+from .describe_ipl import describe_ipl, is_grubs, is_kernel
 from .eventlog import Event
 from .log_text import TEXT_MAX, decode_text, printable, readable_text
 
 _ON = b"\x01"
 _NAMES = 8
 """Names of partitions in a text."""
+_FIRST_OF_LOADERS = 8
+"""PCRs 0 to 7 are the firmware's: the separators there end its own measurements."""
 _SEPARATORS = (sha256(bytes(4)).digest(), sha256(b"\xff" * 4).digest())
 
 
@@ -34,8 +36,19 @@ class Item(NamedTuple):
     text: str
 
 
+def describe_events(events: Sequence[Event]) -> Iterator[Item]:
+    """What a person calls the events of a boot, in their order."""
+    grub = next((at for at, event in enumerate(events) if is_grubs(event)), 0)
+    for at, event in enumerate(events):
+        item = describe_event(event)
+        if at < grub and (event.kind, item.cause, event.pcr) == (eventlog.EFI_APPLICATION, "kernel", 4):
+            item = item._replace(cause="boot-loader", text="image without a name, before GRUB: the boot loader")
+        yield item
+
+
 def describe_event(event: Event) -> Item:
-    """What a person calls the event. Never fails: data that is not of the documented form gets a plain name."""
+    """What a person calls the event by itself. Never fails: data of another form than is documented gets a plain
+    name."""
     try:
         cause, text = _describe(event)
     except Malformed:
@@ -63,6 +76,8 @@ def _describe(event: Event) -> tuple[str, str]:
     if kind == eventlog.EVENT_TAG:
         return _describe_tag(event)
     if kind == eventlog.SEPARATOR:
+        if pcr >= _FIRST_OF_LOADERS:
+            return "other", "separator"
         wrong = event.digest not in _SEPARATORS
         return "boot-path", "separator: an error of the firmware" if wrong else "separator"
     if kind in (eventlog.ACTION, eventlog.EFI_ACTION):
@@ -102,7 +117,8 @@ def _describe_action(event: Event) -> tuple[str, str]:
     text = decode_text(event.data)
     if text in _SWITCHES:
         return "firmware-settings", f"{_SWITCHES[text]} ({text})"
-    return ("secure-boot" if event.pcr == 7 else "boot-path"), text or "nothing said"
+    cause = "secure-boot" if event.pcr == 7 else "boot-path" if event.pcr < _FIRST_OF_LOADERS else "other"
+    return cause, text or "nothing said"
 
 
 _SWITCHES = {
@@ -117,7 +133,7 @@ def _describe_firmware_event(event: Event) -> tuple[str, str]:
     if event.kind not in _FIRMWARE:
         return _describe_by_pcr(event)
     cause, text = _FIRMWARE[event.kind]
-    if cause == "firmware":
+    if cause == "firmware" and event.kind != eventlog.CPU_MICROCODE:
         cause = {1: "firmware-settings", 2: "option-rom", 3: "firmware-settings"}.get(event.pcr, cause)
     data = event.data
     if event.kind in (eventlog.EFI_BLOB2, eventlog.EFI_TABLES2):
@@ -206,13 +222,15 @@ def _describe_efi_program(path: str) -> tuple[str, str]:
         return "kernel", f"kernel image {path}"
     if not path or path == "memory":
         return "kernel", "image that a boot loader handed on: the kernel"
-    if path.startswith(("firmware file", "PCI device")):
+    if path.startswith(("firmware file", "PCI device", "ROM at")) or _IN_FIRMWARE.fullmatch(path):
         return "firmware", f"EFI program from {path}"
     if file.startswith(_ONCE):
         return "boot-path", f"EFI program {path}, which runs for one boot"
     return "boot-loader", f"EFI program {path}"
 
 
+_IN_FIRMWARE = re.compile(r"(?!network)[^\\/.]+")
+"""A name that is no path of a file: System_Services."""
 _ONCE = ("fwupd", "mmx64", "mmaa64", "fbx64", "fbaa64", "mokmanager", "fallback")
 """A firmware update of fwupd's, shim's MokManager, and shim's fallback that makes the boot entries anew."""
 
@@ -239,6 +257,8 @@ def _describe_tag(event: Event) -> tuple[str, str]:
 
 def _describe_systemd(data: bytes) -> tuple[str, str]:
     kind, _, text = data.decode("utf-8", "replace").partition("\0")
+    if text == eventlog.OS_SEPARATOR:
+        return "systemd", "systemd's separator after the boot loader (systemd 261 and later)"
     return "systemd", f"systemd {kind}: {text}"
 
 

@@ -7,20 +7,30 @@ The verdict of early boot names the cause, but for `pcr-mismatch`. There the ver
 the baseline; a PCR without them is judged by its value alone.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..tpm import pcr_policy
 from . import eventlog, verify
 from .baseline import Baseline, TpmIdentity
-from .causes import HOLDS, TITLES, USUAL
+from .causes import DETAILS, HOLDS, TITLES, USUAL
 from .compare import Difference, compare_boots
+from .describe import Item
+from .describe_ipl import GRUB_COMMAND, is_kernel
 from .evidence import Evidence
-from .log_text import printable
+from .log_text import TEXT_MAX, printable
 
 COPIED = "by the copy on the EFI partition, which anyone could have edited"
 _IMA = 10
 """The PCR of the kernel's IMA, which keeps a log of its own."""
+_MENU_LINE = re.compile(f"{GRUB_COMMAND}(menuentry|submenu|setparams|echo|initrd|initrdefi) ")
+_MAIN_CONFIG = re.compile("GRUB configuration (?!.*/EFI/).*/grub\\.cfg", re.IGNORECASE)
+_PLACE = re.compile(
+    rf"{GRUB_COMMAND}((search|configfile|loopback|cryptomount)\b|(set )?(root|prefix)=)|GRUB configuration .*/EFI/",
+    re.IGNORECASE,
+)
+"""What says on which file system GRUB looks for the rest."""
 _SHOWN = 160
 """Characters of an old or new text."""
 
@@ -206,26 +216,82 @@ def _cause_without_event(code: str, pcr: int | None = None, new: str = "") -> Ca
 
 def _causes_of_differences(differences: Sequence[Difference], evidence: Evidence) -> list[Cause]:
     """One for each. An update changes several things at once, which makes another cause of one of them the usual."""
-    causes = [_cause_of_difference(each, evidence) for each in differences]
-    if any(each.code == "kernel" for each in causes):
-        menu = "a kernel update: the boot menu names another kernel"
-        causes = [each._replace(usually=menu) if each.code == "boot-loader-config" else each for each in causes]
-    if any(each.pcr == 11 for each in differences):
-        image = "an update of the unified kernel image, which the firmware starts"
-        causes = [each._replace(usually=image) if each.code == "boot-loader" else each for each in causes]
-    return causes
+    menu = _menu_differences(differences)
+    unified = any(each.pcr == 11 for each in differences)
+    return [_cause_of_difference(each, evidence, _usual_cause(each, menu, unified=unified)) for each in differences]
 
 
-def _cause_of_difference(each: Difference, evidence: Evidence) -> Cause:
+def _menu_differences(differences: Sequence[Difference]) -> list[Difference]:
+    """The menu's lines in which nothing is new but a kernel's name; and grub.cfg, when no other command differs."""
+    kernels = [each.new for each in differences if each.cause == "kernel" and each.new]
+    versions = {version for each in kernels for version in _versions(each)}
+    commands = [each for each in differences if each.cause == "boot-loader-config" and _is_command(each)]
+    menu = [each for each in commands if _names_only_new(each, versions)]
+    if menu == commands:
+        menu += [each for each in differences if each.old and each.new and _MAIN_CONFIG.fullmatch(each.new.text)]
+    return menu if versions and commands else []
+
+
+def _versions(kernel: Item) -> Iterator[str]:
+    """The versions in the names of kernel files in a text."""
+    for word in kernel.text.split():
+        name = word.rpartition("/")[2]
+        if is_kernel(name.lower()) and (version := name.partition("-")[2]):
+            yield version
+
+
+def _is_command(each: Difference) -> bool:
+    return any(item is not None and item.text.startswith(GRUB_COMMAND) for item in (each.old, each.new))
+
+
+def _names_only_new(each: Difference, versions: Iterable[str]) -> bool:
+    """Whether each word that is new in this line of the menu names one of the kernels."""
+    if not (each.old and each.new and _MENU_LINE.match(each.new.text)):
+        return False
+    known, words = set(each.old.text.split()), each.new.text.split()
+    if len(each.new.text) >= TEXT_MAX - 1:  # it is cut
+        words.pop()
+    kernel = re.compile("|".join(rf"(?<![\d.]){re.escape(version)}(?![\d.])" for version in versions) or "$^")
+    return all(word in known or kernel.search(word) for word in words)
+
+
+def _usual_cause(each: Difference, menu: Sequence[Difference], *, unified: bool) -> tuple[str, str]:
+    """What usually causes it, and what to type. `unified`: a section of the unified kernel image differs."""
+    old, new = (item.text if item else "" for item in (each.old, each.new))
+    if each in menu:
+        return DETAILS["kernel-update"]
+    if each.cause == "boot-loader-config" and (_PLACE.match(old) or _PLACE.match(new)):
+        return DETAILS["elsewhere"]
+    if each.cause == "boot-loader" and unified:
+        return DETAILS["uki-started"]
+    if _is_deny_list(each):
+        return DETAILS["mokx"]
+    if each.cause in ("dbx", "sbat") and old and (not new or _revocations(new) < _revocations(old)):
+        return DETAILS[f"{each.cause}-reset"]
+    return USUAL[each.cause]
+
+
+def _is_deny_list(each: Difference) -> bool:
+    return each.cause == "mok" and any(item and item.text.startswith("MokListX") for item in (each.old, each.new))
+
+
+def _revocations(text: str) -> int:
+    """How much a dbx or an SBAT level revokes: its entries, or its date. 0 when that is not known."""
+    found = re.match(r"dbx: (\d+) entr|SbatLevel: sbat,\d+,(\d+)", text)
+    return int(found[1] or found[2]) if found else 0
+
+
+def _cause_of_difference(each: Difference, evidence: Evidence, words: tuple[str, str]) -> Cause:
+    """`words`: what usually causes it, and what to type."""
     old, new = _texts_of_difference(each, evidence)
-    usually, do = USUAL[each.cause]
+    usually, do = words
     old, new = excerpts(old, new)
     title = f"PCR {each.pcr}: {_change_in_words(each)}"
     return Cause(code=each.cause, pcr=each.pcr, title=title, old=old, new=new, usually=usually, do=do)
 
 
 def _change_in_words(each: Difference) -> str:
-    what = TITLES[each.cause]
+    what = "shim's deny list (MokListX)" if _is_deny_list(each) else TITLES[each.cause]
     if each.cause == "secure-boot" and each.new and each.new.text in ("Secure Boot off", "Secure Boot on"):
         return f"Secure Boot was switched {each.new.text.rpartition(' ')[2]}"
     if each.moved:

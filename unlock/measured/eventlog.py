@@ -22,7 +22,7 @@ MAX_EVENTS = 20_000
 MAX_SYSTEMD_LOG = 1 << 20
 PCRS = 24
 
-NO_ACTION, SEPARATOR, ACTION, EVENT_TAG, CRTM_VERSION, IPL = 0x03, 0x04, 0x05, 0x06, 0x08, 0x0D
+NO_ACTION, SEPARATOR, ACTION, EVENT_TAG, CRTM_VERSION, CPU_MICROCODE, IPL = 0x03, 0x04, 0x05, 0x06, 0x08, 0x09, 0x0D
 EFI_VARIABLE_DRIVER_CONFIG, EFI_VARIABLE_BOOT, EFI_APPLICATION = 0x80000001, 0x80000002, 0x80000003
 EFI_BOOT_DRIVER, EFI_RUNTIME_DRIVER, EFI_GPT, EFI_ACTION = 0x80000004, 0x80000005, 0x80000006, 0x80000007
 EFI_BLOB2, EFI_TABLES2 = 0x8000000A, 0x8000000B
@@ -32,8 +32,12 @@ INITRD, LOAD_OPTIONS = ((0x8F3B22EC).to_bytes(4, "little"), (0x8F3B22ED).to_byte
 drivers/firmware/efi/libstub/efistub.h."""
 SYSTEMD = -1
 """The kind of an event that systemd logged; its data is systemd's own kind, NUL, what was measured."""
+OS_SEPARATOR = "os-separator"
+"""What systemd 261 and later, in an initrd with systemd, extends the PCRs of the firmware and the boot loader with:
+systemd-pcrosseparator.service(8)."""
 
-_SHA256 = 0x000B
+_SHA1, _SHA256 = 0x0004, 0x000B
+_NAMES = {_SHA1: "SHA-1", 0x0C: "SHA-384", 0x0D: "SHA-512", 0x12: "SM3-256"}
 _SIZES = {0x04: 20, _SHA256: 32, 0x0C: 48, 0x0D: 64, 0x12: 32, 0x27: 32, 0x28: 48, 0x29: 64}
 """Digest sizes by algorithm (TCG Algorithm Registry): some firmware uses one that is not in the log's header."""
 _HEADER = struct.Struct("<II20sI")
@@ -42,7 +46,7 @@ _LOCALITY = b"StartupLocality\0"
 _REST = bytes(16)
 """Where the unused rest of the buffer begins: an event of type 0 without digests and data, as in Linux."""
 _MAX_BANKS = 16
-_SHA1_HINT = "turn on the SHA-256 PCR bank in the firmware's setup"
+_SHA256_HINT = "turn on the SHA-256 PCR bank in the firmware's setup"
 
 
 class Event(NamedTuple):
@@ -70,7 +74,8 @@ class Log(NamedTuple):
 
 
 def parse_event_log(data: bytes) -> Log:
-    """A crypto-agile log. Raises Malformed when nothing of it can be used; code `event-log-sha1` without SHA-256."""
+    """A crypto-agile log. Raises Malformed when nothing of it can be used: code `event-log-sha1` or
+    `event-log-no-sha256` without SHA-256."""
     if len(data) > MAX_LOG:
         raise Malformed(f"the event log is larger than {MAX_LOG >> 20} MiB")
     sizes, at = _parse_header(data)
@@ -84,7 +89,10 @@ def parse_event_log(data: bytes) -> Log:
             break
         try:
             event, at = _parse_event(data, at, sizes)
-        except (struct.error, ValueError) as error:
+        except struct.error:
+            problem = f"after {len(events)} events: it is cut short"
+            break
+        except ValueError as error:
             problem = f"after {len(events)} events: {error}"
             break
         if event.kind != NO_ACTION:
@@ -102,7 +110,7 @@ def _parse_header(data: bytes) -> tuple[dict[int, int], int]:
         raise Malformed("the event log is empty") from None
     spec = data[_HEADER.size : _HEADER.size + size]
     if kind != NO_ACTION or not spec.startswith(_SIGNATURE):
-        raise Malformed("the event log has SHA-1 digests only", hint=_SHA1_HINT, code="event-log-sha1")
+        raise Malformed("the event log has SHA-1 digests only", hint=_SHA256_HINT, code="event-log-sha1")
     try:
         (count,) = struct.unpack_from("<I", spec, 24)
         if count > _MAX_BANKS:
@@ -111,7 +119,9 @@ def _parse_header(data: bytes) -> tuple[dict[int, int], int]:
     except struct.error:
         raise Malformed("the event log's first event is cut short") from None
     if _SHA256 not in sizes:
-        raise Malformed("the event log has no SHA-256 digests", hint=_SHA1_HINT, code="event-log-sha1")
+        names = " and ".join(_NAMES.get(each, f"algorithm {each:#x}") for each in sizes)
+        code = "event-log-sha1" if set(sizes) == {_SHA1} else "event-log-no-sha256"
+        raise Malformed(f"the event log has {names + ' digests only' if names else 'no digests'}", _SHA256_HINT, code)
     if sizes[_SHA256] != 32:
         raise Malformed(f"the event log has SHA-256 digests of {sizes[_SHA256]} bytes")
     return _SIZES | sizes, _HEADER.size + size

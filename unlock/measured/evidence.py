@@ -75,7 +75,7 @@ class Evidence(NamedTuple):
         events = [event for event in (self.log.events if self.log else ()) if event.pcr in verified]
         later = (event for each in verified.values() for event in each if event.kind == eventlog.SYSTEMD)
         events += sorted((event for event in later if event.time < asked), key=lambda event: event.time)
-        return describe.with_command_line(map(describe.describe_event, events), self.cmdline)
+        return describe.with_command_line(describe.describe_events(events), self.cmdline)
 
     def policy_allows(self, values: Mapping[int, bytes]) -> bool:
         """Whether the policy allows these PCR values, with a cap PCR that nothing has extended."""

@@ -16,6 +16,8 @@ _X509 = bytes.fromhex("a159c0a5e494a74a87b5ab155c2bf072")  # EFI_CERT_X509_GUID
 _MAX_SIGNATURES = 100_000
 _MAX_NAME = 1024  # characters
 _MAX_PARTITIONS = 1024
+_PCI_ROOTS = (bytes.fromhex("d041030a"), bytes.fromhex("d041080a"))
+"""PNP0A03 and PNP0A08, as an ACPI device path has them."""
 
 
 class Variable(NamedTuple):
@@ -124,7 +126,7 @@ def parse_image_path(data: bytes) -> str:
 
 
 def _device_path_text(data: bytes) -> str:
-    files, other, at = [], "", 0
+    files, bridges, other, offset, at = [], list[str](), "", "", 0
     while at + 4 <= len(data):
         kind, subtype, length = struct.unpack_from("<BBH", data, at)
         if kind == 0x7F or not 4 <= length <= len(data) - at:
@@ -140,10 +142,15 @@ def _device_path_text(data: bytes) -> str:
             other = f"network {body.decode('utf-8', 'replace')}".rstrip("\0 ")
         elif (kind, subtype) == (3, 11):
             other = f"network card {body[:6].hex(':')}"
+        elif (kind, subtype) == (2, 1) and body[:4] in _PCI_ROOTS and len(body) == 8:
+            bridges = [f"PciRoot({int.from_bytes(body[4:], 'little'):#x})"]
         elif (kind, subtype) == (1, 1) and len(body) == 2:
-            other = f"PCI device {body[1]:02x}.{body[0]}"
+            bridges.append(f"Pci({body[1]:#x},{body[0]:#x})")
+            other = f"PCI device {'/'.join(bridges)}"
+        elif (kind, subtype) == (4, 8) and len(body) == 20:
+            offset = f"ROM at offset {int.from_bytes(body[4:12], 'little'):#x}"
         at += length
-    return "\\".join(files).replace("\\\\", "\\") or other
+    return "\\".join(files).replace("\\\\", "\\") or other or offset
 
 
 def format_guid(data: bytes) -> str:

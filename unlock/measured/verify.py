@@ -19,6 +19,9 @@ _GROWING = (10, 11)
 """PCRs that IMA, and systemd without a log of it, extend after early boot."""
 _PHASES = ("enter-initrd", "leave-initrd", "sysinit", "ready")
 """What systemd-pcrphase extends PCR 11 with: systemd-pcrphase.service(8)."""
+_SEPARATED = (*range(8), 9, 12, 13, 14)
+"""PCRs that systemd extends with eventlog.OS_SEPARATOR."""
+_UNKNOWN_TIME = -1.0
 _TAIL, _PAIRS, _RUNS = 500, 4096, 16
 """How far a repetition is looked for: events, pairs of equal events, repeated runs."""
 
@@ -79,16 +82,19 @@ def values_at_unseal(
     """PCRs 0 to 15 as they were at the time `asked`, in seconds since the kernel started.
 
     A verified PCR is replayed without what systemd added after `asked`. Another one has its live value, if nothing
-    extends it after early boot. A PCR that is neither is left out.
+    extends it after early boot. A PCR that is neither is left out, and so is one that has been extended at a time that
+    is not known.
     """
     verified = verified_events(log, later, live) if log else {}
+    undated = {pcr for pcr, each in verified.items() if any(event.time == _UNKNOWN_TIME for event in each)}
     events = (
         event for each in verified.values() for event in each if event.kind != eventlog.SYSTEMD or event.time < asked
     )
     then = eventlog.replay(events, log.locality if log else 0)
     touched = {event.pcr for event in later}
     quiet = {pcr for pcr in range(16) if pcr not in touched and (pcr not in _GROWING or live[pcr] == pcr_policy.UNSET)}
-    return {pcr: then[pcr] if pcr in verified else live[pcr] for pcr in range(16) if pcr in verified or pcr in quiet}
+    known = [pcr for pcr in range(16) if pcr not in undated and (pcr in verified or pcr in quiet)]
+    return {pcr: then[pcr] if pcr in verified else live[pcr] for pcr in known}
 
 
 def replay_each_pcr(log: Log) -> dict[int, tuple[tuple[Event, ...], bytes]]:
@@ -103,10 +109,13 @@ def extensions_between(pcr: int, value: bytes, later: Sequence[Event], live: byt
     """The first events of `later` that extend this PCR from `value` to `live`; None when they do not.
 
     The last events may have come after the PCR was read. The cap may come before or after them.
-    systemd 252 to 254 extends PCR 11 with the boot phases and logs nothing: those are tried.
+    systemd 252 to 254 extends PCR 11 with the boot phases and logs nothing: those are tried, and its separator.
     """
     logged = tuple(event for event in later if event.pcr == pcr)
     candidates: list[tuple[Event, ...]] = [logged, *(_phase_sequences() if pcr == 11 else ())]
+    separator = _systemd_event(pcr, eventlog.OS_SEPARATOR, _UNKNOWN_TIME)
+    if pcr in _SEPARATED and all(event.digest != separator.digest for event in logged):
+        candidates.append((separator, *logged))
     cap = pcr == pcr_policy.CAP_PCR
     for events in candidates:
         for start in (value, eventlog.extend(value, pcr_policy.CAP_DIGEST)) if cap else (value,):
@@ -120,9 +129,11 @@ def extensions_between(pcr: int, value: bytes, later: Sequence[Event], live: byt
 
 
 def _phase_sequences() -> Iterator[tuple[Event, ...]]:
-    return (tuple(map(_phase_event, _PHASES[first:])) for first in range(len(_PHASES)))
+    phases = [_systemd_event(11, name, 0.0 if name == "enter-initrd" else float("inf")) for name in _PHASES]
+    return (tuple(phases[first:]) for first in range(len(phases)))
 
 
-def _phase_event(name: str) -> Event:
-    time = 0.0 if name == "enter-initrd" else float("inf")
-    return Event(11, eventlog.SYSTEMD, sha256(name.encode()).digest(), f"phase\0{name}".encode(), time)
+def _systemd_event(pcr: int, name: str, time: float) -> Event:
+    """An event that systemd has not logged."""
+    kind = "phase" if name in _PHASES else name
+    return Event(pcr, eventlog.SYSTEMD, sha256(name.encode()).digest(), f"{kind}\0{name}".encode(), time)

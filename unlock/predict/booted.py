@@ -25,8 +25,9 @@ NAME is GRUB's, PATH below the root directory.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
+from itertools import combinations, islice
 from typing import NamedTuple, TypedDict
 
 from ..errors import Malformed, NewerFormat
@@ -43,6 +44,9 @@ BOOTED_MAX = 2 << 20
 """Bytes of booted.json."""
 ACCEPT = "unlock policy predict --trust-files"
 _VERSION = 1
+_GRUB_SAVES = ("next_entry", "saved_entry", "prev_saved_entry", "prev_entry", "recordfail", "initrdfail")
+"""The variables that the grub.cfg of Debian and Ubuntu saves in grubenv."""
+_TRIES = 50_000
 
 
 class _BootedJson(TypedDict):
@@ -143,8 +147,8 @@ class BootedFiles(NamedTuple):
                 looked={parse_text(path): parse_text(number) for path, number in fields["looked"].items()},
                 disks=tuple(map(parse_text, fields["disks"])),
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise Malformed(f"booted.json: cannot be read: {type(error).__name__}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise Malformed("booted.json: it is not as unlock writes it") from None
 
 
 def _parse_optional(hexed: object) -> bytes:
@@ -254,16 +258,44 @@ def _find_grub_files(tree: BootTree, log: Log) -> tuple[dict[str, tuple[str, byt
 
 
 def _grubenv_as_read(data: bytes, digest: bytes, log: Log) -> str:
-    """The text of grubenv as GRUB has read it, before it wrote to it in this boot; "" when that is not known."""
+    """The text of grubenv as GRUB has read it, before GRUB wrote to it in this boot, and before a service of Ubuntu's
+    took a flag out of it; "" when that is not known."""
     text = data.decode("utf-8", "surrogateescape")
-    commands = filter(None, map(grub_replay.grub_command, log.events))
-    values = {each.removeprefix("set default=") for each in commands if each.startswith("set default=")}
-    for name in ("next_entry", "saved_entry"):
-        for value in values:
-            before = grub_script.set_environment_variable(text, name, value)
-            if sha256(grub_replay.encode_text(before)).digest() == digest:
-                return before
+    commands = [each for each in map(grub_replay.grub_command, log.events) if each]
+    values: dict[str | None, None] = {None: None, "": None, "1": None, "2": None}
+    for command in commands:
+        name, _, value = command.removeprefix("set ").partition("=")
+        if name in ("default", *_GRUB_SAVES):
+            values[value] = None
+    saved = {each for command in commands if command.startswith("save_env ") for each in command.split()[1:]}
+    names = sorted(_GRUB_SAVES, key=lambda each: each not in saved)
+    tries = (
+        before
+        for count in (1, 2, 3)
+        for changed in combinations(names, count)
+        for before in _earlier_environments(text, changed, tuple(values))
+    )
+    for before in islice(tries, _TRIES):
+        if sha256(grub_replay.encode_text(before)).digest() == digest:
+            return before
     return ""
+
+
+def _earlier_environments(text: str, names: Sequence[str], values: Sequence[str | None]) -> Iterator[str]:
+    """The texts of grubenv from which this one may have come, when these variables have changed."""
+    if not names:
+        yield text
+        return
+    name, rest = names[0], names[1:]
+    lines = text.rstrip("#").splitlines(keepends=True)
+    there = any(line.startswith(f"{name}=") for line in lines)
+    for value in values:
+        places = range(1, len(lines) + 1) if not there and value is not None else ()
+        for before in (
+            *([grub_script.set_environment_variable(text, name, value)] if there else ()),
+            *("".join([*lines[:at], f"{name}={value}\n", *lines[at:]]).ljust(len(text), "#") for at in places),
+        ):
+            yield from _earlier_environments(before, rest, values)
 
 
 def _find_programs(tree: BootTree, log: Log, read_by_grub: set[str]) -> list[tuple[bytes, str]]:

@@ -6,7 +6,7 @@
 The result is proven: the same boot, replayed from it, must give the same PCRs. Else it is Refused.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..measured import eventlog
 from ..measured.eventlog import Event, Log
@@ -51,10 +51,10 @@ def _learn(log: Log, texts: Mapping[str, str], image: Callable[[str], bytes]) ->
         raise Unknown("no grub.cfg that is on disk was read")
     start = max(at for at, name in names.items() if name.endswith("/grub.cfg"))
     before, config, after = log.events[:start], log.events[start], log.events[start + 1 :]
-    variables = grub_script.initial_variables(names[start]) | dict(_assignments(map(grub_command, before)))
+    variables, exported = _variables_before(names[start], [each for each in map(grub_command, before) if each])
     segments = _split_by_command(after)
     commands = [command for command, _ in segments[1:]]
-    titles, outcomes = _find_entry(names[start], texts, variables, commands)
+    titles, outcomes = _find_entry(names[start], texts, (variables, exported), commands)
     last = segments[-1][1]
     own = next((at for at, event in enumerate(last) if not grub_file(event)), len(last))
     segments[-1], tail = (commands[-1], last[:own]), tuple(last[own:])
@@ -69,6 +69,7 @@ def _learn(log: Log, texts: Mapping[str, str], image: Callable[[str], bytes]) ->
         config=config,
         config_name=names[start],
         variables=variables,
+        exported=exported,
         outcomes=outcomes,
         reads=reads,
         tail=tail,
@@ -129,7 +130,7 @@ def _check_replay(log: Log, boot: GrubBoot, texts: Mapping[str, str], image: Cal
 
 
 def _find_entry(
-    name: str, texts: Mapping[str, str], variables: dict[str, str], commands: list[str]
+    name: str, texts: Mapping[str, str], before: tuple[dict[str, str], frozenset[str]], commands: list[str]
 ) -> tuple[tuple[str, ...], dict[str, bool]]:
     """The titles of the entry that was booted, and which commands succeeded, so that grub.cfg runs these commands.
 
@@ -147,7 +148,8 @@ def _find_entry(
         return outcomes.setdefault(about, not about.startswith("-"))
 
     for _ in range(_TRIES):
-        run = ScriptRun(ScriptInput(variables=variables, read=read, succeeds=succeeds))
+        variables, exported = before
+        run = ScriptRun(ScriptInput(variables=variables, exported=exported, read=read, succeeds=succeeds))
         titles: list[str] = []
         try:
             run.run_file(texts[name])
@@ -173,8 +175,16 @@ def _common_length(one: Sequence[str], other: Sequence[str]) -> int:
     return next(differ, min(len(one), len(other)))
 
 
-def _assignments(commands: Iterable[str | None]) -> Iterator[tuple[str, str]]:
-    for text in commands:
-        name, equals, value = (text or "").removeprefix("set ").partition("=")
-        if equals and name.isidentifier():
-            yield name, value
+def _variables_before(name: str, commands: Sequence[str]) -> tuple[dict[str, str], frozenset[str]]:
+    """The variables when GRUB reads the grub.cfg of this name after these commands, and those that were exported."""
+    variables, exported = grub_script.initial_variables(name), set[str]()
+    for command in commands:
+        word, _, rest = command.partition(" ")
+        variable, equals, value = (rest if word == "set" else command).partition("=")
+        if equals and variable.isidentifier():
+            variables[variable] = value
+        elif word == "export":
+            exported |= set(rest.split())
+        elif word == "configfile":
+            variables = {each: variables[each] for each in variables if each in exported | grub_script.EXPORTED}
+    return variables, frozenset(exported)

@@ -2,7 +2,7 @@
 """Predicts the boots that GRUB may start: runs its menu again, with its files as they are now on disk."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -10,9 +10,11 @@ from ..errors import UnlockError
 from . import boot_files, grub_script
 from .grub_learn import learn_grub_boot
 from .grub_parser import Unknown
-from .grub_replay import GrubBoot, GrubFiles, GrubKernel, encode_text, list_menu, measure_entry
+from .grub_replay import GrubBoot, GrubFiles, GrubKernel, encode_text, list_menu, measure_entry, saved_by_default
 from .next_boot import NextBoot, PredictionInput, not_predicted, predict_boot, version_in_name, why_untrusted
 from .replay import cannot_predict
+
+_FAILED = ("recordfail", "initrdfail")
 
 
 def next_boots(inputs: PredictionInput) -> Iterator[NextBoot]:
@@ -35,7 +37,7 @@ def next_boots(inputs: PredictionInput) -> Iterator[NextBoot]:
     except Unknown as problem:
         raise cannot_predict(str(problem)) from None
     menu = _Menu(inputs=inputs, boot=boot, text=text, files=files, find_path=find_path, used=used)
-    later = _files_after_next_boot(files, f"{boot.variables['prefix']}/grubenv")
+    later = _files_after_next_boot(files, f"{boot.variables['prefix']}/grubenv", saved_by_default(boot, text, files))
     for number, (title, titles) in enumerate(list_menu(boot, text, files)):
         yield _predict_entry(menu, title, titles, default=not number)
         if later and not number:
@@ -156,18 +158,23 @@ def _files_on_disk(inputs: PredictionInput, find_path: Callable[[str], str], use
     return GrubFiles(content=content, sha256=digest, image=image, test=test)
 
 
-def _files_after_next_boot(files: GrubFiles, environment: str) -> GrubFiles | None:
+def _files_after_next_boot(files: GrubFiles, environment: str, saved: Mapping[str, str | None]) -> GrubFiles | None:
     """The files that the boot after the next one finds; None when they are the same.
 
-    After `grub-reboot`, GRUB takes the entry for one boot out of its environment.
+    `saved`: what GRUB saves in its environment; after `grub-reboot` it takes the entry for one boot out. The flags of
+    a boot that failed are taken back by Ubuntu's services.
     """
     try:
         old = files.content(environment).decode("utf-8", "surrogateescape")
     except Unknown:
         return None
-    new = encode_text(grub_script.set_environment_variable(old, "next_entry", ""))
-    if new.decode("utf-8", "surrogateescape") == old:
+    text = old
+    for name, value in saved.items():
+        if name not in _FAILED:
+            text = grub_script.set_environment_variable(text, name, value)
+    if text == old:
         return None
+    new = encode_text(text)
     return files._replace(
         content=lambda name: new if name == environment else files.content(name),
         sha256=lambda name: sha256(new).digest() if name == environment else files.sha256(name),

@@ -8,6 +8,7 @@ Syntax: the GRUB manual, "Shell-like scripting". What is not understood is Unkno
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 MAX_TEXT = 256 << 10
@@ -44,15 +45,18 @@ class Function(NamedTuple):
 Node = Command | If | Function
 _UNSUPPORTED = {"while", "until", "for", "case", "select", "time"}
 _END = "\n"
+_NO_WORD = ""
+_FUNCTION_IN_BLOCK = "grub.cfg: a function is defined in a block"
+"""GRUB then loses the commands before it, and takes the function's for commands of the block."""
 
 
-def parse_script(text: str) -> "list[Node]":
-    """Raises Unknown for text that is no script, or uses loops."""
+def parse_script(text: str, *, inside: bool = False) -> "list[Node]":
+    """`inside`: of a block. Raises Unknown for text that is no script, or uses loops."""
     if len(text) > MAX_TEXT:
         raise Unknown("grub.cfg: it is too long")
     tokens = list(_tokens(text))
     try:
-        nodes, at = _parse_nodes(tokens, 0, frozenset())
+        nodes, at = _parse_nodes(tokens, 0, frozenset({_NO_WORD} if inside else ()))
     except RecursionError:
         raise Unknown("grub.cfg: it is nested too deeply") from None
     if at != len(tokens):
@@ -147,19 +151,32 @@ def _parse_nodes(tokens: list[str], at: int, until: frozenset[str]) -> "tuple[li
         elif word == "if":
             node, at = _parse_if(tokens, at)
             nodes.append(node)
+        elif word == "function" and until:
+            raise Unknown(_FUNCTION_IN_BLOCK)
         elif word == "function":
             if at + 2 >= len(tokens) or not tokens[at + 2].startswith("{"):
                 raise Unknown("grub.cfg: a function has no body")
-            nodes.append(Function(tokens[at + 1], parse_script(tokens[at + 2][1:-1])))
+            nodes.append(Function(tokens[at + 1], parse_script(tokens[at + 2][1:-1], inside=True)))
             at += 3
         elif word in _UNSUPPORTED or word in ("then", "else", "elif", "fi", "}") or re.match(r"\{|\w+\(\)", word):
             raise Unknown(f"grub.cfg: `{word[:20]}` is not understood")
         else:
             end = next((i for i in range(at, len(tokens)) if tokens[i] == _END), len(tokens))
+            if any(each.startswith("{") and _defines_function(each) for each in tokens[at:end]):
+                raise Unknown(_FUNCTION_IN_BLOCK)
             negated = word == "!"
             nodes.append(Command(tuple(tokens[at + negated : end]), negated))
             at = end
     return nodes, at
+
+
+def _defines_function(block: str) -> bool:
+    try:
+        tokens = [_END, *_tokens(block[1:-1])]
+    except Unknown:  # that it is no script matters when it is run
+        return False
+    starts = any(b == "function" and a in (_END, "then", "else") for a, b in pairwise(tokens))
+    return starts or any(each.startswith("{") and _defines_function(each) for each in tokens)
 
 
 def _parse_if(tokens: list[str], at: int) -> tuple[If, int]:

@@ -66,6 +66,7 @@ class GrubBoot(NamedTuple):
     config_name: str
     """GRUB's name of it."""
     variables: Mapping[str, str]
+    exported: frozenset[str]
     outcomes: Mapping[str, bool]
     """What `ScriptInput.succeeds` answered."""
     reads: Mapping[str, tuple[tuple[Event, ...], ...]]
@@ -85,11 +86,7 @@ def list_menu(boot: GrubBoot, text: str, files: GrubFiles) -> Iterator[tuple[str
     """
     try:
         run = run_config(boot, text, files)
-        choices = [run.default_entry]
-        for entry in run.entries:
-            choices += (
-                [[entry, each] for each in grub_script.submenu_entries(entry, run)] if entry.is_menu else [[entry]]
-            )
+        choices = [run.default_entry, *_list_choices(run, ())]
     except Unknown as problem:
         raise cannot_predict(str(problem)) from None
     listed: set[tuple[str, ...]] = set()
@@ -98,6 +95,33 @@ def list_menu(boot: GrubBoot, text: str, files: GrubFiles) -> Iterator[tuple[str
         if titles not in listed and (not listed or _starts_kernel(choice[-1])):
             listed.add(titles)
             yield titles[-1], titles
+
+
+def saved_by_default(boot: GrubBoot, text: str, files: GrubFiles) -> dict[str, str | None]:
+    """What GRUB saves in its environment when it boots the default entry; {} when that is not known."""
+    try:
+        run = run_config(boot, text, files)
+        for entry in run.default_entry:
+            run.choose_entry(entry)
+    except Unknown:
+        return {}
+    return run.saved
+
+
+def _list_choices(run: ScriptRun, way: Sequence[MenuEntry]) -> Iterator[list[MenuEntry]]:
+    """The entries of the menu and of its submenus, each after the submenus to choose on the way to it. A submenu that
+    cannot be run stands for what is in it."""
+    for entry in run.entries:
+        here = [*way, entry]
+        if not entry.is_menu or len(here) == grub_script.MAX_SUBMENUS:
+            yield here
+            continue
+        try:
+            inside = run.after_choice(entry)
+        except Unknown:
+            yield here
+        else:
+            yield from _list_choices(inside, here)
 
 
 def _starts_kernel(entry: MenuEntry) -> bool:
@@ -129,7 +153,8 @@ def run_config(boot: GrubBoot, text: str, files: GrubFiles) -> ScriptRun:
     def read(name: str) -> str:
         return files.content(name).decode("utf-8", "replace")
 
-    run = ScriptRun(ScriptInput(variables=dict(boot.variables), read=read, succeeds=succeeds))
+    given = ScriptInput(variables=dict(boot.variables), exported=boot.exported, read=read, succeeds=succeeds)
+    run = ScriptRun(given)
     run.run_file(text)
     return run
 
@@ -137,7 +162,10 @@ def run_config(boot: GrubBoot, text: str, files: GrubFiles) -> ScriptRun:
 def choose_entry(run: ScriptRun, titles: Iterable[str]) -> None:
     """Runs the entry of these titles. Raises Unknown, StopIteration for a title that the menu does not have."""
     for title in titles:
-        run.choose_entry(next(each for each in run.entries if each.title == title))
+        found = [each for each in run.entries if each.title == title]
+        if any(each != found[0] for each in found):
+            raise Unknown(f"the menu has several entries {title!r}")
+        run.choose_entry(next(iter(found)))
 
 
 def measure_run(boot: GrubBoot, run: ScriptRun, text: str, files: GrubFiles) -> tuple[list[Event], GrubKernel]:

@@ -6,14 +6,15 @@ systemd-boot(7); the Boot Loader Specification, "Sorting".
 
 import fnmatch
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+import re
+from collections.abc import Iterator, Mapping
+from functools import cmp_to_key
+from typing import NamedTuple
 
 from ..errors import Malformed
 from ..measured import efivars
 from . import boot_files, pe
 from .boot_tree import BootTree
-from .initramfs_images import version_sort_key
 
 _VENDOR = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
 """Of its variables: systemd.io/BOOT_LOADER_INTERFACE."""
@@ -32,24 +33,31 @@ class LoaderEntry(NamedTuple):
     machine_id: str
     version: str
 
+    @property
+    def is_bad(self) -> bool:
+        """Whether no try is left: systemd's automatic boot assessment."""
+        left = boot_files.COUNTER.search(self.path)
+        return left is not None and int(left[1]) == 0
 
-_ORDER: tuple[tuple[Callable[[LoaderEntry], Any], bool], ...] = (
-    (lambda each: version_sort_key(each.id), True),
-    (lambda each: version_sort_key(each.version) if each.sort_key else [], True),
-    (lambda each: each.machine_id if each.sort_key else "", False),
-    (lambda each: each.sort_key, False),
-    (lambda each: not each.sort_key, False),
-    (lambda each: (left := boot_files.COUNTER.search(each.path)) is not None and int(left[1]) == 0, False),
-)
-"""The keys that sort the menu, and whether the larger comes first; the most important key is last."""
+
+_NO_VERSION = re.compile("^[^A-Za-z0-9~^.-]+")
+_VERSION_NUMBER, _VERSION_WORD = re.compile("[0-9]+"), re.compile("[A-Za-z]+")
+_HONOURS_PREFERRED = 1 << 19
+"""A bit of LoaderFeatures: systemd.io/BOOT_LOADER_INTERFACE."""
 
 
 def list_entries(tree: BootTree) -> list[LoaderEntry]:
     """All entries of the menu, in its order."""
-    found = [*_unified_entries(tree), *_configured_entries(tree)]
-    for key, reverse in _ORDER:
-        found.sort(key=key, reverse=reverse)
-    return found
+    return sorted([*_unified_entries(tree), *_configured_entries(tree)], key=cmp_to_key(_compare_entries))
+
+
+def _compare_entries(one: LoaderEntry, other: LoaderEntry) -> int:
+    """Less than 0 when `one` comes first."""
+    ours, theirs = ((e.is_bad, not e.sort_key, e.sort_key, e.sort_key and e.machine_id) for e in (one, other))
+    if ours != theirs:
+        return -1 if ours < theirs else 1
+    newer = one.sort_key and compare_versions(other.version, one.version)
+    return newer or compare_versions(other.id, one.id)
 
 
 def next_entry_ids(tree: BootTree, esp: str, listed: list[LoaderEntry]) -> set[str]:
@@ -59,19 +67,52 @@ def next_entry_ids(tree: BootTree, esp: str, listed: list[LoaderEntry]) -> set[s
     (`auto-`) and profiles of a unified kernel image (`@`) are not in `listed`, but may be among the ids.
     """
 
-    def matching(setting: str) -> set[str]:
+    def matching(setting: str, *, bad: bool = True) -> set[str]:
         pattern = _loader_variable(tree, "LoaderEntryLastBooted") if setting == "@saved" else setting
-        found = [each.id for each in listed if fnmatch.fnmatchcase(each.id, pattern)][:1]
+        fitting = (each for each in listed if bad or not each.is_bad)
+        found = [each.id for each in fitting if fnmatch.fnmatchcase(each.id, pattern)][:1]
         return set(found or ([pattern] if pattern.startswith("auto-") or "@" in pattern else []))
 
-    configured = _parse_fields(tree.read(os.path.join(esp, "loader/loader.conf")) or b"").get("default", "").lower()
-    lasting = (_loader_variable(tree, "LoaderEntryDefault"), configured, "*")
-    always = next((found for each in lasting if (found := matching(each))), set())
+    def first_match(setting: str, *, bad: bool = True) -> set[str]:
+        lasting = (_loader_variable(tree, f"LoaderEntry{setting.title()}"), configured.get(setting, "").lower())
+        return next((found for each in lasting if (found := matching(each, bad=bad))), set())
+
+    configured = _parse_fields(tree.read(os.path.join(esp, "loader/loader.conf")) or b"")
+    preferred = first_match("preferred", bad=False)
+    default = first_match("default") or matching("*")
+    features = int.from_bytes(efivars.read_variable(tree.paths, "LoaderFeatures", _VENDOR)[:8], "little")
+    always = (preferred or default) if features & _HONOURS_PREFERRED else preferred | default
     return matching(_loader_variable(tree, "LoaderEntryOneShot")) | always
 
 
 def _loader_variable(tree: BootTree, name: str) -> str:
     return efivars.read_variable(tree.paths, name, _VENDOR).decode("utf-16-le", "replace").partition("\0")[0].lower()
+
+
+def compare_versions(one: str, other: str) -> int:
+    """Less than 0, 0, or more than 0: `one` is older, the same, or newer. UAPI.10 Version Format Specification."""
+    while True:
+        one, other = (_NO_VERSION.sub("", each) for each in (one, other))
+        for mark in ("~", "", "-", "^", "."):  # the one with the mark is older; "" is the end
+            if not mark and not (one and other):
+                return bool(one) - bool(other)
+            marked = [bool(mark) and each.startswith(mark) for each in (one, other)]
+            if marked[0] != marked[1]:
+                return marked[1] - marked[0]
+            if marked[0]:
+                one, other = one[1:], other[1:]
+        parts = [_VERSION_NUMBER.match(each) for each in (one, other)]
+        if parts[0] or parts[1]:
+            if not (parts[0] and parts[1]):
+                return bool(parts[0]) - bool(parts[1])
+            left, right = (each[0].lstrip("0") for each in parts if each)
+            left, right = left.zfill(len(right)), right.zfill(len(left))
+        else:
+            parts = [_VERSION_WORD.match(each) for each in (one, other)]
+            left, right = (each[0] if each else "" for each in parts)
+        if left != right:
+            return 1 if left > right else -1
+        one, other = (text[part.end() :] if part else text for text, part in zip((one, other), parts, strict=True))
 
 
 def _unified_entries(tree: BootTree) -> Iterator[LoaderEntry]:

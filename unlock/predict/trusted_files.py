@@ -72,8 +72,8 @@ class TrustedFiles(NamedTuple):
                 {parse_text(path): parse_digest(hexed) for path, hexed in fields["files"].items()},
                 {parse_text(path): parse_text(target) for path, target in fields["links"].items()},
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise Malformed(f"boot-files.json: cannot be read: {type(error).__name__}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise Malformed("boot-files.json: it is not as unlock writes it") from None
 
 
 def save_trusted_files(paths: Paths, trusted: TrustedFiles) -> None:
