@@ -24,7 +24,7 @@ from tests.test_recovery_rotate import change_flags
 from unlock import ask, cli
 from unlock.boot import activation, gate, plot, shell
 from unlock.disks import udev
-from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
+from unlock.errors import Malformed, NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.host import keyring, report, report_file, this_boot
 from unlock.keys import delivery, recovery_key
 from unlock.operations import recovery, status
@@ -348,6 +348,24 @@ def test_open_says_at_once_what_is_missing(tmp_path: Path, key_cache: None) -> N
     assert caught.value.code == "no-key"
     with pytest.raises(UnlockError, match="missing"):
         gate.open_group(host.paths, "data", host.recovery)
+
+
+def test_a_group_that_is_wrong_in_unlock_toml_stops_no_other(tmp_path: Path, key_cache: None) -> None:
+    host = Host(tmp_path, 1)
+    host.add_group("bad", 1)
+    host.configure(more='[group.data]\nmount = "/srv/data"\n[group.bad]\nmount = "/srv/bad"\noptions = ["noatime"]\n')
+    for operation in (gate.open_group, gate.gate):
+        with pytest.raises(Malformed, match=r"group\.bad\.options") as wrong:
+            operation(host.paths, "bad")
+        assert wrong.value.hint == "edit /etc/unlock/unlock.toml"
+    with pytest.raises(UnlockError, match=r"data-0 .* is missing"):
+        gate.open_group(host.paths, "data")
+    found = status.read_status(host.paths)
+    assert [group.mount for group in found.groups] == ["/srv/data", ""]
+    assert status.to_json(found)["wrong_settings"] == ["unlock.toml: group.bad.options is not a str"]
+    assert "group.bad.options is not a str: edit /etc/unlock/unlock.toml" in status.to_text(found)
+    host.configure(more="[group.data\n")
+    assert "unlock.toml" in status.to_text(status.read_status(host.paths))
 
 
 # Asking

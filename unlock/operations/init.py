@@ -83,6 +83,7 @@ def init(paths: Paths, choices: InitChoices) -> Preflight:
     """Initialises this host. Raises Refused with the name of what is wrong, TpmAbsent, TpmFailed."""
     with exclusive(paths):
         unfinished = _earlier_attempt(paths)
+        config.load(paths.config).check()
         with Tpm(choices.tcti) as tpm:
             found = preflight(paths, tpm, choices, unfinished is not None)
             ours = unfinished and _is_backup_of(choices.backup, unfinished.host)
