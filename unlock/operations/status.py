@@ -18,6 +18,7 @@ from ..host.provider_entry import days_left
 from ..host.state import State
 from ..paths import Paths
 from ..secret import Secret
+from . import policy
 
 CERTIFICATE_DAYS = 30
 """Days before the end of a client certificate from which on there is a warning."""
@@ -120,14 +121,16 @@ class Status(NamedTuple):
     """What has narrowed a policy, while the new persistence key is still to come; ''."""
     window: WindowStatus | None
     pin: bool
+    not_checked: list[int]
+    """PCRs that measure kernel, initramfs or command line on this host, and that the TPM's policy leaves out."""
     wrong_settings: list[str]
     """What is wrong in unlock.toml."""
     groups: list[GroupStatus]
 
 
-def read_status(paths: Paths) -> Status:
-    """Changes nothing. A disk that cannot be read is a row, not an error. Raises NoKey and others when the host is not
-    initialised."""
+def read_status(paths: Paths, tcti: str = "") -> Status:
+    """Changes nothing. Without `tcti` the TPM is not asked. A disk that cannot be read is a row, not an error. Raises
+    NoKey and others when the host is not initialised."""
     state = State.load(paths)
     settings, wrong_settings = _read_settings(paths)
     try:
@@ -160,6 +163,7 @@ def read_status(paths: Paths) -> Status:
         narrowed=state.narrowed or "",
         window=_window(state),
         pin=state.tpm.pin,
+        not_checked=_pcrs_not_checked(paths, tcti) if tcti else [],
         wrong_settings=wrong_settings,
         groups=groups,
     )
@@ -196,6 +200,7 @@ def to_json(found: Status) -> dict[str, Any]:
         "narrowed": found.narrowed,
         "window": found.window._asdict() if found.window else None,
         "pin": found.pin,
+        "not_checked": found.not_checked,
         "wrong_settings": found.wrong_settings,
         "groups": [
             {
@@ -253,6 +258,14 @@ def _read_settings(paths: Paths) -> tuple[config.Config, list[str]]:
     return settings, [str(each.error) for each in settings.faults.values()]
 
 
+def _pcrs_not_checked(paths: Paths, tcti: str) -> list[int]:
+    """Of the TPM's policy; empty where the TPM does not answer."""
+    try:
+        return policy.show(paths, tcti)["not_checked"]
+    except UnlockError:
+        return []
+
+
 def _warnings(found: Status) -> list[str]:
     warnings = []
     if found.boot and found.boot.facts.unauthenticated_root:
@@ -261,6 +274,8 @@ def _warnings(found: Status) -> list[str]:
         warnings.append(f"{found.narrowed}, but earlier copies of headers still open: unlock rekey --fresh")
     if found.to_finish:
         warnings.append(f"`{found.to_finish}` is not finished: run it again")
+    if found.not_checked:
+        warnings.append(f"{policy.describe_not_checked(found.not_checked)}: unlock policy set --pcrs")
     if window := found.window:
         long = f"THE WINDOW IS STILL OPEN after {window.days} days" if window.days >= WINDOW_DAYS else ""
         text = long or f"a window is open since {window.since}"
