@@ -345,7 +345,7 @@ def test_open_says_at_once_what_is_missing(tmp_path: Path, key_cache: None) -> N
     keyring.flush()
     with pytest.raises(UnlockError) as caught:
         gate.open_group(host.paths, "data")
-    assert caught.value.code == "no-key"
+    assert (caught.value.code, caught.value.hint) == ("no-key", "unlock open data --recovery")
     with pytest.raises(UnlockError, match="missing"):
         gate.open_group(host.paths, "data", host.recovery)
 
@@ -400,6 +400,17 @@ def test_a_credential_is_taken_without_a_terminal(tmp_path: Path) -> None:
     key = recovery_key.new()
     (tmp_path / "unlock.recovery-key").write_bytes(bytes(key).replace(b"-", b" ") + b"\n")
     assert asked("delivery.read_recovery_key()", CREDENTIALS_DIRECTORY=str(tmp_path)) == bytes(key).decode()
+
+
+def test_who_mistypes_the_recovery_key_is_asked_again(capsys: pytest.CaptureFixture[str]) -> None:
+    key = recovery_key.new()
+    answers = [b"1", bytes(key)[::-1], bytes(key)]
+    assert delivery.type_recovery_key(lambda: Secret(answers.pop(0))) == key
+    assert "1 digits were typed" in capsys.readouterr().err and not answers
+    asked = []
+    with pytest.raises(Usage, match="digits were typed"):
+        delivery.type_recovery_key(lambda: asked.append(1) or Secret(b"1"))  # type: ignore[func-returns-value]
+    assert len(asked) == 5
 
 
 def test_without_terminal_file_or_credential_the_flag_is_named() -> None:

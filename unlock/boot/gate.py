@@ -229,9 +229,7 @@ def make_unwrap(
     except NoKey as error:
         if group and _may_ask_provider(paths, state, group):
             return _make_provider_unwrap(paths, state, group, record, end, connect)
-        raise NoKey(
-            f"group {name}: no key: {_explain_missing_key(paths)}", "reboot and type the recovery key"
-        ) from error
+        raise NoKey(f"group {name}: no key: {_explain_missing_key(paths)}", f"unlock open {name} --recovery") from error
     if group and group.policy == "provider":
         _await_kek(paths, group, end, look, connect)
 
