@@ -426,6 +426,17 @@ def test_a_configuration_that_nobody_can_read_mounts_nothing(world: World) -> No
     assert verdict == UNSAFE and list(wrong) == ["unlock.toml"]
 
 
+def test_each_wrong_table_of_the_configuration_is_named(world: World) -> None:
+    world.write("etc/unlock/unlock.toml", "[group.data]\nmount = '/srv'\n[group.bad]\noptions = ['x']\n[gruop.more]\n")
+    found = check.check(world.host.paths, world.chip.tcti, world.host.look)
+    wrong = [each.detail for each in found.findings if each.what == "unlock.toml"]
+    assert wrong == [
+        "group bad is not mounted: unlock.toml: group.bad.options is not a str",
+        "unlock.toml: gruop is not a known setting",
+    ]
+    assert found.verdict == UNSAFE
+
+
 GLOBAL, SHIM = "8be4df61-93ca-11d2-aa0d-00e098032b8c", "605dab50-e046-4300-abb6-3dd810dd8b23"
 IMAGE_SECURITY = "d719b2cb-3d3a-4596-a3bc-dad00e67656f"
 

@@ -15,7 +15,7 @@ from tests.formats import FOLDER
 from unlock import cli
 from unlock.disks import fstab
 from unlock.endpoint import Endpoint
-from unlock.errors import Malformed, NewerFormat, Refused
+from unlock.errors import Malformed, NewerFormat, Refused, Usage
 from unlock.host import config
 from unlock.host.journal import DiskAdoption, GroupCreation
 from unlock.host.state import State
@@ -101,7 +101,48 @@ def test_a_mount_point_and_an_endpoint_are_read_as_they_are_used() -> None:
 )
 def test_a_mistake_is_named(text: str, named: str) -> None:
     with pytest.raises(Malformed, match=re.escape(named)):
-        config.parse(text)
+        config.parse(text).check()
+
+
+def test_a_wrong_table_is_an_error_for_those_who_need_it() -> None:
+    text = f"[group.data]\nmount = '/srv/data'\n{KMS}[group.bad]\noptions = ['x']\n"
+    found = config.parse(f"{text}[provider.bad]\n[sync]\ndrop_on = 3\n[gruop.more]\n")
+    data, kms = found.group("data"), found.provider("kms")
+    assert data and data.mount == "/srv/data" and kms and kms.ca == "/ca.pem"
+    assert found.group("absent") is None and found.provider("absent") is None
+    for ask in (lambda: found.group("bad"), lambda: found.provider("bad"), lambda: found.sync, found.check):
+        with pytest.raises(Malformed) as caught:
+            ask()
+        assert caught.value.hint == "edit /etc/unlock/unlock.toml"
+    assert found.faults.keys() == {"group.bad", "provider.bad", "sync", "gruop"}
+    for kind, whole in (("group", config.parse("group = 3")), ("provider", config.parse("provider = 3"))):
+        with pytest.raises(Malformed):
+            getattr(whole, kind)("data")
+
+
+def test_no_table_is_added_to_a_file_that_is_wrong_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "unlock.toml"
+    path.write_text("[group.bad]\noptions = ['x']\n")
+    before = path.read_bytes()
+    with pytest.raises(Malformed, match=r"group\.bad\.options"):
+        config.append_table(str(path), config.group_table(config.GroupConfig("data", "/srv", "", "", 90)))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text", ["version = 1" + "0" * 5000, f"[group.data]\ndeadline = {10**9}", "version" + ".a" * 5000 + " = 1"]
+)
+def test_what_python_cannot_hold_is_a_mistake_as_any_other(text: str) -> None:
+    with pytest.raises(Malformed):
+        config.parse(text).check()
+
+
+@pytest.mark.parametrize("where", [f"/srv/{'x' * 300}", "/srv/x ", "/srv/x\\", f"/srv/{'-' * 100}"])
+def test_a_mount_point_that_no_unit_can_have_is_a_mistake(where: str) -> None:
+    with pytest.raises(Malformed, match=r"cannot be a mount point|not a line of text"):
+        config.parse(f"[group.data]\nmount = '{where}'\n").check()
+    with pytest.raises(Usage):
+        config.normalise_mount_point(where)
 
 
 def test_a_later_version_is_told_from_a_mistake() -> None:

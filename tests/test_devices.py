@@ -185,6 +185,22 @@ def test_mountpoints_with_spaces_are_found(machine: Machine) -> None:
     assert devices.lies_on_mappings("/mnt/two words\\", {"a"}, machine.root)
 
 
+def test_where_a_group_is_mounted_is_what_one_sees(machine: Machine) -> None:
+    machine.mapping("a", "254:0", LUKS + "a", "sda2")
+    machine.mapping("b", "254:1", LUKS + "b", "sdb")
+    machine.mapping("c", "254:2", LUKS + "c", "sdc")
+    machine.mapping("vg-a", "254:3", "LVM-a", "dm-0")
+    machine.btrfs("11111111-2222-3333-4444-555555555555", "dm-1", "dm-2")
+    machine.mount("254:3", "/srv/data", "/dev/mapper/vg-a")
+    machine.mount("254:3", "/mnt/data", "/dev/mapper/vg-a")
+    machine.mount("254:3", "/mnt/below", "/dev/mapper/vg-a")
+    machine.mount("0:50", "/mnt/below", "tmpfs", "tmpfs")
+    machine.mount("0:45", "/srv/pool", "/dev/mapper/b", "btrfs")
+    assert devices.mount_points_on({"a"}, machine.root) == ["/srv/data", "/mnt/data"]
+    assert devices.mount_points_on({"c"}, machine.root) == ["/srv/pool"]
+    assert devices.mount_points_on(set(), machine.root) == []
+
+
 def test_a_loop_among_slaves_ends(machine: Machine) -> None:
     machine.mapping("a", "254:0", "LVM-a", "sda2")
     machine.mapping("b", "254:1", "LVM-b", "dm-0")

@@ -14,7 +14,7 @@ from tests.hostfixture import Machine
 from unlock.errors import Refused, UnlockError
 from unlock.host import this_boot
 from unlock.measured import at_unseal, diagnosis, eventlog, evidence, explain, logs
-from unlock.operations import baseline, init, policy, rebind
+from unlock.operations import baseline, init, policy, rebind, status
 from unlock.operations.check.finding import Finding
 from unlock.operations.check.tpm import check_tpm
 from unlock.secret import Secret
@@ -127,7 +127,8 @@ def test_an_update_is_predicted_and_windows_and_other_pcrs_work_on_them(insecure
     assert policy.show(host.paths, host.chip.tcti)["pcrs"] == [0, 1, 2, 3, 4, 7, 8, 9, 14, 15]
     assert host.boot(OptionRom(**updated._asdict())) == "pcr-mismatch"
     assert host.boot(updated) == "unsealed"
-    policy.set_policy(host.paths, (0, 2, 4, 7, 8, 9), None, host.chip.tcti, look=host.look)
+    accept = ("unmeasured-drivers",)
+    policy.set_policy(host.paths, (0, 2, 4, 7, 8, 9), None, host.chip.tcti, look=host.look, accept=accept)
     assert host.boot(updated._replace(boot_order=(2, 1))) == "unsealed"
     assert host.boot(OptionRom(**updated._asdict())) == "pcr-mismatch"
 
@@ -156,7 +157,8 @@ def test_check_says_when_they_are_not_checked(insecure: Machine) -> None:
     assert not told()
     policy.open_window(host.paths, 1, (), host.chip.tcti)
     assert not told(), "the window is told, and closes"
-    policy.set_policy(host.paths, (2, 4, 7, 8, 9), None, host.chip.tcti, look=host.look)
+    accept = ("unmeasured-drivers",)
+    policy.set_policy(host.paths, (2, 4, 7, 8, 9), None, host.chip.tcti, look=host.look, accept=accept)
     [found] = told()
     assert "PCRs 0, 1, 3" in found.detail
 
@@ -194,3 +196,107 @@ def test_real_logs_say_whether_it_is_on(name: str, secure: bool) -> None:
 def test_without_a_log_it_counts_as_off() -> None:
     assert at_unseal.default_pcrs("UKI", None) == (0, 1, 2, 3, 4, 7, 11, 12)
     assert at_unseal.default_pcrs("unmeasured", None) == (7,)
+
+
+# PCRs that leave kernel, initramfs or command line out
+
+
+@pytest.mark.parametrize(
+    ("kind", "secure", "chosen", "missing"),
+    [
+        ("shim+GRUB", True, (7,), (8, 9)),
+        ("shim+GRUB", True, (7, 9), (8,)),
+        ("shim+GRUB", True, (7, 8), (9,)),
+        ("shim+GRUB", True, (7, 8, 9), ()),
+        ("shim+GRUB", True, (8, 9), (4,)),
+        ("shim+GRUB", True, (4, 8, 9), ()),
+        ("shim+GRUB", False, (7, 8, 9), (4,)),
+        ("UKI", True, (7,), (11, 12)),
+        ("UKI", True, (7, 11), (12,)),
+        ("UKI", True, (7, 11, 12), ()),
+        ("UKI", True, (4, 12), ()),
+        ("UKI", False, (7, 11, 12), (4,)),
+        ("direct kernel", True, (7,), (4, 9)),
+        ("direct kernel", True, (7, 9), (4,)),
+        ("direct kernel", True, (4, 9), ()),
+        ("unmeasured", True, (7,), ()),
+    ],
+)
+def test_which_pcrs_a_selection_lacks_to_notice_another_kernel(
+    kind: str, secure: bool, chosen: tuple[int, ...], missing: tuple[int, ...]
+) -> None:
+    log = eventlog.parse_event_log(Boot(secure_boot=secure).log())
+    assert at_unseal.missing_for_kernel(kind, log, chosen) == missing
+    assert not at_unseal.risks(kind, log, at_unseal.default_pcrs(kind, log))
+    if kind in at_unseal.MEASURED_BY and 4 not in chosen:
+        assert 4 in at_unseal.missing_for_kernel(kind, None, chosen), "Secure Boot cannot be told"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_init_does_not_leave_the_command_line_out_unless_that_is_accepted(tmp_path: Path, kind: str) -> None:
+    edited = Boot(kind, cmdline="init=/bin/sh", initrd="initrd" if kind != "uki" else "another")
+    with pytest.raises(Refused) as caught:
+        initialised(tmp_path, Boot(kind), pcrs=(7,))
+    assert caught.value.code == "unmeasured-boot" and "add PCRs" in caught.value.hint
+    host, _ = initialised(tmp_path / "chosen", Boot(kind))
+    assert host.boot(edited) == "pcr-mismatch"
+    host.close()
+    host, _ = initialised(tmp_path / "accepted", Boot(kind), "unmeasured-boot", pcrs=(7,))
+    assert host.boot(edited) == "unsealed"
+    host.close()
+
+
+def test_policy_set_wants_both_risks_accepted_by_name(insecure: Machine) -> None:
+    host = insecure
+    host.boot()
+    before = Path(host.paths.state).read_bytes(), host.allows()
+
+    def choose(*accept: str) -> None:
+        policy.set_policy(host.paths, (7,), None, host.chip.tcti, look=host.look, accept=accept)
+
+    for accept, risk in (((), "unmeasured-boot"), (("unmeasured-boot",), "unmeasured-drivers")):
+        with pytest.raises(Refused) as caught:
+            choose(*accept)
+        assert caught.value.code == risk and f"--accept {risk}" in caught.value.hint
+        assert (Path(host.paths.state).read_bytes(), host.allows()) == before
+    choose("unmeasured-boot", "unmeasured-drivers")
+    assert host.allows().record.selection == (7, 15)
+
+
+def test_show_check_and_status_say_what_is_not_checked(tmp_path: Path) -> None:
+    host, _ = initialised(tmp_path, Boot())
+    host.write("proc/self/mountinfo", b"")
+    host.boot()
+
+    def told() -> list[str]:
+        log, _ = logs.read_event_log(host.paths)
+        shown = policy.show(host.paths, host.chip.tcti)
+        found = status.read_status(host.paths, host.chip.tcti)
+        assert shown["not_checked"] == status.to_json(found)["not_checked"]
+        findings = check_tpm(host.paths, host.state, host.chip.tcti, UnlockError("not predicted"), log)
+        texts = [policy.table(shown), status.to_text(found), *(each.detail for each in findings)]
+        return [each for each in texts if "are not checked: whoever edits kernel" in each]
+
+    assert not told()
+    policy.open_window(host.paths, 1, (4,), host.chip.tcti)
+    assert not told(), "the window is told, and closes"
+    policy.set_policy(host.paths, (7, 9), None, host.chip.tcti, look=host.look, accept=("unmeasured-boot",))
+    assert len(told()) == 3 and all("PCRs 8 " in each for each in told())
+    host.close()
+
+
+def test_rebind_does_not_leave_the_command_line_out_unless_that_is_accepted(tmp_path: Path) -> None:
+    host = Machine(tmp_path, Boot(), pcrs=(7, 9), disks=1)
+    host.write("sys/firmware/efi/fw_platform_size", b"64\n")
+
+    def rebound(*accept: str, pcrs: tuple[int, ...] = ()) -> tuple[int, ...]:
+        accepted = frozenset(("unauthenticated-root", *accept))
+        choices = rebind.RebindChoices(host.recovery, pcrs=pcrs, accept=accepted, tcti=host.chip.tcti)
+        return rebind.rebind(host.paths, choices, host.look).selection
+
+    with pytest.raises(Refused) as caught:
+        rebound(pcrs=(7,))
+    assert caught.value.code == "unmeasured-boot" and "8, 9" in caught.value.hint
+    assert rebound("unmeasured-boot") == (7, 9, 15), "as before"
+    assert rebound() == (7, 8, 9, 15)
+    host.close()

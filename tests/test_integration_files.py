@@ -3,20 +3,26 @@
 
 import hashlib
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
+import tomllib
 import tty
 from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import pytest
 
-from unlock.errors import UnlockError
+from unlock.boot.mount import find_group
+from unlock.errors import Usage
 from unlock.host import config, units
+from unlock.paths import Paths
 
 TOP = Path(__file__).resolve().parent.parent
 GENERATOR = TOP / "system/unlock-generator"
@@ -301,6 +307,9 @@ def host(tmp_path: Path) -> Host:
     return Host(tmp_path)
 
 
+FAILS = "What=/etc/unlock/unlock.toml"
+"""In a mount unit that fails, whatever is open."""
+
 DATA = '[group.data]\nmount = "/srv/data"\ntype = "btrfs"\noptions = "noatime,compress=zstd"\ndeadline = 30\n'
 GATE = "local-fs.target.wants/unlock-group@data.service"
 MOUNT = {GATE, "srv-data.mount", "local-fs.target.wants/srv-data.mount"}
@@ -374,20 +383,20 @@ SETTINGS = [
 
 @pytest.mark.parametrize("which", ["names", "settings"])
 def test_generator_and_commands_say_the_same_of_a_group(host: Host, which: str) -> None:
-    """A gate whose command does not know the group would fail; a mount point that only one of them accepts has no
-    unit, or one of another name."""
+    """A gate whose command does not know the group would fail; a mount point that only one of them accepts would have a
+    unit of another name."""
     groups = [(name, 'mount = "/srv/x"') for name in NAMES]
     if which == "settings":
         groups = [("data", setting) for setting in SETTINGS]
     accepted = 0
     for name, setting in groups:
         text = f'[group."{name}"]\n{setting}\n'
-        mounts = {each for each in host.generate(text) if each.endswith(".mount") and "wants" not in each}
-        try:
-            expected = {units.mount_unit(config.parse(text).groups[name].mount)}
-        except UnlockError:
-            expected = set()
+        host.generate(text)
+        mounts = {each.name for each in host.out.glob("*.mount") if FAILS not in each.read_text()}
+        settings = config.parse(text)
+        expected = {units.mount_unit(group.mount) for group in settings.groups.values()}
         assert mounts == expected, text
+        assert bool(host.errors) == bool(settings.faults)
         accepted += bool(mounts)
     assert 0 < accepted < len(groups)
 
@@ -403,47 +412,159 @@ def test_no_configuration_is_no_error(host: Host) -> None:
     assert not host.errors
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        b"\xff\xfe",
-        "[group.data",
-        "group = 3",
-        '[group."../x"]\nmount = "/srv/x"',
-        '[group."a b"]\n',
-        "group.data = 3",
-        f"[group.{'a' * 65}]\n",
-        "[group._data]\n",
-        "[[group]]",
-    ],
-)
-def test_a_mangled_configuration_makes_nothing(host: Host, config: str | bytes) -> None:
+@pytest.mark.parametrize("config", [b"\xff\xfe", "group = 3", '[group."a b"]\n', f"[group.{'a' * 65}]\n", "[[group]]"])
+def test_a_file_that_names_no_group_makes_nothing(host: Host, config: str | bytes) -> None:
     assert host.generate(config) == set()
     assert host.errors
 
 
-def test_a_typo_leaves_mounts_that_fail_rather_than_bare_directories(host: Host) -> None:
-    made = host.generate(DATA + "[group.more\n" + 'mount = "/srv/more"\n')
-    assert made == {"srv-data.mount", "srv-more.mount"}
-    assert "Requires=unlock-group@unknown.service" in host.read("srv-data.mount")
-    assert host.errors
+BAD = "local-fs.target.wants/unlock-group@bad.service"
+MORE = "[group.more]\nmount = '/srv/more'\n"
+
+
+def failing(*mounts: str) -> set[str]:
+    return {f"{mount}.mount" for mount in mounts} | {f"local-fs.target.wants/{mount}.mount" for mount in mounts}
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("setting", "where"),
     [
-        'mount = "srv"',
-        'mount = "/"',
-        'mount = "/srv/../x"',
-        "mount = 3",
-        'mount = "/a\\nb"',
-        'mount = "/a"\noptions = "x\\n[Install]"',
+        ('mount = "/srv/bad"\noptions = ["noatime"]', "srv-bad"),
+        ('mount = "/srv/bad"\noptions = "x\\n[Install]"', "srv-bad"),
+        ('mount = "/srv/bad"\ndeadline = "90"', "srv-bad"),
+        ('mount = "/srv/bad"\ncolor = "/etc/x"', "srv-bad"),
+        ('mount = "srv/bad"', "srv-bad"),
+        ('mount = ["/srv/bad"]', "srv-bad"),
+        ('mount.point = "/srv/bad"', "srv-bad"),
+        ('mount = "/srv/../srv/bad"', "srv-bad"),
+        ('mount = " /srv/bad "', "srv-bad"),
+        ('muont = "/srv/bad"', "srv-bad"),
+        ('Mount = "/srv/bad"', "srv-bad"),
+        ('[group.bad.bad]\nmount = "/srv/bad"', "srv-bad"),
+        ('mount = "/"', ""),
+        ('mount = "/a\\nb"', ""),
+        ("mount = 3", ""),
+        ('ca = "/srv/ca.pem"', ""),
+        (f"mount = '/srv/{'x' * 300}'", ""),
     ],
 )
-def test_a_mangled_group_leaves_the_others(host: Host, line: str) -> None:
-    made = host.generate(f"[group.bad]\n{line}\n{DATA}")
-    assert made == MOUNT | {"local-fs.target.wants/unlock-group@bad.service"}
-    assert "group 'bad'" in host.errors
+def test_a_group_that_is_wrong_has_a_mount_that_fails_and_the_others_have_theirs(
+    host: Host, setting: str, where: str
+) -> None:
+    made = host.generate(f"[group.bad]\n{setting}\n{DATA}")
+    assert made == MOUNT | {BAD} | (failing(where) if where else set())
+    assert FAILS not in "\n".join(host.read("srv-data.mount"))
+    assert not where or FAILS in host.read(f"{where}.mount")
+    assert "group.bad" in host.errors
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "[gruop.bad]\nmount = '/srv/bad'",
+        "[group.'../x']\nmount = '/srv/bad'",
+        "[group.'a b']\nmount = '/srv/bad'",
+        "[[group.bad]]\nmount = '/srv/bad'",
+        "[provider.kms]\nmount = '/srv/bad'\nca = '/srv/ca.pem'\nendpoints = ['kms']",
+        "[sync]\nmount = '/srv/bad'",
+        f"[group.bad{'.a' * 3000}]\nmount = '/srv/bad'",
+    ],
+)
+def test_a_mount_point_in_a_wrong_place_of_the_file_fails(host: Host, bad: str) -> None:
+    assert host.generate(f"{DATA}{bad}\n") - {BAD} == MOUNT | failing("srv-bad")
+    assert FAILS in host.read("srv-bad.mount")
+
+
+@pytest.mark.parametrize("what", ["group", "mount", "group = 3\nmount"])
+def test_a_mount_point_without_a_table_fails(host: Host, what: str) -> None:
+    assert host.generate(f"{what} = '/srv/bad'\n{DATA if what == 'mount' else ''}") >= failing("srv-bad")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        b"[group.bad\n",
+        b"version = 2\n",
+        b"version = 'x'\n",
+        b"version = 1" + b"0" * 5000 + b"\n",
+        b"version" + b".a" * 3000 + b" = 1\n",
+        b"x = " + b"[" * 5000 + b"\n",
+        b"# \xff\n",
+        b"\xef\xbb\xbf",
+    ],
+)
+def test_where_no_group_can_be_told_from_another_each_has_a_mount_that_fails(host: Host, wrong: bytes) -> None:
+    made = host.generate(wrong + DATA.encode() + MORE.encode())
+    gates = {f"local-fs.target.wants/unlock-group@{name}.service" for name in ("data", "more")}
+    assert made - {BAD} == failing("srv-data", "srv-more") | gates
+    assert FAILS in host.read("srv-data.mount") and FAILS in host.read("srv-more.mount")
+    assert host.errors
+
+
+def test_a_file_of_another_encoding_has_mounts_that_fail(host: Host) -> None:
+    assert host.generate((DATA + MORE).encode("utf-16")) >= failing("srv-data", "srv-more")
+
+
+def test_a_mount_that_fails_has_nothing_that_could_open(host: Host) -> None:
+    """Also not a group of the name that a placeholder would have."""
+    host.generate("[group.unknown]\nmount = '/srv/unknown'\n[group.bad\n")
+    unit = "\n".join(host.read("srv-unknown.mount"))
+    assert "Requires" not in unit and "/run/unlock/open" not in unit
+    with pytest.raises(Usage, match=r"unlock\.toml is wrong"):
+        find_group(Paths(), "/etc/unlock/unlock.toml")
+
+
+def test_a_mount_that_fails_takes_no_place_of_fstab(host: Host) -> None:
+    made = host.generate("[group.bad]\nmount = '/srv/bad'\ncolor = 1\n", "UUID=1 /srv/bad ext4 nofail 0 2\n")
+    assert made == {BAD}
+
+
+@pytest.mark.parametrize("table", ["absent", "folder"])
+def test_groups_have_their_units_whatever_fstab_is(host: Host, table: str) -> None:
+    if table == "folder":
+        (host.root / "etc/fstab").mkdir()
+    assert host.generate(DATA) == MOUNT
+
+
+STYLES = {
+    "dotted": "version = 1\ngroup.data.mount = '/srv/data'\ngroup.more = { mount = \"/srv/more\", deadline = 30 }\n",
+    "inline": "group = { data = { mount = '/srv/data' }, more = { mount = '/srv/more', type = 'ext4' } }\n",
+    "tables": f"[provider.kms]\nendpoints = ['kms']\nca = '/srv/ca.pem'\n{DATA}[sync]\ndrop_on = []\n{MORE}",
+}
+
+
+def named(content: str) -> set[str]:
+    """What is named below /srv, outside of comments: in a value, or in the text of a file that is not TOML."""
+    try:
+        text = repr(tomllib.loads(content.encode("latin-1").decode()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        text = "\n".join(line for line in content.splitlines() if not line.lstrip().startswith("#"))
+    return set(re.findall("/srv/([a-z]+)(?=[\"',\\s}#\\]])", text))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_no_change_of_the_file_leaves_a_group_without_a_unit(
+    host: Host, style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each character left out and replaced; each line left out."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec = spec_from_loader("generator", SourceFileLoader("generator", str(GENERATOR)))
+    assert spec and spec.loader
+    generator = module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    monkeypatch.setattr(generator, "complain", lambda message: None)
+    text = STYLES[style]
+    lines = text.splitlines(keepends=True)
+    changed = {"".join(lines[:i] + lines[i + 1 :]) for i in range(len(lines))}
+    for i in range(len(text)):
+        for other in ("", *"\"'#\n]\xff"):
+            changed.add(text[:i] + other + text[i + 1 :])
+    for number, content in enumerate(sorted(changed)):
+        (host.root / "etc/unlock/unlock.toml").write_bytes(content.encode("latin-1"))
+        generator.main(str(host.out / str(number)), str(host.root))
+        made = {path.name for path in (host.out / str(number)).glob("*.mount")}
+        for name in named(content) & {"data", "more"}:
+            assert f"srv-{name}.mount" in made, content
 
 
 def test_no_unit_is_made_where_the_gate_would_wait_for_it(host: Host) -> None:
@@ -464,7 +585,7 @@ def test_percent_is_no_specifier(host: Host) -> None:
 
 @needs("systemd-analyze")
 def test_systemd_accepts_the_units(host: Host, tmp_path: Path) -> None:
-    host.generate(DATA + '[group.my-data]\nmount = "/srv/a b"\n')
+    host.generate(DATA + '[group.my-data]\nmount = "/srv/a b"\n[group.bad]\nmount = "/srv/50%n"\ncolor = 1\n')
     units = tmp_path / "units"
     shutil.copytree(host.out, units, symlinks=True)
     for unit in ("unlock-group@.service", "unlock-heal@.service"):
@@ -475,7 +596,7 @@ def test_systemd_accepts_the_units(host: Host, tmp_path: Path) -> None:
             .replace("/usr/lib/unlock/gate", "/bin/true")
         )
         (units / unit).write_text(text.replace("Documentation=man:unlock(8)", ""))
-    mounts = [units / "srv-data.mount", units / "srv-a\\x20b.mount"]
+    mounts = [units / f"srv-{each}.mount" for each in ("data", "a\\x20b", "50\\x25n")]
     for mount in mounts:
         mount.write_text(mount.read_text().replace("Documentation=man:unlock(8)", ""))
     instances = [units / "unlock-group@my-data.service", units / "unlock-heal@sda.service"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from unlock import cli, errors
+from unlock.measured import at_unseal
 from unlock.operations import check, init, rebind
 
 PAGES = {path.name.removesuffix(".md"): path.read_text() for path in (Path(__file__).parents[1] / "man").glob("*.md")}
@@ -100,7 +101,20 @@ def test_every_exit_status_is_in_the_manual() -> None:
     assert {int(each) for each in re.findall(r"\b(\d+) ", section("EXIT STATUS"))} == statuses
 
 
-@pytest.mark.parametrize(("command", "risks"), [("init", init.OVERRIDES), ("rebind", rebind.RISKS)])
-def test_every_risk_that_can_be_accepted_is_named(command: str, risks: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "risks"), [("init", init.OVERRIDES), ("rebind", rebind.RISKS), ("policy set", at_unseal.RISKS)]
+)
+def test_every_risk_that_can_be_accepted_is_named(
+    command: str, risks: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the manual and in --help, and no other is accepted."""
     told = section("COMMANDS").partition(f"**{command}**\n:   ")[2].partition("\n\n")[0]
     assert set(re.findall(r"\*\*([a-z]+(?:-[a-z]+)+)\*\*", told)) >= risks.keys()
+    with pytest.raises(SystemExit):
+        cli._parser().parse_args([*command.split(), "--help"])
+    help = "".join(capsys.readouterr().out.split())
+    assert all(risk in help for risk in risks)
+    with pytest.raises(SystemExit):
+        cli._parser().parse_args([*command.split(), "--accept", "none"])
+    for risk in risks:
+        assert cli._parser().parse_args([*command.split(), "--accept", risk]).accept == [risk]

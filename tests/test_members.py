@@ -176,6 +176,18 @@ def test_erase_names_only_disks_of_the_group_and_each_disk_is_named_once(host: H
     assert not_created(host, wanted(host, "/dev/unlock-test-absent")).code == "usage"
 
 
+@pytest.mark.parametrize(
+    "wrong", ["[group.other]\nmount = 'srv'\n", "[provider.kms]\n", "[gruop.other]\n", "[group.other"]
+)
+def test_no_disk_is_touched_while_unlock_toml_is_wrong_anywhere(host: Host, wrong: str) -> None:
+    """The group could not be added to it, and what else is mounted where cannot be told."""
+    host.configure(more=wrong)
+    disk = host.folder / "disk"
+    disk.write_bytes(bytes(SMALL))
+    assert not_created(host, wanted(host, str(disk))).code == "malformed"
+    assert not_adopted(host, str(disk)).code == "malformed"
+
+
 # group create: a mount point that is taken
 
 

@@ -557,10 +557,14 @@ def test_the_command_line_speaks_for_people_and_for_scripts(host: Host) -> None:
     for words in (["provider", "list"], ["cache", "show"], ["persistence", "status"]):
         status, said, _ = run(*words)
         assert (status, bool(said)) == (0, True), words
-        assert json.loads(run(*words, "--json")[1])
+        assert json.loads(run(*words, "--json")[1])["version"] == 1
     status, said, trouble = run("rekey", "absent")
     assert (status, said) == (2, "")
     assert "hint: unlock status" in trouble
+    status, said, again = run("rekey", "absent", "--json")
+    assert (status, again) == (2, trouble)
+    error = {"code": "usage", "message": "there is no group absent", "hint": "unlock status", "status": 2}
+    assert json.loads(said) == {"version": 1, "error": error}
     assert State.load(host.paths).journal is None
 
 

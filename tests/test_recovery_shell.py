@@ -24,7 +24,7 @@ from tests.test_recovery_rotate import change_flags
 from unlock import ask, cli
 from unlock.boot import activation, gate, plot, shell
 from unlock.disks import udev
-from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
+from unlock.errors import Malformed, NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.host import keyring, report, report_file, this_boot
 from unlock.keys import delivery, recovery_key
 from unlock.operations import recovery, status
@@ -345,9 +345,27 @@ def test_open_says_at_once_what_is_missing(tmp_path: Path, key_cache: None) -> N
     keyring.flush()
     with pytest.raises(UnlockError) as caught:
         gate.open_group(host.paths, "data")
-    assert caught.value.code == "no-key"
+    assert (caught.value.code, caught.value.hint) == ("no-key", "unlock open data --recovery")
     with pytest.raises(UnlockError, match="missing"):
         gate.open_group(host.paths, "data", host.recovery)
+
+
+def test_a_group_that_is_wrong_in_unlock_toml_stops_no_other(tmp_path: Path, key_cache: None) -> None:
+    host = Host(tmp_path, 1)
+    host.add_group("bad", 1)
+    host.configure(more='[group.data]\nmount = "/srv/data"\n[group.bad]\nmount = "/srv/bad"\noptions = ["noatime"]\n')
+    for operation in (gate.open_group, gate.gate):
+        with pytest.raises(Malformed, match=r"group\.bad\.options") as wrong:
+            operation(host.paths, "bad")
+        assert wrong.value.hint == "edit /etc/unlock/unlock.toml"
+    with pytest.raises(UnlockError, match=r"data-0 .* is missing"):
+        gate.open_group(host.paths, "data")
+    found = status.read_status(host.paths)
+    assert [group.mount for group in found.groups] == ["/srv/data", ""]
+    assert status.to_json(found)["wrong_settings"] == ["unlock.toml: group.bad.options is not a str"]
+    assert "group.bad.options is not a str: edit /etc/unlock/unlock.toml" in status.to_text(found)
+    host.configure(more="[group.data\n")
+    assert "unlock.toml" in status.to_text(status.read_status(host.paths))
 
 
 # Asking
@@ -382,6 +400,17 @@ def test_a_credential_is_taken_without_a_terminal(tmp_path: Path) -> None:
     key = recovery_key.new()
     (tmp_path / "unlock.recovery-key").write_bytes(bytes(key).replace(b"-", b" ") + b"\n")
     assert asked("delivery.read_recovery_key()", CREDENTIALS_DIRECTORY=str(tmp_path)) == bytes(key).decode()
+
+
+def test_who_mistypes_the_recovery_key_is_asked_again(capsys: pytest.CaptureFixture[str]) -> None:
+    key = recovery_key.new()
+    answers = [b"1", bytes(key)[::-1], bytes(key)]
+    assert delivery.type_recovery_key(lambda: Secret(answers.pop(0))) == key
+    assert "1 digits were typed" in capsys.readouterr().err and not answers
+    asked = []
+    with pytest.raises(Usage, match="digits were typed"):
+        delivery.type_recovery_key(lambda: asked.append(1) or Secret(b"1"))  # type: ignore[func-returns-value]
+    assert len(asked) == 5
 
 
 def test_without_terminal_file_or_credential_the_flag_is_named() -> None:

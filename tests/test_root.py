@@ -25,7 +25,7 @@ from unlock.disks import disk_keys, luks
 from unlock.disks.udev import Disk
 from unlock.errors import DiskFailed, NoKey, Refused
 from unlock.host import config, keyring, report, this_boot
-from unlock.operations import cache, persistence, sync
+from unlock.operations import cache, persistence, status, sync
 from unlock.operations import group as group_operations
 from unlock.paths import TPM_DEVICE, write_atomically
 from unlock.secret import Secret
@@ -503,6 +503,35 @@ def test_a_group_of_any_name_is_healed_after_its_gate_gave_up(bare: Host) -> Non
     assert child(give_up) == 0
     assert this_boot.failed_groups(bare.paths) == ["data", "data.new"]
     assert gate._read_waiting_units(bare.paths, "data.new") == []
+
+
+# Where a group is mounted
+
+
+@pytest.mark.parametrize(
+    ("mounts", "said"),
+    [
+        ([], "not mounted (/srv/data)"),
+        (["/srv/data"], "/srv/data"),
+        (["/srv/data", "/mnt"], "/srv/data, /mnt"),
+        (["/mnt"], "/mnt (unlock.toml: /srv/data)"),
+    ],
+)
+def test_status_says_where_a_group_is_mounted_and_not_where_it_should_be(
+    host: Host, machine: Seen, mounts: list[str], said: str
+) -> None:
+    host.configure(more='[group.data]\nmount = "/srv/data"\n')
+    number = machine.opened("data-0")
+    for where in ("/", *mounts):
+        machine.mount(number if where != "/" else machine.plain(), where, "/dev/x")
+
+    def look() -> None:
+        found = status.read_status(host.paths)
+        assert status.to_json(found)["groups"][1]["mounted"] == mounts
+        row = next(line for line in status.to_text(found).splitlines() if "data-0" in line)
+        assert row.endswith(f"  {said}")
+
+    machine.inside(look)
 
 
 # What the TPM says of the root

@@ -445,6 +445,20 @@ def test_the_operator_turns_a_group_to_policy_provider_and_back(host: Host, kms:
     assert run(host)["data"] == "unchanged"
 
 
+def test_a_group_whose_settings_are_wrong_keeps_its_policy_and_the_other_gets_its_own(
+    tmp_path: Path, kms: Liar
+) -> None:
+    host = Host(tmp_path, 0, kms)
+    host.add_group("bad", 1, "provider")
+    host.add_group("data", 1)
+    more = '[group.bad]\npolicy = "provider"\nmount = "srv"\n[group.data]\npolicy = "provider"\n'
+    host.configure(kms, more=more)
+    outcomes = run(host)
+    assert (outcomes["bad"], outcomes["data"]) == ("malformed", "provider")
+    assert {name: group.policy for name, group in host.state.groups.items()} == {"bad": "provider", "data": "provider"}
+    keyring.flush()
+
+
 def test_nobody_but_this_host_can_say_that_a_key_is_kept_elsewhere(tmp_path: Path, kms: Liar) -> None:
     """A thief copies what says so from one disk's token to another's: that disk is tampered with, not waiting."""
     host = Host(tmp_path, 0, kms)

@@ -23,6 +23,9 @@ def main() -> int:
         return cli(sys.argv[1:])
     except UnlockError as error:
         log.error(str(error), error.hint)
+        if "--json" in sys.argv[1:]:
+            told = {"code": error.code, "message": str(error), "hint": error.hint, "status": error.status}
+            log.show_json({"version": 1, "error": told})
         return error.status
     except KeyboardInterrupt:
         return 130

@@ -9,7 +9,7 @@ cursor, begins another line, or turns text around.
 import os
 import sys
 
-from .light import Iterable, Sequence
+from .light import Iterable, Mapping, Sequence
 
 
 def printable(line: str) -> str:
@@ -27,8 +27,9 @@ def show(text: str) -> None:
     print(join_lines(text.split("\n")), flush=True)
 
 
-def show_json(value: object) -> None:
-    """Prints a result for scripts to standard output. JSON escapes what no terminal may get."""
+def show_json(value: Mapping[str, object]) -> None:
+    """Prints a result for scripts to standard output: an object with its `version`. JSON escapes what no terminal may
+    get."""
     import json
 
     print(json.dumps(value, indent=1), flush=True)

@@ -22,7 +22,7 @@ from ..disks import devices, disk_keys, find, spoofed, udev
 from ..disks.groups import Group
 from ..disks.header import Header
 from ..disks.token import Token
-from ..errors import ClockWrong, CommandFailed, NoKey, NotOurs, ProviderUnavailable, Tampered, UnlockError, Usage
+from ..errors import ClockWrong, NoKey, NotOurs, ProviderUnavailable, Tampered, UnlockError, Usage
 from ..host import config, keyring, report, this_boot, units
 from ..host.lock import exclusive
 from ..host.state import State
@@ -40,7 +40,7 @@ RETRY = 5.0
 def gate(paths: Paths, name: str) -> int:
     """Waits for the group's members and opens it. Raises UnlockError with what is missing."""
     protect()
-    settings = config.load(paths.config).groups.get(name)
+    settings = config.load(paths.config).group(name)
     end = report.now() + (settings.deadline if settings else config.DEADLINE)
     if _is_open_already(paths, name):
         return 0
@@ -116,6 +116,7 @@ def open_group(paths: Paths, name: str, *recovery: Secret) -> None:
     state = State.load(paths)
     if name not in state.groups:
         raise Usage(f"there is no group {name}", "unlock status")
+    settings = config.load(paths.config).group(name)
     if not _is_open_already(paths, name):
         record = report.Report(f"open {name}")
         unwrap = _by_recovery_key(*recovery) if recovery else make_unwrap(paths, name, record, report.now())
@@ -126,7 +127,6 @@ def open_group(paths: Paths, name: str, *recovery: Secret) -> None:
             raise _make_error(paths, record, name)
         this_boot.mark_open(paths, name, record.groups[name].mappings)
         this_boot.unmark(paths, "failed-groups", name)
-    settings = config.load(paths.config).groups.get(name)
     if units.is_systemd_running() and paths.root == "/":
         units.start_group(name, settings.mount if settings else "")
 
@@ -197,15 +197,15 @@ def _heal_failed_groups(paths: Paths) -> int:
         if not complete:
             continue
         waiting = _read_waiting_units(paths, name)
-        settings = config.load(paths.config).groups.get(name)
         try:
+            settings = config.load(paths.config).group(name)
             run(["systemctl", "start", units.gate_unit(name)])
             if settings and settings.mount:
                 run(["systemctl", "start", "--no-block", units.mount_unit(settings.mount)])
             if waiting:
                 run(["systemctl", "start", "--no-block", *waiting])
-        except CommandFailed as error:
-            log.error(f"group {name}: {error}", f"systemctl status {units.gate_unit(name)}")
+        except UnlockError as error:
+            log.error(f"group {name}: {error}", error.hint or f"systemctl status {units.gate_unit(name)}")
     return 0
 
 
@@ -229,9 +229,7 @@ def make_unwrap(
     except NoKey as error:
         if group and _may_ask_provider(paths, state, group):
             return _make_provider_unwrap(paths, state, group, record, end, connect)
-        raise NoKey(
-            f"group {name}: no key: {_explain_missing_key(paths)}", "reboot and type the recovery key"
-        ) from error
+        raise NoKey(f"group {name}: no key: {_explain_missing_key(paths)}", f"unlock open {name} --recovery") from error
     if group and group.policy == "provider":
         _await_kek(paths, group, end, look, connect)
 
@@ -339,7 +337,7 @@ def _mark_failed(paths: Paths, name: str) -> None:
     waiting: list[str] = []
     mount = ""
     try:
-        settings = config.load(paths.config).groups.get(name)
+        settings = config.load(paths.config).group(name)
         if settings and settings.mount:
             mount = units.mount_unit(settings.mount)
             jobs = run(["systemctl", "list-jobs", "--no-legend", "--plain"])

@@ -69,6 +69,8 @@ def parse_arguments(argv: Sequence[str]) -> Request:
 
 def find_group(paths: Paths, source: str) -> tuple[str, set[str]]:
     """The open group that `source` is a mapping of, and the names of all its mappings. Raises Usage."""
+    if source == paths.config:  # by the generator's mount unit for a group that is wrong there
+        raise Usage(f"nothing is mounted here: {source} is wrong", "unlock check")
     node = os.path.realpath(source)
     for group, names in this_boot.open_groups(paths).items():
         if node in (os.path.realpath(f"/dev/mapper/{name}") for name in names):

@@ -25,7 +25,7 @@ def _show(paths: Paths, options: argparse.Namespace) -> int:
 
     rows = cache.list_keys(paths)
     if options.json:
-        log.show_json(rows)
+        log.show_json({"version": 1, "keys": rows})
         return 0
     for row in rows:
         log.show(f"{row['key']}: {row['what']}, from {row['source']}")

@@ -23,12 +23,26 @@ if TYPE_CHECKING:
     from .arguments import Commands
 
 
+_RISKS = (
+    "initramfs-without-unlock",
+    "unmeasured-boot",
+    "unmeasured-drivers",
+    "unauthenticated-root",
+    "slots-in-use",
+)
+
+
 def add(commands: "Commands") -> None:
     init = add_command(commands, "init", _init, "make this host's keys and seal them to the TPM")
     init.add_argument("--backup", default="", metavar="FILE", help="native: new file for the key-derivation key")
     init.add_argument("--backup-password-file", metavar="FILE", help=BACKUP_PASSWORD_SOURCE)
     init.add_argument(
-        "--accept", action="append", default=[], metavar="RISK", help="go on although this check refuses, by its name"
+        "--accept",
+        action="append",
+        default=[],
+        choices=_RISKS,
+        metavar="RISK",
+        help=f"go on although this check refuses: {', '.join(_RISKS)}",
     )
     add_pcrs(init, "--pcrs", "PCRs to seal to; default: those that measure how this host boots")
     add_owner_auth(init)
@@ -43,11 +57,8 @@ def add(commands: "Commands") -> None:
 def _init(paths: Paths, options: argparse.Namespace) -> int:
     from ..host import this_boot
     from ..operations import baseline
-    from ..operations.init import OVERRIDES, InitChoices, init
+    from ..operations.init import InitChoices, init
 
-    unknown = set(options.accept) - OVERRIDES.keys()
-    if unknown:
-        raise Usage(f"there is no risk named {sorted(unknown)[0]!r}", f"--accept takes {', '.join(OVERRIDES)}")
     kms = _key_manager(options) if options.provider == "kmip" else None
     if not kms and not options.backup:
         raise Usage("the native provider's key needs a backup before anything depends on it", "give --backup FILE")

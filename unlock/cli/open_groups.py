@@ -38,8 +38,11 @@ def _open(paths: Paths, options: argparse.Namespace) -> int:
         raise Usage("--recovery-key-file is for --recovery", "unlock open --recovery --recovery-key-file FILE")
     keys = [delivery.read_recovery_key(file) for file in options.recovery_key_file]
     if options.recovery and not keys:
-        with ask.credential(delivery.CREDENTIAL) or ask.anyone("recovery key", delivery.FLAG) as text:
-            keys = [recovery_key.parse(text)]
+        if text := ask.credential(delivery.CREDENTIAL):
+            with text:
+                keys = [recovery_key.parse(text)]
+        else:
+            keys = [delivery.type_recovery_key(lambda: ask.anyone("recovery key", delivery.FLAG))]
     status = 0
     for name in names:
         try:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .arguments import Commands
 
 
+_RISKS = ("unmeasured-boot", "unmeasured-drivers")
+
+
 def add(commands: "Commands") -> None:
     verbs = add_noun(commands, "policy", "which boots the TPM allows")
     add_json(add_command(verbs, "show", _show, "the states that the TPM allows, and why each"))
@@ -26,6 +29,14 @@ def add(commands: "Commands") -> None:
     close = add_command(verbs, "close", _close, "close the window: allow this boot's state alone, over all PCRs")
     chosen = add_command(verbs, "set", _set, "choose other PCRs, for this boot's state alone; or a PIN")
     add_pcrs(chosen, "--pcrs", "PCRs to check; PCR 15 is always added")
+    chosen.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        choices=_RISKS,
+        metavar="RISK",
+        help=f"choose these PCRs although this check refuses: {', '.join(_RISKS)}",
+    )
     add_pin(chosen)
     for each in (window, close, chosen):
         add_owner_auth(each)
@@ -78,7 +89,8 @@ def _set(paths: Paths, options: argparse.Namespace) -> int:
     if not options.pcrs and pin is None:
         raise Usage("unlock policy set has nothing to set", "give --pcrs N,N, --pin, --pin-file FILE, or --no-pin")
     with owner_auth(options) as owner, (pin and pin.typed) or Secret(b""):
-        found = policy.set_policy(paths, options.pcrs, pin, this_boot.tpm_device(), owner)
+        tcti = this_boot.tpm_device()
+        found = policy.set_policy(paths, options.pcrs, pin, tcti, owner, accept=options.accept)
     if options.pcrs:
         _note_selection(found.record.selection)
     if found.record.pin:

@@ -65,7 +65,7 @@ def _list(paths: Paths, options: argparse.Namespace) -> int:
 
     rows = provider.list_providers(paths)
     if options.json:
-        log.show_json(rows)
+        log.show_json({"version": 1, "providers": rows})
         return 0
     for row in rows:
         days = row["certificate_days"]
@@ -104,7 +104,7 @@ def _test(paths: Paths, options: argparse.Namespace) -> int:
             {"what": each.what, "error": each.error.code if each.error else "", "detail": str(each.error or "")}
             for each in proofs
         ]
-        log.show_json(rows)
+        log.show_json({"version": 1, "checks": rows})
     for each in proofs:
         if each.error:
             log.error(f"{each.what}: {each.error}", each.error.hint)

@@ -10,13 +10,11 @@ from ..paths import Paths
 from ..secret import Secret
 from .arguments import (
     BACKUP_PASSWORD_SOURCE,
-    RECOVERY_KEY,
     RECOVERY_KEY_SOURCE,
     add_command,
     add_owner_auth,
     add_pcrs,
     existing_backup_password,
-    existing_secret,
     new_backup_password,
     owner_auth,
 )
@@ -63,7 +61,7 @@ def _rebind(paths: Paths, options: argparse.Namespace) -> int:
     """Shows what will be allowed before it asks for the recovery key."""
     from ..host import this_boot
     from ..host.state import State
-    from ..keys import recovery_key
+    from ..keys import delivery
     from ..measured import diagnosis, evidence, explain
     from ..operations import baseline, rebind
 
@@ -77,10 +75,7 @@ def _rebind(paths: Paths, options: argparse.Namespace) -> int:
         pin = new_pin(options, needed=True)
     with (
         (pin and pin.typed) or Secret(b""),
-        existing_secret(
-            options.recovery_key_file, credential=RECOVERY_KEY, prompt="recovery key", flag="--recovery-key-file"
-        ) as typed,
-        recovery_key.parse(typed) as recovery,
+        delivery.read_recovery_key(options.recovery_key_file) as recovery,
         _backup_password(options) as password,
         ask.from_file(options.client_key) if options.client_key else Secret(b"") as client_key,
         ask.from_file(options.password_file) if options.password_file else Secret(b"") as client_password,

@@ -37,7 +37,7 @@ def _rekey(paths: Paths, options: argparse.Namespace) -> int:
 def print_outcomes(outcomes: "list[rotation.Outcome]", *, as_json: bool = False) -> int:
     """Prints one line a group, and the disks that still have the old key. Returns 0."""
     if as_json:
-        log.show_json([each._asdict() for each in outcomes])
+        log.show_json({"version": 1, "groups": [each._asdict() for each in outcomes]})
     for each in outcomes:
         if not as_json:
             log.show(f"group {each.group}: generation {each.generation}, {len(each.done)} disk(s)")

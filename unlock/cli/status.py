@@ -23,7 +23,7 @@ def add(commands: "Commands") -> None:
 
 
 def _status(paths: Paths, options: argparse.Namespace) -> int:
-    from ..host import report_file
+    from ..host import report_file, this_boot
     from ..operations import status
 
     if options.svg and not (options.boot and not options.json):
@@ -40,7 +40,7 @@ def _status(paths: Paths, options: argparse.Namespace) -> int:
             else:
                 log.show(status.boot_to_text(record))
         return 0
-    found = status.read_status(paths)
+    found = status.read_status(paths, this_boot.tpm_device())
     if options.json:
         log.show_json(status.to_json(found))
     else:

@@ -169,6 +169,15 @@ def mount_points(root: str = "/") -> list[str]:
     return sorted({where for _, where, _, _ in _mounts(root)})
 
 
+def mount_points_on(names: set[str], root: str = "/") -> list[str]:
+    """The mount points of file systems that lie on mappings of these names, in the order of their mounts."""
+    found: dict[str, bool] = {}
+    for device, where, source, kind in _mounts(root):
+        devices = _btrfs_devices(where, source, root) if kind == "btrfs" else [device]
+        found[where] = any(names & _mapping_names(_sysfs_folder(each, root), _LAYERS_MAX) for each in devices)
+    return [where for where, ours in found.items() if ours]
+
+
 def mappings_below(mountpoint: str, root: str = "/") -> set[str]:
     """Names of the mappings that a mounted file system lies on."""
     return set().union(

@@ -5,17 +5,20 @@ Every command reads it; `init`, `group create`, `disk adopt` and `provider add` 
 """
 
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 from ..disks.groups import POLICIES, is_name
 from ..endpoint import Endpoint
 from ..errors import Malformed, NewerFormat, Usage
 from ..paths import write_atomically
+from .units import mount_unit
 
 T = TypeVar("T")
 VERSION = 1
 DEADLINE = 90
 """Seconds that the gate of a group waits for its members, as systemd waits for a device."""
+DEADLINE_MAX = 604800
 
 TIMEOUT = 10
 """Seconds for one request to one endpoint of a provider."""
@@ -39,6 +42,7 @@ _NEEDED = (
     "/var/run",
 )
 """What a boot needs before its groups are mounted: what is above and below is needed, too."""
+UNIT_NAME_MAX = 255
 DROP_ON = ("deactivated", "compromised", "destroyed")
 
 HEAD = """\
@@ -87,29 +91,92 @@ class SyncConfig(NamedTuple):
     """States of a key at the KMS on which this host stops keeping it."""
 
 
+class Fault(NamedTuple):
+    """A table, or a setting outside of all tables, that is wrong."""
+
+    error: Malformed
+    value: object
+    """As it is in the file."""
+
+
 class Config(NamedTuple):
-    """The whole file."""
+    """The whole file. A wrong table is an error for those who need that table, and for nobody else."""
 
     groups: dict[str, GroupConfig]
+    """Without those that are wrong."""
     providers: dict[str, ProviderConfig]
-    sync: SyncConfig
+    """Without those that are wrong."""
+    parsed_sync: SyncConfig
+    faults: dict[str, Fault]
+    """By the name of the table: `group.NAME`, `provider.NAME`, `sync`, or another word at the top of the file."""
+
+    def group(self, name: str) -> GroupConfig | None:
+        """Raises Malformed if it is wrong."""
+        self.check("group", f"group.{name}")
+        return self.groups.get(name)
+
+    def provider(self, name: str) -> ProviderConfig | None:
+        """Raises Malformed if it is wrong."""
+        self.check("provider", f"provider.{name}")
+        return self.providers.get(name)
+
+    @property
+    def sync(self) -> SyncConfig:
+        """Raises Malformed if it is wrong."""
+        self.check("sync")
+        return self.parsed_sync
+
+    def check(self, *tables: str) -> None:
+        """Raises Malformed if one of these tables is wrong; without arguments, if any is."""
+        for table in tables or self.faults:
+            if table in self.faults:
+                raise self.faults[table].error
+
+
+NOTHING = Config({}, {}, SyncConfig(), {})
+"""Of a host without the file."""
 
 
 def parse(text: str) -> Config:
-    """The configuration in a file's text. Raises Malformed that names the key, NewerFormat."""
+    """The configuration in a file's text. Raises Malformed where no table can be told from another, NewerFormat."""
     import tomllib
 
     try:
         top = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of more than 4300 digits
         raise Malformed(f"unlock.toml: {error}", "edit /etc/unlock/unlock.toml") from error
     version = top.get("version", VERSION)
-    if type(version) is not int or version > VERSION:
-        raise NewerFormat(f"unlock.toml has version {version!r}; this unlock reads {VERSION}")
-    _only(top, {"version", "group", "provider", "sync"}, "")
-    groups = {name: _group(name, table) for name, table in _table(top, "group", "").items()}
-    providers = {name: _provider(name, table) for name, table in _table(top, "provider", "").items()}
-    return Config(groups, providers, _sync(_table(top, "sync", "")))
+    if type(version) is not int:
+        raise _bad("version is not an int")
+    if version > VERSION:
+        raise NewerFormat(f"unlock.toml has version {version}; this unlock reads {VERSION}")
+    faults: dict[str, Fault] = {}
+    groups = _tables(top, "group", _group, faults)
+    providers = _tables(top, "provider", _provider, faults)
+    sync = SyncConfig()
+    try:
+        sync = _sync(_table(top, "sync", ""))
+    except Malformed as error:
+        faults["sync"] = Fault(error, top["sync"])
+    for key in top.keys() - {"version", "group", "provider", "sync"}:
+        faults[key] = Fault(_bad(f"{key} is not a known setting"), top[key])
+    return Config(groups, providers, sync, faults)
+
+
+def _tables(top: dict[str, Any], kind: str, read: Callable[[str, Any], T], faults: dict[str, Fault]) -> dict[str, T]:
+    """The tables [KIND.NAME] by their names. Those that are wrong go to `faults`."""
+    found: dict[str, T] = {}
+    try:
+        tables = _table(top, kind, "")
+    except Malformed as error:
+        faults[kind] = Fault(error, top[kind])
+        return found
+    for name, table in tables.items():
+        try:
+            found[name] = read(name, table)
+        except Malformed as error:
+            faults[f"{kind}.{name}"] = Fault(error, table)
+    return found
 
 
 def _group(name: str, table: Any) -> GroupConfig:
@@ -123,8 +190,8 @@ def _group(name: str, table: Any) -> GroupConfig:
     except Usage as error:
         raise _bad(f"{where}mount: {error}") from error
     deadline = _get(table, "deadline", DEADLINE, where)
-    if deadline < 1:
-        raise _bad(f"{where}deadline is not at least 1")
+    if not 1 <= deadline <= DEADLINE_MAX:
+        raise _bad(f"{where}deadline is not from 1 to {DEADLINE_MAX}")
     policy = _get(table, "policy", POLICIES[0], where)
     if policy not in POLICIES:
         raise _bad(f"{where}policy is not one of {', '.join(POLICIES)}")
@@ -173,7 +240,7 @@ def load(path: str) -> Config:
         with open(path, encoding="utf-8") as file:
             return parse(file.read())
     except FileNotFoundError:
-        return Config({}, {}, SyncConfig())
+        return NOTHING
     except UnicodeDecodeError as error:
         raise Malformed(f"{path} is not UTF-8", f"edit {path}") from error
 
@@ -217,7 +284,7 @@ def append_table(path: str, table: str) -> None:
     except FileNotFoundError:
         text = HEAD
     text = text.rstrip("\n") + "\n" + table
-    parse(text)
+    parse(text).check()
     write_atomically(path, text.encode(), mode=0o644)
 
 
@@ -232,11 +299,13 @@ def normalise_mount_point(path: str) -> str:
     """The mount point of a group without empty parts, `.` and the last slash, as systemd names its mount unit. Raises
     Usage, also where no group can be mounted."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
-    if not path.startswith("/") or not parts or ".." in parts or not path.isprintable():
+    if not path.startswith("/") or not parts or ".." in parts or not _can_be_in_a_unit(path):
         raise Usage(f"{path!r} cannot be a mount point", "give an absolute path")
     where = "/" + "/".join(parts)
     if is_needed_before_groups(where):
         raise Usage(f"{where} is needed before groups are mounted", "another mount point", code="mount-taken")
+    if len(mount_unit(where)) > UNIT_NAME_MAX:
+        raise Usage(f"{path!r} cannot be a mount point: it is too long", "give a shorter path")
     return where
 
 
@@ -244,6 +313,12 @@ def is_needed_before_groups(where: str) -> bool:
     """Whether a boot needs the file system at a mount point before it can mount a group: the gate, which the mount
     waits for, would wait for the mount."""
     return any(f"{needed}/".startswith(f"{where.rstrip('/')}/") or where.startswith(f"{needed}/") for needed in _NEEDED)
+
+
+def _can_be_in_a_unit(text: str) -> bool:
+    """Whether systemd reads a setting in a unit file as this text: it strips blanks, and a backslash at the end of a
+    line joins the next one."""
+    return text.isprintable() and text == text.strip() and not text.endswith("\\")
 
 
 def _quoted(text: str) -> str:
@@ -265,7 +340,7 @@ def _table(top: dict[str, Any], key: str, where: str) -> dict[str, Any]:
 
 def _line(table: dict[str, Any], key: str, where: str) -> str:
     value = _get(table, key, "", where)
-    if not value.isprintable():
+    if not _can_be_in_a_unit(value):
         raise _bad(f"{where}{key} is not a line of text")
     return value
 

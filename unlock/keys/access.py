@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from .. import ask
 from ..disks import devices, disk_keys, find, luks, token
-from ..disks.groups import Group
+from ..disks.groups import POLICIES, Group
 from ..errors import NoKey, Refused, Tampered, UnlockError, Usage
 from ..host import config, keyring, this_boot
 from ..host.provider_entry import KmipEntry, ProviderEntry
@@ -65,7 +65,7 @@ def _client_password(
 
 def provider_settings(paths: Paths, entry: KmipEntry) -> config.ProviderConfig:
     """The [provider.NAME] of a key manager in unlock.toml. Raises Refused where there is none."""
-    settings = config.load(paths.config).providers.get(entry.name)
+    settings = config.load(paths.config).provider(entry.name)
     if settings is None:
         raise Refused(f"unlock.toml has no [provider.{entry.name}]", f"edit {paths.config}", code="no-provider")
     return settings
@@ -276,11 +276,13 @@ def is_recovery_key(state: State, *, persistence: Secret, recovery: Secret) -> b
 
 def wanted_policy(work: Work, group: Group) -> str:
     """`persistent` or `provider`, as configuration and `unlock persistence` say. A group with the root file system is
-    always persistent: it cannot wait for a network."""
-    setting = work.settings.groups.get(group.name)
+    always persistent: it cannot wait for a network. Raises Malformed if the configuration of the group is wrong."""
     if any(member.name in devices.mappings_below("/") for member in group.members):
         return "persistent"
-    return "provider" if not work.state.persistent or (setting and setting.policy == "provider") else "persistent"
+    if not work.state.persistent:
+        return "provider"
+    setting = work.settings.group(group.name)
+    return setting.policy if setting else POLICIES[0]
 
 
 def make_key(provider: Provider, name: str, prove: Callable[[Secret], None] | None = None) -> tuple[Ref, Secret]:

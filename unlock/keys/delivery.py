@@ -6,6 +6,7 @@ its escrow file has been read back, or a person has typed it back.
 """
 
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 from .. import ask, log
@@ -16,6 +17,8 @@ from .escrow import Escrow, check_escrow, write_escrow
 
 CREDENTIAL = "unlock.recovery-key"
 FLAG = "--recovery-key-file"
+TRIES = 5
+"""How often a person may type a key."""
 
 
 class Keeper(NamedTuple):
@@ -29,7 +32,21 @@ class Keeper(NamedTuple):
 def read_recovery_key(file: str = "") -> Secret:
     """The present recovery key, from a file, a systemd credential, or typed at the terminal. Raises Usage."""
     text = ask.from_file(file) if file else ask.credential(CREDENTIAL)
-    with text or ask.terminal("recovery key of this host", FLAG) as typed:
+    if text:
+        with text:
+            return recovery_key.parse(text)
+    return type_recovery_key(lambda: ask.terminal("recovery key of this host", FLAG))
+
+
+def type_recovery_key(ask_once: Callable[[], Secret]) -> Secret:
+    """A recovery key that a person types, who is asked again after a typo. Raises Usage."""
+    for _ in range(TRIES - 1):
+        with ask_once() as typed:
+            try:
+                return recovery_key.parse(typed)
+            except Usage as error:
+                log.note(str(error))
+    with ask_once() as typed:
         return recovery_key.parse(typed)
 
 
@@ -64,7 +81,7 @@ def _show_and_type_back(recovery: Secret) -> None:
     shown = b"\nRecovery key of this host. It opens every disk, on any machine. Keep it off this host:\n\n    "
     if not ask.write_to_terminal(shown + bytes(recovery) + b"\n\n"):
         raise Usage("there is no terminal to show the recovery key on", f"{FLAG} FILE")
-    for _ in range(5):
+    for _ in range(TRIES):
         with ask.terminal("type it back", FLAG) as typed:
             try:
                 if recovery_key.parse(typed) == recovery:

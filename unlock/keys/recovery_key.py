@@ -89,8 +89,7 @@ def write_new_file(path: str, key: Secret) -> None:
     """
     partial = f"{path}.new"
     with os.fdopen(create(partial), "wb") as file:
-        file.write(key.value)
-        file.write(b"\n")
+        file.write(key.value)  # without a newline: cryptsetup --key-file takes the bytes as they are
         file.flush()
         os.fsync(file.fileno())
     if os.path.lexists(path):

@@ -27,6 +27,20 @@ MEASURED_BY = {
     "direct kernel": (4, 7, 9),
 }
 """PCRs of the policy, by how the host boots; the cap PCR always comes on top."""
+_KERNEL = {
+    "shim+GRUB": (8, 9),
+    "UKI": (11, 12),
+    "direct kernel": (4, 9),
+}
+"""PCRs that kernel, initramfs and command line are measured into, by how the host boots. PCR 4 has the whole of a
+unified kernel image as well."""
+RISKS = {
+    "unmeasured-boot": "the kernel, the initramfs or the command line is not measured, or its PCR is not chosen: "
+    "whoever edits it gets the keys",
+    "unmeasured-drivers": "Secure Boot is off, and PCRs 0 to 3 are not all chosen: whoever adds a driver (a "
+    "Driver#### variable, an option ROM) gets the keys",
+}
+"""Of a selection of PCRs, by the name with which it is accepted."""
 DRIVERS = frozenset((0, 1, 2, 3))
 """PCRs of the firmware, its settings, and the drivers that it runs before any boot loader: of option ROMs and of the
 variables Driver#### (TCG "PC Client Platform Firmware Profile", section 3.3.4)."""
@@ -83,6 +97,30 @@ def missing_for_drivers(boot: str, log: Log | None, selection: Iterable[int]) ->
     if boot not in MEASURED_BY or is_secure_boot_on(log):
         return ()
     return tuple(sorted(DRIVERS.difference(selection)))
+
+
+def missing_for_kernel(boot: str, log: Log | None, selection: Iterable[int]) -> tuple[int, ...]:
+    """The PCRs that `selection` lacks to notice another kernel, initramfs or command line; () where nothing measures
+    them. Without Secure Boot and its PCR 7, PCR 4 is among them: any boot loader can measure what is not so."""
+    chosen = set(selection)
+    if boot not in MEASURED_BY:
+        return ()
+    needed = set(_KERNEL[boot])
+    if boot == "UKI" and 4 in chosen:
+        needed.discard(11)
+    if 7 not in chosen or not is_secure_boot_on(log):
+        needed.add(4)
+    return tuple(sorted(needed - chosen))
+
+
+def risks(boot: str, log: Log | None, selection: Iterable[int]) -> dict[str, tuple[int, ...]]:
+    """Those of RISKS that a policy over `selection` has -> the PCRs that it lacks."""
+    chosen = frozenset(selection)
+    found = {
+        "unmeasured-boot": missing_for_kernel(boot, log, chosen),
+        "unmeasured-drivers": missing_for_drivers(boot, log, chosen),
+    }
+    return {risk: missing for risk, missing in found.items() if missing}
 
 
 def is_secure_boot_on(log: Log | None) -> bool:

@@ -53,6 +53,7 @@ def create_group(paths: Paths, wanted: NewGroup) -> Group:
     check_name(wanted.name)
     wanted = wanted._replace(mount=config.normalise_mount_point(wanted.mount))
     with exclusive(paths), access.Work(paths) as work:
+        work.settings.check()
         state = work.state
         nodes = [_node(device) for device in wanted.devices]
         unfinished = state.unfinished(GroupCreation, wanted.name)
@@ -143,6 +144,7 @@ def adopt_disk(
     """
     check_name(group_name)
     with exclusive(paths), access.Work(paths) as work:
+        work.settings.check()
         state, persistence = work.state, work.persistence
         node = _node(device)
         with luks.Container(node) as container:

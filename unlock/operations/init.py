@@ -34,9 +34,7 @@ from .provider import Client, connect_as
 
 OVERRIDES = {
     "initramfs-without-unlock": "this boot's initramfs did not run unlock: the next boot measures differently",
-    "unmeasured-boot": "the kernel or the initramfs is not measured: whoever edits it gets the keys",
-    "unmeasured-drivers": "Secure Boot is off, and PCRs 0 to 3 are not all chosen: whoever adds a driver (a "
-    "Driver#### variable, an option ROM) gets the keys",
+    **at_unseal.RISKS,
     "unauthenticated-root": "a part of this system is not authenticated: whoever edits it gets the keys",
     "slots-in-use": "what another installation of unlock left in this TPM is overwritten; or what this host "
     "keeps there, if its /var/lib/unlock is only away",
@@ -86,6 +84,7 @@ def init(paths: Paths, choices: InitChoices) -> Preflight:
     """Initialises this host. Raises Refused with the name of what is wrong, TpmAbsent, TpmFailed."""
     with exclusive(paths):
         unfinished = _earlier_attempt(paths, choices)
+        config.load(paths.config).check()
         with Tpm(choices.tcti) as tpm:
             found = preflight(paths, tpm, choices, unfinished is not None)
             ours = unfinished and _is_backup_of(choices.backup, unfinished.host)
@@ -218,10 +217,9 @@ def preflight(paths: Paths, tpm: Tpm, choices: InitChoices, again: bool) -> Pref
             choices, "unmeasured-boot", "boot a unified kernel image: Linux does not measure what initrd= names"
         )
     selection = pcr_policy.select(choices.pcrs or at_unseal.default_pcrs(boot, log_of_boot))
-    if missing := at_unseal.missing_for_drivers(boot, log_of_boot, selection):
-        _require_accepted(
-            choices, "unmeasured-drivers", f"add PCRs {', '.join(map(str, missing))}, or turn Secure Boot on"
-        )
+    for risk, missing in at_unseal.risks(boot, log_of_boot, selection).items():
+        secure = ", or turn Secure Boot on" if risk == "unmeasured-drivers" else ""
+        _require_accepted(choices, risk, f"add PCRs {', '.join(map(str, missing))}{secure}")
     untrusted = allowed_states.describe_untrusted_system(paths)
     if untrusted:
         other = "encrypt it" if "not on an encrypted" in untrusted else f"add {unmeasured.CLOSED} to the command line"

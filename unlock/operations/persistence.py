@@ -81,6 +81,7 @@ def enable(
     """Keeps all keys on this host. Asks the TPM only where its keys were removed. Raises ProviderError, NoKey,
     DiskFailed, Refused, TpmFailed."""
     with exclusive(paths), access.Work(paths, look) as work:
+        work.settings.check()
         for group in work.state.groups.values():
             access.find_kek(work, group)[0].wipe()  # before anything is changed
         with _host_key(work) as host_key:

@@ -14,7 +14,7 @@ state.json records a window before the TPM has it, and until the TPM does not ha
 window is forgotten. A boot that the TPM refused is not counted.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import TypedDict
 
 from .. import log
@@ -71,6 +71,8 @@ class PolicyReport(TypedDict):
     pcrs: list[int]
     cap_pcr: int
     pin: bool
+    not_checked: list[int]
+    """PCRs that measure kernel, initramfs or command line on this host, and that the policy leaves out."""
     window: WindowRow | None
     states: list[StateRow]
 
@@ -80,6 +82,7 @@ def show(paths: Paths, tcti: str = TPM_DEVICE) -> PolicyReport:
     state = State.load(paths)
     with Tpm(tcti) as tpm:
         found = allowed_states.look(paths, tpm, state)
+        not_checked = pcrs_not_checked(paths, tpm, _full_selection(found))
     window = found.window if found.window and _is_window_open(found) else None
     return {
         "version": 1,
@@ -88,6 +91,7 @@ def show(paths: Paths, tcti: str = TPM_DEVICE) -> PolicyReport:
         "pcrs": list(found.record.selection),
         "cap_pcr": found.record.cap,
         "pin": found.record.pin,
+        "not_checked": not_checked,
         "window": {"reboots": window.reboots, "since": window.since, "pcrs": list(window.pcrs)} if window else None,
         "states": [
             {
@@ -110,14 +114,28 @@ def table(found: PolicyReport) -> str:
         f"PCRs      {', '.join(map(str, found['pcrs']))} (PCR {found['cap_pcr']}: not after early boot)",
         f"PIN       {pin}",
         f"window    {describe_window(window['since'], window['reboots']) if window else 'closed'}",
-        "",
     ]
+    if found["not_checked"]:
+        lines.append(f"warning   {describe_not_checked(found['not_checked'])}: unlock policy set --pcrs")
+    lines.append("")
     rows = [("STATE", "WHY", "PROVEN", "SINCE")]
     for each in found["states"]:
         why = each["why"] + (" (opened this boot)" if each["this_boot"] and each["why"] != allowed_states.THIS else "")
         proven = "yes" if each["proven"] else "no: unproven until it boots"
         rows.append((each["branch"][:16], why, proven, each["made"] or "-"))
     return log.join_lines([*lines, *log.columns(rows)])
+
+
+def pcrs_not_checked(paths: Paths, tpm: Tpm, selection: Iterable[int]) -> list[int]:
+    """The PCRs that a policy over `selection` lacks to notice another kernel, initramfs or command line."""
+    boot = at_unseal.boot_method(paths, tpm.read_pcrs(range(16)))
+    return list(at_unseal.missing_for_kernel(boot, logs.read_event_log(paths)[0], selection))
+
+
+def describe_not_checked(pcrs: Iterable[int]) -> str:
+    """The risk of a policy without these PCRs."""
+    numbers = ", ".join(map(str, pcrs))
+    return f"PCRs {numbers} are not checked: whoever edits kernel, initramfs or command line gets the keys"
 
 
 def describe_window(since: str, reboots: int) -> str:
@@ -187,20 +205,29 @@ def set_policy(
     tcti: str = TPM_DEVICE,
     owner_auth: Secret | None = None,
     look: find.Look = find.look,
+    accept: Container[str] = (),
 ) -> Allowed:
     """Seals to these PCRs and the cap PCR, for the state of this boot alone, and closes a window. Without PCRs, changes
     the PIN alone.
 
     Raises Usage for PCRs that protect nothing and for a PIN too short or too long; Refused for a PCR whose value at the
-    unseal is not known, and for a PIN that an installed initramfs cannot ask for; NoKey, TpmFailed.
+    unseal is not known, for a risk of these PCRs that is not in `accept`, and for a PIN that an installed initramfs
+    cannot ask for; NoKey, TpmFailed.
     """
     if pin and pin.typed is not None:
         initramfs_images.require_pin_support(BootTree(paths))
-    _set_policy(paths, pcrs, pin, tcti, owner_auth)
+    _set_policy(paths, pcrs, pin, tcti, owner_auth, accept)
     return _with_new_key(paths, tcti, owner_auth, look)
 
 
-def _set_policy(paths: Paths, pcrs: Iterable[int], pin: Pin | None, tcti: str, owner_auth: Secret | None) -> None:
+def _set_policy(
+    paths: Paths,
+    pcrs: Iterable[int],
+    pin: Pin | None,
+    tcti: str,
+    owner_auth: Secret | None,
+    accept: Container[str],
+) -> None:
     with changing(paths) as state, Tpm(tcti) as tpm, access.read_persistence_key(state) as persistence:
         found = allowed_states.look(paths, tpm, state)
         if pin and pin.typed is not None:
@@ -209,12 +236,22 @@ def _set_policy(paths: Paths, pcrs: Iterable[int], pin: Pin | None, tcti: str, o
             allowed_states.reseal(paths, tpm, state, found, persistence=persistence, owner_auth=owner_auth, pin=pin)
             return
         selection = pcr_policy.select(pcrs, found.record.cap)
+        _require_accepted(paths, tpm, selection, accept)
         branch = _branch_of_this_boot(paths, tpm, found, selection)
         state.tpm = state.tpm._replace(pcrs=selection)
         if (selection, (branch,)) != (found.record.selection, found.record.branches):
             state.narrowed = state.narrowed or "other PCRs were chosen"
         why = "this boot, when the PCRs were chosen"
         _seal_to(paths, tpm, state, found, persistence, selection, branch, why=why, owner_auth=owner_auth, pin=pin)
+
+
+def _require_accepted(paths: Paths, tpm: Tpm, selection: tuple[int, ...], accept: Container[str]) -> None:
+    """Raises Refused for a risk of these PCRs that is not accepted."""
+    boot, log_of_boot = at_unseal.boot_method(paths, tpm.read_pcrs(range(16))), logs.read_event_log(paths)[0]
+    for risk, missing in at_unseal.risks(boot, log_of_boot, selection).items():
+        if risk not in accept:
+            hint = f"add PCRs {', '.join(map(str, missing))}; or --accept {risk}"
+            raise Refused(at_unseal.RISKS[risk], hint, code=risk)
 
 
 def _with_new_key(paths: Paths, tcti: str, owner_auth: Secret | None, look: find.Look) -> Allowed:

@@ -63,7 +63,7 @@ def list_providers(paths: Paths) -> list[ProviderRow]:
     state, settings = State.load(paths), config.load(paths.config)
     rows: list[ProviderRow] = []
     for entry in state.providers:
-        setting = settings.providers.get(entry.name)
+        setting = settings.provider(entry.name)
         groups = [group.name for group in state.groups.values() if has_made(entry, group.kek)]
         rows.append(
             {
@@ -89,6 +89,7 @@ def add_provider(paths: Paths, settings: config.ProviderConfig, client: Client, 
     """
     check_name(settings.name, "provider")
     with exclusive(paths), access.Work(paths, look) as work:
+        work.settings.check()
         state = work.state
         known = state.others.get(settings.name)
         if settings.name == state.provider.name or (known and known.kind == "native"):

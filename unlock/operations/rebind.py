@@ -43,8 +43,7 @@ from .group import check_adoptable, known_changes
 from .init import OVERRIDES
 
 RISKS = {
-    "unmeasured-boot": OVERRIDES["unmeasured-boot"],
-    "unmeasured-drivers": OVERRIDES["unmeasured-drivers"],
+    **at_unseal.RISKS,
     "unauthenticated-root": OVERRIDES["unauthenticated-root"],
     "slots-in-use": "another installation of unlock uses this TPM: its key is overwritten",
 }
@@ -325,10 +324,10 @@ def _policy_of_this_boot(
     pcrs = choices.pcrs or before or at_unseal.default_pcrs(boot, log_of_boot)
     if (boot == "unmeasured" and not before) or at_unseal.initramfs_unmeasured(boot, log_of_boot):
         _require_accepted(choices, "unmeasured-boot")
-    if missing := at_unseal.missing_for_drivers(boot, log_of_boot, pcrs):
+    for risk, missing in at_unseal.risks(boot, log_of_boot, pcrs).items():
         if choices.pcrs:
-            _require_accepted(choices, "unmeasured-drivers")
-        elif "unmeasured-drivers" not in choices.accept:
+            _require_accepted(choices, risk, f"add PCRs {', '.join(map(str, missing))}")
+        elif risk not in choices.accept:
             pcrs = (*pcrs, *missing)
     selection = pcr_policy.select(pcrs)
     plain_root = bool(allowed_states.describe_untrusted_system(paths))
@@ -365,9 +364,9 @@ def _previous_pcrs(tpm: Tpm, state: State) -> tuple[int, ...]:
     return record.selection if record else state.tpm.pcrs
 
 
-def _require_accepted(choices: RebindChoices, name: str) -> None:
+def _require_accepted(choices: RebindChoices, name: str, other: str = "") -> None:
     if name not in choices.accept:
-        raise Refused(RISKS[name], f"--accept {name}", code=name)
+        raise Refused(RISKS[name], f"{other}; or --accept {name}" if other else f"--accept {name}", code=name)
 
 
 # Keys -------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from ..host.provider_entry import days_left
 from ..host.state import State
 from ..paths import Paths
 from ..secret import Secret
+from . import policy
 
 CERTIFICATE_DAYS = 30
 """Days before the end of a client certificate from which on there is a warning."""
@@ -48,6 +49,8 @@ class GroupStatus(NamedTuple):
     """The worst of its disks'; spoofed when other disks pass for them."""
     mount: str
     """Its mount point in unlock.toml, or ''."""
+    mounted: list[str]
+    """Where its file systems are mounted now."""
     kek_id: str
     kek_generation: int
     policy: str
@@ -56,6 +59,13 @@ class GroupStatus(NamedTuple):
     spoofed: str
     """What passes for its disks, in words; ''."""
     disks: list[DiskStatus]
+
+    def describe_mount(self) -> str:
+        """In words: where it is mounted, and where unlock.toml would mount it if that is another place."""
+        now = ", ".join(self.mounted)
+        if not self.mount or self.mount in self.mounted:
+            return now
+        return f"{now} (unlock.toml: {self.mount})" if now else f"not mounted ({self.mount})"
 
 
 class ProviderStatus(NamedTuple):
@@ -111,14 +121,18 @@ class Status(NamedTuple):
     """What has narrowed a policy, while the new persistence key is still to come; ''."""
     window: WindowStatus | None
     pin: bool
+    not_checked: list[int]
+    """PCRs that measure kernel, initramfs or command line on this host, and that the TPM's policy leaves out."""
+    wrong_settings: list[str]
+    """What is wrong in unlock.toml."""
     groups: list[GroupStatus]
 
 
-def read_status(paths: Paths) -> Status:
-    """Changes nothing. A disk that cannot be read is a row, not an error. Raises NoKey and others when the host is not
-    initialised."""
+def read_status(paths: Paths, tcti: str = "") -> Status:
+    """Changes nothing. Without `tcti` the TPM is not asked. A disk that cannot be read is a row, not an error. Raises
+    NoKey and others when the host is not initialised."""
     state = State.load(paths)
-    settings = config.load(paths.config)
+    settings, wrong_settings = _read_settings(paths)
     try:
         persistence: Secret | None = keyring.get("unlock:persistence")
     except NoKey:
@@ -149,6 +163,8 @@ def read_status(paths: Paths) -> Status:
         narrowed=state.narrowed or "",
         window=_window(state),
         pin=state.tpm.pin,
+        not_checked=_pcrs_not_checked(paths, tcti) if tcti else [],
+        wrong_settings=wrong_settings,
         groups=groups,
     )
 
@@ -184,11 +200,14 @@ def to_json(found: Status) -> dict[str, Any]:
         "narrowed": found.narrowed,
         "window": found.window._asdict() if found.window else None,
         "pin": found.pin,
+        "not_checked": found.not_checked,
+        "wrong_settings": found.wrong_settings,
         "groups": [
             {
                 "name": group.name,
                 "state": group.state,
                 "mount": group.mount,
+                "mounted": group.mounted,
                 "kek": {"id": group.kek_id, "generation": group.kek_generation},
                 "policy": group.policy,
                 "behind": group.behind,
@@ -218,16 +237,33 @@ def to_text(found: Status) -> str:
         for each in found.providers
         if each.not_retired
     ]
-    rows = [
-        ("" if i else group.name, each.name, each.device or "-", each.state, each.key, "" if i else group.mount)
-        for group in found.groups
-        for i, each in enumerate(group.disks)
-    ]
+    rows = []
+    for group in found.groups:
+        for i, each in enumerate(group.disks):
+            name, mount = ("", "") if i else (group.name, group.describe_mount())
+            rows.append((name, each.name, each.device or "-", each.state, each.key, mount))
     if not rows:
         return log.join_lines([*lines, "no groups yet: unlock group create, or unlock disk adopt"])
     return log.join_lines(
         [*lines, "", *log.columns([("GROUP", "DISK", "DEVICE", "STATE", "KEY FROM", "MOUNT"), *rows])]
     )
+
+
+def _read_settings(paths: Paths) -> tuple[config.Config, list[str]]:
+    """unlock.toml and what is wrong in it; empty where it cannot be read."""
+    try:
+        settings = config.load(paths.config)
+    except Malformed as error:
+        return config.NOTHING, [str(error)]
+    return settings, [str(each.error) for each in settings.faults.values()]
+
+
+def _pcrs_not_checked(paths: Paths, tcti: str) -> list[int]:
+    """Of the TPM's policy; empty where the TPM does not answer."""
+    try:
+        return policy.show(paths, tcti)["not_checked"]
+    except UnlockError:
+        return []
 
 
 def _warnings(found: Status) -> list[str]:
@@ -238,6 +274,8 @@ def _warnings(found: Status) -> list[str]:
         warnings.append(f"{found.narrowed}, but earlier copies of headers still open: unlock rekey --fresh")
     if found.to_finish:
         warnings.append(f"`{found.to_finish}` is not finished: run it again")
+    if found.not_checked:
+        warnings.append(f"{policy.describe_not_checked(found.not_checked)}: unlock policy set --pcrs")
     if window := found.window:
         long = f"THE WINDOW IS STILL OPEN after {window.days} days" if window.days >= WINDOW_DAYS else ""
         text = long or f"a window is open since {window.since}"
@@ -245,6 +283,7 @@ def _warnings(found: Status) -> list[str]:
     days = found.providers[0].certificate_days
     if days is not None and days < CERTIFICATE_DAYS:
         warnings.append(f"the client certificate ends in {days} days: unlock provider renew")
+    warnings += [f"{text}: edit /etc/unlock/unlock.toml" for text in found.wrong_settings]
     for group in found.groups:
         if group.spoofed:
             warnings.append(f"group {group.name} is spoofed: {group.spoofed}")
@@ -355,6 +394,7 @@ def _group_status(group: Group, mount: str, words: str, present: dict[str, _Pres
         name=group.name,
         state="spoofed" if words else _worst([each.state for each in disks]),
         mount=mount,
+        mounted=devices.mount_points_on({each.name for each in group.members}),
         kek_id=group.kek,
         kek_generation=group.generation,
         policy=group.policy,

@@ -36,6 +36,7 @@ def switch(
     """
     new_persistence_key.finish(paths, tcti, owner_auth, look)
     with exclusive(paths), access.Work(paths, look) as work:
+        work.settings.check()
         state = work.state
         if name == state.provider.name and not state.unfinished(ProviderSwitch, name):
             raise Refused(f"provider {name} is in use already", "unlock provider list", code="in-use")

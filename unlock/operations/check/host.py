@@ -18,12 +18,15 @@ from .finding import NOTE, UNPROVEN, UNSAFE, Finding
 def check_configuration(paths: Paths) -> Iterator[Finding]:
     """Whether each group of unlock.toml can be mounted."""
     try:
-        groups = config.load(paths.config).groups
+        settings = config.load(paths.config)
     except (UnlockError, OSError) as error:
         yield Finding("unlock.toml", UNSAFE, f"no group that it names is mounted: {error}", f"edit {paths.config}")
         return
     taken = fstab.fstab_targets(paths.fstab)
-    for group in groups.values():
+    for table, fault in settings.faults.items():
+        what = f"group {table.removeprefix('group.')} is not mounted: " if table.startswith("group.") else ""
+        yield Finding("unlock.toml", UNSAFE, f"{what}{fault.error}", f"edit {paths.config}")
+    for group in settings.groups.values():
         if group.mount in taken:
             why = f"group {group.name} is not mounted: /etc/fstab or another group has {group.mount}"
             yield Finding("unlock.toml", UNSAFE, why, f"edit {paths.config}")

@@ -55,6 +55,8 @@ def check_tpm(
         yield Finding("this boot", UNSAFE, f"{why}; the next one is like this one", "unlock explain")
     yield from _check_pin(record, facts)
     when_closed = {*record.selection, *(state.tpm.window.pcrs if state.tpm.window else ())}
+    if missing := at_unseal.missing_for_kernel(boot, log, when_closed):
+        yield Finding("policy", NOTE, policy.describe_not_checked(missing), "unlock policy set --pcrs")
     if missing := at_unseal.missing_for_drivers(boot, log, when_closed):
         unseen = f"Secure Boot is off, and PCRs {', '.join(map(str, missing))} are not checked: drivers run unseen"
         yield Finding("policy", NOTE, unseen, "unlock policy set --pcrs")
