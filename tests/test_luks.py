@@ -305,6 +305,19 @@ def test_an_unbound_digest_beside_the_datas_is_fine(image: Path) -> None:
         assert container.facts()["digest"]["segments"] == ["0"]
 
 
+@pytest.mark.parametrize("resilience", ["none", "checksum"])
+def test_a_disk_that_is_being_reencrypted_says_so_and_what_to_type(tmp_path: Path, resilience: str) -> None:
+    path = empty(tmp_path / "image")
+    cryptsetup("luksFormat", "--type=luks2", "--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000", "--batch-mode",
+               "--key-file=-", str(path), stdin=PASSPHRASE)  # fmt: skip
+    begun = cryptsetup("reencrypt", "--init-only", f"--resilience={resilience}", "--key-file=-", str(path),
+                       stdin=PASSPHRASE)  # fmt: skip
+    assert begun.returncode == 0, begun.stderr
+    with luks.Container(str(path)) as container, pytest.raises(Malformed, match="being re-encrypted") as caught:
+        container.facts()
+    assert caught.value.hint == f"cryptsetup reencrypt --resume-only {path}"
+
+
 def test_a_container_once_read_is_not_read_again(image: Path, volume_key: Secret) -> None:
     """The header that was authenticated is the one that counts, whatever the disk says a moment later."""
     with luks.Container(str(image)) as container:

@@ -154,6 +154,9 @@ def _data_digest(metadata: dict[str, Any], device: str) -> dict[str, Any]:
     segments = _get_object(metadata, "segments", device)
     digests: list[dict[str, Any]] = [each for _, each in _get_numbered(metadata, "digests", device) if each["segments"]]
     if not segments or len(digests) != 1 or canonical(digests[0]["segments"]) != canonical(sorted(segments)):
+        if "reencrypt" in str(_get_object(metadata, "config", device).get("requirements")):
+            hint = f"cryptsetup reencrypt --resume-only {device}"
+            raise Malformed(f"{device}: its header says that it is being re-encrypted", hint)
         raise Malformed(f"{device}: not exactly one digest covers all of the data")
     return digests[0]
 

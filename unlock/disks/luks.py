@@ -23,7 +23,17 @@ MAX_KEY = 512
 """Bytes; volume keys with integrity are longer than the 64 of aes-xts."""
 
 
-_ALLOW_DISCARDS, _KEYRING_KEY = 1 << 3, 1 << 11  # crypt_activate_* flags
+FLAGS = {
+    "allow-discards": 1 << 3,
+    "same-cpu-crypt": 1 << 6,
+    "submit-from-crypt-cpus": 1 << 7,
+    "no-read-workqueue": 1 << 24,
+    "no-write-workqueue": 1 << 25,
+}
+"""Flags of a header that an activation obeys, and their bits, CRYPT_ACTIVATE_*."""
+
+_KEYRING_KEY = 1 << 11  # CRYPT_ACTIVATE_KEYRING_KEY
+_FOR_ACTIVATION = 0  # CRYPT_FLAGS_ACTIVATION
 _DEFERRED = 1 << 0  # crypt_deactivate_by_name flag
 _NO_BENCHMARK = 1 << 1  # pbkdf flag
 _LOG_ERROR = 1
@@ -45,6 +55,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "crypt_format": (
         c_void_p, c_char_p, c_char_p, c_char_p, c_char_p, POINTER(c_char), c_size_t, c_void_p,
     ),
+    "crypt_persistent_flags_get": (c_void_p, c_int, POINTER(c_uint32)),
+    "crypt_persistent_flags_set": (c_void_p, c_int, c_uint32),
     "crypt_set_pbkdf_type": (c_void_p, c_void_p),
     "crypt_dump_json": (c_void_p, POINTER(c_char_p), c_uint32),
     "crypt_token_json_set": (c_void_p, c_int, c_char_p),
@@ -185,6 +197,11 @@ class Container(Header):
         return int(_lib().crypt_get_volume_key_size(self._cd))
 
     @property
+    def disk_size(self) -> int:
+        """Bytes. Raises DiskFailed."""
+        return _disk_size(self.device)
+
+    @property
     def metadata(self) -> dict[str, Any]:
         """The JSON of this context; the disk is not read again. Raises Malformed."""
         return parse_metadata(self.dump(), self.device)
@@ -204,7 +221,11 @@ class Container(Header):
         """
         self._use_disk()
         text = canonical({"keyslots": [], **fields})
-        return self._do("cannot take the token", "crypt_token_json_set", ANY if number is None else number, text)
+        try:
+            return self._do("cannot take the token", "crypt_token_json_set", ANY if number is None else number, text)
+        except DiskFailed as error:
+            error.hint = f"if its header is full: cryptsetup token remove --token-id N {self.device}"
+            raise
 
     def remove_token(self, number: int) -> None:
         """Durable on return, also if there was none of that number. Raises DiskFailed."""
@@ -244,29 +265,54 @@ class Container(Header):
         """
         self._use_disk()
         self._minimal_pbkdf()
-        return self._do(
-            "cannot take a keyslot", "crypt_keyslot_add_by_volume_key",
-            slot, *_sized(volume_key), *_sized(passphrase),
-        )  # fmt: skip
+        try:
+            return self._do(
+                "cannot take a keyslot", "crypt_keyslot_add_by_volume_key",
+                slot, *_sized(volume_key), *_sized(passphrase),
+            )  # fmt: skip
+        except DiskFailed as error:
+            error.hint = f"if its header is full: cryptsetup luksKillSlot {self.device} N"
+            raise
 
     def remove_keyslot(self, slot: int) -> None:
         """Overwrites a keyslot and its place in the header. Raises DiskFailed."""
         self._use_disk()
         self._do(f"cannot remove keyslot {slot}", "crypt_keyslot_destroy", slot)
 
+    # Flags
+
+    @property
+    def flags(self) -> frozenset[str]:
+        """Those of FLAGS that the header has."""
+        return frozenset(name for name, bit in FLAGS.items() if self._flag_bits() & bit)
+
+    def set_flags(self, flags: frozenset[str], *, in_memory: bool = False) -> None:
+        """Sets those of FLAGS, and no others of them; other flags stay. Raises DiskFailed.
+
+        `in_memory`: this context alone, which then says what the header will be; nothing more can be done with it.
+        """
+        if not in_memory:
+            self._use_disk()
+        bits = self._flag_bits() & ~sum(FLAGS.values()) | sum(FLAGS[name] for name in flags)
+        self._do("cannot take the flags", "crypt_persistent_flags_set", _FOR_ACTIVATION, bits)
+
+    def _flag_bits(self) -> int:
+        bits = c_uint32()
+        self._do("has no readable flags", "crypt_persistent_flags_get", _FOR_ACTIVATION, ctypes.byref(bits))
+        return bits.value
+
     # Mappings
 
-    def activate(self, name: str, volume_key: Secret, allow_discards: bool = False) -> None:
+    def activate(self, name: str, volume_key: Secret) -> None:
         """Activates the disk as /dev/mapper/NAME. The volume key goes to the kernel's keyring, never into the dm table.
 
         The header's persistent flags apply. Raises NotOurs for another key, DiskFailed ("name-taken" if NAME
         is active already: a mapping is never replaced).
         """
         self._use_disk()
-        flags = _KEYRING_KEY | (_ALLOW_DISCARDS if allow_discards else 0)
         self._do(
             f"cannot be opened as {name}", "crypt_activate_by_volume_key",
-            name.encode(), *_sized(volume_key), flags,
+            name.encode(), *_sized(volume_key), _KEYRING_KEY,
         )  # fmt: skip
 
     def _minimal_pbkdf(self) -> None:
@@ -379,21 +425,27 @@ def _removal(name: str) -> bytes:
 
 def _copy_to_memory(device: str, copies: list[tuple[int, bytes]]) -> int:
     """A file in memory, as large as the disk, with these copies of its header. Raises DiskFailed."""
+    size = _disk_size(device)
+    file = os.memfd_create("header")
+    os.ftruncate(file, size)
+    for offset, copy in copies:
+        os.pwrite(file, copy, offset)
+    return file
+
+
+def _disk_size(device: str) -> int:
+    """Bytes of a block device or file. Raises DiskFailed."""
     try:
         disk = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
         try:
             mode, size = os.fstat(disk).st_mode, os.lseek(disk, 0, os.SEEK_END)
         finally:
             os.close(disk)
-        if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
-            raise DiskFailed(f"{device} is not a block device")
-        file = os.memfd_create("header")
-        os.ftruncate(file, size)
-        for offset, copy in copies:
-            os.pwrite(file, copy, offset)
-        return file
     except OSError as error:
         raise DiskFailed(f"{device} cannot be read: {error.strerror}") from error
+    if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
+        raise DiskFailed(f"{device} is not a block device")
+    return size
 
 
 def _minimum() -> _Pbkdf:
