@@ -379,6 +379,7 @@ def test_a_disk_with_one_bad_copy_of_its_header_is_read_and_not_written_to(
     BAD_COPIES[bad](image)
     before = image.read_bytes()
     with luks.Container(str(image)) as container:
+        assert not container.is_whole
         assert container.tokens("unlock")
         container.verify_volume_key(volume_key)
         assert disk_keys.recovery_keyslot(container, Secret(PASSPHRASE)) == (0, volume_key)
@@ -410,6 +411,8 @@ def test_the_first_write_makes_both_copies_of_a_header_whole(image: Path, bad: s
     copies = [copy for _, copy in luks_header.read_copies(str(image), every=True)]
     assert all(map(luks_header._has_valid_checksum, copies))
     assert copies[0][16:24] == copies[1][16:24] and copies[0][4096:] == copies[1][4096:]
+    with luks.Container(str(image)) as container:
+        assert container.is_whole
 
 
 def test_a_header_that_was_changed_since_it_was_read_is_not_written_to(image: Path) -> None:
@@ -612,7 +615,7 @@ def test_the_removal_request_is_the_kernels_structure() -> None:
         (errno.EEXIST, "crypt_activate_by_volume_key", DiskFailed, "name-taken"),
         (errno.EBUSY, "crypt_deactivate_by_name", DiskFailed, "busy"),
         (errno.ENODEV, "crypt_deactivate_by_name", DiskFailed, "not-active"),
-        (errno.ETXTBSY, "crypt_token_json_set", DiskFailed, "reencrypting"),
+        (errno.ETXTBSY, "crypt_token_json_set", DiskFailed, "unmet-requirements"),
         (errno.EIO, "crypt_token_json_set", DiskFailed, "disk-failed"),
     ],
 )
@@ -661,7 +664,7 @@ def outcome(path: Path, template: Path) -> str:
     return said if status == 0 else f"ended with status {status}"
 
 
-FINE = {"opened", "not-ours", "not-luks2", "malformed", "disk-failed", "reencrypting"}
+FINE = {"opened", "not-ours", "not-luks2", "malformed", "disk-failed", "unmet-requirements"}
 
 
 @settings(max_examples=100, deadline=None)

@@ -426,6 +426,12 @@ def fill_keyslots(disk: str, size: str, count: int) -> None:
             container.add_keyslot(dek, passphrase=Secret(b"p%d" % number))
 
 
+def begin_encryption(disk: str) -> None:
+    options = ["--encrypt", "--init-only", "--reduce-device-size=16M", "--batch-mode", "--key-file=-"]
+    fast = ["--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000"]
+    sh("cryptsetup", "reencrypt", *options, *fast, disk, text=OPERATOR)
+
+
 OPAL = {"type": "hw-opal-crypt", "opal_segment_number": "1", "opal_key_size": "32", "opal_segment_size": "16777216"}
 UNUSUAL: dict[str, tuple[Callable[[str], object], str, str, str]] = {
     "re-encryption": (
@@ -435,6 +441,9 @@ UNUSUAL: dict[str, tuple[Callable[[str], object], str, str, str]] = {
     "re-encryption with checksums": (
         lambda disk: begin_reencryption(disk, "--resilience=checksum"),
         "reencrypting", "being re-encrypted", "cryptsetup reencrypt --resume-only /dev/loop",
+    ),
+    "encryption of plain data": (
+        begin_encryption, "reencrypting", "being re-encrypted", "cryptsetup reencrypt --resume-only /dev/loop",
     ),
     "OPAL beside dm-crypt": (requires("opal", **OPAL), "not-supported", "OPAL", "unlock group create"),
     "OPAL": (requires("opal"), "not-supported", "OPAL", "unlock group create"),
@@ -516,12 +525,18 @@ def test_a_header_with_just_enough_room_is_adopted_and_its_keys_are_replaced(hos
     assert host.boot_opens()
 
 
-@pytest.mark.parametrize("call", ["crypt_token_json_set", "crypt_persistent_flags_set"])
+@pytest.mark.parametrize("had", [frozenset(), frozenset({"same-cpu-crypt"})], ids=["plain", "with a flag"])
+@pytest.mark.parametrize(
+    "call", ["crypt_keyslot_add_by_volume_key", "crypt_token_json_set", "crypt_persistent_flags_set"]
+)
 def test_an_adoption_that_fails_leaves_no_keyslot_and_no_flag(
-    host: Host, loops: Loops, monkeypatch: pytest.MonkeyPatch, call: str
+    host: Host, loops: Loops, monkeypatch: pytest.MonkeyPatch, call: str, had: frozenset[str]
 ) -> None:
     (disk,) = loops()
     luks_format(disk)
+    if had:
+        with luks.Container(disk) as container:
+            container.set_flags(had)
     Path(host.paths.crypttab).write_text(f"photos {disk} none luks,discard\n")
     with luks.Container(disk) as container:
         before = container.flags, container.keyslots()

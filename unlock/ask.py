@@ -35,8 +35,7 @@ def from_file(path: str) -> Secret:
     except OSError as error:
         raise Usage(f"{path} cannot be read: {error.strerror}") from error
     if not content.strip() or len(content) > _MAX:
-        hint = f"a file with it alone, at most {_MAX} bytes"
-        raise Usage(f"{path} is empty, or too large for a secret", hint, "not-a-passphrase")
+        raise Usage(f"{path} is empty, or too large for a secret", f"a file with it alone, at most {_MAX} bytes")
     return Secret(content.removesuffix(b"\n"))
 
 

@@ -5,7 +5,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from .. import ask, log
-from ..errors import NotOurs, UnlockError, Usage
+from ..errors import NotOurs, Usage
 from ..paths import Paths
 from ..secret import Secret
 from .arguments import PASSPHRASE, add_command, add_noun, add_recovery_key_and_escrow, escrow, existing_secret
@@ -63,8 +63,8 @@ def _adopt(paths: Paths, options: argparse.Namespace) -> int:
                 tpm_device(),
                 options.accept_changed_header,
             )
-    except UnlockError as error:
-        if options.passphrase_file and error.code in (NotOurs.code, "not-a-passphrase"):
+    except NotOurs as error:
+        if options.passphrase_file and error.code == NotOurs.code:
             error.hint = f"if it is a key file: --key-file {options.passphrase_file}"
         raise
     log.note(f"{options.device} is in group {group.name}; its data, keyslots and mapping name are unchanged")
@@ -92,12 +92,17 @@ def _passphrase(options: argparse.Namespace) -> Secret:
     if not options.key_file:
         if options.keyfile_offset or options.keyfile_size:
             raise Usage("--keyfile-offset and --keyfile-size are about a key file", "--key-file FILE")
-        return existing_secret(
-            options.passphrase_file,
-            credential=PASSPHRASE,
-            prompt=f"passphrase of {options.device}",
-            flag="--passphrase-file",
-        )
+        try:
+            return existing_secret(
+                options.passphrase_file,
+                credential=PASSPHRASE,
+                prompt=f"passphrase of {options.device}",
+                flag="--passphrase-file",
+            )
+        except Usage as error:
+            if options.passphrase_file and error.hint:
+                error.hint = f"if it is a key file: --key-file {options.passphrase_file}"
+            raise
     if options.passphrase_file:
         raise Usage("one of --key-file and --passphrase-file is taken, not both", "unlock disk adopt --help")
     if options.keyfile_offset < 0 or options.keyfile_size < 0:

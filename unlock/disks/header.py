@@ -192,6 +192,12 @@ def read_copies(device: str, *, every: bool) -> list[tuple[int, bytes]]:
     return found
 
 
+def are_whole(copies: list[tuple[int, bytes]]) -> bool:
+    """Whether both copies of a header are there, and of the same write."""
+    valid = [copy for _, copy in copies if _has_valid_checksum(copy)]
+    return len(valid) > 1 and valid[0][16:24] == valid[1][16:24] and valid[0][4096:] == valid[1][4096:]
+
+
 def _has_valid_checksum(copy: bytes) -> bool:
     return copy[448:480] == sha256(copy[:448] + bytes(64) + copy[512:]).digest()
 

@@ -17,7 +17,7 @@ from ..light import Any
 from ..secret import Secret
 from ..strictjson import canonical
 from . import devices
-from .header import ANY, KEYSLOT_ITERATIONS, Header, parse_metadata, read_copies, read_luks_version
+from .header import ANY, KEYSLOT_ITERATIONS, Header, are_whole, parse_metadata, read_copies, read_luks_version
 
 MAX_KEY = 512
 """Bytes; volume keys with integrity are longer than the 64 of aes-xts."""
@@ -119,11 +119,14 @@ class Container(Header):
         self.device = device
         self._cd = c_void_p()
         self._memory = -1
+        self.is_whole = True
+        """Whether both copies of the header were good and the same; not known after `only_read`."""
         try:
             copies = read_copies(device, every=not _only_reads)
             if _only_reads:
                 self._load(device)
             else:
+                self.is_whole = are_whole(copies)
                 self._memory = _copy_to_memory(device, copies)
                 self._load(f"{_DESCRIPTORS}{self._memory}")
         except BaseException:
@@ -516,7 +519,7 @@ def _do(thing: str, trouble: str, function: str, *arguments: Any) -> int:
         errno.EEXIST: "name-taken",
         errno.EBUSY: "busy",
         errno.ENODEV: "not-active",
-        errno.ETXTBSY: "reencrypting",
+        errno.ETXTBSY: "unmet-requirements",
     }
     raise DiskFailed(
         f"{thing} {trouble}{_error_text(thing) or ': ' + os.strerror(-result)}", code=codes.get(-result, "")

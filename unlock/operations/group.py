@@ -220,8 +220,8 @@ class _Changed:
         self.node = node
         self.keyslot: int | None = None
         """The one that was added."""
-        self.flags: frozenset[str] = frozenset()
-        """Those that were there before."""
+        self.flags: frozenset[str] | None = None
+        """Those that were there before; None while none were changed."""
 
     def undo(self, host: str) -> None:
         """Does nothing on a disk that has its token. Best effort: the error that led here is the one to tell."""
@@ -231,7 +231,7 @@ class _Changed:
                     return
                 if self.keyslot is not None:
                     container.remove_keyslot(self.keyslot)
-                if container.flags != self.flags:
+                if self.flags is not None and container.flags != self.flags:
                     container.set_flags(self.flags)
         except UnlockError:
             pass
