@@ -758,6 +758,29 @@ def test_tokens_of_clevis_and_systemd_stay_through_all_that_happens_to_ours(host
         sh("cryptsetup", "open", "--test-passphrase", f"--key-slot={slot}", "--key-file=-", disk, text=text)
 
 
+def enroll(disk: str) -> bytes:
+    """A recovery key of systemd's, which has a token."""
+    command = ["systemd-cryptenroll", "--recovery-key", disk]
+    env = {**os.environ, "PASSWORD": OPERATOR.decode()}
+    return subprocess.run(command, env=env, capture_output=True, check=True).stdout.strip()
+
+
+def test_systemd_cryptenroll_works_before_and_after_an_adoption(host: Host, loops: Loops) -> None:
+    (disk,) = loops()
+    luks_format(disk)
+    before = enroll(disk)
+    adopt(host, disk)
+    take_in(host, disk)
+    after = enroll(disk)
+    assert host.boot_opens() and host.recovery_opens()
+    for key in (before, after):
+        sh("cryptsetup", "open", "--test-passphrase", "--key-file=-", disk, text=key)
+    sh("systemd-cryptenroll", "--wipe-slot=recovery", disk)
+    assert host.boot_opens() and host.recovery_opens()
+    with luks.Container(disk) as container:
+        assert container.tokens("systemd-recovery") == []
+
+
 def write_md_superblock(disk: str, version: int) -> None:
     """Of version 0.90 or 1.0, which lie at the end of a member: linux/raid/md_p.h."""
     size = os.stat(disk).st_size or int(sh("blockdev", "--getsize64", disk))

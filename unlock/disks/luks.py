@@ -37,6 +37,7 @@ _FOR_ACTIVATION = 0  # CRYPT_FLAGS_ACTIVATION
 _DEFERRED = 1 << 0  # crypt_deactivate_by_name flag
 _NO_BENCHMARK = 1 << 1  # pbkdf flag
 _LOG_ERROR = 1
+_MFD_NOEXEC_SEAL = 8  # since Linux 6.3; vm.memfd_noexec=2 demands it
 _INVALID, _INACTIVE = 0, 1  # crypt_status
 
 _WRONG_KEY = {
@@ -429,10 +430,22 @@ def _removal(name: str) -> bytes:
 def _copy_to_memory(device: str, copies: list[tuple[int, bytes]]) -> int:
     """A file in memory, as large as the disk, with these copies of its header. Raises DiskFailed."""
     size = _disk_size(device)
-    file = os.memfd_create("header")
-    os.ftruncate(file, size)
-    for offset, copy in copies:
-        os.pwrite(file, copy, offset)
+    try:
+        try:
+            file = os.memfd_create("header", os.MFD_CLOEXEC | _MFD_NOEXEC_SEAL)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            file = os.memfd_create("header")
+        try:
+            os.ftruncate(file, size)
+            for offset, copy in copies:
+                os.pwrite(file, copy, offset)
+        except BaseException:
+            os.close(file)
+            raise
+    except OSError as error:
+        raise DiskFailed(f"{device}: no memory for its header: {error.strerror}") from error
     return file
 
 
