@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `group create` and `disk adopt` refuse, and that a refused disk is as it was. Real disks, on loop devices."""
 
+import errno
 import json
 import os
 import struct
@@ -525,6 +526,19 @@ def test_a_header_with_just_enough_room_is_adopted_and_its_keys_are_replaced(hos
     assert host.boot_opens()
 
 
+class Failing:
+    """libcryptsetup, of which the first call of one function fails."""
+
+    def __init__(self, call: str) -> None:
+        self._library, self._call, self._failed = luks._lib(), call, False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._call and not self._failed:
+            self._failed = True
+            return lambda *_: -errno.ENOSPC
+        return getattr(self._library, name)
+
+
 @pytest.mark.parametrize("had", [frozenset(), frozenset({"same-cpu-crypt"})], ids=["plain", "with a flag"])
 @pytest.mark.parametrize(
     "call", ["crypt_keyslot_add_by_volume_key", "crypt_token_json_set", "crypt_persistent_flags_set"]
@@ -540,21 +554,7 @@ def test_an_adoption_that_fails_leaves_no_keyslot_and_no_flag(
     Path(host.paths.crypttab).write_text(f"photos {disk} none luks,discard\n")
     with luks.Container(disk) as container:
         before = container.flags, container.keyslots()
-
-    class Library:
-        """libcryptsetup, of which one call fails."""
-
-        def __init__(self) -> None:
-            self.failed = False
-
-        def __getattr__(self, name: str) -> Any:
-            if name == call and not self.failed:
-                self.failed = True
-                return lambda *_: -28  # ENOSPC
-            return getattr(real, name)
-
-    real = luks._lib()
-    monkeypatch.setattr(luks, "_library", Library())
+    monkeypatch.setattr(luks, "_library", Failing(call))
     with pytest.raises(DiskFailed):
         adopt(host, disk)
     with luks.Container(disk) as container:
