@@ -41,6 +41,7 @@ LASTING: tuple[Step, ...] = (
     luks.Container.remove_token,
     luks.Container.add_keyslot,
     luks.Container.remove_keyslot,
+    luks.Container.set_flags,
     chip.Tpm.write_record,
     chip.Tpm._keep,
     chip.Tpm._define,

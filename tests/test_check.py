@@ -137,6 +137,25 @@ def test_a_missing_disk_keeps_its_whole_group_closed(world: World) -> None:
     assert list(wrong) == ["group data, disk data-1"] and "not here" in wrong["group data, disk data-1"][1]
 
 
+@pytest.mark.parametrize("at", [0, 448, 0x4000, 0x4000 + 4096])
+def test_a_header_with_one_good_copy_is_told_until_it_is_repaired(world: World, at: int) -> None:
+    image = world.host.disks[1]
+    with image.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes(64))
+    before = image.read_bytes()
+
+    def notes() -> list[tuple[str, str]]:
+        found = check.check(world.host.paths, world.chip.tcti, world.host.look)
+        assert found.verdict == SAFE
+        return [(each.what, each.do) for each in found.findings if "copies" in each.detail]
+
+    assert notes() == [("group data, disk data-1", f"cryptsetup repair {image}")]
+    assert image.read_bytes() == before
+    subprocess.run(notes()[0][1].split(), check=True, input=b"YES\n", capture_output=True)
+    assert notes() == []
+
+
 def test_two_disks_of_one_uuid_are_neither(world: World) -> None:
     copy = world.host.folder / "copy"
     copy.write_bytes(world.host.disks[0].read_bytes())

@@ -159,8 +159,9 @@ data  UUID="ABCD-12"   none   luks
 def test_crypttab_gets_noauto_on_one_line_once(tmp_path: Path) -> None:
     path = tmp_path / "crypttab"
     path.write_text(CRYPTTAB)
-    assert fstab.crypttab_name(str(path), node="/dev/none", luks_uuid="abcd-12") == "data"
-    assert fstab.crypttab_name(str(path), node="/dev/none", luks_uuid="ffff") == ""
+    assert fstab.find_crypttab_line(str(path), node="/dev/none", luks_uuid="abcd-12") == ("data", ("luks",))
+    assert fstab.find_crypttab_line(str(path), node="/dev/none", luks_uuid="0f0f") == ("root", ("luks", "discard"))
+    assert fstab.find_crypttab_line(str(path), node="/dev/none", luks_uuid="ffff") is None
     assert fstab.set_noauto(str(path), "data")
     assert path.read_text() == CRYPTTAB.replace(
         'data  UUID="ABCD-12"   none   luks', 'data UUID="ABCD-12" none luks,noauto'

@@ -266,13 +266,13 @@ CHANGED_BYTES = {
     "unknown checksum": (binary(72, b"md5\0\0\0\0"), "damaged", "ruined"),
     "a header that claims 2^63 bytes": (binary(8, (1 << 63).to_bytes(8, "big")), "damaged", "claims more"),
     "a header that claims nothing": (binary(8, bytes(8)), "damaged", "ruined"),
-    "oversized JSON": (lambda lab: lab.put(huge(lab.front, 4 << 20, second=False)), "damaged", "claims more"),
+    "oversized JSON": (lambda lab: lab.put(huge(lab.front, 4 << 20, second=False)), "damaged", "bytes of JSON"),
     "oversized JSON in the second copy": (
         lambda lab: (lab.put(bytes(2 * AREA)), lab.add(huge(lab.front, 4 << 20, second=True), 4 << 20)),
-        "damaged", "claims more",
+        "damaged", "bytes of JSON",
     ),
     "the largest JSON that is read": (
-        lambda lab: lab.put(huge(lab.front, luks_header.MAX_HEADER, second=False)), "malformed", "too large"
+        lambda lab: lab.put(huge(lab.front, 4096 + luks_header.MAX_TEXT, second=False)), "malformed", "too large"
     ),
 }  # fmt: skip
 
@@ -371,6 +371,7 @@ from unlock.disks import disk_keys, luks, token
 from unlock.secret import Secret
 from unlock.strictjson import canonical
 path, host, persistence = sys.argv[1], sys.argv[2], Secret(bytes.fromhex(sys.stdin.read()))
+luks.only_read()  # as early boot's workers
 with luks.Container(path) as container:
     os.access("/first-read-done", os.F_OK)
     for each in disk_keys.read_tokens(container, host):
@@ -595,8 +596,8 @@ def a_record(_: object, random: Random) -> bool:
 OF_LUKS = (
     strictjson.parse, strictjson._no_duplicates, strictjson._bounded, strictjson._finite,
     luks_header.parse_metadata, luks_header._get_object, luks_header._get_numbered, luks_header._data_digest,
-    luks_header.check_size_on_disk, luks_header._has_valid_checksum, luks_header.read_luks_version,
-    luks.Container._load, luks.Container.metadata,
+    luks_header.read_copies, luks_header._has_valid_checksum, luks_header.read_luks_version,
+    luks.Container.__init__, luks.Container._load, luks.Container.metadata,
     luks.Container.tokens, luks.Container.facts, luks.Container.cheap_keyslots,
     disk_keys.read_tokens, disk_keys.unwrap_volume_key, disk_keys.unwrap_kek, disk_keys.check_recovery,
     disk_keys.dek_by_recovery_key,

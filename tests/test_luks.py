@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -21,8 +22,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unlock.boot.worker import Worker
 from unlock.disks import disk_keys, luks
 from unlock.disks import header as luks_header
+from unlock.disks.udev import Disk
 from unlock.errors import DiskFailed, Malformed, NotOurs, UnlockError
 from unlock.secret import Secret
 from unlock.strictjson import canonical
@@ -249,6 +252,21 @@ def test_a_token_too_large_for_the_header_is_refused_and_changes_nothing(image: 
         assert len(container.tokens("unlock")) == 2
 
 
+@pytest.mark.parametrize("size", ["512k", "1m", "2m", "4m"])
+def test_a_header_of_any_size_that_luks2_has_is_read_and_written(tmp_path: Path, size: str) -> None:
+    path = empty(tmp_path / "image")
+    cryptsetup("luksFormat", "--type=luks2", "--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000", "--batch-mode",
+               "--key-file=-", f"--luks2-metadata-size={size}", "--luks2-keyslots-size=8m", str(path),
+               stdin=PASSPHRASE)  # fmt: skip
+    for _ in range(2):
+        with luks.Container(str(path)) as container:
+            container.set_token({"type": "other"})
+    ruin(path, 0)
+    with luks.Container(str(path)) as container:
+        assert len(container.tokens("other")) == 2
+        assert disk_keys.recovery_keyslot(container, Secret(PASSPHRASE))[0] == 0
+
+
 # What is authenticated
 
 
@@ -287,6 +305,19 @@ def test_an_unbound_digest_beside_the_datas_is_fine(image: Path) -> None:
         assert container.facts()["digest"]["segments"] == ["0"]
 
 
+@pytest.mark.parametrize("resilience", ["none", "checksum"])
+def test_a_disk_that_is_being_reencrypted_says_so_and_what_to_type(tmp_path: Path, resilience: str) -> None:
+    path = empty(tmp_path / "image")
+    cryptsetup("luksFormat", "--type=luks2", "--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000", "--batch-mode",
+               "--key-file=-", str(path), stdin=PASSPHRASE)  # fmt: skip
+    begun = cryptsetup("reencrypt", "--init-only", f"--resilience={resilience}", "--key-file=-", str(path),
+                       stdin=PASSPHRASE)  # fmt: skip
+    assert begun.returncode == 0, begun.stderr
+    with luks.Container(str(path)) as container, pytest.raises(Malformed, match="being re-encrypted") as caught:
+        container.facts()
+    assert caught.value.hint == f"cryptsetup reencrypt --resume-only {path}"
+
+
 def test_a_container_once_read_is_not_read_again(image: Path, volume_key: Secret) -> None:
     """The header that was authenticated is the one that counts, whatever the disk says a moment later."""
     with luks.Container(str(image)) as container:
@@ -320,14 +351,77 @@ def test_metadata_that_is_not_strict_json_is_malformed(text: bytes) -> None:
 # Damage
 
 
-@pytest.mark.parametrize("offset", [0, 448, 4096, AREA, AREA + 448, AREA + 4096])
-def test_one_ruined_header_copy_is_repaired_from_the_other(image: Path, offset: int) -> None:
-    ruin(image, offset)
+def older(path: Path, offset: int) -> None:
+    """One copy is of an earlier write, as when another host is about to write it."""
+    edit(path, lambda area: area.__setitem__(slice(16, 24), bytes(8)), (offset,))
+
+
+def other_json(path: Path, offset: int) -> None:
+    """One copy has a valid checksum and JSON that libcryptsetup refuses."""
+    edit(path, lambda area: area.__setitem__(slice(4096, 4098), b"[]"), (offset,))
+
+
+BAD_COPIES: dict[str, Callable[[Path], None]] = {
+    **{f"ruined at {at}": lambda path, at=at: ruin(path, at) for at in (0, 448, 4096)},  # type: ignore[misc]
+    **{f"ruined at {at}": lambda path, at=at: ruin(path, at) for at in (AREA, AREA + 448)},  # type: ignore[misc]
+    "first is older": lambda path: older(path, 0),
+    "second is older": lambda path: older(path, AREA),
+    "first has other JSON": lambda path: other_json(path, 0),
+    "second has other JSON": lambda path: other_json(path, AREA),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_COPIES)
+def test_a_disk_with_one_bad_copy_of_its_header_is_read_and_not_written_to(
+    image: Path, volume_key: Secret, bad: str
+) -> None:
+    """It may be another host's, which is about to write the other copy."""
+    BAD_COPIES[bad](image)
+    before = image.read_bytes()
     with luks.Container(str(image)) as container:
-        assert disk_keys.recovery_keyslot(container, Secret(PASSPHRASE))[0] == 0
-    ruin(image, (offset + AREA) % (2 * AREA))  # the other copy, now that the first was repaired
+        assert not container.is_whole
+        assert container.tokens("unlock")
+        container.verify_volume_key(volume_key)
+        assert disk_keys.recovery_keyslot(container, Secret(PASSPHRASE)) == (0, volume_key)
+        assert container.volume_key(Secret(PASSPHRASE)) == volume_key
+    assert image.read_bytes() == before
+    worker = Worker(Disk(str(image), "image", "", "", "", 0, 0.0))
+    answer = None
+    while not answer:
+        assert select.select([worker], [], [], 10)[0]
+        answer = worker.read()
+    assert answer.word == "header"
+    assert worker.volume_key(Secret(PASSPHRASE), 0) == volume_key
+    worker.end()
+    assert image.read_bytes() == before
+    loop = subprocess.run(["losetup", "--find", "--show", image], check=True, capture_output=True, text=True).stdout
+    try:
+        with luks.Container(loop.strip()) as container:
+            assert container.volume_key(Secret(PASSPHRASE)) == volume_key
+        assert Path(loop.strip()).read_bytes() == before
+    finally:
+        subprocess.run(["losetup", "--detach", loop.strip()], check=True)
+
+
+@pytest.mark.parametrize("bad", BAD_COPIES)
+def test_the_first_write_makes_both_copies_of_a_header_whole(image: Path, bad: str) -> None:
+    BAD_COPIES[bad](image)
     with luks.Container(str(image)) as container:
-        assert disk_keys.recovery_keyslot(container, Secret(PASSPHRASE))[0] == 0
+        container.set_token({"type": "other"})
+    copies = [copy for _, copy in luks_header.read_copies(str(image), every=True)]
+    assert all(map(luks_header._has_valid_checksum, copies))
+    assert copies[0][16:24] == copies[1][16:24] and copies[0][4096:] == copies[1][4096:]
+    with luks.Container(str(image)) as container:
+        assert container.is_whole
+
+
+def test_a_header_that_was_changed_since_it_was_read_is_not_written_to(image: Path) -> None:
+    with luks.Container(str(image)) as container:
+        edit_json(image, lambda m: m["config"].update(flags=["allow-discards"]))
+        before = image.read_bytes()
+        with pytest.raises(DiskFailed, match="changed meanwhile"):
+            container.set_token({"type": "other"})
+    assert image.read_bytes() == before
 
 
 def test_both_copies_ruined_is_malformed_with_a_way_out(image: Path) -> None:
@@ -363,10 +457,10 @@ def test_a_device_that_cannot_be_read_is_a_failed_disk(tmp_path: Path, volume_ke
 
 def test_the_librarys_words_are_in_the_error_and_fit_for_a_terminal(tmp_path: Path, image: Path) -> None:
     with pytest.raises(DiskFailed, match="does not exist or access denied"):
-        luks.Container(str(tmp_path / "absent"))
+        luks.format(str(tmp_path / "absent"), Secret(bytes(64)))
     with pytest.raises(DiskFailed) as caught:
-        luks.Container(str(tmp_path / "\x1b[2Jabsent\nnext line"))
-    assert "\x1b" not in luks._error_text() and "\n" not in luks._error_text()
+        luks.format(str(tmp_path / "\x1b[2Jabsent\nnext line"), Secret(bytes(64)))
+    assert "\x1b" not in luks._error_text("") and "\n" not in luks._error_text("")
     assert caught.value.code == "disk-failed"
 
 
@@ -521,7 +615,7 @@ def test_the_removal_request_is_the_kernels_structure() -> None:
         (errno.EEXIST, "crypt_activate_by_volume_key", DiskFailed, "name-taken"),
         (errno.EBUSY, "crypt_deactivate_by_name", DiskFailed, "busy"),
         (errno.ENODEV, "crypt_deactivate_by_name", DiskFailed, "not-active"),
-        (errno.ETXTBSY, "crypt_token_json_set", DiskFailed, "reencrypting"),
+        (errno.ETXTBSY, "crypt_token_json_set", DiskFailed, "unmet-requirements"),
         (errno.EIO, "crypt_token_json_set", DiskFailed, "disk-failed"),
     ],
 )
@@ -570,7 +664,7 @@ def outcome(path: Path, template: Path) -> str:
     return said if status == 0 else f"ended with status {status}"
 
 
-FINE = {"opened", "not-ours", "not-luks2", "malformed", "disk-failed", "reencrypting"}
+FINE = {"opened", "not-ours", "not-luks2", "malformed", "disk-failed", "unmet-requirements"}
 
 
 @settings(max_examples=100, deadline=None)

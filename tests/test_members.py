@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `group create` and `disk adopt` refuse, and that a refused disk is as it was. Real disks, on loop devices."""
 
+import errno
 import json
 import os
+import struct
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,17 @@ import pytest
 from tests.flowfixture import Host
 from tests.test_devices import UDEV, python, rules
 from tests.test_disk import edit
+from unlock import ask, cli
+from unlock.cli import disk as cli_disk
 from unlock.disks import changes, luks, token
 from unlock.disks.groups import Member
 from unlock.errors import DiskFailed, NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.host import config, this_boot
 from unlock.host.journal import GroupCreation
-from unlock.keys import recovery_key
+from unlock.keys import access, delivery, recovery_key, rotation
+from unlock.operations import flags as flags_operations
 from unlock.operations import group as group_operations
+from unlock.operations import recovery
 from unlock.operations.group import NewGroup
 from unlock.secret import Secret
 
@@ -380,13 +387,192 @@ def test_another_hosts_recovery_key_adopts_nothing(host: Host, loops: Loops) -> 
     assert not_adopted(host, disk, recovery=str(other)).code == "recovery-key"
 
 
-def test_a_disk_that_is_being_reencrypted_is_not_adopted(host: Host, loops: Loops) -> None:
+def begin_reencryption(disk: str, *options: str) -> None:
+    luks_format(disk)
+    sh("cryptsetup", "reencrypt", "--init-only", *options, "--key-file=-", disk, text=OPERATOR)
+
+
+def changed(change: Callable[[Any], object]) -> Callable[[str], object]:
+    """A new disk whose header is changed so."""
+
+    def make(disk: str) -> None:
+        luks_format(disk)
+        edit(disk, change)
+
+    return make
+
+
+def requires(name: str, **segment: str) -> Callable[[str], object]:
+    def change(fields: Any) -> None:
+        fields["config"]["requirements"] = {"mandatory": [name]}
+        fields["segments"]["0"].update(segment)
+
+    return changed(change)
+
+
+def add_integrity(fields: Any) -> None:
+    """A volume key of 64 bytes: half for aes-xts, half for the MAC."""
+    fields["segments"]["0"]["integrity"] = {
+        "type": "hmac(sha256)",
+        "journal_encryption": "none",
+        "journal_integrity": "none",
+    }
+
+
+def detach(disk: str) -> None:
+    with tempfile.NamedTemporaryFile() as data:
+        data.truncate(64 << 20)
+        luks_format(data.name, "--type=luks2", f"--header={disk}")
+
+
+def import_tokens(disk: str, count: int, filler: str = "") -> None:
+    luks_format(disk)
+    text = json.dumps({"type": "clevis", "keyslots": ["0"], "jwe": filler}).encode()
+    for _ in range(count):
+        sh("cryptsetup", "token", "import", "--json-file=-", disk, text=text)
+
+
+def fill_keyslots(disk: str, size: str, count: int) -> None:
+    luks_format(disk, "--type=luks2", f"--luks2-keyslots-size={size}")
+    with luks.Container(disk) as container, container.volume_key(Secret(OPERATOR)) as dek:
+        for number in range(1, count):
+            container.add_keyslot(dek, passphrase=Secret(b"p%d" % number))
+
+
+def begin_encryption(disk: str) -> None:
+    options = ["--encrypt", "--init-only", "--reduce-device-size=16M", "--batch-mode", "--key-file=-"]
+    fast = ["--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000"]
+    sh("cryptsetup", "reencrypt", *options, *fast, disk, text=OPERATOR)
+
+
+OPAL = {"type": "hw-opal-crypt", "opal_segment_number": "1", "opal_key_size": "32", "opal_segment_size": "16777216"}
+UNUSUAL: dict[str, tuple[Callable[[str], object], str, str, str]] = {
+    "re-encryption": (
+        lambda disk: begin_reencryption(disk, "--resilience=none"),
+        "reencrypting", "being re-encrypted", "cryptsetup reencrypt --resume-only /dev/loop",
+    ),
+    "re-encryption with checksums": (
+        lambda disk: begin_reencryption(disk, "--resilience=checksum"),
+        "reencrypting", "being re-encrypted", "cryptsetup reencrypt --resume-only /dev/loop",
+    ),
+    "encryption of plain data": (
+        begin_encryption, "reencrypting", "being re-encrypted", "cryptsetup reencrypt --resume-only /dev/loop",
+    ),
+    "OPAL beside dm-crypt": (requires("opal", **OPAL), "not-supported", "OPAL", "unlock group create"),
+    "OPAL": (requires("opal"), "not-supported", "OPAL", "unlock group create"),
+    "inline tags": (requires("inline-hw-tags"), "not-supported", "integrity tags", "unlock group create"),
+    "a feature of tomorrow": (requires("magic"), "not-supported", "the feature 'magic'", "cryptsetup luksDump /dev/"),
+    "integrity": (changed(add_integrity), "not-supported", "integrity protection", "unlock group create"),
+    "a detached header": (detach, "not-supported", "detached header", "unlock group create"),
+    "data beyond the disk": (
+        changed(lambda f: f["segments"]["0"].update(offset=str(SMALL))), "not-supported", "cut off", "lsblk",
+    ),
+    "data of a size beyond the disk": (
+        changed(lambda f: f["segments"]["0"].update(size=str(SMALL))), "not-supported", "cut off", "lsblk",
+    ),
+    "32 tokens": (lambda disk: import_tokens(disk, 32), "no-room", "32 tokens", "token remove --token-id N /dev/loop"),
+    "31 tokens": (lambda disk: import_tokens(disk, 31), "no-room", "31 tokens", "0 (clevis"),
+    "no bytes for a token": (
+        lambda disk: import_tokens(disk, 1, "x" * 10_000), "no-room", "bytes are free", "0 (clevis, 100",
+    ),
+    "no bytes for a second token": (
+        lambda disk: import_tokens(disk, 1, "x" * 7_000), "no-room", "bytes are free", "0 (clevis, 70",
+    ),
+    "a full area of keyslots": (
+        lambda disk: fill_keyslots(disk, "1m", 4), "no-room", "2 more keyslots", "luksKillSlot /dev/loop",
+    ),
+    "room for one keyslot": (
+        lambda disk: fill_keyslots(disk, "1m", 3), "no-room", "2 more keyslots", "luksKillSlot /dev/loop",
+    ),
+    "room for the only keyslot": (
+        lambda disk: fill_keyslots(disk, "256k", 1), "no-room", "2 more keyslots", "unlock group create",
+    ),
+    **{
+        f"the cipher {cipher}": (
+            changed(lambda f, cipher=cipher: f["segments"]["0"].update(encryption=cipher)),  # type: ignore[misc]
+            "not-encrypted", f"its cipher is {cipher}", "cryptsetup reencrypt --cipher aes-xts-plain64",
+        )
+        for cipher in ("null", "null-ecb", "cipher_null", "cipher_null-ecb", "capi:ecb(cipher_null)-plain")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", UNUSUAL)
+def test_an_unusual_disk_is_refused_by_name_and_stays_as_it_is(host: Host, loops: Loops, what: str) -> None:
+    (disk,) = loops()
+    make, code, words, hint = UNUSUAL[what]
+    make(disk)
+    error = not_adopted(host, disk)
+    assert error.code == code, error
+    assert words in str(error) and disk in str(error)
+    assert hint in error.hint
+
+
+@pytest.mark.parametrize("size", ["512k", "1m", "2m", "4m"])
+def test_a_disk_with_much_room_for_metadata_is_adopted(host: Host, loops: Loops, size: str) -> None:
+    (disk,) = loops()
+    luks_format(disk, "--type=luks2", f"--luks2-metadata-size={size}", "--luks2-keyslots-size=8m")
+    adopt(host, disk)
+    take_in(host, disk)
+    assert host.boot_opens() and host.recovery_opens()
+
+
+def take_in(host: Host, disk: str) -> None:
+    """The disk and its volume key, for what `host` says of its disks."""
+    host.disks.append(Path(disk))
+    with luks.Container(disk) as container, container.volume_key(Secret(OPERATOR)) as dek:
+        host.deks[container.uuid] = bytes(dek)
+
+
+def test_a_header_with_just_enough_room_is_adopted_and_its_keys_are_replaced(host: Host, loops: Loops) -> None:
+    (disk,) = loops()
+    luks_format(disk, "--type=luks2", "--luks2-keyslots-size=1m")
+    with luks.Container(disk) as container, container.volume_key(Secret(OPERATOR)) as dek:
+        container.add_keyslot(dek, passphrase=Secret(b"another"))
+        for _ in range(15):
+            container.set_token({"type": "clevis", "keyslots": ["0"], "jwe": "x" * 250})
+    adopt(host, disk)
+    take_in(host, disk)
+    rotation.rewrap_disks(work := host.work(), host.group, access.find_kek(work, host.group)[0])
+    recovery.rotate_recovery_key(host.paths, delivery.Keeper(str(host.folder / "new"), None), host.look)
+    assert host.boot_opens()
+
+
+class Failing:
+    """libcryptsetup, of which the first call of one function fails."""
+
+    def __init__(self, call: str) -> None:
+        self._library, self._call, self._failed = luks._lib(), call, False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._call and not self._failed:
+            self._failed = True
+            return lambda *_: -errno.ENOSPC
+        return getattr(self._library, name)
+
+
+@pytest.mark.parametrize("had", [frozenset(), frozenset({"same-cpu-crypt"})], ids=["plain", "with a flag"])
+@pytest.mark.parametrize(
+    "call", ["crypt_keyslot_add_by_volume_key", "crypt_token_json_set", "crypt_persistent_flags_set"]
+)
+def test_an_adoption_that_fails_leaves_no_keyslot_and_no_flag(
+    host: Host, loops: Loops, monkeypatch: pytest.MonkeyPatch, call: str, had: frozenset[str]
+) -> None:
     (disk,) = loops()
     luks_format(disk)
-    sh("cryptsetup", "reencrypt", "--init-only", "--resilience=none", "--key-file=-", disk, text=OPERATOR)
-    error = not_adopted(host, disk)
-    assert error.code == "reencrypting"
-    assert "--resume-only" in error.hint
+    if had:
+        with luks.Container(disk) as container:
+            container.set_flags(had)
+    Path(host.paths.crypttab).write_text(f"photos {disk} none luks,discard\n")
+    with luks.Container(disk) as container:
+        before = container.flags, container.keyslots()
+    monkeypatch.setattr(luks, "_library", Failing(call))
+    with pytest.raises(DiskFailed):
+        adopt(host, disk)
+    with luks.Container(disk) as container:
+        assert (container.flags, container.keyslots(), container.tokens(token.TYPE)) == (*before, [])
+    assert (host.state.groups, host.state.journal) == ({}, None)
+    adopt(host, disk)
 
 
 HEADERS: dict[str, tuple[Callable[[Any], object], str]] = {
@@ -399,7 +585,8 @@ HEADERS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda f: (f["keyslots"]["0"].update(key_size=96), f["keyslots"]["0"]["area"].update(size="385024")),
         "not-supported",
     ),
-    "a requirement of tomorrow": (lambda f: f["config"].update(requirements={"mandatory": ["magic"]}), "reencrypting"),
+    "data beside a null cipher": (lambda f: f["segments"]["0"].update(encryption="null-ecb"), "not-encrypted"),
+    "a requirement of tomorrow": (lambda f: f["config"].update(requirements={"mandatory": ["magic"]}), "not-supported"),
     "two digests": (lambda f: f["digests"].update({"1": {**f["digests"]["0"], "keyslots": []}}), "malformed"),
 }  # fmt: skip
 
@@ -438,6 +625,219 @@ def test_two_disks_never_get_one_mapping_name(host: Host, loops: Loops) -> None:
     assert not_adopted(host, second, "two", name="../vault").code == "usage"
     Path(host.paths.crypttab).write_text(f"vault {second} none luks\n")
     assert not_adopted(host, second, "two").code == "name-taken", "crypttab calls it so"
+
+
+# What else is on it: crypttab's options, signatures, tokens of others
+
+
+CRYPTTAB_OPTIONS: dict[str, tuple[list[str], str]] = {
+    "luks,discard": (["allow-discards"], ""),
+    "luks,nofail,discard,tries=3,x-systemd.device-timeout=10s": (["allow-discards"], ""),
+    "no-read-workqueue,no-write-workqueue,same-cpu-crypt,submit-from-crypt-cpus": (
+        ["no-read-workqueue", "no-write-workqueue", "same-cpu-crypt", "submit-from-crypt-cpus"], "",
+    ),
+    "luks,discard,read-only": (["allow-discards"], "read-only"),
+    "readonly,key-slot=1,magic=2": ([], "readonly, magic=2"),
+    "luks": ([], ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", CRYPTTAB_OPTIONS)
+def test_the_options_of_crypttab_go_into_the_header_or_are_said(
+    host: Host, loops: Loops, capsys: pytest.CaptureFixture[str], options: str
+) -> None:
+    (disk,) = loops()
+    luks_format(disk)
+    Path(host.paths.crypttab).write_text(f"photos {disk} none {options}\n")
+    adopt(host, disk)
+    take_in(host, disk)
+    flags, lost = CRYPTTAB_OPTIONS[options]
+    with luks.Container(disk) as container:
+        assert sorted(container.flags) == sorted(container.facts()["flags"] or []) == sorted(flags)
+    dump = sh("cryptsetup", "luksDump", disk)
+    assert all(each in dump for each in flags)
+    assert host.boot_opens()
+    told = capsys.readouterr().err
+    assert ("without effect" in told) == bool(lost) and lost in told
+    assert ("into its header" in told) == bool(flags) and all(each in told for each in flags)
+
+
+KEY_FILES: dict[str, tuple[bytes, int, int]] = {
+    "a last newline": (b"secret\n", 0, 0),
+    "a newline inside": (b"two\nlines", 0, 0),
+    "newlines alone": (b"\n\n", 0, 0),
+    "blanks alone": (b"   \t", 0, 0),
+    "a zero byte first": (b"\0secret", 0, 0),
+    "4096 bytes": (bytes(range(256)) * 16, 0, 0),
+    "more than 4096 bytes": (b"k" * 5000, 0, 0),
+    "a megabyte": (b"k" * (1 << 20), 0, 0),
+    "a part": (b"before" + b"the key\n" + b"after", 6, 8),
+    "all from an offset on": (b"before" + b"the key\n", 6, 0),
+    "the beginning": (b"the key\n" + b"after", 0, 8),
+    "a part behind 4096 bytes": (bytes(8000) + b"the key\n" + bytes(10), 8000, 8),
+}
+
+
+def container_opens(disk: str, passphrase: Secret) -> None:
+    with luks.Container(disk) as container:
+        container.volume_key(passphrase)
+
+
+@pytest.mark.parametrize("what", KEY_FILES)
+def test_a_key_file_is_taken_as_cryptsetup_takes_it(tmp_path: Path, loops: Loops, what: str) -> None:
+    """The disk was formatted with it by cryptsetup."""
+    content, offset, size = KEY_FILES[what]
+    (disk,) = loops()
+    file = tmp_path / "key"
+    file.write_bytes(content)
+    options = [f"--keyfile-offset={offset}"] * bool(offset) + [f"--keyfile-size={size}"] * bool(size)
+    fast = ["--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000", "--batch-mode", "--type=luks2"]
+    sh("cryptsetup", "luksFormat", *fast, *options, f"--key-file={file}", disk)
+    parsed = cli._parser().parse_args(["disk", "adopt", disk, "--group", "data", "--key-file", str(file), *options])
+    with cli_disk._passphrase(parsed) as passphrase:
+        container_opens(disk, passphrase)
+    pipe, end = os.pipe()
+    if len(content) < 60_000:
+        os.write(end, content)
+        os.close(end)
+        with ask.key_file(f"/proc/self/fd/{pipe}", offset=offset, size=size) as piped:
+            container_opens(disk, piped)
+    os.close(pipe)
+
+
+@pytest.mark.parametrize("content", [b"secret\n", b"  \n", b"k" * 5000])
+def test_a_key_file_that_is_named_as_a_passphrase_gets_the_right_option_as_its_hint(
+    host: Host, loops: Loops, tmp_path: Path, content: bytes
+) -> None:
+    (disk,) = loops()
+    file = tmp_path / "key"
+    file.write_bytes(content)
+    fast = ["--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000", "--batch-mode", "--type=luks2"]
+    sh("cryptsetup", "luksFormat", *fast, f"--key-file={file}", disk)
+    words = ["disk", "adopt", disk, "--group", "data", "--passphrase-file", str(file)]
+    words += ["--recovery-key-file", recovery_file(host)]
+    parsed = cli._parser().parse_args(words)
+    with pytest.raises(UnlockError) as caught:
+        cli_disk._adopt(host.paths, parsed)
+    assert f"--key-file {file}" in caught.value.hint
+
+
+def test_a_key_file_that_cannot_be_taken_is_a_mistake_that_is_named(tmp_path: Path) -> None:
+    empty, short, huge = tmp_path / "empty", tmp_path / "short", tmp_path / "huge"
+    empty.touch()
+    short.write_bytes(b"12345")
+    huge.write_bytes(bytes((8 << 20) + 1))
+    for words in (
+        ["--key-file", str(empty)],
+        ["--key-file", str(tmp_path / "absent")],
+        ["--key-file", str(huge)],
+        ["--key-file", str(short), "--keyfile-size", "6"],
+        ["--key-file", str(short), "--keyfile-offset", "5"],
+        ["--key-file", str(short), "--keyfile-offset", "-1"],
+        ["--key-file", str(short), "--passphrase-file", str(short)],
+        ["--passphrase-file", str(short), "--keyfile-size", "2"],
+    ):
+        parsed = cli._parser().parse_args(["disk", "adopt", "/dev/null", "--group", "data", *words])
+        with pytest.raises(Usage):
+            cli_disk._passphrase(parsed)
+
+
+def test_tokens_of_clevis_and_systemd_stay_through_all_that_happens_to_ours(host: Host, loops: Loops) -> None:
+    (disk,) = loops()
+    luks_format(disk)
+    others: list[dict[str, Any]] = [
+        {"type": "clevis", "keyslots": ["1"], "jwe": {"ciphertext": "x" * 300, "protected": "é"}},
+        {"type": "systemd-tpm2", "keyslots": ["2"], "tpm2-blob": "y" * 400, "tpm2-pcrs": [7]},
+        {"type": "systemd-recovery", "keyslots": ["0"]},
+    ]
+    with luks.Container(disk) as container, container.volume_key(Secret(OPERATOR)) as dek:
+        for number, text in enumerate((b"by clevis", b"by systemd"), 1):
+            assert container.add_keyslot(dek, passphrase=Secret(text)) == number
+        for number, each in zip((0, 5, 31), others, strict=True):
+            container.set_token(each, number)
+    exported = [sh("cryptsetup", "token", "export", f"--token-id={number}", disk) for number in (0, 5, 31)]
+    adopt(host, disk)
+    take_in(host, disk)
+    adopt(host, disk)
+    rotation.rewrap_disks(work := host.work(), host.group, access.find_kek(work, host.group)[0])
+    flags_operations.change_flags(
+        host.paths, disk, add=frozenset({"allow-discards"}), remove=frozenset(), look=host.look
+    )
+    recovery.rotate_recovery_key(host.paths, delivery.Keeper(str(host.folder / "new"), None), host.look)
+    assert host.boot_opens()
+    assert [sh("cryptsetup", "token", "export", f"--token-id={n}", disk) for n in (0, 5, 31)] == exported
+    for slot, text in enumerate((OPERATOR, b"by clevis", b"by systemd")):
+        sh("cryptsetup", "open", "--test-passphrase", f"--key-slot={slot}", "--key-file=-", disk, text=text)
+
+
+def enroll(disk: str) -> bytes:
+    """A recovery key of systemd's, which has a token."""
+    command = ["systemd-cryptenroll", "--recovery-key", disk]
+    env = {**os.environ, "PASSWORD": OPERATOR.decode()}
+    return subprocess.run(command, env=env, capture_output=True, check=True).stdout.strip()
+
+
+def test_systemd_cryptenroll_works_before_and_after_an_adoption(host: Host, loops: Loops) -> None:
+    (disk,) = loops()
+    luks_format(disk)
+    before = enroll(disk)
+    adopt(host, disk)
+    take_in(host, disk)
+    after = enroll(disk)
+    assert host.boot_opens() and host.recovery_opens()
+    for key in (before, after):
+        sh("cryptsetup", "open", "--test-passphrase", "--key-file=-", disk, text=key)
+    sh("systemd-cryptenroll", "--wipe-slot=recovery", disk)
+    assert host.boot_opens() and host.recovery_opens()
+    with luks.Container(disk) as container:
+        assert container.tokens("systemd-recovery") == []
+
+
+def write_md_superblock(disk: str, version: int) -> None:
+    """Of version 0.90 or 1.0, which lie at the end of a member: linux/raid/md_p.h."""
+    size = os.stat(disk).st_size or int(sh("blockdev", "--getsize64", disk))
+    if version == 0:
+        at = (size & ~0xFFFF) - 0x10000
+        block = struct.pack("<17I", 0xA92B4EFC, 0, 90, 0, 0, 1, 2, 1, 1024, 2, 2, 0, 0, 2, 3, 4, 5)
+    else:
+        at = (size // 512 - 16) // 8 * 8 * 512
+        block = struct.pack("<4I16s32sQ4I", 0xA92B4EFC, 1, 0, 0, b"u" * 16, b"host:0", 0, 1, 0, 0, 2)
+        block = block.ljust(144, b"\0")[:144] + struct.pack("<Q", at // 512)
+        block = block.ljust(256, b"\0")
+    with open(disk, "r+b") as file:
+        file.seek(at)
+        file.write(block)
+
+
+OTHERS: dict[str, tuple[Callable[[str], object], str]] = {
+    "a former md member": (lambda disk: write_md_superblock(disk, 0), "linux_raid_member"),
+    "a former md member, format 1.0": (lambda disk: write_md_superblock(disk, 1), "linux_raid_member"),
+    "a former member of a firmware RAID": (lambda disk: write_ddf_header(disk), "ddf_raid_member"),
+}
+
+
+def write_ddf_header(disk: str) -> None:
+    """SNIA's DDF, in the last sector."""
+    size = int(sh("blockdev", "--getsize64", disk))
+    block = struct.pack(">I4s24s8s", 0xDE11DE11, b"\0" * 4, b"LSI     0123456789abcdef", b"01.02.00")
+    with open(disk, "r+b") as file:
+        file.seek(size - 512)
+        file.write(block.ljust(512, b"\0"))
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_disk_that_udev_takes_for_something_else_is_not_adopted(host: Host, loops: Loops, what: str) -> None:
+    """Its header is never looked at: udev's rule goes by what blkid finds first."""
+    (disk,) = loops()
+    luks_format(disk)
+    make, kind = OTHERS[what]
+    make(disk)
+    error = not_adopted(host, disk)
+    assert (error.code, kind in str(error)) == ("other-signature", True)
+    command = error.hint.rpartition(": ")[2]
+    assert command.startswith("wipefs ") and command.endswith(disk)
+    sh(*command.replace("--backup ", "").split())
+    adopt(host, disk)
 
 
 def test_a_disk_keeps_the_name_that_crypttab_gives_it(host: Host, loops: Loops) -> None:

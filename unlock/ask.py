@@ -8,11 +8,16 @@ import os
 
 from . import log
 from .errors import Usage
-from .light import Callable
+from .light import TYPE_CHECKING, Callable
 from .protect import end_with_parent
 from .secret import Secret
 
+if TYPE_CHECKING:
+    from io import FileIO
+
 _MAX = 4096
+_KEY_FILE_MAX = 8 << 20
+"""Bytes, as cryptsetup's default."""
 ASKPASS = "/lib/cryptsetup/askpass"
 """cryptsetup's, which Debian ships for its initramfs: it asks through Plymouth, systemd or the console."""
 
@@ -32,6 +37,35 @@ def from_file(path: str) -> Secret:
     if not content.strip() or len(content) > _MAX:
         raise Usage(f"{path} is empty, or too large for a secret", f"a file with it alone, at most {_MAX} bytes")
     return Secret(content.removesuffix(b"\n"))
+
+
+def key_file(path: str, *, offset: int = 0, size: int = 0) -> Secret:
+    """`size` bytes of a key file from `offset` on, or all that follow, as cryptsetup reads it: a last newline counts.
+    Raises Usage."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            if file.seekable():
+                file.seek(offset)
+            else:
+                _read_exactly(file, offset)
+            content = _read_exactly(file, size or _KEY_FILE_MAX + 1)
+    except OSError as error:
+        raise Usage(f"{path} cannot be read: {error.strerror}") from error
+    if not content or len(content) < size:
+        raise Usage(
+            f"{path} has {len(content)} bytes from byte {offset} on", "another --keyfile-offset, --keyfile-size"
+        )
+    if len(content) > _KEY_FILE_MAX:
+        raise Usage(f"{path} is larger than {_KEY_FILE_MAX} bytes", "--keyfile-size N")
+    return Secret(content)
+
+
+def _read_exactly(file: "FileIO", size: int) -> bytearray:
+    """So many bytes, or fewer at the end of the file."""
+    content = bytearray()
+    while len(content) < size and (piece := file.read(size - len(content))):
+        content += piece
+    return content
 
 
 def credential(name: str) -> Secret | None:

@@ -147,6 +147,7 @@ def _serve(node: str, requests: int, answers: int) -> None:
     """The worker's whole life; never returns."""
     try:
         _isolate(requests, answers)
+        luks.only_read()
         with luks.Container(node) as container:
             _send(answers, f"header {container.uuid}", container.dump()[:_ANSWER_MAX])
             while (request := _receive(requests)) and (going_on := _carry_out(container, *request, answers)):

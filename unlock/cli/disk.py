@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock disk adopt`."""
+"""`unlock disk adopt`, `unlock disk flags`."""
 
 import argparse
 from typing import TYPE_CHECKING
 
-from .. import log
+from .. import ask, log
+from ..errors import NotOurs, Usage
 from ..paths import Paths
+from ..secret import Secret
 from .arguments import PASSPHRASE, add_command, add_noun, add_recovery_key_and_escrow, escrow, existing_secret
 
 if TYPE_CHECKING:
@@ -24,6 +26,11 @@ def add(commands: "Commands") -> None:
         help=f"a passphrase that opens the disk; default: credential {PASSPHRASE}, else you are asked",
     )
     adopt.add_argument(
+        "--key-file", metavar="FILE", help="the same, byte by byte as cryptsetup takes it: a last newline counts"
+    )
+    adopt.add_argument("--keyfile-offset", type=int, default=0, metavar="N", help="bytes of it to leave out first")
+    adopt.add_argument("--keyfile-size", type=int, default=0, metavar="N", help="bytes of it to take; default: all")
+    adopt.add_argument(
         "--accept-changed-header",
         action="append",
         default=[],
@@ -31,28 +38,73 @@ def add(commands: "Commands") -> None:
         help="the header of this member is not as this host wrote it, and you changed it; may be repeated",
     )
     add_recovery_key_and_escrow(adopt)
+    flags = add_command(verbs, "flags", _flags, "change how a member is opened: flags of its header")
+    flags.add_argument("device")
+    flags.add_argument(
+        "--set", action="append", default=[], metavar="FLAG", help="as allow-discards; may be repeated, as --clear"
+    )
+    flags.add_argument("--clear", action="append", default=[], metavar="FLAG")
 
 
 def _adopt(paths: Paths, options: argparse.Namespace) -> int:
     from ..host.this_boot import tpm_device
     from ..operations.group import adopt_disk
 
-    with existing_secret(
-        options.passphrase_file,
-        credential=PASSPHRASE,
-        prompt=f"passphrase of {options.device}",
-        flag="--passphrase-file",
-    ) as passphrase:
-        group = adopt_disk(
-            paths,
-            options.device,
-            options.group,
-            passphrase,
-            options.recovery_key_file,
-            options.name,
-            escrow(options),
-            tpm_device(),
-            options.accept_changed_header,
-        )
+    try:
+        with _passphrase(options) as passphrase:
+            group = adopt_disk(
+                paths,
+                options.device,
+                options.group,
+                passphrase,
+                options.recovery_key_file,
+                options.name,
+                escrow(options),
+                tpm_device(),
+                options.accept_changed_header,
+            )
+    except NotOurs as error:
+        if options.passphrase_file and error.code == NotOurs.code:
+            error.hint = f"if it is a key file: --key-file {options.passphrase_file}"
+        raise
     log.note(f"{options.device} is in group {group.name}; its data, keyslots and mapping name are unchanged")
     return 0
+
+
+def _flags(paths: Paths, options: argparse.Namespace) -> int:
+    from ..disks.luks import FLAGS
+    from ..operations.flags import change_flags
+
+    unknown = [each for each in (*options.set, *options.clear) if each not in FLAGS]
+    if unknown or not (options.set or options.clear):
+        raise Usage(
+            f"{unknown[0]!r} is no flag that a header can have" if unknown else "no flag is to be changed",
+            f"--set FLAG, --clear FLAG; FLAG is one of {', '.join(FLAGS)}",
+        )
+    flags = change_flags(paths, options.device, add=frozenset(options.set), remove=frozenset(options.clear))
+    words = ", ".join(sorted(flags)) or "none"
+    log.note(f"{options.device}: flags {words}, from when it is opened next; its token is for this header")
+    return 0
+
+
+def _passphrase(options: argparse.Namespace) -> Secret:
+    """What opens the disk. Raises Usage."""
+    if not options.key_file:
+        if options.keyfile_offset or options.keyfile_size:
+            raise Usage("--keyfile-offset and --keyfile-size are about a key file", "--key-file FILE")
+        try:
+            return existing_secret(
+                options.passphrase_file,
+                credential=PASSPHRASE,
+                prompt=f"passphrase of {options.device}",
+                flag="--passphrase-file",
+            )
+        except Usage as error:
+            if options.passphrase_file and error.hint:
+                error.hint = f"if it is a key file: --key-file {options.passphrase_file}"
+            raise
+    if options.passphrase_file:
+        raise Usage("one of --key-file and --passphrase-file is taken, not both", "unlock disk adopt --help")
+    if options.keyfile_offset < 0 or options.keyfile_size < 0:
+        raise Usage("--keyfile-offset and --keyfile-size are not negative", "unlock disk adopt --help")
+    return ask.key_file(options.key_file, offset=options.keyfile_offset, size=options.keyfile_size)

@@ -29,6 +29,9 @@ def add(commands: "Commands") -> None:
     create.add_argument(
         "--erase", nargs="+", action="extend", default=[], metavar="DEV", help="a disk whose data may be destroyed"
     )
+    create.add_argument(
+        "--discard", action="store_true", help="tell the disks which blocks are unused (TRIM); they then show which are"
+    )
     add_recovery_key_and_escrow(create)
 
 
@@ -53,4 +56,5 @@ def wanted(options: argparse.Namespace) -> "NewGroup":
         recovery_file=options.recovery_key_file,
         policy=options.policy,
         escrow=escrow(options),
+        discard=options.discard,
     )

@@ -112,12 +112,14 @@ def recovery_keyslot(header: Header, recovery: Secret) -> tuple[int, Secret]:
     raise trouble
 
 
-def ensure_recovery_keyslot(container: luks.Container, *, dek: Secret, recovery: Secret) -> None:
-    """Adds a keyslot for the recovery key, unless an earlier attempt did. Raises NotOurs, DiskFailed."""
+def ensure_recovery_keyslot(container: luks.Container, *, dek: Secret, recovery: Secret) -> int | None:
+    """Adds a keyslot for the recovery key and returns its number; None if an earlier attempt did. Raises NotOurs,
+    DiskFailed."""
     try:
         dek_by_recovery_key(container, recovery).wipe()
     except NotOurs:
-        container.add_keyslot(dek, passphrase=recovery)
+        return container.add_keyslot(dek, passphrase=recovery)
+    return None
 
 
 def dek_by_checked_recovery_key(header: Header, each: token.Token, *recovery: Secret) -> Secret:
@@ -152,11 +154,9 @@ def mac_key(recovery: Secret, host: str) -> Secret:
     return wrap.derive(recovery, bytes.fromhex(host), b"unlock-header-mac-1")
 
 
-def make_token(
-    container: luks.Container, host: str, group: Group, member: Member, dek: Secret, keys: Keys
-) -> token.Token:
+def make_token(header: Header, host: str, group: Group, member: Member, dek: Secret, keys: Keys) -> token.Token:
     """A token for this disk and its header as it is now. Writes nothing."""
-    facts = container.facts()
+    facts = header.facts()
     each = token.Token(
         host=host,
         group=group.name,

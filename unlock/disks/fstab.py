@@ -4,11 +4,21 @@
 import os
 import stat
 
+from ..light import NamedTuple
 from ..paths import write_atomically
 
 
-def crypttab_name(path: str, *, node: str, luks_uuid: str) -> str:
-    """The name of this disk's mapping in crypttab(5), or ''."""
+class CrypttabLine(NamedTuple):
+    """A disk in crypttab(5)."""
+
+    name: str
+    """Of its mapping."""
+    options: tuple[str, ...]
+    """`discard`, `key-slot=1`"""
+
+
+def find_crypttab_line(path: str, *, node: str, luks_uuid: str) -> CrypttabLine | None:
+    """The first line of this disk."""
     for fields in filter(None, map(_split_line, _read_lines(path))):
         source = fields[1].strip('"')
         if source.startswith("UUID="):
@@ -20,8 +30,8 @@ def crypttab_name(path: str, *, node: str, luks_uuid: str) -> str:
             link = f"/dev/disk/by-{kind.lower()}/{value.strip(chr(34))}"
             found = kind in ("LABEL", "PARTUUID", "PARTLABEL") and os.path.realpath(link) == node
         if found:
-            return fields[0]
-    return ""
+            return CrypttabLine(fields[0], tuple(filter(None, fields[3].split(","))) if len(fields) > 3 else ())
+    return None
 
 
 def fstab_targets(path: str) -> set[str]:

@@ -17,8 +17,10 @@ from ..strictjson import canonical
 
 ANY = -1
 """Any keyslot: each is tried in turn, which costs its PBKDF."""
-MAX_HEADER = 256 << 10
-"""Bytes of one copy of the metadata; the default is 16 KiB."""
+MAX_HEADER = 4 << 20
+"""Bytes of one copy of the header, the most that LUKS2 has; the default is 16 KiB."""
+MAX_TEXT = 252 << 10
+"""Bytes of the JSON in it: libcryptsetup takes 80 bytes of memory for each."""
 MAX_METADATA = 1 << 20
 """Bytes of the metadata as libcryptsetup prints it, with indents."""
 KEYSLOT_ITERATIONS = 1000
@@ -152,32 +154,48 @@ def _data_digest(metadata: dict[str, Any], device: str) -> dict[str, Any]:
     segments = _get_object(metadata, "segments", device)
     digests: list[dict[str, Any]] = [each for _, each in _get_numbered(metadata, "digests", device) if each["segments"]]
     if not segments or len(digests) != 1 or canonical(digests[0]["segments"]) != canonical(sorted(segments)):
+        if "reencrypt" in str(_get_object(metadata, "config", device).get("requirements")):
+            hint = f"cryptsetup reencrypt --resume-only {device}"
+            raise Malformed(f"{device}: its header says that it is being re-encrypted", hint)
         raise Malformed(f"{device}: not exactly one digest covers all of the data")
     return digests[0]
 
 
-def check_size_on_disk(device: str) -> None:
-    """Raises Malformed for a header of more than MAX_HEADER bytes: libcryptsetup would take 80 bytes of memory for each
-    byte of its JSON. Checks the copies that libcryptsetup would read: all up to the first with a valid checksum.
+def read_copies(device: str, *, every: bool) -> list[tuple[int, bytes]]:
+    """(offset, content) of the copies of the header: those that libcryptsetup needs, or `every` one.
 
-    Raises DiskFailed if the disk cannot be read.
+    A copy after one with a valid checksum has the same size, so it need not be read where that bounds its JSON.
+    Raises Malformed for more than MAX_HEADER bytes, or MAX_TEXT bytes of JSON; DiskFailed if the disk cannot be read.
     """
+    found: list[tuple[int, bytes]] = []
     try:
         file = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
         try:
             for offset in _COPIES:
-                head = os.pread(file, 4096, offset)
-                size = int.from_bytes(head[8:16], "big")
-                if head[:8] != _magic(offset) + b"\0\2":
+                copy = os.pread(file, 4096, offset)
+                size = int.from_bytes(copy[8:16], "big")
+                if copy[:8] != _magic(offset) + b"\0\2":
                     continue
                 if size > MAX_HEADER:
                     raise Malformed(f"{device}: the LUKS2 header claims more than {MAX_HEADER} bytes")
-                if _has_valid_checksum(head + os.pread(file, max(0, size - 4096), offset + 4096)):
-                    return
+                copy += os.pread(file, max(0, size - 4096), offset + 4096)
+                found.append((offset, copy))
+                if size <= 4096 + MAX_TEXT:
+                    if not every and _has_valid_checksum(copy):
+                        break
+                elif copy.find(b"\0", 4096, 4096 + MAX_TEXT + 1) < 0:
+                    raise Malformed(f"{device}: the LUKS2 header has more than {MAX_TEXT} bytes of JSON")
         finally:
             os.close(file)
     except OSError as error:
         raise DiskFailed(f"{device} cannot be read: {error.strerror}") from error
+    return found
+
+
+def are_whole(copies: list[tuple[int, bytes]]) -> bool:
+    """Whether both copies of a header are there, and of the same write."""
+    valid = [copy for _, copy in copies if _has_valid_checksum(copy)]
+    return len(valid) > 1 and valid[0][16:24] == valid[1][16:24] and valid[0][4096:] == valid[1][4096:]
 
 
 def _has_valid_checksum(copy: bytes) -> bool:

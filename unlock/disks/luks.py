@@ -9,6 +9,7 @@ The calls: libcryptsetup.h of cryptsetup 2.6 to 2.7. What the header says: disks
 import ctypes
 import errno
 import os
+import stat
 from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint32, c_void_p
 
 from ..errors import DiskFailed, Malformed, NotOurs
@@ -16,16 +17,27 @@ from ..light import Any
 from ..secret import Secret
 from ..strictjson import canonical
 from . import devices
-from .header import ANY, KEYSLOT_ITERATIONS, Header, check_size_on_disk, parse_metadata, read_luks_version
+from .header import ANY, KEYSLOT_ITERATIONS, Header, are_whole, parse_metadata, read_copies, read_luks_version
 
 MAX_KEY = 512
 """Bytes; volume keys with integrity are longer than the 64 of aes-xts."""
 
 
-_ALLOW_DISCARDS, _KEYRING_KEY = 1 << 3, 1 << 11  # crypt_activate_* flags
+FLAGS = {
+    "allow-discards": 1 << 3,
+    "same-cpu-crypt": 1 << 6,
+    "submit-from-crypt-cpus": 1 << 7,
+    "no-read-workqueue": 1 << 24,
+    "no-write-workqueue": 1 << 25,
+}
+"""Flags of a header that an activation obeys, and their bits, CRYPT_ACTIVATE_*."""
+
+_KEYRING_KEY = 1 << 11  # CRYPT_ACTIVATE_KEYRING_KEY
+_FOR_ACTIVATION = 0  # CRYPT_FLAGS_ACTIVATION
 _DEFERRED = 1 << 0  # crypt_deactivate_by_name flag
 _NO_BENCHMARK = 1 << 1  # pbkdf flag
 _LOG_ERROR = 1
+_MFD_NOEXEC_SEAL = 8  # since Linux 6.3; vm.memfd_noexec=2 demands it
 _INVALID, _INACTIVE = 0, 1  # crypt_status
 
 _WRONG_KEY = {
@@ -40,9 +52,12 @@ _LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "crypt_init": (POINTER(c_void_p), c_char_p),
     "crypt_load": (c_void_p, c_char_p, c_void_p),
+    "crypt_metadata_locking": (c_void_p, c_int),
     "crypt_format": (
         c_void_p, c_char_p, c_char_p, c_char_p, c_char_p, POINTER(c_char), c_size_t, c_void_p,
     ),
+    "crypt_persistent_flags_get": (c_void_p, c_int, POINTER(c_uint32)),
+    "crypt_persistent_flags_set": (c_void_p, c_int, c_uint32),
     "crypt_set_pbkdf_type": (c_void_p, c_void_p),
     "crypt_dump_json": (c_void_p, POINTER(c_char_p), c_uint32),
     "crypt_token_json_set": (c_void_p, c_int, c_char_p),
@@ -92,28 +107,40 @@ class _Luks2(ctypes.Structure):
 class Container(Header):
     """One LUKS2 disk or image file, its header read and validated by libcryptsetup.
 
+    Nothing is written to a disk that is only looked at. libcryptsetup would repair one ruined copy of the header from
+    the other, on a disk of another host too, which may be writing to it: it gets the header in memory, and the disk
+    when a method writes to it or activates it.
+
     Raises NotOurs if there is no LUKS2 header, Malformed if both copies are ruined, DiskFailed if the disk cannot
-    be read. libcryptsetup repairs one ruined copy from the other. Close it, or use `with`.
+    be read. Close it, or use `with`.
     A forked child may use it, but never two processes at once: they share the file offset of its device.
     """
 
     def __init__(self, device: str) -> None:
         self.device = device
         self._cd = c_void_p()
-        _do(device, "cannot be used", "crypt_init", ctypes.byref(self._cd), os.fsencode(device))
+        self._memory = -1
+        self.is_whole = True
+        """Whether both copies of the header were good and the same; not known after `only_read`."""
         try:
-            self._load()
+            copies = read_copies(device, every=not _only_reads)
+            if _only_reads:
+                self._load(device)
+            else:
+                self.is_whole = are_whole(copies)
+                self._memory = _copy_to_memory(device, copies)
+                self._load(f"{_DESCRIPTORS}{self._memory}")
         except BaseException:
             self.close()
             raise
 
-    def _load(self) -> None:
+    def _load(self, path: str) -> None:
+        _do(self.device, "cannot be used", "crypt_init", ctypes.byref(self._cd), os.fsencode(path))
         _logged_errors.clear()
-        check_size_on_disk(self.device)
         result = _lib().crypt_load(self._cd, b"LUKS2", None)
         if result == 0:
             return
-        logged = _error_text()
+        logged = _error_text(self.device)
         version = read_luks_version(self.device)
         if version == 0:
             raise NotOurs(f"{self.device} is not LUKS2", code="not-luks2")
@@ -125,11 +152,38 @@ class Container(Header):
         hint = f"cryptsetup luksHeaderRestore {self.device} --header-backup-file FILE"
         raise Malformed(f"{self.device}: the LUKS2 header is ruined", hint=hint)
 
+    def _use_disk(self) -> None:
+        """Gives libcryptsetup the disk instead of the header in memory. Raises DiskFailed unless it has that header."""
+        if self._memory < 0:
+            return
+        seen = self.uuid, self.dump()
+        self.close()
+        self._load(self.device)
+        if (self.uuid, self.dump()) != seen:
+            raise DiskFailed(f"{self.device}: its header was changed meanwhile", "type the same command again")
+
+    def _copy_keyslots(self, slot: int) -> None:
+        """Copies the material of keyslots to the header in memory. Raises DiskFailed."""
+        try:
+            disk = os.open(self.device, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                for number, fields in self.metadata["keyslots"].items():
+                    if slot in (ANY, int(number)):
+                        at, size = int(fields["area"]["offset"]), int(fields["area"]["size"])
+                        os.pwrite(self._memory, os.pread(disk, size, at), at)
+            finally:
+                os.close(disk)
+        except OSError as error:
+            raise DiskFailed(f"{self.device} cannot be read: {error.strerror}") from error
+
     def close(self) -> None:
         """Frees the context; safe to call twice."""
         if self._cd:
             _lib().crypt_free(self._cd)
             self._cd = c_void_p()
+        if self._memory >= 0:
+            os.close(self._memory)
+            self._memory = -1
 
     def __enter__(self) -> "Container":
         return self
@@ -145,6 +199,11 @@ class Container(Header):
     def volume_key_size(self) -> int:
         """Bytes."""
         return int(_lib().crypt_get_volume_key_size(self._cd))
+
+    @property
+    def disk_size(self) -> int:
+        """Bytes. Raises DiskFailed."""
+        return _disk_size(self.device)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -164,11 +223,17 @@ class Container(Header):
 
         Raises DiskFailed, also when the header has no room.
         """
+        self._use_disk()
         text = canonical({"keyslots": [], **fields})
-        return self._do("cannot take the token", "crypt_token_json_set", ANY if number is None else number, text)
+        try:
+            return self._do("cannot take the token", "crypt_token_json_set", ANY if number is None else number, text)
+        except DiskFailed as error:
+            error.hint = f"if its header is full: cryptsetup token remove --token-id N {self.device}"
+            raise
 
     def remove_token(self, number: int) -> None:
         """Durable on return, also if there was none of that number. Raises DiskFailed."""
+        self._use_disk()
         self._do(f"cannot remove token {number}", "crypt_token_json_set", number, None)
 
     # Keys
@@ -176,6 +241,8 @@ class Container(Header):
     def volume_key(self, passphrase: Secret, slot: int = ANY) -> Secret:
         if slot != ANY and slot not in self.keyslots():
             raise NotOurs(f"{self.device} has no keyslot {slot}")
+        if self._memory >= 0:
+            self._copy_keyslots(slot)
         size = c_size_t(max(_lib().crypt_get_volume_key_size(self._cd), 0) or MAX_KEY)
         key = Secret(bytes(size.value))
         try:
@@ -200,28 +267,56 @@ class Container(Header):
 
         Raises NotOurs for another volume key, DiskFailed.
         """
+        self._use_disk()
         self._minimal_pbkdf()
-        return self._do(
-            "cannot take a keyslot", "crypt_keyslot_add_by_volume_key",
-            slot, *_sized(volume_key), *_sized(passphrase),
-        )  # fmt: skip
+        try:
+            return self._do(
+                "cannot take a keyslot", "crypt_keyslot_add_by_volume_key",
+                slot, *_sized(volume_key), *_sized(passphrase),
+            )  # fmt: skip
+        except DiskFailed as error:
+            error.hint = f"if its header is full: cryptsetup luksKillSlot {self.device} N"
+            raise
 
     def remove_keyslot(self, slot: int) -> None:
         """Overwrites a keyslot and its place in the header. Raises DiskFailed."""
+        self._use_disk()
         self._do(f"cannot remove keyslot {slot}", "crypt_keyslot_destroy", slot)
+
+    # Flags
+
+    @property
+    def flags(self) -> frozenset[str]:
+        """Those of FLAGS that the header has."""
+        return frozenset(name for name, bit in FLAGS.items() if self._flag_bits() & bit)
+
+    def set_flags(self, flags: frozenset[str], *, in_memory: bool = False) -> None:
+        """Sets those of FLAGS, and no others of them; other flags stay. Raises DiskFailed.
+
+        `in_memory`: this context alone, which then says what the header will be; nothing more can be done with it.
+        """
+        if not in_memory:
+            self._use_disk()
+        bits = self._flag_bits() & ~sum(FLAGS.values()) | sum(FLAGS[name] for name in flags)
+        self._do("cannot take the flags", "crypt_persistent_flags_set", _FOR_ACTIVATION, bits)
+
+    def _flag_bits(self) -> int:
+        bits = c_uint32()
+        self._do("has no readable flags", "crypt_persistent_flags_get", _FOR_ACTIVATION, ctypes.byref(bits))
+        return bits.value
 
     # Mappings
 
-    def activate(self, name: str, volume_key: Secret, allow_discards: bool = False) -> None:
+    def activate(self, name: str, volume_key: Secret) -> None:
         """Activates the disk as /dev/mapper/NAME. The volume key goes to the kernel's keyring, never into the dm table.
 
         The header's persistent flags apply. Raises NotOurs for another key, DiskFailed ("name-taken" if NAME
         is active already: a mapping is never replaced).
         """
-        flags = _KEYRING_KEY | (_ALLOW_DISCARDS if allow_discards else 0)
+        self._use_disk()
         self._do(
             f"cannot be opened as {name}", "crypt_activate_by_volume_key",
-            name.encode(), *_sized(volume_key), flags,
+            name.encode(), *_sized(volume_key), _KEYRING_KEY,
         )  # fmt: skip
 
     def _minimal_pbkdf(self) -> None:
@@ -255,6 +350,14 @@ def format(device: str, volume_key: Secret, *, uuid: str | None = None, label: s
     return Container(device)
 
 
+def only_read() -> None:
+    """From now on this process writes to no header: it can load one from its disk without repairing it, and takes no
+    lock. libcryptsetup cannot be told to lock again."""
+    global _only_reads
+    _lib().crypt_metadata_locking(None, 0)
+    _only_reads = True
+
+
 def prepare() -> None:
     """Loads libcryptsetup and the crypto library it uses, once for all processes that are forked later. Raises
     DiskFailed."""
@@ -278,7 +381,7 @@ def is_active(name: str) -> bool:
     _logged_errors.clear()
     status = _lib().crypt_status(None, name.encode())
     if status == _INVALID:
-        raise DiskFailed(f"{name}: device-mapper does not say whether it is open{_error_text()}")
+        raise DiskFailed(f"{name}: device-mapper does not say whether it is open{_error_text(name)}")
     return bool(status > _INACTIVE)
 
 
@@ -324,6 +427,43 @@ def _removal(name: str) -> bytes:
     return struct.pack("=10IQ128s129s7s", *version, size, size, 0, 0, flags, 0, 0, 0, name.encode(), b"", b"")
 
 
+def _copy_to_memory(device: str, copies: list[tuple[int, bytes]]) -> int:
+    """A file in memory, as large as the disk, with these copies of its header. Raises DiskFailed."""
+    size = _disk_size(device)
+    try:
+        try:
+            file = os.memfd_create("header", os.MFD_CLOEXEC | _MFD_NOEXEC_SEAL)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            file = os.memfd_create("header")
+        try:
+            os.ftruncate(file, size)
+            for offset, copy in copies:
+                os.pwrite(file, copy, offset)
+        except BaseException:
+            os.close(file)
+            raise
+    except OSError as error:
+        raise DiskFailed(f"{device}: no memory for its header: {error.strerror}") from error
+    return file
+
+
+def _disk_size(device: str) -> int:
+    """Bytes of a block device or file. Raises DiskFailed."""
+    try:
+        disk = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            mode, size = os.fstat(disk).st_mode, os.lseek(disk, 0, os.SEEK_END)
+        finally:
+            os.close(disk)
+    except OSError as error:
+        raise DiskFailed(f"{device} cannot be read: {error.strerror}") from error
+    if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
+        raise DiskFailed(f"{device} is not a block device")
+    return size
+
+
 def _minimum() -> _Pbkdf:
     """PBKDF2 with KEYSLOT_ITERATIONS, without libcryptsetup's benchmark of one second."""
     return _Pbkdf(b"pbkdf2", b"sha256", 0, KEYSLOT_ITERATIONS, 0, 0, _NO_BENCHMARK)
@@ -337,6 +477,9 @@ def _buffer(secret: Secret) -> Any:
 def _sized(secret: Secret) -> tuple[Any, int]:
     return _buffer(secret), len(secret)
 
+
+_DESCRIPTORS = "/proc/self/fd/"
+_only_reads = False
 
 _logged_errors: list[str] = []
 """Errors of the call under way. One list is enough: the library is not thread-safe, nor is this module."""
@@ -384,18 +527,22 @@ def _do(thing: str, trouble: str, function: str, *arguments: Any) -> int:
     if result >= 0:
         return result
     if -result in _WRONG_KEY.get(function, ()):
-        raise NotOurs(f"{thing} {trouble}{_error_text()}")
+        raise NotOurs(f"{thing} {trouble}{_error_text(thing)}")
     codes = {
         errno.EEXIST: "name-taken",
         errno.EBUSY: "busy",
         errno.ENODEV: "not-active",
-        errno.ETXTBSY: "reencrypting",
+        errno.ETXTBSY: "unmet-requirements",
     }
-    raise DiskFailed(f"{thing} {trouble}{_error_text() or ': ' + os.strerror(-result)}", code=codes.get(-result, ""))
+    raise DiskFailed(
+        f"{thing} {trouble}{_error_text(thing) or ': ' + os.strerror(-result)}", code=codes.get(-result, "")
+    )
 
 
-def _error_text() -> str:
+def _error_text(thing: str) -> str:
     """ ": " and the errors that libcryptsetup logged in this call, or "". Only printable characters: they may quote a
-    hostile header."""
+    hostile header. `thing` replaces the name of a file in memory."""
     text = "; ".join(dict.fromkeys(_logged_errors))
+    if _DESCRIPTORS in text:
+        text = " ".join(thing if each.startswith(_DESCRIPTORS) else each for each in text.split(" "))
     return ": " + "".join(each if each.isprintable() else "?" for each in text) if text else ""

@@ -10,10 +10,10 @@ import uuid as uuids
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .. import strictjson
-from ..disks import changes, devices, disk_keys, find, fstab, luks, token, udev
+from .. import log, strictjson
+from ..disks import adoptable, changes, devices, disk_keys, find, fstab, luks, token, udev
 from ..disks.groups import Group, Member, check_name, mapping_names
-from ..errors import NotOurs, Refused, Tampered, UnlockError, Usage
+from ..errors import CommandFailed, NotOurs, Refused, Tampered, UnlockError, Usage
 from ..host import config, this_boot, units
 from ..host.journal import DiskAdoption, GroupCreation
 from ..host.lock import exclusive
@@ -43,6 +43,8 @@ class NewGroup(NamedTuple):
     policy: str = "persistent"
     """`provider`: the KEK is never kept on this host."""
     escrow: Escrow | None = None
+    discard: bool = False
+    """Unused blocks are told to the disks."""
 
 
 def create_group(paths: Paths, wanted: NewGroup) -> Group:
@@ -93,7 +95,7 @@ def _create(work: access.Work, wanted: NewGroup, nodes: list[str], unfinished: G
             state.begin(GroupCreation("group create", wanted.name, members=tuple(before), options=_options(wanted)))
         try:
             group, kek = _new_group(work, wanted.name, tuple(before), 1, wanted.policy)
-            _format(group, nodes, recovery)
+            _format(group, nodes, recovery, wanted.discard)
             _make_file_system(group, wanted)
             with access.token_keys(work, kek=kek, mac_key=disk_keys.mac_key(recovery, state.host)) as keys:
                 for member, node in zip(group.members, nodes, strict=True):
@@ -116,6 +118,8 @@ def _options(wanted: NewGroup) -> str:
     words = ["--disk", *wanted.devices, "--mount", wanted.mount, "--policy", wanted.policy]
     if wanted.profile:
         words += ["--profile", wanted.profile]
+    if wanted.discard:
+        words.append("--discard")
     if wanted.recovery_file:
         words += ["--recovery-key-file", os.path.abspath(wanted.recovery_file)]
     if wanted.escrow:
@@ -149,18 +153,23 @@ def adopt_disk(
         node = _node(device)
         with luks.Container(node) as container:
             uuid = container.uuid
-            check_adoptable(container, device)
+            about = f"/dev/disk/by-uuid/{uuid} --group {group_name}"
+            known = {each.uuid: (group.name, each) for group in state.groups.values() for each in group.members}
+            begun = uuid in known or bool(state.unfinished(DiskAdoption, about))
+            adoptable.check_supported(container, container.disk_size, container.volume_key_size)
+            container.facts()  # raises what else is wrong with it
+            adoptable.check_room(container, container.volume_key_size, state.host, has_keyslot=begun)
+            _check_signatures(node)
             dek = container.volume_key(passphrase)
-        about = f"/dev/disk/by-uuid/{uuid} --group {group_name}"
         old = state.groups.get(group_name)
-        known = {each.uuid: (group.name, each) for group in state.groups.values() for each in group.members}
         if uuid in known and known[uuid][0] != group_name:
             raise Refused(f"{device} is in group {known[uuid][0]} already", "unlock status", code="member")
         if uuid in known:
             assert old
             group, member = old, known[uuid][1]
         else:
-            name = _mapping_name(paths, state, uuid, node, group_name, name)
+            line = fstab.find_crypttab_line(paths.crypttab, node=node, luks_uuid=uuid)
+            name = _mapping_name(state, uuid, line, group_name, name)
             _check_not_needed(name, group_name, old.members if old else ())
             member = Member(uuid, name, udev.find_disk(node).serial)
             unfinished = state.unfinished(DiskAdoption, about)
@@ -174,15 +183,22 @@ def adopt_disk(
         _check_headers(work, group, {**others, uuid: node}, frozenset(accepted))
         with dek, obtain_recovery_key(state, persistence, recovery_file, escrow) as recovery:
             state.begin(DiskAdoption("disk adopt", about, manifest=group.manifest))
+            changed = _Changed(node)
             try:
                 with luks.Container(node) as container:
-                    disk_keys.ensure_recovery_keyslot(container, dek=dek, recovery=recovery)
+                    changed.keyslot = disk_keys.ensure_recovery_keyslot(container, dek=dek, recovery=recovery)
+                    changed.flags = container.flags
+                    if uuid not in known and line:
+                        _take_options_over(container, line)
                 if group.kek:
                     kek, _ = access.find_kek(work, group, {**others, uuid: node})
                 else:
                     group, kek = _new_group(work, group_name, group.members, group.manifest)
                 _write_member_list(work, group, {**others, uuid: node}, kek=kek, recovery=recovery)
             except UnlockError:
+                if uuid not in known:
+                    changed.undo(state.host)
+                    state.headers.pop(uuid, None)
                 state.journal = None
                 state.save()
                 raise
@@ -198,6 +214,61 @@ def adopt_disk(
             this_boot.mark_open(paths, group_name, [each.name for each in group.members])
         allowed_states.tell_root(paths, state, persistence, tcti)
         return group
+
+
+class _Changed:
+    """What `adopt_disk` has changed in the header of a disk that is no member yet, besides the token."""
+
+    def __init__(self, node: str) -> None:
+        self.node = node
+        self.keyslot: int | None = None
+        """The one that was added."""
+        self.flags: frozenset[str] | None = None
+        """Those that were there before; None while none were changed."""
+
+    def undo(self, host: str) -> None:
+        """Does nothing on a disk that has its token. Best effort: the error that led here is the one to tell."""
+        try:
+            with luks.Container(self.node) as container:
+                if any(fields.get("host") == host for _, fields in container.tokens(token.TYPE)):
+                    return
+                if self.keyslot is not None:
+                    container.remove_keyslot(self.keyslot)
+                if self.flags is not None and container.flags != self.flags:
+                    container.set_flags(self.flags)
+        except UnlockError:
+            pass
+
+
+_OPTIONS = {
+    "discard": "allow-discards",
+    "same-cpu-crypt": "same-cpu-crypt",
+    "submit-from-crypt-cpus": "submit-from-crypt-cpus",
+    "no-read-workqueue": "no-read-workqueue",
+    "no-write-workqueue": "no-write-workqueue",
+}
+"""Options of crypttab(5) that a header can have -> its flags."""
+
+_ABOUT_OPENING = """
+luks noauto auto nofail noearly initramfs quiet loud tries timeout keyscript keyfile-size keyfile-offset
+keyfile-timeout key-slot keyslot tpm2-device tpm2-pcrs tpm2-signature tpm2-pin tpm2-measure-pcr tpm2-measure-bank
+fido2-device fido2-cid fido2-rp pkcs11-uri token-timeout try-empty-password password-echo password-cache headless cipher
+hash size check checkargs precheck _netdev x-initrd.attach x-initrd-attach link-volume-key
+"""
+"""Options about the passphrase and when it is asked for, or without effect on LUKS2: nothing is lost with them."""
+
+
+def _take_options_over(container: luks.Container, line: fstab.CrypttabLine) -> None:
+    """Puts the options of crypttab that the mapping would lose into the header, and says which are lost."""
+    names = {each.partition("=")[0]: each for each in line.options}
+    flags = container.flags.union(_OPTIONS[name] for name in names if name in _OPTIONS)
+    if flags != container.flags:
+        log.note(f"{line.name}: into its header, from crypttab: {', '.join(sorted(flags - container.flags))}")
+        container.set_flags(flags)
+    expected = {*_OPTIONS, *_ABOUT_OPENING.split()}
+    lost = [each for name, each in names.items() if name not in expected and not name.startswith("x-systemd.")]
+    if lost:
+        log.note(f"{line.name}: without effect from now on, in crypttab: {', '.join(lost)}")
 
 
 def _new_group(
@@ -305,9 +376,9 @@ def _write_member_list(
                 disk_keys.drop_other_tokens(node, each, dek, keys)
 
 
-def _mapping_name(paths: Paths, state: State, uuid: str, node: str, group: str, asked: str) -> str:
+def _mapping_name(state: State, uuid: str, line: fstab.CrypttabLine | None, group: str, asked: str) -> str:
     """The name that the disk has, in device-mapper or crypttab; else the one asked for, or a new one."""
-    has = devices.active_mapping_name(uuid) or fstab.crypttab_name(paths.crypttab, node=node, luks_uuid=uuid)
+    has = devices.active_mapping_name(uuid) or (line.name if line else "")
     if has and asked and asked != has:
         raise Refused(f"the disk's mapping name is {has}", "leave --name out", code="name-taken")
     taken = _mapping_names_in_use(state).union(
@@ -442,7 +513,7 @@ def _is_half_made(node: str, member: Member) -> bool:
         return False
 
 
-def _format(group: Group, nodes: list[str], recovery: Secret) -> None:
+def _format(group: Group, nodes: list[str], recovery: Secret, discard: bool) -> None:
     """Writes fresh headers with the recovery keyslot, and opens the disks under their mapping names."""
     for member, node in zip(group.members, nodes, strict=True):
         if devices.active_mapping_name(member.uuid):
@@ -450,6 +521,8 @@ def _format(group: Group, nodes: list[str], recovery: Secret) -> None:
         run(["wipefs", "--all", "--quiet", node])
         with Secret.random(64) as dek, luks.format(node, dek, uuid=member.uuid) as container:
             container.add_keyslot(dek, passphrase=recovery)
+            if discard:
+                container.set_flags(frozenset({"allow-discards"}))
             container.activate(member.name, dek)
 
 
@@ -480,13 +553,18 @@ def _start(unit: str) -> None:
         run(["systemctl", "start", unit])
 
 
-def check_adoptable(container: luks.Container, device: str) -> None:
-    """Raises Refused for a disk that unlock cannot open, or that is not encrypted throughout."""
-    if container.requirements:  # first: two digests cover the data then
-        raise Refused(f"{device} is being re-encrypted", "cryptsetup reencrypt --resume-only", code="reencrypting")
-    facts = container.facts()
-    if container.volume_key_size > token.DEK_MAX:
-        raise Refused(f"{device} has integrity or a volume key longer than {token.DEK_MAX} bytes", code="not-supported")
-    for segment in facts["segments"].values():
-        if segment.get("type") != "crypt" or "cipher_null" in str(segment.get("encryption")):
-            raise Refused(f"{device} is not encrypted throughout", "cryptsetup luksDump", code="not-encrypted")
+def _check_signatures(node: str) -> None:
+    """Raises Refused for a disk on which blkid, and so udev, finds something else than LUKS2: nothing would open it."""
+    try:
+        found = run(["blkid", "--probe", "--output", "value", "--match-tag", "TYPE", node]).strip()
+    except CommandFailed:  # it finds several
+        found = ""
+    if found == "crypto_LUKS":
+        return
+    others = [each for each in devices.list_signatures(node).split(", ") if each and not each.startswith("crypto_LUKS")]
+    kinds = ",".join(dict.fromkeys([found] * bool(found) + [each for each in others if not each.startswith("label ")]))
+    raise Refused(
+        f"{node} has an older signature beside LUKS2 ({kinds}), so that udev takes it for something else",
+        f"if that is not in use: wipefs --backup --all --types {kinds} {node}",
+        "other-signature",
+    )

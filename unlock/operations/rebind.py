@@ -21,7 +21,7 @@ from contextlib import ExitStack, closing
 from typing import NamedTuple
 
 from .. import strictjson
-from ..disks import disk_keys, find, luks, token
+from ..disks import adoptable, disk_keys, find, luks, token
 from ..disks.groups import Group
 from ..errors import Malformed, NoKey, NotOurs, Refused, Tampered, UnlockError
 from ..host import keyring, this_boot
@@ -39,7 +39,7 @@ from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
 from ..tpm.record import Payload
-from .group import check_adoptable, known_changes
+from .group import known_changes
 from .init import OVERRIDES
 
 RISKS = {
@@ -230,7 +230,7 @@ def _check_disks(
                     if member.name not in accepted:
                         _check_header(state, container, member.name, recovery=recovery, mac_key=mac_key)
                     elif not _is_authentic(container, state.host, mac_key):
-                        check_adoptable(container, node)
+                        adoptable.check_supported(container, container.disk_size, container.volume_key_size)
                         _dek_of_changed(container, recovery).wipe()
                 good += 1
             except Tampered as error:

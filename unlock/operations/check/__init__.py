@@ -17,7 +17,7 @@ from ...keys import access
 from ...measured import logs
 from ...paths import Paths
 from ...secret import Secret
-from .disks import check_copies, check_group, check_needed, check_root
+from .disks import check_copies, check_group, check_headers, check_needed, check_root
 from .finding import EXIT_STATUS as EXIT_STATUS
 from .finding import CheckResult, result_of
 from .finding import to_json as to_json
@@ -58,6 +58,7 @@ def check(
             *check_tpm(paths, state, tcti, predicted, log),
             *check_stopped_operation(state),
             *(each for group in state.groups.values() for each in check_group(state, group, present, persistence)),
+            *check_headers(state, present),
             *check_copies(state),
             *check_needed(paths, state),
             *check_root(paths, state),

@@ -11,7 +11,7 @@ from ...paths import Paths
 from ...predict import allowed_states
 from ...secret import Secret
 from ..group import known_changes, mounts_needed_before_groups
-from .finding import SAFE, UNPROVEN, UNSAFE, Finding
+from .finding import NOTE, SAFE, UNPROVEN, UNSAFE, Finding
 
 
 def check_group(
@@ -27,6 +27,21 @@ def check_group(
         yield wrong[0]._replace(what=what)
     else:
         yield from wrong
+
+
+def check_headers(state: State, present: dict[str, list[find.Found]]) -> Iterator[Finding]:
+    """Members whose header has one good copy of the two: nothing repairs it that only opens the disk."""
+    for group in state.groups.values():
+        for member in group.members:
+            try:
+                with luks.Container(find.find_node(present, member)) as container:
+                    if container.is_whole:
+                        continue
+            except UnlockError:
+                continue
+            why = "one of the two copies of its header is ruined; it opens by the other"
+            hint = f"cryptsetup repair {container.device}"
+            yield Finding(f"group {group.name}, disk {member.name}", NOTE, why, hint)
 
 
 def check_copies(state: State) -> Iterator[Finding]:
