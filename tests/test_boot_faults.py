@@ -15,6 +15,7 @@ from tests.lab.machine import REACHED, Machine, agent_commands, report
 from tests.lab.running import Disk
 from tests.lab.stories import CAPPED, begun, checked, outcomes, pcr, status, unmeasured, unseal_as_root, up
 from tests.lab.uml.files import FIRST, START_TPM
+from tests.lab.uml.machine import Uml
 
 pytestmark = pytest.mark.vm
 
@@ -267,6 +268,47 @@ ABORT_AGENT = f"""#!/bin/sh
 echo /run/core.%p >/proc/sys/kernel/core_pattern
 python3 -I -c '{DUMP}' /run/unlock/agent.pid /run/unlock/verdict >/dev/null 2>&1 &  # it holds the persistence key
 """
+
+
+def test_a_tpm_in_failure_mode_and_the_recovery_key(story: Machine) -> None:
+    """It fails when the agent asks, and at each command after that: it is never locked."""
+    with story.boot(tpm_fails_from="NV_Read") as booted:
+        booted.console.expect("did not confirm that it is locked", 300)
+        booted.console.expect("Enter alone to power off", 60)
+        booted.console.expect("recovery key: ", 60)
+        booted.console.send(story.recovery_key + "\n")
+        console = up(booted)
+        assert report(console)["verdict"] == "tpm-failed"
+        assert set(status(console).values()) == {"open"}
+        console.sh("sha256sum --quiet -c /root/sums && test -e /run/unlock/uncapped")
+        assert console.sh("systemctl is-failed unlock-cap.service").out == "failed"
+        assert checked(console)[""] == "unsafe"
+        assert "TPM does not work" in console.sh("unlock explain").out
+        assert isinstance(booted, Uml)
+        booted.tpm_line.fails_from = ""  # as after a reset
+        console.sh("systemctl restart unlock-cap.service && test ! -e /run/unlock/uncapped")
+        assert pcr(console, 15) == CAPPED
+        assert unseal_as_root(console) == "pcr-mismatch"
+        booted.kill()
+
+
+def test_a_tpm_in_failure_mode_and_nobody_who_knows_the_key(story: Machine) -> None:
+    with story.boot(tpm_fails_from="NV_Read") as booted:
+        booted.console.expect("recovery key: ", 300)
+        booted.console.send("\n")
+        booted.console.expect("powering off", 60)
+        booted.wait()
+        assert "unlock disk root" not in booted.console.text and "(initramfs)" not in booted.console.text
+
+
+def test_a_tpm_that_fails_when_it_has_released_the_key(story: Machine) -> None:
+    with story.boot(tpm_fails_from="PCR_Extend") as booted:
+        console = up(booted)
+        assert report(console)["verdict"] == "unsealed"
+        assert set(status(console).values()) == {"open"}
+        assert checked(console)[""] == "unsafe"
+        assert "recovery key: " not in booted.console.text
+        booted.kill()
 
 
 def test_the_agent_aborts_and_the_stock_prompt_takes_the_recovery_key(story: Machine) -> None:

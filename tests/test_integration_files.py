@@ -121,6 +121,7 @@ class Cap:
             "/proc/sysrq-trigger": directory / "sysrq",
             "tenths=100": "tenths=20",
             "sleep 0.25": "sleep 0.01",
+            "sleep 3": "sleep 0",
         }.items():
             assert path in text
             text = text.replace(path, str(to))
@@ -203,6 +204,41 @@ def test_cap_without_confirmation_powers_off(cap: Cap, shell: list[str]) -> None
     assert (cap.directory / "called").read_text() == "poweroff\n"
     assert "powering off" in cap.console.read_text()
     assert len(tpm.commands) == 41
+
+
+def test_cap_before_our_prompt_does_not_power_off_and_locks_the_others(cap: Cap, shell: list[str]) -> None:
+    """What comes next may authenticate what it opens. What does not, asks for the cap again."""
+    failing, sound = FakeTpm(FAILED), FakeTpm(EXTENDED)
+    cap.device.symlink_to(failing.path)
+    (cap.directory / "tpmrm1").symlink_to(sound.path)
+    for _ in range(2):
+        assert cap.run(shell, "try") == 1
+        assert (cap.run_directory / "capped").read_text() == "tpmrm1\n"
+        assert (cap.run_directory / "uncapped").exists() and not (cap.directory / "called").exists()
+    assert sound.commands == [EXTEND] and len(failing.commands) == 82
+    assert "the TPM tpmrm0 did not confirm" in cap.console.read_text()
+    assert cap.run(shell) != 0
+    assert (cap.directory / "called").read_text() == "poweroff\n"
+    assert "turn the TPM off in the firmware's setup" in cap.console.read_text()
+
+
+def test_cap_of_a_tpm_that_works_again(cap: Cap, shell: list[str]) -> None:
+    cap.device.symlink_to(FakeTpm(*[FAILED] * 41, EXTENDED).path)
+    assert cap.run(shell, "try") == 1
+    assert cap.run(shell, "try") == cap.run(shell) == 0
+    assert cap.capped and not (cap.run_directory / "uncapped").exists()
+
+
+@pytest.mark.parametrize("other", [True, False])
+@pytest.mark.parametrize("mode", ["", "shell", "try", "late"])
+def test_a_tpm_that_did_not_confirm_and_is_gone_is_not_locked(cap: Cap, mode: str, other: bool) -> None:
+    cap.device.symlink_to(FakeTpm(FAILED).path)
+    if other:
+        (cap.directory / "tpmrm1").symlink_to(FakeTpm(EXTENDED).path)
+    assert cap.run(["dash"], "try") == 1
+    cap.device.unlink()
+    assert cap.run(["dash"], *filter(None, [mode])) != 0
+    assert (cap.directory / "called").exists() == (mode in ("", "shell"))
 
 
 def test_cap_without_a_tpm_does_nothing(cap: Cap, shell: list[str]) -> None:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens before a shell, and before the recovery prompt, and in which order. The scripts, with stand-ins for what
-they start."""
+"""What happens before a shell, before the recovery prompt and before the real root, and in which order. The scripts,
+with stand-ins for what they start."""
 
+import contextlib
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,10 +29,22 @@ class Stage:
         self.program("cap", f'echo "cap $*" >>{self.log}')
         self.program("poweroff", f"echo poweroff >>{self.log}; kill $PPID")
         self.program("umount", f'echo "umount" >>{self.log}; exit 1')
-        for name in ("functions", "panic"):
+        self.program("udevadm", "")
+        (home / "dev").mkdir(exist_ok=True)
+        (home / "initramfs-functions").write_text(
+            f'resolve_device() {{ [ -e "$1" ] && echo "$1"; }}\nget_fstype() {{ :; }}\n'
+            f"panic() {{ echo panic >>{self.log}; {home}/panic; }}\n"
+        )
+        for name in ("functions", "panic", "local-top", "local-premount", "local-bottom"):
             text = (TOP / "initramfs" / name).read_text()
             for path, to in {
                 "/scripts/unlock-functions": home / "functions",
+                ". /scripts/functions": f". {home}/initramfs-functions",
+                ". /scripts/local": f". {home}/initramfs-functions",
+                "/sys/class/block/": f"{home}/block/",
+                "#/dev/}": f"#{home}/dev/}}",
+                "/dev/* |": "/* |",
+                "/conf/param.conf": home / "param.conf",
                 "/usr/sbin/unlock": home / "unlock",
                 "/usr/lib/unlock/cap": home / "cap",
                 "/dev/console": self.console,
@@ -42,6 +56,43 @@ class Stage:
             }.items():
                 text = text.replace(path, str(to))
             (home / name).write_text(text)
+            (home / name).chmod(0o755)
+
+    def fail_to_lock(self) -> None:
+        """The TPM confirms nothing from now on."""
+        off = f"echo poweroff >>{self.log}; kill $PPID"
+        self.program(
+            "cap", f'echo "cap $*" >>{self.log}\ncase $* in try) : >{self.run_folder}/uncapped; exit 1 ;; esac\n{off}'
+        )
+
+    def opens(self, word: str) -> None:
+        """`unlock boot WORD` opens the root disk; what it opens `secure` finds authentic."""
+        opened = f"mkdir -p {self.run_folder}/open; ln -s x {self.run_folder}/open/root; {self.home}/open-root"
+        self.program("open-root", self._root_disk("root"))
+        marks = f": >{self.run_folder}/recovered"
+        secure = f"secure) : >{self.run_folder}/authentic ;;"
+        self.program("unlock", f'echo "$*" >>{self.log}; case "$2" in {word}) {opened}; {marks} ;; {secure} esac')
+
+    def thief_brings_a_root_disk(self) -> None:
+        self.program("open-root", self._root_disk("of-a-thief"))
+        subprocess.run([self.home / "open-root"], check=True)
+
+    def _root_disk(self, mapping: str) -> str:
+        dm = f"{self.home}/block/dm-0/dm"
+        members = f"mkdir -p {self.run_folder}/members; echo /dev/mapper/root >{self.run_folder}/members/root"
+        node = f"echo CRYPT-LUKS2-x >{dm}/uuid; echo {mapping} >{dm}/name; : >{self.home}/dev/dm-0"
+        return f"mkdir -p {dm}; {node}; {members}"
+
+    @contextlib.contextmanager
+    def agent(self) -> Iterator[None]:
+        """One that has dealt with every disk."""
+        loop = f"trap ': >{self.run_folder}/idle' USR1; while :; do sleep 0.01; done"
+        with subprocess.Popen(["sh", "-c", loop]) as process:
+            (self.run_folder / "agent.pid").write_text(f"{process.pid}\n")
+            try:
+                yield
+            finally:
+                process.kill()
 
     def program(self, name: str, body: str) -> None:
         path = self.home / name
@@ -54,12 +105,17 @@ class Stage:
 
     def gives_up(self, shell: list[str]) -> list[str]:
         """The same, when root does not open by itself."""
-        return self.started([*shell, "-c", f". {self.home}/functions; unlock_give_up"])
+        functions = f". {self.home}/initramfs-functions; . {self.home}/functions"
+        return self.started([*shell, "-c", f"{functions}; unlock_give_up"])
+
+    def script(self, shell: list[str], name: str) -> list[str]:
+        return self.started([*shell, str(self.home / name)])
 
     def started(self, command: list[str]) -> list[str]:
         self.log.write_text("")
         path = f"{self.home}:/usr/sbin:/usr/bin:/sbin:/bin"
-        subprocess.run(command, env={"PATH": path}, timeout=60, check=False)
+        env = {"PATH": path, "ROOT": f"{self.home}/dev/dm-0", "resume": "/dev/swap"}
+        subprocess.run(command, env=env, timeout=60, check=False)
         return self.log.read_text().splitlines()
 
 
@@ -136,9 +192,9 @@ def test_without_a_working_python_the_console_still_says_what_to_type(tmp_path: 
 def test_before_the_recovery_key_is_asked_for_the_prompt_says_why(tmp_path: Path, shell: list[str]) -> None:
     stage = Stage(tmp_path)
     (stage.run_folder / "verdict").write_text("pcr-mismatch\n")
-    assert stage.gives_up(shell) == ["cap ", "boot why", "boot prompt"]
+    assert stage.gives_up(shell) == ["cap try", "boot why", "boot prompt"]
     (stage.run_folder / "verdict").write_text("unsealed\n")  # the disk is what is wrong
-    assert stage.gives_up(shell) == ["cap ", "boot prompt"]
+    assert stage.gives_up(shell) == ["cap try", "boot prompt"]
 
 
 def test_the_prompt_comes_when_the_reason_does_not(tmp_path: Path, shell: list[str]) -> None:
@@ -153,4 +209,85 @@ def test_what_was_looked_into_for_the_reason_is_not_left_mounted(tmp_path: Path,
     stage = Stage(tmp_path, failing="why")
     (stage.run_folder / "verdict").write_text("pcr-mismatch\n")
     (tmp_path / "mounts").write_text(f"/dev/sda1 {stage.run_folder}/efi vfat ro 0 0\n")
-    assert stage.gives_up(shell) == ["cap ", "boot why", "umount", "boot prompt"]
+    assert stage.gives_up(shell) == ["cap try", "boot why", "umount", "boot prompt"]
+
+
+# A TPM that does not confirm that it is locked, as in failure mode: it answers each command with 0x101
+
+
+@pytest.mark.parametrize("verdict", ["tpm-failed", "no-tpm", ""])
+def test_the_recovery_prompt_comes_and_what_it_opens_boots_on(tmp_path: Path, shell: list[str], verdict: str) -> None:
+    """Without a verdict the agent was killed: it hung in a command."""
+    stage = Stage(tmp_path)
+    stage.fail_to_lock()
+    if verdict:
+        (stage.run_folder / "verdict").write_text(f"{verdict}\n")
+    stage.opens("prompt")
+    assert stage.gives_up(shell) == ["cap try", *(["boot why"] if verdict else []), "boot prompt"]
+    assert stage.script(shell, "local-premount") == []
+    done = stage.script(shell, "local-bottom")
+    assert done[:2] == ["cap try", "boot secure"]
+    assert "cap " not in done and "poweroff" not in done
+
+
+def test_where_the_prompt_opens_nothing_no_other_follows(tmp_path: Path, shell: list[str]) -> None:
+    stage = Stage(tmp_path)
+    stage.fail_to_lock()
+    (stage.run_folder / "verdict").write_text("tpm-failed\n")
+    assert stage.gives_up(shell) == ["cap try", "boot why", "boot prompt", "cap ", "poweroff"]
+
+
+def test_a_disk_that_was_changed_is_told_and_no_shell_follows(tmp_path: Path, shell: list[str]) -> None:
+    stage = Stage(tmp_path, failing="prompt")
+    stage.fail_to_lock()
+    (stage.run_folder / "verdict").write_text("tpm-failed\n")
+    (stage.run_folder / "altered").touch()
+    done = stage.gives_up(shell)
+    assert done[done.index("panic") :][1:3] == ["cap shell", "poweroff"]
+
+
+def test_a_root_disk_that_unlock_did_not_open_is_not_mounted(tmp_path: Path, shell: list[str]) -> None:
+    """A thief's, with the UUID of the host's."""
+    stage = Stage(tmp_path)
+    stage.fail_to_lock()
+    (stage.run_folder / "verdict").write_text("tpm-failed\n")
+    stage.thief_brings_a_root_disk()
+    assert stage.gives_up(shell) == ["cap try"], "cryptroot would not ask either: the root is there"
+    assert stage.script(shell, "local-premount") == ["cap ", "poweroff"]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_system_that_is_not_authentic_does_not_start(tmp_path: Path, shell: list[str], ended: bool) -> None:
+    stage = Stage(tmp_path)
+    stage.fail_to_lock()
+    (stage.run_folder / "verdict").write_text("unsealed\n")
+    if ended:
+        (stage.run_folder / "ended").touch()
+    assert stage.script(shell, "local-bottom")[-2:] == ["cap ", "poweroff"]
+
+
+@pytest.mark.parametrize("verdict", ["unsealed", "no-slot"])
+def test_what_the_agent_opened_boots_on_and_nothing_is_resumed_unseen(
+    tmp_path: Path, shell: list[str], verdict: str
+) -> None:
+    """The TPM breaks when it has released the key. Or one lies that it has no slot, for a thief's hibernation image."""
+    stage = Stage(tmp_path)
+    stage.fail_to_lock()
+    (stage.run_folder / "verdict").write_text(f"{verdict}\n")
+    with stage.agent():
+        assert stage.script(shell, "local-top") == ["cap try"]
+    assert (stage.run_folder / "resume").read_text() == "/dev/swap\n"
+
+
+def test_before_a_shell_it_powers_off(tmp_path: Path, shell: list[str]) -> None:
+    stage = Stage(tmp_path)
+    stage.fail_to_lock()
+    assert stage.panic(shell) == ["cap shell", "poweroff"]
+
+
+@pytest.mark.parametrize("script", ["local-premount", "local-bottom"])
+def test_a_tpm_that_is_locked_holds_up_nothing(tmp_path: Path, shell: list[str], script: str) -> None:
+    stage = Stage(tmp_path)
+    stage.thief_brings_a_root_disk()
+    (stage.run_folder / "verdict").write_text("no-slot\n")
+    assert stage.script(shell, script) == (["cap try"] if script == "local-bottom" else [])

@@ -259,6 +259,59 @@ def test_a_pcr_that_changes_while_somebody_types(chip: Swtpm) -> None:
         assert tpm.facts().lockout_counter == 0
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "PAUSES", (0, 0, 0))
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(BOOT[:-1]))
+@pytest.mark.parametrize("code", [0x903, 0x909, 0])
+@pytest.mark.usefixtures("at_once")
+def test_a_failure_that_passes_asks_nobody_twice_and_counts_no_try(chip: Swtpm, command: str, code: int) -> None:
+    """But for a line that breaks at the Unseal: whether the TPM has counted is not known."""
+    persist(chip)
+    for pins in ((PIN,), ("wrong", PIN)):
+        with chip.open() as tpm:
+            before = tpm.facts().lockout_counter
+            chip.proxy.answer(command, code) if code else chip.proxy.break_at(command)
+            anew = command == "Unseal" and not code
+            person = Person(*pins[:1], *pins) if anew else Person(*pins)
+            slots.unseal(tpm, person)
+            assert person.types == [] and person.left == [3] * anew + [3, 2][: len(pins)]
+            assert tpm.facts().lockout_counter == before + len(pins) - 1
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_pin_whose_answer_was_lost_is_not_sent_twice(chip: Swtpm) -> None:
+    """The TPM has counted it: each time that somebody types is one try of the TPM's, at most."""
+    persist(chip)
+    with chip.open() as tpm:
+        tpm.facts()
+        slots.unseal(tpm, Person(PIN))  # from now on the TPM counts without TPM_RC_RETRY
+        chip.proxy.lose("Unseal")
+        person = Person("wrong", "wrong again", PIN)
+        slots.unseal(tpm, person)
+        assert person.left == [3, 3, 2] and tpm.facts().lockout_counter == 2
+
+
+@pytest.mark.usefixtures("at_once")
+def test_wrong_pins_before_a_failure_stay_counted(chip: Swtpm) -> None:
+    persist(chip)
+    with chip.open() as tpm:
+        tpm.facts()
+        person = Person("wrong", "wrong again", "and again", PIN)
+
+        def types(left: int) -> Secret:
+            if left == 1:
+                chip.proxy.answer("StartAuthSession", 0x903)
+            return person(left)
+
+        with pytest.raises(PinWrong):
+            slots.unseal(tpm, types)
+        assert person.left == [3, 2, 1] and person.types == [PIN]
+        assert tpm.facts().lockout_counter == 3
+
+
 def test_after_the_cap_the_right_pin_opens_nothing(chip: Swtpm) -> None:
     persist(chip)
     with chip.open() as tpm:

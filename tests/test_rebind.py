@@ -19,11 +19,14 @@ from tests.lab.kmipliar import Liar
 from tests.test_disk import edit
 from unlock import strictjson
 from unlock.disks import luks, token
-from unlock.errors import NoKey, ProviderUnavailable, Refused, Tampered, UnlockError
-from unlock.host import keyring, this_boot
+from unlock.errors import NoKey, ProviderUnavailable, Refused, Tampered, TpmFailed, TpmRefused, UnlockError
+from unlock.host import keyring, report, this_boot
 from unlock.keys import access, delivery, recovery_key
-from unlock.operations import cache, group, native_backup, rebind, recovery, sync
+from unlock.measured import diagnosis, evidence
+from unlock.operations import cache, group, init, native_backup, rebind, recovery, sync
 from unlock.operations.check.disks import check_group
+from unlock.operations.check.finding import UNSAFE
+from unlock.operations.check.tpm import check_tpm
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
 from unlock.tpm.record import Payload
@@ -447,3 +450,44 @@ def test_killed_anywhere_every_disk_still_opens_and_it_finishes(host: Machine, h
         if killed:
             run(host, file(attempt))
         boots(host)
+
+
+@pytest.mark.parametrize("banks", ["sha1:all+sha256:none", "sha1:all+sha256:0,1,2,3,4,5,6,7"])
+def test_a_sha256_bank_that_was_switched_off_is_told_alike_by_every_command(host: Machine, banks: str) -> None:
+    """As by a firmware update. The TPM says only that the PCRs are wrong."""
+    subprocess.run(["tpm2_pcrallocate", "-T", host.chip.tcti, banks], check=True, capture_output=True)
+    host.chip.power_cycle()
+    words, hint = "the TPM's SHA-256 PCR bank is off", "turn it on in the firmware's setup"
+    early = report.Report("early-boot")
+    with host.chip.open() as tpm:
+        with pytest.raises(TpmRefused) as refused:
+            slots.unseal(tpm)
+        early.set_verdict(refused.value.code, str(refused.value))
+        this_boot.write_report(host.paths, early, "report.json")
+        choices = init.InitChoices("", Secret(b""), frozenset(), (), Secret(b""), host.chip.tcti)
+        with pytest.raises(Refused) as by_init:
+            init.preflight(host.paths, tpm, choices, again=True)
+    with pytest.raises(TpmFailed) as by_rebind:
+        run(host, backup(host))
+    for each in (by_init.value, by_rebind.value):
+        assert (str(each), each.hint, each.code) == (words, hint, "no-sha256-bank")
+    assert host.state.journal is None
+    found = diagnosis.diagnose(evidence.gather_evidence(host.paths, host.chip.tcti))
+    assert found.summary == words and [each.code for each in found.causes] == ["no-sha256-bank"]
+    assert found.causes[0].do.startswith(hint)
+    (checked,) = check_tpm(host.paths, host.state, host.chip.tcti, UnlockError("nothing is predicted"), None)
+    assert (checked.verdict, checked.detail, checked.do) == (UNSAFE, words, hint)
+
+    subprocess.run(["tpm2_pcrallocate", "-T", host.chip.tcti, "sha256:all"], check=True, capture_output=True)
+    boots(host)
+
+
+def test_a_boot_with_a_pin_and_the_bank_off_says_so_too(host: Machine) -> None:
+    """It reads the PCRs before it asks."""
+    early = report.Report("early-boot")
+    early.set_verdict("tpm-failed", "the TPM's SHA-256 PCR bank is off")
+    this_boot.write_report(host.paths, early, "report.json")
+    subprocess.run(["tpm2_pcrallocate", "-T", host.chip.tcti, "sha256:none"], check=True, capture_output=True)
+    host.chip.power_cycle()
+    found = diagnosis.diagnose(evidence.gather_evidence(host.paths, host.chip.tcti))
+    assert [each.code for each in found.causes] == ["no-sha256-bank"]

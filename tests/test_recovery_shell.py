@@ -22,7 +22,7 @@ from tests.formats import a_report
 from tests.test_disk import edit
 from tests.test_recovery_rotate import change_flags
 from unlock import ask, cli
-from unlock.boot import activation, gate, plot, shell
+from unlock.boot import activation, gate, plot, prompt, shell
 from unlock.disks import udev
 from unlock.errors import Malformed, NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.host import keyring, report, report_file, this_boot
@@ -485,3 +485,11 @@ def test_the_command_line_tells_test_results_and_an_exit_status(
     with pytest.raises(Usage, match="escrow needs"):
         options.run(host.paths, options)
     assert ask.from_file(str(tmp_path / "key")) == host.recovery
+
+
+def test_the_prompt_says_what_follows_where_nobody_knows_the_key(paths: Paths) -> None:
+    assert prompt.what_enter_does(paths, tampered=False).startswith("for the stock prompt")
+    assert prompt.what_enter_does(paths, tampered=True) == "to give up"
+    this_boot.mark(paths, "uncapped")
+    for tampered in (False, True):
+        assert prompt.what_enter_does(paths, tampered).startswith("to power off: the TPM did not confirm")

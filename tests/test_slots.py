@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The slot pair: what a boot sends, what it believes, and a cut at every TPM command."""
 
+import contextlib
+import os
 import random
 import shutil
 from collections import Counter
@@ -11,7 +13,20 @@ from pathlib import Path
 import pytest
 
 from tests.tpmfixture import Swtpm
-from unlock.errors import Malformed, NewerFormat, NoSlot, Refused, Tampered, TpmFailed, TpmRefused, UnlockError
+from unlock.boot import agent
+from unlock.errors import (
+    Malformed,
+    NewerFormat,
+    NoSlot,
+    Refused,
+    Tampered,
+    TpmFailed,
+    TpmLockout,
+    TpmRefused,
+    UnlockError,
+)
+from unlock.host import report, this_boot
+from unlock.paths import Paths
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
 from unlock.tpm.chip import Tpm
@@ -255,6 +270,153 @@ def test_a_slot_that_does_not_read_back_costs_nothing(chip: Swtpm) -> None:
         assert complete(tpm) == "AB"
         persist(tpm, 3)
         assert found(tpm) == 3 and len(complete(tpm)) == 1
+
+
+# A failure that passes -----------------------------------------------------------------------------------------
+
+
+NOWHERE = "swtpm:host=127.0.0.1,port=1"
+BROKEN = 0
+"""The line breaks before the TPM has the command; else the TPM's own answer."""
+TRANSIENT = [BROKEN, 0x909, 0x903, 0x902, 0x901, 0x923, 0x904, 0x905, 0x906, 0x910, 0x918]
+
+
+def fail(chip: Swtpm, command: str, code: int) -> None:
+    chip.proxy.answer(command, code) if code else chip.proxy.break_at(command)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "PAUSES", (0, 0, 0))
+
+
+@pytest.mark.parametrize("code", TRANSIENT, ids=hex)
+@pytest.mark.usefixtures("at_once")
+def test_a_failure_that_passes_at_any_command_of_the_unseal_is_not_final(chip: Swtpm, code: int) -> None:
+    with chip.open() as tpm:
+        persist(tpm, 1)
+    for command in dict.fromkeys(BOOT[:-1]):
+        for times in (1, 3 if code else 2):  # no resource manager here: the sessions of a broken line are left
+            chip.power_cycle()
+            failures: list[UnlockError] = []
+            with chip.open() as tpm:
+                for _ in range(times):
+                    fail(chip, command, code)
+                assert slots.unseal(tpm, again=failures.append).payload == payload(1)
+                assert len(failures) == times and all(command in str(each) for each in failures)
+                tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
+                with pytest.raises(TpmRefused):
+                    slots.unseal(tpm)
+            for first in (0x02000000, 0x03000000, 0x80000000):
+                assert not code or chip.handles(first) == ()
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(BOOT[:-1]))
+@pytest.mark.usefixtures("at_once")
+def test_an_answer_that_is_lost_at_any_command_is_asked_for_again(chip: Swtpm, command: str) -> None:
+    with chip.open() as tpm:
+        persist(tpm, 1)
+        chip.proxy.lose(command)
+        assert found(tpm) == 1
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_failure_that_does_not_pass_is_told_after_four_tries_and_the_tpm_can_still_be_locked(chip: Swtpm) -> None:
+    with chip.open() as tpm:
+        persist(tpm, 1)
+        for _ in range(4):
+            chip.proxy.answer("NV_Read", 0x903)
+        chip.proxy.clear()
+        with pytest.raises(TpmFailed, match="no room for one more session"):
+            slots.unseal(tpm)
+        assert chip.proxy.commands == ["NV_Read"] * 4
+        tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
+
+
+def test_a_tpm_that_is_away_for_a_moment_is_opened_again(chip: Swtpm) -> None:
+    """With the pauses as they are."""
+    failures: list[UnlockError] = []
+
+    def comes_back(failure: UnlockError) -> None:
+        failures.append(failure)
+        tpm._name = NOWHERE if len(failures) == 1 else chip.tcti
+
+    with chip.open() as tpm:
+        persist(tpm, 1)
+        chip.proxy.break_at("StartAuthSession")
+        assert slots.unseal(tpm, again=comes_back).payload == payload(1)
+    assert [each.code for each in failures] == ["tpm-failed", "no-tpm"]
+
+
+@pytest.mark.parametrize("code", [0x101, 0x921, 0x907, 0x12F, 0x130, 0x14A, 0x98E, 0x99D, 0x1C4, 0x18B])
+@pytest.mark.usefixtures("at_once")
+def test_what_does_not_pass_is_not_asked_again(chip: Swtpm, code: int) -> None:
+    """What speaks of the slot, of PCRs, of an authorization, and a TPM in failure mode."""
+    with chip.open() as tpm:
+        persist(tpm, 1)
+        for command in dict.fromkeys(BOOT[:-1]):
+            chip.proxy.answer(command, code)
+            chip.proxy.clear()
+            with contextlib.suppress(UnlockError):  # an NV_Read of the other slot says that it is empty
+                slots.unseal(tpm, again=lambda failure: pytest.fail(str(failure)))
+            assert all(chip.proxy.commands.count(each) <= 2 for each in BOOT)
+            chip.proxy.forget_answers()
+
+
+def test_a_slot_that_the_tpm_in_lockout_does_not_show_costs_only_itself(chip: Swtpm) -> None:
+    with chip.open() as tpm:
+        two_complete(tpm, 1, 2)
+        chip.proxy.answer("NV_Read", 0x921)
+        assert found(tpm) == 2
+        slots.evict_all(tpm)
+        chip.proxy.answer("NV_Read", 0x921)
+        with pytest.raises(TpmLockout):  # the other one is empty
+            slots.unseal(tpm)
+
+
+@pytest.fixture
+def early(chip: Swtpm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
+    """Early boot, whose only TPM is this one."""
+    monkeypatch.setattr(this_boot, "list_tpms", lambda: ["tpmrm0"])
+    monkeypatch.setattr(this_boot, "tcti", lambda _name: chip.tcti)
+    with chip.open() as tpm:
+        persist(tpm, 1)
+    chip.power_cycle()
+    paths = Paths(str(tmp_path / "root"))
+    os.makedirs(paths.run)
+    return paths
+
+
+@pytest.mark.parametrize("command", ["", *dict.fromkeys(BOOT)])
+@pytest.mark.usefixtures("at_once")
+def test_the_agent_unseals_in_spite_of_it_locks_the_tpm_and_keeps_a_record(
+    chip: Swtpm, early: Paths, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Without a command it is the opening of the TPM that fails."""
+    if command:
+        chip.proxy.break_at(command)
+    else:
+        opened = iter((NOWHERE, chip.tcti))
+        monkeypatch.setattr(this_boot, "tcti", lambda _name: next(opened))
+    record = report.Report("early-boot", announce=lambda _line: None)
+    meanwhile: list[None] = []
+    key = agent.unseal_once(early, record, meanwhile=lambda: meanwhile.append(None))
+    assert key and key.persistence == payload(1).key and record.verdict == "unsealed" and meanwhile
+    again = [each.text for each in record.events if each.kind == "tpm-again"]
+    events = [each.kind for each in record.events]
+    if command == "PCR_Extend":  # initramfs/cap sends it again
+        assert "not-capped" in events and not again
+    else:
+        assert "capped" in events and len(again) == 1 and command in again[0]
+
+
+def test_the_agent_in_failure_mode_does_not_ask_again_and_says_so(chip: Swtpm, early: Paths) -> None:
+    for command in BOOT:
+        chip.proxy.answer(command, 0x101)
+    record = report.Report("early-boot")
+    assert agent.unseal_once(early, record) is None
+    assert record.verdict == "tpm-failed" and "the TPM is in failure mode" in record.detail
+    assert [each.kind for each in record.events] == ["tpm", "key", "not-capped"]
 
 
 # A cut at every command -------------------------------------------------------------------------------------

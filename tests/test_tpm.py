@@ -14,10 +14,22 @@ from typing import Any
 import pytest
 
 from tests.tpmfixture import Swtpm
-from unlock.errors import Malformed, NewerFormat, NoSlot, Refused, Tampered, TpmAbsent, TpmFailed, TpmRefused, Usage
+from unlock.errors import (
+    Malformed,
+    NewerFormat,
+    NoSlot,
+    Refused,
+    Tampered,
+    TpmAbsent,
+    TpmFailed,
+    TpmLockout,
+    TpmRefused,
+    Usage,
+)
 from unlock.secret import Secret
-from unlock.tpm import pcr_policy, public_area
-from unlock.tpm.chip import Tpm
+from unlock.tpm import answers, pcr_policy, public_area
+from unlock.tpm import chip as tpm_chip
+from unlock.tpm.chip import ResponseError, Tpm
 from unlock.tpm.record import RECORD_SIZE, SRK, A, B, Record, Slot
 
 SELECTION = pcr_policy.select([4, 7, 9])
@@ -328,7 +340,8 @@ def test_owner_authorization(chip: Swtpm) -> None:
         assert tpm.facts().owner_auth_set
         with pytest.raises(TpmFailed) as failure:
             tpm.ensure_srk()
-        assert "owner authorization" in failure.value.hint
+        assert "the owner authorization is wrong" in str(failure.value)
+        assert failure.value.hint == "--owner-auth-file FILE"
         with pytest.raises(TpmFailed):
             tpm.ensure_srk(Secret(b"wrong"))
         with pytest.raises(Usage):
@@ -438,12 +451,147 @@ def test_a_failing_tpm_is_named(chip: Swtpm) -> None:
         record = enroll(tpm, A, Secret(b"payload"))
         for command in ("NV_Read", "ReadPublic", "StartAuthSession", "PolicyPCR", "PolicyOR", "Unseal"):
             chip.proxy.answer(command, 0x101)
-            with pytest.raises(TpmFailed, match=f"TPM2_{command} failed: 0x101"):
+            with pytest.raises(TpmFailed, match=rf"TPM2_{command} failed: .* failure mode \(0x101\)"):
                 unsealed(tpm)
         chip.proxy.answer("PCR_Extend", 0x101)
         with pytest.raises(TpmFailed):
             tpm.extend(15, pcr_policy.CAP_DIGEST)
         assert tpm.unseal(tpm.verify(A, record), record) == Secret(b"payload")
+
+
+# Each answer in words ---------------------------------------------------------------------------------------
+
+
+def told(tpm: Tpm) -> TpmFailed:
+    with pytest.raises(TpmFailed) as caught:
+        tpm.read_pcrs([0])
+    return caught.value
+
+
+def numbered(code: int) -> list[int]:
+    """A code as TPMs send it: of format 1 with the number of a handle, a session, a parameter."""
+    return [code, code | 0x200, code | 0x900, code | 0x2C0] if code & 0x80 else [code]
+
+
+@pytest.mark.parametrize("code", answers.ANSWERS, ids=hex)
+def test_every_answer_has_a_sentence_of_its_own(chip: Swtpm, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setattr(tpm_chip, "_PAUSES", (0, 0))  # of a busy TPM
+    for rc in numbered(code):
+        with chip.open() as tpm:
+            for _ in range(100 if rc in answers.BUSY else 1):  # ESYS itself sends it several times
+                chip.proxy.answer("PCR_Read", rc) if rc else chip.proxy.break_at("PCR_Read")
+            failure = told(tpm)
+            chip.proxy.forget_answers()
+        words, hint = answers.ANSWERS[code]
+        number = f"{rc:#x}" if rc else "0xa000a"
+        assert (str(failure), failure.hint) == (f"TPM2_PCR_Read failed: {words} ({number})", hint)
+    assert [each.words for each in answers.ANSWERS.values()].count(words) == 1
+    assert " " in words and ". " not in words and words[0].islower() and words[-1].isalnum()
+
+
+@pytest.mark.parametrize(("command", "code"), answers.OF_A_COMMAND)
+def test_what_an_answer_means_of_one_command(command: str, code: int) -> None:
+    for rc in numbered(code):
+        words, hint = answers.OF_A_COMMAND[command, code]
+        failure = ResponseError(command, rc)
+        assert (str(failure), failure.hint) == (f"TPM2_{command} failed: {words} ({rc:#x})", hint)
+        assert hint and words != answers.ANSWERS[code].words
+
+
+@pytest.mark.parametrize(
+    ("rc", "words"),
+    [
+        (0x921, "the TPM is in lockout after wrong authorizations"),
+        (0x2D6, "the TPM does not offer AES-128 here"),
+        (0x9A2, "the authorization is wrong"),
+        (0x101, "the TPM is in failure mode"),
+        (0x914, "an object is not loaded"),
+        (0x91E, "a session is not loaded"),
+        (0x7FE, "the TPM refuses it"),
+    ],
+)
+def test_answers_that_came_bare(chip: Swtpm, rc: int, words: str) -> None:
+    with chip.open() as tpm:
+        chip.proxy.answer("PCR_Read", rc)
+        assert str(told(tpm)) == f"TPM2_PCR_Read failed: {words} ({rc:#x})"
+
+
+NOT_TO_US = """
+    AUTH_CONTEXT AUTH_MISSING AUTH_TYPE BAD_CONTEXT BAD_TAG BINDING COMMAND_SIZE CPHASH ECC_POINT EXPIRED FW_LIMITED
+    HMAC MGF NONCE NOT_USED NO_RESULT NV_SIZE PARENT PCR POLICY POLICY_CC PP PRIVATE SELECTOR SENSITIVE SEQUENCE
+    SIGNATURE SVN_LIMITED TAG TICKET UNBALANCED
+"""
+"""Answers to commands, and to mistakes in them, that unlock does not make."""
+
+
+def test_every_answer_of_the_specification_has_one() -> None:
+    """As tpm2-pytss lists them, without its masks."""
+    from tpm2_pytss.constants import TPM2_RC
+
+    masks = {"FMT1", "MAX_FM0", "N_MASK", "P", "RC", "S", "WARN", *"ABCDEF", *(f"RC{n}" for n in range(10))}
+    listed = {name: int(getattr(TPM2_RC, name)) for name in dir(TPM2_RC) if name.isupper() and name[0] != "_"}
+    bare = {name for name, rc in listed.items() if answers.code_of(rc) not in answers.ANSWERS}
+    assert bare - masks <= set(NOT_TO_US.split())
+
+
+def test_an_srk_with_a_password_is_not_told_as_the_owners(chip: Swtpm) -> None:
+    """The hint helps, and the key stays the same."""
+    key = str(chip.state / "srk")
+    attributes = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|noda|restricted|decrypt"
+    make = ["tpm2_createprimary", "-T", chip.tcti, "-G", "ecc256:null:aes128cfb", "-a", attributes, "-c", key]
+    subprocess.run([*make, "-p", "a password"], check=True, capture_output=True)
+    subprocess.run(["tpm2_evictcontrol", "-T", chip.tcti, "-c", key, hex(SRK)], check=True, capture_output=True)
+    chip.power_cycle()  # else the transient one is left
+    with chip.open() as tpm:
+        name = tpm.ensure_srk()
+        for do in (lambda: tpm.try_sealing(SELECTION), lambda: enroll(tpm, A, Secret(b"payload"))):
+            with pytest.raises(TpmFailed, match="the storage root key has a password") as caught:
+                do()
+            assert "owner" not in str(caught.value) + caught.value.hint
+        command = caught.value.hint.partition(": ")[2].partition(",")[0].split()
+        subprocess.run([*command, "-T", chip.tcti], check=True, capture_output=True)
+        assert tpm.ensure_srk() == name
+        enroll(tpm, A, Secret(b"payload"))
+        assert unsealed(tpm) == b"payload"
+
+
+def test_a_tpm_without_room_for_a_persistent_object_says_what_to_free(chip: Swtpm) -> None:
+    with chip.open() as tpm:
+        tpm.ensure_srk()
+        key, handles = tpm._primary(0x101, tpm._owner(None)), iter(range(0x81010000, 0x81010100))
+        with pytest.raises(TpmFailed) as filled:
+            while True:
+                last = next(handles)
+                tpm._keep(key, last, None)
+        with pytest.raises(TpmFailed, match="no room for one more persistent object") as caught:
+            enroll(tpm, A, Secret(b"payload"))
+        assert str(filled.value) == str(caught.value)
+        assert "tpm2_getcap handles-persistent" in caught.value.hint and "nv-index" not in caught.value.hint
+        for each in (last - 1, last - 2):  # the software TPM keeps NV indexes in the same memory
+            tpm._keep(tpm._find(each), each, None)
+        enroll(tpm, A, Secret(b"payload"))
+
+
+def test_a_lockout_at_the_record_is_not_told_as_tampered(chip: Swtpm) -> None:
+    """Somebody's index with a password is at our handle: in lockout the TPM does not say whether it is ours."""
+    with chip.open() as tpm:
+        public = tpm._unmarshal("TPM2B_NV_PUBLIC", struct.pack(">IHIHH", A.nv, 0xB, 0x40006, 0, 448))
+        auth, index = tpm._ffi.new("TPM2B_AUTH *", {"size": 4, "buffer": b"pass"}), tpm._ffi.new("ESYS_TR *")
+        tpm._send("NV_DefineSpace", 0x101, 0xFF, 0xFFF, 0xFFF, auth, public, index)
+        data = tpm._ffi.new("TPM2B_MAX_NV_BUFFER *", {"size": 448, "buffer": bytes(448)})
+        tpm._send("NV_Write", 0x101, index[0], 0xFF, 0xFFF, 0xFFF, data, 0)
+    chip.set_lockout(1)
+    with chip.open() as tpm:
+        with pytest.raises(Tampered):
+            tpm.read_record(A)  # a wrong password for it: now it is locked
+        assert tpm.facts().in_lockout
+        with pytest.raises(TpmLockout, match="in lockout") as caught:
+            tpm.read_record(A)
+        assert (caught.value.code, caught.value.status) == ("tpm-lockout", 9)
+        assert "tpm2_dictionarylockout" in caught.value.hint
+        assert isinstance(tpm.slot_state(A).problem, TpmLockout)
+        record = enroll(tpm, A, Secret(b"payload"))
+        assert tpm.read_record(A) == record
 
 
 def test_a_line_that_breaks(chip: Swtpm) -> None:

@@ -151,6 +151,7 @@ class Proxy:
         self.tamper: Callable[[str, bytes], bytes] = lambda _command, answer: answer
         self._cut: int | None = None
         self._answers: dict[str, list[bytes]] = {}
+        self._lost: list[str] = []
         self._open: list[socket.socket] = []
         self._listeners = _listen_pair()
         _proxies.add(self)
@@ -181,6 +182,18 @@ class Proxy:
         """Answer the next `command` with this response code, without asking the TPM."""
         self._answers.setdefault(command, []).append(struct.pack(">HII", 0x8001, 10, code))
 
+    def forget_answers(self) -> None:
+        """The TPM answers everything itself again."""
+        self._answers.clear()
+
+    def break_at(self, command: str) -> None:
+        """The line breaks at the next `command`, which the TPM does not get."""
+        self._answers.setdefault(command, []).append(b"")
+
+    def lose(self, command: str) -> None:
+        """The line breaks when the TPM has done the next `command`."""
+        self._lost.append(command)
+
     def _accept(self, listener: socket.socket, control: bool) -> None:
         waits = select.poll()
         waits.register(listener, select.POLLIN)
@@ -208,6 +221,10 @@ class Proxy:
                     else:
                         server.sendall(command)
                         answer = _message(server)
+                    if not answer or name in self._lost:
+                        if answer:
+                            self._lost.remove(name)
+                        break
                     answer = self.tamper(name, answer)
                     self.traffic += command + answer
                     if self._cut is not None:

@@ -10,6 +10,8 @@ class UnlockError(Exception):
 
     code = "error"
     status = 1
+    transient = False
+    """The same may succeed a moment later."""
 
     def __init__(self, message: str, hint: str = "", code: str = "") -> None:
         super().__init__(message)
@@ -58,6 +60,7 @@ class TpmAbsent(UnlockError):
     """No TPM, or its driver is not there."""
 
     code, status = "no-tpm", 7
+    transient = True
 
 
 class TpmRefused(UnlockError):
@@ -70,6 +73,12 @@ class TpmFailed(UnlockError):
     """The TPM or its driver does not work as it should."""
 
     code, status = "tpm-failed", 9
+
+
+class TpmLockout(TpmFailed):
+    """After wrong authorizations, of whatever object, the TPM takes none for a while."""
+
+    code = "tpm-lockout"
 
 
 class NoSlot(UnlockError):

@@ -124,10 +124,12 @@ class SlowLine:
     """A line to a TPM that takes as long as a chip would: `port` is the guest's end, for as long as `chip` is open.
 
     An answer waits until its command's time has passed since the command came. `delays` may be changed while it runs.
+    From the first command of the name `fails_from` on, the TPM is in failure mode, until `fails_from` is empty again.
     """
 
-    def __init__(self, chip: socket.socket, delays: Delays) -> None:
-        self.delays = delays
+    def __init__(self, chip: socket.socket, delays: Delays, fails_from: str = "") -> None:
+        self.delays, self.fails_from = delays, fails_from
+        self._failed = False
         self.done: list[tuple[str, float]] = []
         """Each command by its name, and the seconds until its answer went out."""
         self.port, guest = socket.socketpair()
@@ -137,11 +139,17 @@ class SlowLine:
         with guest, contextlib.suppress(OSError):  # either side may end at any time
             while data := _message(guest):
                 came = time.monotonic()
-                chip.sendall(data)
-                command = Command(data, _message(chip))
+                command = Command(data, self._answer(chip, data))
                 time.sleep(max(0, came + self._takes(command) / 1000 - time.monotonic()))
                 self.done.append((command.name, time.monotonic() - came))
                 guest.sendall(command.response)
+
+    def _answer(self, chip: socket.socket, data: bytes) -> bytes:
+        self._failed = bool(self.fails_from) and (self._failed or Command(data, b"").name == self.fails_from)
+        if self._failed:
+            return bytes.fromhex("8001 0000000a 00000101")  # TPM_RC_FAILURE
+        chip.sendall(data)
+        return _message(chip)
 
     def _takes(self, command: Command) -> float:
         unsalted = command.name == "StartAuthSession" and command.handle == _UNSALTED

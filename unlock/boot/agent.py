@@ -140,10 +140,15 @@ def unseal_once(
     record.add_event("tpm")
     this_boot.mark(paths, "unsealing")
     key = None
+
+    def again(failure: UnlockError) -> None:
+        record.add_event("tpm-again", str(failure))
+        log.console(f"{failure}: trying again")
+
     for name in names:
         try:
-            with Tpm(this_boot.tcti(name)) as tpm:
-                key = key or _try_unseal(tpm, name, record, pin, meanwhile)
+            with open_tpm(name, again) as tpm:
+                key = key or _try_unseal(tpm, name, record, pin, meanwhile, again)
                 tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
                 this_boot.mark_capped(paths, name)
                 record.add_event("capped")
@@ -164,10 +169,17 @@ def unseal_once(
     return key
 
 
-def _try_unseal(tpm: Tpm, name: str, record: report.Report, pin: slots.Ask, meanwhile: Meanwhile) -> Key | None:
+def open_tpm(name: str, again: slots.Again) -> Tpm:
+    """A connection to one TPM. Opening it sends a command, which may fail for a moment as any other."""
+    return slots.patiently(lambda: Tpm(this_boot.tcti(name)), again)
+
+
+def _try_unseal(
+    tpm: Tpm, name: str, record: report.Report, pin: slots.Ask, meanwhile: Meanwhile, again: slots.Again
+) -> Key | None:
     """The key from one TPM. The record keeps the verdict of a TPM that has a slot over one that has none."""
     try:
-        unsealed = slots.unseal(tpm, pin, meanwhile)
+        unsealed = slots.unseal(tpm, pin, meanwhile, again)
     except UnlockError as error:
         if record.verdict in ("", "no-slot"):
             record.facts = report.BootFacts(cap_pcr_before=_read_cap_pcr(name))

@@ -40,8 +40,7 @@ def prompt(paths: Paths) -> int:
         log.console(f"{unmeasured_input}: whoever set that controls the system that starts next")
     early = this_boot.read_early_report(paths)
     tampered = early is not None and early.has_changed_disk()
-    other = "to give up" if tampered else "for the stock prompt, which does not check the disk's header"
-    log.console(f"type the recovery key (8 groups of 6 digits), or Enter alone {other}")
+    log.console(f"type the recovery key (8 groups of 6 digits), or Enter alone {what_enter_does(paths, tampered)}")
     keys: list[Secret] = []
     unproven = False
     try:
@@ -69,6 +68,13 @@ def prompt(paths: Paths) -> int:
         for each in keys:
             each.wipe()
     return Tampered.status if tampered or unproven else 0
+
+
+def what_enter_does(paths: Paths, tampered: bool) -> str:
+    """What follows an empty line, in words."""
+    if os.path.exists(paths.of_this_boot("uncapped")):
+        return "to power off: the TPM did not confirm that it is locked, so no other prompt may follow"
+    return "to give up" if tampered else "for the stock prompt, which does not check the disk's header"
 
 
 def _show(line: str) -> None:

@@ -13,6 +13,7 @@ waiting          the boot scripts wait for the agent, which may ask a person
 asking           the agent asks a person: no deadline runs
 tpm              the name of the TPM that the key came from
 capped           the names of the TPMs that confirmed the cap
+uncapped         the names of TPMs that did not: no shell, and no system that is not authenticated
 dropped          the disks that the TPM's key had opened were closed before a shell started
 shown.json       the errors that the recovery shell has shown
 recovered        the recovery prompt opened disks, or tried to

@@ -90,6 +90,10 @@ USUAL = {
     "kexec": ("kexec keeps the PCRs, and the TPM has been locked since the last real boot", "reboot, not kexec"),
     "cap-pcr-extended": ("kexec, or a program that ran before unlock in the initramfs", "reboot, not kexec"),
     "no-tpm": ("it is off in the firmware's setup, or its driver is not in the initramfs", "ls /sys/class/tpm"),
+    "no-sha256-bank": (
+        "the firmware was updated, or its settings were reset",
+        "turn it on in the firmware's setup; until then type the recovery key",
+    ),
     "tpm-cleared": ("cleared in the firmware's setup, or by a firmware update", _REBIND),
     "tpm-replaced": ("another board, another TPM, or another virtual machine's state", _REBIND),
     "tpm-cleared-or-replaced": ("cleared in the firmware's setup; or another board", _REBIND),
@@ -163,6 +167,7 @@ TITLES = CAUSES | {
     "kexec": "this kernel was started by kexec",
     "cap-pcr-extended": "PCR 15 was extended before unlock ran",
     "no-tpm": "there is no TPM",
+    "no-sha256-bank": "the TPM's SHA-256 PCR bank is off",
     "tpm-cleared": "the TPM was cleared",
     "tpm-replaced": "this is another TPM",
     "tpm-cleared-or-replaced": "the TPM was cleared, or is another one",

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..tpm import pcr_policy
+from ..tpm.chip import NO_BANK
 from . import eventlog, verify
 from .baseline import Baseline, TpmIdentity
 from .causes import DETAILS, HOLDS, TITLES, USUAL
@@ -76,6 +77,8 @@ def diagnose(evidence: Evidence) -> Explanation:
     pcrs: Mapping[int, str] = {}
     if verdict == "no-tpm":
         causes = [_cause_without_event("no-tpm")]
+    elif evidence.bank_off and verdict in ("pcr-mismatch", "tpm-failed", ""):
+        causes = [_cause_without_event(NO_BANK)]
     elif verdict == "no-slot" and evidence.policy_allows_log():
         notes.append("since then the key was sealed to this boot")
     elif verdict == "no-slot":

@@ -15,7 +15,7 @@ from ..errors import Malformed, UnlockError
 from ..host import report, this_boot
 from ..paths import TPM_DEVICE, Paths
 from ..tpm import pcr_policy
-from ..tpm.chip import Tpm
+from ..tpm.chip import NO_BANK, Tpm
 from ..tpm.record import SLOTS, Record
 from . import at_unseal, describe, esp_copy, eventlog, logs, verify
 from .baseline import BASELINE_MAX, Baseline, TpmIdentity
@@ -64,6 +64,8 @@ class Evidence(NamedTuple):
     cmdline: str
     copied: bool
     """The baseline is the copy on the EFI partition, which anybody could have edited."""
+    bank_off: bool = False
+    """The TPM has no SHA-256 value of a PCR."""
 
     def verified_events(self) -> dict[int, tuple[Event, ...]]:
         """By PCR, the logged events that account for its value; empty without a log."""
@@ -114,6 +116,7 @@ def gather_evidence(paths: Paths, tcti: str = TPM_DEVICE) -> Evidence:
         kernel=printable(os.uname().release, 256),
         cmdline=printable(cmdline, TEXT_MAX),
         copied=copy is not None,
+        bank_off=tpm.bank_off,
     )
 
 
@@ -129,6 +132,7 @@ class _TpmAnswers(NamedTuple):
     problem: str = ""
     chip: TpmIdentity | None = None
     lockout: int = 0
+    bank_off: bool = False
 
 
 def _read_tpm(tcti: str) -> _TpmAnswers:
@@ -143,7 +147,7 @@ def _read_tpm(tcti: str) -> _TpmAnswers:
             found = found._replace(chip=chip)
             found = found._replace(chip=chip._replace(identity=tpm.chip_name().hex()))
     except UnlockError as error:
-        found = found._replace(problem=str(error))
+        found = found._replace(problem=str(error), bank_off=error.code == NO_BANK)
     return found
 
 

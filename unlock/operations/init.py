@@ -28,7 +28,7 @@ from ..predict import allowed_states
 from ..providers import native
 from ..secret import Secret
 from ..tpm import pcr_policy, slots
-from ..tpm.chip import Tpm
+from ..tpm.chip import Tpm, bank_off
 from ..tpm.record import RECORD_SIZE, SLOTS, Payload
 from .provider import Client, connect_as
 
@@ -252,7 +252,8 @@ def _check_chip(tpm: Tpm, choices: InitChoices, again: bool) -> None:
             code="tpm-lockout",
         )
     if not facts.sha256_bank:
-        raise Refused("the TPM's SHA-256 PCR bank is off", "turn it on in the firmware's setup", code="no-sha256-bank")
+        off = bank_off()
+        raise Refused(str(off), off.hint, code=off.code)
     if facts.owner_auth_set and not len(choices.owner_auth):
         raise Refused("the TPM's owner has a password", "--owner-auth-file FILE", code="owner-auth-set")
     if facts.taken and not again:

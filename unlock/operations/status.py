@@ -445,6 +445,7 @@ def boot_to_text(record: report.Report) -> str:
 _EVENTS = {
     "start": "agent started",
     "tpm": "TPM is there",
+    "tpm-again": "TPM is asked again:",
     "capped": "TPM locked for the rest of this boot (cap)",
     "handed-over": "keys handed over to the key cache",
     "stop": "early boot is over",

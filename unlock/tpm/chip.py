@@ -19,6 +19,7 @@ from ..errors import (
     Tampered,
     TpmAbsent,
     TpmFailed,
+    TpmLockout,
     TpmRefused,
     UnlockError,
     Usage,
@@ -26,7 +27,7 @@ from ..errors import (
 from ..light import Any, Callable, NamedTuple, Sequence, signal
 from ..paths import TPM_DEVICE
 from ..secret import Secret
-from . import pcr_policy, public_area
+from . import answers, pcr_policy, public_area
 from .pcr_policy import BANK
 from .record import MAX_SEALED, RECORD_SIZE, SLOTS, SRK, Record, Slot
 
@@ -46,34 +47,29 @@ _PAUSES = (
 )  # seconds: ESYS resubmits at once, but a self-test takes longer
 _TRY_AGAIN = 9  # TSS2_BASE_RC_TRY_AGAIN, of any layer
 _TRIES = 3
+NO_BANK = "no-sha256-bank"
 _MAX_ROUNDS = 64  # of a command that answers in parts
 
-# TPM_RC (part 2, "Response Codes"), without the number of the handle, parameter or session
-_BUSY = (0x922, 0x908, 0x90A, 0x920)  # RETRY, YIELDED, TESTING, NV_RATE
-_PCR_CHANGED, _NV_RANGE, _NV_UNINITIALIZED = 0x128, 0x146, 0x14A
-_NO_READING = (0x148, 0x149, 0x8E, 0xA2, 0x12F, 0x921)  # locked, wrong or no authorization, lockout
-_VALUE, _HANDLE, _POLICY_FAIL = 0x84, 0x8B, 0x9D
-_AUTH_FAIL, _LOCKOUT = 0x8E, 0x921
-_HINTS = {
-    0x8E: "the owner authorization is wrong",
-    0xA2: "the owner authorization is wrong",
-    0x14B: "free an NV index: tpm2_getcap handles-nv-index",
-    0x902: "free an object: tpm2_flushcontext --transient-object",
-    0x903: "free a session: tpm2_flushcontext --loaded-session",
-    0x921: "the TPM is in lockout: wait, or tpm2_dictionarylockout --clear-lockout",
-}
-
+_NO_READING = (
+    answers.NV_LOCKED,
+    answers.NV_AUTHORIZATION,
+    answers.AUTH_FAIL,
+    answers.BAD_AUTH,
+    answers.AUTH_UNAVAILABLE,
+)
 
 Meanwhile = Callable[[], None] | None
 """Called while the TPM works. It raises nothing."""
 
 
-class _ResponseError(TpmFailed):
-    """A command's response code that is not success. `answer` is 0 when it is not the TPM's own."""
+class ResponseError(TpmFailed):
+    """A command's response code that is not success. `answer` is a code of answers.ANSWERS."""
 
     def __init__(self, command: str, rc: int) -> None:
-        self.answer = 0 if rc >> 16 else rc & 0xBF if rc & 0x80 else rc
-        super().__init__(f"TPM2_{command} failed: {rc:#x}", hint=_HINTS.get(self.answer, ""))
+        self.command, self.answer = command, answers.code_of(rc)
+        words, hint = answers.describe(command, rc)
+        super().__init__(f"TPM2_{command} failed: {words} ({rc:#x})", hint)
+        self.transient = answers.is_transient(rc)
 
 
 class Facts(NamedTuple):
@@ -132,16 +128,24 @@ class Tpm:
         The TCTI of a device sends one GetRandom, to learn whether the driver gives an answer in parts.
         """
         self._lib, self._ffi = _load()
+        self._name = tcti
         self._tcti, self._context = self._ffi.new("TSS2_TCTI_CONTEXT **"), self._ffi.new("ESYS_CONTEXT **")
         self._resources: dict[int, int] = {}  # ESYS_TR by handle of what is persistent
-        if rc := self._lib.Tss2_TctiLdr_Initialize(tcti.encode(), self._tcti):
-            raise TpmAbsent(f"cannot open the TPM {tcti}: {rc:#x}", "unlock explain")
+        self.open()
+
+    def open(self) -> None:
+        """Opens the connection again, if it was closed. TpmAbsent, TpmFailed."""
+        if self._context[0] != self._ffi.NULL:
+            return
+        if rc := self._lib.Tss2_TctiLdr_Initialize(self._name.encode(), self._tcti):
+            raise TpmAbsent(f"cannot open the TPM {self._name}: {rc:#x}", "unlock explain")
         if rc := self._lib.Esys_Initialize(self._context, self._tcti[0], self._ffi.NULL):
             self._lib.Tss2_TctiLdr_Finalize(self._tcti)
             raise TpmFailed(f"Esys_Initialize failed: {rc:#x}")
 
     def close(self) -> None:
         """Sends nothing. May be called twice."""
+        self._resources.clear()
         self._lib.Esys_Finalize(self._context)
         self._lib.Tss2_TctiLdr_Finalize(self._tcti)
 
@@ -155,7 +159,7 @@ class Tpm:
 
     def read_record(self, slot: Slot) -> Record:
         """The policy record of a slot. NV_Read. Raises NoSlot if there is none; Malformed, NewerFormat; Tampered for an
-        index that unlock did not make.
+        index that unlock did not make, TpmLockout where the TPM in lockout does not show that.
 
         NV_ReadPublic is not needed: the public area of unlock's own index is known, and NV_Read fails for another.
         """
@@ -168,11 +172,13 @@ class Tpm:
         data = self._ffi.new("TPM2B_MAX_NV_BUFFER **")
         try:
             self._send("NV_Read", index[0], index[0], _PASSWORD, _NONE, _NONE, RECORD_SIZE, 0, data)
-        except _ResponseError as failure:
-            if failure.answer in (_HANDLE, _NV_UNINITIALIZED):
+        except ResponseError as failure:
+            if failure.answer in (answers.HANDLE, answers.NV_UNINITIALIZED):
                 raise NoSlot(f"slot {slot.name} of the TPM has no policy record") from None
-            if failure.answer == _NV_RANGE:
+            if failure.answer == answers.NV_RANGE:
                 raise Malformed(f"the policy record of slot {slot.name} is too short") from None
+            if failure.answer == answers.LOCKOUT:  # another's index: ours is outside of it
+                raise TpmLockout(str(failure), failure.hint) from None
             if failure.answer in _NO_READING:
                 raise Tampered(f"the record of slot {slot.name} may not be read: it is not ours") from None
             raise
@@ -302,7 +308,7 @@ class Tpm:
         object_name = None
         try:
             record = self.read_record(slot)
-        except (NoSlot, Malformed, Tampered) as error:
+        except (NoSlot, Malformed, Tampered, TpmLockout) as error:
             problem = error
         try:
             object_name = public_area.name(self._public(slot.object, "")[1])
@@ -311,7 +317,8 @@ class Tpm:
         return SlotState(record, problem, object_name)
 
     def read_pcrs(self, pcrs: Sequence[int]) -> dict[int, bytes]:
-        """PCR -> its sha256 value. PCR_Read, one for 8 PCRs. TpmFailed if the bank lacks one."""
+        """PCR -> its sha256 value. PCR_Read, one for 8 PCRs. TpmFailed, code no-sha256-bank, if it
+        lacks one."""
         values: dict[int, bytes] = {}
         read, digests = self._ffi.new("TPML_PCR_SELECTION **"), self._ffi.new("TPML_DIGEST **")
         while missing := sorted(set(pcrs) - set(values)):
@@ -320,7 +327,7 @@ class Tpm:
             bits = self._bits(read[0])
             got = [pcr for pcr in missing if bits >> pcr & 1]
             if not got or len(got) != digests[0].count:
-                raise TpmFailed(f"the sha256 bank of the TPM lacks PCR {missing[0]}")
+                raise bank_off()
             values |= {pcr: self._ffi.buffer(digests[0].digests[at].buffer)[:32] for at, pcr in enumerate(got)}
             self._lib.Esys_Free(read[0])
             self._lib.Esys_Free(digests[0])
@@ -370,12 +377,12 @@ class Tpm:
         function = getattr(self._lib, "Esys_" + call)
         rc = _uninterrupted(function, self._context[0], *arguments)
         for pause in _PAUSES:
-            if rc not in _BUSY:
+            if rc not in answers.BUSY:
                 break
             time.sleep(pause)
             rc = _uninterrupted(function, self._context[0], *arguments)
         if rc:
-            raise _ResponseError(call.replace("TR_FromTPMPublic", "ReadPublic"), rc)
+            raise ResponseError(call.replace("TR_FromTPMPublic", "ReadPublic"), rc)
 
     def _public(self, handle: int, absent: str) -> tuple[int, bytes]:
         """The ESYS_TR of what is persistent at this handle, and its public area. ReadPublic, or NV_ReadPublic. Raises
@@ -390,8 +397,8 @@ class Tpm:
         resource = self._resource(handle)
         try:
             self._send("TR_FromTPMPublic", handle, *_NO_SESSIONS, resource)
-        except _ResponseError as failure:
-            if failure.answer == _HANDLE:
+        except ResponseError as failure:
+            if failure.answer == answers.HANDLE:
                 return 0
             raise
         self._resources[handle] = resource[0]
@@ -445,12 +452,12 @@ class Tpm:
         for _ in range(_TRIES):
             try:
                 return self._unsealed_once(srk, sealed, selection, branches, auth, meanwhile)
-            except _ResponseError as failure:
-                if auth is not None and failure.answer == _AUTH_FAIL:
+            except ResponseError as failure:
+                if auth is not None and failure.answer == answers.AUTH_FAIL:
                     raise PinWrong("the PIN is wrong") from None
-                if auth is not None and failure.answer == _LOCKOUT:
+                if auth is not None and failure.answer == answers.LOCKOUT:
                     raise self._locked_out() from None
-                if failure.answer != _PCR_CHANGED:
+                if failure.answer != answers.PCR_CHANGED:
                     raise
         raise TpmFailed("PCRs keep changing while the TPM unseals")
 
@@ -483,8 +490,8 @@ class Tpm:
                     self._send("PolicyAuthValue", session, *_NO_SESSIONS)
                     self._set_auth(sealed, auth)
                 self._send("Unseal", sealed, session, _NONE, _NONE, data)
-            except _ResponseError as failure:
-                if failure.answer in (_VALUE, _POLICY_FAIL):
+            except ResponseError as failure:
+                if failure.answer in (answers.VALUE, answers.POLICY_FAIL):
                     raise pcr_refusal(selection) from None
                 raise
             finally:
@@ -698,6 +705,11 @@ class Tpm:
             if not more or not listed:
                 break
         return tuple(found)
+
+
+def bank_off() -> TpmFailed:
+    """The error for a TPM that has not all PCRs in its sha256 bank."""
+    return TpmFailed("the TPM's SHA-256 PCR bank is off", "turn it on in the firmware's setup", code=NO_BANK)
 
 
 def pcr_refusal(selection: Sequence[int]) -> TpmRefused:

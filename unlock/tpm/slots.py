@@ -7,6 +7,8 @@ it until the other slot is complete; then it is evicted, object first, so that t
 does.
 """
 
+import time
+
 from ..errors import (
     Malformed,
     NewerFormat,
@@ -15,23 +17,34 @@ from ..errors import (
     Refused,
     Tampered,
     TpmFailed,
+    TpmLockout,
     TpmRefused,
     UnlockError,
     Usage,
 )
-from ..light import Callable, Mapping, NamedTuple, Sequence
+from ..light import TYPE_CHECKING, Callable, Mapping, NamedTuple, Sequence
 from ..secret import Secret
-from . import pcr_policy
-from .chip import Meanwhile, SlotState, Tpm, pcr_refusal
+from . import answers, pcr_policy
+from .chip import Meanwhile, ResponseError, SlotState, Tpm, pcr_refusal
 from .pcr_policy import CAP_PCR, select
 from .record import SLOTS, Needs, Payload, Record, Slot
 
-_TELLING = (TpmRefused, Tampered, NewerFormat, Malformed, NoSlot)
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    Result = TypeVar("Result")
+
+_TELLING = (TpmRefused, Tampered, NewerFormat, Malformed, TpmLockout, NoSlot)
 PIN_TRIES = 3
 """In one boot. Many TPMs lock themselves after not many more."""
 
+PAUSES = (0.1, 0.3, 1.0)
+"""Seconds before each further try of what a TPM could not do for a moment."""
+
 Ask = Callable[[int], Secret]
 """Asks a person for the PIN: with how many tries are left, from PIN_TRIES down. PinWrong gives up."""
+Again = Callable[[UnlockError], None]
+"""Told of a failure after which the TPM is asked again."""
 
 
 class Unsealed(NamedTuple):
@@ -49,24 +62,82 @@ def no_pin(_left: int) -> Secret:
     raise PinWrong("the TPM asks for a PIN, and nobody can be asked for it here")
 
 
-def unseal(tpm: Tpm, ask: Ask = no_pin, meanwhile: Meanwhile = None) -> Unsealed:
+def not_told(_failure: UnlockError) -> None:
+    """The `Again` for where nobody needs to know."""
+
+
+class _Person:
+    """The PIN over the tries of one unseal. One that the TPM has not judged yet is not asked for again."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self.left = PIN_TRIES
+        self.auth: Secret | None = None
+
+    def type(self, host: bytes) -> None:
+        """Sets `auth`, unless all that is typed is no PIN. Raises what the `Ask` does."""
+        while self.left and self.auth is None:
+            with self._ask(self.left) as pin:
+                try:
+                    self.auth = pcr_policy.pin_auth(host, pin)
+                except Usage:  # no PIN is that short or long: the TPM need not count it
+                    self.left -= 1
+
+    def forget(self) -> None:
+        if self.auth:
+            self.auth.wipe()
+        self.auth = None
+
+
+def unseal(tpm: Tpm, ask: Ask = no_pin, meanwhile: Meanwhile = None, again: Again = not_told) -> Unsealed:
     """Unseals the current slot, or the other one where that fails. `meanwhile` is called while the TPM works or a
-    person is asked: perhaps not at all, perhaps twice.
+    person is asked: perhaps not at all, perhaps more than once.
 
     Sends 8 TPM commands, at most 14 when the other slot must be tried too. Where a slot has a PIN, 10 or 12: the PCRs
     are read first, so that nobody is asked in a boot that is not allowed; 6 more for each wrong PIN. One more for a
     policy over more than 8 PCRs, and one where the TPM wants the first command that it counts sent again
-    (TPM_RC_RETRY).
+    (TPM_RC_RETRY). A failure that may pass is followed by a new connection and another try, as often as PAUSES has;
+    a PIN whose answer was lost may have been counted, so it is asked for anew instead of sent twice.
 
-    Raises TpmRefused, Tampered, Malformed or NoSlot, the most telling of the two slots; PinWrong, PinLockout and
-    TpmFailed at once, as they concern no single slot.
+    Raises TpmRefused, Tampered, Malformed, TpmLockout or NoSlot, the most telling of the two slots; PinWrong,
+    PinLockout and TpmFailed at once, as they concern no single slot; TpmAbsent where no new connection is made.
     """
+    person = _Person(ask)
+
+    def attempt() -> Unsealed:
+        tpm.open()
+        return _unseal_once(tpm, person, meanwhile)
+
+    def failed(failure: UnlockError) -> None:
+        again(failure)
+        tpm.close()
+
+    try:
+        return patiently(attempt, failed)
+    finally:
+        person.forget()
+
+
+def patiently(do: "Callable[[], Result]", again: Again) -> "Result":
+    """What `do` returns; it is done again after each failure that may pass, after each of PAUSES."""
+    for pause in PAUSES:
+        try:
+            return do()
+        except UnlockError as failure:
+            if not failure.transient:
+                raise
+            again(failure)
+        time.sleep(pause)
+    return do()
+
+
+def _unseal_once(tpm: Tpm, person: _Person, meanwhile: Meanwhile) -> Unsealed:
     found: list[tuple[Slot, Record]] = []
     problems: list[UnlockError] = []
     for slot in SLOTS:
         try:
             found.append((slot, tpm.read_record(slot)))
-        except (NoSlot, Malformed, Tampered) as problem:
+        except (NoSlot, Malformed, Tampered, TpmLockout) as problem:
             problems.append(problem)
     read = sorted({pcr for _, each in found for pcr in each.selection}) if any(each.pin for _, each in found) else []
     pcrs: dict[int, bytes] = {}
@@ -79,7 +150,7 @@ def unseal(tpm: Tpm, ask: Ask = no_pin, meanwhile: Meanwhile = None) -> Unsealed
             if record.pin:
                 if meanwhile:
                     meanwhile()
-                return _by_pin(tpm, slot, record, objects, ask)
+                return _by_pin(tpm, slot, record, objects, person)
             with tpm.unseal(objects, record, meanwhile=meanwhile) as sealed:
                 return Unsealed(_checked(Payload.decode(sealed), slot, record), slot, record)
         except (NoSlot, Malformed, Tampered, TpmRefused) as problem:
@@ -87,22 +158,27 @@ def unseal(tpm: Tpm, ask: Ask = no_pin, meanwhile: Meanwhile = None) -> Unsealed
     raise min(problems, key=_rank)
 
 
-def _by_pin(tpm: Tpm, slot: Slot, record: Record, objects: tuple[int, int], ask: Ask) -> Unsealed:
-    for left in range(PIN_TRIES, 0, -1):
-        with ask(left) as pin:
-            try:
-                auth = pcr_policy.pin_auth(record.host, pin)
-            except Usage:  # no PIN is that short or long: the TPM need not count it
-                continue
+def _by_pin(tpm: Tpm, slot: Slot, record: Record, objects: tuple[int, int], person: _Person) -> Unsealed:
+    while True:
+        person.type(record.host)
+        if person.auth is None:
+            raise PinWrong(f"the PIN was wrong {PIN_TRIES} times", "reboot, or type the recovery key")
         try:
-            with tpm.unseal(objects, record, auth) as sealed:
-                return Unsealed(_checked(Payload.decode(sealed), slot, record), slot, record, auth)
+            with tpm.unseal(objects, record, person.auth) as sealed:
+                payload = _checked(Payload.decode(sealed), slot, record)
         except PinWrong:
-            auth.wipe()
-        except BaseException:
-            auth.wipe()
+            person.left -= 1
+            person.forget()
+        except ResponseError as failure:
+            if failure.command == "Unseal" and failure.answer == answers.NOT_THE_TPM:  # it may have counted it
+                person.forget()
             raise
-    raise PinWrong(f"the PIN was wrong {PIN_TRIES} times", "reboot, or type the recovery key")
+        except BaseException:
+            person.forget()
+            raise
+        else:
+            auth, person.auth = person.auth, None
+            return Unsealed(payload, slot, record, auth)
 
 
 def _checked(payload: Payload, slot: Slot, record: Record) -> Payload:

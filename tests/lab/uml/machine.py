@@ -57,13 +57,14 @@ class Uml(Running):
     `network`: a card; this host's loopback is at running.GATEWAY, the guest is running.ADDRESS.
     `clock`: the guest's at the start, as YYYY-MM-DDTHH:MM:SS in UTC.
     `tpm_delays`: what the TPM's commands take, see swtpm.Delays; `tpm_line` can change that while the machine runs.
+    `tpm_fails_from`: from the first command of this name on the TPM is in failure mode.
     `log_writes`: each disk FILE's writes and flushes go to FILE.writes, in the order in which the guest made them; the
     root disk's only if it is a whole one, as ubd does not flush what lies over another file.
     """
 
     patience = 90
     tpm_line: SlowLine
-    """With `tpm_delays`."""
+    """With `tpm_delays` or `tpm_fails_from`."""
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class Uml(Running):
         tpm: str | None = "tpm",
         tpm_before: str = "",
         tpm_delays: Delays | None = None,
+        tpm_fails_from: str = "",
         uefi: bool = False,
         initrd: Path | None = None,
         cmdline: str | None = None,
@@ -92,7 +94,7 @@ class Uml(Running):
         self._tpm_name = tpm
         self._tpm_before = tpm_before
         self._other_tpm: LineTpm | None = None
-        self._tpm_delays = tpm_delays
+        self._tpm_delays, self._tpm_fails_from = tpm_delays, tpm_fails_from
         self._uefi = uefi
         self._memory = memory
         self._log_writes = log_writes
@@ -174,8 +176,8 @@ class Uml(Running):
             for entry in measured:
                 tpm.extend(entry.pcr, entry.sha256)
             port = tpm.port
-            if self._tpm_delays is not None:
-                self.tpm_line = SlowLine(tpm.port, self._tpm_delays)
+            if self._tpm_delays is not None or self._tpm_fails_from:
+                self.tpm_line = SlowLine(tpm.port, self._tpm_delays or {}, self._tpm_fails_from)
                 port = self.tpm_line.port
             ends.append(port)
             arguments.append(f"ssl3=fd:{port.fileno()}")
