@@ -23,7 +23,7 @@ from unlock.providers.kmip.requests import Credential, RequestItem
 from unlock.providers.kmip.ttlv import TtlvItem, parse
 from unlock.secret import Secret
 
-WORDS = ["k", "1234567", "12345678", "unlock/0f3c/kek/data/1", "x" * 300]
+WORDS = ["k", "1234567", "12345678", "unlock/0f3c/kek/data/1", "x" * 218]
 """Ids and names; 8 bytes need no padding."""
 
 make = AttributeFactory().create_attribute
@@ -39,7 +39,15 @@ def name(text: str) -> Any:
 
 
 def new_key(text: str) -> payloads.CreateRequestPayload:
-    usage = [CryptographicUsageMask.ENCRYPT, CryptographicUsageMask.DECRYPT]
+    return create_payload(text, [CryptographicUsageMask.ENCRYPT, CryptographicUsageMask.DECRYPT])
+
+
+def new_key_for_export(text: str) -> payloads.CreateRequestPayload:
+    masks = CryptographicUsageMask
+    return create_payload(text, [masks.ENCRYPT, masks.DECRYPT, masks.EXPORT])
+
+
+def create_payload(text: str, usage: list[CryptographicUsageMask]) -> payloads.CreateRequestPayload:
     wanted = [
         make(AttributeType.CRYPTOGRAPHIC_ALGORITHM, CryptographicAlgorithm.AES),
         make(AttributeType.CRYPTOGRAPHIC_LENGTH, 256),
@@ -65,7 +73,8 @@ REQUESTS: dict[str, tuple[Callable[[str], RequestItem], Callable[[str], Any]]] =
     "get": (requests.get, lambda key: payloads.GetRequestPayload(key, enums.KeyFormatType.RAW)),
     "get, plain": (lambda key: plain(requests.get(key)), lambda key: payloads.GetRequestPayload(key)),
     "locate": (requests.locate, lambda text: payloads.LocateRequestPayload(attributes=[name(text)])),
-    "create": (requests.create, new_key),
+    "create": (requests.create, new_key_for_export),
+    "create, plain": (lambda text: plain(requests.create(text)), new_key),
     "rekey": (requests.rekey, lambda key: payloads.RekeyRequestPayload(key)),
     "activate": (requests.activate, lambda key: payloads.ActivateRequestPayload(identifier(key))),
     "revoke": (requests.revoke, revoked),
@@ -96,7 +105,9 @@ def pykmip_request(
         protocol_version=contents.ProtocolVersion(*version),
         maximum_response_size=contents.MaximumResponseSize(1 << 20),
         authentication=contents.Authentication([credential]) if user else None,
-        batch_error_cont_option=contents.BatchErrorContinuationOption(enums.BatchErrorContinuationOption.CONTINUE),
+        batch_error_cont_option=contents.BatchErrorContinuationOption(enums.BatchErrorContinuationOption.CONTINUE)
+        if len(batch) > 1
+        else None,
         batch_count=contents.BatchCount(len(batch)),
     )
     items = [

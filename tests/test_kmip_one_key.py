@@ -10,11 +10,13 @@ import pytest
 from tests.flowfixture import HOST, Host
 from tests.killing import LASTING, killed_at
 from tests.kmipfixture import AUTHORITY, CLIENT, connect
-from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
+from tests.lab.kmipliar import ACTIVE, COMPROMISED, DEACTIVATED, DESTROYED, Liar
 from unlock.cli import provider as provider_command
-from unlock.errors import ProviderUnavailable, Refused
+from unlock.disks import disk_keys, luks
+from unlock.errors import DiskFailed, ProviderUnavailable, Refused
 from unlock.host import config, keyring
 from unlock.host.journal import Rekey
+from unlock.keys import access
 from unlock.operations import provider, rekey, status, sync
 from unlock.operations import switch as switching
 from unlock.providers import Ref
@@ -173,3 +175,81 @@ def test_a_key_manager_that_was_left_and_taken_out_of_unlock_toml_is_no_trouble(
         assert all(key.state == ACTIVE for key in kms.keys.values())
         with pytest.raises(Refused):
             provider.test_provider(host.paths, "kms", host.look)
+
+
+# A key manager that is right in its own way
+
+
+@pytest.mark.parametrize("odd", ["x" * 300, "schl\u00fcssel", "a\nb"], ids=ascii)
+def test_a_replacement_whose_id_no_token_can_keep_costs_that_key_its_sync_and_no_disk_anything(
+    host: Host, kms: Liar, odd: str
+) -> None:
+    kms.replace(kms.keys[key_id(host, "more")])
+    kms.id_of = lambda _: odd
+    kms.replace(kms.keys[key_id(host, "data")])
+    tokens = [host.tokens(image) for image in host.disks[:1]]
+    for more in ("replaced", "unchanged", "unchanged"):
+        assert run(host) == {"data": "provider-protocol", "more": more, "host key": "unchanged"}
+        assert [host.tokens(image) for image in host.disks[:1]] == tokens
+        assert host.state.journal is None
+        assert host.boot_opens()
+
+
+def test_a_token_that_does_not_read_back_is_taken_away(host: Host) -> None:
+    image = host.disks[0]
+    with luks.Container(str(image)) as container:
+        before = [number for number, _ in container.tokens("unlock")]
+        (there,) = disk_keys.read_tokens(container, HOST)
+        with host.work() as work, access.find_kek(work, host.group)[0] as kek, work.host_key() as host_key:
+            mac_key = work.state.mac_key(work.persistence)
+            with Secret(host.deks[container.uuid]) as dek:
+                keys = disk_keys.Keys(work.persistence, host_key, kek, mac_key)
+                unreadable = there._replace(kek_id="x" * 300)
+                for _ in range(3):
+                    with pytest.raises(DiskFailed, match="does not read back"):
+                        disk_keys.write_token(str(image), unreadable, dek, keys)
+    with luks.Container(str(image)) as container:
+        assert [number for number, _ in container.tokens("unlock")] == before
+    assert host.boot_opens()
+
+
+@pytest.mark.parametrize("fault", ["denied", "unsupported", "not found", "lifecycle"])
+def test_a_revoke_that_is_refused_is_kept_and_told_until_the_key_is_out_of_use(
+    host: Host, kms: Liar, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = kms.keys[key_id(host, "data")]
+    kms.lie(fault, on="Revoke")
+    rekey.rekey(host.paths, "data", host.look)
+    assert old.id in capsys.readouterr().err
+    for _ in range(2):
+        assert run(host) == {**dict.fromkeys(("data", "more", "host key"), "unchanged"), "replaced key": "still-active"}
+        assert [each.id for each in host.state.retire] == [f"kmip-one/{old.id}"]
+        assert old.id in status.to_text(status.read_status(host.paths))
+    old.state = DEACTIVATED
+    assert set(run(host).values()) == {"unchanged"}
+    assert host.state.retire == []
+
+
+@pytest.mark.parametrize("state", [DEACTIVATED, COMPROMISED, DESTROYED])
+@pytest.mark.parametrize("which", ["data", "host key"])
+def test_a_key_out_of_use_is_told_and_the_unit_is_not_green(host: Host, kms: Liar, which: str, state: int) -> None:
+    ref = host.state.host_key_ref.id if which == "host key" else host.state.groups[which].kek
+    kms.keys[ref.rpartition("/")[2]].state = state
+    lines = {each.key: each for each in sync.sync(host.paths, host.look)}
+    assert {name: each.outcome for name, each in lines.items()} == {
+        **dict.fromkeys(("data", "more", "host key"), "unchanged"),
+        which: "state-blocked",
+    }
+    error = lines[which].error
+    assert error and error.status == 27 and error.hint
+    assert f"sync: {which}: state-blocked" in status.to_text(status.read_status(host.paths))
+    assert host.boot_opens()
+
+
+def test_a_key_out_of_use_is_told_also_when_it_was_just_cached(tmp_path: Path, kms: Liar) -> None:
+    host = Host(tmp_path, 1, kms, policy_of_group="provider")
+    kms.keys[key_id(host, "data")].state = DEACTIVATED
+    for _ in range(2):
+        (line,) = (each for each in sync.sync(host.paths, host.look) if each.key == "data")
+        assert line.outcome == "state-blocked" and line.error
+    keyring.flush()

@@ -45,6 +45,15 @@ def liar() -> Iterator[Liar]:
         {"lacks": {"Link", "Object Type", "Cryptographic Algorithm", "Cryptographic Length"}},
         {"chatty": True, "filters": False, "backwards": True, "rekey": False},
         {"versions": [(1, 2)], "refuses_as": (2, 0), "discovers": False},
+        {"takes_continuation": False},
+        {"stops": True, "cancels": True},
+        {"stops": True, "cancels": True, "backwards": True},
+        {"picky": True, "picky_as": 0x01},
+        {"picky": True, "picky_as": 0x1F, "lacks": {"Link"}},
+        {"wants_export": True},
+        {"takes_export": False},
+        {"respell": str.upper},
+        {"respell": str.upper, "filters": False, "moves_names": False},
     ],
     ids=lambda how: ", ".join(how),
 )
@@ -61,7 +70,7 @@ def test_a_life_of_keys(liar: Liar, how: dict[str, Any]) -> None:
         refs = [Ref("gone", "never"), *(kmip.create(f"k{at}") for at in range(5)), new]
         assert [each.found for each in kmip.resolve(refs)] == [False, *[True] * 6]
         assert not any(each.changed for each in kmip.resolve(refs))
-        assert bytes(kmip.fetch(new.id)) == liar.keys[new.id].material
+        assert bytes(kmip.fetch(new.id)) == liar.key(new.id).material
         assert kmip.locate("none") is None
         with pytest.raises(NotFoundOrDenied):
             kmip.fetch("none")

@@ -67,10 +67,20 @@ REFUSALS = {
     "failure": (0x100, "try again later"),
     "evil message": (0x0C, "\x1b[2J\nunlock: all is well " + "x" * 500),
     "unknown reason": (0x7777, "vendor's own"),
+    "invalid": (0x07, "a field is not to my liking"),
+    "archived": (0x0D, "in the vault"),
+    "no bytes here": (0x13, "lost them"),
+    "exists": (0x18, "one of that name is there"),
+    "lifecycle": (0x43, "not in this state"),
 }
 
 PRE_ACTIVE, ACTIVE, DEACTIVATED, COMPROMISED, DESTROYED, DESTROYED_COMPROMISED = range(1, 7)
 REPLACEMENT, REPLACED = 0x106, 0x107
+ENCRYPT, DECRYPT, EXPORT = 0x04, 0x08, 0x40
+
+
+CANCEL = 0
+"""In a request item: it is not carried out."""
 
 
 class Key:
@@ -80,6 +90,7 @@ class Key:
         self.state = state
         self.length = 256
         self.material = os.urandom(32)
+        self.usage = ENCRYPT | DECRYPT | EXPORT
         self.links: dict[int, str] = {}
         self.custom = {"x-Product": "test"}
         self.date = int(time.time())
@@ -128,6 +139,23 @@ class Liar:
         """What is in each payload beside what is expected."""
         self.refuses_as = (0, 0)
         """The version in its refusals of others; (0, 0) for its best."""
+        self.picky_as = 0x07
+        self.cancels = False
+        """With `stops`: it marks the rest as cancelled instead of leaving it out."""
+        self.takes_continuation = True
+        self.wants_export = False
+        """Get only with that usage."""
+        self.takes_export = True
+        """Create with that usage."""
+        self.rekeys_any_state = False
+        self.revokes = True
+        """Without: it says that it did."""
+        self.id_of: Callable[[int], str] = "id-{}".format
+        self.respell: Callable[[str], str] = str
+        """How it writes the id of a key that it was given in another spelling."""
+        self.alter: Callable[[str], str] = str
+        """What becomes of a name."""
+        self.refuses_credential_as = 0x03
         self.lacks: set[str] = set()
         """Attributes that it does not know."""
         self.sick: dict[str, str] = {}
@@ -175,9 +203,16 @@ class Liar:
 
     def add(self, name: str, state: int = ACTIVE) -> Key:
         """Another key, even if one has the name already."""
-        key = Key(f"id-{next(self._ids)}", name if self.names else "", state)
+        key = Key(self.id_of(next(self._ids)), self.alter(name) if self.names else "", state)
         self.keys[key.id] = key
         return key
+
+    def key(self, key_id: str) -> Key:
+        """The key of an id in any spelling. Raises Refusal."""
+        for key in self.keys.values():
+            if self.respell(key.id) == self.respell(key_id):
+                return key
+        raise Refusal(0x01, f"no object {key_id}")
 
     def replace(self, key: Key) -> Key:
         """What Re-key does (KMIP 1.4, 4.4)."""
@@ -292,7 +327,9 @@ class Liar:
             answer = b"" if self.hangs_up_on_versions else self._whole(best, 0x04, "protocol version")
             return answer, operations
         if self.credential and self.credential != _credential(dict(header)):
-            return self._whole(version, 0x03, "authentication not successful"), operations
+            return self._whole(version, self.refuses_credential_as, "authentication not successful"), operations
+        if not self.takes_continuation and 0x42000E in dict(header):
+            return self._whole(version, 0x08, "no such option"), operations
         if self.most and len(items) > self.most:
             parts = [blob(0x420093, items[0][0x420093])] if self.refuses_by_id else []
             return self._whole(version, 0x04, "too many batch items", parts), operations
@@ -305,7 +342,10 @@ class Liar:
             ]
         if self.stops:
             at = next((at for at, each in enumerate(answers) if enumeration(0x42007F, 1) in each), len(answers))
+            rest = zip(operations[at + 1 :], items[at + 1 :], strict=True)
             answers = answers[: at + 1]
+            if self.cancels:
+                answers += [self._item(name, {**item, CANCEL: True}, len(items)) for name, item in rest]
         if self.backwards:
             answers.reverse()
         count = len(answers) + self._lies("wrong count", operations)
@@ -325,6 +365,8 @@ class Liar:
         if self.echoes_ids and (of > 1 or self.echoes_single_id):
             parts.append(blob(0x420093, batch_id))
         try:
+            if CANCEL in item:
+                raise Refusal(0x09, "one before it failed")
             for name, (reason, words) in REFUSALS.items():
                 if self._lies(name, [operation]):
                     raise Refusal(reason, words)
@@ -343,9 +385,7 @@ class Liar:
         key_id = dict(payload).get(0x420094)
         assert key_id, "an empty or missing id"
         self._refuse_for(key_id)
-        if key_id not in self.keys:
-            raise Refusal(0x01, f"no object {key_id}")
-        return self.keys[key_id]
+        return self.key(key_id)
 
     def _refuse_for(self, what: str) -> None:
         if self.sick.get(what, "garbled") != "garbled":
@@ -357,16 +397,21 @@ class Liar:
         name = dict(attributes["Name"])[0x420055]
         if self.names and any(name in key.names for key in self.keys.values()):
             raise Refusal(0x07, "the name is taken")
+        usage = attributes["Cryptographic Usage Mask"]
+        if usage & EXPORT and not self.takes_export:
+            raise Refusal(0x07, "a usage that is not known here")
+        key = self.add(name, PRE_ACTIVE)
+        key.usage = usage
         yield enumeration(0x420057, 2)
-        yield text(0x420094, self.add(name, PRE_ACTIVE).id)
+        yield text(0x420094, self.respell(key.id))
 
     def _rekey(self, payload: list[Any]) -> Iterator[bytes]:
         if not self.rekey:
             raise Refusal(0x05, "no Re-key here")
         key = self._key(payload)
-        if key.state != ACTIVE:
+        if key.state != ACTIVE and not self.rekeys_any_state:
             raise Refusal(0x0B, "not active")
-        yield text(0x420094, self.replace(key).id)
+        yield text(0x420094, self.respell(self.replace(key).id))
 
     def _locate(self, payload: list[Any]) -> Iterator[bytes]:
         attributes = [dict(value) for tag, value in payload if tag == 0x420008]
@@ -374,13 +419,15 @@ class Liar:
         for name in names:
             self._refuse_for(name)
         for key in self.keys.values():
-            if not self.filters or all(name in key.names for name in names):
-                yield text(0x420094, key.id)
+            if not self.filters or all(self.alter(name) in key.names for name in names):
+                yield text(0x420094, self.respell(key.id))
 
     def _get(self, payload: list[Any]) -> Iterator[bytes]:
         key = self._key(payload)
         if key.state in (DESTROYED, DESTROYED_COMPROMISED):
             raise Refusal(0x01, "destroyed")
+        if self.wants_export and not key.usage & EXPORT:
+            raise Refusal(0x0C, "not for export")
         if self.picky and any(tag == 0x420042 for tag, _ in payload):
             raise Refusal(0x10, "no such format")
         lies = {fault for fault in OF_THE_KEY if self._lies(fault, ["Get"])}
@@ -392,7 +439,7 @@ class Liar:
         if "wrapped" in lies:
             block.append(structure(0x420046, enumeration(0x42009E, 1)))
         yield enumeration(0x420057, 7 if lies & {"wrong type", "wrong label"} else 2)
-        yield text(0x420094, "id-9999" if "wrong id" in lies else key.id)
+        yield text(0x420094, "id-9999" if "wrong id" in lies else self.respell(key.id))
         for _ in range(2 if "two keys" in lies else 1):
             yield structure(0x420085 if "wrong type" in lies else 0x42008F, structure(0x420040, *block))
 
@@ -400,8 +447,8 @@ class Liar:
         key = self._key(payload)
         names = {value for tag, value in payload if tag == 0x42000A}
         if self.picky and names - {name for name, _ in self._all(key)}:
-            raise Refusal(0x07, "no such attribute")
-        yield text(0x420094, "id-9999" if self._lies("wrong id", ["Get Attributes"]) else key.id)
+            raise Refusal(self.picky_as, "no such attribute")
+        yield text(0x420094, "id-9999" if self._lies("wrong id", ["Get Attributes"]) else self.respell(key.id))
         for name, value in self._all(key):
             if (self.chatty or not names or name in names) and name not in self.lacks:
                 yield structure(0x420008, text(0x42000A, name), value)
@@ -418,7 +465,7 @@ class Liar:
         for name in key.names:
             yield "Name", structure(value, text(0x420055, name), enumeration(0x420054, 1))
         for kind, other in key.links.items():
-            yield "Link", structure(value, enumeration(0x42004B, kind), text(0x42004C, other))
+            yield "Link", structure(value, enumeration(0x42004B, kind), text(0x42004C, self.respell(other)))
         for name, words in key.custom.items():
             yield name, text(value, words)
 
@@ -433,8 +480,9 @@ class Liar:
         key = self._key(payload)
         if key.state != ACTIVE:
             raise Refusal(0x0B, "not active")
-        key.state = DEACTIVATED
-        yield text(0x420094, key.id)
+        if self.revokes:
+            key.state = DEACTIVATED
+        yield text(0x420094, self.respell(key.id))
 
     def _query(self, payload: list[Any]) -> Iterator[bytes]:
         for code, name in OPERATIONS.items():

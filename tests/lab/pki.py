@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 NOW = datetime.datetime.now(datetime.UTC)
@@ -33,14 +33,16 @@ class Leaf(NamedTuple):
 class Authority:
     """A certificate authority. `certificate` is its own, PEM."""
 
-    def __init__(self, name: str = "test CA") -> None:
+    def __init__(self, name: str = "test CA", root: "Authority | None" = None) -> None:
+        """An intermediate one with `root`."""
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        issuer = root or self
         built = (
-            _builder(self._name, self._name, self._key, -1, 3650)
+            _builder(self._name, issuer._name, self._key, -1, 3650)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .add_extension(_usage(sign_certificates=True), critical=True)
-            .sign(self._key, hashes.SHA256())
+            .sign(issuer._key, hashes.SHA256())
         )
         self.certificate = _pem(built)
 
@@ -48,11 +50,22 @@ class Authority:
         """For DNS names and addresses; valid from and until so many days from now."""
         return self._leaf(names[0], names, ExtendedKeyUsageOID.SERVER_AUTH, days)
 
-    def client(self, name: str, days: tuple[float, float] = (-1, 365)) -> Leaf:
-        return self._leaf(name, (), ExtendedKeyUsageOID.CLIENT_AUTH, days)
+    def server_by_common_name(self, name: str) -> Leaf:
+        """Without a Subject Alternative Name."""
+        return self._leaf(name, (), ExtendedKeyUsageOID.SERVER_AUTH, (-1, 365))
 
-    def _leaf(self, common: str, names: Sequence[str], use: x509.ObjectIdentifier, days: tuple[float, float]) -> Leaf:
-        key = ec.generate_private_key(ec.SECP256R1())
+    def client(self, name: str, days: tuple[float, float] = (-1, 365), rsa_bits: int = 0) -> Leaf:
+        return self._leaf(name, (), ExtendedKeyUsageOID.CLIENT_AUTH, days, rsa_bits)
+
+    def _leaf(
+        self,
+        common: str,
+        names: Sequence[str],
+        use: x509.ObjectIdentifier,
+        days: tuple[float, float],
+        rsa_bits: int = 0,
+    ) -> Leaf:
+        key = rsa.generate_private_key(65537, rsa_bits) if rsa_bits else ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
         builder = (
             _builder(subject, self._name, key, *days)
@@ -67,7 +80,11 @@ class Authority:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, start: float, end: float
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey,
+    start: float,
+    end: float,
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()

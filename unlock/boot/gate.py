@@ -13,6 +13,7 @@ after a boot that the TPM refused. In that case no key is cached, and nothing is
 import fcntl
 import json
 import os
+import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -22,7 +23,17 @@ from ..disks import devices, disk_keys, find, spoofed, udev
 from ..disks.groups import Group
 from ..disks.header import Header
 from ..disks.token import Token
-from ..errors import ClockWrong, NoKey, NotOurs, ProviderUnavailable, Tampered, UnlockError, Usage
+from ..errors import (
+    ClockWrong,
+    CommandFailed,
+    NoKey,
+    NotOurs,
+    ProviderProtocol,
+    ProviderUnavailable,
+    Tampered,
+    UnlockError,
+    Usage,
+)
 from ..host import config, keyring, report, this_boot, units
 from ..host.lock import exclusive
 from ..host.state import State
@@ -32,9 +43,10 @@ from ..protect import protect
 from ..run import run
 from ..secret import Secret
 from .activation import ACTIVATION_TIMEOUT, GroupOpener, Unwrap, open_present, run_once, wait_readable
+from .pauses import pause_before_retry
 
-RETRY = 5.0
-"""Seconds between two tries to reach a provider."""
+_POLL = 0.2
+"""Seconds between two looks whether the gate that asks the provider has the key."""
 
 
 def gate(paths: Paths, name: str) -> int:
@@ -244,15 +256,56 @@ def make_unwrap(
 
 
 def _await_kek(paths: Paths, group: Group, end: float, look: find.Look, connect: access.Connect) -> None:
-    """Gets the KEK that only the provider keeps into the key cache. Raises ProviderError at the end, NoKey."""
+    """Gets the KEK that only the provider keeps into the key cache. One gate of this host asks, on one connection and
+    for all such groups; the others find their KEK in the cache. Raises ProviderError at the end, NoKey."""
+    waited = False
+    with open(paths.of_this_boot("provider.lock"), "w") as lock:
+        while not _try_lock(lock.fileno()):
+            if _is_cached(group):
+                return
+            if report.now() >= end:
+                raise ProviderUnavailable(
+                    f"group {group.name}: another gate asks the provider and has no answer", "unlock provider test"
+                )
+            waited = True
+            time.sleep(_POLL)
+        try:
+            if not (waited and _is_cached(group)):
+                _retry_until(end, lambda: _fetch_keks(paths, group, look, connect))
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a worker whose device hangs has the file open too
 
-    def fetch() -> None:
-        with access.Work(paths, look, connect) as work:
-            kek, source = access.find_kek(work, group)
-            with kek:
-                this_boot.cache_keys(paths, source, {access.cache_name(group.kek, group.generation): kek})
 
-    _retry_until(end, fetch)
+def _fetch_keks(paths: Paths, group: Group, look: find.Look, connect: access.Connect) -> None:
+    """Caches the KEK of the group, and those of other groups that only the provider keeps. What fails for another group
+    is for its own gate to tell. Raises ProviderError, NoKey."""
+    with access.Work(paths, look, connect) as work:
+        _cache_kek(work, group)
+        for other in work.state.groups.values():
+            if other.policy != "provider" or other.name == group.name or _is_cached(other):
+                continue
+            try:
+                _cache_kek(work, other)
+            except UnlockError:
+                continue
+
+
+def _cache_kek(work: access.Work, group: Group) -> None:
+    kek, source = access.find_kek(work, group)
+    with kek:
+        this_boot.cache_keys(work.paths, source, {access.cache_name(group.kek, group.generation): kek})
+
+
+def _is_cached(group: Group) -> bool:
+    return access.cache_name(group.kek, group.generation) in keyring.names()
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _may_ask_provider(paths: Paths, state: State, group: Group) -> bool:
@@ -291,15 +344,21 @@ def _make_provider_unwrap(
 
 
 def _retry_until(end: float, ask: Callable[[], object]) -> None:
-    """Asks again while the provider is unreachable: the network may still come up. Raises ProviderError at the end."""
+    """Asks again while the provider is unreachable or just coming up: the network may be too. Raises ProviderError at
+    the end."""
+    tries = 0
     while True:
+        began = report.now()
         try:
             ask()
             return
-        except (ProviderUnavailable, ClockWrong):
-            if report.now() + RETRY > end:
+        except (ProviderUnavailable, ProviderProtocol, ClockWrong):
+            tries += 1
+            now = report.now()
+            pause = pause_before_retry(tries=tries, took=now - began, left=end - now, random=random.random())
+            if pause is None:
                 raise
-            time.sleep(RETRY)
+            time.sleep(pause)
 
 
 def _explain_missing_key(paths: Paths) -> str:

@@ -44,6 +44,16 @@ def add_key_manager(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read the private key from its file each time, instead of keeping it wrapped by the TPM's key: a risk",
     )
+    parser.add_argument(
+        "--plain-key-names",
+        action="store_true",
+        help="name keys by letters, digits, . _ - alone, at most 64, for a key manager that takes no /",
+    )
+    parser.add_argument(
+        "--common-name",
+        action="store_true",
+        help="accept a server's certificate that has its name in the Common Name alone",
+    )
     parser.add_argument("--username", default="", metavar="NAME", help="user name, if the key manager wants one")
     parser.add_argument(
         "--password-file",
@@ -70,6 +80,8 @@ def read_key_manager(options: argparse.Namespace, name: str) -> KeyManagerOption
         os.path.abspath(options.client_key) if options.client_key_stays else "",
         config.TIMEOUT,
         config.check_username(options.username),
+        config.KEY_NAMES[options.plain_key_names],
+        options.common_name,
     )
     certificate, key = access.read_public_pem(options.client_cert), ask.from_file(options.client_key)
     password = client_password(options.password_file) if options.username else None

@@ -183,16 +183,23 @@ def make_token(header: Header, host: str, group: Group, member: Member, dek: Sec
 
 
 def write_token(device: str, each: token.Token, dek: Secret, keys: Keys) -> None:
-    """Adds a token to the disk's header, and checks it by reading the header again. Raises DiskFailed.
+    """Adds a token to the disk's header, and checks it by reading the header again; takes it away if it does not read
+    back. Raises DiskFailed.
 
     Writes nothing if the disk has a token with the same facts and keys already.
     """
     with luks.Container(device) as container:
-        if _find_proven_token(container, each, dek, keys) is None:
-            container.set_token(token.encode(each))
+        if _find_proven_token(container, each, dek, keys) is not None:
+            return
+        number = container.set_token(token.encode(each))
     with luks.Container(device) as container:
         if _find_proven_token(container, each, dek, keys) is None:
-            raise DiskFailed(f"{device}: the token that was written does not read back")
+            container.remove_token(number)
+            raise _not_read_back(device)
+
+
+def _not_read_back(device: str) -> DiskFailed:
+    return DiskFailed(f"{device}: the token that was written does not read back", f"cryptsetup luksDump {device}")
 
 
 def drop_other_tokens(device: str, keep: token.Token, dek: Secret, keys: Keys) -> None:
@@ -237,12 +244,13 @@ def add_rewrapped_tokens(device: str, host: str, *, old: Secret, new: Secret, ke
         if not there and not missing:
             assert trouble
             raise trouble
-        for each in missing:
-            container.set_token(token.encode(each))
+        written = [container.set_token(token.encode(each)) for each in missing]
     with luks.Container(device) as container:
         there = [each for each in read_tokens(container, host) if _is_under(container, each, new)]
         if not there or _not_rewrapped(container, host, there, old, new, keeps_kek)[0]:
-            raise DiskFailed(f"{device}: the token that was written does not read back")
+            for number in written:
+                container.remove_token(number)
+            raise _not_read_back(device)
 
 
 def _not_rewrapped(

@@ -43,6 +43,7 @@ _NEEDED = (
 )
 """What a boot needs before its groups are mounted: what is above and below is needed, too."""
 UNIT_NAME_MAX = 255
+KEY_NAMES = ("path", "plain")
 DROP_ON = ("deactivated", "compromised", "destroyed")
 
 HEAD = """\
@@ -80,6 +81,10 @@ class ProviderConfig(NamedTuple):
     """Seconds for one request to one endpoint."""
     username: str = ""
     """What the servers want beside the certificate, with a password that is in the state; '' for nothing."""
+    key_names: str = "path"
+    """`plain`: new keys get names of at most 64 of A-Z a-z 0-9 . _ -; else `unlock/HOST/KIND/N`."""
+    common_name: bool = False
+    """A server's certificate without a Subject Alternative Name is for the name that is its Common Name."""
 
 
 class SyncConfig(NamedTuple):
@@ -203,7 +208,7 @@ def _provider(name: str, table: Any) -> ProviderConfig:
     where = f"provider.{name}."
     if not is_name(name) or not isinstance(table, dict):
         raise _bad(f"[provider.{name}] is not a provider")
-    _only(table, {"endpoints", "ca", "client_key", "timeout", "username"}, where)
+    _only(table, {"endpoints", "ca", "client_key", "timeout", "username", "key_names", "common_name"}, where)
     endpoints: list[str] = _get(table, "endpoints", [], where)
     if not endpoints or not all(isinstance(each, str) for each in endpoints):
         raise _bad(f"{where}endpoints is not a list of HOST:PORT")
@@ -223,7 +228,13 @@ def _provider(name: str, table: Any) -> ProviderConfig:
         user = check_username(_get(table, "username", "", where))
     except Usage as error:
         raise _bad(f"{where}username: {error}") from error
-    return ProviderConfig(name, tuple(endpoints), files["ca"], files["client_key"], timeout, user)
+    key_names = _get(table, "key_names", KEY_NAMES[0], where)
+    if key_names not in KEY_NAMES:
+        raise _bad(f"{where}key_names is not one of {', '.join(KEY_NAMES)}")
+    common_name = _get(table, "common_name", False, where)
+    return ProviderConfig(
+        name, tuple(endpoints), files["ca"], files["client_key"], timeout, user, key_names, common_name
+    )
 
 
 def _sync(table: dict[str, Any]) -> SyncConfig:
@@ -271,6 +282,10 @@ def provider_table(provider: ProviderConfig) -> str:
         lines.append(f"client_key = {_quoted(provider.client_key)}")
     if provider.username:
         lines.append(f"username = {_quoted(provider.username)}")
+    if provider.key_names != KEY_NAMES[0]:
+        lines.append(f"key_names = {_quoted(provider.key_names)}")
+    if provider.common_name:
+        lines.append("common_name = true")
     if provider.timeout != TIMEOUT:
         lines.append(f"timeout = {provider.timeout}")
     return "\n".join(lines) + "\n"

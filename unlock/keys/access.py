@@ -94,6 +94,8 @@ def connect_kmip(
             username=settings.username,
             password=password,
             timeout=settings.timeout,
+            plain_names=settings.key_names == "plain",
+            common_name=settings.common_name,
         )
     )
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from .. import log
 from ..disks import disk_keys, luks
 from ..disks.groups import Group, Member
-from ..errors import NoKey, NotFoundOrDenied, Refused, StateBlocked, Tampered, UnlockError, Unsupported
+from ..errors import NoKey, Refused, StateBlocked, Tampered, UnlockError
 from ..host import keyring, this_boot
 from ..host.journal import JournalEntry, NewPersistenceKey, Rekey
 from ..host.state import State
@@ -39,6 +39,16 @@ class Outcome(NamedTuple):
     """Mapping names of the members whose token is current."""
     behind: dict[str, str]
     """Mapping name -> why its token is not."""
+
+
+class StillActive(NamedTuple):
+    """A replaced KEK that its provider did not deactivate, or does not say so of."""
+
+    kek: ReplacedKek
+    error: UnlockError
+
+    def describe(self) -> str:
+        return f"{self.kek.id}, replaced in group {self.kek.group}, may still be active: {self.error}"
 
 
 def rotate_kek(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
@@ -265,13 +275,14 @@ def _is_current(work: Work, group: Group, member: Member, node: str) -> bool:
     return same and says == (group.kek, group.generation, group.manifest, member.name, group.policy)
 
 
-def retire_keks(work: Work, left: bool = False) -> None:
+def retire_keks(work: Work, left: bool = False) -> list[StillActive]:
     """Deactivates replaced KEKs of groups in which no member is behind; with `left`, also at providers that this host
     has left.
 
-    A KEK that a provider does not deactivate stays in the state, for the next time.
+    A KEK stays in the state, for the next time, until its provider says that it is out of use. Returns those.
     """
     state = work.state
+    still_active: list[StillActive] = []
     for each in list(state.retire):
         group = state.groups.get(each.group)
         if group and (group.behind or group.kek == each.id):
@@ -281,13 +292,13 @@ def retire_keks(work: Work, left: bool = False) -> None:
             if entry != state.provider and not left:
                 continue
             work.provider(entry).retire(access.key_ref(entry, each.id, "").id)
-        except (NotFoundOrDenied, Unsupported, StateBlocked):
-            pass  # gone, not ours to retire, or retired
-        except UnlockError:
+        except UnlockError as error:
+            still_active.append(StillActive(each, error))
             continue
         state.retire.remove(each)
         state.save()
     _forget_former(state)
+    return still_active
 
 
 def _forget_former(state: State) -> None:

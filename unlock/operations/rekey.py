@@ -13,6 +13,9 @@ from ..host.lock import exclusive
 from ..keys import access, rotation
 from ..paths import Paths
 
+STILL_ACTIVE = "let this client Revoke it, or deactivate it in the key manager; then unlock sync"
+"""What to do about a replaced KEK."""
+
 
 def rekey(
     paths: Paths, name: str = "", look: find.Look = find.look, connect: access.Connect = access.connect
@@ -28,7 +31,6 @@ def rekey(
         journal = work.state.journal
         unfinished = journal.about if isinstance(journal, Rekey) else ""
         names = [name] if name else sorted(work.state.groups, key=lambda each: (each != unfinished, each))
-        rotation.retire_keks(work)
         outcomes = []
         for each in names:
             try:
@@ -37,4 +39,6 @@ def rekey(
                 if name or error.code != "missing":
                     raise
                 log.error(str(error))
+        for left in rotation.retire_keks(work):
+            log.error(left.describe(), STILL_ACTIVE)
         return outcomes

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from ..disks import devices, find
 from ..disks.groups import Group
-from ..errors import ClockWrong, NoKey, UnlockError
+from ..errors import ClockWrong, NoKey, StateBlocked, UnlockError
 from ..host import clock, keyring, this_boot
 from ..host.journal import NewPersistenceKey, Rekey
 from ..host.lock import exclusive
@@ -35,9 +35,9 @@ class SyncLine(NamedTuple):
     """The result for one key."""
 
     key: str
-    """Of a group, by its name; or `host key`."""
+    """Of a group, by its name; or `host key`, `replaced key`."""
     outcome: str
-    """unchanged, replaced, caught-up, finished, cached, dropped, lagging; or an error's code."""
+    """unchanged, replaced, caught-up, finished, cached, dropped, lagging, still-active; or an error's code."""
     detail: str = ""
     error: UnlockError | None = None
 
@@ -73,7 +73,7 @@ def sync(
 def _sync(paths: Paths, look: find.Look, connect: access.Connect) -> list[SyncLine]:
     with exclusive(paths), Work(paths, look, connect) as work:
         lines = [*_catch_up(work), *_finish_rotation(work), *_ask_provider(work)]
-        rotation.retire_keks(work)
+        lines += [SyncLine("replaced key", "still-active", each.describe()) for each in rotation.retire_keks(work)]
         return lines
 
 
@@ -139,6 +139,17 @@ def _follow_status(work: Work, group: Group, status: Status) -> SyncLine:
         return _follow_replacement(work, group, status.current)
     if status.state in work.settings.sync.drop_on:
         return _drop_kek(work, group, status.state)
+    line = _follow_policy(work, group)
+    if status.state in BLOCKED and not line.error:
+        done = "" if line.outcome == "unchanged" else f"; {line.outcome}"
+        return _blocked(
+            group.name, f"the key is {status.state}; its disks still open{done}", f"unlock rekey {group.name}"
+        )
+    return line
+
+
+def _follow_policy(work: Work, group: Group) -> SyncLine:
+    """Puts the KEK where the configuration wants it. Raises ProviderError, DiskFailed."""
     wanted = access.wanted_policy(work, group)
     if group.policy != wanted:
         return SyncLine(group.name, wanted, _describe_behind(rotation.set_policy(work, group, wanted)))
@@ -147,14 +158,17 @@ def _follow_status(work: Work, group: Group, status: Status) -> SyncLine:
         with kek:
             this_boot.cache_keys(work.paths, source, {access.cache_name(group.kek, group.generation): kek})
         return SyncLine(group.name, "cached")
-    if status.state in BLOCKED:
-        return SyncLine(group.name, "state-blocked", f"the key is {status.state}; its disks still open")
     return SyncLine(group.name, "unchanged")
+
+
+def _blocked(key: str, detail: str, hint: str) -> SyncLine:
+    error = StateBlocked(detail, hint)
+    return SyncLine(key, error.code, detail, error)
 
 
 def _follow_replacement(work: Work, group: Group, current: str) -> SyncLine:
     """Rotates the group to the key that the key manager names in place of its KEK."""
-    if f"{work.state.provider_id}/{current}" in group.former:
+    if f"{work.state.provider_id}/{current}".lower() in map(str.lower, group.former):
         return SyncLine(group.name, "lagging", "the server offers a key that this group has left behind")
     outcome = rotation.rotate_kek(work, group.name, Ref(current, group.kek_name))
     return SyncLine(group.name, "replaced", _describe_behind(outcome))
@@ -166,7 +180,8 @@ def _drop_kek(work: Work, group: Group, state: str) -> SyncLine:
         keyring.forget(access.cache_name(group.kek, group.generation))
         return SyncLine(group.name, "dropped", f"the key is {state}")
     if any(member.name in devices.mappings_below("/") for member in group.members):
-        return SyncLine(group.name, "state-blocked", f"the key is {state}, and kept: the root file system needs it")
+        detail = f"the key is {state}, and kept: the root file system needs it"
+        return _blocked(group.name, detail, f"unlock rekey {group.name}")
     outcome = rotation.set_policy(work, group, "provider")
     keyring.forget(access.cache_name(group.kek, group.generation))
     return SyncLine(group.name, "dropped", f"the key is {state}" + _describe_behind(outcome))
@@ -184,6 +199,9 @@ def _follow_host_key(work: Work, status: Status) -> SyncLine:
     """Takes a new host key over. The state keeps the old one, so that its dumps stay readable."""
     if status.problem:
         return SyncLine("host key", status.problem.code, str(status.problem), status.problem)
+    if not status.changed and status.state in BLOCKED:
+        detail = f"the key is {status.state}; what it protects can still be read"
+        return _blocked("host key", detail, "give it a replacement in the key manager, then: unlock sync")
     if not status.changed:
         return SyncLine("host key", "unchanged")
     if work.state.had_host_key(f"{work.state.provider_id}/{status.current}"):

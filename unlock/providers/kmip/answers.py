@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ...endpoint import Endpoint
-from ...errors import ClientAuth, ProviderError, ProviderProtocol, Unsupported
+from ...errors import ClientAuth, NotFoundOrDenied, ProviderError, ProviderProtocol, Unsupported
 from ...secret import Secret
 from .failures import provider_error, result_error
-from .protocol import ResultStatus, Tag
+from .protocol import NO_SUCH_KEY, ResultReason, ResultStatus, Tag
 from .requests import RequestItem
 from .ttlv import MalformedAnswer, TtlvItem
 
+_CANCELLED = ResultReason.OPERATION_CANCELED_BY_REQUESTER
 NO_COMMON_VERSION = "the server speaks no KMIP version of 1.1 to 1.4"
 
 
@@ -24,6 +25,8 @@ class ResponseItem(NamedTuple):
     endpoint: Endpoint
     payload: TtlvItem | None
     problem: ProviderError | None
+    reason: int | None = None
+    """The Result Reason of the problem, if the server gave one."""
 
     def checked_payload(self) -> TtlvItem:
         """The payload. Raises the error that the server reported instead, or MalformedAnswer."""
@@ -45,8 +48,10 @@ class ResponseItem(NamedTuple):
 class RequestRefused(Exception):
     """The server refused the whole message, not one item of it."""
 
-    def __init__(self, error: ProviderError) -> None:
+    def __init__(self, error: ProviderError, *, about_client: bool = False) -> None:
         self.error = error
+        self.about_client = about_client
+        """It may be the client that is refused: its user name or password."""
 
 
 def match_answers(
@@ -72,7 +77,10 @@ def match_answers(
         by_id = {batch_ids[0]: batch[0]}  # the only item needs no id
     if len(batch) == 1 and failed and (len(items) > 1 or not by_id.keys() & set(batch_ids)):
         problem = result_error(endpoint, batch[0])
-        raise problem if isinstance(problem, ClientAuth) else RequestRefused(problem)
+        if isinstance(problem, ClientAuth):
+            raise problem
+        about_key = batch[0].number(Tag.RESULT_REASON) in NO_SUCH_KEY
+        raise RequestRefused(problem, about_client=isinstance(problem, NotFoundOrDenied) and not about_key)
     if len(items) > 1 and by_id.keys() == {b""}:
         what = "the server does not say which answer is to which question"
         raise RequestRefused(provider_error(endpoint, ProviderProtocol, what))
@@ -80,7 +88,15 @@ def match_answers(
         batch_ids = batch_ids[: len(batch)]
     if by_id.keys() != set(batch_ids) or len(batch) != len(batch_ids):
         raise MalformedAnswer("an answer to another question")
-    return [_response_item(by_id[each], item, endpoint) for each, item in zip(batch_ids, items, strict=False)]
+    answers = [_response_item(by_id[each], item, endpoint) for each, item in zip(batch_ids, items, strict=False)]
+    return answers[: _first_cancelled(answers)]
+
+
+def _first_cancelled(answers: Sequence[ResponseItem]) -> int:
+    """How many answers come before those that a server marks as cancelled when it stops at a failure. They are asked
+    again; the first one is an answer, whatever it says."""
+    cancelled = (at for at, each in enumerate(answers) if at and each.reason == _CANCELLED)
+    return next(cancelled, len(answers))
 
 
 def _response_item(found: TtlvItem, item: RequestItem, endpoint: Endpoint) -> ResponseItem:
@@ -91,7 +107,7 @@ def _response_item(found: TtlvItem, item: RequestItem, endpoint: Endpoint) -> Re
     problem = result_error(endpoint, found) if failed else None
     if isinstance(problem, ClientAuth):
         raise problem
-    return ResponseItem(endpoint, found.first(Tag.RESPONSE_PAYLOAD), problem)
+    return ResponseItem(endpoint, found.first(Tag.RESPONSE_PAYLOAD), problem, found.number(Tag.RESULT_REASON))
 
 
 def _batch_id(item: TtlvItem) -> bytes:

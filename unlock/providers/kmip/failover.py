@@ -4,6 +4,7 @@
 read:    first endpoint whose breaker is closed ──> the result
              └── any failure: the next endpoint
 change:  read whether it is done already ──> if not: sent once, to that endpoint
+             └── that endpoint refuses it, a read-only replica perhaps: the same with the next endpoint
 """
 
 import threading
@@ -35,6 +36,7 @@ _WORST_FIRST = (
     ClientAuth,
     ClockWrong,
     NotFoundOrDenied,
+    StateBlocked,
     ProviderProtocol,
     Unsupported,
     ProviderUnavailable,
@@ -74,9 +76,32 @@ class Failover:
         raise self._worst(failures)
 
     def change(self, find_done: Callable[[Server], T | None], make: Callable[[Server], T]) -> T:
-        """`make`, once, and never when `find_done` finds it done: the answer to an earlier one may have been lost."""
+        """`make`, done once, and never when `find_done` finds it done: the answer to an earlier one may have been lost.
+        Only an endpoint's own refusal, which says that nothing was done, is a reason to send it to another."""
         server, found = self.read(lambda server: (server, find_done(server)))
-        return self.ask(server, make) if found is None else found
+        if found is not None:
+            return found
+        try:
+            return self.ask(server, make)
+        except ProviderError as error:
+            if not _is_definite(server, error):
+                raise
+            failures = [error]
+        for other in self.others(server):
+            try:
+                found = self.ask(other, find_done)
+            except ProviderError as error:
+                failures.append(error)
+                continue
+            if found is not None:
+                return found
+            try:
+                return self.ask(other, make)
+            except ProviderError as error:
+                failures.append(error)
+                if not _is_definite(other, error):
+                    break
+        raise failures[0] if len(failures) == 1 else self._worst(failures)
 
     def others(self, asked: Server) -> Iterator[Server]:
         """All other endpoints that may be asked now."""
@@ -117,7 +142,14 @@ class Failover:
         """One error for all, with the messages of all, and with the time until an endpoint may be asked again."""
         if not failures:
             return ProviderUnavailable("the provider has no endpoint", "add one in unlock.toml")
-        worst = min(failures, key=lambda error: _WORST_FIRST.index(type(error)))
+        worst = min(
+            failures, key=lambda error: next(at for at, kind in enumerate(_WORST_FIRST) if isinstance(error, kind))
+        )
         error = type(worst)("; ".join(dict.fromkeys(map(str, failures))), worst.hint)
         error.retry_after = max(0.0, min(server.breaker.open_until for server in self.servers) - self._clock())
         return error
+
+
+def _is_definite(server: Server, error: ProviderError) -> bool:
+    """Whether the server has said that it did not do what it was asked, and another endpoint may do it."""
+    return server.has_refused(error) and not isinstance(error, ProviderUnavailable | ClientAuth)

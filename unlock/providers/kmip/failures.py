@@ -22,6 +22,12 @@ from ...errors import (
 from .protocol import ResultStatus, Tag
 from .ttlv import TtlvItem
 
+PLAIN_NAMES = 'set `key_names = "plain"` in its [provider.NAME]: unlock.toml(5)'
+WRONG_PASSWORD = "see at the key manager what it says of this client; unlock provider renew --password-file FILE"
+HUNG_UP = "the server may refuse this client, or its KMIP version: see its log; then unlock provider test"
+_REFUSED = "the server understands the request and refuses it: see its log, and unlock-kmip(7)"
+_REFUSED_TLS = "let the server offer TLS 1.2 or 1.3, with a cipher that this host allows: openssl ciphers -s -v"
+
 HINTS: dict[type[ProviderError], str] = {
     ProviderUnavailable: "unlock provider test",
     PeerUntrusted: "check the endpoint's server name and CA in unlock.toml; if both are right, somebody else answers",
@@ -59,13 +65,27 @@ _REASONS: dict[int, tuple[str, type[ProviderError]]] = {
     0x16: ("sensitive", NotFoundOrDenied),
     0x17: ("not extractable", NotFoundOrDenied),
     0x18: ("object already exists", ProviderProtocol),
+    0x25: ("bad password", ClientAuth),
+    0x29: ("incompatible cryptographic usage mask", ProviderProtocol),
     0x2A: ("internal server error", ProviderUnavailable),
+    0x35: ("non unique name attribute", ProviderProtocol),
     0x36: ("object destroyed", StateBlocked),
     0x37: ("object not found", NotFoundOrDenied),
     0x39: ("not authorised", NotFoundOrDenied),
+    0x3A: ("server limit exceeded", ProviderUnavailable),
+    0x43: ("wrong key lifecycle state", StateBlocked),
     0x100: ("general failure", ProviderUnavailable),
 }
-"""Result Reason, KMIP 1.4, 9.1.3.2.29; 0x2A to 0x39 are of KMIP 2.0. All others: ProviderProtocol."""
+"""Result Reason, KMIP 1.4, 9.1.3.2.29; 0x25 to 0x43 are of KMIP 2.0. All others: ProviderProtocol."""
+
+_REASON_HINTS: dict[int, str] = {
+    0x07: f"see the server's log; if it is about the key's name, {PLAIN_NAMES}",
+    0x0D: "bring the key back from the archive, in the key manager",
+    0x13: "the server knows the key and does not have its bytes: restore them in the key manager",
+    0x18: "look in the key manager for a key of that name, which this client may not see",
+    0x35: "look in the key manager for a key of that name, which this client may not see",
+}
+"""Of reasons for which the hint of their error would mislead."""
 
 _X509_V_ERR_CERT_NOT_YET_VALID = 9
 
@@ -73,8 +93,20 @@ _CLIENT_AUTH_ALERTS = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "DECRYPT_ER
 """Parts of names of TLS alerts, RFC 8446, 6.2. With TLS 1.3 they come after the handshake, with the first answer."""
 
 
+_NO_COMMON_TLS = ("PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL", "HANDSHAKE_FAILURE", "INSUFFICIENT_SECURITY", "TOO_SMALL")
+"""Parts of OpenSSL's words for two sides that have no TLS version, cipher or strength of keys in common."""
+
+
 class AmbiguousKeys(Integrity):
-    """The key manager holds two keys for one name. Other endpoints hold the same: no reason to ask them."""
+    """The key manager holds two keys for one name, or a key under another name than it was given. Other endpoints hold
+    the same: no reason to ask them."""
+
+
+class UnusableId(ProviderProtocol):
+    """An id that no token can keep. It is that key's, and no reason not to ask the endpoint for others."""
+
+
+HINTS[UnusableId] = "let the key manager give ids of printable ASCII characters, as UUIDs are"
 
 
 def provider_error(endpoint: Endpoint, kind: type[ProviderError], what: str) -> ProviderError:
@@ -95,7 +127,9 @@ def result_error(endpoint: Endpoint, item: TtlvItem) -> ProviderError:
         return provider_error(endpoint, Unsupported, "the server answers later (asynchronously)")
     unknown = (f"reason {reason}", ProviderProtocol)
     words, kind = _REASONS.get(reason, unknown) if reason else ("no reason given", ProviderUnavailable)
-    return provider_error(endpoint, kind, words + (f": {printable(message)}" if message else ""))
+    error = provider_error(endpoint, kind, words + (f": {printable(message)}" if message else ""))
+    error.hint = _REASON_HINTS.get(reason or 0, _REFUSED if kind is ProviderProtocol else error.hint)
+    return error
 
 
 def connection_error(endpoint: Endpoint, error: OSError, *, timeout: float) -> ProviderError:
@@ -113,4 +147,7 @@ def connection_error(endpoint: Endpoint, error: OSError, *, timeout: float) -> P
     if "ALERT" in reason and any(part in reason for part in _CLIENT_AUTH_ALERTS):
         return provider_error(endpoint, ClientAuth, f"the server refuses our certificate: {reason}")
     kind = ProviderUnavailable if "INTERNAL_ERROR" in reason else ProviderProtocol
-    return provider_error(endpoint, kind, f"TLS: {reason}")
+    failed = provider_error(endpoint, kind, f"TLS: {reason}")
+    if any(part in reason for part in _NO_COMMON_TLS):
+        failed.hint = _REFUSED_TLS
+    return failed

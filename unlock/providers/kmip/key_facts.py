@@ -6,14 +6,14 @@ An answer about another key than the one asked for is an Integrity error.
 
 from typing import NamedTuple
 
-from ...errors import Integrity, NotFoundOrDenied, ProviderError, ProviderProtocol, Unsupported
+from ...errors import Integrity, ProviderError, ProviderProtocol
 from ...secret import Secret
 from .. import ACTIVE, COMPROMISED, DEACTIVATED, DESTROYED, PRE_ACTIVE, UNKNOWN
 from . import protocol
 from .answers import ResponseItem
-from .failures import printable
-from .protocol import LinkType, Tag
-from .requests import AES_256
+from .failures import UnusableId, printable
+from .protocol import NO_SUCH_KEY, LinkType, Tag
+from .requests import AES_256, KEY_ID_MAX, is_key_id
 from .ttlv import MalformedAnswer, TtlvItem
 
 _STATES = {1: PRE_ACTIVE, 2: ACTIVE, 3: DEACTIVATED, 4: COMPROMISED, 5: DESTROYED, 6: DESTROYED}
@@ -44,10 +44,13 @@ def read_facts(answer: ResponseItem, key_id: str) -> KeyFacts:
         if value:
             found.setdefault(attribute.text(Tag.ATTRIBUTE_NAME), []).append(value)
     links = {link.number(Tag.LINK_TYPE): link.text(Tag.LINKED_OBJECT_IDENTIFIER) for link in found.get("Link", ())}
+    replacement = links.get(LinkType.REPLACEMENT_OBJECT_LINK, "")
+    if replacement:
+        check_key_id(answer, replacement)
     return KeyFacts(
         state=_STATES.get(found["State"][0].as_number(), UNKNOWN) if "State" in found else UNKNOWN,
         names=frozenset(name.text(Tag.NAME_VALUE) for name in found.get("Name", ())),
-        replacement=links.get(LinkType.REPLACEMENT_OBJECT_LINK, ""),
+        replacement=replacement,
         replaces=links.get(LinkType.REPLACED_OBJECT_LINK, ""),
         is_aes_256=all(found[name][0].as_number() == value for name, value in AES_256.items() if name in found),
     )
@@ -60,18 +63,29 @@ def facts_or_problem(answer: ResponseItem, key_id: str) -> KeyFacts | ProviderEr
     """
     try:
         return answer.problem or read_facts(answer, key_id)
+    except UnusableId as error:
+        return error
     except MalformedAnswer as malformed:
         return answer.error(ProviderProtocol, f"the key {printable(key_id)}: {malformed}")
 
 
 def read_ids(answer: ResponseItem) -> list[str]:
-    """The answer to a Locate. Servers report "none" as success, as Item Not Found, or as not supported."""
-    if isinstance(answer.problem, NotFoundOrDenied | Unsupported):
+    """The answer to a Locate. Servers report "none" as success or as Item Not Found. Any other refusal is no answer: a
+    second key would be made beside one that exists."""
+    if answer.problem and answer.reason in NO_SUCH_KEY:
         return []
     ids = [item.value for item in answer.checked_payload().all(Tag.UNIQUE_IDENTIFIER)]
-    if not all(isinstance(each, str) and each for each in ids):
+    return list(dict.fromkeys(check_key_id(answer, each) for each in ids))
+
+
+def check_key_id(answer: ResponseItem, key_id: object) -> str:
+    """An id that this host can keep. Raises UnusableId, MalformedAnswer."""
+    if not isinstance(key_id, str) or not key_id:
         raise MalformedAnswer("a key without an id")
-    return list(dict.fromkeys(ids))
+    if not is_key_id(key_id):
+        what = f"the key id {printable(key_id)} is not one of 1 to {KEY_ID_MAX} printable ASCII characters"
+        raise answer.error(UnusableId, what)
+    return key_id
 
 
 def ids_or_problem(answer: ResponseItem) -> list[str] | ProviderError:
@@ -110,5 +124,10 @@ def read_key(answer: ResponseItem, key_id: str) -> Secret:
 
 
 def _check_id(answer: ResponseItem, payload: TtlvItem, key_id: str) -> None:
-    if payload.text(Tag.UNIQUE_IDENTIFIER) != key_id:
+    if not is_same_id(payload.text(Tag.UNIQUE_IDENTIFIER), key_id):
         raise answer.error(Integrity, f"asked for the key {printable(key_id)}, the server answers with another one")
+
+
+def is_same_id(one: str, other: str) -> bool:
+    """Some servers write the letters of an id in another case than they were given."""
+    return one.lower() == other.lower()

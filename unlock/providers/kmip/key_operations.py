@@ -4,23 +4,25 @@
 Every function raises ProviderError and MalformedAnswer; none goes to another endpoint.
 """
 
+import os
 from collections.abc import Callable, Sequence
 
-from ...errors import (
-    Integrity,
-    NotFoundOrDenied,
-    ProviderProtocol,
-    ProviderUnavailable,
-    StateBlocked,
-    Tampered,
-    Unsupported,
-)
+from ...errors import Integrity, ProviderError, ProviderProtocol, ProviderUnavailable, StateBlocked, Tampered
 from ...secret import Secret
 from .. import ACTIVE, BLOCKED, PRE_ACTIVE, USABLE, Capabilities, Ref, Status
 from . import requests
-from .failures import AmbiguousKeys, printable
-from .key_facts import KeyFacts, facts_or_problem, ids_or_problem, read_facts, read_ids, read_key
-from .protocol import Operation, Tag
+from .failures import PLAIN_NAMES, AmbiguousKeys, printable
+from .key_facts import (
+    KeyFacts,
+    check_key_id,
+    facts_or_problem,
+    ids_or_problem,
+    is_same_id,
+    read_facts,
+    read_ids,
+    read_key,
+)
+from .protocol import NO_SUCH_KEY, Operation, Tag
 from .replacement import NAMESAKES_MAX, linked_ids, status_of
 from .requests import RequestItem
 from .server import Server
@@ -39,9 +41,14 @@ def try_connection(server: Server) -> None:
 
 
 def query_capabilities(server: Server) -> Capabilities:
-    """What the server offers. A server that does not say so is asked for Create, and not for Re-key."""
-    [answer] = server.ask([requests.query_operations()])
-    if isinstance(answer.problem, Unsupported | NotFoundOrDenied):
+    """What the server offers. A server that refuses to say is asked for Create, and not for Re-key."""
+    try:
+        [answer] = server.ask([requests.query_operations()])
+    except ProviderError as error:
+        if server.has_refused(error):
+            return Capabilities(create=True, rekey=False)
+        raise
+    if answer.problem and not isinstance(answer.problem, ProviderUnavailable):
         return Capabilities(create=True, rekey=False)
     offered = answer.checked_payload().numbers(Tag.OPERATION)
     return Capabilities(Operation.CREATE in offered, Operation.REKEY in offered)
@@ -57,16 +64,35 @@ def key_statuses(server: Server, refs: Sequence[Ref], *, ready: frozenset[str]) 
     answers = iter(server.ask(items))
     facts = {ref.id: facts_or_problem(next(answers), ref.id) for ref in refs}
     named = {ref: ids_or_problem(next(answers)) if ref.name else [] for ref in refs}
+    spelled = {key_id.lower(): key_id for key_id in facts}
+    named = {
+        ref: [_spell(spelled, each) for each in ids] if isinstance(ids, list) else ids for ref, ids in named.items()
+    }
     found = [ids for ids in named.values() if isinstance(ids, list) and len(ids) <= NAMESAKES_MAX]
-    wanted = {each for ids in found for each in ids} | linked_ids(facts)
+    wanted = {each for ids in found for each in ids}
     for _ in range(_HOPS):
+        facts = {key_id: _spell_links(spelled, each) for key_id, each in facts.items()}
+        wanted |= linked_ids(facts)
         unknown = sorted(wanted - facts.keys())
         if not unknown:
             break
         answers = iter(server.ask([requests.get_attributes(each) for each in unknown]))
         facts |= {each: facts_or_problem(next(answers), each) for each in unknown}
-        wanted = linked_ids(facts)
     return [status_of(ref, facts, named[ref], ready=ready, endpoint=server.endpoint) for ref in refs]
+
+
+def _spell(spelled: dict[str, str], key_id: str) -> str:
+    """One spelling of each id, the host's own where it has one: some servers change the case of letters."""
+    return spelled.setdefault(key_id.lower(), key_id)
+
+
+def _spell_links(spelled: dict[str, str], facts: KeyFacts | ProviderError) -> KeyFacts | ProviderError:
+    if isinstance(facts, ProviderError):
+        return facts
+    return facts._replace(
+        replacement=facts.replacement and _spell(spelled, facts.replacement),
+        replaces=facts.replaces and _spell(spelled, facts.replaces),
+    )
 
 
 def find_key(server: Server, name: str) -> Ref | None:
@@ -85,15 +111,29 @@ def _usable_ids(server: Server, name: str) -> list[str]:
     if len(ids) > NAMESAKES_MAX:
         raise server.error(ProviderProtocol, f"the server returns {len(ids)} keys for the name {printable(name)}")
     answers = server.ask([requests.get_attributes(each) for each in ids]) if ids else []
-    found = [facts_or_problem(answer, each) for answer, each in zip(answers, ids, strict=True)]
-    for problem in found:
-        if isinstance(problem, ProviderUnavailable | ProviderProtocol):
-            raise problem
-    return [
-        each
-        for each, facts in zip(ids, found, strict=True)
-        if isinstance(facts, KeyFacts) and name in facts.names and facts.state not in BLOCKED and facts.is_aes_256
-    ]
+    usable: list[str] = []
+    altered = ""
+    for answer, key_id in zip(answers, ids, strict=True):
+        facts = facts_or_problem(answer, key_id)
+        if isinstance(facts, ProviderError):
+            if answer.reason in NO_SUCH_KEY or isinstance(facts, StateBlocked):
+                continue
+            raise facts
+        if facts.state in BLOCKED or not facts.is_aes_256:
+            continue
+        if name in facts.names:
+            usable.append(key_id)
+        else:
+            altered = min(facts.names, default=altered)
+    if altered and not usable and _filters_by_name(server):
+        what = f"the server keeps the name {printable(name)} as {printable(altered)}"
+        raise AmbiguousKeys(f"{server.endpoint}: {what}", PLAIN_NAMES)
+    return usable
+
+
+def _filters_by_name(server: Server) -> bool:
+    """Whether a Locate returns only keys of the name that was asked for."""
+    return not read_ids(server.ask([requests.locate(f"unlock-{os.urandom(8).hex()}")])[0])
 
 
 def find_replacement(server: Server, ref: Ref, new_name: str) -> Ref | None:
@@ -103,6 +143,8 @@ def find_replacement(server: Server, ref: Ref, new_name: str) -> Ref | None:
     [status] = key_statuses(server, [ref], ready=USABLE | {PRE_ACTIVE})
     if isinstance(status.problem, Integrity):
         raise AmbiguousKeys(str(status.problem), status.problem.hint)
+    if isinstance(status.problem, ProviderUnavailable | ProviderProtocol):
+        raise status.problem
     return Ref(status.current, ref.name) if status.changed else None
 
 
@@ -156,23 +198,36 @@ def replace_key(server: Server, ref: Ref, new_name: str, *, rekey: bool) -> Ref:
     """A new key in the place of `ref`: by Re-key, with the name of `ref`, or else one of its own, with `new_name`."""
     if rekey:
         try:
-            return Ref(_make_key(server, requests.rekey(ref.id), other_than=ref.id), ref.name)
-        except (Unsupported, NotFoundOrDenied, StateBlocked):
-            """Offered, but not to this client or not for this key: a new key does as well."""
+            key_id = _make_key(server, requests.rekey(ref.id), other_than=ref.id)
+        except ProviderError as error:  # offered, but not to this client or not for this key: a new key does as well
+            if not server.has_refused(error) or isinstance(error, ProviderUnavailable):
+                raise
+        else:
+            if _state(server, key_id) not in BLOCKED:  # some copy the state of a key that is out of use
+                return Ref(key_id, ref.name)
     return create_key(server, new_name)
 
 
 def _make_key(server: Server, item: RequestItem, *, other_than: str = "") -> str:
     """The id of the key that the server makes."""
-    key_id = server.ask_once(item).checked_payload().text(Tag.UNIQUE_IDENTIFIER)
-    if not key_id or key_id == other_than:
+    answer = server.ask_once(item)
+    key_id = answer.checked_payload().text(Tag.UNIQUE_IDENTIFIER)
+    if not key_id or is_same_id(key_id, other_than):
         raise server.error(ProviderProtocol, "the server made a key without an id of its own")
-    return key_id
+    return check_key_id(answer, key_id)
 
 
 def activate_key(server: Server, key_id: str) -> None:
-    server.ask_once(requests.activate(key_id))
+    """A refusal is no failure where the key is active: a server that names no state refuses to do it twice."""
+    try:
+        server.ask_once(requests.activate(key_id))
+    except (StateBlocked, ProviderProtocol) as error:
+        if not server.has_refused(error) or _state(server, key_id) not in USABLE:
+            raise
 
 
 def deactivate_key(server: Server, key_id: str) -> None:
+    """Raises ProviderProtocol when the key is still active after it."""
     server.ask_once(requests.revoke(key_id))
+    if _state(server, key_id) == ACTIVE:
+        raise server.error(ProviderProtocol, f"the key {printable(key_id)} is still active after a Revoke")

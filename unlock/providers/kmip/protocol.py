@@ -86,6 +86,18 @@ class ResultStatus(IntEnum):
     OPERATION_PENDING = 2
 
 
+class ResultReason(IntEnum):
+    """KMIP 1.4, 9.1.3.2.29; those that unlock does not only name. OBJECT_NOT_FOUND is of KMIP 2.0."""
+
+    ITEM_NOT_FOUND = 0x01
+    OPERATION_CANCELED_BY_REQUESTER = 0x09
+    OBJECT_NOT_FOUND = 0x37
+
+
+NO_SUCH_KEY = (ResultReason.ITEM_NOT_FOUND, ResultReason.OBJECT_NOT_FOUND)
+"""The only reasons that say that there is none."""
+
+
 class LinkType(IntEnum):
     """KMIP 1.4, 9.1.3.2.20."""
 
@@ -101,6 +113,8 @@ AES = 3
 """Cryptographic Algorithm."""
 ENCRYPT_AND_DECRYPT = 0x04 | 0x08
 """Cryptographic Usage Mask."""
+EXPORT = 0x40
+"""Of the same: some servers give no key out without it."""
 RAW = 1
 """Key Format Type."""
 UNINTERPRETED_TEXT_STRING = 1

@@ -4,6 +4,7 @@
 method ──> Failover.read or .change ──> a function of `key_operations`, with one Server ──> result
 """
 
+import hashlib
 import random as _random
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from .failover import Failover
 from .requests import Credential
 from .server import KEYS_PER_REQUEST, Server
 from .tls import client_context, validity
+
+PLAIN_NAME_MAX = 64
 
 
 class KmipSettings(NamedTuple):
@@ -38,6 +41,10 @@ class KmipSettings(NamedTuple):
     password: Secret | None = None
     timeout: float = 10.0
     """Seconds for one exchange with one endpoint: name, connection, TLS, request, whole answer."""
+    plain_names: bool = False
+    """New keys get the `plain_name` of what they are to be called."""
+    common_name: bool = False
+    """Accept a server's certificate that has its name in the Common Name alone."""
 
 
 class KmipProvider:
@@ -59,6 +66,7 @@ class KmipProvider:
         begins, self._certificate_ends = validity(settings.certificate)
         _check_password(settings.password)
         context = client_context(ca=settings.ca, certificate=settings.certificate, key=settings.key)
+        context.hostname_checks_common_name = settings.common_name
         credential = Credential(settings.username, settings.password) if settings.username else None
         servers = [
             Server(each, context, credential, timeout=settings.timeout, clock=clock, random=random)
@@ -124,10 +132,15 @@ class KmipProvider:
     def fetch(self, key_id: str, states: frozenset[str] = USABLE, prove: Callable[[Secret], None] = no_proof) -> Secret:
         return self._failover.read(lambda server: key_operations.fetch_key(server, key_id, states, prove))
 
+    def _name(self, name: str) -> str:
+        return plain_name(name) if self._settings.plain_names else name
+
     def locate(self, name: str) -> Ref | None:
+        name = self._name(name)
         return self._failover.read(lambda server: key_operations.find_key(server, name))
 
     def create(self, name: str) -> Ref:
+        name = self._name(name)
         return self._failover.change(
             lambda server: key_operations.find_key(server, name),
             lambda server: key_operations.create_key(server, name),
@@ -140,6 +153,7 @@ class KmipProvider:
         )
 
     def rotate(self, ref: Ref, name: str) -> Ref:
+        name = self._name(name)
         rekey = self.capabilities().rekey
         new = self._failover.change(
             lambda server: key_operations.find_replacement(server, ref, name),
@@ -153,6 +167,16 @@ class KmipProvider:
             lambda server: key_operations.is_out_of_use(server, key_id) or None,
             lambda server: key_operations.deactivate_key(server, key_id),
         )
+
+
+def plain_name(name: str) -> str:
+    """The name of a key in at most 64 of A-Z a-z 0-9 . _ -; another one for each name of `keys.access.key_name`."""
+    plain = name.replace("/", "-")
+    if len(plain) <= PLAIN_NAME_MAX:
+        return plain
+    head, _, generation = name.rpartition("/")
+    digest = hashlib.sha256(head.encode()).hexdigest()
+    return f"{plain[: PLAIN_NAME_MAX - 24]}.{digest[:12]}-{generation}"
 
 
 def _may_be_known_elsewhere(status: Status) -> bool:

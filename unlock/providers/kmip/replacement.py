@@ -14,8 +14,8 @@ from .. import BLOCKED, UNKNOWN, Ref, Status
 from .failures import printable, provider_error
 from .key_facts import KeyFacts
 
-NAMESAKES_MAX = 100
-"""A server that returns more keys for one name did not look at the name."""
+NAMESAKES_MAX = 2000
+"""A server that did not look at the name returns all keys. So many are asked for their names."""
 
 
 def status_of(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ...errors import NotFoundOrDenied
 from ...secret import Secret
 from . import protocol
-from .failures import HINTS
+from .failures import HINTS, printable
 from .protocol import Operation, Tag
 from .ttlv import byte_string, enumeration, integer, structure, text
 
@@ -22,6 +22,15 @@ AES_256 = {
 """Attributes of every key that unlock uses, by the names that KMIP gives them."""
 
 
+KEY_ID_MAX = 218
+"""Characters. A token has room for 256, of which 38 are the provider's id and a slash."""
+
+
+def is_key_id(text: str) -> bool:
+    """Whether an id that a server gives can be kept in a token and in the state."""
+    return 0 < len(text) <= KEY_ID_MAX and text.isascii() and text.isprintable()
+
+
 class RequestItem(NamedTuple):
     """One operation of a batch."""
 
@@ -29,7 +38,7 @@ class RequestItem(NamedTuple):
     payload: bytes
     """Items of the Request Payload."""
     plain_payload: bytes | None = None
-    """The same request without details that some servers refuse: an attribute, or a key format."""
+    """The same request without details that some servers refuse: an attribute, a key format, or a usage."""
 
 
 class Credential(NamedTuple):
@@ -62,14 +71,19 @@ def locate(name: str) -> RequestItem:
 
 def create(name: str) -> RequestItem:
     """A new AES-256 key, not active yet."""
-    template = structure(
-        Tag.TEMPLATE_ATTRIBUTE,
-        _attribute("Cryptographic Algorithm", enumeration(Tag.ATTRIBUTE_VALUE, protocol.AES)),
-        _attribute("Cryptographic Length", integer(Tag.ATTRIBUTE_VALUE, 256)),
-        _attribute("Cryptographic Usage Mask", integer(Tag.ATTRIBUTE_VALUE, protocol.ENCRYPT_AND_DECRYPT)),
-        _name(name),
-    )
-    return RequestItem(Operation.CREATE, enumeration(Tag.OBJECT_TYPE, protocol.SYMMETRIC_KEY) + template)
+
+    def payload(usage: int) -> bytes:
+        template = structure(
+            Tag.TEMPLATE_ATTRIBUTE,
+            _attribute("Cryptographic Algorithm", enumeration(Tag.ATTRIBUTE_VALUE, protocol.AES)),
+            _attribute("Cryptographic Length", integer(Tag.ATTRIBUTE_VALUE, 256)),
+            _attribute("Cryptographic Usage Mask", integer(Tag.ATTRIBUTE_VALUE, usage)),
+            _name(name),
+        )
+        return enumeration(Tag.OBJECT_TYPE, protocol.SYMMETRIC_KEY) + template
+
+    usage = protocol.ENCRYPT_AND_DECRYPT
+    return RequestItem(Operation.CREATE, payload(usage | protocol.EXPORT), payload(usage))
 
 
 def rekey(key_id: str) -> RequestItem:
@@ -98,13 +112,15 @@ def query_operations() -> RequestItem:
 def encode(
     items: Sequence[RequestItem], batch_ids: Sequence[bytes], version: tuple[int, int], credential: Credential | None
 ) -> bytes:
-    """The Request Message (KMIP 1.4, 7.1) for a batch that goes on after an error in one item."""
+    """The Request Message (KMIP 1.4, 7.1) for a batch that goes on after an error in one item. For a single item it
+    does not say so: some servers refuse the option."""
+    goes_on = enumeration(Tag.BATCH_ERROR_CONTINUATION_OPTION, protocol.CONTINUE_AFTER_ERROR)
     header = structure(
         Tag.REQUEST_HEADER,
         _protocol_version(version),
         integer(Tag.MAXIMUM_RESPONSE_SIZE, protocol.ANSWER_MAX),
         _authentication(credential) if credential else b"",
-        enumeration(Tag.BATCH_ERROR_CONTINUATION_OPTION, protocol.CONTINUE_AFTER_ERROR),
+        goes_on if len(items) > 1 else b"",
         integer(Tag.BATCH_COUNT, len(items)),
     )
     batch = [
@@ -141,9 +157,13 @@ def _protocol_version(version: tuple[int, int]) -> bytes:
 
 
 def _identifier(key_id: str) -> bytes:
-    """Raises NotFoundOrDenied for an empty id: it would mean whichever key the server touched last."""
-    if not key_id:
-        raise NotFoundOrDenied("a key without an id cannot be asked for", HINTS[NotFoundOrDenied])
+    """Raises NotFoundOrDenied for an empty id, which would mean whichever key the server touched last, and for one that
+    no server can have given to this host."""
+    if not is_key_id(key_id):
+        what = (
+            f"there is no key with the id {printable(key_id)}" if key_id else "a key without an id cannot be asked for"
+        )
+        raise NotFoundOrDenied(what, HINTS[NotFoundOrDenied])
     return text(Tag.UNIQUE_IDENTIFIER, key_id)
 
 

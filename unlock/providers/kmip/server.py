@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 
 from ...endpoint import Endpoint
 from ...errors import (
+    ClientAuth,
     NotFoundOrDenied,
+    PeerUntrusted,
     ProviderError,
     ProviderProtocol,
     ProviderUnavailable,
@@ -21,10 +23,10 @@ from ...errors import (
 from . import requests
 from .answers import NO_COMMON_VERSION, RequestRefused, ResponseItem, match_answers
 from .breaker import Breaker
-from .failures import AmbiguousKeys, connection_error, provider_error
-from .protocol import VERSIONS, Tag
+from .failures import HUNG_UP, WRONG_PASSWORD, AmbiguousKeys, UnusableId, connection_error, provider_error
+from .protocol import NO_SUCH_KEY, VERSIONS, Tag
 from .requests import Credential, RequestItem
-from .tls import ConnectionEnded, Deadline, TlsConnection
+from .tls import ConnectionEnded, Deadline, TlsConnection, UnusableServerName
 from .ttlv import parse
 
 KEYS_PER_REQUEST = 50
@@ -60,6 +62,8 @@ class Server:
         self._items_per_request = _ITEMS_PER_REQUEST
         self._item_problems: list[ProviderError] = []
         """Errors that it reported for single items since `begin_call`: the endpoint itself works."""
+        self._refusals: list[ProviderError] = []
+        """Errors that it reported for whole requests since `begin_call`."""
 
     @property
     def connected(self) -> bool:
@@ -75,10 +79,15 @@ class Server:
         """Starts the time for all exchanges of one call."""
         self._call_ends = self._clock() + _EXCHANGES * self._timeout
         self._item_problems.clear()
+        self._refusals.clear()
+
+    def has_refused(self, error: ProviderError) -> bool:
+        """Whether the server itself reported this error in the present call: then it has not done what it was asked."""
+        return any(error is each for each in (*self._item_problems, *self._refusals))
 
     def record_failure(self, error: ProviderError) -> None:
         """Drops the connection and lets the endpoint rest, unless the error is about a key and not the endpoint."""
-        if isinstance(error, NotFoundOrDenied | StateBlocked | Unsupported | AmbiguousKeys):
+        if isinstance(error, NotFoundOrDenied | StateBlocked | Unsupported | AmbiguousKeys | UnusableId):
             return
         if any(error is each for each in self._item_problems):
             return
@@ -111,7 +120,7 @@ class Server:
         plain = {
             at: RequestItem(item.operation, item.plain_payload)
             for at, item in enumerate(items)
-            if item.plain_payload is not None and isinstance(answers[at].problem, Unsupported | ProviderProtocol)
+            if item.plain_payload is not None and _may_be_about_details(answers[at])
         }
         again = self._ask_in_parts(list(plain.values()), may_repeat=may_repeat)
         for at, answer in zip(plain, again, strict=True):
@@ -127,6 +136,7 @@ class Server:
                 answers += self._exchange(part, may_repeat=may_repeat)
             except RequestRefused as refused:
                 if len(part) == 1:
+                    self._refusals.append(refused.error)
                     raise refused.error from refused
                 self._items_per_request = len(part) // 2
         return answers
@@ -143,18 +153,21 @@ class Server:
             self.drop()
             if not may_repeat or (fresh and self.version):
                 raise self.error(ProviderUnavailable, str(ended)) from ended
+            hung_up = fresh
         except RequestRefused:
             if not may_repeat or self.version:
                 raise
+            hung_up = False
         if not self.version:
-            self._negotiate(deadline)
+            self._negotiate(deadline, hung_up=hung_up)
         try:
             return self._send(items, self.version or VERSIONS[0], deadline)
         except ConnectionEnded as ended:
             raise self.error(ProviderUnavailable, str(ended)) from ended
 
-    def _negotiate(self, deadline: Deadline) -> None:
-        """Finds the best version that the server speaks, for one that does not take our best version."""
+    def _negotiate(self, deadline: Deadline, *, hung_up: bool) -> None:
+        """Finds the best version that the server speaks, for one that does not take our best version. `hung_up`: it
+        closed the connection after that question."""
         problem = self.error(Unsupported, NO_COMMON_VERSION)
         for version in VERSIONS[1:]:
             self.drop()
@@ -164,7 +177,7 @@ class Server:
                 problem = self.error(ProviderUnavailable, str(ended))
                 continue
             except RequestRefused as refused:
-                problem = refused.error
+                problem, hung_up = refused.error, False
                 continue
             items = answer.payload.all(Tag.PROTOCOL_VERSION) if answer.payload else []
             offered = {
@@ -172,6 +185,8 @@ class Server:
             }
             self.version = next((each for each in VERSIONS if each in offered), version)
             return
+        if hung_up:
+            raise ProviderProtocol(f"{self.endpoint}: the server closes each connection after the question", HUNG_UP)
         raise problem
 
     def _send(self, items: Sequence[RequestItem], version: tuple[int, int], deadline: Deadline) -> list[ResponseItem]:
@@ -183,9 +198,26 @@ class Server:
                 self._connection = TlsConnection(self.endpoint, self._context, deadline)
             with self._connection.exchange(request, deadline) as raw:
                 [message] = parse(memoryview(raw.value))
+        except UnusableServerName as error:
+            raise self.error(PeerUntrusted, str(error)) from error
         except OSError as error:
             raise connection_error(self.endpoint, error, timeout=self._timeout) from error
-        answers = match_answers(message, items, batch_ids, self.endpoint)
+        try:
+            answers = match_answers(message, items, batch_ids, self.endpoint)
+        except RequestRefused as refused:
+            if not (refused.about_client and self._credential):
+                raise
+            raise ClientAuth(str(refused.error), WRONG_PASSWORD) from refused
+        except ClientAuth as error:
+            error.hint = WRONG_PASSWORD if self._credential else error.hint
+            raise
         self._item_problems += [answer.problem for answer in answers if answer.problem]
         self.version = version
         return answers
+
+
+def _may_be_about_details(answer: ResponseItem) -> bool:
+    """Whether a server may take the same request without details. Item Not Found may be said of an attribute."""
+    return isinstance(answer.problem, Unsupported | ProviderProtocol) or (
+        answer.problem is not None and answer.reason in NO_SUCH_KEY
+    )

@@ -15,12 +15,17 @@ from typing import Any
 from ...endpoint import Endpoint
 from ...errors import Malformed
 from ...secret import Secret
+from .failures import printable
 from .protocol import ANSWER_MAX, Tag
 from .ttlv import STRUCTURE, MalformedAnswer
 
 
 class ConnectionEnded(Exception):
     """The server closed the connection instead of answering."""
+
+
+class UnusableServerName(Exception):
+    """No certificate can have this name."""
 
 
 class Deadline:
@@ -45,7 +50,11 @@ class TlsConnection:
         plain = _connect(endpoint, deadline)
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         name = endpoint.server_name or endpoint.host
-        self._socket = context.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False)
+        try:
+            self._socket = context.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False)
+        except ValueError as error:
+            plain.close()
+            raise UnusableServerName(f"{printable(name)} cannot be the name of a server") from error
         try:
             self._socket.settimeout(deadline.seconds_left())
             self._socket.do_handshake()
@@ -149,6 +158,7 @@ def client_context(*, ca: str, certificate: str, key: Secret) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN  # the CA may be an intermediate, without its root
     try:
         context.load_verify_locations(cadata=ca.encode("ascii", "replace").decode())
     except (ssl.SSLError, ValueError) as error:
@@ -159,13 +169,29 @@ def client_context(*, ca: str, certificate: str, key: Secret) -> ssl.SSLContext:
         try:
             context.load_cert_chain(f"/proc/self/fd/{file.fileno()}", password="")
         except OSError as error:
-            raise Malformed(
-                "the client certificate and its key do not go together, or are not PEM",
-                "give the certificate and its unencrypted key",
-            ) from error
+            raise _unusable_client(error, certificate) from error
         finally:
             os.pwrite(file.fileno(), bytes(file.tell()), 0)
     return context
+
+
+def _unusable_client(error: OSError, certificate: str) -> Malformed:
+    """What OpenSSL does not like of the client's certificate and key."""
+    reason = getattr(error, "reason", None) or ""
+    if any(word in reason for word in ("TOO_SMALL", "TOO_WEAK")):
+        return Malformed(
+            f"OpenSSL on this host refuses the client certificate as too weak: {reason}",
+            "have one issued with an RSA key of at least 2048 bits or an EC key, signed with SHA-256",
+        )
+    if reason == "KEY_VALUES_MISMATCH" and certificate.count("-----BEGIN CERTIFICATE-----") > 1:
+        return Malformed(
+            "the first certificate of the client's file is not that of its key",
+            "put the client's own certificate first, then the intermediates",
+        )
+    return Malformed(
+        "the client certificate and its key do not go together, or are not PEM",
+        "give the certificate and its unencrypted key",
+    )
 
 
 def validity(certificate: str) -> tuple[float, float]:
