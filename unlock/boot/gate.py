@@ -25,7 +25,6 @@ from ..disks.header import Header
 from ..disks.token import Token
 from ..errors import (
     ClockWrong,
-    CommandFailed,
     NoKey,
     NotOurs,
     ProviderProtocol,
