@@ -20,6 +20,7 @@ from unlock.host import config
 from unlock.host.journal import DiskAdoption, GroupCreation
 from unlock.host.state import State
 from unlock.keys.escrow import Escrow
+from unlock.measured.explain import explain
 from unlock.operations import group
 from unlock.operations.group import NewGroup
 from unlock.paths import Paths
@@ -256,3 +257,18 @@ def test_what_finishes_a_group_that_was_begun_can_be_typed_in_another_directory(
     words = shlex.split(group._options(wanted))
     named = {words[words.index(option) + 1] for option in ("--recovery-key-file", "--escrow-to", "--escrow-file")}
     assert named == {os.path.abspath(name) for name in ("key", "ours.pem", "e")}
+
+
+@pytest.mark.parametrize("command", ["status", "init --backup b", "explain", "cache flush --yes"])
+def test_nobody_but_root_gets_past_the_command_line(command: str) -> None:
+    before = os.geteuid()
+    os.seteuid(65534 if before == 0 else before)
+    try:
+        with pytest.raises(Refused) as caught:
+            cli.cli(command.split())
+        assert (caught.value.code, caught.value.hint) == ("not-root", f"sudo unlock {command}")
+        with pytest.raises(Refused) as caught:
+            explain(Paths(), as_json=True)
+        assert caught.value.code == "not-root"
+    finally:
+        os.seteuid(before)
