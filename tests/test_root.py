@@ -411,6 +411,60 @@ def test_a_disk_that_a_gate_would_wait_for_is_adopted_into_the_roots_group_alone
     machine.inside(work)
 
 
+@pytest.mark.parametrize(
+    ("kind", "known", "taken"),
+    [
+        ("ext4", "mkfs.ext4 -q", False),
+        ("swap", "mkswap", False),
+        ("btrfs", "mkfs.btrfs -q", True),
+        ("ext4", "configured", False),
+        ("xfs", "configured", False),
+        ("btrfs", "configured", True),
+    ],
+)
+def test_a_disk_that_the_groups_file_system_cannot_use_is_adopted_by_name_alone(
+    kmip: Host, machine: Seen, kind: str, known: str, taken: bool
+) -> None:
+    """By what is on its open disk; while that is closed, by unlock.toml."""
+    state = kmip.state
+    new = state.groups.pop("data").members[0]
+    state.save()
+    kmip.add_group("photos", 1)
+    (old,) = kmip.state.groups["photos"].members
+    content = kmip.folder / "content"
+    if known == "configured":
+        kmip.configure(more=f'[group.photos]\nmount = "/srv/photos"\ntype = "{kind}"\n')
+    else:
+        machine.opened("photos-0", old.uuid)
+        with content.open("wb") as file:
+            file.truncate(256 << 20)
+        subprocess.run([*known.split(), str(content)], check=True, stdout=subprocess.DEVNULL)
+
+    def adopt_into_photos(separate: bool = False) -> None:
+        image = str(kmip.folder / "data-0")
+        with luks.Container(image) as container, Secret(kmip.deks[new.uuid]) as dek:
+            container.add_keyslot(dek, passphrase=Secret(b"operator"))
+        recovery = str(kmip.folder / "recovery")
+        passphrase = Secret(b"operator")
+        group_operations.adopt_disk(
+            kmip.paths, image, "photos", passphrase, recovery, new.name, tcti="", separate=separate
+        )
+
+    def work() -> None:
+        if known != "configured":
+            os.makedirs("/dev/mapper", exist_ok=True)
+            subprocess.run(["mount", "-t", "tmpfs", "none", "/dev/mapper"], check=True)
+            os.symlink(content, "/dev/mapper/photos-0")
+        if not taken:
+            with pytest.raises(Refused, match=f"photos-0 of group photos holds {kind}") as caught:
+                adopt_into_photos()
+            assert (caught.value.code, "--accept separate-disk" in caught.value.hint) == ("separate-disk", True)
+        with pytest.raises(DiskFailed, match="is not a block device"):  # an image has no serial number
+            adopt_into_photos(separate=not taken)
+
+    machine.inside(work)
+
+
 def test_a_member_that_holds_var_is_mended_and_crypttab_still_opens_it(kmip: Host, machine: Seen) -> None:
     table = Path(kmip.paths.crypttab)
     uuid = kmip.state.groups["data"].members[0].uuid

@@ -37,6 +37,14 @@ def add(commands: "Commands") -> None:
         metavar="NAME",
         help="the header of this member is not as this host wrote it, and you changed it; may be repeated",
     )
+    adopt.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        choices=("separate-disk",),
+        metavar="RISK",
+        help="separate-disk: the group's file system cannot use this disk, and will not open without it",
+    )
     add_recovery_key_and_escrow(adopt)
     flags = add_command(verbs, "flags", _flags, "change how a member is opened: flags of its header")
     flags.add_argument("device")
@@ -62,6 +70,7 @@ def _adopt(paths: Paths, options: argparse.Namespace) -> int:
                 escrow(options),
                 tpm_device(),
                 options.accept_changed_header,
+                separate="separate-disk" in options.accept,
             )
     except NotOurs as error:
         if options.passphrase_file and error.code == NotOurs.code:

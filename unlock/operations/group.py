@@ -8,6 +8,7 @@ import os
 import shlex
 import uuid as uuids
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 from .. import log, strictjson
@@ -138,10 +139,11 @@ def adopt_disk(
     escrow: Escrow | None = None,
     tcti: str = TPM_DEVICE,
     accepted: Iterable[str] = (),
+    separate: bool = False,
 ) -> Group:
     """Makes an existing LUKS2 disk a member. Its data, keyslots and mapping name stay; a recovery keyslot and a token
     are added. On a disk that is a member already, adds what is missing. `accepted`: mapping names of members whose
-    headers were changed by the operator.
+    headers were changed by the operator. `separate`: the disk may join file systems that it cannot be a part of.
 
     Raises NotOurs when it is not LUKS2 or the passphrase is wrong, DiskFailed, Refused; Tampered, code
     `changed-header`, with what differs in the header of a member.
@@ -171,6 +173,8 @@ def adopt_disk(
             line = fstab.find_crypttab_line(paths.crypttab, node=node, luks_uuid=uuid)
             name = _mapping_name(state, uuid, line, group_name, name)
             _check_not_needed(name, group_name, old.members if old else ())
+            if old and not separate:
+                _check_file_system(work.settings, old, name)
             member = Member(uuid, name, udev.find_disk(node).serial)
             unfinished = state.unfinished(DiskAdoption, about)
             manifest = unfinished.manifest if unfinished else state.next_manifest(group_name)
@@ -202,7 +206,7 @@ def adopt_disk(
                 state.journal = None
                 state.save()
                 raise
-        if not _is_opened_early(member):
+        if not _is_opened_early(member.name):
             fstab.set_noauto(paths.crypttab, member.name)
             _add_to_config(paths, config.GroupConfig(group_name, "", "", "", config.DEADLINE))
         state.groups[group_name] = group._replace(behind=())
@@ -304,6 +308,31 @@ def _check_not_needed(name: str, group: str, members: tuple[Member, ...]) -> Non
         )
 
 
+_ON_ONE_DISK = frozenset(("ext2", "ext3", "ext4", "jfs", "reiserfs", "swap", "xfs"))
+"""What lies on one device, by its name for blkid and mount."""
+
+
+def _check_file_system(settings: config.Config, group: Group, new: str) -> None:
+    """Raises Refused where a file system of the group lies on one disk: with another member it opens only when both are
+    here. A disk that the boot needs anyway costs nothing."""
+    if _is_opened_early(new):
+        return
+    configured = settings.groups.get(group.name)
+    kinds = {each.name: configured.type if configured else "" for each in group.members}
+    for each in group.members:
+        if name := devices.active_mapping_name(each.uuid):
+            with suppress(CommandFailed):
+                kinds[each.name] = devices.list_signatures(f"/dev/mapper/{name}").partition(",")[0]
+    for name, kind in kinds.items():
+        if kind in _ON_ONE_DISK:
+            raise Refused(
+                f"{name} of group {group.name} holds {kind}, which cannot use a second disk: with {new} as a "
+                "member, the group would not open when either is away",
+                "--group OTHER, which then begins; or --accept separate-disk",
+                code="separate-disk",
+            )
+
+
 def mounts_needed_before_groups(name: str, root: str = "/") -> list[str]:
     """The mount points on this mapping that a boot needs before it can mount a group, other than the root."""
     return [
@@ -313,9 +342,9 @@ def mounts_needed_before_groups(name: str, root: str = "/") -> list[str]:
     ]
 
 
-def _is_opened_early(member: Member) -> bool:
-    """Whether nothing but early boot, or crypttab, can open the disk in time."""
-    return member.name in devices.mappings_below("/") or bool(mounts_needed_before_groups(member.name))
+def _is_opened_early(name: str) -> bool:
+    """Whether nothing but early boot, or crypttab, can open the mapping in time."""
+    return name in devices.mappings_below("/") or bool(mounts_needed_before_groups(name))
 
 
 def _check_headers(work: access.Work, group: Group, nodes: dict[str, str], accepted: frozenset[str]) -> None:
