@@ -29,6 +29,7 @@ _RISKS = (
     "unmeasured-drivers",
     "unauthenticated-root",
     "slots-in-use",
+    "lost-state",
 )
 
 
