@@ -4,6 +4,9 @@
 import ast
 import os
 import pty
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,14 @@ def test_a_text_of_several_lines_has_no_more_of_them_than_were_joined(capsys: py
     assert len(log.join_lines(table).splitlines()) == 2 and clean("\n".join(table))
     log.show_json({"why": EVIL})
     assert clean(capsys.readouterr().out)
+
+
+def test_on_a_pipe_lines_come_in_the_order_in_which_they_were_printed() -> None:
+    """Python keeps what it writes to a pipe, unless it is flushed; `rebind` shows what is sealed before it says so."""
+    work = "log.note('1'); log.show('2'); log.error('3', '4'); log.show_json({'version': 5}); log.note('6')"
+    command = [sys.executable, "-c", f"from unlock import log; {work}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    assert re.findall(r"\d", done.stdout) == list("123456")
 
 
 def test_nothing_but_the_door_prints() -> None:

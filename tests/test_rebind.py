@@ -17,7 +17,7 @@ from tests.killing import Killer, killed_at
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from tests.test_disk import edit
-from unlock import strictjson
+from unlock import cli, strictjson
 from unlock.disks import luks, token
 from unlock.errors import NoKey, ProviderUnavailable, Refused, Tampered, TpmFailed, TpmRefused, UnlockError
 from unlock.host import keyring, report, this_boot
@@ -372,8 +372,49 @@ def test_another_board_that_boots_in_another_way_is_measured_by_its_own_pcrs(hos
     state = host.state
     state.tpm = state.tpm._replace(pcrs=(4, 7, 8, 9, 14, 15))
     state.save()
-    assert run(host, backup(host)).selection == (4, 7, 11, 12, 15)
+    found = run(host, backup(host))
+    assert (found.selection, found.dropped) == ((4, 7, 11, 12, 15), (8, 9, 14))
     boots(host, uki)
+
+
+def test_chosen_pcrs_that_are_not_sealed_to_any_more_are_told(
+    host: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """14 is all zero here: without a word, PCR 1, which the operator had added, would go with it."""
+    host.write("sys/firmware/efi/efivars/StubInfo-4a67b082", b"")
+    host.boot(Boot("uki"))
+    state = host.state
+    state.tpm = state.tpm._replace(pcrs=(1, 4, 7, 11, 12, 14, 15))
+    state.save()
+    recovery_key.write_new_file(str(host.folder / "recovery"), host.recovery)
+    monkeypatch.setattr(this_boot, "tpm_device", lambda: host.chip.tcti)
+    monkeypatch.setattr(rebind, "rebind", partial(rebind.rebind, look=host.look))
+    (host.folder / "password").write_bytes(PASSWORD)
+    words = ["rebind", "--recovery-key-file", str(host.folder / "recovery"), "--accept", "unauthenticated-root"]
+    words += ["--backup", backup(host), "--backup-password-file", str(host.folder / "password")]
+    capsys.readouterr()
+
+    def typed(*more: str) -> str:
+        parsed = cli._parser().parse_args([*words, *more])
+        assert parsed.run(host.paths, parsed) == 0
+        return capsys.readouterr().err
+
+    told = typed()
+    assert "not sealed to PCRs 1, 14 any more" in told and "unlock policy set --pcrs" in told
+    assert "any more" not in typed(), "they are those of before now"
+    assert "any more" not in typed("--pcrs", "1,4,7,11,12"), "chosen now"
+    assert "any more" not in typed("--pcrs", "4,7,11,12"), "chosen now"
+
+
+def test_the_owners_password_is_asked_for_before_the_journal_is_begun(host: Machine) -> None:
+    """The storage root key is there, which needs no password: sealing does."""
+    host.boot(NEW)
+    host.chip.set_owner_auth(Secret(b"owner"))
+    first = headers(host)
+    with pytest.raises(Refused) as caught:
+        run(host, backup(host))
+    assert (caught.value.code, caught.value.hint) == ("owner-auth-set", "--owner-auth-file FILE")
+    assert headers(host) == first and host.state.journal is None
 
 
 def test_a_tpm_that_another_host_uses_is_not_overwritten_unasked(host: Machine) -> None:

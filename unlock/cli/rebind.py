@@ -97,6 +97,10 @@ def _rebind(paths: Paths, options: argparse.Namespace) -> int:
         found = rebind.rebind(paths, choices)
     baseline.record_good_boot(paths, tcti, first=True)
     log.note(f"sealed to this boot, under PCRs {', '.join(map(str, found.selection))}: {len(found.done)} disk(s)")
+    if found.dropped:
+        gone = ", ".join(map(str, found.dropped))
+        why = "as one of the PCRs that were sealed to before is all zero in this boot"
+        log.error(f"not sealed to PCRs {gone} any more, {why}", "to choose PCRs: unlock policy set --pcrs N,N")
     for name, why in found.left.items():
         back = "when it is back: unlock sync, or unlock rebind"
         if name in found.changed:

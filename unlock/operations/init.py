@@ -254,8 +254,7 @@ def _check_chip(tpm: Tpm, choices: InitChoices, again: bool) -> None:
     if not facts.sha256_bank:
         off = bank_off()
         raise Refused(str(off), off.hint, code=off.code)
-    if facts.owner_auth_set and not len(choices.owner_auth):
-        raise Refused("the TPM's owner has a password", "--owner-auth-file FILE", code="owner-auth-set")
+    slots.require_owner_auth(tpm, choices.owner_auth)
     if facts.taken and not again:
         _require_accepted(choices, "slots-in-use", "tpm2_getcap handles-persistent")
     ours = sum(slot.object in facts.taken for slot in SLOTS)

@@ -102,9 +102,7 @@ def _replace(paths: Paths, tcti: str, owner_auth: Secret | None, look: find.Look
         if isinstance(state.journal, Rebind):
             state.refuse_other("rekey --fresh", "")
         record = _current_record(tpm, state)
-        if tpm.facts().owner_auth_set and not (owner_auth and len(owner_auth)):  # before any header is written
-            hint = "unlock rekey --fresh --owner-auth-file FILE"
-            raise Refused("the TPM's owner has a password", hint, code="owner-auth-set")
+        slots.require_owner_auth(tpm, owner_auth, "unlock rekey --fresh --owner-auth-file FILE")
         with (
             access.read_persistence_key(state) as mine,
             allowed_states.auth_for(state.host, record.pin) as pin_auth,

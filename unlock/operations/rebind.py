@@ -89,6 +89,8 @@ class Rebound(NamedTuple):
     """Names of other providers whose key is lost: only the old persistence key unwrapped it."""
     changed: tuple[str, ...] = ()
     """Mapping names of the disks in `left` whose headers are not as this host wrote them."""
+    dropped: tuple[int, ...] = ()
+    """PCRs that were sealed to before and are not now, without --pcrs: one of them is all zero in this boot."""
 
 
 def needs_pin(paths: Paths, tcti: str = TPM_DEVICE) -> bool:
@@ -113,7 +115,9 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
         seen = look()
         mac_key = keys.enter_context(disk_keys.mac_key(choices.recovery, state.host))
         left, changed = _check_disks(state, seen, choices.accepted, recovery=choices.recovery, mac_key=mac_key)
+        slots.require_owner_auth(tpm, choices.owner_auth)
         selection, branch, plain_root = _policy_of_this_boot(paths, tpm, state, choices)
+        dropped = _dropped_pcrs(tpm, state, choices, selection)
         pin_auth = keys.enter_context(_pin_auth(tpm, state, choices))
         again = isinstance(state.journal, Rebind)
         new, old = _new_and_old_key(state)
@@ -175,7 +179,7 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
             keyring.forget(allowed_states.PIN_AUTH)
         _cache_keys(paths, host_key, host_key_source, keks)
         others = tuple(name for name in lost if name != state.provider.name)
-        return Rebound(selection, tuple(done), left, others, changed)
+        return Rebound(selection, tuple(done), left, others, changed, dropped)
 
 
 def _keep_old_keys(state: State, left: dict[str, str], *, old: Secret | None, new: Secret) -> None:
@@ -336,6 +340,11 @@ def _policy_of_this_boot(
     tpm.ensure_srk(choices.owner_auth)
     tpm.try_sealing(selection)
     return selection, pcr_policy.branch(selection, at_unseal.known_values(selection, values)), plain_root
+
+
+def _dropped_pcrs(tpm: Tpm, state: State, choices: RebindChoices, selection: Sequence[int]) -> tuple[int, ...]:
+    """Before the rebind changes the state, which has the PCRs from before."""
+    return () if choices.pcrs else tuple(pcr for pcr in _previous_pcrs(tpm, state) if pcr not in selection)
 
 
 def _has_pin(tpm: Tpm, state: State) -> bool:

@@ -261,6 +261,12 @@ def seal_slot(
     return record
 
 
+def require_owner_auth(tpm: Tpm, owner_auth: Secret | None, hint: str = "--owner-auth-file FILE") -> None:
+    """Raises Refused where the TPM's owner has a password and none was given: before anything is written."""
+    if not (owner_auth and len(owner_auth)) and tpm.facts().owner_auth_set:
+        raise Refused("the TPM's owner has a password", hint, code="owner-auth-set")
+
+
 def evict_older_policy(tpm: Tpm, current: Slot, host: bytes) -> None:
     """Evicts the older policy of this host, perhaps one without the PIN, that a killed `seal_slot` has left beside the
     current slot. NV_Read, ReadPublic, and what `Tpm.evict` sends. Raises TpmFailed."""
