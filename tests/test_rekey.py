@@ -141,3 +141,42 @@ def test_one_disk_without_room_stays_as_it_is_and_the_others_go_on(kms_host: Hos
     again(kms_host)
     assert not kms_host.group.behind
     assert kms_host.boot_opens()
+
+
+def test_a_run_over_all_groups_that_did_not_finish_goes_on_where_it_was(
+    kms_host: Host, kms: Liar, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an error; killed, it is the same: what it needs is written before the first group."""
+    rotate = rotation.rotate_kek
+
+    def refused_from_the_second_on(work: access.Work, name: str) -> rotation.Outcome:
+        if name == "data":
+            kms.lie("denied", on="Create")
+        return rotate(work, name)
+
+    def stopped() -> None:
+        monkeypatch.setattr(rotation, "rotate_kek", refused_from_the_second_on)
+        with pytest.raises(ProviderError):
+            again(kms_host)
+        monkeypatch.setattr(rotation, "rotate_kek", rotate)
+        kms.honest()
+
+    def generations() -> list[int]:
+        return [kms_host.state.groups[name].generation for name in ("aaa", "data", "more")]
+
+    kms_host.add_group("aaa", 1)
+    kms_host.add_group("more", 1)
+    stopped()
+    assert generations() == [2, 1, 1]
+    capsys.readouterr()
+    assert [each.group for each in again(kms_host)] == ["data", "more"]
+    assert "group aaa: rotated already" in capsys.readouterr().err
+    assert generations() == [2, 2, 2]
+    again(kms_host)
+    assert generations() == [3, 3, 3], "a run that finished is over"
+    stopped()
+    again(kms_host, "aaa")
+    assert generations() == [5, 3, 3], "by name, as often as it is typed"
+    rekey.rekey(kms_host.paths, "", kms_host.look, anew=True)
+    assert generations() == [6, 4, 4]
+    assert kms_host.boot_opens()

@@ -31,7 +31,7 @@ def _rekey(paths: Paths, options: argparse.Namespace) -> int:
     if options.fresh:
         with owner_auth(options) as owner:
             new_persistence_key.describe(new_persistence_key.replace(paths, this_boot.tpm_device(), owner))
-    return print_outcomes(rekey(paths, options.group), as_json=options.json)
+    return print_outcomes(rekey(paths, options.group, anew=options.fresh), as_json=options.json)
 
 
 def print_outcomes(outcomes: "list[rotation.Outcome]", *, as_json: bool = False) -> int:

@@ -8,6 +8,7 @@ boot that the TPM allows: the KEK in it is wrapped by the same persistence key, 
 from .. import log
 from ..disks import find
 from ..errors import Refused, Usage
+from ..host import this_boot
 from ..host.journal import Rekey
 from ..host.lock import exclusive
 from ..keys import access, rotation
@@ -15,13 +16,20 @@ from ..paths import Paths
 
 STILL_ACTIVE = "let this client Revoke it, or deactivate it in the key manager; then unlock sync"
 """What to do about a replaced KEK."""
+_BEGUN = "rekey.json"
+"""In /run/unlock, while each group is to be rotated: its generation before, by name."""
 
 
 def rekey(
-    paths: Paths, name: str = "", look: find.Look = find.look, connect: access.Connect = access.connect
+    paths: Paths,
+    name: str = "",
+    look: find.Look = find.look,
+    connect: access.Connect = access.connect,
+    anew: bool = False,
 ) -> list[rotation.Outcome]:
     """Replaces the KEK of the named group, or of each; a killed rotation is finished first. Groups stay open and
-    mounted. Without a name, a group without a disk here is left as it is.
+    mounted. Without a name, a group without a disk here is left as it is, and so is one that a run of this boot, which
+    did not finish, has rotated; not with `anew`.
 
     Raises Usage, Refused, ProviderError, DiskFailed.
     """
@@ -30,7 +38,8 @@ def rekey(
             raise Usage(f"there is no group {name}", "unlock status")
         journal = work.state.journal
         unfinished = journal.about if isinstance(journal, Rekey) else ""
-        names = [name] if name else sorted(work.state.groups, key=lambda each: (each != unfinished, each))
+        done = set() if name else _done_by_the_run_before(work, anew)
+        names = [name] if name else sorted(work.state.groups.keys() - done, key=lambda each: (each != unfinished, each))
         outcomes = []
         for each in names:
             try:
@@ -39,6 +48,20 @@ def rekey(
                 if name or error.code != "missing":
                     raise
                 log.error(str(error))
+        if not name:
+            this_boot.unmark(paths, _BEGUN)
         for left in rotation.retire_keks(work):
             log.error(left.describe(), STILL_ACTIVE)
         return outcomes
+
+
+def _done_by_the_run_before(work: access.Work, anew: bool) -> set[str]:
+    """The groups that an unfinished run has rotated, which is said. Without one, a run begins here."""
+    generations = {each.name: each.generation for each in work.state.groups.values()}
+    before = {} if anew else this_boot.read_json(work.paths, _BEGUN)
+    if not before:
+        this_boot.write_json(work.paths, _BEGUN, generations)
+    done = {each for each, generation in generations.items() if before.get(each, generation) != generation}
+    for each in sorted(done):
+        log.note(f"group {each}: rotated already, by the run that did not finish; once more: unlock rekey {each}")
+    return done
