@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entry point. `unlock boot ...` imports only the module that it runs: early boot has no argparse and is fast."""
 
+import errno
+import os
 import sys
 
 from . import log
@@ -22,18 +24,38 @@ def main() -> int:
             return shell(Paths(), sys.argv[1:])
         return cli(sys.argv[1:])
     except UnlockError as error:
-        log.error(str(error), error.hint)
-        if "--json" in sys.argv[1:]:
-            told = {"code": error.code, "message": str(error), "hint": error.hint, "status": error.status}
-            log.show_json({"version": 1, "error": told})
-        return error.status
+        return _show_error(error)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         return 141
     except OSError as error:
-        log.error(f"{error.filename or 'system'}: {error.strerror}")
-        return 1
+        return _show_error(_in_words(error))
+
+
+def _show_error(error: UnlockError) -> int:
+    """Returns the exit status."""
+    log.error(str(error), error.hint)
+    if "--json" in sys.argv[1:]:
+        told = {"code": error.code, "message": str(error), "hint": error.hint, "status": error.status}
+        log.show_json({"version": 1, "error": told})
+    return error.status
+
+
+def _in_words(error: OSError) -> UnlockError:
+    """The path, and the file system where that is at fault."""
+    path = os.path.abspath(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else ""
+    message = f"{path or 'system'}: {error.strerror}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return UnlockError(message)
+    if not path:
+        return UnlockError(message, "df")
+    where = path
+    while not os.path.ismount(where):
+        where = os.path.dirname(where)
+    if error.errno == errno.EROFS:
+        return UnlockError(f"{path} cannot be written: the file system {where} is read-only", f"findmnt {where}")
+    return UnlockError(f"{path} cannot be written: the file system {where} is full, or over quota", f"df {where}")
 
 
 def _boot(argv: list[str]) -> int:

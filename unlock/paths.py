@@ -43,17 +43,27 @@ def write_atomically(path: str, data: bytes, mode: int = 0o600) -> None:
     folder = os.path.dirname(path)
     os.makedirs(folder, mode=0o700, exist_ok=True)
     temporary = f"{path}.new"
-    fd = create(temporary, mode)
+    fill(create(temporary, mode), temporary, data, shown=path)
     try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:
         os.unlink(temporary)
         raise
     sync_folder(folder)
+
+
+def fill(fd: int, path: str, data: bytes | bytearray, shown: str = "") -> None:
+    """Writes all of a new file, durably, and closes it; on an error there is no file. Raises OSError, which names
+    `shown`, else the file: what is written to a descriptor names none by itself."""
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        os.unlink(path)
+        error.filename = shown or path
+        raise
 
 
 def create(path: str, mode: int = 0o600) -> int:

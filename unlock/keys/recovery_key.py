@@ -10,7 +10,7 @@ The idea of multiples of 11 is that of BitLocker's recovery password; the positi
 import os
 
 from ..errors import Usage
-from ..paths import create, sync_folder
+from ..paths import create, fill, sync_folder
 from ..secret import Secret
 
 GROUPS = 8
@@ -88,10 +88,7 @@ def write_new_file(path: str, key: Secret) -> None:
     Raises Usage if the file exists, OSError otherwise.
     """
     partial = f"{path}.new"
-    with os.fdopen(create(partial), "wb") as file:
-        file.write(key.value)  # without a newline: cryptsetup --key-file takes the bytes as they are
-        file.flush()
-        os.fsync(file.fileno())
+    fill(create(partial), partial, key.value, shown=path)  # no newline: cryptsetup --key-file takes it as it is
     if os.path.lexists(path):
         os.unlink(partial)
         raise Usage(f"{path} exists already", "name a file that does not exist yet")

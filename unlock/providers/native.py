@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from .. import wrap
 from ..errors import Integrity, Malformed, NewerFormat, NotFoundOrDenied, Tampered, Usage
-from ..paths import sync_folder
+from ..paths import fill, sync_folder
 from ..secret import Secret
 from ..strictjson import canonical
 from . import ACTIVE, USABLE, Capabilities, Health, Ref, Status, no_proof
@@ -98,15 +98,12 @@ class Native:
 
 
 def write_backup(path: str, provider: Native, password: Secret) -> None:
-    """Writes a new file and restores it once as a test. Raises Usage, Malformed, Tampered."""
+    """Writes a new file and restores it once as a test. Raises Usage, Malformed, Tampered, OSError."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
         raise Usage(f"{path} exists already", "name a file that does not exist yet") from error
-    with os.fdopen(fd, "wb") as file:
-        file.write(provider.backup(password))
-        file.flush()
-        os.fsync(file.fileno())
+    fill(fd, path, provider.backup(password))
     sync_folder(os.path.dirname(os.path.abspath(path)))
     with open(path, "rb") as written, restore(written.read(), password) as restored:
         if restored.kdk != provider.kdk:
