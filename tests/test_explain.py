@@ -35,6 +35,7 @@ from tests.eventlogs import (
 )
 from tests.hostfixture import MEASURED_BY, Measures
 from tests.tpmfixture import Swtpm
+from unlock import cli
 from unlock.errors import Malformed, Refused, UnlockError
 from unlock.host import report, this_boot
 from unlock.measured import at_unseal, causes, describe, diagnosis, eventlog, evidence, explain, verify
@@ -377,6 +378,38 @@ def test_the_storage_root_key_is_gone(host: Host) -> None:
         tpm._keep(tpm._find(SRK), SRK, None)
     assert host.boot(Boot("grub")) == "tampered"
     assert [each.code for each in host.explain().causes] == ["srk-changed"]
+
+
+def typed(host: Host, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(this_boot, "tpm_device", lambda: host.chip.tcti)
+    parsed = cli._parser().parse_args(["explain"])
+    return int(parsed.run(host.paths, parsed))
+
+
+def test_a_host_that_was_never_initialised_is_told_so_and_not_that_its_tpm_was_cleared(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert host.boot(Boot("grub")) == "no-slot"
+    with pytest.raises(Refused) as caught:
+        typed(host, monkeypatch)
+    assert (caught.value.code, caught.value.hint) == ("not-initialised", "unlock init")
+
+
+def test_a_host_whose_state_is_away_is_explained_and_told_so(
+    host: Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good(host, Boot("grub"))
+    Path(host.paths.baseline).unlink()
+    assert host.boot(Boot("grub", kernel="another")) == "pcr-mismatch"
+    assert typed(host, monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert "cannot be told" in out and "this host was initialised" in err
+    host.write("etc/unlock/unlock.toml", b'[group.data]\nmount = "/srv/data"\n')
+    clear(host.chip)
+    assert host.boot(Boot("grub")) == "no-slot"
+    assert typed(host, monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert "the TPM was cleared" in out and "unlock.toml names group data" in err
 
 
 def test_the_tpm_is_locked_out(host: Host) -> None:

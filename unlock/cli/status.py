@@ -2,6 +2,7 @@
 """What this host says of itself: `unlock status | check | explain`. All of them change nothing."""
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from .. import log
@@ -61,6 +62,12 @@ def _check(paths: Paths, options: argparse.Namespace) -> int:
 
 
 def _explain(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host.missing_state import NEVER_INITIALISED, explain_missing_state
     from ..measured.explain import explain
 
+    if not os.path.exists(paths.state):
+        missing = explain_missing_state(paths)
+        if missing.code == NEVER_INITIALISED:
+            raise missing
+        log.error(str(missing), missing.hint)
     return explain(paths, options.json)

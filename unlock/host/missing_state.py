@@ -13,6 +13,7 @@ from . import config, this_boot
 
 LOST = "lost-state"
 """Code of the refusal where the host was initialised; `unlock init --accept` takes it."""
+NEVER_INITIALISED = "not-initialised"
 _OF_AN_INITIALISED_HOST = {
     "unsealed": "the TPM released this host's key in this boot",
     "pcr-mismatch": "the TPM keeps a key, and refused it to this boot",
@@ -35,7 +36,7 @@ def explain_missing_state(paths: Paths) -> Refused:
             f"bring {os.path.dirname(paths.state)} back from a backup; if it is lost: unlock init --accept {LOST}",
             code=LOST,
         )
-    return Refused("this host is not initialised", "unlock init", code="not-initialised")
+    return Refused("this host is not initialised", "unlock init", code=NEVER_INITIALISED)
 
 
 def _mount_that_is_away(paths: Paths) -> str:
