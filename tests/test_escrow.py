@@ -77,7 +77,7 @@ def test_a_key_in_a_file_goes_into_escrow_as_well(tmp_path: Path) -> None:
     certificate, private = organisation(tmp_path)
     file = str(tmp_path / "escrow.pem")
     key = delivery.make_recovery_key(delivery.Keeper(str(tmp_path / "key"), Escrow(certificate, file)))
-    assert (tmp_path / "key").read_bytes() == bytes(key) + b"\n"
+    assert (tmp_path / "key").read_bytes() == bytes(key)
     assert decrypted(file, private) == bytes(key)
 
 

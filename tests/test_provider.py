@@ -385,7 +385,7 @@ def test_every_path_that_caches_a_key_is_known() -> None:
         'switch: this_boot.cache_keys(work.paths, "provider", {"unlock:host": key})',
         # never kept
         "sync: this_boot.cache_keys(work.paths, source, {access.cache_name(group.kek, group.generation): kek})",
-        "gate: this_boot.cache_keys(paths, source, {access.cache_name(group.kek, group.generation): kek})",
+        "gate: this_boot.cache_keys(work.paths, source, {access.cache_name(group.kek, group.generation): kek})",
     }
     assert callers == expected
 
