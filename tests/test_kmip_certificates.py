@@ -105,4 +105,4 @@ def test_a_host_with_plain_names_uses_no_others_for_new_keys(tmp_path: Path, kms
 def test_a_wrong_setting_for_key_names_is_told() -> None:
     table = '[provider.kms]\nendpoints = ["kms"]\nca = "/ca"\nkey_names = "short"\n'
     with pytest.raises(Malformed, match="key_names"):
-        config.parse(config.HEAD + table)
+        config.parse(config.HEAD + table).check()
