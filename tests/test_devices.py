@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -475,6 +476,46 @@ def test_a_luks_disk_that_appears_is_seen_marked_and_lost_again(tmp_path: Path, 
     node, sysname, number, serial, _, size, initialized = disk
     assert (node, serial, size) == (loop, "", 32 << 20)
     assert number == f"7:{sysname.removeprefix('loop')}" and initialized > 0
+
+
+def test_commands_find_a_disk_that_udev_saw_before_the_rule_was_installed(tmp_path: Path, rules: Path) -> None:
+    """As after an installation, until the next boot: no disk has the mark. Early boot has the rule from the start."""
+    images = [tmp_path / "image", tmp_path / "old"]
+    for image in images:
+        with image.open("wb") as file:
+            file.truncate(32 << 20)
+    story = """
+    from unlock.disks import find
+    image, old = image.split()
+    try:
+        with luks.format(image, Secret(bytes(64))) as container:
+            uuid = container.uuid
+        sh(f"echo word | cryptsetup luksFormat --type luks1 --batch-mode --pbkdf-force-iterations=1000 {old} -")
+        sh(f"mv {rules}/65-unlock.rules {rules}/65-unlock; udevadm control --reload")
+        loops = [sh(f"losetup --find --show {each}") for each in (image, old)]
+        try:
+            sh("udevadm settle --timeout=20")
+            sh(f"mv {rules}/65-unlock {rules}/65-unlock.rules; udevadm control --reload")
+            assert udev.find_disk(loops[0]).initialized and udev.marked_disks() == []
+            seen = {uuid: [each.node for each in found] for uuid, found in find.look().items()}
+            assert seen == {uuid: loops[:1]}, seen
+            assert udev.unmarked_disks() == {loops[0]}
+            sh(f"udevadm trigger --settle --action=change {' '.join(loops)}")
+            wait(udev.marked_disks)
+            assert udev.luks2_disks() == udev.marked_disks() and not udev.unmarked_disks()
+            sh(f"wipefs --all --quiet {loops[0]}; udevadm trigger --settle --action=change {loops[0]}")
+            assert udev.luks2_disks() == []
+            print("done")
+        finally:
+            for each in loops:
+                sh(f"losetup --detach {each}")
+    finally:
+        udevd.terminate()
+        udevd.wait()
+    """
+    own = tmp_path / "rules"
+    shutil.copytree(rules, own)
+    assert python(UDEV + story, str(own), " ".join(map(str, images))).strip() == "done"
 
 
 def test_events_that_the_kernel_dropped_cost_no_disk(tmp_path: Path, rules: Path) -> None:

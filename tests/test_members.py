@@ -17,11 +17,12 @@ from tests.flowfixture import Host
 from tests.test_devices import UDEV, python, rules
 from tests.test_disk import edit
 from unlock import ask, cli
+from unlock.boot import gate
 from unlock.cli import disk as cli_disk
-from unlock.disks import changes, luks, token
+from unlock.disks import changes, luks, token, udev
 from unlock.disks.groups import Member
 from unlock.errors import DiskFailed, NotOurs, Refused, Tampered, UnlockError, Usage
-from unlock.host import config, this_boot
+from unlock.host import config, report, this_boot
 from unlock.host.journal import GroupCreation
 from unlock.keys import access, delivery, recovery_key, rotation
 from unlock.operations import flags as flags_operations
@@ -974,6 +975,19 @@ def test_a_changed_header_of_a_member_is_shown_and_not_made_authentic_unless_it_
     accept(host, image)
     assert host.boot_opens()
     adopt(host, str(image))  # now it is the header that this host wrote
+
+
+def test_a_group_whose_disks_udev_has_not_marked_fails_with_what_to_type(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.add_group("data", 1)
+    hints = []
+    for unmarked in ({"/dev/sda"}, set()):
+        monkeypatch.setattr(udev, "unmarked_disks", lambda found=unmarked: found)
+        message, hint = gate._explain_failure(host.paths, report.Report("open data"), "data")
+        assert "data-0 (serial unknown) is missing" in message
+        hints.append(hint)
+    assert hints == ["udevadm trigger --settle --subsystem-match=block; then unlock open data", "unlock status"]
 
 
 def accept(host: Host, image: Path) -> None:

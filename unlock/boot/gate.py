@@ -200,7 +200,7 @@ def _heal_failed_groups(paths: Paths) -> int:
         except UnlockError as error:
             log.error(f"group {name}: {error}", error.hint)
             continue
-        for disk in udev.marked_disks():
+        for disk in udev.luks2_disks():
             opener.add_disk(disk)
         opener.read_headers()
         complete = opener.is_complete(name)
@@ -381,13 +381,16 @@ def _explain_failure(paths: Paths, record: report.Report, name: str) -> tuple[st
         return f"there is no group {name}", "unlock status"
     rows = {row.uuid: row for row in record.disks.values()}
     parts = []
+    hint = "unlock status"
     for member in group.members:
         row = rows.get(member.uuid)
         if row is None:
+            if udev.unmarked_disks():
+                hint = f"udevadm trigger --settle --subsystem-match=block; then unlock open {name}"
             parts.append(f"{member.name} (serial {member.serial or 'unknown'}) is missing")
         elif row.outcome not in ("waiting", "closed-again", *report.OPEN):
             parts.append(f"{member.name} ({row.node}): {row.describe()}")
-    return f"group {name} is not open: " + ("; ".join(parts) or "it did not open in time"), "unlock status"
+    return f"group {name} is not open: " + ("; ".join(parts) or "it did not open in time"), hint
 
 
 def _mark_failed(paths: Paths, name: str) -> None:

@@ -14,8 +14,8 @@ Look = Callable[[], dict[str, list[Found]]]
 
 
 def look() -> dict[str, list[Found]]:
-    """The disks with our udev tag, except those whose header cannot be read."""
-    return read_headers(Found(each.node, each.serial, each.number, each.size) for each in udev.marked_disks())
+    """The LUKS2 disks that udev knows, except those whose header cannot be read."""
+    return read_headers(Found(each.node, each.serial, each.number, each.size) for each in udev.luks2_disks())
 
 
 def read_headers(disks: Iterable[Found]) -> dict[str, list[Found]]:

@@ -89,6 +89,22 @@ def marked_disks() -> list[Disk]:
     return [_make_disk(each) for each in found if f":{TAG}:" in _property(each, "CURRENT_TAGS")]
 
 
+def luks2_disks() -> list[Disk]:
+    """The disks that our udev rule marks, and those that it would have marked: udev saw them before it was installed.
+    It asks udev about each block device, so early boot takes `marked_disks`."""
+    found = _enumerate("udev_enumerate_add_match_property", "ID_FS_TYPE", "crypto_LUKS")
+    return [
+        _make_disk(each)
+        for each in found
+        if _property(each, "ID_FS_VERSION") == "2" and _property(each, "DM_UDEV_DISABLE_OTHER_RULES_FLAG") != "1"
+    ]
+
+
+def unmarked_disks() -> set[str]:
+    """Nodes of the LUKS2 disks that nothing reports to a `Monitor`, until `udevadm trigger`."""
+    return {each.node for each in luks2_disks()} - {each.node for each in marked_disks()}
+
+
 def find_disk(node: str) -> Disk:
     """What udev knows of one device, with our tag or without. Raises DiskFailed."""
     udev, number = libudev(), device_number(node, "/")

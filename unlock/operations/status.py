@@ -351,7 +351,7 @@ class _Present(NamedTuple):
 def _read_disks(host: str, persistence: Secret | None) -> dict[str, _Present]:
     """By LUKS UUID; a disk whose header cannot be read by its node."""
     present: dict[str, _Present] = {}
-    for disk in udev.marked_disks():
+    for disk in udev.luks2_disks():
         try:
             with luks.Container(disk.node) as container:
                 uuid = container.uuid
