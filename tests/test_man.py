@@ -2,6 +2,7 @@
 """The manual pages: what they refer to exists; commands, options, exit statuses and errors are those that there are."""
 
 import argparse
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,3 +119,31 @@ def test_every_risk_that_can_be_accepted_is_named(
         cli._parser().parse_args([*command.split(), "--accept", "none"])
     for risk in risks:
         assert cli._parser().parse_args([*command.split(), "--accept", risk]).accept == [risk]
+
+
+MINIMAL = {
+    "init": "init --backup FILE",
+    "group create": "group create data --disk DEV --mount DIR",
+    "disk adopt": "disk adopt DEV --group G",
+    "recovery new": "recovery new",
+    "recovery rotate": "recovery rotate",
+    "rebind": "rebind",
+}
+"""The commands after which there is something to type."""
+
+
+@pytest.mark.parametrize("status", [0, 3])
+@pytest.mark.parametrize("command", MINIMAL)
+def test_a_command_that_succeeded_names_the_next_one(
+    command: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noun, _, verb = command.partition(" ")
+    monkeypatch.setattr(getattr(cli, noun), f"_{verb or noun}", lambda paths, options: status)
+    monkeypatch.setattr(cli, "protect", lambda: None)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert cli.cli(MINIMAL[command].split()) == status
+    told = capsys.readouterr().err
+    assert bool(told) == (status == 0)
+    for each in re.findall(r"unlock ([a-z]+(?: [a-z]+)?)", told):
+        assert tuple(each.split()) in COMMANDS
+    assert not told or re.fullmatch(r"next: unlock .+\n", told)

@@ -54,7 +54,10 @@ def cli(argv: list[str]) -> int:
         raise Refused("unlock needs root", f"sudo unlock {' '.join(argv)}", code="not-root")
     protect()
     run: Run = options.run
-    return run(Paths(), options)
+    status = run(Paths(), options)
+    if status == 0 and options.then:
+        log.note(f"next: {options.then}")
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

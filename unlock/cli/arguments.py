@@ -32,10 +32,10 @@ BACKUP_PASSWORD_SOURCE = f"default: credential {BACKUP_PASSWORD}, else you are a
 # Commands
 
 
-def add_command(commands: "Commands", name: str, run: Run, help: str) -> argparse.ArgumentParser:
-    """A command that `run` carries out."""
+def add_command(commands: "Commands", name: str, run: Run, help: str, then: str = "") -> argparse.ArgumentParser:
+    """A command that `run` carries out. `then`: what to type next."""
     parser = commands.add_parser(name, help=help, allow_abbrev=False)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, then=then)
     return parser
 
 

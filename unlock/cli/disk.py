@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def add(commands: "Commands") -> None:
     verbs = add_noun(commands, "disk", "single disks")
-    adopt = add_command(verbs, "adopt", _adopt, "take in an existing LUKS2 disk, data untouched")
+    adopt = add_command(verbs, "adopt", _adopt, "take in an existing LUKS2 disk, data untouched", "unlock check")
     adopt.add_argument("device")
     adopt.add_argument("--group", required=True, metavar="G", help="the group that it joins, or begins")
     adopt.add_argument("--name", default="", help="mapping name; default: the one that it has")

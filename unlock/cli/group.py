@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add(commands: "Commands") -> None:
     verbs = add_noun(commands, "group", "groups of disks")
-    create = add_command(verbs, "create", _create, "format disks and make them a group")
+    create = add_command(verbs, "create", _create, "format disks and make them a group", "unlock check")
     create.add_argument("name")
     create.add_argument("--disk", nargs="+", action="extend", required=True, metavar="DEV")
     create.add_argument("--mount", required=True, metavar="DIR", help="where the group's file system is mounted")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .arguments import Commands
 
 
+_NEXT = "unlock disk adopt (for an encrypted root), unlock group create"
 _RISKS = (
     "initramfs-without-unlock",
     "unmeasured-boot",
@@ -34,7 +35,7 @@ _RISKS = (
 
 
 def add(commands: "Commands") -> None:
-    init = add_command(commands, "init", _init, "make this host's keys and seal them to the TPM")
+    init = add_command(commands, "init", _init, "make this host's keys and seal them to the TPM", _NEXT)
     init.add_argument("--backup", default="", metavar="FILE", help="native: new file for the key-derivation key")
     init.add_argument("--backup-password-file", metavar="FILE", help=BACKUP_PASSWORD_SOURCE)
     init.add_argument(
@@ -82,7 +83,6 @@ def _init(paths: Paths, options: argparse.Namespace) -> int:
         note_where_key_is(options)
     else:
         log.note(f"the backup was written and restored once: {options.backup}; move it off this host")
-    log.note("next: unlock disk adopt (for an encrypted root), unlock group create")
     return 0
 
 

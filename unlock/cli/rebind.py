@@ -27,7 +27,9 @@ _RISKS = ("unmeasured-boot", "unmeasured-drivers", "unauthenticated-root", "slot
 
 
 def add(commands: "Commands") -> None:
-    rebind = add_command(commands, "rebind", _rebind, "seal to another board or TPM, or to a boot that changed")
+    rebind = add_command(
+        commands, "rebind", _rebind, "seal to another board or TPM, or to a boot that changed", "unlock check"
+    )
     rebind.add_argument("--recovery-key-file", metavar="FILE", help=RECOVERY_KEY_SOURCE)
     rebind.add_argument(
         "--backup", default="", metavar="FILE", help="native: the backup of its key, or a new file for a new key"

@@ -27,10 +27,10 @@ def add(commands: "Commands") -> None:
     test = add_command(verbs, "test", _test, "does your copy of it open the disks? opens nothing")
     test.add_argument("--recovery-key-file", default="", metavar="FILE", help=RECOVERY_KEY_SOURCE)
     add_json(test)
-    new = add_command(verbs, "new", _new, "write it to disks that lost it, or were away")
+    new = add_command(verbs, "new", _new, "write it to disks that lost it, or were away", "unlock recovery test")
     new.add_argument("--recovery-key-file", default="", metavar="FILE", help=RECOVERY_KEY_SOURCE)
     add_escrow(new)
-    rotate = add_command(verbs, "rotate", _rotate, "replace it by another one on every disk")
+    rotate = add_command(verbs, "rotate", _rotate, "replace it by another one on every disk", "unlock recovery test")
     rotate.add_argument(
         "--recovery-key-file", default="", metavar="FILE", help="new file for the new key; default: it is shown"
     )
@@ -86,7 +86,7 @@ def _rotate(paths: Paths, options: argparse.Namespace) -> int:
             owner_auth=owner,
         )
     status = _print_changed(changed, options)
-    log.note("the recovery key was replaced; next: unlock recovery test")
+    log.note("the recovery key was replaced")
     return status
 
 
