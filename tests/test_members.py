@@ -8,6 +8,7 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -975,6 +976,24 @@ def test_a_changed_header_of_a_member_is_shown_and_not_made_authentic_unless_it_
     accept(host, image)
     assert host.boot_opens()
     adopt(host, str(image))  # now it is the header that this host wrote
+
+
+def test_a_disk_that_the_groups_file_system_cannot_use_is_taken_by_name_alone(
+    host: Host, loops: Loops, tmp_path: Path
+) -> None:
+    """The group's own disk is away, so that it goes no further."""
+    (disk,) = loops()
+    luks_format(disk)
+    host.add_group("data", 1)
+    host.configure(more='[group.data]\nmount = "/srv/data"\ntype = "ext4"\n')
+    file = tmp_path / "passphrase"
+    file.write_bytes(OPERATOR)
+    words = ["disk", "adopt", disk, "--group", "data", "--passphrase-file", str(file)]
+    words += ["--recovery-key-file", recovery_file(host)]
+    for more, code in ([], "separate-disk"), (["--accept", "separate-disk"], "missing"):
+        parsed = cli._parser().parse_args([*words, *more])
+        error = Unchanged(host, disk).after(partial(cli_disk._adopt, host.paths, parsed))
+        assert error.code == code
 
 
 def test_a_group_whose_disks_udev_has_not_marked_fails_with_what_to_type(
