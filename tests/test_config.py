@@ -36,7 +36,8 @@ def test_a_group_that_is_added_is_read_back_and_the_operators_text_stays() -> No
         assert whole.startswith(text)
 
 
-NEEDED = ("/var", "/etc", "/usr", "/var/lib", "/var/lib/unlock", "/boot", "/boot/efi", "/run", "/lib", "/sbin")
+NEEDED = ("/var", "/etc", "/usr", "/var/lib", "/var/lib/unlock", "/boot", "/boot/efi", "/run", "/lib", "/sbin", "/usr/lib",
+          "/usr/bin", "/run/data", "/dev/x", "/etc/unlock/x")  # fmt: skip
 KMS = "[provider.kms]\nendpoints = ['kms', '[::1]:5697=kms']\nca = '/ca.pem'\n"
 
 
@@ -144,6 +145,14 @@ def test_a_mount_point_that_no_unit_can_have_is_a_mistake(where: str) -> None:
         config.parse(f"[group.data]\nmount = '{where}'\n").check()
     with pytest.raises(Usage):
         config.normalise_mount_point(where)
+
+
+@pytest.mark.parametrize("where", ["/usr/local", "/usr/local/pgsql", "/usr/share/data", "/boot/data", "/lib/data"])
+def test_a_group_may_be_below_what_a_boot_needs_for_itself(where: str) -> None:
+    """As /usr: its own mount does not wait for what is mounted in it."""
+    found = config.parse(config.HEAD + f"[group.data]\nmount = '{where}'\n")
+    found.check()
+    assert found.groups["data"].mount == where == config.normalise_mount_point(where)
 
 
 def test_a_later_version_is_told_from_a_mistake() -> None:

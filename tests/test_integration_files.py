@@ -612,6 +612,23 @@ def test_no_mount_unit_is_made_where_the_gate_would_wait_for_it(host: Host) -> N
         assert host.generate(f'[group.data\nmount = "{where}"\n') == gates, "not valid TOML"
 
 
+@pytest.mark.parametrize("where", ["/usr/local/pgsql", "/boot/data", "/lib/firmware/data"])
+def test_a_group_below_what_a_boot_needs_is_mounted_or_its_mount_fails(host: Host, where: str) -> None:
+    unit = f"{units.escape_path(where)}.mount"
+    assert host.generate(f"[group.data]\nmount = '{where}'\n") == {GATE, unit, f"local-fs.target.wants/{unit}"}
+    assert not host.errors and "What=/run/unlock/open/data" in host.read(unit)
+    for wrong in (f"[group.data]\nmount = '{where}'\ncolor = 1\n", f"[group.data\nmount = '{where}'\n"):
+        assert host.generate(wrong) == {GATE, unit, f"local-fs.target.wants/{unit}"}
+        assert FAILS in host.read(unit)
+
+
+@pytest.mark.parametrize("where", ["/run/data", "/var/lib/unlock/data", "/etc/unlock/data"])
+def test_a_group_where_none_can_be_has_a_mount_that_fails(host: Host, where: str) -> None:
+    """No unit of the boot needs it, and a service may."""
+    assert host.generate(f"[group.data]\nmount = '{where}'\n") == {GATE} | failing(units.escape_path(where))
+    assert FAILS in host.read(units.mount_unit(where)) and "is needed before groups are mounted" in host.errors
+
+
 def test_percent_is_no_specifier(host: Host) -> None:
     host.generate('[group.data]\nmount = "/srv/50%n"\noptions = "x=%h"\n')
     unit = host.read("srv-50\\x25n.mount")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from ..errors import Usage
-from .config import normalise_mount_point
+from .config import holds_what_boot_needs, normalise_place
 
 _FILES = ("ca", "client_key")
 """Settings whose value is a path and never a mount point."""
@@ -28,7 +28,7 @@ _FILE = re.compile(rf"""\b(?:{"|".join(_FILES)})["']?\s*=\s*["']?$""")
 
 def find_mount_points(value: object) -> set[str]:
     """The mount points that a TOML value may name: what a `mount` says, be it relative or in a list; where a table has
-    none, each absolute path. Without those where no group can be mounted."""
+    none, each absolute path. Without those that a boot needs."""
     found = set()
     left: list[tuple[object, bool]] = [(value, False)]
     while left:  # no recursion: a.a.a... may nest deeper than Python can
@@ -73,9 +73,9 @@ def _unescape(text: str) -> str:
 
 
 def _as_mount_point(text: str) -> str:
-    """The mount point that is meant; '' for none."""
+    """The mount point that is meant; '' for none, and where a mount that fails would stop the boot."""
     try:
-        text = text.strip()
-        return normalise_mount_point(os.path.normpath(f"/{text.lstrip('/')}")) if text else ""
+        where = normalise_place(os.path.normpath(f"/{text.strip().lstrip('/')}"))
     except Usage:
         return ""
+    return "" if holds_what_boot_needs(where) else where
