@@ -371,6 +371,14 @@ def test_a_group_gets_a_gate_and_a_mount(host: Host) -> None:
     assert not host.errors
 
 
+def test_what_systemd_reads_alike_is_the_same_unit(host: Host) -> None:
+    host.generate(DATA)
+    unit = host.read("srv-data.mount")
+    wide = DATA.replace('"btrfs"', '" btrfs "').replace("compress=zstd", "compress=zstd ").replace("30", "31536000")
+    assert host.generate(wide) == MOUNT and not host.errors
+    assert host.read("srv-data.mount") == unit
+
+
 def test_a_group_without_a_mount_gets_a_gate(host: Host) -> None:
     assert host.generate("[group.data]\n") == {GATE}
 

@@ -196,13 +196,13 @@ def _group(name: str, table: Any) -> GroupConfig:
     except Usage as error:
         raise _bad(f"{where}mount: {error}") from error
     deadline = _get(table, "deadline", DEADLINE, where)
-    if not 1 <= deadline <= DEADLINE_MAX:
-        raise _bad(f"{where}deadline is not from 1 to {DEADLINE_MAX}")
+    if deadline < 1:
+        raise _bad(f"{where}deadline is not at least 1")
     policy = _get(table, "policy", POLICIES[0], where)
     if policy not in POLICIES:
         raise _bad(f"{where}policy is not one of {', '.join(POLICIES)}")
-    kind, options = _line(table, "type", where), _line(table, "options", where)
-    return GroupConfig(name, mount, kind, options, deadline, policy)
+    kind, options = (_line(table, key, where, strip=True) for key in ("type", "options"))
+    return GroupConfig(name, mount, kind, options, min(deadline, DEADLINE_MAX), policy)
 
 
 def _provider(name: str, table: Any) -> ProviderConfig:
@@ -365,8 +365,10 @@ def _table(top: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     return _get(top, key, {}, where)
 
 
-def _line(table: dict[str, Any], key: str, where: str) -> str:
+def _line(table: dict[str, Any], key: str, where: str, *, strip: bool = False) -> str:
     value = _get(table, key, "", where)
+    if strip:  # as systemd does
+        value = value.strip(" ")
     if not _can_be_in_a_unit(value):
         raise _bad(f"{where}{key} is not a line of text")
     return value
