@@ -510,7 +510,8 @@ def test_a_group_that_is_wrong_has_a_mount_that_fails_and_the_others_have_theirs
         "[group.'a b']\nmount = '/srv/bad'",
         "[[group.bad]]\nmount = '/srv/bad'",
         "[provider.kms]\nmount = '/srv/bad'\nca = '/srv/ca.pem'\nendpoints = ['kms']",
-        "[sync]\nmount = '/srv/bad'",
+        "[sync]\nmount = '/srv/bad'\nfile = '/opt'",
+        "[gruop.type]\nmount = '/srv/bad'",
         f"[group.bad{'.a' * 3000}]\nmount = '/srv/bad'",
     ],
 )
@@ -543,6 +544,78 @@ def test_where_no_group_can_be_told_from_another_each_has_a_mount_that_fails(hos
     assert made - {BAD} == failing("srv-data", "srv-more") | gates
     assert FAILS in host.read("srv-data.mount") and FAILS in host.read("srv-more.mount")
     assert host.errors
+
+
+BROKEN = "[group.bad\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'options = "subvol=/home"',
+        "options = 'noatime,subvol=/home'",
+        'options = "noatime,subvol=/home',
+        "options = noatime,subvol=/home",
+        'options = ["/home"]',
+        "options='/home'",
+        '"options" = "/home"',
+        'more = { type = "/home", options = "x=/home" }',
+        "deadline = 60 # from /home",
+        'deadline = "60" # don\'t use /home',
+        'mount = "/srv/more" # it was mount = "/home"',
+        "drop_on = [] # see /home",
+        "[group.more] # /home",
+        "  # /home",
+        'options = "noatime,mount=/home"',
+        "endpoints = ['kms', '/home']",
+        'ca = "/home"',
+        'client_key = "/home',
+    ],
+)
+def test_what_is_no_mount_point_in_a_file_that_is_not_toml_fails_nowhere(host: Host, line: str) -> None:
+    made = host.generate(f"{BROKEN}mount = '/srv/bad'\n{line}\n")
+    assert {each for each in made if each.endswith(".mount")} - failing("srv-more") == failing("srv-bad")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'more = { options = "noatime, mount = "/srv/more" }',
+        "more = { options = 'noatime', mount = '/srv/more' }",
+        "more = { options = noatime', mount = '/srv/more' }",
+        "more = { type = 'ext4, mount = /srv/more }",
+        'more = { "type" = "ext4", "mount" = "/srv/more" }',
+        "more = { options = [, mount = '/srv/more' }",
+        "group.type = { mount = '/srv/more' }",
+        "version = 1'group.more.mount = '/srv/more'",
+        "more.mount =#'/srv/more'",
+        "more.mo#nt = '/srv/more'",
+        "more = {# mount = '/srv/more' }",
+        "mount = '/srv/more#",
+        'mount = "/srv/more" # the "data',
+    ],
+)
+def test_a_mount_point_beside_another_setting_fails(host: Host, line: str) -> None:
+    assert host.generate(f"{BROKEN}{line}\n") >= failing("srv-more")
+
+
+SHARED = "UUID=1 /home/shared ext4 defaults 0 2\n"
+
+
+@pytest.mark.parametrize("wrong", ["[group.bad\nwhere = '/home'\n", "[group.bad]\nmuont = '/home'\n"])
+def test_a_mount_that_fstab_needs_fails_only_if_the_file_says_that_it_is_one(host: Host, wrong: str) -> None:
+    """A mount requires those above it, and the boot those of fstab."""
+    assert failing("home") <= host.generate(wrong, "UUID=1 /homes/shared ext4 defaults 0 2\n")
+    assert not failing("home") & host.generate(wrong, SHARED)
+    for word in ("where", "muont"):
+        wrong = wrong.replace(word, "mount")
+    assert failing("home") <= host.generate(wrong, SHARED)
+
+
+@pytest.mark.parametrize("table", ["[provider.kms]", "[sync]"])
+def test_a_path_in_the_table_of_no_group_fails_nowhere(host: Host, table: str) -> None:
+    assert host.generate(f"{DATA}{table}\nca_file = '/opt'\nfiles = ['/home']\n") == MOUNT
+    assert table.strip("[]") in host.errors
 
 
 def test_a_file_of_another_encoding_has_mounts_that_fail(host: Host) -> None:
