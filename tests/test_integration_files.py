@@ -599,17 +599,21 @@ def test_a_mount_point_beside_another_setting_fails(host: Host, line: str) -> No
     assert host.generate(f"{BROKEN}{line}\n") >= failing("srv-more")
 
 
-SHARED = "UUID=1 /home/shared ext4 defaults 0 2\n"
+SHARED = (
+    "UUID=1 /home/shared ext4 defaults 0 2\n",
+    "/home /srv/home none bind 0 0\n",
+    "/home/image /srv/x ext4 loop 0 2\n",
+)
 
 
 @pytest.mark.parametrize("wrong", ["[group.bad\nwhere = '/home'\n", "[group.bad]\nmuont = '/home'\n"])
 def test_a_mount_that_fstab_needs_fails_only_if_the_file_says_that_it_is_one(host: Host, wrong: str) -> None:
-    """A mount requires those above it, and the boot those of fstab."""
+    """A mount requires those above it and above its source, and the boot those of fstab."""
     assert failing("home") <= host.generate(wrong, "UUID=1 /homes/shared ext4 defaults 0 2\n")
-    assert not failing("home") & host.generate(wrong, SHARED)
-    for word in ("where", "muont"):
-        wrong = wrong.replace(word, "mount")
-    assert failing("home") <= host.generate(wrong, SHARED)
+    named = wrong.replace("where", "mount").replace("muont", "mount")
+    for fstab in SHARED:
+        assert not failing("home") & host.generate(wrong, fstab), fstab
+        assert failing("home") <= host.generate(named, fstab), fstab
 
 
 @pytest.mark.parametrize("table", ["[provider.kms]", "[sync]"])
