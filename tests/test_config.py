@@ -36,7 +36,8 @@ def test_a_group_that_is_added_is_read_back_and_the_operators_text_stays() -> No
         assert whole.startswith(text)
 
 
-NEEDED = ("/var", "/etc", "/usr", "/var/lib", "/var/lib/unlock", "/boot", "/boot/efi", "/run", "/lib", "/sbin")
+NEEDED = ("/var", "/etc", "/usr", "/var/lib", "/var/lib/unlock", "/boot", "/boot/efi", "/run", "/lib", "/sbin",
+          "/usr/lib", "/usr/bin", "/run/data", "/dev/x", "/etc/unlock/x")  # fmt: skip
 KMS = "[provider.kms]\nendpoints = ['kms', '[::1]:5697=kms']\nca = '/ca.pem'\n"
 
 
@@ -131,7 +132,7 @@ def test_no_table_is_added_to_a_file_that_is_wrong_elsewhere(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "text", ["version = 1" + "0" * 5000, f"[group.data]\ndeadline = {10**9}", "version" + ".a" * 5000 + " = 1"]
+    "text", ["version = 1" + "0" * 5000, "[group.data]\ndeadline = 1" + "0" * 5000, "version" + ".a" * 5000 + " = 1"]
 )
 def test_what_python_cannot_hold_is_a_mistake_as_any_other(text: str) -> None:
     with pytest.raises(Malformed):
@@ -144,6 +145,33 @@ def test_a_mount_point_that_no_unit_can_have_is_a_mistake(where: str) -> None:
         config.parse(f"[group.data]\nmount = '{where}'\n").check()
     with pytest.raises(Usage):
         config.normalise_mount_point(where)
+
+
+@pytest.mark.parametrize("where", ["/usr/local", "/usr/local/pgsql", "/usr/share/data", "/boot/data", "/lib/data"])
+def test_a_group_may_be_below_what_a_boot_needs_for_itself(where: str) -> None:
+    """As /usr: its own mount does not wait for what is mounted in it."""
+    found = config.parse(config.HEAD + f"[group.data]\nmount = '{where}'\n")
+    found.check()
+    assert found.groups["data"].mount == where == config.normalise_mount_point(where)
+
+
+@pytest.mark.parametrize("seconds", [604800, 604801, 31536000, 10**18])
+def test_a_longer_deadline_is_one_of_a_week(seconds: int) -> None:
+    found = config.parse(f"[group.data]\nmount = '/srv/data'\ndeadline = {seconds}\n")
+    found.check()
+    assert found.groups["data"].deadline == 604800
+
+
+@pytest.mark.parametrize("key", ["options", "type"])
+def test_blanks_around_a_setting_are_no_part_of_it(key: str) -> None:
+    """As systemd reads a line of a unit."""
+    for written, meant in {"x ": "x", "  x": "x", " x y ": "x y", " ": ""}.items():
+        found = config.parse(f"[group.data]\nmount = '/srv/data'\n{key} = '{written}'\n")
+        found.check()
+        assert getattr(found.groups["data"], key) == meant
+    for wrong in ("x\\", "x\\ ", "x\u00a0"):
+        with pytest.raises(Malformed, match=key):
+            config.parse(f"[group.data]\n{key} = '{wrong}'\n").check()
 
 
 def test_a_later_version_is_told_from_a_mistake() -> None:

@@ -371,6 +371,14 @@ def test_a_group_gets_a_gate_and_a_mount(host: Host) -> None:
     assert not host.errors
 
 
+def test_what_systemd_reads_alike_is_the_same_unit(host: Host) -> None:
+    host.generate(DATA)
+    unit = host.read("srv-data.mount")
+    wide = DATA.replace('"btrfs"', '" btrfs "').replace("compress=zstd", "compress=zstd ").replace("30", "31536000")
+    assert host.generate(wide) == MOUNT and not host.errors
+    assert host.read("srv-data.mount") == unit
+
+
 def test_a_group_without_a_mount_gets_a_gate(host: Host) -> None:
     assert host.generate("[group.data]\n") == {GATE}
 
@@ -502,7 +510,8 @@ def test_a_group_that_is_wrong_has_a_mount_that_fails_and_the_others_have_theirs
         "[group.'a b']\nmount = '/srv/bad'",
         "[[group.bad]]\nmount = '/srv/bad'",
         "[provider.kms]\nmount = '/srv/bad'\nca = '/srv/ca.pem'\nendpoints = ['kms']",
-        "[sync]\nmount = '/srv/bad'",
+        "[sync]\nmount = '/srv/bad'\nfile = '/opt'",
+        "[gruop.type]\nmount = '/srv/bad'",
         f"[group.bad{'.a' * 3000}]\nmount = '/srv/bad'",
     ],
 )
@@ -535,6 +544,82 @@ def test_where_no_group_can_be_told_from_another_each_has_a_mount_that_fails(hos
     assert made - {BAD} == failing("srv-data", "srv-more") | gates
     assert FAILS in host.read("srv-data.mount") and FAILS in host.read("srv-more.mount")
     assert host.errors
+
+
+BROKEN = "[group.bad\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'options = "subvol=/home"',
+        "options = 'noatime,subvol=/home'",
+        'options = "noatime,subvol=/home',
+        "options = noatime,subvol=/home",
+        'options = ["/home"]',
+        "options='/home'",
+        '"options" = "/home"',
+        'more = { type = "/home", options = "x=/home" }',
+        "deadline = 60 # from /home",
+        'deadline = "60" # don\'t use /home',
+        'mount = "/srv/more" # it was mount = "/home"',
+        "drop_on = [] # see /home",
+        "[group.more] # /home",
+        "  # /home",
+        'options = "noatime,mount=/home"',
+        "endpoints = ['kms', '/home']",
+        'ca = "/home"',
+        'client_key = "/home',
+    ],
+)
+def test_what_is_no_mount_point_in_a_file_that_is_not_toml_fails_nowhere(host: Host, line: str) -> None:
+    made = host.generate(f"{BROKEN}mount = '/srv/bad'\n{line}\n")
+    assert {each for each in made if each.endswith(".mount")} - failing("srv-more") == failing("srv-bad")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'more = { options = "noatime, mount = "/srv/more" }',
+        "more = { options = 'noatime', mount = '/srv/more' }",
+        "more = { options = noatime', mount = '/srv/more' }",
+        "more = { type = 'ext4, mount = /srv/more }",
+        'more = { "type" = "ext4", "mount" = "/srv/more" }',
+        "more = { options = [, mount = '/srv/more' }",
+        "group.type = { mount = '/srv/more' }",
+        "version = 1'group.more.mount = '/srv/more'",
+        "more.mount =#'/srv/more'",
+        "more.mo#nt = '/srv/more'",
+        "more = {# mount = '/srv/more' }",
+        "mount = '/srv/more#",
+        'mount = "/srv/more" # the "data',
+    ],
+)
+def test_a_mount_point_beside_another_setting_fails(host: Host, line: str) -> None:
+    assert host.generate(f"{BROKEN}{line}\n") >= failing("srv-more")
+
+
+SHARED = (
+    "UUID=1 /home/shared ext4 defaults 0 2\n",
+    "/home /srv/home none bind 0 0\n",
+    "/home/image /srv/x ext4 loop 0 2\n",
+)
+
+
+@pytest.mark.parametrize("wrong", ["[group.bad\nwhere = '/home'\n", "[group.bad]\nmuont = '/home'\n"])
+def test_a_mount_that_fstab_needs_fails_only_if_the_file_says_that_it_is_one(host: Host, wrong: str) -> None:
+    """A mount requires those above it and above its source, and the boot those of fstab."""
+    assert failing("home") <= host.generate(wrong, "UUID=1 /homes/shared ext4 defaults 0 2\n")
+    named = wrong.replace("where", "mount").replace("muont", "mount")
+    for fstab in SHARED:
+        assert not failing("home") & host.generate(wrong, fstab), fstab
+        assert failing("home") <= host.generate(named, fstab), fstab
+
+
+@pytest.mark.parametrize("table", ["[provider.kms]", "[sync]"])
+def test_a_path_in_the_table_of_no_group_fails_nowhere(host: Host, table: str) -> None:
+    assert host.generate(f"{DATA}{table}\nca_file = '/opt'\nfiles = ['/home']\n") == MOUNT
+    assert table.strip("[]") in host.errors
 
 
 def test_a_file_of_another_encoding_has_mounts_that_fail(host: Host) -> None:
@@ -610,6 +695,23 @@ def test_no_mount_unit_is_made_where_the_gate_would_wait_for_it(host: Host) -> N
         assert host.generate(f'[group.data]\nmount = "{where}"\n') == gates, where
         assert f"{where.rstrip('/')} is needed before groups are mounted" in host.errors
         assert host.generate(f'[group.data\nmount = "{where}"\n') == gates, "not valid TOML"
+
+
+@pytest.mark.parametrize("where", ["/usr/local/pgsql", "/boot/data", "/lib/firmware/data"])
+def test_a_group_below_what_a_boot_needs_is_mounted_or_its_mount_fails(host: Host, where: str) -> None:
+    unit = f"{units.escape_path(where)}.mount"
+    assert host.generate(f"[group.data]\nmount = '{where}'\n") == {GATE, unit, f"local-fs.target.wants/{unit}"}
+    assert not host.errors and "What=/run/unlock/open/data" in host.read(unit)
+    for wrong in (f"[group.data]\nmount = '{where}'\ncolor = 1\n", f"[group.data\nmount = '{where}'\n"):
+        assert host.generate(wrong) == {GATE, unit, f"local-fs.target.wants/{unit}"}
+        assert FAILS in host.read(unit)
+
+
+@pytest.mark.parametrize("where", ["/run/data", "/var/lib/unlock/data", "/etc/unlock/data"])
+def test_a_group_where_none_can_be_has_a_mount_that_fails(host: Host, where: str) -> None:
+    """No unit of the boot needs it, and a service may."""
+    assert host.generate(f"[group.data]\nmount = '{where}'\n") == {GATE} | failing(units.escape_path(where))
+    assert FAILS in host.read(units.mount_unit(where)) and "is needed before groups are mounted" in host.errors
 
 
 def test_percent_is_no_specifier(host: Host) -> None:

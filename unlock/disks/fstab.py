@@ -36,7 +36,16 @@ def find_crypttab_line(path: str, *, node: str, luks_uuid: str) -> CrypttabLine 
 
 def fstab_targets(path: str) -> set[str]:
     """The mount points in fstab(5), normalised."""
-    named = [unescape(fields[1]) for fields in filter(None, map(_split_line, _read_lines(path)))]
+    return _fstab_paths(path, 1)
+
+
+def fstab_sources(path: str) -> set[str]:
+    """The devices, directories and files that fstab(5) mounts by their paths, normalised."""
+    return _fstab_paths(path, 0)
+
+
+def _fstab_paths(path: str, column: int) -> set[str]:
+    named = [unescape(fields[column]) for fields in filter(None, map(_split_line, _read_lines(path)))]
     return {os.path.normpath(f"/{where.lstrip('/')}") for where in named if where.startswith("/")}
 
 

@@ -23,25 +23,26 @@ DEADLINE_MAX = 604800
 TIMEOUT = 10
 """Seconds for one request to one endpoint of a provider."""
 USERNAME_MAX = 255
-_NEEDED = (
+_NEEDED_WITH_ALL_BELOW = ("/dev", "/etc/unlock", "/proc", "/run", "/sys", "/var/lib/unlock", "/var/lock", "/var/run")
+_NEEDED_BY_ITSELF = (
     "/bin",
     "/boot",
-    "/dev",
+    "/boot/efi",
     "/efi",
-    "/etc/unlock",
     "/lib",
     "/lib32",
     "/lib64",
-    "/proc",
-    "/run",
     "/sbin",
-    "/sys",
     "/usr",
-    "/var/lib/unlock",
-    "/var/lock",
-    "/var/run",
+    "/usr/bin",
+    "/usr/lib",
+    "/usr/lib/systemd",
+    "/usr/lib/unlock",
+    "/usr/lib32",
+    "/usr/lib64",
+    "/usr/sbin",
 )
-"""What a boot needs before its groups are mounted: what is above and below is needed, too."""
+"""What a boot needs before its groups are mounted, with what is above. A group may be below these, as at /usr/local."""
 UNIT_NAME_MAX = 255
 KEY_NAMES = ("path", "plain")
 DROP_ON = ("deactivated", "compromised", "destroyed")
@@ -195,13 +196,13 @@ def _group(name: str, table: Any) -> GroupConfig:
     except Usage as error:
         raise _bad(f"{where}mount: {error}") from error
     deadline = _get(table, "deadline", DEADLINE, where)
-    if not 1 <= deadline <= DEADLINE_MAX:
-        raise _bad(f"{where}deadline is not from 1 to {DEADLINE_MAX}")
+    if deadline < 1:
+        raise _bad(f"{where}deadline is not at least 1")
     policy = _get(table, "policy", POLICIES[0], where)
     if policy not in POLICIES:
         raise _bad(f"{where}policy is not one of {', '.join(POLICIES)}")
-    kind, options = _line(table, "type", where), _line(table, "options", where)
-    return GroupConfig(name, mount, kind, options, deadline, policy)
+    kind, options = (_line(table, key, where, strip=True) for key in ("type", "options"))
+    return GroupConfig(name, mount, kind, options, min(deadline, DEADLINE_MAX), policy)
 
 
 def _provider(name: str, table: Any) -> ProviderConfig:
@@ -311,14 +312,19 @@ def check_username(text: str) -> str:
 
 
 def normalise_mount_point(path: str) -> str:
-    """The mount point of a group without empty parts, `.` and the last slash, as systemd names its mount unit. Raises
-    Usage, also where no group can be mounted."""
+    """The mount point of a group, normalised. Raises Usage, also where no group can be mounted."""
+    where = normalise_place(path)
+    if is_needed_before_groups(where):
+        raise Usage(f"{where} is needed before groups are mounted", "another mount point", code="mount-taken")
+    return where
+
+
+def normalise_place(path: str) -> str:
+    """A mount point without empty parts, `.` and the last slash, as systemd names its mount unit. Raises Usage."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if not path.startswith("/") or not parts or ".." in parts or not _can_be_in_a_unit(path):
         raise Usage(f"{path!r} cannot be a mount point", "give an absolute path")
     where = "/" + "/".join(parts)
-    if is_needed_before_groups(where):
-        raise Usage(f"{where} is needed before groups are mounted", "another mount point", code="mount-taken")
     if len(mount_unit(where)) > UNIT_NAME_MAX:
         raise Usage(f"{path!r} cannot be a mount point: it is too long", "give a shorter path")
     return where
@@ -327,7 +333,13 @@ def normalise_mount_point(path: str) -> str:
 def is_needed_before_groups(where: str) -> bool:
     """Whether a boot needs the file system at a mount point before it can mount a group: the gate, which the mount
     waits for, would wait for the mount."""
-    return any(f"{needed}/".startswith(f"{where.rstrip('/')}/") or where.startswith(f"{needed}/") for needed in _NEEDED)
+    return holds_what_boot_needs(where) or any(where.startswith(f"{needed}/") for needed in _NEEDED_WITH_ALL_BELOW)
+
+
+def holds_what_boot_needs(where: str) -> bool:
+    """Whether a boot stops where the mount of this mount point fails."""
+    needed = (*_NEEDED_WITH_ALL_BELOW, *_NEEDED_BY_ITSELF)
+    return any(f"{each}/".startswith(f"{where.rstrip('/')}/") for each in needed)
 
 
 def _can_be_in_a_unit(text: str) -> bool:
@@ -353,8 +365,10 @@ def _table(top: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     return _get(top, key, {}, where)
 
 
-def _line(table: dict[str, Any], key: str, where: str) -> str:
+def _line(table: dict[str, Any], key: str, where: str, *, strip: bool = False) -> str:
     value = _get(table, key, "", where)
+    if strip:  # as systemd does
+        value = value.strip(" ")
     if not _can_be_in_a_unit(value):
         raise _bad(f"{where}{key} is not a line of text")
     return value
