@@ -244,7 +244,7 @@ def make_unwrap(
         if group and _may_ask_provider(paths, state, group):
             return _make_provider_unwrap(paths, state, group, record, end, connect)
         raise NoKey(f"group {name}: no key: {_explain_missing_key(paths)}", f"unlock open {name} --recovery") from error
-    if group and group.policy == "provider":
+    if group and group.policy == "provider" and not _is_cached(group):
         _await_kek(paths, group, end, look, connect)
 
     def unwrap(header: Header, token: Token) -> Secret:
