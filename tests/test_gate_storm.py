@@ -7,17 +7,21 @@ The server is simulated; the pauses are the product's own. And with a real serve
 import heapq
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.flowfixture import Host
+from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from unlock.boot import gate
 from unlock.boot.pauses import pause_before_retry
 from unlock.errors import ProviderUnavailable
 from unlock.host import config, keyring, report
+from unlock.secret import Secret
 
 HOSTS, GROUPS = 10_000, 4
 HANDSHAKES = 300.0
@@ -82,6 +86,10 @@ def test_pauses_double_are_random_and_end_before_the_deadline(took: float, dice:
         assert pauses[:4] == [3.0, 5.0, 9.0, 17.0]
 
 
+def test_a_deadline_of_days_is_no_end_to_the_pauses() -> None:
+    assert pause_before_retry(tries=5000, took=0.1, left=86400.0, random=1.0) == 31.0
+
+
 # One host
 
 
@@ -99,20 +107,39 @@ def gates(host: Host, seconds: float) -> list[Exception | None]:
     """Runs what the gates of all groups do to get their keys, side by side."""
     found: list[Exception | None] = []
 
-    def run(name: str) -> None:
-        try:
-            gate.make_unwrap(host.paths, name, report.Report(f"gate {name}"), report.now() + seconds, host.look)
-        except Exception as error:
-            found.append(error)
-        else:
-            found.append(None)
-
-    threads = [threading.Thread(target=run, args=(name,)) for name in host.state.groups]
+    threads = [
+        threading.Thread(target=lambda name: found.append(one_gate(host, name, seconds)), args=(name,))
+        for name in host.state.groups
+    ]
     for each in threads:
         each.start()
     for each in threads:
         each.join()
     return found
+
+
+def one_gate(host: Host, name: str, seconds: float) -> Exception | None:
+    try:
+        gate.make_unwrap(host.paths, name, report.Report(f"gate {name}"), report.now() + seconds, host.look)
+    except Exception as error:
+        return error
+    return None
+
+
+@contextmanager
+def gate_in_vain(host: Host, name: str, seconds: float) -> Iterator[None]:
+    """The gate of a group asks all the while, and gets no key."""
+    found: list[Exception | None] = []
+    asking = threading.Thread(target=lambda: found.append(one_gate(host, name, seconds)))
+    asking.start()
+    time.sleep(0.7)
+    try:
+        yield
+        assert not found, "it asks still"
+    finally:
+        asking.join()
+    assert isinstance(found[0], ProviderUnavailable)
+    assert "another gate" not in str(found[0]), "each tells what it was told"
 
 
 @pytest.mark.usefixtures("key_cache")
@@ -151,3 +178,55 @@ def test_a_key_manager_that_hangs_up_while_it_comes_up_is_asked_again(host: Host
     timer.start()
     assert gates(host, 60.0) == [None] * 4
     timer.join()
+
+
+@pytest.mark.usefixtures("key_cache")
+def test_a_group_whose_key_alone_fails_holds_up_no_other(host: Host, kms: Liar) -> None:
+    kms.sick[host.group.kek.rpartition("/")[2]] = "failure"
+    with gate_in_vain(host, "data", 5.0):
+        assert [one_gate(host, name, 2.0) for name in ("b", "c", "d")] == [None] * 3
+
+
+@pytest.mark.usefixtures("key_cache")
+@pytest.mark.parametrize("seconds", [0.0, 20.0])
+def test_a_group_whose_key_is_there_again_opens_while_another_asks_in_vain(
+    host: Host, kms: Liar, seconds: float
+) -> None:
+    """Without a deadline, as `unlock open` does, it waits for no pause of others."""
+    kms.sick.update({group.kek.rpartition("/")[2]: "failure" for group in host.state.groups.values()})
+    with gate_in_vain(host, "data", 8.0):
+        del kms.sick[host.state.groups["b"].kek.rpartition("/")[2]]
+        assert one_gate(host, "b", seconds) is None
+
+
+@pytest.mark.usefixtures("key_cache")
+def test_a_group_at_another_key_manager_waits_for_none_that_is_dead(host: Host, kms: Liar) -> None:
+    with Liar(AUTHORITY) as other:
+        table = config.ProviderConfig("second", (f"127.0.0.1:{other.port}",), host.ca(), "", config.TIMEOUT)
+        with Path(host.paths.config).open("a") as file:
+            file.write(config.provider_table(table))
+        with host.work() as work:
+            entry = work.state.kmip_entry(
+                name="second",
+                provider_id="kmip-two",
+                certificate=CLIENT.certificate,
+                until=0,
+                persistence=host.persistence,
+                key=Secret(CLIENT.key),
+            )
+            work.state.use_provider(entry)
+            work.state.save()
+        host.add_group("e", 1, "provider")
+        kms.lie("black hole")
+        with gate_in_vain(host, "data", 4.0):
+            began = report.now()
+            assert one_gate(host, "e", 0.0) is None
+            assert report.now() - began < 2.0
+
+
+@pytest.mark.usefixtures("key_cache")
+def test_the_gates_of_one_host_ask_no_more_often_than_one_would(host: Host, kms: Liar) -> None:
+    kms.lie("failure", on="Get")
+    before = kms.traffic()
+    assert all(isinstance(each, ProviderUnavailable) for each in gates(host, 6.0))
+    assert 2 <= (kms.traffic() - before).connections <= 6

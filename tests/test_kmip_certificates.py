@@ -36,13 +36,32 @@ def test_a_certificate_by_common_name_is_accepted_by_choice_alone() -> None:
     with Liar(AUTHORITY, AUTHORITY.server_by_common_name("kms.example")) as liar:
         key = liar.add("k")
         endpoint = Endpoint("127.0.0.1", liar.port, "kms.example")
-        with connect(endpoint) as kmip, pytest.raises(PeerUntrusted):
+        with connect(endpoint) as kmip, pytest.raises(PeerUntrusted) as refused:
             kmip.fetch(key.id)
+        assert "common_name = true" in refused.value.hint and "[provider.NAME]" in refused.value.hint
         with connect(endpoint, common_name=True) as kmip:
             assert bytes(kmip.fetch(key.id)) == key.material
         wrong = endpoint._replace(server_name="kms2.example")
-        with connect(wrong, common_name=True) as kmip, pytest.raises(PeerUntrusted):
+        with connect(wrong, common_name=True) as kmip, pytest.raises(PeerUntrusted) as refused:
             kmip.fetch(key.id)
+        assert "common_name" not in refused.value.hint, "it is set"
+
+
+@pytest.mark.parametrize(
+    "endpoint_name, leaf",
+    [
+        ("127.0.0.1", AUTHORITY.server_by_common_name("127.0.0.1")),
+        ("kms.example", Authority("another CA").server_by_common_name("kms.example")),
+    ],
+)
+def test_common_name_is_no_advice_where_it_does_not_help(endpoint_name: str, leaf: Leaf) -> None:
+    with (
+        Liar(AUTHORITY, leaf) as liar,
+        connect(Endpoint("127.0.0.1", liar.port, endpoint_name)) as kmip,
+        pytest.raises(PeerUntrusted) as refused,
+    ):
+        kmip.locate("k")
+    assert "common_name" not in refused.value.hint
 
 
 def test_a_weak_client_certificate_is_told_as_weak() -> None:

@@ -230,6 +230,52 @@ def test_a_revoke_that_is_refused_is_kept_and_told_until_the_key_is_out_of_use(
     assert host.state.retire == []
 
 
+def test_a_replaced_key_that_was_purged_is_out_of_use_and_told_once(
+    host: Host, kms: Liar, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = kms.keys[key_id(host, "data")]
+    kms.lie("denied", on="Revoke")
+    rekey.rekey(host.paths, "data", host.look)
+    kms.honest()
+    del kms.keys[old.id]
+    capsys.readouterr()
+    assert set(run(host).values()) == {"unchanged"}
+    assert host.state.retire == []
+    assert old.id in capsys.readouterr().err
+    run(host)
+    assert old.id not in capsys.readouterr().err
+    assert host.boot_opens()
+
+
+@pytest.mark.parametrize("other_endpoint", ["has it", "is away", "denies it"])
+def test_a_replaced_key_is_gone_only_where_every_endpoint_says_so(host: Host, kms: Liar, other_endpoint: str) -> None:
+    old = kms.keys[key_id(host, "data")]
+    kms.lie("denied", on="Revoke")
+    rekey.rekey(host.paths, "data", host.look)
+    with kms.replica() as other:
+        host.configure(kms, other)
+        del kms.keys[old.id]
+        if other_endpoint == "is away":
+            other.stop()
+        elif other_endpoint == "denies it":
+            other.sick[old.id] = "denied"
+        else:
+            other.lie("denied", on="Revoke")
+        assert run(host)["replaced key"] == "still-active"
+        assert [each.id for each in host.state.retire] == [f"kmip-one/{old.id}"]
+        if other_endpoint == "has it":
+            other.honest()
+            assert set(run(host).values()) == {"unchanged"}
+            assert other.keys[old.id].state == DEACTIVATED
+
+
+def test_a_replaced_key_that_the_key_manager_denies_is_told(host: Host, kms: Liar) -> None:
+    old = kms.keys[key_id(host, "data")]
+    kms.sick[old.id] = "denied"
+    rekey.rekey(host.paths, "data", host.look)
+    assert run(host)["replaced key"] == "still-active"
+
+
 @pytest.mark.parametrize("state", [DEACTIVATED, COMPROMISED, DESTROYED])
 @pytest.mark.parametrize("which", ["data", "host key"])
 def test_a_key_out_of_use_is_told_and_the_unit_is_not_green(host: Host, kms: Liar, which: str, state: int) -> None:

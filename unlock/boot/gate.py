@@ -42,10 +42,13 @@ from ..protect import protect
 from ..run import run
 from ..secret import Secret
 from .activation import ACTIVATION_TIMEOUT, GroupOpener, Unwrap, open_present, run_once, wait_readable
-from .pauses import pause_before_retry
+from .pauses import SHORTEST, SharedPause, pause_before_retry
 
 _POLL = 0.2
 """Seconds between two looks whether the gate that asks the provider has the key."""
+
+_PASSING = (ProviderUnavailable, ProviderProtocol, ClockWrong)
+"""Errors of a provider that is unreachable or just coming up: the network may be too."""
 
 
 def gate(paths: Paths, name: str) -> int:
@@ -241,7 +244,7 @@ def make_unwrap(
         if group and _may_ask_provider(paths, state, group):
             return _make_provider_unwrap(paths, state, group, record, end, connect)
         raise NoKey(f"group {name}: no key: {_explain_missing_key(paths)}", f"unlock open {name} --recovery") from error
-    if group and group.policy == "provider":
+    if group and group.policy == "provider" and not _is_cached(group):
         _await_kek(paths, group, end, look, connect)
 
     def unwrap(header: Header, token: Token) -> Secret:
@@ -255,38 +258,72 @@ def make_unwrap(
 
 
 def _await_kek(paths: Paths, group: Group, end: float, look: find.Look, connect: access.Connect) -> None:
-    """Gets the KEK that only the provider keeps into the key cache. One gate of this host asks, on one connection and
-    for all such groups; the others find their KEK in the cache. Raises ProviderError at the end, NoKey."""
-    waited = False
-    with open(paths.of_this_boot("provider.lock"), "w") as lock:
-        while not _try_lock(lock.fileno()):
-            if _is_cached(group):
-                return
-            if report.now() >= end:
-                raise ProviderUnavailable(
-                    f"group {group.name}: another gate asks the provider and has no answer", "unlock provider test"
-                )
-            waited = True
-            time.sleep(_POLL)
-        try:
-            if not (waited and _is_cached(group)):
-                _retry_until(end, lambda: _fetch_keks(paths, group, look, connect))
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # a worker whose device hangs has the file open too
+    """Gets the KEK that only the provider keeps into the key cache. One gate of this host at a time asks a provider, on
+    one connection and for all such groups of it; the gates share the pauses in between. Raises ProviderError at the
+    end, NoKey, Refused."""
+    began = report.now()
+    name = State.load(paths).provider_of(group.kek).name
+    failed: UnlockError = ProviderUnavailable(
+        f"group {group.name}: another gate asks provider {name} and has no answer", "unlock provider test"
+    )
+    fd = os.open(paths.of_this_boot(f"provider-{name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    with open(fd, "r+b", buffering=0):
+        before = SharedPause.read(fd)
+        while not _is_cached(group):
+            if _try_lock(fd):
+                try:
+                    pause = SharedPause.read(fd)
+                    if report.now() >= end and pause != before:  # somebody asked since, for this group too
+                        raise failed
+                    if report.now() >= min(pause.until, end):
+                        failed = _try_once(paths, group, end, look, connect, fd) or failed
+                finally:
+                    fcntl.flock(fd, fcntl.LOCK_UN)  # a worker whose device hangs has the file open too
+            elif report.now() >= max(end, began + config.TIMEOUT):
+                raise failed
+            if not _is_cached(group):
+                time.sleep(_POLL)
+
+
+def _try_once(
+    paths: Paths, group: Group, end: float, look: find.Look, connect: access.Connect, fd: int
+) -> UnlockError | None:
+    """Asks the provider for the KEKs; returns the error after which it may be asked again. Raises ProviderError when
+    there is no time for that, NoKey. `fd`: of the lock."""
+    began = report.now()
+    try:
+        _fetch_keks(paths, group, look, connect)
+    except _PASSING as error:
+        now, tries = report.now(), SharedPause.read(fd).tries + 1
+        pause = pause_before_retry(tries=tries, took=now - began, left=end - now, random=random.random())
+        SharedPause(tries, now + (SHORTEST if pause is None else pause)).write(fd)
+        if pause is None:
+            raise
+        return error
+    SharedPause(0, 0.0).write(fd)
+    return None
 
 
 def _fetch_keks(paths: Paths, group: Group, look: find.Look, connect: access.Connect) -> None:
-    """Caches the KEK of the group, and those of other groups that only the provider keeps. What fails for another group
-    is for its own gate to tell. Raises ProviderError, NoKey."""
+    """Caches the KEK of the group, and those of other groups that only the same provider keeps. What fails for another
+    group is for its own gate to tell. Raises ProviderError, NoKey, when all were tried."""
+    failed: UnlockError | None = None
     with access.Work(paths, look, connect) as work:
-        _cache_kek(work, group)
+        entry = work.state.provider_of(group.kek)
+        try:
+            _cache_kek(work, group)
+        except UnlockError as error:
+            failed = error
         for other in work.state.groups.values():
             if other.policy != "provider" or other.name == group.name or _is_cached(other):
                 continue
             try:
-                _cache_kek(work, other)
+                if work.state.provider_of(other.kek) == entry:
+                    _cache_kek(work, other)
             except UnlockError:
                 continue
+    if failed:
+        raise failed
 
 
 def _cache_kek(work: access.Work, group: Group) -> None:
@@ -343,15 +380,14 @@ def _make_provider_unwrap(
 
 
 def _retry_until(end: float, ask: Callable[[], object]) -> None:
-    """Asks again while the provider is unreachable or just coming up: the network may be too. Raises ProviderError at
-    the end."""
+    """Asks again after errors that may pass. Raises ProviderError at the end."""
     tries = 0
     while True:
         began = report.now()
         try:
             ask()
             return
-        except (ProviderUnavailable, ProviderProtocol, ClockWrong):
+        except _PASSING:
             tries += 1
             now = report.now()
             pause = pause_before_retry(tries=tries, took=now - began, left=end - now, random=random.random())

@@ -134,7 +134,7 @@ class Provider(Protocol):
         """
 
     def retire(self, key_id: str) -> None:
-        """Deactivates a key; never destroys it. May be repeated."""
+        """Deactivates a key; never destroys it. May be repeated. One that no endpoint has any more is out of use."""
 
     def close(self) -> None:
         """Closes connections and wipes the secrets that the provider holds."""

@@ -26,6 +26,10 @@ PLAIN_NAMES = 'set `key_names = "plain"` in its [provider.NAME]: unlock.toml(5)'
 WRONG_PASSWORD = "see at the key manager what it says of this client; unlock provider renew --password-file FILE"
 HUNG_UP = "the server may refuse this client, or its KMIP version: see its log; then unlock provider test"
 _REFUSED = "the server understands the request and refuses it: see its log, and unlock-kmip(7)"
+_OTHER_NAME = (
+    "if the certificate has its name in the Common Name alone: `common_name = true` in [provider.NAME] of unlock.toml; "
+    "else check the endpoint's server name there; if that is right, somebody else answers"
+)
 _REFUSED_TLS = "let the server offer TLS 1.2 or 1.3, with a cipher that this host allows: openssl ciphers -s -v"
 
 HINTS: dict[type[ProviderError], str] = {
@@ -88,6 +92,8 @@ _REASON_HINTS: dict[int, str] = {
 """Of reasons for which the hint of their error would mislead."""
 
 _X509_V_ERR_CERT_NOT_YET_VALID = 9
+_X509_V_ERR_HOSTNAME_MISMATCH = 62
+"""Not of addresses, which are never looked for in the Common Name."""
 
 _CLIENT_AUTH_ALERTS = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "DECRYPT_ERROR")
 """Parts of names of TLS alerts, RFC 8446, 6.2. With TLS 1.3 they come after the handshake, with the first answer."""
@@ -132,12 +138,16 @@ def result_error(endpoint: Endpoint, item: TtlvItem) -> ProviderError:
     return error
 
 
-def connection_error(endpoint: Endpoint, error: OSError, *, timeout: float) -> ProviderError:
-    """What an error of the socket or of TLS means. `timeout`: the seconds that the exchange was given."""
+def connection_error(endpoint: Endpoint, error: OSError, *, timeout: float, common_name: bool) -> ProviderError:
+    """What an error of the socket or of TLS means. `timeout`: the seconds that the exchange was given. `common_name`:
+    whether a server's name in the Common Name alone would have done."""
     kind: type[ProviderError]
     if isinstance(error, ssl.SSLCertVerificationError):
         kind = ClockWrong if error.verify_code == _X509_V_ERR_CERT_NOT_YET_VALID else PeerUntrusted
-        return provider_error(endpoint, kind, f"the server's certificate: {error.verify_message}")
+        untrusted = provider_error(endpoint, kind, f"the server's certificate: {error.verify_message}")
+        if error.verify_code == _X509_V_ERR_HOSTNAME_MISMATCH and not common_name:
+            untrusted.hint = _OTHER_NAME
+        return untrusted
     if isinstance(error, TimeoutError):
         return provider_error(endpoint, ProviderUnavailable, f"no answer within {timeout:g} s")
     closed = isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError)

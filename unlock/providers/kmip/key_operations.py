@@ -182,6 +182,12 @@ def is_out_of_use(server: Server, key_id: str) -> bool:
     return _state(server, key_id) in BLOCKED | {PRE_ACTIVE}
 
 
+def is_unknown(server: Server, key_id: str) -> bool:
+    """Whether the server says that it has no such key."""
+    [answer] = server.ask([requests.get_attributes(key_id)])
+    return answer.problem is not None and answer.reason in NO_SUCH_KEY
+
+
 def _state(server: Server, key_id: str) -> str:
     return read_facts(server.ask([requests.get_attributes(key_id)])[0], key_id).state
 

@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from ... import log
 from ...endpoint import Endpoint
-from ...errors import Integrity, Malformed, ProviderError
+from ...errors import Integrity, Malformed, NotFoundOrDenied, ProviderError
 from ...secret import Secret
 from .. import USABLE, Capabilities, EndpointHealth, Health, Ref, Status, no_proof
 from . import key_operations
 from .failover import Failover
+from .failures import printable
 from .requests import Credential
 from .server import KEYS_PER_REQUEST, Server
 from .tls import client_context, validity
@@ -163,10 +165,24 @@ class KmipProvider:
         return new
 
     def retire(self, key_id: str) -> None:
-        self._failover.change(
-            lambda server: key_operations.is_out_of_use(server, key_id) or None,
-            lambda server: key_operations.deactivate_key(server, key_id),
-        )
+        try:
+            self._failover.change(
+                lambda server: key_operations.is_out_of_use(server, key_id) or None,
+                lambda server: key_operations.deactivate_key(server, key_id),
+            )
+        except NotFoundOrDenied:
+            if not all(self._has_no(server, key_id) for server in self._failover.servers):
+                raise
+            log.note(f"the key manager does not have the replaced key {printable(key_id)} any more")
+
+    def _has_no(self, server: Server, key_id: str) -> bool:
+        """Whether this endpoint answers, and says that there is no such key."""
+        try:
+            return not server.breaker.is_open() and self._failover.ask(
+                server, lambda server: key_operations.is_unknown(server, key_id)
+            )
+        except ProviderError:
+            return False
 
 
 def plain_name(name: str) -> str:

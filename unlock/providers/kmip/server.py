@@ -201,7 +201,8 @@ class Server:
         except UnusableServerName as error:
             raise self.error(PeerUntrusted, str(error)) from error
         except OSError as error:
-            raise connection_error(self.endpoint, error, timeout=self._timeout) from error
+            common_name = self._context.hostname_checks_common_name
+            raise connection_error(self.endpoint, error, timeout=self._timeout, common_name=common_name) from error
         try:
             answers = match_answers(message, items, batch_ids, self.endpoint)
         except RequestRefused as refused:
