@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unlock disk flags` and `group create --discard`: flags in a header, and the token that binds the header."""
 
+import contextlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +17,7 @@ from tests.test_disk import edit
 from tests.test_members import Loops, adopt, luks_format, recovery_file, sh, wanted
 from unlock import cli
 from unlock.disks import disk_keys, luks
-from unlock.errors import NotOurs, Refused, Tampered, Usage
+from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.host import this_boot
 from unlock.host.journal import GroupCreation
 from unlock.keys import access
@@ -140,6 +143,50 @@ def test_a_header_that_somebody_else_changed_is_not_made_authentic(tmp_path: Pat
         change(host, image, DISCARD)
     assert "unlock disk adopt" in caught.value.hint
     assert image.read_bytes() == before
+
+
+def null_cipher(fields: dict[str, Any]) -> None:
+    fields["segments"]["0"]["encryption"] = "cipher_null-ecb"
+
+
+def set_flags(names: list[str], fields: dict[str, Any]) -> None:
+    fields["config"]["flags"] = names
+
+
+@pytest.mark.parametrize("when", range(1, 7))
+def test_a_header_that_changes_after_its_check_gets_no_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    """For its Nth reading after the check alone."""
+    host = Host(tmp_path, 1)
+    (image,) = host.disks
+    real, real_change, left = luks.Container.__init__, flags._change, when
+
+    def swap(container: luks.Container, device: str) -> None:
+        nonlocal left
+        left -= 1
+        before = b"" if left else image.read_bytes()
+        if before:
+            edit(str(image), null_cipher)
+        real(container, device)
+        if before:
+            image.write_bytes(before)
+
+    def begin(*arguments: Any) -> Any:
+        monkeypatch.setattr(luks.Container, "__init__", swap)
+        return real_change(*arguments)
+
+    monkeypatch.setattr(flags, "_change", begin)
+    with contextlib.suppress(UnlockError):
+        change(host, image, DISCARD)
+    monkeypatch.undo()
+    assert "cipher_null" not in str(host.state.headers)
+    for flag in ([], ["allow-discards"]):
+        edit(str(image), partial(set_flags, flag))
+        edit(str(image), null_cipher)
+        with luks.Container(str(image)) as container:
+            tokens = disk_keys.read_tokens(container, HOST)
+            assert not any(disk_keys.is_authentic(container, each, host.persistence) for each in tokens)
 
 
 def test_a_disk_that_is_no_member_is_left_alone(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import shlex
 import uuid as uuids
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .. import log, strictjson
 from ..disks import adoptable, changes, devices, disk_keys, find, fstab, luks, token, udev
@@ -27,6 +27,9 @@ from ..paths import TPM_DEVICE, Paths
 from ..predict import allowed_states
 from ..run import run
 from ..secret import Secret
+
+Facts = dict[str, dict[str, Any]]
+"""LUKS UUID -> the facts of that header."""
 
 
 class NewGroup(NamedTuple):
@@ -159,7 +162,7 @@ def adopt_disk(
             known = {each.uuid: (group.name, each) for group in state.groups.values() for each in group.members}
             begun = uuid in known or bool(state.unfinished(DiskAdoption, about))
             adoptable.check_supported(container, container.disk_size, container.volume_key_size)
-            container.facts()  # raises what else is wrong with it
+            facts = container.facts()  # raises what else is wrong with it
             adoptable.check_room(container, container.volume_key_size, state.host, has_keyslot=begun)
             _check_signatures(node)
             dek = container.volume_key(passphrase)
@@ -184,21 +187,23 @@ def adopt_disk(
         _check_policy(work, group, member)
         seen = work.look() if len(group.members) > 1 else {}
         others = {each.uuid: _node_of(seen, each) for each in group.members if each.uuid != uuid}
-        _check_headers(work, group, {**others, uuid: node}, frozenset(accepted))
+        checked = _check_headers(work, group, {**others, uuid: node}, frozenset(accepted))
         with dek, obtain_recovery_key(state, persistence, recovery_file, escrow) as recovery:
             state.begin(DiskAdoption("disk adopt", about, manifest=group.manifest))
             changed = _Changed(node)
             try:
                 with luks.Container(node) as container:
+                    changes.require_unchanged(container, facts)
                     changed.keyslot = disk_keys.ensure_recovery_keyslot(container, dek=dek, recovery=recovery)
                     changed.flags = container.flags
                     if uuid not in known and line:
                         _take_options_over(container, line)
+                    checked[uuid] = container.facts()
                 if group.kek:
                     kek, _ = access.find_kek(work, group, {**others, uuid: node})
                 else:
                     group, kek = _new_group(work, group_name, group.members, group.manifest)
-                _write_member_list(work, group, {**others, uuid: node}, kek=kek, recovery=recovery)
+                _write_member_list(work, group, {**others, uuid: node}, checked, kek=kek, recovery=recovery)
             except UnlockError:
                 if uuid not in known:
                     changed.undo(state.host)
@@ -347,18 +352,24 @@ def _is_opened_early(name: str) -> bool:
     return name in devices.mappings_below("/") or bool(mounts_needed_before_groups(name))
 
 
-def _check_headers(work: access.Work, group: Group, nodes: dict[str, str], accepted: frozenset[str]) -> None:
+def _check_headers(work: access.Work, group: Group, nodes: dict[str, str], accepted: frozenset[str]) -> Facts:
     """Raises Tampered for a member whose header is not as it was when this host made its token: a new token would make
-    that authentic."""
+    that authentic. Refused for one that was accepted and does not protect its data. Returns what was checked."""
+    facts: Facts = {}
     for member in group.members:
         with luks.Container(nodes[member.uuid]) as container:
             found = _find_changes(work, container)
+            if found and member.name in accepted:
+                adoptable.check_supported(container, container.disk_size, container.volume_key_size)
+                log.note(f"{member.name}: accepted: {'; '.join(found)}")
+            facts[member.uuid] = container.facts()
         if found and member.name not in accepted:
             raise Tampered(
                 f"{member.name} ({nodes[member.uuid]}) has another header than this host wrote: {'; '.join(found)}",
                 f"if you changed it: --accept-changed-header {member.name}",
                 "changed-header",
             )
+    return facts
 
 
 def _find_changes(work: access.Work, container: luks.Container) -> list[str]:
@@ -385,16 +396,17 @@ def known_changes(state: State, container: luks.Container) -> list[str] | None:
 
 
 def _write_member_list(
-    work: access.Work, group: Group, nodes: dict[str, str], *, kek: Secret, recovery: Secret
+    work: access.Work, group: Group, nodes: dict[str, str], checked: Facts, *, kek: Secret, recovery: Secret
 ) -> None:
     """Writes a token with the group's present member list to every member; then removes the old tokens. Takes the KEK
-    over."""
+    over. Raises Tampered for a header that is not the one that was checked."""
     state = work.state
     with access.token_keys(work, kek=kek, mac_key=disk_keys.mac_key(recovery, state.host)) as keys:
         written = []
         for member in group.members:
             node = nodes[member.uuid]
             with luks.Container(node) as container:
+                changes.require_unchanged(container, checked[member.uuid])
                 dek = _open_by_recovery_key(state, container, recovery)
                 each = disk_keys.make_token(container, state.host, group, member, dek, keys)
                 state.headers[member.uuid] = strictjson.canonical(container.facts()).decode()
