@@ -200,6 +200,7 @@ def test_mountpoints_with_spaces_are_found(machine: Machine) -> None:
 
 
 def test_where_a_group_is_mounted_is_what_one_sees(machine: Machine) -> None:
+    machine.block("sdc", "8:32")
     machine.mapping("a", "254:0", LUKS + "a", "sda2")
     machine.mapping("b", "254:1", LUKS + "b", "sdb")
     machine.mapping("c", "254:2", LUKS + "c", "sdc")
