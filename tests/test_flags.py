@@ -23,6 +23,7 @@ from unlock.host.journal import GroupCreation
 from unlock.keys import access
 from unlock.operations import flags
 from unlock.operations import group as group_operations
+from unlock.operations.check.disks import check_group
 from unlock.secret import Secret
 
 pytestmark = pytest.mark.usefixtures("key_cache")
@@ -143,6 +144,29 @@ def test_a_header_that_somebody_else_changed_is_not_made_authentic(tmp_path: Pat
         change(host, image, DISCARD)
     assert "unlock disk adopt" in caught.value.hint
     assert image.read_bytes() == before
+
+
+def test_a_change_that_was_cut_off_is_one_that_this_host_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the flags, before the state. The token is for the header, so nothing is wrong."""
+    host = Host(tmp_path, 1)
+    (image,) = host.disks
+    with luks.Container(str(image)) as container, Secret(host.deks[container.uuid]) as dek:
+        container.add_keyslot(dek, passphrase=Secret(test_members.OPERATOR))
+    adopt(host, str(image))
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk_keys, "drop_other_tokens", cut)
+        with pytest.raises(KeyboardInterrupt):
+            change(host, image, DISCARD)
+    assert flags_of(image) == DISCARD and len(host.tokens(image)) == 2
+    assert "allow-discards" not in str(host.state.headers)
+    assert {each.verdict for each in check_group(host.state, host.group, host.look(), host.persistence)} == {"safe"}
+    adopt(host, str(image))
+    assert host.boot_opens() and len(host.tokens(image)) == 1
+    assert "allow-discards" in str(host.state.headers)
 
 
 def null_cipher(fields: dict[str, Any]) -> None:

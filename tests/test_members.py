@@ -1046,6 +1046,17 @@ def test_a_member_that_lost_its_token_alone_is_mended_without_a_question(member:
     assert host.boot_opens()
 
 
+def test_a_member_with_a_changed_token_alone_is_mended_without_a_question(member: tuple[Host, Path]) -> None:
+    """The state knows its header."""
+    host, image = member
+    with luks.Container(str(image)) as container:
+        ((number, fields),) = container.tokens(token.TYPE)
+        container.remove_token(number)
+        container.set_token({**fields, "name": "root"})
+    adopt(host, str(image))
+    assert host.boot_opens()
+
+
 def test_a_member_that_is_back_under_an_earlier_persistence_key_is_adopted_and_that_key_is_kept_no_more(
     member: tuple[Host, Path],
 ) -> None:

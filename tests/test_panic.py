@@ -242,8 +242,8 @@ def test_where_the_prompt_opens_nothing_no_other_follows(tmp_path: Path, shell: 
 def test_where_another_group_alone_is_open_no_stock_prompt_for_the_root_follows(
     tmp_path: Path, shell: list[str], shown: bool
 ) -> None:
-    """The stock prompt asks for what its crypttab lists. The boot goes on: the root may lie on LVM, whose volumes appear
-    later; and before it is mounted, the root is checked."""
+    """That prompt asks for what its crypttab lists. The boot goes on: the root may lie on LVM, whose volumes appear
+    later. Before it is mounted, it is checked."""
     stage = Stage(tmp_path)
     stage.fail_to_lock()
     (stage.run_folder / "verdict").write_text("tpm-failed\n")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from .. import log, strictjson
 from ..disks import adoptable, changes, devices, disk_keys, find, fstab, luks, token, udev
 from ..disks.groups import Group, Member, check_name, mapping_names
-from ..errors import CommandFailed, NotOurs, Refused, Tampered, UnlockError, Usage
+from ..errors import CommandFailed, Malformed, NotOurs, Refused, Tampered, UnlockError, Usage
 from ..host import config, this_boot, units
 from ..host.journal import DiskAdoption, GroupCreation
 from ..host.lock import exclusive
@@ -373,19 +373,23 @@ def _check_headers(work: access.Work, group: Group, nodes: dict[str, str], accep
 
 
 def _find_changes(work: access.Work, container: luks.Container) -> list[str]:
-    """What differs from the header that this host made a token for, in words; empty where it made none."""
+    """What differs from the header that this host made a token for, in words; empty where it made none. A token that
+    is for the header counts more than what the state has: a command may have been cut off before it saved that."""
     state = work.state
-    if (known := known_changes(state, container)) is not None:
-        return known
+    known = known_changes(state, container)
     try:
         tokens = disk_keys.read_tokens(container, state.host)
-    except NotOurs:
+    except (NotOurs, Malformed) as error:
+        if known is not None:
+            return known
+        if isinstance(error, Malformed):
+            raise
         members = {each.uuid for group in state.groups.values() for each in group.members}
         return ["its token is gone"] if container.uuid in members else []
     keys = work.persistence_keys(container.uuid)
     if any(disk_keys.is_authentic(container, each, key) for each in tokens for key in keys):
         return []
-    return ["what it was is not known, and its token does not authenticate what it is"]
+    return known if known is not None else ["what it was is not known, and its token does not authenticate what it is"]
 
 
 def known_changes(state: State, container: luks.Container) -> list[str] | None:
