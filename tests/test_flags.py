@@ -289,3 +289,20 @@ def test_a_group_is_created_with_discards(
             (each,) = disk_keys.read_tokens(container, HOST)
             assert disk_keys.is_authentic(container, each, host.persistence)
     assert recovery_file(host)
+
+
+def test_a_new_disk_whose_header_changes_before_its_token_gets_none(
+    tmp_path: Path,
+    loops: Loops,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = Host(tmp_path, 0)
+    (disk,) = loops()
+    monkeypatch.setattr(luks.Container, "activate", lambda *_: None)
+    monkeypatch.setattr(group_operations, "_make_file_system", lambda *_: edit(disk, null_cipher))
+    monkeypatch.setattr(group_operations, "_start", lambda _: None)
+    with pytest.raises(Tampered, match="changed meanwhile"):
+        group_operations.create_group(host.paths, wanted(host, disk, mount=str(tmp_path / "srv")))
+    with luks.Container(disk) as container, pytest.raises(NotOurs):
+        disk_keys.read_tokens(container, HOST)
+    assert not host.state.groups

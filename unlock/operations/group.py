@@ -99,11 +99,12 @@ def _create(work: access.Work, wanted: NewGroup, nodes: list[str], unfinished: G
             state.begin(GroupCreation("group create", wanted.name, members=tuple(before), options=_options(wanted)))
         try:
             group, kek = _new_group(work, wanted.name, tuple(before), 1, wanted.policy)
-            _format(group, nodes, recovery, wanted.discard)
+            made = _format(group, nodes, recovery, wanted.discard)
             _make_file_system(group, wanted)
             with access.token_keys(work, kek=kek, mac_key=disk_keys.mac_key(recovery, state.host)) as keys:
                 for member, node in zip(group.members, nodes, strict=True):
                     with luks.Container(node) as container, _open_by_recovery_key(state, container, recovery) as dek:
+                        changes.require_unchanged(container, made[member.uuid])
                         each = disk_keys.make_token(container, state.host, group, member, dek, keys)
                         disk_keys.write_token(node, each, dek, keys)
                         state.headers[member.uuid] = strictjson.canonical(container.facts()).decode()
@@ -558,8 +559,10 @@ def _is_half_made(node: str, member: Member) -> bool:
         return False
 
 
-def _format(group: Group, nodes: list[str], recovery: Secret, discard: bool) -> None:
-    """Writes fresh headers with the recovery keyslot, and opens the disks under their mapping names."""
+def _format(group: Group, nodes: list[str], recovery: Secret, discard: bool) -> Facts:
+    """Writes fresh headers with the recovery keyslot, and opens the disks under their mapping names. Returns what the
+    headers say."""
+    made: Facts = {}
     for member, node in zip(group.members, nodes, strict=True):
         if devices.active_mapping_name(member.uuid):
             luks.deactivate(member.name)
@@ -569,6 +572,8 @@ def _format(group: Group, nodes: list[str], recovery: Secret, discard: bool) -> 
             if discard:
                 container.set_flags(frozenset({"allow-discards"}))
             container.activate(member.name, dek)
+            made[member.uuid] = container.facts()
+    return made
 
 
 def _file_system_type(group: Group, wanted: NewGroup) -> str:
