@@ -52,6 +52,20 @@ class Machine:
         self.node(f"dev/{name}", number)
         return folder
 
+    def disk(self, name: str, number: str, parent: str = "", **attributes: str) -> None:
+        """A SCSI disk; `parent` is what it is connected to."""
+        folder = self.block(name, number)
+        if parent:
+            moved = self.folder / "sys/devices" / parent / name
+            moved.parent.mkdir(parents=True, exist_ok=True)
+            link = self.folder / "sys/dev/block" / number
+            link.unlink()
+            link.symlink_to(os.path.relpath(folder.rename(moved), link.parent))
+            self.folders[name] = folder = moved
+        (folder / "device").mkdir()
+        for attribute, value in attributes.items():
+            (folder / "device" / attribute).write_text(f"{value}\n")
+
     def mapping(self, name: str, number: str, uuid: str, *below: str) -> None:
         """A device-mapper device; its sysfs name is dm-MINOR."""
         folder = self.block(f"dm-{number.split(':')[1]}", number, below=below)
@@ -187,6 +201,7 @@ def test_mountpoints_with_spaces_are_found(machine: Machine) -> None:
 
 
 def test_where_a_group_is_mounted_is_what_one_sees(machine: Machine) -> None:
+    machine.block("sdc", "8:32")
     machine.mapping("a", "254:0", LUKS + "a", "sda2")
     machine.mapping("b", "254:1", LUKS + "b", "sdb")
     machine.mapping("c", "254:2", LUKS + "c", "sdc")
@@ -242,10 +257,55 @@ def found(name: str, number: str, serial: str = "", size: int = 1 << 20) -> devi
 
 def test_two_paths_to_one_disk_are_one(machine: Machine) -> None:
     for name, number in (("sdc", "8:32"), ("sdd", "8:48")):
-        machine.block(name, number)
+        machine.disk(name, number, wwid="naa.5000c500a1b2c3d4")
         machine.block(f"{name}2", f"{number}2", parent=name)
     assert distinct(machine, found("sdc", "8:32", "S1"), found("sdd", "8:48", "S1")) == ["/dev/sdc"]
     assert distinct(machine, found("sdc2", "8:322", "S1"), found("sdd2", "8:482", "S1")) == ["/dev/sdc2"]
+
+
+def test_two_paths_to_one_namespace_are_one(machine: Machine) -> None:
+    """Its own name: without a multipath head each controller has a block device."""
+    for name, number in (("nvme0n1", "259:0"), ("nvme1n1", "259:1")):
+        machine.block(name, number).joinpath("wwid").write_text("eui.0025385b71b0a1c2\n")
+    assert distinct(machine, found("nvme0n1", "259:0", "S1"), found("nvme1n1", "259:1", "S1")) == ["/dev/nvme0n1"]
+
+
+def test_without_a_wwid_two_paths_have_one_serial_number_and_model(machine: Machine) -> None:
+    """QEMU's SCSI disks have none."""
+    for name, number in (("sdc", "8:32"), ("sdd", "8:48")):
+        machine.disk(name, number, model="QEMU HARDDISK")
+    assert distinct(machine, found("sdc", "8:32", "S1"), found("sdd", "8:48", "S1")) == ["/dev/sdc"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"wwid": "naa.5000c500a1b2c3d4"}, {"wwid": "naa.5000c500a1b2c3d5"}),
+        ({"wwid": "naa.5000c500a1b2c3d4"}, {}),
+        ({"model": "A"}, {"model": "B"}),
+        ({"vendor": "A"}, {"vendor": "B"}),
+        ({"parent": "pci0000:00/usb2/2-1"}, {"parent": "pci0000:00/usb2/2-1"}),
+        (
+            {"parent": "pci0000:00/usb2/2-1", "wwid": "naa.3000000000000001"},
+            {"parent": "pci0000:00/usb2/2-1", "wwid": "naa.3000000000000001"},
+        ),
+    ],
+)
+def test_disks_that_share_a_serial_number_are_two(machine: Machine, one: dict[str, str], other: dict[str, str]) -> None:
+    """A bridge for two disks gives both its own."""
+    machine.disk("sdc", "8:32", **one)
+    machine.disk("sdd", "8:48", **other)
+    assert len(distinct(machine, found("sdc", "8:32", "S1"), found("sdd", "8:48", "S1"))) == 2
+
+
+@pytest.mark.parametrize("wwids", [("eui.0025385b71b0a1c2", "eui.0025385b71b0a1c3"), ("", "")])
+def test_namespaces_of_one_controller_are_two(machine: Machine, wwids: tuple[str, str]) -> None:
+    """They have the controller's serial number."""
+    for name, number, wwid in zip(("nvme0n1", "nvme0n2"), ("259:0", "259:1"), wwids, strict=True):
+        folder = machine.block(name, number)
+        if wwid:
+            (folder / "wwid").write_text(f"{wwid}\n")
+    assert len(distinct(machine, found("nvme0n1", "259:0", "S1"), found("nvme0n2", "259:1", "S1"))) == 2
 
 
 def test_copies_are_not_one_disk(machine: Machine) -> None:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unlock disk flags` and `group create --discard`: flags in a header, and the token that binds the header."""
 
+import contextlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,12 +17,13 @@ from tests.test_disk import edit
 from tests.test_members import Loops, adopt, luks_format, recovery_file, sh, wanted
 from unlock import cli
 from unlock.disks import disk_keys, luks
-from unlock.errors import NotOurs, Refused, Tampered, Usage
+from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.host import this_boot
 from unlock.host.journal import GroupCreation
 from unlock.keys import access
 from unlock.operations import flags
 from unlock.operations import group as group_operations
+from unlock.operations.check.disks import check_group
 from unlock.secret import Secret
 
 pytestmark = pytest.mark.usefixtures("key_cache")
@@ -142,6 +146,73 @@ def test_a_header_that_somebody_else_changed_is_not_made_authentic(tmp_path: Pat
     assert image.read_bytes() == before
 
 
+def test_a_change_that_was_cut_off_is_one_that_this_host_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the flags, before the state. The token is for the header, so nothing is wrong."""
+    host = Host(tmp_path, 1)
+    (image,) = host.disks
+    with luks.Container(str(image)) as container, Secret(host.deks[container.uuid]) as dek:
+        container.add_keyslot(dek, passphrase=Secret(test_members.OPERATOR))
+    adopt(host, str(image))
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk_keys, "drop_other_tokens", cut)
+        with pytest.raises(KeyboardInterrupt):
+            change(host, image, DISCARD)
+    assert flags_of(image) == DISCARD and len(host.tokens(image)) == 2
+    assert "allow-discards" not in str(host.state.headers)
+    assert {each.verdict for each in check_group(host.state, host.group, host.look(), host.persistence)} == {"safe"}
+    adopt(host, str(image))
+    assert host.boot_opens() and len(host.tokens(image)) == 1
+    assert "allow-discards" in str(host.state.headers)
+
+
+def null_cipher(fields: dict[str, Any]) -> None:
+    fields["segments"]["0"]["encryption"] = "cipher_null-ecb"
+
+
+def set_flags(names: list[str], fields: dict[str, Any]) -> None:
+    fields["config"]["flags"] = names
+
+
+@pytest.mark.parametrize("when", range(1, 7))
+def test_a_header_that_changes_after_its_check_gets_no_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    """For its Nth reading after the check alone."""
+    host = Host(tmp_path, 1)
+    (image,) = host.disks
+    real, real_change, left = luks.Container.__init__, flags._change, when
+
+    def swap(container: luks.Container, device: str) -> None:
+        nonlocal left
+        left -= 1
+        before = b"" if left else image.read_bytes()
+        if before:
+            edit(str(image), null_cipher)
+        real(container, device)
+        if before:
+            image.write_bytes(before)
+
+    def begin(*arguments: Any) -> Any:
+        monkeypatch.setattr(luks.Container, "__init__", swap)
+        return real_change(*arguments)
+
+    monkeypatch.setattr(flags, "_change", begin)
+    with contextlib.suppress(UnlockError):
+        change(host, image, DISCARD)
+    monkeypatch.undo()
+    assert "cipher_null" not in str(host.state.headers)
+    for flag in ([], ["allow-discards"]):
+        edit(str(image), partial(set_flags, flag))
+        edit(str(image), null_cipher)
+        with luks.Container(str(image)) as container:
+            tokens = disk_keys.read_tokens(container, HOST)
+            assert not any(disk_keys.is_authentic(container, each, host.persistence) for each in tokens)
+
+
 def test_a_disk_that_is_no_member_is_left_alone(tmp_path: Path) -> None:
     host = Host(tmp_path, 1)
     other = tmp_path / "other"
@@ -218,3 +289,20 @@ def test_a_group_is_created_with_discards(
             (each,) = disk_keys.read_tokens(container, HOST)
             assert disk_keys.is_authentic(container, each, host.persistence)
     assert recovery_file(host)
+
+
+def test_a_new_disk_whose_header_changes_before_its_token_gets_none(
+    tmp_path: Path,
+    loops: Loops,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = Host(tmp_path, 0)
+    (disk,) = loops()
+    monkeypatch.setattr(luks.Container, "activate", lambda *_: None)
+    monkeypatch.setattr(group_operations, "_make_file_system", lambda *_: edit(disk, null_cipher))
+    monkeypatch.setattr(group_operations, "_start", lambda _: None)
+    with pytest.raises(Tampered, match="changed meanwhile"):
+        group_operations.create_group(host.paths, wanted(host, disk, mount=str(tmp_path / "srv")))
+    with luks.Container(disk) as container, pytest.raises(NotOurs):
+        disk_keys.read_tokens(container, HOST)
+    assert not host.state.groups

@@ -20,7 +20,7 @@ from tests.test_disk import edit
 from unlock import ask, cli
 from unlock.boot import gate
 from unlock.cli import disk as cli_disk
-from unlock.disks import changes, luks, token, udev
+from unlock.disks import changes, disk_keys, luks, token, udev
 from unlock.disks.groups import Member
 from unlock.errors import DiskFailed, NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.host import config, report, this_boot
@@ -1016,11 +1016,75 @@ def accept(host: Host, image: Path) -> None:
     group_operations.adopt_disk(host.paths, str(image), "data", Secret(OPERATOR), recovery_file(host), accepted=[name])
 
 
+@pytest.mark.parametrize("what", ["a member", "one that was accepted", "a new disk"])
+@pytest.mark.parametrize("step", ["obtain_recovery_key", "_write_member_list"])
+def test_a_header_that_changes_after_its_check_gets_no_token(
+    member: tuple[Host, Path], loops: Loops, monkeypatch: pytest.MonkeyPatch, what: str, step: str
+) -> None:
+    """A drive, a SAN or a USB disk may answer otherwise the second time."""
+    host, image = member
+    disk, group = str(image), "data"
+    if what == "a new disk":
+        (disk,) = loops()
+        luks_format(disk)
+        group = "more"
+    if what == "one that was accepted":
+        edit(disk, flags)
+    real = getattr(group_operations, step)
+
+    def swap(*arguments: Any, **named: Any) -> Any:
+        edit(disk, lambda fields: fields["segments"]["0"].update(encryption="cipher_null-ecb"))
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(group_operations, step, swap)
+    with pytest.raises(Tampered, match="changed meanwhile") as caught:
+        group_operations.adopt_disk(host.paths, disk, group, Secret(OPERATOR), recovery_file(host), accepted=["data-0"])
+    assert caught.value.code == "changed-header"
+    with luks.Container(disk) as container:
+        tokens = [token.decode(fields) for _, fields in container.tokens(token.TYPE)]
+        assert not any(disk_keys.is_authentic(container, each, host.persistence) for each in tokens)
+        assert "cipher_null" not in host.state.headers.get(container.uuid, "")
+    assert host.state.journal is None
+
+
+def test_what_is_accepted_at_once_is_shown(member: tuple[Host, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    host, image = member
+    edit(str(image), flags)
+    accept(host, image)
+    assert 'accepted: flags was none, is ["allow-discards"]' in capsys.readouterr().err
+
+
+def test_a_member_is_accepted_only_with_a_header_that_protects_its_data(tmp_path: Path) -> None:
+    """Of the disk that is named, and of each other member."""
+    host = Host(tmp_path, 2)
+    first, second = host.disks
+    with luks.Container(str(first)) as container, Secret(host.deks[container.uuid]) as dek:
+        container.add_keyslot(dek, passphrase=Secret(OPERATOR))
+    edit(str(second), lambda fields: fields["segments"]["0"].update(encryption="cipher_null-ecb"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(access, "Work", partial(access.Work, look=host.look))
+        with pytest.raises(Refused, match="not encrypted"):
+            group_operations.adopt_disk(
+                host.paths, str(first), "data", Secret(OPERATOR), recovery_file(host), accepted=["data-1"]
+            )
+
+
 def test_a_member_that_lost_its_token_alone_is_mended_without_a_question(member: tuple[Host, Path]) -> None:
     host, image = member
     edit(str(image), lambda fields: fields["tokens"].clear())
     with pytest.raises(NotOurs):
         host.boot_opens()
+    adopt(host, str(image))
+    assert host.boot_opens()
+
+
+def test_a_member_with_a_changed_token_alone_is_mended_without_a_question(member: tuple[Host, Path]) -> None:
+    """The state knows its header."""
+    host, image = member
+    with luks.Container(str(image)) as container:
+        ((number, fields),) = container.tokens(token.TYPE)
+        container.remove_token(number)
+        container.set_token({**fields, "name": "root"})
     adopt(host, str(image))
     assert host.boot_opens()
 

@@ -45,6 +45,7 @@ class Stage:
                 "#/dev/}": f"#{home}/dev/}}",
                 "/dev/* |": "/* |",
                 "/conf/param.conf": home / "param.conf",
+                "/cryptroot/crypttab": home / "crypttab",
                 "/usr/sbin/unlock": home / "unlock",
                 "/usr/lib/unlock/cap": home / "cap",
                 "/dev/console": self.console,
@@ -235,6 +236,40 @@ def test_where_the_prompt_opens_nothing_no_other_follows(tmp_path: Path, shell: 
     stage.fail_to_lock()
     (stage.run_folder / "verdict").write_text("tpm-failed\n")
     assert stage.gives_up(shell) == ["cap try", "boot why", "boot prompt", "cap ", "poweroff"]
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_where_another_group_alone_is_open_no_stock_prompt_for_the_root_follows(
+    tmp_path: Path, shell: list[str], shown: bool
+) -> None:
+    """That prompt asks for what its crypttab lists. The boot goes on: the root may lie on LVM, whose volumes appear
+    later. Before it is mounted, it is checked."""
+    stage = Stage(tmp_path)
+    stage.fail_to_lock()
+    (stage.run_folder / "verdict").write_text("tpm-failed\n")
+    (stage.run_folder / "open").mkdir()
+    (stage.run_folder / "open/data").symlink_to("x")
+    (stage.run_folder / "crypttab").write_text("root UUID=1 none luks\n")
+    if shown:
+        (tmp_path / "crypttab").write_text("root UUID=1 none luks\n")
+    assert stage.gives_up(shell) == ["cap try", "boot why", "boot prompt"]
+    assert not (tmp_path / "crypttab").exists() or not (tmp_path / "crypttab").read_text()
+    stage.thief_brings_a_root_disk()
+    assert stage.script(shell, "local-premount") == ["cap ", "poweroff"]
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_the_stock_prompt_has_its_crypttab_back_where_the_tpm_is_locked_or_the_root_is_there(
+    tmp_path: Path, shell: list[str], locked: bool
+) -> None:
+    stage = Stage(tmp_path)
+    (stage.run_folder / "verdict").write_text("tpm-failed\n")
+    (stage.run_folder / "crypttab").write_text("root UUID=1 none luks\n")
+    if not locked:
+        stage.fail_to_lock()
+        stage.opens("prompt")
+    stage.gives_up(shell)
+    assert (tmp_path / "crypttab").read_text() == "root UUID=1 none luks\n"
 
 
 def test_a_disk_that_was_changed_is_told_and_no_shell_follows(tmp_path: Path, shell: list[str]) -> None:

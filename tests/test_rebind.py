@@ -7,18 +7,19 @@ import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.eventlogs import Boot, Unmeasured
-from tests.flowfixture import Host
+from tests.flowfixture import HOST, Host
 from tests.hostfixture import Machine
 from tests.killing import Killer, killed_at
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from tests.test_disk import edit
 from unlock import cli, strictjson
-from unlock.disks import luks, token
+from unlock.disks import disk_keys, luks, token
 from unlock.errors import NoKey, ProviderUnavailable, Refused, Tampered, TpmFailed, TpmRefused, UnlockError
 from unlock.host import keyring, report, this_boot
 from unlock.keys import access, delivery, recovery_key
@@ -532,3 +533,54 @@ def test_a_boot_with_a_pin_and_the_bank_off_says_so_too(host: Machine) -> None:
     host.chip.power_cycle()
     found = diagnosis.diagnose(evidence.gather_evidence(host.paths, host.chip.tcti))
     assert [each.code for each in found.causes] == ["no-sha256-bank"]
+
+
+# A header that changes after it was checked: a drive, a SAN or a USB disk may answer otherwise the second time
+
+
+def null_cipher(fields: dict[str, Any]) -> None:
+    fields["segments"]["0"]["encryption"] = "cipher_null-ecb"
+
+
+def is_authentic(image: Path, key: Secret) -> bool:
+    with luks.Container(str(image)) as container:
+        return any(disk_keys.is_authentic(container, each, key) for each in disk_keys.read_tokens(container, HOST))
+
+
+@pytest.mark.parametrize("step", ["_find_host_key", "_add_tokens", "_rewrap_disks"])
+@pytest.mark.parametrize("accepted", [(), ("data-0",)])
+def test_a_header_that_changes_after_its_check_gets_no_token(
+    host: Machine, monkeypatch: pytest.MonkeyPatch, step: str, accepted: tuple[str, ...]
+) -> None:
+    if accepted:
+        set_flag(host, host.disks[0])
+    host.clear()
+    host.boot()
+    real = getattr(rebind, step)
+
+    def swap(*arguments: Any) -> Any:
+        edit(str(host.disks[0]), null_cipher)
+        return real(*arguments)
+
+    monkeypatch.setattr(rebind, step, swap)
+    found = run(host, backup(host), accepted=accepted)
+    assert found.done == ("data-1",) and "changed meanwhile" in found.left["data-0"]
+    assert "segments.0.encryption was aes-xts-plain64, is cipher_null-ecb" in found.left["data-0"]
+    assert not is_authentic(host.disks[0], keyring.get("unlock:persistence"))
+    assert "cipher_null" not in host.state.headers.get(find_uuid(host.disks[0]), "")
+
+
+def find_uuid(image: Path) -> str:
+    with luks.Container(str(image)) as container:
+        return container.uuid
+
+
+def test_what_is_accepted_at_once_is_shown(lone: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    set_flag(lone, lone.disks[0])
+    lone.boot()
+    keyring.flush()
+    capsys.readouterr()
+    run(lone, backup(lone), accepted=("data-0",))
+    assert 'accepted: flags was none, is ["allow-discards"]' in capsys.readouterr().err
+    run(lone, backup(lone), accepted=("data-0",))
+    assert "accepted" not in capsys.readouterr().err, "it is as this host wrote it"

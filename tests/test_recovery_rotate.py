@@ -9,17 +9,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.flowfixture import HOST, Host
 from tests.killing import LASTING, Killer, child, killed_at
+from tests.test_disk import edit
 from tests.test_escrow import decrypted, organisation
 from unlock.disks import disk_keys, find, luks
 from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.host import keyring
 from unlock.host.journal import RecoveryRotation
-from unlock.keys import delivery, recovery_key
+from unlock.keys import access, delivery, recovery_key
 from unlock.keys.escrow import Escrow
 from unlock.operations import recovery, rekey, status, sync
 from unlock.secret import Secret
@@ -230,6 +232,44 @@ def test_a_changed_header_is_never_blessed(host: Host) -> None:
 
 def killed_before_the_first_keyslot(host: Host, keep: delivery.Keeper) -> None:
     assert killed_at(1, lambda: recovery.rotate_recovery_key(host.paths, keep, host.look), [luks.Container.add_keyslot])
+
+
+@pytest.mark.parametrize("step", ["ensure_recovery_keyslot", "make_token"])
+def test_a_header_that_changes_after_its_check_is_not_blessed(
+    host: Host, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """For all readings from that of the step on, as a disk may answer."""
+    image = host.disks[0]
+    real, real_key = luks.Container.__init__, access.find_volume_key
+    left = {"ensure_recovery_keyslot": 1, "make_token": 3}[step]
+    checked = False
+
+    def find_volume_key(*arguments: Any) -> Secret:
+        nonlocal checked
+        checked = True
+        return real_key(*arguments)
+
+    def swap(container: luks.Container, device: str) -> None:
+        nonlocal left
+        if checked and device == str(image):
+            left -= 1
+            if left == 0:
+                edit(str(image), null_cipher)
+        real(container, device)
+
+    monkeypatch.setattr(access, "find_volume_key", find_volume_key)
+    monkeypatch.setattr(luks.Container, "__init__", swap)
+    with pytest.raises(Tampered, match="changed meanwhile"):
+        rotate(host)
+    monkeypatch.undo()
+    assert not authentic(image, host.recovery) and not authentic(image, key_of(host))
+    with luks.Container(str(image)) as container:
+        for each in disk_keys.read_tokens(container, HOST):
+            assert not disk_keys.is_authentic(container, each, host.persistence)
+
+
+def null_cipher(fields: dict[str, Any]) -> None:
+    fields["segments"]["0"]["encryption"] = "cipher_null-ecb"
 
 
 def test_who_finishes_a_rotation_gets_its_key_wherever_they_ask_for_it(host: Host) -> None:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between the facts of a disk's header as this host wrote it, and as it is now. Pure."""
+"""What differs between the facts of a disk's header as this host wrote or checked it, and as it is now."""
 
 from collections.abc import Iterator
 from typing import Any
 
+from ..errors import Tampered
 from ..strictjson import canonical
+from .header import Header
 
 _SHOWN = 100
 """Characters of one value."""
@@ -13,6 +15,18 @@ _SHOWN = 100
 def describe_changes(before: Any, now: Any) -> list[str]:
     """A text for each value of `Header.facts` that differs, with its place. Printable, whatever is in a header."""
     return list(_differences(before, now, ""))
+
+
+def require_unchanged(header: Header, checked: dict[str, Any]) -> None:
+    """Raises Tampered, code `changed-header`, unless the facts of a header are still those that were checked. A disk
+    may answer otherwise the second time, and a token is for whatever was read last."""
+    now = header.facts()
+    if canonical(now) != canonical(checked):
+        raise Tampered(
+            f"{header.device}: its header was changed meanwhile: {'; '.join(describe_changes(checked, now))}",
+            "type the same command again",
+            "changed-header",
+        )
 
 
 def _differences(before: Any, now: Any, where: str) -> Iterator[str]:

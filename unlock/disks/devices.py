@@ -319,17 +319,33 @@ class Found(NamedTuple):
 
 def distinct_disks(found: Sequence[Found], root: str = "/") -> list[Found]:
     """One device for each disk, of devices with one LUKS UUID. Left out are what another of them is made of (the paths
-    of a multipath map), LVM snapshots of another, and further paths to one disk: the same serial number, size and
-    partition."""
+    of a multipath map), LVM snapshots of another, and further paths to one disk: the same identity (see `_identity`),
+    serial number, size and partition."""
     folders = {each.node: _sysfs_folder(each.number, root) for each in found}
     parts = set().union(*(_all_slaves(folder) for folder in folders.values()))
     disks: dict[tuple[object, ...], Found] = {}
     for each in sorted(found):
         folder = folders[each.node]
         if folder not in parts and not any(_is_snapshot(folder, other) for other in folders.values()):
-            one = (each.serial, each.size, read_line(folder, "partition")) if each.serial else (each.node,)
+            identity = _identity(folder) if each.serial else ()
+            one = (*identity, each.serial, each.size, read_line(folder, "partition")) if identity else (each.node,)
             disks.setdefault(one, each)
     return list(disks.values())
+
+
+def _identity(folder: str) -> tuple[str, ...]:
+    """What two paths to one disk, given by sysfs folders, have in common besides its serial number; empty for a disk
+    that may have its serial number from what it is connected to: the bridge of a USB dock, the controller of an NVMe
+    namespace. The kernel makes a wwid of the unit's own identifiers: VPD page 0x83 for SCSI, NGUID or EUI-64 for NVMe.
+    """
+    disk = os.path.dirname(folder) if os.path.exists(f"{folder}/partition") else folder
+    if any(part.startswith("usb") and part[3:].isdecimal() for part in disk.split("/")):
+        return ()
+    if wwid := read_line(disk, "wwid") or read_line(disk, "device", "wwid"):
+        return (wwid,)
+    if os.path.basename(disk).startswith("nvme"):
+        return ()
+    return "", read_line(disk, "device", "vendor"), read_line(disk, "device", "model")
 
 
 def _all_slaves(folder: str) -> set[str]:

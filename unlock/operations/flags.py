@@ -6,8 +6,9 @@ is killed. The same command then finishes.
 """
 
 import os
+from typing import Any
 
-from ..disks import disk_keys, find, luks, token
+from ..disks import changes, disk_keys, find, luks, token
 from ..disks.groups import Group, Member
 from ..errors import Refused, Tampered, Usage
 from ..host.lock import exclusive
@@ -43,11 +44,11 @@ def change_flags(
             _check_authentic(work, container, group)
             wanted = container.flags.union(add) - remove
             before = container.flags
+            facts = container.facts()
         disk_keys.drop_tokens_not_under(node, state.host, *work.persistence_keys(member.uuid))
         if wanted != before:
-            _change(work, node, group, member, wanted)
-        with luks.Container(node) as container:
-            state.headers[member.uuid] = canonical(container.facts()).decode()
+            facts = _change(work, node, group, member, wanted)
+        state.headers[member.uuid] = canonical(facts).decode()
         state.save()
         return wanted
 
@@ -76,7 +77,8 @@ def _check_authentic(work: access.Work, container: luks.Container, group: Group)
         )
 
 
-def _change(work: access.Work, node: str, group: Group, member: Member, wanted: frozenset[str]) -> None:
+def _change(work: access.Work, node: str, group: Group, member: Member, wanted: frozenset[str]) -> dict[str, Any]:
+    """Returns the facts of the header that it wrote."""
     state = work.state
     kek, _ = access.find_kek(work, group, {member.uuid: node})
     with (
@@ -85,9 +87,12 @@ def _change(work: access.Work, node: str, group: Group, member: Member, wanted: 
         luks.Container(node) as future,
         access.find_volume_key(work, container, group) as dek,
     ):
+        changes.require_unchanged(future, container.facts())  # whose token gave the volume key
         future.set_flags(wanted, in_memory=True)
+        facts = future.facts()
         new = disk_keys.make_token(future, state.host, group, member, dek, keys)
         container.set_token(token.encode(new))
         container.set_flags(wanted)
         disk_keys.drop_other_tokens(node, new, dek, keys)
     state.drop_old_key(member.uuid)
+    return facts

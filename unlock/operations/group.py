@@ -9,12 +9,12 @@ import shlex
 import uuid as uuids
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .. import log, strictjson
 from ..disks import adoptable, changes, devices, disk_keys, find, fstab, luks, token, udev
 from ..disks.groups import Group, Member, check_name, mapping_names
-from ..errors import CommandFailed, NotOurs, Refused, Tampered, UnlockError, Usage
+from ..errors import CommandFailed, Malformed, NotOurs, Refused, Tampered, UnlockError, Usage
 from ..host import config, this_boot, units
 from ..host.journal import DiskAdoption, GroupCreation
 from ..host.lock import exclusive
@@ -27,6 +27,9 @@ from ..paths import TPM_DEVICE, Paths
 from ..predict import allowed_states
 from ..run import run
 from ..secret import Secret
+
+Facts = dict[str, dict[str, Any]]
+"""LUKS UUID -> the facts of that header."""
 
 
 class NewGroup(NamedTuple):
@@ -96,11 +99,12 @@ def _create(work: access.Work, wanted: NewGroup, nodes: list[str], unfinished: G
             state.begin(GroupCreation("group create", wanted.name, members=tuple(before), options=_options(wanted)))
         try:
             group, kek = _new_group(work, wanted.name, tuple(before), 1, wanted.policy)
-            _format(group, nodes, recovery, wanted.discard)
+            made = _format(group, nodes, recovery, wanted.discard)
             _make_file_system(group, wanted)
             with access.token_keys(work, kek=kek, mac_key=disk_keys.mac_key(recovery, state.host)) as keys:
                 for member, node in zip(group.members, nodes, strict=True):
                     with luks.Container(node) as container, _open_by_recovery_key(state, container, recovery) as dek:
+                        changes.require_unchanged(container, made[member.uuid])
                         each = disk_keys.make_token(container, state.host, group, member, dek, keys)
                         disk_keys.write_token(node, each, dek, keys)
                         state.headers[member.uuid] = strictjson.canonical(container.facts()).decode()
@@ -159,7 +163,7 @@ def adopt_disk(
             known = {each.uuid: (group.name, each) for group in state.groups.values() for each in group.members}
             begun = uuid in known or bool(state.unfinished(DiskAdoption, about))
             adoptable.check_supported(container, container.disk_size, container.volume_key_size)
-            container.facts()  # raises what else is wrong with it
+            facts = container.facts()  # raises what else is wrong with it
             adoptable.check_room(container, container.volume_key_size, state.host, has_keyslot=begun)
             _check_signatures(node)
             dek = container.volume_key(passphrase)
@@ -184,21 +188,23 @@ def adopt_disk(
         _check_policy(work, group, member)
         seen = work.look() if len(group.members) > 1 else {}
         others = {each.uuid: _node_of(seen, each) for each in group.members if each.uuid != uuid}
-        _check_headers(work, group, {**others, uuid: node}, frozenset(accepted))
+        checked = _check_headers(work, group, {**others, uuid: node}, frozenset(accepted))
         with dek, obtain_recovery_key(state, persistence, recovery_file, escrow) as recovery:
             state.begin(DiskAdoption("disk adopt", about, manifest=group.manifest))
             changed = _Changed(node)
             try:
                 with luks.Container(node) as container:
+                    changes.require_unchanged(container, facts)
                     changed.keyslot = disk_keys.ensure_recovery_keyslot(container, dek=dek, recovery=recovery)
                     changed.flags = container.flags
                     if uuid not in known and line:
                         _take_options_over(container, line)
+                    checked[uuid] = container.facts()
                 if group.kek:
                     kek, _ = access.find_kek(work, group, {**others, uuid: node})
                 else:
                     group, kek = _new_group(work, group_name, group.members, group.manifest)
-                _write_member_list(work, group, {**others, uuid: node}, kek=kek, recovery=recovery)
+                _write_member_list(work, group, {**others, uuid: node}, checked, kek=kek, recovery=recovery)
             except UnlockError:
                 if uuid not in known:
                     changed.undo(state.host)
@@ -347,34 +353,44 @@ def _is_opened_early(name: str) -> bool:
     return name in devices.mappings_below("/") or bool(mounts_needed_before_groups(name))
 
 
-def _check_headers(work: access.Work, group: Group, nodes: dict[str, str], accepted: frozenset[str]) -> None:
+def _check_headers(work: access.Work, group: Group, nodes: dict[str, str], accepted: frozenset[str]) -> Facts:
     """Raises Tampered for a member whose header is not as it was when this host made its token: a new token would make
-    that authentic."""
+    that authentic. Refused for one that was accepted and does not protect its data. Returns what was checked."""
+    facts: Facts = {}
     for member in group.members:
         with luks.Container(nodes[member.uuid]) as container:
             found = _find_changes(work, container)
+            if found and member.name in accepted:
+                adoptable.check_supported(container, container.disk_size, container.volume_key_size)
+                log.note(f"{member.name}: accepted: {'; '.join(found)}")
+            facts[member.uuid] = container.facts()
         if found and member.name not in accepted:
             raise Tampered(
                 f"{member.name} ({nodes[member.uuid]}) has another header than this host wrote: {'; '.join(found)}",
                 f"if you changed it: --accept-changed-header {member.name}",
                 "changed-header",
             )
+    return facts
 
 
 def _find_changes(work: access.Work, container: luks.Container) -> list[str]:
-    """What differs from the header that this host made a token for, in words; empty where it made none."""
+    """What differs from the header that this host made a token for, in words; empty where it made none. A token that
+    is for the header counts more than what the state has: a command may have been cut off before it saved that."""
     state = work.state
-    if (known := known_changes(state, container)) is not None:
-        return known
+    known = known_changes(state, container)
     try:
         tokens = disk_keys.read_tokens(container, state.host)
-    except NotOurs:
+    except (NotOurs, Malformed) as error:
+        if known is not None:
+            return known
+        if isinstance(error, Malformed):
+            raise
         members = {each.uuid for group in state.groups.values() for each in group.members}
         return ["its token is gone"] if container.uuid in members else []
     keys = work.persistence_keys(container.uuid)
     if any(disk_keys.is_authentic(container, each, key) for each in tokens for key in keys):
         return []
-    return ["what it was is not known, and its token does not authenticate what it is"]
+    return known if known is not None else ["what it was is not known, and its token does not authenticate what it is"]
 
 
 def known_changes(state: State, container: luks.Container) -> list[str] | None:
@@ -385,16 +401,17 @@ def known_changes(state: State, container: luks.Container) -> list[str] | None:
 
 
 def _write_member_list(
-    work: access.Work, group: Group, nodes: dict[str, str], *, kek: Secret, recovery: Secret
+    work: access.Work, group: Group, nodes: dict[str, str], checked: Facts, *, kek: Secret, recovery: Secret
 ) -> None:
     """Writes a token with the group's present member list to every member; then removes the old tokens. Takes the KEK
-    over."""
+    over. Raises Tampered for a header that is not the one that was checked."""
     state = work.state
     with access.token_keys(work, kek=kek, mac_key=disk_keys.mac_key(recovery, state.host)) as keys:
         written = []
         for member in group.members:
             node = nodes[member.uuid]
             with luks.Container(node) as container:
+                changes.require_unchanged(container, checked[member.uuid])
                 dek = _open_by_recovery_key(state, container, recovery)
                 each = disk_keys.make_token(container, state.host, group, member, dek, keys)
                 state.headers[member.uuid] = strictjson.canonical(container.facts()).decode()
@@ -542,8 +559,10 @@ def _is_half_made(node: str, member: Member) -> bool:
         return False
 
 
-def _format(group: Group, nodes: list[str], recovery: Secret, discard: bool) -> None:
-    """Writes fresh headers with the recovery keyslot, and opens the disks under their mapping names."""
+def _format(group: Group, nodes: list[str], recovery: Secret, discard: bool) -> Facts:
+    """Writes fresh headers with the recovery keyslot, and opens the disks under their mapping names. Returns what the
+    headers say."""
+    made: Facts = {}
     for member, node in zip(group.members, nodes, strict=True):
         if devices.active_mapping_name(member.uuid):
             luks.deactivate(member.name)
@@ -553,6 +572,8 @@ def _format(group: Group, nodes: list[str], recovery: Secret, discard: bool) -> 
             if discard:
                 container.set_flags(frozenset({"allow-discards"}))
             container.activate(member.name, dek)
+            made[member.uuid] = container.facts()
+    return made
 
 
 def _file_system_type(group: Group, wanted: NewGroup) -> str:

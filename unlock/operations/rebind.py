@@ -18,10 +18,10 @@ that disk, as in every replacement of it (new_persistence_key.py).
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .. import strictjson
-from ..disks import adoptable, disk_keys, find, luks, token
+from .. import log, strictjson
+from ..disks import adoptable, changes, disk_keys, find, luks, token
 from ..disks.groups import Group
 from ..errors import Malformed, NoKey, NotOurs, Refused, Tampered, UnlockError
 from ..host import keyring, this_boot
@@ -114,7 +114,7 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
             raise Refused("this host has no recovery key, so no disk depends on its TPM", "unlock status")
         seen = look()
         mac_key = keys.enter_context(disk_keys.mac_key(choices.recovery, state.host))
-        left, changed = _check_disks(state, seen, choices.accepted, recovery=choices.recovery, mac_key=mac_key)
+        left, changed, facts = _check_disks(state, seen, choices.accepted, recovery=choices.recovery, mac_key=mac_key)
         slots.require_owner_auth(tpm, choices.owner_auth)
         selection, branch, plain_root = _policy_of_this_boot(paths, tpm, state, choices)
         dropped = _dropped_pcrs(tpm, state, choices, selection)
@@ -146,7 +146,7 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
         ]
         known = [keys.enter_context(each) for each in (state.known_keys(old.copy()) if old else ())]
         for group, each in wraps:  # the next boot may have the new key, or still another
-            _add_tokens(state, seen, group, each, choices, left, known)
+            _add_tokens(state, seen, group, each, choices, left, known, facts)
         payload = Payload(new, plain_root, allowed_states.needs_of_root(state))
         has_pin = len(pin_auth) > 0
         if choices.pin and has_pin:
@@ -165,7 +165,7 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
             this_boot.cache_keys(paths, "PIN", {allowed_states.PIN_AUTH: pin_auth})
         done: list[str] = []
         for group, each in wraps:
-            done += _rewrap_disks(state, seen, group, each, choices.recovery, left)
+            done += _rewrap_disks(state, seen, group, each, choices.recovery, left, facts)
         for each_key in known:
             trusted_files.put_under_new_key(paths, old=each_key, new=new)
         _keep_old_keys(state, left, old=old, new=new)
@@ -207,6 +207,8 @@ class CheckedDisks(NamedTuple):
     """Why that disk is left as it is."""
     changed: tuple[str, ...]
     """Of these: the disks whose headers are not as this host wrote them."""
+    facts: dict[str, dict[str, Any]]
+    """The facts of the headers that were found good, or accepted: no other header gets a token."""
 
 
 def _check_disks(
@@ -221,7 +223,7 @@ def _check_disks(
     because headers are not as this host wrote them."""
     left: dict[str, str] = {}
     changed: dict[str, Tampered] = {}
-    good = 0
+    facts: dict[str, dict[str, Any]] = {}
     trouble: UnlockError | None = None
     for group in state.groups.values():
         for member in group.members:
@@ -236,13 +238,15 @@ def _check_disks(
                     elif not _is_authentic(container, state.host, mac_key):
                         adoptable.check_supported(container, container.disk_size, container.volume_key_size)
                         _dek_of_changed(container, recovery).wipe()
-                good += 1
+                        found = _find_changes(state, container) or _of_unknown_change(state, container)
+                        log.note(f"{member.name}: accepted: {'; '.join(found)}")
+                    facts[member.name] = container.facts()
             except Tampered as error:
                 left[member.name] = str(error)
                 changed[member.name] = error
             except UnlockError as error:
                 left[member.name], trouble = str(error), error
-    if not good:
+    if not facts:
         if changed:
             raise next(iter(changed.values()))
         raise Refused(
@@ -250,7 +254,7 @@ def _check_disks(
             (trouble and trouble.hint) or "unlock status",
             code="wrong-recovery-key",
         ) from trouble
-    return CheckedDisks(left, tuple(changed))
+    return CheckedDisks(left, tuple(changed), facts)
 
 
 def _check_header(state: State, container: luks.Container, name: str, *, recovery: Secret, mac_key: Secret) -> None:
@@ -259,22 +263,29 @@ def _check_header(state: State, container: luks.Container, name: str, *, recover
     if _is_authentic(container, state.host, mac_key):
         disk_keys.dek_by_recovery_key(container, recovery).wipe()
         return
-    known = known_changes(state, container)
-    differs = [] if _tokens(container, state.host) else ["its token is gone"]
-    differs += known or []
+    differs = _find_changes(state, container)
     try:
         disk_keys.dek_by_recovery_key(container, recovery).wipe()
     except NotOurs:
         if not differs:
             raise
         differs.append("no keyslot that this host made takes this recovery key")
-    if not differs:
-        differs.append("what it was is not known" if known is None else "its token was changed")
     raise Tampered(
-        f"{name} ({container.device}) has another header than this host wrote: {'; '.join(differs)}",
+        f"{name} ({container.device}) has another header than this host wrote: "
+        f"{'; '.join(differs or _of_unknown_change(state, container))}",
         f"if you changed it: --accept-changed-header {name}",
         "changed-header",
     )
+
+
+def _find_changes(state: State, container: luks.Container) -> list[str]:
+    """What is seen to differ in a header that is not authentic, in words."""
+    return ([] if _tokens(container, state.host) else ["its token is gone"]) + (known_changes(state, container) or [])
+
+
+def _of_unknown_change(state: State, container: luks.Container) -> list[str]:
+    """What is said where nothing is seen to differ."""
+    return ["its token was changed" if container.uuid in state.headers else "what it was is not known"]
 
 
 def _is_authentic(container: luks.Container, host: str, mac_key: Secret) -> bool:
@@ -539,6 +550,7 @@ def _add_tokens(
     choices: RebindChoices,
     left: dict[str, str],
     known: Sequence[Secret],
+    facts: dict[str, dict[str, Any]],
 ) -> None:
     """Writes a token under the new keys beside the others to each member that is here. Where persistence keys are
     known, tokens under others make room: earlier rebinds have left them, which were killed before the TPM had their
@@ -550,12 +562,14 @@ def _add_tokens(
         node = find.find_node(seen, member)
         try:
             with luks.Container(node) as container:
+                changes.require_unchanged(container, facts[member.name])
                 if member.name in choices.accepted and not _is_authentic(container, state.host, keys.mac_key):
                     with _dek_of_changed(container, choices.recovery) as dek:
                         disk_keys.ensure_recovery_keyslot(container, dek=dek, recovery=choices.recovery)
                 elif known:
                     disk_keys.drop_tokens_not_under(node, state.host, *known, keys.persistence)
             with luks.Container(node) as container:
+                changes.require_unchanged(container, facts[member.name])
                 dek = disk_keys.dek_by_recovery_key(container, choices.recovery)
                 each = disk_keys.make_token(container, state.host, group, member, dek, keys)
             with dek:
@@ -571,6 +585,7 @@ def _rewrap_disks(
     keys: disk_keys.Keys,
     recovery: Secret,
     left: dict[str, str],
+    facts: dict[str, dict[str, Any]],
 ) -> list[str]:
     """Writes a token under the new keys to each member that is here; returns their mapping names. A disk that fails
     goes into `left` and does not stop the others."""
@@ -581,6 +596,7 @@ def _rewrap_disks(
         node = find.find_node(seen, member)
         try:
             with luks.Container(node) as container:
+                changes.require_unchanged(container, facts[member.name])
                 slot, dek = disk_keys.recovery_keyslot(container, recovery)
                 state.recovery.keyslots[member.uuid] = container.salt(slot)
                 state.headers[member.uuid] = strictjson.canonical(container.facts()).decode()

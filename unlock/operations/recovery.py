@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from .. import log
-from ..disks import disk_keys, find, luks, token
+from ..disks import changes, disk_keys, find, luks, token
 from ..disks.groups import Group, Member
 from ..errors import DiskFailed, Malformed, NotOurs, Refused, Tampered, UnlockError, Usage
 from ..host.journal import NewPersistenceKey, RecoveryRenewal, RecoveryRotation
@@ -399,14 +399,17 @@ def _write_keyslot_and_token(work: Work, place: PresentMember, recovery: Secret)
     there already."""
     with luks.Container(place.node) as container:
         dek = access.find_volume_key(work, container, place.group)
+        facts = container.facts()
     with dek:
         with luks.Container(place.node) as container:
+            changes.require_unchanged(container, facts)
             disk_keys.ensure_recovery_keyslot(container, dek=dek, recovery=recovery)
         with luks.Container(place.node) as container, disk_keys.dek_by_recovery_key(container, recovery) as found:
             if found != dek:
                 raise DiskFailed(f"{place.node}: the keyslot that was written gives another key")
         with _token_keys(work, place.group, recovery) as keys:
             with luks.Container(place.node) as container:
+                changes.require_unchanged(container, facts)
                 each = disk_keys.make_token(container, work.state.host, place.group, place.member, dek, keys)
             disk_keys.write_token(place.node, each, dek, keys)
 

@@ -80,7 +80,8 @@ def _check_member(
                 for each in disk_keys.read_tokens(container, state.host)
                 if (each.group, each.manifest, each.members) == (group.name, group.manifest, len(group.members))
             ]
-            if differs := known_changes(state, container):
+            proven = persistence and any(disk_keys.is_authentic(container, each, persistence) for each in tokens)
+            if not proven and (differs := known_changes(state, container)):
                 return Finding(what, UNSAFE, f"its header was changed: {'; '.join(differs)}", adopt)
             if not tokens:
                 return Finding(what, UNSAFE, "its token is not of the group as it is now", "unlock sync")
