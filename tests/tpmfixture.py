@@ -247,16 +247,16 @@ class Proxy:
     @contextlib.contextmanager
     def _line(self, client: socket.socket, path: Path) -> Iterator[socket.socket]:
         """What `client` says goes to swtpm at `path`: both are closed at the end."""
-        with client:
+        with _forking:
+            server = socket.socket(socket.AF_UNIX)
+            self._open.append(server)
+        try:
+            server.connect(str(path))  # waits while another line is open, whose end needs the lock
+            yield server
+        finally:
             with _forking:
-                server = _connect(path)
-                self._open.append(server)
-            try:
-                yield server
-            finally:
-                with _forking:
-                    server.close()
-                    client.close()
+                server.close()
+                client.close()
 
     def _drop(self) -> None:
         for connection in self._open:
