@@ -34,7 +34,7 @@ from ..errors import (
     Usage,
 )
 from ..host import config, keyring, report, this_boot, units
-from ..host.lock import exclusive
+from ..host.lock import exclusive, try_lock
 from ..host.state import State
 from ..keys import access, rotation
 from ..paths import Paths
@@ -270,7 +270,7 @@ def _await_kek(paths: Paths, group: Group, end: float, look: find.Look, connect:
     with open(fd, "r+b", buffering=0):
         before = SharedPause.read(fd)
         while not _is_cached(group):
-            if _try_lock(fd):
+            if try_lock(fd):
                 try:
                     pause = SharedPause.read(fd)
                     if report.now() >= end and pause != before:  # somebody asked since, for this group too
@@ -334,14 +334,6 @@ def _cache_kek(work: access.Work, group: Group) -> None:
 
 def _is_cached(group: Group) -> bool:
     return access.cache_name(group.kek, group.generation) in keyring.names()
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _may_ask_provider(paths: Paths, state: State, group: Group) -> bool:

@@ -2,7 +2,7 @@
 """Arguments that several commands take, and where commands get secrets from; for the other modules of this folder."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from .. import ask
@@ -61,6 +61,17 @@ def _pcr_numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: PCR numbers are wanted, as in 4,7,9") from error
+
+
+def add_accept(parser: argparse.ArgumentParser, risks: Sequence[str], what: str = "go on") -> None:
+    parser.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        choices=risks,
+        metavar="RISK",
+        help=f"{what} although this check refuses: {', '.join(risks)}",
+    )
 
 
 def add_owner_auth(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from ..paths import Paths
 from ..secret import Secret
 from .arguments import (
     BACKUP_PASSWORD_SOURCE,
+    add_accept,
     add_command,
     add_owner_auth,
     add_pcrs,
@@ -38,14 +39,7 @@ def add(commands: "Commands") -> None:
     init = add_command(commands, "init", _init, "make this host's keys and seal them to the TPM", _NEXT)
     init.add_argument("--backup", default="", metavar="FILE", help="native: new file for the key-derivation key")
     init.add_argument("--backup-password-file", metavar="FILE", help=BACKUP_PASSWORD_SOURCE)
-    init.add_argument(
-        "--accept",
-        action="append",
-        default=[],
-        choices=_RISKS,
-        metavar="RISK",
-        help=f"go on although this check refuses: {', '.join(_RISKS)}",
-    )
+    add_accept(init, _RISKS)
     add_pcrs(init, "--pcrs", "PCRs to seal to; default: those that measure how this host boots")
     add_owner_auth(init)
     init.add_argument("--provider", choices=("native", "kmip"), default="native", help="where keys come from")

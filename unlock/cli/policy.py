@@ -9,7 +9,7 @@ from ..errors import Usage
 from ..paths import Paths
 from ..secret import Secret
 from . import predict
-from .arguments import add_command, add_json, add_noun, add_owner_auth, add_pcrs, owner_auth
+from .arguments import add_accept, add_command, add_json, add_noun, add_owner_auth, add_pcrs, owner_auth
 from .pin import add_pin, new_pin
 
 if TYPE_CHECKING:
@@ -29,14 +29,7 @@ def add(commands: "Commands") -> None:
     close = add_command(verbs, "close", _close, "close the window: allow this boot's state alone, over all PCRs")
     chosen = add_command(verbs, "set", _set, "choose other PCRs, for this boot's state alone; or a PIN")
     add_pcrs(chosen, "--pcrs", "PCRs to check; PCR 15 is always added")
-    chosen.add_argument(
-        "--accept",
-        action="append",
-        default=[],
-        choices=_RISKS,
-        metavar="RISK",
-        help=f"choose these PCRs although this check refuses: {', '.join(_RISKS)}",
-    )
+    add_accept(chosen, _RISKS, "choose these PCRs")
     add_pin(chosen)
     for each in (window, close, chosen):
         add_owner_auth(each)

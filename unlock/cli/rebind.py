@@ -11,6 +11,7 @@ from ..secret import Secret
 from .arguments import (
     BACKUP_PASSWORD_SOURCE,
     RECOVERY_KEY_SOURCE,
+    add_accept,
     add_command,
     add_owner_auth,
     add_pcrs,
@@ -40,14 +41,7 @@ def add(commands: "Commands") -> None:
     )
     rebind.add_argument("--password-file", metavar="FILE", help="kmip: password of the user name, if there is one")
     add_pcrs(rebind, "--pcrs", "PCRs to seal to; default: as before")
-    rebind.add_argument(
-        "--accept",
-        action="append",
-        default=[],
-        choices=_RISKS,
-        metavar="RISK",
-        help=f"go on although this check refuses: {', '.join(_RISKS)}",
-    )
+    add_accept(rebind, _RISKS)
     rebind.add_argument(
         "--accept-changed-header",
         action="append",

@@ -24,7 +24,7 @@ def exclusive(paths: Paths, patience: float = PATIENCE) -> Iterator[None]:
     end = time.monotonic() + patience
     try:
         noted = False
-        while not _try_lock(fd):
+        while not try_lock(fd):
             if not noted:
                 log.note("waiting for another unlock command to end")
                 noted = True
@@ -37,7 +37,8 @@ def exclusive(paths: Paths, patience: float = PATIENCE) -> Iterator[None]:
         os.close(fd)
 
 
-def _try_lock(fd: int) -> bool:
+def try_lock(fd: int) -> bool:
+    """Locks an open file for this process alone; False where another process holds it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from .. import log, strictjson
 from ..disks import adoptable, changes, disk_keys, find, luks, token
-from ..disks.groups import Group
+from ..disks.groups import Group, Member
 from ..errors import Malformed, NoKey, NotOurs, Refused, Tampered, UnlockError
 from ..host import keyring, this_boot
 from ..host.journal import JournalEntry, NewPersistenceKey, Rebind
@@ -568,12 +568,7 @@ def _add_tokens(
                         disk_keys.ensure_recovery_keyslot(container, dek=dek, recovery=choices.recovery)
                 elif known:
                     disk_keys.drop_tokens_not_under(node, state.host, *known, keys.persistence)
-            with luks.Container(node) as container:
-                changes.require_unchanged(container, facts[member.name])
-                dek = disk_keys.dek_by_recovery_key(container, choices.recovery)
-                each = disk_keys.make_token(container, state.host, group, member, dek, keys)
-            with dek:
-                disk_keys.write_token(node, each, dek, keys)
+            _write_token(state, node, group, member, keys, choices.recovery, facts[member.name], alone=False)
         except UnlockError as error:
             left[member.name] = str(error)
 
@@ -595,21 +590,39 @@ def _rewrap_disks(
             continue
         node = find.find_node(seen, member)
         try:
-            with luks.Container(node) as container:
-                changes.require_unchanged(container, facts[member.name])
-                slot, dek = disk_keys.recovery_keyslot(container, recovery)
-                state.recovery.keyslots[member.uuid] = container.salt(slot)
-                state.headers[member.uuid] = strictjson.canonical(container.facts()).decode()
-                each = disk_keys.make_token(container, state.host, group, member, dek, keys)
-            with dek:
-                disk_keys.write_token(node, each, dek, keys)
-                disk_keys.drop_other_tokens(node, each, dek, keys)
+            _write_token(state, node, group, member, keys, recovery, facts[member.name], alone=True)
             done.append(member.name)
         except UnlockError as error:
             left[member.name] = str(error)
     behind = tuple(member.uuid for member in group.members if member.name in left)
     state.groups[group.name] = group._replace(behind=behind)
     return done
+
+
+def _write_token(
+    state: State,
+    node: str,
+    group: Group,
+    member: Member,
+    keys: disk_keys.Keys,
+    recovery: Secret,
+    facts: dict[str, Any],
+    *,
+    alone: bool,
+) -> None:
+    """Writes a token under the new keys to a disk whose header is still as it was checked. `alone`: in the place of all
+    others of this host; then the state gets what it keeps of the header."""
+    with luks.Container(node) as container:
+        changes.require_unchanged(container, facts)
+        slot, dek = disk_keys.recovery_keyslot(container, recovery)
+        if alone:
+            state.recovery.keyslots[member.uuid] = container.salt(slot)
+            state.headers[member.uuid] = strictjson.canonical(container.facts()).decode()
+        each = disk_keys.make_token(container, state.host, group, member, dek, keys)
+    with dek:
+        disk_keys.write_token(node, each, dek, keys)
+        if alone:
+            disk_keys.drop_other_tokens(node, each, dek, keys)
 
 
 def _cache_keys(paths: Paths, host_key: Secret, source: str, keks: list[tuple[Group, Secret, str]]) -> None:
