@@ -194,6 +194,9 @@ class Tpm:
         is salted to the SRK and encrypts the answer; the value itself never crosses the bus. TpmRefused if the PCRs
         are in no allowed state, which costs no try of the PIN; PinWrong, PinLockout. Repeated, bounded, if a PCR
         changes meanwhile.
+
+        ESYS keeps the answer, decrypted, until the next command is in its place, and frees it as it is: send one before
+        a fork. In early boot that is the cap.
         """
         return self._unsealed(*objects, record.selection, record.branches, auth, meanwhile)
 
