@@ -9,6 +9,7 @@ import gzip
 import json
 import struct
 import subprocess
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +24,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 from tests import pefile
 from tests.eventlogs import DATA, LOGGED, Entry, log, plain, program, real, tagged, variable
 from tests.hostfixture import Machine
+from unlock.cli import predict as cli_predict
 from unlock.errors import Refused, UnlockError
+from unlock.host import this_boot
 from unlock.measured import at_unseal, certificates, diagnosis, efivars, eventlog, evidence, uefi
 from unlock.operations import baseline, cache, check, predict
 from unlock.operations.check.finding import NOTE, SAFE, UNPROVEN, UNSAFE
@@ -562,13 +565,21 @@ def test_a_file_that_was_replaced_before_it_was_kept(host: Machine) -> None:
     assert host.reasons() == ["this boot"]
 
 
-def test_another_default_entry_is_not_hidden_by_those_that_are_understood(host: Machine) -> None:
+def test_another_default_entry_is_not_hidden_by_those_that_are_understood(
+    host: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """xen-hypervisor's entry comes first once it is installed; recovery mode may be the saved entry."""
     first = text("grub-0").index("menuentry ")
     xen = "menuentry 'Debian GNU/Linux, with Xen hypervisor' {\n\tmultiboot2 /xen.gz\n\tmodule2 /vmlinuz\n}\n"
     install(host, {CONFIG: (text("grub-0")[:first] + xen + text("grub-0")[first:]).encode()})
     assert checked(host)[0] == UNSAFE
     assert (bad := predict.default_boot_refusal(run(host))) and "not one kernel" in str(bad)
+    monkeypatch.setattr(this_boot, "tpm_device", lambda: host.chip.tcti)
+    capsys.readouterr()
+    options = Namespace(json=True, dry_run=True, trust_files=False)
+    assert cli_predict._predict(host.paths, options) == bad.status
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["version"] and shown["error"]["code"] == bad.code, "one object, with the error in it"
     saved = f"Advanced options for Debian GNU/Linux>Debian GNU/Linux, with Linux {OLD} (recovery mode)"
     install(host, {CONFIG: text("grub-0").replace('set default="0"', f'set default="{saved}"').encode()})
     assert checked(host)[0] == UNSAFE

@@ -37,8 +37,7 @@ def _show_error(error: UnlockError) -> int:
     """Returns the exit status."""
     log.error(str(error), error.hint)
     if "--json" in sys.argv[1:]:
-        told = {"code": error.code, "message": str(error), "hint": error.hint, "status": error.status}
-        log.show_json({"version": 1, "error": told})
+        log.show_json({"version": 1, "error": error.to_json()})
     return error.status
 
 

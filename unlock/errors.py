@@ -19,6 +19,9 @@ class UnlockError(Exception):
         if code:
             self.code = code
 
+    def to_json(self) -> dict[str, object]:
+        return {"code": self.code, "message": str(self), "hint": self.hint, "status": self.status}
+
 
 class Usage(UnlockError):
     """The command line or the configuration asks for something impossible."""

@@ -48,10 +48,8 @@ def add(commands: "Commands") -> None:
     add_recovery_key_and_escrow(adopt)
     flags = add_command(verbs, "flags", _flags, "change how a member is opened: flags of its header")
     flags.add_argument("device")
-    flags.add_argument(
-        "--set", action="append", default=[], metavar="FLAG", help="as allow-discards; may be repeated, as --clear"
-    )
-    flags.add_argument("--clear", action="append", default=[], metavar="FLAG")
+    flags.add_argument("--set", action="append", default=[], metavar="FLAG", help="as allow-discards; may be repeated")
+    flags.add_argument("--clear", action="append", default=[], metavar="FLAG", help="the same, to be taken away")
 
 
 def _adopt(paths: Paths, options: argparse.Namespace) -> int:

@@ -29,10 +29,12 @@ def _predict(paths: Paths, options: argparse.Namespace) -> int:
     from ..operations import predict
 
     found = predict.predict_and_allow(paths, this_boot.tpm_device(), options.dry_run, options.trust_files)
+    problem = predict.default_boot_refusal(found)
     if options.json:
-        log.show_json(predict.to_json(found))
+        log.show_json({**predict.to_json(found), **({"error": problem.to_json()} if problem else {})})
     else:
         log.show(predict.to_text(found))
-    if problem := predict.default_boot_refusal(found):
-        raise problem
+    if problem:
+        log.error(str(problem), problem.hint)
+        return problem.status
     return 0

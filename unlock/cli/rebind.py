@@ -40,7 +40,7 @@ def add(commands: "Commands") -> None:
         "--client-key", metavar="FILE", help="kmip: the client's key, PEM, if it was wrapped by the TPM's key"
     )
     rebind.add_argument("--password-file", metavar="FILE", help="kmip: password of the user name, if there is one")
-    add_pcrs(rebind, "--pcrs", "PCRs to seal to; default: as before")
+    add_pcrs(rebind, "--pcrs", "PCRs to seal to; default: as before, and what measures this boot where it was left out")
     add_accept(rebind, _RISKS)
     rebind.add_argument(
         "--accept-changed-header",

@@ -33,7 +33,8 @@ def explain_missing_state(paths: Paths) -> Refused:
     if why := _why_initialised(paths):
         return Refused(
             f"{paths.state} is missing, and this host was initialised: {why}",
-            f"bring {os.path.dirname(paths.state)} back from a backup; if it is lost: unlock init --accept {LOST}",
+            f"bring {os.path.dirname(paths.state)} back from a backup; if it is lost: "
+            f"unlock init --accept {LOST} --accept slots-in-use",
             code=LOST,
         )
     return Refused("this host is not initialised", "unlock init", code=NEVER_INITIALISED)

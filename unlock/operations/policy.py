@@ -116,7 +116,7 @@ def table(found: PolicyReport) -> str:
         f"window    {describe_window(window['since'], window['reboots']) if window else 'closed'}",
     ]
     if found["not_checked"]:
-        lines.append(f"warning   {describe_not_checked(found['not_checked'])}: unlock policy set --pcrs")
+        lines.append(f"warning   {describe_not_checked(found['not_checked'])}: unlock policy set --pcrs N,N")
     lines.append("")
     rows = [("STATE", "WHY", "PROVEN", "SINCE")]
     for each in found["states"]:

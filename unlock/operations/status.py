@@ -275,7 +275,7 @@ def _warnings(found: Status) -> list[str]:
     if found.to_finish:
         warnings.append(f"`{found.to_finish}` is not finished: run it again")
     if found.not_checked:
-        warnings.append(f"{policy.describe_not_checked(found.not_checked)}: unlock policy set --pcrs")
+        warnings.append(f"{policy.describe_not_checked(found.not_checked)}: unlock policy set --pcrs N,N")
     if window := found.window:
         long = f"THE WINDOW IS STILL OPEN after {window.days} days" if window.days >= WINDOW_DAYS else ""
         text = long or f"a window is open since {window.since}"

@@ -37,7 +37,8 @@ class SyncLine(NamedTuple):
     key: str
     """Of a group, by its name; or `host key`, `replaced key`."""
     outcome: str
-    """unchanged, replaced, caught-up, finished, cached, dropped, lagging, still-active; or an error's code."""
+    """unchanged, replaced, caught-up, finished, cached, persistent, provider, dropped, lagging, still-active; or an
+    error's code."""
     detail: str = ""
     error: UnlockError | None = None
 

@@ -94,7 +94,7 @@ def unseal(tpm: Tpm, ask: Ask = no_pin, meanwhile: Meanwhile = None, again: Agai
     person is asked: perhaps not at all, perhaps more than once.
 
     Sends 8 TPM commands, at most 14 when the other slot must be tried too. Where a slot has a PIN, 10 or 12: the PCRs
-    are read first, so that nobody is asked in a boot that is not allowed; 6 more for each wrong PIN. One more for a
+    are read first, so that nobody is asked in a boot that is not allowed; 6 more for each wrong PIN, one more for a
     policy over more than 8 PCRs, and one where the TPM wants the first command that it counts sent again
     (TPM_RC_RETRY). A failure that may pass is followed by a new connection and another try, as often as PAUSES has;
     a PIN whose answer was lost may have been counted, so it is asked for anew instead of sent twice.

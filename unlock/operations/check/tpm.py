@@ -56,10 +56,10 @@ def check_tpm(
     yield from _check_pin(record, facts)
     when_closed = {*record.selection, *(state.tpm.window.pcrs if state.tpm.window else ())}
     if missing := at_unseal.missing_for_kernel(boot, log, when_closed):
-        yield Finding("policy", NOTE, policy.describe_not_checked(missing), "unlock policy set --pcrs")
+        yield Finding("policy", NOTE, policy.describe_not_checked(missing), "unlock policy set --pcrs N,N")
     if missing := at_unseal.missing_for_drivers(boot, log, when_closed):
         unseen = f"Secure Boot is off, and PCRs {', '.join(map(str, missing))} are not checked: drivers run unseen"
-        yield Finding("policy", NOTE, unseen, "unlock policy set --pcrs")
+        yield Finding("policy", NOTE, unseen, "unlock policy set --pcrs N,N")
     if record.needs != allowed_states.needs_of_root(state, paths.root):
         silent = "it does not say which disks the root needs: one without its token would not be called altered"
         yield Finding("TPM", NOTE, silent, "unlock disk adopt, of the root's disk once more")
