@@ -21,8 +21,8 @@ from unlock.host.journal import DiskAdoption, GroupCreation
 from unlock.host.state import State
 from unlock.keys.escrow import Escrow
 from unlock.measured.explain import explain
-from unlock.operations import group
-from unlock.operations.group import NewGroup
+from unlock.operations import create_group
+from unlock.operations.create_group import NewGroup
 from unlock.paths import Paths
 
 
@@ -275,14 +275,14 @@ def test_a_state_with_a_wrong_or_a_missing_field_is_refused_when_it_is_loaded(tm
 def test_what_finishes_a_group_that_was_begun_can_be_typed(tmp_path: Path, wanted: NewGroup) -> None:
     state = State.new(Paths(str(tmp_path)), "ab" * 16)
     assert not state.to_finish
-    state.begin(GroupCreation("group create", wanted.name, members=(), options=group._options(wanted)))
+    state.begin(GroupCreation("group create", wanted.name, members=(), options=create_group._options(wanted)))
     typed = cli._parser().parse_args(shlex.split(State.load(Paths(str(tmp_path))).to_finish)[1:])
     assert cli.group.wanted(typed) == wanted._replace(erase=frozenset())
 
 
 def test_what_finishes_a_group_that_was_begun_can_be_typed_in_another_directory() -> None:
     wanted = NewGroup("data", ("/dev/sdb",), "/srv/data", "", frozenset(), "key", escrow=Escrow("ours.pem", "e"))
-    words = shlex.split(group._options(wanted))
+    words = shlex.split(create_group._options(wanted))
     named = {words[words.index(option) + 1] for option in ("--recovery-key-file", "--escrow-to", "--escrow-file")}
     assert named == {os.path.abspath(name) for name in ("key", "ours.pem", "e")}
 

@@ -24,7 +24,7 @@ from unlock.host.journal import DiskAdoption
 from unlock.host.provider_entry import NativeEntry
 from unlock.host.state import State
 from unlock.keys import recovery_key
-from unlock.operations import cache, group, init, sync
+from unlock.operations import adopt_disk, cache, init, membership, sync
 from unlock.operations.provider import Client
 from unlock.paths import Paths
 from unlock.providers import native
@@ -416,7 +416,7 @@ def device(tmp_path: Path) -> Iterator[str]:
 
 def adopting(paths: Paths, device: str) -> Callable[[], object]:
     file = os.path.join(paths.root, "recovery")
-    return partial(group.adopt_disk, Paths(paths.root), device, "data", Secret(b"operator"), file)
+    return partial(adopt_disk.adopt_disk, Paths(paths.root), device, "data", Secret(b"operator"), file)
 
 
 def adopt(paths: Paths, device: str) -> int:
@@ -446,7 +446,7 @@ def test_adopting_leaves_the_operators_keyslot_and_adds_ours(enrolled: Paths, de
 def test_adopting_with_a_wrong_passphrase_changes_nothing(enrolled: Paths, device: str) -> None:
     before = Path(device).read_bytes()
     with pytest.raises(UnlockError):
-        group.adopt_disk(enrolled, device, "data", Secret(b"wrong"), os.path.join(enrolled.root, "recovery"))
+        adopt_disk.adopt_disk(enrolled, device, "data", Secret(b"wrong"), os.path.join(enrolled.root, "recovery"))
     assert Path(device).read_bytes() == before
     assert not State.load(enrolled).groups
 
@@ -471,7 +471,7 @@ def test_another_disk_cannot_take_the_place_of_one_whose_adoption_was_killed(
     state = State.load(enrolled)
     state.begin(DiskAdoption("disk adopt", "/dev/other --group data", manifest=state.next_manifest("data")))
     with pytest.raises(Refused, match="disk adopt /dev/other --group data"):
-        group.adopt_disk(enrolled, device, "data", Secret(b"operator"), str(tmp_path / "recovery"))
+        adopt_disk.adopt_disk(enrolled, device, "data", Secret(b"operator"), str(tmp_path / "recovery"))
 
 
 def test_an_adoption_that_fails_is_undone_and_its_number_is_not_used_again(
@@ -494,7 +494,7 @@ def test_adopting_with_another_hosts_recovery_key_is_refused(enrolled: Paths, de
     other = tmp_path / "other"
     recovery_key.write_new_file(str(other), recovery_key.new())
     with pytest.raises(Refused, match="not the recovery key"):
-        group.obtain_recovery_key(State.load(enrolled), keyring.get("unlock:persistence"), str(other))
+        membership.obtain_recovery_key(State.load(enrolled), keyring.get("unlock:persistence"), str(other))
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "write"])

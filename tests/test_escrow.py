@@ -19,7 +19,7 @@ from unlock import run
 from unlock.errors import CommandFailed, Malformed, Refused, UnlockError, Usage
 from unlock.keys import delivery, escrow, recovery_key
 from unlock.keys.escrow import Escrow
-from unlock.operations import group
+from unlock.operations import membership
 from unlock.operations import recovery as recovery_operations
 from unlock.secret import Secret
 
@@ -131,9 +131,9 @@ def test_the_key_that_a_host_has_goes_into_escrow_when_it_is_given(tmp_path: Pat
     recovery_key.write_new_file(str(tmp_path / "key"), host.recovery)
     recovery_key.write_new_file(str(tmp_path / "other"), recovery_key.new())
     with pytest.raises(Refused, match="not the recovery key"):
-        group.obtain_recovery_key(host.state, host.persistence, str(tmp_path / "other"), escrow)
+        membership.obtain_recovery_key(host.state, host.persistence, str(tmp_path / "other"), escrow)
     assert not Path(escrow.file).exists()
-    group.obtain_recovery_key(host.state, host.persistence, str(tmp_path / "key"), escrow)
+    membership.obtain_recovery_key(host.state, host.persistence, str(tmp_path / "key"), escrow)
     assert decrypted(escrow.file, private) == bytes(host.recovery)
 
 

@@ -21,8 +21,7 @@ from unlock.errors import NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.host import this_boot
 from unlock.host.journal import GroupCreation
 from unlock.keys import access
-from unlock.operations import flags
-from unlock.operations import group as group_operations
+from unlock.operations import create_group, flags
 from unlock.operations.check.disks import check_group
 from unlock.secret import Secret
 
@@ -277,13 +276,13 @@ def test_a_group_is_created_with_discards(
     """Without device-mapper, and so without a file system."""
     host = Host(tmp_path, 0)
     monkeypatch.setattr(luks.Container, "activate", lambda *_: None)
-    monkeypatch.setattr(group_operations, "_make_file_system", lambda *_: None)
-    monkeypatch.setattr(group_operations, "_start", lambda _: None)
+    monkeypatch.setattr(create_group, "_make_file_system", lambda *_: None)
+    monkeypatch.setattr(create_group, "_start", lambda _: None)
     for name, discard in (("fast", True), ("plain", False)):
         (disk,) = loops()
         asked = wanted(host, disk, name=name, mount=str(tmp_path / name), discard=discard)
-        assert ("--discard" in group_operations._options(asked)) == discard
-        group_operations.create_group(host.paths, asked)
+        assert ("--discard" in create_group._options(asked)) == discard
+        create_group.create_group(host.paths, asked)
         assert flags_of(Path(disk)) == (DISCARD if discard else NONE)
         with luks.Container(disk) as container:
             (each,) = disk_keys.read_tokens(container, HOST)
@@ -299,10 +298,10 @@ def test_a_new_disk_whose_header_changes_before_its_token_gets_none(
     host = Host(tmp_path, 0)
     (disk,) = loops()
     monkeypatch.setattr(luks.Container, "activate", lambda *_: None)
-    monkeypatch.setattr(group_operations, "_make_file_system", lambda *_: edit(disk, null_cipher))
-    monkeypatch.setattr(group_operations, "_start", lambda _: None)
+    monkeypatch.setattr(create_group, "_make_file_system", lambda *_: edit(disk, null_cipher))
+    monkeypatch.setattr(create_group, "_start", lambda _: None)
     with pytest.raises(Tampered, match="changed meanwhile"):
-        group_operations.create_group(host.paths, wanted(host, disk, mount=str(tmp_path / "srv")))
+        create_group.create_group(host.paths, wanted(host, disk, mount=str(tmp_path / "srv")))
     with luks.Container(disk) as container, pytest.raises(NotOurs):
         disk_keys.read_tokens(container, HOST)
     assert not host.state.groups

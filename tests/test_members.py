@@ -26,10 +26,9 @@ from unlock.errors import DiskFailed, NotOurs, Refused, Tampered, UnlockError, U
 from unlock.host import config, report, this_boot
 from unlock.host.journal import GroupCreation
 from unlock.keys import access, delivery, recovery_key, rotation
+from unlock.operations import adopt_disk, create_group, membership, recovery
 from unlock.operations import flags as flags_operations
-from unlock.operations import group as group_operations
-from unlock.operations import recovery
-from unlock.operations.group import NewGroup
+from unlock.operations.create_group import NewGroup
 from unlock.secret import Secret
 
 pytestmark = pytest.mark.usefixtures("key_cache")
@@ -119,7 +118,7 @@ class Unchanged:
 
 def not_created(host: Host, asked: NewGroup) -> UnlockError:
     disks = [each for each in asked.devices if os.path.exists(each)]
-    return Unchanged(host, *disks).after(lambda: group_operations.create_group(host.paths, asked))
+    return Unchanged(host, *disks).after(lambda: create_group.create_group(host.paths, asked))
 
 
 # group create: a disk that is in use
@@ -155,7 +154,7 @@ def test_the_other_disk_of_a_mounted_btrfs_is_not_formatted(
     mounted("-o", f"ro,device={second}", first)
     asked = wanted(host, second, erase=frozenset({second}))
     with pytest.raises(Refused) as caught:
-        group_operations.create_group(host.paths, asked)
+        create_group.create_group(host.paths, asked)
     assert (caught.value.code, "mounted btrfs" in str(caught.value)) == ("in-use", True)
 
 
@@ -242,7 +241,7 @@ def test_a_mount_point_that_is_no_free_directory_is_taken(host: Host, mounted: C
     for where in (file, full, link, link / "below", used):
         assert not_created(host, wanted(host, "/dev/null", mount=str(where))).code == "mount-taken", where
     with pytest.raises(DiskFailed, match="/dev/null is not a block device"):
-        group_operations.create_group(host.paths, wanted(host, "/dev/null", mount=str(host.folder / "empty")))
+        create_group.create_group(host.paths, wanted(host, "/dev/null", mount=str(host.folder / "empty")))
 
 
 # group create: a profile
@@ -267,7 +266,7 @@ def test_a_profile_needs_as_many_disks_as_mkfs_btrfs_says(tmp_path: Path) -> Non
         done = subprocess.run(["mkfs.btrfs", *options, *files[:count]], capture_output=True, check=False)
         return done.returncode == 0
 
-    for profile, least in group_operations.PROFILES.items():
+    for profile, least in create_group.PROFILES.items():
         assert takes(profile, least), profile
         assert least == 1 or not takes(profile, least - 1), profile
 
@@ -278,7 +277,7 @@ def test_a_profile_needs_as_many_disks_as_mkfs_btrfs_says(tmp_path: Path) -> Non
 def test_a_creation_that_fails_is_undone_and_another_may_follow(host: Host, loops: Loops) -> None:
     for name in ("data", "other"):
         with pytest.raises(DiskFailed):
-            group_operations.create_group(host.paths, wanted(host, *loops(1, 1 << 20), name=name))
+            create_group.create_group(host.paths, wanted(host, *loops(1, 1 << 20), name=name))
         assert (host.state.groups, host.state.journal) == ({}, None)
 
 
@@ -292,8 +291,8 @@ def test_a_name_that_is_no_name_is_refused(host: Host) -> None:
     work = Unchanged(host)
     for name in ("", "../x", "Data", "_data", ".data", "-data", "a b", "a%b", "ü", "a" * 65):
         for command in (
-            lambda name=name: group_operations.create_group(host.paths, wanted(host, "/dev/null", name=name)),
-            lambda name=name: group_operations.adopt_disk(host.paths, "/dev/null", name, host.recovery, ""),
+            lambda name=name: create_group.create_group(host.paths, wanted(host, "/dev/null", name=name)),
+            lambda name=name: adopt_disk.adopt_disk(host.paths, "/dev/null", name, host.recovery, ""),
         ):
             error = work.after(command)
             assert (error.code, "name of a group" in str(error)) == ("usage", True), name
@@ -341,11 +340,11 @@ def not_adopted(host: Host, disk: str, group: str = "data", **more: Any) -> Unlo
     passphrase = more.pop("passphrase", Secret(OPERATOR))
     recovery = more.pop("recovery", recovery_file(host))
     work = Unchanged(host, *([disk] if os.path.exists(disk) else []))
-    return work.after(lambda: group_operations.adopt_disk(host.paths, disk, group, passphrase, recovery, **more))
+    return work.after(lambda: adopt_disk.adopt_disk(host.paths, disk, group, passphrase, recovery, **more))
 
 
 def adopt(host: Host, disk: str, group: str = "data", name: str = "") -> None:
-    group_operations.adopt_disk(host.paths, disk, group, Secret(OPERATOR), recovery_file(host), name)
+    adopt_disk.adopt_disk(host.paths, disk, group, Secret(OPERATOR), recovery_file(host), name)
 
 
 def test_what_is_not_luks2_is_not_adopted(host: Host, loops: Loops) -> None:
@@ -377,7 +376,7 @@ def test_a_wrong_passphrase_adopts_nothing(host: Host, loops: Loops) -> None:
     (disk,) = loops()
     luks_format(disk)
     with pytest.raises(NotOurs):
-        group_operations.adopt_disk(host.paths, disk, "data", Secret(b"wrong"), recovery_file(host))
+        adopt_disk.adopt_disk(host.paths, disk, "data", Secret(b"wrong"), recovery_file(host))
     assert (host.state.groups, host.state.journal) == ({}, None)
 
 
@@ -1013,11 +1012,11 @@ def accept(host: Host, image: Path) -> None:
     """Whatever was changed in its header."""
     with luks.Container(str(image)) as container:
         (name,) = (each.name for each in host.group.members if each.uuid == container.uuid)
-    group_operations.adopt_disk(host.paths, str(image), "data", Secret(OPERATOR), recovery_file(host), accepted=[name])
+    adopt_disk.adopt_disk(host.paths, str(image), "data", Secret(OPERATOR), recovery_file(host), accepted=[name])
 
 
 @pytest.mark.parametrize("what", ["a member", "one that was accepted", "a new disk"])
-@pytest.mark.parametrize("step", ["obtain_recovery_key", "_write_member_list"])
+@pytest.mark.parametrize("step", ["obtain_recovery_key", "write_member_list"])
 def test_a_header_that_changes_after_its_check_gets_no_token(
     member: tuple[Host, Path], loops: Loops, monkeypatch: pytest.MonkeyPatch, what: str, step: str
 ) -> None:
@@ -1030,15 +1029,15 @@ def test_a_header_that_changes_after_its_check_gets_no_token(
         group = "more"
     if what == "one that was accepted":
         edit(disk, flags)
-    real = getattr(group_operations, step)
+    real = getattr(membership, step)
 
     def swap(*arguments: Any, **named: Any) -> Any:
         edit(disk, lambda fields: fields["segments"]["0"].update(encryption="cipher_null-ecb"))
         return real(*arguments, **named)
 
-    monkeypatch.setattr(group_operations, step, swap)
+    monkeypatch.setattr(membership, step, swap)
     with pytest.raises(Tampered, match="changed meanwhile") as caught:
-        group_operations.adopt_disk(host.paths, disk, group, Secret(OPERATOR), recovery_file(host), accepted=["data-0"])
+        adopt_disk.adopt_disk(host.paths, disk, group, Secret(OPERATOR), recovery_file(host), accepted=["data-0"])
     assert caught.value.code == "changed-header"
     with luks.Container(disk) as container:
         tokens = [token.decode(fields) for _, fields in container.tokens(token.TYPE)]
@@ -1064,7 +1063,7 @@ def test_a_member_is_accepted_only_with_a_header_that_protects_its_data(tmp_path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(access, "Work", partial(access.Work, look=host.look))
         with pytest.raises(Refused, match="not encrypted"):
-            group_operations.adopt_disk(
+            adopt_disk.adopt_disk(
                 host.paths, str(first), "data", Secret(OPERATOR), recovery_file(host), accepted=["data-1"]
             )
 

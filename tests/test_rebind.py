@@ -24,7 +24,7 @@ from unlock.errors import NoKey, ProviderUnavailable, Refused, Tampered, TpmFail
 from unlock.host import keyring, report, this_boot
 from unlock.keys import access, delivery, recovery_key
 from unlock.measured import diagnosis, evidence
-from unlock.operations import cache, group, init, native_backup, rebind, recovery, sync
+from unlock.operations import adopt_disk, cache, init, native_backup, rebind, recovery, sync
 from unlock.operations.check.disks import check_group
 from unlock.operations.check.finding import UNSAFE
 from unlock.operations.check.tpm import check_tpm
@@ -319,7 +319,7 @@ def test_a_command_that_finds_no_key_after_such_a_boot_names_rebind(lone: Machin
         early.set_disk("/dev/sda", outcome)
         this_boot.write_report(lone.paths, early, "report.json")
         with pytest.raises(NoKey) as caught:
-            group.adopt_disk(lone.paths, str(lone.disks[0]), "data", Secret(b"operator"), "")
+            adopt_disk.adopt_disk(lone.paths, str(lone.disks[0]), "data", Secret(b"operator"), "")
         assert hint in caught.value.hint
 
 

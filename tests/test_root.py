@@ -25,8 +25,7 @@ from unlock.disks import disk_keys, luks
 from unlock.disks.udev import Disk
 from unlock.errors import DiskFailed, NoKey, Refused
 from unlock.host import config, keyring, report, this_boot
-from unlock.operations import cache, persistence, status, sync
-from unlock.operations import group as group_operations
+from unlock.operations import adopt_disk, cache, persistence, status, sync
 from unlock.paths import TPM_DEVICE, write_atomically
 from unlock.secret import Secret
 from unlock.tpm import slots
@@ -343,7 +342,7 @@ def adopt(host: Host, group: str, name: str = "", tcti: str = TPM_DEVICE) -> Non
     write_atomically(str(recovery), bytes(host.recovery))
     with luks.Container(image) as container, Secret(host.deks[container.uuid]) as dek:
         container.add_keyslot(dek, passphrase=Secret(b"operator"))
-    group_operations.adopt_disk(host.paths, image, group, Secret(b"operator"), str(recovery), name, tcti=tcti)
+    adopt_disk.adopt_disk(host.paths, image, group, Secret(b"operator"), str(recovery), name, tcti=tcti)
 
 
 def test_a_root_whose_key_would_need_the_network_is_not_adopted(kmip: Host, machine: Seen) -> None:
@@ -396,7 +395,7 @@ def test_a_disk_that_a_gate_would_wait_for_is_adopted_into_the_roots_group_alone
     def adopt_into(group: str) -> None:
         with luks.Container(image) as container, Secret(kmip.deks[container.uuid]) as dek:
             container.add_keyslot(dek, passphrase=Secret(b"operator"))
-        group_operations.adopt_disk(kmip.paths, image, group, Secret(b"operator"), str(kmip.folder / "recovery"))
+        adopt_disk.adopt_disk(kmip.paths, image, group, Secret(b"operator"), str(kmip.folder / "recovery"))
 
     def work() -> None:
         before = Path(kmip.paths.state).read_bytes()
@@ -446,9 +445,7 @@ def test_a_disk_that_the_groups_file_system_cannot_use_is_adopted_by_name_alone(
             container.add_keyslot(dek, passphrase=Secret(b"operator"))
         recovery = str(kmip.folder / "recovery")
         passphrase = Secret(b"operator")
-        group_operations.adopt_disk(
-            kmip.paths, image, "photos", passphrase, recovery, new.name, tcti="", separate=separate
-        )
+        adopt_disk.adopt_disk(kmip.paths, image, "photos", passphrase, recovery, new.name, tcti="", separate=separate)
 
     def work() -> None:
         if known != "configured":

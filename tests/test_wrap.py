@@ -68,3 +68,11 @@ def test_a_key_of_another_length_is_refused(length: int) -> None:
     wrapped = wrap.wrap(Secret(KEY), plain=Secret(b"k"), aad=b"")
     with pytest.raises(Tampered):
         wrap.unwrap(Secret(KEY[:length].ljust(length, b"x")), wrapped, b"")
+
+
+def test_a_secret_that_nobody_has_any_more_is_wiped() -> None:
+    """As after an error between its making and its `with`."""
+    secret = Secret(KEY)
+    value = secret.value
+    del secret
+    assert not any(value)

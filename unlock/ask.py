@@ -104,6 +104,16 @@ def terminal(prompt: str, flag: str) -> Secret:
     return Secret(typed.removesuffix(b"\n"))
 
 
+def line(prompt: str) -> str | None:
+    """Asks at the terminal for a line that is no secret. None when there is no terminal."""
+    try:
+        with open("/dev/tty", "rb+", buffering=0) as terminal:
+            terminal.write(prompt.encode())
+            return terminal.readline(_MAX).decode("utf-8", "replace").strip()
+    except OSError:
+        return None
+
+
 def anyone(prompt: str, flag: str) -> Secret:
     """Asks at the terminal, or, if there is none, through systemd's agents (Plymouth, the console, a logged-in
     administrator) or the askpass of an initramfs. Raises Usage, with `flag` in the hint."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Secret: bytes that are wiped at the end of their `with` and never appear in a repr.
+"""Secret: bytes that are wiped at the end of their `with`, or when nobody has them any more, and that no repr shows.
 
 Best effort: Python and the libraries below may have copied the bytes elsewhere in memory.
 """
@@ -19,7 +19,8 @@ class Secret:
         self.value = _live[id(self)] = bytearray(value)
 
     def __del__(self) -> None:
-        _live.pop(id(self), None)
+        if value := _live.pop(id(self), None):  # an error may have kept it from its `with`
+            value[:] = bytes(len(value))
 
     @classmethod
     def random(cls, size: int) -> "Secret":

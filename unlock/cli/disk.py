@@ -54,7 +54,7 @@ def add(commands: "Commands") -> None:
 
 def _adopt(paths: Paths, options: argparse.Namespace) -> int:
     from ..host.this_boot import tpm_device
-    from ..operations.group import adopt_disk
+    from ..operations.adopt_disk import adopt_disk
 
     try:
         with _passphrase(options) as passphrase:

@@ -9,7 +9,7 @@ from ..paths import Paths
 from .arguments import add_command, add_noun, add_recovery_key_and_escrow, escrow
 
 if TYPE_CHECKING:
-    from ..operations.group import NewGroup
+    from ..operations.create_group import NewGroup
     from .arguments import Commands
 
 
@@ -36,7 +36,7 @@ def add(commands: "Commands") -> None:
 
 
 def _create(paths: Paths, options: argparse.Namespace) -> int:
-    from ..operations.group import create_group
+    from ..operations.create_group import create_group
 
     group = create_group(paths, wanted(options))
     log.note(f"group {group.name}: {len(group.members)} disk(s) at {options.mount}")
@@ -45,7 +45,7 @@ def _create(paths: Paths, options: argparse.Namespace) -> int:
 
 def wanted(options: argparse.Namespace) -> "NewGroup":
     """What was typed. Raises Usage."""
-    from ..operations.group import NewGroup
+    from ..operations.create_group import NewGroup
 
     return NewGroup(
         name=options.name,

@@ -39,8 +39,8 @@ from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm
 from ..tpm.record import Payload
-from .group import known_changes
 from .init import OVERRIDES
+from .membership import known_changes
 
 RISKS = {
     **at_unseal.RISKS,

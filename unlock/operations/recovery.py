@@ -398,8 +398,8 @@ def _write_keyslot_and_token(work: Work, place: PresentMember, recovery: Secret)
     """Writes keyslot and token beside the old ones, and proves each from a fresh read. Writes neither again where it is
     there already."""
     with luks.Container(place.node) as container:
-        dek = access.find_volume_key(work, container, place.group)
         facts = container.facts()
+        dek = access.find_volume_key(work, container, place.group)
     with dek:
         with luks.Container(place.node) as container:
             changes.require_unchanged(container, facts)

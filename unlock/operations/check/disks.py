@@ -10,7 +10,7 @@ from ...host.state import State
 from ...paths import Paths
 from ...predict import allowed_states
 from ...secret import Secret
-from ..group import known_changes, mounts_needed_before_groups
+from ..membership import known_changes, mounts_needed_before_groups
 from .finding import NOTE, SAFE, UNPROVEN, UNSAFE, Finding
 
 

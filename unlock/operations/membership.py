@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands share that change the disks of a group: the member list in each token, the recovery key, the checks
+of headers. A group opens only when every disk has a token with the same member list, so a change that was cut off never
+opens half a group.
+"""
+
+import os
+from typing import Any
+
+from .. import log, strictjson
+from ..disks import adoptable, changes, devices, disk_keys, find, fstab, luks
+from ..disks.groups import Group, Member, check_name, mapping_names
+from ..errors import Malformed, NotOurs, Refused, Tampered, Usage
+from ..host import config, units
+from ..host.state import State
+from ..keys import access, delivery
+from ..keys.escrow import Escrow, check_escrow, write_escrow
+from ..paths import Paths
+from ..run import run
+from ..secret import Secret
+
+Facts = dict[str, dict[str, Any]]
+"""LUKS UUID -> the facts of that header."""
+
+
+def obtain_recovery_key(state: State, persistence: Secret, file: str, escrow: Escrow | None = None) -> Secret:
+    """The recovery key of this host: the first call makes it, later ones read it from `file` or ask for it.
+
+    A new key is written to `file`, or shown at the terminal and typed back, unless it goes into escrow alone. Raises
+    Usage for a typo, Refused for a key of another host.
+    """
+    if not state.has_recovery_key:
+        recovery = delivery.make_recovery_key(delivery.Keeper(file, escrow))
+        with disk_keys.mac_key(recovery, state.host) as mac_key:
+            state.set_mac_key(persistence=persistence, mac_key=mac_key)
+        state.save()
+        return recovery
+    recovery = delivery.read_recovery_key(file if os.path.exists(file) else "")
+    if not access.is_recovery_key(state, persistence=persistence, recovery=recovery):
+        raise Refused("this is not the recovery key of this host", "unlock recovery test", code="recovery-key")
+    if escrow:
+        check_escrow(escrow)
+        write_escrow(escrow, recovery)
+    return recovery
+
+
+def new_group(
+    work: access.Work, name: str, members: tuple[Member, ...], manifest: int, policy: str = "persistent"
+) -> tuple[Group, Secret]:
+    """A new group and its KEK, which the provider makes. The disks carry the KEK, unless a policy says otherwise."""
+    generation = work.state.next_generation(name)
+    provider = work.provider()
+    made, kek = access.make_key(provider, access.key_name(work.state.host, f"kek/{name}", generation))
+    policy = policy if work.state.persistent else "provider"
+    return Group(name, f"{provider.id}/{made.id}", generation, manifest, members, made.name, policy), kek
+
+
+def check_headers(work: access.Work, group: Group, nodes: dict[str, str], accepted: frozenset[str]) -> Facts:
+    """Raises Tampered for a member whose header is not as it was when this host made its token: a new token would make
+    that authentic. Refused for one that was accepted and does not protect its data. Returns what was checked."""
+    facts: Facts = {}
+    for member in group.members:
+        with luks.Container(nodes[member.uuid]) as container:
+            found = _find_changes(work, container)
+            if found and member.name in accepted:
+                adoptable.check_supported(container, container.disk_size, container.volume_key_size)
+                log.note(f"{member.name}: accepted: {'; '.join(found)}")
+            facts[member.uuid] = container.facts()
+        if found and member.name not in accepted:
+            raise Tampered(
+                f"{member.name} ({nodes[member.uuid]}) has another header than this host wrote: {'; '.join(found)}",
+                f"if you changed it: --accept-changed-header {member.name}",
+                "changed-header",
+            )
+    return facts
+
+
+def _find_changes(work: access.Work, container: luks.Container) -> list[str]:
+    """What differs from the header that this host made a token for, in words; empty where it made none. A token that
+    is for the header counts more than what the state has: a command may have been cut off before it saved that."""
+    state = work.state
+    known = known_changes(state, container)
+    try:
+        tokens = disk_keys.read_tokens(container, state.host)
+    except (NotOurs, Malformed) as error:
+        if known is not None:
+            return known
+        if isinstance(error, Malformed):
+            raise
+        members = {each.uuid for group in state.groups.values() for each in group.members}
+        return ["its token is gone"] if container.uuid in members else []
+    keys = work.persistence_keys(container.uuid)
+    if any(disk_keys.is_authentic(container, each, key) for each in tokens for key in keys):
+        return []
+    return known if known is not None else ["what it was is not known, and its token does not authenticate what it is"]
+
+
+def known_changes(state: State, container: luks.Container) -> list[str] | None:
+    """What differs from the header that this host made a token for, by what the state has of it, in words; None where
+    it has nothing."""
+    known = state.headers.get(container.uuid)
+    return changes.describe_changes(strictjson.parse(known), container.facts()) if known else None
+
+
+def write_member_list(
+    work: access.Work, group: Group, nodes: dict[str, str], checked: Facts, *, kek: Secret, recovery: Secret
+) -> None:
+    """Writes a token with the group's present member list to every member; then removes the old tokens. Takes the KEK
+    over. Raises Tampered for a header that is not the one that was checked."""
+    state = work.state
+    with access.token_keys(work, kek=kek, mac_key=disk_keys.mac_key(recovery, state.host)) as keys:
+        written = []
+        for member in group.members:
+            node = nodes[member.uuid]
+            with luks.Container(node) as container:
+                changes.require_unchanged(container, checked[member.uuid])
+                dek = open_by_recovery_key(state, container, recovery)
+                each = disk_keys.make_token(container, state.host, group, member, dek, keys)
+                state.headers[member.uuid] = strictjson.canonical(container.facts()).decode()
+            disk_keys.write_token(node, each, dek, keys)
+            written.append((node, each, dek))
+        for node, each, dek in written:
+            with dek:
+                disk_keys.drop_other_tokens(node, each, dek, keys)
+
+
+def choose_mapping_name(state: State, uuid: str, line: fstab.CrypttabLine | None, group: str, asked: str) -> str:
+    """The name that the disk has, in device-mapper or crypttab; else the one asked for, or a new one."""
+    has = devices.active_mapping_name(uuid) or (line.name if line else "")
+    if has and asked and asked != has:
+        raise Refused(f"the disk's mapping name is {has}", "leave --name out", code="name-taken")
+    taken = mapping_names_in_use(state).union(
+        name for name, other in devices.active_mappings().items() if other != uuid
+    )
+    name = has or asked or mapping_names(group, 1, taken)[0]
+    check_name(name, "mapping")
+    if name in taken:
+        raise Refused(f"there is a mapping {name} already", "--name NAME", code="name-taken")
+    return name
+
+
+def mapping_names_in_use(state: State) -> set[str]:
+    return {member.name for group in state.groups.values() for member in group.members}
+
+
+def mounts_needed_before_groups(name: str, root: str = "/") -> list[str]:
+    """The mount points on this mapping that a boot needs before it can mount a group, other than the root."""
+    return [
+        where
+        for where in devices.mount_points(root)
+        if where != "/" and config.is_needed_before_groups(where) and name in devices.mappings_below(where, root)
+    ]
+
+
+def device_node(device: str) -> str:
+    node = os.path.realpath(device)
+    if not os.path.exists(node):
+        raise Usage(f"{device} does not exist", "lsblk")
+    return node
+
+
+def member_node(seen: dict[str, list[find.Found]], member: Member) -> str:
+    """The node of a member that must be there. Raises Refused."""
+    node = find.find_node(seen, member)
+    if not node:
+        raise Refused(
+            f"{member.name} of the group is {'there twice' if seen.get(member.uuid) else 'missing'}",
+            "plug in every member, once: all are rewritten",
+            code="missing",
+        )
+    return node
+
+
+def open_by_recovery_key(state: State, container: luks.Container, recovery: Secret) -> Secret:
+    """The volume key, by the recovery key, whose keyslot's salt goes into the state. Raises NotOurs, DiskFailed."""
+    try:
+        slot, dek = disk_keys.recovery_keyslot(container, recovery)
+    except NotOurs as error:
+        raise NotOurs(str(error), "unlock recovery new", "no-key") from error
+    state.recovery.keyslots[container.uuid] = container.salt(slot)
+    return dek
+
+
+def add_to_config(paths: Paths, group: config.GroupConfig) -> None:
+    """Appends the group to unlock.toml, unless it is there already."""
+    if group.name not in config.load(paths.config).groups:
+        config.append_table(paths.config, config.group_table(group))
+    if units.is_systemd_running() and paths.root == "/":
+        run(["systemctl", "daemon-reload"])
