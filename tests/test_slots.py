@@ -67,7 +67,7 @@ def persist(
 
 def found(tpm: Tpm) -> int:
     """The number of the payload that a boot gets."""
-    return slots.unseal(tpm).payload.key.value[0]
+    return bytes(slots.unseal(tpm).payload.key)[0]
 
 
 def complete(tpm: Tpm) -> str:
