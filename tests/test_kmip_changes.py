@@ -10,7 +10,7 @@ from tests.kmipfixture import AUTHORITY, connect
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, OPERATIONS, PRE_ACTIVE, REPLACED, REPLACEMENT, Liar
 from tests.lab.kmipserver import Traffic
 from unlock.errors import Integrity, NotFoundOrDenied, ProviderError, ProviderUnavailable, Unsupported
-from unlock.providers import Capabilities, Ref, Status
+from unlock.providers import Capabilities, KeyStatus, Ref
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def liar() -> Iterator[Liar]:
         yield liar
 
 
-def resolved(liar: Liar, ref: Ref) -> Status:
+def resolved(liar: Liar, ref: Ref) -> KeyStatus:
     with connect(liar) as kmip:
         [status] = kmip.resolve([ref])
     return status

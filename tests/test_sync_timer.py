@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.kmipfixture import AUTHORITY, connect
 from tests.lab.kmipserver import KmipServer, Traffic
 from unlock.errors import ProviderError
-from unlock.providers import Ref, Status
+from unlock.providers import KeyStatus, Ref
 
 SYSTEMD = Path(__file__).parents[1] / "system"
 SITE = 1000
@@ -49,9 +49,9 @@ def test_the_window_of_the_timer_is_long_enough_for_a_site(tmp_path: Path) -> No
     assert SITE * each < seconds(timer["RandomizedDelaySec"]) / 4
 
 
-def ask_at_once(server: KmipServer, refs: list[Ref]) -> list[list[Status]]:
+def ask_at_once(server: KmipServer, refs: list[Ref]) -> list[list[KeyStatus]]:
     """What each client is told of the keys; nothing for one that is turned away."""
-    found: list[list[Status]] = []
+    found: list[list[KeyStatus]] = []
     start = threading.Barrier(HOSTS)
 
     def host() -> None:

@@ -25,7 +25,7 @@ from ..host.state import State
 from ..keys import access, rotation
 from ..keys.access import Work
 from ..paths import Paths
-from ..providers import BLOCKED, Ref, Status
+from ..providers import BLOCKED, KeyStatus, Ref
 from ..run import run
 
 VERSION = 1
@@ -132,7 +132,7 @@ def _finish_rotation(work: Work) -> list[SyncLine]:
     return [SyncLine(outcome.group, "finished", _describe_behind(outcome))]
 
 
-def _follow_status(work: Work, group: Group, status: Status) -> SyncLine:
+def _follow_status(work: Work, group: Group, status: KeyStatus) -> SyncLine:
     """Raises ProviderError, DiskFailed."""
     if status.problem:
         return SyncLine(group.name, status.problem.code, str(status.problem), status.problem)
@@ -196,7 +196,7 @@ def _is_cached(group: Group) -> bool:
     return True
 
 
-def _follow_host_key(work: Work, status: Status) -> SyncLine:
+def _follow_host_key(work: Work, status: KeyStatus) -> SyncLine:
     """Takes a new host key over. The state keeps the old one, so that its dumps stay readable."""
     if status.problem:
         return SyncLine("host key", status.problem.code, str(status.problem), status.problem)

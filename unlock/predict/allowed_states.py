@@ -18,8 +18,7 @@ from ..boot import unmeasured
 from ..disks import devices
 from ..errors import NoKey, NoSlot, Refused, TpmAbsent, UnlockError, Usage
 from ..host import keyring, this_boot
-from ..host.state import State as HostState
-from ..host.state import changing
+from ..host.state import State, changing
 from ..host.state_file import BranchFacts, TpmFacts, Window
 from ..keys import access
 from ..measured import at_unseal
@@ -39,7 +38,7 @@ _PATIENCE = 60.0
 THIS, BEFORE = "this boot", "the boot before"
 
 
-class State(NamedTuple):
+class AllowedState(NamedTuple):
     """One PCR state under which the TPM releases the key."""
 
     branch: bytes
@@ -57,7 +56,7 @@ class Allowed(NamedTuple):
 
     slot: Slot
     record: Record
-    states: tuple[State, ...]
+    states: tuple[AllowedState, ...]
     """One for each branch of the record, in its order."""
     opened: bytes
     """The branch that this boot has been in when early boot asked; b"" when that is none, or cannot be told."""
@@ -74,10 +73,10 @@ class Pin(NamedTuple):
 
 def current(paths: Paths, tpm: Tpm) -> Allowed:
     """Raises Refused when the host is not initialised, NoSlot, NewerFormat. Sends reading commands alone."""
-    return look(paths, tpm, HostState.load(paths))
+    return look(paths, tpm, State.load(paths))
 
 
-def look(paths: Paths, tpm: Tpm, state: HostState) -> Allowed:
+def look(paths: Paths, tpm: Tpm, state: State) -> Allowed:
     """The same for a state that is loaded."""
     slot, record = slots.current_slot(tpm)
     opened = _opened(record, at_unseal.read_pcrs(paths, tpm))
@@ -134,7 +133,7 @@ def predicted(
 def reseal(
     paths: Paths,
     tpm: Tpm,
-    state: HostState,
+    state: State,
     found: Allowed,
     *,
     persistence: Secret,
@@ -181,7 +180,7 @@ def reseal(
     return look(paths, tpm, state)
 
 
-def payload_for(paths: Paths, state: HostState, persistence: Secret) -> Payload:
+def payload_for(paths: Paths, state: State, persistence: Secret) -> Payload:
     """What is sealed, whichever the policy: the key, what the operator accepted, and what the root needs."""
     return Payload(persistence, unauthenticated_root(paths, state), needs_of_root(state))
 
@@ -205,7 +204,7 @@ def auth_for(host: str, is_set: bool, pin: Pin | None = None) -> Secret:
         ) from None
 
 
-def remember(state: HostState, found: Allowed, branches: Iterable[bytes], reasons: Mapping[bytes, str]) -> None:
+def remember(state: State, found: Allowed, branches: Iterable[bytes], reasons: Mapping[bytes, str]) -> None:
     """Reasons of the branches that are in the TPM and of those that come; all others are forgotten. Saves nothing."""
     now = utc()
     entries = {}
@@ -229,9 +228,7 @@ def opens_this_boot(paths: Paths, tcti: str = TPM_DEVICE) -> bool:
         return False
 
 
-def begin(
-    state: HostState, selection: Iterable[int], branch: bytes, unauthenticated_root: bool, pin: bool = False
-) -> None:
+def begin(state: State, selection: Iterable[int], branch: bytes, unauthenticated_root: bool, pin: bool = False) -> None:
     """A policy for the state of this boot alone. Saves nothing."""
     state.tpm = TpmFacts(
         states={branch.hex(): BranchFacts(THIS, proven=False, made=utc())},
@@ -251,7 +248,7 @@ def settle(kept: TpmFacts, opened: bytes) -> TpmFacts:
     return kept
 
 
-def unauthenticated_root(paths: Paths, state: HostState) -> bool:
+def unauthenticated_root(paths: Paths, state: State) -> bool:
     """What the operator accepted by name at init; where the state does not say, as early boot found it sealed."""
     if state.tpm.unauthenticated_root is not None:
         return state.tpm.unauthenticated_root
@@ -259,7 +256,7 @@ def unauthenticated_root(paths: Paths, state: HostState) -> bool:
     return bool(early and early.facts.unauthenticated_root)
 
 
-def needs_of_root(state: HostState, root: str = "/") -> Needs:
+def needs_of_root(state: State, root: str = "/") -> Needs:
     """The members of this host's groups that / and /usr lie on, whatever their mappings are called now."""
     below = {name for where in ("/", "/usr") for name in devices.mappings_below(where, root)}
     uuids = {uuid for name, uuid in devices.active_mappings().items() if uuid and name in below} if below else set()
@@ -267,7 +264,7 @@ def needs_of_root(state: HostState, root: str = "/") -> Needs:
     return Needs.of(each.name for each in members if each.name in below or each.uuid in uuids)
 
 
-def tell_root(paths: Paths, state: HostState, persistence: Secret, tcti: str = TPM_DEVICE) -> None:
+def tell_root(paths: Paths, state: State, persistence: Secret, tcti: str = TPM_DEVICE) -> None:
     """Seals the key again, under the policy that is there, where the TPM does not say yet which disks the root file
     system needs. Nothing where the TPM keeps no key of this host. Raises Refused, TpmFailed."""
     try:
@@ -307,8 +304,8 @@ def _opened(record: Record, values: Mapping[int, bytes]) -> bytes:
     return branch if branch in record.branches else b""
 
 
-def _state(branch: bytes, kept: TpmFacts, opened: bytes) -> State:
+def _state(branch: bytes, kept: TpmFacts, opened: bytes) -> AllowedState:
     entry = kept.states.get(branch.hex(), _NOT_KNOWN)
     before = kept.before if not opened or kept.opened == opened.hex() else kept.opened
     why = THIS if branch == opened else BEFORE if branch.hex() == before else entry.why
-    return State(branch, why, entry.proven, entry.made)
+    return AllowedState(branch, why, entry.proven, entry.made)

@@ -51,7 +51,7 @@ class Ref(NamedTuple):
     """The name that unlock gave it; '' for a key without one."""
 
 
-class Status(NamedTuple):
+class KeyStatus(NamedTuple):
     """What the provider says of one key. It is never a reason to drop a key that the host has."""
 
     ref: Ref
@@ -106,7 +106,7 @@ class Provider(Protocol):
 
     def capabilities(self) -> Capabilities: ...
 
-    def resolve(self, refs: Sequence[Ref]) -> list[Status]:
+    def resolve(self, refs: Sequence[Ref]) -> list[KeyStatus]:
         """One status a ref, in that order. Asks for no secrets; one request for 50 refs when nothing has changed."""
 
     def fetch(self, key_id: str, states: frozenset[str] = USABLE, prove: Callable[[Secret], None] = no_proof) -> Secret:

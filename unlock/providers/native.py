@@ -17,7 +17,7 @@ from ..errors import Integrity, Malformed, NewerFormat, NotFoundOrDenied, Tamper
 from ..paths import fill, sync_folder
 from ..secret import Secret
 from ..strictjson import canonical
-from . import ACTIVE, USABLE, Capabilities, Health, Ref, Status, no_proof
+from . import ACTIVE, USABLE, Capabilities, Health, KeyStatus, Ref, no_proof
 
 BACKUP_VERSION = 1
 BACKUP_MAX = 4096
@@ -49,8 +49,8 @@ class Native:
     def capabilities(self) -> Capabilities:
         return Capabilities(create=True, rekey=False)
 
-    def resolve(self, refs: Sequence[Ref]) -> list[Status]:
-        return [Status(ref, True, ACTIVE, ref.id) for ref in refs]
+    def resolve(self, refs: Sequence[Ref]) -> list[KeyStatus]:
+        return [KeyStatus(ref, True, ACTIVE, ref.id) for ref in refs]
 
     def fetch(self, key_id: str, states: frozenset[str] = USABLE, prove: Callable[[Secret], None] = no_proof) -> Secret:
         name, _, generation = key_id.rpartition("/")

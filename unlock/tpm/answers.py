@@ -26,7 +26,7 @@ _OWNER = "--owner-auth-file FILE"
 _SRK = f"if nothing else uses it: tpm2_evictcontrol -c {SRK:#x}, and the same command again makes one without"
 
 
-class Answer(NamedTuple):
+class Meaning(NamedTuple):
     """One answer in words."""
 
     words: str
@@ -34,82 +34,82 @@ class Answer(NamedTuple):
 
 
 ANSWERS = {
-    NOT_THE_TPM: Answer("the line to the TPM broke, or its answer makes no sense", "dmesg | grep -i tpm"),
-    0x100: Answer("the firmware has not started the TPM", _REPAIR),
-    0x101: Answer("the TPM is in failure mode", _REPAIR),
-    0x120: Answer("the command is switched off in this TPM"),
-    0x121: Answer("another program has the TPM for itself"),
-    PCR_CHANGED: Answer("a PCR was extended meanwhile"),
-    0x12D: Answer("a firmware update of the TPM was not finished", "finish it with the vendor's tool"),
-    0x12E: Answer("the TPM keeps too many sessions", _FREE_SESSION),
-    AUTH_UNAVAILABLE: Answer("the object takes no authorization of this kind"),
-    0x130: Answer("the TPM wants to be restarted", "power off and on"),
-    0x143: Answer("the TPM does not know this command"),
-    0x144: Answer("the TPM finds the command's size wrong"),
-    NV_RANGE: Answer("the NV index is shorter than what was asked for"),
-    NV_LOCKED: Answer("the NV index is locked until the next start of the TPM", "power off and on"),
-    NV_AUTHORIZATION: Answer("the NV index does not allow this authorization"),
-    NV_UNINITIALIZED: Answer("nothing was written to the NV index yet"),
-    0x14B: Answer("the TPM has no room for one more NV index", _FREE_INDEX),
-    0x14C: Answer("an NV index is there already"),
-    0x153: Answer("the TPM has not tested itself yet", "power off and on"),
-    0x81: Answer("the TPM does not offer this kind of key"),
-    0x82: Answer("the attributes do not go together"),
-    0x83: Answer("the TPM does not offer SHA-256 here"),
-    VALUE: Answer("the TPM does not accept a value"),
-    0x85: Answer("this hierarchy of the TPM is off", "turn it on in the firmware's setup"),
-    0x87: Answer("the TPM does not offer this size of key"),
-    0x89: Answer("the TPM does not offer the mode CFB"),
-    0x8A: Answer("the TPM does not offer this type of object"),
-    HANDLE: Answer("nothing is at this handle of the TPM"),
-    0x8C: Answer("the TPM does not offer this key derivation"),
-    0x8D: Answer("a value is out of its range"),
-    AUTH_FAIL: Answer("the authorization is wrong, and the TPM counts that"),
-    0x92: Answer("the TPM does not offer this scheme"),
-    0x95: Answer("a structure has the wrong size"),
-    0x96: Answer("the TPM does not offer AES-128 here"),
-    0x9A: Answer("a structure is cut short"),
-    0x9C: Answer("a key of the TPM cannot be used for this"),
-    POLICY_FAIL: Answer("the policy is not satisfied"),
-    0x9F: Answer("the TPM did not make this object, or it was changed"),
-    BAD_AUTH: Answer("the authorization is wrong"),
-    0xA6: Answer("the TPM does not offer the curve P-256"),
-    0x901: Answer("a saved session is too old to be loaded", _FREE_SESSION),
-    0x902: Answer("the TPM has no room for one more object", _FREE_OBJECT),
-    0x903: Answer("the TPM has no room for one more session", _FREE_SESSION),
-    0x904: Answer("the TPM is out of memory", _FREE_OBJECT),
-    0x905: Answer("the TPM has no free number for a session", _FREE_SESSION),
-    0x906: Answer("the TPM has no free number for an object", _FREE_OBJECT),
-    _LOCALITY: Answer("the TPM does not allow this from the operating system"),
-    0x908: Answer("the TPM has put the command off"),
-    0x909: Answer("the command was cancelled"),
-    0x90A: Answer("the TPM is still testing itself", "wait, and try again"),
-    0x910: Answer("an object is not loaded"),
-    0x918: Answer("a session is not loaded"),
-    0x920: Answer("the TPM slows down writes to spare its memory", "wait, and try again"),
-    LOCKOUT: Answer(
+    NOT_THE_TPM: Meaning("the line to the TPM broke, or its answer makes no sense", "dmesg | grep -i tpm"),
+    0x100: Meaning("the firmware has not started the TPM", _REPAIR),
+    0x101: Meaning("the TPM is in failure mode", _REPAIR),
+    0x120: Meaning("the command is switched off in this TPM"),
+    0x121: Meaning("another program has the TPM for itself"),
+    PCR_CHANGED: Meaning("a PCR was extended meanwhile"),
+    0x12D: Meaning("a firmware update of the TPM was not finished", "finish it with the vendor's tool"),
+    0x12E: Meaning("the TPM keeps too many sessions", _FREE_SESSION),
+    AUTH_UNAVAILABLE: Meaning("the object takes no authorization of this kind"),
+    0x130: Meaning("the TPM wants to be restarted", "power off and on"),
+    0x143: Meaning("the TPM does not know this command"),
+    0x144: Meaning("the TPM finds the command's size wrong"),
+    NV_RANGE: Meaning("the NV index is shorter than what was asked for"),
+    NV_LOCKED: Meaning("the NV index is locked until the next start of the TPM", "power off and on"),
+    NV_AUTHORIZATION: Meaning("the NV index does not allow this authorization"),
+    NV_UNINITIALIZED: Meaning("nothing was written to the NV index yet"),
+    0x14B: Meaning("the TPM has no room for one more NV index", _FREE_INDEX),
+    0x14C: Meaning("an NV index is there already"),
+    0x153: Meaning("the TPM has not tested itself yet", "power off and on"),
+    0x81: Meaning("the TPM does not offer this kind of key"),
+    0x82: Meaning("the attributes do not go together"),
+    0x83: Meaning("the TPM does not offer SHA-256 here"),
+    VALUE: Meaning("the TPM does not accept a value"),
+    0x85: Meaning("this hierarchy of the TPM is off", "turn it on in the firmware's setup"),
+    0x87: Meaning("the TPM does not offer this size of key"),
+    0x89: Meaning("the TPM does not offer the mode CFB"),
+    0x8A: Meaning("the TPM does not offer this type of object"),
+    HANDLE: Meaning("nothing is at this handle of the TPM"),
+    0x8C: Meaning("the TPM does not offer this key derivation"),
+    0x8D: Meaning("a value is out of its range"),
+    AUTH_FAIL: Meaning("the authorization is wrong, and the TPM counts that"),
+    0x92: Meaning("the TPM does not offer this scheme"),
+    0x95: Meaning("a structure has the wrong size"),
+    0x96: Meaning("the TPM does not offer AES-128 here"),
+    0x9A: Meaning("a structure is cut short"),
+    0x9C: Meaning("a key of the TPM cannot be used for this"),
+    POLICY_FAIL: Meaning("the policy is not satisfied"),
+    0x9F: Meaning("the TPM did not make this object, or it was changed"),
+    BAD_AUTH: Meaning("the authorization is wrong"),
+    0xA6: Meaning("the TPM does not offer the curve P-256"),
+    0x901: Meaning("a saved session is too old to be loaded", _FREE_SESSION),
+    0x902: Meaning("the TPM has no room for one more object", _FREE_OBJECT),
+    0x903: Meaning("the TPM has no room for one more session", _FREE_SESSION),
+    0x904: Meaning("the TPM is out of memory", _FREE_OBJECT),
+    0x905: Meaning("the TPM has no free number for a session", _FREE_SESSION),
+    0x906: Meaning("the TPM has no free number for an object", _FREE_OBJECT),
+    _LOCALITY: Meaning("the TPM does not allow this from the operating system"),
+    0x908: Meaning("the TPM has put the command off"),
+    0x909: Meaning("the command was cancelled"),
+    0x90A: Meaning("the TPM is still testing itself", "wait, and try again"),
+    0x910: Meaning("an object is not loaded"),
+    0x918: Meaning("a session is not loaded"),
+    0x920: Meaning("the TPM slows down writes to spare its memory", "wait, and try again"),
+    LOCKOUT: Meaning(
         "the TPM is in lockout after wrong authorizations", "wait, or tpm2_dictionarylockout --clear-lockout"
     ),
-    0x922: Answer("the TPM is busy", "wait, and try again"),
-    0x923: Answer("the TPM's memory cannot be used now", "wait, and try again"),
+    0x922: Meaning("the TPM is busy", "wait, and try again"),
+    0x923: Meaning("the TPM's memory cannot be used now", "wait, and try again"),
 }
 """By code. Codes 0x910 to 0x91E are of an object or session by its position: 0x910 and 0x918 stand for them."""
 
 OF_A_COMMAND = {
-    ("EvictControl", 0x14B): Answer("the TPM has no room for one more persistent object", _FREE_PERSISTENT),
+    ("EvictControl", 0x14B): Meaning("the TPM has no room for one more persistent object", _FREE_PERSISTENT),
     **{
-        (command, code): Answer("the owner authorization is wrong", _OWNER)
+        (command, code): Meaning("the owner authorization is wrong", _OWNER)
         for command in ("CreatePrimary", "EvictControl", "NV_DefineSpace", "NV_UndefineSpace", "NV_Write")
         for code in (AUTH_FAIL, BAD_AUTH)
     },
     **{
-        (command, code): Answer("the storage root key has a password", _SRK)
+        (command, code): Meaning("the storage root key has a password", _SRK)
         for command in ("Create", "Load")
         for code in (AUTH_FAIL, BAD_AUTH)
     },
 }
 """What a code means of one command alone."""
-_OTHER = Answer("the TPM refuses it", "dmesg | grep -i tpm")
+_OTHER = Meaning("the TPM refuses it", "dmesg | grep -i tpm")
 
 
 def code_of(rc: int) -> int:
@@ -121,7 +121,7 @@ def code_of(rc: int) -> int:
     return rc & 0xFF8 if 0x910 <= rc < 0x920 else rc
 
 
-def describe(command: str, rc: int) -> Answer:
+def describe(command: str, rc: int) -> Meaning:
     """An answer to this command, in words."""
     code = code_of(rc)
     return OF_A_COMMAND.get((command, code)) or ANSWERS.get(code, _OTHER)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from ...errors import Integrity, ProviderError, ProviderProtocol, ProviderUnavailable, StateBlocked, Tampered
 from ...secret import Secret
-from .. import ACTIVE, BLOCKED, PRE_ACTIVE, USABLE, Capabilities, Ref, Status
+from .. import ACTIVE, BLOCKED, PRE_ACTIVE, USABLE, Capabilities, KeyStatus, Ref
 from . import requests
 from .failures import PLAIN_NAMES, AmbiguousKeys, printable
 from .key_facts import (
@@ -54,7 +54,7 @@ def query_capabilities(server: Server) -> Capabilities:
     return Capabilities(Operation.CREATE in offered, Operation.REKEY in offered)
 
 
-def key_statuses(server: Server, refs: Sequence[Ref], *, ready: frozenset[str]) -> list[Status]:
+def key_statuses(server: Server, refs: Sequence[Ref], *, ready: frozenset[str]) -> list[KeyStatus]:
     """One status a key, by one request, and more only for keys that seem to have changed.
 
     `ready`: states in which a replacement counts.

@@ -15,7 +15,7 @@ from ... import log
 from ...endpoint import Endpoint
 from ...errors import Integrity, Malformed, NotFoundOrDenied, ProviderError
 from ...secret import Secret
-from .. import USABLE, Capabilities, EndpointHealth, Health, Ref, Status, no_proof
+from .. import USABLE, Capabilities, EndpointHealth, Health, KeyStatus, Ref, no_proof
 from . import key_operations
 from .failover import Failover
 from .failures import printable
@@ -108,13 +108,13 @@ class KmipProvider:
         version = f"KMIP {server.version[0]}.{server.version[1]}" if server.version else ""
         return EndpointHealth(str(server.endpoint), version, None)
 
-    def resolve(self, refs: Sequence[Ref]) -> list[Status]:
-        statuses: list[Status] = []
+    def resolve(self, refs: Sequence[Ref]) -> list[KeyStatus]:
+        statuses: list[KeyStatus] = []
         for at in range(0, len(refs), KEYS_PER_REQUEST):
             statuses += self._resolve(refs[at : at + KEYS_PER_REQUEST])
         return statuses
 
-    def _resolve(self, refs: Sequence[Ref]) -> list[Status]:
+    def _resolve(self, refs: Sequence[Ref]) -> list[KeyStatus]:
         """The statuses from one endpoint, and from the others where it lags or fails to say."""
         statuses_of = partial(key_operations.key_statuses, ready=USABLE)
         first, statuses = self._failover.read(lambda server: (server, statuses_of(server, refs)))
@@ -195,7 +195,7 @@ def plain_name(name: str) -> str:
     return f"{plain[: PLAIN_NAME_MAX - 24]}.{digest[:12]}-{generation}"
 
 
-def _may_be_known_elsewhere(status: Status) -> bool:
+def _may_be_known_elsewhere(status: KeyStatus) -> bool:
     """Whether another endpoint may know better. Two keys with one name are at all of them."""
     return not status.found or (status.problem is not None and not isinstance(status.problem, Integrity))
 

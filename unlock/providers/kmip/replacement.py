@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from ...endpoint import Endpoint
 from ...errors import Integrity, ProviderError
-from .. import BLOCKED, UNKNOWN, Ref, Status
+from .. import BLOCKED, UNKNOWN, KeyStatus, Ref
 from .failures import printable, provider_error
 from .key_facts import KeyFacts
 
@@ -25,7 +25,7 @@ def status_of(
     *,
     ready: frozenset[str],
     endpoint: Endpoint,
-) -> Status:
+) -> KeyStatus:
     """Which key `ref` is now; a doubt is the status's problem.
 
     `facts`: by key id, of `ref` and of all keys that may replace it. `named`: ids of the keys that have its name.
@@ -34,13 +34,15 @@ def status_of(
     own = facts[ref.id]
     if isinstance(named, ProviderError):
         found, state = (True, own.state) if isinstance(own, KeyFacts) else (False, UNKNOWN)
-        return Status(ref, found, state, ref.id, named)
+        return KeyStatus(ref, found, state, ref.id, named)
     known = {key: each for key, each in facts.items() if isinstance(each, KeyFacts)}
     usable = {key for key, each in known.items() if each.state in ready and each.is_aes_256}
     namesakes = {key for key in named if key in usable and ref.name in known[key].names} - {ref.id}
     if isinstance(own, ProviderError):
         heirs = [key for key in namesakes if known[key].replaces == ref.id]
-        return Status(ref, False, UNKNOWN, heirs[0]) if len(heirs) == 1 else Status(ref, False, UNKNOWN, ref.id, own)
+        return (
+            KeyStatus(ref, False, UNKNOWN, heirs[0]) if len(heirs) == 1 else KeyStatus(ref, False, UNKNOWN, ref.id, own)
+        )
     chain = _replacements(ref.id, known)
     namesakes -= _predecessors(ref.id, known)
     heirs = [key for key in chain if key in usable]
@@ -51,12 +53,12 @@ def status_of(
             f"{printable(heirs[-1])} replaces {printable(ref.id)}, and other keys have its name {printable(ref.name)}"
         )
     elif heirs or not namesakes:
-        return Status(ref, True, own.state, heirs[-1] if heirs else ref.id)
+        return KeyStatus(ref, True, own.state, heirs[-1] if heirs else ref.id)
     elif len(namesakes) == 1 and not (own.state not in BLOCKED and ref.name in own.names):
-        return Status(ref, True, own.state, namesakes.pop())
+        return KeyStatus(ref, True, own.state, namesakes.pop())
     else:
         doubt = f"several keys have the name {printable(ref.name)}"
-    return Status(ref, True, own.state, ref.id, provider_error(endpoint, Integrity, doubt))
+    return KeyStatus(ref, True, own.state, ref.id, provider_error(endpoint, Integrity, doubt))
 
 
 def linked_ids(facts: Mapping[str, KeyFacts | ProviderError]) -> set[str]:
