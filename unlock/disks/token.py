@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LUKS2 token `unlock`, format version 1: what a disk's header carries so that this host can open the disk.
+"""The LUKS2 token `unlock`, format versions 1 and 2: what a disk's header carries so that this host can open the disk.
 
     type, keyslots          as LUKS2 demands; keyslots is always []
-    version                 1
+    version                 1; 2 for a token with one of the two fields that version 1 lacks
     host                    host id, 32 hex digits
     group, members          name of the group, how many disks it has
     manifest                generation of the list of members
@@ -13,6 +13,8 @@
     dek                     the volume key, wrapped by the KEK
     host_key                wrapped by the persistence key
     mac                     HMAC-SHA256 over the facts, by a key derived from the recovery key
+    degraded                version 2: true when the group may open without all of its members
+    reencrypt               version 2: null
     pad                     spaces up to SIZE bytes: a longer token later needs no more room
 
 Wrapped keys are AES-256-GCM: 12 bytes of nonce, the ciphertext, 16 bytes of tag; base64.
@@ -27,7 +29,7 @@ from ..strictjson import canonical
 from .groups import MEMBERS_MAX, SERIAL_MAX, is_name
 
 TYPE = "unlock"
-VERSION = 1
+VERSION = 2
 OLDEST_VERSION = 1
 SIZE = 2048
 """Bytes of a token's JSON; a header of the default size has room for five."""
@@ -37,7 +39,8 @@ DEK_MAX = 64
 """Bytes of the longest volume key: aes-xts, 512 bit."""
 _OVERHEAD = 12 + 16
 _NAMES = "type keyslots version host group members manifest name serial kek dek host_key mac pad"
-_FIELDS = frozenset(_NAMES.split())
+_FIELDS = {1: frozenset(_NAMES.split()), 2: frozenset([*_NAMES.split(), "degraded", "reencrypt"])}
+"""By version."""
 
 
 class Token(NamedTuple):
@@ -58,9 +61,17 @@ class Token(NamedTuple):
     host_key: bytes
     """The host key, wrapped."""
     mac: bytes
+    degraded: bool = False
+    """The group may open without all of its members."""
+
+    @property
+    def version(self) -> int:
+        """The oldest format that has what this token says: an older initramfs reads what it can."""
+        return 2 if self.degraded else 1
 
     def facts(self) -> dict[str, Any]:
         """The fields that the DEK's AAD and the recovery MAC bind."""
+        more = {"degraded": True} if self.degraded else {}
         return {
             "host": self.host,
             "group": self.group,
@@ -68,6 +79,7 @@ class Token(NamedTuple):
             "manifest": self.manifest,
             "name": self.name,
             "serial": self.serial,
+            **more,
         }
 
 
@@ -112,7 +124,7 @@ def encode(token: Token) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "type": TYPE,
         "keyslots": [],
-        "version": VERSION,
+        "version": token.version,
         **token.facts(),
         "kek": {"id": token.kek_id, "generation": token.kek_generation, "wrapped": _encode_base64(token.kek)},
         "dek": _encode_base64(token.dek),
@@ -120,6 +132,8 @@ def encode(token: Token) -> dict[str, Any]:
         "mac": _encode_base64(token.mac),
         "pad": "",
     }
+    if token.version > 1:
+        fields |= {"degraded": token.degraded, "reencrypt": None}
     fields["pad"] = " " * max(0, SIZE - len(canonical(fields)))
     return fields
 
@@ -133,8 +147,10 @@ def decode(fields: Mapping[str, Any]) -> Token:
         )
     if version < OLDEST_VERSION or fields.get("type") != TYPE or fields.get("keyslots") != []:
         raise Malformed("the token is not in the format of its version")
-    if fields.keys() != _FIELDS:
+    if fields.keys() != _FIELDS[version] or not isinstance(fields.get("degraded", False), bool):
         raise Malformed("the token's fields are not those of its format")
+    if fields.get("reencrypt") is not None:
+        raise Malformed("the token's reencrypt is not null")
     kek = fields["kek"]
     if not isinstance(kek, dict) or kek.keys() != {"id", "generation", "wrapped"}:
         raise Malformed("the token's kek is not in the format of its version")
@@ -146,7 +162,7 @@ def decode(fields: Mapping[str, Any]) -> Token:
     host = _get_string(fields, "host", 32)
     if len(host) != 32 or not set("0123456789abcdef").issuperset(host):
         raise Malformed("the token's host id is not 32 hex digits")
-    return Token(
+    found = Token(
         host=host,
         group=fields["group"],
         members=_get_int(fields, "members", MEMBERS_MAX, least=1),
@@ -159,7 +175,11 @@ def decode(fields: Mapping[str, Any]) -> Token:
         dek=_get_bytes(fields, "dek", DEK_MAX + _OVERHEAD, least=16 + _OVERHEAD),
         host_key=_get_bytes(fields, "host_key", 32 + _OVERHEAD),
         mac=_get_bytes(fields, "mac", 32),
+        degraded=fields.get("degraded", False),
     )
+    if found.version != version:
+        raise Malformed("the token has a later format than it needs")
+    return found
 
 
 def _encode_base64(value: bytes) -> str:
