@@ -844,4 +844,5 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
             assert "usr/lib/unlock/unlock/__main__.py" in files
             wanted = tmp_path / "usr/lib/systemd/system/multi-user.target.wants/unlock-baseline.service"
             assert "boot baseline" in wanted.read_text()
+            assert "operation resume" in wanted.with_name("unlock-resume.service").read_text()
     assert not files
