@@ -21,11 +21,11 @@ from typing import get_args
 import pytest
 
 from tests.flowfixture import Host
-from tests.killing import child
+from tests.killing import Killer, child
 from unlock import cli, log
 from unlock.cli import operation as cli_operation
 from unlock.cli import progress as cli_progress
-from unlock.disks import disk_keys, luks
+from unlock.disks import disk_keys, luks, token
 from unlock.errors import Refused, Stopped, UnlockError
 from unlock.host import journal, keyring, progress, resumption, this_boot
 from unlock.host.journal import (
@@ -190,6 +190,18 @@ def test_a_command_that_holds_the_lock_runs(host: Host) -> None:
 # Cancel
 
 
+def keyslots_open(host: Host) -> bool:
+    for image in host.disks:
+        with luks.Container(str(image)) as container:
+            disk_keys.dek_by_recovery_key(container, host.recovery).wipe()
+    return True
+
+
+def tokens(image: Path) -> int:
+    with luks.Container(str(image)) as container:
+        return len(container.tokens(token.TYPE))
+
+
 def contents(host: Host) -> list[bytes]:
     return [image.read_bytes() for image in host.disks]
 
@@ -241,10 +253,34 @@ def test_a_group_that_was_begun_is_forgotten(host: Host) -> None:
     assert operation.cancel(host.paths, look=host.look) == ["other-1: it is not here, and may keep a token"]
     assert host.state.journal is None and set(host.state.groups) == {"data"}
     with luks.Container(str(host.disks[2])) as container:
-        assert not container.tokens("unlock")
+        assert not container.tokens(token.TYPE)
         disk_keys.dek_by_recovery_key(container, host.recovery).wipe()
     assert host.boot_opens(host.disks[:2])
     assert away.exists()
+
+
+def test_killed_while_it_takes_a_group_back_it_does_the_rest_when_it_is_run_again(host: Host, killer: Killer) -> None:
+    other = host.add_group("other", 2)
+    state = host.state
+    del state.groups["other"]
+    state.journal = GroupCreation("group create", "other", members=other.members, options="--mount /srv/other")
+    state.save()
+    images = {image: image.read_bytes()[: 16 << 20] for image in host.disks}
+    before = Path(host.paths.state).read_bytes()
+
+    def begin(_: int) -> Callable[[], object]:
+        for image, content in images.items():
+            with image.open("r+b") as file:
+                file.write(content)
+        Path(host.paths.state).write_bytes(before)
+        return lambda: operation.cancel(host.paths, look=host.look)
+
+    for attempt, _ in killer(begin):
+        assert host.boot_opens(host.disks[:2]) and keyslots_open(host), attempt
+        if host.state.journal:
+            assert operation.cancel(host.paths, look=host.look) == []
+        assert host.state.journal is None and set(host.state.groups) == {"data"}
+        assert [tokens(image) for image in host.disks] == [1, 1, 0, 0]
 
 
 def test_a_group_that_is_made_is_not_forgotten(host: Host) -> None:
@@ -279,7 +315,9 @@ class Long:
                     return []
                 time.sleep(self.pause)
                 done += 1
-                self.done.write_text(str(done))
+                new = self.done.with_suffix(".new")
+                new.write_text(str(done))
+                new.replace(self.done)
         return []
 
     def resume(self) -> None:
@@ -425,6 +463,19 @@ def test_a_command_that_is_refused_lifts_no_pause(long: Long) -> None:
     with pytest.raises(Refused), cli_progress.shown(long.host.paths):
         raise Refused("another command, that this operation is in the way of")
     assert long.shown.state == "paused"
+
+
+def test_another_operation_lifts_no_pause_of_this_one(long: Long) -> None:
+    """One that is begun while it waits, as a new persistence key."""
+    resumption.pause(long.host.paths, REKEY)
+    reporter = progress.Reporter(long.host.paths, lambda told: None, lifts=True)
+    journaled(long.host, NewPersistenceKey("rekey --fresh", "", new="", old="", sealed=False, before=REKEY))
+    assert reporter.tell(1, SIZE) is False and not reporter.has_stopped
+    assert long.shown.state == "running"
+    reporter.end()
+    assert long.shown.state == "paused"
+    journaled(long.host, REKEY)
+    assert long.boot() == ["`unlock rekey data` is paused: unlock operation resume"]
 
 
 def test_only_an_operation_with_safe_points_is_paused(host: Host) -> None:

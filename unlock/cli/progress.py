@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .. import log
 from ..errors import Stopped
 from ..paths import Paths
+from ..protect import never_kill_for_memory
 
 if TYPE_CHECKING:
     from ..host.progress import Progress, Tell
@@ -40,6 +41,7 @@ def shown(paths: Paths, *, as_json: bool = False, lifts: bool = True) -> Iterato
     def tell(done: int, total: int) -> bool:
         if not old:  # before, nothing has begun, and a signal ends the command
             old.update(_catch_signals(reporter.stop))
+            never_kill_for_memory()
         stops = reporter.tell(done, total)
         if stops:
             front.stopping()

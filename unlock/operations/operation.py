@@ -237,7 +237,8 @@ def resume(
         if go_on is None:
             return [*lines, f"{_describe_need(entry)}: {journal.command(entry)}"]
         lines += go_on(run)
-        if State.load(paths).journal == entry:  # it was stopped
+        left = State.load(paths).journal
+        if left and (left.operation, left.about) == (entry.operation, entry.about):  # it was stopped
             break
     return lines
 
