@@ -112,14 +112,12 @@ def recovery_keyslot(header: Header, recovery: Secret) -> tuple[int, Secret]:
     raise trouble
 
 
-def ensure_recovery_keyslot(container: luks.Container, *, dek: Secret, recovery: Secret) -> int | None:
-    """Adds a keyslot for the recovery key and returns its number; None if an earlier attempt did. Raises NotOurs,
-    DiskFailed."""
+def ensure_recovery_keyslot(container: luks.Container, *, dek: Secret, recovery: Secret) -> None:
+    """Adds a keyslot for the recovery key, unless there is one. Raises NotOurs, DiskFailed."""
     try:
         dek_by_recovery_key(container, recovery).wipe()
     except NotOurs:
-        return container.add_keyslot(dek, passphrase=recovery)
-    return None
+        container.add_keyslot(dek, passphrase=recovery)
 
 
 def dek_by_checked_recovery_key(header: Header, each: token.Token, *recovery: Secret) -> Secret:
