@@ -381,6 +381,7 @@ def volume_key_by_plugin(device: str, number: int) -> Secret:
     assert _library is None
     _loads_plugins = True
     with Container(device) as container:
+        container._copy_keyslots(ANY)
         context = c_void_p()
         size = c_size_t(container.volume_key_size)
         key = Secret(bytes(size.value))
