@@ -17,6 +17,7 @@ uncapped         the names of TPMs that did not: no shell, and no system that is
 dropped          the disks that the TPM's key had opened were closed before a shell started
 shown.json       the errors that the recovery shell has shown
 recovered        the recovery prompt opened disks, or tried to
+accepted-root    the TPM's payload says that the operator accepted a root that is not encrypted
 authentic        the real root lies on disks that unlock opened, or the operator accepted one that does not
 scrubbed         free memory was overwritten before a shell, or before a system that gets no keys
 ended            the agent ended in order: keys and disks are handed over, or closed
