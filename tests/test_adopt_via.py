@@ -197,7 +197,7 @@ def test_a_disk_of_systemd_cryptenroll_is_taken_in_by_the_tpm(enrolled: object) 
         console.sh(f"{enroll} --tpm2-pcrs=7")
         console.sh("rm /root/passphrase")
         tokens = console.sh(f"cryptsetup luksDump --dump-json-metadata {device}").out
-        console.sh(adopt, timeout=120)
+        console.sh(adopt, timeout=400)
         after = json.loads(console.sh(f"cryptsetup luksDump --dump-json-metadata {device}").out)
         for number, each in json.loads(tokens)["tokens"].items():
             assert after["tokens"][number] == each
