@@ -15,7 +15,9 @@ rules = $(DESTDIR)/usr/lib/udev/rules.d
 etc = $(DESTDIR)/etc
 updates = kernel/postinst.d/zzz-unlock kernel/postrm.d/zzz-unlock initramfs/post-update.d/zzz-unlock
 stages = init-premount local-top local-block local-bottom panic
-units = unlock-cap.service unlock-group@.service unlock-heal@.service unlock-baseline.service unlock-predict.service unlock-sync.service unlock-sync.timer unlock-resume.service
+units = unlock-cap.service unlock-group@.service unlock-heal@.service unlock-early-boot.service unlock-baseline.service \
+	unlock-predict.service unlock-sync.service unlock-sync.timer unlock-resume.service
+wanted = unlock-early-boot.service unlock-baseline.service unlock-predict.service unlock-resume.service
 
 .PHONY: install uninstall
 
@@ -38,8 +40,7 @@ install:
 	$(RUN) system/unlock-generator $(systemd)/system-generators/unlock-generator
 	for unit in $(units); do $(DATA) system/$$unit $(systemd)/system/$$unit || exit; done
 	$(INSTALL) -d -m 0755 $(systemd)/system/multi-user.target.wants $(systemd)/system/timers.target.wants
-	ln -sf ../unlock-baseline.service ../unlock-predict.service ../unlock-resume.service \
-		$(systemd)/system/multi-user.target.wants/
+	ln -sf $(wanted:%=../%) $(systemd)/system/multi-user.target.wants/
 	ln -sf ../unlock-sync.timer $(systemd)/system/timers.target.wants/
 
 uninstall:
@@ -48,9 +49,7 @@ uninstall:
 	rm -f $(stages:%=$(tools)/scripts/%/unlock) $(tools)/scripts/local-premount/check-resume
 	rm -f $(rules)/65-unlock.rules $(systemd)/system-generators/unlock-generator $(units:%=$(systemd)/system/%)
 	rm -f $(updates:%=$(etc)/%) $(etc)/dpkg/dpkg.cfg.d/unlock
-	rm -f $(systemd)/system/multi-user.target.wants/unlock-baseline.service
-	rm -f $(systemd)/system/multi-user.target.wants/unlock-predict.service
-	rm -f $(systemd)/system/multi-user.target.wants/unlock-resume.service
+	rm -f $(wanted:%=$(systemd)/system/multi-user.target.wants/%)
 	rm -f $(systemd)/system/timers.target.wants/unlock-sync.timer
 
 
@@ -61,7 +60,7 @@ VENV ?= $(CACHE)/venv
 PYTHON ?= python3
 packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-archive-keyring cryptsetup-bin \
 	libcryptsetup12 libtss2-dev libtss2-tcti-swtpm0 tpm2-tools udev btrfs-progs e2fsprogs initramfs-tools-core zstd cpio \
-	age systemd grub-emu kmod util-linux fdisk shellcheck strace busybox klibc-utils dosfstools mtools \
+	age systemd clevis-luks grub-emu kmod util-linux fdisk shellcheck strace busybox klibc-utils dosfstools mtools \
 	openssl gcc pkg-config libffi-dev python3-venv python3-dev \
 	make bc bison flex m4 perl xz-utils libc6-dev slirp4netns iproute2
 

@@ -22,6 +22,7 @@ from unlock.host.state import State
 from unlock.keys.escrow import Escrow
 from unlock.measured.explain import explain
 from unlock.operations import create_group
+from unlock.operations.check import host as check_host
 from unlock.operations.create_group import NewGroup
 from unlock.paths import Paths
 
@@ -160,6 +161,16 @@ def test_a_longer_deadline_is_one_of_a_week(seconds: int) -> None:
     found = config.parse(f"[group.data]\nmount = '/srv/data'\ndeadline = {seconds}\n")
     found.check()
     assert found.groups["data"].deadline == 604800
+
+
+@pytest.mark.parametrize("seconds", [90, 604800, 604801, 10**18])
+def test_check_says_that_a_deadline_is_taken_for_a_week(tmp_path: Path, seconds: int) -> None:
+    paths = Paths(str(tmp_path))
+    os.makedirs(os.path.dirname(paths.config))
+    Path(paths.config).write_text(f"[group.data]\nmount = '/srv/data'\ndeadline = {seconds}\n")
+    found = [(each.verdict, each.detail) for each in check_host.check_configuration(paths)]
+    told = f"group data: its deadline of {seconds} s is taken for 604800 s, a week"
+    assert found == ([("note", told)] if seconds > 604800 else [])
 
 
 @pytest.mark.parametrize("key", ["options", "type"])

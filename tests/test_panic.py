@@ -291,6 +291,27 @@ def test_a_root_disk_that_unlock_did_not_open_is_not_mounted(tmp_path: Path, she
     assert stage.script(shell, "local-premount") == ["cap ", "poweroff"]
 
 
+@pytest.mark.parametrize("accepted", [True, False])
+def test_a_root_that_is_not_encrypted_starts_only_if_the_tpm_said_that_it_may(
+    tmp_path: Path, shell: list[str], accepted: bool
+) -> None:
+    """The TPM fails at the first command, or when it has released what says that this root was accepted."""
+    stage = Stage(tmp_path)
+    stage.fail_to_lock()
+    (tmp_path / "dev/dm-0").touch()
+    (tmp_path / "block/dm-0").mkdir(parents=True)
+    (stage.run_folder / "verdict").write_text("unsealed\n" if accepted else "tpm-failed\n")
+    if accepted:
+        (stage.run_folder / "accepted-root").touch()
+        (stage.run_folder / "authentic").touch()
+        (stage.run_folder / "ended").touch()
+    with stage.agent():
+        assert stage.script(shell, "local-top") == ["cap try"]
+    assert stage.script(shell, "local-premount") == ([] if accepted else ["cap ", "poweroff"])
+    if accepted:
+        assert "poweroff" not in stage.script(shell, "local-bottom")
+
+
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_system_that_is_not_authentic_does_not_start(tmp_path: Path, shell: list[str], ended: bool) -> None:
     stage = Stage(tmp_path)

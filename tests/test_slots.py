@@ -410,6 +410,22 @@ def test_the_agent_unseals_in_spite_of_it_locks_the_tpm_and_keeps_a_record(
         assert "capped" in events and len(again) == 1 and command in again[0]
 
 
+@pytest.mark.parametrize("accepted", [True, False])
+@pytest.mark.usefixtures("at_once")
+def test_the_agent_leaves_word_that_a_root_was_accepted_even_if_the_tpm_fails_after_that(
+    chip: Swtpm, early: Paths, accepted: bool
+) -> None:
+    with chip.open() as tpm:
+        slots.seal_slot(tpm, HOST, SELECTION, NOW, Payload(payload(1).key, accepted), replace=True)
+    chip.power_cycle()
+    chip.proxy.answer("PCR_Extend", 0x101)
+    record = report.Report("early-boot")
+    key = agent.unseal_once(early, record)
+    assert record.verdict in ("unsealed", "unmeasured-input") and "not-capped" in [each.kind for each in record.events]
+    assert os.path.exists(early.of_this_boot("accepted-root")) is bool(key and accepted)
+    assert key or not accepted
+
+
 def test_the_agent_in_failure_mode_does_not_ask_again_and_says_so(chip: Swtpm, early: Paths) -> None:
     for command in BOOT:
         chip.proxy.answer(command, 0x101)

@@ -27,6 +27,7 @@ COMMANDS = {
     0x131: "CreatePrimary",
     0x137: "NV_Write",
     0x150: "ObjectChangeAuth",
+    0x151: "PolicySecret",
     0x14E: "NV_Read",
     0x153: "Create",
     0x157: "Load",

@@ -88,10 +88,14 @@ def _boot(argv: list[str]) -> int:
         from .boot.handover import secure
 
         return secure(paths)
-    if argv == ["heal"]:
+    if len(argv) == 2 and argv[0] == "heal":
         from .boot.gate import heal
 
-        return heal(paths)
+        return heal(paths, argv[1])
+    if argv == ["journal"]:
+        from .boot.journald import write_early_report
+
+        return write_early_report(paths)
     if argv == ["baseline"]:
         from .host.this_boot import tpm_device
         from .operations.baseline import record_good_boot
@@ -115,7 +119,9 @@ def _boot(argv: list[str]) -> int:
         from .boot.gate import gate
 
         return gate(paths, argv[1])
-    words = "agent|why|prompt|screen|secure|drop|scrub|heal|baseline|predict|gate GROUP|mount SOURCE DIRECTORY"
+    words = (
+        "agent|why|prompt|screen|secure|drop|scrub|heal DISK|journal|baseline|predict|gate GROUP|mount SOURCE DIRECTORY"
+    )
     raise Usage(f"usage: unlock boot {words}")
 
 

@@ -50,10 +50,26 @@ def console(line: str) -> None:
 
 
 def error(message: str, hint: str = "") -> None:
-    """Prints an error and the command to type next to standard error."""
+    """Prints an error and the command to type next to standard error. In a unit both are one line of the journal, with
+    the priority of an error (sd-daemon(3))."""
+    if _is_journal():
+        hint = f" (hint: {hint})" if hint else ""
+        print(f"<3>unlock: {printable(message + hint)}", file=sys.stderr)
+        return
     print(f"unlock: {printable(message)}", file=sys.stderr)
     if hint:
         print(f"hint: {printable(hint)}", file=sys.stderr)
+
+
+def _is_journal() -> bool:
+    """Whether standard error is the stream to the journal that systemd has given this unit (systemd.exec(5))."""
+    if not (stream := os.environ.get("JOURNAL_STREAM")):
+        return False
+    try:
+        found = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return stream == f"{found.st_dev}:{found.st_ino}"
 
 
 def note(message: str) -> None:

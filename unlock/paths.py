@@ -17,6 +17,7 @@ class Paths:
         self.fstab = os.path.join(root, "etc/fstab")
         self.state = os.path.join(root, "var/lib/unlock/state.json")
         self.run = os.path.join(root, "run/unlock")
+        self.journald = os.path.join(root, "run/systemd/journal/socket")
         self.efi = os.path.join(root, "sys/firmware/efi")
         self.baseline = os.path.join(root, "var/lib/unlock/baseline.json")
         self.booted = os.path.join(root, "var/lib/unlock/booted.json")

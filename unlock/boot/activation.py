@@ -364,7 +364,8 @@ class GroupOpener:
         """Starts no more activations; running ones get `patience` seconds. Closes the groups that did not open."""
         for worker in self.reading.values():
             worker.end()
-            self.report.set_disk(worker.disk.node, "timed-out", "early boot ended before it answered")
+            if not self.report.outcome(worker.disk.node):  # else it was looked at again, as udev reported a change
+                self.report.set_disk(worker.disk.node, "timed-out", "early boot ended before it answered")
         self.reading.clear()
         for each in self.queue:
             self.report.set_disk(each.disk.node, "timed-out", "early boot ended before it was opened")

@@ -165,6 +165,8 @@ def unseal_once(
         key.wipe()
         key = None
         record.set_verdict("unmeasured-input", found)
+    if key and record.facts.unauthenticated_root:
+        this_boot.mark(paths, "accepted-root")
     write_verdict(paths, record)
     return key
 

@@ -51,9 +51,27 @@ _PASSING = (ProviderUnavailable, ProviderProtocol, ClockWrong)
 """Errors of a provider that is unreachable or just coming up: the network may be too."""
 
 
+ANY_DISK = "sync"
+"""The instance of unlock-heal@ that a sync starts: a key is new, not a disk."""
+
+
 def gate(paths: Paths, name: str) -> int:
     """Waits for the group's members and opens it. Raises UnlockError with what is missing."""
     protect()
+    try:
+        return _gate(paths, name)
+    except UnlockError as error:
+        this_boot.is_news(paths, name, _name_group(name, error))
+        raise
+
+
+def _name_group(name: str, error: UnlockError) -> str:
+    """The message, which begins with the group."""
+    message = str(error)
+    return message if message.startswith(f"group {name}") else f"group {name}: {message}"
+
+
+def _gate(paths: Paths, name: str) -> int:
     settings = config.load(paths.config).group(name)
     end = report.now() + (settings.deadline if settings else config.DEADLINE)
     if _is_open_already(paths, name):
@@ -166,14 +184,17 @@ def _make_error(paths: Paths, record: report.Report, name: str) -> UnlockError:
     return UnlockError(message, hint, "group-incomplete")
 
 
-def heal(paths: Paths) -> int:
-    """Starts, for each failed group whose members are all here, its gate, its mount, and the units that had waited."""
+def heal(paths: Paths, disk: str) -> int:
+    """Starts, for each failed group whose members are all here, its gate, its mount, and the units that had waited.
+    Looks only at the group that a disk which appeared is a member of. `disk`: its kernel name, or ANY_DISK."""
     protect()
     _bring_on_disks_that_were_away(paths)
     with open(paths.of_this_boot("heal.lock"), "w") as lock:  # one at a time: the second sees what the first did
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            return _heal_failed_groups(paths)
+            for name in _groups_to_heal(paths, disk):
+                _heal_group(paths, name)
+            return 0
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)  # a worker whose device hangs has the file open too
 
@@ -194,33 +215,48 @@ def _bring_on_disks_that_were_away(
         log.error(f"disks that were away: {error}", error.hint or "unlock sync")
 
 
-def _heal_failed_groups(paths: Paths) -> int:
-    for name in this_boot.failed_groups(paths):
-        record = report.Report(f"heal {name}")
-        try:
-            unwrap = make_unwrap(paths, name, record, 0)
-            opener = _opener(State.load(paths), name, unwrap, record)
-        except UnlockError as error:
-            log.error(f"group {name}: {error}", error.hint)
-            continue
-        for disk in udev.luks2_disks():
-            opener.add_disk(disk)
-        opener.read_headers()
-        complete = opener.is_complete(name)
-        opener.wipe()
-        if not complete:
-            continue
-        waiting = _read_waiting_units(paths, name)
-        try:
-            settings = config.load(paths.config).group(name)
-            run(["systemctl", "start", units.gate_unit(name)])
-            if settings and settings.mount:
-                run(["systemctl", "start", "--no-block", units.mount_unit(settings.mount)])
-            if waiting:
-                run(["systemctl", "start", "--no-block", *waiting])
-        except UnlockError as error:
-            log.error(f"group {name}: {error}", error.hint or f"systemctl status {units.gate_unit(name)}")
-    return 0
+def _groups_to_heal(paths: Paths, disk: str) -> list[str]:
+    """The failed groups that this disk may have completed. A group fails without its members' LUKS UUIDs."""
+    failed = this_boot.failed_groups(paths)
+    if disk == ANY_DISK or not failed:
+        return failed
+    uuids = {udev.file_system(each.node).uuid for each in udev.luks2_disks() if each.sysname == disk}
+    groups = State.load(paths).groups
+    return [name for name in failed if name in groups and uuids & {each.uuid for each in groups[name].members}]
+
+
+def _heal_group(paths: Paths, name: str) -> None:
+    """Starts a failed group that is complete. Logs what keeps it closed, once."""
+    record = report.Report(f"heal {name}")
+    try:
+        unwrap = make_unwrap(paths, name, record, 0)
+        opener = _opener(State.load(paths), name, unwrap, record)
+    except UnlockError as error:
+        _log_once(paths, name, error, error.hint)
+        return
+    for disk in udev.luks2_disks():
+        opener.add_disk(disk)
+    opener.read_headers()
+    complete = opener.is_complete(name)
+    opener.wipe()
+    if not complete:
+        return
+    waiting = _read_waiting_units(paths, name)
+    try:
+        settings = config.load(paths.config).group(name)
+        run(["systemctl", "start", units.gate_unit(name)])
+        if settings and settings.mount:
+            run(["systemctl", "start", "--no-block", units.mount_unit(settings.mount)])
+        if waiting:
+            run(["systemctl", "start", "--no-block", *waiting])
+    except UnlockError as error:
+        _log_once(paths, name, error, error.hint or f"systemctl status {units.gate_unit(name)}")
+
+
+def _log_once(paths: Paths, name: str, error: UnlockError, hint: str) -> None:
+    message = _name_group(name, error)
+    if this_boot.is_news(paths, name, message):
+        log.error(message, hint)
 
 
 def make_unwrap(

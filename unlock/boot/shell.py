@@ -28,8 +28,6 @@ COLUMNS = 80
 """Columns of the smallest console, which has 24 lines."""
 _ERRORS_MAX = 6
 """Errors that one screen lists; the whole screen has 20 lines at most."""
-_ERROR_EVENTS = frozenset(("crashed", "trouble", "not-capped", "root-not-authenticated"))
-"""Events of a report that are errors."""
 
 HELP = """\
 unlock status            groups and disks, as far as they are known here
@@ -227,7 +225,7 @@ def _errors(early: report.Report | None) -> list[str]:
     for row in early.disks.values():
         if row.outcome not in report.HARMLESS | {"no-key", "closed-again"}:
             found.append(" ".join(filter(None, (row.node, row.name))) + f": {row.describe()}")
-    return found + [f"{kind}: {text}".rstrip(": ") for _, kind, text in early.events if kind in _ERROR_EVENTS]
+    return found + [f"{kind}: {text}".rstrip(": ") for _, kind, text in early.events if kind in report.ERROR_EVENTS]
 
 
 def _list_lines(title: str, texts: list[str]) -> list[str]:

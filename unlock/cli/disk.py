@@ -2,6 +2,7 @@
 """`unlock disk adopt`, `unlock disk flags`."""
 
 import argparse
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from .. import ask, log
@@ -31,6 +32,12 @@ def add(commands: "Commands") -> None:
     adopt.add_argument("--keyfile-offset", type=int, default=0, metavar="N", help="bytes of it to leave out first")
     adopt.add_argument("--keyfile-size", type=int, default=0, metavar="N", help="bytes of it to take; default: all")
     adopt.add_argument(
+        "--via",
+        choices=("clevis", "tpm2"),
+        default="",
+        help="no passphrase: by the disk's token of clevis, or of systemd-cryptenroll for a TPM",
+    )
+    adopt.add_argument(
         "--accept-changed-header",
         action="append",
         default=[],
@@ -56,8 +63,10 @@ def _adopt(paths: Paths, options: argparse.Namespace) -> int:
     from ..host.this_boot import tpm_device
     from ..operations.adopt_disk import adopt_disk
 
+    if options.via and (options.passphrase_file or options.key_file or options.keyfile_offset or options.keyfile_size):
+        raise Usage("with --via no passphrase and no key file is taken", "unlock disk adopt --help")
     try:
-        with _passphrase(options) as passphrase:
+        with nullcontext() if options.via else _passphrase(options) as passphrase:
             group = adopt_disk(
                 paths,
                 options.device,
@@ -69,6 +78,7 @@ def _adopt(paths: Paths, options: argparse.Namespace) -> int:
                 tpm_device(),
                 options.accept_changed_header,
                 separate="separate-disk" in options.accept,
+                via=options.via,
             )
     except NotOurs as error:
         if options.passphrase_file and error.code == NotOurs.code:

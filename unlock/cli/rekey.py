@@ -25,13 +25,14 @@ def add(commands: "Commands") -> None:
 
 def _rekey(paths: Paths, options: argparse.Namespace) -> int:
     from ..host import this_boot
-    from ..operations import new_persistence_key
-    from ..operations.rekey import rekey
+    from ..operations.rekey import rekey, rekey_fresh
 
     if options.fresh:
         with owner_auth(options) as owner:
-            new_persistence_key.describe(new_persistence_key.replace(paths, this_boot.tpm_device(), owner))
-    return print_outcomes(rekey(paths, options.group, anew=options.fresh), as_json=options.json)
+            outcomes = rekey_fresh(paths, options.group, this_boot.tpm_device(), owner)
+    else:
+        outcomes = rekey(paths, options.group)
+    return print_outcomes(outcomes, as_json=options.json)
 
 
 def print_outcomes(outcomes: "list[rotation.Outcome]", *, as_json: bool = False) -> int:

@@ -12,7 +12,7 @@ import stat
 
 from ..errors import DiskFailed
 from ..light import Iterable, NamedTuple, Sequence
-from .fstab import unescape
+from .fstab import read_table, split_fields, unescape
 
 _BTRFS_IOC_FS_INFO = 0x8400941F
 _SYSTEM = ("/bin", "/etc", "/lib", "/lib32", "/lib64", "/opt", "/root", "/sbin", "/usr", "/var")
@@ -93,10 +93,9 @@ def _describe_user(folder: str, root: str) -> str:
     for uuid in _entries(btrfs):
         if name in _entries(btrfs, uuid, "devices"):
             return f"is part of the mounted btrfs {uuid}"
-    with open(path_below(root, "proc/swaps"), encoding="utf-8") as swaps:
-        for line in swaps.readlines()[1:]:
-            if _node_number(unescape(line.split()[0]), root) == number:
-                return "is swap"
+    for line in read_table(path_below(root, "proc/swaps"))[1:]:
+        if _node_number(unescape(split_fields(line)[0]), root) == number:
+            return "is swap"
     return ""
 
 
@@ -381,11 +380,10 @@ def _slaves(folder: str) -> set[str]:
 def _mounts(root: str) -> list[tuple[str, str, str, str]]:
     """(MAJOR:MINOR, mountpoint, source, file system) of each mount, oldest first: proc_pid_mountinfo(5)."""
     found = []
-    with open(path_below(root, "proc/self/mountinfo"), encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            fields = line.split()
-            rest = fields[fields.index("-", 6) + 1 :]
-            found.append((fields[2], unescape(fields[4]), unescape(rest[1]), rest[0]))
+    for line in read_table(path_below(root, "proc/self/mountinfo")):
+        fields = split_fields(line)
+        rest = fields[fields.index("-", 6) + 1 :]
+        found.append((fields[2], unescape(fields[4]), unescape(rest[1]), rest[0]))
     return found
 
 

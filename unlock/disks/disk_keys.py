@@ -5,8 +5,8 @@ Early boot and the gates unwrap; operations write tokens. The token's format is 
 """
 
 from .. import wrap
-from ..errors import DiskFailed, Malformed, NoKey, NotOurs, Tampered, UnlockError
-from ..light import NamedTuple
+from ..errors import DiskFailed, Malformed, NewerFormat, NoKey, NotOurs, Tampered, UnlockError
+from ..light import Any, Mapping, NamedTuple
 from ..secret import Secret
 from . import luks, token
 from .groups import Group, Member
@@ -112,14 +112,12 @@ def recovery_keyslot(header: Header, recovery: Secret) -> tuple[int, Secret]:
     raise trouble
 
 
-def ensure_recovery_keyslot(container: luks.Container, *, dek: Secret, recovery: Secret) -> int | None:
-    """Adds a keyslot for the recovery key and returns its number; None if an earlier attempt did. Raises NotOurs,
-    DiskFailed."""
+def ensure_recovery_keyslot(container: luks.Container, *, dek: Secret, recovery: Secret) -> None:
+    """Adds a keyslot for the recovery key, unless there is one. Raises NotOurs, DiskFailed."""
     try:
         dek_by_recovery_key(container, recovery).wipe()
     except NotOurs:
-        return container.add_keyslot(dek, passphrase=recovery)
-    return None
+        container.add_keyslot(dek, passphrase=recovery)
 
 
 def dek_by_checked_recovery_key(header: Header, each: token.Token, *recovery: Secret) -> Secret:
@@ -191,11 +189,38 @@ def write_token(device: str, each: token.Token, dek: Secret, keys: Keys) -> None
     with luks.Container(device) as container:
         if _find_proven_token(container, each, dek, keys) is not None:
             return
-        number = container.set_token(token.encode(each))
+        number = _add_token(container, each)
     with luks.Container(device) as container:
         if _find_proven_token(container, each, dek, keys) is None:
             container.remove_token(number)
             raise _not_read_back(device)
+
+
+def _add_token(container: luks.Container, each: token.Token) -> int:
+    """Raises DiskFailed, code `no-room`, where tokens fill the header that have our type and nobody can read."""
+    try:
+        return container.set_token(token.encode(each))
+    except DiskFailed as error:
+        unreadable = [number for number, fields in container.tokens(token.TYPE) if not _is_readable(fields)]
+        if not unreadable:
+            raise
+        first = ", ".join(map(str, unreadable[:8])) + (", ..." if len(unreadable) > 8 else "")
+        raise DiskFailed(
+            f"{container.device} has no room for a token: {len(unreadable)} of type unlock cannot be read ({first})",
+            f"if they are nobody's: cryptsetup token remove --token-id {unreadable[0]} {container.device}",
+            "no-room",
+        ) from error
+
+
+def _is_readable(fields: Mapping[str, Any]) -> bool:
+    """Whether this version, or perhaps a later one, reads a token."""
+    try:
+        token.decode(fields)
+    except NewerFormat:
+        return True
+    except Malformed:
+        return False
+    return True
 
 
 def _not_read_back(device: str) -> DiskFailed:
@@ -244,7 +269,7 @@ def add_rewrapped_tokens(device: str, host: str, *, old: Secret, new: Secret, ke
         if not there and not missing:
             assert trouble
             raise trouble
-        written = [container.set_token(token.encode(each)) for each in missing]
+        written = [_add_token(container, each) for each in missing]
     with luks.Container(device) as container:
         there = [each for each in read_tokens(container, host) if _is_under(container, each, new)]
         if not there or _not_rewrapped(container, host, there, old, new, keeps_kek)[0]:

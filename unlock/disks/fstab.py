@@ -78,12 +78,23 @@ def set_noauto(path: str, name: str) -> bool:
 
 def _read_lines(path: str) -> list[str]:
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.readlines()
+        return read_table(path)
     except FileNotFoundError:
         return []
 
 
+def read_table(path: str) -> list[str]:
+    """The lines of a table in /etc or /proc. Nothing but a line feed ends one: a name may have any other character.
+    Raises OSError."""
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        return file.readlines()
+
+
+def split_fields(line: str) -> list[str]:
+    """The fields of a line, which blanks and tabs alone separate, as the kernel and libmount have it."""
+    return list(filter(None, line.rstrip("\n").replace("\t", " ").split(" ")))
+
+
 def _split_line(line: str) -> list[str]:
-    fields = line.split()
+    fields = split_fields(line)
     return fields if len(fields) > 1 and not fields[0].startswith("#") else []

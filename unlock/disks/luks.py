@@ -63,6 +63,12 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "crypt_token_json_set": (c_void_p, c_int, c_char_p),
     "crypt_volume_key_get": (c_void_p, c_int, POINTER(c_char), POINTER(c_size_t), POINTER(c_char), c_size_t),
     "crypt_volume_key_verify": (c_void_p, POINTER(c_char), c_size_t),
+    "crypt_keyslot_context_init_by_token": (
+        c_void_p, c_int, c_char_p, c_char_p, c_size_t, c_void_p, POINTER(c_void_p),
+    ),
+    "crypt_volume_key_get_by_keyslot_context": (
+        c_void_p, c_int, POINTER(c_char), POINTER(c_size_t), c_void_p,
+    ),
     "crypt_keyslot_add_by_volume_key": (
         c_void_p, c_int, POINTER(c_char), c_size_t, POINTER(c_char), c_size_t,
     ),
@@ -368,6 +374,30 @@ def prepare() -> None:
         _lib().crypt_free(context)
 
 
+def volume_key_by_plugin(device: str, number: int) -> Secret:
+    """The volume key by a token of another program, through libcryptsetup's plugin for tokens of that type, which may
+    speak with a TPM. For a process of its own: nowhere else is a plugin loaded. Raises DiskFailed."""
+    global _loads_plugins
+    assert _library is None
+    _loads_plugins = True
+    with Container(device) as container:
+        container._copy_keyslots(ANY)
+        context = c_void_p()
+        size = c_size_t(container.volume_key_size)
+        key = Secret(bytes(size.value))
+        trouble = f"does not open by its token {number}"
+        container._do(
+            trouble, "crypt_keyslot_context_init_by_token", number, None, None, 0, None, ctypes.byref(context)
+        )
+        try:
+            container._do(
+                trouble, "crypt_volume_key_get_by_keyslot_context", ANY, _buffer(key), ctypes.byref(size), context
+            )
+        finally:
+            _lib().crypt_keyslot_context_free(context)
+        return key
+
+
 def deactivate(name: str, deferred: bool = False) -> None:
     """Removes a mapping; with `deferred`, when its last user closes it. Raises DiskFailed ("busy", "not-active")."""
     flags = _DEFERRED if deferred else 0
@@ -480,6 +510,7 @@ def _sized(secret: Secret) -> tuple[Any, int]:
 
 _DESCRIPTORS = "/proc/self/fd/"
 _only_reads = False
+_loads_plugins = False
 
 _logged_errors: list[str] = []
 """Errors of the call under way. One list is enough: the library is not thread-safe, nor is this module."""
@@ -510,9 +541,12 @@ def _lib() -> Any:
         library.crypt_set_log_callback.argtypes = (c_void_p, _LogCallback, c_void_p)
         library.crypt_set_log_callback.restype = None
         library.crypt_set_log_callback(None, _log_callback, None)
+        library.crypt_keyslot_context_free.argtypes = (c_void_p,)
+        library.crypt_keyslot_context_free.restype = None
         library.crypt_token_external_disable.argtypes = ()
         library.crypt_token_external_disable.restype = None
-        library.crypt_token_external_disable()
+        if not _loads_plugins:
+            library.crypt_token_external_disable()
         _library = library
     return _library
 

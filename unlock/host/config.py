@@ -66,6 +66,8 @@ class GroupConfig(NamedTuple):
 
     policy: str = "persistent"
     """`provider`: the group's KEK is never kept on this host."""
+    deadline_asked: int = 0
+    """What the file has, where that is more than DEADLINE_MAX; else 0."""
 
 
 class ProviderConfig(NamedTuple):
@@ -202,7 +204,8 @@ def _group(name: str, table: Any) -> GroupConfig:
     if policy not in POLICIES:
         raise _bad(f"{where}policy is not one of {', '.join(POLICIES)}")
     kind, options = (_line(table, key, where, strip=True) for key in ("type", "options"))
-    return GroupConfig(name, mount, kind, options, min(deadline, DEADLINE_MAX), policy)
+    asked = deadline if deadline > DEADLINE_MAX else 0
+    return GroupConfig(name, mount, kind, options, min(deadline, DEADLINE_MAX), policy, asked)
 
 
 def _provider(name: str, table: Any) -> ProviderConfig:

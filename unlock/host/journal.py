@@ -38,6 +38,12 @@ class DiskAdoption(NamedTuple):
     """`/dev/disk/by-uuid/UUID --group GROUP`."""
     manifest: int
     """Generation of the member list with this disk."""
+    name: str | None = None
+    """Of its mapping; this and what follows is None in what an earlier unlock wrote."""
+    keyslots: tuple[int, ...] | None = None
+    """Those that the disk had before."""
+    flags: tuple[str, ...] | None = None
+    """Those that its header had before."""
 
 
 class Rekey(NamedTuple):

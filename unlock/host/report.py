@@ -56,6 +56,9 @@ OPEN = ("opened", "already-open")
 _ANY_HOST = frozenset(("damaged", "duplicate"))
 """Outcomes of disks that may belong to any host."""
 
+ERROR_EVENTS = frozenset(("crashed", "trouble", "not-capped", "root-not-authenticated"))
+"""Events of a report that are errors."""
+
 _SILENT = frozenset(("waiting", "foreign", "other-host", "already-open", "no-key", "provider"))
 """Outcomes that are not announced on the console."""
 

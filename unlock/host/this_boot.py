@@ -17,11 +17,14 @@ uncapped         the names of TPMs that did not: no shell, and no system that is
 dropped          the disks that the TPM's key had opened were closed before a shell started
 shown.json       the errors that the recovery shell has shown
 recovered        the recovery prompt opened disks, or tried to
+accepted-root    the TPM's payload says that the operator accepted a root that is not encrypted
 authentic        the real root lies on disks that unlock opened, or the operator accepted one that does not
 scrubbed         free memory was overwritten before a shell, or before a system that gets no keys
 ended            the agent ended in order: keys and disks are handed over, or closed
 open/G           link to a mapping of group G, which is open; members/G lists them all
 failed-groups/G  its gate failed; the units that waited
+last-errors/G    the last error that was logged for it
+journaled        the report of early boot is in the systemd journal
 spoofed/G        something else was mounted in the place of its file system
 keys.json        where each cached key came from
 sync.json        the outcome of the last sync
@@ -137,6 +140,20 @@ def mark_failed(paths: Paths, group: str, waiting: list[str]) -> None:
     with open(new, "w", encoding="utf-8") as file:
         json.dump(waiting, file)
     os.rename(new, paths.of_this_boot(os.path.join("failed-groups", group)))
+
+
+def is_news(paths: Paths, group: str, message: str) -> bool:
+    """Whether this is not the last error that was logged for a group. It is from now on."""
+    path = paths.of_this_boot(os.path.join("last-errors", group))
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file:
+        text = message.encode("utf-8", "backslashreplace")
+        if file.read() == text:
+            return False
+        file.seek(0)
+        file.truncate()
+        file.write(text)
+    return True
 
 
 def cache_keys(paths: Paths, source: str, keys: dict[str, Secret]) -> None:

@@ -182,7 +182,7 @@ def rewrap_disks(work: Work, group: Group, kek: Secret) -> tuple[Outcome, Group]
             done.append(member.name)
         except UnlockError as error:
             trouble = error
-            behind[member.name] = str(error)
+            behind[member.name] = describe(error)
     if trouble and not done:
         raise trouble
     left = tuple(member.uuid for member in group.members if member.name in behind)
@@ -256,7 +256,7 @@ def catch_up_disks(work: Work) -> list[Outcome]:
                         rewrap_disk(work, group, member, nodes[member.uuid], kek)
                 done.append(member.uuid)
             except UnlockError as error:
-                behind[member.name] = str(error)
+                behind[member.name] = describe(error)
         if done:
             for uuid in done:
                 work.state.drop_old_key(uuid)
@@ -321,3 +321,8 @@ def _forget_former(state: State) -> None:
     for name in keyring.names():
         if name.startswith("unlock:kek:") and name.removeprefix("unlock:kek:").rpartition(":")[0] in former:
             keyring.forget(name)
+
+
+def describe(error: UnlockError) -> str:
+    """Why a disk still has its old key, with what to type where waiting for it does not help."""
+    return f"{error}; {error.hint}" if error.code == "no-room" else str(error)

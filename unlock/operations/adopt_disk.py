@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from .. import log
-from ..disks import adoptable, changes, devices, disk_keys, fstab, luks, token, udev
+from ..disks import adoptable, changes, devices, disk_keys, fstab, luks, other_tokens, token, udev
 from ..disks.groups import Group, Member, check_name
-from ..errors import CommandFailed, Refused, UnlockError
+from ..errors import CommandFailed, NotOurs, Refused, UnlockError
 from ..host import config, this_boot
 from ..host.journal import DiskAdoption
 from ..host.lock import exclusive
@@ -24,17 +24,19 @@ def adopt_disk(
     paths: Paths,
     device: str,
     group_name: str,
-    passphrase: Secret,
+    passphrase: Secret | None,
     recovery_file: str,
     name: str = "",
     escrow: Escrow | None = None,
     tcti: str = TPM_DEVICE,
     accepted: Iterable[str] = (),
     separate: bool = False,
+    via: str = "",
 ) -> Group:
     """Makes an existing LUKS2 disk a member. Its data, keyslots and mapping name stay; a recovery keyslot and a token
     are added. On a disk that is a member already, adds what is missing. `accepted`: mapping names of members whose
-    headers were changed by the operator. `separate`: the disk may join file systems that it cannot be a part of.
+    headers were changed by the operator. `separate`: the disk may join file systems that it cannot be a part of. `via`:
+    instead of a passphrase, a kind of token that the disk has: a key of other_tokens.TYPES.
 
     Raises NotOurs when it is not LUKS2 or the passphrase is wrong, DiskFailed, Refused; Tampered, code
     `changed-header`, with what differs in the header of a member.
@@ -48,12 +50,14 @@ def adopt_disk(
             uuid = container.uuid
             about = f"/dev/disk/by-uuid/{uuid} --group {group_name}"
             known = {each.uuid: (group.name, each) for group in state.groups.values() for each in group.members}
-            begun = uuid in known or bool(state.unfinished(DiskAdoption, about))
+            unfinished = state.unfinished(DiskAdoption, about)
+            begun = uuid in known or bool(unfinished)
             adoptable.check_supported(container, container.disk_size, container.volume_key_size)
             facts = container.facts()  # raises what else is wrong with it
             adoptable.check_room(container, container.volume_key_size, state.host, has_keyslot=begun)
             _check_signatures(node)
-            dek = container.volume_key(passphrase)
+            before = tuple(container.keyslots()), tuple(sorted(container.flags))
+            dek = container.volume_key(passphrase) if passphrase else other_tokens.volume_key(container, via)
         old = state.groups.get(group_name)
         if uuid in known and known[uuid][0] != group_name:
             raise Refused(f"{device} is in group {known[uuid][0]} already", "unlock status", code="member")
@@ -62,12 +66,12 @@ def adopt_disk(
             group, member = old, known[uuid][1]
         else:
             line = fstab.find_crypttab_line(paths.crypttab, node=node, luks_uuid=uuid)
+            name = name or (unfinished.name if unfinished else "") or ""
             name = membership.choose_mapping_name(state, uuid, line, group_name, name)
             _check_not_needed(name, group_name, old.members if old else ())
             if old and not separate:
                 _check_file_system(work.settings, old, name)
             member = Member(uuid, name, udev.find_disk(node).serial)
-            unfinished = state.unfinished(DiskAdoption, about)
             manifest = unfinished.manifest if unfinished else state.next_manifest(group_name)
             group = (old or Group(group_name, "", 0, 0, ()))._replace(
                 manifest=manifest, members=(*(old.members if old else ()), member)
@@ -77,13 +81,14 @@ def adopt_disk(
         others = {each.uuid: membership.member_node(seen, each) for each in group.members if each.uuid != uuid}
         checked = membership.check_headers(work, group, {**others, uuid: node}, frozenset(accepted))
         with dek, membership.obtain_recovery_key(state, persistence, recovery_file, escrow) as recovery:
-            state.begin(DiskAdoption("disk adopt", about, manifest=group.manifest))
-            changed = _Changed(node)
+            if unfinished and unfinished.keyslots is not None and unfinished.flags is not None:
+                before = unfinished.keyslots, unfinished.flags
+            entry = DiskAdoption("disk adopt", about, group.manifest, member.name, *before)
+            state.begin(entry)
             try:
                 with luks.Container(node) as container:
                     changes.require_unchanged(container, facts)
-                    changed.keyslot = disk_keys.ensure_recovery_keyslot(container, dek=dek, recovery=recovery)
-                    changed.flags = container.flags
+                    disk_keys.ensure_recovery_keyslot(container, dek=dek, recovery=recovery)
                     if uuid not in known and line:
                         _take_options_over(container, line)
                     checked[uuid] = container.facts()
@@ -94,7 +99,7 @@ def adopt_disk(
                 membership.write_member_list(work, group, {**others, uuid: node}, checked, kek=kek, recovery=recovery)
             except UnlockError:
                 if uuid not in known:
-                    changed.undo(state.host)
+                    _undo(node, entry, state.host, recovery)
                     state.headers.pop(uuid, None)
                 state.journal = None
                 state.save()
@@ -113,28 +118,23 @@ def adopt_disk(
         return group
 
 
-class _Changed:
-    """What `adopt_disk` has changed in the header of a disk that is no member yet, besides the token."""
-
-    def __init__(self, node: str) -> None:
-        self.node = node
-        self.keyslot: int | None = None
-        """The one that was added."""
-        self.flags: frozenset[str] | None = None
-        """Those that were there before; None while none were changed."""
-
-    def undo(self, host: str) -> None:
-        """Does nothing on a disk that has its token. Best effort: the error that led here is the one to tell."""
-        try:
-            with luks.Container(self.node) as container:
-                if any(fields.get("host") == host for _, fields in container.tokens(token.TYPE)):
-                    return
-                if self.keyslot is not None:
-                    container.remove_keyslot(self.keyslot)
-                if self.flags is not None and container.flags != self.flags:
-                    container.set_flags(self.flags)
-        except UnlockError:
-            pass
+def _undo(node: str, entry: DiskAdoption, host: str, recovery: Secret) -> None:
+    """Takes away the keyslot and the flags that this run, or one that was killed, has added to a disk that is no member
+    yet. Does nothing on a disk that has its token: other members may have theirs by then. Best effort: the error that
+    led here is the one to tell."""
+    try:
+        with luks.Container(node) as container:
+            if any(fields.get("host") == host for _, fields in container.tokens(token.TYPE)):
+                return
+            with suppress(NotOurs):
+                slot, dek = disk_keys.recovery_keyslot(container, recovery)
+                dek.wipe()
+                if entry.keyslots is not None and slot not in entry.keyslots:
+                    container.remove_keyslot(slot)
+            if entry.flags is not None and container.flags != frozenset(entry.flags):
+                container.set_flags(frozenset(entry.flags))
+    except UnlockError:
+        pass
 
 
 _OPTIONS = {

@@ -8,10 +8,11 @@ remove     evicts the persistence key from the TPM after `disable`; until the ne
            the same policy
 """
 
+from contextlib import suppress
 from typing import TypedDict
 
 from ..disks import devices, disk_keys, find, luks
-from ..errors import NoKey, Refused, UnlockError
+from ..errors import NoKey, Refused, TpmAbsent, UnlockError
 from ..host import keyring
 from ..host.journal import PersistenceChange
 from ..host.lock import exclusive
@@ -120,6 +121,9 @@ def disable(
     new_persistence_key.finish(paths, tcti, owner_auth, look)
     with exclusive(paths), access.Work(paths, look) as work:
         refuse_without_kept_keys(work.state)
+        if work.state.persistent and not work.state.removed:
+            with suppress(TpmAbsent), Tpm(tcti) as tpm:
+                slots.require_owner_auth(tpm, owner_auth)  # before anything is begun
         if work.state.persistent:
             work.state.narrowed = "keys are not kept on this host any more"
         work.state.begin(PersistenceChange("persistence", "disable"))
@@ -184,6 +188,7 @@ def remove_all_stored_keys(paths: Paths, tcti: str = TPM_DEVICE, owner_auth: Sec
                 raise Refused(
                     "the TPM keeps the persistence key of another installation", "unlock status", code="not-ours"
                 )
+            slots.require_owner_auth(tpm, owner_auth)
             if found:
                 branches = tuple(each.hex() for each in found.branches)
                 state.removed = RemovedPolicy(found.selection, found.cap, branches, found.pin)

@@ -12,7 +12,9 @@ from ..host import this_boot
 from ..host.journal import Rekey
 from ..host.lock import exclusive
 from ..keys import access, rotation
-from ..paths import Paths
+from ..paths import TPM_DEVICE, Paths
+from ..secret import Secret
+from . import new_persistence_key
 
 STILL_ACTIVE = "let this client Revoke it, or deactivate it in the key manager; then unlock sync"
 """What to do about a replaced KEK."""
@@ -53,6 +55,19 @@ def rekey(
         for left in rotation.retire_keks(work):
             log.error(left.describe(), STILL_ACTIVE)
         return outcomes
+
+
+def rekey_fresh(
+    paths: Paths,
+    name: str = "",
+    tcti: str = TPM_DEVICE,
+    owner_auth: Secret | None = None,
+    look: find.Look = find.look,
+) -> list[rotation.Outcome]:
+    """A new persistence key, then a new KEK for the named group, or for each. Killed anywhere, the same command does
+    both again: what leaked in between is not under either. Raises what `replace` and `rekey` raise."""
+    new_persistence_key.describe(new_persistence_key.replace(paths, tcti, owner_auth, look))
+    return rekey(paths, name, look, anew=True)
 
 
 def _done_by_the_run_before(work: access.Work, anew: bool) -> set[str]:

@@ -160,6 +160,8 @@ def reseal(
         state.save_if_changed()
         return look(paths, tpm, state)
     state.prove(persistence)
+    if pin or owner_auth:  # a person typed the command: what is wrong is told before anything is saved
+        slots.require_owner_auth(tpm, owner_auth)
     with auth_for(state.host, record.pin, pin) as pin_auth:
         state.tpm = state.tpm._replace(pin=record.pin or len(pin_auth) > 0)
         state.save_if_changed()

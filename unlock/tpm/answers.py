@@ -99,7 +99,14 @@ OF_A_COMMAND = {
     ("EvictControl", 0x14B): Meaning("the TPM has no room for one more persistent object", _FREE_PERSISTENT),
     **{
         (command, code): Meaning("the owner authorization is wrong", _OWNER)
-        for command in ("CreatePrimary", "EvictControl", "NV_DefineSpace", "NV_UndefineSpace", "NV_Write")
+        for command in (
+            "CreatePrimary",
+            "EvictControl",
+            "NV_DefineSpace",
+            "NV_UndefineSpace",
+            "NV_Write",
+            "PolicySecret",
+        )
         for code in (AUTH_FAIL, BAD_AUTH)
     },
     **{

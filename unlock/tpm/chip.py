@@ -33,7 +33,7 @@ from .record import MAX_SEALED, RECORD_SIZE, SLOTS, SRK, Record, Slot
 
 _NONE, _PASSWORD, _OWNER, _ENDORSEMENT = 0xFFF, 0xFF, 0x101, 0x10B  # ESYS_TR_...
 _NO_SESSIONS = (_NONE, _NONE, _NONE)
-_HMAC, _POLICY = 0, 1  # TPM2_SE_...
+_HMAC, _POLICY, _TRIAL = 0, 1, 3  # TPM2_SE_...
 _CONTINUE = 0x01  # the session outlives its command
 _DECRYPT, _ENCRYPT = 0x20, 0x40  # the first parameter: on its way to the TPM, from the TPM
 _PAUSES = (
@@ -630,6 +630,18 @@ class Tpm:
         session = self._session(salt_key, _HMAC, 0)
         self._set_auth(_OWNER, auth)
         return session
+
+    def prove_owner(self, owner_auth: Secret) -> None:
+        """Raises TpmFailed unless the TPM takes this as its owner's password. Changes nothing, and counts for no
+        lockout: PolicySecret in a trial session. StartAuthSession, what `_owner` sends, PolicySecret, FlushContext."""
+        null = self._ffi.NULL
+        trial = self._session(_NONE, _TRIAL, 0).handle
+        try:
+            with self._owner(owner_auth) as session:
+                arguments = (_OWNER, trial, session, _NONE, _NONE, null, null, null, 0, null, null)
+                self._send("PolicySecret", *arguments)
+        finally:
+            self._flush(trial)
 
     def _set_auth(self, resource: int, auth: Secret) -> None:
         """What ESYS proves to the TPM that it knows; b"" wipes it: ESYS would send the owner's in clear later."""

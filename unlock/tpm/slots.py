@@ -262,8 +262,11 @@ def seal_slot(
 
 
 def require_owner_auth(tpm: Tpm, owner_auth: Secret | None, hint: str = "--owner-auth-file FILE") -> None:
-    """Raises Refused where the TPM's owner has a password and none was given: before anything is written."""
-    if not (owner_auth and len(owner_auth)) and tpm.facts().owner_auth_set:
+    """Raises Refused where the TPM's owner has a password and none was given, TpmFailed where another one was: before
+    anything is written."""
+    if owner_auth and len(owner_auth):
+        tpm.prove_owner(owner_auth)
+    elif tpm.facts().owner_auth_set:
         raise Refused("the TPM's owner has a password", hint, code="owner-auth-set")
 
 

@@ -29,6 +29,11 @@ def check_configuration(paths: Paths) -> Iterator[Finding]:
         what = f"group {table.removeprefix('group.')} is not mounted: " if table.startswith("group.") else ""
         yield Finding("unlock.toml", UNSAFE, f"{what}{fault.error}", f"edit {paths.config}")
     for group in settings.groups.values():
+        if group.deadline_asked:
+            why = (
+                f"group {group.name}: its deadline of {group.deadline_asked} s is taken for {group.deadline} s, a week"
+            )
+            yield Finding("unlock.toml", NOTE, why, f"edit {paths.config}")
         if group.mount in taken:
             why = f"group {group.name} is not mounted: /etc/fstab or another group has {group.mount}"
             yield Finding("unlock.toml", UNSAFE, why, f"edit {paths.config}")
