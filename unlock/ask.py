@@ -7,15 +7,16 @@ Commands ask at the terminal or through systemd's agents, early boot through the
 import os
 
 from . import log
-from .errors import Usage
-from .light import TYPE_CHECKING, Callable
+from .errors import CommandFailed, Usage
+from .light import Callable
 from .protect import end_with_parent
-from .secret import Secret
-
-if TYPE_CHECKING:
-    from io import FileIO
+from .run import run_for_secret
+from .secret import Secret, taken
 
 _MAX = 4096
+_BLANKS, _LINE_END = frozenset(b" \t\n\r\v\f"), ord("\n")
+_ANSWER_TIMEOUT = 100.0
+"""Seconds; the agents of systemd are asked for 90."""
 _KEY_FILE_MAX = 8 << 20
 """Bytes, as cryptsetup's default."""
 ASKPASS = "/lib/cryptsetup/askpass"
@@ -29,43 +30,58 @@ _INITRAMFS = "/scripts/unlock-functions"
 
 def from_file(path: str) -> Secret:
     """The content of a file without its last newline. Raises Usage."""
+    content = bytearray(_MAX + 1)
     try:
-        with open(path, "rb") as file:
-            content = file.read(_MAX + 1)
-    except OSError as error:
-        raise Usage(f"{path} cannot be read: {error.strerror}") from error
-    if not content.strip() or len(content) > _MAX:
-        raise Usage(f"{path} is empty, or too large for a secret", f"a file with it alone, at most {_MAX} bytes")
-    return Secret(content.removesuffix(b"\n"))
+        try:
+            with open(path, "rb", buffering=0) as file:
+                size = _fill(file.fileno(), content, len(content))
+        except OSError as error:
+            raise Usage(f"{path} cannot be read: {error.strerror}") from error
+        if all(content[i] in _BLANKS for i in range(size)) or size > _MAX:
+            raise Usage(f"{path} is empty, or too large for a secret", f"a file with it alone, at most {_MAX} bytes")
+        return _without_line_end(content, size)
+    finally:
+        content[:] = bytes(len(content))
 
 
 def key_file(path: str, *, offset: int = 0, size: int = 0) -> Secret:
     """`size` bytes of a key file from `offset` on, or all that follow, as cryptsetup reads it: a last newline counts.
     Raises Usage."""
+    content = bytearray(min(size, _KEY_FILE_MAX) or _KEY_FILE_MAX + 1)
     try:
-        with open(path, "rb", buffering=0) as file:
-            if file.seekable():
-                file.seek(offset)
-            else:
-                _read_exactly(file, offset)
-            content = _read_exactly(file, size or _KEY_FILE_MAX + 1)
-    except OSError as error:
-        raise Usage(f"{path} cannot be read: {error.strerror}") from error
-    if not content or len(content) < size:
-        raise Usage(
-            f"{path} has {len(content)} bytes from byte {offset} on", "another --keyfile-offset, --keyfile-size"
-        )
-    if len(content) > _KEY_FILE_MAX:
-        raise Usage(f"{path} is larger than {_KEY_FILE_MAX} bytes", "--keyfile-size N")
-    return Secret(content)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                if file.seekable():
+                    file.seek(offset)
+                else:
+                    left_out = 0
+                    while left_out < offset and (count := _fill(file.fileno(), content, offset - left_out)):
+                        left_out += count
+                count = _fill(file.fileno(), content, len(content))
+        except OSError as error:
+            raise Usage(f"{path} cannot be read: {error.strerror}") from error
+        if not count or count < min(size, _KEY_FILE_MAX):
+            raise Usage(f"{path} has {count} bytes from byte {offset} on", "another --keyfile-offset, --keyfile-size")
+        if max(count, size) > _KEY_FILE_MAX:
+            raise Usage(f"{path} is larger than {_KEY_FILE_MAX} bytes", "--keyfile-size N")
+        return taken(content, count)
+    finally:
+        content[:] = bytes(len(content))
 
 
-def _read_exactly(file: "FileIO", size: int) -> bytearray:
-    """So many bytes, or fewer at the end of the file."""
-    content = bytearray()
-    while len(content) < size and (piece := file.read(size - len(content))):
-        content += piece
-    return content
+def _fill(fd: int, buffer: bytearray, most: int) -> int:
+    """Reads so many bytes to the beginning of a buffer, or what fits, or fewer at the end of the file. Returns how
+    many."""
+    size, most = 0, min(most, len(buffer))
+    with memoryview(buffer) as room:
+        while size < most and (count := os.readv(fd, [room[size:most]])):
+            size += count
+    return size
+
+
+def _without_line_end(buffer: bytearray, size: int) -> Secret:
+    """What was read, without a last newline; the buffer is wiped."""
+    return taken(buffer, size - (size > 0 and buffer[size - 1] == _LINE_END))
 
 
 def credential(name: str) -> Secret | None:
@@ -83,6 +99,7 @@ def terminal(prompt: str, flag: str) -> Secret:
         fd = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
         raise Usage(f"there is no terminal to ask for: {prompt}", f"give {flag} FILE") from error
+    typed, size = bytearray(_MAX), 0
     try:
         before = termios.tcgetattr(fd)
         silent = termios.tcgetattr(fd)
@@ -90,18 +107,19 @@ def terminal(prompt: str, flag: str) -> Secret:
         termios.tcsetattr(fd, termios.TCSAFLUSH, silent)
         try:
             os.write(fd, f"{prompt}: ".encode())
-            typed = bytearray()
-            while not typed.endswith(b"\n") and len(typed) < _MAX:
-                piece = os.read(fd, 1024)
-                if not piece:
+            while size < _MAX and not (size and typed[size - 1] == _LINE_END):
+                with memoryview(typed) as room:
+                    count = os.readv(fd, [room[size:]])
+                if not count:
                     break
-                typed += piece
+                size += count
         finally:
             termios.tcsetattr(fd, termios.TCSAFLUSH, before)
             os.write(fd, b"\n")
+        return _without_line_end(typed, size)
     finally:
+        typed[:] = bytes(len(typed))
         os.close(fd)
-    return Secret(typed.removesuffix(b"\n"))
 
 
 def line(prompt: str) -> str | None:
@@ -154,7 +172,7 @@ def ask_in_initramfs(prompt: str, stopped: Callable[[], bool] = lambda: False, p
 
     console = _open_console()
     before = _terminal_settings(console)
-    typed = bytearray()
+    typed, size = bytearray(_MAX), 0
     try:
         command = [program, prompt]
         with subprocess.Popen(
@@ -165,16 +183,17 @@ def ask_in_initramfs(prompt: str, stopped: Callable[[], bool] = lambda: False, p
             try:
                 while not stopped():
                     if select.select([fd], [], [], 0.2)[0]:
-                        piece = os.read(fd, 1024)
-                        if not piece:
+                        with memoryview(typed) as room:
+                            count = os.readv(fd, [room[size:]]) if size < _MAX else 0
+                        if not count:
                             break
-                        typed += piece
+                        size += count
             finally:
                 if stopped():
                     os.killpg(asking.pid, signal.SIGKILL)
         if asking.returncode:
             raise Usage("nothing can ask for a key here")
-        return Secret(typed.removesuffix(b"\n"))
+        return _without_line_end(typed, size)
     except OSError as error:
         raise Usage("nothing can ask for a key here") from error
     finally:
@@ -226,10 +245,8 @@ def _restore_terminal(console: int, before: "list[object] | None") -> None:
 
 def _run_prompt(command: list[str]) -> Secret:
     """Runs a program that asks a person, and returns the answer. Raises Usage."""
-    import subprocess
-
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
+        with run_for_secret(command, _MAX, _ANSWER_TIMEOUT) as answer:
+            return _without_line_end(answer.value, len(answer))
+    except CommandFailed as error:
         raise Usage("nothing can ask for a key here") from error
-    return Secret(done.stdout.removesuffix(b"\n"))

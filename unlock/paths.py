@@ -54,16 +54,22 @@ def write_atomically(path: str, data: bytes, mode: int = 0o600) -> None:
 
 
 def fill(fd: int, path: str, data: bytes | bytearray, shown: str = "") -> None:
-    """Writes all of a new file, durably, and closes it; on an error there is no file. Raises OSError, which names
-    `shown`, else the file: what is written to a descriptor names none by itself."""
+    """Writes all of a new file, durably, and closes it; on an error, or when it is interrupted, there is no file. No
+    copy of the data is left in memory. Raises OSError, which names `shown`, else the file: what is written to a
+    descriptor names none by itself."""
     try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
+        try:
+            with memoryview(data) as left:
+                at = 0
+                while at < len(data):
+                    at += os.write(fd, left[at:])
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except BaseException as error:
         os.unlink(path)
-        error.filename = shown or path
+        if isinstance(error, OSError):
+            error.filename = shown or path
         raise
 
 

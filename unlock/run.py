@@ -4,7 +4,7 @@
 import os
 
 from .errors import CommandFailed
-from .secret import Secret
+from .secret import Secret, taken
 
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _LINE = 300
@@ -73,8 +73,7 @@ def run_for_secret(argv: list[str], most: int, timeout: float) -> Secret:
                 lines = words.read(1 << 16).decode("utf-8", "replace").strip().splitlines()
                 said = lines[-1] if lines else f"status {status}" if status else f"it printed {size} bytes"
                 raise CommandFailed(f"{' '.join(argv[:3])}: {said[:_LINE]}")
-            with memoryview(answer) as whole, whole[:size] as part:
-                return Secret(part)
+            return taken(answer, size)
         except subprocess.TimeoutExpired as error:
             raise CommandFailed(f"{argv[0]} did not finish in {timeout:.0f} s") from error
         finally:

@@ -62,6 +62,16 @@ class Secret:
         raise TypeError("a Secret is never serialised")
 
 
+def taken(buffer: bytearray, size: int) -> Secret:
+    """The first bytes of a buffer, which is wiped. A bytearray that grows leaves copies behind: a secret is read into
+    one that is large enough."""
+    try:
+        with memoryview(buffer) as whole, whole[:size] as part:
+            return Secret(part)
+    finally:
+        buffer[:] = bytes(len(buffer))
+
+
 def wipe_all() -> None:
     """Wipes every Secret of this process; a forked one wipes all that it inherited."""
     for value in _live.values():

@@ -28,6 +28,7 @@ from ..secret import Secret, wipe_all
 
 ANSWER_TIMEOUT = 10.0
 """Seconds for one answer to `volume_key`."""
+_HEAD_MAX = 1 << 16
 _ANSWER_MAX = MAX_METADATA + 1
 """Bytes of an answer. Metadata that is cut off at this size is too large for `parse_metadata` anyway."""
 
@@ -53,7 +54,8 @@ class Worker:
         self.disk = disk
         self.deadline = 0.0
         """When the awaited answer is overdue, in the time of `report.now()`."""
-        self._received = bytearray()
+        self._sizes, self._received, self._count = bytearray(8), bytearray(), 0
+        """The sizes at the beginning of an answer, the rest of it once they are known, and how much of both is here."""
         requests, self._requests = os.pipe()
         self._answers, answers = os.pipe()
         try:
@@ -73,19 +75,24 @@ class Worker:
 
     def read(self) -> Answer | None:
         """Takes what has arrived; None while the answer is not complete. Raises the worker's error, or Ended."""
-        piece = os.read(self._answers, 1 << 16)
-        if not piece:
+        in_sizes = self._count < len(self._sizes)
+        buffer, at = (self._sizes, self._count) if in_sizes else (self._received, self._count - len(self._sizes))
+        with memoryview(buffer) as room:
+            count = os.readv(self._answers, [room[at:]])
+        if not count:
             raise Ended("the worker ended without an answer")
-        self._received += piece
-        head, body = (int.from_bytes(self._received[at : at + 4], "big") for at in (0, 4))
-        if body > _ANSWER_MAX:
-            raise DiskFailed(f"its worker sends more than {_ANSWER_MAX} bytes")
-        if len(self._received) < 8 + head + body:
+        self._count += count
+        head, body = (int.from_bytes(self._sizes[at : at + 4], "big") for at in (0, 4))
+        if self._count == len(self._sizes):
+            if head > _HEAD_MAX or body > _ANSWER_MAX:
+                raise DiskFailed(f"its worker sends more than {_ANSWER_MAX} bytes")
+            self._received = bytearray(head + body)  # it does not grow: that would leave copies of a key
+        if self._count < len(self._sizes) + head + body:
             return None
-        word, _, argument = self._received[8 : 8 + head].decode("utf-8", "replace").partition(" ")
-        data = self._received[8 + head : 8 + head + body]
+        word, _, argument = self._received[:head].decode("utf-8", "replace").partition(" ")
+        data = self._received[head:]
         self._received[:] = bytes(len(self._received))
-        self._received.clear()
+        self._received, self._count = bytearray(), 0
         if word == "error":
             raise _decode_error(argument, data)
         return Answer(word, argument, data)

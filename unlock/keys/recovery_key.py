@@ -11,11 +11,11 @@ import os
 
 from ..errors import Usage
 from ..paths import create, fill, sync_folder
-from ..secret import Secret
+from ..secret import Secret, taken
 
 GROUPS = 8
 DIGITS = 6
-_ESCAPE = 0x1B
+_ESCAPE, _DASH = 0x1B, ord("-")
 _DIGIT = {byte: byte for byte in b"0123456789"}
 _UNSHIFTED = {**_DIGIT, **dict(zip(b")!@#$%^&*(", b"0123456789", strict=True))}
 """What Shift makes of the digits on a US keyboard, which is what an initramfs without a keymap takes any for."""
@@ -23,9 +23,16 @@ _UNSHIFTED = {**_DIGIT, **dict(zip(b")!@#$%^&*(", b"0123456789", strict=True))}
 
 def new() -> Secret:
     """A new recovery key, as printed."""
+    key = Secret(bytes(GROUPS * (DIGITS + 1) - 1))
     with Secret.random(2 * GROUPS) as raw:
-        words = [int.from_bytes(raw.value[2 * i : 2 * i + 2], "big") for i in range(GROUPS)]
-    return Secret("-".join(f"{word * 11 + i + 1:0{DIGITS}d}" for i, word in enumerate(words)).encode())
+        for i in range(GROUPS):
+            number = (raw.value[2 * i] << 8 | raw.value[2 * i + 1]) * 11 + i + 1
+            for place in range(i * (DIGITS + 1) + DIGITS - 1, i * (DIGITS + 1) - 1, -1):
+                number, digit = divmod(number, 10)
+                key.value[place] = ord("0") + digit
+            if i:
+                key.value[i * (DIGITS + 1) - 1] = _DASH
+    return key
 
 
 def parse(typed: Secret) -> Secret:
@@ -50,30 +57,34 @@ def parse(typed: Secret) -> Secret:
 def _take_digits(typed: bytearray, digit_of: dict[int, int]) -> Secret:
     """The digits in a text. Those in the escape sequences of function keys, of a keypad without NumLock and of a
     paste (ECMA-48, 5.4) were not typed."""
-    found = bytearray()
+    found, size = bytearray(len(typed)), 0
     before = sequence = 0
     for byte in typed:
         if before == _ESCAPE and byte in b"[O":
             sequence = byte
         elif not sequence and byte in digit_of:
-            found.append(digit_of[byte])
+            found[size] = digit_of[byte]
+            size += 1
         elif sequence and not 0x20 <= byte < 0x40:
             sequence = 0
         before = byte
-    digits = Secret(found)
-    found[:] = bytes(len(found))
-    return digits
+    return taken(found, size)
 
 
 def _join_groups(digits: Secret) -> Secret:
-    parts = [digits.value[i * DIGITS : (i + 1) * DIGITS] for i in range(GROUPS)]
-    for i, part in enumerate(parts):
-        if not group_fits(i, int(part)):
+    key = Secret(bytes([_DASH]) * (GROUPS * (DIGITS + 1) - 1))
+    for i in range(GROUPS):
+        number = 0
+        for j in range(DIGITS):
+            digit = key.value[i * (DIGITS + 1) + j] = digits.value[i * DIGITS + j]
+            number = number * 10 + digit - ord("0")
+        if not group_fits(i, number):
+            key.wipe()
             raise Usage(
                 f"group {i + 1} of the recovery key is mistyped, or not in its place",
                 code="recovery-key-typo",
             )
-    return Secret(b"-".join(parts))
+    return key
 
 
 def group_fits(place: int, number: int) -> bool:
