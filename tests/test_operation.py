@@ -40,6 +40,7 @@ from unlock.host.journal import (
     RecoveryRenewal,
     RecoveryRotation,
     Rekey,
+    StoredKeysRemoval,
 )
 from unlock.host.lock import exclusive, is_held
 from unlock.host.state import State
@@ -60,6 +61,7 @@ ENTRIES: tuple[JournalEntry, ...] = (
     RecoveryRotation("recovery", "rotate", key="", file="", escrow="", kept=False, written=False),
     RecoveryRenewal("recovery", "new"),
     PersistenceChange("persistence", "enable"),
+    StoredKeysRemoval("persistence", "disable --remove-all-stored-keys"),
     ProviderSwitch("provider switch", "kms"),
     Rebind("rebind", "--backup kdk", new="", backup="kdk", before=REKEY),
     NewPersistenceKey("rekey --fresh", "", new="", old="", sealed=False, before=REKEY),

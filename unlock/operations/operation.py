@@ -24,6 +24,7 @@ from ..host.journal import (
     RecoveryRenewal,
     RecoveryRotation,
     Rekey,
+    StoredKeysRemoval,
 )
 from ..host.lock import exclusive
 from ..host.progress import Tell
@@ -80,6 +81,11 @@ def _finish_persistence_change(run: Run) -> list[str]:
     assert isinstance(entry, PersistenceChange)
     change = persistence.enable if entry.about == "enable" else persistence.disable
     return _describe(change(run.paths, run.look, run.tcti))
+
+
+def _finish_removal(run: Run) -> list[str]:
+    persistence.remove_all_stored_keys(run.paths, run.tcti)
+    return []
 
 
 def _finish_switch(run: Run) -> list[str]:
@@ -143,6 +149,10 @@ _HANDLINGS: dict[type[JournalEntry], Handling] = {
     PersistenceChange: Handling(
         go_on=_finish_persistence_change,
         cancelled="some disks carry their key and others do not: finish it, then change it back",
+    ),
+    StoredKeysRemoval: Handling(
+        go_on=_finish_removal,
+        cancelled="until the next boot `unlock persistence enable` takes it back",
     ),
     ProviderSwitch: Handling(
         go_on=_finish_switch,
