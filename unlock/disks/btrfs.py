@@ -1,14 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells the kernel which devices belong to a btrfs across disks: ioctls of linux/btrfs.h."""
+"""btrfs across disks: which devices the kernel knows, what lies on them, and their moves. No other file speaks of it.
+
+What the kernel knows is asked by the ioctls of linux/btrfs.h; btrfs(8) changes it. A move runs in the kernel, for hours
+perhaps: it is begun in a child, which ends with this process, and polled.
+"""
 
 import fcntl
 import os
 import struct
 
+from ..errors import CommandFailed, Refused
+from ..light import TYPE_CHECKING, Callable, NamedTuple
+from ..run import run
 from . import udev
+from .devices import read_line
+
+if TYPE_CHECKING:
+    import subprocess
 
 _SCAN, _FORGET = 0x50009404, 0x50009405
 """BTRFS_IOC_SCAN_DEV, BTRFS_IOC_FORGET_DEV. Their argument is a signed 64-bit fd and a name of 4088 bytes."""
+_FS_INFO, _DEV_INFO = 0x8400941F, 0xD000941E
+"""BTRFS_IOC_FS_INFO: 1024 bytes; BTRFS_IOC_DEV_INFO: 4096."""
+_SPACE_INFO, _DEV_REPLACE = 0xC0109414, 0xCA289435
+"""BTRFS_IOC_SPACE_INFO: 16 bytes, and 24 for each slot; BTRFS_IOC_DEV_REPLACE: 2600 bytes."""
+_REPLACE_STATUS = 1
+_PATH = 3072
+"""Offset of the path in struct btrfs_ioctl_dev_info_args."""
+POLL = 1.0
+"""Seconds between two looks at a move."""
+
+Tell = Callable[[int, int], bool]
+"""Called with bytes done and bytes in all; returns True to stop at the next safe point."""
+
+
+class Device(NamedTuple):
+    """One device of a mounted btrfs."""
+
+    devid: int
+    """0 for the target of a replace that is not finished."""
+    size: int
+    """Bytes that the file system uses of it."""
+    used: int
+    """Bytes of it that belong to a chunk."""
+    node: str
+    """'' when it is missing."""
+
+
+class Space(NamedTuple):
+    """The chunks of one type and profile."""
+
+    kind: str
+    """`data`, `system`, `metadata`, or two of them with a plus."""
+    profile: str
+    size: int
+    """Bytes, each copy counted once."""
+    used: int
+
+
+class Profile(NamedTuple):
+    """What a profile needs of its devices."""
+
+    bit: int
+    """BTRFS_BLOCK_GROUP_*"""
+    least: int
+    """The fewest devices that it works on."""
+    spare: int
+    """The devices of a chunk that can be lost."""
+    copies: int
+
+
+PROFILES = {
+    "single": Profile(0, 1, 0, 1),
+    "raid0": Profile(1 << 3, 1, 0, 1),
+    "raid1": Profile(1 << 4, 2, 1, 2),
+    "dup": Profile(1 << 5, 1, 0, 2),
+    "raid10": Profile(1 << 6, 2, 1, 2),
+    "raid5": Profile(1 << 7, 2, 1, 1),
+    "raid6": Profile(1 << 8, 3, 2, 1),
+    "raid1c3": Profile(1 << 9, 3, 2, 3),
+    "raid1c4": Profile(1 << 10, 4, 3, 4),
+}
+"""Since Linux 5.15, as btrfs_raid_array in its fs/btrfs/volumes.c."""
+_KINDS = {"data": 1 << 0, "system": 1 << 1, "metadata": 1 << 2}
+_RESERVE = 1 << 49
+"""Of BTRFS_IOC_SPACE_INFO: the global reserve, which is a part of the metadata."""
+
+
+class Replace(NamedTuple):
+    """The last replace of a file system."""
+
+    state: str
+    """`never`, `started`, `finished`, `canceled`, `suspended`."""
+    permille: int
+
+
+# Registration
 
 
 def forget(node: str) -> None:
@@ -43,3 +130,178 @@ def _control(request: int, node: str) -> None:
         fcntl.ioctl(fd, request, bytearray(struct.pack("<q4088s", 0, node.encode())))
     finally:
         os.close(fd)
+
+
+# What a mounted btrfs says
+
+
+def read_devices(mountpoint: str) -> list[Device]:
+    """The devices of a mounted btrfs, those that are missing too. Raises CommandFailed."""
+    info = _ask(mountpoint, _FS_INFO, bytearray(1024))
+    (highest,) = struct.unpack_from("<Q", info)
+    found = []
+    for devid in range(highest + 1):
+        asked = bytearray(4096)
+        struct.pack_into("<Q", asked, 0, devid)
+        try:
+            answer = _ask(mountpoint, _DEV_INFO, asked)
+        except _NoDevice:
+            continue
+        used, size = struct.unpack_from("<QQ", answer, 24)
+        path = os.fsdecode(bytes(answer[_PATH:]).split(b"\0")[0])
+        found.append(Device(devid, size, used, path if path.startswith("/") else ""))
+    return found
+
+
+def find_device(mountpoint: str, node: str) -> Device | None:
+    """The device of a mounted btrfs that is this node. Raises CommandFailed."""
+    real = os.path.realpath(node)
+    return next((each for each in read_devices(mountpoint) if each.node and os.path.realpath(each.node) == real), None)
+
+
+def read_space(mountpoint: str) -> list[Space]:
+    """What the chunks of a mounted btrfs hold. Raises CommandFailed."""
+    (count,) = struct.unpack_from("<8xQ", _ask(mountpoint, _SPACE_INFO, bytearray(16)))
+    asked = bytearray(16 + 24 * count)
+    struct.pack_into("<Q", asked, 0, count)
+    answer = _ask(mountpoint, _SPACE_INFO, asked)
+    (given,) = struct.unpack_from("<8xQ", answer)
+    found = []
+    for at in range(16, 16 + 24 * min(count, given), 24):
+        flags, size, used = struct.unpack_from("<QQQ", answer, at)
+        if not flags & _RESERVE:
+            kind = "+".join(name for name, bit in _KINDS.items() if flags & bit)
+            found.append(Space(kind, _profile(mountpoint, flags), size, used))
+    return found
+
+
+def _profile(mountpoint: str, flags: int) -> str:
+    """Raises CommandFailed for one that a later kernel has."""
+    bits = flags & ~sum(_KINDS.values())
+    for name, profile in PROFILES.items():
+        if profile.bit == bits:
+            return name
+    raise CommandFailed(f"{mountpoint} has a btrfs profile that is not known here: {bits:#x}")
+
+
+def read_replace(mountpoint: str) -> Replace:
+    """Raises CommandFailed."""
+    asked = bytearray(2600)
+    struct.pack_into("<Q", asked, 0, _REPLACE_STATUS)
+    state, permille = struct.unpack_from("<16xQQ", _ask(mountpoint, _DEV_REPLACE, asked))
+    names = ("never", "started", "finished", "canceled", "suspended")
+    if state >= len(names):
+        raise CommandFailed(f"{mountpoint}: btrfs gives {state} as the state of a replace")
+    return Replace(names[state], permille)
+
+
+def running_operation(mountpoint: str) -> str:
+    """What the file system does that excludes a move: `balance`, `device remove` ...; '' for nothing. Raises
+    CommandFailed."""
+    folder = f"/sys/fs/btrfs/{_file_system_id(mountpoint)}"
+    found = read_line(folder, "exclusive_operation")
+    return "" if found == "none" else found
+
+
+def _file_system_id(mountpoint: str) -> str:
+    digits = _ask(mountpoint, _FS_INFO, bytearray(1024))[16:32].hex()
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+
+class _NoDevice(Exception):
+    """No device has this devid."""
+
+
+def _ask(mountpoint: str, request: int, argument: bytearray) -> bytearray:
+    """Raises CommandFailed, _NoDevice."""
+    try:
+        fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(fd, request, argument)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if request == _DEV_INFO and error.errno == 19:  # ENODEV
+            raise _NoDevice from error
+        raise CommandFailed(f"{mountpoint}: btrfs does not answer: {error.strerror}", f"mount | grep {mountpoint}") from error
+    return argument
+
+
+# Moves
+
+
+def add_device(mountpoint: str, node: str) -> None:
+    """Durable when it returns. Raises CommandFailed."""
+    run(["btrfs", "device", "add", "-f", node, mountpoint])
+
+
+def remove_device(mountpoint: str, node: str, tell: Tell) -> None:
+    """Moves what lies on a device to the others, and takes it out of the file system. A move that was cut off leaves
+    the device where it is, with less on it; the next call goes on. Raises CommandFailed, Refused (`stopped`)."""
+
+    def look() -> int:
+        device = find_device(mountpoint, node)
+        return device.used if device else 0
+
+    total = look()
+    _wait(
+        mountpoint,
+        ["btrfs", "device", "remove", node, mountpoint],
+        lambda: tell(max(0, total - look()), total),
+        ["btrfs", "device", "remove", "cancel", mountpoint],
+        "device remove",
+    )
+
+
+def replace_device(mountpoint: str, devid: int, node: str, tell: Tell) -> None:
+    """Copies a device, which may be missing, to a new one that takes its place. A reboot interrupts it and the next
+    mount goes on. Raises CommandFailed, Refused (`stopped`: what was copied is lost)."""
+    total = next((each.used for each in read_devices(mountpoint) if each.devid == devid), 0)
+    _wait(
+        mountpoint,
+        ["btrfs", "replace", "start", "-B", "-f", str(devid), node, mountpoint],
+        lambda: tell(total * read_replace(mountpoint).permille // 1000, total),
+        ["btrfs", "replace", "cancel", mountpoint],
+        "device replace",
+    )
+
+
+def _wait(mountpoint: str, begin: list[str], tell: Callable[[], bool], cancel: list[str], name: str) -> None:
+    """Begins a move, or waits for the one that runs already, as the mount of a file system goes on with a replace, and
+    a kernel ends a copy after its program was killed."""
+    import time
+
+    stopped = False
+    program = None if running_operation(mountpoint) == name else _start(begin)
+    while program.poll() is None if program else running_operation(mountpoint) == name:
+        if not stopped and tell():
+            stopped = True
+            run(cancel)
+        time.sleep(POLL)
+    if stopped:
+        raise Refused(f"{' '.join(begin[:3])} on {mountpoint} was stopped", "the same command goes on", code="stopped")
+    if program and program.returncode:
+        assert program.stderr
+        words = program.stderr.read().decode("utf-8", "replace").strip().splitlines()
+        said = next((line for line in words if "error" in line.lower()), words[-1] if words else "")
+        raise CommandFailed(f"{' '.join(begin[:3])}: {said[:300] or f'status {program.returncode}'}")
+
+
+def _start(command: list[str]) -> "subprocess.Popen[bytes]":
+    import subprocess
+
+    from ..protect import end_with_parent
+
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"},
+        preexec_fn=end_with_parent,
+    )
+
+
+def resize(mountpoint: str, devid: int) -> None:
+    """Lets the file system use all of a device. Raises CommandFailed."""
+    run(["btrfs", "filesystem", "resize", f"{devid}:max", mountpoint])
