@@ -5,11 +5,12 @@ What the kernel knows is asked by the ioctls of linux/btrfs.h; btrfs(8) changes 
 perhaps: it is begun in a child, which ends with this process, and polled.
 """
 
+import errno
 import fcntl
 import os
 import struct
 
-from ..errors import CommandFailed, Refused
+from ..errors import CommandFailed
 from ..light import TYPE_CHECKING, Callable, NamedTuple
 from ..run import run
 from . import udev
@@ -221,9 +222,10 @@ def _ask(mountpoint: str, request: int, argument: bytearray) -> bytearray:
         finally:
             os.close(fd)
     except OSError as error:
-        if request == _DEV_INFO and error.errno == 19:  # ENODEV
+        if request == _DEV_INFO and error.errno == errno.ENODEV:
             raise _NoDevice from error
-        raise CommandFailed(f"{mountpoint}: btrfs does not answer: {error.strerror}", f"mount | grep {mountpoint}") from error
+        words = f"{mountpoint}: btrfs does not answer: {error.strerror}"
+        raise CommandFailed(words, f"findmnt {mountpoint}") from error
     return argument
 
 
@@ -235,56 +237,57 @@ def add_device(mountpoint: str, node: str) -> None:
     run(["btrfs", "device", "add", "-f", node, mountpoint])
 
 
-def remove_device(mountpoint: str, node: str, tell: Tell) -> None:
+def remove_device(mountpoint: str, node: str, tell: Tell) -> bool:
     """Moves what lies on a device to the others, and takes it out of the file system. A move that was cut off leaves
-    the device where it is, with less on it; the next call goes on. Raises CommandFailed, Refused (`stopped`)."""
+    the device where it is, with less on it; the next call goes on. False when `tell` has stopped it. Raises
+    CommandFailed."""
 
-    def look() -> int:
+    def used() -> int:
         device = find_device(mountpoint, node)
         return device.used if device else 0
 
-    total = look()
-    _wait(
+    total = used()
+    return _wait(
         mountpoint,
-        ["btrfs", "device", "remove", node, mountpoint],
-        lambda: tell(max(0, total - look()), total),
-        ["btrfs", "device", "remove", "cancel", mountpoint],
         "device remove",
+        begin=["btrfs", "device", "remove", node, mountpoint],
+        cancel=["btrfs", "device", "remove", "cancel", mountpoint],
+        tell=lambda: tell(max(0, total - used()), total),
     )
 
 
-def replace_device(mountpoint: str, devid: int, node: str, tell: Tell) -> None:
-    """Copies a device, which may be missing, to a new one that takes its place. A reboot interrupts it and the next
-    mount goes on. Raises CommandFailed, Refused (`stopped`: what was copied is lost)."""
+def replace_device(mountpoint: str, devid: int, node: str, tell: Tell) -> bool:
+    """Copies a device, which may be missing, to a new one that takes its place. After a reboot the mount of the file
+    system goes on with it; when `tell` stops it, what was copied is lost, and it returns False. Raises CommandFailed.
+    """
     total = next((each.used for each in read_devices(mountpoint) if each.devid == devid), 0)
-    _wait(
+    return _wait(
         mountpoint,
-        ["btrfs", "replace", "start", "-B", "-f", str(devid), node, mountpoint],
-        lambda: tell(total * read_replace(mountpoint).permille // 1000, total),
-        ["btrfs", "replace", "cancel", mountpoint],
         "device replace",
+        begin=["btrfs", "replace", "start", "-B", "-f", str(devid), node, mountpoint],
+        cancel=["btrfs", "replace", "cancel", mountpoint],
+        tell=lambda: tell(total * read_replace(mountpoint).permille // 1000, total),
     )
 
 
-def _wait(mountpoint: str, begin: list[str], tell: Callable[[], bool], cancel: list[str], name: str) -> None:
-    """Begins a move, or waits for the one that runs already, as the mount of a file system goes on with a replace, and
-    a kernel ends a copy after its program was killed."""
+def _wait(mountpoint: str, name: str, *, begin: list[str], cancel: list[str], tell: Callable[[], bool]) -> bool:
+    """Begins a move, or waits for the one that runs already: the mount of a file system goes on with a replace, and a
+    replace goes on when its program was killed."""
     import time
 
-    stopped = False
     program = None if running_operation(mountpoint) == name else _start(begin)
+    stopped = False
     while program.poll() is None if program else running_operation(mountpoint) == name:
         if not stopped and tell():
             stopped = True
             run(cancel)
         time.sleep(POLL)
-    if stopped:
-        raise Refused(f"{' '.join(begin[:3])} on {mountpoint} was stopped", "the same command goes on", code="stopped")
-    if program and program.returncode:
+    if program and program.returncode and not stopped:
         assert program.stderr
         words = program.stderr.read().decode("utf-8", "replace").strip().splitlines()
         said = next((line for line in words if "error" in line.lower()), words[-1] if words else "")
         raise CommandFailed(f"{' '.join(begin[:3])}: {said[:300] or f'status {program.returncode}'}")
+    return not stopped
 
 
 def _start(command: list[str]) -> "subprocess.Popen[bytes]":
