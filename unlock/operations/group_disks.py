@@ -11,7 +11,9 @@ from typing import NamedTuple
 from ..disks import btrfs, devices, disk_keys, luks, token, udev
 from ..disks.groups import Group, Member
 from ..errors import CommandFailed, Refused, UnlockError, Usage
+from ..host import this_boot, units
 from ..host.state import State
+from ..paths import Paths
 from ..run import run
 from ..secret import Secret
 from . import membership
@@ -119,6 +121,17 @@ def refuse_busy(mount: str, *allowed: str) -> None:
     if running and running not in allowed:
         hint = f"btrfs balance status {mount}" if "balance" in running else "wait for its end"
         raise Refused(f"btrfs on {mount} is busy: {running}", hint, "busy")
+
+
+def hold_mount(paths: Paths, name: str) -> None:
+    """systemd is not to unmount a btrfs while a disk leaves it that it was mounted by: see the udev rule."""
+    this_boot.mark(paths, "leaving", name)
+
+
+def let_close(paths: Paths) -> None:
+    """systemd sees by which disk a btrfs is mounted now, so that the one before can be closed. Raises CommandFailed."""
+    if units.is_systemd_running() and paths.root == "/":
+        run(["systemctl", "daemon-reload"])
 
 
 # A disk that is to become a member

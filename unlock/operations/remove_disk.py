@@ -52,6 +52,7 @@ def remove_disk(
     if not removal:
         return None
     node = f"/dev/mapper/{removal.member.name}"
+    group_disks.hold_mount(paths, removal.member.name)
     if removal.mount and not btrfs.remove_device(removal.mount, node, tell):
         return None
     with exclusive(paths), access.Work(paths) as work:
@@ -199,8 +200,10 @@ def take_out(work: access.Work, member: Member) -> str:
     """Closes a disk and removes this host's tokens from it: its recovery keyslot stays. Returns its node; '' when it is
     not here. Raises DiskFailed, Refused."""
     if devices.active_mapping_name(member.uuid) == member.name:
+        group_disks.let_close(work.paths)
         btrfs.forget(f"/dev/mapper/{member.name}")
         luks.deactivate(member.name)
+    this_boot.unmark(work.paths, "leaving", member.name)
     node = find.find_node(work.look(), member)
     if node:
         with luks.Container(node) as container:

@@ -67,6 +67,7 @@ def replace_disk(
     entry, mount = began
     if mount:
         node = f"/dev/mapper/{entry.new.name}"
+        group_disks.hold_mount(paths, entry.old.name)
         devid = _old_device(mount, entry.old)
         if devid and not btrfs.replace_device(mount, devid, node, tell):
             return None
