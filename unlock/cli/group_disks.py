@@ -27,7 +27,9 @@ def add_to_disk(verbs: "Commands") -> None:
     _add_new_disk(add)
     remove = add_command(verbs, "remove", _remove, "move a member's data to the others, and take it out of its group")
     remove.add_argument("device", help=_MEMBER)
-    remove.add_argument("--no-migrate", action="store_true", help="leave on the disk what it holds")
+    remove.add_argument(
+        "--no-migrate", action="store_true", help="let a file system that is on this disk alone stay on it"
+    )
     add_consent(remove)
     replace = add_command(verbs, "replace", _replace, "let a new disk take the place of a member, dead or alive")
     replace.add_argument("old", metavar="OLD", help=_MEMBER)
@@ -61,7 +63,7 @@ def _add(paths: Paths, options: argparse.Namespace) -> int:
         options.recovery_key_file,
         file_system=not options.no_filesystem,
     )
-    added = add_disk(paths, wanted, consent(options))
+    added = add_disk(paths, wanted, consent=consent(options))
     if added and options.json:
         log.show_json({"version": 1, **added._asdict()})
     elif added:
@@ -101,7 +103,7 @@ def _replace(paths: Paths, options: argparse.Namespace) -> int:
 def _grow(paths: Paths, options: argparse.Namespace) -> int:
     from ..operations.grow_group import grow_group
 
-    result = grow_group(paths, options.name, consent(options))
+    result = grow_group(paths, options.name, consent=consent(options))
     if result is None:
         return 0
     grown = [each for each in result.disks if each.after > each.before]

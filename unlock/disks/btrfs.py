@@ -273,21 +273,33 @@ def replace_device(mountpoint: str, devid: int, node: str, tell: Tell) -> bool:
 def _wait(mountpoint: str, name: str, *, begin: list[str], cancel: list[str], tell: Callable[[], bool]) -> bool:
     """Begins a move, or waits for the one that runs already: the mount of a file system goes on with a replace, and a
     replace goes on when its program was killed."""
-    import time
-
     program = None if running_operation(mountpoint) == name else _start(begin)
     stopped = False
-    while program.poll() is None if program else running_operation(mountpoint) == name:
+    while _goes_on(program, mountpoint, name):
         if not stopped and tell():
             stopped = True
             run(cancel)
-        time.sleep(POLL)
     if program and program.returncode and not stopped:
         assert program.stderr
         words = program.stderr.read().decode("utf-8", "replace").strip().splitlines()
         said = next((line for line in words if "error" in line.lower()), words[-1] if words else "")
         raise CommandFailed(f"{' '.join(begin[:3])}: {said[:300] or f'status {program.returncode}'}")
     return not stopped
+
+
+def _goes_on(program: "subprocess.Popen[bytes] | None", mountpoint: str, name: str) -> bool:
+    """Whether a move still runs after POLL seconds; without a program, one that nobody here began."""
+    import subprocess
+    import time
+
+    if not program:
+        time.sleep(POLL)
+        return running_operation(mountpoint) == name
+    try:
+        program.wait(POLL)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
 
 
 def _start(command: list[str]) -> "subprocess.Popen[bytes]":

@@ -15,7 +15,7 @@ import uuid as uuids
 from typing import NamedTuple
 
 from .. import strictjson
-from ..disks import btrfs, devices, luks, udev
+from ..disks import btrfs, devices, find, luks, udev
 from ..disks.groups import Group, Member, mapping_names
 from ..errors import Refused, UnlockError
 from ..host import this_boot
@@ -51,10 +51,10 @@ class Added(NamedTuple):
     """What to type next."""
 
 
-def add_disk(paths: Paths, wanted: NewDisk, consent: Consent = agree) -> Added | None:
+def add_disk(paths: Paths, wanted: NewDisk, *, consent: Consent = agree, look: find.Look = find.look) -> Added | None:
     """Returns None when the plan was only to be shown. An error before the list is on a disk is undone; after a kill
     the same command finishes. Raises Refused, Usage, DiskFailed, CommandFailed."""
-    with exclusive(paths), access.Work(paths) as work:
+    with exclusive(paths), access.Work(paths, look) as work:
         work.settings.check()
         state = work.state
         node = membership.device_node(wanted.device)

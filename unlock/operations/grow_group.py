@@ -8,7 +8,7 @@ No header is written, and each step does nothing where it was done: killed, the 
 
 from typing import NamedTuple
 
-from ..disks import btrfs, devices, luks, udev
+from ..disks import btrfs, devices, ext4, find, luks, udev
 from ..disks.groups import Group, Member
 from ..errors import Refused
 from ..host.lock import exclusive
@@ -39,9 +39,9 @@ class Result(NamedTuple):
     """What to type next; ''."""
 
 
-def grow_group(paths: Paths, name: str, consent: Consent = agree) -> Result | None:
+def grow_group(paths: Paths, name: str, *, consent: Consent = agree, look: find.Look = find.look) -> Result | None:
     """Returns None when the plan was only to be shown. Raises Usage, Refused, DiskFailed, CommandFailed."""
-    with exclusive(paths), access.Work(paths) as work:
+    with exclusive(paths), access.Work(paths, look) as work:
         group = group_disks.find_group(work.state, name)
         seen = work.look()
         nodes = {each.uuid: membership.member_node(seen, each) for each in group.members}
@@ -111,7 +111,7 @@ def _grow_file_system(system: group_disks.FileSystem, member: Member) -> None:
         if device and device.size + _SECTOR <= udev.find_disk(node).size:
             btrfs.resize(system.mount, device.devid)
     elif system.kind == "ext4":
-        run(["resize2fs", node])
+        ext4.grow(_mount_of(member), udev.find_disk(node).size)
     elif system.kind == "xfs":
         run(["xfs_growfs", _mount_of(member)])
 

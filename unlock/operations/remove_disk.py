@@ -42,12 +42,18 @@ class _Removal(NamedTuple):
 
 
 def remove_disk(
-    paths: Paths, device: str, *, migrate: bool = True, consent: Consent = agree, tell: btrfs.Tell = lambda *_: False
+    paths: Paths,
+    device: str,
+    *,
+    migrate: bool = True,
+    consent: Consent = agree,
+    tell: btrfs.Tell = lambda *_: False,
+    look: find.Look = find.look,
 ) -> Removed | None:
-    """Without `migrate`, what lies on the disk stays on it. Returns None when the plan was only to be shown, or `tell`
+    """Without `migrate`, a file system that lies on this disk alone stays on it. Returns None when the plan was only to be shown, or `tell`
     has stopped the move; then, and after a kill, the same command finishes. Raises Refused, Usage, CommandFailed,
     DiskFailed."""
-    with exclusive(paths), access.Work(paths) as work:
+    with exclusive(paths), access.Work(paths, look) as work:
         removal = _begin(work, device, migrate, consent)
     if not removal:
         return None
@@ -55,7 +61,7 @@ def remove_disk(
     group_disks.hold_mount(paths, removal.member.name)
     if removal.mount and not btrfs.remove_device(removal.mount, node, tell):
         return None
-    with exclusive(paths), access.Work(paths) as work:
+    with exclusive(paths), access.Work(paths, look) as work:
         return _finish(work, removal)
 
 
@@ -95,15 +101,12 @@ def _check_content(group: Group, member: Member, migrate: bool) -> str:
     """Where the btrfs is mounted that is to give the disk up; '' when nothing uses the disk. Raises Refused."""
     node = f"/dev/mapper/{member.name}"
     if devices.active_mapping_name(member.uuid) != member.name:
-        if not migrate:
-            return ""
-        hint = f"unlock open {group.name}; or --no-migrate: what it holds stays on it"
-        raise Refused(f"{member.name} is not open, so that what it holds cannot be moved", hint, "not-open")
+        words = f"{member.name} is not open, so that it is not known what the group would lose"
+        raise Refused(words, f"unlock open {group.name}", "not-open")
     mounts = group_disks.btrfs_mounts({member.name})
     if mounts and not migrate:
         raise Refused(
-            f"the btrfs on {mounts[0]} is mounted and uses {member.name}: it cannot let go of a disk and leave its "
-            "data there",
+            f"the btrfs on {mounts[0]} uses {member.name}, and cannot let go of a disk without moving its data",
             f"leave --no-migrate out; for a disk that fails: unlock disk replace {member.name} NEW",
             "in-use",
         )
@@ -112,20 +115,18 @@ def _check_content(group: Group, member: Member, migrate: bool) -> str:
         return mounts[0]
     kind = group_disks.kind_on(member.name)
     if used := devices.describe_use(node):
-        raise Refused(f"{node} is in use: {used}", _how_to_free(kind, node), "in-use")
-    if kind and migrate:
-        hint = f"unlock open {group.name}" if kind == "btrfs" else _how_to_free(kind, node)
-        raise Refused(f"{node} holds {kind}", f"{hint}; or --no-migrate: it stays on the disk", "has-data")
-    if kind == "btrfs" and not migrate:
-        raise Refused(
-            f"{node} is a part of a btrfs across the group, which would not be mounted without it",
-            f"unlock open {group.name}; unlock disk remove {member.name}",
-            "has-data",
-        )
+        raise Refused(f"{node} is in use: {used}", _how_to_free(kind, group, node), "in-use")
+    if kind in group_disks.ON_ONE_DISK and not migrate:
+        return ""
+    if kind:
+        hint = "--no-migrate: it stays on the disk" if kind in group_disks.ON_ONE_DISK else ""
+        raise Refused(f"{node} holds {kind}", hint or _how_to_free(kind, group, node), "has-data")
     return ""
 
 
-def _how_to_free(kind: str, node: str) -> str:
+def _how_to_free(kind: str, group: Group, node: str) -> str:
+    if kind == "btrfs":
+        return f"unlock open {group.name}"
     if kind == "LVM2_member":
         return f"pvmove {node}; vgreduce VG {node}; pvremove {node}"
     if kind == "linux_raid_member":

@@ -56,11 +56,16 @@ class Replaced(NamedTuple):
 
 
 def replace_disk(
-    paths: Paths, wanted: Replacing, *, consent: Consent = agree, tell: btrfs.Tell = lambda *_: False
+    paths: Paths,
+    wanted: Replacing,
+    *,
+    consent: Consent = agree,
+    tell: btrfs.Tell = lambda *_: False,
+    look: find.Look = find.look,
 ) -> Replaced | None:
     """Returns None when the plan was only to be shown, or `tell` has stopped the copy; then, and after a kill, the same
     command finishes. Raises Refused, Usage, CommandFailed, DiskFailed."""
-    with exclusive(paths), access.Work(paths) as work:
+    with exclusive(paths), access.Work(paths, look) as work:
         began = _begin(work, wanted, consent)
     if not began:
         return None
@@ -75,7 +80,7 @@ def replace_disk(
         if not new or not new.devid:
             raise Refused(f"btrfs has not taken {node} in", f"btrfs replace status {mount}", "not-replaced")
         btrfs.resize(mount, new.devid)
-    with exclusive(paths), access.Work(paths) as work:
+    with exclusive(paths), access.Work(paths, look) as work:
         return _finish(work, entry, mount)
 
 
