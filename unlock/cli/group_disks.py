@@ -27,9 +27,7 @@ def add_to_disk(verbs: "Commands") -> None:
     _add_new_disk(add)
     remove = add_command(verbs, "remove", _remove, "move a member's data to the others, and take it out of its group")
     remove.add_argument("device", help=_MEMBER)
-    remove.add_argument(
-        "--no-migrate", action="store_true", help="let a file system that is on this disk alone stay on it"
-    )
+    remove.add_argument("--no-migrate", action="store_true", help="leave a file system that is on this disk alone")
     add_consent(remove)
     replace = add_command(verbs, "replace", _replace, "let a new disk take the place of a member, dead or alive")
     replace.add_argument("old", metavar="OLD", help=_MEMBER)

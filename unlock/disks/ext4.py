@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a mounted ext4 larger: the ioctl of fs/ext4/ext4.h that resize2fs ends in. resize2fs itself opens the device for
-writing, which a kernel without CONFIG_BLK_DEV_WRITE_MOUNTED refuses.
+"""Makes a mounted ext4 larger: the ioctl of fs/ext4/ext4.h that resize2fs ends in. resize2fs itself opens the device
+for writing, which a kernel without CONFIG_BLK_DEV_WRITE_MOUNTED refuses.
 """
 
 import fcntl

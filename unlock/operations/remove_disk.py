@@ -50,9 +50,10 @@ def remove_disk(
     tell: btrfs.Tell = lambda *_: False,
     look: find.Look = find.look,
 ) -> Removed | None:
-    """Without `migrate`, a file system that lies on this disk alone stays on it. Returns None when the plan was only to be shown, or `tell`
-    has stopped the move; then, and after a kill, the same command finishes. Raises Refused, Usage, CommandFailed,
-    DiskFailed."""
+    """Without `migrate`, a file system that lies on this disk alone stays on it. Returns None when the plan was only to
+    be shown, or `tell` has stopped the move; then, and after a kill, the same command finishes. Raises Refused, Usage,
+    CommandFailed, DiskFailed.
+    """
     with exclusive(paths), access.Work(paths, look) as work:
         removal = _begin(work, device, migrate, consent)
     if not removal:
@@ -76,8 +77,10 @@ def _begin(work: access.Work, device: str, migrate: bool, consent: Consent) -> _
             f"{member.name} is the last disk of group {group.name}", f"unlock group delete {group.name}", "last-member"
         )
     group_disks.refuse_root(group, "unlock disk replace")
-    _nodes_of_others(work, group, member)
-    mount = _check_content(group, member, migrate)
+    nodes = _nodes_of_others(work, group, member)
+    entry = state.unfinished(DiskRemoval, member.name)
+    has_left = entry and membership.has_member_list(state, group._replace(manifest=entry.manifest), nodes)
+    mount = "" if has_left else _check_content(group, member, migrate)
     steps = (
         *([f"move the data of {member.name} to the other disks of {mount}, and take it out of btrfs"] if mount else []),
         f"write the new member list to {', '.join(each.name for each in group.members if each != member)}",
@@ -85,7 +88,7 @@ def _begin(work: access.Work, device: str, migrate: bool, consent: Consent) -> _
     )
     if not consent(Plan(steps)):
         return None
-    if not state.unfinished(DiskRemoval, member.name):
+    if not entry:
         manifest = state.next_manifest(group.name)
         state.begin(DiskRemoval("disk remove", member.name, group.name, manifest=manifest))
     return _Removal(group, member, mount)
