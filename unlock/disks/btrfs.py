@@ -247,11 +247,12 @@ def remove_device(mountpoint: str, node: str, tell: Tell) -> bool:
         return device.used if device else 0
 
     total = used()
-    return _wait(
+    return _move(
         mountpoint,
         "device remove",
         begin=["btrfs", "device", "remove", node, mountpoint],
         cancel=["btrfs", "device", "remove", "cancel", mountpoint],
+        is_done=lambda: not find_device(mountpoint, node),
         tell=lambda: tell(max(0, total - used()), total),
     )
 
@@ -261,40 +262,67 @@ def replace_device(mountpoint: str, devid: int, node: str, tell: Tell) -> bool:
     system goes on with it; when `tell` stops it, what was copied is lost, and it returns False. Raises CommandFailed.
     """
     total = next((each.used for each in read_devices(mountpoint) if each.devid == devid), 0)
-    return _wait(
+
+    def has_taken_over() -> bool:
+        device = find_device(mountpoint, node)
+        return bool(device and device.devid == devid)
+
+    return _move(
         mountpoint,
         "device replace",
         begin=["btrfs", "replace", "start", "-B", "-f", str(devid), node, mountpoint],
         cancel=["btrfs", "replace", "cancel", mountpoint],
+        is_done=has_taken_over,
         tell=lambda: tell(total * read_replace(mountpoint).permille // 1000, total),
     )
 
 
-def _wait(mountpoint: str, name: str, *, begin: list[str], cancel: list[str], tell: Callable[[], bool]) -> bool:
-    """Begins a move, or waits for the one that runs already: the mount of a file system goes on with a replace, and a
-    replace goes on when its program was killed."""
-    program = None if running_operation(mountpoint) == name else _start(begin)
+def _move(
+    mountpoint: str,
+    name: str,
+    *,
+    begin: list[str],
+    cancel: list[str],
+    is_done: Callable[[], bool],
+    tell: Callable[[], bool],
+) -> bool:
+    """Waits for the move that runs already: the mount of a file system goes on with a replace, and a replace goes on
+    when its program was killed. Then begins it, unless that one has done it."""
     stopped = False
-    while _goes_on(program, mountpoint, name):
-        if not stopped and tell():
-            stopped = True
-            run(cancel)
-    if program and program.returncode and not stopped:
+    while running_operation(mountpoint) == name and _goes_on(None):
+        stopped = _stop(stopped, tell, cancel)
+    if stopped or is_done():
+        return is_done()
+    program = _start(begin)
+    while _goes_on(program):
+        stopped = _stop(stopped, tell, cancel)
+    if program.returncode and not stopped:
         assert program.stderr
         words = program.stderr.read().decode("utf-8", "replace").strip().splitlines()
         said = next((line for line in words if "error" in line.lower()), words[-1] if words else "")
         raise CommandFailed(f"{' '.join(begin[:3])}: {said[:300] or f'status {program.returncode}'}")
-    return not stopped
+    return is_done()
 
 
-def _goes_on(program: "subprocess.Popen[bytes] | None", mountpoint: str, name: str) -> bool:
-    """Whether a move still runs after POLL seconds; without a program, one that nobody here began."""
+def _stop(stopped: bool, tell: Callable[[], bool], cancel: list[str]) -> bool:
+    """Whether the move is to stop. It is cancelled at each look: before it has really begun that has no effect."""
+    if stopped or tell():
+        try:
+            run(cancel)
+        except CommandFailed:
+            pass
+        return True
+    return False
+
+
+def _goes_on(program: "subprocess.Popen[bytes] | None") -> bool:
+    """Whether the program still runs after POLL seconds; without one, only waits."""
     import subprocess
     import time
 
     if not program:
         time.sleep(POLL)
-        return running_operation(mountpoint) == name
+        return True
     try:
         program.wait(POLL)
     except subprocess.TimeoutExpired:

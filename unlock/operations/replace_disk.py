@@ -263,9 +263,11 @@ def _next(mount: str, entry: DiskReplacement) -> str:
     profiles: dict[str, set[str]] = {}
     for space in btrfs.read_space(mount):
         profiles.setdefault(space.kind, set()).add(space.profile)
-    if any(len(found) > 1 for found in profiles.values()):
-        return (
-            f"btrfs balance start -dconvert=raid1,soft -mconvert=raid1,soft {mount}: what was written while a disk was "
-            "away has one copy"
-        )
+    if any(len(found) > 1 for found in profiles.values()):  # a degraded btrfs writes what has one copy
+        data, metadata = (max(profiles.get(kind, {"single"}), key=_spare) for kind in ("data", "metadata"))
+        return f"btrfs balance start -dconvert={data},soft -mconvert={metadata},soft {mount}"
     return f"btrfs scrub start {mount}" if entry.absent else ""
+
+
+def _spare(profile: str) -> int:
+    return btrfs.PROFILES[profile].spare
