@@ -108,6 +108,8 @@ def test_a_move_that_is_stopped_leaves_the_device_and_goes_on(
     assert nodes(where) == disks[:3]
     assert btrfs.remove_device(where, disks[0], lambda *_: False)
     assert nodes(where) == disks[1:3]
-    replaced = btrfs.replace_device(where, btrfs.read_devices(where)[0].devid, disks[3], lambda *_: True)
-    assert replaced == (disks[3] in nodes(where))
+    devid = btrfs.read_devices(where)[0].devid
+    assert not btrfs.replace_device(where, devid, disks[3], lambda *_: True)
+    assert btrfs.replace_device(where, devid, disks[3], lambda *_: False), "the kernel went on, or it is begun again"
+    assert disks[3] in nodes(where) and btrfs.running_operation(where) == ""
     assert intact(where)

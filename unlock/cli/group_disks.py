@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from .. import log
 from ..paths import Paths
+from . import progress
 from .arguments import add_command
 from .consent import add_consent, consent
 
@@ -73,7 +74,10 @@ def _add(paths: Paths, options: argparse.Namespace) -> int:
 def _remove(paths: Paths, options: argparse.Namespace) -> int:
     from ..operations.remove_disk import remove_disk
 
-    removed = remove_disk(paths, options.device, migrate=not options.no_migrate, consent=consent(options))
+    with progress.shown(paths, as_json=options.json) as tell:
+        removed = remove_disk(
+            paths, options.device, migrate=not options.no_migrate, consent=consent(options), tell=tell
+        )
     if removed and options.json:
         log.show_json({"version": 1, **removed._asdict()})
     elif removed:
@@ -86,7 +90,8 @@ def _replace(paths: Paths, options: argparse.Namespace) -> int:
     from ..operations.replace_disk import Replacing, replace_disk
 
     wanted = Replacing(options.old, options.new, frozenset(options.erase), options.recovery_key_file)
-    replaced = replace_disk(paths, wanted, consent=consent(options))
+    with progress.shown(paths, as_json=options.json) as tell:
+        replaced = replace_disk(paths, wanted, consent=consent(options), tell=tell)
     if replaced and options.json:
         log.show_json({"version": 1, **replaced._asdict()})
     elif replaced:

@@ -2,7 +2,7 @@
 """btrfs across disks: which devices the kernel knows, what lies on them, and their moves. No other file speaks of it.
 
 What the kernel knows is asked by the ioctls of linux/btrfs.h; btrfs(8) changes it. A move runs in the kernel, for hours
-perhaps: it is begun in a child, which ends with this process, and polled.
+perhaps: it is begun in a child, and polled.
 """
 
 import errno
@@ -258,9 +258,8 @@ def remove_device(mountpoint: str, node: str, tell: Tell) -> bool:
 
 
 def replace_device(mountpoint: str, devid: int, node: str, tell: Tell) -> bool:
-    """Copies a device, which may be missing, to a new one that takes its place. After a reboot the mount of the file
-    system goes on with it; when `tell` stops it, what was copied is lost, and it returns False. Raises CommandFailed.
-    """
+    """Copies a device, which may be missing, to a new one that takes its place. False when `tell` has stopped it: the
+    kernel goes on nevertheless, after a reboot too, from the mount of the file system on. Raises CommandFailed."""
     total = next((each.used for each in read_devices(mountpoint) if each.devid == devid), 0)
 
     def has_taken_over() -> bool:
@@ -271,7 +270,7 @@ def replace_device(mountpoint: str, devid: int, node: str, tell: Tell) -> bool:
         mountpoint,
         "device replace",
         begin=["btrfs", "replace", "start", "-B", "-f", str(devid), node, mountpoint],
-        cancel=["btrfs", "replace", "cancel", mountpoint],
+        cancel=None,
         is_done=has_taken_over,
         tell=lambda: tell(total * read_replace(mountpoint).permille // 1000, total),
     )
@@ -282,37 +281,50 @@ def _move(
     name: str,
     *,
     begin: list[str],
-    cancel: list[str],
+    cancel: list[str] | None,
     is_done: Callable[[], bool],
     tell: Callable[[], bool],
 ) -> bool:
     """Waits for the move that runs already: the mount of a file system goes on with a replace, and a replace goes on
-    when its program was killed. Then begins it, unless that one has done it."""
+    when its program was killed. Then begins it, unless that one has done it. Without `cancel`, the move outlives this
+    process."""
     stopped = False
-    while running_operation(mountpoint) == name and _goes_on(None):
-        stopped = _stop(stopped, tell, cancel)
-    if stopped or is_done():
-        return is_done()
-    program = _start(begin)
-    while _goes_on(program):
-        stopped = _stop(stopped, tell, cancel)
-    if program.returncode and not stopped:
-        assert program.stderr
-        words = program.stderr.read().decode("utf-8", "replace").strip().splitlines()
-        said = next((line for line in words if "error" in line.lower()), words[-1] if words else "")
-        raise CommandFailed(f"{' '.join(begin[:3])}: {said[:300] or f'status {program.returncode}'}")
-    return is_done()
+    while True:
+        while running_operation(mountpoint) == name and _goes_on(None):
+            stopped = _stop(stopped, tell, cancel)
+            if stopped and not cancel:
+                return False
+        if stopped or is_done():
+            return is_done()
+        program = _start(begin, outlives=not cancel)
+        while _goes_on(program):
+            stopped = _stop(stopped, tell, cancel)
+            if stopped and not cancel:
+                return False
+        if stopped or not program.returncode:
+            return is_done()
+        if running_operation(mountpoint) != name and not is_done():  # else another one was faster
+            raise CommandFailed(f"{' '.join(begin[:3])}: {_last_words(program)}")
 
 
-def _stop(stopped: bool, tell: Callable[[], bool], cancel: list[str]) -> bool:
+def _last_words(program: "subprocess.Popen[bytes]") -> str:
+    """The error that a program has printed."""
+    assert program.stderr
+    words = program.stderr.read().decode("utf-8", "replace").strip().splitlines()
+    said = next((line for line in words if "error" in line.lower()), words[-1] if words else "")
+    return said[:300] or f"status {program.returncode}"
+
+
+def _stop(stopped: bool, tell: Callable[[], bool], cancel: list[str] | None) -> bool:
     """Whether the move is to stop. It is cancelled at each look: before it has really begun that has no effect."""
-    if stopped or tell():
-        try:
+    if not stopped and not tell():
+        return False
+    try:
+        if cancel:
             run(cancel)
-        except CommandFailed:
-            pass
-        return True
-    return False
+    except CommandFailed:
+        pass
+    return True
 
 
 def _goes_on(program: "subprocess.Popen[bytes] | None") -> bool:
@@ -330,7 +342,8 @@ def _goes_on(program: "subprocess.Popen[bytes] | None") -> bool:
     return False
 
 
-def _start(command: list[str]) -> "subprocess.Popen[bytes]":
+def _start(command: list[str], *, outlives: bool) -> "subprocess.Popen[bytes]":
+    """In a session of its own: what a terminal interrupts is this process, which then stops the move in order."""
     import subprocess
 
     from ..protect import end_with_parent
@@ -341,7 +354,8 @@ def _start(command: list[str]) -> "subprocess.Popen[bytes]":
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"},
-        preexec_fn=end_with_parent,
+        start_new_session=True,
+        preexec_fn=None if outlives else end_with_parent,
     )
 
 

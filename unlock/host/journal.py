@@ -180,7 +180,7 @@ JournalEntry = (
     | NewPersistenceKey
 )
 
-GOES_ON_BY_ITSELF: tuple[type[JournalEntry], ...] = ()
+GOES_ON_BY_ITSELF: tuple[type[JournalEntry], ...] = (DiskRemoval, DiskReplacement)
 """Records of operations that unlock-resume.service goes on with after a boot: they need nothing from a person."""
 
 

@@ -171,6 +171,25 @@ def open_member(work: access.Work, group: Group, member: Member, node: str) -> N
     this_boot.mark_open(work.paths, group.name, [each.name for each in group.members])
 
 
+def cancel_addition(paths: Paths, look: find.Look = find.look) -> None:
+    """Takes an addition back that was killed. Raises Refused when a disk has the list with the new one."""
+    with exclusive(paths), access.Work(paths, look) as work:
+        state = work.state
+        if not isinstance(state.journal, DiskAddition):
+            return
+        entry, name = state.journal, state.journal.about.removeprefix("--group ")
+        group = state.groups[name]
+        if entry.member in group.members or membership.has_member_list(
+            state, group._replace(manifest=entry.manifest), work.nodes(group)
+        ):
+            words = f"{entry.member.name} is in the member list already"
+            raise Refused(words, f"{state.to_finish}; then unlock disk remove {entry.member.name}", "not-cancellable")
+        state.headers.pop(entry.member.uuid, None)
+        state.recovery.keyslots.pop(entry.member.uuid, None)
+        state.journal = None
+        state.save()
+
+
 def _options(wanted: NewDisk) -> str:
     """The words after the group's name, without --erase: at another boot another disk may have that name."""
     words = [wanted.device]

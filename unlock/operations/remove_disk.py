@@ -200,6 +200,26 @@ def _finish(work: access.Work, removal: _Removal) -> Removed:
     return Removed(new.name, member.name, node)
 
 
+def cancel_removal(paths: Paths, look: find.Look = find.look) -> None:
+    """Takes a removal back that was stopped or killed: what was moved stays where it is. Raises Refused when the disk
+    is not needed any more."""
+    with exclusive(paths), access.Work(paths, look) as work:
+        state = work.state
+        if not isinstance(state.journal, DiskRemoval):
+            return
+        entry = state.journal
+        group, member = group_disks.find_member(state, entry.about)
+        nodes = _nodes_of_others(work, group, member)
+        listed = group._replace(manifest=entry.manifest)
+        if membership.has_member_list(state, listed, nodes) or not group_disks.btrfs_mounts({member.name}):
+            words = f"{member.name} is out of the file system, or that is not mounted"
+            raise Refused(words, f"unlock open {group.name}; or {state.to_finish}", "not-cancellable")
+        group_disks.refuse_busy(group_disks.btrfs_mounts({member.name})[0])
+        this_boot.unmark(paths, "leaving", member.name)
+        state.journal = None
+        state.save()
+
+
 def take_out(work: access.Work, member: Member) -> str:
     """Closes a disk and removes this host's tokens from it: its recovery keyslot stays. Returns its node; '' when it is
     not here. Raises DiskFailed, Refused."""

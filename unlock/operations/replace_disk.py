@@ -67,9 +67,26 @@ def replace_disk(
     command finishes. Raises Refused, Usage, CommandFailed, DiskFailed."""
     with exclusive(paths), access.Work(paths, look) as work:
         began = _begin(work, wanted, consent)
-    if not began:
-        return None
-    entry, mount = began
+    return _copy(paths, *began, tell, look) if began else None
+
+
+def go_on(paths: Paths, tell: btrfs.Tell, look: find.Look = find.look) -> Replaced | None:
+    """Finishes a replacement whose new disk is a member already: then nothing is needed from a person. None when `tell`
+    has stopped it. Raises Refused and others."""
+    with exclusive(paths), access.Work(paths, look) as work:
+        state = work.state
+        entry = state.journal
+        if not isinstance(entry, DiskReplacement):
+            return None
+        if entry.new not in state.groups[entry.group].members:
+            raise Refused(f"`{state.to_finish}` needs the recovery key", state.to_finish, "by-command")
+        node = membership.member_node(work.look(), entry.new)
+        began = _begin(work, Replacing(entry.old.name, node, frozenset(), ""), agree)
+    return _copy(paths, *began, tell, look) if began else None
+
+
+def _copy(paths: Paths, entry: DiskReplacement, mount: str, tell: btrfs.Tell, look: find.Look) -> Replaced | None:
+    """The copy, and what follows it. None when `tell` has stopped it."""
     if mount:
         node = f"/dev/mapper/{entry.new.name}"
         group_disks.hold_mount(paths, entry.old.name)
