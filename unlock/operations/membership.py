@@ -5,12 +5,15 @@ opens half a group.
 """
 
 import os
-from typing import Any
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from .. import log, strictjson
-from ..disks import adoptable, changes, devices, disk_keys, find, fstab, luks
+from ..disks import adoptable, changes, devices, disk_keys, find, fstab, luks, token
 from ..disks.groups import Group, Member, check_name, mapping_names
-from ..errors import Malformed, NotOurs, Refused, Tampered, Usage
+from ..errors import Malformed, NotOurs, Refused, Tampered, UnlockError, Usage
 from ..host import config, units
 from ..host.state import State
 from ..keys import access, delivery
@@ -122,6 +125,93 @@ def write_member_list(
         for node, each, dek in written:
             with dek:
                 disk_keys.drop_other_tokens(node, each, dek, keys)
+
+
+def rewrite_member_list(
+    work: access.Work,
+    group: Group,
+    nodes: Mapping[str, str],
+    *,
+    kek: Secret,
+    new: Mapping[str, Secret] = MappingProxyType({}),
+) -> Group:
+    """Writes a token with the group's present member list, under its present KEK, to every member in `nodes`, beside
+    the old one; when each of them has it, removes the old tokens. Needs no recovery key: the old tokens give the volume
+    keys, and authenticate the headers. `new`: LUKS UUID -> volume key of members that have no token yet. The caller
+    keeps the keys; nothing is saved.
+
+    Returns the group with those members as behind that are not in `nodes`, or whose old token could not be removed:
+    `unlock sync` brings them on. An absent one has an older list, and opens with the group only after that.
+
+    Raises DiskFailed, Tampered, ProviderError when a member does not take the token: then no old token is gone, and
+    what was added is taken away again. Killed, the same call finishes. A disk with both lists says that the change is
+    not decided: no member may be left out for the newer list while each disk that has it has the older one too.
+    """
+    with ExitStack() as secrets:
+        host_key = secrets.enter_context(work.host_key())
+        written: list[_Written] = []
+        try:
+            for member in group.members:
+                if node := nodes.get(member.uuid):
+                    mac_key = secrets.enter_context(work.state.mac_key(work.persistence, member.uuid))
+                    keys = disk_keys.Keys(persistence=work.persistence, host_key=host_key, kek=kek, mac_key=mac_key)
+                    with luks.Container(node) as container:
+                        known = new.get(member.uuid)
+                        dek = known.copy() if known else access.find_volume_key(work, container, group)
+                        secrets.enter_context(dek)
+                        each = disk_keys.make_token(container, work.state.host, group, member, dek, keys)
+                    written.append(_Written(member, node, each, dek, keys))
+                    disk_keys.write_token(node, each, dek, keys)
+        except UnlockError:
+            _take_back(work.state, group, nodes, written)
+            raise
+        behind = {each.uuid for each in group.members if each.uuid not in nodes}
+        for done in written:
+            work.state.drop_old_key(done.member.uuid)
+            try:
+                disk_keys.drop_other_tokens(done.node, done.token, done.dek, done.keys)
+            except UnlockError as error:
+                log.error(f"{done.member.name}: its old token stays: {error}", "unlock sync")
+                behind.add(done.member.uuid)
+    return group._replace(behind=tuple(each.uuid for each in group.members if each.uuid in behind))
+
+
+class _Written(NamedTuple):
+    """A member to which a token was written."""
+
+    member: Member
+    node: str
+    token: token.Token
+    dek: Secret
+    keys: disk_keys.Keys
+
+
+def has_member_list(state: State, group: Group, nodes: Mapping[str, str]) -> bool:
+    """Whether a disk has a token with the group's present member list: a change that has got so far is finished, not
+    given up."""
+    return any(group.manifest in _manifests(state, node) for node in nodes.values())
+
+
+def _manifests(state: State, node: str) -> list[object]:
+    """The member lists of this host's tokens on a disk; empty where it cannot be read."""
+    try:
+        with luks.Container(node) as container:
+            found = container.tokens(token.TYPE)
+            return [fields.get("manifest") for _, fields in found if fields.get("host") == state.host]
+    except UnlockError:
+        return []
+
+
+def _take_back(state: State, group: Group, nodes: Mapping[str, str], written: list[_Written]) -> None:
+    """Removes the tokens that were added, unless an earlier run has removed an old one. Best effort: the error that led
+    here is the one to tell."""
+    if any(_manifests(state, node) == [group.manifest] for node in nodes.values()):
+        return
+    for each in written:
+        with suppress(UnlockError), luks.Container(each.node) as container:
+            for number, fields in container.tokens(token.TYPE):
+                if (fields.get("host"), fields.get("manifest")) == (state.host, group.manifest):
+                    container.remove_token(number)
 
 
 def choose_mapping_name(state: State, uuid: str, line: fstab.CrypttabLine | None, group: str, asked: str) -> str:

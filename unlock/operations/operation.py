@@ -13,7 +13,10 @@ from ..disks import find
 from ..errors import Refused
 from ..host import journal, resumption
 from ..host.journal import (
+    DiskAddition,
     DiskAdoption,
+    DiskRemoval,
+    DiskReplacement,
     GroupCreation,
     Init,
     JournalEntry,
@@ -31,7 +34,17 @@ from ..host.progress import Tell
 from ..host.state import State
 from ..keys import access, rotation
 from ..paths import Paths
-from . import create_group, new_persistence_key, persistence, rekey, switch, under_way
+from . import (
+    add_disk,
+    create_group,
+    new_persistence_key,
+    persistence,
+    rekey,
+    remove_disk,
+    replace_disk,
+    switch,
+    under_way,
+)
 from .consent import Consent, Plan, agree
 from .under_way import UnderWay
 
@@ -74,6 +87,18 @@ def _finish_rekey(run: Run) -> list[str]:
     entry = State.load(run.paths).journal
     assert isinstance(entry, Rekey)
     return _describe(rekey.rekey(run.paths, entry.about, run.look))
+
+
+def _finish_removal(run: Run) -> list[str]:
+    entry = State.load(run.paths).journal
+    assert isinstance(entry, DiskRemoval)
+    remove_disk.remove_disk(run.paths, entry.about, tell=run.tell, look=run.look)
+    return []
+
+
+def _finish_replacement(run: Run) -> list[str]:
+    replaced = replace_disk.go_on(run.paths, run.tell, run.look)
+    return [f"next: {replaced.next}"] if replaced and replaced.next else []
 
 
 def _finish_persistence_change(run: Run) -> list[str]:
@@ -119,6 +144,16 @@ def _cancel_group_creation(paths: Paths, look: find.Look) -> list[str]:
         return [f"{name}: it is not here, and may keep a token" for name in away]
 
 
+def _cancel_addition(paths: Paths, look: find.Look) -> list[str]:
+    add_disk.cancel_addition(paths, look)
+    return []
+
+
+def _cancel_removal(paths: Paths, look: find.Look) -> list[str]:
+    remove_disk.cancel_removal(paths, look)
+    return []
+
+
 _HANDLINGS: dict[type[JournalEntry], Handling] = {
     Init: Handling(
         needs="where the backup or the key manager is",
@@ -132,6 +167,21 @@ _HANDLINGS: dict[type[JournalEntry], Handling] = {
     DiskAdoption: Handling(
         needs="a passphrase of the disk, and the recovery key",
         cancelled="some members may have the new member list and others not: only its end makes them one again",
+    ),
+    DiskAddition: Handling(
+        needs="the recovery key",
+        cancel=_cancel_addition,
+        cancelled="the new disk was formatted, perhaps, and is in no group; refused once a member has the new list",
+    ),
+    DiskRemoval: Handling(
+        go_on=_finish_removal,
+        pausable=True,
+        cancel=_cancel_removal,
+        cancelled="the disk stays in the group, and what was moved stays moved; refused once btrfs has let it go",
+    ),
+    DiskReplacement: Handling(
+        go_on=_finish_replacement,
+        cancelled="the new disk may be a member already: finish it; what is not wanted then: unlock disk remove",
     ),
     Rekey: Handling(
         go_on=_finish_rekey,
