@@ -207,12 +207,12 @@ def _carry_out(container: luks.Container, head: str, secret: Secret, answers: in
 
 def _activate_half(container: luks.Container, name: str, *fields: str, passphrase: Secret) -> None:
     """Raises Tampered, NotOurs, DiskFailed."""
-    from ..disks import reencrypt_plan, reencryption
+    from ..disks import reencrypt, reencrypt_plan
 
     old, old_facts, new, new_facts, *keyslots = fields
     plan = reencrypt_plan.Plan(int(old), old_facts, int(new), new_facts, *map(int, keyslots))
     expected = reencrypt_plan.plan_facts(container, plan)
-    reencryption.activate(container.device, name, plan, passphrase, expected)
+    reencrypt.activate(container.device, name, plan, passphrase, expected)
 
 
 # Messages: two sizes of 4 bytes each, a word with its argument, and data

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LUKS2 disks through libcryptsetup, called by ctypes. No other file calls it, but for disks.reencryption, which has
+"""LUKS2 disks through libcryptsetup, called by ctypes. No other file calls it, but for disks.reencrypt, which has
 the calls of a re-encryption.
 
 A `Container` reads the header once. Keys are authenticated against the metadata of its libcryptsetup context, and the

@@ -17,7 +17,7 @@ from ..disks import disk_keys, luks
 from ..disks.groups import Group, Member
 from ..errors import NoKey, Refused, StateBlocked, Tampered, UnlockError
 from ..host import keyring, this_boot
-from ..host.journal import JournalEntry, NewPersistenceKey, Rekey
+from ..host.journal import DeepRekey, JournalEntry, NewPersistenceKey, Rekey
 from ..host.state import State
 from ..host.state_file import KeyEntry, ReplacedKek
 from ..providers import USABLE, Ref
@@ -177,10 +177,13 @@ def rewrap_disks(work: Work, group: Group, kek: Secret) -> tuple[Outcome, Group]
 
 def rewrap_disk(work: Work, group: Group, member: Member, node: str, kek: Secret) -> None:
     """Writes a token beside the old one, reads it back and proves it; then removes the old one. Raises DiskFailed,
-    Tampered; Refused while a new persistence key is on its way: the next boot may have that one."""
+    Tampered; Refused while a new persistence key is on its way, as the next boot may have that one, and for a disk that
+    is to get a new volume key."""
     state = work.state
     if isinstance(state.journal, NewPersistenceKey):
         raise Refused(f"`{state.to_finish}` is not finished", "run it again first", code="unfinished")
+    if isinstance(state.journal, DeepRekey) and member.uuid in [each.uuid for each in state.journal.disks]:
+        raise Refused(f"`{state.to_finish}` is not finished", "unlock status", code="unfinished")
     with work.host_key() as host_key, state.mac_key(work.persistence, member.uuid) as mac_key:
         keys = disk_keys.Keys(persistence=work.persistence, host_key=host_key, kek=kek, mac_key=mac_key)
         with luks.Container(node) as container:
