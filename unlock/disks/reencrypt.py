@@ -110,6 +110,7 @@ class Disk(Container):
     def start(self, name: str, passphrase: Secret, plan: Plan) -> None:
         """Writes into the header that the disk is being re-encrypted. `name`: its mapping, or '' for a closed disk."""
         self._use_disk()
+        self._minimal_pbkdf()  # of a digest over both volume keys
         segment = self.metadata["segments"]["0"]
         cipher, _, mode = str(segment["encryption"]).partition("-")
         luks2 = Luks2Parameters(sector_size=int(segment["sector_size"]))
@@ -242,7 +243,6 @@ class _LibrarysEnd:
         if not self._path:
             raise DiskFailed(f"{device} is not a block device")
         self.is_prevented = False
-        self.allow()  # one that was killed has left the folder
 
     def prevent(self) -> None:
         while not self.is_prevented:
@@ -269,11 +269,18 @@ class _LibrarysEnd:
             os.close(fd)
 
     def allow(self) -> None:
-        try:
+        if self.is_prevented:
             os.rmdir(self._path)
-        except OSError:  # no folder: there is none, or another process has the lock
-            pass
         self.is_prevented = False
+
+
+def unlock_after_kill(device: str) -> None:
+    """Gives the lock of a disk back that a killed run has kept: to be called where no other run can be. Raises
+    DiskFailed."""
+    try:
+        os.rmdir(lock_path(device))
+    except OSError:  # there is none, or another process has it as a lock
+        pass
 
 
 def choose_resilience(device: str, sector: int) -> str:
