@@ -596,7 +596,7 @@ def a_record(_: object, random: Random) -> bool:
 OF_LUKS = (
     strictjson.parse, strictjson._no_duplicates, strictjson._bounded, strictjson._finite,
     luks_header.parse_metadata, luks_header._get_object, luks_header._get_numbered, luks_header._data_digest,
-    luks_header.read_copies, luks_header._has_valid_checksum, luks_header.read_luks_version,
+    luks_header.read_copies, luks_header.has_valid_checksum, luks_header.read_luks_version,
     luks.Container.__init__, luks.Container._load, luks.Container.metadata,
     luks.Container.tokens, luks.Container.facts, luks.Container.cheap_keyslots,
     disk_keys.read_tokens, disk_keys.unwrap_volume_key, disk_keys.unwrap_kek, disk_keys.check_recovery,

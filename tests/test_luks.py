@@ -409,7 +409,7 @@ def test_the_first_write_makes_both_copies_of_a_header_whole(image: Path, bad: s
     with luks.Container(str(image)) as container:
         container.set_token({"type": "other"})
     copies = [copy for _, copy in luks_header.read_copies(str(image), every=True)]
-    assert all(map(luks_header._has_valid_checksum, copies))
+    assert all(map(luks_header.has_valid_checksum, copies))
     assert copies[0][16:24] == copies[1][16:24] and copies[0][4096:] == copies[1][4096:]
     with luks.Container(str(image)) as container:
         assert container.is_whole

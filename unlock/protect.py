@@ -31,3 +31,9 @@ def never_kill_for_memory() -> None:
 def end_with_parent() -> None:
     """Makes the kernel kill this process when its parent ends, for whatever reason."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def hold_in_memory() -> None:
+    """Reads every page of this process into memory, and keeps it there: a step of a re-encryption suspends a part of
+    the disk, on which the program itself may lie. Best effort."""
+    _libc.mlockall(_MCL_CURRENT | _MCL_FUTURE)

@@ -292,9 +292,14 @@ class GroupOpener:
     # Activations
 
     def _activate(self, candidate: Candidate) -> None:
-        worker = candidate.header.worker
+        from ..disks import disk_keys
+
+        worker, token = candidate.header.worker, candidate.token
         try:
-            worker.activate(candidate.token.name, candidate.dek)
+            if token.reencryption and disk_keys.is_moving(candidate.header, token):
+                worker.activate_half(token.name, token.reencryption.plan, candidate.dek)
+            else:
+                worker.activate(token.name, candidate.dek)
         except Ended as error:
             self._end_activation(candidate, str(error))
             return

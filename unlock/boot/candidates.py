@@ -14,7 +14,8 @@ from .worker import WorkerHeader
 
 
 class Candidate(NamedTuple):
-    """A disk whose header is authentic, with the token that made it so and the volume key."""
+    """A disk whose header is authentic, with the token that made it so and the volume key; the passphrase of both
+    volume keys where `disk_keys.is_moving`."""
 
     disk: Disk
     header: WorkerHeader

@@ -7,6 +7,9 @@
     activate(name, dek) ──key───>     activates that context, and ends
     read()             <──done────
 
+A disk that is half re-encrypted has a header that changes when its hotzone is recovered: `activate_half` activates what
+the worker reads then, if it fits the plan that the agent has authenticated.
+
 Only the worker touches the disk. A disk that never answers blocks its own worker alone, and a header that crashes
 libcryptsetup ends its own worker alone. A worker has no key but its disk's: it is forked before there are keys, or
 wipes those that it inherits; and it has none any more when it gives its last answer. libcryptsetup is not thread-safe,
@@ -22,9 +25,12 @@ from ..disks.header import ANY, MAX_METADATA, Header
 from ..disks.udev import Disk
 from ..errors import DiskFailed, UnlockError
 from ..host.report import now
-from ..light import NamedTuple, signal
+from ..light import TYPE_CHECKING, NamedTuple, signal
 from ..protect import end_with_parent
 from ..secret import Secret, wipe_all
+
+if TYPE_CHECKING:
+    from ..disks.reencrypt_plan import Plan
 
 ANSWER_TIMEOUT = 10.0
 """Seconds for one answer to `volume_key`."""
@@ -100,6 +106,11 @@ class Worker:
     def activate(self, name: str, dek: Secret) -> None:
         """Requests the mapping /dev/mapper/NAME; the answer will be `done`. Raises Ended."""
         self._ask(f"activate {name}", dek)
+
+    def activate_half(self, name: str, plan: "Plan", passphrase: Secret) -> None:
+        """The same for a half re-encrypted disk, by a passphrase of both volume keys; what a power cut has left is
+        recovered first. Raises Ended."""
+        self._ask(f"activate-half {name} {' '.join(map(str, plan))}", passphrase)
 
     def volume_key(self, passphrase: Secret, slot: int) -> Secret:
         """Requests the volume key from a keyslot, and waits for it. Raises NotOurs, DiskFailed."""
@@ -190,12 +201,25 @@ def _carry_out(container: luks.Container, head: str, secret: Secret, answers: in
         if word == "activate":
             container.activate(rest, secret)
             return False
+        if word == "activate-half":
+            _activate_half(container, *rest.split(), passphrase=secret)
+            return False
         try:
             with container.volume_key(secret, int(rest)) as key:
                 _send(answers, "key", key.value)
         except UnlockError as error:
             _send(answers, *_encode_error(error))
     return True
+
+
+def _activate_half(container: luks.Container, name: str, *fields: str, passphrase: Secret) -> None:
+    """Raises Tampered, NotOurs, DiskFailed."""
+    from ..disks import reencrypt, reencrypt_plan
+
+    old, old_facts, new, new_facts, *keyslots = fields
+    plan = reencrypt_plan.Plan(int(old), old_facts, int(new), new_facts, *map(int, keyslots))
+    expected = reencrypt_plan.plan_facts(container, plan)
+    reencrypt.activate(container.device, name, plan, passphrase, expected)
 
 
 # Messages: two sizes of 4 bytes each, a word with its argument, and data

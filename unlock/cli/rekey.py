@@ -2,14 +2,22 @@
 """`unlock rekey`, and how a rotation is printed."""
 
 import argparse
+import os
+import signal
+import time
+from contextlib import ExitStack
+from types import FrameType
 from typing import TYPE_CHECKING
 
-from .. import log
+from .. import ask, log
+from ..errors import Usage
 from ..paths import Paths
-from .arguments import add_command, add_json, add_owner_auth, owner_auth
+from .arguments import RECOVERY_KEY_SOURCE, add_command, add_owner_auth, owner_auth
+from .consent import add_consent, consent
 
 if TYPE_CHECKING:
     from ..keys import rotation
+    from ..operations import rekey_deep
     from .arguments import Commands
 
 
@@ -19,20 +27,103 @@ def add(commands: "Commands") -> None:
     rekey.add_argument(
         "--fresh", action="store_true", help="a new persistence key too: earlier copies of headers open nothing"
     )
-    add_json(rekey)
+    rekey.add_argument(
+        "--deep", action="store_true", help="new volume keys too: all data is re-encrypted, while it is in use"
+    )
+    rekey.add_argument("--all", action="store_true", help="with --deep: every group")
+    rekey.add_argument(
+        "--max-rate", type=_bytes, default=0, metavar="BYTES", help="with --deep: a second, at most; 50M is 50 MiB"
+    )
+    rekey.add_argument("--recovery-key-file", default="", metavar="FILE", help=f"with --deep: {RECOVERY_KEY_SOURCE}")
+    rekey.add_argument(
+        "--passphrase-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="with --deep: the passphrase of a keyslot of yours, which then opens the new volume key; may be repeated",
+    )
+    add_consent(rekey)
     add_owner_auth(rekey)
+
+
+def _bytes(text: str) -> int:
+    """Raises ArgumentTypeError."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("K", "M", "G") else (text, "")
+    if not number.isdecimal() or not int(number):
+        raise argparse.ArgumentTypeError(f"{text!r}: bytes a second are wanted, as in 50M")
+    return int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit]
 
 
 def _rekey(paths: Paths, options: argparse.Namespace) -> int:
     from ..host import this_boot
     from ..operations.rekey import rekey, rekey_fresh
 
+    if options.deep:
+        return _rekey_deep(paths, options)
+    if options.all or options.max_rate or options.recovery_key_file or options.passphrase_file or options.dry_run:
+        raise Usage("this option is for new volume keys", "unlock rekey --deep")
     if options.fresh:
         with owner_auth(options) as owner:
             outcomes = rekey_fresh(paths, options.group, this_boot.tpm_device(), owner)
     else:
         outcomes = rekey(paths, options.group)
     return print_outcomes(outcomes, as_json=options.json)
+
+
+def _rekey_deep(paths: Paths, options: argparse.Namespace) -> int:
+    from ..keys import delivery
+    from ..operations import rekey_deep
+
+    if options.fresh:
+        raise Usage("--fresh and --deep are two commands", "unlock rekey --fresh; then: unlock rekey --deep")
+    if options.all == bool(options.group):
+        raise Usage("--deep wants a group, or --all", "unlock status")
+    with ExitStack() as secrets:
+        choices = rekey_deep.Choices(
+            options.group,
+            lambda: delivery.read_recovery_key(options.recovery_key_file),
+            tuple(secrets.enter_context(ask.from_file(file)) for file in options.passphrase_file),
+            options.max_rate,
+        )
+        outcomes = rekey_deep.rekey_deep(paths, choices, _Progress().tell, consent(options))
+    return print_deep_outcomes(outcomes, as_json=options.json)
+
+
+def print_deep_outcomes(outcomes: "list[rekey_deep.Outcome]", *, as_json: bool = False) -> int:
+    """Prints one line a disk. Returns 1 when a disk that is here is not done."""
+    if as_json:
+        log.show_json({"version": 1, "disks": [each._asdict() for each in outcomes]})
+    for each in outcomes:
+        if each.outcome == "done" and not as_json:
+            log.show(f"group {each.group}: {each.disk} has a new volume key")
+        elif each.outcome != "done":
+            log.error(f"{each.disk}: {each.detail or each.outcome}", each.hint)
+    return int(any(each.outcome not in ("done", "away") for each in outcomes))
+
+
+class _Progress:
+    """Says once a minute how far the disks are. SIGTERM and Ctrl+C stop the run between two steps."""
+
+    def __init__(self) -> None:
+        self._stops = False
+        self._said = time.monotonic()
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, self._stop)
+        try:
+            with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+                file.write("-1000")  # killed, it would leave a part of the disk suspended
+        except OSError:
+            log.note(f"process {os.getpid()} may be killed when memory is short")
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._stops = True
+
+    def tell(self, done: int, total: int) -> bool:
+        """See reencrypt.Tell."""
+        if time.monotonic() - self._said > 60:
+            self._said = time.monotonic()
+            log.note(f"{100 * done // max(total, 1)} % are re-encrypted")
+        return self._stops
 
 
 def print_outcomes(outcomes: "list[rotation.Outcome]", *, as_json: bool = False) -> int:

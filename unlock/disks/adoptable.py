@@ -89,8 +89,16 @@ def check_room(header: Header, key_size: int, host: str, *, has_keyslot: bool) -
     `has_keyslot`: it has the recovery key's keyslot already.
     """
     ours = sum(fields.get("host") == host for _, fields in header.tokens(token.TYPE))
-    tokens = max(0, _TOKENS_NEEDED - ours)
-    keyslots = _KEYSLOTS_NEEDED - has_keyslot
+    _check_room(header, key_size, tokens=max(0, _TOKENS_NEEDED - ours), keyslots=_KEYSLOTS_NEEDED - has_keyslot)
+
+
+def check_room_for(header: Header, key_size: int, *, keyslots: int) -> None:
+    """The same for so many keyslots of a new volume key, a token, and what a re-encryption writes: as much room as two
+    more keyslots in the JSON, and one in the area of keyslots, at least."""
+    _check_room(header, key_size, tokens=1, keyslots=keyslots + 1, text=_KEYSLOT_TEXT)
+
+
+def _check_room(header: Header, key_size: int, *, tokens: int, keyslots: int, text: int = 0) -> None:
     config, all_tokens = header.metadata["config"], header.metadata["tokens"]
     if len(all_tokens) + tokens > _TOKENS_MAX:
         raise _no_room(
@@ -103,7 +111,7 @@ def check_room(header: Header, key_size: int, host: str, *, has_keyslot: bool) -
             hint = f"cryptsetup luksKillSlot {header.device} N, N being one that nothing needs: {slots}"
         raise Refused(f"{header.device} has no room for {keyslots} more keyslot{'s' * (keyslots > 1)}", hint, "no-room")
     free = int(config["json_size"]) - 1 - len(canonical(header.metadata))
-    needed = tokens * (token.SIZE + 8) + keyslots * _KEYSLOT_TEXT
+    needed = tokens * (token.SIZE + 8) + keyslots * _KEYSLOT_TEXT + text
     if free < needed:
         raise _no_room(header, f"{max(0, free)} bytes are free, and {needed} are needed", by_size=True)
 

@@ -8,7 +8,7 @@ from .. import wrap
 from ..errors import DiskFailed, Malformed, NewerFormat, NoKey, NotOurs, Tampered, UnlockError
 from ..light import Any, Mapping, NamedTuple
 from ..secret import Secret
-from . import luks, token
+from . import luks, reencrypt_plan, token
 from .groups import Group, Member
 from .header import Header
 
@@ -48,13 +48,27 @@ def read_tokens(header: Header, host: str) -> list[token.Token]:
     return sorted(ours, key=lambda each: (each.manifest, each.kek_generation), reverse=True)
 
 
+def facts(header: Header, each: token.Token) -> dict[str, Any]:
+    """What the token binds of the header. Raises Malformed; Tampered when the header is not one that the re-encryption
+    in the token leaves."""
+    if each.reencryption:
+        return reencrypt_plan.plan_facts(header, each.reencryption.plan)
+    return header.facts()
+
+
+def is_moving(header: Header, each: token.Token) -> bool:
+    """Whether the disk is under two volume keys, by a token that fits its header: what opens it is a passphrase of
+    both, and `unwrap_volume_key` returns that. Raises Tampered, Malformed."""
+    return each.reencryption is not None and reencrypt_plan.is_moving(header, each.reencryption.plan)
+
+
 def unwrap_volume_key(header: Header, each: token.Token, persistence: Secret) -> Secret:
-    """The DEK. Raises Tampered when this host did not write the token or the header so, NoKey ("provider") when the
-    token says, authenticated, that only the provider keeps the KEK."""
+    """The DEK; the operation key where `is_moving`. Raises Tampered when this host did not write the token or the
+    header so, NoKey ("provider") when the token says, authenticated, that only the provider keeps the KEK."""
     try:
         kek = unwrap_kek(each, persistence)
     except Tampered:
-        wrap.unwrap(persistence, each.kek, token.not_kept_aad(each, header.facts()))
+        wrap.unwrap(persistence, each.kek, token.not_kept_aad(each, facts(header, each)))
         raise NoKey("its key is kept by the key manager only", "unlock sync", code="provider") from None
     with kek:
         return unwrap_by_kek(header, each, kek)
@@ -72,8 +86,34 @@ def is_authentic(header: Header, each: token.Token, persistence: Secret) -> bool
 
 
 def unwrap_by_kek(header: Header, each: token.Token, kek: Secret) -> Secret:
-    """The DEK, unwrapped by the KEK itself. Raises Tampered."""
-    return wrap.unwrap(kek, each.dek, token.dek_aad(each, header.facts()))
+    """The same, unwrapped by the KEK itself. Raises Tampered."""
+    bound = facts(header, each)
+    if each.reencryption:
+        phase = reencrypt_plan.phase(header, each.reencryption.plan)
+        if phase == reencrypt_plan.NEW:
+            return wrap.unwrap(kek, each.reencryption.dek, token.new_dek_aad(each, bound))
+        if phase != reencrypt_plan.OLD:
+            return wrap.unwrap(kek, each.reencryption.key, token.operation_key_aad(each, bound))
+    return wrap.unwrap(kek, each.dek, token.dek_aad(each, bound))
+
+
+class ReencryptionKeys(NamedTuple):
+    """What a token has while its disk gets a new volume key. The caller wipes them."""
+
+    old: Secret
+    new: Secret
+    operation: Secret
+
+
+def unwrap_reencryption_keys(header: Header, each: token.Token, kek: Secret) -> ReencryptionKeys:
+    """All of them, in any phase, by the KEK. Raises Tampered."""
+    assert each.reencryption
+    bound = facts(header, each)
+    return ReencryptionKeys(
+        wrap.unwrap(kek, each.dek, token.dek_aad(each, bound)),
+        wrap.unwrap(kek, each.reencryption.dek, token.new_dek_aad(each, bound)),
+        wrap.unwrap(kek, each.reencryption.key, token.operation_key_aad(each, bound)),
+    )
 
 
 def unwrap_kek(each: token.Token, persistence: Secret) -> Secret:
@@ -88,7 +128,7 @@ def unwrap_host_key(each: token.Token, persistence: Secret) -> Secret:
 
 def check_recovery(header: Header, each: token.Token, mac_key: Secret) -> None:
     """Authenticates the header by the MAC key of the recovery key. Raises Tampered."""
-    wrap.check_mac(mac_key, token.mac_data(each, header.facts()), each.mac)
+    wrap.check_mac(mac_key, token.mac_data(each, facts(header, each)), each.mac)
 
 
 def dek_by_recovery_key(header: Header, recovery: Secret) -> Secret:
@@ -101,8 +141,12 @@ def dek_by_recovery_key(header: Header, recovery: Secret) -> Secret:
 
 def recovery_keyslot(header: Header, recovery: Secret) -> tuple[int, Secret]:
     """The number of the recovery key's keyslot, and the DEK. Raises NotOurs and DiskFailed, as above."""
+    return _try_keyslots(header, recovery, header.cheap_keyslots())
+
+
+def _try_keyslots(header: Header, recovery: Secret, slots: list[int]) -> tuple[int, Secret]:
     trouble: UnlockError = NotOurs(f"{header.device}: no keyslot takes the recovery key", code="no-key")
-    for slot in header.cheap_keyslots():
+    for slot in slots:
         try:
             return slot, header.volume_key(recovery, slot)
         except NotOurs:
@@ -121,7 +165,8 @@ def ensure_recovery_keyslot(container: luks.Container, *, dek: Secret, recovery:
 
 
 def dek_by_checked_recovery_key(header: Header, each: token.Token, *recovery: Secret) -> Secret:
-    """The DEK by the first of these recovery keys that authenticates the header and has a keyslot.
+    """The DEK by the first of these recovery keys that authenticates the header and has a keyslot; that recovery key
+    itself where `is_moving`.
 
     Raises Tampered when a key has a keyslot but does not authenticate the header, NotOurs when none is this disk's.
     """
@@ -138,13 +183,25 @@ def dek_by_checked_recovery_key(header: Header, each: token.Token, *recovery: Se
 
 
 def _dek_by_one_key(header: Header, each: token.Token, recovery: Secret) -> Secret:
+    moving = is_moving(header, each)
+    slots = moving_keyslots(header, each) if moving else header.cheap_keyslots()
     try:
         with mac_key(recovery, each.host) as key:
             check_recovery(header, each, key)
     except Tampered:
-        dek_by_recovery_key(header, recovery).wipe()
+        _try_keyslots(header, recovery, slots)[1].wipe()
         raise
-    return dek_by_recovery_key(header, recovery)
+    _, dek = _try_keyslots(header, recovery, slots)
+    if not moving:
+        return dek
+    dek.wipe()
+    return recovery.copy()
+
+
+def moving_keyslots(header: Header, each: token.Token) -> list[int]:
+    """As `Header.cheap_keyslots`, of the volume key that a disk gets which is half re-encrypted."""
+    assert each.reencryption
+    return header.cheap_keyslots_of(header.metadata["digests"][str(each.reencryption.plan.new)])
 
 
 def mac_key(recovery: Secret, host: str) -> Secret:
@@ -154,7 +211,7 @@ def mac_key(recovery: Secret, host: str) -> Secret:
 
 def make_token(header: Header, host: str, group: Group, member: Member, dek: Secret, keys: Keys) -> token.Token:
     """A token for this disk and its header as it is now. Writes nothing."""
-    facts = header.facts()
+    bound = header.facts()
     each = token.Token(
         host=host,
         group=group.name,
@@ -168,15 +225,39 @@ def make_token(header: Header, host: str, group: Group, member: Member, dek: Sec
         dek=b"",
         host_key=wrap.wrap(keys.persistence, plain=keys.host_key, aad=token.key_aad(host, "host-key")),
         mac=b"",
+        degraded=group.degraded,
     )
     if group.policy == "provider":
-        wrapped = wrap.wrap(keys.persistence, plain=Secret(NOT_KEPT), aad=token.not_kept_aad(each, facts))
+        wrapped = wrap.wrap(keys.persistence, plain=Secret(NOT_KEPT), aad=token.not_kept_aad(each, bound))
     else:
         wrapped = wrap.wrap(keys.persistence, plain=keys.kek, aad=token.kek_aad(host, group.kek, group.generation))
     return each._replace(
         kek=wrapped,
-        dek=wrap.wrap(keys.kek, plain=dek, aad=token.dek_aad(each, facts)),
-        mac=wrap.mac(keys.mac_key, token.mac_data(each, facts)),
+        dek=wrap.wrap(keys.kek, plain=dek, aad=token.dek_aad(each, bound)),
+        mac=wrap.mac(keys.mac_key, token.mac_data(each, bound)),
+    )
+
+
+def make_reencryption_token(
+    header: Header, each: token.Token, plan: reencrypt_plan.Plan, deks: ReencryptionKeys, keys: Keys
+) -> token.Token:
+    """The token `each` for the time in which the disk gets a new volume key. The header must be one of the plan's;
+    nothing has moved yet. Writes nothing. Raises Tampered."""
+    each = each._replace(reencryption=token.Reencryption(plan, b"", b""))
+    bound = facts(header, each)
+    assert each.reencryption
+    wraps = each.reencryption._replace(
+        dek=wrap.wrap(keys.kek, plain=deks.new, aad=token.new_dek_aad(each, bound)),
+        key=wrap.wrap(keys.kek, plain=deks.operation, aad=token.operation_key_aad(each, bound)),
+    )
+    wrapped = each.kek
+    if not _keeps_kek(each, keys):
+        wrapped = wrap.wrap(keys.persistence, plain=Secret(NOT_KEPT), aad=token.not_kept_aad(each, bound))
+    return each._replace(
+        kek=wrapped,
+        dek=wrap.wrap(keys.kek, plain=deks.old, aad=token.dek_aad(each, bound)),
+        mac=wrap.mac(keys.mac_key, token.mac_data(each, bound)),
+        reencryption=wraps,
     )
 
 
@@ -242,8 +323,7 @@ def rewrap_token(header: Header, each: token.Token, *, old: Secret, new: Secret,
     """The same token under another persistence key: KEK and host key are wrapped again, the wrapped DEK and the MAC
     stay as they are. Without `keeps_kek` the new one does not carry the KEK. Raises Tampered when `old` does not
     authenticate it."""
-    facts = header.facts()
-    nothing = token.not_kept_aad(each, facts)
+    nothing = token.not_kept_aad(each, facts(header, each))
     with unwrap_host_key(each, old) as host_key:
         host_key_again = wrap.wrap(new, plain=host_key, aad=token.key_aad(each.host, "host-key"))
     try:

@@ -26,6 +26,9 @@ MAX_METADATA = 1 << 20
 KEYSLOT_ITERATIONS = 1000
 """Of PBKDF2 in a keyslot that `luks.Container.add_keyslot` makes: the least that libcryptsetup takes."""
 
+REENCRYPTION = "online-reencrypt"
+"""In the name of the requirement that a header has while its disk is re-encrypted."""
+
 _KEYSLOT_CIPHER = "aes-xts-plain64"
 """libcryptsetup encrypts a new keyslot with this, or with the cipher of the data."""
 _COPIES = (0, *(0x4000 << shift for shift in range(9)))
@@ -87,13 +90,17 @@ class Header:
         An operator's Argon2 keyslot, or one of a hostile header, could take all memory or hours: in its own PBKDF, in
         that of another digest that it is bound to, or in a cipher that needs a mapping. Raises Malformed, Tampered.
         """
-        facts, metadata = self.facts(), self.metadata
-        ciphers = {_KEYSLOT_CIPHER, *(segment.get("encryption") for segment in facts["segments"].values())}
-        slots = _data_digest(metadata, self.device)["keyslots"]
+        self.facts()
+        return self.cheap_keyslots_of(_data_digest(self.metadata, self.device))
+
+    def cheap_keyslots_of(self, digest: dict[str, Any]) -> list[int]:
+        """The same for the volume key of one digest of this header, which the caller has checked."""
+        metadata = self.metadata
+        ciphers = {_KEYSLOT_CIPHER, *(segment.get("encryption") for segment in metadata["segments"].values())}
         return [
             number
             for number, fields in _get_numbered(metadata, "keyslots", self.device)
-            if str(number) in slots
+            if str(number) in digest["keyslots"]
             and fields["type"] == "luks2"
             and fields["kdf"]["type"] == "pbkdf2"
             and fields["kdf"]["iterations"] == KEYSLOT_ITERATIONS
@@ -109,10 +116,7 @@ class Header:
         """
         metadata = self.metadata
         digest, config = _data_digest(metadata, self.device), _get_object(metadata, "config", self.device)
-        for number, fields in _get_numbered(metadata, "keyslots", self.device):
-            if "null" in fields["area"].get("encryption", ""):
-                hint = f"cryptsetup luksKillSlot {self.device} {number}"
-                raise Tampered(f"{self.device}: keyslot {number} is not encrypted", hint)
+        self.refuse_open_keyslots()
         return {
             "uuid": self.uuid,
             "segments": _get_object(metadata, "segments", self.device),
@@ -120,6 +124,13 @@ class Header:
             "flags": config.get("flags"),
             "digest": {name: value for name, value in digest.items() if name != "keyslots"},
         }
+
+    def refuse_open_keyslots(self) -> None:
+        """Raises Tampered for a keyslot that any passphrase opens."""
+        for number, fields in _get_numbered(self.metadata, "keyslots", self.device):
+            if "null" in fields["area"].get("encryption", ""):
+                hint = f"cryptsetup luksKillSlot {self.device} {number}"
+                raise Tampered(f"{self.device}: keyslot {number} is not encrypted", hint)
 
 
 def parse_metadata(text: bytes, device: str) -> dict[str, Any]:
@@ -154,7 +165,7 @@ def _data_digest(metadata: dict[str, Any], device: str) -> dict[str, Any]:
     segments = _get_object(metadata, "segments", device)
     digests: list[dict[str, Any]] = [each for _, each in _get_numbered(metadata, "digests", device) if each["segments"]]
     if not segments or len(digests) != 1 or canonical(digests[0]["segments"]) != canonical(sorted(segments)):
-        if "reencrypt" in str(_get_object(metadata, "config", device).get("requirements")):
+        if REENCRYPTION in str(_get_object(metadata, "config", device).get("requirements")):
             hint = f"cryptsetup reencrypt --resume-only {device}"
             raise Malformed(f"{device}: its header says that it is being re-encrypted", hint)
         raise Malformed(f"{device}: not exactly one digest covers all of the data")
@@ -181,7 +192,7 @@ def read_copies(device: str, *, every: bool) -> list[tuple[int, bytes]]:
                 copy += os.pread(file, max(0, size - 4096), offset + 4096)
                 found.append((offset, copy))
                 if size <= 4096 + MAX_TEXT:
-                    if not every and _has_valid_checksum(copy):
+                    if not every and has_valid_checksum(copy):
                         break
                 elif copy.find(b"\0", 4096, 4096 + MAX_TEXT + 1) < 0:
                     raise Malformed(f"{device}: the LUKS2 header has more than {MAX_TEXT} bytes of JSON")
@@ -194,11 +205,11 @@ def read_copies(device: str, *, every: bool) -> list[tuple[int, bytes]]:
 
 def are_whole(copies: list[tuple[int, bytes]]) -> bool:
     """Whether both copies of a header are there, and of the same write."""
-    valid = [copy for _, copy in copies if _has_valid_checksum(copy)]
+    valid = [copy for _, copy in copies if has_valid_checksum(copy)]
     return len(valid) > 1 and valid[0][16:24] == valid[1][16:24] and valid[0][4096:] == valid[1][4096:]
 
 
-def _has_valid_checksum(copy: bytes) -> bool:
+def has_valid_checksum(copy: bytes) -> bool:
     return copy[448:480] == sha256(copy[:448] + bytes(64) + copy[512:]).digest()
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LUKS2 disks through libcryptsetup, called by ctypes. No other file calls it.
+"""LUKS2 disks through libcryptsetup, called by ctypes. No other file calls it, but for disks.reencrypt, which has
+the calls of a re-encryption.
 
 A `Container` reads the header once. Keys are authenticated against the metadata of its libcryptsetup context, and the
 same context activates the disk. The library is not thread-safe: boot.worker activates each disk in its own process.
@@ -17,7 +18,16 @@ from ..light import Any
 from ..secret import Secret
 from ..strictjson import canonical
 from . import devices
-from .header import ANY, KEYSLOT_ITERATIONS, Header, are_whole, parse_metadata, read_copies, read_luks_version
+from .header import (
+    ANY,
+    KEYSLOT_ITERATIONS,
+    REENCRYPTION,
+    Header,
+    are_whole,
+    parse_metadata,
+    read_copies,
+    read_luks_version,
+)
 
 MAX_KEY = 512
 """Bytes; volume keys with integrity are longer than the 64 of aes-xts."""
@@ -45,6 +55,8 @@ _WRONG_KEY = {
     "crypt_activate_by_volume_key": (errno.EPERM,),
     "crypt_volume_key_verify": (errno.EPERM,),
     "crypt_keyslot_add_by_volume_key": (errno.EPERM,),
+    "crypt_activate_by_passphrase": (errno.EPERM, errno.ENOENT),
+    "crypt_reencrypt_init_by_passphrase": (errno.EPERM, errno.ENOENT),
 }
 """What means that the key is another one, by call."""
 
@@ -73,8 +85,18 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         c_void_p, c_int, POINTER(c_char), c_size_t, POINTER(c_char), c_size_t,
     ),
     "crypt_keyslot_destroy": (c_void_p, c_int),
+    "crypt_keyslot_set_priority": (c_void_p, c_int, c_int),
+    "crypt_keyslot_add_by_key": (
+        c_void_p, c_int, POINTER(c_char), c_size_t, POINTER(c_char), c_size_t, c_uint32,
+    ),
     "crypt_activate_by_volume_key": (c_void_p, c_char_p, POINTER(c_char), c_size_t, c_uint32),
     "crypt_resize": (c_void_p, c_char_p, c_uint64),
+    "crypt_activate_by_passphrase": (c_void_p, c_char_p, c_int, POINTER(c_char), c_size_t, c_uint32),
+    "crypt_init_data_device": (POINTER(c_void_p), c_char_p, c_char_p),
+    "crypt_reencrypt_init_by_passphrase": (
+        c_void_p, c_char_p, POINTER(c_char), c_size_t, c_int, c_int, c_char_p, c_char_p, c_void_p,
+    ),
+    "crypt_reencrypt_run": (c_void_p, c_void_p, c_void_p),
     "crypt_deactivate_by_name": (c_void_p, c_char_p, c_uint32),
     "crypt_status": (c_void_p, c_char_p),
     "crypt_get_uuid": (c_void_p,),
@@ -96,7 +118,7 @@ class _Pbkdf(ctypes.Structure):
     ]
 
 
-class _Luks2(ctypes.Structure):
+class Luks2Parameters(ctypes.Structure):
     """struct crypt_params_luks2; a sector size of 0 means: choose by the device."""
 
     _fields_ = [
@@ -136,13 +158,17 @@ class Container(Header):
             else:
                 self.is_whole = are_whole(copies)
                 self._memory = _copy_to_memory(device, copies)
-                self._load(f"{_DESCRIPTORS}{self._memory}")
+                self._load(f"{DESCRIPTORS}{self._memory}")
         except BaseException:
             self.close()
             raise
 
-    def _load(self, path: str) -> None:
-        _do(self.device, "cannot be used", "crypt_init", ctypes.byref(self._cd), os.fsencode(path))
+    def _load(self, path: str, *, data_device: str = "") -> None:
+        if data_device:
+            paths = os.fsencode(path), os.fsencode(data_device)
+            _do(self.device, "cannot be used", "crypt_init_data_device", ctypes.byref(self._cd), *paths)
+        else:
+            _do(self.device, "cannot be used", "crypt_init", ctypes.byref(self._cd), os.fsencode(path))
         _logged_errors.clear()
         result = _lib().crypt_load(self._cd, b"LUKS2", None)
         if result == 0:
@@ -163,6 +189,8 @@ class Container(Header):
         """Gives libcryptsetup the disk instead of the header in memory. Raises DiskFailed unless it has that header."""
         if self._memory < 0:
             return
+        if REENCRYPTION in str(self.requirements):  # the older copy of its header may be the right one
+            raise DiskFailed(f"{self.device} is being re-encrypted", "unlock status", code="unmet-requirements")
         seen = self.uuid, self.dump()
         self.close()
         self._load(self.device)
@@ -255,7 +283,7 @@ class Container(Header):
         try:
             self._do(
                 "does not open with this passphrase", "crypt_volume_key_get",
-                slot, _buffer(key), ctypes.byref(size), *_sized(passphrase),
+                slot, _buffer(key), ctypes.byref(size), *sized(passphrase),
             )  # fmt: skip
             if size.value == len(key):
                 return key
@@ -267,7 +295,7 @@ class Container(Header):
 
     def verify_volume_key(self, volume_key: Secret) -> None:
         """Raises NotOurs unless this is the key of the header's digest."""
-        self._do("has another volume key", "crypt_volume_key_verify", *_sized(volume_key))
+        self._do("has another volume key", "crypt_volume_key_verify", *sized(volume_key))
 
     def add_keyslot(self, volume_key: Secret, *, passphrase: Secret, slot: int = ANY) -> int:
         """Adds a keyslot with KEYSLOT_ITERATIONS of PBKDF2 and returns its number: for a `passphrase` of full strength.
@@ -279,7 +307,7 @@ class Container(Header):
         try:
             return self._do(
                 "cannot take a keyslot", "crypt_keyslot_add_by_volume_key",
-                slot, *_sized(volume_key), *_sized(passphrase),
+                slot, *sized(volume_key), *sized(passphrase),
             )  # fmt: skip
         except DiskFailed as error:
             error.hint = f"if its header is full: cryptsetup luksKillSlot {self.device} N"
@@ -323,7 +351,7 @@ class Container(Header):
         self._use_disk()
         self._do(
             f"cannot be opened as {name}", "crypt_activate_by_volume_key",
-            name.encode(), *_sized(volume_key), _KEYRING_KEY,
+            name.encode(), *sized(volume_key), _KEYRING_KEY,
         )  # fmt: skip
 
     def resize(self, name: str, volume_key: Secret) -> None:
@@ -331,7 +359,7 @@ class Container(Header):
         DiskFailed."""
         self._use_disk()
         trouble = f"cannot be made larger as {name}"
-        self._do(trouble, "crypt_activate_by_volume_key", None, *_sized(volume_key), _KEYRING_KEY)
+        self._do(trouble, "crypt_activate_by_volume_key", None, *sized(volume_key), _KEYRING_KEY)
         self._do(trouble, "crypt_resize", name.encode(), 0)
 
     def _minimal_pbkdf(self) -> None:
@@ -353,12 +381,12 @@ def format(device: str, volume_key: Secret, *, uuid: str | None = None, label: s
     _do(device, "cannot be used", "crypt_init", ctypes.byref(context), os.fsencode(device))
     try:
         pbkdf = _minimum()
-        parameters = _Luks2(ctypes.pointer(pbkdf), label=label.encode())
+        parameters = Luks2Parameters(ctypes.pointer(pbkdf), label=label.encode())
         _do(device, "cannot be formatted", "crypt_set_pbkdf_type", context, ctypes.byref(pbkdf))
         _do(
             device, "cannot be formatted", "crypt_format",
             context, b"LUKS2", b"aes", b"xts-plain64", uuid.encode() if uuid else None,
-            *_sized(volume_key), ctypes.byref(parameters),
+            *sized(volume_key), ctypes.byref(parameters),
         )  # fmt: skip
     finally:
         _lib().crypt_free(context)
@@ -468,7 +496,11 @@ def _removal(name: str) -> bytes:
 
 def _copy_to_memory(device: str, copies: list[tuple[int, bytes]]) -> int:
     """A file in memory, as large as the disk, with these copies of its header. Raises DiskFailed."""
-    size = _disk_size(device)
+    return memory_file(device, _disk_size(device), copies)
+
+
+def memory_file(device: str, size: int, parts: list[tuple[int, bytes]]) -> int:
+    """A file in memory with these parts, for libcryptsetup to read instead of the disk. Raises DiskFailed."""
     try:
         try:
             file = os.memfd_create("header", os.MFD_CLOEXEC | _MFD_NOEXEC_SEAL)
@@ -478,7 +510,7 @@ def _copy_to_memory(device: str, copies: list[tuple[int, bytes]]) -> int:
             file = os.memfd_create("header")
         try:
             os.ftruncate(file, size)
-            for offset, copy in copies:
+            for offset, copy in parts:
                 os.pwrite(file, copy, offset)
         except BaseException:
             os.close(file)
@@ -513,11 +545,11 @@ def _buffer(secret: Secret) -> Any:
     return (c_char * len(secret)).from_buffer(secret.value)
 
 
-def _sized(secret: Secret) -> tuple[Any, int]:
+def sized(secret: Secret) -> tuple[Any, int]:
     return _buffer(secret), len(secret)
 
 
-_DESCRIPTORS = "/proc/self/fd/"
+DESCRIPTORS = "/proc/self/fd/"
 _only_reads = False
 _loads_plugins = False
 
@@ -586,6 +618,6 @@ def _error_text(thing: str) -> str:
     """ ": " and the errors that libcryptsetup logged in this call, or "". Only printable characters: they may quote a
     hostile header. `thing` replaces the name of a file in memory."""
     text = "; ".join(dict.fromkeys(_logged_errors))
-    if _DESCRIPTORS in text:
-        text = " ".join(thing if each.startswith(_DESCRIPTORS) else each for each in text.split(" "))
+    if DESCRIPTORS in text:
+        text = " ".join(thing if each.startswith(DESCRIPTORS) else each for each in text.split(" "))
     return ": " + "".join(each if each.isprintable() else "?" for each in text) if text else ""

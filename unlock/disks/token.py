@@ -14,7 +14,10 @@
     host_key                wrapped by the persistence key
     mac                     HMAC-SHA256 over the facts, by a key derived from the recovery key
     degraded                version 2: true when the group may open without all of its members
-    reencrypt               version 2: null
+    reencrypt               version 2: null, or, while the disk gets a new volume key, {"old", "new", "keyslots", "dek",
+                            "key"}: number and SHA-256 of the digest of the old volume key, and of the new; the
+                            numbers of the operation key's keyslots; the new volume key and the operation key, wrapped
+                            by the KEK. `dek` is the old volume key
     pad                     spaces up to SIZE bytes: a longer token later needs no more room
 
 Wrapped keys are AES-256-GCM: 12 bytes of nonce, the ciphertext, 16 bytes of tag; base64.
@@ -27,6 +30,7 @@ from ..errors import Malformed, NewerFormat
 from ..light import Any, Mapping, NamedTuple
 from ..strictjson import canonical
 from .groups import MEMBERS_MAX, SERIAL_MAX, is_name
+from .reencrypt_plan import Plan
 
 TYPE = "unlock"
 VERSION = 2
@@ -41,6 +45,16 @@ _OVERHEAD = 12 + 16
 _NAMES = "type keyslots version host group members manifest name serial kek dek host_key mac pad"
 _FIELDS = {1: frozenset(_NAMES.split()), 2: frozenset([*_NAMES.split(), "degraded", "reencrypt"])}
 """By version."""
+
+
+class Reencryption(NamedTuple):
+    """What opens a disk while it gets a new volume key."""
+
+    plan: Plan
+    dek: bytes
+    """The new volume key, wrapped."""
+    key: bytes
+    """The operation key, wrapped."""
 
 
 class Token(NamedTuple):
@@ -63,15 +77,19 @@ class Token(NamedTuple):
     mac: bytes
     degraded: bool = False
     """The group may open without all of its members."""
+    reencryption: Reencryption | None = None
+    """The disk gets a new volume key."""
 
     @property
     def version(self) -> int:
         """The oldest format that has what this token says: an older initramfs reads what it can."""
-        return 2 if self.degraded else 1
+        return 2 if self.degraded or self.reencryption else 1
 
     def facts(self) -> dict[str, Any]:
         """The fields that the DEK's AAD and the recovery MAC bind."""
-        more = {"degraded": True} if self.degraded else {}
+        more: dict[str, Any] = {"degraded": True} if self.degraded else {}
+        if self.reencryption:
+            more |= {"reencrypt": [*self.reencryption.plan.digests, self.reencryption.plan.keyslots]}
         return {
             "host": self.host,
             "group": self.group,
@@ -114,6 +132,16 @@ def not_kept_aad(token: Token, header: Mapping[str, Any]) -> bytes:
     return canonical({"format": "unlock-kek-elsewhere-1", "dek": dek_aad(token, header).decode()})
 
 
+def new_dek_aad(token: Token, header: Mapping[str, Any]) -> bytes:
+    """The AAD of the new volume key while a disk is re-encrypted: what binds the old one."""
+    return canonical({"format": "unlock-new-dek-1", "dek": dek_aad(token, header).decode()})
+
+
+def operation_key_aad(token: Token, header: Mapping[str, Any]) -> bytes:
+    """The AAD of the operation key: the same."""
+    return canonical({"format": "unlock-operation-key-1", "dek": dek_aad(token, header).decode()})
+
+
 def key_aad(host: str, kind: str) -> bytes:
     """The AAD of any other key that the persistence key wraps; `kind` names the key."""
     return canonical({"format": f"unlock-{kind}-1", "host": host})
@@ -125,7 +153,7 @@ def encode(token: Token) -> dict[str, Any]:
         "type": TYPE,
         "keyslots": [],
         "version": token.version,
-        **token.facts(),
+        **token._replace(reencryption=None).facts(),
         "kek": {"id": token.kek_id, "generation": token.kek_generation, "wrapped": _encode_base64(token.kek)},
         "dek": _encode_base64(token.dek),
         "host_key": _encode_base64(token.host_key),
@@ -133,7 +161,7 @@ def encode(token: Token) -> dict[str, Any]:
         "pad": "",
     }
     if token.version > 1:
-        fields |= {"degraded": token.degraded, "reencrypt": None}
+        fields |= {"degraded": token.degraded, "reencrypt": _encode_reencryption(token.reencryption)}
     fields["pad"] = " " * max(0, SIZE - len(canonical(fields)))
     return fields
 
@@ -149,8 +177,6 @@ def decode(fields: Mapping[str, Any]) -> Token:
         raise Malformed("the token is not in the format of its version")
     if fields.keys() != _FIELDS[version] or not isinstance(fields.get("degraded", False), bool):
         raise Malformed("the token's fields are not those of its format")
-    if fields.get("reencrypt") is not None:
-        raise Malformed("the token's reencrypt is not null")
     kek = fields["kek"]
     if not isinstance(kek, dict) or kek.keys() != {"id", "generation", "wrapped"}:
         raise Malformed("the token's kek is not in the format of its version")
@@ -176,10 +202,49 @@ def decode(fields: Mapping[str, Any]) -> Token:
         host_key=_get_bytes(fields, "host_key", 32 + _OVERHEAD),
         mac=_get_bytes(fields, "mac", 32),
         degraded=fields.get("degraded", False),
+        reencryption=_decode_reencryption(fields.get("reencrypt")),
     )
     if found.version != version:
         raise Malformed("the token has a later format than it needs")
     return found
+
+
+def _encode_reencryption(found: Reencryption | None) -> dict[str, Any] | None:
+    if not found:
+        return None
+    old, new = found.plan.digests
+    wraps = {"dek": _encode_base64(found.dek), "key": _encode_base64(found.key)}
+    return {"old": old, "new": new, "keyslots": found.plan.keyslots, **wraps}
+
+
+def _decode_reencryption(fields: Any) -> Reencryption | None:
+    if fields is None:
+        return None
+    if not isinstance(fields, dict) or fields.keys() != {"old", "new", "keyslots", "dek", "key"}:
+        raise Malformed("the token's reencrypt is not in the format of its version")
+    (old, old_facts), (new, new_facts) = (_get_digest(fields, name) for name in ("old", "new"))
+    keyslots = fields["keyslots"]
+    if not isinstance(keyslots, list) or len(keyslots) != 2 or not all(map(_is_number, keyslots)) or old == new:
+        raise Malformed("the token's reencrypt has no two keyslots and digests")
+    return Reencryption(
+        plan=Plan(old, old_facts, new, new_facts, *keyslots),
+        dek=_get_bytes(fields, "dek", DEK_MAX + _OVERHEAD, least=16 + _OVERHEAD),
+        key=_get_bytes(fields, "key", 32 + _OVERHEAD),
+    )
+
+
+def _get_digest(fields: Mapping[str, Any], name: str) -> tuple[int, str]:
+    found = fields[name]
+    if isinstance(found, list) and len(found) == 2 and _is_number(found[0]) and isinstance(found[1], str):
+        number, facts = found
+        if len(facts) == 64 and set("0123456789abcdef").issuperset(facts):
+            return number, facts
+    raise Malformed(f"the token's {name} is not a digest")
+
+
+def _is_number(value: Any) -> bool:
+    """Of a digest or keyslot."""
+    return type(value) is int and 0 <= value < 32
 
 
 def _encode_base64(value: bytes) -> str:

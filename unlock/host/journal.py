@@ -102,6 +102,30 @@ class Rekey(NamedTuple):
     """The key manager made the new KEK by itself."""
 
 
+class DeepRekeyDisk(NamedTuple):
+    """A disk that is to get a new volume key."""
+
+    uuid: str
+    keyslots: tuple[int, ...]
+    """Those that it had before."""
+    recovery: str
+    """Salt of the recovery key's keyslot for the new volume key; '' before it is prepared."""
+
+
+class DeepRekey(NamedTuple):
+    """`unlock rekey --deep`. The tokens have the keys, and how far a disk is its header says."""
+
+    operation: Literal["rekey --deep"]
+    about: str
+    """Name of the group, or `--all`."""
+    disks: tuple[DeepRekeyDisk, ...]
+    """Those that are left to do, in order."""
+    prepared: bool
+    """Every one has its keyslots and its token: what is left needs no person."""
+    rate: int
+    """Bytes a second at most; 0 for no limit."""
+
+
 class RecoveryRotation(NamedTuple):
     """`unlock recovery rotate`."""
 
@@ -186,6 +210,7 @@ JournalEntry = (
     | DiskRemoval
     | DiskReplacement
     | Rekey
+    | DeepRekey
     | RecoveryRotation
     | RecoveryRenewal
     | PersistenceChange

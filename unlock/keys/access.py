@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from .. import ask
 from ..disks import devices, disk_keys, find, luks, token
 from ..disks.groups import POLICIES, Group
-from ..errors import NoKey, Refused, Tampered, UnlockError, Usage
+from ..errors import DiskFailed, NoKey, Refused, Tampered, UnlockError, Usage
 from ..host import config, keyring, this_boot
 from ..host.provider_entry import KmipEntry, ProviderEntry
 from ..host.state import State
@@ -311,6 +311,8 @@ def find_volume_key(work: Work, container: luks.Container, group: Group) -> Secr
 
 
 def _volume_key(work: Work, container: luks.Container, each: token.Token, group: Group) -> Secret:
+    if disk_keys.is_moving(container, each):
+        raise DiskFailed(f"{container.device} is being re-encrypted", "unlock status", "unmet-requirements")
     kek = None
     for key in work.persistence_keys(container.uuid):
         try:

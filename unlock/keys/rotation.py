@@ -17,7 +17,7 @@ from ..disks import disk_keys, luks
 from ..disks.groups import Group, Member
 from ..errors import NoKey, Refused, StateBlocked, Tampered, UnlockError
 from ..host import keyring, this_boot
-from ..host.journal import JournalEntry, NewPersistenceKey, Rekey
+from ..host.journal import DeepRekey, JournalEntry, NewPersistenceKey, Rekey
 from ..host.state import State
 from ..host.state_file import KeyEntry, ReplacedKek
 from ..providers import USABLE, Ref
@@ -191,10 +191,13 @@ def rewrap_disks(work: Work, group: Group, kek: Secret) -> tuple[Outcome, Group]
 
 def rewrap_disk(work: Work, group: Group, member: Member, node: str, kek: Secret) -> None:
     """Writes a token beside the old one, reads it back and proves it; then removes the old one. Raises DiskFailed,
-    Tampered; Refused while a new persistence key is on its way: the next boot may have that one."""
+    Tampered; Refused while a new persistence key is on its way, as the next boot may have that one, and for a disk that
+    is to get a new volume key."""
     state = work.state
     if isinstance(state.journal, NewPersistenceKey):
         raise Refused(f"`{state.to_finish}` is not finished", "run it again first", code="unfinished")
+    if isinstance(state.journal, DeepRekey) and member.uuid in [each.uuid for each in state.journal.disks]:
+        raise Refused(f"`{state.to_finish}` is not finished", "unlock status", code="unfinished")
     with work.host_key() as host_key, state.mac_key(work.persistence, member.uuid) as mac_key:
         keys = disk_keys.Keys(persistence=work.persistence, host_key=host_key, kek=kek, mac_key=mac_key)
         with luks.Container(node) as container:
@@ -232,6 +235,23 @@ def set_policy(work: Work, group: Group, policy: str) -> Outcome:
         new = group._replace(policy=policy, behind=tuple(member.uuid for member in group.members))
         if policy == "provider":
             state.narrowed = f"the key of group {group.name} is not kept any more"
+        state.groups[group.name] = new
+        state.save()
+        outcome, new = rewrap_disks(work, new, kek)
+    state.groups[group.name] = new
+    state.save()
+    return outcome
+
+
+def set_degraded(work: Work, group: Group, degraded: bool) -> Outcome:
+    """Lets early boot open the group without all of its members, or forbids it: each token says so. Members that are
+    away get theirs when they are back. Raises NoKey, ProviderError, DiskFailed."""
+    state = work.state
+    if group.degraded == degraded and not group.behind:
+        return Outcome(group.name, group.generation, tuple(member.name for member in group.members), {})
+    kek, _ = access.find_kek(work, group)
+    with kek:
+        new = group._replace(degraded=degraded, behind=tuple(member.uuid for member in group.members))
         state.groups[group.name] = new
         state.save()
         outcome, new = rewrap_disks(work, new, kek)
@@ -285,8 +305,8 @@ def _is_current(work: Work, group: Group, member: Member, node: str) -> bool:
             policy = "provider"
         except Tampered:
             return False
-    says = (each.kek_id, each.kek_generation, each.manifest, each.name, policy)
-    return same and says == (group.kek, group.generation, group.manifest, member.name, group.policy)
+    says = (each.kek_id, each.kek_generation, each.manifest, each.name, each.degraded, policy)
+    return same and says == (group.kek, group.generation, group.manifest, member.name, group.degraded, group.policy)
 
 
 def retire_keks(work: Work, left: bool = False) -> list[StillActive]:

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a header may say while unlock re-encrypts its disk: the plan in the token, and the phases of the header.
+
+The library moves the boundary between new and old data thousands of times; the plan stays. A header fits it when it is
+one that a run of ours can leave, and only then do the keys in the token unwrap: a re-encryption that somebody else
+began, or that was put into the header (CVE-2021-4122), does not fit. Pure JSON: the LUKS2 On-Disk Format Specification
+1.1.2, sections 3 (metadata) and 5 (re-encryption).
+
+    old       nothing has moved; the new volume key has keyslots, and covers no data
+    moving    new segment, old segment; the library's requirement is set
+    crash     the same, with a hotzone between them: only a recovery says which of its sectors are new
+    whole     all data is new; the requirement is still set
+    new       finished; the old volume key may still have keyslots
+
+Two headers that a run leaves cannot be told from forged ones: a moved boundary, and `new` too early. Who writes such a
+one makes data unreadable, as he could by overwriting it; nothing is read or written in clear.
+"""
+
+from hashlib import sha256
+
+from ..errors import Malformed, Tampered
+from ..light import Any, NamedTuple
+from ..strictjson import canonical
+from .header import Header
+
+REQUIREMENT = "online-reencrypt-v2"
+OLD, MOVING, CRASH, WHOLE, NEW = "old", "moving", "crash", "whole", "new"
+
+_MOVED = ("offset", "size", "iv_tweak", "flags")
+"""Fields of a segment that change while the data moves."""
+_RESILIENCE = ("checksum", "journal")
+
+
+class Plan(NamedTuple):
+    """One re-encryption, as the token has it. The segment stays as it is; only the volume key changes."""
+
+    old: int
+    """Number of the digest of the old volume key."""
+    old_facts: str
+    """SHA-256, in hex, of that digest without its lists."""
+    new: int
+    new_facts: str
+    old_keyslot: int
+    """The operation key's keyslot for the old volume key."""
+    new_keyslot: int
+
+    @property
+    def digests(self) -> list[list[Any]]:
+        """As in the token."""
+        return [[self.old, self.old_facts], [self.new, self.new_facts]]
+
+    @property
+    def keyslots(self) -> list[int]:
+        """As in the token."""
+        return [self.old_keyslot, self.new_keyslot]
+
+
+def digest_facts(digest: Any) -> str:
+    """What identifies a volume key by its digest: SHA-256 in hex."""
+    return sha256(
+        canonical({name: digest[name] for name in digest if name not in ("keyslots", "segments")})
+    ).hexdigest()
+
+
+def plan_facts(header: Header, plan: Plan) -> dict[str, Any]:
+    """The facts of a header that fits the plan; they are the same in every phase. Raises Tampered, Malformed."""
+    header.refuse_open_keyslots()
+    _, segment = _examine(header.metadata, plan, header.device)
+    return {
+        "uuid": header.uuid,
+        "segment": segment,
+        "flags": header.metadata["config"].get("flags"),
+        "reencrypt": {"mode": "reencrypt", "direction": "forward"},
+    }
+
+
+def phase(header: Header, plan: Plan) -> str:
+    """One of the five. Raises Tampered when the header does not fit the plan, Malformed."""
+    return _examine(header.metadata, plan, header.device)[0]
+
+
+def phase_of(metadata: dict[str, Any], plan: Plan, device: str) -> str:
+    """The same of metadata that was read from the disk itself."""
+    return _examine(metadata, plan, device)[0]
+
+
+def is_moving(header: Header, plan: Plan) -> bool:
+    """Whether the data is under two volume keys, or the header still says so."""
+    return phase(header, plan) in (MOVING, CRASH, WHOLE)
+
+
+def _examine(metadata: dict[str, Any], plan: Plan, device: str) -> tuple[str, Any]:
+    """The phase, and the segment as it was and will be."""
+    try:
+        return _phase_and_segment(metadata, plan)
+    except _DoesNotFit as error:
+        raise Tampered(f"{device}: its header is not that of the re-encryption in its token: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise Malformed(f"{device}: the LUKS2 metadata is not as the specification says") from error
+
+
+class _DoesNotFit(Exception):
+    """A header that no run of this plan leaves."""
+
+
+def _need(condition: bool, what: str) -> None:
+    if not condition:
+        raise _DoesNotFit(what)
+
+
+def _phase_and_segment(metadata: dict[str, Any], plan: Plan) -> tuple[str, Any]:
+    segments = {int(number): fields for number, fields in metadata["segments"].items()}
+    covers = {int(number): set(fields["segments"]) for number, fields in metadata["digests"].items()}
+    moves = [fields for fields in metadata["keyslots"].values() if fields["type"] not in ("luks2",)]
+    for number, known in (plan.old, plan.old_facts), (plan.new, plan.new_facts):
+        found = metadata["digests"].get(str(number))
+        _need(found is None or digest_facts(found) == known, f"digest {number}")
+    _need(all(not covered for number, covered in covers.items() if number not in (plan.old, plan.new)), "other digest")
+    requirements = metadata["config"].get("requirements")
+    if not requirements:
+        return _at_rest(segments, covers, moves, plan)
+    _need(canonical(requirements) == canonical({"mandatory": [REQUIREMENT]}), "requirements")
+    _need(len(moves) == 1 and _is_ours(moves[0]), "mode")
+    return _under_way(segments, covers, plan)
+
+
+def _at_rest(segments: dict[int, Any], covers: dict[int, set[str]], moves: list[Any], plan: Plan) -> tuple[str, Any]:
+    _need(not moves, "a keyslot of a re-encryption")
+    _need(list(segments) == [0] and "flags" not in segments[0], "segments")
+    _need_crypt(segments[0])
+    for number, name in (plan.old, OLD), (plan.new, NEW):
+        if covers.get(number) == {"0"}:
+            _need(all(not covered for other, covered in covers.items() if other != number), "two digests")
+            return name, segments[0]
+    raise _DoesNotFit("the digest of the data")
+
+
+def _is_ours(keyslot: Any) -> bool:
+    area = keyslot["area"]
+    return bool(
+        keyslot["type"] == "reencrypt"
+        and keyslot["mode"] == "reencrypt"
+        and keyslot["direction"] == "forward"
+        and area["type"] in _RESILIENCE
+        and "shift_size" not in area
+    )
+
+
+def _under_way(segments: dict[int, Any], covers: dict[int, set[str]], plan: Plan) -> tuple[str, Any]:
+    """Segments in order of the data: all new, at most one of both, all old; then a backup of each kind."""
+    backups = {number: each for number, each in segments.items() if is_backup(each)}
+    _need(
+        sorted(str(each["flags"]) for each in backups.values()) == ["['backup-final']", "['backup-previous']"],
+        "backups",
+    )
+    before = backup_number(segments, "backup-previous")
+    after = backup_number(segments, "backup-final")
+    segment = _without(segments[before], ("flags",))
+    _need(canonical(segment) == canonical(_without(segments[after], ("flags",))), "another cipher")
+    _need_crypt(segment)
+    regular = sorted(segments.keys() - backups.keys())
+    _need(regular == list(range(len(regular))) and 1 <= len(regular) <= 3, "number of segments")
+    expected = {plan.old: {str(before)}, plan.new: {str(after)}}
+    at = start = int(segment["offset"])
+    part = NEW
+    for number in regular:
+        each = segments[number]
+        _need(canonical(_without(each, _MOVED)) == canonical(_without(segment, _MOVED)), "a segment's cipher")
+        _need(int(each["offset"]) == at, "a segment's place")
+        _need(int(each["iv_tweak"]) == int(segment["iv_tweak"]) + (at - start) // 512, "a segment's IV")
+        keys = {digest for digest, covered in covers.items() if str(number) in covered}
+        if "flags" in each:
+            _need(each["flags"] == ["in-reencryption"] and keys == {plan.old, plan.new} and part == NEW, "a hotzone")
+            part = CRASH
+        elif keys == {plan.new}:
+            _need(part == NEW, "new data after old")
+        else:
+            _need(keys == {plan.old} and part != OLD, "a segment's digest")
+            part = OLD
+        for digest in keys:
+            expected[digest].add(str(number))
+        if each["size"] == "dynamic":
+            _need(number == regular[-1] and segment["size"] == "dynamic", "a segment's size")
+        else:
+            at += int(each["size"])
+            _need(number != regular[-1] or segment["size"] == str(at - start), "a segment's size")
+    for digest, covered in covers.items():
+        _need(covered == expected.get(digest, set()), "a digest's segments")
+    _need(plan.old in covers and plan.new in covers, "digests")
+    if any("flags" in segments[number] for number in regular):
+        return CRASH, segment
+    whole = len(regular) == 1 and covers[plan.old] == {str(before)}
+    if whole:
+        _need(canonical(segments[0]) == canonical(segment), "the last segment")
+    return WHOLE if whole else MOVING, segment
+
+
+def _need_crypt(segment: Any) -> None:
+    _need(segment["type"] == "crypt" and "null" not in segment["encryption"], "data that is not encrypted")
+
+
+def is_backup(segment: Any) -> bool:
+    """Whether a segment is one of the two that say how the data was and will be."""
+    return any(flag.startswith("backup-") for flag in segment.get("flags", []))
+
+
+def backup_number(segments: dict[int, Any], flag: str) -> int:
+    return next(number for number, each in segments.items() if each.get("flags") == [flag])
+
+
+def _without(fields: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
+
+
+# What a header becomes where libcryptsetup does not write it
+
+
+def without_hotzone(metadata: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """The `moving` header before a `crash` one: its hotzone is old data again."""
+    segments = {int(number): each for number, each in metadata["segments"].items()}
+    before, after = backup_number(segments, "backup-previous"), backup_number(segments, "backup-final")
+    regular = [segments[number] for number in sorted(segments.keys() - {before, after})]
+    hot = next(each for each in regular if "flags" in each)
+    moved = regular[: regular.index(hot)]
+    left = segments[before]["size"]
+    if left != "dynamic":
+        left = str(int(left) - sum(int(each["size"]) for each in moved))
+    rest = {
+        **_without(segments[before], ("flags",)),
+        "offset": hot["offset"],
+        "iv_tweak": hot["iv_tweak"],
+        "size": left,
+    }
+    count = len(moved)
+    covered = {plan.old: [count, count + 1], plan.new: [*range(count), count + 2]}
+    return _with_segments(metadata, [*moved, rest, segments[before], segments[after]], covered)
+
+
+def all_new(metadata: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """The `whole` header after a `crash` one whose hotzone was the last and has been recovered."""
+    segments = {int(number): each for number, each in metadata["segments"].items()}
+    before, after = backup_number(segments, "backup-previous"), backup_number(segments, "backup-final")
+    parts = [_without(segments[after], ("flags",)), segments[before], segments[after]]
+    return _with_segments(metadata, parts, {plan.old: [1], plan.new: [0, 2]})
+
+
+def finished(metadata: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """The header after a `whole` one: nothing but deletions. The old volume key keeps its keyslots."""
+    moves = {number for number, each in metadata["keyslots"].items() if each["type"] == "reencrypt"}
+    last = next(each for each in metadata["segments"].values() if not is_backup(each))
+    ended = _with_segments(metadata, [last], {plan.new: [0]})
+    digests = {
+        number: {**each, "keyslots": [slot for slot in each["keyslots"] if slot not in moves]}
+        for number, each in ended["digests"].items()
+    }
+    return {
+        **ended,
+        "keyslots": {number: each for number, each in metadata["keyslots"].items() if number not in moves},
+        "digests": {number: each for number, each in digests.items() if each["segments"] or each["keyslots"]},
+        "config": {name: value for name, value in metadata["config"].items() if name != "requirements"},
+    }
+
+
+def _with_segments(metadata: dict[str, Any], segments: list[Any], covered: dict[int, list[int]]) -> dict[str, Any]:
+    """The same with these segments, numbered in order, and by digest the segments that it covers."""
+    return {
+        **metadata,
+        "segments": {str(number): each for number, each in enumerate(segments)},
+        "digests": {
+            number: {**each, "segments": [str(segment) for segment in covered.get(int(number), [])]}
+            for number, each in metadata["digests"].items()
+        },
+    }
