@@ -443,7 +443,8 @@ def test_a_cut_after_every_command_leaves_the_old_or_the_new(
             chip.proxy.restore()
             with chip.open() as tpm:
                 person = Person(*filter(None, (before, after)))
-                outcome = slots.unseal(tpm, person).payload.key.value[0]
+                with slots.unseal(tpm, person).payload.key as key:
+                    outcome = key.value[0]
                 assert bool(person.left) == bool((before, after)[outcome - 1])
                 outcomes.append(outcome)
             persist(chip, after, 2)

@@ -67,7 +67,8 @@ def persist(
 
 def found(tpm: Tpm) -> int:
     """The number of the payload that a boot gets."""
-    return slots.unseal(tpm).payload.key.value[0]
+    with slots.unseal(tpm).payload.key as key:
+        return key.value[0]
 
 
 def complete(tpm: Tpm) -> str:
