@@ -96,8 +96,8 @@ def refusals(console: Guest, machine: Machine) -> None:
         "disk replace mem-a /dev/mapper/mem-b": "in-use",
         "group grow nothing": "usage",
     }.items():
-        done = console.sh(f"unlock {command} --json {KEY if ' grow' not in command and ' remove' not in command else ''}",
-                          check=False)  # fmt: skip
+        key = KEY if command.startswith(("disk add", "disk replace")) else ""
+        done = console.sh(f"unlock {command} --json {key}", check=False)
         error = json.loads(done.out)["error"]
         assert (error["code"], bool(error["hint"])) == (code, True), (command, error)
     assert console.read("/var/lib/unlock/state.json") == before
