@@ -9,7 +9,8 @@ import pytest
 
 from tests.test_members import Loops, loops, mounted, sh
 from unlock.disks import btrfs
-from unlock.errors import CommandFailed
+from unlock.errors import CommandFailed, Refused
+from unlock.operations import remove_disk
 
 pytestmark = pytest.mark.root
 
@@ -87,6 +88,27 @@ def test_a_missing_device_is_told_and_replaced(where: str, disks: list[str], mou
     assert [(each.devid, bool(each.node)) for each in btrfs.read_devices(where)] == [(1, True), (2, False)]
     assert btrfs.replace_device(where, 2, disks[2], lambda *_: False)
     assert sorted(nodes(where)) == sorted([disks[0], disks[2]])
+    assert intact(where)
+
+
+def test_what_btrfs_could_not_give_up_is_refused_before_it_is_asked(where: str, disks: list[str]) -> None:
+    def refused(node: str) -> str:
+        with pytest.raises(Refused) as caught:
+            remove_disk._check_btrfs(where, node)
+        assert caught.value.hint
+        return caught.value.code
+
+    assert refused(disks[0]) == "too-few-disks"
+    btrfs.add_device(where, disks[2])
+    remove_disk._check_btrfs(where, disks[0])
+    (Path(where) / "more").write_bytes(os.urandom(140 << 20))
+    sh("sync", "-f", where)
+    assert refused(disks[0]) == "no-space"
+    (Path(where) / "more").unlink()
+    sh("sync", "-f", where)
+    sh("btrfs", "balance", "start", "-dusage=80", where)
+    remove_disk._check_btrfs(where, disks[0])
+    assert btrfs.remove_device(where, disks[0], lambda *_: False)
     assert intact(where)
 
 

@@ -153,10 +153,10 @@ def check_new_disk(state: State, node: str, erase: Iterable[str], *, least: int,
     if begun and is_half_made(node, begun):
         return ""
     _refuse_member(state, node)
-    if disk.size < least:
-        raise Refused(f"{node} has {disk.size} bytes, and {least} are needed", "a larger disk", code="too-small")
     if used := devices.describe_use(node):
         raise Refused(f"{node} is in use: {used}", "lsblk", code="in-use")
+    if disk.size < least:
+        raise Refused(f"{node} has {disk.size} bytes, and {least} are needed", "a larger disk", code="too-small")
     content = devices.list_signatures(node)
     if content and _is_of_another_host(node, state.host):
         content = f"{content}, a disk of another host that has unlock"

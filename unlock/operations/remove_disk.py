@@ -22,6 +22,9 @@ from ..paths import Paths
 from . import group_disks, membership
 from .consent import Consent, Plan, agree
 
+_LARGEST_CHUNK = 1 << 30
+"""Bytes of one, on one device; btrfs makes them smaller where a tenth of the file system is less."""
+
 
 class Removed(NamedTuple):
     """What `disk remove` did."""
@@ -76,7 +79,7 @@ def _begin(work: access.Work, device: str, migrate: bool, consent: Consent) -> _
         raise Refused(
             f"{member.name} is the last disk of group {group.name}", f"unlock group delete {group.name}", "last-member"
         )
-    group_disks.refuse_root(group, "unlock disk replace")
+    group_disks.refuse_root(group, f"btrfs device remove by hand; then unlock disk release {member.name}")
     nodes = _nodes_of_others(work, group, member)
     entry = state.unfinished(DiskRemoval, member.name)
     has_left = entry and membership.has_member_list(state, group._replace(manifest=entry.manifest), nodes)
@@ -159,25 +162,29 @@ def _check_btrfs(mount: str, node: str) -> None:
                 f"unlock disk replace {node} NEW; or btrfs balance start -f -dconvert=single -mconvert=dup {mount}",
                 "too-few-disks",
             )
-    needed, free = _needed_and_free(mount, device, others)
-    if needed > free:
+    if words := _describe_no_space(device, others, btrfs.read_space(mount)):
         raise Refused(
-            f"the other disks of {mount} have {free} bytes free, and {needed} are on {node}",
-            "delete files, or unlock disk add",
+            f"the other disks of {mount} have too little room for what is on {node}: {words}",
+            f"btrfs balance start -dusage=80 {mount} frees what is set aside; else delete files, or unlock disk add",
             "no-space",
         )
 
 
-def _needed_and_free(mount: str, device: btrfs.Device, others: list[btrfs.Device]) -> tuple[int, int]:
-    """Bytes that a disk holds, and that the others have for them. What is not used of the chunks counts as free, on
-    each disk by its part: an estimate, which btrfs answers for."""
-    size = used = 0
-    for space in btrfs.read_space(mount):
-        copies = btrfs.PROFILES[space.profile].copies
-        size, used = size + copies * space.size, used + copies * space.used
-    filled = used / size if size else 0.0
-    free = sum(each.size - each.used + each.used * (1 - filled) for each in others)
-    return int(device.used * filled), int(free)
+def _describe_no_space(device: btrfs.Device, others: list[btrfs.Device], spaces: list[btrfs.Space]) -> str:
+    """Why the move would not fit, in words; '' where it does. What is free inside of chunks does not count: they may
+    lie on this disk too, and a move that runs out of space in its midst makes the file system read-only."""
+    profiles = [btrfs.PROFILES[each.profile] for each in spaces]
+    size = sum(profile.copies * each.size for profile, each in zip(profiles, spaces, strict=True))
+    used = sum(profile.copies * each.used for profile, each in zip(profiles, spaces, strict=True))
+    needed = device.used * used // size if size else 0
+    chunk = min(_LARGEST_CHUNK, sum(each.size for each in others) // 10, needed)
+    rooms = sorted((each.size - each.used for each in others), reverse=True)
+    if sum(rooms) < needed + chunk:
+        return f"{needed + chunk} bytes are needed, {sum(rooms)} are in no chunk"
+    width = max((each.least for each in profiles), default=1)
+    if rooms[width - 1] < chunk:
+        return f"a chunk of {chunk} bytes is needed on {width} disks"
+    return ""
 
 
 def _finish(work: access.Work, removal: _Removal) -> Removed:

@@ -112,7 +112,7 @@ def _begin(work: access.Work, wanted: Replacing, consent: Consent) -> tuple[Disk
     else:
         group, old = group_disks.find_member(state, wanted.old)
     state.refuse_other("disk replace", old.name)
-    group_disks.refuse_root(group, "unlock disk adopt NEW --group ROOT; btrfs replace; see unlock(8), disk replace")
+    group_disks.refuse_root(group, f"unlock disk adopt NEW --group {group.name}; then btrfs replace by hand")
     node = membership.device_node(wanted.new)
     seen = work.look()
     absent = entry.absent if entry else not find.find_node(seen, old)
