@@ -116,7 +116,7 @@ def logged_run(host: DeepHost, image: Path, state: Path) -> list[writes.Write]:
     """Every write and flush of the disk, from the start of the command to its end."""
     path = state.with_name("log")
     with loop(image) as node:
-        shim = str(compiled("../writelog.c", "-shared", "-fPIC"))
+        shim = str(compiled("writelog.c", "-shared", "-fPIC"))
         environment = {**os.environ, "LD_PRELOAD": shim, "WRITELOG": str(path), "WRITELOG_DISK": node}
         command = [sys.executable, "-c", RUN, host.paths.root, node, str(state)]
         done = subprocess.run(

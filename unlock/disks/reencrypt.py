@@ -29,7 +29,7 @@ from ..errors import DiskFailed, Malformed
 from ..light import Any, Callable
 from ..secret import Secret
 from . import raw_header
-from .header import ANY
+from .header import ANY, are_whole, read_copies
 from .luks import DESCRIPTORS, Container, Luks2Parameters, memory_file, sized
 from .raw_header import WriteLock, flush, lock_path, read_valid_copies, was_cut_before_second, write_header
 from .reencrypt_plan import CRASH, MOVING, NEW, WHOLE, Plan, all_new, finished, phase_of, plan_facts, without_hotzone
@@ -321,6 +321,8 @@ def settle(device: str, plan: Plan, passphrase: Secret | None) -> str:
             metadata, found = finished(metadata, plan), NEW
             sequence += 1
             write_header(device, metadata, newest, sequence)
+        if sequence == newest.sequence and found != CRASH and not are_whole(read_copies(device, every=True)):
+            write_header(device, metadata, newest, sequence + 1)
         return found
 
 

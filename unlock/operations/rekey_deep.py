@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from .. import log
-from ..disks import adoptable, devices, disk_keys, find, luks, reencrypt, reencrypt_plan, token
+from ..disks import adoptable, devices, disk_keys, find, luks, raw_header, reencrypt, reencrypt_plan, token
 from ..disks.groups import Group, Member
 from ..disks.reencrypt import Tell
 from ..disks.reencrypt_plan import NEW, OLD, Plan
@@ -232,10 +232,6 @@ def _check(work: Work, places: list[_Place], choices: Choices, recovery: Secret)
         with luks.Container(place.node) as container:
             access.find_volume_key(work, container, place.group).wipe()  # authenticates the header
             adoptable.check_supported(container, container.disk_size, container.volume_key_size)
-            if not container.is_whole:
-                raise DiskFailed(
-                    f"{place.node}: the copies of its header differ", f"cryptsetup repair {place.node}", "header"
-                )
             if state.recovery.is_behind(place.member.uuid):
                 raise Refused(f"{place.member.name} takes an earlier recovery key", "unlock recovery new", "recovery")
             extra = _operators_keyslots(container, place, choices, recovery)
@@ -339,6 +335,7 @@ def _prepare(work: Work, place: _Place, choices: Choices, recovery: Secret) -> s
     with luks.Container(place.node) as container:
         old = access.find_volume_key(work, container, place.group)
         extra = _operators_keyslots(container, place, choices, recovery)
+    raw_header.make_whole(place.node)
     deks = disk_keys.ReencryptionKeys(old, Secret.random(len(old)), Secret.random(32))
     with deks.old, deks.new, deks.operation:
         with reencrypt.Disk(place.node) as disk:
