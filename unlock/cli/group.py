@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from .. import log
 from ..paths import Paths
+from . import leave, lists
 from .arguments import add_command, add_noun, add_recovery_key_and_escrow, escrow
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def add(commands: "Commands") -> None:
         "--discard", action="store_true", help="tell the disks which blocks are unused (TRIM); they then show which are"
     )
     add_recovery_key_and_escrow(create)
+    lists.add_to_group(verbs)
+    leave.add_to_group(verbs)
 
 
 def _create(paths: Paths, options: argparse.Namespace) -> int:
