@@ -2,16 +2,13 @@
 """`unlock rekey`, and how a rotation is printed."""
 
 import argparse
-import os
-import signal
-import time
 from contextlib import ExitStack
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from .. import ask, log
 from ..errors import Usage
 from ..paths import Paths
+from . import progress
 from .arguments import RECOVERY_KEY_SOURCE, add_command, add_owner_auth, owner_auth
 from .consent import add_consent, consent
 
@@ -85,7 +82,8 @@ def _rekey_deep(paths: Paths, options: argparse.Namespace) -> int:
             tuple(secrets.enter_context(ask.from_file(file)) for file in options.passphrase_file),
             options.max_rate,
         )
-        outcomes = rekey_deep.rekey_deep(paths, choices, _Progress().tell, consent(options))
+        with progress.shown(paths, as_json=options.json) as tell:
+            outcomes = rekey_deep.rekey_deep(paths, choices, tell, consent(options))
     return print_deep_outcomes(outcomes, as_json=options.json)
 
 
@@ -99,31 +97,6 @@ def print_deep_outcomes(outcomes: "list[rekey_deep.Outcome]", *, as_json: bool =
         elif each.outcome != "done":
             log.error(f"{each.disk}: {each.detail or each.outcome}", each.hint)
     return int(any(each.outcome not in ("done", "away") for each in outcomes))
-
-
-class _Progress:
-    """Says once a minute how far the disks are. SIGTERM and Ctrl+C stop the run between two steps."""
-
-    def __init__(self) -> None:
-        self._stops = False
-        self._said = time.monotonic()
-        signal.signal(signal.SIGTERM, self._stop)
-        signal.signal(signal.SIGINT, self._stop)
-        try:
-            with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-                file.write("-1000")  # killed, it would leave a part of the disk suspended
-        except OSError:
-            log.note(f"process {os.getpid()} may be killed when memory is short")
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self._stops = True
-
-    def tell(self, done: int, total: int) -> bool:
-        """See reencrypt.Tell."""
-        if time.monotonic() - self._said > 60:
-            self._said = time.monotonic()
-            log.note(f"{100 * done // max(total, 1)} % are re-encrypted")
-        return self._stops
 
 
 def print_outcomes(outcomes: "list[rotation.Outcome]", *, as_json: bool = False) -> int:

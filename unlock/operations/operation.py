@@ -13,11 +13,16 @@ from ..disks import find
 from ..errors import Refused
 from ..host import journal, resumption
 from ..host.journal import (
+    DeepRekey,
     DiskAddition,
     DiskAdoption,
+    DiskErasure,
+    DiskForgetting,
+    DiskRelease,
     DiskRemoval,
     DiskReplacement,
     GroupCreation,
+    GroupDeletion,
     Init,
     JournalEntry,
     NewPersistenceKey,
@@ -37,9 +42,13 @@ from ..paths import Paths
 from . import (
     add_disk,
     create_group,
+    delete_group,
+    erase_disk,
+    forget_disk,
     new_persistence_key,
     persistence,
     rekey,
+    rekey_deep,
     remove_disk,
     replace_disk,
     switch,
@@ -101,6 +110,34 @@ def _finish_replacement(run: Run) -> list[str]:
     return [f"next: {replaced.next}"] if replaced and replaced.next else []
 
 
+def _finish_deep_rekey(run: Run) -> list[str]:
+    outcomes = rekey_deep.resume(run.paths, run.tell, run.look)
+    return [f"{each.disk}: {each.detail or each.outcome}" for each in outcomes if each.outcome != "done"]
+
+
+def _finish_forgetting(run: Run) -> list[str]:
+    entry = State.load(run.paths).journal
+    assert isinstance(entry, DiskForgetting)
+    destroyed = entry.options is not None
+    forgotten = forget_disk.forget_disk(run.paths, entry.about, destroyed=destroyed, look=run.look, tcti=run.tcti)
+    return forget_disk.describe_next(forgotten) if forgotten else []
+
+
+def _finish_deletion(run: Run) -> list[str]:
+    entry = State.load(run.paths).journal
+    assert isinstance(entry, GroupDeletion)
+    erase = entry.options is not None
+    deleted = delete_group.delete_group(run.paths, entry.about, erase=erase, look=run.look, tcti=run.tcti)
+    return [f"{name}: {why}" for name, why in deleted.left.items()] if deleted else []
+
+
+def _finish_erasure(run: Run) -> list[str]:
+    entry = State.load(run.paths).journal
+    assert isinstance(entry, DiskErasure)
+    erase_disk.erase_disk(run.paths, entry.about)
+    return []
+
+
 def _finish_persistence_change(run: Run) -> list[str]:
     entry = State.load(run.paths).journal
     assert isinstance(entry, PersistenceChange)
@@ -154,6 +191,10 @@ def _cancel_removal(paths: Paths, look: find.Look) -> list[str]:
     return []
 
 
+def _cancel_deep_rekey(paths: Paths, look: find.Look) -> list[str]:
+    return [f"{name} keeps its volume key" for name in rekey_deep.cancel(paths, look)]
+
+
 _HANDLINGS: dict[type[JournalEntry], Handling] = {
     Init: Handling(
         needs="where the backup or the key manager is",
@@ -188,6 +229,12 @@ _HANDLINGS: dict[type[JournalEntry], Handling] = {
         cancel=_cancel_rekey,
         cancelled="the group keeps the key that it has; refused once a disk has the new one",
     ),
+    DeepRekey: Handling(
+        go_on=_finish_deep_rekey,
+        pausable=True,
+        cancel=_cancel_deep_rekey,
+        cancelled="every disk keeps its volume key; refused once a disk is half re-encrypted: it can only go forward",
+    ),
     RecoveryRotation: Handling(
         needs="a terminal, or the file of the new recovery key",
         cancelled="disks may have the new recovery key beside the old one: finish it, then rotate again",
@@ -215,6 +262,22 @@ _HANDLINGS: dict[type[JournalEntry], Handling] = {
     NewPersistenceKey: Handling(
         go_on=_finish_new_persistence_key,
         cancelled="the TPM may have either key already: only its end leaves one",
+    ),
+    DiskForgetting: Handling(
+        go_on=_finish_forgetting,
+        cancelled="some members may have the new list already: only its end makes them one again",
+    ),
+    DiskRelease: Handling(
+        needs="the passphrase that opens the disk from then on",
+        cancelled="the disk may have lost its token already: unlock disk adopt takes it in again after its end",
+    ),
+    DiskErasure: Handling(
+        go_on=_finish_erasure,
+        cancelled="keyslots are destroyed already, perhaps all of them",
+    ),
+    GroupDeletion: Handling(
+        go_on=_finish_deletion,
+        cancelled="disks may have lost their tokens already: unlock disk adopt takes them in again after its end",
     ),
 }
 
