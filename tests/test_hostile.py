@@ -457,6 +457,19 @@ def test_early_boot_ends_while_a_disk_does_not_answer(lab: Lab, tmp_path: Path) 
     assert [each.outcome for each in report.disks.values()] == ["timed-out"]
 
 
+def test_a_disk_that_is_looked_at_again_while_early_boot_ends_keeps_its_outcome(lab: Lab, tmp_path: Path) -> None:
+    """udev reports a change of a disk of somebody else: that is no failure of this boot."""
+    os.mkfifo(tmp_path / "foreign")
+    report = Report("test")
+    report.set_disk(str(tmp_path / "foreign"), "foreign")
+    opening = GroupOpener(HOST, lab.by_tpm, report)
+    opening.add_disk(Disk(str(tmp_path / "foreign"), "foreign", "", "", "", 0, 0.0))
+    opening.take_answers()
+    assert opening.is_busy()
+    opening.stop(0)
+    assert [each.outcome for each in report.disks.values()] == ["foreign"] and not report.failed_nodes()
+
+
 def test_a_disk_that_is_gone_before_it_answers_is_not_looked_at(lab: Lab) -> None:
     report = Report("test")
     opening = GroupOpener(HOST, lab.by_tpm, report)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from unlock.boot import journald
+from unlock.boot import gate, journald
 from unlock.host import report, this_boot
+from unlock.host.state import State
 from unlock.paths import Paths
 
 HINT = "from unlock import log; log.error('group data: no key', 'unlock open data --recovery')"
@@ -106,3 +107,14 @@ def test_the_same_error_of_a_group_is_news_once(paths: Paths) -> None:
     said = [this_boot.is_news(paths, "data", each) for each in ("a longer line", "a longer line", "b", "b", "a")]
     assert said == [True, False, True, False, True]
     assert this_boot.is_news(paths, "other", "a")
+
+
+def test_where_the_state_cannot_be_read_a_disk_that_appears_looks_at_every_failed_group(paths: Paths) -> None:
+    """As where /var is not mounted: each then says what is wrong, once."""
+    for name in ("data", "more"):
+        this_boot.mark_failed(paths, name, [])
+    assert gate._groups_to_heal(paths, "sda") == ["data", "more"] == gate._groups_to_heal(paths, gate.ANY_DISK)
+    os.makedirs(os.path.dirname(paths.state))
+    State.new(paths, "ab" * 16).save()
+    assert gate._groups_to_heal(paths, "sda") == []
+    assert gate._groups_to_heal(paths, gate.ANY_DISK) == ["data", "more"]

@@ -216,12 +216,16 @@ def _bring_on_disks_that_were_away(
 
 
 def _groups_to_heal(paths: Paths, disk: str) -> list[str]:
-    """The failed groups that this disk may have completed. A group fails without its members' LUKS UUIDs."""
+    """The failed groups that this disk may have completed: that of which it is a member, by its LUKS UUID. All of them
+    where that cannot be told."""
     failed = this_boot.failed_groups(paths)
     if disk == ANY_DISK or not failed:
         return failed
-    uuids = {udev.file_system(each.node).uuid for each in udev.luks2_disks() if each.sysname == disk}
-    groups = State.load(paths).groups
+    try:
+        uuids = {udev.file_system(each.node).uuid for each in udev.luks2_disks() if each.sysname == disk}
+        groups = State.load(paths).groups
+    except UnlockError:
+        return failed
     return [name for name in failed if name in groups and uuids & {each.uuid for each in groups[name].members}]
 
 
