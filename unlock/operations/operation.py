@@ -145,7 +145,7 @@ def _finish_persistence_change(run: Run) -> list[str]:
     return _describe(change(run.paths, run.look, run.tcti))
 
 
-def _finish_stored_keys_removal(run: Run) -> list[str]:
+def _finish_removal_of_keys(run: Run) -> list[str]:
     persistence.remove_all_stored_keys(run.paths, run.tcti)
     return []
 
@@ -248,7 +248,7 @@ _HANDLINGS: dict[type[JournalEntry], Handling] = {
         cancelled="some disks carry their key and others do not: finish it, then change it back",
     ),
     StoredKeysRemoval: Handling(
-        go_on=_finish_stored_keys_removal,
+        go_on=_finish_removal_of_keys,
         cancelled="until the next boot `unlock persistence enable` takes it back",
     ),
     ProviderSwitch: Handling(
