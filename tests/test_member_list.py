@@ -40,8 +40,8 @@ def lists(host: Host, image: Path) -> list[tuple[int, int]]:
     found = []
     with luks.Container(str(image)) as container:
         for each in disk_keys.read_tokens(container, host.state.host):
-            disk_keys.unwrap_volume_key(container, each, host.persistence).wipe()
-            found.append((each.manifest, each.members))
+            if disk_keys.is_authentic(container, each, host.persistence):
+                found.append((each.manifest, each.members))
     return found
 
 

@@ -32,9 +32,13 @@ from unlock.host import journal, keyring, progress, resumption, this_boot
 from unlock.host.journal import (
     DiskAddition,
     DiskAdoption,
+    DiskErasure,
+    DiskForgetting,
+    DiskRelease,
     DiskRemoval,
     DiskReplacement,
     GroupCreation,
+    GroupDeletion,
     Init,
     JournalEntry,
     NewPersistenceKey,
@@ -61,6 +65,10 @@ ENTRIES: tuple[JournalEntry, ...] = (
     GroupCreation("group create", "other", members=(), options="--disk /dev/sdb --mount /srv/other"),
     DiskAdoption("disk adopt", "/dev/disk/by-uuid/1 --group data", manifest=2),
     DiskAddition("disk add", "--group data", Member("1", "data-2", ""), manifest=2, options="/dev/sdb"),
+    DiskForgetting("disk forget", "1", options=None, manifest=2, generation=2, made=None),
+    DiskRelease("disk release", "/dev/sdb", "data", "", Member("1", "data-1", "")),
+    DiskErasure("disk erase", "/dev/sdb", keyless=False),
+    GroupDeletion("group delete", "data", options=None, kek="", members=(), keyless=False),
     DiskRemoval("disk remove", "data-1", "data", manifest=2),
     DiskReplacement(
         "disk replace",
@@ -243,7 +251,7 @@ def test_a_rotation_that_a_disk_may_have_is_not_taken_back(host: Host, why: str)
     host.state.begin(entry)
     image = host.disks[0]
     with host.work() as work:
-        new = rotation.successor(host.group, work.provider().id, rotation._make_successor(work, host.group, entry), 2)
+        new = rotation.successor(host.group, work.provider().id, rotation.make_successor(work, host.group, entry), 2)
         with rotation.fetch_new_kek(work, new) as kek:
             rotation.rewrap_disk(work, new, host.group.members[0], str(image), kek)
     if why == "a disk is away":

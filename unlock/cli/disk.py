@@ -8,7 +8,7 @@ from .. import ask, log
 from ..errors import NotOurs, Usage
 from ..paths import Paths
 from ..secret import Secret
-from . import group_disks
+from . import group_disks, leave, lists
 from .arguments import PASSPHRASE, add_command, add_noun, add_recovery_key_and_escrow, escrow, existing_secret
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def add(commands: "Commands") -> None:
     )
     add_recovery_key_and_escrow(adopt)
     group_disks.add_to_disk(verbs)
+    lists.add_to_disk(verbs)
+    leave.add_to_disk(verbs)
     flags = add_command(verbs, "flags", _flags, "change how a member is opened: flags of its header")
     flags.add_argument("device")
     flags.add_argument("--set", action="append", default=[], metavar="FLAG", help="as allow-discards; may be repeated")

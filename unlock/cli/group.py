@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from .. import log
 from ..paths import Paths
-from . import group_disks
+from . import group_disks, leave, lists
 from .arguments import add_command, add_noun, add_recovery_key_and_escrow, escrow
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def add(commands: "Commands") -> None:
     )
     add_recovery_key_and_escrow(create)
     group_disks.add_to_group(verbs)
+    lists.add_to_group(verbs)
+    leave.add_to_group(verbs)
 
 
 def _create(paths: Paths, options: argparse.Namespace) -> int:

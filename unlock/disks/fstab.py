@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads /etc/crypttab and /etc/fstab, which are the operator's. Their only change is `noauto` in crypttab."""
+"""Reads /etc/crypttab and /etc/fstab, which are the operator's. The only change to them is `noauto` in crypttab."""
 
 import os
 import stat
@@ -32,6 +32,11 @@ def find_crypttab_line(path: str, *, node: str, luks_uuid: str) -> CrypttabLine 
         if found:
             return CrypttabLine(fields[0], tuple(filter(None, fields[3].split(","))) if len(fields) > 3 else ())
     return None
+
+
+def crypttab_names(path: str) -> set[str]:
+    """The names of the mappings in crypttab(5)."""
+    return {fields[0] for fields in filter(None, map(_split_line, _read_lines(path)))}
 
 
 def fstab_targets(path: str) -> set[str]:
@@ -70,6 +75,23 @@ def set_noauto(path: str, name: str) -> bool:
                 key = fields[2] if len(fields) > 2 else "none"
                 lines[i] = " ".join((fields[0], fields[1], key, ",".join([*options, "noauto"]))) + "\n"
                 changed = True
+    if changed:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        write_atomically(path, "".join(lines).encode("utf-8", "surrogateescape"), mode)
+    return changed
+
+
+def clear_noauto(path: str, name: str) -> bool:
+    """Takes the option noauto out of a mapping's line in crypttab(5). True when the file changed."""
+    lines = _read_lines(path)
+    changed = False
+    for i, line in enumerate(lines):
+        fields = _split_line(line)
+        options = fields[3].split(",") if len(fields) > 3 else []
+        if fields and fields[0] == name and "noauto" in options:
+            left = [each for each in options if each != "noauto"] or ["luks"]
+            lines[i] = " ".join((*fields[:3], ",".join(left))) + "\n"
+            changed = True
     if changed:
         mode = stat.S_IMODE(os.stat(path).st_mode)
         write_atomically(path, "".join(lines).encode("utf-8", "surrogateescape"), mode)

@@ -13,7 +13,7 @@ import stat
 from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 
 from ..errors import DiskFailed, Malformed, NotOurs
-from ..light import Any
+from ..light import Any, Callable
 from ..secret import Secret
 from ..strictjson import canonical
 from . import devices
@@ -32,6 +32,7 @@ FLAGS = {
 }
 """Flags of a header that an activation obeys, and their bits, CRYPT_ACTIVATE_*."""
 
+_PIECE = 1 << 20
 _KEYRING_KEY = 1 << 11  # CRYPT_ACTIVATE_KEYRING_KEY
 _FOR_ACTIVATION = 0  # CRYPT_FLAGS_ACTIVATION
 _DEFERRED = 1 << 0  # crypt_deactivate_by_name flag
@@ -204,7 +205,7 @@ class Container(Header):
     @property
     def disk_size(self) -> int:
         """Bytes. Raises DiskFailed."""
-        return _disk_size(self.device)
+        return disk_size(self.device)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -263,13 +264,15 @@ class Container(Header):
         """Raises NotOurs unless this is the key of the header's digest."""
         self._do("has another volume key", "crypt_volume_key_verify", *_sized(volume_key))
 
-    def add_keyslot(self, volume_key: Secret, *, passphrase: Secret, slot: int = ANY) -> int:
+    def add_keyslot(self, volume_key: Secret, *, passphrase: Secret, slot: int = ANY, slow: bool = False) -> int:
         """Adds a keyslot with KEYSLOT_ITERATIONS of PBKDF2 and returns its number: for a `passphrase` of full strength.
+        `slow`: for one that a person has chosen, with libcryptsetup's own choice, Argon2id for two seconds.
 
         Raises NotOurs for another volume key, DiskFailed.
         """
         self._use_disk()
-        self._minimal_pbkdf()
+        if not slow:
+            self._minimal_pbkdf()
         try:
             return self._do(
                 "cannot take a keyslot", "crypt_keyslot_add_by_volume_key",
@@ -283,6 +286,21 @@ class Container(Header):
         """Overwrites a keyslot and its place in the header. Raises DiskFailed."""
         self._use_disk()
         self._do(f"cannot remove keyslot {slot}", "crypt_keyslot_destroy", slot)
+
+    def destroy_keys(self) -> None:
+        """Overwrites and removes every keyslot, and removes every token. Durable on return. Raises DiskFailed."""
+        for slot in self.keyslots():
+            self.remove_keyslot(slot)
+        for number in sorted(map(int, self.metadata["tokens"])):
+            self.remove_token(number)
+
+    @property
+    def areas_end(self) -> int:
+        """Bytes from the start of the disk to the end of both copies of the header and the areas of keyslots; none of
+        them is the data's."""
+        config = self.metadata["config"]
+        end = 2 * (int(config["json_size"]) + 4096) + int(config["keyslots_size"])
+        return min([end, *(int(each["offset"]) for each in self.metadata["segments"].values())])
 
     # Flags
 
@@ -357,6 +375,22 @@ def format(device: str, volume_key: Secret, *, uuid: str | None = None, label: s
     finally:
         _lib().crypt_free(context)
     return Container(device)
+
+
+def overwrite(device: str, start: int, end: int, tell: Callable[[int], None] = lambda at: None) -> None:
+    """Writes zeros from byte `start` to byte `end`, durably. `tell` gets the place of each piece. Raises DiskFailed."""
+    try:
+        disk = os.open(device, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            at = start
+            while at < end:
+                at += os.pwrite(disk, bytes(min(_PIECE, end - at)), at)
+                tell(at)
+            os.fsync(disk)
+        finally:
+            os.close(disk)
+    except OSError as error:
+        raise DiskFailed(f"{device} cannot be overwritten: {error.strerror}", "the same command again") from error
 
 
 def only_read() -> None:
@@ -438,7 +472,7 @@ def _removal(name: str) -> bytes:
 
 def _copy_to_memory(device: str, copies: list[tuple[int, bytes]]) -> int:
     """A file in memory, as large as the disk, with these copies of its header. Raises DiskFailed."""
-    size = _disk_size(device)
+    size = disk_size(device)
     try:
         try:
             file = os.memfd_create("header", os.MFD_CLOEXEC | _MFD_NOEXEC_SEAL)
@@ -458,7 +492,7 @@ def _copy_to_memory(device: str, copies: list[tuple[int, bytes]]) -> int:
     return file
 
 
-def _disk_size(device: str) -> int:
+def disk_size(device: str) -> int:
     """Bytes of a block device or file. Raises DiskFailed."""
     try:
         disk = os.open(device, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads /etc/unlock/unlock.toml, the configuration that a person edits, and appends tables to it.
 
-Every command reads it; `init`, `group create`, `disk adopt` and `provider add` append. unlock.toml(5) is its reference.
+Every command reads it; `init`, `group create`, `disk adopt` and `provider add` append, `group delete` and
+`disk release` take a group out. unlock.toml(5) is its reference.
 """
 
 import os
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ..disks.groups import POLICIES, is_name
 from ..endpoint import Endpoint
-from ..errors import Malformed, NewerFormat, Usage
+from ..errors import Malformed, NewerFormat, Refused, Usage
 from ..paths import write_atomically
 from .units import mount_unit
 
@@ -302,6 +303,57 @@ def append_table(path: str, table: str) -> None:
     text = text.rstrip("\n") + "\n" + table
     parse(text).check()
     write_atomically(path, text.encode(), mode=0o644)
+
+
+def remove_group(path: str, name: str) -> None:
+    """Takes [group.NAME] out of the file; what is around it stays, comments too. Does nothing where it is not there.
+    Raises Refused, as `check_removable`; OSError."""
+    text = _text_without_group(path, name)
+    if text is not None:
+        write_atomically(path, text.encode(), mode=0o644)
+
+
+def check_removable(path: str, name: str) -> None:
+    """Raises Refused, code `edit-config`, where `remove_group` cannot tell the group's lines from others."""
+    _text_without_group(path, name)
+
+
+def _text_without_group(path: str, name: str) -> str | None:
+    """None where the file has no such group."""
+    import re
+    import tomllib
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except FileNotFoundError:
+        return None
+    wanted = tomllib.loads(text)
+    if name not in wanted.get("group", {}):
+        return None
+    del wanted["group"][name]
+    lines = text.split("\n")
+    header = re.compile(rf"\s*\[\s*group\s*\.\s*([\"']?){re.escape(name)}\1\s*\]\s*(#.*)?$")
+    first = next((i for i, line in enumerate(lines) if header.match(line)), None)
+    if first is not None:
+        after = next((i for i in range(first + 1, len(lines)) if lines[i].lstrip().startswith("[")), len(lines))
+        while lines[after - 1].strip() == "" or lines[after - 1].lstrip().startswith("#"):  # about what follows
+            after -= 1
+        if first and not lines[first - 1].strip() and after < len(lines) and not lines[after].strip():
+            after += 1
+        left = "\n".join([*lines[:first], *lines[after:]])
+        try:
+            if tomllib.loads(left) | {"group": {}} == wanted | {"group": {}} and (
+                tomllib.loads(left).get("group", {}) == wanted["group"]
+            ):
+                return left
+        except ValueError:
+            pass
+    raise Refused(
+        f"{path} has group {name} in another form than a table [group.{name}] of its own",
+        f"take the group out of {path}, and then the same command",
+        code="edit-config",
+    )
 
 
 def check_username(text: str) -> str:

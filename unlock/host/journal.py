@@ -164,6 +164,62 @@ class NewPersistenceKey(NamedTuple):
     """The operation that was under way when this one began, and goes on after it."""
 
 
+class DiskForgetting(NamedTuple):
+    """`unlock disk forget`: an absent member leaves the list."""
+
+    operation: Literal["disk forget"]
+    about: str
+    """LUKS UUID of the disk."""
+    options: str | None
+    """`--destroyed`, or None: the KEK is replaced, and then the persistence key."""
+    manifest: int
+    """Generation of the member list without the disk."""
+    generation: int
+    """Of the KEK of the group then."""
+    made: tuple[str, str] | None
+    """Id and name of the new KEK at the provider; None before the provider has made it, and with `--destroyed`."""
+
+
+class GroupDeletion(NamedTuple):
+    """`unlock group delete`. The group is in no other part of the state any more."""
+
+    operation: Literal["group delete"]
+    about: str
+    """Name of the group."""
+    options: str | None
+    """`--erase`, or None: the disks stay plain LUKS2."""
+    kek: str
+    """The provider's id of the KEK."""
+    members: tuple[Member, ...]
+    keyless: bool
+    """With `--erase`: no disk has a keyslot or a token any more. What is left is to overwrite headers, by which the
+    disks are found."""
+
+
+class DiskRelease(NamedTuple):
+    """`unlock disk release`: the disk stays plain LUKS2 with a passphrase. Its group, if it had one, is in no other
+    part of the state any more."""
+
+    operation: Literal["disk release"]
+    about: str
+    """`/dev/disk/by-uuid/UUID`."""
+    group: str
+    """Name of the group that ends with it; '' for a disk that was in none."""
+    kek: str
+    """The provider's id of the group's KEK; ''."""
+    member: Member
+
+
+class DiskErasure(NamedTuple):
+    """`unlock disk erase`."""
+
+    operation: Literal["disk erase"]
+    about: str
+    """`/dev/disk/by-uuid/UUID`."""
+    keyless: bool
+    """As of `GroupDeletion`."""
+
+
 JournalEntry = (
     Init
     | GroupCreation
@@ -178,6 +234,10 @@ JournalEntry = (
     | ProviderSwitch
     | Rebind
     | NewPersistenceKey
+    | DiskForgetting
+    | GroupDeletion
+    | DiskRelease
+    | DiskErasure
 )
 
 GOES_ON_BY_ITSELF: tuple[type[JournalEntry], ...] = (DiskRemoval, DiskReplacement)
@@ -198,5 +258,6 @@ def chain(entry: JournalEntry | None) -> tuple[JournalEntry, ...]:
 
 def command(entry: JournalEntry) -> str:
     """What a person types to finish the operation."""
-    options = entry.options if isinstance(entry, GroupCreation | DiskAddition | DiskReplacement) else None
+    kinds = GroupCreation | DiskAddition | DiskReplacement | DiskForgetting | GroupDeletion
+    options = entry.options if isinstance(entry, kinds) else None
     return " ".join(filter(None, ("unlock", entry.operation, entry.about, options)))

@@ -464,6 +464,12 @@ class State:
         wrapped = self._old_keys.get(uuid)
         return self._unwrapped(persistence, "persistence", wrapped) if wrapped else None
 
+    def drop_disk(self, uuid: str) -> None:
+        """The disk is no member any more: what is known of its header and keys goes."""
+        known = self.recovery
+        for each in (self.headers, self._old_keys, known.keyslots, known.former, known.behind, known.tested):
+            each.pop(uuid, None)
+
     def forget_strangers(self) -> None:
         """Drops the old keys of disks that are in no group."""
         known = {member.uuid for group in self.groups.values() for member in group.members}

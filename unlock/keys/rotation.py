@@ -10,6 +10,7 @@ Volume keys and data stay as they are. A disk that fails or is away keeps its ol
 is back.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from .. import log
@@ -17,7 +18,7 @@ from ..disks import disk_keys, luks
 from ..disks.groups import Group, Member
 from ..errors import NoKey, Refused, StateBlocked, Tampered, UnlockError
 from ..host import keyring, this_boot
-from ..host.journal import JournalEntry, NewPersistenceKey, Rekey
+from ..host.journal import DiskForgetting, JournalEntry, NewPersistenceKey, Rekey
 from ..host.state import State
 from ..host.state_file import KeyEntry, ReplacedKek
 from ..providers import USABLE, Ref
@@ -51,6 +52,10 @@ class StillActive(NamedTuple):
         return f"{self.kek.id}, replaced in group {self.kek.group}, may still be active: {self.error}"
 
 
+Write = Callable[[Work, Group, Secret], tuple[Outcome, Group]]
+"""Writes a KEK to a group's disks, and returns the group as it is then."""
+
+
 def rotate_kek(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
     """Replaces the KEK of a group by one that the provider makes, or, with `adopt`, by the one that the key manager
     made.
@@ -68,7 +73,7 @@ def rotate_kek(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
         entry = Rekey("rekey", name, generation=state.next_generation(name), made=made, theirs=bool(adopt))
         state.begin(entry)
     try:
-        new = successor(group, work.provider().id, _make_successor(work, group, entry), entry.generation)
+        new = successor(group, work.provider().id, make_successor(work, group, entry), entry.generation)
         with fetch_new_kek(work, new) as kek:
             return replace_kek(work, group, new, kek, journal=None, retires=not entry.theirs)
     except UnlockError as error:
@@ -94,7 +99,7 @@ def cancel_rotation(work: Work, entry: Rekey) -> None:
     state.save()
 
 
-def _make_successor(work: Work, group: Group, entry: Rekey) -> Ref:
+def make_successor(work: Work, group: Group, entry: Rekey | DiskForgetting) -> Ref:
     """The new key at the provider, from the journal or made now."""
     if entry.made:
         return Ref(*entry.made)
@@ -135,17 +140,23 @@ def _has_reached_a_disk(work: Work, group: Group, generation: int) -> bool:
 
 
 def replace_kek(
-    work: Work, group: Group, new: Group, kek: Secret, journal: JournalEntry | None, retires: bool = True
+    work: Work,
+    group: Group,
+    new: Group,
+    kek: Secret,
+    journal: JournalEntry | None,
+    retires: bool = True,
+    write: Write | None = None,
 ) -> Outcome:
     """Writes the new KEK to the disks, then the state with `journal` as its new entry, then the cache; then deactivates
-    the old KEK.
+    the old KEK. `write`: what writes it to the disks, instead of `rewrap_disks`.
 
     Raises DiskFailed and others when no disk took the new KEK.
     """
     state = work.state
     if new.policy == "provider":  # no disk will have it
         _cache_kek(work, new, kek)
-    outcome, new = rewrap_disks(work, new, kek)
+    outcome, new = (write or rewrap_disks)(work, new, kek)
     state.groups[new.name] = new
     if retires:
         state.retire.append(ReplacedKek(group.kek, new.name))

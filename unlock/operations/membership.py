@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from .. import log, strictjson
-from ..disks import adoptable, changes, devices, disk_keys, find, fstab, luks, token
+from ..disks import adoptable, changes, devices, disk_keys, find, fstab, luks, token, udev
 from ..disks.groups import Group, Member, check_name, mapping_names
 from ..errors import Malformed, NotOurs, Refused, Tampered, UnlockError, Usage
 from ..host import config, units
@@ -227,6 +227,34 @@ def choose_mapping_name(state: State, uuid: str, line: fstab.CrypttabLine | None
     if name in taken:
         raise Refused(f"there is a mapping {name} already", "--name NAME", code="name-taken")
     return name
+
+
+def member_named(state: State, thing: str) -> tuple[Group, Member] | None:
+    """The member that a person names: by its device, also one whose header cannot be read, by its LUKS UUID, or by its
+    mapping name; the last two also as a path in /dev. None when it names none."""
+    members = [(group, member) for group in state.groups.values() for member in group.members]
+    folder, _, word = thing.rpartition("/")
+    if os.path.exists(thing) and folder != "/dev/mapper":
+        node = os.path.realpath(thing)
+        try:
+            with luks.Container(node) as container:
+                uuid = container.uuid
+            return next(((group, member) for group, member in members if member.uuid == uuid), None)
+        except UnlockError:
+            serial = _serial(node)
+            return next(((group, member) for group, member in members if serial and member.serial == serial), None)
+    return next(((group, each) for group, each in members if word.lower() == each.uuid or word == each.name), None)
+
+
+def _serial(node: str) -> str:
+    try:
+        return udev.find_disk(node).serial
+    except UnlockError:
+        return ""
+
+
+def not_a_member(thing: str) -> Refused:
+    return Refused(f"{thing} is no disk of a group of this host", "unlock disk list", code="not-a-member")
 
 
 def mapping_names_in_use(state: State) -> set[str]:

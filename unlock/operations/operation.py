@@ -15,9 +15,13 @@ from ..host import journal, resumption
 from ..host.journal import (
     DiskAddition,
     DiskAdoption,
+    DiskErasure,
+    DiskForgetting,
+    DiskRelease,
     DiskRemoval,
     DiskReplacement,
     GroupCreation,
+    GroupDeletion,
     Init,
     JournalEntry,
     NewPersistenceKey,
@@ -96,7 +100,7 @@ def _finish_removal(run: Run) -> list[str]:
 
 
 def _finish_replacement(run: Run) -> list[str]:
-    replaced = replace_disk.go_on(run.paths, run.tell, run.look)
+    replaced = replace_disk.go_on(run.paths, run.tell, run.look, run.tcti)
     return [f"next: {replaced.next}"] if replaced and replaced.next else []
 
 
@@ -177,6 +181,15 @@ _HANDLINGS: dict[type[JournalEntry], Handling] = {
         go_on=_finish_replacement,
         cancelled="the new disk may be a member already: finish it; what is not wanted then: unlock disk remove",
     ),
+    DiskForgetting: Handling(
+        needs="its own command",
+        cancelled="some members may have the new member list: only its end makes them one again",
+    ),
+    DiskRelease: Handling(
+        needs="its own command", cancelled="the disk may be in no group any more: unlock disk adopt takes it in again"
+    ),
+    DiskErasure: Handling(needs="its own command", cancelled="what opened the disk may be destroyed already"),
+    GroupDeletion: Handling(needs="its own command", cancelled="the group is gone, and its disks may be in part"),
     Rekey: Handling(
         go_on=_finish_rekey,
         cancel=_cancel_rekey,
