@@ -21,6 +21,7 @@ from .. import log
 from ..disks import btrfs, devices, find, luks, udev
 from ..disks.groups import Group, Member, mapping_names
 from ..errors import Refused, UnlockError
+from ..host import this_boot
 from ..host.journal import DiskReplacement, Rekey
 from ..host.lock import exclusive
 from ..keys import access, rotation
@@ -278,6 +279,7 @@ def _finish(work: access.Work, entry: DiskReplacement, mount: str) -> Replaced:
     elif devices.active_mapping_name(old.uuid) == old.name:
         btrfs.forget(f"/dev/mapper/{old.name}")
         luks.abandon(old.name)
+    this_boot.unmark(work.paths, "leaving", old.name)
     remove_disk.forget_member(work, group, old)
     state.journal = None
     if entry.absent:
