@@ -14,7 +14,8 @@ from tests.killing import Killer
 from tests.kmipfixture import AUTHORITY
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
 from tests.test_member_list import complete, fill, lists
-from unlock.disks import disk_keys, luks
+from tests.test_members import Loops, loops, mounted, sh
+from unlock.disks import devices, disk_keys, luks
 from unlock.errors import DiskFailed, ProviderError, Refused, Tampered, UnlockError
 from unlock.host import keyring
 from unlock.host.journal import DiskForgetting, command
@@ -24,6 +25,8 @@ from unlock.operations.consent import Plan
 from unlock.operations.forget_disk import Forgotten
 
 pytestmark = pytest.mark.usefixtures("key_cache")
+
+__all__ = ["loops", "mounted"]
 
 
 @pytest.fixture
@@ -294,3 +297,35 @@ def test_killed_with_a_destroyed_disk_it_is_finished_by_the_same_command(tmp_pat
     with pytest.raises(Refused):
         forget(host, uuid)
     keyring.flush()
+
+
+# What a btrfs can spare
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(("profile", "kinds"), [("raid1", {"raid1"}), ("single", {"single", "raid1"})])
+def test_the_kernel_says_which_profiles_a_btrfs_has(
+    loops: Loops, mounted: Callable[..., Path], profile: str, kinds: set[str]
+) -> None:
+    disks = loops(2, 256 << 20)
+    sh("mkfs.btrfs", "-q", "-d", profile, "-m", "raid1", *disks)
+    sh("btrfs", "device", "scan", *disks)
+    where = mounted(disks[0])
+    assert devices.btrfs_profiles(str(where)) == (kinds, 0)
+    assert devices.btrfs_profiles("/proc") == (set(), 0)
+
+
+@pytest.mark.root
+def test_a_missing_device_is_counted(loops: Loops, mounted: Callable[..., Path]) -> None:
+    disks = loops(2, 256 << 20)
+    sh("mkfs.btrfs", "-q", "-d", "raid1", "-m", "raid1", *disks)
+    sh("btrfs", "device", "scan", "--forget")
+    sh("wipefs", "-qa", disks[1])
+    where = mounted("-o", "degraded", disks[0])
+    profiles, missing = devices.btrfs_profiles(str(where))
+    assert missing == 1
+    assert profiles >= {"raid1"}
+    assert forget_disk.spares({"raid1"}, 1)
+    assert not forget_disk.spares({"raid1"}, 2)
+    assert not forget_disk.spares({"raid1", "single"}, 1)
+    assert forget_disk.spares({"raid1c3", "raid6"}, 2)

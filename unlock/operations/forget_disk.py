@@ -13,6 +13,7 @@ missing, until it is told otherwise.
 """
 
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from .. import log
@@ -152,14 +153,18 @@ def _check_data(group: Group, member: Member) -> None:
     """Raises Refused where a mounted btrfs of the group needs the disk: only the kernel knows its profiles."""
     for where in devices.mount_points_on({each.name for each in group.members}):
         profiles, missing = devices.btrfs_profiles(where)
-        short = sorted(each for each in profiles if _SPARE.get(each, 0) < max(1, missing))
-        if short:
+        if not spares(profiles, max(1, missing)):
             raise Refused(
-                f"the btrfs at {where} has data or metadata in profile {', '.join(short)}: without {member.name}, a "
-                "part of it is lost",
+                f"the btrfs at {where} has data or metadata in profile {', '.join(sorted(profiles))}: without "
+                f"{member.name}, a part of it is lost",
                 f"unlock disk replace {member.name} NEW while it can be read; --accept data-loss if it is gone",
                 code="data-loss",
             )
+
+
+def spares(profiles: Iterable[str], disks: int) -> bool:
+    """Whether a btrfs with chunks in these profiles has all of its data without so many disks."""
+    return all(_SPARE.get(each, 0) >= disks for each in profiles)
 
 
 def _plan(work: Work, left: Group, member: Member, destroyed: bool) -> Plan:
