@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock disk adopt`, `unlock disk flags`."""
+"""`unlock disk adopt`, `unlock disk flags`; the others: cli.group_disks."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ from .. import ask, log
 from ..errors import NotOurs, Usage
 from ..paths import Paths
 from ..secret import Secret
-from . import leave, lists
+from . import group_disks, leave, lists
 from .arguments import PASSPHRASE, add_command, add_noun, add_recovery_key_and_escrow, escrow, existing_secret
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def add(commands: "Commands") -> None:
         help="separate-disk: the group's file system cannot use this disk, and will not open without it",
     )
     add_recovery_key_and_escrow(adopt)
+    group_disks.add_to_disk(verbs)
     lists.add_to_disk(verbs)
     leave.add_to_disk(verbs)
     flags = add_command(verbs, "flags", _flags, "change how a member is opened: flags of its header")

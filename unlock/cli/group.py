@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from .. import log
 from ..paths import Paths
-from . import leave, lists
+from . import group_disks, leave, lists
 from .arguments import add_command, add_noun, add_recovery_key_and_escrow, escrow
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def add(commands: "Commands") -> None:
         "--discard", action="store_true", help="tell the disks which blocks are unused (TRIM); they then show which are"
     )
     add_recovery_key_and_escrow(create)
+    group_disks.add_to_group(verbs)
     lists.add_to_group(verbs)
     leave.add_to_group(verbs)
 

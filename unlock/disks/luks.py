@@ -10,7 +10,7 @@ import ctypes
 import errno
 import os
 import stat
-from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 
 from ..errors import DiskFailed, Malformed, NotOurs
 from ..light import Any, Callable
@@ -69,6 +69,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     ),
     "crypt_keyslot_destroy": (c_void_p, c_int),
     "crypt_activate_by_volume_key": (c_void_p, c_char_p, POINTER(c_char), c_size_t, c_uint32),
+    "crypt_resize": (c_void_p, c_char_p, c_uint64),
     "crypt_deactivate_by_name": (c_void_p, c_char_p, c_uint32),
     "crypt_status": (c_void_p, c_char_p),
     "crypt_get_uuid": (c_void_p,),
@@ -336,6 +337,14 @@ class Container(Header):
             f"cannot be opened as {name}", "crypt_activate_by_volume_key",
             name.encode(), *_sized(volume_key), _KEYRING_KEY,
         )  # fmt: skip
+
+    def resize(self, name: str, volume_key: Secret) -> None:
+        """Lets the active mapping have all of a disk that has become larger. Raises NotOurs for another key,
+        DiskFailed."""
+        self._use_disk()
+        trouble = f"cannot be made larger as {name}"
+        self._do(trouble, "crypt_activate_by_volume_key", None, *_sized(volume_key), _KEYRING_KEY)
+        self._do(trouble, "crypt_resize", name.encode(), 0)
 
     def _minimal_pbkdf(self) -> None:
         self._do("cannot use PBKDF2", "crypt_set_pbkdf_type", ctypes.byref(_minimum()))

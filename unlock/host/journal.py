@@ -40,6 +40,48 @@ class DiskAdoption(NamedTuple):
     """Generation of the member list with this disk."""
 
 
+class DiskAddition(NamedTuple):
+    """`unlock disk add`."""
+
+    operation: Literal["disk add"]
+    about: str
+    """`--group GROUP`."""
+    member: Member
+    """What the new disk is to be."""
+    manifest: int
+    """Generation of the member list with it."""
+    options: str
+    """The words of the command after the group's name."""
+
+
+class DiskRemoval(NamedTuple):
+    """`unlock disk remove`."""
+
+    operation: Literal["disk remove"]
+    about: str
+    """Mapping name of the member."""
+    group: str
+    manifest: int
+    """Generation of the member list without it."""
+
+
+class DiskReplacement(NamedTuple):
+    """`unlock disk replace`."""
+
+    operation: Literal["disk replace"]
+    about: str
+    """Mapping name of the old member."""
+    group: str
+    old: Member
+    new: Member
+    manifests: tuple[int, int]
+    """Generations of the member list with the new disk, and of the last one, without the old disk."""
+    absent: bool
+    """The old disk is dead or away."""
+    options: str
+    """The words of the command after the old disk."""
+
+
 class Rekey(NamedTuple):
     """A new KEK for a group: `unlock rekey`, or `unlock sync` when the key manager has replaced the KEK."""
 
@@ -182,6 +224,9 @@ JournalEntry = (
     Init
     | GroupCreation
     | DiskAdoption
+    | DiskAddition
+    | DiskRemoval
+    | DiskReplacement
     | Rekey
     | RecoveryRotation
     | RecoveryRenewal
@@ -195,8 +240,24 @@ JournalEntry = (
     | DiskErasure
 )
 
+GOES_ON_BY_ITSELF: tuple[type[JournalEntry], ...] = (DiskRemoval, DiskReplacement)
+"""Records of operations that unlock-resume.service goes on with after a boot: they need nothing from a person."""
+
+
+def goes_on_by_itself(entry: JournalEntry | None) -> bool:
+    """Whether this operation, or one that goes on after it, needs nobody after a boot."""
+    return any(isinstance(each, GOES_ON_BY_ITSELF) for each in chain(entry))
+
+
+def chain(entry: JournalEntry | None) -> tuple[JournalEntry, ...]:
+    """The operation, then those that go on after it. Empty for None."""
+    if entry is None:
+        return ()
+    return (entry, *chain(entry.before if isinstance(entry, Rebind | NewPersistenceKey) else None))
+
 
 def command(entry: JournalEntry) -> str:
     """What a person types to finish the operation."""
-    options = entry.options if isinstance(entry, GroupCreation | DiskForgetting | GroupDeletion) else None
+    kinds = GroupCreation | DiskAddition | DiskReplacement | DiskForgetting | GroupDeletion
+    options = entry.options if isinstance(entry, kinds) else None
     return " ".join(filter(None, ("unlock", entry.operation, entry.about, options)))

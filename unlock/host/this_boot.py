@@ -21,6 +21,7 @@ authentic        the real root lies on disks that unlock opened, or the operator
 scrubbed         free memory was overwritten before a shell, or before a system that gets no keys
 ended            the agent ended in order: keys and disks are handed over, or closed
 open/G           link to a mapping of group G, which is open; members/G lists them all
+leaving/NAME     this mapping leaves a mounted btrfs: for the udev rule
 failed-groups/G  its gate failed; the units that waited
 spoofed/G        something else was mounted in the place of its file system
 keys.json        where each cached key came from

@@ -17,7 +17,7 @@ from ..paths import TPM_DEVICE, Paths
 from ..predict import allowed_states
 from ..run import run
 from ..secret import Secret
-from . import membership
+from . import group_disks, membership
 
 
 def adopt_disk(
@@ -191,10 +191,6 @@ def _check_not_needed(name: str, group: str, members: tuple[Member, ...]) -> Non
         )
 
 
-_ON_ONE_DISK = frozenset(("ext2", "ext3", "ext4", "jfs", "reiserfs", "swap", "xfs"))
-"""What lies on one device, by its name for blkid and mount."""
-
-
 def _check_file_system(settings: config.Config, group: Group, new: str) -> None:
     """Raises Refused where a file system of the group lies on one disk: with another member it opens only when both are
     here. A disk that the boot needs anyway costs nothing."""
@@ -207,7 +203,7 @@ def _check_file_system(settings: config.Config, group: Group, new: str) -> None:
             with suppress(CommandFailed):
                 kinds[each.name] = devices.list_signatures(f"/dev/mapper/{name}").partition(",")[0]
     for name, kind in kinds.items():
-        if kind in _ON_ONE_DISK:
+        if kind in group_disks.ON_ONE_DISK:
             raise Refused(
                 f"{name} of group {group.name} holds {kind}, which cannot use a second disk: with {new} as a "
                 "member, the group would not open when either is away",
