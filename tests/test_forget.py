@@ -10,17 +10,17 @@ import pytest
 from tests.eventlogs import Boot
 from tests.flowfixture import HOST, Host
 from tests.hostfixture import Machine
-from tests.killing import Killer
+from tests.killing import LASTING, Killer, killed_at
 from tests.kmipfixture import AUTHORITY
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
 from tests.test_member_list import complete, fill, lists
 from tests.test_members import Loops, loops, mounted, sh
-from unlock.disks import devices, disk_keys, luks
+from unlock.disks import disk_keys, luks
 from unlock.errors import DiskFailed, ProviderError, Refused, Tampered, UnlockError
 from unlock.host import keyring
 from unlock.host.journal import DiskForgetting, command
 from unlock.keys import access
-from unlock.operations import forget_disk, new_persistence_key, rekey
+from unlock.operations import forget_disk, new_persistence_key, operation, rekey
 from unlock.operations.consent import Plan
 from unlock.operations.forget_disk import Forgotten
 
@@ -299,33 +299,39 @@ def test_killed_with_a_destroyed_disk_it_is_finished_by_the_same_command(tmp_pat
     keyring.flush()
 
 
+def test_killed_it_goes_on_by_operation_resume(host: Machine) -> None:
+    _, uuid = lose(host)
+    number = 1
+    while not isinstance(host.state.journal, DiskForgetting):
+        assert killed_at(number, lambda: forget(host, uuid), LASTING)
+        number += 1
+    assert operation.resume(host.paths, lambda *_: False, look=host.look, tcti=host.chip.tcti)
+    boots(host)
+    after = host.state
+    assert (after.journal, after.narrowed, len(host.group.members)) == (None, None, 2)
+    assert complete(host, host.disks)
+
+
 # What a btrfs can spare
 
 
 @pytest.mark.root
-@pytest.mark.parametrize(("profile", "kinds"), [("raid1", {"raid1"}), ("single", {"single", "raid1"})])
-def test_the_kernel_says_which_profiles_a_btrfs_has(
-    loops: Loops, mounted: Callable[..., Path], profile: str, kinds: set[str]
+@pytest.mark.parametrize(("profile", "short"), [("raid1", []), ("single", ["single"]), ("raid0", ["raid0"])])
+def test_the_kernel_says_what_a_btrfs_loses_without_a_disk(
+    loops: Loops, mounted: Callable[..., Path], profile: str, short: list[str]
 ) -> None:
     disks = loops(2, 256 << 20)
     sh("mkfs.btrfs", "-q", "-d", profile, "-m", "raid1", *disks)
     sh("btrfs", "device", "scan", *disks)
-    where = mounted(disks[0])
-    assert devices.btrfs_profiles(str(where)) == (kinds, 0)
-    assert devices.btrfs_profiles("/proc") == (set(), 0)
+    assert forget_disk.profiles_that_lose_data(str(mounted(disks[0]))) == short
 
 
 @pytest.mark.root
-def test_a_missing_device_is_counted(loops: Loops, mounted: Callable[..., Path]) -> None:
-    disks = loops(2, 256 << 20)
-    sh("mkfs.btrfs", "-q", "-d", "raid1", "-m", "raid1", *disks)
+def test_missing_devices_are_counted(loops: Loops, mounted: Callable[..., Path]) -> None:
+    disks = loops(3, 256 << 20)
+    sh("mkfs.btrfs", "-q", "-d", "raid1c3", "-m", "raid1c3", *disks)
     sh("btrfs", "device", "scan", "--forget")
-    sh("wipefs", "-qa", disks[1])
-    where = mounted("-o", "degraded", disks[0])
-    profiles, missing = devices.btrfs_profiles(str(where))
-    assert missing == 1
-    assert profiles >= {"raid1"}
-    assert forget_disk.spares({"raid1"}, 1)
-    assert not forget_disk.spares({"raid1"}, 2)
-    assert not forget_disk.spares({"raid1", "single"}, 1)
-    assert forget_disk.spares({"raid1c3", "raid6"}, 2)
+    for each in disks[1:]:
+        sh("wipefs", "-qa", each)
+    where = mounted("-o", "ro,degraded", disks[0])
+    assert forget_disk.profiles_that_lose_data(str(where)) == []

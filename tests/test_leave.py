@@ -12,7 +12,7 @@ import pytest
 from tests.eventlogs import Boot
 from tests.flowfixture import HOST, Host
 from tests.hostfixture import Machine
-from tests.killing import LASTING, Killer, child
+from tests.killing import LASTING, Killer, child, killed_at
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
 from tests.test_members import Loops, loops, recovery_file, sh
 from unlock import cli
@@ -20,7 +20,7 @@ from unlock.disks import luks
 from unlock.errors import DiskFailed, NotOurs, Refused, UnlockError, Usage
 from unlock.host import config, keyring
 from unlock.host.journal import DiskErasure, DiskRelease, GroupDeletion, command
-from unlock.operations import delete_group, erase_disk, leaving, recovery, release_disk
+from unlock.operations import delete_group, erase_disk, leaving, operation, recovery, release_disk
 from unlock.operations.consent import Plan
 from unlock.secret import Secret
 
@@ -617,3 +617,15 @@ def test_what_is_refused_is_refused_with_words(pair: Host, words: str, tmp_path:
         typed(pair, *words.split())
     assert contents(pair) == before
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("erase", [False, True])
+def test_a_deletion_that_was_killed_goes_on_by_operation_resume(pair: Host, erase: bool) -> None:
+    """It needs nothing: the recovery key was proven before."""
+    number = 1
+    while not pair.state.journal:
+        assert killed_at(number, lambda: delete(pair, erase=erase), LASTING)
+        number += 1
+    assert operation.resume(pair.paths, lambda *_: False, look=pair.look, tcti="device:/none") == []
+    is_gone(pair)
+    assert [opens(image, pair.recovery) for image in pair.disks] == [not erase] * 2
