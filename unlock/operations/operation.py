@@ -40,6 +40,9 @@ from ..paths import Paths
 from . import (
     add_disk,
     create_group,
+    delete_group,
+    erase_disk,
+    forget_disk,
     new_persistence_key,
     persistence,
     rekey,
@@ -102,6 +105,27 @@ def _finish_removal(run: Run) -> list[str]:
 def _finish_replacement(run: Run) -> list[str]:
     replaced = replace_disk.go_on(run.paths, run.tell, run.look, run.tcti)
     return [f"next: {replaced.next}"] if replaced and replaced.next else []
+
+
+def _finish_forgetting(run: Run) -> list[str]:
+    entry = State.load(run.paths).journal
+    assert isinstance(entry, DiskForgetting)
+    forgotten = forget_disk.forget_disk(run.paths, entry.about, look=run.look, tcti=run.tcti)
+    return forget_disk.describe_next(forgotten) if forgotten else []
+
+
+def _finish_erasure(run: Run) -> list[str]:
+    entry = State.load(run.paths).journal
+    assert isinstance(entry, DiskErasure)
+    erase_disk.erase_disk(run.paths, entry.about)
+    return []
+
+
+def _finish_deletion(run: Run) -> list[str]:
+    entry = State.load(run.paths).journal
+    assert isinstance(entry, GroupDeletion)
+    deleted = delete_group.delete_group(run.paths, entry.about, look=run.look, tcti=run.tcti)
+    return [f"{name}: {why}" for name, why in deleted.left.items()] if deleted else []
 
 
 def _finish_persistence_change(run: Run) -> list[str]:
@@ -182,14 +206,14 @@ _HANDLINGS: dict[type[JournalEntry], Handling] = {
         cancelled="the new disk may be a member already: finish it; what is not wanted then: unlock disk remove",
     ),
     DiskForgetting: Handling(
-        needs="its own command",
+        go_on=_finish_forgetting,
         cancelled="some members may have the new member list: only its end makes them one again",
     ),
     DiskRelease: Handling(
-        needs="its own command", cancelled="the disk may be in no group any more: unlock disk adopt takes it in again"
+        needs="the passphrase", cancelled="the disk may be in no group any more: unlock disk adopt takes it in again"
     ),
-    DiskErasure: Handling(needs="its own command", cancelled="what opened the disk may be destroyed already"),
-    GroupDeletion: Handling(needs="its own command", cancelled="the group is gone, and its disks may be in part"),
+    DiskErasure: Handling(go_on=_finish_erasure, cancelled="what opened the disk may be destroyed already"),
+    GroupDeletion: Handling(go_on=_finish_deletion, cancelled="the group is gone, and its disks may be in part"),
     Rekey: Handling(
         go_on=_finish_rekey,
         cancel=_cancel_rekey,
