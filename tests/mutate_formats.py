@@ -139,11 +139,11 @@ CHANGES: dict[str, list[Change]] = {
     "data cipher": [("disks/luks.py", 'b"xts-plain64"', 'b"xts-plain"')],
     # the recovery key
     "recovery key: 11": [
-        ("keys/recovery_key.py", "word * 11", "word * 13"),
+        ("keys/recovery_key.py", "* 11 + i", "* 13 + i"),
         ("keys/recovery_key.py", "number, 11", "number, 13"),
     ],
     "recovery key: place": [
-        ("keys/recovery_key.py", "+ i + 1:", "+ i + 2:"),
+        ("keys/recovery_key.py", "* 11 + i + 1", "* 11 + i + 2"),
         ("keys/recovery_key.py", "place + 1", "place + 2"),
     ],
     "recovery key: most": [("keys/recovery_key.py", "<= 0xFFFF", "<= 0x1FFFF")],

@@ -89,7 +89,7 @@ def refusals(console: Guest, machine: Machine) -> None:
         "disk remove mem-a --no-migrate": "in-use",
         "disk remove late-a": "last-member",
         "disk remove root": "last-member",
-        f"disk remove {free}": "no-member",
+        f"disk remove {free}": "not-a-member",
         f"disk replace mem-a {small}": "too-small",
         f"disk replace late-a {free}": "other-file-system",
         f"disk replace mem-a {mounted}": "member",

@@ -10,20 +10,23 @@ import pytest
 from tests.eventlogs import Boot
 from tests.flowfixture import HOST, Host
 from tests.hostfixture import Machine
-from tests.killing import Killer
+from tests.killing import LASTING, Killer, killed_at
 from tests.kmipfixture import AUTHORITY
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
 from tests.test_member_list import complete, fill, lists
+from tests.test_members import Loops, loops, mounted, sh
 from unlock.disks import disk_keys, luks
 from unlock.errors import DiskFailed, ProviderError, Refused, Tampered, UnlockError
 from unlock.host import keyring
 from unlock.host.journal import DiskForgetting, command
 from unlock.keys import access
-from unlock.operations import forget_disk, new_persistence_key, rekey
+from unlock.operations import forget_disk, new_persistence_key, operation, rekey
 from unlock.operations.consent import Plan
 from unlock.operations.forget_disk import Forgotten
 
 pytestmark = pytest.mark.usefixtures("key_cache")
+
+__all__ = ["loops", "mounted"]
 
 
 @pytest.fixture
@@ -294,3 +297,41 @@ def test_killed_with_a_destroyed_disk_it_is_finished_by_the_same_command(tmp_pat
     with pytest.raises(Refused):
         forget(host, uuid)
     keyring.flush()
+
+
+def test_killed_it_goes_on_by_operation_resume(host: Machine) -> None:
+    _, uuid = lose(host)
+    number = 1
+    while not isinstance(host.state.journal, DiskForgetting):
+        assert killed_at(number, lambda: forget(host, uuid), LASTING)
+        number += 1
+    assert operation.resume(host.paths, lambda *_: False, look=host.look, tcti=host.chip.tcti)
+    boots(host)
+    after = host.state
+    assert (after.journal, after.narrowed, len(host.group.members)) == (None, None, 2)
+    assert complete(host, host.disks)
+
+
+# What a btrfs can spare
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(("profile", "short"), [("raid1", []), ("single", ["single"]), ("raid0", ["raid0"])])
+def test_the_kernel_says_what_a_btrfs_loses_without_a_disk(
+    loops: Loops, mounted: Callable[..., Path], profile: str, short: list[str]
+) -> None:
+    disks = loops(2, 256 << 20)
+    sh("mkfs.btrfs", "-q", "-d", profile, "-m", "raid1", *disks)
+    sh("btrfs", "device", "scan", *disks)
+    assert forget_disk.profiles_that_lose_data(str(mounted(disks[0]))) == short
+
+
+@pytest.mark.root
+def test_missing_devices_are_counted(loops: Loops, mounted: Callable[..., Path]) -> None:
+    disks = loops(3, 256 << 20)
+    sh("mkfs.btrfs", "-q", "-d", "raid1c3", "-m", "raid1c3", *disks)
+    sh("btrfs", "device", "scan", "--forget")
+    for each in disks[1:]:
+        sh("wipefs", "-qa", each)
+    where = mounted("-o", "ro,degraded", disks[0])
+    assert forget_disk.profiles_that_lose_data(str(where)) == []

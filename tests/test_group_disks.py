@@ -303,7 +303,7 @@ def test_a_member_is_named_in_each_way(host: Host, loops: Loops) -> None:
     for text in ("data-9", "/dev/null", "", "0c5e2d0c-5a4f-4a34-9a6b-2f8f8f1d7a11"):
         with pytest.raises(Refused) as caught:
             group_disks.find_member(host.state, text)
-        assert caught.value.code == "no-member"
+        assert caught.value.code == "not-a-member"
     with pytest.raises(Usage):
         group_disks.find_group(host.state, "other")
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unlock disk release`, `disk erase` and `group delete`: what is left of a disk, and of its group. Real headers."""
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -11,14 +12,15 @@ import pytest
 from tests.eventlogs import Boot
 from tests.flowfixture import HOST, Host
 from tests.hostfixture import Machine
-from tests.killing import LASTING, Killer
+from tests.killing import LASTING, Killer, child, killed_at
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
 from tests.test_members import Loops, loops, recovery_file, sh
+from unlock import cli
 from unlock.disks import luks
 from unlock.errors import DiskFailed, NotOurs, Refused, UnlockError, Usage
 from unlock.host import config, keyring
 from unlock.host.journal import DiskErasure, DiskRelease, GroupDeletion, command
-from unlock.operations import delete_group, erase_disk, leaving, recovery, release_disk
+from unlock.operations import delete_group, erase_disk, leaving, operation, recovery, release_disk
 from unlock.operations.consent import Plan
 from unlock.secret import Secret
 
@@ -549,3 +551,83 @@ def test_a_line_in_a_string_is_no_table(pair: Host) -> None:
     with pytest.raises(Refused):
         config.remove_group(pair.paths.config, "data")
     assert Path(pair.paths.config).read_text() == text
+
+
+# What is typed
+
+
+def typed(host: Host, *words: str) -> int:
+    options = cli._parser().parse_args(words)
+    return int(options.run(host.paths, options))
+
+
+def test_erase_is_typed_by_name_or_with_yes(pair: Host, spare: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def nobody() -> None:
+        """Without a terminal."""
+        os.setsid()
+        try:
+            typed(pair, "disk", "erase", spare)
+        except Refused as error:
+            assert (error.code, error.hint) == ("not-confirmed", "--yes")
+            return
+        raise AssertionError("it was erased")
+
+    before = contents(pair), Path(spare).read_bytes()
+    assert child(nobody) == 0
+    assert typed(pair, "disk", "erase", spare, "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["dry_run"], len(plan["steps"]), len(plan["destroys"])) == (True, 2, 1)
+    assert f"all data on {spare} (crypto_LUKS" in plan["destroys"][0]
+    assert (contents(pair), Path(spare).read_bytes()) == before
+    assert typed(pair, "disk", "erase", spare, "--yes", "--json") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {"version": 1, "erased": spare}
+    assert "a backup of its header that somebody has" in shown.err
+    assert not any(Path(spare).read_bytes()[: 16 << 20])
+
+
+def test_a_group_without_disks_here_is_deleted_from_the_command_line(
+    pair: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed(pair, "group", "delete", "data", "--dry-run") == 0
+    assert "3. a new persistence key, as data-0, data-1 is not here" in capsys.readouterr().out
+    with pytest.raises(UnlockError, match="has its token still, but earlier headers still open"):
+        typed(pair, "group", "delete", "data", "--json")
+    is_gone(pair)
+
+
+def test_disks_and_groups_are_listed(pair: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    for noun, rows in (("disk", ["data-0", "data-1"]), ("group", ["data"])):
+        assert typed(pair, noun, "list") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == [noun.upper(), *rows]
+        assert typed(pair, noun, "list", "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert [each["name"] for each in found[f"{noun}s"]] == rows
+
+
+@pytest.mark.parametrize(
+    "words", ["disk forget data-1", "disk release DEV --passphrase-file FILE", "group delete none", "disk erase DEV"]
+)
+def test_what_is_refused_is_refused_with_words(pair: Host, words: str, tmp_path: Path) -> None:
+    (tmp_path / "passphrase").write_bytes(PASSPHRASE)
+    words = words.replace("DEV", str(pair.disks[0])).replace("FILE", str(tmp_path / "passphrase"))
+    before = contents(pair)
+    with pytest.raises(UnlockError) as caught:
+        typed(pair, *words.split())
+    assert contents(pair) == before
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("erase", [False, True])
+def test_a_deletion_that_was_killed_goes_on_by_operation_resume(pair: Host, erase: bool) -> None:
+    """It needs nothing: the recovery key was proven before."""
+    number = 1
+    while not pair.state.journal:
+        assert killed_at(number, lambda: delete(pair, erase=erase), LASTING)
+        number += 1
+    assert operation.resume(pair.paths, lambda *_: False, look=pair.look, tcti="device:/none") == operation.Resumed(
+        [], True
+    )
+    is_gone(pair)
+    assert [opens(image, pair.recovery) for image in pair.disks] == [not erase] * 2

@@ -30,11 +30,17 @@ from unlock.disks.groups import Member
 from unlock.errors import Refused, Stopped, UnlockError
 from unlock.host import journal, keyring, progress, resumption, this_boot, units
 from unlock.host.journal import (
+    DeepRekey,
+    DeepRekeyDisk,
     DiskAddition,
     DiskAdoption,
+    DiskErasure,
+    DiskForgetting,
+    DiskRelease,
     DiskRemoval,
     DiskReplacement,
     GroupCreation,
+    GroupDeletion,
     Init,
     JournalEntry,
     NewPersistenceKey,
@@ -62,6 +68,10 @@ ENTRIES: tuple[JournalEntry, ...] = (
     GroupCreation("group create", "other", members=(), options="--disk /dev/sdb --mount /srv/other"),
     DiskAdoption("disk adopt", "/dev/disk/by-uuid/1 --group data", manifest=2),
     DiskAddition("disk add", "--group data", Member("1", "data-2", ""), manifest=2, options="/dev/sdb"),
+    DiskForgetting("disk forget", "1", options=None, manifest=2, generation=2, made=None),
+    DiskRelease("disk release", "/dev/sdb", "data", "", Member("1", "data-1", "")),
+    DiskErasure("disk erase", "/dev/sdb", keyless=False),
+    GroupDeletion("group delete", "data", options=None, kek="", members=(), keyless=False),
     DiskRemoval("disk remove", "data-1", "data", manifest=2),
     DiskReplacement(
         "disk replace",
@@ -74,6 +84,7 @@ ENTRIES: tuple[JournalEntry, ...] = (
         options="/dev/sdb",
     ),
     REKEY,
+    DeepRekey("rekey --deep", "data", (DeepRekeyDisk("1", (0,), ""),), prepared=True, rate=0),
     RecoveryRotation("recovery", "rotate", key="", file="", escrow="", kept=False, written=False),
     RecoveryRenewal("recovery", "new"),
     PersistenceChange("persistence", "enable"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .. import log
 from ..paths import Paths
 from . import progress
-from .arguments import add_command
+from .arguments import add_command, add_owner_auth, owner_auth
 from .consent import add_consent, consent
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def add_to_disk(verbs: "Commands") -> None:
     replace = add_command(verbs, "replace", _replace, "let a new disk take the place of a member, dead or alive")
     replace.add_argument("old", metavar="OLD", help=_MEMBER)
     replace.add_argument("new", metavar="NEW")
+    add_owner_auth(replace)
     _add_new_disk(replace)
 
 
@@ -87,17 +88,20 @@ def _remove(paths: Paths, options: argparse.Namespace) -> int:
 
 
 def _replace(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host import this_boot
     from ..operations.replace_disk import Replacing, replace_disk
 
     wanted = Replacing(options.old, options.new, frozenset(options.erase), options.recovery_key_file)
-    with progress.shown(paths, as_json=options.json) as tell:
-        replaced = replace_disk(paths, wanted, consent=consent(options), tell=tell)
+    with owner_auth(options) as owner, progress.shown(paths, as_json=options.json) as tell:
+        replaced = replace_disk(
+            paths, wanted, consent=consent(options), tell=tell, tcti=this_boot.tpm_device(), owner_auth=owner
+        )
     if replaced and options.json:
         log.show_json({"version": 1, **replaced._asdict()})
     elif replaced:
         log.note(f"{replaced.new} has taken the place of {replaced.old} in group {replaced.group}")
         if replaced.absent:
-            log.note(f"group {replaced.group} has a new key; if {replaced.old} is in other hands: unlock rekey --fresh")
+            log.note(f"neither {replaced.old} nor a copy of its header opens by the TPM any more")
         if replaced.next:
             log.note(f"next: {replaced.next}")
     return 0

@@ -142,7 +142,7 @@ def _delete(paths: Paths, options: argparse.Namespace) -> int:
         how = "erased" if deleted.erased else "plain LUKS2, and the recovery key opens them"
         log.note(f"group {deleted.group} is deleted; {', '.join(deleted.done) or 'none of its disks'}: {how}")
         for name, why in deleted.left.items():
-            log.error(f"{name}: {why}: it has its token still", f"when it is here: unlock disk release {name}")
+            log.error(f"{name}: {why}: it has its token still", "when it is here: unlock disk release DEV")
         if deleted.erased:
             log.note(erase_disk.COPIES)
         if options.json:

@@ -281,19 +281,6 @@ def _btrfs_devices(mountpoint: str, source: str, root: str) -> list[str]:
     return next((each for each in devices.values() if _node_number(source, root) in each), [])
 
 
-def btrfs_profiles(mountpoint: str) -> tuple[set[str], int]:
-    """The profiles (`raid1`, `single`) of the chunks of a btrfs that is mounted there, and how many of its devices are
-    missing, as the kernel says. Nothing for another file system."""
-    name = _btrfs_id(mountpoint)
-    folder = f"/sys/fs/btrfs/{name}"
-    if not name or not os.path.isdir(folder):
-        return set(), 0
-    kinds = ("data", "metadata", "system")
-    found = {each for kind in kinds for each in _entries(folder, "allocation", kind)}
-    profiles = {each for each in found if any(os.path.isdir(f"{folder}/allocation/{kind}/{each}") for kind in kinds)}
-    return profiles, sum(read_line(folder, "devinfo", each, "missing") == "1" for each in _entries(folder, "devinfo"))
-
-
 def _btrfs_id(mountpoint: str) -> str:
     """The name in /sys/fs/btrfs of the btrfs that is mounted there; '' if none is. BTRFS_IOC_FS_INFO of linux/btrfs.h
     gives the id by which the kernel knows it, which is not always that of the superblock (temp_fsid, Linux 6.7)."""

@@ -298,6 +298,6 @@ def chain(entry: JournalEntry | None) -> tuple[JournalEntry, ...]:
 
 def command(entry: JournalEntry) -> str:
     """What a person types to finish the operation."""
-    with_options = GroupCreation | DiskAddition | DiskReplacement | DiskForgetting | GroupDeletion
-    options = entry.options if isinstance(entry, with_options) else None
+    kinds = GroupCreation | DiskAddition | DiskReplacement | DiskForgetting | GroupDeletion
+    options = entry.options if isinstance(entry, kinds) else None
     return " ".join(filter(None, ("unlock", entry.operation, entry.about, options)))

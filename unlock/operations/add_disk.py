@@ -154,8 +154,7 @@ def make_member(work: access.Work, group: Group, member: Member, nodes: dict[str
                 written = membership.rewrite_member_list(work, group, nodes, kek=kek, new={member.uuid: dek})
     except UnlockError:
         if not membership.has_member_list(state, group, nodes):
-            state.headers.pop(member.uuid, None)
-            state.recovery.keyslots.pop(member.uuid, None)
+            state.drop_disk(member.uuid)
             state.journal = None
             state.save()
         raise
@@ -184,8 +183,7 @@ def cancel_addition(paths: Paths, look: find.Look = find.look) -> None:
         ):
             words = f"{entry.member.name} is in the member list already"
             raise Refused(words, f"{state.to_finish}; then unlock disk remove {entry.member.name}", "not-cancellable")
-        state.headers.pop(entry.member.uuid, None)
-        state.recovery.keyslots.pop(entry.member.uuid, None)
+        state.drop_disk(entry.member.uuid)
         state.journal = None
         state.save()
 

@@ -16,7 +16,7 @@ import os
 from typing import NamedTuple
 
 from .. import log
-from ..disks import devices, find
+from ..disks import btrfs, devices, find
 from ..disks.groups import Group, Member
 from ..errors import Refused, UnlockError
 from ..host import this_boot
@@ -27,7 +27,7 @@ from ..keys import access, rotation
 from ..keys.access import Work
 from ..paths import TPM_DEVICE, Paths
 from ..secret import Secret
-from . import membership, new_persistence_key
+from . import group_disks, membership, new_persistence_key
 from .consent import Consent, Plan, agree
 
 _NEW_PERSISTENCE_KEY = "a new persistence key: no earlier copy of a header opens by the TPM any more"
@@ -144,22 +144,23 @@ def _check(work: Work, left: Group, member: Member) -> dict[str, str]:
     return nodes
 
 
-_SPARE = {"raid1": 1, "raid10": 1, "raid5": 1, "raid1c3": 2, "raid6": 2, "raid1c4": 3}
-"""btrfs profile -> how many disks can be away; none where it is not named (mkfs.btrfs(8), PROFILES)."""
-
-
 def _check_data(group: Group, member: Member) -> None:
-    """Raises Refused where a mounted btrfs of the group needs the disk: only the kernel knows its profiles."""
-    for where in devices.mount_points_on({each.name for each in group.members}):
-        profiles, missing = devices.btrfs_profiles(where)
-        short = sorted(each for each in profiles if _SPARE.get(each, 0) < max(1, missing))
-        if short:
+    """Raises Refused where a mounted btrfs of the group needs the disk."""
+    for where in group_disks.btrfs_mounts({each.name for each in group.members}):
+        if short := profiles_that_lose_data(where):
             raise Refused(
-                f"the btrfs at {where} has data or metadata in profile {', '.join(short)}: without {member.name}, a "
-                "part of it is lost",
+                f"the btrfs at {where} has chunks of {', '.join(short)}: without {member.name}, a part of it is lost",
                 f"unlock disk replace {member.name} NEW while it can be read; --accept data-loss if it is gone",
                 code="data-loss",
             )
+
+
+def profiles_that_lose_data(mountpoint: str) -> list[str]:
+    """The profiles of a mounted btrfs that have not all of their data without its missing devices, or without one where
+    the kernel misses none yet. Raises CommandFailed."""
+    missing = max(1, sum(not each.node for each in btrfs.read_devices(mountpoint)))
+    profiles = {each.profile for each in btrfs.read_space(mountpoint)}
+    return sorted(each for each in profiles if btrfs.PROFILES[each].spare < missing)
 
 
 def _plan(work: Work, left: Group, member: Member, destroyed: bool) -> Plan:

@@ -32,22 +32,11 @@ def find_group(state: State, name: str) -> Group:
 
 
 def find_member(state: State, text: str) -> tuple[Group, Member]:
-    """The member that a person means by a device, its mapping, the mapping's name, or a LUKS UUID. Raises Usage,
-    Refused."""
-    wanted = {text.removeprefix("/dev/mapper/"), text.lower()}
-    if os.path.exists(text):
-        with suppress(UnlockError), luks.Container(os.path.realpath(text)) as container:
-            wanted.add(container.uuid)
-        real = os.path.realpath(text)
-        names = [each for each in devices.active_mappings() if os.path.realpath(f"/dev/mapper/{each}") == real]
-        wanted.update(names)
-    found = [
-        (group, each) for group in state.groups.values() for each in group.members if wanted & {each.uuid, each.name}
-    ]
-    if len(found) != 1:
-        words = "is a disk of no group of this host" if os.path.exists(text) else "is no device, and no member"
-        raise Refused(f"{text} {words}", "unlock status", code="no-member")
-    return found[0]
+    """The member that a person names, as `membership.member_named`. Raises Refused."""
+    found = membership.member_named(state, text)
+    if not found:
+        raise membership.not_a_member(text)
+    return found
 
 
 def refuse_root(group: Group, hint: str) -> None:

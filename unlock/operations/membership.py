@@ -234,7 +234,7 @@ def member_named(state: State, thing: str) -> tuple[Group, Member] | None:
     mapping name; the last two also as a path in /dev. None when it names none."""
     members = [(group, member) for group in state.groups.values() for member in group.members]
     folder, _, word = thing.rpartition("/")
-    if os.path.exists(thing) and folder != "/dev/mapper":
+    if "/" in thing and os.path.exists(thing) and folder != "/dev/mapper":
         node = os.path.realpath(thing)
         try:
             with luks.Container(node) as container:

@@ -106,7 +106,7 @@ def _finish_removal(run: Run) -> list[str]:
 
 
 def _finish_replacement(run: Run) -> list[str]:
-    replaced = replace_disk.go_on(run.paths, run.tell, run.look)
+    replaced = replace_disk.go_on(run.paths, run.tell, run.look, run.tcti)
     return [f"next: {replaced.next}"] if replaced and replaced.next else []
 
 
@@ -118,17 +118,8 @@ def _finish_deep_rekey(run: Run) -> list[str]:
 def _finish_forgetting(run: Run) -> list[str]:
     entry = State.load(run.paths).journal
     assert isinstance(entry, DiskForgetting)
-    destroyed = entry.options is not None
-    forgotten = forget_disk.forget_disk(run.paths, entry.about, destroyed=destroyed, look=run.look, tcti=run.tcti)
+    forgotten = forget_disk.forget_disk(run.paths, entry.about, look=run.look, tcti=run.tcti)
     return forget_disk.describe_next(forgotten) if forgotten else []
-
-
-def _finish_deletion(run: Run) -> list[str]:
-    entry = State.load(run.paths).journal
-    assert isinstance(entry, GroupDeletion)
-    erase = entry.options is not None
-    deleted = delete_group.delete_group(run.paths, entry.about, erase=erase, look=run.look, tcti=run.tcti)
-    return [f"{name}: {why}" for name, why in deleted.left.items()] if deleted else []
 
 
 def _finish_erasure(run: Run) -> list[str]:
@@ -136,6 +127,13 @@ def _finish_erasure(run: Run) -> list[str]:
     assert isinstance(entry, DiskErasure)
     erase_disk.erase_disk(run.paths, entry.about)
     return []
+
+
+def _finish_deletion(run: Run) -> list[str]:
+    entry = State.load(run.paths).journal
+    assert isinstance(entry, GroupDeletion)
+    deleted = delete_group.delete_group(run.paths, entry.about, look=run.look, tcti=run.tcti)
+    return [f"{name}: {why}" for name, why in deleted.left.items()] if deleted else []
 
 
 def _finish_persistence_change(run: Run) -> list[str]:
@@ -224,6 +222,16 @@ _HANDLINGS: dict[type[JournalEntry], Handling] = {
         go_on=_finish_replacement,
         cancelled="the new disk may be a member already: finish it; what is not wanted then: unlock disk remove",
     ),
+    DiskForgetting: Handling(
+        go_on=_finish_forgetting,
+        cancelled="some members may have the new member list: only its end makes them one again",
+    ),
+    DiskRelease: Handling(
+        needs="the passphrase that opens the disk from then on",
+        cancelled="the disk may be in no group any more: unlock disk adopt takes it in again",
+    ),
+    DiskErasure: Handling(go_on=_finish_erasure, cancelled="what opened the disk may be destroyed already"),
+    GroupDeletion: Handling(go_on=_finish_deletion, cancelled="the group is gone, and its disks may be in part"),
     Rekey: Handling(
         go_on=_finish_rekey,
         cancel=_cancel_rekey,
@@ -262,22 +270,6 @@ _HANDLINGS: dict[type[JournalEntry], Handling] = {
     NewPersistenceKey: Handling(
         go_on=_finish_new_persistence_key,
         cancelled="the TPM may have either key already: only its end leaves one",
-    ),
-    DiskForgetting: Handling(
-        go_on=_finish_forgetting,
-        cancelled="some members may have the new list already: only its end makes them one again",
-    ),
-    DiskRelease: Handling(
-        needs="the passphrase that opens the disk from then on",
-        cancelled="the disk may have lost its token already: unlock disk adopt takes it in again after its end",
-    ),
-    DiskErasure: Handling(
-        go_on=_finish_erasure,
-        cancelled="keyslots are destroyed already, perhaps all of them",
-    ),
-    GroupDeletion: Handling(
-        go_on=_finish_deletion,
-        cancelled="disks may have lost their tokens already: unlock disk adopt takes them in again after its end",
     ),
 }
 

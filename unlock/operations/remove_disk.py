@@ -11,7 +11,7 @@ The lock is not held while data moves: the journal keeps other operations out.
 
 from typing import NamedTuple
 
-from ..disks import btrfs, devices, find, luks, token
+from ..disks import btrfs, devices, find, luks
 from ..disks.groups import Group, Member
 from ..errors import Refused
 from ..host import this_boot
@@ -19,7 +19,7 @@ from ..host.journal import DiskRemoval
 from ..host.lock import exclusive
 from ..keys import access
 from ..paths import Paths
-from . import group_disks, membership
+from . import group_disks, leaving, membership
 from .consent import Consent, Plan, agree
 
 _LARGEST_CHUNK = 1 << 30
@@ -192,7 +192,7 @@ def _finish(work: access.Work, removal: _Removal) -> Removed:
     state, member = work.state, removal.member
     entry = state.unfinished(DiskRemoval, member.name)
     if not entry:
-        raise Refused(f"{member.name} was removed meanwhile", "unlock status", code="no-member")
+        raise Refused(f"{member.name} was removed meanwhile", "unlock status", code="not-a-member")
     group = state.groups[entry.group]
     nodes = _nodes_of_others(work, group, member)
     left = tuple(each for each in group.members if each.uuid != member.uuid)
@@ -237,10 +237,7 @@ def take_out(work: access.Work, member: Member) -> str:
     this_boot.unmark(work.paths, "leaving", member.name)
     node = find.find_node(work.look(), member)
     if node:
-        with luks.Container(node) as container:
-            for number, fields in container.tokens(token.TYPE):
-                if fields.get("host") == work.state.host:
-                    container.remove_token(number)
+        leaving.remove_tokens(node, work.state.host)
     return node
 
 
@@ -248,10 +245,6 @@ def forget_member(work: access.Work, group: Group, member: Member) -> None:
     """The group as it is now, without a disk that was a member, in the state and in this boot. Saves nothing."""
     state = work.state
     state.groups[group.name] = group
-    state.headers.pop(member.uuid, None)
-    recovery = state.recovery
-    for known in (recovery.keyslots, recovery.former, recovery.behind, recovery.tested):
-        known.pop(member.uuid, None)
-    state.drop_old_key(member.uuid)
+    state.drop_disk(member.uuid)
     if all(devices.active_mapping_name(each.uuid) == each.name for each in group.members):
         this_boot.mark_open(work.paths, group.name, [each.name for each in group.members])

@@ -6,7 +6,8 @@
 
 While btrfs copies, a boot needs both disks: with one of them away btrfs does not mount. So the first list has both,
 and only the last one is without OLD. A dead or absent OLD is left out at once, and the file system is mounted degraded;
-when the copy is done, the group gets a new KEK, as the disk that has the old one may be in other hands.
+when the copy is done, the group gets a new KEK and the host a new persistence key, as by `disk forget`: the disk that
+has the old ones may be in other hands.
 The lock is not held while data moves: the journal keeps other operations out.
 """
 
@@ -16,15 +17,17 @@ import shlex
 import uuid as uuids
 from typing import NamedTuple
 
+from .. import log
 from ..disks import btrfs, devices, find, luks, udev
 from ..disks.groups import Group, Member, mapping_names
 from ..errors import Refused, UnlockError
+from ..host import this_boot
 from ..host.journal import DiskReplacement, Rekey
 from ..host.lock import exclusive
 from ..keys import access, rotation
-from ..paths import Paths
+from ..paths import TPM_DEVICE, Paths
 from ..secret import Secret
-from . import add_disk, group_disks, membership, remove_disk
+from . import add_disk, group_disks, membership, new_persistence_key, remove_disk
 from .consent import Consent, Plan, agree
 
 DATA_OFFSET = 16 << 20
@@ -62,15 +65,17 @@ def replace_disk(
     consent: Consent = agree,
     tell: btrfs.Tell = lambda *_: False,
     look: find.Look = find.look,
+    tcti: str = TPM_DEVICE,
+    owner_auth: Secret | None = None,
 ) -> Replaced | None:
     """Returns None when the plan was only to be shown, or `tell` has stopped the copy; then, and after a kill, the same
     command finishes. Raises Refused, Usage, CommandFailed, DiskFailed."""
     with exclusive(paths), access.Work(paths, look) as work:
         began = _begin(work, wanted, consent)
-    return _copy(paths, *began, tell, look) if began else None
+    return _copy(paths, *began, tell, look, tcti, owner_auth) if began else None
 
 
-def go_on(paths: Paths, tell: btrfs.Tell, look: find.Look = find.look) -> Replaced | None:
+def go_on(paths: Paths, tell: btrfs.Tell, look: find.Look = find.look, tcti: str = TPM_DEVICE) -> Replaced | None:
     """Finishes a replacement whose new disk is a member already: then nothing is needed from a person. None when `tell`
     has stopped it. Raises Refused and others."""
     with exclusive(paths), access.Work(paths, look) as work:
@@ -82,10 +87,18 @@ def go_on(paths: Paths, tell: btrfs.Tell, look: find.Look = find.look) -> Replac
             raise Refused(f"`{state.to_finish}` needs the recovery key", state.to_finish, "by-command")
         node = membership.member_node(work.look(), entry.new)
         began = _begin(work, Replacing(entry.old.name, node, frozenset(), ""), agree)
-    return _copy(paths, *began, tell, look) if began else None
+    return _copy(paths, *began, tell, look, tcti, None) if began else None
 
 
-def _copy(paths: Paths, entry: DiskReplacement, mount: str, tell: btrfs.Tell, look: find.Look) -> Replaced | None:
+def _copy(
+    paths: Paths,
+    entry: DiskReplacement,
+    mount: str,
+    tell: btrfs.Tell,
+    look: find.Look,
+    tcti: str,
+    owner_auth: Secret | None,
+) -> Replaced | None:
     """The copy, and what follows it. None when `tell` has stopped it."""
     if mount:
         node = f"/dev/mapper/{entry.new.name}"
@@ -98,7 +111,9 @@ def _copy(paths: Paths, entry: DiskReplacement, mount: str, tell: btrfs.Tell, lo
             raise Refused(f"btrfs has not taken {node} in", f"btrfs replace status {mount}", "not-replaced")
         btrfs.resize(mount, new.devid)
     with exclusive(paths), access.Work(paths, look) as work:
-        return _finish(work, entry, mount)
+        replaced = _finish(work, entry, mount)
+    new_persistence_key.replace_if_due(paths, tcti, owner_auth, look)
+    return replaced
 
 
 def _begin(work: access.Work, wanted: Replacing, consent: Consent) -> tuple[DiskReplacement, str] | None:
@@ -231,7 +246,7 @@ def _plan(group: Group, old: Member, new: Member, node: str, content: str, mount
         *([f"btrfs replace {old.name} by {new.name} on {mount}"] if mount else []),
     ]
     if absent:
-        steps.append(f"a new key-encryption key for group {group.name}: {old.name} is not here")
+        steps.append(f"a new KEK for group {group.name}, and a new persistence key: {old.name} is not here")
     else:
         steps.append(f"write the member list without {old.name} to {', '.join([*others, new.name])}")
         steps.append(f"close /dev/mapper/{old.name}, and remove its token; the recovery key still opens the disk")
@@ -250,7 +265,7 @@ def _finish(work: access.Work, entry: DiskReplacement, mount: str) -> Replaced:
     """The list, the mapping, the token, the state: each may run twice."""
     state, old = work.state, entry.old
     if state.unfinished(DiskReplacement, old.name) != entry:
-        raise Refused(f"{old.name} was replaced meanwhile", "unlock status", code="no-member")
+        raise Refused(f"{old.name} was replaced meanwhile", "unlock status", code="not-a-member")
     group = state.groups[entry.group]
     if not entry.absent:
         seen = work.look()
@@ -264,13 +279,18 @@ def _finish(work: access.Work, entry: DiskReplacement, mount: str) -> Replaced:
     elif devices.active_mapping_name(old.uuid) == old.name:
         btrfs.forget(f"/dev/mapper/{old.name}")
         luks.abandon(old.name)
+    this_boot.unmark(work.paths, "leaving", old.name)
     remove_disk.forget_member(work, group, old)
     state.journal = None
     if entry.absent:
+        state.narrowed = f"{old.name} {old.uuid} has left group {group.name} and may be in other hands"
         state.journal = Rekey("rekey", group.name, state.next_generation(group.name), made=None, theirs=False)
     state.save()
     if entry.absent:
-        rotation.rotate_kek(work, group.name)
+        try:
+            rotation.rotate_kek(work, group.name)
+        except UnlockError as error:
+            log.error(f"group {group.name} has its old key still: {error}", f"unlock rekey {group.name}")
     return Replaced(group.name, old.name, entry.new.name, entry.absent, _next(mount, entry))
 
 
