@@ -305,15 +305,15 @@ def _warnings(found: Status) -> list[str]:
     return warnings
 
 
+def _describe_boot(early: report.Report | None) -> str:
+    return early.describe_verdict() if early else "no early boot report"
+
+
 def _describe_operation(now: under_way.UnderWay | None) -> tuple[tuple[str, str], ...]:
     if now is None:
         return ()
     do = {"running": ": unlock operation show", "paused": f": {now.finish}"}.get(now.state, "")
     return ("operation", f"{now.command}: {now.describe()}{do}"), *(("then", each) for each in now.then)
-
-
-def _describe_boot(early: report.Report | None) -> str:
-    return early.describe_verdict() if early else "no early boot report"
 
 
 def _describe_persistence_key(state: State, cached: Secret | None) -> str:
