@@ -158,6 +158,37 @@ def judge_disk(have: Keys, path: Path, plain: bytes) -> str:
     return phase
 
 
+def plain_of(path: Path, have: Keys) -> bytes:
+    """The data of a disk at rest."""
+    with luks.Container(str(path)) as container:
+        (each,) = disk_keys.read_tokens(container, have.host)
+        with disk_keys.unwrap_volume_key(container, each, have.persistence) as dek:
+            return read_plain(path, dict.fromkeys(container.metadata["digests"], bytes(dek)))
+
+
+def finish_disk(have: Keys, path: Path, plain: bytes) -> bool:
+    """Re-encrypts the rest of a disk, if it has a plan: then the new volume key gives the same data."""
+    with luks.Container(str(path)) as container:
+        plans = [each for each in disk_keys.read_tokens(container, have.host) if each.reencryption]
+        if not plans:
+            return True
+        (each,) = plans
+        assert each.reencryption
+        plan = each.reencryption.plan
+        with disk_keys.unwrap_kek(each, have.persistence) as kek:
+            found = disk_keys.unwrap_reencryption_keys(container, each, kek)
+    with loop(path) as node:
+        phase = reencrypt.settle(node, plan, found.operation)
+        if phase == reencrypt_plan.OLD:
+            with reencrypt.Disk(node) as disk:
+                disk.start("", found.operation, plan)
+        if phase != reencrypt_plan.NEW:
+            with reencrypt.Disk(node) as disk:
+                disk.run("", found.operation, lambda done, total: False)
+        assert reencrypt.finish(node, plan)
+    return read_plain(path, {str(plan.new): bytes(found.new)}) == plain
+
+
 def host_facts(path: Path, plan: reencrypt_plan.Plan) -> dict[str, Any]:
     with luks.Container(str(path)) as container:
         return reencrypt_plan.plan_facts(container, plan)
