@@ -510,6 +510,7 @@ def _left_by_a_killed_run(name: str) -> Refused:
 def _clean(work: Work, place: _Place, disk: DeepRekeyDisk) -> None:
     """The token for the new volume key alone; then the old keyslots and the operation key go, then the old tokens; then
     the state. May be killed and run again anywhere. Raises DiskFailed, Tampered."""
+    raw_header.make_whole(place.node)
     mac_key = work.state.mac_key(work.persistence, place.member.uuid)
     with _kek(work, place) as kek, access.token_keys(work, kek=kek, mac_key=mac_key) as keys:
         with luks.Container(place.node) as container:
