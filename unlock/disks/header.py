@@ -182,6 +182,7 @@ def read_copies(device: str, *, every: bool) -> list[tuple[int, bytes]]:
     try:
         file = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            forget_cached(file)
             for offset in _COPIES:
                 copy = os.pread(file, 4096, offset)
                 size = int.from_bytes(copy[8:16], "big")
@@ -201,6 +202,12 @@ def read_copies(device: str, *, every: bool) -> list[tuple[int, bytes]]:
     except OSError as error:
         raise DiskFailed(f"{device} cannot be read: {error.strerror}") from error
     return found
+
+
+def forget_cached(file: int) -> None:
+    """What is read next comes from the disk. libcryptsetup writes past the page cache, which may keep what was there
+    before, when another process reads at that moment."""
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def are_whole(copies: list[tuple[int, bytes]]) -> bool:
