@@ -143,7 +143,7 @@ def test_a_group_lives_for_years(machine: Machine) -> None:
         file.truncate(1700 << 20)
     with machine.boot(memory="900M") as booted:
         console = up(booted)
-        console.sh(FINISHED, timeout=240)
+        console.sh(FINISHED, timeout=180)
         assert members(console) == {"mem-c": "m3", "mem-a": "m4"}
         assert (status(console)["mem"], checked(console)["mem"]) == ("open", "unproven")
         console.sh(VERIFY, timeout=240)
