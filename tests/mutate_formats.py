@@ -149,7 +149,7 @@ CHANGES: dict[str, list[Change]] = {
     "recovery key: most": [("keys/recovery_key.py", "<= 0xFFFF", "<= 0x1FFFF")],
     "recovery key: groups": [("keys/recovery_key.py", "GROUPS = 8", "GROUPS = 7")],
     "recovery key: digits": [("keys/recovery_key.py", "DIGITS = 6", "DIGITS = 7")],
-    "recovery key: dash": [("keys/recovery_key.py", '"-".join', '" ".join')],
+    "recovery key: dash": [("keys/recovery_key.py", '0x1B, ord("-")', '0x1B, ord(" ")')],
     "escrow: CMS binary": [("keys/escrow.py", "PKCS7Options.Binary", "PKCS7Options.Text")],
     "escrow: no line end": [
         ("keys/escrow.py", "bytes(key)", 'bytes(key) + b"\\n"'),
