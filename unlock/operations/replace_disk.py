@@ -83,6 +83,7 @@ def go_on(paths: Paths, tell: btrfs.Tell, look: find.Look = find.look, tcti: str
         entry = state.journal
         if not isinstance(entry, DiskReplacement):
             return None
+        group_disks.hold_mount(paths, entry.old.name)  # at once: the kernel goes on with the copy since the mount
         if entry.new not in state.groups[entry.group].members:
             raise Refused(f"`{state.to_finish}` needs the recovery key", state.to_finish, "by-command")
         node = membership.member_node(work.look(), entry.new)
