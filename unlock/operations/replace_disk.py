@@ -131,7 +131,7 @@ def _begin(work: access.Work, wanted: Replacing, consent: Consent) -> tuple[Disk
     group_disks.refuse_root(group, f"unlock disk adopt NEW --group {group.name}; then btrfs replace by hand")
     node = membership.device_node(wanted.new)
     seen = work.look()
-    absent = entry.absent if entry else not find.find_node(seen, old)
+    absent = entry.absent if entry else not seen.get(old.uuid)
     old_gone = absent or all(each.uuid != old.uuid for each in group.members)
     ends = {old.uuid, *([entry.new.uuid] if entry else [])}
     keep = tuple(each for each in group.members if each.uuid not in ends)
