@@ -151,16 +151,15 @@ def _begin(work: access.Work, wanted: Replacing, consent: Consent) -> tuple[Disk
     )
     if not consent(_plan(group, old, new, node, content, mount, absent=absent)):
         return None
-    if not entry:
+    begins = entry is None
+    if entry is None:
         manifests = state.next_manifest(group.name), state.next_manifest(group.name)
-        entry = DiskReplacement(
-            "disk replace", old.name, group.name, old, new, manifests, absent=absent, options=_options(wanted)
-        )
+        options = _options(wanted)
+        entry = DiskReplacement("disk replace", old.name, group.name, old, new, manifests, absent, options)
+    if new not in group.members:
         with membership.obtain_recovery_key(state, work.persistence, wanted.recovery_file) as recovery:
-            state.begin(entry)
-            _take_in(work, remaining, entry, {**nodes, new.uuid: node}, recovery)
-    elif all(each.uuid != new.uuid for each in group.members):
-        with membership.obtain_recovery_key(state, work.persistence, wanted.recovery_file) as recovery:
+            if begins:
+                state.begin(entry)
             _take_in(work, remaining, entry, {**nodes, new.uuid: node}, recovery)
     add_disk.open_member(work, state.groups[group.name], new, node)
     return entry, mount
