@@ -17,7 +17,7 @@ from unlock.disks import disk_keys, luks
 from unlock.disks.groups import Member
 from unlock.errors import DiskFailed, Refused, UnlockError, Usage
 from unlock.host.journal import DiskAddition, DiskRemoval, DiskReplacement, command
-from unlock.operations import add_disk, group_disks, rekey, remove_disk, replace_disk
+from unlock.operations import add_disk, group_disks, operation, rekey, remove_disk, replace_disk
 from unlock.run import run
 
 pytestmark = pytest.mark.usefixtures("key_cache")
@@ -334,3 +334,37 @@ def test_the_last_disk_of_a_group_stays(tmp_path: Path) -> None:
     with pytest.raises(Refused) as caught:
         remove_disk.remove_disk(host.paths, "data-0", look=host.look)
     assert (caught.value.code, caught.value.hint) == ("last-member", "unlock group delete data")
+
+
+# taken back, and gone on with
+
+
+def test_an_addition_is_taken_back_until_a_disk_has_the_list(host: Host) -> None:
+    new = image(host)
+    entry = DiskAddition("disk add", "--group data", NEW, manifest=2, options=str(new))
+    host.state.begin(entry)
+    assert operation.cancel(host.paths, look=host.look) == []
+    assert (host.state.journal, host.group.members) == (None, host.group.members[:2])
+    add(host, new)
+    state = host.state
+    state.journal = entry
+    state.save()
+    with pytest.raises(Refused) as caught:
+        operation.cancel(host.paths, look=host.look)
+    assert (caught.value.code, "unlock disk remove data-new" in caught.value.hint) == ("not-cancellable", True)
+    assert host.state.journal == entry
+
+
+def test_what_goes_on_by_itself_says_what_it_needs(host: Host) -> None:
+    host.state.begin(DiskRemoval("disk remove", "data-1", "data", manifest=2))
+    with pytest.raises(Refused) as caught:
+        operation.resume(host.paths, lambda *_: False, look=host.look)
+    assert (caught.value.code, caught.value.hint) == ("not-open", "unlock open data")
+    old = host.group.members[1]
+    state = host.state
+    state.journal = DiskReplacement("disk replace", old.name, "data", old, NEW, (2, 3), False, "/dev/sdb")
+    state.save()
+    with pytest.raises(Refused) as caught:
+        operation.resume(host.paths, lambda *_: False, look=host.look)
+    assert (caught.value.code, caught.value.hint) == ("by-command", "unlock disk replace data-1 /dev/sdb")
+    assert [lists(host, disk) for disk in host.disks] == [[(1, 2)]] * 2

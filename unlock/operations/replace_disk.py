@@ -83,6 +83,7 @@ def go_on(paths: Paths, tell: btrfs.Tell, look: find.Look = find.look, tcti: str
         entry = state.journal
         if not isinstance(entry, DiskReplacement):
             return None
+        group_disks.hold_mount(paths, entry.old.name)  # at once: the kernel goes on with the copy since the mount
         if entry.new not in state.groups[entry.group].members:
             raise Refused(f"`{state.to_finish}` needs the recovery key", state.to_finish, "by-command")
         node = membership.member_node(work.look(), entry.new)
@@ -130,7 +131,7 @@ def _begin(work: access.Work, wanted: Replacing, consent: Consent) -> tuple[Disk
     group_disks.refuse_root(group, f"unlock disk adopt NEW --group {group.name}; then btrfs replace by hand")
     node = membership.device_node(wanted.new)
     seen = work.look()
-    absent = entry.absent if entry else not find.find_node(seen, old)
+    absent = entry.absent if entry else not seen.get(old.uuid)
     old_gone = absent or all(each.uuid != old.uuid for each in group.members)
     ends = {old.uuid, *([entry.new.uuid] if entry else [])}
     keep = tuple(each for each in group.members if each.uuid not in ends)
@@ -150,16 +151,15 @@ def _begin(work: access.Work, wanted: Replacing, consent: Consent) -> tuple[Disk
     )
     if not consent(_plan(group, old, new, node, content, mount, absent=absent)):
         return None
-    if not entry:
+    begins = entry is None
+    if entry is None:
         manifests = state.next_manifest(group.name), state.next_manifest(group.name)
-        entry = DiskReplacement(
-            "disk replace", old.name, group.name, old, new, manifests, absent=absent, options=_options(wanted)
-        )
+        options = _options(wanted)
+        entry = DiskReplacement("disk replace", old.name, group.name, old, new, manifests, absent, options)
+    if new not in group.members:
         with membership.obtain_recovery_key(state, work.persistence, wanted.recovery_file) as recovery:
-            state.begin(entry)
-            _take_in(work, remaining, entry, {**nodes, new.uuid: node}, recovery)
-    elif all(each.uuid != new.uuid for each in group.members):
-        with membership.obtain_recovery_key(state, work.persistence, wanted.recovery_file) as recovery:
+            if begins:
+                state.begin(entry)
             _take_in(work, remaining, entry, {**nodes, new.uuid: node}, recovery)
     add_disk.open_member(work, state.groups[group.name], new, node)
     return entry, mount
