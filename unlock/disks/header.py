@@ -166,7 +166,9 @@ def _data_digest(metadata: dict[str, Any], device: str) -> dict[str, Any]:
     digests: list[dict[str, Any]] = [each for _, each in _get_numbered(metadata, "digests", device) if each["segments"]]
     if not segments or len(digests) != 1 or canonical(digests[0]["segments"]) != canonical(sorted(segments)):
         if REENCRYPTION in str(_get_object(metadata, "config", device).get("requirements")):
-            hint = f"cryptsetup reencrypt --resume-only {device}"
+            tokens = _get_object(metadata, "tokens", device).values()
+            ours = any(isinstance(fields, dict) and fields.get("reencrypt") for fields in tokens)
+            hint = "unlock rekey --deep" if ours else f"cryptsetup reencrypt --resume-only {device}"
             raise Malformed(f"{device}: its header says that it is being re-encrypted", hint)
         raise Malformed(f"{device}: not exactly one digest covers all of the data")
     return digests[0]
