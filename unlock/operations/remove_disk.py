@@ -22,8 +22,8 @@ from ..paths import Paths
 from . import group_disks, leaving, membership
 from .consent import Consent, Plan, agree
 
-_LARGEST_CHUNK = 1 << 30
-"""Bytes of one, on one device; btrfs makes them smaller where a tenth of the file system is less."""
+_SMALL_CHUNK, _LARGEST_CHUNK = 64 << 20, 1 << 30
+"""Bytes, on one device. btrfs makes chunks smaller in a small file system, and where there is less room."""
 
 
 class Removed(NamedTuple):
@@ -177,7 +177,7 @@ def _describe_no_space(device: btrfs.Device, others: list[btrfs.Device], spaces:
     size = sum(profile.copies * each.size for profile, each in zip(profiles, spaces, strict=True))
     used = sum(profile.copies * each.used for profile, each in zip(profiles, spaces, strict=True))
     needed = device.used * used // size if size else 0
-    chunk = min(_LARGEST_CHUNK, sum(each.size for each in others) // 10, needed)
+    chunk = min(needed, _LARGEST_CHUNK, max(_SMALL_CHUNK, sum(each.size for each in others) // 100))
     rooms = sorted((each.size - each.used for each in others), reverse=True)
     if sum(rooms) < needed + chunk:
         return f"{needed + chunk} bytes are needed, {sum(rooms)} are in no chunk"
