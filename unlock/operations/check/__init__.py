@@ -57,13 +57,17 @@ def check(
         [
             *check_tpm(paths, state, tcti, predicted, log),
             *check_stopped_operation(state),
-            *(each for group in state.groups.values() for each in check_group(state, group, present, persistence)),
+            *(
+                each
+                for group in state.groups.values()
+                for each in check_group(paths, state, group, present, persistence)
+            ),
             *check_headers(state, present),
             *check_copies(state),
             *check_needed(paths, state),
             *check_root(paths, state),
             *check_boot_files(foreign),
-            *check_initramfs_images(paths, tcti, predicted, foreign),
+            *check_initramfs_images(paths, state, tcti, predicted, foreign, present),
             *check_recovery_key(state, present),
             *check_provider(paths, state, persistence, connect),
             *check_configuration(paths),
