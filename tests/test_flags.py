@@ -162,7 +162,9 @@ def test_a_change_that_was_cut_off_is_one_that_this_host_made(tmp_path: Path, mo
             change(host, image, DISCARD)
     assert flags_of(image) == DISCARD and len(host.tokens(image)) == 2
     assert "allow-discards" not in str(host.state.headers)
-    assert {each.verdict for each in check_group(host.state, host.group, host.look(), host.persistence)} == {"safe"}
+    assert {
+        each.verdict for each in check_group(host.paths, host.state, host.group, host.look(), host.persistence)
+    } == {"safe"}
     adopt(host, str(image))
     assert host.boot_opens() and len(host.tokens(image)) == 1
     assert "allow-discards" in str(host.state.headers)

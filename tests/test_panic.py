@@ -347,3 +347,27 @@ def test_a_tpm_that_is_locked_holds_up_nothing(tmp_path: Path, shell: list[str],
     stage.thief_brings_a_root_disk()
     (stage.run_folder / "verdict").write_text("no-slot\n")
     assert stage.script(shell, script) == (["cap try"] if script == "local-bottom" else [])
+
+
+@pytest.mark.parametrize("flags", ["", "-o subvol=@"])
+def test_a_btrfs_root_that_lacks_disks_mounts_degraded(tmp_path: Path, shell: list[str], flags: str) -> None:
+    """Only where unlock opened the group of the root without all of its disks."""
+    stage = Stage(tmp_path)
+    functions = (tmp_path / "initramfs-functions").read_text()
+    node, conf = tmp_path / "dev/dm-0", tmp_path / "param.conf"
+    node.touch()
+    (stage.run_folder / "members").mkdir()
+    (stage.run_folder / "members/root").write_text(f"{node}\n")
+    (stage.run_folder / "degraded").mkdir()
+    for kind, degraded, expected in (
+        ("btrfs", False, ""),
+        ("ext4", True, ""),
+        ("btrfs", True, f"ROOTFLAGS='{flags or '-o defaults'},degraded'\n"),
+    ):
+        (tmp_path / "initramfs-functions").write_text(
+            functions.replace("get_fstype() { :; }", f"get_fstype() {{ echo {kind}; }}") + f"ROOTFLAGS='{flags}'\n"
+        )
+        mark = stage.run_folder / "degraded/root"
+        mark.touch() if degraded else mark.unlink(missing_ok=True)
+        stage.script(shell, "local-premount")
+        assert (conf.read_text() if conf.exists() else "") == expected

@@ -277,7 +277,7 @@ def test_check_says_before_the_reboot_what_was_changed_and_what_to_type(
 ) -> None:
     (image,) = lone.disks
     change(lone, image)
-    (row,) = check_group(lone.state, lone.group, lone.look(), lone.persistence)
+    (row,) = check_group(lone.paths, lone.state, lone.group, lone.look(), lone.persistence)
     assert (row.verdict, row.do) == ("unsafe", f"unlock disk adopt {image} --group data")
     assert words in row.detail
 
@@ -304,7 +304,9 @@ def test_a_lone_disk_whose_header_was_changed_is_bound_again_by_name(
     assert (found.done, found.left) == (("data-0",), {})
     boots(lone)
     assert [each.outcome for each in recovery.test_recovery_key(lone.paths, lone.recovery, lone.look)] == ["ok"]
-    assert {each.verdict for each in check_group(lone.state, lone.group, lone.look(), lone.persistence)} == {"safe"}
+    assert {
+        each.verdict for each in check_group(lone.paths, lone.state, lone.group, lone.look(), lone.persistence)
+    } == {"safe"}
     lone.boot()
     run(lone)
     boots(lone)

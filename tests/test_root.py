@@ -20,7 +20,7 @@ from tests.killing import child
 from tests.kmipfixture import CLIENT
 from tests.lab.kmipliar import COMPROMISED, Liar
 from tests.test_devices import Machine
-from unlock.boot import activation, agent, candidates, gate, handover
+from unlock.boot import activation, agent, candidates, gate, handover, mount
 from unlock.disks import disk_keys, luks
 from unlock.disks.udev import Disk
 from unlock.errors import DiskFailed, NoKey, Refused
@@ -614,3 +614,23 @@ def test_the_tpm_says_which_disks_the_root_needs_from_its_adoption_on(tmp_path: 
         assert host.boot() == "unsealed"
     finally:
         host.close()
+
+
+# A disk that left its group
+
+
+def test_a_disk_that_left_its_group_is_not_mounted_in_its_place(host: Host, machine: Seen) -> None:
+    """Early boot has no state, and opens what is complete by an older member list."""
+    (member,) = host.state.groups["data"].members
+    machine.opened(member.name, member.uuid)
+    machine.opened("data-9")
+
+    def work() -> None:
+        mount._refuse_former_members(host.paths, "data", {member.name})
+        with pytest.raises(Refused, match="data-9 is open, and is no member of it any more") as caught:
+            mount._refuse_former_members(host.paths, "data", {"data-9"})
+        assert caught.value.code == "stale"
+        os.unlink(host.paths.state)
+        mount._refuse_former_members(host.paths, "data", {"data-9"})  # a host that has lost its state still mounts
+
+    machine.inside(work)

@@ -97,11 +97,13 @@ def _boot(argv: list[str]) -> int:
 
         return write_early_report(paths)
     if argv == ["baseline"]:
+        from .boot.gate import record_early_groups
         from .host.this_boot import tpm_device
         from .operations.baseline import record_good_boot
         from .operations.policy import good_boot
 
         try:
+            record_early_groups(paths)
             record_good_boot(paths, tpm_device())
         finally:  # a window is closed even if no baseline can be recorded
             good_boot(paths)

@@ -96,6 +96,12 @@ class DiskFailed(UnlockError):
     code, status = "disk-failed", 11
 
 
+class Degraded(UnlockError):
+    """Not a failure: a group is open, and does not have all of its members."""
+
+    code, status = "degraded", 16
+
+
 class NoKey(UnlockError):
     """A key that is needed is not in the key cache."""
 

@@ -4,6 +4,7 @@
     add_disk(disk)             a worker of its own reads the disk's header
     take_answers()             takes in headers, finds the token, unwraps the volume key; takes in activations
     start_complete_groups()    gives the workers of complete groups their volume keys, at most one a core at a time
+    start_degraded(name)       the same for the members of a group that are here; then looks whether they suffice
     stop()                     starts no more activations, waits for running ones or kills them, closes failed groups
 
 Early boot, the recovery prompt and the gates of the real root use it, each with its own way to unwrap volume keys. A
@@ -22,7 +23,8 @@ from ..errors import Malformed, NotOurs, Tampered, UnlockError
 from ..host.report import OPEN, OUTCOMES, Report, now
 from ..light import Callable, Sequence
 from ..secret import Secret
-from .candidates import Candidate, choose_members
+from . import degraded
+from .candidates import Candidate, choose_members, choose_present
 from .worker import Ended, Worker, WorkerHeader
 
 ACTIVATION_TIMEOUT = 20.0
@@ -49,6 +51,10 @@ class _Group:
         self.opened: dict[str, str] = {}
         """Mapping name -> node, of what this process opened and has not closed."""
         self.failed = False
+        self.degraded = False
+        """It is opened without all of its members."""
+        self.why_not = ""
+        """Why those that were here did not suffice, in words."""
 
 
 class GroupOpener:
@@ -56,6 +62,8 @@ class GroupOpener:
 
     `host` is a host id, or '' for any host; `only` limits it to one group; `workers` 0 is one activation a core.
     `members`: disks that have a token of this host, where the caller knows them: one without is `altered`.
+    `manifest`: the generation of the member list, where the caller knows it: an older token is `stale`. `left_out`:
+    LUKS UUIDs of disks that are not opened with the others.
     """
 
     def __init__(
@@ -67,12 +75,15 @@ class GroupOpener:
         only: str = "",
         workers: int = 0,
         members: Sequence[Member] = (),
+        manifest: int = 0,
+        left_out: frozenset[str] = frozenset(),
     ) -> None:
         self.host = host
         self.unwrap = unwrap
         self.report = report
         self.only = only
         self._members = members
+        self._manifest, self._left_out = manifest, left_out
         self.workers = workers or len(os.sched_getaffinity(0))
         self.read_timeout = READ_TIMEOUT
         self.has_listed_disks = False
@@ -193,7 +204,14 @@ class GroupOpener:
         if not authentic:
             assert trouble
             raise trouble
+        authentic = [each for each in authentic if each.token.manifest >= self._manifest]
+        if not authentic:
+            words = f"its member list has generation {tokens[0].manifest}, and that of the group {self._manifest}"
+            raise UnlockError(words, code="stale")
         first = authentic[0].token  # a token that did not unwrap is not authentic
+        if uuid in self._left_out:
+            self.report.set_disk(disk.node, "was-away", uuid=uuid, name=first.name, group=first.group)
+            return False
         self.report.set_disk(
             disk.node,
             "already-open" if luks.active_uuid(first.name) == uuid else "waiting",
@@ -230,6 +248,28 @@ class GroupOpener:
                 self.report.set_disk(each.disk.node, "duplicate", f"UUID {each.header.uuid}")
         return members
 
+    def start_degraded(self, name: str, settled: bool) -> bool:
+        """Begins to open a group with its members that are here. False where none is, or it has begun."""
+        group = self.groups.get(name)
+        if not group or group.nodes or self.reading:
+            return False
+        members = choose_present(group.candidates, settled).members
+        if members:
+            group.degraded = True
+            self._begin(group, members)
+        return bool(members)
+
+    def present_uuids(self, name: str) -> set[str]:
+        """LUKS UUIDs of the members that `start_degraded` would open."""
+        candidates = self.groups[name].candidates if name in self.groups else []
+        return {each.header.uuid for each in choose_present(candidates, settled=True).members}
+
+    def may_open_degraded(self, name: str) -> bool:
+        """Whether each member that is here says so, authenticated by its token."""
+        group = self.groups[name]
+        members = choose_present(group.candidates, settled=True).members
+        return not group.nodes and bool(members) and all(each.token.degraded for each in members)
+
     def _begin(self, group: _Group, members: list[Candidate]) -> None:
         """Queues the members for activation, unless a mapping of another disk has the name of one."""
         names = [each.token.name for each in members]
@@ -257,11 +297,45 @@ class GroupOpener:
             return
         if any(each.disk.node in group.nodes for each in self.activating.values()):
             return
-        if all(self.report.outcome(node) in OPEN for node in group.nodes):
-            mappings = sorted(self.report.disks[node].name for node in group.nodes)
-            self.report.set_group(group.name, "open", members=len(group.nodes), mappings=tuple(mappings))
-        else:
+        if not all(self.report.outcome(node) in OPEN for node in group.nodes):
             self._fail(group)
+            return
+        tokens = [each.token for each in group.candidates if each.disk.node in group.nodes]
+        if all(each.degraded for each in tokens):
+            self._leave_out_lagging(group)
+            group.why_not = degraded.find_written_apart(self.report.disks[node].name for node in group.nodes)
+            if group.why_not:
+                self.report.add_event("trouble", f"group {group.name}: {group.why_not}")
+                self._fail(group)
+                return
+        mappings = tuple(sorted(self.report.disks[node].name for node in group.nodes))
+        if not group.degraded:
+            self.report.set_group(group.name, "open", members=len(group.nodes), mappings=mappings)
+            return
+        found = degraded.judge(mappings)
+        if found.why_not:
+            group.why_not = found.why_not
+            self._fail(group)
+            return
+        self.report.set_group(
+            group.name,
+            "degraded",
+            present=len(mappings),
+            members=max(each.members for each in tokens),
+            mappings=mappings,
+            kind=found.kind,
+            generation=found.generation,
+        )
+
+    def _leave_out_lagging(self, group: _Group) -> None:
+        """Early boot does not know who was away while the group was written. So a btrfs that may have been mounted
+        without one of its devices is opened without those that lack what the others have."""
+        names = {self.report.disks[node].name: node for node in group.nodes}
+        for name in degraded.find_lagging(names):
+            if name in group.opened:
+                self._close_mapping(group, name, "was-away")
+                group.nodes.discard(names[name])
+                group.degraded = True
 
     def _fail(self, group: _Group) -> None:
         group.failed = True
@@ -273,13 +347,18 @@ class GroupOpener:
         """Closes what this process opened of a group; none of it is mounted."""
         for name in group.opened:
             forget.forget_file_system(name)
-        for name, node in list(group.opened.items()):
-            try:
-                luks.deactivate(name)
-                self.report.set_disk(node, "closed-again")
-                del group.opened[name]
-            except UnlockError as error:
-                self.report.set_disk(node, "failed", f"cannot be closed: {error}")
+        for name in list(group.opened):
+            self._close_mapping(group, name, "closed-again")
+
+    def _close_mapping(self, group: _Group, name: str, outcome: str) -> None:
+        node = group.opened[name]
+        forget.forget_file_system(name)
+        try:
+            luks.deactivate(name)
+            self.report.set_disk(node, outcome)
+            del group.opened[name]
+        except UnlockError as error:
+            self.report.set_disk(node, "failed", f"cannot be closed: {error}")
 
     def close_all(self) -> bool:
         """Closes everything that this process opened. False when something stays open."""
@@ -391,6 +470,19 @@ class GroupOpener:
 
     # What the caller asks for
 
+    @property
+    def expected_uuids(self) -> set[str]:
+        """LUKS UUIDs of the members that are opened together when they are here."""
+        return {each.uuid for each in self._members} - self._left_out
+
+    def is_opening(self, name: str) -> bool:
+        """Whether the group has begun to open, and is neither open nor failed yet."""
+        return name in self.groups and bool(self.groups[name].nodes) and not self.report.group_outcome(name)
+
+    def why_not_enough(self, name: str) -> str:
+        """Why the members that were here did not suffice, in words; ''."""
+        return self.groups[name].why_not if name in self.groups else ""
+
     def has_failed(self, name: str) -> bool:
         """Whether the group's members were all here, and it did not open."""
         return name in self.groups and self.groups[name].failed
@@ -435,14 +527,15 @@ def run_once(opener: GroupOpener, monitor: Monitor, *, list_disks: bool) -> bool
     return settled and not opener.is_busy()
 
 
-def open_present(opener: GroupOpener, monitor: Monitor) -> None:
+def open_present(opener: GroupOpener, monitor: Monitor, degraded: Sequence[str] = ()) -> None:
     """Opens what can be opened of the disks that are here now, without waiting for others. Wipes the volume keys.
+    `degraded`: groups that are opened without all of their members.
 
     Each disk has a deadline of its own, so many disks may take long together; the wait for udev is bounded.
     """
     done = run_once(opener, monitor, list_disks=True)
     end = now() + ACTIVATION_TIMEOUT
-    while not done and now() < end:
+    while (not done or any(opener.start_degraded(each, settled=True) for each in degraded)) and now() < end:
         wait_readable([monitor.fileno(), *opener.worker_fds()], 0.05)
         done = run_once(opener, monitor, list_disks=False)
         if opener.is_busy():

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 TPM_WAIT = 10.0
 """Seconds to wait for the driver of a TPM that the firmware announces."""
+DEGRADED_AFTER = 30.0
+"""Seconds that a group may lack members before it is opened without them, if the tokens of all others allow that."""
 STOP_PATIENCE = 20.0
 """Seconds that running activations get when early boot ends."""
 
@@ -93,13 +95,20 @@ def start_reading(record: report.Report) -> "tuple[GroupOpener, Monitor]":
 def open_groups(
     paths: Paths, opener: "GroupOpener", monitor: "Monitor", signals: "Signals", record: report.Report
 ) -> None:
-    """Opens groups as their disks appear, and writes the report and `idle` on SIGUSR1, until SIGTERM."""
+    """Opens groups as their disks appear, and writes the report and `idle` on SIGUSR1, until SIGTERM. A group that may
+    open degraded has no outcome before its patience is over, so that the boot scripts wait, and nothing else asks."""
     from .activation import run_once, wait_readable
 
     report_wanted, list_disks = True, not opener.has_listed_disks
+    patience = report.now() + DEGRADED_AFTER
     while not signals.stop:
         done = run_once(opener, monitor, list_disks=list_disks)
         list_disks = False
+        if done and (waiting := [each for each in opener.groups if opener.may_open_degraded(each)]):
+            done = False
+            if report.now() >= patience:
+                for each in waiting:
+                    opener.start_degraded(each, settled=True)
         if report_wanted and done:
             report_wanted = False
             this_boot.publish(paths, record)

@@ -50,6 +50,27 @@ def choose_members(candidates: list[Candidate], settled: bool) -> Chosen:
     return Chosen([], duplicates)
 
 
+def choose_present(candidates: list[Candidate], settled: bool) -> Chosen:
+    """The members that are here, for a group that is opened without the others: all of one member list, the newest that
+    is known here. Empty if none is here.
+
+    While a new list is written, its first disks have both: such a list counts as newer only where a disk has it alone.
+    So disks that left a list never open by it again once one disk is here that knows a newer one.
+    """
+    newest = {each.disk.node: 0 for each in candidates}
+    for each in candidates:
+        newest[each.disk.node] = max(newest[each.disk.node], each.token.manifest)
+    best = Chosen([], [])
+    for manifest in sorted({each.token.manifest for each in candidates}, reverse=True):
+        of_list = [each for each in candidates if each.token.manifest == manifest]
+        nodes = {each.disk.node for each in of_list}
+        if all(node in nodes for node, its_newest in newest.items() if its_newest > manifest):
+            found = _choose_by_uuid(of_list, settled)
+            if len(found.members) > len(best.members):
+                best = found
+    return best
+
+
 def _choose_by_uuid(candidates: list[Candidate], settled: bool) -> Chosen:
     """One disk for each UUID, whether all members are here or not."""
     by_uuid: dict[str, list[Candidate]] = {}

@@ -3,6 +3,10 @@
 
     gate(G)         unlock-group@G runs it: returns when the group is open, raises at its deadline
     open_group(G)   `unlock open`: opens the group at once, with the disks that are here
+
+Where its policy allows it, a group is opened without all of its members, after its patience; by hand, at once. Who was
+away is in the state before the group is marked as open, and so before it is mounted: a btrfs is never opened again with
+a disk that lacks what the others have, until that is healed (operations/heal_group.py).
     heal()          udev starts it for a new disk, a sync for a new key: runs failed gates again that can succeed now
 
 The volume keys are unwrapped with keys from the key cache, or by the recovery key. The provider is asked only for
@@ -14,17 +18,19 @@ import fcntl
 import json
 import os
 import random
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
 from .. import log
-from ..disks import devices, disk_keys, find, spoofed, udev
-from ..disks.groups import Group
+from ..disks import devices, disk_keys, find, forget, luks, spoofed, udev
+from ..disks.groups import Away, Group
 from ..disks.header import Header
 from ..disks.token import Token
 from ..errors import (
     ClockWrong,
+    CommandFailed,
     NoKey,
     NotOurs,
     ProviderProtocol,
@@ -73,7 +79,12 @@ def _name_group(name: str, error: UnlockError) -> str:
 
 def _gate(paths: Paths, name: str) -> int:
     settings = config.load(paths.config).group(name)
-    end = report.now() + (settings.deadline if settings else config.DEADLINE)
+    began = report.now()
+    end = began + (settings.deadline if settings else config.DEADLINE)
+    degraded_from = None
+    if settings and settings.degraded == "allow" and name in State.load(paths).groups:
+        degraded_from = min(began + settings.degraded_after, end)
+    _close_left_out(paths, name)
     if _is_open_already(paths, name):
         return 0
     record = report.Report(f"gate {name}")
@@ -85,7 +96,7 @@ def _gate(paths: Paths, name: str) -> int:
         _mark_failed(paths, name)
         raise
     opener = _opener(State.load(paths), name, unwrap, record)
-    _open_until(opener, monitor, name, end)
+    _open_until(opener, monitor, name, end, degraded_from)
     if not _is_open(record, name):
         _mark_failed(paths, name)
         done = run_once(opener, monitor, list_disks=True)
@@ -96,11 +107,103 @@ def _gate(paths: Paths, name: str) -> int:
     opener.wipe()
     this_boot.write_report(paths, record, f"gate-{name}.json")
     if not _is_open(record, name):
-        raise UnlockError(*_explain_failure(paths, record, name), code="group-incomplete")
+        raise UnlockError(*_explain_failure(paths, record, name, opener.why_not_enough(name)), code="group-incomplete")
     _refuse_active_copies(paths, name, record.groups[name].mappings)
-    this_boot.mark_open(paths, name, record.groups[name].mappings)
-    this_boot.unmark(paths, "failed-groups", name)
+    if _put_in_service(paths, opener, name):
+        words = describe_degraded(State.load(paths), name, record.groups[name].mappings)
+        log.console(words)
+        log.error(words, f"unlock group heal {name}")
     return 0
+
+
+def _put_in_service(paths: Paths, opener: GroupOpener, name: str) -> bool:
+    """Marks a group as open, so that it can be mounted. True if it lacks members: who they are is in the state first.
+    Closes the group again, and raises UnlockError, where that cannot be written."""
+    row = opener.report.groups[name]
+    is_degraded = row.outcome == "degraded"
+    group = State.load(paths).groups.get(name)
+    if is_degraded or (group and group.away):
+        try:
+            _record_away(paths, row)
+        except (UnlockError, OSError) as error:
+            opener.close_all()
+            words = f"group {name} stays closed: who is away cannot be written down: {error}"
+            raise UnlockError(words, "unlock check", "group-incomplete") from error
+    this_boot.mark_open(paths, name, row.mappings, row if is_degraded else None)
+    this_boot.unmark(paths, "failed-groups", name)
+    if is_degraded:
+        _bring_up(row)
+    return is_degraded
+
+
+def _bring_up(row: report.GroupRow) -> None:
+    """Has what lies on the members that are here start without the others: LVM and md are told to, and udev looks at
+    each mapping again, as systemd waits for all devices of a btrfs else. Best effort: what depends on it says more."""
+    nodes = [f"/dev/mapper/{name}" for name in row.mappings]
+    of_these = " || ".join(f"pv_name={node}" for node in nodes)
+    arrays = sorted({array for node in nodes for array in devices.holders(node)})
+    commands = {
+        "btrfs": [["udevadm", "trigger", "--settle", "--action=change", *nodes]],
+        "LVM2_member": [["vgchange", "--activate", "ay", "--activationmode", "degraded", "--select", of_these]],
+        "linux_raid_member": [["mdadm", "--run", array] for array in arrays],
+    }
+    for command in commands.get(row.kind or "", []):
+        try:
+            run(command, timeout=60)
+        except CommandFailed as error:
+            log.error(f"group {row.name}: {error}", shlex.join(command))
+
+
+def describe_degraded(state: State, name: str, mappings: Sequence[str]) -> str:
+    """Which members a group is open without, in words."""
+    away = [each for each in state.groups[name].members if each.name not in mappings]
+    names = ", ".join(f"{each.name} (serial {each.serial or 'unknown'})" for each in away)
+    return f"group {name} is open degraded, without {names}"
+
+
+def _record_away(paths: Paths, row: report.GroupRow) -> bool:
+    """Writes into the state without whom a group was opened; and that nobody is away, where all of md, LVM or ZFS are
+    here: those mend themselves. False where the state says so already. Raises Refused, OSError."""
+    with exclusive(paths):
+        state = State.load(paths)
+        group = state.groups[row.name]
+        known = {each.uuid: each for each in group.away}
+        missing = [each for each in group.members if each.name not in row.mappings]
+        new = tuple(known.get(each.uuid, Away(each.uuid, row.kind or "", row.generation or 0)) for each in missing)
+        if new == group.away:
+            return False
+        state.groups[row.name] = group._replace(away=new)
+        state.save()
+        return True
+
+
+def record_early_groups(paths: Paths) -> None:
+    """Writes down who was away when early boot opened a group degraded: it has no state. Logs what fails."""
+    opened = this_boot.open_groups(paths)
+    for name, row in this_boot.degraded_groups(paths).items():
+        try:
+            state = State.load(paths)
+            if name in state.groups and name in opened:
+                mappings = tuple(sorted(opened[name]))
+                if _record_away(paths, row._replace(mappings=mappings)):
+                    log.error(describe_degraded(state, name, mappings), f"unlock group heal {name}")
+        except (UnlockError, OSError) as error:
+            log.error(f"group {name}: who is away cannot be written down: {error}", "unlock check")
+
+
+def _close_left_out(paths: Paths, name: str) -> None:
+    """Closes members that early boot has opened with the others, and that were away while the group was written: early
+    boot does not know the state. Nothing is mounted before the gate. Raises DiskFailed when one is in use."""
+    group = State.load(paths).groups.get(name)
+    left_out = group.left_out() if group else frozenset()
+    names = [each.name for each in group.members if each.uuid in left_out] if group else []
+    opened = [each for each in names if devices.dm_uuid(each) is not None]
+    if not group or not opened or devices.mount_points_on({each.name for each in group.members}):
+        return
+    this_boot.unmark(paths, "open", name)
+    for each in opened:
+        forget.forget_file_system(each)
+        luks.deactivate(each)
 
 
 def _refuse_active_copies(paths: Paths, name: str, mappings: Sequence[str]) -> None:
@@ -115,32 +218,48 @@ def _refuse_active_copies(paths: Paths, name: str, mappings: Sequence[str]) -> N
     this_boot.unmark(paths, "spoofed", name)
 
 
-def _open_until(opener: GroupOpener, monitor: udev.Monitor, name: str, end: float) -> None:
-    """Opens disks as they appear until the group is open, has failed, or `end` (report.now()) has come."""
+def _open_until(opener: GroupOpener, monitor: udev.Monitor, name: str, end: float, degraded_from: float | None) -> None:
+    """Opens disks as they appear until the group is open, has failed, or `end` (report.now()) has come. From
+    `degraded_from` on, or when nobody else is expected, it is opened without all of its members."""
     list_disks = True
-    while not _is_open(opener.report, name) and report.now() < end and not opener.has_failed(name):
+    while not _is_open(opener.report, name) and not opener.has_failed(name):
         done = run_once(opener, monitor, list_disks=list_disks)
         list_disks = False
+        if done and degraded_from is not None:
+            expects_nobody = opener.expected_uuids <= opener.present_uuids(name)
+            if expects_nobody or report.now() >= degraded_from:
+                done = not opener.start_degraded(name, settled=True)
+        if report.now() >= end and not opener.is_opening(name):
+            return
         if not _is_open(opener.report, name):
             fds = [monitor.fileno(), *opener.worker_fds()]
-            wait_readable(fds, min(1.0, end - report.now()) if done else 0.05)
+            until = end if degraded_from is None or report.now() >= degraded_from else degraded_from
+            wait_readable(fds, min(1.0, until - report.now()) if done else 0.05)
 
 
 def _is_open_already(paths: Paths, name: str) -> bool:
-    """Whether every member has its mapping already, opened by hand perhaps. The group is marked open then. Raises
-    Tampered."""
+    """Whether every member has its mapping already, opened by hand perhaps; or, where it was opened degraded, those
+    that were here then. The group is marked open. Raises Tampered."""
     group = State.load(paths).groups.get(name)
-    if not group or any(devices.active_mapping_name(each.uuid) != each.name for each in group.members):
+    if not group:
+        return False
+    if name in this_boot.degraded_groups(paths):
+        has = this_boot.open_groups(paths).get(name, set())
+        return bool(has) and all(devices.dm_uuid(each) is not None for each in has)
+    if group.left_out() or any(devices.active_mapping_name(each.uuid) != each.name for each in group.members):
         return False
     mappings = [each.name for each in group.members]
     _refuse_active_copies(paths, name, mappings)
+    if group.away:
+        _record_away(paths, report.GroupRow(name, "open", mappings=tuple(mappings)))
     this_boot.mark_open(paths, name, mappings)
     this_boot.unmark(paths, "failed-groups", name)
     return True
 
 
-def open_group(paths: Paths, name: str, *recovery: Secret) -> None:
-    """Opens and mounts a group whose disks are all here; mounts one that is open already.
+def open_group(paths: Paths, name: str, *recovery: Secret, degraded: bool = False) -> str:
+    """Opens and mounts a group whose disks are all here, with `degraded` one that lacks some; mounts one that is open
+    already. Returns what it lacks, in words; '' if nothing.
 
     With recovery keys, headers are authenticated by them, and no other key is needed. Raises Usage, NoKey,
     Tampered, NotOurs for a wrong key, UnlockError with what is missing.
@@ -149,32 +268,46 @@ def open_group(paths: Paths, name: str, *recovery: Secret) -> None:
     if name not in state.groups:
         raise Usage(f"there is no group {name}", "unlock status")
     settings = config.load(paths.config).group(name)
+    _close_left_out(paths, name)
     if not _is_open_already(paths, name):
         record = report.Report(f"open {name}")
         unwrap = _by_recovery_key(*recovery) if recovery else make_unwrap(paths, name, record, report.now())
         monitor = udev.Monitor()
-        open_present(_opener(state, name, unwrap, record), monitor)
+        opener = _opener(state, name, unwrap, record)
+        open_present(opener, monitor, [name] if degraded else [])
         this_boot.write_report(paths, record, f"open-{name}.json")
         if not _is_open(record, name):
-            raise _make_error(paths, record, name)
-        this_boot.mark_open(paths, name, record.groups[name].mappings)
-        this_boot.unmark(paths, "failed-groups", name)
+            raise _make_error(paths, record, name, opener.why_not_enough(name))
+        _put_in_service(paths, opener, name)
     if units.is_systemd_running() and paths.root == "/":
         units.start_group(name, settings.mount if settings else "")
+    if name not in this_boot.degraded_groups(paths):
+        return ""
+    return describe_degraded(State.load(paths), name, sorted(this_boot.open_groups(paths)[name]))
 
 
 def _opener(state: State, name: str, unwrap: Unwrap, record: report.Report) -> GroupOpener:
     group = state.groups.get(name)
-    return GroupOpener(state.host, unwrap, record, only=name, members=group.members if group else ())
+    if not group:
+        return GroupOpener(state.host, unwrap, record, only=name)
+    return GroupOpener(
+        state.host,
+        unwrap,
+        record,
+        only=name,
+        members=group.members,
+        manifest=group.manifest,
+        left_out=group.left_out(),
+    )
 
 
 def _by_recovery_key(*recovery: Secret) -> Unwrap:
     return lambda header, token: disk_keys.dek_by_checked_recovery_key(header, token, *recovery)
 
 
-def _make_error(paths: Paths, record: report.Report, name: str) -> UnlockError:
+def _make_error(paths: Paths, record: report.Report, name: str, why_not: str = "") -> UnlockError:
     """The error for a group that did not open: the worst outcome of its disks."""
-    message, hint = _explain_failure(paths, record, name)
+    message, hint = _explain_failure(paths, record, name, why_not)
     outcomes = {each.outcome for each in record.disks.values()}
     if outcomes & {"tampered", "altered"}:
         return Tampered(message, hint)
@@ -241,7 +374,7 @@ def _heal_group(paths: Paths, name: str) -> None:
     for disk in udev.luks2_disks():
         opener.add_disk(disk)
     opener.read_headers()
-    complete = opener.is_complete(name)
+    complete = opener.is_complete(name) or _may_go_on_degraded(paths, opener, name)
     opener.wipe()
     if not complete:
         return
@@ -261,6 +394,16 @@ def _log_once(paths: Paths, name: str, error: UnlockError, hint: str) -> None:
     message = _name_group(name, error)
     if this_boot.is_news(paths, name, message):
         log.error(message, hint)
+
+
+def _may_go_on_degraded(paths: Paths, opener: GroupOpener, name: str) -> bool:
+    """Whether its gate would open a group without those that were away."""
+    try:
+        settings = config.load(paths.config).group(name)
+    except UnlockError:
+        return False
+    allowed = settings is not None and settings.degraded == "allow"
+    return allowed and opener.expected_uuids <= opener.present_uuids(name)
 
 
 def make_unwrap(
@@ -439,11 +582,11 @@ def _explain_missing_key(paths: Paths) -> str:
 
 
 def _is_open(record: report.Report, name: str) -> bool:
-    return record.group_outcome(name) == "open"
+    return record.group_outcome(name) in report.GROUP_OPEN
 
 
-def _explain_failure(paths: Paths, record: report.Report, name: str) -> tuple[str, str]:
-    """Message and hint, which name the members that are missing or failed."""
+def _explain_failure(paths: Paths, record: report.Report, name: str, why_not: str = "") -> tuple[str, str]:
+    """Message and hint, which name the members that are missing or failed. `why_not`: why the others do not suffice."""
     group = State.load(paths).groups.get(name)
     if group is None:
         return f"there is no group {name}", "unlock status"
@@ -458,6 +601,10 @@ def _explain_failure(paths: Paths, record: report.Report, name: str) -> tuple[st
             parts.append(f"{member.name} (serial {member.serial or 'unknown'}) is missing")
         elif row.outcome not in ("waiting", "closed-again", *report.OPEN):
             parts.append(f"{member.name} ({row.node}): {row.describe()}")
+    if why_not:
+        parts.append(why_not)
+    elif hint == "unlock status" and {row.outcome for row in rows.values()} - {"was-away"} == {"waiting"}:
+        hint = f"unlock open {name} --degraded"
     return f"group {name} is not open: " + ("; ".join(parts) or "it did not open in time"), hint
 
 

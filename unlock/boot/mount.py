@@ -11,12 +11,13 @@ Before that the kernel is made to forget copies of the group's btrfs; only the c
 import ctypes
 import os
 
-from ..disks import btrfs, devices
-from ..errors import CommandFailed, Tampered, Usage
+from ..disks import btrfs, devices, udev
+from ..errors import CommandFailed, Refused, Tampered, UnlockError, Usage
 from ..host import this_boot
 from ..light import NamedTuple, Sequence
 from ..paths import Paths
 from ..run import run
+from . import degraded
 
 TYPE = "unlock"
 """The type in a mount unit: mount(8) then runs mount.unlock. `unlock.btrfs` names the file system."""
@@ -43,6 +44,10 @@ def mount(paths: Paths, argv: Sequence[str]) -> int:
     group, names = find_group(paths, request.source)
     try:
         btrfs.forget_copies([f"/dev/mapper/{name}" for name in names])
+        _refuse_former_members(paths, group, names)
+        _refuse_written_apart(group, names)
+        if group in this_boot.degraded_groups(paths) and _is_btrfs(request):
+            request = request._replace(options=",".join(filter(None, (request.options, "degraded"))))
         _mount_checked(request, group, names)
     except Tampered as error:
         this_boot.mark_spoofed(paths, group, str(error))
@@ -76,6 +81,42 @@ def find_group(paths: Paths, source: str) -> tuple[str, set[str]]:
         if node in (os.path.realpath(f"/dev/mapper/{name}") for name in names):
             return group, names
     raise Usage(f"{source} is no disk of a group that is open", "unlock status")
+
+
+def _refuse_former_members(paths: Paths, group: str, names: set[str]) -> None:
+    """Raises Refused for a mapping of a disk that has left the group: early boot, which has no state, opens what is
+    complete by an older member list. A host that has lost its state still mounts."""
+    from ..host.state import State  # 60 ms, and no other part of the mount needs it
+
+    try:
+        members = State.load(paths).groups[group].members
+    except (UnlockError, OSError, KeyError):
+        return
+    uuids = devices.active_mappings()
+    former = sorted(name for name in names if uuids.get(name) not in {each.uuid for each in members})
+    if former:
+        words = f"group {group}: {', '.join(former)} is open, and is no member of it any more"
+        raise Refused(words, f"cryptsetup close {former[0]}; unlock open {group}", "stale")
+
+
+def _refuse_written_apart(group: str, names: set[str]) -> None:
+    """Raises Refused for a btrfs whose disks were written without each other: the kernel would mix them."""
+    if len(names) > 1 and not _is_mounted(names) and (words := degraded.find_written_apart(names)):
+        raise Refused(
+            f"group {group}: {words}",
+            f"choose whose is to stay, take the others out, reboot; then: unlock open {group} --degraded",
+            "written-apart",
+        )
+
+
+def _is_mounted(names: set[str]) -> bool:
+    """Whether a file system on these mappings is in use: its superblocks are being written then."""
+    return bool(devices.mount_points_on(names))
+
+
+def _is_btrfs(request: Request) -> bool:
+    """Whether it is a btrfs, which mounts without all of its devices by an option alone. Raises DiskFailed."""
+    return (request.kind or udev.file_system(os.path.realpath(request.source)).kind) == "btrfs"
 
 
 def _mount_checked(request: Request, group: str, names: set[str]) -> None:

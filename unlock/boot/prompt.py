@@ -5,6 +5,7 @@ The boot scripts run it when the root disk did not open. The recovery shell open
 """
 
 import os
+from collections.abc import Sequence
 
 from .. import ask, log
 from ..disks import disk_keys, token, udev
@@ -82,8 +83,9 @@ def _show(line: str) -> None:
     ask.show_on_splash(line)
 
 
-def open_all(paths: Paths, *recovery: Secret) -> report.Report:
-    """Opens every group whose members these recovery keys authenticate. The result replaces this boot's report."""
+def open_all(paths: Paths, *recovery: Secret, degraded: Sequence[str] = ()) -> report.Report:
+    """Opens every group whose members these recovery keys authenticate, those of `degraded` without all of their
+    members too. The result replaces this boot's report."""
 
     def unwrap(header: Header, each: token.Token) -> Secret:
         return disk_keys.dek_by_checked_recovery_key(header, each, *recovery)
@@ -93,7 +95,7 @@ def open_all(paths: Paths, *recovery: Secret) -> report.Report:
     this_boot.mark(paths, "recovered")
     _continue_report(paths, record)
     monitor = udev.Monitor()
-    open_present(GroupOpener("", unwrap, record), monitor)
+    open_present(GroupOpener("", unwrap, record), monitor, degraded)
     this_boot.publish(paths, record)
     return record
 

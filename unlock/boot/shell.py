@@ -34,6 +34,7 @@ unlock status            groups and disks, as far as they are known here
 unlock explain           what differs from the last good boot, in full; --json
 unlock open --recovery   opens all disks by the recovery key, headers checked
                          --recovery-key-file FILE, else it is asked for
+                         --degraded GROUP: that one without its missing members
 exit                     goes on booting, with what is open then"""
 
 
@@ -61,17 +62,22 @@ def shell(paths: Paths, argv: list[str]) -> int:
 def _open(paths: Paths, options: list[str]) -> int:
     if "--recovery" not in options:
         raise Refused("the TPM is locked, and no key is left in memory", "unlock open --recovery", code="no-key")
-    options = [each for each in options if each != "--recovery"]
-    file = options[1] if options[:1] == ["--recovery-key-file"] and len(options) == 2 else ""
-    if options and not file:
-        raise Usage("every group is opened here", "unlock open --recovery [--recovery-key-file FILE]")
+    values: dict[str, str] = {}
+    words = [each for each in options if each != "--recovery"]
+    while len(words) > 1 and words[0] in ("--recovery-key-file", "--degraded"):
+        option, value, *words = words
+        values[option] = value
+    file, degraded = (values.get(each, "") for each in ("--recovery-key-file", "--degraded"))
+    if words:
+        takes = "[--recovery-key-file FILE] [--degraded GROUP]"
+        raise Usage("every group is opened here", f"unlock open --recovery {takes}")
     protect()
     keys: list[Secret] = []
     try:
         while True:
             with ask.from_file(file) if file else ask.anyone("recovery key", "--recovery-key-file") as typed:
                 keys.append(recovery_key.parse(typed))
-            found = prompt.open_all(paths, *keys)
+            found = prompt.open_all(paths, *keys, degraded=[degraded] if degraded else [])
             if found.has_changed_disk():
                 raise Tampered("a header is not the one that this host wrote: that disk stays closed", "unlock status")
             if found.has_open_group():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock group create`."""
+"""`unlock group create`, `unlock group set` and `unlock group heal`."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -8,6 +8,7 @@ from .. import log
 from ..paths import Paths
 from . import group_disks, leave, lists
 from .arguments import add_command, add_noun, add_recovery_key_and_escrow, escrow
+from .consent import add_consent, consent
 
 if TYPE_CHECKING:
     from ..operations.create_group import NewGroup
@@ -33,10 +34,25 @@ def add(commands: "Commands") -> None:
     create.add_argument(
         "--discard", action="store_true", help="tell the disks which blocks are unused (TRIM); they then show which are"
     )
+    create.add_argument(
+        "--degraded",
+        choices=("never", "allow"),
+        default="never",
+        help="allow: a boot opens the group without all of its disks, if its profile can do without the others",
+    )
     add_recovery_key_and_escrow(create)
     group_disks.add_to_group(verbs)
     lists.add_to_group(verbs)
     leave.add_to_group(verbs)
+    change = add_command(verbs, "set", _set, "whether a boot opens a group without all of its disks", "unlock check")
+    change.add_argument("name", metavar="group")
+    change.add_argument("--degraded", choices=("never", "allow"), required=True)
+    add_consent(change)
+    heal = add_command(
+        verbs, "heal", _heal, "take in a disk that was away while its group was written", "unlock status"
+    )
+    heal.add_argument("name", metavar="group")
+    add_consent(heal)
 
 
 def _create(paths: Paths, options: argparse.Namespace) -> int:
@@ -44,6 +60,32 @@ def _create(paths: Paths, options: argparse.Namespace) -> int:
 
     group = create_group(paths, wanted(options))
     log.note(f"group {group.name}: {len(group.members)} disk(s) at {options.mount}")
+    return 0
+
+
+def _set(paths: Paths, options: argparse.Namespace) -> int:
+    from ..operations.set_group import set_degraded
+
+    behind = set_degraded(paths, options.name, options.degraded, consent(options))
+    if options.json and not options.dry_run:
+        log.show_json({"version": 1, "group": options.name, "degraded": options.degraded, "behind": behind})
+    elif not options.dry_run:
+        log.note(f"group {options.name}: degraded = {options.degraded}")
+        if behind:
+            log.note(f"not yet on {', '.join(behind)}: done when back, by unlock sync")
+    return 0
+
+
+def _heal(paths: Paths, options: argparse.Namespace) -> int:
+    from ..operations.heal_group import heal_group
+
+    done = heal_group(paths, options.name, consent(options))
+    if options.json and not options.dry_run:
+        log.show_json({"version": 1, "healed": done.members, "away": done.left})
+    elif not options.dry_run:
+        log.note(f"group {options.name}: {', '.join(done.members) or 'nothing'} healed")
+        if done.left:
+            log.note(f"still away: {', '.join(done.left)}")
     return 0
 
 
@@ -61,4 +103,5 @@ def wanted(options: argparse.Namespace) -> "NewGroup":
         policy=options.policy,
         escrow=escrow(options),
         discard=options.discard,
+        degraded=options.degraded,
     )

@@ -5,7 +5,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from .. import log
-from ..errors import UnlockError, Usage
+from ..errors import Degraded, UnlockError, Usage
 from ..paths import Paths
 from .arguments import RECOVERY_KEY_SOURCE, add_command
 
@@ -24,6 +24,9 @@ def add(commands: "Commands") -> None:
         metavar="FILE",
         help=f"with --recovery; {RECOVERY_KEY_SOURCE}",
     )
+    opened.add_argument(
+        "--degraded", action="store_true", help="without missing members, if the others suffice; names each GROUP"
+    )
 
 
 def _open(paths: Paths, options: argparse.Namespace) -> int:
@@ -33,6 +36,8 @@ def _open(paths: Paths, options: argparse.Namespace) -> int:
     from ..host.state import State
     from ..keys import delivery, recovery_key
 
+    if options.degraded and not options.group:
+        raise Usage("--degraded is for groups that are named", "unlock open GROUP --degraded")
     names = options.group or sorted(State.load(paths).groups)
     if options.recovery_key_file and not options.recovery:
         raise Usage("--recovery-key-file is for --recovery", "unlock open --recovery --recovery-key-file FILE")
@@ -46,7 +51,8 @@ def _open(paths: Paths, options: argparse.Namespace) -> int:
     status = 0
     for name in names:
         try:
-            gate.open_group(paths, name, *keys)
+            if lacks := gate.open_group(paths, name, *keys, degraded=options.degraded):
+                raise Degraded(lacks, f"unlock group heal {name}")
             log.show(f"group {name}: open")
         except UnlockError as error:
             log.error(str(error), error.hint)

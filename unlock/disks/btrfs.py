@@ -185,6 +185,26 @@ def _profile(mountpoint: str, flags: int) -> str:
     raise CommandFailed(f"{mountpoint} has a btrfs profile that is not known here: {bits:#x}")
 
 
+def missing_devids(mountpoint: str, here: set[str]) -> list[int]:
+    """The ids of devices of a mounted btrfs that are not among the nodes `here`. Raises CommandFailed."""
+    devices = read_devices(mountpoint)
+    return [each.devid for each in devices if each.devid and os.path.realpath(each.node or "/") not in here]
+
+
+def mixed_profiles(mountpoint: str) -> dict[str, str]:
+    """Of a mounted btrfs: `d` for data or `m` for metadata -> the profile that can lose most devices, where some chunks
+    of that kind have another one. Raises CommandFailed."""
+    profiles: dict[str, set[str]] = {}
+    for space in read_space(mountpoint):
+        if space.size:
+            profiles.setdefault("d" if "data" in space.kind.split("+") else "m", set()).add(space.profile)
+    return {kind: max(names, key=_spare) for kind, names in profiles.items() if len(names) > 1}
+
+
+def _spare(profile: str) -> int:
+    return PROFILES[profile].spare
+
+
 def read_replace(mountpoint: str) -> Replace:
     """Raises CommandFailed."""
     asked = bytearray(2600)

@@ -42,6 +42,8 @@ class Chunk(NamedTuple):
 
     start: int
     length: int
+    kind: str
+    """data, metadata or system"""
     profile: str
     spare: int
     """How many devices it can lose."""
@@ -61,6 +63,9 @@ class Device(NamedTuple):
     devices: int
     """How many devices the file system has."""
     node_size: int
+    root: int
+    """Address of the root of its trees; `log_root`: of what was synced since the last commit, 0 for nothing."""
+    log_root: int
     chunk_root: int
     chunk_root_generation: int
     chunk_root_level: int
@@ -86,6 +91,8 @@ def read_device(node: str) -> Device | None:
             generation=_number(block, 0x48),
             devices=_number(block, 0x88),
             node_size=node_size,
+            root=_number(block, 0x50),
+            log_root=_number(block, 0x60),
             chunk_root=_number(block, 0x58),
             chunk_root_generation=_number(block, 0xA4),
             chunk_root_level=block[0xC7],
@@ -100,11 +107,11 @@ def why_not_enough(here: Sequence[Device]) -> str:
 
     Raises Malformed where that cannot be told from them: then only the kernel can say.
     """
-    newest = max(here, key=lambda each: each.generation)
+    newest = find_newest(here)
     devids = {each.devid for each in here}
     if len(devids) >= newest.devices:
         return ""
-    for chunk in _read_chunks(newest, here):
+    for chunk in read_chunks(here):
         lacking = len({devid for devid, _ in chunk.stripes} - devids)
         if lacking > chunk.spare:
             can = f"can lose {chunk.spare} device(s), not {lacking}"
@@ -113,14 +120,70 @@ def why_not_enough(here: Sequence[Device]) -> str:
 
 
 def lagging(here: Sequence[Device]) -> list[Device]:
-    """The devices of one btrfs that lack what others of it have. A crash in the midst of a commit leaves some of them
-    one generation behind, which the kernel mends."""
-    newest = max((each.generation for each in here), default=0)
-    return [each for each in here if each.generation < newest - 1]
+    """The devices of one btrfs that lack what others of it have: commits, or what was synced (fsync) since the last.
+
+    A crash between the writes of two superblocks leaves one of them behind, by one generation or one sync, but with all
+    blocks that the other superblock names; the kernel mends that. Raises OSError, Malformed.
+    """
+    newest = find_newest(here)
+    found = []
+    for each in here:
+        if each.generation < newest.generation - 1:
+            found.append(each)
+        elif (each.generation, each.log_root) != (newest.generation, newest.log_root):
+            addresses = (newest.root, newest.log_root) if newest.log_root else (newest.root,)
+            copies = [_copies(each, newest, read_chunks(here), address) for address in addresses]
+            if any(own != theirs for own, theirs in copies):
+                found.append(each)
+    return found
 
 
-def _read_chunks(newest: Device, here: Sequence[Device]) -> list[Chunk]:
-    """All chunks, from the chunk tree. Raises Malformed."""
+def find_newest(here: Sequence[Device]) -> Device:
+    """The device that has the most."""
+    return max(here, key=lambda each: (each.generation, each.log_root != 0))
+
+
+def written_apart(here: Sequence[Device]) -> list[Device]:
+    """The devices of one btrfs that were written while the newest of them was away, and the other way round, where that
+    shows: they have the newest generation or the one before, and the root of their trees is another block there.
+
+    Both say of that block that it has its address and generation; so it is no block that was lost on one of them. Of
+    more generations nothing is left to compare. Raises Malformed, OSError.
+    """
+    newest = find_newest(here)
+    found = []
+    for each in here:
+        if each is newest or each.generation < newest.generation - 1:
+            continue
+        own, theirs = _copies(each, newest, read_chunks(here), each.root)
+        expected = (each.root, each.generation)
+        are_whole = [block for block in (own, theirs) if block and (_number(block, 48), _number(block, 80)) == expected]
+        another = each.generation == newest.generation and each.root != newest.root
+        if another or len(set(are_whole)) > 1:
+            found.append(each)
+    return found
+
+
+def _copies(device: Device, newest: Device, chunks: Sequence[Chunk], address: int) -> tuple[bytes, bytes]:
+    """A block as each of the two devices has it; empty where one of them has no copy."""
+    for chunk in chunks:
+        if chunk.start <= address < chunk.start + chunk.length and chunk.profile in _MIRRORED:
+            offsets = {devid: offset + address - chunk.start for devid, offset in chunk.stripes}
+            if device.devid in offsets and newest.devid in offsets:
+                return _read_at(device, offsets[device.devid]), _read_at(newest, offsets[newest.devid])
+    return b"", b""
+
+
+def _read_at(device: Device, offset: int) -> bytes:
+    """A block of a device; shorter at its end. Raises OSError."""
+    with open(device.node, "rb", buffering=0) as file:
+        file.seek(offset)
+        return file.read(device.node_size)
+
+
+def read_chunks(here: Sequence[Device]) -> list[Chunk]:
+    """All chunks of a btrfs, by the newest chunk tree on these devices of it. Raises Malformed, OSError."""
+    newest = find_newest(here)
     found: list[Chunk] = []
     todo = [(newest.chunk_root, newest.chunk_root_generation, newest.chunk_root_level)]
     for _ in range(_NODES_MAX):
@@ -151,9 +214,7 @@ def _read_block(newest: Device, here: Sequence[Device], address: int, generation
         for devid, offset in chunk.stripes if chunk.profile in _MIRRORED else ():
             for device in here:
                 if device.devid == devid:
-                    with open(device.node, "rb", buffering=0) as file:
-                        file.seek(offset + address - chunk.start)
-                        block = file.read(newest.node_size)
+                    block = _read_at(device, offset + address - chunk.start)
                     said = len(block) == newest.node_size and (_number(block, 48), _number(block, 80), block[100])
                     if said == (address, generation, level):
                         return block
@@ -179,7 +240,8 @@ def _parse_chunk(start: int, data: bytes) -> Chunk:
     length, _, _, kind, _, _, _, count, _ = _CHUNK.unpack_from(data)
     profile, spare = next((named for bit, named in _PROFILES.items() if kind & bit), ("single", 0))
     stripes = [_STRIPE.unpack_from(data, _CHUNK.size + i * _STRIPE.size) for i in range(count)]
-    return Chunk(start, length, profile, spare, tuple((devid, offset) for devid, offset, _ in stripes))
+    content = "data" if kind & 1 else "system" if kind & 2 else "metadata"
+    return Chunk(start, length, content, profile, spare, tuple((devid, offset) for devid, offset, _ in stripes))
 
 
 def _number(block: bytes, at: int, size: int = 8) -> int:

@@ -202,6 +202,11 @@ def has_holders(number: str, root: str = "/") -> bool:
     return bool(_entries(_sysfs_folder(number, root), "holders"))
 
 
+def holders(node: str, root: str = "/") -> list[str]:
+    """Nodes of the devices that a device is directly a part of: of an array, for one."""
+    return [f"/dev/{each}" for each in _entries(_sysfs_folder(_node_number(node, root), root), "holders")]
+
+
 def active_mappings(root: str = "/") -> dict[str, str]:
     """Name -> LUKS UUID of every active mapping; '' for one that is not LUKS2."""
     return {read_line(folder, "name"): luks2_uuid(read_line(folder, "uuid")) for folder in _dm_folders(root)}

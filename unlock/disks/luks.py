@@ -45,6 +45,7 @@ FLAGS = {
 
 _PIECE = 1 << 20
 _KEYRING_KEY = 1 << 11  # CRYPT_ACTIVATE_KEYRING_KEY
+_PRIVATE = 1 << 4  # CRYPT_ACTIVATE_PRIVATE
 _FOR_ACTIVATION = 0  # CRYPT_FLAGS_ACTIVATION
 _DEFERRED = 1 << 0  # crypt_deactivate_by_name flag
 _NO_BENCHMARK = 1 << 1  # pbkdf flag
@@ -362,8 +363,9 @@ class Container(Header):
 
     # Mappings
 
-    def activate(self, name: str, volume_key: Secret) -> None:
+    def activate(self, name: str, volume_key: Secret, *, private: bool = False) -> None:
         """Activates the disk as /dev/mapper/NAME. The volume key goes to the kernel's keyring, never into the dm table.
+        `private`: udev does not look at what is on it, so that neither btrfs nor LVM takes it in.
 
         The header's persistent flags apply. Raises NotOurs for another key, DiskFailed ("name-taken" if NAME
         is active already: a mapping is never replaced).
@@ -371,7 +373,7 @@ class Container(Header):
         self._use_disk()
         self._do(
             f"cannot be opened as {name}", "crypt_activate_by_volume_key",
-            name.encode(), *sized(volume_key), _KEYRING_KEY,
+            name.encode(), *sized(volume_key), _KEYRING_KEY | (_PRIVATE if private else 0),
         )  # fmt: skip
 
     def resize(self, name: str, volume_key: Secret) -> None:

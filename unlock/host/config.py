@@ -20,6 +20,9 @@ VERSION = 1
 DEADLINE = 90
 """Seconds that the gate of a group waits for its members, as systemd waits for a device."""
 DEADLINE_MAX = 604800
+DEGRADED_AFTER = 30
+"""Seconds that the gate of a group that may open degraded waits for all of its members."""
+DEGRADED = ("never", "allow")
 
 TIMEOUT = 10
 """Seconds for one request to one endpoint of a provider."""
@@ -67,6 +70,10 @@ class GroupConfig(NamedTuple):
 
     policy: str = "persistent"
     """`provider`: the group's KEK is never kept on this host."""
+    degraded: str = "never"
+    """`allow`: the gate opens it without all of its members, if its file system can do without the others."""
+    degraded_after: int = DEGRADED_AFTER
+    """Seconds that the gate waits for them first."""
     deadline_asked: int = 0
     """What the file has, where that is more than DEADLINE_MAX; else 0."""
 
@@ -192,7 +199,7 @@ def _group(name: str, table: Any) -> GroupConfig:
     where = f"group.{name}."
     if not is_name(name) or not isinstance(table, dict):
         raise _bad(f"[group.{name}] is not a group")
-    _only(table, {"mount", "type", "options", "deadline", "policy"}, where)
+    _only(table, {"mount", "type", "options", "deadline", "policy", "degraded", "degraded_after"}, where)
     mount = _line(table, "mount", where)
     try:
         mount = mount and normalise_mount_point(mount)
@@ -204,9 +211,16 @@ def _group(name: str, table: Any) -> GroupConfig:
     policy = _get(table, "policy", POLICIES[0], where)
     if policy not in POLICIES:
         raise _bad(f"{where}policy is not one of {', '.join(POLICIES)}")
+    degraded = _get(table, "degraded", DEGRADED[0], where)
+    if degraded not in DEGRADED:
+        raise _bad(f"{where}degraded is not one of {', '.join(DEGRADED)}")
+    degraded_after = _get(table, "degraded_after", DEGRADED_AFTER, where)
+    if degraded_after < 0:
+        raise _bad(f"{where}degraded_after is negative")
     kind, options = (_line(table, key, where, strip=True) for key in ("type", "options"))
     asked = deadline if deadline > DEADLINE_MAX else 0
-    return GroupConfig(name, mount, kind, options, min(deadline, DEADLINE_MAX), policy, asked)
+    deadline, degraded_after = (min(each, DEADLINE_MAX) for each in (deadline, degraded_after))
+    return GroupConfig(name, mount, kind, options, deadline, policy, degraded, degraded_after, asked)
 
 
 def _provider(name: str, table: Any) -> ProviderConfig:
@@ -275,6 +289,10 @@ def group_table(group: GroupConfig) -> str:
         lines.append(f"deadline = {group.deadline}")
     if group.policy != POLICIES[0]:
         lines.append(f"policy = {_quoted(group.policy)}")
+    if group.degraded != DEGRADED[0]:
+        lines.append(f"degraded = {_quoted(group.degraded)}")
+    if group.degraded_after != DEGRADED_AFTER:
+        lines.append(f"degraded_after = {group.degraded_after}")
     return "\n".join(lines) + "\n"
 
 

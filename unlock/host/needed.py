@@ -14,7 +14,9 @@ from ..paths import Paths
 from ..tpm.record import Needs
 from .report import OPEN, DiskRow, Report
 
-_AS_WRITTEN = frozenset((*OPEN, "waiting", "no-key", "provider", "name-taken", "duplicate", "closed-again", "tampered"))
+_AS_WRITTEN = frozenset(
+    (*OPEN, "waiting", "no-key", "provider", "name-taken", "duplicate", "closed-again", "tampered", "was-away")
+)
 """Outcomes of disks that have a token of this host; `tampered` says enough itself."""
 _AFTER_READING = frozenset(("failed", "timed-out"))
 """Outcomes that may come before or after the token was read."""

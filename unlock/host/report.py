@@ -45,13 +45,17 @@ OUTCOMES = {
     "timed-out": "opening it took too long and was stopped",
     "closed-again": "closed again: another member failed, or the root file system is not authenticated",
     "stale": "its token is older than that of the rest of the group",
+    "was-away": "its group was written while it was away: left out until it is healed",
 }
 
-HARMLESS = frozenset(("opened", "already-open", "waiting", "foreign", "other-host", "provider"))
+HARMLESS = frozenset(("opened", "already-open", "waiting", "foreign", "other-host", "provider", "was-away"))
 """Outcomes that are no failure of a disk of this host that is present."""
 
 OPEN = ("opened", "already-open")
 """Outcomes of a disk that is open."""
+
+GROUP_OPEN = ("open", "degraded")
+"""Outcomes of a group that is open."""
 
 _ANY_HOST = frozenset(("damaged", "duplicate"))
 """Outcomes of disks that may belong to any host."""
@@ -104,13 +108,16 @@ class GroupRow(NamedTuple):
 
     name: str
     outcome: str
-    """open, incomplete or failed"""
+    """open, degraded, incomplete or failed"""
     present: int | None = None
-    """Disks that are here; None unless it is incomplete."""
+    """Disks that are here; None unless it is degraded or incomplete."""
     members: int | None = None
     """Disks that it has."""
     mappings: tuple[str, ...] = ()
     """Names of its mappings, if it is open."""
+    kind: str | None = None
+    """What lies on them, and `generation`, how far its btrfs was written, as Away has both; None unless degraded."""
+    generation: int | None = None
 
 
 class BootFacts(NamedTuple):
@@ -200,8 +207,11 @@ class Report:
         present: int | None = None,
         members: int | None = None,
         mappings: tuple[str, ...] = (),
+        kind: str | None = None,
+        generation: int | None = None,
     ) -> None:
-        """The latest outcome of a group: open, incomplete or failed. What is not given stays as it was."""
+        """The latest outcome of a group: a word of GROUP_OPEN, incomplete or failed. What is not given stays as it
+        was."""
         old = self.groups.get(name) or GroupRow(name, outcome)
         self.groups[name] = GroupRow(
             name,
@@ -209,10 +219,14 @@ class Report:
             old.present if present is None else present,
             old.members if members is None else members,
             mappings or old.mappings,
+            old.kind if kind is None else kind,
+            old.generation if generation is None else generation,
         )
         self.add_event("group", f"{name} {outcome}")
+        row = self.groups[name]
+        how = f" with {row.present} of {row.members} disks" if outcome == "degraded" else ""
         if self._announce:
-            self._announce(f"group {name}: {outcome}")
+            self._announce(f"group {name}: {outcome}{how}")
 
     def outcome(self, node: str) -> str:
         """The latest outcome of the disk at `node`; '' while it has none."""
@@ -234,7 +248,7 @@ class Report:
 
     def has_open_group(self) -> bool:
         """Whether a group is open."""
-        return any(row.outcome == "open" for row in self.groups.values())
+        return any(row.outcome in GROUP_OPEN for row in self.groups.values())
 
     def failed_nodes(self) -> list[str]:
         """Nodes of disks that are present and did not open, as far as they are known to be this host's."""

@@ -60,6 +60,8 @@ def _group_to_json(row: GroupRow) -> dict[str, Any]:
     found: dict[str, Any] = {"name": row.name, **{name: count for name, count in counts.items() if count is not None}}
     if row.mappings:
         found["mappings"] = list(row.mappings)
+    more = {"kind": row.kind, "generation": row.generation}
+    found |= {name: value for name, value in more.items() if value is not None}
     return {**found, "outcome": row.outcome}
 
 
@@ -101,6 +103,8 @@ def _decode_fields(fields: dict[str, Any]) -> Report:
             present=_optional(each, "present", int),
             members=_optional(each, "members", int),
             mappings=tuple(_check_text(name) for name in _list(each, "mappings", [])),
+            kind=_optional(each, "kind", str),
+            generation=_optional(each, "generation", int),
         )
         record.groups[group.name] = group
     facts = fields.get("facts")

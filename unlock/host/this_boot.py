@@ -21,6 +21,8 @@ accepted-root    the TPM's payload says that the operator accepted a root that i
 authentic        the real root lies on disks that unlock opened, or the operator accepted one that does not
 scrubbed         free memory was overwritten before a shell, or before a system that gets no keys
 ended            the agent ended in order: keys and disks are handed over, or closed
+degraded/G       group G is open without all of its members: what lies on them, and how far it was written
+degraded-disks/N the mapping N is of such a group: udev does not let systemd wait for the others
 open/G           link to a mapping of group G, which is open; members/G lists them all
 leaving/NAME     this mapping leaves a mounted btrfs: for the udev rule
 failed-groups/G  its gate failed; the units that waited
@@ -38,15 +40,15 @@ from ..light import Any, Sequence
 from ..paths import TPM_DEVICE, Paths
 from ..secret import Secret
 from . import keyring, needed
-from .report import Report
+from .report import GROUP_OPEN, GroupRow, Report
 from .report_file import encode, read
 
 
 def publish(paths: Paths, record: Report) -> None:
     """Writes what early boot did: open groups, failures, the report, and `idle` last."""
     for name, group in record.groups.items():
-        if group.outcome == "open":
-            mark_open(paths, name, group.mappings)
+        if group.outcome in GROUP_OPEN:
+            mark_open(paths, name, group.mappings, group if group.outcome == "degraded" else None)
         else:
             unmark(paths, "open", name)
     if needed.mark_altered(paths, record):
@@ -90,8 +92,21 @@ def spoofed_groups(paths: Paths) -> dict[str, str]:
     return found
 
 
-def mark_open(paths: Paths, group: str, mappings: Sequence[str]) -> None:
-    """The group is open. Its mount unit mounts a link to the first mapping; the gate shows all to btrfs."""
+def mark_open(paths: Paths, group: str, mappings: Sequence[str], degraded: GroupRow | None = None) -> None:
+    """The group is open. Its mount unit mounts a link to the first mapping; the gate shows all to btrfs. `degraded`:
+    its row in the report, where it lacks members."""
+    for name in mappings:
+        if degraded:
+            mark(paths, "degraded-disks", name)
+        else:
+            unmark(paths, "degraded-disks", name)
+    if degraded:
+        os.makedirs(paths.of_this_boot("degraded"), mode=0o700, exist_ok=True)
+        facts = {"kind": degraded.kind or "", "generation": degraded.generation or 0}
+        write_json(paths, f"degraded-{group}", facts)  # every name in the folder is that of a group
+        os.rename(paths.of_this_boot(f"degraded-{group}"), paths.of_this_boot(os.path.join("degraded", group)))
+    else:
+        unmark(paths, "degraded", group)
     link = paths.of_this_boot(os.path.join("open", group))
     members = paths.of_this_boot(os.path.join("members", group))
     for each in (link, members):
@@ -112,6 +127,17 @@ def open_groups(paths: Paths) -> dict[str, set[str]]:
     for group in groups:
         with open(paths.of_this_boot(os.path.join("members", group)), encoding="ascii") as file:
             found[group] = {os.path.basename(line.strip()) for line in file}
+    return found
+
+
+def degraded_groups(paths: Paths) -> dict[str, GroupRow]:
+    """The groups that are open without all of their members: what lies on them, and how far it was written then."""
+    found = {}
+    folder = paths.of_this_boot("degraded")
+    for group in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        facts = read_json(paths, os.path.join("degraded", group))
+        kind, generation = str(facts.get("kind", "")), facts.get("generation")
+        found[group] = GroupRow(group, "degraded", kind=kind, generation=generation if type(generation) is int else 0)
     return found
 
 

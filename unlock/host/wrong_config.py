@@ -19,6 +19,8 @@ _OTHER_SETTINGS = (
     "client_key",
     "common_name",
     "deadline",
+    "degraded",
+    "degraded_after",
     "drop_on",
     "endpoints",
     "key_names",

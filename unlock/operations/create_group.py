@@ -39,6 +39,8 @@ class NewGroup(NamedTuple):
     escrow: Escrow | None = None
     discard: bool = False
     """Unused blocks are told to the disks."""
+    degraded: str = config.DEGRADED[0]
+    """`allow`: it opens without all of its disks, if its profile can do without the others."""
 
 
 def create_group(paths: Paths, wanted: NewGroup) -> Group:
@@ -62,7 +64,10 @@ def create_group(paths: Paths, wanted: NewGroup) -> Group:
         group = state.groups[wanted.name]
         kind = _file_system_type(group, wanted)
         membership.add_to_config(
-            paths, config.GroupConfig(wanted.name, wanted.mount, kind, "", config.DEADLINE, wanted.policy)
+            paths,
+            config.GroupConfig(
+                wanted.name, wanted.mount, kind, "", config.DEADLINE, wanted.policy, degraded=wanted.degraded
+            ),
         )
         this_boot.mark_open(paths, group.name, [member.name for member in group.members])
         _start(units.mount_unit(wanted.mount))
@@ -144,6 +149,8 @@ def _options(wanted: NewGroup) -> str:
         words += ["--profile", wanted.profile]
     if wanted.discard:
         words.append("--discard")
+    if wanted.degraded != config.DEGRADED[0]:
+        words += ["--degraded", wanted.degraded]
     if wanted.recovery_file:
         words += ["--recovery-key-file", os.path.abspath(wanted.recovery_file)]
     if wanted.escrow:

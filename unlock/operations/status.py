@@ -47,7 +47,7 @@ class DiskStatus(NamedTuple):
 class GroupStatus(NamedTuple):
     name: str
     state: str
-    """The worst of its disks'; spoofed when other disks pass for them."""
+    """The worst of its disks'; spoofed when other disks pass for them, degraded when it is open without all of them."""
     mount: str
     """Its mount point in unlock.toml, or ''."""
     mounted: list[str]
@@ -59,6 +59,10 @@ class GroupStatus(NamedTuple):
     """Names of members whose token may still hold an earlier KEK."""
     spoofed: str
     """What passes for its disks, in words; ''."""
+    degraded: str
+    """`allow` or `never`: whether a boot opens it without all of its disks."""
+    away: list[str]
+    """Names of members without which it was opened, and that are not healed yet."""
     disks: list[DiskStatus]
 
     def describe_mount(self) -> str:
@@ -143,12 +147,14 @@ def read_status(paths: Paths, tcti: str = "", look: find.Look = find.look) -> St
     except NoKey:
         persistence = None
     present = _read_disks(state.host, persistence)
-    spoofed_groups = this_boot.spoofed_groups(paths)
+    spoofed_groups, degraded_groups = this_boot.spoofed_groups(paths), this_boot.degraded_groups(paths)
     groups = []
     for group in state.groups.values():
         setting = settings.groups.get(group.name)
         words = spoofed_groups.get(group.name) or _describe_copies(group)
-        groups.append(_group_status(group, setting.mount if setting else "", words, present))
+        mount, policy = (setting.mount, setting.degraded) if setting else ("", config.DEGRADED[0])
+        policy = "allow" if group.degraded else policy
+        groups.append(_group_status(group, mount, words, present, policy, group.name in degraded_groups))
     return Status(
         host=state.host,
         provider_id=state.provider_id,
@@ -217,6 +223,8 @@ def to_json(found: Status) -> dict[str, Any]:
                 "policy": group.policy,
                 "behind": group.behind,
                 "spoofed": group.spoofed,
+                "degraded": group.degraded,
+                "away": group.away,
                 "disks": [each._asdict() for each in group.disks],
             }
             for group in found.groups
@@ -294,6 +302,11 @@ def _warnings(found: Status) -> list[str]:
     for group in found.groups:
         if group.spoofed:
             warnings.append(f"group {group.name} is spoofed: {group.spoofed}")
+        if group.state == "degraded":
+            names = ", ".join(each.name for each in group.disks if each.state != "open")
+            warnings.append(f"group {group.name} is open degraded, without {names}")
+        if group.away:
+            warnings.append(_describe_away(group))
         if group.behind:
             warnings.append(f"{', '.join(group.behind)}: still under an earlier key; done when back, by unlock sync")
     if found.recovery_behind:
@@ -303,6 +316,13 @@ def _warnings(found: Status) -> list[str]:
         if each["outcome"] not in _GOOD_SYNCS:
             warnings.append(f"sync: {each['key']}: {each['outcome']}: {each['detail']}")
     return warnings
+
+
+def _describe_away(group: GroupStatus) -> str:
+    """Which members lack what the others have, and what brings them back."""
+    back = [each.name for each in group.disks if each.name in group.away and each.state != "missing"]
+    words = f"{', '.join(group.away)}: away while group {group.name} was written"
+    return f"{words}: unlock group heal {group.name}" if back else words
 
 
 def _describe_boot(early: report.Report | None) -> str:
@@ -404,11 +424,13 @@ def _describe_copies(group: Group) -> str:
     return "; ".join(f"{where} lies on {', '.join(nodes)}, no disk of the group" for where, nodes in mounts.items())
 
 
-def _group_status(group: Group, mount: str, words: str, present: dict[str, _Present]) -> GroupStatus:
+def _group_status(
+    group: Group, mount: str, words: str, present: dict[str, _Present], policy: str, is_degraded: bool
+) -> GroupStatus:
     disks = [_disk_status(member, present.get(member.uuid)) for member in group.members]
     return GroupStatus(
         name=group.name,
-        state="spoofed" if words else _worst([each.state for each in disks]),
+        state="spoofed" if words else "degraded" if is_degraded else _worst([each.state for each in disks]),
         mount=mount,
         mounted=devices.mount_points_on({each.name for each in group.members}),
         kek_id=group.kek,
@@ -416,6 +438,8 @@ def _group_status(group: Group, mount: str, words: str, present: dict[str, _Pres
         policy=group.policy,
         behind=[member.name for member in group.members if member.uuid in group.behind],
         spoofed=words,
+        degraded=policy,
+        away=[member.name for member in group.members if member.uuid in {each.uuid for each in group.away}],
         disks=disks,
     )
 

@@ -117,6 +117,19 @@ def require_pin_support(tree: BootTree, listing: Listing = list_contents) -> Non
             )
 
 
+def require_tokens(tree: BootTree, version: int, listing: Listing = list_contents) -> None:
+    """Raises Refused, code `old-initramfs`, when an installed image has an unlock that does not read tokens of this
+    version: its boots would not open the disks. Raises CommandFailed for one that cannot be read."""
+    for image in list_images(tree):
+        found = read_contents(tree, image, listing)
+        if found.unlock and found.reads.get("token", 0) < version:
+            raise Refused(
+                f"the unlock in {os.path.basename(image)} does not read tokens of version {version}",
+                f"update-initramfs -u -k {kernel_version(image)}",
+                code="old-initramfs",
+            )
+
+
 def version_sort_key(name: str) -> list[tuple[bool, int, str]]:
     """A key that sorts versions in names as numbers: 6.9 before 6.12."""
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]

@@ -57,7 +57,11 @@ def check(
         [
             *check_tpm(paths, state, tcti, predicted, log),
             *check_operation(paths, state, look),
-            *(each for group in state.groups.values() for each in check_group(state, group, present, persistence)),
+            *(
+                each
+                for group in state.groups.values()
+                for each in check_group(paths, state, group, present, persistence)
+            ),
             *check_headers(state, present),
             *check_copies(state),
             *check_needed(paths, state),

@@ -2,10 +2,12 @@
 """Checks every disk of every group, and the root: do they open as early boot opens them?"""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from ...disks import devices, disk_keys, find, luks, spoofed, token
 from ...disks.groups import Group, Member
 from ...errors import NoKey, NotOurs, UnlockError
+from ...host import config, this_boot
 from ...host.state import State
 from ...paths import Paths
 from ...predict import allowed_states
@@ -15,11 +17,13 @@ from .finding import NOTE, SAFE, UNPROVEN, UNSAFE, Finding
 
 
 def check_group(
-    state: State, group: Group, present: dict[str, list[find.Found]], persistence: Secret | None
+    paths: Paths, state: State, group: Group, present: dict[str, list[find.Found]], persistence: Secret | None
 ) -> Iterator[Finding]:
-    """A group opens whole or not at all, so the worst of its disks counts. One finding when all are alike."""
+    """A group opens whole, unless its policy allows less: the worst of its disks counts. One finding when all are
+    alike."""
     what = f"group {group.name}"
-    found = [_check_member(state, group, member, present, persistence) for member in group.members]
+    degradation = _read_degradation(paths, group)
+    found = [_check_member(state, group, member, present, persistence, degradation) for member in group.members]
     wrong = [each for each in found if each.verdict != SAFE]
     if not wrong:
         yield Finding(what, SAFE, f"{len(found)} disk(s) open with the key that the TPM keeps")
@@ -63,15 +67,52 @@ def check_needed(paths: Paths, state: State) -> Iterator[Finding]:
                 yield Finding(f"group {group.name}", UNPROVEN, why, f"move {where} to the root file system")
 
 
+class _Degradation(NamedTuple):
+    """Whether a group opens without all of its members."""
+
+    allowed: bool
+    """A boot does it, if the others suffice."""
+    proven: bool
+    """It is open so now."""
+
+
+def _read_degradation(paths: Paths, group: Group) -> _Degradation:
+    try:
+        settings = config.load(paths.config).groups.get(group.name)
+    except UnlockError:  # a finding of its own
+        settings = None
+    allowed = group.degraded or bool(settings and settings.degraded == "allow")
+    return _Degradation(allowed, group.name in this_boot.degraded_groups(paths))
+
+
+def _check_absent(what: str, member: Member, degradation: _Degradation) -> Finding:
+    why, do = f"it is not here (serial {member.serial or 'unknown'})", "unlock status"
+    if not degradation.allowed:
+        return Finding(what, UNSAFE, f"{why}, and its group opens whole or not at all", do)
+    if degradation.proven:
+        return Finding(what, NOTE, f"{why}: a boot opens its group without it", do)
+    return Finding(what, UNPROVEN, f"{why}: a boot opens its group without it, if the others suffice", do)
+
+
 def _check_member(
-    state: State, group: Group, member: Member, present: dict[str, list[find.Found]], persistence: Secret | None
+    state: State,
+    group: Group,
+    member: Member,
+    present: dict[str, list[find.Found]],
+    persistence: Secret | None,
+    degradation: _Degradation,
 ) -> Finding:
     what = f"group {group.name}, disk {member.name}"
     node = find.find_node(present, member)
+    if not node and len(present.get(member.uuid, ())) > 1:
+        return Finding(what, UNSAFE, "several disks have its UUID", "unlock status")
     if not node:
-        several = len(present.get(member.uuid, ())) > 1
-        why = "several disks have its UUID" if several else "it is not here, and its group opens whole or not at all"
-        return Finding(what, UNSAFE, why, "unlock status")
+        return _check_absent(what, member, degradation)
+    if member.uuid in group.left_out():
+        why, do = "its group was written while it was away, and opens without it", f"unlock group heal {group.name}"
+        if degradation.allowed:
+            return Finding(what, NOTE, why, do)
+        return Finding(what, UNSAFE, f"{why} by hand alone", do)
     adopt = f"unlock disk adopt {node} --group {group.name}"
     try:
         with luks.Container(node) as container:

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A btrfs raid1 of two disks, one of which is dead: opened by hand, opened at boot, healed, and never mixed."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.guest import Guest
+from tests.lab.machine import Machine
+from tests.lab.running import Running
+from tests.lab.stories import begun, checked, findings, status, unmeasured
+
+pytestmark = pytest.mark.vm
+
+BY_ITSELF = """
+set -e
+printf %s {key} | cryptsetup open --key-file - {device} lone
+btrfs device scan --forget
+mount -o degraded /dev/mapper/lone /mnt
+echo {name} > /mnt/of-{name}
+umount /mnt
+cryptsetup close lone
+"""
+"""Another system writes to one disk of the group, as far as it can be opened with stock tools."""
+SET_TOKENS = """
+import sys
+sys.path.insert(0, "/usr/lib/unlock")
+from unlock.keys import access, rotation
+from unlock.paths import Paths
+with access.Work(Paths()) as work:
+    print(rotation.set_degraded(work, work.state.groups["pair"], {allowed}).done)
+"""
+"""What `unlock group set` does for the group of the root file system."""
+EARLY = """
+import json, os, signal, sys, threading
+sys.path.insert(0, "/usr/lib/unlock")
+from unlock.boot import agent
+from unlock.boot.activation import GroupOpener
+from unlock.disks import disk_keys, udev
+from unlock.host import keyring, report
+from unlock.paths import Paths
+agent.DEGRADED_AFTER = 3.0
+paths, record = Paths("/tmp/early"), report.Report("early-boot")
+os.makedirs(paths.run, exist_ok=True)
+key = keyring.get("unlock:persistence")
+opener = GroupOpener("", lambda header, token: disk_keys.unwrap_volume_key(header, token, key), record)
+signals = agent.Signals()
+threading.Timer(15, os.kill, (os.getpid(), signal.SIGTERM)).start()
+agent.open_groups(paths, opener, udev.Monitor(), signals, record)
+opener.stop(5)
+opener.wipe()
+print(json.dumps([record.group_outcome("pair"), {row.name: row.outcome for row in record.disks.values()}]))
+"""
+"""Early boot, which reads neither unlock.toml nor the state."""
+STOP = "systemctl stop app-pair.service srv-pair.mount unlock-group@pair.service"
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Iterator[Machine]:
+    """A clone of the enrolled machine."""
+    yield unmeasured().clone(tmp_path / "machine")
+    shutil.rmtree(tmp_path / "machine", ignore_errors=True)
+
+
+def group(console: Guest) -> dict[str, Any]:
+    groups = json.loads(console.sh("unlock status --json").out)["groups"]
+    return next(each for each in groups if each["name"] == "pair")
+
+
+def details(console: Guest) -> list[tuple[str, str]]:
+    """(verdict, detail) of what `check` says of the group."""
+    found = findings(console)["findings"]
+    return [(each["verdict"], each["detail"]) for each in found if each["what"].startswith("group pair")]
+
+
+def heal(console: Guest, *options: str) -> Any:
+    """Without a terminal, at which it would ask."""
+    command = ("setsid -w unlock group heal pair", *options, "</dev/null")
+    return console.sh(" ".join(command), check=False, timeout=240)
+
+
+def test_a_group_of_two_lives_with_one(story: Machine) -> None:
+    with story.boot(without=("pair-2",)) as booted:
+        console = begun(booted)
+        never(console)
+        by_hand(console)
+        the_other_comes_back(booted, story, console)
+        console.sh("sed -i '/^\\[group.pair\\]/a degraded = \"allow\"\\ndegraded_after = 5' /etc/unlock/unlock.toml")
+        booted.poweroff()
+    with story.boot(without=("pair-1",)) as booted:
+        console = begun(booted)
+        at_boot(booted, console)
+        written_while_the_other_was_away(booted, story, console)
+        by_early_boot(booted, story, console)
+        written_apart(story, console)
+        booted.poweroff()
+
+
+def never(console: Guest) -> None:
+    """The policy where nobody says anything: the group stays closed, and what needs it does not run."""
+    console.sh("systemctl is-system-running --wait", check=False, timeout=300)
+    assert console.sh("systemctl is-active app-pair.service", check=False).out == "inactive"
+    failed = console.sh("unlock open pair", check=False)
+    assert failed.code == 1 and "pair-b (serial pair-2) is missing" in failed.err
+    assert "hint: unlock open pair --degraded" in failed.err
+    assert details(console) == [("unsafe", "it is not here (serial pair-2), and its group opens whole or not at all")]
+
+
+def by_hand(console: Guest) -> None:
+    opened = console.sh("unlock open pair --degraded", check=False)
+    words = "group pair is open degraded, without pair-b (serial pair-2)"
+    assert (opened.code, words in opened.err) == (16, True), opened.err
+    assert console.sh("unlock open pair --degraded", check=False).code == 16, "run twice"
+    console.sh("mountpoint -q /srv/pair && grep pair /root/sums | sha256sum --quiet -c")
+    console.sh("systemctl start app-pair.service && mount | grep /srv/pair | grep degraded")
+    found = group(console)
+    assert (found["state"], found["degraded"], found["away"]) == ("degraded", "never", ["pair-b"])
+    assert "group pair is open degraded, without pair-b" in console.sh("unlock status").out
+    console.sh("head -c 30000000 /dev/urandom > /srv/pair/later; sha256sum /srv/pair/later >> /root/sums; sync")
+
+
+def the_other_comes_back(booted: Running, story: Machine, console: Guest) -> None:
+    missing = heal(console)
+    assert missing.code == 3 and "pair-b of group pair is not here" in missing.err
+    booted.plug(story.disks["pair-2"])
+    console.sh("udevadm settle; sleep 2")
+    assert "pair-b" not in console.sh("ls /dev/mapper").out.split()
+    assert group(console)["state"] == "degraded"
+    assert "unlock group heal pair" in console.sh("unlock status").out
+    assert ("unsafe", "its group was written while it was away, and opens without it by hand alone") in details(console)
+    shown = heal(console, "--dry-run")
+    assert shown.code == 0 and "btrfs replace onto pair-b" in shown.out
+    healed = heal(console)
+    assert healed.code == 0, healed.err
+    assert heal(console).code == 0, "run twice"
+    print(console.sh("btrfs filesystem usage /srv/pair; dmesg | tail -30").out)
+    console.sh('test -z "$(btrfs filesystem df /srv/pair | grep -i single | grep -v GlobalReserve)"')
+    console.sh("btrfs scrub start -B /srv/pair && grep pair /root/sums | sha256sum --quiet -c")
+    found = group(console)
+    assert (found["state"], found["away"]) == ("open", [])
+    assert checked(console)["pair"] == "safe"
+
+
+def at_boot(booted: Running, console: Guest) -> None:
+    console.sh("until systemctl is-active --quiet app-pair.service; do sleep 1; done", timeout=120)
+    console.sh("grep pair /root/sums | sha256sum --quiet -c")
+    assert "group pair is open degraded, without pair-a (serial pair-1)" in booted.console.text
+    journal = console.sh("journalctl -b -u unlock-group@pair --no-pager").out
+    assert "group pair is open degraded, without pair-a (serial pair-1)" in journal
+    assert status(console)["pair"] == "degraded"
+    assert details(console) == [("note", "it is not here (serial pair-1): a boot opens its group without it")]
+    opened = console.sh("unlock open pair", check=False)
+    assert (opened.code, "unlock group heal pair" in opened.err) == (16, True)
+
+
+def early(console: Guest) -> tuple[str, dict[str, str]]:
+    """What early boot makes of the group: its outcome, and that of each disk."""
+    console.sh(f"{STOP}; for each in a b; do cryptsetup close pair-$each; done; btrfs device scan --forget; true")
+    outcome, disks = json.loads(console.sh(f"python3 -I -c '{EARLY}'", timeout=120).out)
+    return outcome, {name: each for name, each in disks.items() if name.startswith("pair-")}
+
+
+def written_while_the_other_was_away(booted: Running, story: Machine, console: Guest) -> None:
+    booted.plug(story.disks["pair-1"])
+    console.sh("udevadm settle; echo newest > /srv/pair/newest; sync")
+    console.sh(f"{STOP}; cryptsetup close pair-b")
+    console.sh(BY_ITSELF.format(key=story.recovery_key, device=story.disks["pair-1"].device, name="one"))
+    console.sh("systemctl start app-pair.service", timeout=120)
+    assert "pair-a" not in console.sh("ls /dev/mapper").out.split(), "whoever was away is not mixed with the others"
+    console.sh("test -e /srv/pair/newest -a ! -e /srv/pair/of-one")
+    # early boot, which has no state, opens both: the gate closes the one again before the mount
+    assert early(console) == ("open", {"pair-a": "opened", "pair-b": "opened"})
+    console.sh("systemctl start app-pair.service", timeout=120)
+    assert "pair-a" not in console.sh("ls /dev/mapper").out.split()
+    console.sh("test -e /srv/pair/newest -a ! -e /srv/pair/of-one")
+    refused = heal(console)
+    assert (refused.code, "what was written to pair-a while the others were away" in refused.err) == (3, True)
+    assert group(console)["away"] == ["pair-a"]
+    assert heal(console, "--yes").code == 0
+    console.sh("test -e /srv/pair/newest -a ! -e /srv/pair/of-one; btrfs scrub start -B /srv/pair")
+    assert (group(console)["state"], group(console)["away"]) == ("open", [])
+    assert checked(console)["pair"] == "safe"
+
+
+def by_early_boot(booted: Running, story: Machine, console: Guest) -> None:
+    """A group whose tokens allow it, as that of a root file system: without a disk, and with one that lags."""
+    assert console.sh(f"python3 -I -c '{SET_TOKENS.format(allowed=True)}'").out == "('pair-a', 'pair-b')"
+    assert early(console) == ("open", {"pair-a": "opened", "pair-b": "opened"})
+    console.sh("cryptsetup close pair-a; cryptsetup close pair-b; btrfs device scan --forget")
+    console.sh(BY_ITSELF.format(key=story.recovery_key, device=story.disks["pair-2"].device, name="two"))
+    assert early(console) == ("degraded", {"pair-a": "was-away", "pair-b": "opened"})
+    booted.unplug(story.disks["pair-1"])
+    assert early(console) == ("degraded", {"pair-b": "opened"})
+    booted.plug(story.disks["pair-1"])
+    console.sh("udevadm settle; cryptsetup close pair-b")
+    assert console.sh("unlock open pair", check=False).code == 16
+    assert heal(console).code == 0
+    console.sh("test -e /srv/pair/of-two")
+
+
+def written_apart(story: Machine, console: Guest) -> None:
+    """Somebody mounts each of the two without the other, and this host knows nothing of it."""
+    console.sh(f"{STOP}; cryptsetup close pair-a; cryptsetup close pair-b; btrfs device scan --forget")
+    for serial in ("pair-1", "pair-2"):
+        device = story.disks[serial].device
+        console.sh(BY_ITSELF.format(key=story.recovery_key, device=device, name=serial))
+    words = re.compile("pair-(a|b) was written without pair-(a|b)")
+    refused = console.sh("unlock open pair", check=False, timeout=120)  # by what reads no state
+    assert refused.code == 1 and words.search(refused.err), refused.err
+    console.sh(f"python3 -I -c '{SET_TOKENS.format(allowed=False)}'")
+    assert console.sh("unlock open pair", check=False, timeout=120).code != 0  # before the mount
+    assert words.search(console.sh("journalctl -b -u srv-pair.mount --no-pager").out)
+    assert console.sh("mountpoint -q /srv/pair", check=False).code != 0
