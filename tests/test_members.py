@@ -20,7 +20,7 @@ from tests.test_disk import edit
 from unlock import ask, cli
 from unlock.boot import gate
 from unlock.cli import disk as cli_disk
-from unlock.disks import changes, disk_keys, luks, token, udev
+from unlock.disks import btrfs, changes, disk_keys, luks, token, udev
 from unlock.disks.groups import Member
 from unlock.errors import DiskFailed, NotOurs, Refused, Tampered, UnlockError, Usage
 from unlock.host import config, report, this_boot
@@ -266,9 +266,9 @@ def test_a_profile_needs_as_many_disks_as_mkfs_btrfs_says(tmp_path: Path) -> Non
         done = subprocess.run(["mkfs.btrfs", *options, *files[:count]], capture_output=True, check=False)
         return done.returncode == 0
 
-    for profile, least in create_group.PROFILES.items():
-        assert takes(profile, least), profile
-        assert least == 1 or not takes(profile, least - 1), profile
+    for profile, needs in btrfs.PROFILES.items():
+        assert takes(profile, needs.least), profile
+        assert needs.least == 1 or not takes(profile, needs.least - 1), profile
 
 
 # group create: its name, and what was begun

@@ -11,6 +11,7 @@ import struct
 
 from ..errors import Malformed
 from ..light import NamedTuple, Sequence
+from .btrfs import PROFILES
 
 _SUPER, _SUPER_SIZE = 65536, 4096
 _MAGIC = b"_BHRfS_M"
@@ -22,17 +23,6 @@ _NODE_MAX = 65536
 _NODES_MAX = 100_000
 """Blocks of a chunk tree: more than any real one has."""
 
-_PROFILES = {
-    1 << 3: ("raid0", 0),
-    1 << 4: ("raid1", 1),
-    1 << 5: ("dup", 0),
-    1 << 6: ("raid10", 1),
-    1 << 7: ("raid5", 1),
-    1 << 8: ("raid6", 2),
-    1 << 9: ("raid1c3", 2),
-    1 << 10: ("raid1c4", 3),
-}
-"""Bit of a chunk's type -> its profile, and how many devices a chunk of it can lose. No bit: single, none."""
 _MIRRORED = ("single", "dup", "raid1", "raid1c3", "raid1c4")
 """Profiles of which every stripe has the whole chunk."""
 
@@ -238,10 +228,12 @@ def _system_chunks(array: bytes) -> list[Chunk]:
 def _parse_chunk(start: int, data: bytes) -> Chunk:
     """Raises struct.error."""
     length, _, _, kind, _, _, _, count, _ = _CHUNK.unpack_from(data)
-    profile, spare = next((named for bit, named in _PROFILES.items() if kind & bit), ("single", 0))
+    profile = next((name for name, each in PROFILES.items() if kind & each.bit), "single")
     stripes = [_STRIPE.unpack_from(data, _CHUNK.size + i * _STRIPE.size) for i in range(count)]
     content = "data" if kind & 1 else "system" if kind & 2 else "metadata"
-    return Chunk(start, length, content, profile, spare, tuple((devid, offset) for devid, offset, _ in stripes))
+    return Chunk(
+        start, length, content, profile, PROFILES[profile].spare, tuple((devid, offset) for devid, offset, _ in stripes)
+    )
 
 
 def _number(block: bytes, at: int, size: int = 8) -> int:

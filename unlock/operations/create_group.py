@@ -7,7 +7,7 @@ import uuid as uuids
 from typing import NamedTuple
 
 from .. import strictjson
-from ..disks import changes, devices, disk_keys, find, fstab, luks, token, udev
+from ..disks import btrfs, changes, devices, disk_keys, find, fstab, luks, token, udev
 from ..disks.groups import Group, Member, check_name, mapping_names
 from ..errors import Refused, UnlockError, Usage
 from ..host import config, this_boot, units
@@ -172,26 +172,12 @@ def _check_mount_point(paths: Paths, wanted: NewGroup) -> None:
         raise Refused(f"{where} is mounted or not empty", "another --mount", code="mount-taken")
 
 
-PROFILES = {
-    "single": 1,
-    "dup": 1,
-    "raid0": 1,
-    "raid1": 2,
-    "raid1c3": 3,
-    "raid1c4": 4,
-    "raid10": 2,
-    "raid5": 2,
-    "raid6": 3,
-}
-"""btrfs data profile -> the fewest disks that mkfs.btrfs takes for it (mkfs.btrfs(8), since btrfs-progs 5.15)."""
-
-
 def _check_profile(wanted: NewGroup) -> None:
     """Raises Usage for a profile that needs more disks: mkfs.btrfs would refuse it only after the disks are
     formatted."""
-    if wanted.profile and wanted.profile not in PROFILES:
-        raise Usage(f"{wanted.profile!r} is no btrfs profile", f"--profile takes {', '.join(PROFILES)}")
-    least = PROFILES[wanted.profile] if wanted.profile else 1
+    if wanted.profile and wanted.profile not in btrfs.PROFILES:
+        raise Usage(f"{wanted.profile!r} is no btrfs profile", f"--profile takes {', '.join(btrfs.PROFILES)}")
+    least = btrfs.PROFILES[wanted.profile].least if wanted.profile else 1
     if len(wanted.devices) < least:
         raise Usage(f"profile {wanted.profile} needs {least} disks", f"name {least} with --disk, or another --profile")
 

@@ -297,14 +297,7 @@ def _finish(work: access.Work, entry: DiskReplacement, mount: str) -> Replaced:
 def _next(mount: str, entry: DiskReplacement) -> str:
     if not mount:
         return f"rebuild onto /dev/mapper/{entry.new.name}: vgextend and lvconvert --repair, or mdadm --add"
-    profiles: dict[str, set[str]] = {}
-    for space in btrfs.read_space(mount):
-        profiles.setdefault(space.kind, set()).add(space.profile)
-    if any(len(found) > 1 for found in profiles.values()):  # a degraded btrfs writes what has one copy
-        data, metadata = (max(profiles.get(kind, {"single"}), key=_spare) for kind in ("data", "metadata"))
-        return f"btrfs balance start -dconvert={data},soft -mconvert={metadata},soft {mount}"
+    if mixed := btrfs.mixed_profiles(mount):  # a degraded btrfs writes what has one copy
+        filters = " ".join(f"-{kind}convert={profile},soft" for kind, profile in mixed.items())
+        return f"btrfs balance start {filters} {mount}"
     return f"btrfs scrub start {mount}" if entry.absent else ""
-
-
-def _spare(profile: str) -> int:
-    return btrfs.PROFILES[profile].spare
