@@ -70,7 +70,8 @@ class Cut(NamedTuple):
 
 
 def cuts(start: dict[Path, bytes], log: list[Event], dice: random.Random) -> Iterator[Cut]:
-    """After each write: with all that was not flushed, with nothing of it, and twice with a part."""
+    """After each write: with all that was not flushed, with nothing of it, and twice with a part. At the end:
+    what the files hold when all is flushed."""
     durable = {file: bytearray(content) for file, content in start.items()}
     pending: dict[Path, list[Write]] = {file: [] for file in start}
     for file, write in log:
@@ -91,6 +92,8 @@ def cuts(start: dict[Path, bytes], log: list[Event], dice: random.Random) -> Ite
                         lost += 1
                 contents[name] = bytes(now)
             yield Cut(contents, lost)
+    assert not any(pending.values()), "what is written last is flushed"
+    yield Cut({file: bytes(content) for file, content in durable.items()}, 0)
 
 
 def _apply(content: bytearray, write: Write) -> None:
