@@ -175,6 +175,9 @@ def written_while_the_other_was_away(booted: Running, story: Machine, console: G
     console.sh("test -e /srv/pair/newest -a ! -e /srv/pair/of-one")
     # early boot, which has no state, opens both: the gate closes the one again before the mount
     assert early(console) == ("open", {"pair-a": "opened", "pair-b": "opened"})
+    console.sh("rm /run/unlock/degraded/pair /run/unlock/degraded-disks/pair-b")
+    console.write("/run/unlock/members/pair", b"/dev/mapper/pair-a\n/dev/mapper/pair-b\n")
+    console.sh("ln -sfn /dev/mapper/pair-a /run/unlock/open/pair")
     console.sh("systemctl start app-pair.service", timeout=120)
     assert "pair-a" not in console.sh("ls /dev/mapper").out.split()
     console.sh("test -e /srv/pair/newest -a ! -e /srv/pair/of-one")

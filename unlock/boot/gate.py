@@ -243,9 +243,12 @@ def _is_open_already(paths: Paths, name: str) -> bool:
     group = State.load(paths).groups.get(name)
     if not group:
         return False
-    if name in this_boot.degraded_groups(paths):
-        has = this_boot.open_groups(paths).get(name, set())
-        return bool(has) and all(devices.dm_uuid(each) is not None for each in has)
+    if row := this_boot.degraded_groups(paths).get(name):
+        has = sorted(this_boot.open_groups(paths).get(name, ()))
+        if not has or any(devices.dm_uuid(each) is None for each in has):
+            return False
+        this_boot.mark_open(paths, name, has, row)
+        return True
     if group.left_out() or any(devices.active_mapping_name(each.uuid) != each.name for each in group.members):
         return False
     mappings = [each.name for each in group.members]
