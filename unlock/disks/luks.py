@@ -11,7 +11,7 @@ import ctypes
 import errno
 import os
 import stat
-from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 
 from ..errors import DiskFailed, Malformed, NotOurs
 from ..light import Any
@@ -64,6 +64,7 @@ _LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "crypt_init": (POINTER(c_void_p), c_char_p),
     "crypt_load": (c_void_p, c_char_p, c_void_p),
+    "crypt_set_data_offset": (c_void_p, c_uint64),
     "crypt_metadata_locking": (c_void_p, c_int),
     "crypt_format": (
         c_void_p, c_char_p, c_char_p, c_char_p, c_char_p, POINTER(c_char), c_size_t, c_void_p,
@@ -231,7 +232,7 @@ class Container(Header):
     @property
     def disk_size(self) -> int:
         """Bytes. Raises DiskFailed."""
-        return _disk_size(self.device)
+        return disk_size(self.device)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -378,6 +379,25 @@ def format(device: str, volume_key: Secret, *, uuid: str | None = None, label: s
     return Container(device)
 
 
+def format_detached(header: str, data: str, volume_key: Secret, *, uuid: str, offset: int, sector: int) -> None:
+    """Writes a new header for a disk into a file; the disk's data begins at `offset`. `sector`: 0 for what suits the
+    disk. Raises DiskFailed."""
+    context = c_void_p()
+    paths = os.fsencode(header), os.fsencode(data)
+    _do(data, "cannot be used", "crypt_init_data_device", ctypes.byref(context), *paths)
+    try:
+        pbkdf = _minimum()
+        parameters = Luks2Parameters(ctypes.pointer(pbkdf), sector_size=sector)
+        _do(data, "cannot be formatted", "crypt_set_data_offset", context, offset // 512)
+        _do(data, "cannot be formatted", "crypt_set_pbkdf_type", context, ctypes.byref(pbkdf))
+        _do(
+            data, "cannot be formatted", "crypt_format",
+            context, b"LUKS2", b"aes", b"xts-plain64", uuid.encode(), *sized(volume_key), ctypes.byref(parameters),
+        )  # fmt: skip
+    finally:
+        _lib().crypt_free(context)
+
+
 def only_read() -> None:
     """From now on this process writes to no header: it can load one from its disk without repairing it, and takes no
     lock. libcryptsetup cannot be told to lock again."""
@@ -457,7 +477,7 @@ def _removal(name: str) -> bytes:
 
 def _copy_to_memory(device: str, copies: list[tuple[int, bytes]]) -> int:
     """A file in memory, as large as the disk, with these copies of its header. Raises DiskFailed."""
-    return memory_file(device, _disk_size(device), copies)
+    return memory_file(device, disk_size(device), copies)
 
 
 def memory_file(device: str, size: int, parts: list[tuple[int, bytes]]) -> int:
@@ -481,7 +501,7 @@ def memory_file(device: str, size: int, parts: list[tuple[int, bytes]]) -> int:
     return file
 
 
-def _disk_size(device: str) -> int:
+def disk_size(device: str) -> int:
     """Bytes of a block device or file. Raises DiskFailed."""
     try:
         disk = os.open(device, os.O_RDONLY | os.O_CLOEXEC)

@@ -40,6 +40,33 @@ class DiskAdoption(NamedTuple):
     """Generation of the member list with this disk."""
 
 
+class DiskEncryption(NamedTuple):
+    """`unlock disk encrypt`. The keys are in the token of the header, which is in a file before it is on the disk."""
+
+    operation: Literal["disk encrypt"]
+    about: str
+    """`DEV --group GROUP`."""
+    group: str
+    kek: tuple[str, str]
+    """Id and name of the group's KEK at the provider."""
+    generation: int
+    """Of the KEK."""
+    manifest: int
+    member: Member
+    recovery: str
+    """Salt of the recovery key's keyslot."""
+    node: str
+    """Where the disk was."""
+    file_system: str
+    """UUID of the file system on it."""
+    size: int
+    """Bytes of the disk."""
+    moved: str
+    """SHA-256, in hex, of the part of the data that was moved to make room; '' before that is durable."""
+    written: bool
+    """The header is on the disk."""
+
+
 class Rekey(NamedTuple):
     """A new KEK for a group: `unlock rekey`, or `unlock sync` when the key manager has replaced the KEK."""
 
@@ -150,6 +177,7 @@ JournalEntry = (
     Init
     | GroupCreation
     | DiskAdoption
+    | DiskEncryption
     | Rekey
     | DeepRekey
     | RecoveryRotation
