@@ -128,6 +128,15 @@ def calls_of(work: Callable[[], object]) -> dict[str, int]:
     return {name: int(count) for count, name in counts if name != "total"}
 
 
+def trace_of(calls: str, work: Callable[[], object]) -> list[str]:
+    """A line for each of these system calls of a child that runs `work`, as strace(1) prints them, with the paths of
+    descriptors and without what was written."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        code = _traced(["-f", "-y", "-s", "0", "-e", f"trace={calls}", "-o", file.name], work)
+        assert code == 0, f"the child ended with {code}"
+        return file.read().splitlines()
+
+
 def _traced(options: list[str], work: Callable[[], object]) -> int:
     """The exit code of a child whose main thread strace(1) watches from before it begins."""
     waits, go = os.pipe()

@@ -726,7 +726,7 @@ def test_systemd_accepts_the_units(host: Host, tmp_path: Path) -> None:
     host.generate(DATA + '[group.my-data]\nmount = "/srv/a b"\n[group.bad]\nmount = "/srv/50%n"\ncolor = 1\n')
     units = tmp_path / "units"
     shutil.copytree(host.out, units, symlinks=True)
-    for unit in ("unlock-group@.service", "unlock-heal@.service"):
+    for unit in ("unlock-group@.service", "unlock-heal@.service", "unlock-resume.service"):
         text = (
             (TOP / "system" / unit)
             .read_text()
@@ -737,7 +737,7 @@ def test_systemd_accepts_the_units(host: Host, tmp_path: Path) -> None:
     mounts = [units / f"srv-{each}.mount" for each in ("data", "a\\x20b", "50\\x25n")]
     for mount in mounts:
         mount.write_text(mount.read_text().replace("Documentation=man:unlock(8)", ""))
-    instances = [units / "unlock-group@my-data.service", units / "unlock-heal@sda.service"]
+    instances = [units / f"{each}.service" for each in ("unlock-group@my-data", "unlock-heal@sda", "unlock-resume")]
     command: list[str | Path] = ["systemd-analyze", "verify", "--man=no", *mounts, *instances]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SYSTEMD_UNIT_PATH": f"{units}:"})
     ours = [line for line in done.stderr.splitlines() if "unlock" in line or "srv-" in line]
@@ -844,4 +844,5 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
             assert "usr/lib/unlock/unlock/__main__.py" in files
             wanted = tmp_path / "usr/lib/systemd/system/multi-user.target.wants/unlock-baseline.service"
             assert "boot baseline" in wanted.read_text()
+            assert "operation resume" in wanted.with_name("unlock-resume.service").read_text()
     assert not files

@@ -120,6 +120,12 @@ class PinLockout(UnlockError):
     code, status = "pin-lockout", 15
 
 
+class Stopped(UnlockError):
+    """A long operation has stopped at a safe point, as it was asked to, and is not finished."""
+
+    code, status = "stopped", 16
+
+
 class ProviderError(UnlockError):
     """A key provider did not do what it was asked. The classes below differ in what to do next."""
 

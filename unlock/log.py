@@ -61,6 +61,26 @@ def note(message: str) -> None:
     print(printable(message), file=sys.stderr, flush=True)
 
 
+def note_json(value: Mapping[str, object]) -> None:
+    """The same for scripts: an object on one line."""
+    import json
+
+    print(json.dumps(value), file=sys.stderr, flush=True)
+
+
+def is_terminal() -> bool:
+    """Whether what `note` prints goes to a terminal."""
+    return sys.stderr.isatty()
+
+
+def overwrite(line: str, *, last: str = "") -> None:
+    """Prints a line in the place of `last`, the one before it, to a terminal; without a line end, which `note("")`
+    prints."""
+    width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+    line, last = printable(line)[:width], printable(last)[:width]
+    print(f"\r{line.ljust(len(last))}", end="", file=sys.stderr, flush=True)
+
+
 def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """A printable line for each row, with each column as wide as its longest cell and two blanks between columns."""
     rows = [tuple(map(printable, row)) for row in rows]

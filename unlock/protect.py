@@ -19,6 +19,15 @@ def protect() -> None:
     _libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
 
 
+def never_kill_for_memory() -> None:
+    """Makes the kernel take another process when memory is short: this one must not end between two steps."""
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("-1000")
+    except OSError:
+        pass
+
+
 def end_with_parent() -> None:
     """Makes the kernel kill this process when its parent ends, for whatever reason."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

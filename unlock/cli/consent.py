@@ -14,8 +14,14 @@ if TYPE_CHECKING:
 
 def add_consent(parser: argparse.ArgumentParser) -> None:
     """Adds `--dry-run`, `--yes` and `--json`."""
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done, in order, and change nothing")
+    add_dry_run(parser)
     parser.add_argument("--yes", action="store_true", help="do not ask before something is lost")
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """Adds `--dry-run` and `--json`, for a command after which nothing is lost."""
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, in order, and change nothing")
+    parser.set_defaults(yes=False)
     add_json(parser)
 
 

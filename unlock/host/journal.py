@@ -188,6 +188,21 @@ JournalEntry = (
     | NewPersistenceKey
 )
 
+GOES_ON_BY_ITSELF: tuple[type[JournalEntry], ...] = ()
+"""Records of operations that unlock-resume.service goes on with after a boot: they need nothing from a person."""
+
+
+def goes_on_by_itself(entry: JournalEntry | None) -> bool:
+    """Whether this operation, or one that goes on after it, needs nobody after a boot."""
+    return any(isinstance(each, GOES_ON_BY_ITSELF) for each in chain(entry))
+
+
+def chain(entry: JournalEntry | None) -> tuple[JournalEntry, ...]:
+    """The operation, then those that go on after it. Empty for None."""
+    if entry is None:
+        return ()
+    return (entry, *chain(entry.before if isinstance(entry, Rebind | NewPersistenceKey) else None))
+
 
 def command(entry: JournalEntry) -> str:
     """What a person types to finish the operation."""

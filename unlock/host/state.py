@@ -17,8 +17,8 @@ from ..disks import token
 from ..errors import Malformed, Refused, Tampered, Usage
 from ..paths import Paths, write_atomically
 from ..secret import Secret
-from . import state_file
-from .journal import JournalEntry, NewPersistenceKey, Rebind, RecoveryRotation, command
+from . import resumption, state_file
+from .journal import JournalEntry, NewPersistenceKey, Rebind, RecoveryRotation, command, goes_on_by_itself
 from .lock import PATIENCE, exclusive
 from .provider_entry import KmipEntry, NativeEntry, ProviderEntry, has_made
 from .state_file import NOTHING_KNOWN, HostKey, KeyEntry, RecoveryFacts, ReplacedKek, StateFile, TpmFacts
@@ -91,7 +91,13 @@ class State:
         """Durable when it returns. Raises OSError; the old state is then still there."""
         for group in self.groups.values():
             self.skip_generation(group.name, group.generation)
+        if goes_on_by_itself(self.journal):
+            resumption.mark(self._path)
         write_atomically(self._path, self._content())
+        if not goes_on_by_itself(self.journal):
+            resumption.unmark(self._path)
+        if not self.journal:
+            resumption.lift_pause(self._path)
 
     def save_if_changed(self) -> None:
         """Writes nothing when the file has the same content already."""

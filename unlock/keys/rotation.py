@@ -80,6 +80,20 @@ def rotate_kek(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
         raise
 
 
+def cancel_rotation(work: Work, entry: Rekey) -> None:
+    """Closes the journal of a rotation that has reached no disk. The key that it may have made stays at the provider,
+    for the next rotation. Raises Refused where a disk has the new KEK, or may have it."""
+    state = work.state
+    group = state.groups[entry.about]
+    nodes = work.nodes(group)
+    if away := [member.name for member in group.members if member.uuid not in nodes]:
+        raise Refused(f"{', '.join(away)}: not here, and may have the new key", state.to_finish, "not-cancellable")
+    if _has_reached_a_disk(work, group, entry.generation):
+        raise Refused(f"disks of group {group.name} have the new key", state.to_finish, "not-cancellable")
+    state.journal = None
+    state.save()
+
+
 def _make_successor(work: Work, group: Group, entry: Rekey) -> Ref:
     """The new key at the provider, from the journal or made now."""
     if entry.made:

@@ -7,12 +7,13 @@ import uuid as uuids
 from typing import NamedTuple
 
 from .. import strictjson
-from ..disks import changes, devices, disk_keys, fstab, luks, udev
+from ..disks import changes, devices, disk_keys, find, fstab, luks, token, udev
 from ..disks.groups import Group, Member, check_name, mapping_names
 from ..errors import Refused, UnlockError, Usage
 from ..host import config, this_boot, units
 from ..host.journal import GroupCreation
 from ..host.lock import exclusive
+from ..host.state import State
 from ..keys import access
 from ..keys.escrow import Escrow
 from ..paths import Paths
@@ -68,6 +69,30 @@ def create_group(paths: Paths, wanted: NewGroup) -> Group:
         state.journal = None
         state.save()
         return group
+
+
+def cancel_creation(state: State, entry: GroupCreation, look: find.Look = find.look) -> list[str]:
+    """Forgets a group that `group create` was killed in making. Its disks keep their fresh header without this host's
+    token. Returns the mapping names of those that are not here. Raises Refused when the group is made, DiskFailed when
+    a disk is in use; may be called again."""
+    if entry.about in state.groups:
+        raise Refused(f"group {entry.about} is made, but for its mount", state.to_finish, "not-cancellable")
+    seen = look()
+    nodes = {member: find.find_node(seen, member) for member in entry.members}
+    for member in entry.members:
+        if devices.active_mapping_name(member.uuid) == member.name:
+            luks.deactivate(member.name)
+    for node in filter(None, nodes.values()):
+        with luks.Container(node) as container:
+            for number, fields in container.tokens(token.TYPE):
+                if fields.get("host") == state.host:
+                    container.remove_token(number)
+    for member in entry.members:
+        state.headers.pop(member.uuid, None)
+        state.recovery.keyslots.pop(member.uuid, None)
+    state.journal = None
+    state.save()
+    return [member.name for member, node in nodes.items() if not node]
 
 
 def _create(work: access.Work, wanted: NewGroup, nodes: list[str], unfinished: GroupCreation | None) -> None:

@@ -10,7 +10,7 @@ import time
 from typing import Any, NamedTuple
 
 from .. import log
-from ..disks import devices, disk_keys, luks, spoofed, token, udev
+from ..disks import devices, disk_keys, find, luks, spoofed, token, udev
 from ..disks.groups import Group, Member
 from ..errors import Malformed, NoKey, NotOurs, UnlockError
 from ..host import config, keyring, report, report_file, this_boot
@@ -18,7 +18,7 @@ from ..host.provider_entry import days_left
 from ..host.state import State
 from ..paths import Paths
 from ..secret import Secret
-from . import policy
+from . import policy, under_way
 
 CERTIFICATE_DAYS = 30
 """Days before the end of a client certificate from which on there is a warning."""
@@ -113,10 +113,8 @@ class Status(NamedTuple):
     """LUKS UUID -> when the recovery key last opened the disk, seconds since 1970."""
     recovery_behind: list[str]
     """Names of members that an earlier recovery key opens."""
-    unfinished: dict[str, str] | None
-    """`operation` and `about` of an operation that was interrupted."""
-    to_finish: str
-    """The command that finishes it, or ''."""
+    operation: under_way.UnderWay | None
+    """The operation that runs now or was interrupted."""
     narrowed: str
     """What has narrowed a policy, while the new persistence key is still to come; ''."""
     window: WindowStatus | None
@@ -127,8 +125,14 @@ class Status(NamedTuple):
     """What is wrong in unlock.toml."""
     groups: list[GroupStatus]
 
+    @property
+    def unfinished(self) -> dict[str, str] | None:
+        """`operation` and `about` of the journal entry."""
+        now = self.operation
+        return {"operation": now.operation, "about": now.about} if now else None
 
-def read_status(paths: Paths, tcti: str = "") -> Status:
+
+def read_status(paths: Paths, tcti: str = "", look: find.Look = find.look) -> Status:
     """Changes nothing. Without `tcti` the TPM is not asked. A disk that cannot be read is a row, not an error. Raises
     NoKey and others when the host is not initialised."""
     state = State.load(paths)
@@ -158,8 +162,7 @@ def read_status(paths: Paths, tcti: str = "") -> Status:
         recovery_behind=[
             each.name for group in state.groups.values() for each in group.members if _has_old_recovery_key(state, each)
         ],
-        unfinished={"operation": state.journal.operation, "about": state.journal.about} if state.journal else None,
-        to_finish=state.to_finish,
+        operation=under_way.read(paths, state, look),
         narrowed=state.narrowed or "",
         window=_window(state),
         pin=state.tpm.pin,
@@ -196,7 +199,8 @@ def to_json(found: Status) -> dict[str, Any]:
         },
         "recovery": {"tested": found.recovery_tested, "behind": found.recovery_behind},
         "unfinished": found.unfinished,
-        "to_finish": found.to_finish,
+        "to_finish": found.operation.command if found.operation else "",
+        "operation": found.operation._asdict() if found.operation else None,
         "narrowed": found.narrowed,
         "window": found.window._asdict() if found.window else None,
         "pin": found.pin,
@@ -225,6 +229,7 @@ def to_text(found: Status) -> str:
     lines = [f"boot      {verdict or 'unknown'}: {_describe_boot(found.boot)}"]
     lines += [f"warning   {text}" for text in _warnings(found)]
     facts = (
+        *_describe_operation(found.operation),
         ("key", found.persistence_key),
         ("PIN", "asked for at every boot" if found.pin else "none"),
         ("recovery", found.recovery_key),
@@ -272,8 +277,9 @@ def _warnings(found: Status) -> list[str]:
         warnings.append("the root file system is not encrypted: persistence protects lost disks, not a stolen host")
     if found.narrowed:
         warnings.append(f"{found.narrowed}, but earlier copies of headers still open: unlock rekey --fresh")
-    if found.to_finish:
-        warnings.append(f"`{found.to_finish}` is not finished: run it again")
+    if (now := found.operation) and now.state == "interrupted":
+        again = "run it again" if now.finish == now.command else now.finish
+        warnings.append(f"`{now.command}` is not finished: {again}")
     if found.not_checked:
         warnings.append(f"{policy.describe_not_checked(found.not_checked)}: unlock policy set --pcrs N,N")
     if window := found.window:
@@ -296,6 +302,13 @@ def _warnings(found: Status) -> list[str]:
         if each["outcome"] not in _GOOD_SYNCS:
             warnings.append(f"sync: {each['key']}: {each['outcome']}: {each['detail']}")
     return warnings
+
+
+def _describe_operation(now: under_way.UnderWay | None) -> tuple[tuple[str, str], ...]:
+    if now is None:
+        return ()
+    do = {"running": ": unlock operation show", "paused": f": {now.finish}"}.get(now.state, "")
+    return ("operation", f"{now.command}: {now.describe()}{do}"), *(("then", each) for each in now.then)
 
 
 def _describe_boot(early: report.Report | None) -> str:

@@ -28,7 +28,7 @@ from .host import (
     check_configuration,
     check_hibernation,
     check_kexec,
-    check_stopped_operation,
+    check_operation,
     check_system,
 )
 from .initramfs import check_boot_files, check_initramfs_images, foreign_boot_files
@@ -56,7 +56,7 @@ def check(
     return result_of(
         [
             *check_tpm(paths, state, tcti, predicted, log),
-            *check_stopped_operation(state),
+            *check_operation(paths, state, look),
             *(each for group in state.groups.values() for each in check_group(state, group, present, persistence)),
             *check_headers(state, present),
             *check_copies(state),

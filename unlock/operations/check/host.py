@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterator
 
 from ...boot import unmeasured
-from ...disks import devices, fstab
+from ...disks import devices, find, fstab
 from ...errors import UnlockError
 from ...host import config, this_boot
+from ...host.progress import percent
 from ...host.state import State
 from ...paths import Paths
+from .. import under_way
 from .finding import NOTE, UNPROVEN, UNSAFE, Finding
 
 
@@ -33,10 +35,17 @@ def check_configuration(paths: Paths) -> Iterator[Finding]:
         taken |= {group.mount} - {""}
 
 
-def check_stopped_operation(state: State) -> Iterator[Finding]:
-    """A command that was stopped, and that must be run again to its end."""
-    if what := state.to_finish:
-        yield Finding("operation", UNPROVEN, f"`{what}` was stopped before its end", what)
+def check_operation(paths: Paths, state: State, look: find.Look) -> Iterator[Finding]:
+    """An operation that is under way: what it may have changed until its end is not what the other checks expect."""
+    now = under_way.read(paths, state, look)
+    if now is None:
+        return
+    stopped = f"`{now.command}` was stopped before its end"
+    what = {"running": f"`{now.command}` is under way", "paused": f"`{now.command}` is paused"}.get(now.state, stopped)
+    where = f": {percent(now.done, now.total)} %" if now.total else ""
+    yield Finding("operation", UNPROVEN, f"{what}{where}", now.finish or "unlock operation show")
+    for each in now.then:
+        yield Finding("operation", UNPROVEN, f"`{each}` goes on after it", each)
 
 
 def check_kexec(paths: Paths) -> Iterator[Finding]:

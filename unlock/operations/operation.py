@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock operation show|pause|resume|cancel`: the operation that the journal has.
+
+`_HANDLINGS` says for each kind of journal entry how it goes on, and whether it may be paused or cancelled. A new kind
+of operation gets its line there; one that needs nobody after a boot is in `journal.GOES_ON_BY_ITSELF` too.
+"""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ..disks import find
+from ..errors import Refused
+from ..host import journal, resumption
+from ..host.journal import (
+    DiskAdoption,
+    GroupCreation,
+    Init,
+    JournalEntry,
+    NewPersistenceKey,
+    PersistenceChange,
+    ProviderSwitch,
+    Rebind,
+    RecoveryRenewal,
+    RecoveryRotation,
+    Rekey,
+)
+from ..host.lock import exclusive
+from ..host.progress import Tell
+from ..host.state import State
+from ..keys import access, rotation
+from ..paths import Paths
+from . import create_group, new_persistence_key, persistence, rekey, switch, under_way
+from .consent import Consent, Plan, agree
+from .under_way import UnderWay
+
+PATIENCE = 120.0
+"""Seconds that `pause` waits for the operation to reach a safe point."""
+
+
+class Run(NamedTuple):
+    """What an operation that goes on is given."""
+
+    paths: Paths
+    tell: Tell
+    look: find.Look
+    tcti: str
+
+
+GoOn = Callable[[Run], list[str]]
+"""Finishes the operation in the journal. Returns what a person should know, a line each. Raises UnlockError."""
+Cancel = Callable[[Paths, find.Look], list[str]]
+"""Takes the operation in the journal back. Returns the same. Raises Refused where that is not safe any more."""
+
+
+class Handling(NamedTuple):
+    """How an operation goes on."""
+
+    go_on: GoOn | None = None
+    needs: str = ""
+    """Without `go_on`: what a person gives to its own command."""
+    pausable: bool = False
+    """It tells how far it is, and stops where it is told to."""
+    cancel: Cancel | None = None
+    cancelled: str = ""
+    """With `cancel`: what that leaves. Without: why there is none, and what to do after its end."""
+
+
+# Going on, and going back
+
+
+def _finish_rekey(run: Run) -> list[str]:
+    entry = State.load(run.paths).journal
+    assert isinstance(entry, Rekey)
+    return _describe(rekey.rekey(run.paths, entry.about, run.look))
+
+
+def _finish_persistence_change(run: Run) -> list[str]:
+    entry = State.load(run.paths).journal
+    assert isinstance(entry, PersistenceChange)
+    change = persistence.enable if entry.about == "enable" else persistence.disable
+    return _describe(change(run.paths, run.look, run.tcti))
+
+
+def _finish_switch(run: Run) -> list[str]:
+    entry = State.load(run.paths).journal
+    assert isinstance(entry, ProviderSwitch)
+    return _describe(switch.switch(run.paths, entry.about, look=run.look, tcti=run.tcti))
+
+
+def _finish_new_persistence_key(run: Run) -> list[str]:
+    found = new_persistence_key.replace(run.paths, run.tcti, look=run.look)
+    return [f"{name}: {why}" for name, why in found.behind.items()]
+
+
+def _describe(outcomes: list[rotation.Outcome]) -> list[str]:
+    return [f"{name}: {why}" for each in outcomes for name, why in each.behind.items()]
+
+
+def _cancel_rekey(paths: Paths, look: find.Look) -> list[str]:
+    with exclusive(paths), access.Work(paths, look) as work:
+        if isinstance(work.state.journal, Rekey):
+            rotation.cancel_rotation(work, work.state.journal)
+    return []
+
+
+def _cancel_group_creation(paths: Paths, look: find.Look) -> list[str]:
+    with exclusive(paths):
+        state = State.load(paths)
+        if not isinstance(state.journal, GroupCreation):
+            return []
+        away = create_group.cancel_creation(state, state.journal, look)
+        return [f"{name}: it is not here, and may keep a token" for name in away]
+
+
+_HANDLINGS: dict[type[JournalEntry], Handling] = {
+    Init: Handling(
+        needs="where the backup or the key manager is",
+        cancelled="no disk depends on this host's keys yet, and no other command works before it is finished",
+    ),
+    GroupCreation: Handling(
+        needs="the recovery key",
+        cancel=_cancel_group_creation,
+        cancelled="the disks were formatted and stay so, empty, without a token of this host",
+    ),
+    DiskAdoption: Handling(
+        needs="a passphrase of the disk, and the recovery key",
+        cancelled="some members may have the new member list and others not: only its end makes them one again",
+    ),
+    Rekey: Handling(
+        go_on=_finish_rekey,
+        cancel=_cancel_rekey,
+        cancelled="the group keeps the key that it has; refused once a disk has the new one",
+    ),
+    RecoveryRotation: Handling(
+        needs="a terminal, or the file of the new recovery key",
+        cancelled="disks may have the new recovery key beside the old one: finish it, then rotate again",
+    ),
+    RecoveryRenewal: Handling(
+        needs="the recovery key",
+        cancelled="it changes nothing but disks that lack the recovery key, and needs no way back",
+    ),
+    PersistenceChange: Handling(
+        go_on=_finish_persistence_change,
+        cancelled="some disks carry their key and others do not: finish it, then change it back",
+    ),
+    ProviderSwitch: Handling(
+        go_on=_finish_switch,
+        cancelled="groups may be at either provider: finish it, then switch back",
+    ),
+    Rebind: Handling(
+        needs="the recovery key",
+        cancelled="the TPM may have either key already: only its end leaves one",
+    ),
+    NewPersistenceKey: Handling(
+        go_on=_finish_new_persistence_key,
+        cancelled="the TPM may have either key already: only its end leaves one",
+    ),
+}
+
+
+def handling(entry: JournalEntry) -> Handling:
+    """How it goes on."""
+    return _HANDLINGS[type(entry)]
+
+
+# The four verbs
+
+
+class Shown(NamedTuple):
+    """What `show` tells."""
+
+    under_way: UnderWay
+    needs: str
+    """What a person must give; '' where `unlock operation resume` needs nothing."""
+    can_pause: bool
+    can_cancel: bool
+    cancelled: str
+    """What `cancel` would leave, or why there is none."""
+
+
+def show(paths: Paths, look: find.Look = find.look) -> Shown | None:
+    """None where nothing is under way. Changes nothing."""
+    state = State.load(paths)
+    found = under_way.read(paths, state, look)
+    if state.journal is None or found is None:
+        return None
+    how = handling(state.journal)
+    return Shown(found, how.needs, how.pausable, how.cancel is not None, how.cancelled)
+
+
+def pause(
+    paths: Paths, consent: Consent = agree, look: find.Look = find.look, patience: float = PATIENCE
+) -> UnderWay | None:
+    """Lets the operation stop at its next safe point, and not go on before it is resumed, after a reboot neither.
+    Waits for that, at most `patience` seconds: it may be `running` still on return. None where a plan was only shown.
+    Raises Refused."""
+    state, found, how = _find(paths, look)
+    if not how.pausable:
+        why = f"`{found.command}` has no safe point to wait at"
+        raise Refused(why, found.finish or "wait until it ends", "not-pausable")
+    steps = ["mark the operation as paused, for reboots too"]
+    if found.state == "running":
+        steps.append("wait until its process has stopped at a safe point")
+    if not consent(Plan(tuple(steps))):
+        return None
+    assert state.journal
+    resumption.pause(paths, state.journal)
+    end = time.monotonic() + patience
+    while found.state == "running" and time.monotonic() < end:
+        time.sleep(0.2)
+        state = State.load(paths)
+        if not (seen := under_way.read(paths, state, look)):
+            resumption.lift_pause(paths.state)
+            return found._replace(state="finished", done=found.total)
+        found = seen
+    return found
+
+
+def resume(
+    paths: Paths, tell: Tell, consent: Consent = agree, look: find.Look = find.look, tcti: str = ""
+) -> list[str] | None:
+    """Goes on with the operation to its end, and with those that go on after it. Returns what a person should know, a
+    line each; None where a plan was only shown. Raises Refused where a person must give something: the hint is the
+    command; what the operation raises."""
+    state, found, _ = _find(paths, look)
+    _refuse_running(found)
+    entries = journal.chain(state.journal)
+    if handling(entries[0]).go_on is None:
+        raise Refused(_describe_need(entries[0]), journal.command(entries[0]), "by-command")
+    if not consent(Plan(tuple(f"finish `{journal.command(each)}`" for each in entries))):
+        return None
+    lines: list[str] = []
+    run = Run(paths, tell, look, tcti)
+    while entry := State.load(paths).journal:
+        go_on = handling(entry).go_on
+        if go_on is None:
+            return [*lines, f"{_describe_need(entry)}: {journal.command(entry)}"]
+        lines += go_on(run)
+        left = State.load(paths).journal
+        if left and (left.operation, left.about) == (entry.operation, entry.about):  # it was stopped
+            break
+    return lines
+
+
+def let_go_on(paths: Paths, consent: Consent = agree, look: find.Look = find.look) -> bool:
+    """Lifts the pause of an operation that goes on by itself. False where a plan was only shown. Raises Refused."""
+    _, found, _ = _find(paths, look)
+    _refuse_running(found)
+    if not found.by_itself:
+        raise Refused(f"`{found.command}` does not go on by itself", "unlock operation resume", "by-command")
+    if not consent(Plan((f"leave `{found.command}` to unlock-resume.service",))):
+        return False
+    resumption.lift_pause(paths.state)
+    return True
+
+
+def resume_unattended(paths: Paths, tell: Tell, look: find.Look = find.look, tcti: str = "") -> list[str]:
+    """After a boot: the same for an operation that goes on by itself and is not paused. Returns what was done or why
+    nothing was, a line each."""
+    state = State.load(paths)
+    found = under_way.read(paths, state, look)
+    if not found:
+        return []
+    if not found.by_itself:
+        return [f"`{found.command}` does not go on by itself"]
+    if found.state == "paused":
+        return [f"`{found.command}` is paused: unlock operation resume"]
+    return resume(paths, tell, agree, look, tcti) or []
+
+
+def cancel(paths: Paths, consent: Consent = agree, look: find.Look = find.look) -> list[str] | None:
+    """Takes the operation back where that is safe. Returns what a person should know, a line each; None where a plan
+    was only shown. Raises Refused, which says what will be, where it is not."""
+    _, found, how = _find(paths, look)
+    _refuse_running(found)
+    if how.cancel is None:
+        raise Refused(f"`{found.command}` cannot be cancelled: {how.cancelled}", found.finish, "not-cancellable")
+    if not consent(Plan((f"take `{found.command}` back: {how.cancelled}",))):
+        return None
+    return how.cancel(paths, look)
+
+
+def _find(paths: Paths, look: find.Look) -> tuple[State, UnderWay, Handling]:
+    """Raises Refused where nothing is under way."""
+    state = State.load(paths)
+    found = under_way.read(paths, state, look)
+    if state.journal is None or found is None:
+        raise Refused("no operation is under way", "unlock status", "no-operation")
+    return state, found, handling(state.journal)
+
+
+def _refuse_running(found: UnderWay) -> None:
+    if found.state == "running":
+        raise Refused(f"`{found.command}` runs now", "unlock operation show", "busy")
+
+
+def _describe_need(entry: JournalEntry) -> str:
+    return f"`{journal.command(entry)}` needs {handling(entry).needs}"
