@@ -52,7 +52,7 @@ def read_clear(disk: str, persistence: Secret) -> bytes:
                 dek = bytes(disk_keys.unwrap_by_kek(container, each, kek))
         segments = container.metadata["segments"]
         clear = container.disk_size - RESERVED
-    parts = []
+    parts: list[bytes] = []
     raw = os.open(disk, os.O_RDONLY)
     try:
         os.posix_fadvise(raw, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -61,7 +61,7 @@ def read_clear(disk: str, persistence: Secret) -> bytes:
             if any(flag.startswith("backup-") for flag in flags):
                 continue
             assert not flags, "a hotzone"
-            size = clear - sum(map(len, parts)) if segment["size"] == "dynamic" else int(segment["size"])
+            size = clear - sum(len(part) for part in parts) if segment["size"] == "dynamic" else int(segment["size"])
             content = os.pread(raw, size, int(segment["offset"]))
             parts.append(_decrypted(content, dek, segment) if segment["type"] == "crypt" else content)
     finally:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock disk adopt`, `unlock disk flags`."""
+"""`unlock disk adopt`, `unlock disk flags`; `disk encrypt` is in cli.encrypt."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -8,6 +8,7 @@ from .. import ask, log
 from ..errors import NotOurs, Usage
 from ..paths import Paths
 from ..secret import Secret
+from . import encrypt
 from .arguments import PASSPHRASE, add_command, add_noun, add_recovery_key_and_escrow, escrow, existing_secret
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def add(commands: "Commands") -> None:
         help="separate-disk: the group's file system cannot use this disk, and will not open without it",
     )
     add_recovery_key_and_escrow(adopt)
+    encrypt.add_to_disk(verbs)
     flags = add_command(verbs, "flags", _flags, "change how a member is opened: flags of its header")
     flags.add_argument("device")
     flags.add_argument("--set", action="append", default=[], metavar="FLAG", help="as allow-discards; may be repeated")

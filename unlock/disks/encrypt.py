@@ -26,8 +26,8 @@ from .luks import Luks2Parameters, sized
 from .raw_header import WriteLock, flush, read_valid_copies, write_header
 from .reencrypt import BACKWARD, ENCRYPT, INITIALIZE_ONLY, MOVE_FIRST_SEGMENT, Disk, Parameters
 
-_SIGNATURES = 128 << 10
-"""Bytes from the start of a disk in which blkid finds ext4 and btrfs."""
+_SUPERBLOCKS, _SECTOR = (1024, 64 << 10), 512
+"""Where ext2 to ext4 and btrfs have theirs."""
 _HEADERS = 32 << 10
 """Bytes of both copies of the header."""
 _COPY = 16 << 10
@@ -128,17 +128,20 @@ def digest_of_part(device: str, offset: int) -> str:
     return digest.hexdigest()
 
 
-def put(path: str, device: str) -> None:
-    """Writes the header to the disk, durably. First what blkid takes for a file system goes, so that nobody mounts a
-    part of one; the first copy of the header comes last. Raises DiskFailed, OSError."""
+def put(path: str, device: str, moved: str) -> None:
+    """Writes the header to the disk, durably. May be cut off and repeated. `moved`: the digest of what was moved; over
+    anything else nothing is written. Raises DiskFailed, OSError."""
     with open(path, "rb") as file:
         content = file.read()
     if len(content) != SHIFT:
         raise DiskFailed(f"{path} has not the size of a header")
+    with open(device, "rb", buffering=0) as disk:
+        if _has(disk.fileno(), content):
+            return
     try:
-        with WriteLock(device), open(device, "r+b", buffering=0) as disk:
-            if _has(disk.fileno(), content):
-                return
+        with WriteLock(device), open(os.open(device, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC), "r+b", buffering=0) as disk:
+            if not _has_begun(disk.fileno(), content) and digest_of_part(device, 0) != moved:
+                raise DiskFailed(f"{device} was written to meanwhile")
             for start, part in _parts(content):
                 _write(disk.fileno(), part, start)
                 os.fsync(disk.fileno())
@@ -147,10 +150,17 @@ def put(path: str, device: str) -> None:
 
 
 def _parts(content: bytes) -> Iterator[tuple[int, bytes]]:
-    yield 0, bytes(_SIGNATURES)
+    """The superblocks go first, each a sector that is written whole or not at all: from then on nobody takes what is
+    left for a file system. The first copy of the header comes last: where it is, everything is."""
+    for at in _SUPERBLOCKS:
+        yield at, bytes(_SECTOR)
     yield _HEADERS, content[_HEADERS:]
     yield _COPY, content[_COPY:_HEADERS]
     yield 0, content[:_COPY]
+
+
+def _has_begun(disk: int, content: bytes) -> bool:
+    return all(os.pread(disk, _SECTOR, at) in (bytes(_SECTOR), content[at : at + _SECTOR]) for at in _SUPERBLOCKS)
 
 
 def _has(disk: int, content: bytes) -> bool:

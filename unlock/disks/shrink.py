@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from ..errors import DiskFailed, Refused
+from ..errors import CommandFailed, DiskFailed, Refused
 from ..run import run
 from . import devices
 
@@ -46,6 +46,14 @@ def read_file_system(node: str) -> FileSystem:
         "unlock group create NAME --disk OTHER --mount DIR; copy the data there",
         "file-system",
     )
+
+
+def file_system_uuid(node: str) -> str:
+    """Of any file system, mounted or not; '' for none."""
+    try:
+        return run(["blkid", "--probe", "--output", "value", "--match-tag", "UUID", node]).strip()
+    except CommandFailed:
+        return ""
 
 
 def _read_ext(node: str, kind: str) -> FileSystem:

@@ -188,7 +188,7 @@ JournalEntry = (
     | NewPersistenceKey
 )
 
-GOES_ON_BY_ITSELF: tuple[type[JournalEntry], ...] = ()
+GOES_ON_BY_ITSELF: tuple[type[JournalEntry], ...] = (DiskEncryption,)
 """Records of operations that unlock-resume.service goes on with after a boot: they need nothing from a person."""
 
 

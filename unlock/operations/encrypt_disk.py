@@ -43,7 +43,7 @@ from ..disks.encrypt_plan import RESERVED, SHIFT
 from ..disks.groups import Group, Member, check_name
 from ..disks.reencrypt import Tell
 from ..disks.reencrypt_plan import NEW, NO_DIGEST, Plan
-from ..errors import CommandFailed, DiskFailed, Malformed, Refused, UnlockError
+from ..errors import DiskFailed, Malformed, Refused, UnlockError
 from ..host import config, this_boot
 from ..host.journal import DiskEncryption
 from ..host.lock import exclusive, try_lock
@@ -142,6 +142,8 @@ def resume(
             entry = work.state.journal
             if not isinstance(entry, DiskEncryption):
                 return None
+            if entry.moved and not entry.written and _is_in_clear(entry):
+                entry = _save(work, entry._replace(moved=""))  # it may have been mounted since
             if not entry.moved:
                 entry = _make_room_and_move(work, entry)
             if not entry.written:
@@ -394,6 +396,7 @@ def _make_room_and_move(work: Work, entry: DiskEncryption) -> DiskEncryption:
     """The file system made smaller, its first part copied to the free end. The disk holds what it held. Raises Refused
     when the disk is not here; for what else fails the journal is closed."""
     node = _find_in_clear(entry)
+    _check_unused(node)
     path, clear = _header_file(work.paths), entry.size - RESERVED
     try:
         found = shrink.read_file_system(node)
@@ -419,7 +422,7 @@ def _put_header(work: Work, entry: DiskEncryption) -> DiskEncryption:
     """The header on the disk, and the group in the state. Raises Refused when the disk is not here, DiskFailed."""
     path = _header_file(work.paths)
     node = find.find_node(work.look(), entry.member) or _find_moved(entry)
-    encrypt.put(path, node)
+    encrypt.put(path, node, entry.moved)
     group = Group(
         entry.group, entry.kek[0], entry.generation, entry.manifest, (entry.member,), entry.kek[1], "persistent"
     )
@@ -461,14 +464,17 @@ def _phase(path: str, plan: Plan) -> str:
 
 def _find_in_clear(entry: DiskEncryption) -> str:
     """The disk of that size with that file system. Raises Refused."""
+    return _find(entry, lambda node: shrink.file_system_uuid(node) == entry.file_system)
 
-    def is_it(node: str) -> bool:
-        try:
-            return shrink.read_file_system(node).uuid == entry.file_system
-        except (Refused, CommandFailed, DiskFailed):
-            return False
 
-    return _find(entry, is_it)
+def _is_in_clear(entry: DiskEncryption) -> bool:
+    """Whether no byte of the header has reached the disk."""
+    try:
+        return bool(_find_in_clear(entry))
+    except Refused as error:
+        if error.code != "missing":
+            raise
+        return False
 
 
 def _find_moved(entry: DiskEncryption) -> str:

@@ -14,6 +14,7 @@ from ..errors import Refused
 from ..host import journal, resumption
 from ..host.journal import (
     DiskAdoption,
+    DiskEncryption,
     GroupCreation,
     Init,
     JournalEntry,
@@ -30,7 +31,7 @@ from ..host.progress import Tell
 from ..host.state import State
 from ..keys import access, rotation
 from ..paths import Paths
-from . import create_group, new_persistence_key, persistence, rekey, switch, under_way
+from . import create_group, encrypt_disk, new_persistence_key, persistence, rekey, switch, under_way
 from .consent import Consent, Plan, agree
 from .under_way import UnderWay
 
@@ -82,6 +83,11 @@ def _finish_persistence_change(run: Run) -> list[str]:
     return _describe(change(run.paths, run.look, run.tcti))
 
 
+def _finish_encryption(run: Run) -> list[str]:
+    encrypt_disk.resume(run.paths, run.tell, run.look, tcti=run.tcti)
+    return []
+
+
 def _finish_switch(run: Run) -> list[str]:
     entry = State.load(run.paths).journal
     assert isinstance(entry, ProviderSwitch)
@@ -126,6 +132,12 @@ _HANDLINGS: dict[type[JournalEntry], Handling] = {
     DiskAdoption: Handling(
         needs="a passphrase of the disk, and the recovery key",
         cancelled="some members may have the new member list and others not: only its end makes them one again",
+    ),
+    DiskEncryption: Handling(
+        go_on=_finish_encryption,
+        pausable=True,
+        cancel=encrypt_disk.cancel,
+        cancelled="the disk holds what it held, in clear; refused once its data has moved",
     ),
     Rekey: Handling(
         go_on=_finish_rekey,

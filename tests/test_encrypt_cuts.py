@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Power cuts while a disk is encrypted in place: from a log of every write and flush of the disk, with what was not
+flushed there, partly there or lost. After each the disk opens, or is finished from the header in /var; it holds what it
+held. UNLOCK_CUTS=1000 tries more of them."""
+
+import os
+import random
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.encryptchild import NO_TPM, look
+from tests.flowfixture import HOST, Host
+from tests.inplace import MIB, RESERVED, fill, read_clear, recovery_file, sh
+from tests.lab import cuts
+from unlock.disks import disk_keys, luks, reencrypt, reencrypt_plan
+from unlock.errors import Malformed, NotOurs, TpmAbsent
+from unlock.host.journal import DiskEncryption
+from unlock.host.state import State
+from unlock.operations import encrypt_disk
+
+pytestmark = pytest.mark.usefixtures("key_cache")
+
+CUTS = int(os.environ.get("UNLOCK_CUTS", "100"))
+SEED = int(os.environ.get("UNLOCK_SEED", "1"))
+SIZE = RESERVED + 40 * MIB
+
+
+@pytest.fixture
+def disk() -> Iterator[str]:
+    """In memory, where that has room: it is written again for each cut."""
+    with tempfile.NamedTemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
+        file.truncate(SIZE)
+        loop = sh("losetup", "--find", "--show", "--sector-size", 4096, file.name)
+        yield loop
+        sh("losetup", "--detach", loop)
+
+
+def write(disk: str, content: bytes | bytearray) -> None:
+    with open(disk, "r+b", buffering=0) as file:
+        left = memoryview(content)
+        while left:
+            left = left[file.write(left[: 8 * MIB]) :]
+
+
+def test_power_cuts(tmp_path: Path, disk: str, record_property: Callable[[str, object], None]) -> None:
+    host = Host(tmp_path, 0)
+    fill(disk, tmp_path, SIZE - RESERVED)
+    sh("e2fsck", "-f", "-p", disk)
+    start = bytearray(Path(disk).read_bytes())
+    copies = tmp_path / "copies"
+    var = os.path.dirname(host.paths.state)
+    shutil.copytree(var, copies / "0")
+    config = Path(host.paths.config).read_bytes()
+    events = cuts.log_of(
+        cuts.build(tmp_path), disk, tmp_path / "log",
+        "-m", "tests.encryptchild", host.paths.root, disk, recovery_file(host), str(copies),
+    )  # fmt: skip
+    assert State.load(host.paths).narrowed == "photos-a was encrypted in place"
+    expected = read_clear(disk, host.persistence)
+    assert expected[MIB:] == start[MIB : SIZE - RESERVED]
+    numbers = sorted(chosen(events))
+    seen: Counter[str] = Counter()
+    lossy = 0
+    for cut in cuts.cuts(start, events, numbers, SEED):
+        write(disk, start)
+        shutil.rmtree(var)
+        shutil.copytree(copies / str(cut.mark), var)
+        Path(host.paths.config).write_bytes(config)
+        lossy += cut.lost > 0
+        found = judge(host, disk, expected)
+        seen[found] += 1
+    told = ", ".join(f"{count} {name}" for name, count in sorted(seen.items()))
+    record_property("shown", f"{len(numbers)} power cuts, {lossy} lost unflushed writes: {told}")
+    assert lossy >= len(numbers) // 2
+    assert {"in clear", "header half written", "moving", "crash", "new"} <= seen.keys()
+
+
+def chosen(events: list[cuts.Event]) -> list[int]:
+    """Most of them after a write that is not flushed."""
+    chance = random.Random(SEED)
+    after = [number for number, each in enumerate(events, 1) if each.kind == "w"]
+    other = [number for number, each in enumerate(events, 1) if each.kind != "w"]
+    return [chance.choice(after if chance.random() < 0.8 else other) for _ in range(CUTS)]
+
+
+def judge(host: Host, disk: str, expected: bytes) -> str:
+    """What state the disk is in; it opens in that state by what a boot has, and the operation finishes."""
+    entry = host.state.journal
+    where = opens(host, disk, expected)
+    if where == "nothing":
+        assert isinstance(entry, DiskEncryption) and entry.moved and not entry.written
+        where = "header half written"
+    if not isinstance(entry, DiskEncryption):
+        if not host.state.groups:
+            assert where == "in clear"
+            choices = encrypt_disk.Choices(disk, "photos", recovery_file=recovery_file(host))
+            with pytest.raises(TpmAbsent):
+                encrypt_disk.encrypt_disk(host.paths, choices, never, look=look(disk), tcti=NO_TPM)
+    else:
+        with pytest.raises(TpmAbsent):
+            encrypt_disk.resume(host.paths, never, look=look(disk), tcti=NO_TPM)
+    state = host.state
+    assert state.journal is None and state.narrowed and list(state.groups) == ["photos"]
+    assert opens(host, disk, expected) == "new"
+    with luks.Container(disk) as container:
+        assert container.is_whole and len(container.keyslots()) == 1 and len(container.tokens("unlock")) == 1
+    return where
+
+
+def never(done: int, size: int) -> bool:
+    return False
+
+
+def opens(host: Host, disk: str, expected: bytes) -> str:
+    try:
+        with luks.Container(disk) as container:
+            each = disk_keys.read_tokens(container, HOST)[0]
+            key = disk_keys.unwrap_volume_key(container, each, host.persistence)
+            plan = each.reencryption.plan if each.reencryption else None
+            phase = reencrypt_plan.phase(container, plan) if plan else "new"
+            container.volume_key(host.recovery).wipe() if phase == "new" else None
+    except (NotOurs, Malformed):
+        with open(disk, "rb") as file:
+            content = file.read(SIZE - RESERVED)
+        if content[MIB:] != expected[MIB:] or content[1024:1536] == bytes(512):
+            return "nothing"
+        sh("e2fsck", "-f", "-n", disk)
+        return "in clear"
+    with key:
+        if plan:
+            settled = reencrypt.settle(disk, plan, key if phase not in ("new", "old") else None)
+            assert settled in ("moving", "new")
+    assert read_clear(disk, host.persistence)[MIB:] == expected[MIB:]
+    return phase
