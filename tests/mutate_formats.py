@@ -130,7 +130,7 @@ CHANGES: dict[str, list[Change]] = {
     "salt of the MAC key": [("disks/disk_keys.py", "bytes.fromhex(host)", "host.encode()")],
     # the disk
     "token type": [("disks/token.py", 'TYPE = "unlock"', 'TYPE = "unlocked"')],
-    "token version": [("disks/token.py", "\nVERSION = 1", "\nVERSION = 2")],
+    "token version": [("disks/token.py", "\nVERSION = 2", "\nVERSION = 3")],
     "token oldest version": [("disks/token.py", "OLDEST_VERSION = 1", "OLDEST_VERSION = 0")],
     "token size": [("disks/token.py", "SIZE = 2048", "SIZE = 2000")],
     "keyslot iterations": [("disks/header.py", "KEYSLOT_ITERATIONS = 1000", "KEYSLOT_ITERATIONS = 1001")],
@@ -249,7 +249,7 @@ CHANGES: dict[str, list[Change]] = {
     "path `run/unlock/keys.json`": [("*.py", '"keys.json"', '"key.json"')],
     "path `run/unlock/members/GROUP`": [("*.py", '"members", group', '"member", group')],
     "path `run/unlock/failed-groups/GROUP`": [("*.py", '"failed-groups"', '"failed-group"')],
-    "initramfs reads token": [("manifest", "reads token-1", "reads token-2")],
+    "initramfs reads token": [("manifest", "reads token-2", "reads token-3")],
     "initramfs reads record": [("manifest", "reads record-2", "reads record-3")],
 }
 

@@ -22,7 +22,7 @@ from unlock.disks import disk_keys, luks, token
 from unlock.errors import CommandFailed, UnlockError
 from unlock.host import keyring, report, report_file
 from unlock.host.journal import Rekey
-from unlock.keys import recovery_key
+from unlock.keys import recovery_key, rotation
 from unlock.operations import baseline, check, recovery
 from unlock.operations.check.finding import NOTE, SAFE, UNPROVEN, UNSAFE
 from unlock.predict import initramfs_images
@@ -273,6 +273,21 @@ def test_where_a_pin_is_set_the_image_must_read_that_and_ask(world: World) -> No
         slots.unseal(tpm, lambda _: Secret(b"another"))
     verdict, wrong = world.check()
     assert verdict == UNSAFE and "forgets one in 1234 s" in wrong["PIN"][1]
+
+
+def test_an_image_must_read_the_tokens_that_are_there_and_no_newer_ones(world: World) -> None:
+    """READS is what an earlier unlock reads."""
+    what = "initrd.img-6.12.1-amd64"
+    assert world.check() == (SAFE, {})
+    with world.host.work() as work:
+        rotation.set_degraded(work, work.state.groups["data"], True)
+    assert world.check() == (UNSAFE, {what: (UNSAFE, "the unlock in it does not read tokens of version 2")})
+    world.image("6.12.1-amd64", CODE, READS[1], "usr/lib/unlock/reads/token-2")
+    assert world.check() == (SAFE, {})
+    world.image("6.12.1-amd64", CODE, *READS)
+    with world.host.work() as work:
+        rotation.set_degraded(work, work.state.groups["data"], False)
+    assert world.check() == (SAFE, {})
 
 
 def test_the_manifest_says_which_formats_the_code_reads() -> None:

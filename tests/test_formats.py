@@ -600,7 +600,7 @@ READERS: dict[str, Callable[[bytes, Path], object]] = {
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_newer_version_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    newer = re.sub(rb'"version": ?1\b', b'"version":2', frozen(name), count=1)
+    newer = re.sub(rb'"version": ?1\b', b'"version":3', frozen(name), count=1)
     assert newer != frozen(name)
     with pytest.raises(Malformed if name == "run/report.json" else NewerFormat):
         READERS[name](newer, tmp_path)
@@ -617,8 +617,8 @@ def test_a_newer_record_or_payload_in_the_tpm_is_refused_by_name() -> None:
 
 def test_an_initramfs_says_what_it_reads() -> None:
     manifest = (TOP / "initramfs/manifest").read_text()
-    assert set(re.findall(r"^reads (\S+)$", manifest, re.M)) == {"token-1", "record-2"}
-    assert (token.OLDEST_VERSION, token.VERSION, RECORD_VERSION) == (1, 1, 2)
+    assert set(re.findall(r"^reads (\S+)$", manifest, re.M)) == {"token-2", "record-2"}
+    assert (token.OLDEST_VERSION, token.VERSION, RECORD_VERSION) == (1, 2, 2)
 
 
 def test_what_is_changed_is_found(plugged: Path, keys: Keys) -> None:

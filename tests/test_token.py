@@ -39,7 +39,24 @@ def test_what_is_written_is_what_is_read_and_always_of_one_size() -> None:
 
 def test_a_later_format_is_told_from_a_broken_one() -> None:
     with pytest.raises(NewerFormat):
-        token.decode({**token.encode(GOOD), "version": 2, "news": True})
+        token.decode({**token.encode(GOOD), "version": 3, "news": True})
+
+
+def test_a_token_is_of_the_oldest_format_that_says_it() -> None:
+    """An initramfs of an earlier unlock reads format 1 alone."""
+    degraded = GOOD._replace(degraded=True)
+    assert token.encode(GOOD)["version"] == 1 and "degraded" not in token.encode(GOOD)
+    assert token.encode(degraded)["version"] == 2
+    assert len(canonical(token.encode(degraded))) == token.SIZE
+    assert token.decode(json.loads(canonical(token.encode(degraded)))) == degraded
+    assert token.dek_aad(degraded, {}) != token.dek_aad(GOOD, {})
+    assert token.mac_data(degraded, {}) != token.mac_data(GOOD, {})
+
+
+@pytest.mark.parametrize("changes", [{"degraded": False}, {"degraded": 1}, {"reencrypt": {}}, {"version": 1}])
+def test_a_later_format_without_what_it_is_for_is_malformed(changes: dict[str, Any]) -> None:
+    with pytest.raises(Malformed):
+        token.decode({**token.encode(GOOD._replace(degraded=True)), **changes})
 
 
 @pytest.mark.parametrize("field", sorted(token.encode(GOOD)))

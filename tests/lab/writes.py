@@ -62,12 +62,12 @@ def states(start: bytes, writes: Iterator[Write]) -> Iterator[bytes]:
         for chosen in _chosen(len(pending)):
             state = bytearray(durable)
             for index in chosen:
-                _apply(state, pending[index])
+                apply(state, pending[index])
             if state != last:
                 last = bytes(state)
                 yield last
         for write in pending:
-            _apply(durable, write)
+            apply(durable, write)
         pending.clear()
 
 
@@ -84,5 +84,6 @@ def _chosen(count: int) -> Iterator[tuple[int, ...]]:
         yield whole[:missing] + whole[missing + 1 :]
 
 
-def _apply(content: bytearray, write: Write) -> None:
+def apply(content: bytearray, write: Write) -> None:
+    """The content after a write."""
     content[write.offset : write.offset + len(write.data)] = write.data

@@ -239,6 +239,7 @@ def make_token(header: Header, host: str, group: Group, member: Member, dek: Sec
         dek=b"",
         host_key=wrap.wrap(keys.persistence, plain=keys.host_key, aad=token.key_aad(host, "host-key")),
         mac=b"",
+        degraded=group.degraded,
     )
     if group.policy == "provider":
         wrapped = wrap.wrap(keys.persistence, plain=Secret(NOT_KEPT), aad=token.not_kept_aad(each, bound))

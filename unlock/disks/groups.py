@@ -61,6 +61,18 @@ class Member(NamedTuple):
     """Serial number of the device, or ''."""
 
 
+class Away(NamedTuple):
+    """A member that was not here when the group was opened degraded: what was written since is not on it."""
+
+    uuid: str
+    """LUKS UUID."""
+    kind: str
+    """What lies on the group's mappings, as udev calls it: `btrfs`, `linux_raid_member`."""
+    generation: int
+    """How far its btrfs was written then, on the disks that were here; 0 for anything else. A member that has more was
+    written while the others were away."""
+
+
 class Group(NamedTuple):
     """A set of disks that open together, under one KEK."""
 
@@ -80,3 +92,12 @@ class Group(NamedTuple):
     """Ids of KEKs that this one replaced, the latest last: a provider that returns one of them is not up to date."""
     behind: tuple[str, ...] = ()
     """LUKS UUIDs of members whose token may still hold an earlier KEK, as they were away."""
+    degraded: bool = False
+    """Early boot may open it without all of its members: each token says so. For the group of the root file system."""
+    away: tuple[Away, ...] = ()
+    """Members without which it was opened, until they are healed."""
+
+    def left_out(self) -> frozenset[str]:
+        """LUKS UUIDs of the members that are not opened with the others, as their btrfs was written without them. What
+        md, LVM and ZFS have on them is told apart by those, each by its own record on the disks."""
+        return frozenset(each.uuid for each in self.away if each.kind == "btrfs")

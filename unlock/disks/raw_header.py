@@ -14,7 +14,7 @@ from hashlib import sha256
 from ..errors import DiskFailed, Malformed
 from ..light import Any, NamedTuple
 from ..strictjson import canonical
-from .header import MAX_TEXT, has_valid_checksum, parse_metadata, read_copies
+from .header import MAX_TEXT, are_whole, has_valid_checksum, parse_metadata, read_copies
 
 LOCKS = "/run/cryptsetup"
 """Where libcryptsetup has its locks of block devices."""
@@ -98,6 +98,15 @@ def _write(file: int, content: bytes, offset: int) -> None:
     while left:
         count = os.pwrite(file, left, offset)
         left, offset = left[count:], offset + count
+
+
+def make_whole(device: str) -> None:
+    """Writes the newest copy over the other one, where a power cut has left two that differ. Not for the header of a
+    disk that is being re-encrypted: there the older one may be right. Raises DiskFailed, Malformed."""
+    with WriteLock(device):
+        if not are_whole(read_copies(device, every=True)):
+            newest = read_valid_copies(device)[0]
+            write_header(device, newest.metadata(device), newest, newest.sequence + 1)
 
 
 def flush(device: str) -> None:

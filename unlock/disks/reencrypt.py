@@ -30,7 +30,7 @@ from ..light import Any, Callable
 from ..secret import Secret
 from . import raw_header
 from .encrypt_plan import SHIFT
-from .header import ANY
+from .header import ANY, are_whole, read_copies
 from .luks import DESCRIPTORS, Container, Luks2Parameters, memory_file, sized
 from .raw_header import WriteLock, flush, lock_path, overwrite, read_valid_copies, was_cut_before_second, write_header
 from .reencrypt_plan import CRASH, MOVING, NEW, WHOLE, Plan, all_new, finished, phase_of, plan_facts, without_hotzone
@@ -112,6 +112,7 @@ class Disk(Container):
     def start(self, name: str, passphrase: Secret, plan: Plan) -> None:
         """Writes into the header that the disk is being re-encrypted. `name`: its mapping, or '' for a closed disk."""
         self._use_disk()
+        self._minimal_pbkdf()  # of a digest over both volume keys
         segment = self.metadata["segments"]["0"]
         cipher, _, mode = str(segment["encryption"]).partition("-")
         luks2 = Luks2Parameters(sector_size=int(segment["sector_size"]))
@@ -247,7 +248,6 @@ class _LibrarysEnd:
         if not self._path:
             raise DiskFailed(f"{device} is not a block device")
         self.is_prevented = False
-        self.allow()  # one that was killed has left the folder
 
     def prevent(self) -> None:
         while not self.is_prevented:
@@ -274,11 +274,18 @@ class _LibrarysEnd:
             os.close(fd)
 
     def allow(self) -> None:
-        try:
+        if self.is_prevented:
             os.rmdir(self._path)
-        except OSError:  # no folder: there is none, or another process has the lock
-            pass
         self.is_prevented = False
+
+
+def unlock_after_kill(device: str) -> None:
+    """Gives the lock of a disk back that a killed run has kept: to be called where no other run can be. Raises
+    DiskFailed."""
+    try:
+        os.rmdir(lock_path(device))
+    except OSError:  # there is none, or another process has it as a lock
+        pass
 
 
 def choose_resilience(device: str, sector: int) -> str:
@@ -321,6 +328,8 @@ def settle(device: str, plan: Plan, passphrase: Secret | None) -> str:
             metadata, found = finished(metadata, plan), NEW
             sequence += 1
             write_header(device, metadata, newest, sequence)
+        if sequence == newest.sequence and found != CRASH and not are_whole(read_copies(device, every=True)):
+            write_header(device, metadata, newest, sequence + 1)
         return found
 
 

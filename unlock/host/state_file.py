@@ -8,7 +8,7 @@ called wrapped here is base64 of a key wrapped by the persistence key.
 import json
 from typing import NamedTuple
 
-from ..disks.groups import POLICIES, Group, Member, is_name
+from ..disks.groups import POLICIES, Away, Group, Member, is_name
 from ..errors import Malformed, NewerFormat
 from . import codec
 from .journal import JournalEntry
@@ -46,6 +46,8 @@ class GroupEntry(NamedTuple):
     behind: tuple[str, ...]
     manifest: int
     members: tuple[Member, ...]
+    degraded: bool | None = None
+    away: tuple[Away, ...] | None = None
 
 
 class ReplacedKek(NamedTuple):
@@ -199,6 +201,8 @@ def group_of(name: str, entry: GroupEntry) -> Group:
         policy=entry.policy,
         former=entry.former,
         behind=entry.behind,
+        degraded=bool(entry.degraded),
+        away=entry.away or (),
     )
 
 
@@ -211,4 +215,6 @@ def group_entry(group: Group) -> GroupEntry:
         behind=group.behind,
         manifest=group.manifest,
         members=group.members,
+        degraded=group.degraded or None,
+        away=group.away or None,
     )

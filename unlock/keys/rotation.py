@@ -245,6 +245,23 @@ def set_policy(work: Work, group: Group, policy: str) -> Outcome:
     return outcome
 
 
+def set_degraded(work: Work, group: Group, degraded: bool) -> Outcome:
+    """Lets early boot open the group without all of its members, or forbids it: each token says so. Members that are
+    away get theirs when they are back. Raises NoKey, ProviderError, DiskFailed."""
+    state = work.state
+    if group.degraded == degraded and not group.behind:
+        return Outcome(group.name, group.generation, tuple(member.name for member in group.members), {})
+    kek, _ = access.find_kek(work, group)
+    with kek:
+        new = group._replace(degraded=degraded, behind=tuple(member.uuid for member in group.members))
+        state.groups[group.name] = new
+        state.save()
+        outcome, new = rewrap_disks(work, new, kek)
+    state.groups[group.name] = new
+    state.save()
+    return outcome
+
+
 def catch_up_disks(work: Work) -> list[Outcome]:
     """Rewrites the tokens of members that were away and are back. Asks the provider only when neither cache nor disks
     have the KEK. Writes nothing when no member is behind."""
@@ -290,8 +307,8 @@ def _is_current(work: Work, group: Group, member: Member, node: str) -> bool:
             policy = "provider"
         except Tampered:
             return False
-    says = (each.kek_id, each.kek_generation, each.manifest, each.name, policy)
-    return same and says == (group.kek, group.generation, group.manifest, member.name, group.policy)
+    says = (each.kek_id, each.kek_generation, each.manifest, each.name, each.degraded, policy)
+    return same and says == (group.kek, group.generation, group.manifest, member.name, group.degraded, group.policy)
 
 
 def retire_keks(work: Work, left: bool = False) -> list[StillActive]:

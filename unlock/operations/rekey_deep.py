@@ -21,12 +21,12 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from .. import log
-from ..disks import adoptable, devices, disk_keys, find, luks, reencrypt, reencrypt_plan, token
+from ..disks import adoptable, devices, disk_keys, find, luks, raw_header, reencrypt, reencrypt_plan, token
 from ..disks.groups import Group, Member
 from ..disks.reencrypt import Tell
 from ..disks.reencrypt_plan import NEW, OLD, Plan
 from ..errors import DiskFailed, NotOurs, Refused, UnlockError, Usage
-from ..host.journal import DeepRekey, DeepRekeyDisk
+from ..host.journal import DeepRekey, DeepRekeyDisk, Rekey
 from ..host.lock import exclusive, try_lock
 from ..keys import access, rotation
 from ..keys.access import Work
@@ -93,11 +93,21 @@ def rekey_deep(
 
     Raises Usage, Refused, NotOurs, NoKey, ProviderError, DiskFailed: then no volume key has changed.
     """
+    with _alone(paths):
+        outcomes = _prepare_or_find(paths, choices, consent, look, connect)
+        return [] if outcomes is None else [*outcomes, *_go_on(paths, tell, look, connect)]
+
+
+def _prepare_or_find(
+    paths: Paths, choices: Choices, consent: Consent, look: find.Look, connect: access.Connect
+) -> list[Outcome] | None:
+    """Outcomes of disks that are not here; the journal has the others, prepared. None when the plan was only shown."""
     about = choices.group or ALL
     with exclusive(paths), Work(paths, look, connect) as work:
         if choices.group and choices.group not in work.state.groups:
             raise Usage(f"there is no group {choices.group}", "unlock status")
-        work.state.refuse_other("rekey --deep", about)
+        if not _is_rotating(work, choices.group):
+            work.state.refuse_other("rekey --deep", about)
         entry = work.state.unfinished(DeepRekey, about)
         if entry and not entry.prepared:
             _take_back(work, entry.disks)
@@ -107,13 +117,18 @@ def rekey_deep(
             with choices.recovery() as recovery:
                 _check(work, places, choices, recovery)
                 if not consent(Steps(_describe(places, choices))):
-                    return []
+                    return None
                 _prepare_all(work, about, places, choices, recovery)
         else:
             if not consent(Steps((f"go on with {len(entry.disks)} disk(s)",))):
-                return []
+                return None
             outcomes = []
-    return [*outcomes, *resume(paths, tell, look, connect)]
+        return outcomes
+
+
+def _is_rotating(work: Work, group: str) -> bool:
+    """Whether a run was killed while a group got its new KEK: the next one finishes that first."""
+    return isinstance(work.state.journal, Rekey) and group in ("", work.state.journal.about)
 
 
 def resume(
@@ -126,31 +141,35 @@ def resume(
     A disk that fails does not stop the others. Raises Refused when another process does it.
     """
     with _alone(paths):
-        with exclusive(paths), Work(paths, look, connect) as work:
-            entry = work.state.journal
-            if not isinstance(entry, DeepRekey):
-                return []
-            if not entry.prepared:
-                _take_back(work, entry.disks)
-                raise Refused(
-                    "it was cut off before a disk had begun, and was taken back",
-                    f"unlock rekey --deep {entry.about}",
-                    code="taken-back",
-                )
-            sizes = _sizes(work, entry)
-        outcomes: list[Outcome] = []
-        done = 0
-        for disk in entry.disks:
-            progress = _Progress(tell, entry.rate, done, sum(sizes.values()))
-            try:
-                outcomes.append(_do_disk(paths, disk, progress, look, connect))
-            except UnlockError as error:
-                name = _name_of(paths, look, connect, disk.uuid)
-                outcomes.append(Outcome(*name, error.code, str(error), error.hint))
-            if progress.stops:
-                break
-            done += sizes.get(disk.uuid, 0)
-        return outcomes
+        return _go_on(paths, tell, look, connect)
+
+
+def _go_on(paths: Paths, tell: Tell, look: find.Look, connect: access.Connect) -> list[Outcome]:
+    with exclusive(paths), Work(paths, look, connect) as work:
+        entry = work.state.journal
+        if not isinstance(entry, DeepRekey):
+            return []
+        if not entry.prepared:
+            _take_back(work, entry.disks)
+            raise Refused(
+                "it was cut off before a disk had begun, and was taken back",
+                f"unlock rekey --deep {entry.about}",
+                code="taken-back",
+            )
+        sizes = _sizes(work, entry)
+    outcomes: list[Outcome] = []
+    done = 0
+    for disk in entry.disks:
+        progress = _Progress(tell, entry.rate, done, sum(sizes.values()))
+        try:
+            outcomes.append(_do_disk(paths, disk, progress, look, connect))
+        except UnlockError as error:
+            name = _name_of(paths, look, connect, disk.uuid)
+            outcomes.append(Outcome(*name, error.code, str(error), error.hint))
+        if progress.stops:
+            break
+        done += sizes.get(disk.uuid, 0)
+    return outcomes
 
 
 def cancel(paths: Paths, look: find.Look = find.look, connect: access.Connect = access.connect) -> list[str]:
@@ -209,13 +228,10 @@ def _check(work: Work, places: list[_Place], choices: Choices, recovery: Secret)
         raise Refused("this is not the recovery key of this host", "unlock recovery test", code="recovery-key")
     require_initramfs(BootTree(work.paths))
     for place in places:
+        reencrypt.unlock_after_kill(place.node)
         with luks.Container(place.node) as container:
             access.find_volume_key(work, container, place.group).wipe()  # authenticates the header
             adoptable.check_supported(container, container.disk_size, container.volume_key_size)
-            if not container.is_whole:
-                raise DiskFailed(
-                    f"{place.node}: the copies of its header differ", f"cryptsetup repair {place.node}", "header"
-                )
             if state.recovery.is_behind(place.member.uuid):
                 raise Refused(f"{place.member.name} takes an earlier recovery key", "unlock recovery new", "recovery")
             extra = _operators_keyslots(container, place, choices, recovery)
@@ -291,7 +307,8 @@ def _describe(places: list[_Place], choices: Choices) -> tuple[str, ...]:
 
 def _prepare_all(work: Work, about: str, places: list[_Place], choices: Choices, recovery: Secret) -> None:
     """New KEKs, then keyslots and token on each disk. Takes the disks back when one fails. Raises what fails."""
-    for name in dict.fromkeys(each.group.name for each in places):
+    unfinished = work.state.journal.about if work.state.journal else ""
+    for name in sorted({each.group.name for each in places}, key=lambda name: (name != unfinished, name)):
         outcome = rotation.rotate_kek(work, name)
         for disk, why in outcome.behind.items():
             log.error(f"{disk}: {why}: it opens with its old key until it is back", "when it is back: unlock sync")
@@ -318,6 +335,7 @@ def _prepare(work: Work, place: _Place, choices: Choices, recovery: Secret) -> s
     with luks.Container(place.node) as container:
         old = access.find_volume_key(work, container, place.group)
         extra = _operators_keyslots(container, place, choices, recovery)
+    raw_header.make_whole(place.node)
     deks = disk_keys.ReencryptionKeys(old, Secret.random(len(old)), Secret.random(32))
     with deks.old, deks.new, deks.operation:
         with reencrypt.Disk(place.node) as disk:
@@ -442,6 +460,7 @@ def _begin_or_settle(work: Work, place: _Place, disk: DeepRekeyDisk) -> _Begun |
     mapping = devices.active_mapping_name(place.member.uuid)
     if mapping and luks.is_active(f"{mapping}-overlay"):
         raise _left_by_a_killed_run(place.member.name)
+    reencrypt.unlock_after_kill(place.node)
     with luks.Container(place.node) as container:
         each = _find_plan_token(work, container)
         if each is None:

@@ -95,15 +95,16 @@ def kernel() -> Kernel:
 
 def vtpm() -> Path:
     """The program in the guest that carries TPM commands over a serial line."""
-    return _compiled("vtpm.c", "-static")
+    return compiled("vtpm.c", "-static")
 
 
 def ubdlog() -> Path:
     """The preloaded library that logs each write and flush of a disk."""
-    return _compiled("ubdlog.c", "-shared", "-fPIC")
+    return compiled("ubdlog.c", "-shared", "-fPIC")
 
 
-def _compiled(source: str, *options: str) -> Path:
+def compiled(source: str, *options: str) -> Path:
+    """A program or library made from a C file beside this one."""
     path = Path(__file__).with_name(source)
     command = ("gcc", "-O2", "-Wall", "-Werror", *options)
 

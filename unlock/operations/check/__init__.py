@@ -63,7 +63,7 @@ def check(
             *check_needed(paths, state),
             *check_root(paths, state),
             *check_boot_files(foreign),
-            *check_initramfs_images(paths, tcti, predicted, foreign),
+            *check_initramfs_images(paths, state, tcti, predicted, foreign, present),
             *check_recovery_key(state, present),
             *check_provider(paths, state, persistence, connect),
             *check_configuration(paths),

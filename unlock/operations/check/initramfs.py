@@ -5,8 +5,9 @@ import os
 import shlex
 from collections.abc import Iterator
 
-from ...disks import token
+from ...disks import disk_keys, find, luks, token
 from ...errors import CommandFailed, Refused, UnlockError
+from ...host.state import State
 from ...measured.eventlog import Log
 from ...paths import Paths
 from ...predict import booted, initramfs_images
@@ -35,7 +36,12 @@ def check_boot_files(foreign: dict[str, str]) -> Iterator[Finding]:
 
 
 def check_initramfs_images(
-    paths: Paths, tcti: str, predicted: Prediction | UnlockError, foreign: dict[str, str]
+    paths: Paths,
+    state: State,
+    tcti: str,
+    predicted: Prediction | UnlockError,
+    foreign: dict[str, str],
+    present: dict[str, list[find.Found]],
 ) -> Iterator[Finding]:
     """The image of the default boot must be usable; where that is not known, the newest image.
 
@@ -43,7 +49,7 @@ def check_initramfs_images(
     """
     tree = BootTree(paths)
     found = initramfs_images.list_images(tree)
-    written = _formats_in_use(tcti)
+    written = _formats_in_use(state, tcti, present)
     boots = () if isinstance(predicted, UnlockError) else predicted.boots
     needed = [each.initrd for each in boots if each.default and each.initrd] or found[-1:]
     if not needed:
@@ -69,14 +75,27 @@ def check_initramfs_images(
             yield Finding(name, SAFE, "unlock is in it, and reads what is on the disks and in the TPM")
 
 
-def _formats_in_use(tcti: str) -> dict[str, int]:
+def _formats_in_use(state: State, tcti: str, present: dict[str, list[find.Found]]) -> dict[str, int]:
     """Format -> the version of it that is on the disks or in the TPM, and that an image must read."""
     try:
         with Tpm(tcti) as tpm:
             found = current_slot(tpm)
     except UnlockError:
         found = None
-    return {"token": token.VERSION, "record": found[1].version if found else 1}
+    return {"token": _newest_token(state, present), "record": found[1].version if found else 1}
+
+
+def _newest_token(state: State, present: dict[str, list[find.Found]]) -> int:
+    """The newest format of this host's tokens: on the disks that are here, and as the state says on the others."""
+    newest = max((2 for group in state.groups.values() if group.degraded), default=token.OLDEST_VERSION)
+    for disk in (each for found in present.values() for each in found):
+        try:
+            with luks.Container(disk.node) as container:
+                tokens = disk_keys.read_tokens(container, state.host)
+        except UnlockError:
+            continue
+        newest = max(newest, *(each.version for each in tokens))
+    return newest
 
 
 def _why_unusable(image: initramfs_images.ImageContents, written: dict[str, int]) -> str:

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The power goes while a disk gets a new volume key: from a log of every write and flush of the disk.
+
+Random cuts: what was written before the last flush is there; of the rest all, nothing, or any part. UNLOCK_CUTS=1000
+tries more of them.
+"""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.deepfixture import DATA, HEADER, DeepHost, judge, loop
+from tests.killing import CHECKOUT, commit
+from tests.lab import writes
+from tests.lab.uml.kernel import compiled
+from tests.test_rekey_deep import assert_done
+from unlock.disks import reencrypt
+from unlock.host import keyring
+from unlock.host.journal import DeepRekey
+from unlock.host.state import State
+
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("key_cache")]
+
+CUTS = int(os.environ.get("UNLOCK_CUTS", "100"))
+STEP = 1 << 20
+RUN = f"""
+import shutil, sys
+from unlock.disks import find, reencrypt
+from unlock.operations import rekey_deep
+from unlock.paths import Paths
+from unlock.secret import Secret
+reencrypt.HOTZONE = {STEP}
+root, node, state = sys.argv[1:]
+paths, recovery = Paths(root), sys.stdin.buffer.read()
+
+def tell(done, total):
+    shutil.copy(paths.state, state)
+    return False
+
+choices = rekey_deep.Choices("data", lambda: Secret(recovery))
+done = rekey_deep.rekey_deep(paths, choices, tell, look=lambda: find.read_headers([find.Found(node, "")]))
+assert [each.outcome for each in done] == ["done"], done
+"""
+"""With a log, in a process of its own. The state when all is prepared is kept."""
+
+Show = Callable[[str, object], None]
+
+
+class Cut(NamedTuple):
+    """What a disk holds then."""
+
+    at: int
+    """The number of the last write or flush before it."""
+    content: bytes
+    lost: int
+    """Writes that were not flushed and are gone."""
+
+
+def cuts(start: bytes, log: list[writes.Write], count: int, dice: random.Random) -> Iterator[Cut]:
+    """At `count` places in the log, in their order."""
+    chosen = sorted(dice.randrange(len(log)) for _ in range(count))
+    durable, pending = bytearray(start), list[writes.Write]()
+    for at, each in enumerate(log):
+        if each.flush:
+            for write in pending:
+                writes.apply(durable, write)
+            pending.clear()
+        else:
+            pending.append(each)
+        while chosen and chosen[0] == at:
+            chosen.pop(0)
+            share = dice.choice((0.0, 0.5, 0.5, 1.0))
+            kept = [write for write in pending if dice.random() < share]
+            content = bytearray(durable)
+            for write in kept:
+                writes.apply(content, write)
+            yield Cut(at, bytes(content), len(pending) - len(kept))
+
+
+def test_after_a_cut_it_opens_and_finishes(
+    tmp_path: Path, record_property: Show, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reencrypt, "HOTZONE", STEP)
+    host = DeepHost(tmp_path)
+    (image,) = host.disks
+    start = image.read_bytes()
+    state = tmp_path / "state"
+    log = logged_run(host, image, state)
+    begun = next(at for at, each in enumerate(log) if b'"online-reencrypt-v2"' in each.data)
+    prepared, unprepared = state.read_bytes(), without_preparation(host, state)
+    phases: Counter[str] = Counter()
+    lost = 0
+    for cut in cuts(start, log, CUTS, random.Random(commit())):
+        image.write_bytes(cut.content)
+        phases[judge(host, Path(shutil.copy(image, tmp_path / "copy")), host.plain[image]) or "at rest"] += 1
+        lost += cut.lost > 0
+        Path(host.paths.state).write_bytes(prepared if cut.at >= begun else unprepared)
+        with loop(image) as host.nodes[image]:
+            assert [each.outcome for each in host.rekey()] == ["done"], cut.at
+        assert_done(host, image)
+    keyring.flush()
+    where = f"in {len(log)} writes and flushes, {lost} with writes lost"
+    record_property("shown", f"rekey --deep: power cut {CUTS} times {where}: {dict(phases)}")
+    assert {"at rest", "moving", "crash"} <= phases.keys()
+
+
+def logged_run(host: DeepHost, image: Path, state: Path) -> list[writes.Write]:
+    """Every write and flush of the disk, from the start of the command to its end."""
+    path = state.with_name("log")
+    with loop(image) as node:
+        shim = str(compiled("writelog.c", "-shared", "-fPIC"))
+        environment = {**os.environ, "LD_PRELOAD": shim, "WRITELOG": str(path), "WRITELOG_DISK": node}
+        command = [sys.executable, "-c", RUN, host.paths.root, node, str(state)]
+        done = subprocess.run(
+            command, input=bytes(host.recovery), env=environment, cwd=CHECKOUT, capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr.decode()
+    return list(writes.read(path, HEADER + DATA))
+
+
+def without_preparation(host: DeepHost, state: Path) -> bytes:
+    """The state before the disks were prepared."""
+    Path(host.paths.state).write_bytes(state.read_bytes())
+    found = State.load(host.paths)
+    assert isinstance(found.journal, DeepRekey)
+    disks = tuple(each._replace(recovery="") for each in found.journal.disks)
+    found.journal = found.journal._replace(disks=disks, prepared=False)
+    found.save()
+    return Path(host.paths.state).read_bytes()
