@@ -39,6 +39,7 @@ def main(home: str, disk: str, recovery: str, copies: str) -> None:
 
         return then
 
+    encrypt_disk.VOLATILE = ()  # all of this host is in memory
     State.save = marked(State.save)  # type: ignore[method-assign]
     encrypt.sync = marked(encrypt.sync)
     encrypt_disk.sync_folder = marked(encrypt_disk.sync_folder)  # type: ignore[attr-defined]

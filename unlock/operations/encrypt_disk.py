@@ -67,7 +67,7 @@ SMALLEST = 2 * RESERVED
 _HEADER_FILE = "encrypt.header"
 _SPARE = 4 << 20
 """Bytes that are left free in /var beside the file of the header."""
-_VOLATILE = ("tmpfs", "ramfs")
+VOLATILE: tuple[str, ...] = ("tmpfs", "ramfs")
 
 
 class Choices(NamedTuple):
@@ -290,7 +290,7 @@ def _check_var(paths: Paths) -> None:
     where = os.path.realpath(folder)
     while not os.path.ismount(where):
         where = os.path.dirname(where)
-    if devices.mount_type(where) in _VOLATILE:
+    if devices.mount_type(where) in VOLATILE:
         raise Refused(f"{folder} is in memory, and the header is kept there first", "lsblk", "volatile")
     room = os.statvfs(folder)
     if room.f_bavail * room.f_frsize < SHIFT + _SPARE:
