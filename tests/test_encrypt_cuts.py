@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,18 +17,21 @@ import pytest
 from tests.encryptchild import NO_TPM, look
 from tests.flowfixture import HOST, Host
 from tests.inplace import MIB, RESERVED, fill, read_clear, recovery_file, sh
+from tests.killing import Killer
 from tests.lab import cuts
-from unlock.disks import disk_keys, luks, reencrypt, reencrypt_plan
+from unlock.disks import disk_keys, encrypt, luks, raw_header, reencrypt, reencrypt_plan
+from unlock.disks.header import Header, has_valid_checksum
 from unlock.errors import Malformed, NotOurs, TpmAbsent
 from unlock.host.journal import DiskEncryption
 from unlock.host.state import State
 from unlock.operations import encrypt_disk
+from unlock.strictjson import canonical
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
 CUTS = int(os.environ.get("UNLOCK_CUTS", "100"))
 SEED = int(os.environ.get("UNLOCK_SEED", "1"))
-SIZE = RESERVED + 40 * MIB
+SIZE = RESERVED + 36 * MIB
 
 
 @pytest.fixture
@@ -54,6 +58,7 @@ def write(disk: str, content: bytes | bytearray) -> None:
             left = left[file.write(left[: 8 * MIB]) :]
 
 
+@pytest.mark.timeout(200 + 4 * CUTS)
 def test_power_cuts(
     folder: Path,
     disk: str,
@@ -150,3 +155,77 @@ def opens(host: Host, disk: str, expected: bytes) -> str:
             assert settled in ("moving", "new")
     assert read_clear(disk, host.persistence)[MIB:] == expected[MIB:]
     return phase
+
+
+def test_every_header_of_a_run_fits_its_plan(disk: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever the power leaves: from the log, both copies after each write."""
+    monkeypatch.setattr(encrypt_disk, "VOLATILE", ())
+    host = Host(folder, 0)
+    fill(disk, folder, SIZE - RESERVED)
+    (folder / "copies").mkdir()
+    events = cuts.log_of(
+        cuts.build(folder), disk, folder / "log",
+        "-m", "tests.encryptchild", host.paths.root, disk, recovery_file(host), str(folder / "copies"),
+    )  # fmt: skip
+    head = bytearray(32 << 10)
+    seen: Counter[str] = Counter()
+    facts = set()
+    for each in (event for event in events if event.kind == "w" and event.at < len(head)):
+        part = each.data[: len(head) - each.at]
+        head[each.at : each.at + len(part)] = part
+        for at in (0, 16 << 10):
+            copy = bytes(head[at : at + (16 << 10)])
+            if copy[:4] not in (b"LUKS", b"SKUL") or not has_valid_checksum(copy):
+                continue
+            header = Header(disk, copy[168:204].decode(), copy[4096:].rstrip(b"\0"))
+            for token in disk_keys.read_tokens(header, HOST):
+                if token.reencryption:
+                    seen[reencrypt_plan.phase(header, token.reencryption.plan)] += 1
+                    facts.add(canonical(disk_keys.facts(header, token)))
+    assert len(facts) == 1 and {"moving", "crash", "whole", "new"} <= seen.keys(), seen
+
+
+STEPS = (
+    os.replace,
+    os.unlink,
+    luks.Container.set_token,
+    luks.Container.remove_token,
+    luks.Container.remove_keyslot,
+    encrypt.Prepared.start_encryption,
+    encrypt._write,
+    raw_header.write_header,
+    raw_header.overwrite,
+)
+
+
+@pytest.mark.timeout(900)
+def test_killed_at_every_step_it_goes_on(
+    disk: str, folder: Path, monkeypatch: pytest.MonkeyPatch, killer: Killer
+) -> None:
+    monkeypatch.setattr(encrypt_disk, "VOLATILE", ())
+    host = Host(folder, 0)
+    fill(disk, folder, SIZE - RESERVED)
+    sh("e2fsck", "-f", "-p", disk)
+    start = Path(disk).read_bytes()
+    recovery_file(host)
+    var = os.path.dirname(host.paths.state)
+    shutil.copytree(var, folder / "var")
+    config = Path(host.paths.config).read_bytes()
+
+    def begin(_: int) -> Callable[[], object]:
+        write(disk, start)
+        shutil.rmtree(var)
+        shutil.copytree(folder / "var", var)
+        Path(host.paths.config).write_bytes(config)
+        return run
+
+    def run() -> None:
+        choices = encrypt_disk.Choices(disk, "photos", recovery_file=recovery_file(host))
+        with suppress(TpmAbsent):
+            encrypt_disk.encrypt_disk(host.paths, choices, never, look=look(disk), tcti=NO_TPM)
+
+    seen: Counter[str] = Counter()
+    for _, killed in killer(begin, STEPS):
+        if killed:
+            seen[judge(host, disk, start[: SIZE - RESERVED])] += 1
+    assert {"in clear", "header half written", "moving", "whole", "new"} <= seen.keys(), seen

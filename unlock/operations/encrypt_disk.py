@@ -65,7 +65,7 @@ from .rekey_deep import require_initramfs
 SMALLEST = 2 * RESERVED
 """Bytes of a disk that can be encrypted."""
 _HEADER_FILE = "encrypt.header"
-_SPARE = 4 << 20
+SPARE = 4 << 20
 """Bytes that are left free in /var beside the file of the header."""
 VOLATILE: tuple[str, ...] = ("tmpfs", "ramfs")
 
@@ -270,18 +270,12 @@ def _check_in_clear(state: State, node: str) -> None:
     """Raises Refused."""
     if not header.read_luks_version(node):
         return
-    hint = f"unlock disk adopt {node} --group G"
+    hosts: set[str] = set()
     with suppress(UnlockError), luks.Container(node) as container:
         hosts = {str(fields.get("host")) for _, fields in container.tokens(token.TYPE)}
-        if hosts and state.host not in hosts:
-            raise _OtherHost(
-                f"{node} is LUKS, of another host", "there: unlock disk release; else its recovery key opens it"
-            )
-    raise Refused(f"{node} is LUKS already", hint, code="luks")
-
-
-class _OtherHost(Refused):
-    code = "other-host"
+    if hosts and state.host not in hosts:
+        raise Refused(f"{node} is LUKS, and a disk of another host", f"unlock disk adopt {node}", "other-host")
+    raise Refused(f"{node} is LUKS already", f"unlock disk adopt {node} --group G", "luks")
 
 
 def _check_var(paths: Paths) -> None:
@@ -293,7 +287,7 @@ def _check_var(paths: Paths) -> None:
     if devices.mount_type(where) in VOLATILE:
         raise Refused(f"{folder} is in memory, and the header is kept there first", "lsblk", "volatile")
     room = os.statvfs(folder)
-    if room.f_bavail * room.f_frsize < SHIFT + _SPARE:
+    if room.f_bavail * room.f_frsize < SHIFT + SPARE:
         raise Refused(f"{folder} has no room for {SHIFT >> 20} MiB", f"df {folder}", "no-space")
 
 
