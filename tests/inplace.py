@@ -22,14 +22,14 @@ def sh(*command: object, text: bytes = b"") -> str:
     return done.stdout.decode().strip()
 
 
-def fill(disk: str, folder: Path, size: int, *, files: int = 6) -> None:
+def fill(disk: str, folder: Path, size: int, *, files: int = 6, block: int = 4096) -> None:
     """An ext4 of `size` bytes with files; the disk may be larger."""
     source = folder / "files"
     if not source.exists():
         source.mkdir()
         for number in range(files):
             (source / f"file-{number}").write_bytes(os.urandom(3 * MIB // 2))
-    sh("mkfs.ext4", "-q", "-F", "-b", 4096, "-L", "photos", "-d", source, disk, f"{size >> 10}K")
+    sh("mkfs.ext4", "-q", "-F", "-b", block, "-L", "photos", "-d", source, disk, f"{size >> 10}K")
 
 
 def recovery_file(host: Host) -> str:

@@ -438,3 +438,24 @@ def test_a_forged_header_does_not_fit(host: Machine, disk: str, tmp_path: Path) 
         other = each._replace(reencryption=each.reencryption._replace(plan=plan))
         with pytest.raises(Tampered):
             disk_keys.unwrap_volume_key(Header(disk, uuid, canonical(metadata)), other, host.persistence)
+
+
+@pytest.mark.root
+def test_a_btrfs_is_made_smaller_at_a_place_of_its_own(host: Machine, loop: Loops, tmp_path: Path) -> None:
+    disk, source = loop(320 * MIB), tmp_path / "files"
+    source.mkdir()
+    expected = {f"file-{number}": os.urandom(MIB) for number in range(8)}
+    for name, content in expected.items():
+        (source / name).write_bytes(content)
+    sh("mkfs.btrfs", "-q", "--rootdir", source, disk)
+    assert encrypt(host, disk) == Outcome("photos", "photos-a", "done")
+    host.boot()
+    host.take_key()
+    plain, where = tmp_path / "plain", tmp_path / "mounted"
+    plain.write_bytes(read_clear(disk, host.persistence))
+    where.mkdir()
+    sh("mount", "-o", "ro,loop", plain, where)
+    try:
+        assert {each.name: each.read_bytes() for each in where.iterdir()} == expected
+    finally:
+        sh("umount", where)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the file system on a disk smaller, where nothing of it has to move or its own tools move it without risk.
+"""Makes the file system on a disk smaller, so that a power cut leaves the old one or the new one.
 
-ext2 to ext4: checked first, unmounted. resize2fs moves blocks with writes in no order that a power cut respects, so the
-end of the file system must be free: what is written then is superblock, group descriptors and bitmaps, which e2fsck
-makes again. btrfs: mounted at a place of its own meanwhile; it moves its blocks by copy on write.
+ext2 to ext4: resize2fs writes in no order that a power cut respects, and e2fsck does not always mend what is left. So
+it gets a copy of the metadata, in a sparse file, and what it changes there is returned: disks.encrypt writes it when
+there is no superblock any more, and again after a cut. The end of the file system must be free: the copy has no data.
+
+btrfs moves its blocks by copy on write: it is made smaller where it is, mounted at a place of its own.
 """
 
+import errno
 import os
 import re
 import subprocess
@@ -18,6 +21,8 @@ from ..run import run
 from . import devices
 
 EXT = ("ext2", "ext3", "ext4")
+_CHANGES_MAX = 64 << 20
+"""Bytes."""
 
 
 class FileSystem(NamedTuple):
@@ -98,27 +103,82 @@ def check_end_is_free(node: str, found: FileSystem, size: int) -> None:
     if found.kind in EXT and found.size > size and not _is_free(run(["dumpe2fs", node]), size // found.block):
         raise Refused(
             f"the {found.kind} on {node} has blocks in its last {(found.size - size) >> 20} MiB, and a power cut "
-            "could ruin it while they are moved",
+            "could ruin it while resize2fs moves them",
             f"with a backup: e2fsck -f {node} && resize2fs {node} {size >> 10}K",
             "no-room",
         )
 
 
-def shrink(node: str, found: FileSystem, size: int, mount_point: str) -> None:
-    """Makes the file system fit into `size` bytes; does nothing where it does. May be killed and repeated.
-    `mount_point`: a folder of ours, for a btrfs. Raises CommandFailed, DiskFailed, Refused."""
+class Change(NamedTuple):
+    """A part of the disk that another content replaces."""
+
+    offset: int
+    content: bytes
+
+
+def plan_smaller_ext(node: str, found: FileSystem, size: int, scratch: str) -> list[Change]:
+    """What makes the file system fit into `size` bytes; nothing is written to the disk but by a check, which mends what
+    is safe. `scratch`: begin of the names of files that are made and removed. Raises CommandFailed, DiskFailed,
+    Refused, OSError."""
+    check_ext(node)
     if found.size <= size:
-        return
-    if found.kind == "btrfs":
+        return []
+    check_end_is_free(node, found, size)
+    copies = f"{scratch}.before", f"{scratch}.after"
+    try:
+        for each in copies:
+            run(["e2image", "-r", node, each], timeout=24 * 3600)
+        before, after = copies
+        if _differences(before, after, found.block, size):
+            raise DiskFailed(f"{node}: two copies of its metadata are not the same", "lsblk")
+        run(["resize2fs", after, f"{size >> 10}K"], timeout=24 * 3600)
+        run(["e2fsck", "-f", "-n", after], timeout=24 * 3600)
+        if _read_ext(after, found.kind).size > size:
+            raise DiskFailed(f"{node}: resize2fs does not make its file system smaller")
+        return _differences(before, after, found.block, size)
+    finally:
+        for each in copies:
+            with suppress(FileNotFoundError):
+                os.unlink(each)
+
+
+def _differences(before: str, after: str, block: int, size: int) -> list[Change]:
+    """The blocks that one sparse file has other than another, below `size`. Raises OSError, DiskFailed for too much."""
+    found: dict[int, Change] = {}
+    with open(before, "rb") as old, open(after, "rb") as new:
+        for start, end in {*_data_of(old.fileno(), size), *_data_of(new.fileno(), size)}:
+            for at in range(start // block * block, end, block):
+                content = os.pread(new.fileno(), block, at).ljust(block, b"\0")
+                if content != os.pread(old.fileno(), block, at).ljust(block, b"\0"):
+                    found[at] = Change(at, content)
+            if len(found) * block > _CHANGES_MAX:
+                raise DiskFailed(f"{before}: too much of the metadata would change")
+    return [found[at] for at in sorted(found)]
+
+
+def _data_of(file: int, size: int) -> Iterator[tuple[int, int]]:
+    """The parts of a sparse file that are no holes, below `size`."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(file, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no more data
+                return
+            raise
+        end = os.lseek(file, start, os.SEEK_HOLE)
+        if start < size:
+            yield start, min(end, size)
+
+
+def shrink_btrfs(node: str, found: FileSystem, size: int, mount_point: str) -> None:
+    """Makes it fit into `size` bytes; does nothing where it does. May be killed and repeated. `mount_point`: a folder
+    of ours. Raises CommandFailed, DiskFailed."""
+    if found.size > size:
         with _mounted(node, mount_point) as where:
             run(["btrfs", "filesystem", "resize", str(size), where], timeout=24 * 3600)
-    else:
-        check_ext(node)
-        check_end_is_free(node, found, size)
-        run(["resize2fs", node, f"{size >> 10}K"], timeout=24 * 3600)
-        check_ext(node)
-    if read_file_system(node).size > size:
-        raise DiskFailed(f"{node}: its file system is not smaller than before")
+        if read_file_system(node).size > size:
+            raise DiskFailed(f"{node}: its file system is not smaller than before")
 
 
 def check_ext(node: str) -> None:

@@ -61,8 +61,10 @@ class DiskEncryption(NamedTuple):
     """UUID of the file system on it."""
     size: int
     """Bytes of the disk."""
+    first: str
+    """SHA-256, in hex, of the first part of the data, which makes room for the header."""
     moved: str
-    """SHA-256, in hex, of the part of the data that was moved to make room; '' before that is durable."""
+    """The same of this part where it was moved to, changed for a smaller file system; '' before that is durable."""
     written: bool
     """The header is on the disk."""
 

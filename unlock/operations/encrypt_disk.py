@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unlock disk encrypt`: encrypts a disk that holds data, in place, and makes it the only member of a new group.
 
-    checks ──> the header in a file in /var: keyslots, token ──> journal ──> file system made smaller ──> first part of
-    the data copied to the free end, durable ──> journal: moved ──> header on the disk ──> state: a group; journal:
-    written ──> step by step, from the end to the start (disks.reencrypt) ──> what was in clear at the end overwritten,
-    header finished ──> token for the finished header, proven ──> the operation key and the old token go ──> journal
-    closed, narrowed ──> a new persistence key
+    checks ──> the header in a file in /var: keyslots, token ──> journal ──> what makes the file system smaller, in a
+    file too ──> first part of the data copied to the free end, durable ──> journal: moved ──> superblock gone, file
+    system made smaller, header on the disk ──> state: a group; journal: written ──> step by step, from the end to the
+    start (disks.reencrypt) ──> what was in clear at the end overwritten, header finished ──> token for the finished
+    header, proven ──> the operation key and the old token go ──> journal closed, narrowed ──> a new persistence key
 
 Until `moved` the disk is what it was, and an error is undone. While the header is written nothing opens the disk, for
 less than a second: after a cut in there, `resume` writes it again from the file, before anything else has touched the
@@ -167,7 +167,7 @@ def _end(paths: Paths, look: find.Look, tcti: str, group: str) -> Outcome:
 
 
 def cancel(paths: Paths, look: find.Look = find.look, connect: access.Connect = access.connect) -> list[str]:
-    """Gives up an encryption for which nothing but the size of the file system has changed. Returns what a person
+    """Gives up an encryption before the header may be on the disk. Returns what a person
     should know. Raises Refused when the header may be on the disk: it can only go forward."""
     with _alone(paths), exclusive(paths), Work(paths, look, connect) as work:
         entry = work.state.journal
@@ -180,7 +180,7 @@ def cancel(paths: Paths, look: find.Look = find.look, connect: access.Connect = 
                 code="cannot-cancel",
             )
         _undo(work)
-        return [f"{entry.node}: its file system may be {RESERVED >> 20} MiB smaller than the disk"]
+        return [f"{entry.node} holds what it held, in clear; a btrfs may be {RESERVED >> 20} MiB smaller than the disk"]
 
 
 @contextmanager
@@ -311,6 +311,11 @@ def _header_file(paths: Paths) -> str:
     return os.path.join(os.path.dirname(paths.state), _HEADER_FILE)
 
 
+def _changes_file(paths: Paths) -> str:
+    """What makes the file system smaller."""
+    return f"{_header_file(paths)}.changes"
+
+
 def _prepare(work: Work, choices: Choices, found: _Disk) -> None:
     """The file of the header, durable, then the journal. Raises ProviderError, DiskFailed, Refused, OSError."""
     state, path = work.state, _header_file(work.paths)
@@ -353,6 +358,7 @@ def _prepare(work: Work, choices: Choices, found: _Disk) -> None:
             node=found.node,
             file_system=found.file_system.uuid,
             size=found.size,
+            first="",
             moved="",
             written=False,
         )
@@ -376,47 +382,56 @@ def _prove(work: Work, path: str, dek: Secret, operation: Secret, recovery: Secr
 
 
 def _undo(work: Work) -> None:
-    """Closes the journal of an encryption that has changed nothing but the size of the file system."""
-    with suppress(OSError):
-        os.unlink(_header_file(work.paths))
+    """Closes the journal of an encryption that has changed nothing that counts."""
+    _remove_files(work.paths)
     work.state.journal = None
     work.state.save()
+
+
+def _remove_files(paths: Paths) -> None:
+    for path in (_header_file(paths), _changes_file(paths)):
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+    sync_folder(os.path.dirname(paths.state))
 
 
 # Onto the disk
 
 
 def _make_room_and_move(work: Work, entry: DiskEncryption) -> DiskEncryption:
-    """The file system made smaller, its first part copied to the free end. The disk holds what it held. Raises Refused
-    when the disk is not here; for what else fails the journal is closed."""
+    """What makes the file system smaller, and its first part copied to the free end. The disk holds what it held.
+    Raises Refused when the disk is not here or in use; for what else fails the journal is closed."""
     node = _find_in_clear(entry)
     _check_unused(node)
     path, clear = _header_file(work.paths), entry.size - RESERVED
     try:
         found = shrink.read_file_system(node)
+        changes: list[shrink.Change] = []
         if found.kind in shrink.EXT:
-            shrink.check_ext(node)  # also one that a cut has left half smaller
-            found = shrink.read_file_system(node)
-        shrink.shrink(node, found, clear, os.path.join(work.paths.run, "encrypt"))
+            changes = shrink.plan_smaller_ext(node, found, clear, f"{path}.scratch")
+        else:
+            shrink.shrink_btrfs(node, found, clear, os.path.join(work.paths.run, "encrypt"))
+        encrypt.write_changes(_changes_file(work.paths), changes)
         _check_unused(node)
         operation, plan = _operation_key(work, path)
         with operation:
             if _phase(path, plan) == NEW:  # else it was cut off after its file was written
-                moved = encrypt.start(path, node, operation, plan.new_keyslot, clear)
+                done = encrypt.start(path, node, operation, plan.new_keyslot, clear, changes)
             else:
-                moved = encrypt.move_again(path, node, clear)
+                done = encrypt.move_again(path, node, clear, changes)
     except (UnlockError, OSError):
         _undo(work)
-        log.note(f"{node} holds what it held; its file system may be {RESERVED >> 20} MiB smaller")
+        log.note(f"{node} holds what it held, in clear")
         raise
-    return _save(work, entry._replace(moved=moved))
+    return _save(work, entry._replace(first=done.first, moved=done.moved))
 
 
 def _put_header(work: Work, entry: DiskEncryption) -> DiskEncryption:
     """The header on the disk, and the group in the state. Raises Refused when the disk is not here, DiskFailed."""
     path = _header_file(work.paths)
     node = find.find_node(work.look(), entry.member) or _find_moved(entry)
-    encrypt.put(path, node, entry.moved)
+    changes = _changes_file(work.paths)
+    encrypt.put(path, node, entry.first, encrypt.read_changes(changes))
     group = Group(
         entry.group, entry.kek[0], entry.generation, entry.manifest, (entry.member,), entry.kek[1], "persistent"
     )
@@ -424,8 +439,7 @@ def _put_header(work: Work, entry: DiskEncryption) -> DiskEncryption:
     work.state.groups[group.name] = group
     work.state.recovery.keyslots[entry.member.uuid] = entry.recovery
     entry = _save(work, entry._replace(written=True))
-    os.unlink(path)
-    sync_folder(os.path.dirname(path))
+    _remove_files(work.paths)
     return entry
 
 
