@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
@@ -109,17 +109,29 @@ def read_plain(image: Path, keys: dict[str, bytes]) -> bytes:
     return out
 
 
+class Keys(NamedTuple):
+    """What a host has in its key cache, and its operator."""
+
+    host: str
+    persistence: Secret
+    recovery: Secret
+
+
 def judge(host: DeepHost, path: Path, plain: bytes) -> str:
+    """See `judge_disk`."""
+    return judge_disk(Keys(HOST, host.persistence, host.recovery), path, plain)
+
+
+def judge_disk(have: Keys, path: Path, plain: bytes) -> str:
     """Opens a disk as early boot does, on a copy of it that this changes, and by the recovery key; compares the data.
     Returns the phase that it was in; '' where no token has a plan."""
-    mac_key = disk_keys.mac_key(host.recovery, HOST)
     phase = ""
     keys: dict[str, bytes] = {}
     opens = moving = False
-    with mac_key, luks.Container(str(path)) as container:
-        for each in disk_keys.read_tokens(container, HOST):
+    with luks.Container(str(path)) as container:
+        for each in disk_keys.read_tokens(container, have.host):
             try:
-                with disk_keys.unwrap_volume_key(container, each, host.persistence) as key:
+                with disk_keys.unwrap_volume_key(container, each, have.persistence) as key:
                     opens = True
                     covering = [n for n, fields in container.metadata["digests"].items() if fields["segments"]]
                     if not disk_keys.is_moving(container, each):
@@ -127,23 +139,54 @@ def judge(host: DeepHost, path: Path, plain: bytes) -> str:
                         keys[covering[0]] = bytes(key)
             except (Tampered, Malformed):
                 continue
-            with disk_keys.dek_by_checked_recovery_key(container, each, host.recovery) as by_recovery:
+            with disk_keys.dek_by_checked_recovery_key(container, each, have.recovery) as by_recovery:
                 moves = disk_keys.is_moving(container, each)
-                assert bytes(by_recovery) in (bytes(host.recovery) if moves else b"", *keys.values())
+                assert bytes(by_recovery) in (bytes(have.recovery) if moves else b"", *keys.values())
             if each.reencryption:
                 plan = each.reencryption.plan
                 phase, moving = reencrypt_plan.phase(container, plan), moves
-                with disk_keys.unwrap_kek(each, host.persistence) as kek:
+                with disk_keys.unwrap_kek(each, have.persistence) as kek:
                     found = disk_keys.unwrap_reencryption_keys(container, each, kek)
                 keys[str(plan.old)], keys[str(plan.new)] = bytes(found.old), bytes(found.new)
     assert opens, "no token opens it"
-    stock_opens(path, host.recovery)
+    stock_opens(path, have.recovery)
     if moving:
         facts = host_facts(path, plan)
         reencrypt.settle(str(path), plan, found.operation)
         assert host_facts(path, plan) == facts
     assert read_plain(path, keys) == plain
     return phase
+
+
+def plain_of(path: Path, have: Keys) -> bytes:
+    """The data of a disk at rest."""
+    with luks.Container(str(path)) as container:
+        (each,) = disk_keys.read_tokens(container, have.host)
+        with disk_keys.unwrap_volume_key(container, each, have.persistence) as dek:
+            return read_plain(path, dict.fromkeys(container.metadata["digests"], bytes(dek)))
+
+
+def finish_disk(have: Keys, path: Path, plain: bytes) -> bool:
+    """Re-encrypts the rest of a disk, if it has a plan: then the new volume key gives the same data."""
+    with luks.Container(str(path)) as container:
+        plans = [each for each in disk_keys.read_tokens(container, have.host) if each.reencryption]
+        if not plans:
+            return True
+        (each,) = plans
+        assert each.reencryption
+        plan = each.reencryption.plan
+        with disk_keys.unwrap_kek(each, have.persistence) as kek:
+            found = disk_keys.unwrap_reencryption_keys(container, each, kek)
+    with loop(path) as node:
+        phase = reencrypt.settle(node, plan, found.operation)
+        if phase == reencrypt_plan.OLD:
+            with reencrypt.Disk(node) as disk:
+                disk.start("", found.operation, plan)
+        if phase != reencrypt_plan.NEW:
+            with reencrypt.Disk(node) as disk:
+                disk.run("", found.operation, lambda done, total: False)
+        assert reencrypt.finish(node, plan)
+    return read_plain(path, {str(plan.new): bytes(found.new)}) == plain
 
 
 def host_facts(path: Path, plan: reencrypt_plan.Plan) -> dict[str, Any]:

@@ -3,17 +3,25 @@
 
 import os
 import shutil
+import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.deepfixture import DeepHost, judge, metadata, read_plain
+from tests.deepfixture import HEADER, DeepHost, judge, metadata, read_plain
 from tests.killing import LASTING, Killer
 from unlock.disks import disk_keys, luks, raw_header, reencrypt, reencrypt_plan
+from unlock.disks.reencrypt_plan import MOVING
+from unlock.errors import DiskFailed, Malformed, NoKey, Refused, UnlockError, Usage
 from unlock.host import keyring
-from unlock.operations import rekey_deep
+from unlock.keys import recovery_key, rotation
+from unlock.operations import new_persistence_key, rekey, rekey_deep, sync
+from unlock.operations.consent import Plan
+from unlock.predict import initramfs_images
+from unlock.secret import Secret
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("key_cache")]
 
@@ -149,3 +157,195 @@ def stop_after(count: int) -> Callable[[int, int], bool]:
     """A `Tell` that stops the run at its Nth call."""
     left = iter(range(count - 1))
     return lambda done, total: next(left, None) is None
+
+
+# What is refused, with words, and nothing changed
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Iterator[DeepHost]:
+    with DeepHost(tmp_path, 1).plugged_in() as found:
+        yield found
+    keyring.flush()
+
+
+def refused(host: DeepHost, choices: rekey_deep.Choices, error: type[UnlockError] = Refused) -> UnlockError:
+    """The error of a command that changes nothing: no disk, nor the state."""
+    before = [image.read_bytes() for image in host.disks], Path(host.paths.state).read_bytes()
+    with pytest.raises(error) as raised:
+        rekey_deep.rekey_deep(host.paths, choices, lambda done, total: False, look=host.look)
+    assert ([image.read_bytes() for image in host.disks], Path(host.paths.state).read_bytes()) == before
+    assert raised.value.hint
+    return raised.value
+
+
+def test_another_recovery_key_is_refused(one: DeepHost) -> None:
+    assert refused(one, one.choices(recovery=recovery_key.new())).code == "recovery-key"
+
+
+def test_a_group_that_is_not_there_is_refused(one: DeepHost) -> None:
+    refused(one, one.choices()._replace(group="other"), Usage)
+
+
+def test_disks_that_are_away_are_refused(one: DeepHost) -> None:
+    nodes, one.nodes = one.nodes, {}
+    assert refused(one, one.choices()).code == "missing"
+    one.nodes = nodes
+
+
+def test_an_operators_keyslot_is_named(one: DeepHost) -> None:
+    slot = add_operators_keyslot(one, b"of an operator")
+    error = refused(one, one.choices(Secret(b"another one")))
+    assert (error.code, f"keyslot {slot}" in str(error)) == ("keyslots", True)
+
+
+def test_a_full_header_is_refused(one: DeepHost) -> None:
+    with luks.Container(one.nodes[one.disks[0]]) as container:
+        for number in range(5, 12):
+            container.set_token({"type": "of-another-program", "much": "x" * 1000}, number)
+    assert refused(one, one.choices()).code == "no-room"
+
+
+def test_a_disk_that_cryptsetup_re_encrypts_is_refused(one: DeepHost) -> None:
+    """Its header is not one of ours: it opens by hand alone, and nothing of it is written."""
+    command = ["cryptsetup", "reencrypt", "--init-only", "--batch-mode", "--force-offline-reencrypt", "--key-file", "-"]
+    command += ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", one.nodes[one.disks[0]]]
+    subprocess.run(command, input=bytes(one.recovery), check=True, capture_output=True)
+    error = refused(one, one.choices(), Malformed)
+    assert "is being re-encrypted" in str(error) or "says that it is being re-encrypted" in str(error)
+
+
+def test_an_initramfs_that_could_not_open_it_is_refused(one: DeepHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(one.paths.root, "boot").mkdir()
+    Path(one.paths.root, "boot/initrd.img-6.1").touch()
+    for reads, code in ((1, "old-initramfs"), (2, "")):
+        names = f"usr/lib/unlock/unlock/boot/agent.pyc usr/lib/unlock/reads/token-{reads}"
+        listing = initramfs_images.ImageContents(True, {"token": reads}, True)
+        assert names
+        monkeypatch.setattr(initramfs_images, "read_contents", lambda tree, image, found=listing: found)
+        if code:
+            assert refused(one, one.choices()).code == code
+        else:
+            assert one.rekey()[0].outcome == "done"
+
+
+def test_while_a_run_goes_on_another_is_refused(one: DeepHost) -> None:
+    found: list[str] = []
+
+    def tell(done: int, total: int) -> bool:
+        if not found:
+            with pytest.raises(Refused) as raised:
+                rekey_deep.resume(one.paths, tell, one.look)
+            found.append(raised.value.code)
+        return False
+
+    assert [each.outcome for each in one.rekey(tell)] == ["done"]
+    assert found == ["busy"]
+
+
+def test_a_plan_that_is_only_shown_changes_nothing(one: DeepHost) -> None:
+    plans: list[Plan] = []
+
+    def show(plan: Plan) -> bool:
+        plans.append(plan)
+        return False
+
+    before = one.disks[0].read_bytes(), Path(one.paths.state).read_bytes()
+    assert one.rekey(consent=show) == []
+    assert (one.disks[0].read_bytes(), Path(one.paths.state).read_bytes()) == before
+    (plan,) = plans
+    assert any("re-encrypt data-0" in step for step in plan.steps) and not plan.destroys
+
+
+# What is kept, taken back, and left to others
+
+
+def add_operators_keyslot(host: DeepHost, passphrase: bytes) -> int:
+    node = host.nodes[host.disks[0]]
+    with luks.Container(node) as container, Secret(host.dek(host.disks[0])) as dek:
+        return container.add_keyslot(dek, passphrase=Secret(passphrase))
+
+
+def test_an_operators_keyslot_is_kept_by_its_passphrase(one: DeepHost) -> None:
+    (image,) = one.disks
+    add_operators_keyslot(one, b"of an operator")
+    choices = one.choices(Secret(b"another one"), Secret(b"of an operator"))
+    (outcome,) = rekey_deep.rekey_deep(one.paths, choices, lambda done, total: False, look=one.look)
+    assert outcome.outcome == "done"
+    dek = new_key(one, image)
+    with luks.Container(str(image)) as container:
+        assert len(container.keyslots()) == 2
+        for passphrase in Secret(b"of an operator"), one.recovery:
+            with container.volume_key(passphrase) as found:
+                assert bytes(found) == dek != one.dek(image)
+
+
+def test_what_is_prepared_can_be_cancelled_and_what_has_moved_cannot(host: DeepHost) -> None:
+    first, second = host.disks
+    host.rekey(lambda done, total: True)
+    assert judge(host, Path(shutil.copy(first, first.with_name("copy"))), host.plain[first]) == MOVING
+    with pytest.raises(Refused) as raised:
+        rekey_deep.cancel(host.paths, host.look)
+    assert raised.value.code == "cannot-cancel"
+    host.resume(lambda done, total: done >= 4 << 20)
+    assert_done(host, first)
+    with luks.Container(str(second)) as container:
+        assert len(container.keyslots()) > 1
+    assert rekey_deep.cancel(host.paths, host.look) == ["data-1"]
+    assert host.state.journal is None
+    with luks.Container(str(second)) as container:
+        assert len(container.keyslots()) == len(container.tokens("unlock")) == len(container.metadata["digests"]) == 1
+        assert new_key(host, second) == host.dek(second)
+    assert [each.outcome for each in host.rekey()] == ["done", "done"]
+
+
+def test_other_commands_leave_a_disk_alone_that_is_to_get_a_new_key(host: DeepHost) -> None:
+    host.rekey(lambda done, total: True)
+    before = [image.read_bytes() for image in host.disks]
+    with pytest.raises(Refused):
+        rekey.rekey(host.paths, "data", host.look)
+    sync.sync(host.paths, host.look)
+    with host.tpm() as chip, pytest.raises(Refused):
+        new_persistence_key.replace(host.paths, chip.tcti, look=host.look)
+    with host.work() as work, work.host_key() as key, pytest.raises((Refused, DiskFailed)):
+        rotation.rewrap_disks(work, host.group, key)
+    assert [image.read_bytes() for image in host.disks] == before
+    assert [each.outcome for each in host.resume()] == ["done", "done"]
+
+
+def test_a_key_that_this_host_does_not_keep(tmp_path: Path) -> None:
+    """Policy `provider`: the tokens say so during the run too, and the KEK comes from the cache or the provider."""
+    with DeepHost(tmp_path, 1).plugged_in() as host:
+        with host.work() as work:
+            rotation.set_policy(work, host.group, "provider")
+        assert [each.outcome for each in host.rekey(lambda done, total: done > 0)] == ["stopped"]
+        with luks.Container(str(host.disks[0])) as container:
+            each = next(each for each in disk_keys.read_tokens(container, "") if each.reencryption)
+            with pytest.raises(NoKey):
+                disk_keys.unwrap_volume_key(container, each, host.persistence)
+        assert [each.outcome for each in host.resume()] == ["done"]
+    keyring.flush()
+
+
+def test_the_rate_is_held_down(one: DeepHost) -> None:
+    began = time.monotonic()
+    choices = one.choices()._replace(max_rate=2 << 20)
+    (outcome,) = rekey_deep.rekey_deep(one.paths, choices, lambda done, total: False, look=one.look)
+    assert outcome.outcome == "done"
+    assert time.monotonic() - began > 1.9
+
+
+def test_nothing_old_opens_anything_afterwards(one: DeepHost, tmp_path: Path) -> None:
+    """Earlier headers, put back: the first, and one from the midst of the run."""
+    (image,) = one.disks
+    headers = [image.read_bytes()[:HEADER]]
+    one.rekey(lambda done, total: done > 0)
+    headers.append(image.read_bytes()[:HEADER])
+    one.resume()
+    assert_done(one, image)
+    for header in headers:
+        copy = Path(shutil.copy(image, tmp_path / "copy"))
+        with copy.open("r+b") as file:
+            file.write(header)
+        with pytest.raises(AssertionError):
+            judge(one, copy, one.plain[image])

@@ -188,8 +188,8 @@ class GroupOpener:
         for each in tokens:
             try:
                 authentic.append(Candidate(disk, header, each, self.unwrap(header, each)))
-            except UnlockError as error:
-                trouble = error
+            except UnlockError as error:  # of a half re-encrypted disk, the token before does not fit the header
+                trouble = trouble if isinstance(trouble, Tampered) else error
         if not authentic:
             assert trouble
             raise trouble

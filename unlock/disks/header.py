@@ -166,7 +166,9 @@ def _data_digest(metadata: dict[str, Any], device: str) -> dict[str, Any]:
     digests: list[dict[str, Any]] = [each for _, each in _get_numbered(metadata, "digests", device) if each["segments"]]
     if not segments or len(digests) != 1 or canonical(digests[0]["segments"]) != canonical(sorted(segments)):
         if REENCRYPTION in str(_get_object(metadata, "config", device).get("requirements")):
-            hint = f"cryptsetup reencrypt --resume-only {device}"
+            tokens = _get_object(metadata, "tokens", device).values()
+            ours = any(isinstance(fields, dict) and fields.get("reencrypt") for fields in tokens)
+            hint = "unlock rekey --deep" if ours else f"cryptsetup reencrypt --resume-only {device}"
             raise Malformed(f"{device}: its header says that it is being re-encrypted", hint)
         raise Malformed(f"{device}: not exactly one digest covers all of the data")
     return digests[0]
@@ -182,6 +184,7 @@ def read_copies(device: str, *, every: bool) -> list[tuple[int, bytes]]:
     try:
         file = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            forget_cached(file)
             for offset in _COPIES:
                 copy = os.pread(file, 4096, offset)
                 size = int.from_bytes(copy[8:16], "big")
@@ -201,6 +204,12 @@ def read_copies(device: str, *, every: bool) -> list[tuple[int, bytes]]:
     except OSError as error:
         raise DiskFailed(f"{device} cannot be read: {error.strerror}") from error
     return found
+
+
+def forget_cached(file: int) -> None:
+    """What is read next comes from the disk. libcryptsetup writes past the page cache, which may keep what was there
+    before, when another process reads at that moment."""
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def are_whole(copies: list[tuple[int, bytes]]) -> bool:

@@ -24,6 +24,7 @@ from .header import (
     REENCRYPTION,
     Header,
     are_whole,
+    forget_cached,
     parse_metadata,
     read_copies,
     read_luks_version,
@@ -196,6 +197,7 @@ class Container(Header):
         try:
             disk = os.open(self.device, os.O_RDONLY | os.O_CLOEXEC)
             try:
+                forget_cached(disk)
                 for number, fields in self.metadata["keyslots"].items():
                     if slot in (ANY, int(number)):
                         at, size = int(fields["area"]["offset"]), int(fields["area"]["size"])

@@ -30,7 +30,7 @@ from ..light import Any, Callable
 from ..secret import Secret
 from . import raw_header
 from .encrypt_plan import SHIFT
-from .header import ANY, are_whole, read_copies
+from .header import ANY, are_whole, forget_cached, read_copies
 from .luks import DESCRIPTORS, Container, Luks2Parameters, memory_file, sized
 from .raw_header import WriteLock, flush, lock_path, overwrite, read_valid_copies, was_cut_before_second, write_header
 from .reencrypt_plan import CRASH, MOVING, NEW, WHOLE, Plan, all_new, finished, phase_of, plan_facts, without_hotzone
@@ -234,6 +234,7 @@ def _read(device: str, offset: int, size: int) -> bytes:
     """Raises DiskFailed."""
     try:
         with open(device, "rb", buffering=0) as file:
+            forget_cached(file.fileno())
             return os.pread(file.fileno(), size, offset)
     except OSError as error:
         raise DiskFailed(f"{device} cannot be read: {error.strerror}") from error

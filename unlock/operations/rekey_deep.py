@@ -385,12 +385,16 @@ def _make_plan(container: luks.Container, old_slot: int, new_slot: int) -> Plan:
 def _prove_keyslots(
     container: luks.Container, deks: disk_keys.ReencryptionKeys, recovery: Secret, slots: tuple[int, int, int]
 ) -> None:
-    """Each keyslot gives its volume key. Raises DiskFailed, NotOurs."""
+    """Each keyslot gives its volume key. Raises DiskFailed."""
     expected = ((deks.operation, deks.old), (deks.operation, deks.new), (recovery, deks.new))
     for slot, (passphrase, dek) in zip(slots, expected, strict=True):
-        with container.volume_key(passphrase, slot) as found:
-            if found != dek:
-                raise DiskFailed(f"{container.device}: keyslot {slot} gives another key")
+        try:
+            with container.volume_key(passphrase, slot) as found:
+                same = found == dek
+        except NotOurs:
+            same = False
+        if not same:
+            raise DiskFailed(f"{container.device}: keyslot {slot} that was written does not read back")
 
 
 def _take_back(work: Work, disks: Sequence[DeepRekeyDisk]) -> list[str]:
@@ -506,6 +510,7 @@ def _left_by_a_killed_run(name: str) -> Refused:
 def _clean(work: Work, place: _Place, disk: DeepRekeyDisk) -> None:
     """The token for the new volume key alone; then the old keyslots and the operation key go, then the old tokens; then
     the state. May be killed and run again anywhere. Raises DiskFailed, Tampered."""
+    raw_header.make_whole(place.node)
     mac_key = work.state.mac_key(work.persistence, place.member.uuid)
     with _kek(work, place) as kek, access.token_keys(work, kek=kek, mac_key=mac_key) as keys:
         with luks.Container(place.node) as container:
