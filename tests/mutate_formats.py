@@ -241,6 +241,8 @@ CHANGES: dict[str, list[Change]] = {
     "path `var/lib/unlock/baseline.json`": [("paths.py", "unlock/baseline.json", "unlock/baseline")],
     "path `var/lib/unlock/booted.json`": [("paths.py", "unlock/booted.json", "unlock/booted")],
     "path `var/lib/unlock/boot-files.json`": [("paths.py", "unlock/boot-files.json", "unlock/boot-files")],
+    "path `var/lib/unlock/under-way`": [("host/resumption.py", '"under-way"', '"underway"')],
+    "path `var/lib/unlock/paused.json`": [("host/resumption.py", '"paused.json"', '"pause.json"')],
     "path `run/unlock`": [("paths.py", "run/unlock", "run/unlocked")],
     "path `EFI/unlock/baseline.json`": [("measured/esp_copy.py", "EFI/unlock/", "EFI/Unlock/")],
     "path `run/unlock/report.json`": [("*.py", '"report.json"', '"rapport.json"')],
@@ -273,6 +275,16 @@ NAMED = {
         ("measured/baseline.py", "    identity: str", "    identite: str"),
         ("measured/baseline.py", '"identity"', '"identite"'),
     ],
+    "paused: version": [("host/resumption.py", "    version: int", "    versio: int")],
+    "paused: operation": [
+        ("host/resumption.py", "    operation: str", "    operatio: str"),
+        ("host/resumption.py", "self.operation", "self.operatio"),
+    ],
+    "paused: about": [
+        ("host/resumption.py", "    about: str", "    abou: str"),
+        ("host/resumption.py", "self.about", "self.abou"),
+    ],
+    "paused: at": [("host/resumption.py", "    at: float", "    av: float")],
 }
 """Fields that are those of a tuple."""
 

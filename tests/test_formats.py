@@ -25,7 +25,7 @@ from tests.tpmfixture import Swtpm
 from unlock.boot import handover
 from unlock.disks import disk_keys, luks, token
 from unlock.errors import Malformed, NewerFormat, NoKey, Tampered, UnlockError, Usage
-from unlock.host import keyring, report, report_file
+from unlock.host import journal, keyring, report, report_file, resumption
 from unlock.host.journal import Rebind, RecoveryRotation
 from unlock.host.provider_entry import KmipEntry, NativeEntry
 from unlock.host.state import State
@@ -353,6 +353,25 @@ def test_every_word_still_has_its_meaning() -> None:
     assert set(formats.WORDS["causes"]) <= causes.CAUSES.keys()
     for words in formats.WORDS.values():
         assert all(f"`{word}`" in DOCUMENT for word in words)
+
+
+def test_a_paused_operation_stays_so_and_is_found(tmp_path: Path) -> None:
+    """Across an update of unlock too."""
+    paths = Paths(str(tmp_path))
+    folder = tmp_path / "var/lib/unlock"
+    folder.mkdir(parents=True)
+    text = '{\n "version": 1,\n "operation": "rekey --deep",\n "about": "data",\n "at": 1.5\n}\n'
+    (folder / "paused.json").write_text(text)
+    found = resumption.read_pause(paths)
+    assert found and tuple(found) == (1, "rekey --deep", "data", 1.5)
+    entry = journal.Rekey("rekey", "data", generation=2, made=None, theirs=False)
+    assert not resumption.is_paused(paths, entry)
+    resumption.pause(paths, entry)
+    assert resumption.is_paused(paths, entry)
+    fields = json.loads((folder / "paused.json").read_text())
+    assert (fields.pop("at") > 1e9, fields) == (True, {"version": 1, "operation": "rekey", "about": "data"})
+    resumption.mark(paths.state)
+    assert sorted(each.name for each in folder.iterdir()) == ["paused.json", "under-way"]
 
 
 def test_a_sync_leaves_the_same_record(tmp_path: Path, key_cache: None, keys: Keys) -> None:

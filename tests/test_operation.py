@@ -27,7 +27,7 @@ from unlock.cli import operation as cli_operation
 from unlock.cli import progress as cli_progress
 from unlock.disks import disk_keys, luks, token
 from unlock.errors import Refused, Stopped, UnlockError
-from unlock.host import journal, keyring, progress, resumption, this_boot
+from unlock.host import journal, keyring, progress, resumption, this_boot, units
 from unlock.host.journal import (
     DiskAdoption,
     GroupCreation,
@@ -40,6 +40,7 @@ from unlock.host.journal import (
     RecoveryRenewal,
     RecoveryRotation,
     Rekey,
+    StoredKeysRemoval,
 )
 from unlock.host.lock import exclusive, is_held
 from unlock.host.state import State
@@ -60,6 +61,7 @@ ENTRIES: tuple[JournalEntry, ...] = (
     RecoveryRotation("recovery", "rotate", key="", file="", escrow="", kept=False, written=False),
     RecoveryRenewal("recovery", "new"),
     PersistenceChange("persistence", "enable"),
+    StoredKeysRemoval("persistence", "disable --remove-all-stored-keys"),
     ProviderSwitch("provider switch", "kms"),
     Rebind("rebind", "--backup kdk", new="", backup="kdk", before=REKEY),
     NewPersistenceKey("rekey --fresh", "", new="", old="", sealed=False, before=REKEY),
@@ -124,11 +126,13 @@ def test_nothing_is_under_way(host: Host) -> None:
         with pytest.raises(Refused) as caught:
             command()
         assert caught.value.code == "no-operation"
-    assert operation.resume_unattended(host.paths, lambda done, total: False) == []
+    assert operation.resume_unattended(host.paths, lambda done, total: False) == ([], True)
 
 
-def again(host: Host) -> list[str] | None:
-    return operation.resume(host.paths, lambda done, total: False, look=host.look)
+def again(host: Host) -> list[str]:
+    found = operation.resume(host.paths, lambda done, total: False, look=host.look)
+    assert found and found.is_finished
+    return found.lines
 
 
 @pytest.mark.parametrize("entry", [each for each in ENTRIES if operation.handling(each).needs], ids=str)
@@ -330,7 +334,7 @@ class Long:
         shutil.rmtree(self.host.paths.run)
         os.makedirs(self.host.paths.run)
         with cli_progress.shown(self.host.paths, lifts=False) as tell:
-            return operation.resume_unattended(self.host.paths, tell, self.host.look)
+            return operation.resume_unattended(self.host.paths, tell, self.host.look).lines
 
     def start(self, work: Callable[[], object]) -> int:
         """A child that runs it, and has told of it."""
@@ -417,6 +421,25 @@ def test_a_signal_stops_it_and_the_next_boot_goes_on_with_it(long: Long, number:
     assert long.boot() == []
     assert done < SIZE and long.done.read_text() == str(SIZE)
     assert long.host.state.journal is None and not mark(long.host).exists()
+
+
+def test_one_that_is_not_finished_fails_the_service_which_tries_again(
+    long: Long, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = Handling(go_on=lambda run: ["data-1: it is not here"], cancelled="x")
+    monkeypatch.setitem(operation._HANDLINGS, Rekey, away)
+    options = cli._parser().parse_args(["operation", "resume", "--unattended"])
+    assert options.run(long.host.paths, options) == 1
+    assert capsys.readouterr().err == "data-1: it is not here\n"
+    assert long.host.state.journal == REKEY and mark(long.host).exists()
+
+
+def test_without_systemd_there_is_no_background(long: Long, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "is_systemd_running", lambda: False)
+    options = cli._parser().parse_args(["operation", "resume", "--background"])
+    with pytest.raises(Refused) as caught:
+        options.run(long.host.paths, options)
+    assert (caught.value.code, caught.value.hint) == ("no-systemd", "unlock operation resume")
 
 
 def test_a_lost_terminal_does_not_stop_it(long: Long) -> None:
@@ -643,7 +666,7 @@ def test_the_commands_say_what_they_did(long: Long, capsys: pytest.CaptureFixtur
     assert json.loads(run("show --json"))["operation"]["command"] == "unlock rekey data"
     assert "1. mark" in run("pause --dry-run") and json.loads(run("pause --dry-run --json"))["dry_run"]
     assert "until: unlock operation resume" in run("pause")
-    assert "paused" in run("show")
+    assert "state     paused" in run("show") and "goes on   when it is resumed" in run("show")
     assert "is paused" in run("resume --unattended")
     assert "1. finish `unlock rekey data`" in run("resume --dry-run")
     long.pause = 0

@@ -15,7 +15,7 @@ from tests.tpmfixture import Swtpm
 from unlock.errors import NoKey, NoSlot, Refused, TpmRefused, UnlockError
 from unlock.host import config, keyring
 from unlock.host.journal import PersistenceChange
-from unlock.operations import persistence, provider, status, sync
+from unlock.operations import operation, persistence, provider, status, sync
 from unlock.operations import switch as switching
 from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
@@ -194,16 +194,25 @@ def cut_at_every_command(chip: Swtpm, work: Callable[[], None], again: Callable[
 
 def test_removal_cut_at_every_tpm_command_is_finished_by_the_same_command(host: Host, chip: Swtpm) -> None:
     disable(host, chip)
+    unfinished = []
 
     def again() -> None:
+        with chip.open() as tpm:
+            keeps = tpm.facts().taken != ()
+        found = status.read_status(host.paths, look=host.look)
+        if host.state.removed and keeps:
+            assert found.operation and "keeps nothing" not in found.persistence_key
+            unfinished.append(found.operation.command)
+            assert operation.resume(host.paths, lambda *_: False, look=host.look, tcti=chip.tcti) == ([], True)
         remove(host, chip)
         with chip.open() as tpm:
             assert tpm.facts().taken == ()
-        assert host.state.removed
+        assert host.state.removed and not host.state.journal
         enable(host, chip)
         disable(host, chip)
 
     assert cut_at_every_command(chip, lambda: remove(host, chip), again) > 8
+    assert set(unfinished) == {"unlock persistence disable --remove-all-stored-keys"}
 
 
 def test_enabling_cut_at_every_tpm_command_claims_nothing_and_is_finished_by_the_same_command(

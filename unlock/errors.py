@@ -123,7 +123,7 @@ class PinLockout(UnlockError):
 class Stopped(UnlockError):
     """A long operation has stopped at a safe point, as it was asked to, and is not finished."""
 
-    code, status = "stopped", 16
+    code, status = "stopped", 17
 
 
 class ProviderError(UnlockError):

@@ -5,14 +5,14 @@ import argparse
 from typing import TYPE_CHECKING
 
 from .. import log
-from ..errors import Refused
+from ..errors import Refused, UnlockError
 from ..paths import Paths
 from . import progress
 from .arguments import add_command, add_json, add_noun
 from .consent import add_dry_run, consent
 
 if TYPE_CHECKING:
-    from ..operations.operation import Shown
+    from ..operations.operation import Resumed, Shown
     from .arguments import Commands
 
 SERVICE = "unlock-resume.service"
@@ -53,7 +53,9 @@ def _to_json(found: "Shown") -> dict[str, object]:
 
 def _to_text(found: "Shown") -> str:
     now = found.under_way
-    goes_on = "by itself after a boot" if now.by_itself else f"with {found.needs}" if found.needs else "when resumed"
+    goes_on = f"with {found.needs}" if found.needs else "when it is resumed"
+    if now.by_itself and now.state != "paused":
+        goes_on = "by itself after a boot"
     rows = [
         ("operation", now.command),
         ("state", now.describe()),
@@ -91,10 +93,13 @@ def _resume(paths: Paths, options: argparse.Namespace) -> int:
         return _resume_in_background(paths, options)
     with progress.shown(paths, as_json=options.json, lifts=not options.unattended) as tell:
         if options.unattended:
-            lines: list[str] | None = operation.resume_unattended(paths, tell, tcti=tpm_device())
+            found: Resumed | None = operation.resume_unattended(paths, tell, tcti=tpm_device())
         else:
-            lines = operation.resume(paths, tell, consent(options), tcti=tpm_device())
-    return _print_lines(lines, options)
+            found = operation.resume(paths, tell, consent(options), tcti=tpm_device())
+    if found is None:
+        return 0
+    _print_lines(found.lines, options)
+    return 0 if found.is_finished else UnlockError.status
 
 
 def _resume_in_background(paths: Paths, options: argparse.Namespace) -> int:
@@ -113,14 +118,16 @@ def _resume_in_background(paths: Paths, options: argparse.Namespace) -> int:
 def _cancel(paths: Paths, options: argparse.Namespace) -> int:
     from ..operations import operation
 
-    return _print_lines(operation.cancel(paths, consent(options)), options)
-
-
-def _print_lines(lines: list[str] | None, options: argparse.Namespace) -> int:
-    """What is left to know; nothing after a plan that was only shown."""
-    if lines is not None and options.json:
-        log.show_json({"version": 1, "left": lines})
-    elif lines is not None:
-        for each in lines:
-            log.note(each)
+    lines = operation.cancel(paths, consent(options))
+    if lines is not None:
+        _print_lines(lines, options)
     return 0
+
+
+def _print_lines(lines: list[str], options: argparse.Namespace) -> None:
+    """What is left to know."""
+    if options.json:
+        log.show_json({"version": 1, "left": lines})
+        return
+    for each in lines:
+        log.note(each)

@@ -138,6 +138,14 @@ class PersistenceChange(NamedTuple):
     about: Literal["enable", "disable"]
 
 
+class StoredKeysRemoval(NamedTuple):
+    """`unlock persistence disable --remove-all-stored-keys`, once persistence is disabled: until its end the TPM may
+    keep the persistence key."""
+
+    operation: Literal["persistence"]
+    about: Literal["disable --remove-all-stored-keys"]
+
+
 class ProviderSwitch(NamedTuple):
     """`unlock provider switch`."""
 
@@ -185,6 +193,7 @@ JournalEntry = (
     | RecoveryRotation
     | RecoveryRenewal
     | PersistenceChange
+    | StoredKeysRemoval
     | ProviderSwitch
     | Rebind
     | NewPersistenceKey

@@ -25,6 +25,7 @@ from ..host.journal import (
     RecoveryRenewal,
     RecoveryRotation,
     Rekey,
+    StoredKeysRemoval,
 )
 from ..host.lock import exclusive
 from ..host.progress import Tell
@@ -85,6 +86,11 @@ def _finish_persistence_change(run: Run) -> list[str]:
 
 def _finish_encryption(run: Run) -> list[str]:
     encrypt_disk.resume(run.paths, run.tell, run.look, tcti=run.tcti)
+    return []
+
+
+def _finish_removal_of_keys(run: Run) -> list[str]:
+    persistence.remove_all_stored_keys(run.paths, run.tcti)
     return []
 
 
@@ -156,6 +162,10 @@ _HANDLINGS: dict[type[JournalEntry], Handling] = {
         go_on=_finish_persistence_change,
         cancelled="some disks carry their key and others do not: finish it, then change it back",
     ),
+    StoredKeysRemoval: Handling(
+        go_on=_finish_removal_of_keys,
+        cancelled="until the next boot `unlock persistence enable` takes it back",
+    ),
     ProviderSwitch: Handling(
         go_on=_finish_switch,
         cancelled="groups may be at either provider: finish it, then switch back",
@@ -177,6 +187,15 @@ def handling(entry: JournalEntry) -> Handling:
 
 
 # The four verbs
+
+
+class Resumed(NamedTuple):
+    """What came of it."""
+
+    lines: list[str]
+    """What a person should know."""
+    is_finished: bool
+    """Nothing is left that `unlock operation resume` could do now."""
 
 
 class Shown(NamedTuple):
@@ -231,10 +250,9 @@ def pause(
 
 def resume(
     paths: Paths, tell: Tell, consent: Consent = agree, look: find.Look = find.look, tcti: str = ""
-) -> list[str] | None:
-    """Goes on with the operation to its end, and with those that go on after it. Returns what a person should know, a
-    line each; None where a plan was only shown. Raises Refused where a person must give something: the hint is the
-    command; what the operation raises."""
+) -> Resumed | None:
+    """Goes on with the operation to its end, and with those that go on after it. None where a plan was only shown.
+    Raises Refused where a person must give something: the hint is the command; what the operation raises."""
     state, found, _ = _find(paths, look)
     _refuse_running(found)
     entries = journal.chain(state.journal)
@@ -247,12 +265,12 @@ def resume(
     while entry := State.load(paths).journal:
         go_on = handling(entry).go_on
         if go_on is None:
-            return [*lines, f"{_describe_need(entry)}: {journal.command(entry)}"]
+            return Resumed([*lines, f"{_describe_need(entry)}: {journal.command(entry)}"], True)
         lines += go_on(run)
         left = State.load(paths).journal
-        if left and (left.operation, left.about) == (entry.operation, entry.about):  # it was stopped
-            break
-    return lines
+        if left and (left.operation, left.about) == (entry.operation, entry.about):  # it was stopped, or a disk failed
+            return Resumed(lines, False)
+    return Resumed(lines, True)
 
 
 def let_go_on(paths: Paths, consent: Consent = agree, look: find.Look = find.look) -> bool:
@@ -267,18 +285,17 @@ def let_go_on(paths: Paths, consent: Consent = agree, look: find.Look = find.loo
     return True
 
 
-def resume_unattended(paths: Paths, tell: Tell, look: find.Look = find.look, tcti: str = "") -> list[str]:
-    """After a boot: the same for an operation that goes on by itself and is not paused. Returns what was done or why
-    nothing was, a line each."""
-    state = State.load(paths)
-    found = under_way.read(paths, state, look)
+def resume_unattended(paths: Paths, tell: Tell, look: find.Look = find.look, tcti: str = "") -> Resumed:
+    """After a boot: the same for an operation that goes on by itself and is not paused; else says why nothing is
+    done."""
+    found = under_way.read(paths, State.load(paths), look)
     if not found:
-        return []
+        return Resumed([], True)
     if not found.by_itself:
-        return [f"`{found.command}` does not go on by itself"]
+        return Resumed([f"`{found.command}` does not go on by itself"], True)
     if found.state == "paused":
-        return [f"`{found.command}` is paused: unlock operation resume"]
-    return resume(paths, tell, agree, look, tcti) or []
+        return Resumed([f"`{found.command}` is paused: unlock operation resume"], True)
+    return resume(paths, tell, agree, look, tcti) or Resumed([], True)
 
 
 def cancel(paths: Paths, consent: Consent = agree, look: find.Look = find.look) -> list[str] | None:

@@ -13,7 +13,7 @@ from typing import TypedDict
 from ..disks import devices, disk_keys, find, luks
 from ..errors import NoKey, Refused, UnlockError
 from ..host import keyring
-from ..host.journal import PersistenceChange
+from ..host.journal import PersistenceChange, StoredKeysRemoval
 from ..host.lock import exclusive
 from ..host.state import State
 from ..host.state_file import RemovedPolicy
@@ -88,6 +88,8 @@ def enable(
             if work.state.removed:
                 _seal_again(work, work.state.removed, tcti, owner_auth)
             work.state.removed = None
+            if isinstance(work.state.journal, StoredKeysRemoval):  # it is taken back
+                work.state.journal = None
             work.state.begin(PersistenceChange("persistence", "enable"))
             work.state.persistent = True
             work.state.set_host_key(
@@ -120,6 +122,8 @@ def disable(
     new_persistence_key.finish(paths, tcti, owner_auth, look)
     with exclusive(paths), access.Work(paths, look) as work:
         refuse_without_kept_keys(work.state)
+        if isinstance(work.state.journal, StoredKeysRemoval):  # it is disabled
+            return _set_policies(work)
         if work.state.persistent:
             work.state.narrowed = "keys are not kept on this host any more"
         work.state.begin(PersistenceChange("persistence", "disable"))
@@ -163,13 +167,15 @@ def _host_key(work: access.Work) -> Secret:
 
 def _apply_policies(work: access.Work) -> list[rotation.Outcome]:
     """Gives each group the policy that the host's choice and configuration ask for, then closes the journal."""
-    state = work.state
-    outcomes = [
-        rotation.set_policy(work, group, access.wanted_policy(work, group)) for group in list(state.groups.values())
-    ]
-    state.journal = None
-    state.save()
+    outcomes = _set_policies(work)
+    work.state.journal = None
+    work.state.save()
     return outcomes
+
+
+def _set_policies(work: access.Work) -> list[rotation.Outcome]:
+    groups = list(work.state.groups.values())
+    return [rotation.set_policy(work, group, access.wanted_policy(work, group)) for group in groups]
 
 
 def remove_all_stored_keys(paths: Paths, tcti: str = TPM_DEVICE, owner_auth: Secret | None = None) -> None:
@@ -187,13 +193,16 @@ def remove_all_stored_keys(paths: Paths, tcti: str = TPM_DEVICE, owner_auth: Sec
             if found:
                 branches = tuple(each.hex() for each in found.branches)
                 state.removed = RemovedPolicy(found.selection, found.cap, branches, found.pin)
-                state.save()
+                state.begin(StoredKeysRemoval("persistence", "disable --remove-all-stored-keys"))
             slots.evict_all(tpm, owner_auth)
+        if state.journal:
+            state.journal = None
+            state.save()
 
 
 def _refuse_removal(state: State) -> None:
     """Raises Refused while this host still needs the persistence key."""
-    if state.persistent or state.journal:
+    if state.persistent or (state.journal and not isinstance(state.journal, StoredKeysRemoval)):
         raise Refused("persistence is enabled", "unlock persistence disable", code="persistent")
     provider = state.provider
     if provider.kind == "kmip" and provider.client_key is not None:

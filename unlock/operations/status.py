@@ -14,6 +14,7 @@ from ..disks import devices, disk_keys, find, luks, spoofed, token, udev
 from ..disks.groups import Group, Member
 from ..errors import Malformed, NoKey, NotOurs, UnlockError
 from ..host import config, keyring, report, report_file, this_boot
+from ..host.journal import StoredKeysRemoval
 from ..host.provider_entry import days_left
 from ..host.state import State
 from ..paths import Paths
@@ -304,6 +305,10 @@ def _warnings(found: Status) -> list[str]:
     return warnings
 
 
+def _describe_boot(early: report.Report | None) -> str:
+    return early.describe_verdict() if early else "no early boot report"
+
+
 def _describe_operation(now: under_way.UnderWay | None) -> tuple[tuple[str, str], ...]:
     if now is None:
         return ()
@@ -311,11 +316,9 @@ def _describe_operation(now: under_way.UnderWay | None) -> tuple[tuple[str, str]
     return ("operation", f"{now.command}: {now.describe()}{do}"), *(("then", each) for each in now.then)
 
 
-def _describe_boot(early: report.Report | None) -> str:
-    return early.describe_verdict() if early else "no early boot report"
-
-
 def _describe_persistence_key(state: State, cached: Secret | None) -> str:
+    if isinstance(state.journal, StoredKeysRemoval):
+        return "the TPM may keep it still: its removal is not finished"
     if cached:
         return "key cache" if not state.removed else "key cache until the next boot: the TPM keeps nothing"
     return "TPM, at the next boot" if not state.removed else "none: the TPM keeps nothing"
