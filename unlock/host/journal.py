@@ -215,6 +215,11 @@ def chain(entry: JournalEntry | None) -> tuple[JournalEntry, ...]:
     return (entry, *chain(entry.before if isinstance(entry, Rebind | NewPersistenceKey) else None))
 
 
+def disks_in_clear(entry: JournalEntry | None) -> list[str]:
+    """Mapping names of the disks whose data is in clear until the operation has ended."""
+    return [each.member.name for each in chain(entry) if isinstance(each, DiskEncryption)]
+
+
 def command(entry: JournalEntry) -> str:
     """What a person types to finish the operation."""
     options = entry.options if isinstance(entry, GroupCreation) else None
