@@ -109,7 +109,11 @@ def chosen(events: list[cuts.Event]) -> list[int]:
 def judge(host: Host, disk: str, expected: bytes) -> str:
     """What state the disk is in; it opens in that state by what a boot has, and the operation finishes."""
     entry = host.state.journal
+    held = os.path.isdir(raw_header.lock_path(disk))
+    reencrypt.unlock_after_kill(disk)  # as a boot does, with its new /run
     where = opens(host, disk, expected)
+    if held:
+        os.mkdir(raw_header.lock_path(disk))
     if where == "nothing":
         assert isinstance(entry, DiskEncryption) and entry.moved and not entry.written
         where = "header half written"

@@ -83,6 +83,7 @@ class Prepared(Disk):
             luks2=ctypes.cast(ctypes.pointer(luks2), c_void_p),
             flags=INITIALIZE_ONLY | MOVE_FIRST_SEGMENT,
         )
+        self._minimal_pbkdf()
         self._do(
             "cannot be encrypted", "crypt_reencrypt_init_by_passphrase",
             None, *sized(passphrase), ANY, keyslot, cipher.encode(), mode.encode(), ctypes.byref(parameters),

@@ -542,6 +542,7 @@ def _settle(work: Work, entry: DiskEncryption) -> _Begun | None:
         if not any(each.reencryption for each in disk_keys.read_tokens(container, work.state.host)):
             return None
     operation, plan = _operation_key(work, node)
+    reencrypt.unlock_after_kill(node)
     if reencrypt.settle(node, plan, operation) == NEW:
         operation.wipe()
         return None
