@@ -40,6 +40,7 @@ from ..errors import (
     Usage,
 )
 from ..host import config, keyring, report, this_boot, units
+from ..host.journal import DiskEncryption, Rebind
 from ..host.lock import exclusive, try_lock
 from ..host.state import State
 from ..keys import access, rotation
@@ -291,6 +292,7 @@ def open_group(paths: Paths, name: str, *recovery: Secret, degraded: bool = Fals
 
 def _opener(state: State, name: str, unwrap: Unwrap, record: report.Report) -> GroupOpener:
     group = state.groups.get(name)
+    unwrap = _refuse_put_back(state, unwrap)
     if not group:
         return GroupOpener(state.host, unwrap, record, only=name)
     return GroupOpener(
@@ -304,8 +306,25 @@ def _opener(state: State, name: str, unwrap: Unwrap, record: report.Report) -> G
     )
 
 
+def _refuse_put_back(state: State, unwrap: Unwrap) -> Unwrap:
+    """The same, but raises Tampered for a header that says that its disk is half in clear when the journal does not:
+    the recovery key and the KEK, unlike the persistence key, are what they were then."""
+    entry = state.journal.before if isinstance(state.journal, Rebind) else state.journal
+    encrypted = entry.member.uuid if isinstance(entry, DiskEncryption) else ""
+
+    def checked(header: Header, token: Token) -> Secret:
+        if header.uuid != encrypted and disk_keys.is_half_in_clear(header, token):
+            raise Tampered(
+                "its header is from the time when the disk was half in clear",
+                f"a later one: cryptsetup luksHeaderRestore {header.device} --header-backup-file FILE",
+            )
+        return unwrap(header, token)
+
+    return checked
+
+
 def _by_recovery_key(*recovery: Secret) -> Unwrap:
-    return lambda header, token: disk_keys.dek_by_checked_recovery_key(header, token, *recovery)
+    return lambda header, token: disk_keys.dek_by_checked_recovery_key(header, token, *recovery, in_clear=True)
 
 
 def _make_error(paths: Paths, record: report.Report, name: str, why_not: str = "") -> UnlockError:

@@ -202,7 +202,7 @@ def _carry_out(container: luks.Container, head: str, secret: Secret, answers: in
             container.activate(rest, secret)
             return False
         if word == "activate-half":
-            _activate_half(container, *rest.split(), passphrase=secret)
+            _activate_half(container, *rest.split(" "), passphrase=secret)
             return False
         try:
             with container.volume_key(secret, int(rest)) as key:
@@ -216,8 +216,8 @@ def _activate_half(container: luks.Container, name: str, *fields: str, passphras
     """Raises Tampered, NotOurs, DiskFailed."""
     from ..disks import reencrypt, reencrypt_plan
 
-    old, old_facts, new, new_facts, *keyslots = fields
-    plan = reencrypt_plan.Plan(int(old), old_facts, int(new), new_facts, *map(int, keyslots))
+    old, old_facts, new, new_facts, *numbers = fields
+    plan = reencrypt_plan.Plan(int(old), old_facts, int(new), new_facts, *map(int, numbers))
     expected = reencrypt_plan.plan_facts(container, plan)
     reencrypt.activate(container.device, name, plan, passphrase, expected)
 

@@ -164,12 +164,24 @@ def ensure_recovery_keyslot(container: luks.Container, *, dek: Secret, recovery:
         container.add_keyslot(dek, passphrase=recovery)
 
 
-def dek_by_checked_recovery_key(header: Header, each: token.Token, *recovery: Secret) -> Secret:
+def is_half_in_clear(header: Header, each: token.Token) -> bool:
+    """Whether a part of the data is in clear, by a token that fits its header. Such a header from before the end of the
+    encryption, put back, is as authentic by the recovery key as it was. Raises Tampered, Malformed."""
+    return is_moving(header, each) and bool(each.reencryption and each.reencryption.plan.clear)
+
+
+def dek_by_checked_recovery_key(header: Header, each: token.Token, *recovery: Secret, in_clear: bool = False) -> Secret:
     """The DEK by the first of these recovery keys that authenticates the header and has a keyslot; that recovery key
     itself where `is_moving`.
 
-    Raises Tampered when a key has a keyslot but does not authenticate the header, NotOurs when none is this disk's.
+    Raises Tampered when a key has a keyslot but does not authenticate the header, and, unless `in_clear`, for a disk
+    that is half in clear; NotOurs when none is this disk's.
     """
+    if not in_clear and is_half_in_clear(header, each):
+        raise Tampered(
+            f"{header.device}: its header says that it is half encrypted; whether that is so, this system cannot tell",
+            "when the root file system is there: unlock open GROUP --recovery",
+        )
     trouble: UnlockError | None = None
     for key in recovery:
         try:

@@ -49,6 +49,18 @@ def fstab_sources(path: str) -> set[str]:
     return _fstab_paths(path, 0)
 
 
+def source_of_node(path: str, node: str) -> str:
+    """What fstab(5) mounts, as written there, if that names a device by its path or partition and not by what is on it;
+    '' for none."""
+    for fields in filter(None, map(_split_line, _read_lines(path))):
+        source = unescape(fields[0])
+        kind, _, value = source.partition("=")
+        link = f"/dev/disk/by-{kind.lower()}/{value.strip(chr(34))}" if kind in ("PARTUUID", "PARTLABEL") else source
+        if link.startswith("/dev/") and os.path.realpath(link) == node and "/by-uuid/" not in link:
+            return source
+    return ""
+
+
 def _fstab_paths(path: str, column: int) -> set[str]:
     named = [unescape(fields[column]) for fields in filter(None, map(_split_line, _read_lines(path)))]
     return {os.path.normpath(f"/{where.lstrip('/')}") for where in named if where.startswith("/")}

@@ -18,6 +18,7 @@ from .header import MAX_TEXT, are_whole, has_valid_checksum, parse_metadata, rea
 
 LOCKS = "/run/cryptsetup"
 """Where libcryptsetup has its locks of block devices."""
+_PIECE = 1 << 20
 _BINARY = 4096
 """Bytes of the binary header before the JSON."""
 
@@ -113,6 +114,20 @@ def flush(device: str) -> None:
     try:
         disk = os.open(device, os.O_RDWR | os.O_CLOEXEC)
         try:
+            os.fsync(disk)
+        finally:
+            os.close(disk)
+    except OSError as error:
+        raise DiskFailed(f"{device} cannot be written: {error.strerror}") from error
+
+
+def overwrite(device: str, offset: int, size: int) -> None:
+    """Replaces a part of a disk by random bytes, durably. Raises DiskFailed."""
+    try:
+        disk = os.open(device, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            for start in range(offset, offset + size, _PIECE):
+                _write(disk, os.urandom(min(_PIECE, offset + size - start)), start)
             os.fsync(disk)
         finally:
             os.close(disk)

@@ -29,9 +29,10 @@ from ..errors import DiskFailed, Malformed
 from ..light import Any, Callable
 from ..secret import Secret
 from . import raw_header
+from .encrypt_plan import SHIFT
 from .header import ANY, are_whole, forget_cached, read_copies
 from .luks import DESCRIPTORS, Container, Luks2Parameters, memory_file, sized
-from .raw_header import WriteLock, flush, lock_path, read_valid_copies, was_cut_before_second, write_header
+from .raw_header import WriteLock, flush, lock_path, overwrite, read_valid_copies, was_cut_before_second, write_header
 from .reencrypt_plan import CRASH, MOVING, NEW, WHOLE, Plan, all_new, finished, phase_of, plan_facts, without_hotzone
 
 HOTZONE = 32 << 20
@@ -41,16 +42,17 @@ Tell = Callable[[int, int], bool]
 """Called with the bytes that are done and those of the whole disk, after each hotzone. True stops the run there."""
 
 _NO_SEGMENT, _DIGEST_REUSE = 1 << 0, 1 << 2  # CRYPT_VOLUME_KEY_*
-_INITIALIZE_ONLY, _RESUME_ONLY, _RECOVERY = 1 << 0, 1 << 2, 1 << 3  # CRYPT_REENCRYPT_*
+INITIALIZE_ONLY, MOVE_FIRST_SEGMENT, _RESUME_ONLY, _RECOVERY = 1 << 0, 1 << 1, 1 << 2, 1 << 3  # CRYPT_REENCRYPT_*
 _PREFER = 2  # CRYPT_SLOT_PRIORITY_PREFER
 _REENCRYPT, _FORWARD = 0, 0
+ENCRYPT, BACKWARD = 1, 1
 _PHYSICAL_BLOCK_SIZE = 0x127B  # BLKPBSZGET of linux/fs.h
 _SECTOR = 512
 
 _Progress = ctypes.CFUNCTYPE(c_int, c_uint64, c_uint64, c_void_p)
 
 
-class _Parameters(ctypes.Structure):
+class Parameters(ctypes.Structure):
     """struct crypt_params_reencrypt"""
 
     _fields_ = [
@@ -115,14 +117,14 @@ class Disk(Container):
         cipher, _, mode = str(segment["encryption"]).partition("-")
         luks2 = Luks2Parameters(sector_size=int(segment["sector_size"]))
         resilience = choose_resilience(self.device, int(segment["sector_size"]))
-        parameters = _Parameters(
+        parameters = Parameters(
             mode=_REENCRYPT,
             direction=_FORWARD,
             resilience=resilience.encode(),
             hash=b"sha256",
             max_hotzone_size=HOTZONE // _SECTOR,
             luks2=ctypes.cast(ctypes.pointer(luks2), c_void_p),
-            flags=_INITIALIZE_ONLY,
+            flags=INITIALIZE_ONLY,
         )
         self._do(
             "cannot be re-encrypted", "crypt_reencrypt_init_by_passphrase",
@@ -165,10 +167,13 @@ class Disk(Container):
 
     def _resume(self, name: str, passphrase: Secret, flags: int, hotzone: int) -> None:
         """Any other parameter would be refused, or change what the header says."""
-        luks2 = Luks2Parameters(sector_size=int(self.metadata["segments"]["0"]["sector_size"]))
-        parameters = _Parameters(
-            mode=_REENCRYPT,
-            direction=_FORWARD,
+        metadata = self.metadata
+        last = next(each for each in metadata["segments"].values() if "backup-final" in each.get("flags", ()))
+        encrypts = any(each.get("mode") == "encrypt" for each in metadata["keyslots"].values())
+        luks2 = Luks2Parameters(sector_size=int(last["sector_size"]))
+        parameters = Parameters(
+            mode=ENCRYPT if encrypts else _REENCRYPT,
+            direction=BACKWARD if encrypts else _FORWARD,
             max_hotzone_size=hotzone // _SECTOR,
             luks2=ctypes.cast(ctypes.pointer(luks2), c_void_p),
             flags=flags,
@@ -308,7 +313,7 @@ def settle(device: str, plan: Plan, passphrase: Secret | None) -> str:
         sequence = newest.sequence
         metadata = newest.metadata(device)
         found = phase_of(metadata, plan, device)
-        if found == CRASH and was_cut_before_second(device, newest):
+        if found == CRASH and not plan.clear and was_cut_before_second(device, newest):
             # libcryptsetup flushes both copies before it touches the hotzone
             metadata, found = without_hotzone(metadata, plan), MOVING
             sequence += 1
@@ -319,6 +324,8 @@ def settle(device: str, plan: Plan, passphrase: Secret | None) -> str:
             sequence += 1
             write_header(device, metadata, newest, sequence)
         if found == WHOLE:
+            if plan.clear:
+                overwrite(device, plan.clear + SHIFT, SHIFT)  # what was in clear
             metadata, found = finished(metadata, plan), NEW
             sequence += 1
             write_header(device, metadata, newest, sequence)

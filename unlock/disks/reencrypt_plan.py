@@ -21,6 +21,7 @@ from hashlib import sha256
 from ..errors import Malformed, Tampered
 from ..light import Any, NamedTuple
 from ..strictjson import canonical
+from . import encrypt_plan
 from .header import Header
 
 REQUIREMENT = "online-reencrypt-v2"
@@ -30,12 +31,15 @@ _MOVED = ("offset", "size", "iv_tweak", "flags")
 """Fields of a segment that change while the data moves."""
 _RESILIENCE = ("checksum", "journal")
 
+NO_DIGEST = -1
+"""Of a disk whose data was in clear."""
+
 
 class Plan(NamedTuple):
     """One re-encryption, as the token has it. The segment stays as it is; only the volume key changes."""
 
     old: int
-    """Number of the digest of the old volume key."""
+    """Number of the digest of the old volume key; NO_DIGEST."""
     old_facts: str
     """SHA-256, in hex, of that digest without its lists."""
     new: int
@@ -43,11 +47,13 @@ class Plan(NamedTuple):
     old_keyslot: int
     """The operation key's keyslot for the old volume key."""
     new_keyslot: int
+    clear: int = 0
+    """Bytes of data in clear, of a disk that is encrypted in place (encrypt_plan): there is no old volume key then."""
 
     @property
-    def digests(self) -> list[list[Any]]:
+    def digests(self) -> list[Any]:
         """As in the token."""
-        return [[self.old, self.old_facts], [self.new, self.new_facts]]
+        return [self.clear or [self.old, self.old_facts], [self.new, self.new_facts]]
 
     @property
     def keyslots(self) -> list[int]:
@@ -70,7 +76,7 @@ def plan_facts(header: Header, plan: Plan) -> dict[str, Any]:
         "uuid": header.uuid,
         "segment": segment,
         "flags": header.metadata["config"].get("flags"),
-        "reencrypt": {"mode": "reencrypt", "direction": "forward"},
+        "reencrypt": encrypt_plan.FACTS if plan.clear else {"mode": "reencrypt", "direction": "forward"},
     }
 
 
@@ -93,7 +99,7 @@ def _examine(metadata: dict[str, Any], plan: Plan, device: str) -> tuple[str, An
     """The phase, and the segment as it was and will be."""
     try:
         return _phase_and_segment(metadata, plan)
-    except _DoesNotFit as error:
+    except (_DoesNotFit, encrypt_plan.DoesNotFit) as error:
         raise Tampered(f"{device}: its header is not that of the re-encryption in its token: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise Malformed(f"{device}: the LUKS2 metadata is not as the specification says") from error
@@ -120,8 +126,19 @@ def _phase_and_segment(metadata: dict[str, Any], plan: Plan) -> tuple[str, Any]:
     if not requirements:
         return _at_rest(segments, covers, moves, plan)
     _need(canonical(requirements) == canonical({"mandatory": [REQUIREMENT]}), "requirements")
+    if plan.clear:
+        return _encrypted_in_place(segments, covers, moves, plan)
     _need(len(moves) == 1 and _is_ours(moves[0]), "mode")
     return _under_way(segments, covers, plan)
+
+
+def _encrypted_in_place(
+    segments: dict[int, Any], covers: dict[int, set[str]], moves: list[Any], plan: Plan
+) -> tuple[str, Any]:
+    found = encrypt_plan.examine(segments, moves, plan.clear)
+    _need_crypt(found.segment)
+    _need(covers.get(plan.new) == set(map(str, found.encrypted)), "a digest's segments")
+    return CRASH if found.is_crashed else WHOLE if found.is_whole else MOVING, found.segment
 
 
 def _at_rest(segments: dict[int, Any], covers: dict[int, set[str]], moves: list[Any], plan: Plan) -> tuple[str, Any]:
@@ -238,6 +255,8 @@ def without_hotzone(metadata: dict[str, Any], plan: Plan) -> dict[str, Any]:
 def all_new(metadata: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """The `whole` header after a `crash` one whose hotzone was the last and has been recovered."""
     segments = {int(number): each for number, each in metadata["segments"].items()}
+    if plan.clear:
+        return _with_segments(metadata, encrypt_plan.all_encrypted(segments), {plan.new: [0, 2]})
     before, after = backup_number(segments, "backup-previous"), backup_number(segments, "backup-final")
     parts = [_without(segments[after], ("flags",)), segments[before], segments[after]]
     return _with_segments(metadata, parts, {plan.old: [1], plan.new: [0, 2]})

@@ -17,7 +17,8 @@
     reencrypt               version 2: null, or, while the disk gets a new volume key, {"old", "new", "keyslots", "dek",
                             "key"}: number and SHA-256 of the digest of the old volume key, and of the new; the
                             numbers of the operation key's keyslots; the new volume key and the operation key, wrapped
-                            by the KEK. `dek` is the old volume key
+                            by the KEK. `dek` is the old volume key. While a disk is encrypted in place, old is the
+                            number of bytes that were in clear, both keyslots are one, and `dek` is the only one
     pad                     spaces up to SIZE bytes: a longer token later needs no more room
 
 Wrapped keys are AES-256-GCM: 12 bytes of nonce, the ciphertext, 16 bytes of tag; base64.
@@ -30,7 +31,7 @@ from ..errors import Malformed, NewerFormat
 from ..light import Any, Mapping, NamedTuple
 from ..strictjson import canonical
 from .groups import MEMBERS_MAX, SERIAL_MAX, is_name
-from .reencrypt_plan import Plan
+from .reencrypt_plan import NO_DIGEST, Plan
 
 TYPE = "unlock"
 VERSION = 2
@@ -39,6 +40,7 @@ SIZE = 2048
 """Bytes of a token's JSON; a header of the default size has room for five."""
 GENERATION_MAX = 2**53 - 1
 _KEK_ID_MAX = 256
+_CLEAR_MAX = 2**60
 DEK_MAX = 64
 """Bytes of the longest volume key: aes-xts, 512 bit."""
 _OVERHEAD = 12 + 16
@@ -222,12 +224,14 @@ def _decode_reencryption(fields: Any) -> Reencryption | None:
         return None
     if not isinstance(fields, dict) or fields.keys() != {"old", "new", "keyslots", "dek", "key"}:
         raise Malformed("the token's reencrypt is not in the format of its version")
-    (old, old_facts), (new, new_facts) = (_get_digest(fields, name) for name in ("old", "new"))
+    clear = _get_int(fields, "old", _CLEAR_MAX, least=1) if isinstance(fields["old"], int) else 0
+    old, old_facts = (NO_DIGEST, "") if clear else _get_digest(fields, "old")
+    new, new_facts = _get_digest(fields, "new")
     keyslots = fields["keyslots"]
     if not isinstance(keyslots, list) or len(keyslots) != 2 or not all(map(_is_number, keyslots)) or old == new:
         raise Malformed("the token's reencrypt has no two keyslots and digests")
     return Reencryption(
-        plan=Plan(old, old_facts, new, new_facts, *keyslots),
+        plan=Plan(old, old_facts, new, new_facts, keyslots[0], keyslots[1], clear),
         dek=_get_bytes(fields, "dek", DEK_MAX + _OVERHEAD, least=16 + _OVERHEAD),
         key=_get_bytes(fields, "key", 32 + _OVERHEAD),
     )

@@ -88,6 +88,35 @@ class DiskReplacement(NamedTuple):
     """The words of the command after the old disk."""
 
 
+class DiskEncryption(NamedTuple):
+    """`unlock disk encrypt`. The keys are in the token of the header, which is in a file before it is on the disk."""
+
+    operation: Literal["disk encrypt"]
+    about: str
+    """`DEV --group GROUP`."""
+    group: str
+    kek: tuple[str, str]
+    """Id and name of the group's KEK at the provider."""
+    generation: int
+    """Of the KEK."""
+    manifest: int
+    member: Member
+    recovery: str
+    """Salt of the recovery key's keyslot."""
+    node: str
+    """Where the disk was."""
+    file_system: str
+    """UUID of the file system on it."""
+    size: int
+    """Bytes of the disk."""
+    first: str
+    """SHA-256, in hex, of the first part of the data, which makes room for the header."""
+    moved: str
+    """The same of this part where it was moved to, changed for a smaller file system; '' before that is durable."""
+    written: bool
+    """The header is on the disk."""
+
+
 class Rekey(NamedTuple):
     """A new KEK for a group: `unlock rekey`, or `unlock sync` when the key manager has replaced the KEK."""
 
@@ -265,6 +294,7 @@ JournalEntry = (
     | DiskAddition
     | DiskRemoval
     | DiskReplacement
+    | DiskEncryption
     | Rekey
     | DeepRekey
     | RecoveryRotation
@@ -280,7 +310,7 @@ JournalEntry = (
     | DiskErasure
 )
 
-GOES_ON_BY_ITSELF: tuple[type[JournalEntry], ...] = (DiskRemoval, DiskReplacement, DeepRekey)
+GOES_ON_BY_ITSELF: tuple[type[JournalEntry], ...] = (DiskRemoval, DiskReplacement, DeepRekey, DiskEncryption)
 """Records of operations that unlock-resume.service goes on with after a boot: they need nothing from a person."""
 
 
@@ -294,6 +324,11 @@ def chain(entry: JournalEntry | None) -> tuple[JournalEntry, ...]:
     if entry is None:
         return ()
     return (entry, *chain(entry.before if isinstance(entry, Rebind | NewPersistenceKey) else None))
+
+
+def disks_in_clear(entry: JournalEntry | None) -> list[str]:
+    """Mapping names of the disks whose data is in clear until the operation has ended."""
+    return [each.member.name for each in chain(entry) if isinstance(each, DiskEncryption)]
 
 
 def command(entry: JournalEntry) -> str:

@@ -16,6 +16,7 @@ from ..host.journal import (
     DeepRekey,
     DiskAddition,
     DiskAdoption,
+    DiskEncryption,
     DiskErasure,
     DiskForgetting,
     DiskRelease,
@@ -43,6 +44,7 @@ from . import (
     add_disk,
     create_group,
     delete_group,
+    encrypt_disk,
     erase_disk,
     forget_disk,
     new_persistence_key,
@@ -143,6 +145,11 @@ def _finish_persistence_change(run: Run) -> list[str]:
     return _describe(change(run.paths, run.look, run.tcti))
 
 
+def _finish_encryption(run: Run) -> list[str]:
+    encrypt_disk.resume(run.paths, run.tell, run.look, tcti=run.tcti)
+    return []
+
+
 def _finish_removal_of_keys(run: Run) -> list[str]:
     persistence.remove_all_stored_keys(run.paths, run.tcti)
     return []
@@ -232,6 +239,12 @@ _HANDLINGS: dict[type[JournalEntry], Handling] = {
     ),
     DiskErasure: Handling(go_on=_finish_erasure, cancelled="what opened the disk may be destroyed already"),
     GroupDeletion: Handling(go_on=_finish_deletion, cancelled="the group is gone, and its disks may be in part"),
+    DiskEncryption: Handling(
+        go_on=_finish_encryption,
+        pausable=True,
+        cancel=encrypt_disk.cancel,
+        cancelled="the disk holds what it held, in clear; refused once its data has moved",
+    ),
     Rekey: Handling(
         go_on=_finish_rekey,
         cancel=_cancel_rekey,

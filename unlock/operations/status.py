@@ -14,7 +14,7 @@ from ..disks import devices, disk_keys, find, luks, spoofed, token, udev
 from ..disks.groups import Group, Member
 from ..errors import Malformed, NoKey, NotOurs, UnlockError
 from ..host import config, keyring, report, report_file, this_boot
-from ..host.journal import StoredKeysRemoval
+from ..host.journal import StoredKeysRemoval, disks_in_clear
 from ..host.provider_entry import days_left
 from ..host.state import State
 from ..paths import Paths
@@ -120,6 +120,8 @@ class Status(NamedTuple):
     """Names of members that an earlier recovery key opens."""
     operation: under_way.UnderWay | None
     """The operation that runs now or was interrupted."""
+    in_clear: list[str]
+    """Mapping names of disks whose data is in clear until the operation has ended."""
     narrowed: str
     """What has narrowed a policy, while the new persistence key is still to come; ''."""
     window: WindowStatus | None
@@ -170,6 +172,7 @@ def read_status(paths: Paths, tcti: str = "", look: find.Look = find.look) -> St
             each.name for group in state.groups.values() for each in group.members if _has_old_recovery_key(state, each)
         ],
         operation=under_way.read(paths, state, look),
+        in_clear=disks_in_clear(state.journal),
         narrowed=state.narrowed or "",
         window=_window(state),
         pin=state.tpm.pin,
@@ -208,6 +211,7 @@ def to_json(found: Status) -> dict[str, Any]:
         "unfinished": found.unfinished,
         "to_finish": found.operation.command if found.operation else "",
         "operation": found.operation._asdict() if found.operation else None,
+        "in_clear": found.in_clear,
         "narrowed": found.narrowed,
         "window": found.window._asdict() if found.window else None,
         "pin": found.pin,
@@ -284,6 +288,7 @@ def _warnings(found: Status) -> list[str]:
     warnings = []
     if found.boot and found.boot.facts.unauthenticated_root:
         warnings.append("the root file system is not encrypted: persistence protects lost disks, not a stolen host")
+    warnings += [f"{name}: its data is in clear until all of it is encrypted" for name in found.in_clear]
     if found.narrowed:
         warnings.append(f"{found.narrowed}, but earlier copies of headers still open: unlock rekey --fresh")
     if (now := found.operation) and now.state == "interrupted":

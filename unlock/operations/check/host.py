@@ -10,6 +10,7 @@ from ...boot import unmeasured
 from ...disks import devices, find, fstab
 from ...errors import UnlockError
 from ...host import config, this_boot
+from ...host.journal import disks_in_clear
 from ...host.progress import percent
 from ...host.state import State
 from ...paths import Paths
@@ -49,6 +50,8 @@ def check_operation(paths: Paths, state: State, look: find.Look) -> Iterator[Fin
     what = {"running": f"`{now.command}` is under way", "paused": f"`{now.command}` is paused"}.get(now.state, stopped)
     where = f": {percent(now.done, now.total)} %" if now.total else ""
     yield Finding("operation", UNPROVEN, f"{what}{where}", now.finish or "unlock operation show")
+    for name in disks_in_clear(state.journal):
+        yield Finding(name, NOTE, "its data is in clear until all of it is encrypted", "unlock operation show")
     for each in now.then:
         yield Finding("operation", UNPROVEN, f"`{each}` goes on after it", each)
 

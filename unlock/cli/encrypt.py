@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock disk encrypt`."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from .. import log
+from ..paths import Paths
+from . import progress
+from .arguments import add_command, add_recovery_key_and_escrow, escrow
+from .consent import add_dry_run, consent
+
+if TYPE_CHECKING:
+    from .arguments import Commands
+
+
+def add_to_disk(verbs: "Commands") -> None:
+    encrypt = add_command(verbs, "encrypt", _encrypt, "encrypt a disk that holds data, in place", "unlock check")
+    encrypt.add_argument("device")
+    encrypt.add_argument("--group", required=True, metavar="G", help="a new group, for this disk alone")
+    encrypt.add_argument("--name", default="", help="mapping name; default: made of the group's")
+    add_recovery_key_and_escrow(encrypt)
+    add_dry_run(encrypt)
+
+
+def _encrypt(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host.this_boot import tpm_device
+    from ..operations.encrypt_disk import Choices, encrypt_disk
+
+    choices = Choices(options.device, options.group, options.name, options.recovery_key_file, escrow(options))
+    with progress.shown(paths, as_json=options.json) as tell:
+        done = encrypt_disk(paths, choices, tell, consent(options), tcti=tpm_device())
+    if done and options.json:
+        log.show_json({"version": 1, **done._asdict()})
+    elif done:
+        log.note(f"{options.device} is encrypted: /dev/mapper/{done.disk}, group {done.group}")
+    return 0
