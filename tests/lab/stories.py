@@ -90,7 +90,9 @@ def checked(console: Guest) -> dict[str, str]:
 
 def findings(console: Guest) -> dict[str, Any]:
     """What `unlock check` says, in full."""
-    found: dict[str, Any] = json.loads(console.sh("unlock check --json", check=False, timeout=240).out)
+    done = console.sh("unlock check --json", check=False, timeout=240)
+    assert done.out, f"exit status {done.code}: {done.err}"
+    found: dict[str, Any] = json.loads(done.out)
     return found
 
 

@@ -220,7 +220,11 @@ def _rebuild(mount_point: str, name: str) -> None:
             if _NO_SPACE not in str(error):
                 raise
         log.note(f"{name}: no chunk is free: btrfs balance empties those that are filled to less than {usage} %")
-        run(["btrfs", "balance", "start", f"-dusage={usage}", mount_point], timeout=_AS_LONG_AS_IT_TAKES)
+        try:
+            run(["btrfs", "balance", "start", f"-dusage={usage}", mount_point], timeout=_AS_LONG_AS_IT_TAKES)
+        except CommandFailed as error:  # what it has emptied until then may be enough
+            if _NO_SPACE not in str(error):
+                raise
     else:
         words = f"btrfs needs a chunk of free space on each disk of {mount_point} for a replacement"
         raise CommandFailed(words, "delete or move files; then the same command again", "no-space")
