@@ -97,6 +97,15 @@ class Group(NamedTuple):
     away: tuple[Away, ...] = ()
     """Members without which it was opened, until they are healed."""
 
+    def without(self, *uuids: str) -> "Group":
+        """The same when the members of these LUKS UUIDs have left it. Its list is another one then, and wants a new
+        `manifest`."""
+        return self._replace(
+            members=tuple(each for each in self.members if each.uuid not in uuids),
+            behind=tuple(each for each in self.behind if each not in uuids),
+            away=tuple(each for each in self.away if each.uuid not in uuids),
+        )
+
     def left_out(self) -> frozenset[str]:
         """LUKS UUIDs of the members that are not opened with the others, as their btrfs was written without them. What
         md, LVM and ZFS have on them is told apart by those, each by its own record on the disks."""

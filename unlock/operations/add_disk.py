@@ -64,7 +64,7 @@ def add_disk(paths: Paths, wanted: NewDisk, *, consent: Consent = agree, look: f
         entry = state.unfinished(DiskAddition, about)
         group_disks.refuse_root(group, "format it with cryptsetup, name it in /etc/crypttab; then: unlock disk adopt")
         begun = entry.member if entry else None
-        others = _without(group, begun)
+        others = group.without(begun.uuid) if begun else group
         system = group_disks.find_file_system(others)
         mount = _check_file_system(others, system, wanted)
         content = group_disks.check_new_disk(state, node, wanted.erase, least=group_disks.SMALLEST, begun=begun)
@@ -87,10 +87,6 @@ def add_disk(paths: Paths, wanted: NewDisk, *, consent: Consent = agree, look: f
         state.journal = None
         state.save()
         return Added(group.name, member.name, _next(system, mount, member))
-
-
-def _without(group: Group, member: Member | None) -> Group:
-    return group._replace(members=tuple(each for each in group.members if not member or each.uuid != member.uuid))
 
 
 def _check_file_system(group: Group, system: group_disks.FileSystem, wanted: NewDisk) -> str:

@@ -91,7 +91,7 @@ def _forget(
     state = work.state
     entry = state.unfinished(DiskForgetting, member.uuid)
     state.refuse_other("disk forget", member.uuid)
-    left = group._replace(members=tuple(each for each in group.members if each != member))
+    left = group.without(member.uuid)
     nodes = _check(work, left, member)
     if not entry:
         if not accept_loss:

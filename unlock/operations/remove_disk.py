@@ -195,8 +195,7 @@ def _finish(work: access.Work, removal: _Removal) -> Removed:
         raise Refused(f"{member.name} was removed meanwhile", "unlock status", code="not-a-member")
     group = state.groups[entry.group]
     nodes = _nodes_of_others(work, group, member)
-    left = tuple(each for each in group.members if each.uuid != member.uuid)
-    new = group._replace(members=left, manifest=entry.manifest)
+    new = group.without(member.uuid)._replace(manifest=entry.manifest)
     kek, _ = access.find_kek(work, group)
     with kek:
         new = membership.rewrite_member_list(work, new, nodes, kek=kek)

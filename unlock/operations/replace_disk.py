@@ -133,12 +133,11 @@ def _begin(work: access.Work, wanted: Replacing, consent: Consent) -> tuple[Disk
     seen = work.look()
     absent = entry.absent if entry else not seen.get(old.uuid)
     old_gone = absent or all(each.uuid != old.uuid for each in group.members)
-    ends = {old.uuid, *([entry.new.uuid] if entry else [])}
-    keep = tuple(each for each in group.members if each.uuid not in ends)
-    if not keep and absent:
+    others = group.without(old.uuid, *([entry.new.uuid] if entry else []))
+    if not others.members and absent:
         hint = f"unlock group delete {group.name}"
         raise Refused(f"{old.name} is the only disk of group {group.name}, and it is not here", hint, "last-member")
-    remaining = group._replace(members=keep if old_gone else (*keep, old))
+    remaining = others if old_gone else others._replace(members=(*others.members, old))
     system = _find_file_system(remaining, entry)
     mount, least = _check_file_system(remaining, system, old, absent=absent)
     content = group_disks.check_new_disk(state, node, wanted.erase, least=least, begun=entry.new if entry else None)
@@ -269,12 +268,11 @@ def _finish(work: access.Work, entry: DiskReplacement, mount: str) -> Replaced:
     group = state.groups[entry.group]
     if not entry.absent:
         seen = work.look()
-        left = tuple(each for each in group.members if each.uuid != old.uuid)
-        nodes = {each.uuid: membership.member_node(seen, each) for each in left}
+        left = group.without(old.uuid)._replace(manifest=entry.manifests[1])
+        nodes = {each.uuid: membership.member_node(seen, each) for each in left.members}
         kek, _ = access.find_kek(work, group)
         with kek:
-            listed = group._replace(members=left, manifest=entry.manifests[1])
-            group = membership.rewrite_member_list(work, listed, nodes, kek=kek)
+            group = membership.rewrite_member_list(work, left, nodes, kek=kek)
         remove_disk.take_out(work, old)
     elif devices.active_mapping_name(old.uuid) == old.name:
         btrfs.forget(f"/dev/mapper/{old.name}")
