@@ -9,7 +9,7 @@ from .. import ask, log
 from ..errors import Usage
 from ..paths import Paths
 from . import progress
-from .arguments import RECOVERY_KEY_SOURCE, add_command, add_owner_auth, owner_auth
+from .arguments import RECOVERY_KEY_SOURCE, add_command, add_json, add_owner_auth, owner_auth
 from .consent import add_consent, consent
 
 if TYPE_CHECKING:
@@ -24,6 +24,12 @@ def add(commands: "Commands") -> None:
     rekey.add_argument(
         "--fresh", action="store_true", help="a new persistence key too: earlier copies of headers open nothing"
     )
+    add_json(rekey)
+    add_owner_auth(rekey)
+
+
+def add_deep(rekey: argparse.ArgumentParser) -> None:
+    """The options of `rekey --deep`. Not added yet: a boot in the midst of a step of a root disk is not proven."""
     rekey.add_argument(
         "--deep", action="store_true", help="new volume keys too: all data is re-encrypted, while it is in use"
     )
@@ -40,7 +46,6 @@ def add(commands: "Commands") -> None:
         help="with --deep: the passphrase of a keyslot of yours, which then opens the new volume key; may be repeated",
     )
     add_consent(rekey)
-    add_owner_auth(rekey)
 
 
 def _bytes(text: str) -> int:
@@ -55,10 +60,6 @@ def _rekey(paths: Paths, options: argparse.Namespace) -> int:
     from ..host import this_boot
     from ..operations.rekey import rekey, rekey_fresh
 
-    if options.deep:
-        return _rekey_deep(paths, options)
-    if options.all or options.max_rate or options.recovery_key_file or options.passphrase_file or options.dry_run:
-        raise Usage("this option is for new volume keys", "unlock rekey --deep")
     if options.fresh:
         with owner_auth(options) as owner:
             outcomes = rekey_fresh(paths, options.group, this_boot.tpm_device(), owner)
@@ -67,7 +68,7 @@ def _rekey(paths: Paths, options: argparse.Namespace) -> int:
     return print_outcomes(outcomes, as_json=options.json)
 
 
-def _rekey_deep(paths: Paths, options: argparse.Namespace) -> int:
+def run_deep(paths: Paths, options: argparse.Namespace) -> int:
     from ..keys import delivery
     from ..operations import rekey_deep
 
