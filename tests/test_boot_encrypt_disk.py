@@ -36,7 +36,7 @@ def test_a_disk_that_is_cut_off_half_encrypted_opens_at_boot_and_goes_on_while_i
         booted.kill()
     with story.boot() as booted:
         console = up(booted)
-        assert outcomes(console)["photos"] == "opened"
+        assert outcomes(console)["photos-a"] == "opened"
         console.sh("mount /dev/mapper/photos-a /srv/photos; cd /srv/photos; sha256sum --quiet -c /root/sums")
         if requirement(console, device):
             assert "in clear" in console.sh("unlock status").out
@@ -50,7 +50,7 @@ def test_a_disk_that_is_cut_off_half_encrypted_opens_at_boot_and_goes_on_while_i
         booted.poweroff()
     with story.boot() as booted:
         console = up(booted)
-        assert outcomes(console)["photos"] == "opened"
+        assert outcomes(console)["photos-a"] == "opened"
         console.sh("mount /dev/mapper/photos-a /srv/photos; cd /srv/photos; sha256sum --quiet -c /root/sums")
         assert checked_groups(console)["photos"] == "safe"
         booted.kill()

@@ -16,7 +16,7 @@ import pytest
 
 from tests.encryptchild import NO_TPM, look
 from tests.flowfixture import HOST, Host
-from tests.inplace import MIB, RESERVED, files_in, fill, read_clear, recovery_file, sh
+from tests.inplace import MIB, RESERVED, SHIFT, files_in, fill, read_clear, recovery_file, sh
 from tests.killing import Killer
 from tests.lab import cuts
 from unlock.disks import disk_keys, encrypt, luks, raw_header, reencrypt, reencrypt_plan
@@ -130,8 +130,18 @@ def judge(host: Host, disk: str, expected: bytes) -> str:
     assert state.journal is None and state.narrowed and list(state.groups) == ["photos"]
     assert opens(host, disk, expected) == "new"
     with luks.Container(disk) as container:
+        assert not left_in_clear(disk, expected)
         assert len(container.keyslots()) == 1 and len(container.tokens("unlock")) == 1
     return where
+
+
+def left_in_clear(disk: str, expected: bytes) -> bool:
+    """Whether the end of the disk still has blocks of the part that was moved there."""
+    with open(disk, "rb", buffering=0) as file:
+        file.seek(SIZE - SHIFT)
+        end = file.read(SHIFT)
+    blocks = (at for at in range(0, SHIFT, 4096) if any(expected[at : at + 16]))
+    return any(end[at : at + 4096] == expected[at : at + 4096] for at in blocks)
 
 
 def never(done: int, size: int) -> bool:

@@ -431,6 +431,7 @@ def _put_header(work: Work, entry: DiskEncryption) -> DiskEncryption:
     path = _header_file(work.paths)
     node = find.find_node(work.look(), entry.member) or _find_moved(entry)
     changes = _changes_file(work.paths)
+    reencrypt.unlock_after_kill(node)  # of another disk with this device number
     encrypt.put(path, node, entry.first, encrypt.read_changes(changes))
     group = Group(
         entry.group, entry.kek[0], entry.generation, entry.manifest, (entry.member,), entry.kek[1], "persistent"
