@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.dumps import Crashing, Writer
+from tests.eventlogs import Boot
 from tests.flowfixture import HOST, Host
+from tests.hostfixture import Machine
 from tests.killing import LASTING, Killer
 from tests.lab.kmipliar import Liar
 from unlock import cli
@@ -22,11 +24,12 @@ from unlock.errors import CommandFailed, Malformed, NoKey, Refused, Tampered, Us
 from unlock.host import keyring, this_boot
 from unlock.host.state import State
 from unlock.keys import access, dump_key, rotation
-from unlock.operations import sync
+from unlock.operations import native_backup, rebind, sync
 from unlock.operations.check import dumps as check_dumps
 from unlock.operations.dump import delete, extract, kept, listing, opened, protection, rewrap
 from unlock.operations.dump.core import Core
 from unlock.operations.dump.kept import Dump
+from unlock.secret import Secret
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -255,6 +258,15 @@ def test_a_dump_that_cannot_be_moved_stays_and_stops_no_other(host: Host, crashe
     assert outcomes == {str(bad.pid): "tampered", str(good.pid): "rewrapped"}
     assert Path(bad.path).read_bytes() == was
     assert len(os.listdir(host.paths.dumps)) == 2
+    (moved,) = [each for each in kept.list_dumps(host.paths) if each.pid == good.pid]
+    rotate(host)
+    to = dump_key.read_recipient(host.paths)
+    assert to
+    next_name = kept.dump_name(moved._replace(generation=to.generation, fingerprint=to.fingerprint))
+    Path(host.paths.dumps, next_name).write_bytes(b"what was put there, or half of it")
+    with host.work() as work:
+        assert {each.outcome for each in rewrap.rewrap_all(work)} == {"tampered", "unchanged"}
+    assert core_of(host, moved) == crashed.core.read_bytes()
 
 
 def test_moving_is_killed_at_each_step(host: Host, crashed: Crashing, killer: Killer) -> None:
@@ -323,6 +335,7 @@ def test_a_key_managers_host_key_is_fetched_where_it_is_not_kept(tmp_path: Path,
 
 def test_without_keys_in_the_cache_a_crash_is_encrypted_and_not_opened(host: Host, crashed: Crashing) -> None:
     keyring.flush()
+    protection.enable(host.paths)
     dump = crash(host, crashed)
     assert [row.key for row in listing.list_rows(host.paths)] == ["not in the key cache"]
     with pytest.raises(NoKey) as caught:
@@ -344,6 +357,44 @@ def test_a_rotation_that_was_killed_before_the_recipient_is_caught_up_by_sync(ho
     sync.sync(host.paths, look=host.look)
     assert Path(host.paths.dump_recipient).read_bytes() == after
     assert core_of(host, dump) == crashed.core.read_bytes()
+
+
+@pytest.mark.parametrize("kept_backup", [True, False])
+def test_dumps_open_after_the_tpm_was_cleared(
+    kept_backup: bool, tmp_path: Path, crashed: Crashing, cheap_passwords: None
+) -> None:
+    """By the provider's backup, given at the rebind, or restored later: until then a dump says what it needs."""
+    machine = Machine(tmp_path, Boot("direct"), disks=1)
+    backup, password = str(tmp_path / "backup"), b"of the backup"
+    with Secret(password) as secret:
+        native_backup.backup(machine.paths, backup, secret, look=machine.look)
+    protection.enable(machine.paths)
+    dumps = [crash(machine, crashed)]
+    rotate(machine)
+    dumps.append(crash(machine, crashed))
+    machine.clear()
+    machine.boot()
+    file = backup if kept_backup else str(tmp_path / "another")
+    choices = rebind.RebindChoices(
+        machine.recovery,
+        file,
+        Secret(password),
+        None,
+        accept=frozenset(("unauthenticated-root",)),
+        tcti=machine.chip.tcti,
+    )
+    rebind.rebind(machine.paths, choices, machine.look)
+    last = crash(machine, crashed)
+    assert last.generation == machine.state.host_key_ref.generation == (2 if kept_backup else 3)
+    if not kept_backup:
+        for each in dumps:
+            with pytest.raises(NoKey, match=f"needs host key {each.generation} "):
+                core_of(machine, each)
+        with Secret(password) as secret:
+            native_backup.restore(machine.paths, backup, secret, "former", look=machine.look)
+    for each in (*dumps, last):
+        assert core_of(machine, each) == crashed.core.read_bytes()
+    machine.close()
 
 
 # For others

@@ -128,15 +128,20 @@ def test_a_process_that_may_leave_no_core_leaves_none(crashed: Crashing, writer:
 
 
 def test_systemd_coredump_gets_the_metadata_and_no_core(crashed: Crashing, writer: Writer) -> None:
-    """Its program, as it is called; with %c as 0."""
+    """Its program, as it is called; with %c as 0. The pipe stays open, unread, or the kernel would not wait."""
     program = writer.top / "usr/lib/systemd/systemd-coredump"
     program.parent.mkdir(parents=True)
-    program.write_text(f'#!/bin/sh\necho "$@" >{writer.top}/called\nwc -c >{writer.top}/size\n')
+    told = {"called": 'echo "$@"', "size": "wc -c", "files": "readlink /proc/$$/fd/*"}
+    program.write_text("#!/bin/sh\n" + "".join(f"{what} >{writer.top}/{name}\n" for name, what in told.items()))
     program.chmod(0o755)
     writer.write(crashed.core, crashed.process.pid)
     words = (writer.top / "called").read_text().split()
     assert words[:4] == [str(crashed.process.pid), "1000", "1000", "11"] and words[5:] == ["0", "host", "1"]
-    assert (writer.top / "size").read_text().strip() == "0"
+    os.unlink(writer.paths.dump_recipient)
+    for _ in range(2):  # with what was not read for want of a recipient
+        assert (writer.top / "size").read_text().strip() == "0"
+        assert str(crashed.core) in (writer.top / "files").read_text().splitlines()
+        writer.write(crashed.core, crashed.process.pid)
     assert len(writer.files()) == 1
     assert protection.PATTERN.split()[1:] == ["%P", "%u", "%g", "%s", "%t", "0", "%h", "%d", "%F"]
 
@@ -272,4 +277,4 @@ def test_only_age_writes_to_a_file() -> None:
         '".$name"',
     }
     assert targets.count('".$name"') == 1 and 'age --recipient "$recipient" >".$name"' in text
-    assert code[-1] == 'exec $coredump "$@" </dev/null'
+    assert code[-1] == 'exec $coredump "$@" 9<&0 </dev/null'

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ...disks import devices
 from ...errors import DiskFailed, Refused, Usage
 from ...host.lock import exclusive
+from ...host.state import State
 from ...keys import access, dump_key
 from ...keys.access import Work
 from ...paths import Paths, write_atomically
@@ -60,11 +61,13 @@ def refuse_without(paths: Paths) -> None:
 
 
 def enable(paths: Paths) -> None:
-    """Raises Refused, NoKey, ProviderError, OSError."""
+    """Needs the host key only where its recipient is not there. Raises Refused, NoKey, ProviderError, OSError."""
     refuse_without(paths)
-    with exclusive(paths), Work(paths) as work:
-        with _present_host_key(work) as host_key:
-            dump_key.write_recipient(paths, work.state, host_key)
+    with exclusive(paths):
+        recipient = dump_key.read_recipient(paths)
+        if not recipient or recipient.generation != State.load(paths).host_key_ref.generation:
+            with Work(paths) as work, _present_host_key(work) as host_key:
+                dump_key.write_recipient(paths, work.state, host_key)
         set_up(paths)
 
 
