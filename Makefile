@@ -15,7 +15,7 @@ rules = $(DESTDIR)/usr/lib/udev/rules.d
 etc = $(DESTDIR)/etc
 updates = kernel/postinst.d/zzz-unlock kernel/postrm.d/zzz-unlock initramfs/post-update.d/zzz-unlock
 stages = init-premount local-top local-block local-bottom panic
-units = unlock-cap.service unlock-group@.service unlock-heal@.service unlock-baseline.service unlock-predict.service unlock-sync.service unlock-sync.timer unlock-dump.slice
+units = unlock-cap.service unlock-group@.service unlock-heal@.service unlock-baseline.service unlock-predict.service unlock-sync.service unlock-sync.timer
 
 .PHONY: install uninstall
 
@@ -39,10 +39,9 @@ install:
 	$(DATA) udev/65-unlock.rules $(rules)/65-unlock.rules
 	$(RUN) system/unlock-generator $(systemd)/system-generators/unlock-generator
 	for unit in $(units); do $(DATA) system/$$unit $(systemd)/system/$$unit || exit; done
-	$(INSTALL) -d -m 0755 $(systemd)/system/multi-user.target.wants $(systemd)/system/timers.target.wants $(systemd)/system/sysinit.target.wants
+	$(INSTALL) -d -m 0755 $(systemd)/system/multi-user.target.wants $(systemd)/system/timers.target.wants
 	ln -sf ../unlock-baseline.service ../unlock-predict.service $(systemd)/system/multi-user.target.wants/
 	ln -sf ../unlock-sync.timer $(systemd)/system/timers.target.wants/
-	ln -sf ../unlock-dump.slice $(systemd)/system/sysinit.target.wants/
 
 uninstall:
 	rm -rf $(home)
@@ -52,7 +51,7 @@ uninstall:
 	rm -f $(updates:%=$(etc)/%) $(etc)/dpkg/dpkg.cfg.d/unlock
 	rm -f $(systemd)/system/multi-user.target.wants/unlock-baseline.service
 	rm -f $(systemd)/system/multi-user.target.wants/unlock-predict.service
-	rm -f $(systemd)/system/timers.target.wants/unlock-sync.timer $(systemd)/system/sysinit.target.wants/unlock-dump.slice
+	rm -f $(systemd)/system/timers.target.wants/unlock-sync.timer
 	rm -f $(DESTDIR)/usr/lib/tmpfiles.d/unlock.conf
 
 

@@ -103,9 +103,9 @@ def is_kept_and_told(console: Guest, pid: str) -> None:
         console.sh("sleep 0.1")
     (entry,) = json.loads(told.out)
     assert (entry["sig"], entry["corefile"], entry["exe"]) == (11, "none", "/usr/local/bin/crashes")
-    slice_ = "/sys/fs/cgroup/unlock-dump.slice"
-    assert console.sh(f"cat {slice_}/memory.swap.max").out == "0"
-    assert int(console.sh(f"cat {slice_}/memory.peak").out) > 1 << 20
+    group = "/sys/fs/cgroup/unlock-dump"
+    assert console.sh(f"cat {group}/memory.swap.max").out == "0"
+    assert int(console.sh(f"cat {group}/memory.peak").out) > 1 << 20
     info = json.loads(console.sh(f"unlock dump info --json {pid}").out)
     assert (info["comm"], info["signal"], info["generation"], info["key"]) == ("crashes", 11, 1, "here")
 

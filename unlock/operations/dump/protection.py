@@ -93,6 +93,7 @@ def disable(paths: Paths, accept: frozenset[str]) -> None:
             if _read(paths, name).startswith(_MARK):
                 os.unlink(os.path.join(paths.root, name))
         if _pattern(paths) == PATTERN:
+            _set(paths, "fs.suid_dumpable", "0")  # the kernel warns of 2 with a name of a file
             _set(paths, "kernel.core_pattern", "core")
         if paths.root == "/":
             run(["/usr/lib/systemd/systemd-sysctl", *(f"--prefix={name}" for name in _SETTINGS)])
