@@ -62,7 +62,7 @@ VENV ?= $(CACHE)/venv
 PYTHON ?= python3
 packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-archive-keyring cryptsetup-bin \
 	libcryptsetup12 libtss2-dev libtss2-tcti-swtpm0 tpm2-tools udev btrfs-progs e2fsprogs initramfs-tools-core zstd cpio \
-	age systemd grub-emu kmod util-linux fdisk shellcheck strace busybox klibc-utils dosfstools mtools \
+	age gdb systemd grub-emu kmod util-linux fdisk shellcheck strace busybox klibc-utils dosfstools mtools \
 	openssl gcc pkg-config libffi-dev python3-venv python3-dev \
 	make bc bison flex m4 perl xz-utils libc6-dev slirp4netns iproute2
 
