@@ -34,6 +34,8 @@ install:
 	for stage in $(stages); do $(RUN) initramfs/$$stage $(tools)/scripts/$$stage/unlock || exit; done
 	$(RUN) initramfs/local-premount $(tools)/scripts/local-premount/check-resume
 	$(RUN) system/predict $(home)/predict
+	$(RUN) system/dump $(home)/dump
+	$(DATA) system/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/unlock.conf
 	for hook in $(updates); do $(RUN) system/after-update $(etc)/$$hook || exit; done
 	$(DATA) system/dpkg.cfg $(etc)/dpkg/dpkg.cfg.d/unlock
 	$(DATA) udev/65-unlock.rules $(rules)/65-unlock.rules
@@ -51,6 +53,7 @@ uninstall:
 	rm -f $(updates:%=$(etc)/%) $(etc)/dpkg/dpkg.cfg.d/unlock
 	rm -f $(wanted:%=$(systemd)/system/multi-user.target.wants/%)
 	rm -f $(systemd)/system/timers.target.wants/unlock-sync.timer
+	rm -f $(DESTDIR)/usr/lib/tmpfiles.d/unlock.conf
 
 
 # Development. VENV and the cache of images lie outside the checkout.
@@ -60,7 +63,7 @@ VENV ?= $(CACHE)/venv
 PYTHON ?= python3
 packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-archive-keyring cryptsetup-bin \
 	libcryptsetup12 libtss2-dev libtss2-tcti-swtpm0 tpm2-tools udev btrfs-progs e2fsprogs initramfs-tools-core zstd cpio \
-	age systemd clevis-luks grub-emu kmod util-linux fdisk shellcheck strace busybox klibc-utils dosfstools mtools \
+	age gdb systemd clevis-luks grub-emu kmod util-linux fdisk shellcheck strace busybox klibc-utils dosfstools mtools \
 	openssl gcc pkg-config libffi-dev python3-venv python3-dev \
 	make bc bison flex m4 perl xz-utils libc6-dev slirp4netns iproute2
 

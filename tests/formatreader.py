@@ -11,6 +11,7 @@ from base64 import b64decode
 from collections.abc import Iterator
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -193,6 +194,41 @@ def state_wraps(state: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if entry["wrapped"]:
             yield "host-key", entry["wrapped"]
     yield from (("mac-key", each) for each in (state["mac_key"], *state["recovery"]["behind"].values()) if each)
+
+
+# Core dumps
+
+
+def dump_identity(host_key: bytes, host: str) -> bytes:
+    return derive(host_key, bytes.fromhex(host), b"unlock-dump-1")
+
+
+def dump_recipient(identity: bytes) -> str:
+    public = X25519PrivateKey.from_private_bytes(identity).public_key().public_bytes_raw()
+    return bech32("age", public)
+
+
+def age_identity(identity: bytes) -> str:
+    return bech32("age-secret-key-", identity).upper()
+
+
+def dump_fingerprint(recipient: str) -> str:
+    return hashlib.sha256(recipient.encode("ascii")).hexdigest()[:16]
+
+
+def bech32(prefix: str, data: bytes) -> str:
+    """BIP 173."""
+    number, size = int.from_bytes(data, "big"), -(-len(data) * 8 // 5)
+    number <<= size * 5 - len(data) * 8
+    words = [number >> 5 * (size - 1 - i) & 31 for i in range(size)]
+    check = 1
+    for word in [*(ord(c) >> 5 for c in prefix), 0, *(ord(c) & 31 for c in prefix), *words, *[0] * 6]:
+        top = check >> 25
+        check = (check & 0x1FFFFFF) << 5 ^ word
+        for i, each in enumerate((0x3B6A57B2, 0x26508E6D, 0x1EA119FA, 0x3D4233DD, 0x2A1462B3)):
+            check ^= each if top >> i & 1 else 0
+    words += [(check ^ 1) >> 5 * (5 - i) & 31 for i in range(6)]
+    return prefix + "1" + "".join("qpzry9x8gf2tvdw0s3jn54khce6mua7l"[word] for word in words)
 
 
 # The TPM

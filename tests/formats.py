@@ -31,7 +31,7 @@ from unlock.host import keyring, report, this_boot
 from unlock.host.journal import Rebind, RecoveryRotation, Rekey
 from unlock.host.state import State
 from unlock.host.state_file import KeyEntry, RemovedPolicy, ReplacedKek, Window
-from unlock.keys import access
+from unlock.keys import access, dump_key
 from unlock.keys.escrow import Escrow, write_escrow
 from unlock.measured import describe, esp_copy
 from unlock.measured.baseline import Baseline, TpmIdentity
@@ -60,6 +60,8 @@ BRANCHES = 8
 """Of the policy record with a PIN."""
 NEEDED = ("root", "usr")
 """What its root file system lies on."""
+DUMP = "core.test.1000.4711.1700000000.11.1.46666ac9dcecb5b0.zst.age"
+DUMPED = b"test data: a core\n" * 64
 
 
 def _key(name: str, size: int = 32) -> bytes:
@@ -420,6 +422,15 @@ def of_boot() -> booted.BootedFiles:
     )
 
 
+def host_key_state(paths: Paths, keys: Keys) -> State:
+    """A host of which nothing is told but its host key; not saved."""
+    state = State.new(paths, HOST)
+    use_native(state, keys)
+    entry = KeyEntry(f"{keys.provider.id}/{keys.host_name}", keys.host_name, 1)
+    state.set_host_key(entry, persistence=keys.persistence, key=keys.host_key)
+    return state
+
+
 def trusted() -> TrustedFiles:
     return TrustedFiles(of_boot().known, {"boot/current": "vmlinuz"})
 
@@ -449,6 +460,7 @@ def fixed(paths: Paths, keys: Keys) -> dict[str, bytes]:
     this_boot.mark_failed(paths, "data", ["nginx.service"])
     booted.save_booted_files(paths, of_boot())
     copied = esp_copy.write_copy(paths, baseline().encode())
+    dump_key.write_recipient(paths, host_key_state(paths, keys), keys.host_key)
     run = Path(paths.run)
     return {
         "record-1.bin": record().encode(),
@@ -461,6 +473,7 @@ def fixed(paths: Paths, keys: Keys) -> dict[str, bytes]:
         os.path.relpath(copied, paths.root): Path(copied).read_bytes(),
         "booted.json": Path(paths.booted).read_bytes(),
         "boot-files.json": trusted().encode(keys.persistence),
+        "dump-recipient": Path(paths.dump_recipient).read_bytes(),
         "run/report.json": (run / "report.json").read_bytes(),
         "run/verdict": (run / "verdict").read_bytes(),
         "run/members/data": (run / "members/data").read_bytes(),
@@ -517,6 +530,18 @@ def escrowed(folder: Path, to: Path, keys: Keys) -> None:
     write_escrow(Escrow(recipient(folder), str(to / "escrow.age")), keys.recovery)
 
 
+# Core dumps
+
+
+def dumped(recipient_file: Path, folder: Path) -> None:
+    """A file as system/dump makes it, of what stands for a core."""
+    recipient_of_host = recipient_file.read_text().splitlines()[1]
+    packed = subprocess.run(["zstd", "-q", "-c"], input=DUMPED, capture_output=True, check=True).stdout
+    command = ["age", "--recipient", recipient_of_host]
+    sealed_dump = subprocess.run(command, input=packed, capture_output=True, check=True).stdout
+    put(folder / DUMP, sealed_dump)
+
+
 # All of it
 
 
@@ -547,6 +572,7 @@ def make(folder: Path) -> None:
             put(folder / f"state-{name}.json", Path(paths.state).read_bytes())
         native.write_backup(str(folder / "kdk.backup"), keys.provider, keys.text("backup_password"))
         put(folder / "recovery-key", bytes(keys.recovery) + b"\n")
+        dumped(folder / "dump-recipient", folder)
         organisation(folder)
         escrowed(folder, folder, keys)
         for name, pin in (("tpm", False), ("tpm-pin", True)):

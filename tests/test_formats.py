@@ -25,15 +25,16 @@ from tests.tpmfixture import Swtpm
 from unlock.boot import handover
 from unlock.disks import disk_keys, luks, token
 from unlock.errors import Malformed, NewerFormat, NoKey, Tampered, UnlockError, Usage
-from unlock.host import journal, keyring, report, report_file, resumption
+from unlock.host import journal, keyring, report, report_file, resumption, this_boot
 from unlock.host.journal import Rebind, RecoveryRotation
 from unlock.host.provider_entry import KmipEntry, NativeEntry
 from unlock.host.state import State
 from unlock.host.state_file import RemovedPolicy
-from unlock.keys import access, recovery_key
+from unlock.keys import access, dump_key, recovery_key
 from unlock.measured import causes, esp_copy
 from unlock.measured.baseline import Baseline
 from unlock.operations import persistence, policy
+from unlock.operations.dump import kept, opened
 from unlock.paths import Paths
 from unlock.predict import allowed_states, booted
 from unlock.predict.trusted_files import TrustedFiles
@@ -102,6 +103,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         "baseline.json",
         "booted.json",
         "boot-files.json",
+        "dump-recipient",
         "run/report.json",
         "run/verdict",
         "run/members/data",
@@ -339,6 +341,38 @@ def test_an_escrow_file_gives_the_recovery_key_to_stock_tools(tmp_path: Path, ke
         assert (tmp_path / name).read_bytes().splitlines()[0] == frozen(name).splitlines()[0]
 
 
+# Core dumps
+
+
+def test_a_dump_is_opened(tmp_path: Path, key_cache: None, keys: Keys) -> None:
+    """By the key that the state has, and by its name alone it says which that is."""
+    place = Paths(str(tmp_path))
+    state = formats.host_key_state(place, keys)
+    state.save()
+    formats.put(Path(place.dumps, formats.DUMP), frozen(formats.DUMP))
+    os.makedirs(place.run)
+    this_boot.cache_keys(place, "TPM", {"unlock:persistence": keys.persistence})
+    dump = kept.find_dump(place, "4711")
+    assert dump[1:9] == ("test", 1000, 4711, 1700000000, 11, 1, frozen("dump-recipient").split()[5].decode(), True)
+    assert kept.dump_name(dump) == formats.DUMP
+    with access.Work(place) as work:
+        identity = dump_key.find_identity(work, dump.fingerprint, dump.generation)
+    assert b"".join(opened.read_dump(dump, identity)) == formats.DUMPED
+
+
+def test_the_document_tells_how_a_dump_is_opened_by_stock_tools(tmp_path: Path) -> None:
+    identity = reader.dump_identity(derived(what="host"), HOST)
+    recipient = reader.dump_recipient(identity)
+    (head, text) = frozen("dump-recipient").decode().splitlines()
+    fingerprint = reader.dump_fingerprint(recipient)
+    assert (head, text) == (f"# unlock: host key 1 {fingerprint}", recipient)
+    assert formats.DUMP.split(".")[7] == fingerprint
+    (tmp_path / "identity").write_text(reader.age_identity(identity) + "\n")
+    age = ["age", "--decrypt", "--identity", str(tmp_path / "identity"), str(FOLDER / formats.DUMP)]
+    packed = subprocess.run(age, capture_output=True, check=True).stdout
+    assert subprocess.run(["zstd", "-q", "-d"], input=packed, capture_output=True, check=True).stdout == formats.DUMPED
+
+
 # /run/unlock and the key cache: between an initramfs and the system, which may have another version
 
 
@@ -403,11 +437,21 @@ def test_keys_cross_into_the_system_under_the_same_names(tmp_path: Path, key_cac
 
 def test_the_files_are_where_they_were() -> None:
     place = Paths()
-    assert [place.state, place.baseline, place.booted, place.boot_files, place.run] == [
+    assert [
+        place.state,
+        place.baseline,
+        place.booted,
+        place.boot_files,
+        place.dump_recipient,
+        place.dumps,
+        place.run,
+    ] == [
         "/var/lib/unlock/state.json",
         "/var/lib/unlock/baseline.json",
         "/var/lib/unlock/booted.json",
         "/var/lib/unlock/boot-files.json",
+        "/var/lib/unlock/dump-recipient",
+        "/var/lib/unlock/dumps",
         "/run/unlock",
     ]
     assert esp_copy.NAME == "EFI/unlock/baseline.json"

@@ -28,7 +28,7 @@ TOP = Path(__file__).resolve().parent.parent
 GENERATOR = TOP / "system/unlock-generator"
 STAGES = ["init-premount", "local-top", "local-block", "local-bottom", "panic"]
 SCRIPTS = [TOP / "initramfs" / name for name in ("hook", *STAGES, "local-premount", "cap")]
-HOOKS = [TOP / "system" / name for name in ("predict", "after-update")]
+HOOKS = [TOP / "system" / name for name in ("predict", "after-update", "dump")]
 SHELLS = [["dash"], ["busybox", "sh"], ["/usr/lib/klibc/bin/sh"], ["bash"]]
 
 
@@ -832,6 +832,7 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
                 "usr/lib/unlock/cap",
                 "usr/lib/unlock/gate",
                 "usr/lib/unlock/predict",
+                "usr/lib/unlock/dump",
                 "etc/kernel/postinst.d/zzz-unlock",
                 "etc/kernel/postrm.d/zzz-unlock",
                 "etc/initramfs/post-update.d/zzz-unlock",

@@ -22,6 +22,8 @@ class Paths:
         self.baseline = os.path.join(root, "var/lib/unlock/baseline.json")
         self.booted = os.path.join(root, "var/lib/unlock/booted.json")
         self.boot_files = os.path.join(root, "var/lib/unlock/boot-files.json")
+        self.dumps = os.path.join(root, "var/lib/unlock/dumps")
+        self.dump_recipient = os.path.join(root, "var/lib/unlock/dump-recipient")
         self.boot_id = os.path.join(root, "proc/sys/kernel/random/boot_id")
         self.event_log = os.path.join(root, "sys/kernel/security/tpm0/binary_bios_measurements")
         self.systemd_log = os.path.join(root, "run/log/systemd/tpm2-measure.log")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrapping keys with keys: AES-256-GCM, HKDF-SHA256, scrypt. The only file that imports `cryptography`, but
+"""Wrapping keys with keys: AES-256-GCM, HKDF-SHA256, scrypt; X25519. The only file that imports `cryptography`, but
 for certificates (keys.escrow, providers.kmip.tls).
 
 A wrapped key is 12 bytes of random nonce, the ciphertext, 16 bytes of tag (NIST SP 800-38D).
@@ -60,6 +60,13 @@ def derive(key: Secret, salt: bytes, info: bytes, size: int = 32) -> Secret:
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
     return Secret(HKDF(SHA256(), size, salt, info).derive(bytes(key)))
+
+
+def x25519_public(private: Secret) -> bytes:
+    """The public key of an X25519 private key (RFC 7748), 32 bytes each."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    return X25519PrivateKey.from_private_bytes(private.value).public_key().public_bytes_raw()
 
 
 def mac(key: Secret, data: bytes) -> bytes:

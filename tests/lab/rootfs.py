@@ -10,6 +10,7 @@ SUITE = "trixie"
 PACKAGES = """
     linux-image-cloud-amd64 systemd-sysv systemd-cryptsetup udev dbus kmod procps make zstd busybox
     initramfs-tools cryptsetup cryptsetup-initramfs keyutils strace lvm2 btrfs-progs e2fsprogs
+    age systemd-coredump
     python3 python3-tpm2-pytss python3-cryptography python3-pyudev python3-pykmip libcryptsetup12
 """
 LOADERS = """

@@ -15,6 +15,7 @@ from ..protect import protect
 from . import (
     cache,
     disk,
+    dump,
     group,
     init,
     open_groups,
@@ -45,6 +46,7 @@ _NOUNS = (
     cache,
     policy,
     rebind,
+    dump,
 )
 """In the order of the help text."""
 

@@ -32,6 +32,7 @@ _RISKS = (
     "unauthenticated-root",
     "slots-in-use",
     "lost-state",
+    "plain-dumps",
 )
 
 

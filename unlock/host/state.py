@@ -305,6 +305,15 @@ class State:
         """Whether it was this host's before the present one."""
         return any(each.id == key_id for each in self._present_host_key.former)
 
+    @property
+    def host_keys(self) -> list[HostKey]:
+        """The present one, then those that it has replaced, the latest first. Raises Refused as `host_key_ref`."""
+        return [self._present_host_key, *reversed(self._present_host_key.former)]
+
+    def unwrap_host_key(self, persistence: Secret, entry: HostKey) -> Secret:
+        """One of `host_keys` that this host keeps. Raises Tampered."""
+        return self._unwrapped(persistence, "host-key", entry.wrapped or "")
+
     def host_key(self, persistence: Secret) -> Secret | None:
         """None where it is not kept on this host. Raises Tampered."""
         wrapped = self._present_host_key.wrapped

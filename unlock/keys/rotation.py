@@ -23,7 +23,7 @@ from ..host.state import State
 from ..host.state_file import KeyEntry, ReplacedKek
 from ..providers import USABLE, Ref
 from ..secret import Secret
-from . import access
+from . import access, dump_key
 from .access import Work
 
 FORMER_MAX = 64
@@ -223,14 +223,15 @@ def rewrap_disk(work: Work, group: Group, member: Member, node: str, kek: Secret
 
 
 def set_host_key(work: Work, provider_id: str, ref: Ref, key: Secret) -> None:
-    """Replaces the host key: first in the state, which keeps the former one, then in every token. Killed in between,
-    `catch_up_disks` does the rest."""
+    """Replaces the host key: first in the state, which keeps the former one, then for dumps and in every token. Killed
+    in between, `dump_key.refresh` and `catch_up_disks` do the rest."""
     state = work.state
     entry = KeyEntry(f"{provider_id}/{ref.id}", ref.name, state.host_key_ref.generation + 1)
     state.set_host_key(entry, persistence=work.persistence, key=key)
     for group in list(state.groups.values()):
         state.groups[group.name] = group._replace(behind=tuple(member.uuid for member in group.members))
     state.save()
+    dump_key.write_recipient(work.paths, state, key)
     this_boot.cache_keys(work.paths, "provider", {"unlock:host": key})
     catch_up_disks(work)
 

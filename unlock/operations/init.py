@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unlock init`: makes the host's keys, backs them up, and seals the persistence key to this boot's measurements.
 
-    preflight ──> keys ──> state (journaled) ──> backup, test-restored ──> TPM slot A ──> key cache ──> done
+    preflight ──> keys ──> state (journaled) ──> backup, test-restored ──> TPM slot A ──> key cache ──> done, dumps
                                              or  host key at the KMS, fetched
 
 Killed before the end, it leaves nothing that a disk depends on; run again, it starts over.
@@ -20,7 +20,7 @@ from ..host.lock import exclusive
 from ..host.missing_state import LOST
 from ..host.state import State
 from ..host.state_file import KeyEntry
-from ..keys import access
+from ..keys import access, dump_key
 from ..measured import at_unseal, logs
 from ..measured.eventlog import Log
 from ..paths import TPM_DEVICE, Paths, write_atomically
@@ -30,6 +30,7 @@ from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Tpm, bank_off
 from ..tpm.record import RECORD_SIZE, SLOTS, Payload
+from .dump import protection
 from .provider import Client, connect_as
 
 OVERRIDES = {
@@ -38,6 +39,7 @@ OVERRIDES = {
     "unauthenticated-root": "a part of this system is not authenticated: whoever edits it gets the keys",
     "slots-in-use": "what another installation of unlock left in this TPM is overwritten; or what this host "
     "keeps there, if its /var/lib/unlock is only away",
+    protection.RISK: protection.MEANING,
     LOST: "this host was initialised, and its state is gone: its disks open by the recovery key alone from now on",
 }
 """What `--accept NAME` can accept, and what that means."""
@@ -110,11 +112,14 @@ def init(paths: Paths, choices: InitChoices) -> Preflight:
                     )
                     this_boot.cache_keys(paths, "made", {"unlock:persistence": persistence})
                     this_boot.cache_keys(paths, "provider", {"unlock:host": host_key})
+                    dump_key.write_recipient(paths, state, host_key)
         if not os.path.exists(paths.config):
             write_atomically(paths.config, config.HEAD.encode(), mode=0o644)
         allowed_states.begin(state, found.selection, found.branch, found.unauthenticated_root)
         state.journal = None
         state.save()
+        if protection.RISK not in choices.accept:
+            protection.set_up(paths)
     return found
 
 
@@ -224,6 +229,10 @@ def preflight(paths: Paths, tpm: Tpm, choices: InitChoices, again: bool) -> Pref
     if untrusted:
         other = "encrypt it" if "not on an encrypted" in untrusted else f"add {unmeasured.CLOSED} to the command line"
         _require_accepted(choices, "unauthenticated-root", other, untrusted)
+    if protection.RISK in choices.accept:
+        log.note(f"accepted: {protection.RISK}: {protection.MEANING}")
+    else:
+        protection.refuse_without(paths)
     tpm.ensure_srk(choices.owner_auth)
     tpm.try_sealing(selection)
     then = at_unseal.known_values(selection, at_unseal.read_pcrs(paths, tpm))

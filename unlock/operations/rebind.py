@@ -29,7 +29,7 @@ from ..host.journal import JournalEntry, NewPersistenceKey, Rebind
 from ..host.provider_entry import has_made
 from ..host.state import State, changing
 from ..host.state_file import KeyEntry
-from ..keys import access, rotation
+from ..keys import access, dump_key, rotation
 from ..measured import at_unseal, logs
 from ..paths import TPM_DEVICE, Paths
 from ..predict import allowed_states, initramfs_images, trusted_files
@@ -178,6 +178,8 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
         if not has_pin:
             keyring.forget(allowed_states.PIN_AUTH)
         _cache_keys(paths, host_key, host_key_source, keks)
+        if bytes(host_key) != disk_keys.NOT_KEPT:
+            dump_key.write_recipient(paths, state, host_key)
         others = tuple(name for name in lost if name != state.provider.name)
         return Rebound(selection, tuple(done), left, others, changed, dropped)
 

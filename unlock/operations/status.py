@@ -20,6 +20,8 @@ from ..host.state import State
 from ..paths import Paths
 from ..secret import Secret
 from . import policy, under_way
+from .dump.kept import list_dumps
+from .dump.protection import Protection, read_protection
 
 CERTIFICATE_DAYS = 30
 """Days before the end of a client certificate from which on there is a warning."""
@@ -130,6 +132,9 @@ class Status(NamedTuple):
     """PCRs that measure kernel, initramfs or command line on this host, and that the TPM's policy leaves out."""
     wrong_settings: list[str]
     """What is wrong in unlock.toml."""
+    dumps: Protection
+    """Of core dumps and swap."""
+    kept_dumps: int
     groups: list[GroupStatus]
 
     @property
@@ -178,6 +183,8 @@ def read_status(paths: Paths, tcti: str = "", look: find.Look = find.look) -> St
         pin=state.tpm.pin,
         not_checked=_pcrs_not_checked(paths, tcti) if tcti else [],
         wrong_settings=wrong_settings,
+        dumps=read_protection(paths),
+        kept_dumps=len(list_dumps(paths)),
         groups=groups,
     )
 
@@ -217,6 +224,13 @@ def to_json(found: Status) -> dict[str, Any]:
         "pin": found.pin,
         "not_checked": found.not_checked,
         "wrong_settings": found.wrong_settings,
+        "dumps": {
+            "encrypted": found.dumps.encrypted,
+            "detail": found.dumps.detail,
+            "generation": found.dumps.recipient.generation if found.dumps.recipient else None,
+            "kept": found.kept_dumps,
+            "plain_swaps": found.dumps.plain_swaps,
+        },
         "groups": [
             {
                 "name": group.name,
@@ -248,6 +262,7 @@ def to_text(found: Status) -> str:
         ("recovery", found.recovery_key),
         ("provider", found.providers[0].describe()),
         ("sync", _describe_sync(found.sync)),
+        ("dumps", f"{found.dumps.detail}; {found.kept_dumps} kept" if found.kept_dumps else found.dumps.detail),
     )
     lines += [f"{name:<9} {text}" for name, text in facts]
     lines += [
@@ -303,6 +318,10 @@ def _warnings(found: Status) -> list[str]:
     days = found.providers[0].certificate_days
     if days is not None and days < CERTIFICATE_DAYS:
         warnings.append(f"the client certificate ends in {days} days: unlock provider renew")
+    if found.dumps.do:
+        warnings.append(f"core dumps: {found.dumps.detail}: {found.dumps.do}")
+    if found.dumps.plain_swaps:
+        warnings.append(f"swap on a disk that is not encrypted: {', '.join(found.dumps.plain_swaps)}: unlock check")
     warnings += [f"{text}: edit /etc/unlock/unlock.toml" for text in found.wrong_settings]
     for group in found.groups:
         if group.spoofed:

@@ -14,7 +14,7 @@ from ..host.lock import exclusive
 from ..host.provider_entry import ProviderEntry, has_made
 from ..host.state import State
 from ..host.state_file import KeyEntry
-from ..keys import access, rotation
+from ..keys import access, dump_key, rotation
 from ..paths import TPM_DEVICE, Paths
 from ..providers import Provider
 from ..secret import Secret
@@ -90,6 +90,7 @@ def _new_host_key(work: access.Work, entry: ProviderEntry, provider: Provider) -
         new = KeyEntry(f"{entry.id}/{made.id}", made.name, generation)
         state.set_host_key(new, persistence=work.persistence, key=key)
         state.save()
+        dump_key.write_recipient(work.paths, state, key)
         this_boot.cache_keys(work.paths, "provider", {"unlock:host": key})
 
 

@@ -22,7 +22,7 @@ from ..host import clock, keyring, this_boot
 from ..host.journal import NewPersistenceKey, Rekey
 from ..host.lock import exclusive
 from ..host.state import State
-from ..keys import access, rotation
+from ..keys import access, dump_key, rotation
 from ..keys.access import Work
 from ..paths import Paths
 from ..providers import BLOCKED, KeyStatus, Ref
@@ -73,6 +73,7 @@ def sync(
 
 def _sync(paths: Paths, look: find.Look, connect: access.Connect) -> list[SyncLine]:
     with exclusive(paths), Work(paths, look, connect) as work:
+        dump_key.refresh(work)
         lines = [*_catch_up(work), *_finish_rotation(work), *_ask_provider(work)]
         lines += [SyncLine("replaced key", "still-active", each.describe()) for each in rotation.retire_keks(work)]
         return lines

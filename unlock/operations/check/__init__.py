@@ -3,7 +3,8 @@
 
     check() ──> findings on the TPM and what it will allow (tpm), every disk of every group and the root (disks), the
     initramfs images (initramfs), the firmware (firmware), the recovery key and the key manager (keys), the
-    configuration, kexec and hibernation (host) ──> CheckResult: the findings, and the worst of their verdicts
+    configuration, kexec and hibernation (host), core dumps and swap (dumps) ──> CheckResult: the findings, and the
+    worst of their verdicts
 
 It changes nothing. What it cannot prove it says: after the cap nothing can be unsealed on trial. That the sealed key is
 the one in the key cache follows from the object's name alone.
@@ -18,6 +19,7 @@ from ...measured import logs
 from ...paths import Paths
 from ...secret import Secret
 from .disks import check_copies, check_group, check_headers, check_needed, check_root
+from .dumps import check_dumps
 from .finding import EXIT_STATUS as EXIT_STATUS
 from .finding import CheckResult, result_of
 from .finding import to_json as to_json
@@ -74,6 +76,7 @@ def check(
             *check_firmware(paths, log),
             *check_kexec(paths),
             *check_hibernation(paths, ours),
+            *check_dumps(paths, state),
             *check_system(paths, ours),
             *check_cap(paths),
         ]

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""system/dump: what it keeps of a core is encrypted and whole, or is not there."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.dumps import TOP, Crashing, Writer
+from unlock.operations.dump import kept, protection
+
+SECRET = b"of the process that crashed 4711"
+IDENTITY = "AGE-SECRET-KEY-1SV5WY2KN9ZNRK7EWFJNTHZGRUQL3LMGJ2KPJTC4FD7HW68D9SEQQKVJLZ7"
+RECIPIENT = "age1ylaxnphjttuucslwnp7pzgqm26f56kng2ymmhs2zjs4a9eezvcds0qpzh5"
+FINGERPRINT = "0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def crashed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crashing]:
+    with Crashing(tmp_path_factory.mktemp("crashing"), SECRET) as crashing:
+        assert SECRET in crashing.core.read_bytes()
+        yield crashing
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Writer:
+    made = Writer(tmp_path)
+    Path(made.paths.dump_recipient).write_text(f"# unlock: host key 3 {FINGERPRINT}\n{RECIPIENT}\n")
+    return made
+
+
+def opened(path: Path) -> bytes:
+    """By stock tools."""
+    command = 'printf %s "$0" | age -d -i - "$1" | zstd -d -q'
+    return subprocess.run(
+        ["bash", "-ec", f"set -o pipefail; {command}", IDENTITY, path], capture_output=True, check=True
+    ).stdout
+
+
+def test_a_core_is_kept_encrypted_under_a_name_that_says_what_it_is(crashed: Crashing, writer: Writer) -> None:
+    assert writer.write(crashed.core, crashed.process.pid) == 0
+    (file,) = writer.files()
+    (dump,) = kept.list_dumps(writer.paths)
+    assert (dump.comm, dump.uid, dump.pid, dump.signal, dump.generation) == ("sleep", 1000, crashed.process.pid, 11, 3)
+    assert (dump.fingerprint, dump.packed, dump.size) == (FINGERPRINT, True, file.stat().st_size)
+    assert abs(dump.time - time.time()) < 60
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert SECRET not in file.read_bytes()
+    assert opened(file) == crashed.core.read_bytes()
+    assert writer.said() == [
+        f"<5>unlock: process {dump.pid} (sleep), signal 11: dump encrypted to host key 3: {file.name}"
+    ]
+
+
+def test_no_program_of_it_writes_a_piece_of_the_core_to_a_file(
+    crashed: Crashing, writer: Writer, tmp_path: Path
+) -> None:
+    """All write calls: the core goes through pipes alone. With cat in age's place it is seen in a file."""
+    trace = tmp_path / "trace"
+    strace = (
+        "strace",
+        "-f",
+        "-y",
+        "-s",
+        "100000",
+        "-e",
+        "trace=write,writev,pwrite64,sendto,sendmsg",
+        "-o",
+        str(trace),
+    )
+
+    def leaks() -> list[str]:
+        lines = [line for line in trace.read_text(errors="replace").splitlines() if SECRET.decode() in line]
+        assert lines or not list(writer.files())
+        return [line for line in lines if not re.search(r"\(\d+<pipe:", line)]
+
+    text = writer.script.read_text()
+    writer.script.write_text(text.replace("zstd -q -1 --single-thread -c", "cat"))
+    writer.write(crashed.core, crashed.process.pid, strace)
+    assert writer.files() and not leaks()
+    writer.script.write_text(writer.script.read_text().replace('age --recipient "$recipient"', "cat"))
+    writer.write(crashed.core, crashed.process.pid, strace)
+    assert leaks(), "the control"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "age1\n", f"{RECIPIENT}\n", f"# unlock: host key 3 ../../x\n{RECIPIENT}\n", "# unlock: host key 3 ab\n\n",
+     f"# unlock: host key x {FINGERPRINT}\n{RECIPIENT}\n", f"# unlock: host key 3 {FINGERPRINT}\nage1wrong\n", None],
+)  # fmt: skip
+def test_without_a_recipient_nothing_is_written(text: str | None, crashed: Crashing, writer: Writer) -> None:
+    if text is None:
+        os.unlink(writer.paths.dump_recipient)
+    else:
+        Path(writer.paths.dump_recipient).write_text(text)
+    assert writer.write(crashed.core, crashed.process.pid) == 0
+    assert not writer.files()
+    (said,) = writer.said()
+    assert said.startswith(f"<3>unlock: process {crashed.process.pid} (sleep), signal 11: no dump is kept: ")
+
+
+def test_without_age_nothing_is_written(crashed: Crashing, writer: Writer, tmp_path: Path) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("sh", "mkdir", "find", "wc", "stat", "sync", "mv", "rm", "zstd", "sort", "cat"):
+        (programs / name).symlink_to(shutil.which(name) or "")
+    writer.write(crashed.core, crashed.process.pid, path=str(programs))
+    assert not writer.files() and "age is not installed" in writer.said()[0]
+    (programs / "age").symlink_to(shutil.which("age") or "")
+    (programs / "zstd").unlink()
+    writer.write(crashed.core, crashed.process.pid, path=str(programs))
+    (dump,) = kept.list_dumps(writer.paths)
+    assert not dump.packed
+
+
+def test_a_process_that_may_leave_no_core_leaves_none(crashed: Crashing, writer: Writer) -> None:
+    with subprocess.Popen(["sh", "-c", "ulimit -c 0; exec sleep 1000"]) as shy:
+        time.sleep(0.2)
+        writer.write(crashed.core, shy.pid)
+        shy.kill()
+    assert not writer.files() and not writer.said()
+
+
+def test_systemd_coredump_gets_the_metadata_and_no_core(crashed: Crashing, writer: Writer) -> None:
+    """Its program, as it is called; with %c as 0. It has the pipe, at its end, or the kernel would not wait."""
+    program = writer.top / "usr/lib/systemd/systemd-coredump"
+    program.parent.mkdir(parents=True)
+    told = {"called": 'echo "$@"', "size": "wc -c", "files": "readlink /proc/$$/fd/0"}
+    program.write_text("#!/bin/sh\n" + "".join(f"{what} >{writer.top}/{name}\n" for name, what in told.items()))
+    program.chmod(0o755)
+    writer.write(crashed.core, crashed.process.pid)
+    words = (writer.top / "called").read_text().split()
+    assert words[:4] == [str(crashed.process.pid), "1000", "1000", "11"] and words[5:] == ["0", "host", "1"]
+    os.unlink(writer.paths.dump_recipient)
+    for _ in range(2):  # with what was not read for want of a recipient
+        assert (writer.top / "size").read_text().strip() == "0"
+        assert (writer.top / "files").read_text() == f"{crashed.core}\n"
+        writer.write(crashed.core, crashed.process.pid)
+    assert len(writer.files()) == 1
+    assert protection.PATTERN.split()[1:] == ["%P", "%u", "%g", "%s", "%t", "0", "%h", "%d", "%F"]
+
+
+def test_a_name_that_a_process_gives_itself_is_only_a_name(crashed: Crashing, writer: Writer, tmp_path: Path) -> None:
+    name = "../x .\\$(id)\n;é"
+    with subprocess.Popen(
+        [
+            "python3",
+            "-c",
+            f"open('/proc/self/comm','w').write({name!r}); print(flush=True); import time; time.sleep(99)",
+        ],
+        stdout=subprocess.PIPE,
+    ) as odd:
+        assert odd.stdout
+        odd.stdout.readline()
+        writer.write(crashed.core, odd.pid)
+        odd.kill()
+    (dump,) = kept.list_dumps(writer.paths)
+    assert re.fullmatch("[A-Za-z0-9_]+", dump.comm) and dump.comm.startswith("___x__")
+
+
+# Killed, full
+
+
+@pytest.mark.parametrize("victim", ["zstd", "age", "dump"])
+def test_a_killed_writer_leaves_nothing_that_is_a_dump(victim: str, crashed: Crashing, writer: Writer) -> None:
+    """Each of them in the middle of a core."""
+    read, write = os.pipe()
+    handler = writer.start(crashed.process.pid, read)
+    os.close(read)
+    core = crashed.core.read_bytes()
+    os.write(write, core[:4096])
+    until = time.monotonic() + 20
+    while not (found := _below(handler.pid, victim)) or not writer.files():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    os.kill(found, signal.SIGKILL)
+    try:
+        with os.fdopen(write, "wb") as rest:
+            rest.write(core[4096:])
+    except BrokenPipeError:
+        pass
+    handler.wait(30)
+    time.sleep(0.3)
+    assert not kept.list_dumps(writer.paths)
+    assert all(each.name.startswith(".core.") and SECRET not in each.read_bytes() for each in writer.files())
+    assert (victim == "dump") or (not writer.files() and "no dump is kept" in writer.said()[0])
+
+
+def _below(pid: int, name: str) -> int:
+    if name == "dump":
+        return pid if Path(f"/proc/{pid}/comm").read_text().strip() == "dump" else 0
+    done = subprocess.run(["pgrep", "--session", str(pid), "-x", name], capture_output=True, text=True)
+    return int(done.stdout.split()[0]) if done.stdout else 0
+
+
+def test_what_a_killed_writer_left_goes_an_hour_later(crashed: Crashing, writer: Writer) -> None:
+    Path(writer.paths.dumps).mkdir(parents=True)
+    old, new = (Path(writer.paths.dumps, f".core.x.0.{pid}.1.11.3.{FINGERPRINT}.zst.age") for pid in (1, 2))
+    for each in old, new:
+        each.touch()
+    os.utime(old, (time.time() - 4000,) * 2)
+    writer.write(crashed.core, crashed.process.pid)
+    assert not old.exists() and new.exists() and len(kept.list_dumps(writer.paths)) == 1
+
+
+def test_a_core_that_is_larger_than_its_room_is_not_kept(crashed: Crashing, writer: Writer, tmp_path: Path) -> None:
+    noise = tmp_path / "noise"
+    noise.write_bytes(os.urandom(3 << 20))
+    writer.settings(KEEP_MIB=2)
+    writer.write(noise, crashed.process.pid)
+    assert not writer.files() and "no room" in writer.said()[0]
+    writer.write(crashed.core, crashed.process.pid)
+    assert len(writer.files()) == 1
+
+
+@pytest.mark.root
+def test_a_full_disk_keeps_no_dump(crashed: Crashing, writer: Writer) -> None:
+    os.makedirs(writer.paths.dumps)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", writer.paths.dumps], check=True)
+    try:
+        for half in ("1024", "1"):  # ulimit ends age, or the file system does
+            writer.script.write_text(writer.script.read_text().replace("%S / 1024'", f"%S / {half}'"))
+            writer.write(crashed.core, crashed.process.pid)
+            assert not writer.files() and "no room" in writer.said()[-1]
+    finally:
+        subprocess.run(["umount", writer.paths.dumps], check=True)
+
+
+# Retention, and a storm
+
+
+def test_the_oldest_go_when_there_are_too_many_or_too_much(crashed: Crashing, writer: Writer, tmp_path: Path) -> None:
+    os.makedirs(writer.paths.dumps)
+    for number in range(6):
+        path = Path(writer.paths.dumps, f"core.x.0.{number + 1}.1.11.3.{FINGERPRINT}.zst.age")
+        path.write_bytes(bytes(400 << 10))
+        os.utime(path, (time.time() - 1000 + number,) * 2)
+    other = Path(writer.paths.dumps, "core.note")
+    other.touch()
+    writer.settings(KEEP_COUNT=5)
+    writer.write(crashed.core, crashed.process.pid)
+    assert [each.pid for each in kept.list_dumps(writer.paths)] == [3, 4, 5, 6, crashed.process.pid]
+    writer.settings(KEEP_MIB=1)
+    writer.write(crashed.core, crashed.process.pid)
+    left = kept.list_dumps(writer.paths)
+    assert sum(each.size for each in left) <= 1 << 20 and left[-1].pid == crashed.process.pid
+    assert other.exists()
+
+
+def test_a_storm_of_crashes_keeps_a_few(crashed: Crashing, writer: Writer) -> None:
+    writer.settings(PER_MINUTE=3)
+    for _ in range(6):
+        with subprocess.Popen(["sleep", "1000"]) as one:
+            writer.write(crashed.core, one.pid)
+            one.kill()
+    assert len(writer.files()) == 3
+    assert [("more than 3 in a minute" in line) for line in writer.said()] == [False] * 3 + [True] * 3
+
+
+# The rule
+
+
+def test_only_age_writes_to_a_file() -> None:
+    """Of all redirections, one is to a file on a disk, and it is of age's output."""
+    code = [line for line in (TOP / "system/dump").read_text().splitlines() if not line.lstrip().startswith("#")]
+    text = "\n".join(code).replace("<$1>", "")
+    assert not re.search(r"\b(tee|dd|cp|head|tail|mktemp|gcore|coredumpctl)\b", text)
+    targets = re.findall(r">+ *([^\s;}]+)", text)
+    assert set(targets) - {"/dev/null", "&3", "&1", "/dev/kmsg"} == {
+        "$group/memory.swap.max",
+        "$group/cgroup.procs",
+        '".$name"',
+    }
+    assert targets.count('".$name"') == 1 and 'age --recipient "$recipient" >".$name"' in text
+    assert code[-3:] == ["cat >/dev/null", "[ -x $coredump ] || exit 0", 'exec $coredump "$@"']

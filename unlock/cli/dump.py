@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock dump`: core dumps, which are encrypted to the host key."""
+
+import argparse
+import time
+from typing import TYPE_CHECKING
+
+from .. import log
+from ..errors import Usage
+from ..paths import Paths
+from .arguments import add_accept, add_command, add_json, add_noun
+from .consent import add_consent, consent
+
+if TYPE_CHECKING:
+    from ..operations.dump.kept import Dump
+    from .arguments import Commands
+
+_WHICH = "PID of the process, or name of the file, as `dump list` shows them"
+
+
+def add(commands: "Commands") -> None:
+    verbs = add_noun(commands, "dump", "core dumps, encrypted to the host key")
+    add_command(verbs, "enable", _enable, "encrypt core dumps from now on", "unlock dump test")
+    disable = add_command(verbs, "disable", _disable, "leave core dumps to systemd-coredump, or to the kernel")
+    add_accept(disable, ("plain-dumps",), "do it although")
+    add_json(add_command(verbs, "list", _list, "the dumps that are kept, and the host key that each needs"))
+    info = add_command(verbs, "info", _info, "what is known of a dump without decrypting it")
+    info.add_argument("dump", metavar="DUMP", help=_WHICH)
+    add_json(info)
+    extract = add_command(verbs, "extract", _extract, "decrypt a dump: to a file, standard output or gdb")
+    extract.add_argument("dump", metavar="DUMP", help=_WHICH)
+    to = extract.add_mutually_exclusive_group()
+    to.add_argument("--output", default="-", metavar="FILE", help="new file; default: standard output")
+    to.add_argument("--gdb", action="store_true", help="open it in gdb, from memory")
+    add_accept(extract, ("plain-dumps", "cut-dump"))
+    rewrap = add_command(verbs, "rewrap", _rewrap, "encrypt a copy for others, or all dumps to the present host key")
+    rewrap.add_argument("dump", nargs="?", default="", metavar="DUMP", help=_WHICH)
+    whom = rewrap.add_mutually_exclusive_group(required=True)
+    whom.add_argument("--to", default="", metavar="RECIPIENT", help="age recipient (age1...) or SSH public key")
+    whom.add_argument("--password", action="store_true", help="age asks for a password")
+    whom.add_argument("--all", action="store_true", help="all dumps of former host keys")
+    rewrap.add_argument("--output", default="", metavar="FILE", help="new file for the copy")
+    add_json(rewrap)
+    delete = add_command(verbs, "delete", _delete, "remove dumps")
+    delete.add_argument("dumps", nargs="*", metavar="DUMP", help=_WHICH)
+    delete.add_argument("--all", action="store_true", help="all of them")
+    add_consent(delete)
+    add_json(add_command(verbs, "test", _test, "crash a process, and follow its memory to a dump and back"))
+
+
+def _enable(paths: Paths, options: argparse.Namespace) -> int:
+    from ..operations.dump import protection
+
+    protection.enable(paths)
+    found = protection.read_protection(paths)
+    log.note(f"dumps of processes: {found.detail}")
+    return 0
+
+
+def _disable(paths: Paths, options: argparse.Namespace) -> int:
+    from ..operations.dump import protection
+
+    protection.disable(paths, frozenset(options.accept))
+    log.note("core dumps are not encrypted any more; those that are kept stay")
+    return 0
+
+
+def _list(paths: Paths, options: argparse.Namespace) -> int:
+    from ..operations.dump import listing
+
+    rows = listing.list_rows(paths)
+    if options.json:
+        log.show_json({"version": 1, "dumps": [_to_json(each.dump, each.key) for each in rows]})
+        return 0
+    cells = [
+        (
+            _when(each.dump),
+            str(each.dump.pid),
+            str(each.dump.uid),
+            each.dump.signal_name,
+            each.dump.comm,
+            _size(each.dump.size),
+            f"{each.dump.generation}, {each.key}",
+        )
+        for each in rows
+    ]
+    if not cells:
+        log.show("no dumps")
+        return 0
+    for line in log.columns([("TIME", "PID", "UID", "SIGNAL", "PROCESS", "SIZE", "HOST KEY"), *cells]):
+        log.show(line)
+    return 0
+
+
+def _info(paths: Paths, options: argparse.Namespace) -> int:
+    from ..operations.dump import listing
+
+    row = listing.find_row(paths, options.dump)
+    if options.json:
+        log.show_json({"version": 1, **_to_json(row.dump, row.key)})
+        return 0
+    dump = row.dump
+    for name, value in (
+        ("file", dump.path),
+        ("time", _when(dump)),
+        ("process", f"{dump.comm}, PID {dump.pid}, UID {dump.uid}"),
+        ("signal", f"{dump.signal} ({dump.signal_name})"),
+        ("size", f"{_size(dump.size)}, {'compressed, ' if dump.packed else ''}encrypted"),
+        ("host key", f"generation {dump.generation}, fingerprint {dump.fingerprint}: {row.key}"),
+    ):
+        log.show(f"{name:<9} {value}")
+    return 0
+
+
+def _extract(paths: Paths, options: argparse.Namespace) -> int:
+    from ..keys.access import Work
+    from ..operations.dump import extract, kept
+
+    dump, accept = kept.find_dump(paths, options.dump), frozenset(options.accept)
+    with Work(paths) as work:
+        if options.gdb:
+            return extract.to_gdb(work, dump, accept)
+        if options.output == "-":
+            extract.to_output(work, dump, accept)
+        else:
+            extract.to_file(work, dump, options.output, accept)
+    return 0
+
+
+def _rewrap(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host.lock import exclusive
+    from ..keys.access import Work
+    from ..operations.dump import kept, rewrap
+
+    if options.all:
+        if options.dump or options.output:
+            raise Usage("--all moves all dumps where they are", "unlock dump rewrap --all")
+        with exclusive(paths), Work(paths) as work:
+            rows = rewrap.rewrap_all(work)
+        if options.json:
+            log.show_json({"version": 1, "dumps": [{"name": each.name, "outcome": each.outcome} for each in rows]})
+        for each in rows:
+            if not options.json:
+                log.show(f"{each.outcome}: {each.name}")
+            if each.error:
+                log.error(str(each.error), each.error.hint)
+        return max((each.error.status for each in rows if each.error), default=0)
+    if not options.dump or not options.output:
+        raise Usage("a copy needs a dump and a new file", "unlock dump rewrap DUMP --to RECIPIENT --output FILE")
+    dump = kept.find_dump(paths, options.dump)
+    with Work(paths) as work:
+        rewrap.for_others(work, dump, options.output, recipient=options.to)
+    if options.json:
+        log.show_json({"version": 1, "file": options.output})
+    else:
+        log.note(f"to open it: age --decrypt {options.output}{' | zstd -d' if dump.packed else ''}")
+    return 0
+
+
+def _delete(paths: Paths, options: argparse.Namespace) -> int:
+    from ..operations.dump import delete
+
+    if bool(options.dumps) == options.all:
+        raise Usage("name dumps, or give --all", "unlock dump list")
+    gone = delete.delete(paths, options.dumps, consent(options))
+    if options.json and not options.dry_run:
+        log.show_json({"version": 1, "deleted": gone})
+    elif not options.dry_run:
+        for name in gone:
+            log.show(f"deleted: {name}")
+    return 0
+
+
+def _test(paths: Paths, options: argparse.Namespace) -> int:
+    from ..keys.access import Work
+    from ..operations.dump import trial
+
+    with Work(paths) as work:
+        found = trial.test(work)
+    if options.json:
+        log.show_json({"version": 1, **found._asdict()})
+        return 0
+    log.show(
+        f"good: a process crashed, its dump of {_size(found.size)} was there after {found.seconds:.1f} s, encrypted to "
+        f"host key {found.generation}, which opens it"
+    )
+    return 0
+
+
+def _to_json(dump: "Dump", key: str) -> dict[str, object]:
+    fields = ("pid", "uid", "comm", "time", "signal", "size", "generation", "fingerprint")
+    return {"name": dump.name, **{name: getattr(dump, name) for name in fields}, "compressed": dump.packed, "key": key}
+
+
+def _when(dump: "Dump") -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(dump.time))
+
+
+def _size(size: int) -> str:
+    return f"{size >> 20} MiB" if size >= 10 << 20 else f"{-(-size // 1024)} KiB"

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks what of the memory of processes reaches a disk: core dumps and swap. None of it is about the next boot."""
+
+from collections.abc import Iterator
+
+from ...host.state import State
+from ...paths import Paths
+from ..dump.protection import read_protection
+from .finding import NOTE, SAFE, Finding
+
+
+def check_dumps(paths: Paths, state: State) -> Iterator[Finding]:
+    """Whether core dumps and swap are encrypted."""
+    found = read_protection(paths)
+    if not found.encrypted:
+        why = f"dumps of processes are {found.detail}: whoever has the disk reads what was in memory"
+        yield Finding("core dumps", NOTE, why, found.do)
+    elif found.do:
+        yield Finding("core dumps", NOTE, f"dumps of processes: {found.detail}", found.do)
+    elif found.recipient and found.recipient.generation != state.host_key_ref.generation:
+        why = f"they are encrypted to host key {found.recipient.generation}, which is not the present one"
+        yield Finding("core dumps", NOTE, why, "unlock sync")
+    else:
+        yield Finding("core dumps", SAFE, f"dumps of processes: {found.detail}")
+    for each in found.plain_swaps:
+        why = f"swap {each} is on a disk that is not encrypted: memory of processes, with keys, is there in plain"
+        yield Finding("swap", NOTE, why, "swapoff, and put the swap on an encrypted disk: crypttab(5), option swap")

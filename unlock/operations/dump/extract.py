@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unlock dump extract`: the core of a dump, to a new file, to standard output, or into gdb.
+
+A file appears when all of it is authentic and written, or never: until then it has no name. Standard output cannot be
+taken back, so the dump is read twice: once for the proof. gdb reads the core from memory.
+"""
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ... import log
+from ...disks import devices
+from ...errors import CommandFailed, Malformed, Refused, UnlockError, Usage
+from ...keys import dump_key
+from ...keys.access import Work
+from ...secret import Secret
+from .core import Core
+from .kept import Dump
+from .opened import read_dump
+
+PLAIN, CUT = "plain-dumps", "cut-dump"
+RISKS = {
+    PLAIN: "the core is written to a disk that is not encrypted",
+    CUT: "the core is used although its end is missing",
+}
+"""What `--accept NAME` can accept, and what that means."""
+
+
+def to_file(work: Work, dump: Dump, path: str, accept: frozenset[str]) -> None:
+    """Writes the core to a new file. Raises Usage, Refused, NoKey, Tampered, Malformed, OSError; then there is none."""
+    with new_file(path) as fd:
+        _refuse_plain_disk(path, accept)
+        with dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity:
+            _copy(dump, identity, accept, lambda piece: write_all(fd, piece))
+        give_name(fd, path)
+
+
+def to_output(work: Work, dump: Dump, accept: frozenset[str]) -> None:
+    """Writes the core to standard output. Raises as `to_file`; then nothing was written."""
+    if stat.S_ISREG(os.fstat(sys.stdout.fileno()).st_mode):
+        _refuse_plain_disk(os.path.realpath(f"/proc/self/fd/{sys.stdout.fileno()}"), accept)
+    with dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity:
+        _copy(dump, identity, accept, lambda piece: None)
+        _copy(dump, identity, accept, lambda piece: write_all(sys.stdout.fileno(), piece))
+
+
+def to_gdb(work: Work, dump: Dump, accept: frozenset[str]) -> int:
+    """Opens the core in gdb; returns its exit status. Raises as `to_file`; CommandFailed."""
+    fd = os.memfd_create("core", os.MFD_CLOEXEC)
+    try:
+        with dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity:
+            core = _copy(dump, identity, accept, lambda piece: write_all(fd, piece))
+        program = core.program()
+        command = ["gdb", "-q", *([program] if os.path.exists(program) else []), f"--core=/proc/self/fd/{fd}"]
+        return subprocess.run(command, pass_fds=(fd,)).returncode
+    except FileNotFoundError as error:
+        raise CommandFailed("gdb is not installed", "apt install gdb", code="command-missing") from error
+    finally:
+        os.close(fd)
+
+
+def prove(dump: Dump, identity: Secret, seen: Callable[[bytes], object] = lambda piece: None) -> None:
+    """Reads all of a dump. Raises Tampered, Malformed unless it is authentic and whole."""
+    _copy(dump, identity, frozenset(), seen)
+
+
+def _copy(dump: Dump, identity: Secret, accept: frozenset[str], write: Callable[[bytes], object]) -> Core:
+    core = Core()
+    for piece in read_dump(dump, identity):
+        core.add(piece)
+        write(piece)
+    if why := core.problem():
+        if CUT not in accept:
+            said = "the process was killed while the kernel wrote it" if "ends" in why else "age opened it"
+            raise Malformed(f"{dump.name}: {why}: {said}", f"--accept {CUT}", code=CUT)
+        log.note(f"accepted: {CUT}: {why}")
+    return core
+
+
+def write_all(fd: int, piece: bytes) -> None:
+    with memoryview(piece) as left:
+        done = 0
+        while done < len(left):
+            done += os.write(fd, left[done:])
+
+
+# A new file, which has no name before it is whole
+
+
+@contextmanager
+def new_file(path: str) -> Iterator[int]:
+    """A file in the folder of `path` that has no name yet; gone at the end unless `give_name` was called. Raises Usage
+    where `path` exists, OSError."""
+    if os.path.lexists(path):
+        raise Usage(f"{path} exists already", "name a file that does not exist yet")
+    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def give_name(fd: int, path: str) -> None:
+    """Makes a file of `new_file` durable, then gives it its name, durably. Raises OSError, which names it."""
+    folder, name = os.path.split(os.path.abspath(path))
+    folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+        os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=folder_fd, follow_symlinks=True)  # linkat(2) alone follows it
+        os.fsync(folder_fd)
+    except OSError as error:
+        error.filename, error.filename2 = path, None
+        raise
+    finally:
+        os.close(folder_fd)
+
+
+def _refuse_plain_disk(path: str, accept: frozenset[str]) -> None:
+    """Raises Refused where the file system is on a disk that is not encrypted, or that is not known."""
+    if is_protected(os.path.dirname(os.path.abspath(path))):
+        return
+    if PLAIN in accept:
+        log.note(f"accepted: {PLAIN}: {RISKS[PLAIN]}")
+        return
+    raise Refused(
+        f"{path} is on a disk that is not encrypted: the core would be there in plain",
+        f"--gdb, a path below /run, or --accept {PLAIN}",
+        code=PLAIN,
+    )
+
+
+def is_protected(folder: str) -> bool:
+    """Whether files in a folder are in memory alone, or on encrypted disks."""
+    where = os.path.realpath(folder)
+    while not os.path.ismount(where):
+        where = os.path.dirname(where)
+    try:
+        if devices.mount_type(where) in ("tmpfs", "ramfs"):
+            return True
+        numbers = devices.devices_of_mount(where)
+    except (UnlockError, OSError):
+        return False
+    return bool(numbers) and all(devices.is_encrypted(each) for each in numbers)
