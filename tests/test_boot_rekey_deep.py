@@ -20,7 +20,11 @@ from tests.lab.stories import measured, outcomes, status, up
 from tests.test_rekey_deep_cuts import CUTS, cuts
 from unlock.secret import Secret
 
-pytestmark = pytest.mark.vm
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.long,
+    pytest.mark.xfail(reason="it is no command yet: what is not proven", strict=False),
+]
 
 Show = Callable[[str, object], None]
 PASSPHRASE = "/run/passphrase"

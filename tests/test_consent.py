@@ -4,6 +4,7 @@
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ def at_terminal(types: bytes, *options: str) -> tuple[int, str]:
     """Exit status and what the terminal shows. It types after `: `, once."""
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
         os.chdir(CHECKOUT)
         os.execv(sys.executable, [sys.executable, "-c", PLAN, *options])
     shown, end = b"", time.monotonic() + 60

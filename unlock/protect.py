@@ -15,7 +15,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def protect() -> None:
     """To be called before the first key is in memory. Best effort: the kernel may refuse."""
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     _libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
 
 

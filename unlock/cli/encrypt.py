@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock disk encrypt`."""
+"""`unlock disk encrypt`. It is no command yet: power cuts in the midst of a run are not proven on a machine."""
 
 import argparse
 from typing import TYPE_CHECKING
