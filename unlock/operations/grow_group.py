@@ -47,13 +47,13 @@ def grow_group(paths: Paths, name: str, *, consent: Consent = agree, look: find.
         nodes = {each.uuid: membership.member_node(seen, each) for each in group.members}
         system = group_disks.find_file_system(group)
         disks = [_measure(each, nodes[each.uuid]) for each in group.members]
-        resize = _file_system_steps(group, system)
         steps = [
             f"make /dev/mapper/{each.name} larger: {each.before} to {each.after} bytes"
             for each in disks
             if each.after > each.before
         ]
-        if not consent(Plan((*steps, *resize.values()) if steps else ("nothing: no disk has become larger",))):
+        steps += _file_system_steps(group, system, disks)
+        if not consent(Plan(tuple(steps) or ("nothing: no disk has become larger",))):
             return None
         for member, each in zip(group.members, disks, strict=True):
             if each.after > each.before:
@@ -83,19 +83,22 @@ def _measure(member: Member, node: str) -> Grown:
     return Grown(member.name, size, room)
 
 
-def _file_system_steps(group: Group, system: group_disks.FileSystem) -> dict[str, str]:
-    """What is told of the file system. Raises Refused where it cannot be made larger now."""
+def _file_system_steps(group: Group, system: group_disks.FileSystem, disks: list[Grown]) -> list[str]:
+    """What is told of the file system: a mapping that a boot opened has the size of its disk already. Raises Refused
+    where it cannot be made larger now."""
     if system.kind == "btrfs":
         where = group_disks.mounted_btrfs(group, system)
         group_disks.refuse_busy(where)
-        return {where: f"make the btrfs on {where} larger"}
-    found = {}
+        devices_now = {each.name: btrfs.find_device(where, f"/dev/mapper/{each.name}") for each in disks}
+        smaller = [each for each in disks if (now := devices_now[each.name]) and now.size + _SECTOR <= each.after]
+        return [f"make the btrfs on {where} larger"] if smaller else []
+    found = []
     for each in group.members if system.kind in ("ext4", "xfs") else ():
         where = _mount_of(each)
         if not where:
             words = f"the {system.kind} on {each.name} is not mounted"
             raise Refused(words, f"unlock open {group.name}", "not-mounted")
-        found[each.name] = f"make the {system.kind} on {where} larger"
+        found.append(f"make the {system.kind} on {where} as large as its mapping")
     return found
 
 
