@@ -22,7 +22,7 @@ from unlock.secret import Secret
 
 pytestmark = [
     pytest.mark.vm,
-    pytest.mark.long,
+    pytest.mark.long(minutes=6),
     pytest.mark.xfail(reason="it is no command yet: what is not proven", strict=False),
 ]
 

@@ -29,7 +29,7 @@ from unlock.strictjson import canonical
 
 pytestmark = [
     pytest.mark.usefixtures("key_cache"),
-    pytest.mark.long,
+    pytest.mark.long(minutes=6),
     pytest.mark.xfail(reason="it is no command yet: a disk may seem written to meanwhile", strict=False),
 ]
 
