@@ -8,7 +8,6 @@ taken back, so the dump is read twice: once for the proof. gdb reads the core fr
 import os
 import stat
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,6 +20,9 @@ from ...secret import Secret
 from .core import Core
 from .kept import Dump
 from .opened import read_dump
+
+_OUTPUT = 1
+"""Standard output: it gets the core itself, and no text."""
 
 PLAIN, CUT = "plain-dumps", "cut-dump"
 RISKS = {
@@ -41,11 +43,11 @@ def to_file(work: Work, dump: Dump, path: str, accept: frozenset[str]) -> None:
 
 def to_output(work: Work, dump: Dump, accept: frozenset[str]) -> None:
     """Writes the core to standard output. Raises as `to_file`; then nothing was written."""
-    if stat.S_ISREG(os.fstat(sys.stdout.fileno()).st_mode):
-        _refuse_plain_disk(os.path.realpath(f"/proc/self/fd/{sys.stdout.fileno()}"), accept)
+    if stat.S_ISREG(os.fstat(_OUTPUT).st_mode):
+        _refuse_plain_disk(os.path.realpath(f"/proc/self/fd/{_OUTPUT}"), accept)
     with dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity:
         _copy(dump, identity, accept, lambda piece: None)
-        _copy(dump, identity, accept, lambda piece: write_all(sys.stdout.fileno(), piece))
+        _copy(dump, identity, accept, lambda piece: write_all(_OUTPUT, piece))
 
 
 def to_gdb(work: Work, dump: Dump, accept: frozenset[str]) -> int:
