@@ -123,6 +123,7 @@ def test_a_host_that_is_well_is_safe_and_nothing_is_written(world: World) -> Non
         "root",
         "initrd.img-6.12.1-amd64",
         "recovery key",
+        "core dumps",
     }
     assert {name for name, data in contents().items() if before.get(name) != data} <= {
         world.chip.state / "tpm2-00.permall"
