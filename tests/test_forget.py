@@ -24,7 +24,7 @@ from unlock.operations import forget_disk, new_persistence_key, operation, rekey
 from unlock.operations.consent import Plan
 from unlock.operations.forget_disk import Forgotten
 
-pytestmark = pytest.mark.usefixtures("key_cache")
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("key_cache")]
 
 __all__ = ["loops", "mounted"]
 

@@ -20,7 +20,7 @@ from unlock.host.journal import DiskAddition, DiskRemoval, DiskReplacement, comm
 from unlock.operations import add_disk, group_disks, operation, rekey, remove_disk, replace_disk
 from unlock.run import run
 
-pytestmark = pytest.mark.usefixtures("key_cache")
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("key_cache")]
 
 __all__ = ["loops"]
 

@@ -24,7 +24,7 @@ from unlock.operations import delete_group, erase_disk, leaving, operation, reco
 from unlock.operations.consent import Plan
 from unlock.secret import Secret
 
-pytestmark = pytest.mark.usefixtures("key_cache")
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("key_cache")]
 
 __all__ = ["loops"]
 

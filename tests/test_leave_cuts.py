@@ -24,7 +24,7 @@ from unlock.host import keyring
 from unlock.operations import forget_disk
 from unlock.secret import Secret
 
-pytestmark = pytest.mark.usefixtures("key_cache")
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("key_cache")]
 
 Show = Callable[[str, object], None]
 IMPORTED = (forget_disk,)

@@ -23,7 +23,7 @@ from unlock.operations.consent import Plan
 from unlock.predict import initramfs_images
 from unlock.secret import Secret
 
-pytestmark = [pytest.mark.root, pytest.mark.usefixtures("key_cache")]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900), pytest.mark.usefixtures("key_cache")]
 
 
 @pytest.fixture(autouse=True)

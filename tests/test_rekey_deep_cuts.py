@@ -27,7 +27,7 @@ from unlock.host import keyring
 from unlock.host.journal import DeepRekey
 from unlock.host.state import State
 
-pytestmark = [pytest.mark.root, pytest.mark.usefixtures("key_cache")]
+pytestmark = [pytest.mark.root, pytest.mark.long(minutes=5), pytest.mark.usefixtures("key_cache")]
 
 CUTS = int(os.environ.get("UNLOCK_CUTS", "100"))
 STEP = 1 << 20
