@@ -163,6 +163,7 @@ def test_a_file_whose_writing_a_person_interrupts_is_not_there(tmp_path: Path) -
     path = str(tmp_path / "key")
     work = f"""
 import signal, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 real = os.write
 def write(fd, data):
     count = real(fd, data[:10])
