@@ -24,7 +24,7 @@ from unlock.operations.encrypt_disk import Choices, Outcome
 from unlock.secret import Secret
 from unlock.strictjson import canonical
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("key_cache", "cheap_passwords")]
+pytestmark = [pytest.mark.long(minutes=5), pytest.mark.usefixtures("key_cache", "cheap_passwords")]
 
 SIZE = 100 * MIB
 BOOT = Boot("direct")
