@@ -37,6 +37,20 @@ def exclusive(paths: Paths, patience: float = PATIENCE) -> Iterator[None]:
         os.close(fd)
 
 
+@contextmanager
+def alone(paths: Paths, name: str, busy: str) -> Iterator[None]:
+    """Holds a lock of its own in /run/unlock while data moves and other commands go on. Raises Refused with the words
+    `busy` where another process holds it."""
+    os.makedirs(paths.run, mode=0o700, exist_ok=True)
+    fd = os.open(paths.of_this_boot(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if not try_lock(fd):
+            raise Refused(busy, "unlock status", code="busy")
+        yield
+    finally:
+        os.close(fd)
+
+
 def try_lock(fd: int) -> bool:
     """Locks an open file for this process alone; False where another process holds it."""
     try:

@@ -20,8 +20,8 @@ wrapped by that. The recovery key opens such a header only while the journal has
 import os
 import stat
 import uuid as uuids
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 from .. import log
@@ -46,7 +46,7 @@ from ..disks.reencrypt_plan import NEW, NO_DIGEST, Plan
 from ..errors import DiskFailed, Malformed, Refused, UnlockError
 from ..host import config, this_boot
 from ..host.journal import DiskEncryption
-from ..host.lock import exclusive, try_lock
+from ..host.lock import alone, exclusive
 from ..host.state import State
 from ..keys import access
 from ..keys.access import Work
@@ -68,6 +68,9 @@ _HEADER_FILE = "encrypt.header"
 SPARE = 4 << 20
 """Bytes that are left free in /var beside the file of the header."""
 VOLATILE: tuple[str, ...] = ("tmpfs", "ramfs")
+
+_LOCK = "encrypt.lock", "another process encrypts the disk already"
+"""One process at a time moves data: its lock, and what another one is told."""
 
 
 class Choices(NamedTuple):
@@ -137,7 +140,7 @@ def resume(
 
     Raises Refused when the disk is not here, or another process does it; DiskFailed, Tampered.
     """
-    with _alone(paths):
+    with alone(paths, *_LOCK):
         with exclusive(paths), Work(paths, look, connect) as work:
             entry = work.state.journal
             if not isinstance(entry, DiskEncryption):
@@ -169,7 +172,7 @@ def _end(paths: Paths, look: find.Look, tcti: str, group: str) -> Outcome:
 def cancel(paths: Paths, look: find.Look = find.look, connect: access.Connect = access.connect) -> list[str]:
     """Gives up an encryption before the header may be on the disk. Returns what a person
     should know. Raises Refused when the header may be on the disk: it can only go forward."""
-    with _alone(paths), exclusive(paths), Work(paths, look, connect) as work:
+    with alone(paths, *_LOCK), exclusive(paths), Work(paths, look, connect) as work:
         entry = work.state.journal
         if not isinstance(entry, DiskEncryption):
             return []
@@ -181,19 +184,6 @@ def cancel(paths: Paths, look: find.Look = find.look, connect: access.Connect = 
             )
         _undo(work)
         return [f"{entry.node} holds what it held, in clear; a btrfs may be {RESERVED >> 20} MiB smaller than the disk"]
-
-
-@contextmanager
-def _alone(paths: Paths) -> Iterator[None]:
-    """One process at a time moves data. Raises Refused."""
-    os.makedirs(paths.run, mode=0o700, exist_ok=True)
-    fd = os.open(paths.of_this_boot("encrypt.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        if not try_lock(fd):
-            raise Refused("another process encrypts the disk already", "unlock status", code="busy")
-        yield
-    finally:
-        os.close(fd)
 
 
 # Checks, before anything is changed

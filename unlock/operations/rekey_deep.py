@@ -16,8 +16,7 @@ journal keeps every other operation away.
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .. import log
@@ -27,7 +26,7 @@ from ..disks.reencrypt import Tell
 from ..disks.reencrypt_plan import NEW, OLD, Plan
 from ..errors import DiskFailed, NotOurs, Refused, UnlockError, Usage
 from ..host.journal import DeepRekey, DeepRekeyDisk, Rekey
-from ..host.lock import exclusive, try_lock
+from ..host.lock import alone, exclusive
 from ..keys import access, rotation
 from ..keys.access import Work
 from ..paths import Paths
@@ -42,6 +41,9 @@ from .consent import Plan as Steps
 
 ALL = "--all"
 """In place of a group, in the journal: every group."""
+
+_LOCK = "rekey-deep.lock", "another process re-encrypts the disks already"
+"""One process at a time moves data: its lock, and what another one is told."""
 
 
 class Choices(NamedTuple):
@@ -93,7 +95,7 @@ def rekey_deep(
 
     Raises Usage, Refused, NotOurs, NoKey, ProviderError, DiskFailed: then no volume key has changed.
     """
-    with _alone(paths):
+    with alone(paths, *_LOCK):
         outcomes = _prepare_or_find(paths, choices, consent, look, connect)
         return [] if outcomes is None else [*outcomes, *_go_on(paths, tell, look, connect)]
 
@@ -140,7 +142,7 @@ def resume(
 
     A disk that fails does not stop the others. Raises Refused when another process does it.
     """
-    with _alone(paths):
+    with alone(paths, *_LOCK):
         return _go_on(paths, tell, look, connect)
 
 
@@ -175,7 +177,7 @@ def _go_on(paths: Paths, tell: Tell, look: find.Look, connect: access.Connect) -
 def cancel(paths: Paths, look: find.Look = find.look, connect: access.Connect = access.connect) -> list[str]:
     """Takes back what was prepared. Returns the mapping names of disks that keep their volume key. Raises Refused when
     a disk is half re-encrypted: it can only go forward."""
-    with _alone(paths), exclusive(paths), Work(paths, look, connect) as work:
+    with alone(paths, *_LOCK), exclusive(paths), Work(paths, look, connect) as work:
         entry = work.state.journal
         if not isinstance(entry, DeepRekey):
             return []
@@ -187,19 +189,6 @@ def cancel(paths: Paths, look: find.Look = find.look, connect: access.Connect = 
                     code="cannot-cancel",
                 )
         return _take_back(work, entry.disks)
-
-
-@contextmanager
-def _alone(paths: Paths) -> Iterator[None]:
-    """One process at a time moves data. Raises Refused."""
-    os.makedirs(paths.run, mode=0o700, exist_ok=True)
-    fd = os.open(paths.of_this_boot("rekey-deep.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        if not try_lock(fd):
-            raise Refused("another process re-encrypts the disks already", "unlock status", code="busy")
-        yield
-    finally:
-        os.close(fd)
 
 
 # Checks, before anything is changed
