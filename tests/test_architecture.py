@@ -5,6 +5,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ DOORS = {
 HEAVY = {"argparse", "asyncio", "logging", "importlib.metadata", "kmip", "tomllib", "dataclasses", "subprocess"}
 
 
+@cache
 def modules() -> dict[str, Path]:
     found = {}
     for path in PACKAGE.rglob("*.py"):
@@ -40,6 +42,7 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@cache
 def imports(path: Path, package: str) -> set[str]:
     """Dotted names of all imports, those inside functions too; our own without `unlock.`."""
     found = set()
@@ -54,6 +57,7 @@ def imports(path: Path, package: str) -> set[str]:
     return found
 
 
+@cache
 def ours(name: str) -> set[str]:
     """The modules of unlock that this one imports."""
     path = modules()[name]
