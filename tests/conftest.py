@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests import killing
+from tests import forked, killing
 from tests.flowfixture import key_cache_alone
 from unlock import wrap
 
@@ -46,9 +46,15 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cheap_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scrypt with 1 MiB and not 128, for what makes and reads a backup dozens of times, in this process and its
-    forks."""
+    """Scrypt with 1 MiB and not 128, in this process and its forks: half a second less for each backup."""
     monkeypatch.setitem(wrap._SCRYPT, "n", 2**10)
+
+
+@pytest.fixture(autouse=True)
+def cheap_where_no_machine_is(request: pytest.FixtureRequest) -> None:
+    """Not for the backups that a machine makes, nor for those that are committed."""
+    if not any(request.node.get_closest_marker(name) for name in ("vm", "long", "root", "real_passwords")):
+        request.getfixturevalue("cheap_passwords")
 
 
 STDERR = pytest.StashKey[int]()
@@ -57,6 +63,7 @@ STDERR = pytest.StashKey[int]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[STDERR] = os.dup(2)
+    forked.forget_the_parent()
 
 
 LIMITS = {"long": 7200, "vm": 1200}

@@ -104,6 +104,7 @@ def _calls(number: int, work: Callable[[], object], steps: Collection[Step]) -> 
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def run() -> None:
+        sys.settrace(None)  # coverage has nothing of a child that is killed
         sys.setprofile(event)
         work()
         sys.setprofile(None)

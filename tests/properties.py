@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Properties over many made-up cases, each batch in a child whose CPU time and memory are limited.
 
-A test module registers its own in `PROPERTIES`; `make test` runs each from a fixed seed, `make soak` all of them
-for an hour from random ones. A case is a function of the seed and its number, so that one that fails runs again.
+A test module registers its own in `PROPERTIES`; `make test` runs each from a seed of the commit, `make soak` all
+of them for an hour from random ones. A case is a function of the seed and its number, so that one that fails runs
+again.
 """
 
 import json

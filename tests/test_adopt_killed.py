@@ -12,6 +12,7 @@ import pytest
 
 from tests.flowfixture import Host
 from tests.killing import Killer, killed_at
+from tests.saved import Saved
 from tests.test_members import OPERATOR, Loops, host, loops, luks_format, recovery_file
 from unlock.disks import disk_keys, luks, token
 from unlock.errors import DiskFailed, Refused
@@ -49,17 +50,11 @@ class Start:
             luks_format(each)
         Path(host.paths.crypttab).write_text(f"photos {self.disk} none luks,discard\n")
         recovery_file(host)
-        files = (host.paths.state, host.paths.config, host.paths.crypttab)
-        self._files = {path: Path(path).read_bytes() for path in files}
-        self._disks = {each: Path(each).read_bytes()[: 17 << 20] for each in (self.disk, self.other)}
+        self._saved = Saved(host.paths.state, host.paths.config, host.paths.crypttab, self.disk, self.other)
         self.before = header(self.disk)
 
     def again(self) -> None:
-        for path, content in self._files.items():
-            Path(path).write_bytes(content)
-        for path, content in self._disks.items():
-            with open(path, "r+b") as file:
-                file.write(content)
+        self._saved.restore()
 
     def begin(self, _: int) -> Callable[[], object]:
         self.again()

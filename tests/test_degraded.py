@@ -12,6 +12,7 @@ import pytest
 
 from tests.flowfixture import HOST, Host
 from tests.killing import Killer
+from tests.saved import Saved
 from tests.test_devices import Machine
 from tests.test_disk import edit
 from unlock import cli
@@ -509,18 +510,14 @@ def test_what_was_synced_by_one_disk_alone_is_what_the_other_lacks(pair: Callabl
 
 def test_the_policy_of_the_tokens_killed_at_every_step(trio: Host, killer: Killer) -> None:
     """Every disk opens as before, and the same command finishes."""
-    images = {image: image.read_bytes()[: 16 << 20] for image in trio.disks}
-    state = Path(trio.paths.state).read_bytes()
+    saved = Saved(*trio.disks, trio.paths.state)
 
     def allow() -> None:
         with trio.work() as work:
             rotation.set_degraded(work, work.state.groups["data"], True)
 
     def begin(_: int) -> Callable[[], object]:
-        for image, content in images.items():
-            with image.open("r+b") as file:
-                file.write(content)
-        Path(trio.paths.state).write_bytes(state)
+        saved.restore()
         return allow
 
     for attempt, _ in killer(begin):

@@ -19,7 +19,7 @@ from unlock.operations.check.finding import Finding
 from unlock.operations.check.tpm import check_tpm
 from unlock.secret import Secret
 
-pytestmark = pytest.mark.usefixtures("key_cache", "cheap_passwords")
+pytestmark = pytest.mark.usefixtures("key_cache")
 
 KINDS = {"grub": (4, 7, 8, 9, 14), "direct": (4, 7, 9), "uki": (4, 7, 11, 12)}
 

@@ -360,9 +360,7 @@ def test_a_rotation_that_was_killed_before_the_recipient_is_caught_up_by_sync(ho
 
 
 @pytest.mark.parametrize("kept_backup", [True, False])
-def test_dumps_open_after_the_tpm_was_cleared(
-    kept_backup: bool, tmp_path: Path, crashed: Crashing, cheap_passwords: None
-) -> None:
+def test_dumps_open_after_the_tpm_was_cleared(kept_backup: bool, tmp_path: Path, crashed: Crashing) -> None:
     """By the provider's backup, given at the rebind, or restored later: until then a dump says what it needs."""
     machine = Machine(tmp_path, Boot("direct"), disks=1)
     backup, password = str(tmp_path / "backup"), b"of the backup"

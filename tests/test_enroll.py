@@ -14,6 +14,7 @@ import pytest
 from tests.killing import Killer, child, killed_in
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
+from tests.saved import Saved
 from tests.test_devices import Machine
 from tests.test_members import Failing
 from tests.tpmfixture import Swtpm
@@ -341,7 +342,7 @@ def test_a_wrong_password_does_not_restore_the_backup(host: Paths, chip: Swtpm) 
 
 
 def test_init_cut_off_at_any_tpm_command_finishes_when_run_again(
-    tmp_path: Path, host: Paths, cheap_passwords: None, record_property: Callable[[str, object], None]
+    tmp_path: Path, host: Paths, record_property: Callable[[str, object], None]
 ) -> None:
     for count in range(1, 200):
         with Swtpm(tmp_path / f"tpm-{count}") as chip:
@@ -367,9 +368,7 @@ def test_init_cut_off_at_any_tpm_command_finishes_when_run_again(
     raise AssertionError("init never ended")
 
 
-def test_init_killed_at_any_step_finishes_when_run_again(
-    tmp_path: Path, host: Paths, killer: Killer, cheap_passwords: None
-) -> None:
+def test_init_killed_at_any_step_finishes_when_run_again(tmp_path: Path, host: Paths, killer: Killer) -> None:
     with ExitStack() as chips:
         chip = Swtpm(tmp_path)
 
@@ -503,11 +502,10 @@ def test_adopting_killed_at_any_step_finishes_when_run_again(
 ) -> None:
     """SIGKILL at the Nth call of each kind that makes something durable, then the same command again."""
     recovery = Path(enrolled.root, "recovery")
-    saved, state = Path(device).read_bytes(), Path(enrolled.state).read_bytes()
+    saved = Saved(device, enrolled.state)
 
     def again() -> None:
-        Path(device).write_bytes(saved)
-        Path(enrolled.state).write_bytes(state)
+        saved.restore()
         recovery.unlink(missing_ok=True)
 
     number, killed = 0, True

@@ -13,6 +13,7 @@ from tests import test_members
 from tests.flowfixture import HOST, Host
 from tests.killing import Killer
 from tests.lab.kmipliar import Liar
+from tests.saved import Saved
 from tests.test_disk import edit
 from tests.test_members import Loops, adopt, luks_format, recovery_file, sh, wanted
 from unlock import cli
@@ -119,12 +120,11 @@ def test_killed_at_every_boundary_the_disk_opens_and_the_same_command_finishes(
     (image,) = host.disks
     if not add:
         change(host, image, DISCARD)
-    disk, state = image.read_bytes(), Path(host.paths.state).read_bytes()
+    saved = Saved(image, host.paths.state)
     wants = (DISCARD, NONE) if add else (NONE, DISCARD)
 
     def begin(_: int) -> Callable[[], object]:
-        image.write_bytes(disk)
-        Path(host.paths.state).write_bytes(state)
+        saved.restore()
         return lambda: change(host, image, *wants)
 
     for _ in killer(begin):

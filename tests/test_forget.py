@@ -13,6 +13,7 @@ from tests.hostfixture import Machine
 from tests.killing import LASTING, Killer, killed_at
 from tests.kmipfixture import AUTHORITY
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
+from tests.saved import Saved
 from tests.test_member_list import complete, fill, lists
 from tests.test_members import Loops, loops, mounted, sh
 from unlock.disks import disk_keys, luks
@@ -232,16 +233,13 @@ def test_a_full_header_leaves_all_as_it_was_and_the_same_command_then_works(host
 def test_killed_anywhere_it_is_finished_by_the_same_command(host: Machine, killer: Killer, kms: Liar) -> None:
     """The disks open before and after, by what the TPM then has, and by the recovery key."""
     lost, uuid = lose(host)
-    images = {image: image.read_bytes() for image in (*host.disks, lost)}
-    state, keys = Path(host.paths.state).read_bytes(), dict(kms.keys)
+    saved, keys = Saved(*host.disks, lost, host.paths.state), dict(kms.keys)
     host.chip.kill()
     shutil.copytree(host.chip.state, host.folder / "saved-tpm")
     host.chip.start()
 
     def begin(_: int) -> Callable[[], object]:
-        for image, content in images.items():
-            image.write_bytes(content)
-        Path(host.paths.state).write_bytes(state)
+        saved.restore()
         kms.keys = dict(keys)
         for key in kms.keys.values():
             key.state = ACTIVE
@@ -275,13 +273,10 @@ def test_killed_anywhere_it_is_finished_by_the_same_command(host: Machine, kille
 def test_killed_with_a_destroyed_disk_it_is_finished_by_the_same_command(tmp_path: Path, killer: Killer) -> None:
     host = Host(tmp_path, 3)
     lost, uuid = lose(host)
-    images = {image: image.read_bytes() for image in (*host.disks, lost)}
-    state = Path(host.paths.state).read_bytes()
+    saved = Saved(*host.disks, lost, host.paths.state)
 
     def begin(_: int) -> Callable[[], object]:
-        for image, content in images.items():
-            image.write_bytes(content)
-        Path(host.paths.state).write_bytes(state)
+        saved.restore()
         return lambda: forget(host, uuid, destroyed=True)
 
     for _ in killer(begin):

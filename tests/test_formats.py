@@ -48,6 +48,8 @@ TOP = Path(__file__).parents[1]
 KEYS = json.loads((FOLDER / "keys.json").read_text())
 DOCUMENT = (TOP / "docs/formats.md").read_text()
 
+pytestmark = pytest.mark.real_passwords
+
 
 @pytest.fixture
 def keys() -> Keys:

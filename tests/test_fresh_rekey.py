@@ -17,7 +17,7 @@ from unlock.operations import new_persistence_key
 from unlock.operations.rekey import rekey_fresh
 from unlock.tpm import chip
 
-pytestmark = pytest.mark.usefixtures("key_cache", "cheap_passwords")
+pytestmark = pytest.mark.usefixtures("key_cache")
 
 
 @pytest.fixture

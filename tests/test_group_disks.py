@@ -11,6 +11,7 @@ import pytest
 
 from tests.flowfixture import Host
 from tests.killing import LASTING, Killer
+from tests.saved import Saved
 from tests.test_member_list import complete, fill, lists
 from tests.test_members import SMALL, Loops, loops, sh
 from unlock.disks import disk_keys, luks
@@ -45,14 +46,10 @@ class Start:
 
     def __init__(self, host: Host, *images: Path) -> None:
         self.host = host
-        self._headers = {path: path.read_bytes()[: 1 << 20] for path in images}
-        self._state = Path(host.paths.state).read_bytes()
+        self._saved = Saved(*images, host.paths.state)
 
     def again(self) -> None:
-        for path, content in self._headers.items():
-            with path.open("r+b") as file:
-                file.write(content)
-        Path(self.host.paths.state).write_bytes(self._state)
+        self._saved.restore()
 
 
 def add(host: Host, new: Path) -> None:

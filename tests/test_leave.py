@@ -14,6 +14,7 @@ from tests.flowfixture import HOST, Host
 from tests.hostfixture import Machine
 from tests.killing import LASTING, Killer, child, killed_at
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, Liar
+from tests.saved import Saved
 from tests.test_members import Loops, loops, recovery_file, sh
 from unlock import cli
 from unlock.disks import luks
@@ -139,11 +140,10 @@ class Start:
         self.keys = dict(kms.keys) if kms else {}
         self.disks = list(host.disks)
         files = [host.paths.state, host.paths.config, host.paths.crypttab, *map(str, host.disks)]
-        self._files = {Path(each): Path(each).read_bytes() for each in files}
+        self._saved = Saved(*files)
 
     def again(self) -> None:
-        for path, content in self._files.items():
-            path.write_bytes(content)
+        self._saved.restore()
         self.host.disks = list(self.disks)
         if self.kms:
             self.kms.keys = dict(self.keys)

@@ -39,7 +39,7 @@ from unlock.secret import Secret
 from unlock.tpm import chip, slots
 from unlock.tpm.record import Needs
 
-pytestmark = pytest.mark.usefixtures("key_cache", "cheap_passwords")
+pytestmark = pytest.mark.usefixtures("key_cache")
 
 BOOT = Boot("direct")
 PIN = "correct horse"

@@ -22,6 +22,7 @@ import pytest
 
 from tests.flowfixture import Host
 from tests.killing import Killer, child
+from tests.saved import Saved
 from unlock import cli, log
 from unlock.cli import operation as cli_operation
 from unlock.cli import progress as cli_progress
@@ -317,14 +318,10 @@ def test_killed_while_it_takes_a_group_back_it_does_the_rest_when_it_is_run_agai
     del state.groups["other"]
     state.journal = GroupCreation("group create", "other", members=other.members, options="--mount /srv/other")
     state.save()
-    images = {image: image.read_bytes()[: 16 << 20] for image in host.disks}
-    before = Path(host.paths.state).read_bytes()
+    saved = Saved(*host.disks, host.paths.state)
 
     def begin(_: int) -> Callable[[], object]:
-        for image, content in images.items():
-            with image.open("r+b") as file:
-                file.write(content)
-        Path(host.paths.state).write_bytes(before)
+        saved.restore()
         return lambda: operation.cancel(host.paths, look=host.look)
 
     for attempt, _ in killer(begin):

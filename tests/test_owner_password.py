@@ -17,7 +17,7 @@ from unlock.operations import new_persistence_key, persistence, policy, rebind
 from unlock.predict.allowed_states import Pin
 from unlock.secret import Secret
 
-pytestmark = pytest.mark.usefixtures("key_cache", "cheap_passwords")
+pytestmark = pytest.mark.usefixtures("key_cache")
 
 OWNER = b"owner"
 CHANGES = {"NV_Write", "EvictControl", "NV_DefineSpace", "NV_UndefineSpace", "CreatePrimary", "Create"}

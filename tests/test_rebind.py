@@ -32,7 +32,7 @@ from unlock.secret import Secret
 from unlock.tpm import pcr_policy, slots
 from unlock.tpm.record import Payload
 
-pytestmark = pytest.mark.usefixtures("key_cache", "cheap_passwords")
+pytestmark = pytest.mark.usefixtures("key_cache")
 
 OLD, NEW = Boot("direct"), Boot("direct", kernel="another", initrd="another")
 PASSWORD = b"of the backup"

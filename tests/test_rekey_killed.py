@@ -14,6 +14,7 @@ from tests.flowfixture import Host
 from tests.killing import LASTING, SAMPLE, Killer, calls_of, commit, killed_at, killed_in
 from tests.kmipfixture import AUTHORITY
 from tests.lab.kmipliar import ACTIVE, DEACTIVATED, PRE_ACTIVE, Liar
+from tests.saved import Saved
 from unlock.errors import ProviderError, StateBlocked
 from unlock.host import keyring
 from unlock.host.journal import Rekey
@@ -88,15 +89,11 @@ class Start:
 
     def __init__(self, host: Host, kms: Liar) -> None:
         self.host, self.kms = host, kms
-        self._images = {image: image.read_bytes()[: 16 << 20] for image in host.disks}
-        self._state = Path(host.paths.state).read_bytes()
+        self._saved = Saved(*host.disks, host.paths.state)
         self.keys = dict(kms.keys)
 
     def again(self) -> None:
-        for image, content in self._images.items():
-            with image.open("r+b") as file:
-                file.write(content)
-        Path(self.host.paths.state).write_bytes(self._state)
+        self._saved.restore()
         self.kms.keys = dict(self.keys)
         for key in self.kms.keys.values():
             key.state = ACTIVE
