@@ -57,12 +57,6 @@ def host(tmp_path: Path) -> Iterator[Machine]:
 
 
 @pytest.fixture
-def kms() -> Iterator[Liar]:
-    with Liar(AUTHORITY) as liar:
-        yield liar
-
-
-@pytest.fixture
 def managed(tmp_path: Path, kms: Liar) -> Iterator[Machine]:
     machine = Machine(tmp_path, BOOT, (), 2, kms)
     yield machine

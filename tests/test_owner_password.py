@@ -8,7 +8,7 @@ import pytest
 
 from tests.eventlogs import Boot
 from tests.hostfixture import Machine
-from tests.kmipfixture import AUTHORITY, CLIENT
+from tests.kmipfixture import CLIENT
 from tests.lab.kmipliar import Liar
 from tests.tpmfixture import Swtpm
 from unlock.errors import TpmFailed, UnlockError, Usage
@@ -55,12 +55,6 @@ def test_a_password_is_proven_by_a_command_that_changes_nothing(
         assert tpm.facts() == before
         with pytest.raises(Usage):
             tpm.prove_owner(Secret(bytes(65)))
-
-
-@pytest.fixture
-def kms() -> Iterator[Liar]:
-    with Liar(AUTHORITY) as liar:
-        yield liar
 
 
 @pytest.fixture

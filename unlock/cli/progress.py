@@ -20,7 +20,8 @@ from ..paths import Paths
 from ..protect import never_kill_for_memory
 
 if TYPE_CHECKING:
-    from ..host.progress import Progress, Tell
+    from ..disks.reencrypt import Tell
+    from ..host.progress import Progress
 
 MINUTE = 60.0
 _BAR = 24

@@ -19,6 +19,8 @@ from .devices import read_line
 if TYPE_CHECKING:
     import subprocess
 
+    from .reencrypt import Tell
+
 _SCAN, _FORGET = 0x50009404, 0x50009405
 """BTRFS_IOC_SCAN_DEV, BTRFS_IOC_FORGET_DEV. Their argument is a signed 64-bit fd and a name of 4088 bytes."""
 _FS_INFO, _DEV_INFO = 0x8400941F, 0xD000941E
@@ -30,9 +32,6 @@ _PATH = 3072
 """Offset of the path in struct btrfs_ioctl_dev_info_args."""
 POLL = 1.0
 """Seconds between two looks at a move."""
-
-Tell = Callable[[int, int], bool]
-"""Called with bytes done and bytes in all; returns True to stop at the next safe point."""
 
 
 class Device(NamedTuple):
@@ -257,7 +256,7 @@ def add_device(mountpoint: str, node: str) -> None:
     run(["btrfs", "device", "add", "-f", node, mountpoint])
 
 
-def remove_device(mountpoint: str, node: str, tell: Tell) -> bool:
+def remove_device(mountpoint: str, node: str, tell: "Tell") -> bool:
     """Moves what lies on a device to the others, and takes it out of the file system. A move that was cut off leaves
     the device where it is, with less on it; the next call goes on. False when `tell` has stopped it. Raises
     CommandFailed."""
@@ -277,7 +276,7 @@ def remove_device(mountpoint: str, node: str, tell: Tell) -> bool:
     )
 
 
-def replace_device(mountpoint: str, devid: int, node: str, tell: Tell) -> bool:
+def replace_device(mountpoint: str, devid: int, node: str, tell: "Tell") -> bool:
     """Copies a device, which may be missing, to a new one that takes its place. False when `tell` has stopped it: the
     kernel goes on nevertheless, after a reboot too, from the mount of the file system on. Raises CommandFailed."""
     total = next((each.used for each in read_devices(mountpoint) if each.devid == devid), 0)

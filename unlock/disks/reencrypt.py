@@ -39,7 +39,8 @@ HOTZONE = 32 << 20
 """Bytes at most that are re-encrypted at a time; `journal` has less room. A step takes about a second."""
 
 Tell = Callable[[int, int], bool]
-"""Called with the bytes that are done and those of the whole disk, after each hotzone. True stops the run there."""
+"""What a long operation calls at least every few seconds, here after each hotzone: with the bytes that are done and
+those of the whole. True stops it at its next safe point: every disk then opens, and the journal keeps its entry."""
 
 _NO_SEGMENT, _DIGEST_REUSE = 1 << 0, 1 << 2  # CRYPT_VOLUME_KEY_*
 INITIALIZE_ONLY, MOVE_FIRST_SEGMENT, _RESUME_ONLY, _RECOVERY = 1 << 0, 1 << 1, 1 << 2, 1 << 3  # CRYPT_REENCRYPT_*

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far the operation under way has come: /run/unlock/operation.json, written by its process, read by any other.
 
-A long operation is given a `Tell`, which `Reporter.tell` is. It is called from libcryptsetup too, where an exception
-would be lost: it raises none.
+A long operation is given a `Tell` (disks.reencrypt), which `Reporter.tell` is. It is called from libcryptsetup too,
+where an exception would be lost: it raises none.
 """
 
 import os
@@ -17,11 +17,6 @@ from ..paths import Paths
 from . import codec, resumption, this_boot
 from .journal import JournalEntry
 from .state import State
-
-Tell = Callable[[int, int], bool]
-"""What a long operation calls at least every few seconds, with the bytes that are done and the bytes of the whole.
-Returns True when the operation is to stop at its next safe point: every disk then opens, and the journal keeps its
-entry."""
 
 VERSION = 1
 FILE = "operation.json"

@@ -123,7 +123,7 @@ def successor(group: Group, provider_id: str, made: Ref, generation: int) -> Gro
         kek_name=made.name,
         generation=generation,
         former=(*group.former, group.kek)[-FORMER_MAX:],
-        behind=tuple(member.uuid for member in group.members),
+        behind=_uuids(group),
     )
 
 
@@ -229,7 +229,7 @@ def set_host_key(work: Work, provider_id: str, ref: Ref, key: Secret) -> None:
     entry = KeyEntry(f"{provider_id}/{ref.id}", ref.name, state.host_key_ref.generation + 1)
     state.set_host_key(entry, persistence=work.persistence, key=key)
     for group in list(state.groups.values()):
-        state.groups[group.name] = group._replace(behind=tuple(member.uuid for member in group.members))
+        state.groups[group.name] = group._replace(behind=_uuids(group))
     state.save()
     dump_key.write_recipient(work.paths, state, key)
     this_boot.cache_keys(work.paths, "provider", {"unlock:host": key})
@@ -246,32 +246,34 @@ def set_policy(work: Work, group: Group, policy: str) -> Outcome:
     with kek:
         if policy == "provider" or source == "provider":
             _cache_kek(work, group, kek, source)
-        new = group._replace(policy=policy, behind=tuple(member.uuid for member in group.members))
+        new = group._replace(policy=policy, behind=_uuids(group))
         if policy == "provider":
             state.narrowed = f"the key of group {group.name} is not kept any more"
-        state.groups[group.name] = new
-        state.save()
-        outcome, new = rewrap_disks(work, new, kek)
-    state.groups[group.name] = new
-    state.save()
-    return outcome
+        return _rewrap_all(work, new, kek)
 
 
 def set_degraded(work: Work, group: Group, degraded: bool) -> Outcome:
     """Lets early boot open the group without all of its members, or forbids it: each token says so. Members that are
     away get theirs when they are back. Raises NoKey, ProviderError, DiskFailed."""
-    state = work.state
     if group.degraded == degraded and not group.behind:
         return Outcome(group.name, group.generation, tuple(member.name for member in group.members), {})
     kek, _ = access.find_kek(work, group)
     with kek:
-        new = group._replace(degraded=degraded, behind=tuple(member.uuid for member in group.members))
-        state.groups[group.name] = new
-        state.save()
-        outcome, new = rewrap_disks(work, new, kek)
-    state.groups[group.name] = new
-    state.save()
+        return _rewrap_all(work, group._replace(degraded=degraded, behind=_uuids(group)), kek)
+
+
+def _rewrap_all(work: Work, group: Group, kek: Secret) -> Outcome:
+    """Writes the tokens of a group that has changed. The state has the change first, with every member behind."""
+    work.state.groups[group.name] = group
+    work.state.save()
+    outcome, written = rewrap_disks(work, group, kek)
+    work.state.groups[group.name] = written
+    work.state.save()
     return outcome
+
+
+def _uuids(group: Group) -> tuple[str, ...]:
+    return tuple(member.uuid for member in group.members)
 
 
 def catch_up_disks(work: Work) -> list[Outcome]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..disks import find
+from ..disks.reencrypt import Tell
 from ..errors import Refused
 from ..host import journal, resumption
 from ..host.journal import (
@@ -36,7 +37,6 @@ from ..host.journal import (
     StoredKeysRemoval,
 )
 from ..host.lock import exclusive
-from ..host.progress import Tell
 from ..host.state import State
 from ..keys import access, rotation
 from ..paths import Paths

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ..disks import btrfs, devices, find, luks
 from ..disks.groups import Group, Member
+from ..disks.reencrypt import Tell
 from ..errors import Refused
 from ..host import this_boot
 from ..host.journal import DiskRemoval
@@ -50,7 +51,7 @@ def remove_disk(
     *,
     migrate: bool = True,
     consent: Consent = agree,
-    tell: btrfs.Tell = lambda *_: False,
+    tell: Tell = lambda *_: False,
     look: find.Look = find.look,
 ) -> Removed | None:
     """Without `migrate`, a file system that lies on this disk alone stays on it. Returns None when the plan was only to

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from .. import log
 from ..disks import btrfs, devices, find, luks, udev
 from ..disks.groups import Group, Member, mapping_names
+from ..disks.reencrypt import Tell
 from ..errors import Refused, UnlockError
 from ..host import this_boot
 from ..host.journal import DiskReplacement, Rekey
@@ -63,7 +64,7 @@ def replace_disk(
     wanted: Replacing,
     *,
     consent: Consent = agree,
-    tell: btrfs.Tell = lambda *_: False,
+    tell: Tell = lambda *_: False,
     look: find.Look = find.look,
     tcti: str = TPM_DEVICE,
     owner_auth: Secret | None = None,
@@ -75,7 +76,7 @@ def replace_disk(
     return _copy(paths, *began, tell, look, tcti, owner_auth) if began else None
 
 
-def go_on(paths: Paths, tell: btrfs.Tell, look: find.Look = find.look, tcti: str = TPM_DEVICE) -> Replaced | None:
+def go_on(paths: Paths, tell: Tell, look: find.Look = find.look, tcti: str = TPM_DEVICE) -> Replaced | None:
     """Finishes a replacement whose new disk is a member already: then nothing is needed from a person. None when `tell`
     has stopped it. Raises Refused and others."""
     with exclusive(paths), access.Work(paths, look) as work:
@@ -95,7 +96,7 @@ def _copy(
     paths: Paths,
     entry: DiskReplacement,
     mount: str,
-    tell: btrfs.Tell,
+    tell: Tell,
     look: find.Look,
     tcti: str,
     owner_auth: Secret | None,
