@@ -3,21 +3,16 @@
 
 A machine that measures leaves its data files in the directory that UNLOCK_COVERAGE names: they are counted in.
 `python -m tests.whole fast` boots none.
-
-What tests without a machine write is in memory where that has room: they flush headers and states some ten thousand
-times. What has failed leaves its files there until the next run.
 """
 
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 WANTED = 90
@@ -28,26 +23,21 @@ ROOT = ("-n2", "--dist=load", "-m", "root")
 MACHINES = ("-n3", "--dist=load", "--long=12", "-m", "vm or root or long")
 """Two machines run at a time; who types slowly at one, or clones the next, needs no core."""
 
-MEMORY = Path("/dev/shm")
 ROOM = 4 << 30
-"""Bytes that must be free there; they need some hundred megabytes."""
-
-
-@contextmanager
-def scratch() -> Iterator[tuple[str, ...]]:
-    """Options for pytest: the same folder in each run of this checkout, as compiled modules are kept by path."""
-    if not os.access(MEMORY, os.W_OK) or shutil.disk_usage(MEMORY).free < ROOM:
-        yield ()
-        return
-    folder = MEMORY / f"unlock-test-{os.getuid()}-{zlib.crc32(os.fsencode(Path.cwd())):08x}"
-    yield (f"--basetemp={folder}",)  # pytest makes it anew
-    if not any(folder.glob("popen-*/*")):
-        shutil.rmtree(folder, ignore_errors=True)
+"""Bytes of memory that must be free for the files of tests without a machine; they need some hundred megabytes."""
 
 
 def no_machine() -> bool:
-    with scratch() as options:
-        return pytest(*NO_MACHINE, *options)
+    """With the files of each worker in memory, see alone.py."""
+    free = int(re.findall(r"MemAvailable: *([0-9]+) kB", Path("/proc/meminfo").read_text())[0]) << 10
+    if free < ROOM:
+        return pytest(*NO_MACHINE)
+    with tempfile.TemporaryDirectory(prefix="unlock-test-") as folder:
+        os.environ["UNLOCK_TEST_MEMORY"] = folder
+        try:
+            return pytest(*NO_MACHINE, f"--basetemp={folder}/files")
+        finally:
+            del os.environ["UNLOCK_TEST_MEMORY"]
 
 
 def pytest(*options: str) -> bool:
