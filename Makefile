@@ -13,21 +13,23 @@ tools = $(DESTDIR)/usr/share/initramfs-tools
 systemd = $(DESTDIR)/usr/lib/systemd
 rules = $(DESTDIR)/usr/lib/udev/rules.d
 etc = $(DESTDIR)/etc
+dracut = $(DESTDIR)/usr/lib/dracut/modules.d/90unlock
 updates = kernel/postinst.d/zzz-unlock kernel/postrm.d/zzz-unlock
 stages = init-premount local-top local-block local-bottom panic
 units = unlock-cap.service unlock-group@.service unlock-heal@.service unlock-early-boot.service unlock-baseline.service \
 	unlock-predict.service unlock-sync.service unlock-sync.timer unlock-resume.service
 wanted = unlock-early-boot.service unlock-baseline.service unlock-predict.service unlock-resume.service
 
-.PHONY: install install-core install-initramfs-tools uninstall
+.PHONY: install install-core install-initramfs-tools install-dracut uninstall
 
-install: install-core install-initramfs-tools
+install: install-core install-initramfs-tools install-dracut
 
 install-core:
 	find unlock -name '*.py' -exec $(DATA) {} $(home)/{} ';'
 	$(RUN) system/unlock $(sbin)/unlock
 	$(RUN) system/mount.unlock $(sbin)/mount.unlock
 	$(RUN) initramfs/cap $(home)/cap
+	$(DATA) initramfs/functions $(home)/functions
 	$(RUN) system/gate $(home)/gate
 	$(RUN) initramfs/collect $(home)/initramfs/collect
 	$(DATA) initramfs/manifest $(home)/initramfs/manifest
@@ -50,7 +52,15 @@ install-initramfs-tools:
 	$(RUN) initramfs/initramfs-tools/local-premount $(tools)/scripts/local-premount/check-resume
 	$(RUN) system/after-update $(etc)/initramfs/post-update.d/zzz-unlock
 
+install-dracut:
+	for script in module-setup.sh init early settled; do $(RUN) initramfs/dracut/$$script $(dracut)/$$script || exit; done
+	for unit in initramfs/dracut/*.service initramfs/dracut/*.conf; do \
+		$(DATA) $$unit $(dracut)/$${unit##*/} || exit; done
+	$(RUN) system/after-update $(DESTDIR)/usr/lib/kernel/install.d/99-unlock.install
+
 uninstall:
+	rm -rf $(dracut)
+	rm -f $(DESTDIR)/usr/lib/kernel/install.d/99-unlock.install
 	rm -rf $(home)
 	rm -f $(sbin)/unlock $(sbin)/mount.unlock $(tools)/hooks/unlock $(tools)/scripts/unlock-functions
 	rm -f $(stages:%=$(tools)/scripts/%/unlock) $(tools)/scripts/local-premount/check-resume

@@ -29,6 +29,7 @@ GENERATOR = TOP / "system/unlock-generator"
 STAGES = ["init-premount", "local-top", "local-block", "local-bottom", "panic"]
 TOOLS = TOP / "initramfs/initramfs-tools"
 SCRIPTS = [*(TOOLS / name for name in ("hook", *STAGES, "local-premount")), TOP / "initramfs/cap"]
+DRACUT = [TOP / "initramfs/dracut" / name for name in ("init", "early", "settled", "module-setup.sh")]
 HOOKS = [TOP / "system" / name for name in ("predict", "after-update", "dump")]
 SHELLS = [["dash"], ["busybox", "sh"], ["/usr/lib/klibc/bin/sh"], ["bash"]]
 
@@ -43,7 +44,8 @@ def needs(*programs: str) -> pytest.MarkDecorator:
 
 @needs("shellcheck")
 def test_scripts_are_clean() -> None:
-    subprocess.run(["shellcheck", "-x", *SCRIPTS, TOOLS / "functions", *HOOKS], check=True, cwd=TOP)
+    scripts = [*SCRIPTS, *DRACUT, TOOLS / "functions", TOP / "initramfs/functions", *HOOKS]
+    subprocess.run(["shellcheck", "-x", *scripts], check=True, cwd=TOP)
 
 
 @pytest.mark.parametrize("script", SCRIPTS[:-1], ids=lambda path: path.name)
@@ -765,7 +767,7 @@ def test_a_resume_disk_is_ours_when_all_below_it_is(shell: list[str], tmp_path: 
             (tmp_path / name / "dm/name").write_text(f"{names.get(name, name)}\n")
     (tmp_path / "run/members").mkdir(parents=True)
     (tmp_path / "run/members/root").write_text("/dev/mapper/root\n/dev/mapper/root-2\n")
-    functions = (TOOLS / "functions").read_text()
+    functions = (TOP / "initramfs/functions").read_text()
     assert functions.count("/sys/class/block/") == 6
     script = tmp_path / "script"
     script.write_text(
@@ -794,7 +796,7 @@ def test_a_root_is_the_hosts_own_if_a_disk_that_it_needs_is_below_it(shell: list
             (tmp_path / name / "dm/uuid").write_text(f"{kind}\n")
             (tmp_path / name / "dm/name").write_text(f"{names[name]}\n")
     (tmp_path / "run").mkdir()
-    functions = (TOOLS / "functions").read_text()
+    functions = (TOP / "initramfs/functions").read_text()
     script = tmp_path / "script"
     script.write_text(
         functions.replace("/sys/class/block/", f"{tmp_path}/")
@@ -839,6 +841,8 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
                 "etc/initramfs/post-update.d/zzz-unlock",
                 "usr/lib/unlock/initramfs/collect",
                 "usr/lib/systemd/system-generators/unlock-generator",
+                *(f"usr/lib/dracut/modules.d/90unlock/{script.name}" for script in DRACUT),
+                "usr/lib/kernel/install.d/99-unlock.install",
                 "usr/share/initramfs-tools/hooks/unlock",
                 *(f"usr/share/initramfs-tools/scripts/{stage}/unlock" for stage in STAGES),
                 "usr/share/initramfs-tools/scripts/local-premount/check-resume",
