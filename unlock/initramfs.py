@@ -25,6 +25,8 @@ class Builder(NamedTuple):
     """The command of its images that asks a person and prints the answer; the question follows."""
     listing: tuple[str, ...]
     """The command that lists the files in an image; the image follows."""
+    lists_links: bool
+    """That takes a name in /proc/PID/fd, and any other link."""
     rebuild_all: str
     """What a person types to make the images anew."""
     rebuild_one: str
@@ -42,6 +44,7 @@ INITRAMFS_TOOLS = Builder(
     new_root="/root",
     asks=(ASKPASS,),
     listing=("lsinitramfs",),
+    lists_links=True,
     rebuild_all="update-initramfs -u",
     rebuild_one="update-initramfs -u -k {version}",
     lists_root=True,
@@ -52,6 +55,7 @@ DRACUT = Builder(
     # through the agents of systemd: the console's, and Plymouth's
     asks=("/usr/bin/systemd-ask-password", "--no-tty", "--timeout=0"),
     listing=("lsinitrd",),
+    lists_links=False,
     rebuild_all="dracut -f --regenerate-all",
     rebuild_one="dracut -f {image} {version}",
     lists_root=False,

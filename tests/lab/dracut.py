@@ -8,19 +8,15 @@ from pathlib import Path
 MODULE = "usr/lib/dracut/modules.d/99lab"
 SETUP = """#!/bin/bash
 check() { return 0; }
-depends() { echo bash; }
 install() {
     # what the product's module has put there, or systemd
     mv "$initdir/init" "$initdir/init.next"
     inst_script "$moddir/init" /init
-    inst_multiple bash cat cp cut date find grep head ls mkdir mount ps rm sh sleep stty tail timeout tr wc
+    inst_multiple base64 cat cp cut date find grep head ls mkdir mount ps rm sh sleep stty tail timeout tr wc
     inst_multiple -o cryptsetup systemd-cryptsetup keyctl
     inst_rules 61-lab.rules
     inst_script /usr/lib/lab/agent
-    if [ -e /usr/lib/lab/vtpm ]; then
-        inst_binary /usr/lib/lab/vtpm /usr/lib/lab/vtpm.program
-        inst_script "$moddir/vtpm" /usr/lib/lab/vtpm
-    fi
+    [ ! -e /usr/lib/lab/vtpm ] || inst_binary /usr/lib/lab/vtpm
     mkdir -p "$initdir/lab.first"
     for each in "$moddir/first/"*; do
         [ ! -e "$each" ] || inst_script "$each" "/lab.first/${each##*/}"
@@ -40,10 +36,6 @@ for each in /lab.first/*; do
 done
 exec /init.next "$@"
 """
-VTPM = """#!/bin/bash
-# systemd ends what does not call itself so, when it goes to the real root (https://systemd.io/ROOT_STORAGE_DAEMONS)
-exec -a @vtpm /usr/lib/lab/vtpm.program "$@"
-"""
 CONF = """hostonly="no"
 early_microcode="no"
 """
@@ -56,7 +48,6 @@ def files(wanted: Mapping[str, str]) -> dict[str, str]:
     found = {
         f"{MODULE}/module-setup.sh": SETUP,
         f"{MODULE}/init": INIT,
-        f"{MODULE}/vtpm": VTPM,
         "etc/dracut.conf.d/lab.conf": CONF,
     }
     for path, text in wanted.items():

@@ -89,8 +89,10 @@ def read_contents(tree: BootTree, image: str, listing: Listing = list_contents) 
 
 @contextmanager
 def _initramfs_file(tree: BootTree, image: str) -> Iterator[str]:
-    """A path of the initramfs; of one in a unified kernel image, that of a temporary copy. Raises Unreadable."""
-    if not is_unified(image):
+    """A path of the initramfs; of one in a unified kernel image, and where the program that lists it takes no link,
+    that of a temporary copy. Raises Unreadable."""
+    unified = is_unified(image)
+    if not unified and initramfs.of_host(tree.paths.root).lists_links:
         with tree.name_for_programs(image) as path:
             yield path
         return
@@ -98,7 +100,7 @@ def _initramfs_file(tree: BootTree, image: str) -> Iterator[str]:
     if data is None:
         raise Unreadable(tree.why_unreadable(image))
     try:
-        inside = pe.read_section(data, pe.read_layout(data), ".initrd")
+        inside = pe.read_section(data, pe.read_layout(data), ".initrd") if unified else data
     except Malformed as error:
         raise CommandFailed(f"{os.path.basename(image)}: {error}") from error
     with tempfile.NamedTemporaryFile() as copy:
