@@ -9,7 +9,6 @@ root needs has a token of this host; without one its header was changed, whateve
 import os
 
 from .. import initramfs
-from ..disks import devices
 from ..errors import Malformed
 from ..light import Iterator
 from ..paths import Paths
@@ -47,6 +46,8 @@ def mark_altered(paths: Paths, record: Report) -> bool:
     names = [name for name, _ in lines]
     builder = initramfs.of_image()
     if needs and not names and builder and not builder.lists_root:
+        from ..disks import devices  # not before the TPM works
+
         names = [each for each in devices.active_mappings() if needs.covers(each)] or [""]
     if names:
         with open(paths.of_this_boot("needed"), "w", encoding="utf-8", errors="surrogateescape") as file:
