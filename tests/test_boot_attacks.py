@@ -49,7 +49,7 @@ EVERY_KEY = (  # each disk may be opened by any key that the TPM gives
 )
 NO_CAP = (
     (f"{CODE}/boot/agent.py", "                tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)\n", ""),
-    ("usr/share/initramfs-tools/scripts/unlock-functions", "&& return 0 ;;", "; return 0 ;;\n\t*) return 0 ;;"),
+    ("usr/lib/unlock/functions", "&& return 0 ;;", "; return 0 ;;\n\t*) return 0 ;;"),
 )
 """Together with the next: nothing locks the TPM, and any disk may be resumed from."""
 CAP_SCRIPT = ("usr/lib/unlock/cap", "run=/run/unlock\n", "exit 0\nrun=/run/unlock\n")

@@ -18,7 +18,7 @@ from tests.test_boot_silence import UNTOLD
 
 pytestmark = pytest.mark.vm
 
-FUNCTIONS = "usr/share/initramfs-tools/scripts/unlock-functions"
+FUNCTIONS = "usr/lib/unlock/functions"
 KEPT = ((FUNCTIONS, "unlock_bounded 1200 boot scrub", "true"),)
 """Free memory stays as it is."""
 CLEARS = "init_on_alloc=1"

@@ -27,7 +27,9 @@ from unlock.paths import Paths
 TOP = Path(__file__).resolve().parent.parent
 GENERATOR = TOP / "system/unlock-generator"
 STAGES = ["init-premount", "local-top", "local-block", "local-bottom", "panic"]
-SCRIPTS = [TOP / "initramfs" / name for name in ("hook", *STAGES, "local-premount", "cap")]
+TOOLS = TOP / "initramfs/initramfs-tools"
+SCRIPTS = [*(TOOLS / name for name in ("hook", *STAGES, "local-premount")), TOP / "initramfs/cap"]
+DRACUT = [TOP / "initramfs/dracut" / name for name in ("init", "early", "settled", "module-setup.sh")]
 HOOKS = [TOP / "system" / name for name in ("predict", "after-update", "dump")]
 SHELLS = [["dash"], ["busybox", "sh"], ["/usr/lib/klibc/bin/sh"], ["bash"]]
 
@@ -42,7 +44,8 @@ def needs(*programs: str) -> pytest.MarkDecorator:
 
 @needs("shellcheck")
 def test_scripts_are_clean() -> None:
-    subprocess.run(["shellcheck", "-x", *SCRIPTS, TOP / "initramfs/functions", *HOOKS], check=True, cwd=TOP)
+    scripts = [*SCRIPTS, *DRACUT, TOOLS / "functions", TOP / "initramfs/functions", *HOOKS]
+    subprocess.run(["shellcheck", "-x", *scripts], check=True, cwd=TOP)
 
 
 @pytest.mark.parametrize("script", SCRIPTS[:-1], ids=lambda path: path.name)
@@ -838,6 +841,8 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
                 "etc/initramfs/post-update.d/zzz-unlock",
                 "usr/lib/unlock/initramfs/collect",
                 "usr/lib/systemd/system-generators/unlock-generator",
+                *(f"usr/lib/dracut/modules.d/90unlock/{script.name}" for script in DRACUT),
+                "usr/lib/kernel/install.d/99-unlock.install",
                 "usr/share/initramfs-tools/hooks/unlock",
                 *(f"usr/share/initramfs-tools/scripts/{stage}/unlock" for stage in STAGES),
                 "usr/share/initramfs-tools/scripts/local-premount/check-resume",

@@ -35,10 +35,13 @@ class Stage:
             f'resolve_device() {{ [ -e "$1" ] && echo "$1"; }}\nget_fstype() {{ :; }}\n'
             f"panic() {{ echo panic >>{self.log}; {home}/panic; }}\n"
         )
-        for name in ("functions", "panic", "local-top", "local-premount", "local-bottom"):
-            text = (TOP / "initramfs" / name).read_text()
+        tools = TOP / "initramfs/initramfs-tools"
+        scripts = {name: tools / name for name in ("functions", "panic", "local-top", "local-premount", "local-bottom")}
+        for name, script in (*scripts.items(), ("common", TOP / "initramfs/functions")):
+            text = script.read_text()
             for path, to in {
                 "/scripts/unlock-functions": home / "functions",
+                "/usr/lib/unlock/functions": home / "common",
                 ". /scripts/functions": f". {home}/initramfs-functions",
                 ". /scripts/local": f". {home}/initramfs-functions",
                 "/sys/class/block/": f"{home}/block/",

@@ -21,7 +21,7 @@ from tests.eventlogs import Boot
 from tests.hostfixture import Machine
 from tests.killing import Killer, killed_at
 from tests.tpmfixture import Swtpm
-from unlock import ask
+from unlock import initramfs
 from unlock.boot import agent
 from unlock.errors import (
     Malformed,
@@ -892,7 +892,8 @@ SHELLS = [shell for shell in (["dash"], ["busybox", "sh"]) if shutil.which(shell
 @pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
 def test_no_deadline_of_the_boot_scripts_runs_while_somebody_types(tmp_path: Path, shell: list[str]) -> None:
     """unlock_poll with 5 tenths, and a person who takes 20: then the disks have their time."""
-    text = (TOP / "initramfs/functions").read_text().replace("unlock_run=/run/unlock", f"unlock_run={tmp_path}")
+    text = (TOP / "initramfs/functions").read_text()
+    text = text.replace("unlock_run=/run/unlock", f"unlock_run={tmp_path}")
     (tmp_path / "functions").write_text(text)
     agent = subprocess.Popen(["sleep", "60"])
     (tmp_path / "agent.pid").write_text(f"{agent.pid}\n")
@@ -969,4 +970,4 @@ def test_the_words_of_the_command_line(line: str) -> None:
 def test_each_verdict_of_a_pin_has_words() -> None:
     assert {PinWrong.code, PinLockout.code} <= report.VERDICTS.keys()
     assert {PinWrong.code, PinLockout.code} <= causes.USUAL.keys() & causes.TITLES.keys()
-    assert ask.ASKPASS.endswith("askpass")
+    assert initramfs.ASKPASS.endswith("askpass")

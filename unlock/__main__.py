@@ -76,6 +76,10 @@ def _boot(argv: list[str]) -> int:
         from .boot.shell import screen
 
         return screen(paths)
+    if argv == ["close-channels"]:
+        from .boot.unmeasured import close_before_systemd
+
+        return close_before_systemd(paths)
     if argv == ["drop"]:
         from .boot.handover import drop
 
@@ -122,7 +126,8 @@ def _boot(argv: list[str]) -> int:
 
         return gate(paths, argv[1])
     words = (
-        "agent|why|prompt|screen|secure|drop|scrub|heal DISK|journal|baseline|predict|gate GROUP|mount SOURCE DIRECTORY"
+        "agent|close-channels|why|prompt|screen|secure|drop|scrub|heal DISK|journal|baseline|predict|gate GROUP|"
+        "mount SOURCE DIRECTORY"
     )
     raise Usage(f"usage: unlock boot {words}")
 

@@ -6,7 +6,7 @@ Commands ask at the terminal or through systemd's agents, early boot through the
 
 import os
 
-from . import log
+from . import initramfs, log
 from .errors import CommandFailed, Usage
 from .light import Callable
 from .protect import end_with_parent
@@ -19,13 +19,10 @@ _ANSWER_TIMEOUT = 100.0
 """Seconds; the agents of systemd are asked for 90."""
 _KEY_FILE_MAX = 8 << 20
 """Bytes, as cryptsetup's default."""
-ASKPASS = "/lib/cryptsetup/askpass"
-"""cryptsetup's, which Debian ships for its initramfs: it asks through Plymouth, systemd or the console."""
-
 _PLYMOUTH = "/bin/plymouth"
 _AGENTS = ("systemd-ask-password", "--no-tty", "--id=unlock:recovery-key", "--timeout=90")
-_INITRAMFS = "/scripts/unlock-functions"
-"""Exists in an initramfs alone."""
+_END_PATIENCE = 1.0
+"""Seconds that a program gets to take back its question."""
 
 
 def from_file(path: str) -> Secret:
@@ -134,14 +131,14 @@ def line(prompt: str) -> str | None:
 
 def anyone(prompt: str, flag: str) -> Secret:
     """Asks at the terminal, or, if there is none, through systemd's agents (Plymouth, the console, a logged-in
-    administrator) or the askpass of an initramfs. Raises Usage, with `flag` in the hint."""
+    administrator) or what an initramfs has for it. Raises Usage, with `flag` in the hint."""
     try:
         return terminal(prompt, flag)
     except Usage as no_terminal:
         try:
             if os.path.exists("/run/systemd/system"):
                 return _run_prompt([*_AGENTS, f"unlock: {prompt}:"])
-            if os.path.exists(_INITRAMFS):
+            if initramfs.of_image():
                 return ask_in_initramfs(f"unlock: {prompt}: ")
         except Usage as error:
             error.hint = no_terminal.hint
@@ -160,11 +157,12 @@ def write_to_terminal(text: bytes) -> bool:
     return True
 
 
-def ask_in_initramfs(prompt: str, stopped: Callable[[], bool] = lambda: False, program: str = ASKPASS) -> Secret:
+def ask_in_initramfs(prompt: str, stopped: Callable[[], bool] = lambda: False, program: str = "") -> Secret:
     """Asks in the initramfs until a person answers or `stopped`, called five times a second, returns True.
 
-    Raises Usage when stopped, and when nothing can ask. The askpass program ends with this process; when stopped, its
-    children end too (Plymouth's client), so that the next prompt has the console alone.
+    Raises Usage when stopped, and when nothing can ask. The program that asks ends with this process; when stopped, its
+    children end too (Plymouth's client), so that the next prompt has the console alone. `program`: of the image, if it
+    is not named.
     """
     import select
     import signal
@@ -174,7 +172,8 @@ def ask_in_initramfs(prompt: str, stopped: Callable[[], bool] = lambda: False, p
     before = _terminal_settings(console)
     typed, size = bytearray(_MAX), 0
     try:
-        command = [program, prompt]
+        asks = (program,) if program else (initramfs.of_image() or initramfs.INITRAMFS_TOOLS).asks
+        command = [*asks, prompt]
         with subprocess.Popen(
             command, stdin=console, stdout=subprocess.PIPE, process_group=0, preexec_fn=end_with_parent
         ) as asking:
@@ -190,6 +189,11 @@ def ask_in_initramfs(prompt: str, stopped: Callable[[], bool] = lambda: False, p
                         size += count
             finally:
                 if stopped():
+                    os.killpg(asking.pid, signal.SIGTERM)
+                    try:
+                        asking.wait(_END_PATIENCE)
+                    except subprocess.TimeoutExpired:
+                        pass
                     os.killpg(asking.pid, signal.SIGKILL)
         if asking.returncode:
             raise Usage("nothing can ask for a key here")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from . import cache, covered, guest, loader, luks
+from . import cache, covered, dracut, guest, loader, luks
 from .loader import Kind
 from .rootfs import LOADERS, rootfs
 from .uml import files as uml
@@ -19,6 +19,8 @@ FS_UUID = "6c616220-726f-4f74-8000-657874340001"
 ROOT_SIZE = 1 << 30
 
 Root = Literal["luks", "plain"]
+Builder = Literal["initramfs-tools", "dracut"]
+"""What makes the initramfs."""
 Runs = Literal["uml", "qemu"]
 """What runs it: User-Mode Linux wherever that can be believed (uml/machine.py says where not)."""
 DISK_RULES = """\
@@ -55,6 +57,7 @@ class Image(NamedTuple):
     runs: Runs = "qemu"
     loader: Kind = ""
     """What boots it from its own disks; else kernel and initramfs are given to the machine."""
+    builder: Builder = "initramfs-tools"
 
     @property
     def disk(self) -> Path:
@@ -72,7 +75,9 @@ class Image(NamedTuple):
     @property
     def cmdline(self) -> str:
         device = "/dev/mapper/root" if self.root == "luks" else f"UUID={FS_UUID}"
-        return f"root={device} ro {uml.CMDLINE if self.runs == 'uml' else CONSOLE}"
+        # an image of dracut for any host has no crypttab: the stock prompt comes by this
+        crypttab = f" rd.luks.name={LUKS_UUID}=root" if self.builder == "dracut" and self.root == "luks" else ""
+        return f"root={device} ro {uml.CMDLINE if self.runs == 'uml' else CONSOLE}{crypttab}"
 
     @property
     def plain(self) -> Path:
@@ -90,19 +95,28 @@ class Image(NamedTuple):
         def make(work: Path) -> None:
             tree = work / "tree"
             _copy(self.directory / "tree", tree)
-            _write(tree, {f"etc/initramfs-tools/{path}": text for path, text in files.items()})
+            if self.builder == "dracut":
+                dracut.write(tree, files)
+            else:
+                _write(tree, {f"etc/initramfs-tools/{path}": text for path, text in files.items()})
             for path, old, new in changes:
                 before = (tree / path).read_text()
                 assert before.count(old) == 1, f"{path} has not exactly one {old!r}"
                 (tree / path).write_text(before.replace(old, new))
-            _mkinitramfs(tree, work / "initrd")
+            _mkinitramfs(tree, work / "initrd", self.builder)
             subprocess.run(["rm", "-rf", tree], check=True)
 
         return cache.entry(f"{self.directory.name}-{name}", make) / "initrd"
 
 
 def build(
-    root: Root = "luks", *, runs: Runs = "uml", product: bool = True, commands: Sequence[str] = (), boots: Kind = ""
+    root: Root = "luks",
+    *,
+    runs: Runs = "uml",
+    product: bool = True,
+    commands: Sequence[str] = (),
+    boots: Kind = "",
+    builder: Builder = "initramfs-tools",
 ) -> Image:
     """The image of the checkout as it is now; with product=False of stock Debian.
 
@@ -114,13 +128,15 @@ def build(
     with cache.scratch() as installed:
         if product:
             _install(installed)
-        base = rootfs(LOADERS if boots else "")
+        base = rootfs(LOADERS if boots else "", dracut=builder == "dracut")
         sources = [Path(module).read_bytes() for module in (__file__, guest.__file__, luks.__file__)]
         if boots:
             sources += [boots.encode(), Path(loader.__file__).read_bytes()]
         if runs == "uml":
             sources += [str(each).encode() for each in (kernel().directory, vtpm(), uml.FILES)]
             sources.append(Path(uml.__file__).read_bytes())
+        if builder == "dracut":
+            sources.append(Path(dracut.__file__).read_bytes())
         measured = covered.WANTED and runs == "uml" and product
         if measured:
             sources.append(Path(covered.__file__).read_bytes())
@@ -131,21 +147,23 @@ def build(
             tree = work / "tree"
             _copy(base, tree)
             _overlay(installed, tree)
-            cmdline = Image(work, root, runs, boots).cmdline
+            cmdline = Image(work, root, runs, boots, builder).cmdline
             _configure(tree, root, runs, boots)
             if runs == "uml":
                 uml.prepare(tree)
+            if builder == "dracut":
+                dracut.write(tree, {"scripts/init-top/lab-first": uml.FIRST} if runs == "uml" else {})
             loader.prepare(boots, tree, cmdline, _chroot)
             if measured:
                 covered.prepare(tree, _chroot)
             for command in commands:
                 _chroot(tree, command)
             _kernel(tree).rename(work / "vmlinuz")
-            _mkinitramfs(tree, work / "initrd")
+            _mkinitramfs(tree, work / "initrd", builder)
             loader.disks(boots, tree, work, cmdline, FS_UUID, _chroot)
             _disk(tree, root, work / "root.raw")
 
-        return Image(cache.entry(f"image-{name}", make), root, runs, boots)
+        return Image(cache.entry(f"image-{name}", make), root, runs, boots, builder)
 
 
 def _install(destination: Path) -> None:
@@ -209,10 +227,11 @@ def _kernel(tree: Path) -> Path:
     return kernel
 
 
-def _mkinitramfs(tree: Path, to: Path) -> None:
+def _mkinitramfs(tree: Path, to: Path, builder: Builder) -> None:
     (modules,) = (tree / "usr/lib/modules").iterdir()
     initrd = tree / f"boot/initrd.img-{modules.name}"
-    _chroot(tree, f"mkinitramfs -o /boot/{initrd.name} {modules.name}")
+    by_dracut = dracut.command(initrd.name, modules.name)
+    _chroot(tree, by_dracut if builder == "dracut" else f"mkinitramfs -o /boot/{initrd.name} {modules.name}")
     _copy(initrd, to)
 
 

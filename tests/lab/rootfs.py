@@ -18,13 +18,20 @@ LOADERS = """
     systemd-boot systemd-boot-efi systemd-ukify sbsigntool efibootmgr
 """
 """What a machine needs beside that to boot from its own disk; the second kernel is for updates."""
+INITRAMFS_TOOLS = frozenset(("initramfs-tools", "cryptsetup-initramfs"))
+DRACUT = "dracut"
+"""In the place of those."""
 EXCLUDED = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*")
 
 
-def rootfs(more: str = "") -> Path:
-    """The directory of the cached file system, with `more` packages; copy it before changing anything."""
-    name = cache.key(SUITE, PACKAGES + more, *EXCLUDED)
-    return cache.entry(f"rootfs-{name}", lambda work: _bootstrap(work, PACKAGES + more)) / "root"
+def rootfs(more: str = "", *, dracut: bool = False) -> Path:
+    """The directory of the cached file system, with `more` packages, by `dracut` without initramfs-tools; copy it
+    before changing anything."""
+    packages = PACKAGES + more
+    if dracut:
+        packages = " ".join([each for each in packages.split() if each not in INITRAMFS_TOOLS] + [DRACUT])
+    name = cache.key(SUITE, packages, *EXCLUDED)
+    return cache.entry(f"rootfs-{name}", lambda work: _bootstrap(work, packages)) / "root"
 
 
 def _bootstrap(work: Path, listed: str) -> None:

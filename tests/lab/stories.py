@@ -9,7 +9,7 @@ from typing import Any
 
 from . import cache, image
 from .guest import Guest
-from .image import Image, Runs
+from .image import Builder, Image, Runs
 from .loader import Kind
 from .machine import RECOVERY, Machine, report
 from .running import Disk, Running
@@ -34,6 +34,8 @@ else:
     print("UNSEALED")
 """
 """What root could try after the cap."""
+STOCK_PROMPT = "unlock disk root|passphrase for disk"
+"""Of cryptsetup-initramfs and of systemd-cryptsetup."""
 UNMEASURED = "--accept unmeasured-boot"
 """For a firmware that measures nothing, and for an initramfs that the kernel's command line names."""
 SECRETS = """
@@ -120,17 +122,18 @@ def unseal_as_root(console: Guest) -> str:
     return console.sh(f"python3 -I -c '{UNSEAL}'").out
 
 
-def measured(runs: Runs = "uml") -> Machine:
+def measured(runs: Runs = "uml", builder: Builder = "initramfs-tools") -> Machine:
     """Enrolled under UEFI, which measures kernel, initramfs and command line: a LUKS root and three disks."""
-    built = image.build("luks", runs=runs)
+    built = image.build("luks", runs=runs, builder=builder)
     return _enrolled(built, "", {"data": ("d1", "d2", "d3")}, dict.fromkeys(("d1", "d2", "d3"), 200), uefi=True)
 
 
-def unmeasured(runs: Runs = "uml") -> Machine:
+def unmeasured(runs: Runs = "uml", builder: Builder = "initramfs-tools") -> Machine:
     """Enrolled under a firmware that measures nothing, with many groups."""
     groups: dict[str, tuple[str, ...]] = {each: (f"{each}-1",) for each in ("late", "copy", "ruined", "twin", "far")}
     groups["pair"] = ("pair-1", "pair-2")
-    return _enrolled(image.build("luks", runs=runs), UNMEASURED, groups, {"pair-1": 200, "pair-2": 200})
+    built = image.build("luks", runs=runs, builder=builder)
+    return _enrolled(built, UNMEASURED, groups, {"pair-1": 200, "pair-2": 200})
 
 
 def by_itself(kind: Kind) -> Machine:
@@ -190,7 +193,7 @@ def enroll(machine: Machine, init: str, groups: dict[str, tuple[str, ...]], size
 
 def take_in_root(booted: Running, machine: Machine, init: str = "") -> Guest:
     """The root disk, opened at the first boot by its passphrase; each command twice."""
-    booted.console.expect("unlock disk root", 300)
+    booted.console.expect(STOCK_PROMPT, 300)
     booted.console.send(image.PASSPHRASE + "\n")
     console = up(booted)
     console.write("/root/password", PASSWORD.encode(), 0o600)

@@ -21,7 +21,7 @@ from ..secret import Secret
 from ..tpm import pcr_policy, slots
 from ..tpm.chip import Meanwhile, Tpm
 from ..tpm.record import Needs
-from .unmeasured import close_channels
+from .unmeasured import close_channels, open_channels
 
 if TYPE_CHECKING:
     from ..disks.udev import Monitor
@@ -170,6 +170,8 @@ def unseal_once(
         if key and not os.path.exists(paths.of_this_boot("tpm")):
             this_boot.mark_tpm(paths, name)
             needed.write_needs(paths, key.needs)
+    if not key and os.path.exists(paths.of_this_boot("unmeasured")):  # initramfs/dracut/init has locked the TPM
+        record.set_verdict("unmeasured-input", open_channels(paths))
     if key and not record.facts.unauthenticated_root and (found := close_channels(paths)):
         key.wipe()
         key = None
@@ -206,7 +208,7 @@ def _try_unseal(
     return Key(unsealed.record.host.hex(), unsealed.payload.key, unsealed.pin_auth, unsealed.payload.needs)
 
 
-def pin_prompt(paths: Paths, stopped: Callable[[], bool], program: str = ask.ASKPASS) -> slots.Ask:
+def pin_prompt(paths: Paths, stopped: Callable[[], bool], program: str = "") -> slots.Ask:
     """A function that asks for the PIN at the console. Meanwhile /run/unlock/asking exists, and the boot scripts stop
     their deadlines.
 

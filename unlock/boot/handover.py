@@ -5,7 +5,7 @@
 recovery prompt or a crash, and before a shell.
 """
 
-from .. import log
+from .. import initramfs, log
 from ..disks import devices, disk_keys, forget, luks
 from ..errors import UnlockError
 from ..host import keyring, report, this_boot
@@ -13,8 +13,8 @@ from ..paths import Paths
 from ..secret import Secret
 from .activation import GroupOpener
 
-NEW_ROOT = "/root"
-"""Where initramfs-tools mounts the root file system."""
+NEW_ROOT = (initramfs.of_image() or initramfs.INITRAMFS_TOOLS).new_root
+"""Where this initramfs mounts the root file system."""
 
 
 def hand_over(

@@ -34,6 +34,15 @@ def close_channels(paths: Paths) -> str:
     return open_channels(paths)
 
 
+def close_before_systemd(paths: Paths) -> int:
+    """`unlock boot close-channels`, in an initramfs whose PID 1 is systemd, before that starts. Returns 1 where
+    something stays that it would obey: then no key may be had in this boot."""
+    found = close_channels(paths)
+    if found:
+        log.console(f"{found}: the TPM is locked")
+    return 1 if found else 0
+
+
 def open_channels(paths: Paths) -> str:
     """What PID 1 would obey in this boot beside the command line, in words; '' for nothing."""
     found = (

@@ -8,6 +8,7 @@ root needs has a token of this host; without one its header was changed, whateve
 
 import os
 
+from .. import initramfs
 from ..errors import Malformed
 from ..light import Iterator
 from ..paths import Paths
@@ -42,9 +43,15 @@ def mark_altered(paths: Paths, record: Report) -> bool:
     mappings that the root needs for the boot scripts. True when the header of such a disk was changed."""
     needs = read_needs(paths)
     lines = [(name, source) for name, source in _read_lines(paths) if needs.covers(name)]
-    if lines:
+    names = [name for name, _ in lines]
+    builder = initramfs.of_image()
+    if needs and not names and builder and not builder.lists_root:
+        from ..disks import devices  # not before the TPM works
+
+        names = [each for each in devices.active_mappings() if needs.covers(each)] or [""]
+    if names:
         with open(paths.of_this_boot("needed"), "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.writelines(f"{name}\n" for name, _ in lines)
+            file.writelines(f"{name}\n" for name in names)
     changed = False
     for name, source in lines:
         if source and not any(row.name == name and row.outcome in OPEN for row in record.disks.values()):

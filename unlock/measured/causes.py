@@ -71,7 +71,7 @@ USUAL = {
     ),
     "grubenv": ("the boot before did not finish, or grub-reboot was used", "grub-editenv list; " + _RETYPE),
     "kernel": ("a kernel update", "boot the previous kernel, or " + _RETYPE + _PREDICT),
-    "initrd": ("update-initramfs ran: after an update, or a change in its configuration", _RETYPE + _PREDICT),
+    "initrd": ("update-initramfs or dracut ran: after an update, or a change in its configuration", _RETYPE + _PREDICT),
     "command-line": (
         "somebody edited it: in the boot menu for once, or in the configuration",
         "cat /proc/cmdline; reboot, or " + _RETYPE,

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from .. import initramfs
 from ..errors import Malformed, UnlockError
 from ..host import report, this_boot
 from ..paths import TPM_DEVICE, Paths
@@ -28,9 +29,6 @@ _KEXEC = 0xD
 
 Other architectures do not tell; there the cap PCR does.
 """
-_NEW_ROOT = "root"
-"""Where initramfs-tools mounts the root file system, with the baseline in it."""
-_INITRAMFS = "/scripts/unlock-functions"
 """Exists in an initramfs alone."""
 
 
@@ -98,7 +96,7 @@ def gather_evidence(paths: Paths, tcti: str = TPM_DEVICE) -> Evidence:
     later = logs.read_systemd_log(paths)
     log, log_problem = logs.read_event_log(paths, later, tpm.live)
     baseline, baseline_problem = _load_baseline(paths)
-    copy = _load_baseline_copy(paths) if not baseline and os.path.exists(_INITRAMFS) else None
+    copy = _load_baseline_copy(paths) if not baseline and initramfs.of_image() else None
     cmdline = logs.read_up_to(paths.cmdline, TEXT_MAX).decode("utf-8", "replace")
     return Evidence(
         early=this_boot.read_early_report(paths),
@@ -164,7 +162,8 @@ def _newest_record(tpm: Tpm) -> Record | None:
 
 def _load_baseline(paths: Paths) -> tuple[Baseline | None, str]:
     """The host's own baseline, or None and why."""
-    for path in (paths.baseline, Paths(os.path.join(paths.root, _NEW_ROOT)).baseline):
+    new_root = (initramfs.of_image() or initramfs.INITRAMFS_TOOLS).new_root
+    for path in (paths.baseline, Paths(os.path.join(paths.root, new_root.lstrip("/"))).baseline):
         try:
             if data := logs.read_up_to(path, BASELINE_MAX + 1):
                 return Baseline.decode(data), ""

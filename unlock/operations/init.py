@@ -11,7 +11,7 @@ import os
 from contextlib import closing
 from typing import NamedTuple
 
-from .. import log
+from .. import initramfs, log
 from ..boot import unmeasured
 from ..errors import Refused, Usage
 from ..host import config, this_boot
@@ -199,7 +199,8 @@ def preflight(paths: Paths, tpm: Tpm, choices: InitChoices, again: bool) -> Pref
     _check_chip(tpm, choices, again)
     early = this_boot.read_early_report(paths)
     if early is None:
-        _require_accepted(choices, "initramfs-without-unlock", "update-initramfs -u, and reboot once")
+        rebuild = initramfs.of_host(paths.root).rebuild_all
+        _require_accepted(choices, "initramfs-without-unlock", f"{rebuild}, and reboot once")
     values = tpm.read_pcrs(range(16))
     before = early.facts.cap_pcr_before if early else None
     untouched = (

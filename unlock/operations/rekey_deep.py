@@ -239,7 +239,7 @@ def require_initramfs(tree: BootTree) -> None:
         if found.unlock and found.reads.get("token", 0) < token.VERSION:
             raise Refused(
                 f"the unlock in {os.path.basename(image)} could not open a half re-encrypted disk",
-                f"update-initramfs -u -k {initramfs_images.kernel_version(image)}",
+                initramfs_images.how_to_rebuild(tree, image),
                 code="old-initramfs",
             )
 

@@ -9,7 +9,7 @@ import calendar
 import time
 from typing import Any, NamedTuple
 
-from .. import log
+from .. import initramfs, log
 from ..disks import devices, disk_keys, find, luks, spoofed, token, udev
 from ..disks.groups import Group, Member
 from ..errors import Malformed, NoKey, NotOurs, UnlockError
@@ -489,7 +489,8 @@ def read_boot(paths: Paths) -> report.Report:
     """The report of this boot's early phase. Raises UnlockError ("no-report") when there is none."""
     found = this_boot.read_early_report(paths)
     if found is None:
-        raise UnlockError("early boot left no report", "update-initramfs -u, and reboot", code="no-report")
+        rebuild = initramfs.of_host(paths.root).rebuild_all
+        raise UnlockError("early boot left no report", f"{rebuild}, and reboot", code="no-report")
     return found
 
 

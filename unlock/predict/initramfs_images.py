@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from .. import initramfs
 from ..errors import CommandFailed, Malformed, Refused
 from ..run import run
 from . import pe
@@ -18,7 +19,10 @@ from .boot_tree import BootTree, Unreadable
 
 _AGENT = "usr/lib/unlock/unlock/boot/agent.pyc"
 _READS = re.compile(r"usr/lib/unlock/reads/([a-z]+)-(\d+)")
+_NAMES = re.compile(r"initrd\.img-(.+)|initramfs-(.+)\.img")
 _ASKPASS = ("lib/cryptsetup/askpass", "usr/lib/cryptsetup/askpass")
+_ASKS_BY_SYSTEMD = {"usr/bin/systemd-ask-password", "usr/lib/unlock/early"}
+"""In an image of dracut."""
 
 _PATIENCE = 120.0
 """Seconds."""
@@ -39,14 +43,21 @@ class ImageContents(NamedTuple):
 
 def list_images(tree: BootTree) -> list[str]:
     """The paths of the images below the root directory, the newest kernel last."""
-    names = (each for each in tree.list_names("boot") if each.startswith("initrd.img-"))
+    names = filter(_NAMES.fullmatch, tree.list_names("boot"))
     found = [f"boot/{each}" for each in names if not each.endswith((".bak", ".dpkg-bak", ".new"))]
     return sorted(found, key=version_sort_key)
 
 
 def kernel_version(image: str) -> str:
     """The version of the kernel that the image is for."""
-    return os.path.basename(image).removeprefix("initrd.img-")
+    name = os.path.basename(image)
+    found = _NAMES.fullmatch(name)
+    return (found[1] or found[2]) if found else name
+
+
+def how_to_rebuild(tree: BootTree, image: str) -> str:
+    """What a person types to make the image anew."""
+    return initramfs.of_host(tree.paths.root).rebuild(version=kernel_version(image), image=image)
 
 
 def is_unified(image: str) -> bool:
@@ -64,7 +75,7 @@ def read_contents(tree: BootTree, image: str, listing: Listing = list_contents) 
     try:
         with _initramfs_file(tree, image) as path:
             try:
-                names = set(listing(["lsinitramfs", path]).split())
+                names = set(listing([*initramfs.of_host(tree.paths.root).listing, path]).split())
             except CommandFailed as error:
                 raise CommandFailed(str(error).replace(path, os.path.basename(image))) from error
     except Unreadable as problem:
@@ -72,13 +83,16 @@ def read_contents(tree: BootTree, image: str, listing: Listing = list_contents) 
     reads: dict[str, int] = {}
     for found in filter(None, map(_READS.fullmatch, names)):
         reads[found[1]] = max(int(found[2]), reads.get(found[1], 0))
-    return ImageContents(_AGENT in names, reads, not names.isdisjoint(_ASKPASS))
+    asks = not names.isdisjoint(_ASKPASS) or names >= _ASKS_BY_SYSTEMD
+    return ImageContents(_AGENT in names, reads, asks)
 
 
 @contextmanager
 def _initramfs_file(tree: BootTree, image: str) -> Iterator[str]:
-    """A path of the initramfs; of one in a unified kernel image, that of a temporary copy. Raises Unreadable."""
-    if not is_unified(image):
+    """A path of the initramfs; of one in a unified kernel image, and where the program that lists it takes no link,
+    that of a temporary copy. Raises Unreadable."""
+    unified = is_unified(image)
+    if not unified and initramfs.of_host(tree.paths.root).lists_links:
         with tree.name_for_programs(image) as path:
             yield path
         return
@@ -86,7 +100,7 @@ def _initramfs_file(tree: BootTree, image: str) -> Iterator[str]:
     if data is None:
         raise Unreadable(tree.why_unreadable(image))
     try:
-        inside = pe.read_section(data, pe.read_layout(data), ".initrd")
+        inside = pe.read_section(data, pe.read_layout(data), ".initrd") if unified else data
     except Malformed as error:
         raise CommandFailed(f"{os.path.basename(image)}: {error}") from error
     with tempfile.NamedTemporaryFile() as copy:
@@ -112,7 +126,7 @@ def require_pin_support(tree: BootTree, listing: Listing = list_contents) -> Non
         if found.unlock and why:
             raise Refused(
                 f"the unlock in {os.path.basename(image)} {why}",
-                f"update-initramfs -u -k {kernel_version(image)}",
+                how_to_rebuild(tree, image),
                 code="old-initramfs",
             )
 
@@ -125,7 +139,7 @@ def require_tokens(tree: BootTree, version: int, listing: Listing = list_content
         if found.unlock and found.reads.get("token", 0) < version:
             raise Refused(
                 f"the unlock in {os.path.basename(image)} does not read tokens of version {version}",
-                f"update-initramfs -u -k {kernel_version(image)}",
+                how_to_rebuild(tree, image),
                 code="old-initramfs",
             )
 

@@ -3,6 +3,7 @@
 
    A command and a response begin with a tag (2 bytes) and their size (4 bytes, big-endian), so nothing is added to
    them (TPM 2.0 Library, Part 1, "Command/Response Header"). https://docs.kernel.org/security/tpm/tpm_vtpm_proxy.html */
+#include <errno.h>
 #include <fcntl.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -63,6 +64,8 @@ int main(int argc, char **argv)
 	argv[0][0] = '@'; /* systemd leaves it alone over switch_root: https://systemd.io/ROOT_STORAGE_DAEMONS/ */
 	for (;;) {
 		ssize_t size = read(device.fd, message, sizeof message);
+		if (size < 0 && errno == EINTR) /* systemd stops all for a moment at switch_root */
+			continue;
 		if (size < HEADER)
 			return 2;
 		if (number(6) == SET_LOCALITY) {

@@ -53,7 +53,7 @@ def check_initramfs_images(
     boots = () if isinstance(predicted, UnlockError) else predicted.boots
     needed = [each.initrd for each in boots if each.default and each.initrd] or found[-1:]
     if not needed:
-        yield Finding("initramfs", UNPROVEN, "there is no /boot/initrd.img-*: whether unlock is in it is not known")
+        yield Finding("initramfs", UNPROVEN, "there is no initramfs in /boot: whether unlock is in it is not known")
     for image in dict.fromkeys([*found, *needed]):
         name = os.path.basename(image)
         if why := foreign.get(image):
@@ -65,11 +65,7 @@ def check_initramfs_images(
             wrong = str(error)
         if wrong:
             unified = initramfs_images.is_unified(image)
-            do = (
-                "kernel-install add-all"
-                if unified
-                else f"update-initramfs -u -k {initramfs_images.kernel_version(image)}"
-            )
+            do = "kernel-install add-all" if unified else initramfs_images.how_to_rebuild(tree, image)
             yield Finding(name, UNSAFE if image in needed else NOTE, wrong, do)
         else:
             yield Finding(name, SAFE, "unlock is in it, and reads what is on the disks and in the TPM")

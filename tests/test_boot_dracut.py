@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The boot stories and attacks of other files on a host whose initramfs dracut makes, and those that only an initramfs
+with systemd has. More of them, which take their turns: test_boot_dracut_more.py."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import attacks
+from tests.lab.machine import Machine, report
+from tests.lab.running import Disk, Running
+from tests.lab.stories import begun, measured, status, unmeasured, unseal_as_root, up
+from tests.test_boot_attacks import TRY, give_recovery_key
+from tests.test_boot_good import (  # noqa: F401 - played here on the machine below
+    test_a_host_boots_offline,
+    test_an_edited_command_line_is_refused_and_the_recovery_key_still_opens_everything,
+)
+from tests.test_boot_silence import ALTERED
+from tests.test_boot_unmeasured import (  # noqa: F401
+    firmware,
+    test_a_unit_in_the_firmwares_credentials_does_not_run_on_an_open_host,
+)
+from tests.test_disk import edit
+from unlock.boot.unmeasured import OPTIONS
+
+pytestmark = pytest.mark.vm
+
+WITH_MEASUREMENTS = ("tests.test_boot_good", "tests.test_boot_pin")
+"""Files whose stories play on a machine whose firmware measures."""
+MODULE = "usr/lib/dracut/modules.d/90unlock"
+UNGUARDED = ((f"{MODULE}/shell.conf", "ExecStartPre=/usr/lib/unlock/early shell\n", ""),)
+"""Shells open as they always did."""
+UNSEEN = (
+    (f"{MODULE}/init", "if [ -e /sys/firmware/efi/efivars/Sys", "if false && [ -e /sys/firmware/efi/efivars/Sys"),
+    ("usr/lib/unlock/unlock/boot/agent.py", "(found := close_channels(paths))", "(found := '')"),
+)
+"""Nobody looks at what systemd obeys beside the command line."""
+EARLY_SHELLS, LATE_SHELLS = ("cmdline", "pre-udev", "pre-trigger"), ("initqueue", "pre-mount", "mount", "pre-pivot")
+"""Of rd.break=, before and after the disks are there."""
+STOCK = "passphrase for disk"
+EMERGENCY = "rd.systemd.unit=emergency.target systemd.setenv=SYSTEMD_SULOGIN_FORCE=1"
+
+
+@pytest.fixture
+def story(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Machine]:
+    """A clone of the enrolled machine; of that which the test's own file has."""
+    enrolled = measured if request.function.__module__ in WITH_MEASUREMENTS else unmeasured
+    yield enrolled(builder="dracut").clone(tmp_path / "machine")
+    shutil.rmtree(tmp_path / "machine", ignore_errors=True)
+
+
+def open_shell(booted: Running) -> None:
+    """Waits for the prompt of sulogin, and takes the shell."""
+    booted.console.expect("Press Enter for maintenance", 300)
+    booted.console.expect("continue.: ", 30)
+    booted.console.send("\n")
+    booted.console.expect("# ", 60)
+
+
+def in_shell(booted: Running, command: str) -> str:
+    """What a command prints in the shell, which is at its prompt."""
+    booted.console.send(f'{command} >/run/lab.out 2>&1; echo "<$(cat /run/lab.out)>"\n')
+    said = booted.console.expect(r"^<((.|\n)*?)>", 60)[1].strip()
+    booted.console.expect("# ", 60)
+    return said
+
+
+def test_no_shell_of_dracut_can_unseal_and_no_image_is_resumed(story: Machine) -> None:
+    """The first ends the agent, so a person opens the disks."""
+    story.disks = {"swap": Disk("swap.raw", "swap")}
+    swap = bytearray(64 << 20)
+    swap[4086:4096] = b"SWAPSPACE2"
+    swap[1024:1036] = (1).to_bytes(4, "little") + ((64 << 20) // 4096 - 1).to_bytes(4, "little") + bytes(4)
+    (story.home / "swap.raw").write_bytes(swap)
+    breaks = " ".join(f"rd.break={name}" for name in (*EARLY_SHELLS, *LATE_SHELLS))
+    with story.boot(append=f"{breaks} resume={story.disks['swap'].device}") as booted:
+        for name in (*EARLY_SHELLS, *LATE_SHELLS):
+            if name == LATE_SHELLS[0]:
+                give_recovery_key(booted, story)
+                booted.console.expect("no resume from .*lab-swap", 60)
+            open_shell(booted)
+            assert in_shell(booted, TRY) == "pcr-mismatch", name
+            assert in_shell(booted, "grep -c unlock: /proc/keys") == "0", name
+            booted.console.send("exit\n")
+        console = up(booted)
+        assert report(console)["verdict"] != "no-slot"
+        assert status(console)["root"] == "open"
+        assert unseal_as_root(console) == "pcr-mismatch"
+        assert STOCK not in booted.console.text
+        booted.kill()
+
+
+def test_what_the_tpm_opened_is_closed_before_the_last_shell(story: Machine) -> None:
+    with story.boot(append="rd.break=pre-pivot") as booted:
+        open_shell(booted)
+        assert in_shell(booted, "cat /run/unlock/verdict") == "unsealed"
+        assert in_shell(booted, TRY) == "pcr-mismatch"
+        assert in_shell(booted, "ls /dev/mapper") == "control"
+        assert in_shell(booted, "grep -c ' /sysroot ' /proc/mounts") == "0"
+        assert in_shell(booted, "test -e /run/unlock/scrubbed && echo scrubbed") == "scrubbed"
+        assert in_shell(booted, "grep -c unlock: /proc/keys") == "0"
+        booted.kill()
+    with story.boot(append="rd.break=pre-pivot", initrd=story.image.initramfs({}, UNGUARDED)) as booted:
+        open_shell(booted)
+        assert "root" in in_shell(booted, "ls /dev/mapper").split()
+        booted.kill()
+
+
+def test_shells_of_systemd_do_not_unseal(story: Machine) -> None:
+    """The emergency target starts nothing of ours before its shell."""
+    with story.boot(append=EMERGENCY) as booted:
+        open_shell(booted)
+        assert in_shell(booted, TRY) == "pcr-mismatch"
+        booted.console.send("exit\n")
+        give_recovery_key(booted, story)
+        assert unseal_as_root(begun(booted)) == "pcr-mismatch"
+        booted.kill()
+    with story.boot(append="rd.systemd.debug_shell=ttyS0") as booted:
+        booted.console.expect("# ", 120)
+        assert in_shell(booted, TRY) == "pcr-mismatch"
+        assert in_shell(booted, "ls /dev/mapper") == "control"
+        booted.kill()
+    with story.boot(append=EMERGENCY, initrd=story.image.initramfs({}, UNGUARDED)) as booted:
+        open_shell(booted)
+        assert in_shell(booted, TRY) == "UNSEALED"
+        booted.kill()
+
+
+def test_systemds_options_in_an_efi_variable_give_no_shell_of_the_initramfs(story: Machine) -> None:
+    variable = f"/sys/firmware/efi/efivars/{OPTIONS}"
+    files = firmware(b"\7\0\0\0" + f"{EMERGENCY}\0".encode("utf-16-le"), variable)
+    with story.boot(initrd=story.image.initramfs(files)) as booted:
+        console = up(booted)
+        assert "the EFI variable SystemdOptions was deleted" in booted.console.text
+        console.sh(f"test ! -e {variable}")
+        assert report(console)["verdict"] == "unsealed"
+        assert set(status(console).values()) == {"open"}
+        booted.kill()
+    with story.boot(initrd=story.image.initramfs(files, (*UNSEEN, *UNGUARDED))) as booted:
+        open_shell(booted)
+        assert in_shell(booted, TRY) == "UNSEALED"
+        booted.kill()
+
+
+def test_plain_text_without_a_token_is_told_and_no_stock_prompt_comes(story: Machine) -> None:
+    attacks.plaintext_root(story)
+    edit(str(story.home / "root.raw"), lambda fields: fields["tokens"].clear())
+    with story.boot() as booted:
+        booted.console.expect(ALTERED, 300)
+        booted.console.expect("Enter alone to give up", 60)
+        give_recovery_key(booted, story)
+        booted.console.expect("another header than this host wrote", 120)
+        open_shell(booted)
+        assert in_shell(booted, TRY) == "pcr-mismatch"
+        assert in_shell(booted, "ls /dev/mapper") == "control"
+        booted.console.send("exit\n")
+        booted.console.expect("Press Enter for maintenance", 240)
+        assert STOCK not in booted.console.text
+        booted.kill()
+
+
+def test_a_plain_root_in_the_place_of_the_hosts_own_is_told_before_it_starts(story: Machine) -> None:
+    """Without rd.luks.name: nothing but the TPM says what the root needs."""
+    story.replace_root(attacks.plain_system(story))
+    cmdline = story.image.cmdline.replace("/dev/mapper/root", f"UUID={attacks.FS_UUID}").partition(" rd.luks")[0]
+    with story.boot(cmdline=cmdline) as booted:
+        booted.console.expect("not on the disk that this host keeps it on", 300)
+        open_shell(booted)
+        assert in_shell(booted, TRY) == "pcr-mismatch"
+        booted.kill()

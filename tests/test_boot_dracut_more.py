@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""More stories of other files on a host whose initramfs dracut makes."""
+
+import pytest
+
+from tests.test_boot_attacks import (  # noqa: F401 - played here on the machine of `story`
+    test_a_thiefs_key_in_the_tpm_opens_no_disk_of_the_host,
+    test_a_thiefs_root_of_the_same_uuid_is_told_where_the_host_knows_its_own,
+)
+from tests.test_boot_dracut import story  # noqa: F401
+from tests.test_boot_faults import (  # noqa: F401
+    test_a_tpm_in_failure_mode_and_nobody_who_knows_the_key,
+    test_a_tpm_in_failure_mode_and_the_recovery_key,
+    test_a_tpm_that_comes_after_early_boot_is_locked,
+    test_a_tpm_that_fails_when_it_has_released_the_key,
+    test_of_two_tpms_the_second_has_the_key_and_both_are_locked,
+)
+from tests.test_boot_pin import (  # noqa: F401
+    test_a_pin_that_is_thought_about_mistyped_never_asked_for_and_forgotten,
+)
+
+pytestmark = [pytest.mark.vm, pytest.mark.long(minutes=4)]
