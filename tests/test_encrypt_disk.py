@@ -14,6 +14,7 @@ from tests.hostfixture import Machine
 from tests.inplace import MIB, RESERVED, files_in, fill, phase, read_clear, recovery_file, sh
 from unlock.boot import gate
 from unlock.disks import devices, disk_keys, encrypt_plan, luks, reencrypt_plan
+from unlock.disks import encrypt as encrypt_in_place
 from unlock.disks.header import Header
 from unlock.disks.reencrypt import Tell
 from unlock.errors import Malformed, Refused, Tampered, UnlockError
@@ -313,6 +314,72 @@ def test_a_file_system_that_was_mounted_before_the_header_came_is_moved_again(
     host.boot()
     host.take_key()
     assert files_in(read_clear(disk, host.persistence), tmp_path) == {**expected, "file-new": b"later"}
+
+
+def cut_in_put(host: Machine, disk: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Killed when so many parts of the header are on the disk."""
+    write, left = encrypt_in_place._write, number
+
+    def killed(file: int, content: bytes | bytearray, offset: int) -> None:
+        nonlocal left
+        if offset < encrypt_plan.SHIFT:
+            left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        write(file, content, offset)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encrypt_in_place, "_write", killed)
+        encrypt(host, disk)
+
+
+def format_again(disk: str) -> None:
+    sh("mkfs.ext4", "-q", "-F", "-E", "nodiscard", disk, f"{(SIZE - RESERVED) >> 10}K")
+
+
+def partition(disk: str) -> None:
+    sh("sfdisk", "--quiet", "--no-reread", disk, text=b"label: gpt\nsize=1M\n")
+
+
+def write_to_end(disk: str) -> None:
+    with open(disk, "r+b", buffering=0) as file:
+        file.seek(SIZE - 4096)
+        file.write(bytes(4096))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("block", [512, 4096])
+def test_cut_off_between_the_parts_of_the_header_it_goes_on(
+    host: Machine, loop: Loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, block: int
+) -> None:
+    """Its superblock is gone by then, and where btrfs has its own is a directory."""
+    disk = loop(SIZE, block)
+    fill(disk, tmp_path, SIZE)
+    with open(disk, "rb") as file:
+        file.seek(64 << 10)
+        assert any(file.read(512))
+    expected = {each.name: each.read_bytes() for each in (tmp_path / "files").iterdir()}
+    cut_in_put(host, disk, monkeypatch, number)
+    host.boot()
+    host.take_key()
+    assert resume(host) == Outcome("photos", "photos-a", "done")
+    host.boot()
+    host.take_key()
+    assert files_in(read_clear(disk, host.persistence), tmp_path) == expected
+
+
+@pytest.mark.parametrize("harm", [format_again, partition, write_to_end])
+def test_a_disk_that_another_program_wrote_to_while_its_header_was_half_written_is_left_alone(
+    host: Machine, disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[str], None]
+) -> None:
+    """It looks empty by then, and somebody may take it for that."""
+    fill(disk, tmp_path, SIZE)
+    cut_in_put(host, disk, monkeypatch, 1)
+    harm(disk)
+    host.boot()
+    host.take_key()
+    error = refused(host, disk, lambda: resume(host))
+    assert error.code == ("missing" if harm in (write_to_end, partition) else "written"), error
 
 
 def test_it_is_cancelled_before_the_data_has_moved_and_not_after(

@@ -417,12 +417,14 @@ def _make_room_and_move(work: Work, entry: DiskEncryption) -> DiskEncryption:
 
 
 def _put_header(work: Work, entry: DiskEncryption) -> DiskEncryption:
-    """The header on the disk, and the group in the state. Raises Refused when the disk is not here, DiskFailed."""
+    """The header on the disk, and the group in the state. Raises Refused when the disk is not here or another
+    program has written to it, DiskFailed."""
     path = _header_file(work.paths)
     node = find.find_node(work.look(), entry.member) or _find_moved(entry)
     changes = _changes_file(work.paths)
     reencrypt.unlock_after_kill(node)  # of another disk with this device number
-    encrypt.put(path, node, entry.first, encrypt.read_changes(changes))
+    done = encrypt.Moved(entry.first, entry.moved)
+    encrypt.put(path, node, done, entry.size - RESERVED, encrypt.read_changes(changes))
     group = Group(
         entry.group, entry.kek[0], entry.generation, entry.manifest, (entry.member,), entry.kek[1], "persistent"
     )
