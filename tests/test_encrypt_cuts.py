@@ -36,6 +36,7 @@ CUTS = int(os.environ.get("UNLOCK_CUTS", "100"))
 SEED = int(os.environ.get("UNLOCK_SEED", "1"))
 SIZE = RESERVED + 36 * MIB
 SECTOR = 4096
+"""Of the disk."""
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_power_cuts(
     numbers = sorted(chosen(events))
     seen: Counter[str] = Counter()
     lossy = 0
-    for cut in cuts.cuts(start, events, numbers, SEED):
+    for cut in cuts.cuts(start, events, numbers, SEED, SECTOR):
         write(disk, start)
         shutil.rmtree(var)
         shutil.copytree(copies / str(cut.mark), var)
