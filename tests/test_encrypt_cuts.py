@@ -105,7 +105,7 @@ def test_power_cuts(
     assert {"in clear", "header half written", "moving", "crash", "new"} <= seen.keys()
 
 
-def whole_sectors(start: bytes, events: list[cuts.Event]) -> Iterator[cuts.Event]:
+def whole_sectors(start: bytes | bytearray, events: list[cuts.Event]) -> Iterator[cuts.Event]:
     """The same, where a sector that is written in parts, as e2fsck does with the superblock, is written once."""
     disk = bytearray(start)
     parts = range(0)

@@ -3,6 +3,7 @@
 
 import copy
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from unlock.disks.header import Header
 from unlock.disks.reencrypt import Tell
 from unlock.errors import Malformed, Refused, Tampered, UnlockError
 from unlock.host.journal import DiskEncryption
-from unlock.operations import encrypt_disk
+from unlock.operations import delete_group, encrypt_disk, new_persistence_key, operation
 from unlock.operations.consent import Plan
 from unlock.operations.encrypt_disk import Choices, Outcome
 from unlock.secret import Secret
@@ -54,7 +55,7 @@ def loop(host: Machine, tmp_path: Path) -> Iterator[Loops]:
 
     yield make
     for each in made:
-        sh("losetup", "--detach", each)
+        subprocess.run(["losetup", "--detach", each], stderr=subprocess.DEVNULL, check=False)
 
 
 @pytest.fixture
@@ -184,6 +185,28 @@ def test_a_disk_of_another_host_stays_that(host: Machine, disk: str) -> None:
     with luks.format(disk, Secret(bytes(64))) as container:
         container.set_token({"type": "unlock", "host": "cd" * 16})
     assert not_encrypted(host, disk).code == "other-host"
+
+
+def test_a_reencryption_of_another_program_is_left_to_it(host: Machine, disk: str, tmp_path: Path) -> None:
+    fill(disk, tmp_path, SIZE - RESERVED)
+    key = tmp_path / "key"
+    key.write_text("of another program")
+    cheap = ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000")
+    sh(
+        "cryptsetup",
+        "reencrypt",
+        "-q",
+        "--encrypt",
+        "--init-only",
+        "--reduce-device-size",
+        "32M",
+        *cheap,
+        "--key-file",
+        key,
+        disk,
+    )
+    error = not_encrypted(host, disk)
+    assert (error.code, "--resume-only" in error.hint) == ("luks", True)
 
 
 def test_a_btrfs_across_disks_is_refused(host: Machine, loop: Loops) -> None:
@@ -397,6 +420,56 @@ def test_it_is_cancelled_before_the_data_has_moved_and_not_after(
     assert encrypt_disk.cancel(host.paths, host.look)
     assert host.state.journal is None and not list(Path(host.paths.state).parent.glob("*.header"))
     assert encrypt(host, disk) == Outcome("photos", "photos-a", "done")
+
+
+def unplugged(host: Machine, disk: str) -> None:
+    sh("losetup", "--detach", disk)
+    host.disks.remove(Path(disk))
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["header half written", "half encrypted"])
+def test_a_disk_that_dies_in_between_holds_up_no_other_operation_for_ever(
+    host: Machine, loop: Loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: bool
+) -> None:
+    disk = loop()
+    fill(disk, tmp_path, SIZE - RESERVED)
+    if half:
+        encrypt(host, disk, lambda done, size: done > size // 2)
+    else:
+        cut_in_put(host, disk, monkeypatch, 1)
+    with pytest.raises(Refused) as caught:
+        operation.give_up(host.paths, look=host.look)
+    assert caught.value.code == "present"
+    old = bytes(host.persistence)
+    unplugged(host, disk)
+    with pytest.raises(Refused) as caught:
+        operation.cancel(host.paths, look=host.look)
+    assert (caught.value.code, "--lost" in caught.value.hint) == ("cannot-cancel", True)
+    with pytest.raises(Refused) as caught:
+        resume(host)
+    assert caught.value.code == "missing"
+    asked: list[Plan] = []
+
+    def show(plan: Plan) -> bool:
+        asked.append(plan)
+        return False
+
+    assert operation.give_up(host.paths, show, host.look) is None
+    assert asked[0].thing == "photos-a" and asked[0].destroys and host.state.journal
+    assert operation.give_up(host.paths, look=host.look)
+    state = host.state
+    assert (state.journal, list(state.groups)) == (None, ["photos"] if half else [])
+    assert not list(Path(host.paths.state).parent.glob("encrypt*"))
+    if half:
+        new_persistence_key.replace_if_due(host.paths, host.chip.tcti, look=host.look)
+        host.boot()
+        host.take_key()
+        assert bytes(host.persistence) != old and host.state.narrowed is None
+        delete_group.delete_group(host.paths, "photos", look=host.look, tcti=host.chip.tcti)
+    assert not host.state.groups
+    other = loop()
+    fill(other, tmp_path, SIZE - RESERVED)
+    assert encrypt(host, other) == Outcome("photos", "photos-a", "done")
 
 
 # A header of the time before, put back

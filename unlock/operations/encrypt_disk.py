@@ -179,11 +179,44 @@ def cancel(paths: Paths, look: find.Look = find.look, connect: access.Connect = 
         if entry.moved:
             raise Refused(
                 f"{entry.member.name} is half encrypted, and can only go forward",
-                "unlock operation pause; to go on: unlock operation resume",
+                "unlock operation resume; where the disk is lost for good: unlock operation cancel --lost",
                 code="cannot-cancel",
             )
         _undo(work)
         return [f"{entry.node} holds what it held, in clear; a btrfs may be {RESERVED >> 20} MiB smaller than the disk"]
+
+
+def give_up(paths: Paths, consent: Consent = agreement.agree, look: find.Look = find.look) -> list[str] | None:
+    """Ends an encryption whose disk is lost, so that other operations may begin. Returns what a person should know;
+    None when the plan was only shown. Raises Refused when the disk is here."""
+    with alone(paths, *_LOCK), exclusive(paths), Work(paths, look, access.connect) as work:
+        entry = work.state.journal
+        if not isinstance(entry, DiskEncryption):
+            return []
+        _refuse_here(work, entry)
+        name = entry.member.name
+        lost = f"what {name} holds: this host will not open it, half encrypted as it is, should it come back"
+        if not consent(Steps((f"give up the encryption of {name}, which was {entry.node}",), (lost,), name)):
+            return None
+        if entry.written:
+            work.state.narrowed = f"{name}, half in clear, is lost"
+        _undo(work)
+    if not entry.written:
+        return [f"{name} is in no group; whether it holds what it held, in clear: wipefs DEV"]
+    return [f"group {entry.group} has lost its only disk: unlock group delete {entry.group}", "next: unlock sync"]
+
+
+def _refuse_here(work: Work, entry: DiskEncryption) -> None:
+    """Raises Refused when the disk is here, or one that may be it."""
+    here = find.find_node(work.look(), entry.member)
+    for search in (_find_in_clear, _find_moved) if not (here or entry.written) else ():
+        try:
+            here = search(entry)
+        except Refused as error:
+            if error.code != "missing":
+                raise
+    if here:
+        raise Refused(f"{entry.member.name} is here: {here}", "unlock operation resume", code="present")
 
 
 # Checks, before anything is changed
@@ -261,10 +294,17 @@ def _check_in_clear(state: State, node: str) -> None:
     if not header.read_luks_version(node):
         return
     hosts: set[str] = set()
+    half = False
     with suppress(UnlockError), luks.Container(node) as container:
+        half = header.REENCRYPTION in str(container.requirements)
         hosts = {str(fields.get("host")) for _, fields in container.tokens(token.TYPE)}
     if hosts and state.host not in hosts:
         raise Refused(f"{node} is LUKS, and a disk of another host", f"unlock disk adopt {node}", "other-host")
+    if half:
+        what = f"{node} is LUKS, and another program has begun to re-encrypt it"
+        raise Refused(
+            what, f"cryptsetup reencrypt --resume-only {node}; then: unlock disk adopt {node} --group G", "luks"
+        )
     raise Refused(f"{node} is LUKS already", f"unlock disk adopt {node} --group G", "luks")
 
 
