@@ -13,6 +13,7 @@ import pytest
 from tests.eventlogs import Boot
 from tests.hostfixture import Machine
 from tests.inplace import MIB, RESERVED, files_in, fill, phase, read_clear, recovery_file, sh
+from unlock import cli
 from unlock.boot import gate
 from unlock.disks import devices, disk_keys, encrypt_plan, luks, reencrypt_plan
 from unlock.disks import encrypt as encrypt_in_place
@@ -20,7 +21,7 @@ from unlock.disks.header import Header
 from unlock.disks.reencrypt import Tell
 from unlock.errors import Malformed, Refused, Tampered, UnlockError
 from unlock.host.journal import DiskEncryption
-from unlock.operations import delete_group, encrypt_disk, new_persistence_key, operation
+from unlock.operations import delete_group, encrypt_disk, new_persistence_key, operation, status
 from unlock.operations.consent import Plan
 from unlock.operations.encrypt_disk import Choices, Outcome
 from unlock.secret import Secret
@@ -513,14 +514,30 @@ def test_a_header_from_the_midst_put_back_opens_nothing(host: Machine, disk: str
         resume(host) or encrypt(host, disk)
 
 
-def test_while_it_is_encrypted_the_recovery_key_opens_it(host: Machine, disk: str, tmp_path: Path) -> None:
+def shown(host: Machine, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The words of a person's commands; empty where they do not say that a disk is in clear."""
+    found = status.read_status(host.paths, look=host.look)
+    words = [status.to_text(found)]
+    listing = cli._parser().parse_args(["disk", "list"])
+    assert listing.run(host.paths, listing) == 0
+    words.append(capsys.readouterr().out)
+    assert [found.in_clear, status.to_json(found)["in_clear"]] == [["photos-a"] if "in clear" in words[0] else []] * 2
+    return [each for each in words if "in clear" in each]
+
+
+def test_while_it_is_encrypted_the_recovery_key_opens_it_and_it_is_told_to_be_in_clear(
+    host: Machine, disk: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fill(disk, tmp_path, SIZE - RESERVED)
     encrypt(host, disk, lambda done, size: done > size // 2)
+    assert len(shown(host, capsys)) == 2
     with luks.Container(disk) as container:
         each = disk_keys.read_tokens(container, host.state.host)[0]
         unwrap = gate._refuse_put_back(host.state, gate._by_recovery_key(host.recovery))
         with unwrap(container, each) as key:
             assert key == host.recovery, "a passphrase of the keyslot"
+    encrypt(host, disk)
+    assert not shown(host, capsys)
 
 
 def lin(number: str) -> Callable[[dict[str, Any]], object]:
