@@ -3,9 +3,10 @@
 
     checks ──> the header in a file in /var: keyslots, token ──> journal ──> what makes the file system smaller, in a
     file too ──> first part of the data copied to the free end, durable ──> journal: moved ──> superblock gone, file
-    system made smaller, header on the disk ──> state: a group; journal: written ──> step by step, from the end to the
-    start (disks.reencrypt) ──> what was in clear at the end overwritten, header finished ──> token for the finished
-    header, proven ──> the operation key and the old token go ──> journal closed, narrowed ──> a new persistence key
+    system made smaller, header on the disk ──> state: a group; journal: written ──> open, as far as it can be ──> step
+    by step, from the end to the start (disks.reencrypt) ──> what was in clear at the end overwritten, header finished
+    ──> token for the finished header, proven ──> the operation key and the old token go ──> journal closed, narrowed
+    ──> a new persistence key
 
 Until `moved` the disk is what it was, and an error is undone. While the header is written nothing opens the disk, for
 less than a second: after a cut in there, `resume` writes it again from the file, before anything else has touched the
@@ -149,9 +150,12 @@ def resume(
                 entry = _save(work, entry._replace(moved=""))  # it may have been mounted since
             if not entry.moved:
                 entry = _make_room_and_move(work, entry)
-            if not entry.written:
+            is_new = not entry.written
+            if is_new:
                 entry = _put_header(work, entry)
             begun = _settle(work, entry)
+            if begun and is_new:
+                begun = _open(work, entry, begun)
         if begun is not None:
             with begun.operation, reencrypt.Disk(begun.node) as half:
                 hold_in_memory()
@@ -580,6 +584,22 @@ def _settle(work: Work, entry: DiskEncryption) -> _Begun | None:
         operation.wipe()
         return None
     return _Begun(node, plan, operation, mapping)
+
+
+def _open(work: Work, entry: DiskEncryption, begun: _Begun) -> _Begun:
+    """Opens the disk, so that it can be mounted while its data moves. Where it cannot be opened, the data moves all the
+    same, and nothing opens it meanwhile."""
+    name = entry.member.name
+    try:
+        with luks.Container(begun.node) as container:
+            expected = reencrypt_plan.plan_facts(container, begun.plan)
+        reencrypt.activate(begun.node, name, begun.plan, begun.operation, expected)
+    except UnlockError as error:
+        log.note(f"{name} is not open while its data moves: {error}")
+        return begun
+    this_boot.mark_open(work.paths, entry.group, [name])
+    log.note(f"/dev/mapper/{name} can be mounted now, while its data moves")
+    return begun._replace(mapping=name)
 
 
 def _node(work: Work, entry: DiskEncryption) -> str:
