@@ -203,6 +203,9 @@ def test_what_cannot_be_cancelled_says_what_will_be_and_nothing_changes(host: Ho
         operation.cancel(host.paths, look=host.look)
     assert (caught.value.code, caught.value.hint) == ("not-cancellable", finish)
     assert operation.handling(entry).cancelled in str(caught.value)
+    with pytest.raises(Refused) as caught:
+        operation.give_up(host.paths, look=host.look)
+    assert (caught.value.code, caught.value.hint) == ("not-cancellable", finish)
     assert Path(host.paths.state).read_bytes() == before
 
 
