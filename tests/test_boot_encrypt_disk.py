@@ -150,6 +150,8 @@ def test_cut_nine_times_a_disk_is_encrypted_in_place_while_it_is_written_to(
         console.sh("mount /dev/mapper/photos-a /srv/photos")
         check_files(console)
         console.sh("umount /srv/photos; e2fsck -fn /dev/mapper/photos-a")
+        again = console.sh("unlock disk encrypt /dev/mapper/photos-a --group more", check=False)
+        assert (again.code, "encrypted disk already" in again.err) == (3, True), again.err
         assert checked_groups(console)["photos"] == "safe"
         booted.kill()
 

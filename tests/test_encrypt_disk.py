@@ -188,6 +188,11 @@ def test_a_disk_of_another_host_stays_that(host: Machine, disk: str) -> None:
     assert not_encrypted(host, disk).code == "other-host"
 
 
+@pytest.mark.parametrize("wrong", ["/dev/null", "/dev/unlock-test-absent"])
+def test_what_is_no_disk_is_refused(host: Machine, disk: str, wrong: str) -> None:
+    refused(host, disk, lambda: encrypt(host, wrong))
+
+
 def test_a_reencryption_of_another_program_is_left_to_it(host: Machine, disk: str, tmp_path: Path) -> None:
     fill(disk, tmp_path, SIZE - RESERVED)
     key = tmp_path / "key"

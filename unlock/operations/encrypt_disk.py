@@ -295,6 +295,9 @@ def _check_unused(node: str) -> None:
 
 def _check_in_clear(state: State, node: str) -> None:
     """Raises Refused."""
+    number = os.stat(node).st_rdev
+    if devices.is_encrypted(f"{os.major(number)}:{os.minor(number)}"):
+        raise Refused(f"{node} lies on an encrypted disk already", "unlock disk list", "luks")
     if not header.read_luks_version(node):
         return
     hosts: set[str] = set()
