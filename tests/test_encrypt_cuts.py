@@ -252,7 +252,7 @@ STEPS = (
 )
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_killed_at_every_step_it_goes_on(
     disk: str, folder: Path, monkeypatch: pytest.MonkeyPatch, killer: Killer
 ) -> None:
