@@ -16,6 +16,7 @@ from unlock.errors import TpmAbsent
 from unlock.host.state import State
 from unlock.operations import encrypt_disk
 from unlock.paths import Paths
+from unlock.run import ENVIRONMENT
 
 NO_TPM = "device:/dev/unlock-test-absent"
 
@@ -39,6 +40,9 @@ def main(home: str, disk: str, recovery: str, copies: str) -> None:
 
         return then
 
+    ENVIRONMENT.update(
+        {name: value for name, value in os.environ.items() if "WRITELOG" in name or name == "LD_PRELOAD"}
+    )
     encrypt_disk.VOLATILE = ()  # all of this host is in memory
     State.save = marked(State.save)  # type: ignore[method-assign]
     encrypt.sync = marked(encrypt.sync)

@@ -39,11 +39,11 @@ def recovery_file(host: Host) -> str:
     return str(path)
 
 
-def read_clear(disk: str, persistence: Secret) -> bytes:
+def read_clear(disk: str, persistence: Secret, host: str = HOST) -> bytes:
     """The data, by the token of the header as it is, through the segments that the header has: what is encrypted is
     decrypted, the rest is in clear. Only for a header without a hotzone."""
     with luks.Container(disk) as container:
-        each = disk_keys.read_tokens(container, HOST)[0]
+        each = disk_keys.read_tokens(container, host)[0]
         with disk_keys.unwrap_kek(each, persistence) as kek:
             if each.reencryption:
                 keys = disk_keys.unwrap_reencryption_keys(container, each, kek)

@@ -3,6 +3,7 @@
 
 import copy
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import pytest
 from tests.eventlogs import Boot
 from tests.hostfixture import Machine
 from tests.inplace import MIB, RESERVED, files_in, fill, phase, read_clear, recovery_file, sh
+from unlock import cli
 from unlock.boot import gate
 from unlock.disks import devices, disk_keys, encrypt_plan, luks, reencrypt_plan
+from unlock.disks import encrypt as encrypt_in_place
 from unlock.disks.header import Header
 from unlock.disks.reencrypt import Tell
 from unlock.errors import Malformed, Refused, Tampered, UnlockError
 from unlock.host.journal import DiskEncryption
-from unlock.operations import encrypt_disk
+from unlock.operations import delete_group, encrypt_disk, new_persistence_key, operation, status
 from unlock.operations.consent import Plan
 from unlock.operations.encrypt_disk import Choices, Outcome
 from unlock.secret import Secret
@@ -53,7 +56,7 @@ def loop(host: Machine, tmp_path: Path) -> Iterator[Loops]:
 
     yield make
     for each in made:
-        sh("losetup", "--detach", each)
+        subprocess.run(["losetup", "--detach", each], stderr=subprocess.DEVNULL, check=False)
 
 
 @pytest.fixture
@@ -183,6 +186,33 @@ def test_a_disk_of_another_host_stays_that(host: Machine, disk: str) -> None:
     with luks.format(disk, Secret(bytes(64))) as container:
         container.set_token({"type": "unlock", "host": "cd" * 16})
     assert not_encrypted(host, disk).code == "other-host"
+
+
+@pytest.mark.parametrize("wrong", ["/dev/null", "/dev/unlock-test-absent"])
+def test_what_is_no_disk_is_refused(host: Machine, disk: str, wrong: str) -> None:
+    refused(host, disk, lambda: encrypt(host, wrong))
+
+
+def test_a_reencryption_of_another_program_is_left_to_it(host: Machine, disk: str, tmp_path: Path) -> None:
+    fill(disk, tmp_path, SIZE - RESERVED)
+    key = tmp_path / "key"
+    key.write_text("of another program")
+    cheap = ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000")
+    sh(
+        "cryptsetup",
+        "reencrypt",
+        "-q",
+        "--encrypt",
+        "--init-only",
+        "--reduce-device-size",
+        "32M",
+        *cheap,
+        "--key-file",
+        key,
+        disk,
+    )
+    error = not_encrypted(host, disk)
+    assert (error.code, "--resume-only" in error.hint) == ("luks", True)
 
 
 def test_a_btrfs_across_disks_is_refused(host: Machine, loop: Loops) -> None:
@@ -315,6 +345,72 @@ def test_a_file_system_that_was_mounted_before_the_header_came_is_moved_again(
     assert files_in(read_clear(disk, host.persistence), tmp_path) == {**expected, "file-new": b"later"}
 
 
+def cut_in_put(host: Machine, disk: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Killed when so many parts of the header are on the disk."""
+    write, left = encrypt_in_place._write, number
+
+    def killed(file: int, content: bytes | bytearray, offset: int) -> None:
+        nonlocal left
+        if offset < encrypt_plan.SHIFT:
+            left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        write(file, content, offset)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encrypt_in_place, "_write", killed)
+        encrypt(host, disk)
+
+
+def format_again(disk: str) -> None:
+    sh("mkfs.ext4", "-q", "-F", "-E", "nodiscard", disk, f"{(SIZE - RESERVED) >> 10}K")
+
+
+def partition(disk: str) -> None:
+    sh("sfdisk", "--quiet", "--no-reread", disk, text=b"label: gpt\nsize=1M\n")
+
+
+def write_to_end(disk: str) -> None:
+    with open(disk, "r+b", buffering=0) as file:
+        file.seek(SIZE - 4096)
+        file.write(bytes(4096))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("block", [512, 4096])
+def test_cut_off_between_the_parts_of_the_header_it_goes_on(
+    host: Machine, loop: Loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, block: int
+) -> None:
+    """Its superblock is gone by then, and where btrfs has its own is a directory."""
+    disk = loop(SIZE, block)
+    fill(disk, tmp_path, SIZE)
+    with open(disk, "rb") as file:
+        file.seek(64 << 10)
+        assert any(file.read(512))
+    expected = {each.name: each.read_bytes() for each in (tmp_path / "files").iterdir()}
+    cut_in_put(host, disk, monkeypatch, number)
+    host.boot()
+    host.take_key()
+    assert resume(host) == Outcome("photos", "photos-a", "done")
+    host.boot()
+    host.take_key()
+    assert files_in(read_clear(disk, host.persistence), tmp_path) == expected
+
+
+@pytest.mark.parametrize("harm", [format_again, partition, write_to_end])
+def test_a_disk_that_another_program_wrote_to_while_its_header_was_half_written_is_left_alone(
+    host: Machine, disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[str], None]
+) -> None:
+    """It looks empty by then, and somebody may take it for that."""
+    fill(disk, tmp_path, SIZE)
+    cut_in_put(host, disk, monkeypatch, 1)
+    harm(disk)
+    host.boot()
+    host.take_key()
+    error = refused(host, disk, lambda: resume(host))
+    assert error.code == ("missing" if harm in (write_to_end, partition) else "written"), error
+
+
 def test_it_is_cancelled_before_the_data_has_moved_and_not_after(
     host: Machine, disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +426,56 @@ def test_it_is_cancelled_before_the_data_has_moved_and_not_after(
     assert encrypt_disk.cancel(host.paths, host.look)
     assert host.state.journal is None and not list(Path(host.paths.state).parent.glob("*.header"))
     assert encrypt(host, disk) == Outcome("photos", "photos-a", "done")
+
+
+def unplugged(host: Machine, disk: str) -> None:
+    sh("losetup", "--detach", disk)
+    host.disks.remove(Path(disk))
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["header half written", "half encrypted"])
+def test_a_disk_that_dies_in_between_holds_up_no_other_operation_for_ever(
+    host: Machine, loop: Loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: bool
+) -> None:
+    disk = loop()
+    fill(disk, tmp_path, SIZE - RESERVED)
+    if half:
+        encrypt(host, disk, lambda done, size: done > size // 2)
+    else:
+        cut_in_put(host, disk, monkeypatch, 1)
+    with pytest.raises(Refused) as caught:
+        operation.give_up(host.paths, look=host.look)
+    assert caught.value.code == "present"
+    old = bytes(host.persistence)
+    unplugged(host, disk)
+    with pytest.raises(Refused) as caught:
+        operation.cancel(host.paths, look=host.look)
+    assert (caught.value.code, "--lost" in caught.value.hint) == ("cannot-cancel", True)
+    with pytest.raises(Refused) as caught:
+        resume(host)
+    assert caught.value.code == "missing"
+    asked: list[Plan] = []
+
+    def show(plan: Plan) -> bool:
+        asked.append(plan)
+        return False
+
+    assert operation.give_up(host.paths, show, host.look) is None
+    assert asked[0].thing == "photos-a" and asked[0].destroys and host.state.journal
+    assert operation.give_up(host.paths, look=host.look)
+    state = host.state
+    assert (state.journal, list(state.groups)) == (None, ["photos"] if half else [])
+    assert not list(Path(host.paths.state).parent.glob("encrypt*"))
+    if half:
+        new_persistence_key.replace_if_due(host.paths, host.chip.tcti, look=host.look)
+        host.boot()
+        host.take_key()
+        assert bytes(host.persistence) != old and host.state.narrowed is None
+        delete_group.delete_group(host.paths, "photos", look=host.look, tcti=host.chip.tcti)
+    assert not host.state.groups
+    other = loop()
+    fill(other, tmp_path, SIZE - RESERVED)
+    assert encrypt(host, other) == Outcome("photos", "photos-a", "done")
 
 
 # A header of the time before, put back
@@ -373,14 +519,30 @@ def test_a_header_from_the_midst_put_back_opens_nothing(host: Machine, disk: str
         resume(host) or encrypt(host, disk)
 
 
-def test_while_it_is_encrypted_the_recovery_key_opens_it(host: Machine, disk: str, tmp_path: Path) -> None:
+def shown(host: Machine, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The words of a person's commands; empty where they do not say that a disk is in clear."""
+    found = status.read_status(host.paths, look=host.look)
+    words = [status.to_text(found)]
+    listing = cli._parser().parse_args(["disk", "list"])
+    assert listing.run(host.paths, listing) == 0
+    words.append(capsys.readouterr().out)
+    assert [found.in_clear, status.to_json(found)["in_clear"]] == [["photos-a"] if "in clear" in words[0] else []] * 2
+    return [each for each in words if "in clear" in each]
+
+
+def test_while_it_is_encrypted_the_recovery_key_opens_it_and_it_is_told_to_be_in_clear(
+    host: Machine, disk: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fill(disk, tmp_path, SIZE - RESERVED)
     encrypt(host, disk, lambda done, size: done > size // 2)
+    assert len(shown(host, capsys)) == 2
     with luks.Container(disk) as container:
         each = disk_keys.read_tokens(container, host.state.host)[0]
         unwrap = gate._refuse_put_back(host.state, gate._by_recovery_key(host.recovery))
         with unwrap(container, each) as key:
             assert key == host.recovery, "a passphrase of the keyslot"
+    encrypt(host, disk)
+    assert not shown(host, capsys)
 
 
 def lin(number: str) -> Callable[[dict[str, Any]], object]:

@@ -301,7 +301,7 @@ def test_without_age_it_says_what_to_install_and_certificates_still_do(
 ) -> None:
     recipient, _ = age(tmp_path)
     certificate, private = organisation(tmp_path)
-    monkeypatch.setitem(run._ENVIRONMENT, "PATH", str(tmp_path))
+    monkeypatch.setitem(run.ENVIRONMENT, "PATH", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(CommandFailed, match="age is not installed") as caught:
         in_escrow(tmp_path, recipient)

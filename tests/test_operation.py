@@ -112,7 +112,7 @@ ENTRIES: tuple[JournalEntry, ...] = (
     NewPersistenceKey("rekey --fresh", "", new="", old="", sealed=False, before=REKEY),
 )
 """One of each kind."""
-NO_COMMAND_YET = (DeepRekey, DiskEncryption)
+NO_COMMAND_YET = (DeepRekey,)
 SIZE = 1000
 
 
@@ -204,6 +204,9 @@ def test_what_cannot_be_cancelled_says_what_will_be_and_nothing_changes(host: Ho
         operation.cancel(host.paths, look=host.look)
     assert (caught.value.code, caught.value.hint) == ("not-cancellable", finish)
     assert operation.handling(entry).cancelled in str(caught.value)
+    with pytest.raises(Refused) as caught:
+        operation.give_up(host.paths, look=host.look)
+    assert (caught.value.code, caught.value.hint) == ("not-cancellable", finish)
     assert Path(host.paths.state).read_bytes() == before
 
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What makes a file system smaller is found on a copy of its metadata; the disk gets it later, at once."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from tests.inplace import MIB, files_in, fill
+from tests.inplace import MIB, files_in, fill, sh
 from unlock.disks import shrink
 from unlock.errors import DiskFailed, Refused
 
@@ -56,6 +57,34 @@ def test_blocks_at_the_end_are_not_moved(tmp_path: Path) -> None:
         shrink.plan_smaller_ext(str(disk), found, 100 * MIB, str(tmp_path / "scratch"))
     assert caught.value.code == "no-room"
     assert not list(tmp_path.glob("scratch*"))
+
+
+@pytest.mark.parametrize(("size", "flags"), [(2060, []), (2060, ["-O", "^metadata_csum"]), (276, ["-t", "ext3"])])
+def test_tables_of_an_empty_group_at_the_end_are_needed_until_it_is_smaller(
+    tmp_path: Path, size: int, flags: list[str]
+) -> None:
+    """The disk may be mounted again, or checked, after a power cut: its end has another content by then."""
+    disk = tmp_path / "disk"
+    with disk.open("wb") as file:
+        file.truncate(size * MIB)
+    sh("mkfs.ext4", "-q", "-F", "-b", 4096, *flags, disk)
+    found = shrink.read_file_system(str(disk))
+    with pytest.raises(Refused, match="last 32 MiB"):
+        shrink.check_end_is_free(str(disk), found, (size - 32) * MIB)
+    shrink.check_end_is_free(str(disk), found, size * MIB)
+
+
+@pytest.mark.parametrize("size", [150, 300, 1100, 2100])
+def test_what_is_written_to_an_end_that_is_free_breaks_nothing(tmp_path: Path, size: int) -> None:
+    disk = tmp_path / "disk"
+    with disk.open("wb") as file:
+        file.truncate(size * MIB)
+    sh("mkfs.ext4", "-q", "-F", "-b", 4096, disk)
+    shrink.check_end_is_free(str(disk), shrink.read_file_system(str(disk)), (size - 32) * MIB)
+    with disk.open("r+b") as file:
+        file.seek((size - 16) * MIB)
+        file.write(os.urandom(16 * MIB))
+    shrink.check_ext(str(disk))
 
 
 def test_one_with_errors_is_left_to_a_person(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 from .errors import CommandFailed
 from .secret import Secret, taken
 
-_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _LINE = 300
 """Characters of a program's error message that are passed on."""
 
@@ -19,7 +19,7 @@ def run(argv: list[str], stdin: bytes = b"", timeout: float = 600) -> str:
     import subprocess  # 10 ms, and early boot rarely needs it
 
     try:
-        done = subprocess.run(argv, input=stdin, capture_output=True, env=_ENVIRONMENT, timeout=timeout)
+        done = subprocess.run(argv, input=stdin, capture_output=True, env=ENVIRONMENT, timeout=timeout)
     except FileNotFoundError as error:
         raise CommandFailed(f"{argv[0]} is not installed", code="command-missing") from error
     except subprocess.TimeoutExpired as error:
@@ -52,7 +52,7 @@ def run_for_secret(argv: list[str], most: int, timeout: float) -> Secret:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=words,
-                env=_ENVIRONMENT,
+                env=ENVIRONMENT,
                 start_new_session=True,
             )
         except FileNotFoundError as error:

@@ -69,8 +69,9 @@ class Cut(NamedTuple):
     """Bytes that had been written and not flushed."""
 
 
-def cuts(disk: bytearray, events: list[Event], numbers: list[int], seed: int) -> Iterator[Cut]:
-    """For each number of events, makes `disk` what such a cut leaves. `disk` begins as it was before the first."""
+def cuts(disk: bytearray, events: list[Event], numbers: list[int], seed: int, sector: int = _SECTOR) -> Iterator[Cut]:
+    """For each number of events, makes `disk` what such a cut leaves. `disk` begins as it was before the first.
+    `sector`: bytes that it writes whole or not at all."""
     chance = random.Random(seed)
     durable = disk
     done = 0
@@ -94,7 +95,7 @@ def cuts(disk: bytearray, events: list[Event], numbers: list[int], seed: int) ->
             for start in range(0, len(each.data), _PIECE)
         ]
         total = sum(len(piece) for _, piece in pieces)
-        there = _choose(chance, pieces)
+        there = _choose(chance, pieces, sector)
         for at, piece in there:
             durable[at : at + len(piece)] = piece
         yield Cut(number, mark, total - sum(len(piece) for _, piece in there), total)
@@ -102,7 +103,7 @@ def cuts(disk: bytearray, events: list[Event], numbers: list[int], seed: int) ->
             durable[at : at + len(before)] = before
 
 
-def _choose(chance: random.Random, pieces: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+def _choose(chance: random.Random, pieces: list[tuple[int, bytes]], sector: int) -> list[tuple[int, bytes]]:
     """All, none, or some in another order, one of them torn."""
     how = chance.randrange(5)
     if how == 0 or not pieces:
@@ -114,5 +115,5 @@ def _choose(chance: random.Random, pieces: list[tuple[int, bytes]]) -> list[tupl
     if there:
         index = chance.randrange(len(there))
         at, piece = there[index]
-        there[index] = (at, piece[: chance.randrange(0, len(piece) + 1, _SECTOR)])
+        there[index] = (at, piece[: chance.randrange(0, len(piece) + 1, sector)])
     return there

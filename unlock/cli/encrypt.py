@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock disk encrypt`. It is no command yet: power cuts in the midst of a run are not proven on a machine."""
+"""`unlock disk encrypt`."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ from .. import log
 from ..paths import Paths
 from . import progress
 from .arguments import add_command, add_recovery_key_and_escrow, escrow
-from .consent import add_dry_run, consent
+from .consent import add_consent, consent
 
 if TYPE_CHECKING:
     from .arguments import Commands
@@ -20,7 +20,7 @@ def add_to_disk(verbs: "Commands") -> None:
     encrypt.add_argument("--group", required=True, metavar="G", help="a new group, for this disk alone")
     encrypt.add_argument("--name", default="", help="mapping name; default: made of the group's")
     add_recovery_key_and_escrow(encrypt)
-    add_dry_run(encrypt)
+    add_consent(encrypt)
 
 
 def _encrypt(paths: Paths, options: argparse.Namespace) -> int:

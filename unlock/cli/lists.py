@@ -24,13 +24,25 @@ def add_to_group(verbs: "Commands") -> None:
 def _list_disks(paths: Paths, options: argparse.Namespace) -> int:
     from ..operations.status import read_status
 
-    groups = read_status(paths).groups
+    found = read_status(paths)
+    groups, in_clear = found.groups, found.in_clear
     if options.json:
-        disks = [{"group": group.name, **disk._asdict()} for group in groups for disk in group.disks]
+        disks = [
+            {"group": group.name, **disk._asdict(), "in_clear": disk.name in in_clear}
+            for group in groups
+            for disk in group.disks
+        ]
         log.show_json({"version": 1, "disks": disks})
         return 0
     rows = [
-        (each.name, group.name, each.device or "-", each.state, each.serial or "-", each.uuid)
+        (
+            each.name,
+            group.name,
+            each.device or "-",
+            f"{each.state}, in clear" if each.name in in_clear else each.state,
+            each.serial or "-",
+            each.uuid,
+        )
         for group in groups
         for each in group.disks
     ]

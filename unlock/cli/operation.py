@@ -9,7 +9,7 @@ from ..errors import Refused, UnlockError
 from ..paths import Paths
 from . import progress
 from .arguments import add_command, add_json, add_noun
-from .consent import add_dry_run, consent
+from .consent import add_consent, add_dry_run, consent
 
 if TYPE_CHECKING:
     from ..operations.operation import Resumed, Shown
@@ -28,7 +28,9 @@ def add(commands: "Commands") -> None:
     resume.add_argument(
         "--unattended", action="store_true", help=f"what {SERVICE} does: nothing unless it needs nobody"
     )
-    add_dry_run(add_command(verbs, "cancel", _cancel, "take it back, where that is safe"))
+    cancel = add_command(verbs, "cancel", _cancel, "take it back, where that is safe")
+    cancel.add_argument("--lost", action="store_true", help="end it without its disk, which is dead or gone for good")
+    add_consent(cancel)
 
 
 def _show(paths: Paths, options: argparse.Namespace) -> int:
@@ -118,7 +120,7 @@ def _resume_in_background(paths: Paths, options: argparse.Namespace) -> int:
 def _cancel(paths: Paths, options: argparse.Namespace) -> int:
     from ..operations import operation
 
-    lines = operation.cancel(paths, consent(options))
+    lines = (operation.give_up if options.lost else operation.cancel)(paths, consent(options))
     if lines is not None:
         _print_lines(lines, options)
     return 0

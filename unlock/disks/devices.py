@@ -414,7 +414,7 @@ def device_number(node: str, root: str) -> int:
     except OSError as error:
         raise DiskFailed(f"{node}: {error.strerror}") from error
     if not stat.S_ISBLK(found.st_mode):
-        raise DiskFailed(f"{node} is not a block device")
+        raise DiskFailed(f"{node} is not a block device", "lsblk")
     return found.st_rdev
 
 

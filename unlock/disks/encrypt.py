@@ -18,7 +18,7 @@ from ctypes import c_void_p
 from hashlib import sha256
 from typing import NamedTuple
 
-from ..errors import DiskFailed, Malformed
+from ..errors import DiskFailed, Malformed, Refused
 from ..paths import sync_folder, write_atomically
 from ..secret import Secret
 from . import luks
@@ -29,8 +29,11 @@ from .raw_header import WriteLock, flush, read_valid_copies, write_header
 from .reencrypt import BACKWARD, ENCRYPT, INITIALIZE_ONLY, MOVE_FIRST_SEGMENT, Disk, Parameters
 from .shrink import Change
 
-_SUPERBLOCKS, _SECTOR = (1024, 64 << 10), 512
-"""Where ext2 to ext4 and btrfs have theirs."""
+_EXT_SUPERBLOCK, _BTRFS_SUPERBLOCK = 1024, 64 << 10
+_EXT_MAGIC_AT, _EXT_MAGIC = 1024 + 56, b"\x53\xef"
+_SECTOR = 512
+_UUID = slice(168, 208)
+"""In a copy of the header."""
 _HEADERS = 32 << 10
 """Bytes of both copies of the header."""
 _COPY = 16 << 10
@@ -145,22 +148,23 @@ def digest_of_part(device: str, offset: int) -> str:
     return sha256(_read_part(device, offset)).hexdigest()
 
 
-def put(path: str, device: str, first: str, changes: list[Change]) -> None:
+def put(path: str, device: str, found: Moved, clear: int, changes: list[Change]) -> None:
     """Writes the header to the disk, and the changes of what was not moved, durably. May be cut off and repeated.
-    `first`: the digest of what was moved, where it was; over anything else nothing is written. Raises DiskFailed,
-    OSError."""
+    Raises Refused where the disk has something that
+    it did not hold and `put` does not write; DiskFailed, OSError."""
     with open(path, "rb") as file:
         content = file.read()
     if len(content) != SHIFT:
         raise DiskFailed(f"{path} has not the size of a header")
-    with open(device, "rb", buffering=0) as disk:
-        if _has(disk.fileno(), content):
-            return
+    if _has_header(device, content):
+        flush(device)
+        return
     try:
         with WriteLock(device), open(os.open(device, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC), "r+b", buffering=0) as disk:
-            if not _has_begun(disk.fileno(), content) and digest_of_part(device, 0) != first:
-                raise DiskFailed(f"{device} was written to meanwhile")
-            for start, part in _parts(content, changes):
+            moved = _read_part(device, clear + SHIFT)
+            superblock = _superblock_offset(moved)
+            _refuse_written(device, content, found, moved, superblock, changes)
+            for start, part in _parts(content, superblock, changes):
                 _write(disk.fileno(), part, start)
                 if start < SHIFT:
                     os.fsync(disk.fileno())
@@ -168,23 +172,51 @@ def put(path: str, device: str, first: str, changes: list[Change]) -> None:
         raise DiskFailed(f"{device}: its header cannot be written: {error.strerror}") from error
 
 
-def _parts(content: bytes, changes: list[Change]) -> Iterator[tuple[int, bytes]]:
-    """The superblocks go first, each a sector that is written whole or not at all: from then on nobody takes what is
-    left for a file system. The first copy of the header comes last: where it is, everything is."""
-    for at in _SUPERBLOCKS:
-        yield at, bytes(_SECTOR)
+def _parts(content: bytes, superblock: int, changes: list[Change]) -> Iterator[tuple[int, bytes]]:
+    """The superblock goes first, a sector that is written whole or not at all: from then on nobody takes what is left
+    for a file system. The first copy of the header comes last: where either copy is, all the rest is."""
+    yield superblock, bytes(_SECTOR)
     yield from (each for each in changes if each.offset >= SHIFT)
     yield _HEADERS, content[_HEADERS:]
     yield _COPY, content[_COPY:_HEADERS]
     yield 0, content[:_COPY]
 
 
-def _has_begun(disk: int, content: bytes) -> bool:
-    return all(os.pread(disk, _SECTOR, at) in (bytes(_SECTOR), content[at : at + _SECTOR]) for at in _SUPERBLOCKS)
+def _has_header(device: str, content: bytes) -> bool:
+    """Whether a copy of the header is on the disk: what opens the disk may have written both again since."""
+    try:
+        return any(copy.content[_UUID] == content[_UUID] for copy in read_valid_copies(device))
+    except Malformed:
+        return False
 
 
-def _has(disk: int, content: bytes) -> bool:
-    return all(os.pread(disk, _PIECE, at) == content[at : at + _PIECE] for at in range(0, len(content), _PIECE))
+def _superblock_offset(first: bytes) -> int:
+    return _EXT_SUPERBLOCK if first[_EXT_MAGIC_AT : _EXT_MAGIC_AT + 2] == _EXT_MAGIC else _BTRFS_SUPERBLOCK
+
+
+def _refuse_written(
+    device: str, content: bytes, found: Moved, moved: bytes, superblock: int, changes: list[Change]
+) -> None:
+    """Raises Refused unless each sector is as it was or as `put` leaves it. The superblock tells whether `put` has
+    begun: if not, all is as it was."""
+    first = _read_part(device, 0)
+    is_moved = sha256(moved).hexdigest() == found.moved
+    if first[superblock : superblock + _SECTOR] in (bytes(_SECTOR), content[superblock : superblock + _SECTOR]):
+        unknown = {superblock}  # what was there before a change is not known any more
+        for each in changes:
+            unknown.update(range(each.offset // _SECTOR * _SECTOR, each.offset + len(each.content), _SECTOR))
+        is_ours = all(
+            first[at : at + _SECTOR] in (moved[at : at + _SECTOR], content[at : at + _SECTOR]) or at in unknown
+            for at in range(0, SHIFT, _SECTOR)
+        )
+    else:
+        is_ours = sha256(first).hexdigest() == found.first
+    if not (is_moved and is_ours):
+        raise Refused(
+            f"{device}: another program has written to it since its first part was copied to its end",
+            f"wipefs {device}",
+            code="written",
+        )
 
 
 def _write(disk: int, content: bytes | bytearray, offset: int) -> None:

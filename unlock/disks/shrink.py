@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from ..errors import CommandFailed, DiskFailed, Refused
-from ..run import run
+from ..run import ENVIRONMENT, run
 from . import devices
 
 EXT = ("ext2", "ext3", "ext4")
@@ -183,7 +183,7 @@ def shrink_btrfs(node: str, found: FileSystem, size: int, mount_point: str) -> N
 
 def check_ext(node: str) -> None:
     """A full check, which mends what is safe. Raises Refused for what is not."""
-    done = subprocess.run(["e2fsck", "-f", "-p", node], capture_output=True, env={"PATH": "/usr/sbin:/sbin:/usr/bin"})
+    done = subprocess.run(["e2fsck", "-f", "-p", node], capture_output=True, env=ENVIRONMENT)
     if done.returncode not in (0, 1):
         raise Refused(f"{node}: its file system has errors that need a person", f"e2fsck -f {node}", "file-system")
 
@@ -205,33 +205,23 @@ def _mounted(node: str, where: str) -> Iterator[str]:
 
 _GROUP = re.compile(r"Group \d+: \(Blocks (\d+)-(\d+)\)")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
-_PER_GROUP = re.compile(r"^Inodes per group:\s+(\d+)$", re.MULTILINE)
-_FREE_INODES = re.compile(r"(\d+) free inodes")
 
 
 def _is_free(dump: str, first: int) -> bool:
-    """Whether from block `first` on nothing lies that is needed when the file system ends there: free blocks, copies
-    of the superblock and group descriptors, and what a group without inodes has for itself."""
-    per_group = int((_PER_GROUP.search(dump) or ["", "0"])[1])
+    """Whether from block `first` on nothing lies but free blocks and copies of the superblock and group descriptors.
+    Not where a group has its tables there, though it be empty: they are needed until the file system is smaller."""
     groups = re.split(r"(?m)^(?=Group \d+: )", dump)[1:]
-    return bool(groups) and all(_group_is_free(each, first, per_group) for each in groups)
+    return bool(groups) and all(_group_is_free(each, first) for each in groups)
 
 
-def _group_is_free(text: str, first: int, inodes: int) -> bool:
+def _group_is_free(text: str, first: int) -> bool:
     bounds = _GROUP.match(text)
-    if not bounds:
+    if not bounds or _own_tables_end(text) >= first:
         return False
     start, end = max(int(bounds[1]), first), int(bounds[2])
-    if end < first:
-        return _own_tables_end(text) < first
     free = list(_ranges(text, "Free blocks: "))
     free += [part for name in ("Backup superblock at ", "Group descriptors at ", "Reserved GDT blocks at ")
              for part in _ranges(text, name)]  # fmt: skip
-    unused = _FREE_INODES.search(text)
-    if int(bounds[1]) >= first and unused and int(unused[1]) == inodes:
-        free += [part for name in _TABLES for part in _ranges(text, name)]
-    elif _own_tables_end(text) >= first:
-        return False
     at = start
     for low, high in sorted(free):
         if low <= at <= high:

@@ -3,9 +3,10 @@
 
     checks ──> the header in a file in /var: keyslots, token ──> journal ──> what makes the file system smaller, in a
     file too ──> first part of the data copied to the free end, durable ──> journal: moved ──> superblock gone, file
-    system made smaller, header on the disk ──> state: a group; journal: written ──> step by step, from the end to the
-    start (disks.reencrypt) ──> what was in clear at the end overwritten, header finished ──> token for the finished
-    header, proven ──> the operation key and the old token go ──> journal closed, narrowed ──> a new persistence key
+    system made smaller, header on the disk ──> state: a group; journal: written ──> open, as far as it can be ──> step
+    by step, from the end to the start (disks.reencrypt) ──> what was in clear at the end overwritten, header finished
+    ──> token for the finished header, proven ──> the operation key and the old token go ──> journal closed, narrowed
+    ──> a new persistence key
 
 Until `moved` the disk is what it was, and an error is undone. While the header is written nothing opens the disk, for
 less than a second: after a cut in there, `resume` writes it again from the file, before anything else has touched the
@@ -149,9 +150,12 @@ def resume(
                 entry = _save(work, entry._replace(moved=""))  # it may have been mounted since
             if not entry.moved:
                 entry = _make_room_and_move(work, entry)
-            if not entry.written:
+            is_new = not entry.written
+            if is_new:
                 entry = _put_header(work, entry)
             begun = _settle(work, entry)
+            if begun and is_new:
+                begun = _open(work, entry, begun)
         if begun is not None:
             with begun.operation, reencrypt.Disk(begun.node) as half:
                 hold_in_memory()
@@ -179,11 +183,44 @@ def cancel(paths: Paths, look: find.Look = find.look, connect: access.Connect = 
         if entry.moved:
             raise Refused(
                 f"{entry.member.name} is half encrypted, and can only go forward",
-                "unlock operation pause; to go on: unlock operation resume",
+                "unlock operation resume; where the disk is lost for good: unlock operation cancel --lost",
                 code="cannot-cancel",
             )
         _undo(work)
         return [f"{entry.node} holds what it held, in clear; a btrfs may be {RESERVED >> 20} MiB smaller than the disk"]
+
+
+def give_up(paths: Paths, consent: Consent = agreement.agree, look: find.Look = find.look) -> list[str] | None:
+    """Ends an encryption whose disk is lost, so that other operations may begin. Returns what a person should know;
+    None when the plan was only shown. Raises Refused when the disk is here."""
+    with alone(paths, *_LOCK), exclusive(paths), Work(paths, look, access.connect) as work:
+        entry = work.state.journal
+        if not isinstance(entry, DiskEncryption):
+            return []
+        _refuse_here(work, entry)
+        name = entry.member.name
+        lost = f"what {name} holds: this host will not open it, half encrypted as it is, should it come back"
+        if not consent(Steps((f"give up the encryption of {name}, which was {entry.node}",), (lost,), name)):
+            return None
+        if entry.written:
+            work.state.narrowed = f"{name}, half in clear, is lost"
+        _undo(work)
+    if not entry.written:
+        return [f"{name} is in no group; whether it holds what it held, in clear: wipefs DEV"]
+    return [f"group {entry.group} has lost its only disk: unlock group delete {entry.group}", "next: unlock sync"]
+
+
+def _refuse_here(work: Work, entry: DiskEncryption) -> None:
+    """Raises Refused when the disk is here, or one that may be it."""
+    here = find.find_node(work.look(), entry.member)
+    for search in (_find_in_clear, _find_moved) if not (here or entry.written) else ():
+        try:
+            here = search(entry)
+        except Refused as error:
+            if error.code != "missing":
+                raise
+    if here:
+        raise Refused(f"{entry.member.name} is here: {here}", "unlock operation resume", code="present")
 
 
 # Checks, before anything is changed
@@ -258,13 +295,23 @@ def _check_unused(node: str) -> None:
 
 def _check_in_clear(state: State, node: str) -> None:
     """Raises Refused."""
+    number = os.stat(node).st_rdev
+    if devices.is_encrypted(f"{os.major(number)}:{os.minor(number)}"):
+        raise Refused(f"{node} lies on an encrypted disk already", "unlock disk list", "luks")
     if not header.read_luks_version(node):
         return
     hosts: set[str] = set()
+    half = False
     with suppress(UnlockError), luks.Container(node) as container:
+        half = header.REENCRYPTION in str(container.requirements)
         hosts = {str(fields.get("host")) for _, fields in container.tokens(token.TYPE)}
     if hosts and state.host not in hosts:
         raise Refused(f"{node} is LUKS, and a disk of another host", f"unlock disk adopt {node}", "other-host")
+    if half:
+        what = f"{node} is LUKS, and another program has begun to re-encrypt it"
+        raise Refused(
+            what, f"cryptsetup reencrypt --resume-only {node}; then: unlock disk adopt {node} --group G", "luks"
+        )
     raise Refused(f"{node} is LUKS already", f"unlock disk adopt {node} --group G", "luks")
 
 
@@ -417,12 +464,14 @@ def _make_room_and_move(work: Work, entry: DiskEncryption) -> DiskEncryption:
 
 
 def _put_header(work: Work, entry: DiskEncryption) -> DiskEncryption:
-    """The header on the disk, and the group in the state. Raises Refused when the disk is not here, DiskFailed."""
+    """The header on the disk, and the group in the state. Raises Refused when the disk is not here or another
+    program has written to it, DiskFailed."""
     path = _header_file(work.paths)
     node = find.find_node(work.look(), entry.member) or _find_moved(entry)
     changes = _changes_file(work.paths)
     reencrypt.unlock_after_kill(node)  # of another disk with this device number
-    encrypt.put(path, node, entry.first, encrypt.read_changes(changes))
+    done = encrypt.Moved(entry.first, entry.moved)
+    encrypt.put(path, node, done, entry.size - RESERVED, encrypt.read_changes(changes))
     group = Group(
         entry.group, entry.kek[0], entry.generation, entry.manifest, (entry.member,), entry.kek[1], "persistent"
     )
@@ -538,6 +587,22 @@ def _settle(work: Work, entry: DiskEncryption) -> _Begun | None:
         operation.wipe()
         return None
     return _Begun(node, plan, operation, mapping)
+
+
+def _open(work: Work, entry: DiskEncryption, begun: _Begun) -> _Begun:
+    """Opens the disk, so that it can be mounted while its data moves. Where it cannot be opened, the data moves all the
+    same, and nothing opens it meanwhile."""
+    name = entry.member.name
+    try:
+        with luks.Container(begun.node) as container:
+            expected = reencrypt_plan.plan_facts(container, begun.plan)
+        reencrypt.activate(begun.node, name, begun.plan, begun.operation, expected)
+    except UnlockError as error:
+        log.note(f"{name} is not open while its data moves: {error}")
+        return begun
+    this_boot.mark_open(work.paths, entry.group, [name])
+    log.note(f"/dev/mapper/{name} can be mounted now, while its data moves")
+    return begun._replace(mapping=name)
 
 
 def _node(work: Work, entry: DiskEncryption) -> str:

@@ -77,6 +77,9 @@ GoOn = Callable[[Run], list[str]]
 Cancel = Callable[[Paths, find.Look], list[str]]
 """Takes the operation in the journal back. Returns the same. Raises Refused where that is not safe any more."""
 
+GiveUp = Callable[[Paths, Consent, find.Look], list[str] | None]
+"""Ends the operation in the journal without its disk. As `give_up`."""
+
 
 class Handling(NamedTuple):
     """How an operation goes on."""
@@ -89,6 +92,8 @@ class Handling(NamedTuple):
     cancel: Cancel | None = None
     cancelled: str = ""
     """With `cancel`: what that leaves. Without: why there is none, and what to do after its end."""
+    give_up: GiveUp | None = None
+    """Where it can only go forward: what ends it when its disk is lost."""
 
 
 # Going on, and going back
@@ -244,6 +249,7 @@ _HANDLINGS: dict[type[JournalEntry], Handling] = {
         pausable=True,
         cancel=encrypt_disk.cancel,
         cancelled="the disk holds what it held, in clear; refused once its data has moved",
+        give_up=encrypt_disk.give_up,
     ),
     Rekey: Handling(
         go_on=_finish_rekey,
@@ -414,6 +420,16 @@ def cancel(paths: Paths, consent: Consent = agree, look: find.Look = find.look) 
     if not consent(Plan((f"take `{found.command}` back: {how.cancelled}",))):
         return None
     return how.cancel(paths, look)
+
+
+def give_up(paths: Paths, consent: Consent = agree, look: find.Look = find.look) -> list[str] | None:
+    """Ends the operation although it could only go forward, as its disk is lost. Returns as `cancel`. Raises Refused
+    when the disk is here, and for an operation that does not depend on one."""
+    _, found, how = _find(paths, look)
+    _refuse_running(found)
+    if how.give_up is None:
+        raise Refused(f"`{found.command}` does not end with a disk that is lost", found.finish, "not-cancellable")
+    return how.give_up(paths, consent, look)
 
 
 def _find(paths: Paths, look: find.Look) -> tuple[State, UnderWay, Handling]:
