@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make install [DESTDIR=...]: copies files, builds nothing.
+# make install [DESTDIR=...]: copies files, builds nothing. In parts: install-core, and one for each builder of an initramfs.
 # make uninstall takes them away again; configuration and state stay.
 
 DESTDIR =
@@ -13,15 +13,17 @@ tools = $(DESTDIR)/usr/share/initramfs-tools
 systemd = $(DESTDIR)/usr/lib/systemd
 rules = $(DESTDIR)/usr/lib/udev/rules.d
 etc = $(DESTDIR)/etc
-updates = kernel/postinst.d/zzz-unlock kernel/postrm.d/zzz-unlock initramfs/post-update.d/zzz-unlock
+updates = kernel/postinst.d/zzz-unlock kernel/postrm.d/zzz-unlock
 stages = init-premount local-top local-block local-bottom panic
 units = unlock-cap.service unlock-group@.service unlock-heal@.service unlock-early-boot.service unlock-baseline.service \
 	unlock-predict.service unlock-sync.service unlock-sync.timer unlock-resume.service
 wanted = unlock-early-boot.service unlock-baseline.service unlock-predict.service unlock-resume.service
 
-.PHONY: install uninstall
+.PHONY: install install-core install-initramfs-tools uninstall
 
-install:
+install: install-core install-initramfs-tools
+
+install-core:
 	find unlock -name '*.py' -exec $(DATA) {} $(home)/{} ';'
 	$(RUN) system/unlock $(sbin)/unlock
 	$(RUN) system/mount.unlock $(sbin)/mount.unlock
@@ -29,10 +31,6 @@ install:
 	$(RUN) system/gate $(home)/gate
 	$(RUN) initramfs/collect $(home)/initramfs/collect
 	$(DATA) initramfs/manifest $(home)/initramfs/manifest
-	$(RUN) initramfs/hook $(tools)/hooks/unlock
-	$(DATA) initramfs/functions $(tools)/scripts/unlock-functions
-	for stage in $(stages); do $(RUN) initramfs/$$stage $(tools)/scripts/$$stage/unlock || exit; done
-	$(RUN) initramfs/local-premount $(tools)/scripts/local-premount/check-resume
 	$(RUN) system/predict $(home)/predict
 	$(RUN) system/dump $(home)/dump
 	$(DATA) system/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/unlock.conf
@@ -45,12 +43,19 @@ install:
 	ln -sf $(wanted:%=../%) $(systemd)/system/multi-user.target.wants/
 	ln -sf ../unlock-sync.timer $(systemd)/system/timers.target.wants/
 
+install-initramfs-tools:
+	$(RUN) initramfs/initramfs-tools/hook $(tools)/hooks/unlock
+	$(DATA) initramfs/initramfs-tools/functions $(tools)/scripts/unlock-functions
+	for stage in $(stages); do $(RUN) initramfs/initramfs-tools/$$stage $(tools)/scripts/$$stage/unlock || exit; done
+	$(RUN) initramfs/initramfs-tools/local-premount $(tools)/scripts/local-premount/check-resume
+	$(RUN) system/after-update $(etc)/initramfs/post-update.d/zzz-unlock
+
 uninstall:
 	rm -rf $(home)
 	rm -f $(sbin)/unlock $(sbin)/mount.unlock $(tools)/hooks/unlock $(tools)/scripts/unlock-functions
 	rm -f $(stages:%=$(tools)/scripts/%/unlock) $(tools)/scripts/local-premount/check-resume
 	rm -f $(rules)/65-unlock.rules $(systemd)/system-generators/unlock-generator $(units:%=$(systemd)/system/%)
-	rm -f $(updates:%=$(etc)/%) $(etc)/dpkg/dpkg.cfg.d/unlock
+	rm -f $(updates:%=$(etc)/%) $(etc)/initramfs/post-update.d/zzz-unlock $(etc)/dpkg/dpkg.cfg.d/unlock
 	rm -f $(wanted:%=$(systemd)/system/multi-user.target.wants/%)
 	rm -f $(systemd)/system/timers.target.wants/unlock-sync.timer
 	rm -f $(DESTDIR)/usr/lib/tmpfiles.d/unlock.conf

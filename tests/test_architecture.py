@@ -170,7 +170,7 @@ def test_the_controls_of_attacks_change_code_that_is_there() -> None:
     installed = {
         "usr/lib/unlock/unlock/": "unlock/",
         "usr/lib/unlock/cap": "initramfs/cap",
-        "usr/share/initramfs-tools/scripts/unlock-functions": "initramfs/functions",
+        "usr/share/initramfs-tools/scripts/unlock-functions": "initramfs/initramfs-tools/functions",
     }
     changes = [
         *test_boot_attacks.BELIEVES,

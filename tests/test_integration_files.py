@@ -27,7 +27,8 @@ from unlock.paths import Paths
 TOP = Path(__file__).resolve().parent.parent
 GENERATOR = TOP / "system/unlock-generator"
 STAGES = ["init-premount", "local-top", "local-block", "local-bottom", "panic"]
-SCRIPTS = [TOP / "initramfs" / name for name in ("hook", *STAGES, "local-premount", "cap")]
+TOOLS = TOP / "initramfs/initramfs-tools"
+SCRIPTS = [*(TOOLS / name for name in ("hook", *STAGES, "local-premount")), TOP / "initramfs/cap"]
 HOOKS = [TOP / "system" / name for name in ("predict", "after-update", "dump")]
 SHELLS = [["dash"], ["busybox", "sh"], ["/usr/lib/klibc/bin/sh"], ["bash"]]
 
@@ -42,7 +43,7 @@ def needs(*programs: str) -> pytest.MarkDecorator:
 
 @needs("shellcheck")
 def test_scripts_are_clean() -> None:
-    subprocess.run(["shellcheck", "-x", *SCRIPTS, TOP / "initramfs/functions", *HOOKS], check=True, cwd=TOP)
+    subprocess.run(["shellcheck", "-x", *SCRIPTS, TOOLS / "functions", *HOOKS], check=True, cwd=TOP)
 
 
 @pytest.mark.parametrize("script", SCRIPTS[:-1], ids=lambda path: path.name)
@@ -764,7 +765,7 @@ def test_a_resume_disk_is_ours_when_all_below_it_is(shell: list[str], tmp_path: 
             (tmp_path / name / "dm/name").write_text(f"{names.get(name, name)}\n")
     (tmp_path / "run/members").mkdir(parents=True)
     (tmp_path / "run/members/root").write_text("/dev/mapper/root\n/dev/mapper/root-2\n")
-    functions = (TOP / "initramfs/functions").read_text()
+    functions = (TOOLS / "functions").read_text()
     assert functions.count("/sys/class/block/") == 6
     script = tmp_path / "script"
     script.write_text(
@@ -793,7 +794,7 @@ def test_a_root_is_the_hosts_own_if_a_disk_that_it_needs_is_below_it(shell: list
             (tmp_path / name / "dm/uuid").write_text(f"{kind}\n")
             (tmp_path / name / "dm/name").write_text(f"{names[name]}\n")
     (tmp_path / "run").mkdir()
-    functions = (TOP / "initramfs/functions").read_text()
+    functions = (TOOLS / "functions").read_text()
     script = tmp_path / "script"
     script.write_text(
         functions.replace("/sys/class/block/", f"{tmp_path}/")

@@ -36,7 +36,7 @@ class Stage:
             f"panic() {{ echo panic >>{self.log}; {home}/panic; }}\n"
         )
         for name in ("functions", "panic", "local-top", "local-premount", "local-bottom"):
-            text = (TOP / "initramfs" / name).read_text()
+            text = (TOP / "initramfs/initramfs-tools" / name).read_text()
             for path, to in {
                 "/scripts/unlock-functions": home / "functions",
                 ". /scripts/functions": f". {home}/initramfs-functions",

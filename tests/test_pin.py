@@ -892,7 +892,8 @@ SHELLS = [shell for shell in (["dash"], ["busybox", "sh"]) if shutil.which(shell
 @pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
 def test_no_deadline_of_the_boot_scripts_runs_while_somebody_types(tmp_path: Path, shell: list[str]) -> None:
     """unlock_poll with 5 tenths, and a person who takes 20: then the disks have their time."""
-    text = (TOP / "initramfs/functions").read_text().replace("unlock_run=/run/unlock", f"unlock_run={tmp_path}")
+    text = (TOP / "initramfs/initramfs-tools/functions").read_text()
+    text = text.replace("unlock_run=/run/unlock", f"unlock_run={tmp_path}")
     (tmp_path / "functions").write_text(text)
     agent = subprocess.Popen(["sleep", "60"])
     (tmp_path / "agent.pid").write_text(f"{agent.pid}\n")

@@ -105,7 +105,7 @@ def await_call(pid: int, name: str) -> None:
         time.sleep(0.01)
 
 
-PREMOUNT = Path(__file__).parents[1] / "initramfs/init-premount"
+PREMOUNT = Path(__file__).parents[1] / "initramfs/initramfs-tools/init-premount"
 AS_IN_EARLY_BOOT = {
     **os.environ,
     **dict(re.findall(r"(\w+)=(\w+) /usr/sbin/unlock boot agent", PREMOUNT.read_text())),
