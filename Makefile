@@ -19,9 +19,9 @@ units = unlock-cap.service unlock-group@.service unlock-heal@.service unlock-ear
 	unlock-predict.service unlock-sync.service unlock-sync.timer unlock-resume.service
 wanted = unlock-early-boot.service unlock-baseline.service unlock-predict.service unlock-resume.service
 
-.PHONY: install install-core install-initramfs-tools uninstall
+.PHONY: install install-core install-initramfs-tools install-dracut uninstall
 
-install: install-core install-initramfs-tools
+install: install-core install-initramfs-tools install-dracut
 
 install-core:
 	find unlock -name '*.py' -exec $(DATA) {} $(home)/{} ';'
@@ -50,6 +50,9 @@ install-initramfs-tools:
 	$(RUN) initramfs/initramfs-tools/local-premount $(tools)/scripts/local-premount/check-resume
 	$(RUN) system/after-update $(etc)/initramfs/post-update.d/zzz-unlock
 
+install-dracut:
+	$(INSTALL) -d -m 0755 $(DESTDIR)/usr/lib/dracut/modules.d
+
 uninstall:
 	rm -rf $(home)
 	rm -f $(sbin)/unlock $(sbin)/mount.unlock $(tools)/hooks/unlock $(tools)/scripts/unlock-functions
@@ -60,6 +63,17 @@ uninstall:
 	rm -f $(systemd)/system/timers.target.wants/unlock-sync.timer
 	rm -f $(DESTDIR)/usr/lib/tmpfiles.d/unlock.conf
 
+# Packages for Debian, from the files of this checkout that git would add: build/deb/*.deb.
+DEBS = build/deb
+
+.PHONY: deb
+deb:
+	rm -rf $(DEBS)
+	mkdir -p $(DEBS)/unlock
+	{ git ls-files -z --cached --others --exclude-standard 2>/dev/null || find . -path ./build -prune -o -type f -print0; } | \
+		tar --null --files-from - --ignore-failed-read -c | tar -x -m -C $(DEBS)/unlock
+	cd $(DEBS)/unlock && dpkg-buildpackage --build=binary --no-sign $(DEB_OPTIONS)
+	rm -rf $(DEBS)/unlock
 
 # Development. VENV and the cache of images lie outside the checkout.
 
@@ -70,6 +84,7 @@ packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-a
 	libcryptsetup12 libtss2-dev libtss2-tcti-swtpm0 tpm2-tools udev btrfs-progs e2fsprogs initramfs-tools-core zstd cpio \
 	age gdb systemd clevis-luks grub-emu kmod util-linux fdisk shellcheck strace busybox klibc-utils dosfstools mtools \
 	openssl gcc pkg-config libffi-dev python3-venv python3-dev \
+	debhelper dh-python dpkg-dev lintian po-debconf \
 	make bc bison flex m4 perl xz-utils libc6-dev slirp4netns iproute2
 
 .PHONY: setup test coverage test-long test-fast soak mutate-formats lint demo demo-short bench
