@@ -126,8 +126,8 @@ def _boot(argv: list[str]) -> int:
 
         return gate(paths, argv[1])
     words = (
-        "agent|why|prompt|screen|secure|drop|scrub|heal DISK|journal|baseline|predict|gate GROUP|mount SOURCE DIRECTORY|"
-        "removal [WORD ...]"
+        "agent|why|prompt|screen|secure|drop|scrub|heal DISK|journal|baseline|predict|gate GROUP|"
+        "mount SOURCE DIRECTORY|removal [WORD ...]"
     )
     raise Usage(f"usage: unlock boot {words}")
 

@@ -76,7 +76,7 @@ def removal(paths: Paths, accepted: Iterable[str]) -> int:
         words = " ".join(lost.words)
         raise Refused(
             f"unlock is not removed: not accepted by name: {' '.join(sorted(missing))}",
-            f"echo 'unlock unlock/remove string {words}' | debconf-set-selections, or answer the question with: {words}",
+            f"type {words} as the answer, or: echo 'unlock unlock/remove string {words}' | debconf-set-selections",
             code="groups-stay-closed",
         )
     if lost.words or os.path.exists(paths.state):
@@ -180,7 +180,9 @@ def _what_stays(lost: Loss) -> list[str]:
         "the recovery key: cryptsetup luksDump"
         for each in lost.members
     ]
-    lines += [f"{where} is a bare directory from now on: what requires it does not wait any more" for where in lost.bare]
+    lines += [
+        f"{where} is a bare directory from now on: what requires it does not wait any more" for where in lost.bare
+    ]
     return lines
 
 
