@@ -134,14 +134,14 @@ def build(
         _configure(tree, root, runs, boots)
         if runs == "uml":
             uml.prepare(tree)
-        loader.prepare(boots, tree, cmdline, _chroot)
+        loader.prepare(boots, tree, cmdline, chroot)
         if measured:
-            covered.prepare(tree, _chroot)
+            covered.prepare(tree, chroot)
         for command in commands:
-            _chroot(tree, command)
+            chroot(tree, command)
         _kernel(tree).rename(work / "vmlinuz")
         _mkinitramfs(tree, work / "initrd")
-        loader.disks(boots, tree, work, cmdline, FS_UUID, _chroot)
+        loader.disks(boots, tree, work, cmdline, FS_UUID, chroot)
         _disk(tree, root, work / "root.raw")
 
     return Image(cache.entry(f"image-{name}", make), root, runs, boots)
@@ -154,7 +154,7 @@ def install(tree: Path, *debs: Path) -> None:
     settings.write_text("update_initramfs=no\n")
     for deb in debs:
         _copy(deb, tree / deb.name)
-    _chroot(tree, f"DEBIAN_FRONTEND=noninteractive dpkg -i {' '.join(f'/{deb.name}' for deb in debs)}")
+    chroot(tree, f"DEBIAN_FRONTEND=noninteractive dpkg -i {' '.join(f'/{deb.name}' for deb in debs)}")
     for deb in debs:
         (tree / deb.name).unlink()
     settings.write_text(before)
@@ -191,11 +191,11 @@ def _configure(tree: Path, root: Root, runs: Runs, boots: Kind) -> None:
     (tree / "etc/systemd/system-generators").mkdir(exist_ok=True)
     for each in GENERATORS.split():
         (tree / f"etc/systemd/system-generators/systemd-{each}-generator").symlink_to("/dev/null")
-    _chroot(tree, f"systemctl --quiet enable lab-agent.service && systemctl --quiet mask {' '.join(MASKED.split())}")
-    _chroot(tree, "systemd-machine-id-setup && /usr/lib/systemd/systemd-update-done")  # no work of a first boot
+    chroot(tree, f"systemctl --quiet enable lab-agent.service && systemctl --quiet mask {' '.join(MASKED.split())}")
+    chroot(tree, "systemd-machine-id-setup && /usr/lib/systemd/systemd-update-done")  # no work of a first boot
 
 
-def _chroot(tree: Path, command: str) -> None:
+def chroot(tree: Path, command: str) -> None:
     """Run sh in the tree, with /proc and /dev, in a mount namespace that ends with it."""
     script = 'mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" && exec chroot "$1" sh -ec "$2"'
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "HOME": "/root"}
@@ -213,7 +213,7 @@ def _kernel(tree: Path) -> Path:
 def _mkinitramfs(tree: Path, to: Path) -> None:
     (modules,) = (tree / "usr/lib/modules").iterdir()
     initrd = tree / f"boot/initrd.img-{modules.name}"
-    _chroot(tree, f"mkinitramfs -o /boot/{initrd.name} {modules.name}")
+    chroot(tree, f"mkinitramfs -o /boot/{initrd.name} {modules.name}")
     _copy(initrd, to)
 
 
