@@ -81,8 +81,8 @@ def apt(console: Guest, what: str) -> str:
 
 
 def units(console: Guest) -> dict[str, str]:
-    """Unit -> its state, of those that are not unlock's."""
-    lines = console.sh("systemctl list-units --all --plain --no-legend --full").out.splitlines()
+    """Unit -> its state, of those that are active or have failed and are not unlock's."""
+    lines = console.sh("systemctl list-units --plain --no-legend --full").out.splitlines()
     found = {line.split()[0]: line.split()[2] for line in lines if line.strip()}
     return {name: state for name, state in found.items() if "unlock" not in name and not name.endswith(".device")}
 

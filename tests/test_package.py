@@ -167,6 +167,6 @@ def test_autopkgtest_in_a_system_that_has_them(tmp_path: Path) -> None:
     subprocess.run(["cp", "-a", "--reflink=auto", image.build("luks").directory / "tree", tree], check=True)
     shutil.copy(TOP / "debian/tests/smoke", tree / "root/smoke")
     try:
-        image.chroot(tree, "/root/smoke")
+        image._chroot(tree, "/root/smoke")
     finally:
         shutil.rmtree(tree)

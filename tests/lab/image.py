@@ -134,14 +134,14 @@ def build(
         _configure(tree, root, runs, boots)
         if runs == "uml":
             uml.prepare(tree)
-        loader.prepare(boots, tree, cmdline, chroot)
+        loader.prepare(boots, tree, cmdline, _chroot)
         if measured:
-            covered.prepare(tree, chroot)
+            covered.prepare(tree, _chroot)
         for command in commands:
-            chroot(tree, command)
+            _chroot(tree, command)
         _kernel(tree).rename(work / "vmlinuz")
         _mkinitramfs(tree, work / "initrd")
-        loader.disks(boots, tree, work, cmdline, FS_UUID, chroot)
+        loader.disks(boots, tree, work, cmdline, FS_UUID, _chroot)
         _disk(tree, root, work / "root.raw")
 
     return Image(cache.entry(f"image-{name}", make), root, runs, boots)
@@ -150,14 +150,17 @@ def build(
 def install(tree: Path, *debs: Path) -> None:
     """Installs packages whose dependencies are there. No initramfs is made: the image's is made last."""
     settings = tree / "etc/initramfs-tools/update-initramfs.conf"
-    before = settings.read_text()
-    settings.write_text("update_initramfs=no\n")
+    before = settings.read_text() if settings.exists() else None
+    if before is not None:
+        settings.write_text("update_initramfs=no\n")
     for deb in debs:
         _copy(deb, tree / deb.name)
-    chroot(tree, f"DEBIAN_FRONTEND=noninteractive dpkg -i {' '.join(f'/{deb.name}' for deb in debs)}")
+    triggers = "" if before is not None else "--no-triggers"
+    _chroot(tree, f"DEBIAN_FRONTEND=noninteractive dpkg {triggers} -i {' '.join(f'/{deb.name}' for deb in debs)}")
     for deb in debs:
         (tree / deb.name).unlink()
-    settings.write_text(before)
+    if before is not None:
+        settings.write_text(before)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -191,11 +194,11 @@ def _configure(tree: Path, root: Root, runs: Runs, boots: Kind) -> None:
     (tree / "etc/systemd/system-generators").mkdir(exist_ok=True)
     for each in GENERATORS.split():
         (tree / f"etc/systemd/system-generators/systemd-{each}-generator").symlink_to("/dev/null")
-    chroot(tree, f"systemctl --quiet enable lab-agent.service && systemctl --quiet mask {' '.join(MASKED.split())}")
-    chroot(tree, "systemd-machine-id-setup && /usr/lib/systemd/systemd-update-done")  # no work of a first boot
+    _chroot(tree, f"systemctl --quiet enable lab-agent.service && systemctl --quiet mask {' '.join(MASKED.split())}")
+    _chroot(tree, "systemd-machine-id-setup && /usr/lib/systemd/systemd-update-done")  # no work of a first boot
 
 
-def chroot(tree: Path, command: str) -> None:
+def _chroot(tree: Path, command: str) -> None:
     """Run sh in the tree, with /proc and /dev, in a mount namespace that ends with it."""
     script = 'mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" && exec chroot "$1" sh -ec "$2"'
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "HOME": "/root"}
@@ -213,7 +216,7 @@ def _kernel(tree: Path) -> Path:
 def _mkinitramfs(tree: Path, to: Path) -> None:
     (modules,) = (tree / "usr/lib/modules").iterdir()
     initrd = tree / f"boot/initrd.img-{modules.name}"
-    chroot(tree, f"mkinitramfs -o /boot/{initrd.name} {modules.name}")
+    _chroot(tree, f"mkinitramfs -o /boot/{initrd.name} {modules.name}")
     _copy(initrd, to)
 
 
