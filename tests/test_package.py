@@ -15,6 +15,7 @@ import pytest
 from tests.lab import image
 from tests.lab.packages import Packages, packages
 from unlock import __version__
+from unlock.operations import init
 
 TOP = Path(__file__).resolve().parents[1]
 ALONE = {"usr/lib/unlock/ask-removal", "etc/systemd/system-generators/unlock-guard"}
@@ -143,6 +144,13 @@ def test_what_the_program_imports_is_a_dependency(debs: Packages) -> None:
     for path in (TOP / "unlock").rglob("*.py"):
         outside |= set(re.findall(r"^\s*(?:import|from) ([a-z0-9_]+)", path.read_text(), re.MULTILINE))
     assert outside - sys.stdlib_module_names <= {"cryptography", "tpm2_pytss"}
+
+
+def test_the_oldest_libraries_are_the_same_everywhere(debs: Packages) -> None:
+    project = (TOP / "pyproject.toml").read_text()
+    for name, oldest in (("tpm2-pytss", "2.3"), ("cryptography", str(init.CRYPTOGRAPHY))):
+        assert f"python3-{name} (>= {oldest})" in field(debs.core, "Depends")
+        assert f'"{name}>={oldest}"' in project
 
 
 def test_maintainer_scripts_are_clean(debs: Packages, tmp_path: Path) -> None:
