@@ -34,8 +34,8 @@ from .dump import protection
 from .provider import Client, connect_as
 
 CRYPTOGRAPHY = 43
-"""The oldest release with all that unlock calls, as the CMS envelope of an escrow. The package and pyproject.toml say the
-same."""
+"""The oldest release with all that unlock calls, as the CMS envelope of an escrow. The package and pyproject.toml say
+the same."""
 OVERRIDES = {
     "initramfs-without-unlock": "this boot's initramfs did not run unlock: the next boot measures differently",
     **at_unseal.RISKS,
