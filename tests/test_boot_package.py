@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import image
+from tests.lab import image, luks
 from tests.lab.guest import Guest
 from tests.lab.machine import RECOVERY, Machine, report
 from tests.lab.packages import Packages, packages
-from tests.lab.running import Running
+from tests.lab.running import Disk, Running
 from tests.lab.stories import UNMEASURED, measured, status, take_in_root, up
 from tests.test_boot_updates import taken_in, unsealed
 
@@ -31,6 +31,12 @@ WantedBy=multi-user.target
 """
 QUICK = "echo COMPRESS=zstd COMPRESSLEVEL=1 | tr ' ' '\\n' >/etc/initramfs-tools/conf.d/lab"
 """The guest takes minutes for an initramfs."""
+EXTRA = "6c616220-6578-4472-8000-6c756b730001"
+KEY_FILE = f"""\
+printf '%s' '{image.PASSPHRASE}' >/etc/extra.key && chmod 600 /etc/extra.key
+echo 'extra UUID={EXTRA} /etc/extra.key luks,nofail' >>/etc/crypttab
+"""
+"""Another disk, which unlock does not know, opens by a file."""
 TWO = "data root"
 """What is accepted by name."""
 
@@ -111,12 +117,16 @@ def opened(booted: Running) -> Guest:
 
 @pytest.mark.long(minutes=10)
 def test_a_fresh_host_and_an_upgrade(home: Path) -> None:
-    """Installed by apt: before `init` a boot is as it was; after it, nothing is typed, nor after an upgrade."""
-    story = Story(Machine(home, image.build("luks", product=False, commands=[QUICK])))
+    """Installed by apt: before `init` a boot is as it was; after it, nothing is typed, nor after an upgrade. A disk
+    with a key file in crypttab opens in each."""
+    story = Story(Machine(home, image.build("luks", product=False, commands=[QUICK, KEY_FILE])))
     disk = story.machine.disk("d1", 60)
+    luks.format_disk(home / "extra.raw", image.PASSPHRASE, size=luks.DATA_OFFSET + (1 << 20), uuid=EXTRA)
+    story.machine.disks["extra"] = Disk("extra.raw", "extra")
     with story.boot() as booted:
         console = story.stock(booted, image.PASSPHRASE)
         before, shown = units(console), lines(booted)
+        assert before["systemd-cryptsetup@extra.service"] == "active"
         install(console, packages(), "core", "initramfs")
         assert console.sh("systemctl is-system-running", check=False).out == "running"
         story.off(booted)
@@ -146,6 +156,7 @@ def test_a_fresh_host_and_an_upgrade(home: Path) -> None:
     with story.boot() as booted:
         console = opened(booted)
         assert console.sh("dpkg-query -W -f '${Version}' unlock").out == "0.1.1"
+        assert console.sh("systemctl is-active systemd-cryptsetup@extra").out == "active"
         booted.poweroff()
 
 
@@ -162,8 +173,11 @@ def test_removal_another_installation_and_a_purge(home: Path) -> None:
             assert words in refused.out
         assert console.sh("dpkg-query -W -f '${Status} ' unlock unlock-initramfs").out == "install ok installed " * 2
         assert status(console) == {"root": "open", "data": "open"}
+        # A host whose root opened without its line in crypttab.
+        console.sh("sed -i /^root/d /etc/crypttab")
         console.sh(f"echo 'unlock unlock/remove string {TWO}' | debconf-set-selections")
         apt(console, "remove unlock")
+        assert f"root UUID={image.LUKS_UUID} none luks,initramfs" in console.read("/etc/crypttab").decode()
         assert app(console) == "active"
         story.off(booted)
 
