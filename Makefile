@@ -70,6 +70,17 @@ uninstall:
 	rm -f $(systemd)/system/timers.target.wants/unlock-sync.timer
 	rm -f $(DESTDIR)/usr/lib/tmpfiles.d/unlock.conf
 
+# Packages for Debian, from the files of this checkout that git would add: build/deb/*.deb.
+DEBS = build/deb
+
+.PHONY: deb
+deb:
+	rm -rf $(DEBS)
+	mkdir -p $(DEBS)/unlock
+	{ git ls-files -z --cached --others --exclude-standard 2>/dev/null || find . -path ./build -prune -o -type f -print0; } | \
+		tar --null --files-from - --ignore-failed-read -c | tar -x -m -C $(DEBS)/unlock
+	cd $(DEBS)/unlock && dpkg-buildpackage --build=binary --no-sign $(DEB_OPTIONS)
+	rm -rf $(DEBS)/unlock
 
 # Development. VENV and the cache of images lie outside the checkout.
 
@@ -80,6 +91,7 @@ packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-a
 	libcryptsetup12 libtss2-dev libtss2-tcti-swtpm0 tpm2-tools udev btrfs-progs e2fsprogs initramfs-tools-core zstd cpio \
 	age gdb systemd clevis-luks grub-emu kmod util-linux fdisk shellcheck strace busybox klibc-utils dosfstools mtools \
 	openssl gcc pkg-config libffi-dev python3-venv python3-dev \
+	debhelper dh-python dpkg-dev lintian po-debconf systemd-container \
 	make bc bison flex m4 perl xz-utils libc6-dev slirp4netns iproute2
 
 .PHONY: setup test coverage test-long test-fast soak mutate-formats lint demo demo-short bench

@@ -101,6 +101,15 @@ def test_init_seals_backs_up_and_leaves_no_key_in_a_file(host: Paths, chip: Swtp
             assert secret.hex().encode() not in content, path
 
 
+@pytest.mark.parametrize("version", ["38.0.4", "42.0.8"])
+def test_init_on_debian_12_is_refused_by_name(
+    host: Paths, chip: Swtpm, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cryptography.__version__", version)
+    assert refused(host, choices(host, chip)) == "old-cryptography"
+    assert not os.path.exists(host.state)
+
+
 def test_init_a_second_time_is_refused(host: Paths, chip: Swtpm) -> None:
     init.init(host, choices(host, chip))
     with pytest.raises(Refused) as caught:

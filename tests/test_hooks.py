@@ -13,10 +13,11 @@ TOP = Path(__file__).parents[1]
 class Host:
     def __init__(self, top: Path) -> None:
         self.top = top
-        for name in ("boot", "efi", "run/unlock", "var/lib/unlock", "usr/sbin"):
+        for name in ("boot", "efi", "run/unlock", "var/lib/unlock", "usr/sbin", "usr/share/initramfs-tools/hooks"):
             (top / name).mkdir(parents=True)
         (top / "boot/initrd.img").write_bytes(b"one")
         (top / "var/lib/unlock/state.json").write_text("{}")
+        (top / "usr/share/initramfs-tools/hooks/unlock").touch()
         self.answer(0)
         sync = top / "usr/sbin/sync"
         sync.write_text(f'#!/bin/sh\n[ ! -e {top}/ran ] && echo "$@" >>{top}/synced\n')
@@ -30,7 +31,14 @@ class Host:
     def hook(self, *words: str, **environment: str) -> int:
         """Runs it; how often `unlock boot predict` has run so far."""
         text = (TOP / "system/predict").read_text()
-        for name in ("/run/unlock", "/var/lib/unlock", "/usr/sbin/unlock", "/boot /efi"):
+        for name in (
+            "/run/unlock",
+            "/var/lib/unlock",
+            "/usr/sbin/unlock",
+            "/boot /efi",
+            "/usr/share/",
+            "/usr/lib/dracut/",
+        ):
             moved = " ".join(f"{self.top}{part}" for part in name.split())
             assert name in text
             text = text.replace(name, moved)
@@ -103,6 +111,14 @@ def test_what_the_tpm_allows_is_on_disk_first(host: Host) -> None:
 def test_a_host_that_is_not_initialised_is_left_alone(host: Host) -> None:
     (host.top / "var/lib/unlock/state.json").unlink()
     assert host.hook("always") == 0
+
+
+@pytest.mark.parametrize("other", ["", "usr/lib/dracut/modules.d/90unlock"])
+def test_an_image_that_is_made_without_unlock_is_not_allowed(host: Host, other: str) -> None:
+    (host.top / "usr/share/initramfs-tools/hooks/unlock").unlink()
+    if other:
+        (host.top / other).mkdir(parents=True)
+    assert host.hook("always") == (1 if other else 0)
 
 
 def test_dpkg_calls_it(tmp_path: Path) -> None:

@@ -121,13 +121,17 @@ def _boot(argv: list[str]) -> int:
         from .boot.mount import mount
 
         return mount(paths, argv[1:])
+    if argv[:1] == ["removal"]:
+        from .operations.removal import removal
+
+        return removal(paths, " ".join(argv[1:]).replace(",", " ").split())
     if len(argv) == 2 and argv[0] == "gate":
         from .boot.gate import gate
 
         return gate(paths, argv[1])
     words = (
         "agent|close-channels|why|prompt|screen|secure|drop|scrub|heal DISK|journal|baseline|predict|gate GROUP|"
-        "mount SOURCE DIRECTORY"
+        "mount SOURCE DIRECTORY|removal [WORD ...]"
     )
     raise Usage(f"usage: unlock boot {words}")
 

@@ -108,6 +108,13 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 _library: Any = None
 
 
+def library_version() -> str:
+    """Of the package cryptography."""
+    from cryptography import __version__
+
+    return __version__
+
+
 def _libcrypto() -> Any:
     global _library
     if not _library:

@@ -24,18 +24,6 @@ def key(*parts: str | bytes) -> str:
     return digest.hexdigest()[:16]
 
 
-def tree_hash(top: Path) -> str:
-    """The hash of a directory: names, modes, links and contents; not times."""
-    digest = hashlib.sha256()
-    for path in sorted(top.rglob("*")):
-        digest.update(f"{path.relative_to(top)}\0{path.lstat().st_mode:o}\0".encode())
-        if path.is_symlink():
-            digest.update(os.readlink(path).encode())
-        elif path.is_file():
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
-
-
 def entry(name: str, make: Callable[[Path], None]) -> Path:
     """The directory `name` of the cache, made by `make(directory)` if it is not there.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bootable images: the Debian rootfs, what `make install` puts into it, an initramfs, a root disk."""
+"""Bootable images: the Debian rootfs, unlock's packages in it, an initramfs, a root disk."""
 
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,11 @@ from typing import Literal, NamedTuple
 
 from . import cache, covered, dracut, guest, loader, luks
 from .loader import Kind
+from .packages import packages
 from .rootfs import LOADERS, rootfs
 from .uml import files as uml
 from .uml.kernel import kernel, vtpm
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 PASSPHRASE = "lab passphrase"  # of the root disk's LUKS header
 LUKS_UUID = "6c616220-726f-4f74-8000-6c756b730001"
 FS_UUID = "6c616220-726f-4f74-8000-657874340001"
@@ -125,60 +125,64 @@ def build(
     """
     runs = "qemu" if boots else runs
     cache.ROOT.mkdir(parents=True, exist_ok=True)
-    with cache.scratch() as installed:
-        if product:
-            _install(installed)
-        base = rootfs(LOADERS if boots else "", dracut=builder == "dracut")
-        sources = [Path(module).read_bytes() for module in (__file__, guest.__file__, luks.__file__)]
-        if boots:
-            sources += [boots.encode(), Path(loader.__file__).read_bytes()]
+    debs = packages() if product else None
+    base = rootfs(LOADERS if boots else "", dracut=builder == "dracut")
+    sources = [Path(module).read_bytes() for module in (__file__, guest.__file__, luks.__file__)]
+    if boots:
+        sources += [boots.encode(), Path(loader.__file__).read_bytes()]
+    if runs == "uml":
+        sources += [str(each).encode() for each in (kernel().directory, vtpm(), uml.FILES)]
+        sources.append(Path(uml.__file__).read_bytes())
+    if builder == "dracut":
+        sources.append(Path(dracut.__file__).read_bytes())
+    measured = covered.WANTED and runs == "uml" and product
+    if measured:
+        sources.append(Path(covered.__file__).read_bytes())
+    name = cache.key(root, runs, base.parent.name, debs.directory.name if debs else "", *commands, *sources)
+    cache.prune("image-")
+
+    def make(work: Path) -> None:
+        tree = work / "tree"
+        _copy(base, tree)
+        if debs:
+            install(tree, debs.core, debs.dracut if builder == "dracut" else debs.initramfs)
+        cmdline = Image(work, root, runs, boots, builder).cmdline
+        _configure(tree, root, runs, boots)
         if runs == "uml":
-            sources += [str(each).encode() for each in (kernel().directory, vtpm(), uml.FILES)]
-            sources.append(Path(uml.__file__).read_bytes())
+            uml.prepare(tree)
         if builder == "dracut":
-            sources.append(Path(dracut.__file__).read_bytes())
-        measured = covered.WANTED and runs == "uml" and product
+            dracut.write(tree, {"scripts/init-top/lab-first": uml.FIRST} if runs == "uml" else {})
+        loader.prepare(boots, tree, cmdline, _chroot)
         if measured:
-            sources.append(Path(covered.__file__).read_bytes())
-        name = cache.key(root, runs, base.parent.name, cache.tree_hash(installed), *commands, *sources)
-        cache.prune("image-")
+            covered.prepare(tree, _chroot)
+        for command in commands:
+            _chroot(tree, command)
+        _kernel(tree).rename(work / "vmlinuz")
+        _mkinitramfs(tree, work / "initrd", builder)
+        loader.disks(boots, tree, work, cmdline, FS_UUID, _chroot)
+        _disk(tree, root, work / "root.raw")
 
-        def make(work: Path) -> None:
-            tree = work / "tree"
-            _copy(base, tree)
-            _overlay(installed, tree)
-            cmdline = Image(work, root, runs, boots, builder).cmdline
-            _configure(tree, root, runs, boots)
-            if runs == "uml":
-                uml.prepare(tree)
-            if builder == "dracut":
-                dracut.write(tree, {"scripts/init-top/lab-first": uml.FIRST} if runs == "uml" else {})
-            loader.prepare(boots, tree, cmdline, _chroot)
-            if measured:
-                covered.prepare(tree, _chroot)
-            for command in commands:
-                _chroot(tree, command)
-            _kernel(tree).rename(work / "vmlinuz")
-            _mkinitramfs(tree, work / "initrd", builder)
-            loader.disks(boots, tree, work, cmdline, FS_UUID, _chroot)
-            _disk(tree, root, work / "root.raw")
-
-        return Image(cache.entry(f"image-{name}", make), root, runs, boots, builder)
+    return Image(cache.entry(f"image-{name}", make), root, runs, boots, builder)
 
 
-def _install(destination: Path) -> None:
-    if (CHECKOUT / "Makefile").exists():
-        subprocess.run(["make", "--quiet", "-C", CHECKOUT, "install", f"DESTDIR={destination}"], check=True)
+def install(tree: Path, *debs: Path) -> None:
+    """Installs packages whose dependencies are there. No initramfs is made: the image's is made last."""
+    settings = tree / "etc/initramfs-tools/update-initramfs.conf"
+    before = settings.read_text() if settings.exists() else None
+    if before is not None:
+        settings.write_text("update_initramfs=no\n")
+    for deb in debs:
+        _copy(deb, tree / deb.name)
+    triggers = "" if before is not None else "--no-triggers"
+    _chroot(tree, f"DEBIAN_FRONTEND=noninteractive dpkg {triggers} -i {' '.join(f'/{deb.name}' for deb in debs)}")
+    for deb in debs:
+        (tree / deb.name).unlink()
+    if before is not None:
+        settings.write_text(before)
 
 
 def _copy(source: Path, target: Path) -> None:
     subprocess.run(["cp", "-a", "--reflink=auto", source, target], check=True)
-
-
-def _overlay(source: Path, target: Path) -> None:
-    """Copy over; /sbin and such stay links."""
-    command = 'tar -C "$1" --owner=0 --group=0 -c . | tar -C "$2" -x --keep-directory-symlink --no-overwrite-dir'
-    subprocess.run(["sh", "-c", command, "sh", source, target], check=True)
 
 
 def _write(tree: Path, files: Mapping[str, str]) -> None:
@@ -205,7 +209,7 @@ def _configure(tree: Path, root: Root, runs: Runs, boots: Kind) -> None:
     if root == "luks":
         files["etc/crypttab"] = f"root UUID={LUKS_UUID} none luks,initramfs\n"
     _write(tree, files)
-    (tree / "etc/systemd/system-generators").mkdir()
+    (tree / "etc/systemd/system-generators").mkdir(exist_ok=True)
     for each in GENERATORS.split():
         (tree / f"etc/systemd/system-generators/systemd-{each}-generator").symlink_to("/dev/null")
     _chroot(tree, f"systemctl --quiet enable lab-agent.service && systemctl --quiet mask {' '.join(MASKED.split())}")

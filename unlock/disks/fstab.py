@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads /etc/crypttab and /etc/fstab, which are the operator's. The only change to them is `noauto` in crypttab."""
+"""Reads /etc/crypttab and /etc/fstab, which are the operator's. The only changes to them: `noauto`
+in crypttab, and a line there when unlock is removed."""
 
 import os
 import stat
@@ -91,6 +92,14 @@ def set_noauto(path: str, name: str) -> bool:
         mode = stat.S_IMODE(os.stat(path).st_mode)
         write_atomically(path, "".join(lines).encode("utf-8", "surrogateescape"), mode)
     return changed
+
+
+def add_crypttab_line(path: str, line: str) -> None:
+    """Adds a line at the end of crypttab(5), which is made where it is not there. Raises OSError."""
+    text = "".join(_read_lines(path))
+    mode = stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else 0o644
+    text = f"{text.rstrip(chr(10))}\n" if text.strip() else text
+    write_atomically(path, f"{text}{line}\n".encode("utf-8", "surrogateescape"), mode)
 
 
 def clear_noauto(path: str, name: str) -> bool:

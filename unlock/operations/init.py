@@ -11,7 +11,7 @@ import os
 from contextlib import closing
 from typing import NamedTuple
 
-from .. import initramfs, log
+from .. import initramfs, log, wrap
 from ..boot import unmeasured
 from ..errors import Refused, Usage
 from ..host import config, this_boot
@@ -33,6 +33,9 @@ from ..tpm.record import RECORD_SIZE, SLOTS, Payload
 from .dump import protection
 from .provider import Client, connect_as
 
+CRYPTOGRAPHY = 43
+"""The oldest release with all that unlock calls, as the CMS envelope of an escrow. The package and pyproject.toml say
+the same."""
 OVERRIDES = {
     "initramfs-without-unlock": "this boot's initramfs did not run unlock: the next boot measures differently",
     **at_unseal.RISKS,
@@ -84,6 +87,7 @@ class Preflight(NamedTuple):
 
 def init(paths: Paths, choices: InitChoices) -> Preflight:
     """Initialises this host. Raises Refused with the name of what is wrong, TpmAbsent, TpmFailed."""
+    _check_library(wrap.library_version())
     with exclusive(paths):
         unfinished = _earlier_attempt(paths, choices)
         config.load(paths.config).check()
@@ -121,6 +125,15 @@ def init(paths: Paths, choices: InitChoices) -> Preflight:
         if protection.RISK not in choices.accept:
             protection.set_up(paths)
     return found
+
+
+def _check_library(version: str) -> None:
+    if int(version.partition(".")[0]) < CRYPTOGRAPHY:
+        raise Refused(
+            f"python3-cryptography {version} is older than {CRYPTOGRAPHY}: `disk adopt` and `group create` would fail",
+            "apt policy python3-cryptography (Debian 13 has a newer one, Debian 12 has not)",
+            code="old-cryptography",
+        )
 
 
 def _earlier_attempt(paths: Paths, choices: InitChoices) -> State | None:

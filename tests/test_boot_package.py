@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The packages on a fresh Debian: installed, initialised, upgraded, removed, installed again, purged. Each is followed
+by a boot of the initramfs that the guest has made then, and a look at a service that requires a mount point."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import image, luks
+from tests.lab.guest import Guest
+from tests.lab.machine import RECOVERY, Machine, report
+from tests.lab.packages import Packages, packages
+from tests.lab.running import Disk, Running
+from tests.lab.stories import UNMEASURED, measured, status, take_in_root, up
+from tests.test_boot_updates import taken_in, unsealed
+
+pytestmark = pytest.mark.vm
+
+APT = "DEBIAN_FRONTEND=noninteractive apt-get --quiet --yes --no-install-recommends"
+STOCK_PROMPT = "Please unlock disk root"
+SERVICE = """\
+[Unit]
+RequiresMountsFor=/srv/data
+[Service]
+ExecStart=/bin/sh -c 'touch /srv/data/ran; exec sleep infinity'
+[Install]
+WantedBy=multi-user.target
+"""
+QUICK = "echo COMPRESS=zstd COMPRESSLEVEL=1 | tr ' ' '\\n' >/etc/initramfs-tools/conf.d/lab"
+"""The guest takes minutes for an initramfs."""
+EXTRA = "6c616220-6578-4472-8000-6c756b730001"
+KEY_FILE = f"""\
+printf '%s' '{image.PASSPHRASE}' >/etc/extra.key && chmod 600 /etc/extra.key
+echo 'extra UUID={EXTRA} /etc/extra.key luks,nofail' >>/etc/crypttab
+"""
+"""Another disk, which unlock does not know, opens by a file."""
+TWO = "data root"
+"""What is accepted by name."""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "machine"
+    shutil.rmtree(tmp_path / "machine", ignore_errors=True)
+
+
+class Story:
+    """A machine whose initramfs is the one that its guest has made last."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self.initrd = machine, machine.image.initrd
+
+    def boot(self) -> Running:
+        return self.machine.boot(initrd=self.initrd, limit=1100)
+
+    def off(self, booted: Running) -> None:
+        """Takes the initramfs along."""
+        release = booted.guest.sh("uname -r").out
+        content = booted.guest.read(f"/boot/initrd.img-{release}")
+        self.initrd = self.machine.home / f"initrd-{booted.boot}"
+        self.initrd.write_bytes(content)
+        booted.poweroff()
+
+    def stock(self, booted: Running, key: str) -> Guest:
+        """A boot in which a person types a key at the stock prompt."""
+        booted.console.expect(STOCK_PROMPT, 120)
+        booted.console.send(f"{key}\n")
+        return up(booted)
+
+
+def install(console: Guest, debs: Packages, *names: str) -> str:
+    """By apt, offline; the initramfs is made once."""
+    for name in names:
+        deb: Path = getattr(debs, name)
+        console.write(f"/root/{deb.name}", deb.read_bytes())
+    files = " ".join(f"/root/{getattr(debs, name).name}" for name in names)
+    return apt(console, f"install {files}")
+
+
+def apt(console: Guest, what: str) -> str:
+    """What it says. The initramfs is made once."""
+    said = console.sh(f"{APT} {what} 2>&1", timeout=900).out
+    assert said.count("update-initramfs: Generating") == 1, said
+    return said
+
+
+def units(console: Guest) -> dict[str, str]:
+    """Unit -> its state, of those that are active or have failed and are not unlock's."""
+    lines = console.sh("systemctl list-units --plain --no-legend --full").out.splitlines()
+    found = {line.split()[0]: line.split()[2] for line in lines if line.strip()}
+    return {name: state for name, state in found.items() if "unlock" not in name and not name.endswith(".device")}
+
+
+def app(console: Guest) -> str:
+    """State of the service that requires /srv/data."""
+    return console.sh("systemctl is-active app-data", check=False).out
+
+
+def lines(booted: Running) -> list[str]:
+    """The console so far, without times, and without e2fsck, which counts files."""
+    text = re.sub(r"\[ *\d+\.\d+\] ", "", booted.console.text.replace("\r", ""))
+    return [line for line in text.splitlines() if line.strip() and ": clean, " not in line]
+
+
+def opened(booted: Running) -> Guest:
+    """A boot in which nobody typed anything."""
+    console = up(booted)
+    assert report(console)["verdict"] == "unsealed"
+    assert STOCK_PROMPT not in booted.console.text and "recovery key" not in booted.console.text
+    assert app(console) == "active"
+    console.sh("sha256sum --quiet -c /root/sums")
+    return console
+
+
+@pytest.mark.long(minutes=10)
+def test_a_fresh_host_and_an_upgrade(home: Path) -> None:
+    """Installed by apt: before `init` a boot is as it was; after it, nothing is typed, nor after an upgrade. A disk
+    with a key file in crypttab opens in each."""
+    story = Story(Machine(home, image.build("luks", product=False, commands=[QUICK, KEY_FILE])))
+    disk = story.machine.disk("d1", 60)
+    luks.format_disk(home / "extra.raw", image.PASSPHRASE, size=luks.DATA_OFFSET + (1 << 20), uuid=EXTRA)
+    story.machine.disks["extra"] = Disk("extra.raw", "extra")
+    with story.boot() as booted:
+        console = story.stock(booted, image.PASSPHRASE)
+        before, shown = units(console), lines(booted)
+        assert before["systemd-cryptsetup@extra.service"] == "active"
+        install(console, packages(), "core", "initramfs")
+        assert console.sh("systemctl is-system-running", check=False).out == "running"
+        story.off(booted)
+
+    with story.boot() as booted:
+        console = story.stock(booted, image.PASSPHRASE)
+        assert units(console) == before
+        assert lines(booted) == shown
+        booted.poweroff()
+
+    with story.boot() as booted:
+        console = take_in_root(booted, story.machine, UNMEASURED)
+        console.sh(
+            f"unlock group create data --disk {disk} --mount /srv/data --recovery-key-file {RECOVERY}", timeout=240
+        )
+        console.write("/etc/systemd/system/app-data.service", SERVICE.encode())
+        console.sh("systemctl --quiet enable app-data; head -c 100000 /dev/urandom >/srv/data/blob")
+        console.sh("sha256sum /srv/data/blob >/root/sums; sync")
+        booted.poweroff()
+
+    with story.boot() as booted:
+        said = install(opened(booted), packages("0.1.1"), "core", "initramfs")
+        assert "Setting up unlock (0.1.1)" in said
+        assert app(booted.guest) == "active"
+        story.off(booted)
+
+    with story.boot() as booted:
+        console = opened(booted)
+        assert console.sh("dpkg-query -W -f '${Version}' unlock").out == "0.1.1"
+        assert console.sh("systemctl is-active systemd-cryptsetup@extra").out == "active"
+        booted.poweroff()
+
+
+@pytest.mark.long(minutes=11)
+def test_removal_another_installation_and_a_purge(home: Path) -> None:
+    story = Story(measured().clone(home))
+    recovery = story.machine.recovery_key
+    with story.boot() as booted:
+        console = opened(booted)
+        console.sh(QUICK)
+        refused = console.sh(f"{APT} remove unlock 2>&1", check=False, timeout=240)
+        assert refused.code == 100
+        for words in ("group data (data-", "without unlock, no boot opens it; nothing is mounted at /srv/data", TWO):
+            assert words in refused.out
+        assert console.sh("dpkg-query -W -f '${Status} ' unlock unlock-initramfs").out == "install ok installed " * 2
+        assert status(console) == {"root": "open", "data": "open"}
+        # A host whose root opened without its line in crypttab.
+        console.sh("sed -i /^root/d /etc/crypttab")
+        console.sh(f"echo 'unlock unlock/remove string {TWO}' | debconf-set-selections")
+        apt(console, "remove unlock")
+        assert f"root UUID={image.LUKS_UUID} none luks,initramfs" in console.read("/etc/crypttab").decode()
+        assert app(console) == "active"
+        story.off(booted)
+
+    # Removed: the stock prompt takes the recovery key, and the service did not start on the bare directory.
+    with story.boot() as booted:
+        console = story.stock(booted, recovery)
+        assert app(console) == "inactive"
+        assert console.sh("systemctl is-failed srv-data.mount", check=False).out == "failed"
+        assert console.sh("ls -A /srv/data").out == ""
+        assert console.sh("systemctl is-active multi-user.target").out == "active"
+        install(console, packages(), "core", "initramfs")
+        story.off(booted)
+
+    # Installed again: this boot is none that the TPM allows, and unlock asks.
+    with story.boot() as booted:
+        booted.console.expect("type the recovery key", 120)
+        booted.console.send(f"{recovery}\n")
+        console = up(booted)
+        assert app(console) == "active"
+        console.sh("sha256sum --quiet -c /root/sums")
+        refused = console.sh(f"{APT} purge unlock unlock-initramfs 2>&1", check=False, timeout=240)
+        assert refused.code == 100, "the names of the first removal are for that alone"
+        console.sh("echo 'unlock unlock/remove string root,data' | debconf-set-selections")
+        said = apt(console, "purge unlock unlock-initramfs")
+        for words in ("tpm2_evictcontrol -C o -c 0x81104c4", "tpm2_nvundefine", "on disk root", "/srv/data is a bare"):
+            assert words in said, said
+        left = console.sh("find / -xdev -path '*unlock*' -not -path '/run/*' -not -path '/root/*'").out.splitlines()
+        assert not [each for each in left if "cryptroot-unlock" not in each], left
+        story.off(booted)
+
+    # Purged: no key material, no guard; the disks open by the recovery key.
+    with story.boot() as booted:
+        console = story.stock(booted, recovery)
+        assert app(console) == "active"
+        assert console.sh("ls -A /srv/data").out == "ran"
+        assert "unlock" not in console.sh("lsinitramfs /boot/initrd.img-*").out.replace("cryptroot-unlock", "")
+        for disk in ("d1", "d2", "d3"):
+            device = story.machine.disks[disk].device
+            console.sh(f"cryptsetup open --test-passphrase {device}", stdin=recovery.encode())
+        booted.poweroff()
+
+
+@pytest.mark.long(minutes=12)
+def test_a_host_that_boots_by_grub_is_upgraded(home: Path) -> None:
+    """The initramfs is made once, when dpkg ends; then the TPM is told what it will measure, and the next boot
+    asks nobody."""
+    story = Machine(home, image.build("luks", boots="grub"))
+    with story.boot(limit=1800) as booted:
+        console = taken_in(booted, story)
+        said = install(console, packages("0.1.1"), "core", "initramfs")
+        assert said.index("update-initramfs: Generating") < said.index("unlock: next boot: ") and "is predicted" in said
+        booted.poweroff(300)
+    with story.boot(limit=900) as booted:
+        assert unsealed(booted).sh("dpkg-query -W -f '${Version}' unlock").out == "0.1.1"
