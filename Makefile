@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-# make install [DESTDIR=...]: copies files, builds nothing.
+# make install [DESTDIR=...]: copies files. Manual pages and completion are made first, by Python alone.
 # make uninstall takes them away again; configuration and state stay.
 
 DESTDIR =
 INSTALL = install
+PYTHON ?= python3
 RUN = $(INSTALL) -D -m 0755
 DATA = $(INSTALL) -D -m 0644
 
@@ -19,9 +20,20 @@ units = unlock-cap.service unlock-group@.service unlock-heal@.service unlock-ear
 	unlock-predict.service unlock-sync.service unlock-sync.timer unlock-resume.service
 wanted = unlock-early-boot.service unlock-baseline.service unlock-predict.service unlock-resume.service
 
-.PHONY: install uninstall
+pages = $(patsubst man/%.md,build/man/%,$(wildcard man/*.md))
+share = $(DESTDIR)/usr/share
 
-install:
+.PHONY: man install install-docs uninstall
+
+man: $(pages)
+
+$(pages): build/man/%: man/%.md man/roff.py pyproject.toml
+	$(PYTHON) man/roff.py $< build/man
+
+install-docs: man
+	for page in $(notdir $(pages)); do $(DATA) build/man/$$page $(share)/man/man$${page##*.}/$$page || exit; done
+
+install: install-docs
 	find unlock -name '*.py' -exec $(DATA) {} $(home)/{} ';'
 	$(RUN) system/unlock $(sbin)/unlock
 	$(RUN) system/mount.unlock $(sbin)/mount.unlock
@@ -54,18 +66,18 @@ uninstall:
 	rm -f $(wanted:%=$(systemd)/system/multi-user.target.wants/%)
 	rm -f $(systemd)/system/timers.target.wants/unlock-sync.timer
 	rm -f $(DESTDIR)/usr/lib/tmpfiles.d/unlock.conf
+	rm -f $(foreach page,$(notdir $(pages)),$(share)/man/man$(subst .,,$(suffix $(page)))/$(page))
 
 
 # Development. VENV and the cache of images lie outside the checkout.
 
 CACHE ?= /var/cache/unlock-lab
 VENV ?= $(CACHE)/venv
-PYTHON ?= python3
 packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-archive-keyring cryptsetup-bin \
 	libcryptsetup12 libtss2-dev libtss2-tcti-swtpm0 tpm2-tools udev btrfs-progs e2fsprogs initramfs-tools-core zstd cpio \
 	age gdb systemd clevis-luks grub-emu kmod util-linux fdisk shellcheck strace busybox klibc-utils dosfstools mtools \
 	openssl gcc pkg-config libffi-dev python3-venv python3-dev \
-	make bc bison flex m4 perl xz-utils libc6-dev slirp4netns iproute2
+	make bc bison flex m4 perl xz-utils libc6-dev slirp4netns iproute2 man-db mandoc
 
 .PHONY: setup test coverage test-long test-fast soak mutate-formats lint demo demo-short bench
 
@@ -77,7 +89,7 @@ setup:
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check tpm2-pytss cryptography pykmip virt-firmware pytest pytest-xdist pytest-timeout coverage hypothesis mypy ruff
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.lab.uml.kernel
 
-scripts = system/unlock initramfs/collect system/unlock-generator
+scripts = system/unlock initramfs/collect system/unlock-generator man/roff.py
 lint:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
