@@ -154,3 +154,77 @@ def _install(destination: Path) -> None:
         subprocess.run(["make", "--quiet", "-C", CHECKOUT, "install", f"DESTDIR={destination}"], check=True)
         # No image has man(1), and a word in a page makes no new image.
         shutil.rmtree(destination / "usr/share/man", ignore_errors=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    subprocess.run(["cp", "-a", "--reflink=auto", source, target], check=True)
+
+
+def _overlay(source: Path, target: Path) -> None:
+    """Copy over; /sbin and such stay links."""
+    command = 'tar -C "$1" --owner=0 --group=0 -c . | tar -C "$2" -x --keep-directory-symlink --no-overwrite-dir'
+    subprocess.run(["sh", "-c", command, "sh", source, target], check=True)
+
+
+def _write(tree: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        path = tree / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755 if text.startswith("#!") else 0o644)
+
+
+def _configure(tree: Path, root: Root, runs: Runs, boots: Kind) -> None:
+    device = "/dev/mapper/root" if root == "luks" else f"UUID={FS_UUID}"
+    files = {
+        "etc/fstab": f"{device} / ext4 defaults 0 0\n{loader.FSTAB[boots]}",
+        "etc/hostname": "lab\n",
+        "etc/systemd/journald.conf.d/lab.conf": "[Journal]\nStorage=volatile\n",
+        "usr/lib/lab/agent": guest.AGENT,
+        "usr/lib/systemd/system/lab-agent.service": guest.UNIT,
+        "usr/lib/udev/rules.d/61-lab.rules": DISK_RULES,
+        **(uml.FILES if runs == "uml" else {}),
+    }
+    if boots:  # it makes initramfs images itself, emulated
+        files["etc/initramfs-tools/conf.d/lab"] = "COMPRESS=zstd\nCOMPRESSLEVEL=1\n"
+    if root == "luks":
+        files["etc/crypttab"] = f"root UUID={LUKS_UUID} none luks,initramfs\n"
+    _write(tree, files)
+    (tree / "etc/systemd/system-generators").mkdir()
+    for each in GENERATORS.split():
+        (tree / f"etc/systemd/system-generators/systemd-{each}-generator").symlink_to("/dev/null")
+    _chroot(tree, f"systemctl --quiet enable lab-agent.service && systemctl --quiet mask {' '.join(MASKED.split())}")
+    _chroot(tree, "systemd-machine-id-setup && /usr/lib/systemd/systemd-update-done")  # no work of a first boot
+
+
+def _chroot(tree: Path, command: str) -> None:
+    """Run sh in the tree, with /proc and /dev, in a mount namespace that ends with it."""
+    script = 'mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" && exec chroot "$1" sh -ec "$2"'
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "HOME": "/root"}
+    unshare = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script, "sh"]
+    done = subprocess.run([*unshare, tree, command], env=environment, capture_output=True, text=True)
+    if done.returncode != 0:  # else it only has warnings: no device-mapper here, no console-setup there
+        raise RuntimeError(f"{command}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+
+
+def _kernel(tree: Path) -> Path:
+    (kernel,) = tree.glob("boot/vmlinuz-*")
+    return kernel
+
+
+def _mkinitramfs(tree: Path, to: Path) -> None:
+    (modules,) = (tree / "usr/lib/modules").iterdir()
+    initrd = tree / f"boot/initrd.img-{modules.name}"
+    _chroot(tree, f"mkinitramfs -o /boot/{initrd.name} {modules.name}")
+    _copy(initrd, to)
+
+
+def _disk(tree: Path, root: Root, to: Path) -> None:
+    plain = to.with_name("root.ext4") if root == "luks" else to
+    with plain.open("wb") as file:
+        file.truncate(ROOT_SIZE)
+    options = ["-q", "-F", "-b", "4096", "-U", FS_UUID, "-E", "lazy_itable_init=0"]
+    subprocess.run(["mkfs.ext4", *options, "-d", tree, plain], check=True)
+    if root == "luks":
+        luks.format_disk(to, PASSPHRASE, size=luks.DATA_OFFSET + ROOT_SIZE, uuid=LUKS_UUID)
+        luks.fill(to, PASSPHRASE, plain)
