@@ -22,16 +22,29 @@ wanted = unlock-early-boot.service unlock-baseline.service unlock-predict.servic
 
 pages = $(patsubst man/%.md,build/man/%,$(wildcard man/*.md))
 share = $(DESTDIR)/usr/share
+shells = build/completion/unlock.bash build/completion/_unlock build/completion/unlock.fish
+# Debian's zsh looks in a folder of its own.
+zsh = $(share)/zsh/$(if $(wildcard /etc/debian_version),vendor-completions,site-functions)
 
-.PHONY: man install install-docs uninstall
+.DELETE_ON_ERROR:
+.PHONY: man completion install install-docs uninstall
 
 man: $(pages)
 
 $(pages): build/man/%: man/%.md man/roff.py pyproject.toml
 	$(PYTHON) man/roff.py $< build/man
 
-install-docs: man
+completion: $(shells)
+
+$(shells): completion/generate.py $(shell find unlock/cli -name '*.py')
+	mkdir -p build/completion
+	$(PYTHON) completion/generate.py $(subst .,,$(or $(suffix $@),.zsh)) >$@
+
+install-docs: man completion
 	for page in $(notdir $(pages)); do $(DATA) build/man/$$page $(share)/man/man$${page##*.}/$$page || exit; done
+	$(DATA) build/completion/unlock.bash $(share)/bash-completion/completions/unlock
+	$(DATA) build/completion/_unlock $(zsh)/_unlock
+	$(DATA) build/completion/unlock.fish $(share)/fish/vendor_completions.d/unlock.fish
 
 install: install-docs
 	find unlock -name '*.py' -exec $(DATA) {} $(home)/{} ';'
@@ -66,6 +79,7 @@ uninstall:
 	rm -f $(wanted:%=$(systemd)/system/multi-user.target.wants/%)
 	rm -f $(systemd)/system/timers.target.wants/unlock-sync.timer
 	rm -f $(DESTDIR)/usr/lib/tmpfiles.d/unlock.conf
+	rm -f $(share)/bash-completion/completions/unlock $(zsh)/_unlock $(share)/fish/vendor_completions.d/unlock.fish
 	rm -f $(foreach page,$(notdir $(pages)),$(share)/man/man$(subst .,,$(suffix $(page)))/$(page))
 
 
@@ -77,7 +91,7 @@ packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-a
 	libcryptsetup12 libtss2-dev libtss2-tcti-swtpm0 tpm2-tools udev btrfs-progs e2fsprogs initramfs-tools-core zstd cpio \
 	age gdb systemd clevis-luks grub-emu kmod util-linux fdisk shellcheck strace busybox klibc-utils dosfstools mtools \
 	openssl gcc pkg-config libffi-dev python3-venv python3-dev \
-	make bc bison flex m4 perl xz-utils libc6-dev slirp4netns iproute2 man-db mandoc groff-base
+	make bc bison flex m4 perl xz-utils libc6-dev slirp4netns iproute2 man-db mandoc groff-base zsh fish
 
 .PHONY: setup test coverage test-long test-fast soak mutate-formats lint demo demo-short bench
 
@@ -89,7 +103,7 @@ setup:
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check tpm2-pytss cryptography pykmip virt-firmware pytest pytest-xdist pytest-timeout coverage hypothesis mypy ruff
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.lab.uml.kernel
 
-scripts = system/unlock initramfs/collect system/unlock-generator man/roff.py
+scripts = system/unlock initramfs/collect system/unlock-generator man/roff.py completion/generate.py
 lint:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

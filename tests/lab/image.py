@@ -152,8 +152,9 @@ def build(
 def _install(destination: Path) -> None:
     if (CHECKOUT / "Makefile").exists():
         subprocess.run(["make", "--quiet", "-C", CHECKOUT, "install", f"DESTDIR={destination}"], check=True)
-        # No image has man(1), and a word in a page makes no new image.
-        shutil.rmtree(destination / "usr/share/man", ignore_errors=True)
+        # No image has man(1), and a word in a page makes no new image. Nor does anybody press tab there.
+        for folder in ("man", "bash-completion", "zsh", "fish"):
+            shutil.rmtree(destination / "usr/share" / folder, ignore_errors=True)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -19,7 +19,7 @@ def add(commands: "Commands") -> None:
     verbs = add_noun(commands, "group", "groups of disks")
     create = add_command(verbs, "create", _create, "format disks and make them a group", "unlock check")
     create.add_argument("name", metavar="NAME")
-    create.add_argument("--disk", nargs="+", action="extend", required=True, metavar="DEV")
+    create.add_argument("--disk", nargs="+", action="extend", required=True, metavar="DEV", help="the disks")
     create.add_argument("--mount", required=True, metavar="DIR", help="where the group's file system is mounted")
     create.add_argument(
         "--policy",
@@ -48,7 +48,9 @@ def add(commands: "Commands") -> None:
     leave.add_to_group(verbs)
     change = add_command(verbs, "set", _set, "whether a boot opens a group without all of its disks", "unlock check")
     change.add_argument("name", metavar="GROUP")
-    change.add_argument("--degraded", choices=("never", "allow"), required=True)
+    change.add_argument(
+        "--degraded", choices=("never", "allow"), required=True, help="whether a boot opens it without all of its disks"
+    )
     add_consent(change)
     heal = add_command(
         verbs, "heal", _heal, "take in a disk that was away while its group was written", "unlock status"
