@@ -193,7 +193,9 @@ complete -F _unlock unlock
 
 
 def bash(found: list[Command]) -> str:
-    of_commands, of_options, again = [], {}, []
+    of_commands: list[str] = []
+    of_options: dict[str, list[str]] = {}
+    again: list[str] = []
     for each in found:
         sets = [f"verbs='{' '.join(each.verbs)}'"] if each.verbs else []
         once = [option.flag for option in each.options if not option.repeats]
