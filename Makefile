@@ -60,6 +60,7 @@ install: install-docs
 	$(RUN) initramfs/local-premount $(tools)/scripts/local-premount/check-resume
 	$(RUN) system/predict $(home)/predict
 	$(RUN) system/dump $(home)/dump
+	$(DATA) system/unlock.catalog $(systemd)/catalog/unlock.catalog
 	$(DATA) system/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/unlock.conf
 	for hook in $(updates); do $(RUN) system/after-update $(etc)/$$hook || exit; done
 	$(DATA) system/dpkg.cfg $(etc)/dpkg/dpkg.cfg.d/unlock
@@ -78,7 +79,7 @@ uninstall:
 	rm -f $(updates:%=$(etc)/%) $(etc)/dpkg/dpkg.cfg.d/unlock
 	rm -f $(wanted:%=$(systemd)/system/multi-user.target.wants/%)
 	rm -f $(systemd)/system/timers.target.wants/unlock-sync.timer
-	rm -f $(DESTDIR)/usr/lib/tmpfiles.d/unlock.conf
+	rm -f $(DESTDIR)/usr/lib/tmpfiles.d/unlock.conf $(systemd)/catalog/unlock.catalog
 	rm -f $(share)/bash-completion/completions/unlock $(zsh)/_unlock $(share)/fish/vendor_completions.d/unlock.fish
 	rm -f $(foreach page,$(notdir $(pages)),$(share)/man/man$(subst .,,$(suffix $(page)))/$(page))
 

@@ -15,8 +15,8 @@ from ..messages import INFO, NOTICE, WARNING, Message
 from ..paths import Paths
 
 _UNIT = "unlock-early-boot.service"
-_NOT_REFUSED = ("unsealed", "handed-over", "no-tpm", "no-slot", "no-key", "")
-"""Verdicts of a boot in which the TPM gave the key, or was not asked for one of this host."""
+_NOT_REFUSED = ("unsealed", "handed-over", "no-tpm", "no-slot", "no-key", "tpm-failed", "")
+"""Verdicts of a boot in which the TPM gave the key, was not asked for one of this host, or does not work."""
 
 
 class Entry(NamedTuple):
