@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-# make install [DESTDIR=...]: copies files, builds nothing. In parts: install-core, and one for each builder of an initramfs.
+# make install [DESTDIR=...]: copies files, once manual pages and completion are made. In parts: install-core, and one for
+# each builder of an initramfs.
 # make uninstall takes them away again; configuration and state stay.
 
 DESTDIR =
 INSTALL = install
+PYTHON ?= python3
 RUN = $(INSTALL) -D -m 0755
 DATA = $(INSTALL) -D -m 0644
 
@@ -20,11 +22,35 @@ units = unlock-cap.service unlock-group@.service unlock-heal@.service unlock-ear
 	unlock-predict.service unlock-sync.service unlock-sync.timer unlock-resume.service
 wanted = unlock-early-boot.service unlock-baseline.service unlock-predict.service unlock-resume.service
 
-.PHONY: install install-core install-initramfs-tools install-dracut uninstall
+pages = $(patsubst man/%.md,build/man/%,$(wildcard man/*.md))
+share = $(DESTDIR)/usr/share
+shells = build/completion/unlock.bash build/completion/_unlock build/completion/unlock.fish
+# Debian's zsh looks in a folder of its own.
+zsh = $(share)/zsh/$(if $(wildcard /etc/debian_version),vendor-completions,site-functions)
+
+.DELETE_ON_ERROR:
+.PHONY: man completion install install-docs install-core install-initramfs-tools install-dracut uninstall
+
+man: $(pages)
+
+$(pages): build/man/%: man/%.md man/roff.py pyproject.toml
+	$(PYTHON) man/roff.py $< build/man
+
+completion: $(shells)
+
+$(shells): completion/generate.py $(shell find unlock/cli -name '*.py')
+	mkdir -p build/completion
+	$(PYTHON) completion/generate.py $(subst .,,$(or $(suffix $@),.zsh)) >$@
+
+install-docs: man completion
+	for page in $(notdir $(pages)); do $(DATA) build/man/$$page $(share)/man/man$${page##*.}/$$page || exit; done
+	$(DATA) build/completion/unlock.bash $(share)/bash-completion/completions/unlock
+	$(DATA) build/completion/_unlock $(zsh)/_unlock
+	$(DATA) build/completion/unlock.fish $(share)/fish/vendor_completions.d/unlock.fish
 
 install: install-core install-initramfs-tools install-dracut
 
-install-core:
+install-core: install-docs
 	find unlock -name '*.py' -exec $(DATA) {} $(home)/{} ';'
 	$(RUN) system/unlock $(sbin)/unlock
 	$(RUN) system/mount.unlock $(sbin)/mount.unlock
@@ -35,6 +61,7 @@ install-core:
 	$(DATA) initramfs/manifest $(home)/initramfs/manifest
 	$(RUN) system/predict $(home)/predict
 	$(RUN) system/dump $(home)/dump
+	$(DATA) system/unlock.catalog $(systemd)/catalog/unlock.catalog
 	$(DATA) system/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/unlock.conf
 	for hook in $(updates); do $(RUN) system/after-update $(etc)/$$hook || exit; done
 	$(DATA) system/dpkg.cfg $(etc)/dpkg/dpkg.cfg.d/unlock
@@ -68,7 +95,9 @@ uninstall:
 	rm -f $(updates:%=$(etc)/%) $(etc)/initramfs/post-update.d/zzz-unlock $(etc)/dpkg/dpkg.cfg.d/unlock
 	rm -f $(wanted:%=$(systemd)/system/multi-user.target.wants/%)
 	rm -f $(systemd)/system/timers.target.wants/unlock-sync.timer
-	rm -f $(DESTDIR)/usr/lib/tmpfiles.d/unlock.conf
+	rm -f $(DESTDIR)/usr/lib/tmpfiles.d/unlock.conf $(systemd)/catalog/unlock.catalog
+	rm -f $(share)/bash-completion/completions/unlock $(zsh)/_unlock $(share)/fish/vendor_completions.d/unlock.fish
+	rm -f $(foreach page,$(notdir $(pages)),$(share)/man/man$(subst .,,$(suffix $(page)))/$(page))
 
 # Packages for Debian, from the files of this checkout that git would add: build/deb/*.deb.
 DEBS = build/deb
@@ -86,12 +115,11 @@ deb:
 
 CACHE ?= /var/cache/unlock-lab
 VENV ?= $(CACHE)/venv
-PYTHON ?= python3
 packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-archive-keyring cryptsetup-bin \
 	libcryptsetup12 libtss2-dev libtss2-tcti-swtpm0 tpm2-tools udev btrfs-progs e2fsprogs initramfs-tools-core zstd cpio \
 	age gdb systemd clevis-luks grub-emu kmod util-linux fdisk shellcheck strace busybox klibc-utils dosfstools mtools \
 	openssl gcc pkg-config libffi-dev python3-venv python3-dev \
-	debhelper dh-python dpkg-dev lintian po-debconf systemd-container \
+	debhelper dh-python dpkg-dev lintian po-debconf systemd-container man-db mandoc groff-base pandoc zsh fish \
 	make bc bison flex m4 perl xz-utils libc6-dev slirp4netns iproute2
 
 .PHONY: setup test coverage test-long test-fast soak mutate-formats lint demo demo-short bench
@@ -104,7 +132,7 @@ setup:
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check tpm2-pytss cryptography pykmip virt-firmware pytest pytest-xdist pytest-timeout coverage hypothesis mypy ruff
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.lab.uml.kernel
 
-scripts = system/unlock initramfs/collect system/unlock-generator
+scripts = system/unlock initramfs/collect system/unlock-generator man/roff.py completion/generate.py
 lint:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

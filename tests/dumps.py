@@ -10,7 +10,14 @@ from pathlib import Path
 from unlock.paths import Paths
 
 TOP = Path(__file__).parents[1]
-MOVED = ("/var/lib/unlock", "/dev/kmsg", "/etc/default/unlock-dump", "/usr/lib/systemd", "/sys/fs/cgroup")
+MOVED = (
+    "/var/lib/unlock",
+    "/dev/kmsg",
+    "/etc/default/unlock-dump",
+    "/usr/lib/systemd",
+    "/sys/fs/cgroup",
+    "/run/systemd",
+)
 CRASHES = """
 #include <unistd.h>
 char secret[64];

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from unlock import messages
 from unlock.boot import gate, journald
 from unlock.host import report, this_boot
 from unlock.host.state import State
@@ -58,16 +59,17 @@ def test_each_part_of_the_report_is_an_entry_with_its_fields(paths: Paths) -> No
     this_boot.publish(paths, refused())
     found = written(paths)
     assert [(each["MESSAGE_ID"], each["PRIORITY"], each["MESSAGE"]) for each in found] == [
-        (journald.VERDICT_ID, "4", "pcr-mismatch: PCR 9 differs"),
-        (journald.GROUP_ID, "4", "group data: incomplete, 1 of 2 disks"),
-        (journald.DISK_ID, "6", "data-a (/dev/sda): opened: open"),
-        (journald.DISK_ID, "4", "data-b (/dev/sdb): tampered: its header?UNLOCK_OUTCOME=opened"),
-        (journald.DISK_ID, "6", "/dev/sdc: foreign: LUKS2 without an unlock token: left alone"),
-        (journald.ERROR_ID, "4", "not-capped: tpmrm0 answers 0x101"),
+        (messages.VERDICT.id, "4", "pcr-mismatch: PCR 9 differs"),
+        (messages.BOOT_REFUSED.id, "4", "the TPM refused this boot: unlock explain"),
+        (messages.GROUP.id, "4", "group data: incomplete, 1 of 2 disks"),
+        (messages.DISK.id, "6", "data-a (/dev/sda): opened: open"),
+        (messages.DISK.id, "4", "data-b (/dev/sdb): tampered: its header?UNLOCK_OUTCOME=opened"),
+        (messages.DISK.id, "6", "/dev/sdc: foreign: LUKS2 without an unlock token: left alone"),
+        (messages.TROUBLE.id, "4", "not-capped: tpmrm0 answers 0x101"),
     ]
-    assert found[3]["UNLOCK_OUTCOME"] == "tampered" and found[3]["UNLOCK_DISK"] == "data-b"
-    assert found[4]["UNLOCK_DISK"] == "/dev/sdc" and "UNLOCK_UUID" not in found[4]
-    assert found[1]["UNLOCK_GROUP"] == "data" and found[0]["UNLOCK_VERDICT"] == "pcr-mismatch"
+    assert found[4]["UNLOCK_OUTCOME"] == "tampered" and found[4]["UNLOCK_DISK"] == "data-b"
+    assert found[5]["UNLOCK_DISK"] == "/dev/sdc" and "UNLOCK_UUID" not in found[5]
+    assert found[2]["UNLOCK_GROUP"] == "data" and found[0]["UNLOCK_VERDICT"] == "pcr-mismatch"
     assert {each["OBJECT_SYSTEMD_UNIT"] for each in found} == {"unlock-early-boot.service"}
     assert not written(paths), "once in a boot"
 
@@ -81,7 +83,7 @@ def test_without_a_journal_the_unit_fails_and_may_run_again(paths: Paths) -> Non
     this_boot.publish(paths, refused())
     with pytest.raises(FileNotFoundError):
         journald.write_early_report(paths)
-    assert len(written(paths)) == 6
+    assert len(written(paths)) == 7
 
 
 def stderr_of_a_unit(stream: str = "") -> str:

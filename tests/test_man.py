@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manual pages: what they refer to exists; commands, options, exit statuses and errors are those that there are."""
+"""The manual pages: what they refer to exists; commands, options, examples, exit statuses and errors are those that
+there are; what `make man` makes of them has all of it, and man(1) and mandoc(1) have nothing to say against it."""
 
 import argparse
 import os
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from unlock import cli, errors
+from unlock.cli.examples import EXAMPLES
 from unlock.measured import at_unseal
 from unlock.operations import check, init, rebind
 
-PAGES = {path.name.removesuffix(".md"): path.read_text() for path in (Path(__file__).parents[1] / "man").glob("*.md")}
+TOP = Path(__file__).parents[1]
+PAGES = {path.name.removesuffix(".md"): path.read_text() for path in (TOP / "man").glob("*.md")}
 
 PROVIDER_ERRORS = [
     each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, errors.ProviderError)
@@ -21,20 +27,22 @@ PROVIDER_ERRORS = [
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_says_what_it_is_and_refers_to_all_others_of_ours(name: str) -> None:
-    title, section = name.rsplit(".", 1)
-    assert PAGES[name].startswith(f"% {title.upper()}({section}) | ")
+def test_a_page_says_what_it_is_and_refers_to_the_first_one_which_refers_to_all(name: str) -> None:
+    title, number = name.rsplit(".", 1)
+    assert PAGES[name].startswith(f"% {title.upper()}({number}) | ")
     assert f"# NAME\n\n{title} - " in PAGES[name]
-    see_also = PAGES[name].partition("# SEE ALSO\n")[2]
-    for other in PAGES:
-        reference = "{}({})".format(*other.rsplit(".", 1))
-        assert other == name or reference in see_also, reference
+    assert name == "unlock.8" or re.match(r"unlock\(8\)", section("SEE ALSO", name))
+    assert name == "unlock.8" or f"{title}({number})" in section("SEE ALSO", "unlock.8")
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_no_page_refers_to_a_page_of_ours_that_is_not_there(name: str) -> None:
-    for title, section in re.findall(r"\b(unlock[a-z.-]*)\((\d)\)", PAGES[name]):
-        assert f"{title}.{section}" in PAGES
+    for title, number in re.findall(r"\b(unlock[a-z.-]*)\((\d)\)", PAGES[name]):
+        assert f"{title}.{number}" in PAGES
+
+
+def section(title: str, name: str) -> str:
+    return PAGES[name].partition(f"\n# {title}\n")[2].partition("\n# ")[0].strip()
 
 
 @pytest.mark.parametrize("kind", PROVIDER_ERRORS, ids=lambda kind: kind.code)
@@ -43,63 +51,118 @@ def test_each_error_of_a_key_manager_is_explained(kind: type[errors.ProviderErro
         assert f"**{kind.status} {kind.code}**\n:   " in PAGES["unlock-kmip.7"]
 
 
-def commands(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], set[str]]]:
-    """The words of each command, and its options."""
-    options = {flag for each in parser._actions for flag in each.option_strings} - {"-h", "--help"}
+def commands(
+    parser: argparse.ArgumentParser, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
+    """The words of each command, and its parser."""
     verbs = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
-    if options or not verbs:
-        yield path, options
+    if len(parser._actions) > 2 or not verbs:
+        yield path, parser
     for each in verbs:
         for word, below in each.choices.items():
             yield from commands(below, (*path, word))
 
 
-def synopsis() -> dict[tuple[str, ...], set[str]]:
-    """The same, from the page: a paragraph has one command, or several of one noun with bars between."""
-    found: dict[tuple[str, ...], set[str]] = {}
-    for paragraph in section("SYNOPSIS").split("\n\n"):
-        noun: list[str] = []
-        for part in outside_of_brackets(paragraph):
-            words = part.removeprefix("**").partition("**")[0].split()
-            if words[0] == "unlock":
-                noun = words[1:-1]
-            path = tuple(each for each in (*noun, words[-1]) if not each.startswith("--"))
-            found.setdefault(path, set()).update(re.findall(r"--[a-z-]+", part))
+COMMANDS = dict(commands(cli._parser()))
+NOUNS = {path[0] for path in COMMANDS if path} - {"help"}
+
+
+def page_of(path: tuple[str, ...]) -> str:
+    return f"unlock-{path[0]}.8" if path and path[0] in NOUNS else "unlock.8"
+
+
+def options(path: tuple[str, ...]) -> set[str]:
+    return {flag for each in COMMANDS[path]._actions for flag in each.option_strings} - {"-h", "--help"}
+
+
+def arguments(path: tuple[str, ...]) -> list[str]:
+    """What a command takes beside options, in order."""
+    return [str(each.metavar) for each in COMMANDS[path]._actions if not each.option_strings]
+
+
+def synopsis(name: str) -> dict[tuple[str, ...], tuple[set[str], list[str]]]:
+    """Options and other arguments of each command, from a page: a paragraph has one form of one command."""
+    found: dict[tuple[str, ...], tuple[set[str], list[str]]] = {}
+    for paragraph in section("SYNOPSIS", name).split("\n\n"):
+        words = paragraph.removeprefix("**unlock").partition("**")[0].split()
+        flags, plain = found.setdefault(tuple(words), (set(), []))
+        flags.update(re.findall(r"--[a-z-]+", paragraph))
+        beside = re.sub(r"\*\*--[a-z-]+\*\*( \*[^*]+\*)?", "", paragraph.partition("**unlock")[2].partition("**")[2])
+        plain[:] = re.findall(r"\*([^*]+)\*", beside)
     return found
 
 
-def outside_of_brackets(text: str) -> list[str]:
-    """Split at the bars that are in no brackets."""
-    parts, depth = [""], 0
-    for piece in re.split(r"( \| |\[|\])", text):
-        depth += (piece == "[") - (piece == "]")
-        if piece == " | " and not depth:
-            parts.append("")
-        else:
-            parts[-1] += piece
-    return parts
+def test_each_command_has_its_page_and_the_first_page_a_line_for_it() -> None:
+    assert {name.removeprefix("unlock-").removesuffix(".8") for name in PAGES if name.endswith(".8")} == NOUNS | {
+        "unlock"
+    }
+    listed = re.findall(
+        r"^\*\*([a-z]+)\*\*, unlock-([a-z]+)\(8\)\n:   .+$", section("COMMANDS", "unlock.8"), re.MULTILINE
+    )
+    assert {noun for noun, page in listed if noun == page} == NOUNS and len(listed) == len(NOUNS)
 
 
-def section(title: str) -> str:
-    return PAGES["unlock.8"].partition(f"\n# {title}\n")[2].partition("\n# ")[0].strip()
+def test_the_synopses_have_every_command_and_no_other() -> None:
+    found = {path for noun in NOUNS for path in synopsis(f"unlock-{noun}.8")}
+    assert found == {path for path in COMMANDS if path[:1] != ("help",) and path}
+    for noun in NOUNS:
+        assert {path[0] for path in synopsis(f"unlock-{noun}.8")} == {noun}
 
 
-COMMANDS = dict(commands(cli._parser()))
+@pytest.mark.parametrize("path", [path for path in COMMANDS if path and path != ("help",)], ids=" ".join)
+def test_a_page_has_every_option_and_argument_of_a_command_and_no_other(path: tuple[str, ...]) -> None:
+    assert synopsis(page_of(path))[path] == (options(path), arguments(path))
+    described = re.findall(r"^\*\*(--[a-z-]+)\*\*.*\n:   ", section("OPTIONS", page_of(path)), re.MULTILINE)
+    assert options(path) <= set(described)
+    of_noun = [each for each in COMMANDS if each[:1] == path[:1]]
+    assert set(described) == set().union(*map(options, of_noun))
+    terms = re.findall(r"^(\*\*.*)\n:   ", section("COMMANDS", page_of(path)), re.MULTILINE)
+    assert path == (path[0],) or any(f"**{path[-1]}**" in each for each in terms)
 
 
-def test_the_synopsis_has_every_command_and_no_other() -> None:
-    assert synopsis().keys() == COMMANDS.keys()
+@pytest.mark.parametrize("path", [path for path in COMMANDS if path], ids=" ".join)
+def test_help_ends_with_an_example_which_the_page_has_too(
+    path: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli._parser().parse_args([*path, "--help"])
+    title = page_of(path).removesuffix(".8")
+    example = EXAMPLES[" ".join(path)]
+    assert capsys.readouterr().out.endswith(f"\nexample:\n  {example}\n\nmanual: {title}(8)\n")
+    assert path == ("help",) or f"\n    {example}\n" in section("EXAMPLES", page_of(path)) + "\n"
 
 
-@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
-def test_the_synopsis_has_every_option_of_a_command_and_no_other(path: tuple[str, ...]) -> None:
-    assert synopsis()[path] == COMMANDS[path]
+def test_there_is_no_example_of_a_command_that_is_not_there() -> None:
+    nouns = {path[0] for path in COMMANDS if len(path) > 1}
+    assert EXAMPLES.keys() == {" ".join(path) for path in COMMANDS} | nouns | {""}
+
+
+@pytest.mark.parametrize("words", EXAMPLES)
+def test_an_example_is_one_of_its_command(words: str) -> None:
+    assert parses(EXAMPLES[words])
+    nouns = {path[0] for path in COMMANDS if len(path) > 1} | {""}
+    assert re.match(f"unlock {words}( |$)" if words not in nouns else f"unlock {words}", EXAMPLES[words])
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_command_line_in_a_page_parses(name: str) -> None:
+    code = "\n".join(section(title, name) for title in ("EXAMPLES", "RECOVERY KEY", "A SECOND HOST"))
+    lines = re.findall(r"^    ((?:.* \| )?unlock .+)$", code, re.MULTILINE)
+    assert lines or name not in {f"unlock-{noun}.8" for noun in NOUNS}
+    for each in lines:
+        assert parses(re.sub(r"^.* \| (?=unlock )| && .*$| > .*$", "", each)), each
+
+
+def parses(line: str) -> bool:
+    """A shell's words of it are a command of unlock."""
+    program, *words = shlex.split(line)
+    return program == "unlock" and callable(cli._parser().parse_args(words).run)
 
 
 def test_every_exit_status_is_in_the_manual() -> None:
     kinds = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, errors.UnlockError)]
     statuses = {0, *check.EXIT_STATUS.values(), *(each.status for each in kinds)}
-    assert {int(each) for each in re.findall(r"\b(\d+) ", section("EXIT STATUS"))} == statuses
+    assert {int(each) for each in re.findall(r"\b(\d+) ", section("EXIT STATUS", "unlock.8"))} == statuses
 
 
 @pytest.mark.parametrize(
@@ -109,7 +172,11 @@ def test_every_risk_that_can_be_accepted_is_named(
     command: str, risks: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the manual and in --help, and no other is accepted."""
-    told = section("COMMANDS").partition(f"**{command}**\n:   ")[2].partition("\n\n")[0]
+    noun, _, verb = command.partition(" ")
+    page = f"unlock-{noun}.8"
+    told = section("COMMANDS", page).partition(f"**{verb}**\n:   ")[2].partition("\n\n")[0] or section(
+        "DESCRIPTION", page
+    )
     assert set(re.findall(r"\*\*([a-z]+(?:-[a-z]+)+)\*\*", told)) >= risks.keys()
     with pytest.raises(SystemExit):
         cli._parser().parse_args([*command.split(), "--help"])
@@ -147,3 +214,77 @@ def test_a_command_that_succeeded_names_the_next_one(
     for each in re.findall(r"unlock ([a-z]+(?: [a-z]+)?)", told):
         assert tuple(each.split()) in COMMANDS
     assert not told or re.fullmatch(r"next: unlock .+\n", told)
+
+
+# What `make man` makes
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("man")
+    sources = sorted((TOP / "man").glob("*.md"))
+    subprocess.run([sys.executable, TOP / "man/roff.py", *sources, folder], check=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_man_and_mandoc_have_nothing_to_say_against_a_page(name: str, made: Path) -> None:
+    page = (made / name).read_text()
+    shown = subprocess.run(  # man(1) runs as another user, who cannot read the file
+        ["man", "--warnings", "-E", "UTF-8", "-Tutf8", "-Z", "-l", "-"],
+        input=page,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "MANWIDTH": "80", "LC_ALL": "C.UTF-8"},
+    )
+    assert shown.stdout and not shown.stderr
+    lint = subprocess.run(["mandoc", "-T", "lint"], input=page, capture_output=True, text=True)
+    assert not [each for each in lint.stdout.splitlines() if "missing date" not in each]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_page_that_is_shown_has_every_word(name: str, made: Path) -> None:
+    """In order, and no other, but for the first line and the last one. At this width no cell has two lines."""
+    shown = subprocess.run(
+        ["groff", "-t", "-man", "-Tutf8", "-P-cbou", "-rLL=1000n", made / name],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    head, *lines, foot = shown.stdout.strip().splitlines()
+    assert name.rpartition(".")[0].upper() in head and "unlock 0" in foot
+    found = "".join(" ".join(lines).replace("\N{BULLET}", "-").split())
+    assert found == "".join(words_of(PAGES[name]).split())
+
+
+def words_of(page: str) -> str:
+    """The text of the Markdown without its marks."""
+    body = re.sub(r"^ *\|[-|]+\|$|^# ", "", page.partition("\n")[2], flags=re.MULTILINE)
+    body = re.sub(r"^ *\| | \|$| \| (?=.*\|$)", " ", body, flags=re.MULTILINE)
+    body = re.sub(r"^:   ", "", body, flags=re.MULTILINE)
+    return re.sub(r"(?<!\\)\*", "", body).replace("\\*", "*")
+
+
+@pytest.mark.parametrize(
+    "wrong", ["<b>bold</b>", "**not closed", "`code`", "## smaller", "| a | b |\n| c | d |", "   three"]
+)
+def test_what_is_not_known_is_an_error_and_no_page_that_lacks_it(wrong: str, tmp_path: Path) -> None:
+    source = tmp_path / "unlock-x.8.md"
+    source.write_text(f"% UNLOCK-X(8) | System administration\n\n# NAME\n\nunlock-x - x\n\n# DESCRIPTION\n\n{wrong}\n")
+    done = subprocess.run([sys.executable, TOP / "man/roff.py", source, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1 and str(source) in done.stderr and not (tmp_path / "unlock-x.8").exists()
+
+
+def test_man_finds_the_pages_that_are_installed(tmp_path: Path) -> None:
+    subprocess.run(["make", "--quiet", "-C", TOP, "install-docs", f"DESTDIR={tmp_path}"], check=True)
+    where = tmp_path / "usr/share/man"
+    subprocess.run(["mandb", "--quiet", "--create", where], check=True)
+    for name in PAGES:
+        title, number = name.rsplit(".", 1)
+        shown = subprocess.run(["man", "-M", where, number, title], capture_output=True, text=True, check=True)
+        assert shown.stdout
+        about = subprocess.run(["whatis", "-M", where, title], capture_output=True, text=True, check=True)
+        assert f"{title} ({number})" in about.stdout
+    subprocess.run(["make", "--quiet", "-C", TOP, "uninstall", f"DESTDIR={tmp_path}"], check=True)
+    assert not list(where.glob("man*/unlock*"))

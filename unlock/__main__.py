@@ -58,7 +58,7 @@ def _in_words(error: OSError) -> UnlockError:
 
 
 def _boot(argv: list[str]) -> int:
-    """The commands of the initramfs scripts and the systemd units; they are not for people."""
+    """The commands of the initramfs scripts, the systemd units and the shells' completion; they are not for people."""
     paths = Paths()
     if argv == ["agent"]:
         from .boot.agent import agent
@@ -125,13 +125,17 @@ def _boot(argv: list[str]) -> int:
         from .operations.removal import removal
 
         return removal(paths, " ".join(argv[1:]).replace(",", " ").split())
+    if len(argv) == 2 and argv[0] == "names":
+        from .host.names import print_names
+
+        return print_names(paths, argv[1])
     if len(argv) == 2 and argv[0] == "gate":
         from .boot.gate import gate
 
         return gate(paths, argv[1])
     words = (
-        "agent|close-channels|why|prompt|screen|secure|drop|scrub|heal DISK|journal|baseline|predict|gate GROUP|"
-        "mount SOURCE DIRECTORY|removal [WORD ...]"
+        "agent|close-channels|why|prompt|screen|secure|drop|scrub|heal DISK|journal|baseline|predict|names KIND|"
+        "gate GROUP|mount SOURCE DIRECTORY|removal [WORD ...]"
     )
     raise Usage(f"usage: unlock boot {words}")
 

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-from .. import log
+from .. import journald, log, messages
 from ..disks import devices, disk_keys, find, forget, luks, spoofed, udev
 from ..disks.groups import Away, Group
 from ..disks.header import Header
@@ -133,6 +133,8 @@ def _put_in_service(paths: Paths, opener: GroupOpener, name: str) -> bool:
     this_boot.mark_open(paths, name, row.mappings, row if is_degraded else None)
     this_boot.unmark(paths, "failed-groups", name)
     if is_degraded:
+        words = describe_degraded(State.load(paths), name, row.mappings)
+        journald.record(paths, messages.GROUP_DEGRADED, words, group=name)
         _bring_up(row)
     return is_degraded
 
@@ -283,6 +285,9 @@ def open_group(paths: Paths, name: str, *recovery: Secret, degraded: bool = Fals
         if not _is_open(record, name):
             raise _make_error(paths, record, name, opener.why_not_enough(name))
         _put_in_service(paths, opener, name)
+        if recovery:
+            words = f"group {name} was opened by the recovery key"
+            journald.record(paths, messages.RECOVERY_KEY_USED, words, group=name)
     if units.is_systemd_running() and paths.root == "/":
         units.start_group(name, settings.mount if settings else "")
     if name not in this_boot.degraded_groups(paths):

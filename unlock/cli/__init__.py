@@ -30,6 +30,7 @@ from . import (
     sync,
 )
 from .arguments import Run, add_command
+from .examples import add_examples
 
 _NOUNS = (
     init,
@@ -80,4 +81,5 @@ def _parser() -> argparse.ArgumentParser:
         return 0
 
     add_command(commands, "help", print_help, "this text")
+    add_examples(top)
     return top

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def add(commands: "Commands") -> None:
     verbs = add_noun(commands, "disk", "single disks")
     adopt = add_command(verbs, "adopt", _adopt, "take in an existing LUKS2 disk, data untouched", "unlock check")
-    adopt.add_argument("device")
-    adopt.add_argument("--group", required=True, metavar="G", help="the group that it joins, or begins")
-    adopt.add_argument("--name", default="", help="mapping name; default: the one that it has")
+    adopt.add_argument("device", metavar="DEV")
+    adopt.add_argument("--group", required=True, metavar="GROUP", help="the group that it joins, or begins")
+    adopt.add_argument("--name", default="", metavar="NAME", help="mapping name; default: the one that it has")
     adopt.add_argument(
         "--passphrase-file",
         metavar="FILE",
@@ -42,7 +42,7 @@ def add(commands: "Commands") -> None:
         "--accept-changed-header",
         action="append",
         default=[],
-        metavar="NAME",
+        metavar="DISK",
         help="the header of this member is not as this host wrote it, and you changed it; may be repeated",
     )
     adopt.add_argument(
@@ -59,7 +59,7 @@ def add(commands: "Commands") -> None:
     leave.add_to_disk(verbs)
     encrypt.add_to_disk(verbs)
     flags = add_command(verbs, "flags", _flags, "change how a member is opened: flags of its header")
-    flags.add_argument("device")
+    flags.add_argument("device", metavar="DEV")
     flags.add_argument("--set", action="append", default=[], metavar="FLAG", help="as allow-discards; may be repeated")
     flags.add_argument("--clear", action="append", default=[], metavar="FLAG", help="the same, to be taken away")
 

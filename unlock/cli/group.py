@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def add(commands: "Commands") -> None:
     verbs = add_noun(commands, "group", "groups of disks")
     create = add_command(verbs, "create", _create, "format disks and make them a group", "unlock check")
-    create.add_argument("name")
-    create.add_argument("--disk", nargs="+", action="extend", required=True, metavar="DEV")
+    create.add_argument("name", metavar="NAME")
+    create.add_argument("--disk", nargs="+", action="extend", required=True, metavar="DEV", help="the disks")
     create.add_argument("--mount", required=True, metavar="DIR", help="where the group's file system is mounted")
     create.add_argument(
         "--policy",
@@ -27,7 +27,9 @@ def add(commands: "Commands") -> None:
         default="persistent",
         help="provider: the group's key-encryption key is never kept on this host",
     )
-    create.add_argument("--profile", default="", help="btrfs data profile; default: raid1 for two disks or more")
+    create.add_argument(
+        "--profile", default="", metavar="PROFILE", help="btrfs data profile; default: raid1 for two disks or more"
+    )
     create.add_argument(
         "--erase", nargs="+", action="extend", default=[], metavar="DEV", help="a disk whose data may be destroyed"
     )
@@ -45,13 +47,15 @@ def add(commands: "Commands") -> None:
     lists.add_to_group(verbs)
     leave.add_to_group(verbs)
     change = add_command(verbs, "set", _set, "whether a boot opens a group without all of its disks", "unlock check")
-    change.add_argument("name", metavar="group")
-    change.add_argument("--degraded", choices=("never", "allow"), required=True)
+    change.add_argument("name", metavar="GROUP")
+    change.add_argument(
+        "--degraded", choices=("never", "allow"), required=True, help="whether a boot opens it without all of its disks"
+    )
     add_consent(change)
     heal = add_command(
         verbs, "heal", _heal, "take in a disk that was away while its group was written", "unlock status"
     )
-    heal.add_argument("name", metavar="group")
+    heal.add_argument("name", metavar="GROUP")
     add_consent(heal)
 
 

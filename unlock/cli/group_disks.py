@@ -18,8 +18,8 @@ _MEMBER = "the disk, its mapping's name, or its LUKS UUID"
 
 def add_to_disk(verbs: "Commands") -> None:
     add = add_command(verbs, "add", _add, "format a disk and make it a member of a group")
-    add.add_argument("device")
-    add.add_argument("--group", required=True, metavar="G", help="the group that it joins")
+    add.add_argument("device", metavar="DEV")
+    add.add_argument("--group", required=True, metavar="GROUP", help="the group that it joins")
     add.add_argument(
         "--no-filesystem",
         action="store_true",
@@ -27,19 +27,19 @@ def add_to_disk(verbs: "Commands") -> None:
     )
     _add_new_disk(add)
     remove = add_command(verbs, "remove", _remove, "move a member's data to the others, and take it out of its group")
-    remove.add_argument("device", help=_MEMBER)
+    remove.add_argument("device", metavar="DISK", help=_MEMBER)
     remove.add_argument("--no-migrate", action="store_true", help="leave a file system that is on this disk alone")
     add_consent(remove)
     replace = add_command(verbs, "replace", _replace, "let a new disk take the place of a member, dead or alive")
-    replace.add_argument("old", metavar="OLD", help=_MEMBER)
-    replace.add_argument("new", metavar="NEW")
+    replace.add_argument("old", metavar="DISK", help=_MEMBER)
+    replace.add_argument("new", metavar="DEV")
     add_owner_auth(replace)
     _add_new_disk(replace)
 
 
 def add_to_group(verbs: "Commands") -> None:
     grow = add_command(verbs, "grow", _grow, "use what a disk of the group has become larger by")
-    grow.add_argument("name")
+    grow.add_argument("name", metavar="GROUP")
     add_consent(grow)
 
 

@@ -44,7 +44,7 @@ def add(commands: "Commands") -> None:
     add_pcrs(init, "--pcrs", "PCRs to seal to; default: those that measure how this host boots")
     add_owner_auth(init)
     init.add_argument("--provider", choices=("native", "kmip"), default="native", help="where keys come from")
-    init.add_argument("--name", default="kms", help="kmip: the key manager's name on this host")
+    init.add_argument("--name", default="kms", metavar="NAME", help="kmip: the key manager's name on this host")
     init.add_argument(
         "--persistence", choices=("enabled", "disabled"), help="kmip: whether its keys are kept on this host, wrapped"
     )

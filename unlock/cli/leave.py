@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def add_to_disk(verbs: "Commands") -> None:
     forget = add_command(verbs, "forget", _forget, "a member that is dead, lost or stolen leaves its group")
-    forget.add_argument("disk", help="its LUKS UUID, mapping name or device; it is not here")
+    forget.add_argument("disk", metavar="DISK", help="its LUKS UUID, mapping name or device; it is not here")
     forget.add_argument(
         "--destroyed", action="store_true", help="nobody can have it any more: keep the keys that it was opened by"
     )
@@ -37,7 +37,7 @@ def add_to_disk(verbs: "Commands") -> None:
     add_owner_auth(forget)
     add_consent(forget)
     release = add_command(verbs, "release", _release, "give a disk back: plain LUKS2, by a passphrase")
-    release.add_argument("device")
+    release.add_argument("device", metavar="DEV")
     release.add_argument(
         "--passphrase-file",
         metavar="FILE",
@@ -47,7 +47,7 @@ def add_to_disk(verbs: "Commands") -> None:
     release.add_argument("--recovery-key-file", default="", metavar="FILE", help=RECOVERY_KEY_SOURCE)
     add_consent(release)
     erase = add_command(verbs, "erase", _erase, "destroy what opens a disk that is in no group")
-    erase.add_argument("device")
+    erase.add_argument("device", metavar="DEV")
     erase.add_argument("--discard", action="store_true", help="then tell the disk that no block is used (TRIM)")
     erase.add_argument("--overwrite", action="store_true", help="then write zeros to every block")
     add_consent(erase)
@@ -55,7 +55,7 @@ def add_to_disk(verbs: "Commands") -> None:
 
 def add_to_group(verbs: "Commands") -> None:
     delete = add_command(verbs, "delete", _delete, "end a group; its disks stay, and the recovery key opens them")
-    delete.add_argument("name")
+    delete.add_argument("name", metavar="GROUP")
     delete.add_argument("--erase", action="store_true", help="destroy what opens its disks; all data is lost")
     delete.add_argument("--recovery-key-file", default="", metavar="FILE", help=RECOVERY_KEY_SOURCE)
     add_owner_auth(delete)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add(commands: "Commands") -> None:
     opened = add_command(commands, "open", _open, "open and mount groups now")
-    opened.add_argument("group", nargs="*", help="default: every group")
+    opened.add_argument("group", nargs="*", metavar="GROUP", help="default: every group")
     opened.add_argument("--recovery", action="store_true", help="by the recovery key, not from the key cache")
     opened.add_argument(
         "--recovery-key-file",

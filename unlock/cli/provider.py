@@ -30,20 +30,20 @@ def add(commands: "Commands") -> None:
     verbs = add_noun(commands, "provider", "where keys come from")
     add_json(add_command(verbs, "list", _list, "providers, their groups, days that certificates have left"))
     added = add_command(verbs, "add", _add, "add a key manager beside the provider in use")
-    added.add_argument("name", help="its name on this host")
+    added.add_argument("name", metavar="NAME", help="its name on this host")
     add_key_manager(added)
     test = add_command(verbs, "test", _test, "ask every endpoint; fetch every key and try it on the disks")
-    test.add_argument("name", nargs="?", default="", help="default: the one in use")
+    test.add_argument("name", nargs="?", default="", metavar="PROVIDER", help="default: the one in use")
     add_json(test)
     switch = add_command(verbs, "switch", _switch, "move this host to another provider")
-    switch.add_argument("name")
+    switch.add_argument("name", metavar="PROVIDER")
     switch.add_argument(
         "--persistence", choices=("enabled", "disabled"), help="whether a key manager's keys are kept on this host"
     )
     add_json(switch)
     add_owner_auth(switch)
     renew = add_command(verbs, "renew", _renew, "use a new client certificate or password")
-    renew.add_argument("name", nargs="?", default="", help="default: the one in use")
+    renew.add_argument("name", nargs="?", default="", metavar="PROVIDER", help="default: the one in use")
     renew.add_argument("--client-cert", default="", metavar="FILE", help="PEM; without it only the password is new")
     renew.add_argument("--client-key", default="", metavar="FILE", help="PEM, not encrypted; read once")
     renew.add_argument(
@@ -55,7 +55,7 @@ def add(commands: "Commands") -> None:
     backup.add_argument("file", metavar="FILE", help="must not exist")
     restore = add_command(verbs, "restore", _restore, "add a native provider from its backup")
     restore.add_argument("file", metavar="FILE")
-    restore.add_argument("--name", default="native", help="its name on this host")
+    restore.add_argument("--name", default="native", metavar="NAME", help="its name on this host")
     for each in (backup, restore):
         each.add_argument("--password-file", metavar="FILE", help=BACKUP_PASSWORD_SOURCE)
 

@@ -46,7 +46,7 @@ def add(commands: "Commands") -> None:
         "--accept-changed-header",
         action="append",
         default=[],
-        metavar="NAME",
+        metavar="DISK",
         help="the header of this disk is not as this host wrote it, and you changed it; may be repeated",
     )
     add_pin(rebind)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def add(commands: "Commands") -> None:
     rekey = add_command(commands, "rekey", _rekey, "give a group a new key-encryption key; data untouched")
-    rekey.add_argument("group", nargs="?", default="", help="default: every group")
+    rekey.add_argument("group", nargs="?", default="", metavar="GROUP", help="default: every group")
     rekey.add_argument(
         "--fresh", action="store_true", help="a new persistence key too: earlier copies of headers open nothing"
     )

@@ -13,7 +13,7 @@ is back.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .. import log
+from .. import journald, log, messages
 from ..disks import disk_keys, luks
 from ..disks.groups import Group, Member
 from ..errors import NoKey, Refused, StateBlocked, Tampered, UnlockError
@@ -162,6 +162,15 @@ def replace_kek(
         state.retire.append(ReplacedKek(group.kek, new.name))
     state.journal = journal
     state.save()
+    journald.record(
+        work.paths,
+        messages.KEK_REPLACED,
+        f"group {new.name} has a new key-encryption key, generation {new.generation}",
+        group=new.name,
+        generation=str(new.generation),
+        disks=outcome.done,
+        behind=outcome.behind,
+    )
     if new.policy != "provider":
         try:
             _cache_kek(work, new, kek)
@@ -231,9 +240,17 @@ def set_host_key(work: Work, provider_id: str, ref: Ref, key: Secret) -> None:
     for group in list(state.groups.values()):
         state.groups[group.name] = group._replace(behind=_uuids(group))
     state.save()
+    record_host_key(work)
     dump_key.write_recipient(work.paths, state, key)
     this_boot.cache_keys(work.paths, "provider", {"unlock:host": key})
     catch_up_disks(work)
+
+
+def record_host_key(work: Work) -> None:
+    """Records in the journal that the host key is a new one."""
+    generation = str(work.state.host_key_ref.generation)
+    words = f"the host has a new host key, generation {generation}"
+    journald.record(work.paths, messages.HOST_KEY_REPLACED, words, generation=generation)
 
 
 def set_policy(work: Work, group: Group, policy: str) -> Outcome:
@@ -249,7 +266,11 @@ def set_policy(work: Work, group: Group, policy: str) -> Outcome:
         new = group._replace(policy=policy, behind=_uuids(group))
         if policy == "provider":
             state.narrowed = f"the key of group {group.name} is not kept any more"
-        return _rewrap_all(work, new, kek)
+        outcome = _rewrap_all(work, new, kek)
+    if group.policy != policy:
+        words = f"group {group.name}: policy = {policy}"
+        journald.record(work.paths, messages.GROUP_CHANGED, words, group=group.name, setting="policy", value=policy)
+    return outcome
 
 
 def set_degraded(work: Work, group: Group, degraded: bool) -> Outcome:

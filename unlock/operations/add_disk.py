@@ -14,7 +14,7 @@ import shlex
 import uuid as uuids
 from typing import NamedTuple
 
-from .. import strictjson
+from .. import journald, messages, strictjson
 from ..disks import btrfs, devices, find, luks, udev
 from ..disks.groups import Group, Member, mapping_names
 from ..errors import Refused, UnlockError
@@ -86,6 +86,8 @@ def add_disk(paths: Paths, wanted: NewDisk, *, consent: Consent = agree, look: f
             btrfs.add_device(mount, f"/dev/mapper/{member.name}")
         state.journal = None
         state.save()
+        words = f"{member.name} ({member.uuid}) is a new disk of group {group.name}"
+        journald.record(paths, messages.DISK_ADDED, words, disk=member.name, uuid=member.uuid, group=group.name)
         return Added(group.name, member.name, _next(system, mount, member))
 
 

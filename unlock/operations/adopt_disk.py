@@ -4,7 +4,7 @@
 from collections.abc import Iterable
 from contextlib import suppress
 
-from .. import log
+from .. import journald, log, messages
 from ..disks import adoptable, changes, devices, disk_keys, fstab, luks, other_tokens, token, udev
 from ..disks.groups import Group, Member, check_name
 from ..errors import CommandFailed, NotOurs, Refused, UnlockError
@@ -112,6 +112,8 @@ def adopt_disk(
             state.drop_old_key(each.uuid)
         state.journal = None
         state.save()
+        words = f"{member.name} ({uuid}) is adopted into group {group_name}"
+        journald.record(paths, messages.DISK_ADOPTED, words, disk=member.name, uuid=uuid, group=group_name)
         if all(devices.active_mapping_name(each.uuid) == each.name for each in group.members):
             this_boot.mark_open(paths, group_name, [each.name for each in group.members])
         allowed_states.tell_root(paths, state, persistence, tcti)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unlock cache`: lists the keys in the key cache and where each came from, and flushes them."""
 
+from .. import journald, messages
 from ..disks import find
 from ..errors import NoKey
 from ..host import keyring, this_boot
@@ -58,4 +59,5 @@ def flush(paths: Paths) -> list[str]:
     with exclusive(paths):
         names = keyring.names()
         keyring.flush()
-        return names
+    journald.record(paths, messages.CACHE_FLUSHED, "the keys are out of the key cache until the next boot")
+    return names

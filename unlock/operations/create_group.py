@@ -6,7 +6,7 @@ import shlex
 import uuid as uuids
 from typing import NamedTuple
 
-from .. import strictjson
+from .. import journald, messages, strictjson
 from ..disks import btrfs, changes, devices, disk_keys, find, fstab, luks, token, udev
 from ..disks.groups import Group, Member, check_name, mapping_names
 from ..errors import Refused, UnlockError, Usage
@@ -73,6 +73,9 @@ def create_group(paths: Paths, wanted: NewGroup) -> Group:
         _start(units.mount_unit(wanted.mount))
         state.journal = None
         state.save()
+        names = [member.name for member in group.members]
+        words = f"group {group.name} is made of {', '.join(names)}, for {wanted.mount}"
+        journald.record(paths, messages.GROUP_CREATED, words, group=group.name, disks=names)
         return group
 
 

@@ -10,6 +10,7 @@ opens them; or they are erased.
 from functools import partial
 from typing import NamedTuple
 
+from .. import journald, messages
 from ..disks import devices, disk_keys, find, forget, luks
 from ..disks.groups import Group, Member
 from ..errors import DiskFailed, NotOurs, Refused, UnlockError, Usage
@@ -202,6 +203,8 @@ def _finish(work: Work, entry: GroupDeletion, tcti: str) -> Deleted:
     if left:
         _narrow(state, name)
     leaving.close(work, name, entry.members, entry.kek)
+    words = f"group {name} is deleted; its disks {'are erased' if erase else 'stay LUKS2'}"
+    journald.record(work.paths, messages.GROUP_DELETED, words, group=name, disks=done, behind=left)
     if not erase:
         leaving.tell_how_to_open(work.paths, entry.members, mount)
     return Deleted(name, done, left, erase)

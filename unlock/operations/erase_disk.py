@@ -13,7 +13,7 @@ Needs no key: it works where the key cache is empty.
 import time
 from collections.abc import Callable
 
-from .. import log
+from .. import journald, log, messages
 from ..disks import devices, luks, token
 from ..disks.luks import Container
 from ..errors import NotOurs, Refused, UnlockError
@@ -63,6 +63,7 @@ def erase_disk(
             overwrite_header(node)
         state.journal = None
         state.save()
+        journald.record(paths, messages.DISK_ERASED, f"{device}: nothing on it opens its data", disk=device)
     if overwrite:
         size = luks.disk_size(node)
         luks.overwrite(node, _end_of_header(node), size, _teller(node, size))

@@ -8,6 +8,7 @@ is killed. The same command then finishes.
 import os
 from typing import Any
 
+from .. import journald, messages
 from ..disks import changes, disk_keys, find, luks, token
 from ..disks.groups import Group, Member
 from ..errors import Refused, Tampered, Usage
@@ -50,6 +51,15 @@ def change_flags(
             facts = _change(work, node, group, member, wanted)
         state.headers[member.uuid] = canonical(facts).decode()
         state.save()
+        journald.record(
+            paths,
+            messages.DISK_FLAGS,
+            f"{member.name} ({member.uuid}): flags {', '.join(sorted(wanted)) or 'none'}",
+            disk=member.name,
+            uuid=member.uuid,
+            group=group.name,
+            value=sorted(wanted),
+        )
         return wanted
 
 

@@ -15,7 +15,7 @@ missing, until it is told otherwise.
 import os
 from typing import NamedTuple
 
-from .. import log
+from .. import journald, log, messages
 from ..disks import btrfs, devices, find
 from ..disks.groups import Group, Member
 from ..errors import Refused, UnlockError
@@ -115,6 +115,8 @@ def _forget(
             state.journal = None
             state.save()
         raise
+    words = f"{member.name} ({member.uuid}) is forgotten: group {group.name} opens without it"
+    journald.record(work.paths, messages.DISK_FORGOTTEN, words, disk=member.name, uuid=member.uuid, group=group.name)
     names = [each.name for each in left.members]
     if group.name in this_boot.open_groups(work.paths):
         this_boot.mark_open(work.paths, group.name, names)

@@ -16,7 +16,7 @@ import os
 import time
 from typing import NamedTuple
 
-from .. import log
+from .. import journald, log, messages
 from ..boot import gate
 from ..disks import btrfs, btrfs_layout, devices, disk_keys, find, luks
 from ..disks.groups import Away, Group, Member
@@ -91,6 +91,9 @@ def heal_group(paths: Paths, name: str, consent: Consent, look: find.Look = find
         _balance(mount_point)
     done = {each.member.uuid for each in returned}
     _forget_that_they_were_away(paths, name, done)
+    names = _names(group, done)
+    words = f"group {name}: {', '.join(names) or 'nothing'} healed"
+    journald.record(paths, messages.DISK_HEALED, words, group=name, disks=names)
     return Healed(_names(group, done), _names(group, {each.uuid for each in group.away} - done))
 
 

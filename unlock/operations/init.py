@@ -11,7 +11,7 @@ import os
 from contextlib import closing
 from typing import NamedTuple
 
-from .. import initramfs, log, wrap
+from .. import initramfs, journald, log, messages, wrap
 from ..boot import unmeasured
 from ..errors import Refused, Usage
 from ..host import config, this_boot
@@ -124,6 +124,9 @@ def init(paths: Paths, choices: InitChoices) -> Preflight:
         state.save()
         if protection.RISK not in choices.accept:
             protection.set_up(paths)
+    words = f"the host is initialised: sealed to PCRs {', '.join(map(str, found.selection))}"
+    pcrs, accepted = map(str, found.selection), sorted(choices.accept)
+    journald.record(paths, messages.INITIALISED, words, pcrs=pcrs, accepted=accepted)
     return found
 
 

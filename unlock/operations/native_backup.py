@@ -2,6 +2,7 @@
 """`unlock provider backup` and `restore`: the native provider's key-derivation key (KDK) in a file, under a
 password."""
 
+from .. import journald, messages
 from ..disks import find
 from ..disks.groups import check_name
 from ..errors import Refused, Usage
@@ -49,6 +50,7 @@ def restore(
         )
         state.put_provider(entry)
         state.save()
+        journald.record(paths, messages.PROVIDER_RESTORED, f"provider {name} is restored", provider=name)
         return entry
 
 

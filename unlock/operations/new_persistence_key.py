@@ -20,7 +20,7 @@ disks alone, by their UUID, and neither in early boot nor at a gate: an old head
 from contextlib import suppress
 from typing import NamedTuple
 
-from .. import log
+from .. import journald, log, messages
 from ..disks import disk_keys, find
 from ..disks.groups import Group, Member
 from ..errors import DiskFailed, NoSlot, Refused, UnlockError
@@ -133,7 +133,10 @@ def _replace(paths: Paths, tcti: str, owner_auth: Secret | None, look: find.Look
                     _put_state_under(paths, state, entry, behind, old=old, new=new)
                 if not begun:
                     state.narrowed = None
-                return _remove_old_tokens(state, nodes, behind, new)
+                found = _remove_old_tokens(state, nodes, behind, new)
+    words = f"the host has a new persistence key: earlier headers of {len(found.done)} disk(s) open nothing"
+    journald.record(paths, messages.PERSISTENCE_KEY_REPLACED, words, disks=found.done, behind=found.behind)
+    return found
 
 
 def _current_record(tpm: Tpm, state: State) -> Record:

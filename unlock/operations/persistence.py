@@ -11,6 +11,7 @@ remove     evicts the persistence key from the TPM after `disable`; until the ne
 from contextlib import suppress
 from typing import TypedDict
 
+from .. import journald, messages
 from ..disks import devices, disk_keys, find, luks
 from ..errors import NoKey, Refused, TpmAbsent, UnlockError
 from ..host import keyring
@@ -96,7 +97,9 @@ def enable(
             work.state.set_host_key(
                 work.state.host_key_ref, persistence=work.persistence, key=host_key, keep_former=False
             )
-        return _apply_policies(work)
+        outcomes = _apply_policies(work)
+    journald.record(paths, messages.PERSISTENCE_ENABLED, "keys are kept on this host from now on")
+    return outcomes
 
 
 def _seal_again(work: access.Work, sealed: RemovedPolicy, tcti: str, owner_auth: Secret | None) -> None:
@@ -135,6 +138,7 @@ def disable(
         work.state.drop_host_key()
         outcomes = _apply_policies(work)
         removed = work.state.removed is not None
+    journald.record(paths, messages.PERSISTENCE_DISABLED, "keys are not kept on this host any more")
     if not removed:
         new_persistence_key.replace_if_due(paths, tcti, owner_auth, look)
     return outcomes
@@ -203,6 +207,7 @@ def remove_all_stored_keys(paths: Paths, tcti: str = TPM_DEVICE, owner_auth: Sec
         if state.journal:
             state.journal = None
             state.save()
+    journald.record(paths, messages.STORED_KEYS_REMOVED, "the TPM keeps nothing of this host any more")
 
 
 def _refuse_removal(state: State) -> None:

@@ -17,7 +17,7 @@ window is forgotten. A boot that the TPM refused is not counted.
 from collections.abc import Container, Iterable
 from typing import TypedDict
 
-from .. import log
+from .. import journald, log, messages
 from ..disks import find
 from ..errors import Refused, Usage
 from ..host import this_boot
@@ -172,7 +172,7 @@ def open_window(
         window = Window(reboots=reboots, since=allowed_states.utc(), pcrs=full, boot=_boot_id(paths))
         state.tpm = state.tpm._replace(window=window, pcrs=full)
         reasons = {branch: "a window for a firmware update"}
-        return allowed_states.reseal(
+        sealed = allowed_states.reseal(
             paths,
             tpm,
             state,
@@ -183,6 +183,9 @@ def open_window(
             reasons=reasons,
             owner_auth=owner_auth,
         )
+    words = f"a window is open: {describe_window_risk(sealed.record.selection)}"
+    journald.record(paths, messages.WINDOW_OPENED, words, pcrs=map(str, sealed.record.selection), reboots=str(reboots))
+    return sealed
 
 
 def close_window(
@@ -195,6 +198,7 @@ def close_window(
     with changing(paths) as state, Tpm(tcti) as tpm, access.read_persistence_key(state) as persistence:
         found = allowed_states.look(paths, tpm, state)
         _close(paths, tpm, state, found, persistence=persistence, owner_auth=owner_auth)
+    _record_closed(paths, found)
     return _with_new_key(paths, tcti, owner_auth, look)
 
 
@@ -220,6 +224,12 @@ def set_policy(
     return _with_new_key(paths, tcti, owner_auth, look)
 
 
+def _record_closed(paths: Paths, found: Allowed) -> None:
+    pcrs = list(map(str, _full_selection(found)))
+    words = f"the TPM allows the state of one boot alone, over PCRs {', '.join(pcrs)}"
+    journald.record(paths, messages.WINDOW_CLOSED, words, pcrs=pcrs)
+
+
 def _set_policy(
     paths: Paths,
     pcrs: Iterable[int],
@@ -234,6 +244,7 @@ def _set_policy(
             state.narrowed = "a PIN was set"
         if not pcrs:
             allowed_states.reseal(paths, tpm, state, found, persistence=persistence, owner_auth=owner_auth, pin=pin)
+            _record_set(paths, found.record.selection, found, pin)
             return
         selection = pcr_policy.select(pcrs, found.record.cap)
         _require_accepted(paths, tpm, selection, accept)
@@ -243,6 +254,14 @@ def _set_policy(
             state.narrowed = state.narrowed or "other PCRs were chosen"
         why = "this boot, when the PCRs were chosen"
         _seal_to(paths, tpm, state, found, persistence, selection, branch, why=why, owner_auth=owner_auth, pin=pin)
+        _record_set(paths, selection, found, pin)
+
+
+def _record_set(paths: Paths, selection: Iterable[int], found: Allowed, pin: Pin | None) -> None:
+    has_pin = "yes" if (pin.typed is not None if pin else found.record.pin) else "no"
+    pcrs = list(map(str, selection))
+    words = f"the TPM's policy is over PCRs {', '.join(pcrs)}; PIN: {has_pin}"
+    journald.record(paths, messages.POLICY_SET, words, pcrs=pcrs, pin=has_pin)
 
 
 def _require_accepted(paths: Paths, tpm: Tpm, selection: tuple[int, ...], accept: Container[str]) -> None:
@@ -289,6 +308,7 @@ def good_boot(paths: Paths, tcti: str = "", look: find.Look = find.look) -> int:
             with access.read_persistence_key(state) as persistence:
                 _close(paths, tpm, state, found, persistence=persistence, owner_auth=None)
             log.note("the window is closed: all PCRs of the policy count again")
+            _record_closed(paths, found)
         elif found.opened:
             slots.evict_older_policy(tpm, found.slot, found.record.host)
     new_persistence_key.replace_if_due(paths, tcti, look=look)

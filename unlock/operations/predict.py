@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable
 from typing import NamedTuple, TypedDict
 
-from .. import log
+from .. import journald, log, messages
 from ..errors import Refused, UnlockError
 from ..host import this_boot
 from ..host.state import State
@@ -164,6 +164,8 @@ def predict_and_allow(paths: Paths, tcti: str, dry_run: bool = False, trust_file
     predicted = {each.words: each.values for each in boots if each.values is not None}
     if predicted and not dry_run:
         states = len(allowed_states.predicted(paths, predicted, tcti).states)
+        words = f"the TPM allows what was predicted: {'; '.join(predicted)}"
+        journald.record(paths, messages.POLICY_PREDICTED, words, boots=predicted)
     if not dry_run:
         if trust_files:
             booted.save_booted_files(paths, inputs.booted)

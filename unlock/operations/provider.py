@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import NamedTuple, TypedDict
 
-from .. import ask
+from .. import ask, journald, messages
 from ..disks import find
 from ..disks.groups import check_name
 from ..errors import Integrity, ProviderError, Refused, Tampered, UnlockError, Usage
@@ -104,6 +104,8 @@ def add_provider(paths: Paths, settings: config.ProviderConfig, client: Client, 
             raise Refused(f"unlock.toml has another [provider.{settings.name}]", f"edit {paths.config}", code="differs")
         state.put_provider(_entry(work, settings, provider_id, client))
         state.save()
+        words = f"provider {settings.name} is added"
+        journald.record(paths, messages.PROVIDER_ADDED, words, provider=settings.name)
 
 
 def _entry(work: access.Work, settings: config.ProviderConfig, provider_id: str, client: Client) -> KmipEntry:
@@ -217,6 +219,8 @@ def renew_client(paths: Paths, client: Client, name: str = "", look: find.Look =
                 _same_file(settings.client_key, client)
         state.put_provider(new)
         state.save()
+        words = f"provider {new.name} has a new client certificate or password"
+        journald.record(paths, messages.PROVIDER_RENEWED, words, provider=new.name)
         return days_left(new) or 0
 
 

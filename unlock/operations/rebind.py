@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from typing import Any, NamedTuple
 
-from .. import log, strictjson
+from .. import journald, log, messages, strictjson
 from ..disks import adoptable, changes, disk_keys, find, luks, token
 from ..disks.groups import Group, Member
 from ..errors import Malformed, NoKey, NotOurs, Refused, Tampered, UnlockError
@@ -175,6 +175,14 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
         state.journal = goes_on
         this_boot.cache_keys(paths, "made", {"unlock:persistence": new})
         state.save()
+        journald.record(
+            paths,
+            messages.REBOUND,
+            f"the host is sealed to another boot, board or TPM, over PCRs {', '.join(map(str, selection))}",
+            pcrs=map(str, selection),
+            disks=done,
+            behind=left,
+        )
         if not has_pin:
             keyring.forget(allowed_states.PIN_AUTH)
         _cache_keys(paths, host_key, host_key_source, keks)

@@ -20,7 +20,7 @@ import time
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-from .. import log
+from .. import journald, log, messages
 from ..disks import changes, disk_keys, find, luks, token
 from ..disks.groups import Group, Member
 from ..errors import DiskFailed, Malformed, NotOurs, Refused, Tampered, UnlockError, Usage
@@ -199,6 +199,11 @@ def _finish_leaked(
     )
 
 
+def _record(paths: Paths, message: messages.Message, words: str, changed: Changed) -> Changed:
+    journald.record(paths, message, words, disks=changed.done, behind=changed.behind)
+    return changed
+
+
 def _rotate(paths: Paths, keep: delivery.Keeper, look: find.Look, connect: access.Connect, leaked: bool) -> Changed:
     with exclusive(paths), Work(paths, look, connect) as work:
         state = work.state
@@ -223,7 +228,8 @@ def _rotate(paths: Paths, keep: delivery.Keeper, look: find.Look, connect: acces
                 _write_or_undo(work, places, recovery)
                 state.journal = entry._replace(written=True)
                 _use_new_key(work, places, recovery, [member.uuid for member in absent])
-            return _finish_disks(work, recovery)
+            changed = _finish_disks(work, recovery)
+            return _record(paths, messages.RECOVERY_KEY_ROTATED, "the recovery key was replaced", changed)
 
 
 def renew_keyslots(
@@ -242,7 +248,9 @@ def renew_keyslots(
             _take_from_disks(work, recovery)
         check_recovery_key(work.state, persistence=work.persistence, recovery=recovery)
         work.state.begin(RecoveryRenewal("recovery", "new"))
-        return _finish_disks(work, recovery)
+        changed = _finish_disks(work, recovery)
+        words = f"the recovery key opens {', '.join(changed.done) or 'no disk that is here'}"
+        return _record(paths, messages.RECOVERY_KEY_WRITTEN, words, changed)
 
 
 def check_recovery_key(state: State, *, persistence: Secret, recovery: Secret) -> None:

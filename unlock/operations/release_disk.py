@@ -12,6 +12,7 @@ At every instant the passphrase or the recovery key opens it, and both in the mi
 
 from typing import NamedTuple
 
+from .. import journald, messages
 from ..disks import devices, disk_keys, find, luks, token
 from ..disks.groups import Group, Member
 from ..errors import DiskFailed, NotOurs, Refused, Tampered, UnlockError, Usage
@@ -242,6 +243,9 @@ def _finish(
             if each in container.keyslots():
                 container.remove_keyslot(each)
     leaving.close(work, entry.group, members, entry.kek)
+    name, uuid = entry.member.name, entry.member.uuid
+    words = f"{name} ({uuid}) is released: plain LUKS2 with a passphrase"
+    journald.record(work.paths, messages.DISK_RELEASED, words, disk=name, uuid=uuid, group=entry.group)
     if entry.group:
         leaving.tell_how_to_open(work.paths, members, mount)
     return Released(entry.member.name, entry.group, slot, added)

@@ -11,6 +11,7 @@ The lock is not held while data moves: the journal keeps other operations out.
 
 from typing import NamedTuple
 
+from .. import journald, messages
 from ..disks import btrfs, devices, find, luks
 from ..disks.groups import Group, Member
 from ..disks.reencrypt import Tell
@@ -204,6 +205,8 @@ def _finish(work: access.Work, removal: _Removal) -> Removed:
     forget_member(work, new, member)
     state.journal = None
     state.save()
+    words = f"{member.name} ({member.uuid}) is out of group {new.name}"
+    journald.record(work.paths, messages.DISK_REMOVED, words, disk=member.name, uuid=member.uuid, group=new.name)
     return Removed(new.name, member.name, node)
 
 

@@ -17,7 +17,7 @@ import shlex
 import uuid as uuids
 from typing import NamedTuple
 
-from .. import log
+from .. import journald, log, messages
 from ..disks import btrfs, devices, find, luks, udev
 from ..disks.groups import Group, Member, mapping_names
 from ..disks.reencrypt import Tell
@@ -285,6 +285,15 @@ def _finish(work: access.Work, entry: DiskReplacement, mount: str) -> Replaced:
         state.narrowed = f"{old.name} {old.uuid} has left group {group.name} and may be in other hands"
         state.journal = Rekey("rekey", group.name, state.next_generation(group.name), made=None, theirs=False)
     state.save()
+    journald.record(
+        work.paths,
+        messages.DISK_REPLACED,
+        f"{entry.new.name} has taken the place of {old.name} ({old.uuid}) in group {group.name}",
+        disk=old.name,
+        uuid=old.uuid,
+        group=group.name,
+        new=entry.new.name,
+    )
     if entry.absent:
         try:
             rotation.rotate_kek(work, group.name)

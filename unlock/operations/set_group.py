@@ -8,6 +8,7 @@ format 2 then, which an older initramfs does not read. No other token is.
 
 import re
 
+from .. import journald, messages
 from ..disks import devices, find
 from ..disks.groups import Group
 from ..errors import Malformed, Refused, Usage
@@ -35,14 +36,22 @@ def set_degraded(paths: Paths, name: str, wanted: str, consent: Consent, look: f
             raise Usage(f"there is no group {name}", "unlock status")
         group = work.state.groups[name]
         if not _is_opened_early(paths, group):
-            _edit_settings(paths, name, wanted, consent)
+            if _edit_settings(paths, name, wanted, consent):
+                _record(paths, name, wanted)
             return []
         if wanted == "allow":
             initramfs_images.require_tokens(BootTree(paths), TOKEN_VERSION)
         names = ", ".join(each.name for each in group.members)
         if not consent(Plan((f"new tokens on {names}",))):
             return []
-        return sorted(rotation.set_degraded(work, group, wanted == "allow").behind)
+        behind = sorted(rotation.set_degraded(work, group, wanted == "allow").behind)
+        _record(paths, name, wanted)
+        return behind
+
+
+def _record(paths: Paths, name: str, wanted: str) -> None:
+    words = f"group {name}: degraded = {wanted}"
+    journald.record(paths, messages.GROUP_CHANGED, words, group=name, setting="degraded", value=wanted)
 
 
 def _is_opened_early(paths: Paths, group: Group) -> bool:
@@ -53,19 +62,20 @@ def _is_opened_early(paths: Paths, group: Group) -> bool:
     return any(mounts_needed_before_groups(each, paths.root) for each in names)
 
 
-def _edit_settings(paths: Paths, name: str, wanted: str, consent: Consent) -> None:
-    """Writes the setting into the group's table of unlock.toml, and leaves everything else as it is. Raises Refused."""
+def _edit_settings(paths: Paths, name: str, wanted: str, consent: Consent) -> bool:
+    """Writes the setting into the group's table of unlock.toml, and leaves everything else as it is. False where it is
+    not changed. Raises Refused."""
     before = config.load(paths.config)
     group = before.group(name)
     if group and group.degraded == wanted:
-        return
+        return False
     line = f'degraded = "{wanted}"'
     if not consent(Plan((f"{line} into [group.{name}] of {paths.config}",))):
-        return
+        return False
     if not group:
         group = config.GroupConfig(name, "", "", "", config.DEADLINE, degraded=wanted)
         config.append_table(paths.config, config.group_table(group))
-        return
+        return True
     with open(paths.config, encoding="utf-8") as file:
         text = file.read()
     edited = _with_setting(text, name, line)
@@ -79,6 +89,7 @@ def _edit_settings(paths: Paths, name: str, wanted: str, consent: Consent) -> No
             f"{paths.config} is written in a way that is not edited here", f"write {line} there", "not-edited"
         )
     write_atomically(paths.config, edited.encode(), mode=0o644)
+    return True
 
 
 def _with_setting(text: str, name: str, line: str) -> str:

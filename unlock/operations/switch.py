@@ -6,6 +6,7 @@ old KEKs retired, where the old provider still answers ──> a new persistence
 kept on this host as the old one's were
 """
 
+from .. import journald, messages
 from ..disks import find
 from ..errors import Refused, Usage
 from ..host import this_boot
@@ -61,6 +62,8 @@ def switch(
         state.use_provider(entry)
         state.journal = None
         state.save()
+        words = f"keys come from provider {name} from now on"
+        journald.record(paths, messages.PROVIDER_SWITCHED, words, provider=name)
         rotation.retire_keks(work, left=True)
         removed = state.removed is not None
     if not removed:
@@ -90,6 +93,7 @@ def _new_host_key(work: access.Work, entry: ProviderEntry, provider: Provider) -
         new = KeyEntry(f"{entry.id}/{made.id}", made.name, generation)
         state.set_host_key(new, persistence=work.persistence, key=key)
         state.save()
+        rotation.record_host_key(work)
         dump_key.write_recipient(work.paths, state, key)
         this_boot.cache_keys(work.paths, "provider", {"unlock:host": key})
 

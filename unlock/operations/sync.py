@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from .. import journald, messages
 from ..disks import devices, find
 from ..disks.groups import Group
 from ..errors import ClockWrong, NoKey, StateBlocked, UnlockError
@@ -180,13 +181,20 @@ def _drop_kek(work: Work, group: Group, state: str) -> SyncLine:
     """Stops keeping the KEK, by the operator's `drop_on`. What is open stays open until it is closed."""
     if group.policy == "provider" and not group.behind:
         keyring.forget(access.cache_name(group.kek, group.generation))
+        _record_dropped(work, group, state)
         return SyncLine(group.name, "dropped", f"the key is {state}")
     if any(member.name in devices.mappings_below("/") for member in group.members):
         detail = f"the key is {state}, and kept: the root file system needs it"
         return _blocked(group.name, detail, f"unlock rekey {group.name}")
     outcome = rotation.set_policy(work, group, "provider")
     keyring.forget(access.cache_name(group.kek, group.generation))
+    _record_dropped(work, group, state)
     return SyncLine(group.name, "dropped", f"the key is {state}" + _describe_behind(outcome))
+
+
+def _record_dropped(work: Work, group: Group, state: str) -> None:
+    words = f"the key of group {group.name} is {state} at its provider, and not kept any more"
+    journald.record(work.paths, messages.KEK_DROPPED, words, group=group.name, detail=state)
 
 
 def _is_cached(group: Group) -> bool:

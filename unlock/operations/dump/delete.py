@@ -3,6 +3,7 @@
 
 import os
 
+from ... import journald, messages
 from ...paths import Paths, sync_folder
 from ..consent import Consent, Plan
 from . import kept
@@ -19,4 +20,5 @@ def delete(paths: Paths, words: list[str], consent: Consent) -> list[str]:
     for name in names:
         os.unlink(os.path.join(paths.dumps, name))
     sync_folder(paths.dumps)
+    journald.record(paths, messages.DUMPS_DELETED, f"{len(names)} core dump(s) were deleted", dumps=names)
     return list(names)

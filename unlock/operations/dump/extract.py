@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ... import log
+from ... import journald, log, messages
 from ...disks import devices
 from ...errors import CommandFailed, Malformed, Refused, UnlockError, Usage
 from ...keys import dump_key
@@ -39,6 +39,7 @@ def to_file(work: Work, dump: Dump, path: str, accept: frozenset[str]) -> None:
         with dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity:
             _copy(dump, identity, accept, lambda piece: write_all(fd, piece))
         give_name(fd, path)
+    _record(work, dump, path)
 
 
 def to_output(work: Work, dump: Dump, accept: frozenset[str]) -> None:
@@ -47,6 +48,7 @@ def to_output(work: Work, dump: Dump, accept: frozenset[str]) -> None:
         _refuse_plain_disk(os.path.realpath(f"/proc/self/fd/{_OUTPUT}"), accept)
     with dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity:
         _copy(dump, identity, accept, lambda piece: None)
+        _record(work, dump, "standard output")
         _copy(dump, identity, accept, lambda piece: write_all(_OUTPUT, piece))
 
 
@@ -56,6 +58,7 @@ def to_gdb(work: Work, dump: Dump, accept: frozenset[str]) -> int:
     try:
         with dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity:
             core = _copy(dump, identity, accept, lambda piece: write_all(fd, piece))
+        _record(work, dump, "gdb")
         program = core.program()
         command = ["gdb", "-q", *([program] if os.path.exists(program) else []), f"--core=/proc/self/fd/{fd}"]
         return subprocess.run(command, pass_fds=(fd,)).returncode
@@ -63,6 +66,11 @@ def to_gdb(work: Work, dump: Dump, accept: frozenset[str]) -> int:
         raise CommandFailed("gdb is not installed", "apt install gdb", code="command-missing") from error
     finally:
         os.close(fd)
+
+
+def _record(work: Work, dump: Dump, to: str) -> None:
+    words = f"{dump.name} was decrypted, for {to}"
+    journald.record(work.paths, messages.DUMP_DECRYPTED, words, dump=dump.name)
 
 
 def prove(dump: Dump, identity: Secret, seen: Callable[[bytes], object] = lambda piece: None) -> None:

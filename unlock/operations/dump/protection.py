@@ -11,6 +11,7 @@ import os
 import shutil
 from typing import NamedTuple
 
+from ... import journald, messages
 from ...disks import devices
 from ...errors import DiskFailed, Refused, Usage
 from ...host.lock import exclusive
@@ -69,6 +70,7 @@ def enable(paths: Paths) -> None:
             with Work(paths) as work, _present_host_key(work) as host_key:
                 dump_key.write_recipient(paths, work.state, host_key)
         set_up(paths)
+    journald.record(paths, messages.DUMPS_ENABLED, "core dumps are encrypted from now on")
 
 
 def set_up(paths: Paths) -> None:
@@ -97,6 +99,7 @@ def disable(paths: Paths, accept: frozenset[str]) -> None:
             _set(paths, "kernel.core_pattern", "core")
         if paths.root == "/":
             run(["/usr/lib/systemd/systemd-sysctl", *(f"--prefix={name}" for name in _SETTINGS)])
+    journald.record(paths, messages.DUMPS_DISABLED, "core dumps are not encrypted any more")
 
 
 def read_protection(paths: Paths) -> Protection:

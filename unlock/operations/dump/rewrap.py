@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from ... import journald, messages
 from ...errors import CommandFailed, Refused, UnlockError
 from ...keys import dump_key
 from ...keys.access import Work
@@ -41,6 +42,8 @@ def for_others(work: Work, dump: Dump, path: str, *, recipient: str = "") -> Non
     ):
         _encrypt(read_packed(dump, identity), how, fd)
         give_name(fd, path)
+    words = f"{dump.name} was encrypted for {recipient or 'a password'}, in {path}"
+    journald.record(work.paths, messages.DUMP_DECRYPTED, words, dump=dump.name)
 
 
 def rewrap_all(work: Work) -> list[Moved]:
