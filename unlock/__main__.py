@@ -117,12 +117,17 @@ def _boot(argv: list[str]) -> int:
         from .boot.mount import mount
 
         return mount(paths, argv[1:])
+    if argv == ["crash-kernel"]:
+        from .operations.dump import kernel
+
+        return kernel.boot(paths)
     if len(argv) == 2 and argv[0] == "gate":
         from .boot.gate import gate
 
         return gate(paths, argv[1])
     words = (
-        "agent|why|prompt|screen|secure|drop|scrub|heal DISK|journal|baseline|predict|gate GROUP|mount SOURCE DIRECTORY"
+        "agent|why|prompt|screen|secure|drop|scrub|heal DISK|journal|baseline|predict|crash-kernel|gate GROUP|"
+        "mount SOURCE DIRECTORY"
     )
     raise Usage(f"usage: unlock boot {words}")
 

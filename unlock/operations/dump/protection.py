@@ -64,11 +64,16 @@ def enable(paths: Paths) -> None:
     """Needs the host key only where its recipient is not there. Raises Refused, NoKey, ProviderError, OSError."""
     refuse_without(paths)
     with exclusive(paths):
-        recipient = dump_key.read_recipient(paths)
-        if not recipient or recipient.generation != State.load(paths).host_key_ref.generation:
-            with Work(paths) as work, _present_host_key(work) as host_key:
-                dump_key.write_recipient(paths, work.state, host_key)
+        ensure_recipient(paths)
         set_up(paths)
+
+
+def ensure_recipient(paths: Paths) -> None:
+    """Writes the recipient of the present host key, where it is not there. Raises NoKey, ProviderError, OSError."""
+    recipient = dump_key.read_recipient(paths)
+    if not recipient or recipient.generation != State.load(paths).host_key_ref.generation:
+        with Work(paths) as work, _present_host_key(work) as host_key:
+            dump_key.write_recipient(paths, work.state, host_key)
 
 
 def set_up(paths: Paths) -> None:

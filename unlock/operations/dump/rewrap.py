@@ -39,7 +39,7 @@ def for_others(work: Work, dump: Dump, path: str, *, recipient: str = "") -> Non
         new_file(path) as fd,
         dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity,
     ):
-        _encrypt(read_packed(dump, identity), how, fd)
+        encrypt(read_packed(dump, identity), how, fd)
         give_name(fd, path)
 
 
@@ -73,7 +73,7 @@ def _move(work: Work, dump: Dump, to: dump_key.Recipient) -> str:
             new_file(new.path) as fd,
             dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity,
         ):
-            _encrypt(read_packed(dump, identity), ["--recipient", to.text], fd)
+            encrypt(read_packed(dump, identity), ["--recipient", to.text], fd)
             os.utime(fd, ns=(os.stat(dump.path).st_atime_ns, os.stat(dump.path).st_mtime_ns))
             give_name(fd, new.path)
     with dump_key.find_identity(work, new.fingerprint, new.generation) as identity:
@@ -88,7 +88,7 @@ def _prove_readable(dump: Dump, identity: Secret) -> None:
         pass
 
 
-def _encrypt(pieces: Iterable[bytes], how: list[str], fd: int) -> None:
+def encrypt(pieces: Iterable[bytes], how: list[str], fd: int) -> None:
     """Writes what age makes of `pieces` to an open file. Raises CommandFailed, and what `pieces` raises."""
     try:
         age = subprocess.Popen(
