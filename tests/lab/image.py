@@ -102,19 +102,25 @@ class Image(NamedTuple):
 
 
 def build(
-    root: Root = "luks", *, runs: Runs = "uml", product: bool = True, commands: Sequence[str] = (), boots: Kind = ""
+    root: Root = "luks",
+    *,
+    runs: Runs = "uml",
+    product: bool = True,
+    commands: Sequence[str] = (),
+    boots: Kind = "",
+    packages: str = "",
 ) -> Image:
     """The image of the checkout as it is now; with product=False of stock Debian.
 
     `commands` are run by sh in the tree before the initramfs is made. `boots`: what starts it from its own disks, by
-    QEMU.
+    QEMU. `packages`: more of them.
     """
     runs = "qemu" if boots else runs
     cache.ROOT.mkdir(parents=True, exist_ok=True)
     with cache.scratch() as installed:
         if product:
             _install(installed)
-        base = rootfs(LOADERS if boots else "")
+        base = rootfs((LOADERS if boots else "") + packages)
         sources = [Path(module).read_bytes() for module in (__file__, guest.__file__, luks.__file__)]
         if boots:
             sources += [boots.encode(), Path(loader.__file__).read_bytes()]

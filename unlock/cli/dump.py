@@ -51,16 +51,13 @@ def add(commands: "Commands") -> None:
 
 
 def _add_kernel(verbs: "Commands") -> None:
-    enable = add_command(
-        verbs, "enable", _kernel_enable, "encrypt dumps of the kernel to a partition", "unlock dump kernel test"
-    )
+    then = "unlock dump kernel test"
+    enable = add_command(verbs, "enable", _kernel_enable, "encrypt dumps of the kernel to a partition", then)
     enable.add_argument("device", metavar="DEV", help="a partition, or a whole disk, that may be plain; it is erased")
     add_consent(enable)
     disable = add_command(verbs, "disable", _kernel_disable, "leave dumps of the kernel to kdump-tools, or have none")
     add_accept(disable, (_PLAIN,), "do it although")
-    add_json(
-        add_command(verbs, "status", _kernel_status, "whether a dump of the kernel would be encrypted, and where to")
-    )
+    add_json(add_command(verbs, "status", _kernel_status, "whether dumps of the kernel are encrypted, and where to"))
     test = add_command(verbs, "test", _kernel_test, "prove all but the crash, or crash")
     test.add_argument("--panic", action="store_true", help="crash the kernel, for a dump after the next boot")
     add_consent(test)
@@ -259,8 +256,8 @@ def _kernel_test(paths: Paths, options: argparse.Namespace) -> int:
         log.show_json({"version": 1, **found._asdict()})
         return 0
     log.show(
-        f"good: the crash kernel is loaded, in {_size(found.memory)}; it encrypts to host key {found.generation}, which "
-        f"opens that, on {found.device}; a dump has at most {_size(found.estimate)} now"
+        f"good: the crash kernel is loaded, in {_size(found.memory)}; it encrypts to host key {found.generation}, which"
+        f" opens that, on {found.device}; a dump has at most {_size(found.estimate)} now"
     )
     return 0
 

@@ -239,7 +239,7 @@ def _move(paths: Paths, node: str, header: Header) -> Dump:
     found = os.statvfs(paths.dumps)
     if header.size > found.f_bavail * found.f_frsize // 2:
         raise Refused(
-            f"{node} has a dump of the kernel of {header.size >> 20} MiB, and half of what is free in {paths.dumps} is less",
+            f"{node} has a dump of the kernel of {header.size >> 20} MiB, more than half of what is free in {paths.dumps}",
             "make room, then systemctl restart unlock-crash-kernel",
             code="no-room",
         )

@@ -69,7 +69,15 @@ def parse_header(data: bytes) -> Header | None:
     if lines[0] != f"{_MAGIC} {_VERSION}" or lines[-1] or names != wanted or not well_formed:
         raise Malformed("the partition for kernel dumps has a header that is not as unlock writes it")
     numbers = {name: int(found[name]) for name in ("time", "generation", "size") if name in found}
-    return Header(found["id"], found["state"])._replace(**{**found, **numbers})
+    return Header(
+        found["id"],
+        found["state"],
+        numbers.get("time", 0),
+        found.get("kernel", ""),
+        numbers.get("generation", 0),
+        found.get("fingerprint", ""),
+        numbers.get("size", 0),
+    )
 
 
 def read_header(node: str) -> Header | None:
