@@ -96,7 +96,7 @@ def enable(paths: Paths, device: str, consent: Consent) -> None:
                 raise Refused(f"/{name} is not of unlock", "move it away", code="kdump-tools")
         before, header = read_setup(paths), _read_any_header(node)
         ours = header is not None and (header.state != WHOLE or bool(before and before.id == header.id))
-        size = _size(node, paths.root)
+        size = _size(node)
         steps = ["kdump-tools is masked", f"header for kernel dumps on {device}", "the crash kernel is loaded"]
         destroys = () if ours else (f"all data on {device} ({_describe(node, header)}, {size >> 20} MiB)",)
         if not consent(Plan(tuple(steps if not ours else steps[::2]), destroys, device)):
@@ -156,7 +156,7 @@ def check_partition(device: str, root: str = "/") -> str:
         )
     if used := devices.describe_use(node):
         raise Refused(f"{device}: {used}", "another partition", code="in-use")
-    size = _size(node, root)
+    size = _size(node)
     if size < SIZE_MIN:
         raise Refused(f"{device} has {size >> 20} MiB", f"a partition of at least {SIZE_MIN >> 20} MiB", "too-small")
     return node
@@ -210,7 +210,7 @@ def _collect(paths: Paths, setup: Setup) -> Dump | None:
     if header.state == EMPTY:
         return None
     dump = None
-    if header.state == WRITING or not _has_stream(node, header, paths.root):
+    if header.state == WRITING or not _has_stream(node, header):
         log.note(f"the kernel crashed at {_when(header)}, and its dump on {setup.device} is not whole: it is not kept")
     else:
         dump = _move(paths, node, header)
@@ -221,9 +221,9 @@ def _collect(paths: Paths, setup: Setup) -> Dump | None:
     return dump
 
 
-def _has_stream(node: str, header: Header, root: str) -> bool:
+def _has_stream(node: str, header: Header) -> bool:
     """Whether the age file that the header names can be there."""
-    if DATA_OFFSET + header.size > _size(node, root):
+    if DATA_OFFSET + header.size > _size(node):
         return False
     with open(node, "rb") as disk:
         disk.seek(DATA_OFFSET)
@@ -239,7 +239,7 @@ def _move(paths: Paths, node: str, header: Header) -> Dump:
     found = os.statvfs(paths.dumps)
     if header.size > found.f_bavail * found.f_frsize // 2:
         raise Refused(
-            f"{node} has a dump of the kernel of {header.size >> 20} MiB, more than half of what is free in {paths.dumps}",
+            f"{node} has a kernel's dump of {header.size >> 20} MiB, more than half of what is free in {paths.dumps}",
             "make room, then systemctl restart unlock-crash-kernel",
             code="no-room",
         )
@@ -331,7 +331,7 @@ def test(work: Work) -> KernelTrial:
         _prove(config, identity, mark)
     setup = read_setup(paths)
     assert setup
-    room = _size(find_partition(paths, setup), paths.root) - DATA_OFFSET
+    room = _size(find_partition(paths, setup)) - DATA_OFFSET
     estimate = crash_kernel.estimate(paths)
     if estimate > room:
         log.note(f"{setup.device} has room for {room >> 20} MiB, and the memory of the kernel is {estimate >> 20} MiB")
@@ -414,13 +414,13 @@ def _when(header: Header) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(header.time))
 
 
-def _size(node: str, root: str) -> int:
+def _size(node: str) -> int:
     """Raises DiskFailed."""
-    number = devices.device_number(node, "/")
-    line = devices.read_line(root, f"sys/dev/block/{os.major(number)}:{os.minor(number)}/size")
-    if not line.isdecimal():
-        raise DiskFailed(f"{node} is not there")
-    return int(line) * 512
+    try:
+        with open(node, "rb") as disk:
+            return disk.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise DiskFailed(f"{node}: {error.strerror}") from error
 
 
 def _lasting_name(node: str, given: str) -> str:
