@@ -89,40 +89,41 @@ def enable(paths: Paths, device: str, consent: Consent) -> None:
     """Erases the partition, unless it is one for kernel dumps. Raises Refused, Usage, DiskFailed, NoKey, OSError."""
     refuse_without_programs()
     with exclusive(paths):
-        node = check_partition(device, paths.root)
-        for name in _MASKED:
-            path = os.path.join(paths.root, name)
-            if os.path.lexists(path) and not _is_masked(path):
-                raise Refused(f"/{name} is not of unlock", "move it away", code="kdump-tools")
-        before, header = read_setup(paths), _read_any_header(node)
-        ours = header is not None and (header.state != WHOLE or bool(before and before.id == header.id))
-        size = _size(node)
-        steps = ["kdump-tools is masked", f"header for kernel dumps on {device}", "the crash kernel is loaded"]
-        destroys = () if ours else (f"all data on {device} ({_describe(node, header)}, {size >> 20} MiB)",)
-        if not consent(Plan(tuple(steps if not ours else steps[::2]), destroys, device)):
+        node = check_partition(device)
+        if not set_up(paths, node, device, consent):
             return
-        protection.ensure_recipient(paths)
-        for name in _MASKED:
-            _mask(os.path.join(paths.root, name))
-        if paths.root == "/":
-            run(["systemctl", "daemon-reload"])
-        if header and ours:
-            id = header.id
-        else:
-            id = uuid.uuid4().hex
-            run(["wipefs", "--all", "--quiet", node])
-            kernel_partition.write_empty(node, id)
-        _write_setup(paths, Setup(id, _lasting_name(node, device)))
         if not crash_kernel.reserved(paths):
             log.note(
                 "no memory is kept for a crash kernel yet: put "
                 f"crashkernel={crash_kernel.MEMORY} on the kernel's command line, and reboot"
             )
-            return
-        if crash_kernel.is_locked(paths):
-            log.note("this boot has its crash kernel already: the next boot takes the new one")
-            return
-        _collect_and_load(paths)
+        elif crash_kernel.is_locked(paths):
+            log.note("this boot has its crash kernel already: the next boot loads the new one")
+        else:
+            _collect_and_load(paths)
+
+
+def set_up(paths: Paths, node: str, device: str, consent: Consent) -> bool:
+    """All of it but the crash kernel; False where the plan was only to be shown."""
+    for path in _below(paths, _MASKED):
+        if os.path.lexists(path) and not _is_masked(path):
+            raise Refused(f"{path} is not of unlock", "move it away", code="kdump-tools")
+    before, header = _read_setup_if_whole(paths), _read_any_header(node)
+    id = header.id if header and (header.state != WHOLE or (before and before.id == header.id)) else ""
+    steps = ["kdump-tools is masked", *([] if id else [f"{device} is for kernel dumps"]), "the crash kernel is loaded"]
+    destroys = () if id else (f"all data on {device} ({_describe(node, header)}, {_size(node) >> 20} MiB)",)
+    if not consent(Plan(tuple(steps), destroys, device)):
+        return False
+    protection.ensure_recipient(paths)
+    for path in _below(paths, _MASKED):
+        _mask(path)
+    _reload_systemd(paths)
+    if not id:
+        id = uuid.uuid4().hex
+        run(["wipefs", "--all", "--quiet", node])
+        kernel_partition.write_empty(node, id)
+    _write_setup(paths, Setup(id, _lasting_name(node, device)))
+    return True
 
 
 def disable(paths: Paths, accept: frozenset[str]) -> None:
@@ -135,17 +136,19 @@ def disable(paths: Paths, accept: frozenset[str]) -> None:
             _collect(paths, setup)
             os.unlink(paths.kernel_dump)
             sync_folder(os.path.dirname(paths.kernel_dump))
-        for name in _MASKED:
-            path = os.path.join(paths.root, name)
-            if _is_masked(path):
-                os.unlink(path)
-        if paths.root == "/":
-            run(["systemctl", "daemon-reload"])
+        for path in filter(_is_masked, _below(paths, _MASKED)):
+            os.unlink(path)
+        _reload_systemd(paths)
 
 
-def check_partition(device: str, root: str = "/") -> str:
+def _reload_systemd(paths: Paths) -> None:
+    if paths.root == "/":
+        run(["systemctl", "daemon-reload"])
+
+
+def check_partition(device: str) -> str:
     """The node of a device that kernel dumps can go to. Raises Usage, Refused, DiskFailed."""
-    node = os.path.realpath(devices.path_below(root, device))
+    node = os.path.realpath(device)
     if not os.path.exists(node):
         raise Usage(f"{device} does not exist", "lsblk")
     if os.path.basename(node).startswith(_VIRTUAL):
@@ -389,6 +392,14 @@ def read_setup(paths: Paths) -> Setup | None:
     if not whole:
         raise Malformed(f"{paths.kernel_dump} is not as unlock writes it", "unlock dump kernel enable DEV")
     return setup
+
+
+def _read_setup_if_whole(paths: Paths) -> Setup | None:
+    """None for one that cannot be read, too: it is written anew."""
+    try:
+        return read_setup(paths)
+    except Malformed:
+        return None
 
 
 def _write_setup(paths: Paths, setup: Setup) -> None:
