@@ -23,7 +23,7 @@ from unlock.operations.dump import crash_kernel
 pytestmark = pytest.mark.vm
 
 PACKAGES = "makedumpfile kexec-tools kdump-tools"
-KERNEL_IN_IMAGE = "cp /boot/vmlinuz-* /usr/lib/modules/*/vmlinuz"
+KERNEL_IN_IMAGE = "for each in /usr/lib/modules/*; do cp /boot/vmlinuz-* $each/vmlinuz; done"
 ZLIB = b"\x78\x01"
 """The beginning of a stream of its fastest level."""
 SHARED = """

@@ -45,7 +45,7 @@ CORE = (
     + b"".join(RECORD.pack(at, len(SECRET)) + SECRET for at in (0, 4096)) + RECORD.pack(-1, -1)
 )  # fmt: skip
 """As makedumpfile -F writes it."""
-SIZE = 80 << 20
+SIZE = 4 << 20
 
 
 @pytest.fixture
