@@ -3,6 +3,7 @@
 never is."""
 
 import argparse
+import functools
 import json
 import os
 import pty
@@ -434,6 +435,24 @@ def test_a_copy_opens_with_a_password(host: Host, crashed: Crashing, tmp_path: P
 
     _at_terminal(decrypt)
     assert subprocess.run(["zstd", "-dcq", found], capture_output=True).stdout == crashed.core.read_bytes()
+
+
+def test_a_copy_opens_with_a_password_from_a_file_or_a_pipe(host: Host, crashed: Crashing, tmp_path: Path) -> None:
+    """Without a terminal; a wrong word opens nothing."""
+    dump = crash(host, crashed)
+    (tmp_path / "password").write_text("password of the bundle\n")
+    for source, text in ((str(tmp_path / "password"), ""), ("/dev/stdin", "password of the bundle\n")):
+        copy, found = tmp_path / "bundle.age", tmp_path / "core"
+        done = run(host, "rewrap", str(dump.pid), "--password-file", source, "--output", str(copy), stdin=text)
+        assert done.returncode == 0, done.stderr
+        assert b"of the bundle" not in done.stdout + done.stderr
+        _at_terminal(functools.partial(subprocess.run, ["age", "-d", "-o", found, copy], check=True))
+        assert subprocess.run(["zstd", "-dcq", found], capture_output=True).stdout == crashed.core.read_bytes()
+        copy.unlink()
+        found.unlink()
+    (tmp_path / "password").write_text("\n")
+    done = run(host, "rewrap", str(dump.pid), "--password-file", str(tmp_path / "password"), "--output", str(copy))
+    assert done.returncode == 2 and not copy.exists()
 
 
 def _at_terminal(work: Callable[[], object]) -> None:

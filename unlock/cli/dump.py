@@ -5,9 +5,10 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from .. import log
+from .. import ask, log
 from ..errors import Usage
 from ..paths import Paths
+from ..secret import Secret
 from .arguments import add_accept, add_command, add_json, add_noun
 from .consent import add_consent, consent
 
@@ -39,6 +40,7 @@ def add(commands: "Commands") -> None:
     whom = rewrap.add_mutually_exclusive_group(required=True)
     whom.add_argument("--to", default="", metavar="RECIPIENT", help="age recipient (age1...) or SSH public key")
     whom.add_argument("--password", action="store_true", help="age asks for a password")
+    whom.add_argument("--password-file", default="", metavar="FILE", help="the password is in a file; /dev/stdin too")
     whom.add_argument("--all", action="store_true", help="all dumps of former host keys")
     rewrap.add_argument("--output", default="", metavar="FILE", help="new file for the copy")
     add_json(rewrap)
@@ -169,8 +171,8 @@ def _rewrap(paths: Paths, options: argparse.Namespace) -> int:
     if not options.dump or not options.output:
         raise Usage("a copy needs a dump and a new file", "unlock dump rewrap DUMP --to RECIPIENT --output FILE")
     dump = kept.find_dump(paths, options.dump)
-    with Work(paths) as work:
-        rewrap.for_others(work, dump, options.output, recipient=options.to)
+    with Work(paths) as work, ask.from_file(options.password_file) if options.password_file else Secret(b"") as given:
+        rewrap.for_others(work, dump, options.output, recipient=options.to, password=given or None)
     if options.json:
         log.show_json({"version": 1, "file": options.output})
     else:

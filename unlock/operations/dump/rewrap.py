@@ -6,8 +6,11 @@ not with the host key. `--all` moves dumps from former host keys to the present 
 proven before the old one goes; killed in between, both are there, and the next run removes the old one.
 """
 
+import fcntl
 import os
+import select
 import subprocess
+import termios
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -20,6 +23,9 @@ from .extract import give_name, new_file
 from .kept import Dump
 from .opened import ENVIRONMENT, read_packed
 
+PATIENCE = 10.0
+"""Seconds until age asks."""
+
 
 class Moved(NamedTuple):
     """What became of one dump."""
@@ -31,15 +37,16 @@ class Moved(NamedTuple):
     error: UnlockError | None = None
 
 
-def for_others(work: Work, dump: Dump, path: str, *, recipient: str = "") -> None:
-    """Writes a copy to a new file, for a recipient (age1..., or an SSH key), or, without one, for a password that age
-    asks for at the terminal. Raises Usage, NoKey, Tampered, CommandFailed, OSError; then there is no file."""
+def for_others(work: Work, dump: Dump, path: str, *, recipient: str = "", password: Secret | None = None) -> None:
+    """Writes a copy to a new file, for a recipient (age1..., or an SSH key), or, without one, for a password, which age
+    asks for at the terminal where none is given. Raises Usage, NoKey, Tampered, CommandFailed, OSError; then there is
+    no file."""
     how = ["--recipient", recipient] if recipient else ["--passphrase"]
     with (
         new_file(path) as fd,
         dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity,
     ):
-        encrypt(read_packed(dump, identity), how, fd)
+        encrypt(read_packed(dump, identity), how, fd, password)
         give_name(fd, path)
 
 
@@ -88,16 +95,25 @@ def _prove_readable(dump: Dump, identity: Secret) -> None:
         pass
 
 
-def encrypt(pieces: Iterable[bytes], how: list[str], fd: int) -> None:
+def encrypt(pieces: Iterable[bytes], how: list[str], fd: int, password: Secret | None = None) -> None:
     """Writes what age makes of `pieces` to an open file. Raises CommandFailed, and what `pieces` raises."""
+    ours, theirs = os.openpty() if password else (-1, -1)
     try:
         age = subprocess.Popen(
-            ["age", "--encrypt", *how], stdin=subprocess.PIPE, stdout=fd, stderr=subprocess.PIPE, env=ENVIRONMENT
+            ["age", "--encrypt", *how],
+            stdin=subprocess.PIPE,
+            stdout=fd,
+            stderr=subprocess.PIPE,
+            env=ENVIRONMENT,
+            start_new_session=password is not None,
+            preexec_fn=(lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)) if password else None,
         )
     except FileNotFoundError as error:
         raise CommandFailed("age is not installed", "apt install age", code="command-missing") from error
     assert age.stdin and age.stderr
     try:
+        if password:
+            _answer(ours, password)
         for piece in pieces:
             age.stdin.write(piece)
         age.stdin.close()
@@ -109,6 +125,8 @@ def encrypt(pieces: Iterable[bytes], how: list[str], fd: int) -> None:
     finally:
         words = age.stderr.read().decode("utf-8", "replace").strip()
         status = age.wait()
+        for end in (ours, theirs) if password else ():
+            os.close(end)  # earlier, age would find it gone
         for pipe in (age.stdin, age.stderr):
             try:
                 pipe.close()
@@ -117,3 +135,15 @@ def encrypt(pieces: Iterable[bytes], how: list[str], fd: int) -> None:
     if status:
         said = (words.splitlines() or [f"status {status}"])[0].removeprefix("age: error: ")
         raise CommandFailed(f"age did not encrypt: {said}", "age --encrypt --recipient KEY, by hand, says more")
+
+
+def _answer(terminal: int, password: Secret) -> None:
+    """age takes a password from its terminal alone, twice; it turns the echo off before it asks."""
+    said = b""
+    for number in (1, 2):
+        while said.count(b"assphrase") < number:
+            if not select.select([terminal], [], [], PATIENCE)[0]:
+                raise CommandFailed("age did not ask for a password", "--password, at a terminal")
+            said += os.read(terminal, 4096)
+        for part in (password.value, b"\n"):
+            os.write(terminal, part)
