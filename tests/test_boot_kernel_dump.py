@@ -104,7 +104,8 @@ def is_set_up(console: Guest, device: str) -> None:
 def is_not_replaced(console: Guest) -> None:
     """By an update of kdump-tools, by its commands, nor by hand."""
     for command in (
-        "DEBIAN_FRONTEND=noninteractive sh /var/lib/dpkg/info/kdump-tools.postinst configure 1:1.8",
+        "DEBIAN_FRONTEND=noninteractive DPKG_MAINTSCRIPT_NAME=postinst DPKG_MAINTSCRIPT_PACKAGE=kdump-tools "
+        "sh /var/lib/dpkg/info/kdump-tools.postinst configure 1:1.8",
         "systemctl restart kdump-tools.service",
         "systemctl start kdump-tools-dump.service",
         "/etc/init.d/kdump-tools restart",

@@ -75,24 +75,24 @@ def _move(work: Work, dump: Dump, to: dump_key.Recipient) -> str:
     """Returns the new name. Raises NoKey, Tampered, CommandFailed, OSError."""
     new = dump._replace(generation=to.generation, fingerprint=to.fingerprint)
     new = new._replace(path=os.path.join(work.paths.dumps, kept.dump_name(new)))
-    if not os.path.lexists(new.path):
-        with (
-            new_file(new.path) as fd,
-            dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity,
-        ):
-            encrypt(read_packed(dump, identity), ["--recipient", to.text], fd)
+    if os.path.lexists(new.path):
+        _prove_readable(work, new)
+    else:
+        with new_file(new.path) as fd:
+            with dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity:
+                encrypt(read_packed(dump, identity), ["--recipient", to.text], fd)
+            _prove_readable(work, new._replace(path=f"/proc/self/fd/{fd}"))
             os.utime(fd, ns=(os.stat(dump.path).st_atime_ns, os.stat(dump.path).st_mtime_ns))
             give_name(fd, new.path)
-    with dump_key.find_identity(work, new.fingerprint, new.generation) as identity:
-        _prove_readable(new, identity)
     os.unlink(dump.path)
     return new.name
 
 
-def _prove_readable(dump: Dump, identity: Secret) -> None:
-    """Raises Tampered. A core without its end, which the old dump had too, is none of its business."""
-    for _ in read_packed(dump, identity):
-        pass
+def _prove_readable(work: Work, dump: Dump) -> None:
+    """Raises NoKey, Tampered. A core without its end, which the old dump had too, is none of its business."""
+    with dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity:
+        for _ in read_packed(dump, identity):
+            pass
 
 
 def encrypt(pieces: Iterable[bytes], how: list[str], fd: int, password: Secret | None = None) -> None:
