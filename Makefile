@@ -19,8 +19,10 @@ dracut = $(DESTDIR)/usr/lib/dracut/modules.d/90unlock
 updates = kernel/postinst.d/zzz-unlock kernel/postrm.d/zzz-unlock
 stages = init-premount local-top local-block local-bottom panic
 units = unlock-cap.service unlock-group@.service unlock-heal@.service unlock-early-boot.service unlock-baseline.service \
-	unlock-predict.service unlock-sync.service unlock-sync.timer unlock-resume.service
-wanted = unlock-early-boot.service unlock-baseline.service unlock-predict.service unlock-resume.service
+	unlock-predict.service unlock-sync.service unlock-sync.timer unlock-resume.service \
+	unlock-crash-kernel.service
+wanted = unlock-early-boot.service unlock-baseline.service unlock-predict.service unlock-resume.service \
+	unlock-crash-kernel.service
 
 pages = $(patsubst man/%.md,build/man/%,$(wildcard man/*.md))
 share = $(DESTDIR)/usr/share
@@ -62,6 +64,7 @@ install-core: install-docs
 	$(RUN) system/predict $(home)/predict
 	$(RUN) system/dump $(home)/dump
 	$(DATA) system/unlock.catalog $(systemd)/catalog/unlock.catalog
+	$(RUN) system/crash-init $(home)/crash-init
 	$(DATA) system/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/unlock.conf
 	for hook in $(updates); do $(RUN) system/after-update $(etc)/$$hook || exit; done
 	$(DATA) system/dpkg.cfg $(etc)/dpkg/dpkg.cfg.d/unlock
@@ -117,7 +120,7 @@ CACHE ?= /var/cache/unlock-lab
 VENV ?= $(CACHE)/venv
 packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-archive-keyring cryptsetup-bin \
 	libcryptsetup12 libtss2-dev libtss2-tcti-swtpm0 tpm2-tools udev btrfs-progs e2fsprogs initramfs-tools-core zstd cpio \
-	age gdb systemd clevis-luks grub-emu kmod util-linux fdisk shellcheck strace busybox klibc-utils dosfstools mtools \
+	age gdb makedumpfile systemd clevis-luks grub-emu kmod util-linux fdisk shellcheck strace busybox klibc-utils dosfstools mtools \
 	openssl gcc pkg-config libffi-dev python3-venv python3-dev \
 	debhelper dh-python dpkg-dev lintian po-debconf systemd-container man-db mandoc groff-base pandoc zsh fish \
 	make bc bison flex m4 perl xz-utils libc6-dev slirp4netns iproute2

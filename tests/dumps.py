@@ -13,7 +13,7 @@ TOP = Path(__file__).parents[1]
 MOVED = (
     "/var/lib/unlock",
     "/dev/kmsg",
-    "/etc/default/unlock-dump",
+    "/run/unlock/dump-limits",
     "/usr/lib/systemd",
     "/sys/fs/cgroup",
     "/run/systemd",
@@ -36,7 +36,7 @@ class Writer:
         self.top = top
         self.paths = Paths(str(top))
         self.log = top / "dev/kmsg"
-        for name in ("dev", "etc/default", "var/lib/unlock"):
+        for name in ("dev", "run/unlock", "var/lib/unlock"):
             (top / name).mkdir(parents=True, exist_ok=True)
         self.log.touch()
         text = (TOP / "system/dump").read_text()
@@ -50,7 +50,7 @@ class Writer:
 
     def settings(self, **values: int) -> None:
         text = "".join(f"{name}={value}\n" for name, value in values.items())
-        (self.top / "etc/default/unlock-dump").write_text(text)
+        (self.top / "run/unlock/dump-limits").write_text(text)
 
     def start(self, pid: int, stdin: int, prefix: tuple[str, ...] = (), path: str = "") -> "subprocess.Popen[bytes]":
         arguments = (pid, 1000, 1000, 11, int(time.time()), 0, "host", 1, "")

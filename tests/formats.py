@@ -542,6 +542,18 @@ def dumped(recipient_file: Path, folder: Path) -> None:
     put(folder / DUMP, sealed_dump)
 
 
+def of_kernel(folder: Path) -> None:
+    """What system/crash-init writes before the age file, and what is kept of its partition."""
+    size, fingerprint = (folder / DUMP).stat().st_size, DUMP.split(".")[7]
+    lines = ["unlock kernel dump 1", "id " + "5a" * 16, "state whole", "time 1700000000", "kernel 6.12.0-1-amd64"]
+    lines += ["generation 1", f"fingerprint {fingerprint}", f"size {size}"]
+    for name, count, state in (("kernel-partition.bin", 8, "whole"), ("kernel-partition-empty.bin", 3, "empty")):
+        text = "".join(f"{line}\n" for line in lines[:count]).replace("whole", state)
+        put(folder / name, text.encode().ljust(4096, b"\0"))
+    said = {"version": 1, "id": "5a" * 16, "device": "/dev/disk/by-partuuid/1234"}
+    put(folder / "kernel-dump", json.dumps(said, indent=1).encode() + b"\n")
+
+
 # All of it
 
 
@@ -573,6 +585,7 @@ def make(folder: Path) -> None:
         native.write_backup(str(folder / "kdk.backup"), keys.provider, keys.text("backup_password"))
         put(folder / "recovery-key", bytes(keys.recovery) + b"\n")
         dumped(folder / "dump-recipient", folder)
+        of_kernel(folder)
         organisation(folder)
         escrowed(folder, folder, keys)
         for name, pin in (("tpm", False), ("tpm-pin", True)):

@@ -170,6 +170,22 @@ CHANGES: dict[str, list[Change]] = {
         ("operations/dump/kept.py", "uid, pid, time, signal_number", "pid, uid, time, signal_number"),
     ],
     "dump name: `.zst`": [("operations/dump/kept.py", ".zst", ".zstd")],
+    "kernel dump name: order": [
+        ("operations/dump/kept.py", "{dump.time}.{dump.generation}", "{dump.generation}.{dump.time}"),
+        ("operations/dump/kept.py", "release, when, of_key,", "release, of_key, when,"),
+    ],
+    "kernel dump: magic": [("operations/dump/kernel_partition.py", '"unlock kernel dump"', '"unlock crash dump"')],
+    "kernel dump: header size": [("operations/dump/kernel_partition.py", "HEADER_SIZE = 4096", "HEADER_SIZE = 8192")],
+    "kernel dump: place of the age file": [
+        ("operations/dump/kernel_partition.py", "DATA_OFFSET = 1 << 20", "DATA_OFFSET = 1 << 21")
+    ],
+    "kernel dump: states": [
+        ("operations/dump/kernel_partition.py", '"empty", "writing", "whole"', '"void", "begun", "ended"')
+    ],
+    **{
+        f"kernel dump: `{name}`": [("operations/dump/kernel_partition.py", f'"{name}"', f'"x{name}"')]
+        for name in ("time", "kernel", "generation", "fingerprint", "size")
+    },
     # the native provider
     "fingerprint size": [("native.py", 'fingerprint-1", 16', 'fingerprint-1", 20')],
     "provider id `native-`": [("native.py", 'f"native-{', 'f"nativ-{')],
@@ -259,6 +275,7 @@ CHANGES: dict[str, list[Change]] = {
     "path `var/lib/unlock/paused.json`": [("host/resumption.py", '"paused.json"', '"pause.json"')],
     "path `var/lib/unlock/dump-recipient`": [("paths.py", "unlock/dump-recipient", "unlock/dump-to")],
     "path `var/lib/unlock/dumps`": [("paths.py", "unlock/dumps", "unlock/cores")],
+    "path `var/lib/unlock/kernel-dump`": [("paths.py", "unlock/kernel-dump", "unlock/crash")],
     "path `run/unlock`": [("paths.py", "run/unlock", "run/unlocked")],
     "path `EFI/unlock/baseline.json`": [("measured/esp_copy.py", "EFI/unlock/", "EFI/Unlock/")],
     "path `run/unlock/report.json`": [("*.py", '"report.json"', '"rapport.json"')],
@@ -290,6 +307,15 @@ NAMED = {
     "baseline: identity": [
         ("measured/baseline.py", "    identity: str", "    identite: str"),
         ("measured/baseline.py", '"identity"', '"identite"'),
+    ],
+    "kernel-dump: version": [("operations/dump/kernel.py", '"version"', '"versio"')],
+    "kernel-dump: id": [
+        ("operations/dump/kernel.py", '"id"', '"ident"'),
+        ("operations/dump/kernel.py", "    id: str", "    ident: str"),
+    ],
+    "kernel-dump: device": [
+        ("operations/dump/kernel.py", '"device"', '"disk"'),
+        ("operations/dump/kernel.py", "    device: str", "    disk: str"),
     ],
     "paused: version": [("host/resumption.py", "    version: int", "    versio: int")],
     "paused: operation": [

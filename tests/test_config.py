@@ -100,6 +100,11 @@ def test_a_mount_point_and_an_endpoint_are_read_as_they_are_used() -> None:
         ("[sync]\ncolor = 1", "color"),
         ("[sync]\ndrop_on = ['active']", "drop_on"),
         ("[sync]\nopen_from_provider_after_refusal = 1", "open_from_provider"),
+        ("[dump]\ncolor = 1", "color"),
+        ("[dump]\ncount = 0", "dump.count"),
+        ("[dump]\nsize = '1G'", "dump.size"),
+        ("[dump]\nage = 3.5", "dump.age"),
+        ("dump = 3", "dump"),
     ],
 )
 def test_a_mistake_is_named(text: str, named: str) -> None:

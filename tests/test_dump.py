@@ -3,6 +3,7 @@
 never is."""
 
 import argparse
+import functools
 import json
 import os
 import pty
@@ -272,6 +273,23 @@ def test_a_dump_that_cannot_be_moved_stays_and_stops_no_other(host: Host, crashe
     assert core_of(host, moved) == crashed.core.read_bytes()
 
 
+def test_a_recipient_that_nobody_has_the_key_of_costs_no_dump(host: Host, crashed: Crashing) -> None:
+    """On a host that does not keep its host key, and so cannot see that the recipient is another's."""
+    dump = crash(host, crashed)
+    made = subprocess.run(["age-keygen"], capture_output=True, check=True, text=True).stdout
+    other = next(line.split()[-1] for line in made.splitlines() if "public key" in line)
+    text = f"# unlock: host key 1 {dump_key.fingerprint(other)}\n{other}\n"
+    Path(host.paths.dump_recipient).write_text(text)
+    state = State.load(host.paths)
+    state.persistent = False
+    state.drop_host_key()
+    state.save()
+    with host.work() as work:
+        (moved,) = rewrap.rewrap_all(work)
+    assert moved.outcome == "no-key" and kept.list_dumps(host.paths) == [dump]
+    assert core_of(host, dump) == crashed.core.read_bytes() and len(os.listdir(host.paths.dumps)) == 1
+
+
 def test_moving_is_killed_at_each_step(host: Host, crashed: Crashing, killer: Killer) -> None:
     """Each dump opens then, by the old or the new key; the next run finishes."""
     crash(host, crashed)
@@ -437,6 +455,24 @@ def test_a_copy_opens_with_a_password(host: Host, crashed: Crashing, tmp_path: P
     assert subprocess.run(["zstd", "-dcq", found], capture_output=True).stdout == crashed.core.read_bytes()
 
 
+def test_a_copy_opens_with_a_password_from_a_file_or_a_pipe(host: Host, crashed: Crashing, tmp_path: Path) -> None:
+    """Without a terminal; a wrong word opens nothing."""
+    dump = crash(host, crashed)
+    (tmp_path / "password").write_text("password of the bundle\n")
+    for source, text in ((str(tmp_path / "password"), ""), ("/dev/stdin", "password of the bundle\n")):
+        copy, found = tmp_path / "bundle.age", tmp_path / "core"
+        done = run(host, "rewrap", str(dump.pid), "--password-file", source, "--output", str(copy), stdin=text)
+        assert done.returncode == 0, done.stderr
+        assert b"of the bundle" not in done.stdout + done.stderr
+        _at_terminal(functools.partial(subprocess.run, ["age", "-d", "-o", found, copy], check=True))
+        assert subprocess.run(["zstd", "-dcq", found], capture_output=True).stdout == crashed.core.read_bytes()
+        copy.unlink()
+        found.unlink()
+    (tmp_path / "password").write_text("\n")
+    done = run(host, "rewrap", str(dump.pid), "--password-file", str(tmp_path / "password"), "--output", str(copy))
+    assert done.returncode == 2 and not copy.exists()
+
+
 def _at_terminal(work: Callable[[], object]) -> None:
     pid, terminal = pty.fork()
     if not pid:
@@ -499,6 +535,27 @@ def test_dumps_are_deleted_by_name_or_all(host: Host, crashed: Crashing) -> None
     assert done["deleted"] == [one.name] and kept.list_dumps(host.paths) == [two, three]
     run(host, "delete", "--all", "--yes")
     assert not kept.list_dumps(host.paths) and delete.delete(host.paths, [], lambda plan: True) == []
+
+
+# Limits
+
+
+def test_how_many_are_kept_is_in_unlock_toml(host: Host, crashed: Crashing) -> None:
+    """The writer and systemd-tmpfiles are told; what is wrong there changes nothing."""
+    limits = Path(host.paths.of_this_boot("dump-limits"))
+    rule = Path(host.paths.root, "run/tmpfiles.d/unlock.conf")
+    assert limits.read_text() == "KEEP_COUNT=64\nKEEP_MIB=4096\nPER_MINUTE=8\n"
+    assert rule.read_text() == "e /var/lib/unlock/dumps - - - m:30d\n"
+    put(host, "etc/unlock/unlock.toml", "[dump]\ncount = 2\nsize = 100\nage = 7\nper_minute = 20\n")
+    protection.enable(host.paths)
+    assert limits.read_text() == "KEEP_COUNT=2\nKEEP_MIB=100\nPER_MINUTE=20\n"
+    assert rule.read_text() == "e /var/lib/unlock/dumps - - - m:7d\n"
+    for _ in range(3):
+        crash_again = crash(host, crashed)
+    assert len(kept.list_dumps(host.paths)) == 2 and kept.list_dumps(host.paths)[-1] == crash_again
+    put(host, "etc/unlock/unlock.toml", "[dump]\ncount = 'x'\n")
+    protection.write_limits(host.paths)
+    assert limits.read_text() == "KEEP_COUNT=2\nKEEP_MIB=100\nPER_MINUTE=20\n"
 
 
 # Enabled, disabled, checked

@@ -34,7 +34,7 @@ from unlock.keys import access, dump_key, recovery_key
 from unlock.measured import causes, esp_copy
 from unlock.measured.baseline import Baseline
 from unlock.operations import persistence, policy
-from unlock.operations.dump import kept, opened
+from unlock.operations.dump import kept, kernel, kernel_partition, opened
 from unlock.paths import Paths
 from unlock.predict import allowed_states, booted
 from unlock.predict.trusted_files import TrustedFiles
@@ -362,6 +362,26 @@ def test_a_dump_is_opened(tmp_path: Path, key_cache: None, keys: Keys) -> None:
     assert b"".join(opened.read_dump(dump, identity)) == formats.DUMPED
 
 
+def test_a_dump_of_the_kernel_is_found(tmp_path: Path) -> None:
+    """On its partition, by its name, and by what says where the partition is."""
+    partition = tmp_path / "partition"
+    stream = frozen(formats.DUMP)
+    partition.write_bytes(frozen("kernel-partition.bin").ljust(1 << 20, b"\0") + stream)
+    header = kernel_partition.read_header(str(partition))
+    assert header == ("5a" * 16, "whole", 1700000000, "6.12.0-1-amd64", 1, formats.DUMP.split(".")[7], len(stream))
+    assert b"".join(kernel_partition.read_stream(str(partition), header.size)) == stream
+    kernel_partition.write_empty(str(partition), header.id)
+    assert partition.read_bytes()[:4096] == frozen("kernel-partition-empty.bin")
+    name = f"kernel.6.12.0-1-amd64.1700000000.1.{header.fingerprint}.age"
+    dump = kept.parse_name(name, 7)
+    assert dump and dump[1:] == ("6.12.0-1-amd64", 0, 0, 1700000000, 0, 1, header.fingerprint, False, 7)
+    assert kept.dump_name(dump) == name
+    place = Paths(str(tmp_path))
+    kernel._write_setup(place, kernel.Setup("5a" * 16, "/dev/disk/by-partuuid/1234"))
+    assert Path(place.kernel_dump).read_bytes() == frozen("kernel-dump")
+    assert kernel.read_setup(place) == ("5a" * 16, "/dev/disk/by-partuuid/1234")
+
+
 def test_the_document_tells_how_a_dump_is_opened_by_stock_tools(tmp_path: Path) -> None:
     identity = reader.dump_identity(derived(what="host"), HOST)
     recipient = reader.dump_recipient(identity)
@@ -446,6 +466,7 @@ def test_the_files_are_where_they_were() -> None:
         place.boot_files,
         place.dump_recipient,
         place.dumps,
+        place.kernel_dump,
         place.run,
     ] == [
         "/var/lib/unlock/state.json",
@@ -454,6 +475,7 @@ def test_the_files_are_where_they_were() -> None:
         "/var/lib/unlock/boot-files.json",
         "/var/lib/unlock/dump-recipient",
         "/var/lib/unlock/dumps",
+        "/var/lib/unlock/kernel-dump",
         "/run/unlock",
     ]
     assert esp_copy.NAME == "EFI/unlock/baseline.json"

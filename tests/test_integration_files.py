@@ -835,6 +835,7 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
                 "usr/lib/unlock/cap",
                 "usr/lib/unlock/gate",
                 "usr/lib/unlock/predict",
+                "usr/lib/unlock/crash-init",
                 "usr/lib/unlock/dump",
                 "etc/kernel/postinst.d/zzz-unlock",
                 "etc/kernel/postrm.d/zzz-unlock",

@@ -104,9 +104,11 @@ def _boot(argv: list[str]) -> int:
         from .boot.gate import record_early_groups
         from .host.this_boot import tpm_device
         from .operations.baseline import record_good_boot
+        from .operations.dump.protection import write_limits
         from .operations.policy import good_boot
 
         try:
+            write_limits(paths)
             record_early_groups(paths)
             record_good_boot(paths, tpm_device())
         finally:  # a window is closed even if no baseline can be recorded
@@ -129,13 +131,17 @@ def _boot(argv: list[str]) -> int:
         from .host.names import print_names
 
         return print_names(paths, argv[1])
+    if argv == ["crash-kernel"]:
+        from .operations.dump import kernel
+
+        return kernel.boot(paths)
     if len(argv) == 2 and argv[0] == "gate":
         from .boot.gate import gate
 
         return gate(paths, argv[1])
     words = (
         "agent|close-channels|why|prompt|screen|secure|drop|scrub|heal DISK|journal|baseline|predict|names KIND|"
-        "gate GROUP|mount SOURCE DIRECTORY|removal [WORD ...]"
+        "crash-kernel|gate GROUP|mount SOURCE DIRECTORY|removal [WORD ...]"
     )
     raise Usage(f"usage: unlock boot {words}")
 

@@ -24,6 +24,7 @@ class Paths:
         self.boot_files = os.path.join(root, "var/lib/unlock/boot-files.json")
         self.dumps = os.path.join(root, "var/lib/unlock/dumps")
         self.dump_recipient = os.path.join(root, "var/lib/unlock/dump-recipient")
+        self.kernel_dump = os.path.join(root, "var/lib/unlock/kernel-dump")
         self.boot_id = os.path.join(root, "proc/sys/kernel/random/boot_id")
         self.event_log = os.path.join(root, "sys/kernel/security/tpm0/binary_bios_measurements")
         self.systemd_log = os.path.join(root, "run/log/systemd/tpm2-measure.log")

@@ -117,16 +117,17 @@ def build(
     commands: Sequence[str] = (),
     boots: Kind = "",
     builder: Builder = "initramfs-tools",
+    programs: str = "",
 ) -> Image:
     """The image of the checkout as it is now; with product=False of stock Debian.
 
     `commands` are run by sh in the tree before the initramfs is made. `boots`: what starts it from its own disks, by
-    QEMU.
+    QEMU. `programs`: packages of Debian with what the host has beside it.
     """
     runs = "qemu" if boots else runs
     cache.ROOT.mkdir(parents=True, exist_ok=True)
     debs = packages() if product else None
-    base = rootfs(LOADERS if boots else "", dracut=builder == "dracut")
+    base = rootfs((LOADERS if boots else "") + programs, dracut=builder == "dracut")
     sources = [Path(module).read_bytes() for module in (__file__, guest.__file__, luks.__file__)]
     if boots:
         sources += [boots.encode(), Path(loader.__file__).read_bytes()]

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock dump`: core dumps, which are encrypted to the host key."""
+"""`unlock dump`: dumps of processes and of the kernel, which are encrypted to the host key."""
 
 import argparse
 import time
 from typing import TYPE_CHECKING
 
-from .. import log
+from .. import ask, log
 from ..errors import Usage
 from ..paths import Paths
+from ..secret import Secret
 from .arguments import add_accept, add_command, add_json, add_noun
 from .consent import add_consent, consent
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ..operations.dump.kept import Dump
     from .arguments import Commands
 
+_PLAIN = "plain-dumps"
 _WHICH = "PID of the process, or name of the file, as `dump list` shows them"
 
 
@@ -22,7 +24,7 @@ def add(commands: "Commands") -> None:
     verbs = add_noun(commands, "dump", "core dumps, encrypted to the host key")
     add_command(verbs, "enable", _enable, "encrypt core dumps from now on", "unlock dump test")
     disable = add_command(verbs, "disable", _disable, "leave core dumps to systemd-coredump, or to the kernel")
-    add_accept(disable, ("plain-dumps",), "do it although")
+    add_accept(disable, (_PLAIN,), "do it although")
     add_json(add_command(verbs, "list", _list, "the dumps that are kept, and the host key that each needs"))
     info = add_command(verbs, "info", _info, "what is known of a dump without decrypting it")
     info.add_argument("dump", metavar="DUMP", help=_WHICH)
@@ -32,12 +34,13 @@ def add(commands: "Commands") -> None:
     to = extract.add_mutually_exclusive_group()
     to.add_argument("--output", default="-", metavar="FILE", help="new file; default: standard output")
     to.add_argument("--gdb", action="store_true", help="open it in gdb, from memory")
-    add_accept(extract, ("plain-dumps", "cut-dump"))
+    add_accept(extract, (_PLAIN, "cut-dump"))
     rewrap = add_command(verbs, "rewrap", _rewrap, "encrypt a copy for others, or all dumps to the present host key")
     rewrap.add_argument("dump", nargs="?", default="", metavar="DUMP", help=_WHICH)
     whom = rewrap.add_mutually_exclusive_group(required=True)
     whom.add_argument("--to", default="", metavar="RECIPIENT", help="age recipient (age1...) or SSH public key")
     whom.add_argument("--password", action="store_true", help="age asks for a password")
+    whom.add_argument("--password-file", default="", metavar="FILE", help="the password is in a file; /dev/stdin too")
     whom.add_argument("--all", action="store_true", help="all dumps of former host keys")
     rewrap.add_argument("--output", default="", metavar="FILE", help="new file for the copy")
     add_json(rewrap)
@@ -46,6 +49,20 @@ def add(commands: "Commands") -> None:
     delete.add_argument("--all", action="store_true", help="all of them")
     add_consent(delete)
     add_json(add_command(verbs, "test", _test, "crash a process, and follow its memory to a dump and back"))
+    _add_kernel(add_noun(verbs, "kernel", "dumps of the kernel, by a crash kernel that encrypts them"))
+
+
+def _add_kernel(verbs: "Commands") -> None:
+    then = "unlock dump kernel test"
+    enable = add_command(verbs, "enable", _kernel_enable, "encrypt dumps of the kernel to a partition", then)
+    enable.add_argument("device", metavar="DEV", help="a partition, or a whole disk, that may be plain; it is erased")
+    add_consent(enable)
+    disable = add_command(verbs, "disable", _kernel_disable, "leave dumps of the kernel to kdump-tools, or have none")
+    add_accept(disable, (_PLAIN,), "do it although")
+    add_json(add_command(verbs, "status", _kernel_status, "whether dumps of the kernel are encrypted, and where to"))
+    test = add_command(verbs, "test", _kernel_test, "prove all but the crash, or crash")
+    test.add_argument("--panic", action="store_true", help="crash the kernel, for a dump after the next boot")
+    add_consent(test)
 
 
 def _enable(paths: Paths, options: argparse.Namespace) -> int:
@@ -75,10 +92,10 @@ def _list(paths: Paths, options: argparse.Namespace) -> int:
     cells = [
         (
             _when(each.dump),
-            str(each.dump.pid),
-            str(each.dump.uid),
+            "-" if each.dump.of_kernel else str(each.dump.pid),
+            "-" if each.dump.of_kernel else str(each.dump.uid),
             each.dump.signal_name,
-            each.dump.comm,
+            f"kernel {each.dump.comm}" if each.dump.of_kernel else each.dump.comm,
             _size(each.dump.size),
             f"{each.dump.generation}, {each.key}",
         )
@@ -103,8 +120,14 @@ def _info(paths: Paths, options: argparse.Namespace) -> int:
     for name, value in (
         ("file", dump.path),
         ("time", _when(dump)),
-        ("process", f"{dump.comm}, PID {dump.pid}, UID {dump.uid}"),
-        ("signal", f"{dump.signal} ({dump.signal_name})"),
+        *(
+            [("kernel", dump.comm)]
+            if dump.of_kernel
+            else [
+                ("process", f"{dump.comm}, PID {dump.pid}, UID {dump.uid}"),
+                ("signal", f"{dump.signal} ({dump.signal_name})"),
+            ]
+        ),
         ("size", f"{_size(dump.size)}, {'compressed, ' if dump.packed else ''}encrypted"),
         ("host key", f"generation {dump.generation}, fingerprint {dump.fingerprint}: {row.key}"),
     ):
@@ -148,8 +171,8 @@ def _rewrap(paths: Paths, options: argparse.Namespace) -> int:
     if not options.dump or not options.output:
         raise Usage("a copy needs a dump and a new file", "unlock dump rewrap DUMP --to RECIPIENT --output FILE")
     dump = kept.find_dump(paths, options.dump)
-    with Work(paths) as work:
-        rewrap.for_others(work, dump, options.output, recipient=options.to)
+    with Work(paths) as work, ask.from_file(options.password_file) if options.password_file else Secret(b"") as given:
+        rewrap.for_others(work, dump, options.output, recipient=options.to, password=given or None)
     if options.json:
         log.show_json({"version": 1, "file": options.output})
     else:
@@ -187,9 +210,65 @@ def _test(paths: Paths, options: argparse.Namespace) -> int:
     return 0
 
 
+def _kernel_enable(paths: Paths, options: argparse.Namespace) -> int:
+    from ..operations.dump import kernel
+
+    kernel.enable(paths, options.device, consent(options))
+    return 0 if options.dry_run else _kernel_status(paths, options)
+
+
+def _kernel_disable(paths: Paths, options: argparse.Namespace) -> int:
+    from ..operations.dump import kernel
+
+    kernel.disable(paths, frozenset(options.accept))
+    log.note("from the next boot on unlock has no crash kernel; dumps that are kept stay")
+    return 0
+
+
+def _kernel_status(paths: Paths, options: argparse.Namespace) -> int:
+    from ..operations.dump import kernel
+
+    found = kernel.read_kernel_protection(paths)
+    if options.json:
+        log.show_json({"version": 1, **found._asdict()})
+        return 0
+    log.show(f"dumps of the kernel: {found.detail}")
+    for name, value in (
+        ("partition", f"{found.device}: {found.state}" if found.device else "none"),
+        ("memory", f"{_size(found.memory)} for a crash kernel" if found.memory else "none for a crash kernel"),
+        ("loaded", "yes" if found.loaded else "no"),
+        ("locked", "no other can be loaded in this boot" if found.locked else "no"),
+    ):
+        log.show(f"{name:<9} {value}")
+    if found.do:
+        log.show(f"to do     {found.do}")
+    return 0
+
+
+def _kernel_test(paths: Paths, options: argparse.Namespace) -> int:
+    from ..keys.access import Work
+    from ..operations.dump import kernel
+
+    with Work(paths) as work:
+        found = kernel.test(work)
+    if options.panic:
+        kernel.panic(paths, consent(options))
+        return 0
+    if options.json:
+        log.show_json({"version": 1, **found._asdict()})
+        return 0
+    log.show(
+        f"good: the crash kernel is loaded, in {_size(found.memory)}; it encrypts to host key {found.generation}, which"
+        f" opens that, on {found.device}; a dump has at most {_size(found.estimate)} now"
+    )
+    return 0
+
+
 def _to_json(dump: "Dump", key: str) -> dict[str, object]:
     fields = ("pid", "uid", "comm", "time", "signal", "size", "generation", "fingerprint")
-    return {"name": dump.name, **{name: getattr(dump, name) for name in fields}, "compressed": dump.packed, "key": key}
+    kind = "kernel" if dump.of_kernel else "process"
+    said = {name: getattr(dump, name) for name in fields}
+    return {"name": dump.name, "kind": kind, **said, "compressed": dump.packed, "key": key}
 
 
 def _when(dump: "Dump") -> str:

@@ -107,6 +107,18 @@ class SyncConfig(NamedTuple):
     """States of a key at the KMS on which this host stops keeping it."""
 
 
+class DumpConfig(NamedTuple):
+    """[dump]: how many core dumps are kept."""
+
+    most: int = 64
+    """`count`: dumps of processes."""
+    size: int = 4096
+    """MiB of all."""
+    age: int = 30
+    """Days."""
+    per_minute: int = 8
+
+
 class Fault(NamedTuple):
     """A table, or a setting outside of all tables, that is wrong."""
 
@@ -123,8 +135,9 @@ class Config(NamedTuple):
     providers: dict[str, ProviderConfig]
     """Without those that are wrong."""
     parsed_sync: SyncConfig
+    parsed_dump: DumpConfig
     faults: dict[str, Fault]
-    """By the name of the table: `group.NAME`, `provider.NAME`, `sync`, or another word at the top of the file."""
+    """By the name of the table: `group.NAME`, `provider.NAME`, `sync`, `dump`, or another word at the top."""
 
     def group(self, name: str) -> GroupConfig | None:
         """Raises Malformed if it is wrong."""
@@ -142,6 +155,12 @@ class Config(NamedTuple):
         self.check("sync")
         return self.parsed_sync
 
+    @property
+    def dump(self) -> DumpConfig:
+        """Raises Malformed if it is wrong."""
+        self.check("dump")
+        return self.parsed_dump
+
     def check(self, *tables: str) -> None:
         """Raises Malformed if one of these tables is wrong; without arguments, if any is."""
         for table in tables or self.faults:
@@ -149,7 +168,7 @@ class Config(NamedTuple):
                 raise self.faults[table].error
 
 
-NOTHING = Config({}, {}, SyncConfig(), {})
+NOTHING = Config({}, {}, SyncConfig(), DumpConfig(), {})
 """Of a host without the file."""
 
 
@@ -174,9 +193,14 @@ def parse(text: str) -> Config:
         sync = _sync(_table(top, "sync", ""))
     except Malformed as error:
         faults["sync"] = Fault(error, top["sync"])
-    for key in top.keys() - {"version", "group", "provider", "sync"}:
+    dump = DumpConfig()
+    try:
+        dump = _dump(_table(top, "dump", ""))
+    except Malformed as error:
+        faults["dump"] = Fault(error, top["dump"])
+    for key in top.keys() - {"version", "group", "provider", "sync", "dump"}:
         faults[key] = Fault(_bad(f"{key} is not a known setting"), top[key])
-    return Config(groups, providers, sync, faults)
+    return Config(groups, providers, sync, dump, faults)
 
 
 def _tables(top: dict[str, Any], kind: str, read: Callable[[str, Any], T], faults: dict[str, Fault]) -> dict[str, T]:
@@ -262,6 +286,16 @@ def _sync(table: dict[str, Any]) -> SyncConfig:
     if not all(each in DROP_ON for each in drop_on):
         raise _bad(f"sync.drop_on is not a list of {', '.join(DROP_ON)}")
     return SyncConfig(_get(table, "open_from_provider_after_refusal", False, "sync."), frozenset(drop_on))
+
+
+def _dump(table: dict[str, Any]) -> DumpConfig:
+    names = ("count", "size", "age", "per_minute")
+    _only(table, {*names}, "dump.")
+    values = [_get(table, name, value, "dump.") for name, value in zip(names, DumpConfig(), strict=True)]
+    for name, value in zip(names, values, strict=True):
+        if not 1 <= value <= 1 << 20:
+            raise _bad(f"dump.{name} is not from 1 to {1 << 20}")
+    return DumpConfig(*values)
 
 
 def load(path: str) -> Config:

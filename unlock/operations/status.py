@@ -21,6 +21,7 @@ from ..paths import Paths
 from ..secret import Secret
 from . import policy, under_way
 from .dump.kept import list_dumps
+from .dump.kernel import KernelProtection, read_kernel_protection
 from .dump.protection import Protection, read_protection
 
 CERTIFICATE_DAYS = 30
@@ -134,6 +135,7 @@ class Status(NamedTuple):
     """What is wrong in unlock.toml."""
     dumps: Protection
     """Of core dumps and swap."""
+    kernel_dumps: KernelProtection
     kept_dumps: int
     groups: list[GroupStatus]
 
@@ -184,6 +186,7 @@ def read_status(paths: Paths, tcti: str = "", look: find.Look = find.look) -> St
         not_checked=_pcrs_not_checked(paths, tcti) if tcti else [],
         wrong_settings=wrong_settings,
         dumps=read_protection(paths),
+        kernel_dumps=read_kernel_protection(paths),
         kept_dumps=len(list_dumps(paths)),
         groups=groups,
     )
@@ -230,6 +233,7 @@ def to_json(found: Status) -> dict[str, Any]:
             "generation": found.dumps.recipient.generation if found.dumps.recipient else None,
             "kept": found.kept_dumps,
             "plain_swaps": found.dumps.plain_swaps,
+            "kernel": found.kernel_dumps._asdict(),
         },
         "groups": [
             {
@@ -265,6 +269,8 @@ def to_text(found: Status) -> str:
         ("dumps", f"{found.dumps.detail}; {found.kept_dumps} kept" if found.kept_dumps else found.dumps.detail),
     )
     lines += [f"{name:<9} {text}" for name, text in facts]
+    if found.kernel_dumps.device:
+        lines.append(f"{'kernel':<9} dumps of it: {found.kernel_dumps.detail}")
     lines += [
         f"left      {each.not_retired} replaced key(s) still active at {each.name}: unlock provider test {each.name}"
         for each in found.providers
@@ -320,6 +326,8 @@ def _warnings(found: Status) -> list[str]:
         warnings.append(f"the client certificate ends in {days} days: unlock provider renew")
     if found.dumps.do:
         warnings.append(f"core dumps: {found.dumps.detail}: {found.dumps.do}")
+    if found.kernel_dumps.do:
+        warnings.append(f"kernel dumps: {found.kernel_dumps.detail}: {found.kernel_dumps.do}")
     if found.dumps.plain_swaps:
         warnings.append(f"swap on a disk that is not encrypted: {', '.join(found.dumps.plain_swaps)}: unlock check")
     warnings += [f"{text}: edit /etc/unlock/unlock.toml" for text in found.wrong_settings]

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks what of the memory of processes reaches a disk: core dumps and swap. None of it is about the next boot."""
+"""Checks what of the memory reaches a disk: dumps of processes and of the kernel, and swap. None of it is about the
+next boot."""
 
 from collections.abc import Iterator
 
 from ...host.state import State
 from ...paths import Paths
+from ..dump.kernel import read_kernel_protection
 from ..dump.protection import read_protection
 from .finding import NOTE, SAFE, Finding
 
@@ -22,6 +24,10 @@ def check_dumps(paths: Paths, state: State) -> Iterator[Finding]:
         yield Finding("core dumps", NOTE, why, "unlock sync")
     else:
         yield Finding("core dumps", SAFE, f"dumps of processes: {found.detail}")
+    kernel = read_kernel_protection(paths)
+    if kernel.do or kernel.device or not kernel.encrypted:
+        verdict = SAFE if kernel.encrypted and not kernel.do else NOTE
+        yield Finding("kernel dumps", verdict, f"dumps of the kernel: {kernel.detail}", kernel.do)
     for each in found.plain_swaps:
         why = f"swap {each} is on a disk that is not encrypted: memory of processes, with keys, is there in plain"
         yield Finding("swap", NOTE, why, "swapoff, and put the swap on an encrypted disk: crypttab(5), option swap")

@@ -20,6 +20,7 @@ from ...secret import Secret
 from .core import Core
 from .kept import Dump
 from .opened import read_dump
+from .vmcore import VmCore
 
 _OUTPUT = 1
 """Standard output: it gets the core itself, and no text."""
@@ -54,6 +55,8 @@ def to_output(work: Work, dump: Dump, accept: frozenset[str]) -> None:
 
 def to_gdb(work: Work, dump: Dump, accept: frozenset[str]) -> int:
     """Opens the core in gdb; returns its exit status. Raises as `to_file`; CommandFailed."""
+    if dump.of_kernel:
+        raise Usage("gdb does not read the dump of a kernel; crash(8) does", "unlock dump extract DUMP --output FILE")
     fd = os.memfd_create("core", os.MFD_CLOEXEC)
     try:
         with dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity:
@@ -78,14 +81,15 @@ def prove(dump: Dump, identity: Secret, seen: Callable[[bytes], object] = lambda
     _copy(dump, identity, frozenset(), seen)
 
 
-def _copy(dump: Dump, identity: Secret, accept: frozenset[str], write: Callable[[bytes], object]) -> Core:
-    core = Core()
+def _copy(dump: Dump, identity: Secret, accept: frozenset[str], write: Callable[[bytes], object]) -> "Core | VmCore":
+    core = VmCore() if dump.of_kernel else Core()
     for piece in read_dump(dump, identity):
         core.add(piece)
         write(piece)
     if why := core.problem():
         if CUT not in accept:
-            said = "the process was killed while the kernel wrote it" if "ends" in why else "age opened it"
+            cut = "makedumpfile did not end" if dump.of_kernel else "the process was killed while the kernel wrote it"
+            said = cut if "ends" in why else "age opened it"
             raise Malformed(f"{dump.name}: {why}: {said}", f"--accept {CUT}", code=CUT)
         log.note(f"accepted: {CUT}: {why}")
     return core

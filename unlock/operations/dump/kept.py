@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dumps that are kept, by the names of their files: system/dump has written them, nothing here decrypts."""
+"""The dumps that are kept, by the names of their files: system/dump has written those of processes, the crash kernel
+those of a kernel. Nothing here decrypts."""
 
 import os
 import re
@@ -13,6 +14,7 @@ _NAME = re.compile(
     r"core\.([A-Za-z0-9_+-]{1,64})\.(\d{1,10})\.(\d{1,10})\.(\d{1,20})\.(\d{1,3})\.(\d{1,16})\.([0-9a-f]{16})(\.zst)?\.age",
     re.A,
 )
+_KERNEL = re.compile(r"kernel\.([A-Za-z0-9._+~-]{1,64})\.(\d{1,20})\.(\d{1,16})\.([0-9a-f]{16})\.age", re.A)
 
 
 class Dump(NamedTuple):
@@ -20,8 +22,9 @@ class Dump(NamedTuple):
 
     path: str
     comm: str
-    """Of the process, 15 of A-Z a-z 0-9 _ + -."""
+    """Of the process, 15 of A-Z a-z 0-9 _ + -; the release of a kernel."""
     uid: int
+    """Of the process, as `pid` and `signal`; 0 for a kernel."""
     pid: int
     time: int
     """Of the crash, in seconds since 1970."""
@@ -40,7 +43,13 @@ class Dump(NamedTuple):
         return os.path.basename(self.path)
 
     @property
+    def of_kernel(self) -> bool:
+        return self.name.startswith("kernel.")
+
+    @property
     def signal_name(self) -> str:
+        if self.of_kernel:
+            return "panic"
         try:
             return signal.Signals(self.signal).name
         except ValueError:
@@ -49,12 +58,23 @@ class Dump(NamedTuple):
 
 def dump_name(dump: Dump) -> str:
     """The name of the file of a dump."""
+    if dump.of_kernel:
+        return f"kernel.{dump.comm}.{dump.time}.{dump.generation}.{dump.fingerprint}.age"
     parts = ("core", dump.comm, dump.uid, dump.pid, dump.time, dump.signal, dump.generation, dump.fingerprint)
     return ".".join(map(str, parts)) + (".zst.age" if dump.packed else ".age")
 
 
+def kernel_dump(folder: str, release: str, time: int, generation: int, fingerprint: str, size: int) -> Dump:
+    """The dump of a kernel, where it is kept. `release` is of A-Z a-z 0-9 . _ + ~ -."""
+    dump = Dump("kernel.", release, 0, 0, time, 0, generation, fingerprint, False, size)
+    return dump._replace(path=os.path.join(folder, dump_name(dump)))
+
+
 def parse_name(path: str, size: int) -> Dump | None:
     """None for a file that is no dump."""
+    if found := _KERNEL.fullmatch(os.path.basename(path)):
+        release, when, of_key, fingerprint = found.groups()
+        return Dump(path, release, 0, 0, int(when), 0, int(of_key), fingerprint, False, size)
     found = _NAME.fullmatch(os.path.basename(path))
     if not found:
         return None
@@ -79,7 +99,7 @@ def list_dumps(paths: Paths) -> list[Dump]:
 
 def find_dump(paths: Paths, word: str) -> Dump:
     """The one dump with this PID or file name. Raises Refused for none, or for several."""
-    found = [each for each in list_dumps(paths) if word in (str(each.pid), each.name)]
+    found = [each for each in list_dumps(paths) if word in (each.name, "" if each.of_kernel else str(each.pid))]
     if not found:
         raise Refused(f"there is no dump {word}", "unlock dump list", code="no-dump")
     if len(found) > 1:

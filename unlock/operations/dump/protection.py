@@ -11,9 +11,10 @@ import os
 import shutil
 from typing import NamedTuple
 
-from ... import journald, messages
+from ... import journald, log, messages
 from ...disks import devices
-from ...errors import DiskFailed, Refused, Usage
+from ...errors import DiskFailed, Malformed, Refused, Usage
+from ...host import config
 from ...host.lock import exclusive
 from ...host.state import State
 from ...keys import access, dump_key
@@ -35,6 +36,8 @@ _SETTINGS = {
 _MARK = "# unlock: see unlock(8), dump enable\n"
 _SYSCTL = "etc/sysctl.d/50-coredump.conf"
 _COREDUMP = "etc/systemd/coredump.conf.d/unlock.conf"
+_TMPFILES = "run/tmpfiles.d/unlock.conf"
+"""In the place of that of /usr/lib."""
 _TO_KEEP_NOTHING = f"{_MARK}[Coredump]\nStorage=none\nProcessSizeMax=0\n"
 
 
@@ -65,12 +68,17 @@ def enable(paths: Paths) -> None:
     """Needs the host key only where its recipient is not there. Raises Refused, NoKey, ProviderError, OSError."""
     refuse_without(paths)
     with exclusive(paths):
-        recipient = dump_key.read_recipient(paths)
-        if not recipient or recipient.generation != State.load(paths).host_key_ref.generation:
-            with Work(paths) as work, _present_host_key(work) as host_key:
-                dump_key.write_recipient(paths, work.state, host_key)
+        ensure_recipient(paths)
         set_up(paths)
     journald.record(paths, messages.DUMPS_ENABLED, "core dumps are encrypted from now on")
+
+
+def ensure_recipient(paths: Paths) -> None:
+    """Writes the recipient of the present host key, where it is not there. Raises NoKey, ProviderError, OSError."""
+    recipient = dump_key.read_recipient(paths)
+    if not recipient or recipient.generation != State.load(paths).host_key_ref.generation:
+        with Work(paths) as work, _present_host_key(work) as host_key:
+            dump_key.write_recipient(paths, work.state, host_key)
 
 
 def set_up(paths: Paths) -> None:
@@ -83,6 +91,23 @@ def set_up(paths: Paths) -> None:
         write_atomically(path, text.encode(), mode=0o644)
     for name, value in _SETTINGS.items():
         _set(paths, name, value)
+    write_limits(paths)
+
+
+def write_limits(paths: Paths) -> None:
+    """Tells system/dump and systemd-tmpfiles how many dumps are kept, in this boot; a wrong [dump] changes nothing.
+    Raises OSError."""
+    try:
+        limits = config.load(paths.config).dump
+    except Malformed as error:
+        log.error(str(error), error.hint)
+        return
+    os.makedirs(paths.run, mode=0o700, exist_ok=True)
+    text = f"KEEP_COUNT={limits.most}\nKEEP_MIB={limits.size}\nPER_MINUTE={limits.per_minute}\n"
+    write_atomically(paths.of_this_boot("dump-limits"), text.encode())
+    rule = os.path.join(paths.root, _TMPFILES)
+    os.makedirs(os.path.dirname(rule), mode=0o755, exist_ok=True)
+    write_atomically(rule, f"e /var/lib/unlock/dumps - - - m:{limits.age}d\n".encode(), mode=0o644)
 
 
 def disable(paths: Paths, accept: frozenset[str]) -> None:
