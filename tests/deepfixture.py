@@ -37,9 +37,11 @@ def loop(image: Path) -> Iterator[str]:
 
 
 class DeepHost(Host):
-    """With `count` disks in the group `data`, each with random data."""
+    """With `count` disks in the group `data`, each with random data. `sector`: of its encryption, 512 or 4096; the
+    block of a loop device is 512, so that a hotzone has checksums or a journal."""
 
-    def __init__(self, folder: Path, count: int = 1) -> None:
+    def __init__(self, folder: Path, count: int = 1, sector: int = 4096) -> None:
+        self.disk_bytes += sector % 4096
         super().__init__(folder, count)
         self.nodes: dict[Path, str] = {}
         self.plain: dict[Path, bytes] = {}
@@ -48,7 +50,7 @@ class DeepHost(Host):
             self.plain[image] = os.urandom(DATA)
             with image.open("r+b") as file:
                 file.seek(HEADER)
-                file.write(crypt(self.dek(image), self.plain[image], encrypt=True))
+                file.write(crypt(self.dek(image), self.plain[image], encrypt=True, sector=sector))
 
     @contextmanager
     def plugged_in(self) -> Iterator["DeepHost"]:

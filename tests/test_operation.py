@@ -111,7 +111,7 @@ ENTRIES: tuple[JournalEntry, ...] = (
     NewPersistenceKey("rekey --fresh", "", new="", old="", sealed=False, before=REKEY),
 )
 """One of each kind."""
-NO_COMMAND_YET = (DeepRekey, DiskEncryption)
+NO_COMMAND_YET = (DiskEncryption,)
 SIZE = 1000
 
 
