@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -33,6 +34,15 @@ pytestmark = [pytest.mark.root, pytest.mark.long(minutes=5), pytest.mark.usefixt
 
 CUTS = int(os.environ.get("UNLOCK_CUTS", "100"))
 STEP = 1 << 20
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory: many gigabytes are written, and flushed."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
 METADATA = 32 << 10
 """Bytes of both copies of the header."""
 RUN = """
