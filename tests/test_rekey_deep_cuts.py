@@ -139,8 +139,9 @@ def header_boundaries(start: bytes, log: list[writes.Write]) -> Iterator[tuple[b
         if not each.flush:
             pending.append(each)
             continue
-        if any(write.offset < METADATA for write in pending):
-            for kept in (pending, pending[::2], pending[1::2], []):
+        if header := [write for write in pending if write.offset < METADATA]:
+            other = [write for write in pending if write not in header]
+            for kept in (pending, header, other, pending[::2], pending[1::2], []):
                 content = bytearray(durable)
                 for write in kept:
                     writes.apply(content, write)

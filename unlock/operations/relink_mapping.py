@@ -77,15 +77,11 @@ def _finish_hotzone(device: str, overlay: str, hotzone: str, plan: Plan, keys: d
     if not over:  # the first step of the run, whose table is not in use yet
         return
     start, length = int(over[0][0]) * _SECTOR, int(over[0][1]) * _SECTOR
-    metadata = raw_header.read_valid_copies(device)[0].metadata(device)
-    if reencrypt_plan.phase_of(metadata, plan, device) == CRASH:
-        with _alias(device) as data:
-            reencrypt.settle(device, plan, keys.operation, data)
-    elif _new_bytes(metadata, plan) == start:  # no data has been moved
-        with _alias(device) as data:
+    with _alias(device) as data:
+        reencrypt.settle(device, plan, keys.operation, data)
+        if _new_bytes(device, plan) == start:  # no data has been moved
             reencrypt.step(device, keys.operation, length, data)
-    metadata = raw_header.read_valid_copies(device)[0].metadata(device)
-    done = _new_bytes(metadata, plan)
+    done = _new_bytes(device, plan)
     if done not in (start + length, -1):
         raise DiskFailed(
             f"{device}: {done} bytes are re-encrypted, and its mapping waits at {start + length}",
@@ -94,9 +90,9 @@ def _finish_hotzone(device: str, overlay: str, hotzone: str, plan: Plan, keys: d
         )
 
 
-def _new_bytes(metadata: dict[str, Any], plan: Plan) -> int:
+def _new_bytes(device: str, plan: Plan) -> int:
     """How much from the start of the data is new; -1 for all."""
-    parts = reencrypt_plan.parts(metadata, plan)
+    parts = reencrypt_plan.parts(raw_header.read_valid_copies(device)[0].metadata(device), plan)
     for digest, segment in parts:
         if digest != plan.new or "flags" in segment:
             return int(segment["offset"]) - int(parts[0][1]["offset"])
@@ -107,6 +103,8 @@ def _load(device: str, name: str, overlay: str, plan: Plan, keys: disk_keys.Reen
     """Gives the mapping the table that the header means, with the options of the present one."""
     copy = raw_header.read_valid_copies(device)[0]
     metadata = copy.metadata(device)
+    if reencrypt_plan.phase_of(metadata, plan, device) == CRASH:
+        raise DiskFailed(f"{device}: its hotzone is in use", "reboot: it opens by itself", code="killed-run")
     rows = [row.split() for row in _dmsetup("table", overlay).splitlines()]
     options = next(row[8:] for row in rows if row[2] == "crypt")
     end = int(rows[-1][0]) + int(rows[-1][1])
@@ -114,19 +112,22 @@ def _load(device: str, name: str, overlay: str, plan: Plan, keys: disk_keys.Reen
     with ExitStack() as lent:
         lent.enter_context(Lent(_description(uuid, plan.old), keys.old))
         lent.enter_context(Lent(_description(uuid, plan.new), keys.new))
-        table = _table(reencrypt_plan.parts(metadata, plan), uuid, _number(device), end, options)
+        parts = reencrypt_plan.parts(metadata, plan)
+        table = _table(parts, uuid, len(keys.new), _number(device), end, options)
         _dmsetup("load", name, table=table)
         _dmsetup("suspend", "--noflush", "--nolockfs", name)
         _resume(name)
 
 
-def _table(parts: Sequence[tuple[int, Any]], uuid: str, number: str, end: int, options: list[str]) -> str:
+def _table(
+    parts: Sequence[tuple[int, Any]], uuid: str, key_size: int, number: str, end: int, options: list[str]
+) -> str:
     """In the form of dmsetup(8). `end`: sectors of the mapping."""
     base = int(parts[0][1]["offset"])
     starts = [(int(segment["offset"]) - base) // _SECTOR for _, segment in parts]
     rows = []
     for (digest, segment), start, after in zip(parts, starts, [*starts[1:], end], strict=True):
-        key = f":{len(uuid)}:logon:{_description(uuid, digest)}"
+        key = f":{key_size}:logon:{_description(uuid, digest)}"
         rows.append(
             f"{start} {after - start} crypt {segment['encryption']} {key} {segment['iv_tweak']} {number} "
             + " ".join([str(int(segment["offset"]) // _SECTOR), *options])
