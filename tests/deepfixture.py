@@ -2,6 +2,7 @@
 """A host whose disks are loop devices with data on them, for re-encryption: image files have no lock of their own."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -205,7 +206,10 @@ def host_facts(path: Path, plan: reencrypt_plan.Plan) -> dict[str, Any]:
 
 
 def stock_opens(path: Path, passphrase: Secret) -> None:
-    """cryptsetup itself takes the passphrase."""
-    command = ["cryptsetup", "open", "--test-passphrase", "--key-file", "-", str(path)]
+    """cryptsetup itself takes the passphrase. On a copy: it repairs the older copy of the header by the newer, which
+    may rely on checksums that were lost."""
+    copy = shutil.copy(path, f"{path}.stock")
+    command = ["cryptsetup", "open", "--test-passphrase", "--key-file", "-", copy]
     done = subprocess.run(command, input=bytes(passphrase), capture_output=True)
+    os.unlink(copy)
     assert done.returncode == 0, done.stderr.decode()

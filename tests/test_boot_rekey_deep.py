@@ -151,10 +151,12 @@ def test_killed_without_a_reboot_it_goes_on_in_use(story: Machine, record_proper
         console.sh("systemd-run --quiet --unit=writer python3 /run/writer.py")
         command = f"unlock rekey --deep data --recovery-key-file {RECOVERY}"
         begun = "dmsetup ls | grep -q overlay"
-        for _ in range(KILLS):
+        step = "for _ in $(seq 300); do dmsetup info -c --noheadings -o suspended | grep -q Suspended && break; done"
+        for number in range(KILLS):
             in_background(console, command)
             console.sh(f"until {begun} || ! systemctl is-active --quiet deep; do sleep 0.05; done", timeout=240)
-            console.sh(f"sleep {dice.uniform(0, 2):.2f}; systemctl kill --signal=KILL deep", check=False)
+            wait = step if number % 2 else f"sleep {dice.uniform(0, 5):.2f}"
+            console.sh(f"{wait}; systemctl kill --signal=KILL deep", check=False)
             console.sh("while systemctl is-active --quiet deep; do sleep 0.05; done; systemctl reset-failed deep")
             stack = console.sh("dmsetup info -c --noheadings -o name,suspended").out
             suspended += "Suspended" in stack
