@@ -2,6 +2,7 @@
 """A host whose disks are loop devices with data on them, for re-encryption: image files have no lock of their own."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -37,9 +38,11 @@ def loop(image: Path) -> Iterator[str]:
 
 
 class DeepHost(Host):
-    """With `count` disks in the group `data`, each with random data."""
+    """With `count` disks in the group `data`, each with random data. `sector`: of its encryption, 512 or 4096; the
+    block of a loop device is 512, so that a hotzone has checksums or a journal."""
 
-    def __init__(self, folder: Path, count: int = 1) -> None:
+    def __init__(self, folder: Path, count: int = 1, sector: int = 4096) -> None:
+        self.disk_bytes += sector % 4096
         super().__init__(folder, count)
         self.nodes: dict[Path, str] = {}
         self.plain: dict[Path, bytes] = {}
@@ -48,7 +51,7 @@ class DeepHost(Host):
             self.plain[image] = os.urandom(DATA)
             with image.open("r+b") as file:
                 file.seek(HEADER)
-                file.write(crypt(self.dek(image), self.plain[image], encrypt=True))
+                file.write(crypt(self.dek(image), self.plain[image], encrypt=True, sector=sector))
 
     @contextmanager
     def plugged_in(self) -> Iterator["DeepHost"]:
@@ -203,7 +206,10 @@ def host_facts(path: Path, plan: reencrypt_plan.Plan) -> dict[str, Any]:
 
 
 def stock_opens(path: Path, passphrase: Secret) -> None:
-    """cryptsetup itself takes the passphrase."""
-    command = ["cryptsetup", "open", "--test-passphrase", "--key-file", "-", str(path)]
+    """cryptsetup itself takes the passphrase. On a copy: it repairs the older copy of the header by the newer, which
+    may rely on checksums that were lost."""
+    copy = shutil.copy(path, f"{path}.stock")
+    command = ["cryptsetup", "open", "--test-passphrase", "--key-file", "-", copy]
     done = subprocess.run(command, input=bytes(passphrase), capture_output=True)
+    os.unlink(copy)
     assert done.returncode == 0, done.stderr.decode()

@@ -45,6 +45,9 @@ def key_cache_alone() -> Iterator[None]:
 class Host:
     """An initialised host with a group `data`, whose early boot unsealed. `disks`: the images that are plugged in."""
 
+    disk_bytes = 32 << 20
+    """Of an image. Not a multiple of 4096: it gets encryption sectors of 512."""
+
     def __init__(
         self, folder: Path, count: int = 2, *kms: Liar | KmipServer, policy_of_group: str = "persistent"
     ) -> None:
@@ -116,7 +119,7 @@ class Host:
         for number in range(count):
             image = self.folder / f"{name}-{number}"
             with image.open("wb") as file:
-                file.truncate(32 << 20)
+                file.truncate(self.disk_bytes)
             with Secret.random(64) as dek, luks.format(str(image), dek) as container:
                 container.add_keyslot(dek, passphrase=self.recovery)
                 self.deks[container.uuid] = bytes(dek)

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make soak`: every property of every test module in turn, from random seeds, for SECONDS (3600).
 
-`python -m tests.soak NAME SEED CASE` runs one case again.
+`python -m tests.soak NAME SEED CASE` runs one case again. Then CUTS random power cuts of each of POWER_CUTS.
 """
 
 import importlib
 import os
 import secrets
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 from tests.properties import BATCH, NOTHING, Property, run, told
+
+CUTS = 1000
+POWER_CUTS = ("tests/test_rekey_deep_cuts.py::test_after_a_cut_it_opens_and_finishes",)
+"""Tests that try as many random cuts as UNLOCK_CUTS says, 100 in `make test`. They need root."""
 
 
 def registered() -> dict[str, Property]:
@@ -40,7 +45,14 @@ def main() -> None:
                 results[each] += run(each, seed, range(BATCH))
             except AssertionError as error:
                 sys.exit(f"{error}\nagain: python -m tests.soak {name} {seed} CASE")
-    print("\n".join(told(results, "random")))
+    print("\n".join(told(results, "random")), flush=True)
+    sys.exit(cut_power())
+
+
+def cut_power() -> int:
+    """The exit status of pytest."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-m", "root", *POWER_CUTS]
+    return subprocess.run(command, env={**os.environ, "UNLOCK_CUTS": str(CUTS)}, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -112,7 +112,6 @@ ENTRIES: tuple[JournalEntry, ...] = (
     NewPersistenceKey("rekey --fresh", "", new="", old="", sealed=False, before=REKEY),
 )
 """One of each kind."""
-NO_COMMAND_YET = (DeepRekey,)
 SIZE = 1000
 
 
@@ -141,13 +140,18 @@ def test_there_is_one_of_each_kind_and_the_table_has_each() -> None:
         assert how.go_on or kind not in journal.GOES_ON_BY_ITSELF, "nobody is there to give it anything"
 
 
+def test_a_deep_rekey_goes_on_by_itself_once_its_disks_are_prepared() -> None:
+    entry = next(each for each in ENTRIES if isinstance(each, DeepRekey))
+    assert journal.goes_on_by_itself(entry)
+    assert not journal.goes_on_by_itself(entry._replace(prepared=False))
+
+
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: type(entry).__name__)
 def test_status_and_check_name_what_is_under_way_and_what_finishes_it(host: Host, entry: JournalEntry) -> None:
     state = journaled(host, entry)
     words = journal.command(entry)
-    if type(entry) not in NO_COMMAND_YET:
-        typed = cli._parser().parse_args(shlex.split(words.replace("unlock init", "unlock init --pcrs 7"))[1:])
-        assert typed.run
+    typed = cli._parser().parse_args(shlex.split(words.replace("unlock init", "unlock init --pcrs 7"))[1:])
+    assert typed.run
     found = status.read_status(host.paths, look=host.look)
     text, fields = status.to_text(found), status.to_json(found)
     assert f"`{words}` is not finished" in text and f"{words}: interrupted" in text

@@ -16,9 +16,9 @@ from tests.killing import LASTING, Killer
 from unlock.disks import disk_keys, luks, raw_header, reencrypt, reencrypt_plan
 from unlock.disks.reencrypt_plan import MOVING
 from unlock.errors import DiskFailed, Malformed, NoKey, Refused, UnlockError, Usage
-from unlock.host import keyring
+from unlock.host import keyring, this_boot
 from unlock.keys import recovery_key, rotation
-from unlock.operations import new_persistence_key, rekey, rekey_deep, sync
+from unlock.operations import new_persistence_key, rebind, rekey, rekey_deep, sync
 from unlock.operations.consent import Plan
 from unlock.predict import initramfs_images
 from unlock.secret import Secret
@@ -311,6 +311,27 @@ def test_other_commands_leave_a_disk_alone_that_is_to_get_a_new_key(host: DeepHo
         rotation.rewrap_disks(work, host.group, key)
     assert [image.read_bytes() for image in host.disks] == before
     assert [each.outcome for each in host.resume()] == ["done", "done"]
+
+
+def test_a_rebind_says_what_comes_first(one: DeepHost) -> None:
+    """Where this boot has no key to go on with, cryptsetup and the recovery key end it; the command then cleans up."""
+    (image,) = one.disks
+    node = one.nodes[image]
+    one.rekey(lambda done, total: done > 0)
+    before = image.read_bytes(), Path(one.paths.state).read_bytes()
+    with one.tpm() as chip:
+        choices = rebind.RebindChoices(one.recovery, tcti=chip.tcti)
+        for first in "unlock operation resume", f"cryptsetup reencrypt --resume-only {node}":
+            with pytest.raises(Refused) as raised:
+                rebind.rebind(one.paths, choices, one.look)
+            assert (raised.value.code, first in raised.value.hint) == ("reencrypting", True)
+            keyring.forget("unlock:persistence")
+    assert (image.read_bytes(), Path(one.paths.state).read_bytes()) == before
+    stock = ["cryptsetup", "reencrypt", "--resume-only", "--batch-mode", "--key-file", "-", node]
+    subprocess.run(stock, input=bytes(one.recovery), check=True, capture_output=True)
+    this_boot.cache_keys(one.paths, "TPM", {"unlock:persistence": one.persistence})
+    assert [each.outcome for each in one.resume()] == ["done"]
+    assert_done(one, image)
 
 
 def test_a_key_that_this_host_does_not_keep(tmp_path: Path) -> None:

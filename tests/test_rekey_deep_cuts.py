@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The power goes while a disk gets a new volume key: from a log of every write and flush of the disk.
 
-Random cuts: what was written before the last flush is there; of the rest all, nothing, or any part. UNLOCK_CUTS=1000
-tries more of them.
+What was written before the last flush is there; of the rest all, nothing, or any part. At each write of the header,
+with all, some and none of it there, the disk opens. After random cuts the command also finishes: UNLOCK_CUTS=1000, as
+in `make soak`, tries more of them.
 """
 
 import os
@@ -10,14 +11,16 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from tests.deepfixture import DATA, HEADER, DeepHost, judge, loop
+from tests.deepfixture import DATA, HEADER, DeepHost, judge, loop, metadata
 from tests.killing import CHECKOUT, commit
 from tests.lab import writes
 from tests.lab.uml.kernel import compiled
@@ -31,14 +34,25 @@ pytestmark = [pytest.mark.root, pytest.mark.long(minutes=5), pytest.mark.usefixt
 
 CUTS = int(os.environ.get("UNLOCK_CUTS", "100"))
 STEP = 1 << 20
-RUN = f"""
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory: many gigabytes are written, and flushed."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+METADATA = 32 << 10
+"""Bytes of both copies of the header."""
+RUN = """
 import shutil, sys
 from unlock.disks import find, reencrypt
 from unlock.operations import rekey_deep
 from unlock.paths import Paths
 from unlock.secret import Secret
-reencrypt.HOTZONE = {STEP}
-root, node, state, steps = sys.argv[1:]
+root, node, state, steps, hotzone = sys.argv[1:]
+reencrypt.HOTZONE = int(hotzone)
 paths, recovery = Paths(root), sys.stdin.buffer.read()
 calls = []
 
@@ -87,6 +101,56 @@ def cuts(start: bytes, log: list[writes.Write], count: int, dice: random.Random)
             yield Cut(at, bytes(content), len(pending) - len(kept))
 
 
+@pytest.mark.parametrize(("resilience", "sector"), [("checksum", 512), ("journal", 4096)])
+def test_at_each_write_of_the_header_it_opens(
+    tmp_path: Path, record_property: Show, monkeypatch: pytest.MonkeyPatch, resilience: str, sector: int
+) -> None:
+    """As data disks mostly are, and as root disks are. Of two hotzones."""
+    monkeypatch.setattr(reencrypt, "HOTZONE", DATA // 2)
+    host = DeepHost(tmp_path, sector=sector)
+    (image,) = host.disks
+    start = image.read_bytes()
+    log = logged_run(host, image, tmp_path / "state", hotzone=DATA // 2)
+    phases: Counter[str] = Counter()
+    judged = lost = 0
+    seen = set[bytes]()
+    for content, pending in header_boundaries(start, log):
+        if (digest := sha256(content).digest()) in seen:
+            continue
+        seen.add(digest)
+        copy = tmp_path / "copy"
+        copy.write_bytes(content)
+        if any(each["type"] == "reencrypt" for each in metadata(copy)["keyslots"].values()):
+            assert resilience in str(metadata(copy)["keyslots"])
+        phases[judge(host, copy, host.plain[image]) or "at rest"] += 1
+        judged += 1
+        lost += pending
+    keyring.flush()
+    where = f"{judged} at the writes of the header, {lost} with writes lost"
+    record_property("shown", f"rekey --deep, {resilience}, sectors of {sector}: power cuts: {where}: {dict(phases)}")
+    assert {"at rest", "moving", "crash", "whole", "new"} <= phases.keys() and lost > judged / 4
+
+
+def header_boundaries(start: bytes, log: list[writes.Write]) -> Iterator[tuple[bytes, bool]]:
+    """What is on the disk before each flush of a header, with all, some and none of what it would flush; and whether
+    something is lost."""
+    durable, pending = bytearray(start), list[writes.Write]()
+    for each in log:
+        if not each.flush:
+            pending.append(each)
+            continue
+        if header := [write for write in pending if write.offset < METADATA]:
+            other = [write for write in pending if write not in header]
+            for kept in (pending, header, other, pending[::2], pending[1::2], []):
+                content = bytearray(durable)
+                for write in kept:
+                    writes.apply(content, write)
+                yield bytes(content), len(kept) < len(pending)
+        for write in pending:
+            writes.apply(durable, write)
+        pending.clear()
+
+
 def test_after_a_cut_it_opens_and_finishes(
     tmp_path: Path, record_property: Show, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,13 +178,13 @@ def test_after_a_cut_it_opens_and_finishes(
     assert {"at rest", "moving", "crash"} <= phases.keys()
 
 
-def logged_run(host: DeepHost, image: Path, state: Path, steps: int = 1000) -> list[writes.Write]:
+def logged_run(host: DeepHost, image: Path, state: Path, steps: int = 1000, hotzone: int = STEP) -> list[writes.Write]:
     """Every write and flush of the disk, from the start of the command to its end, or for so many hotzones."""
     path = state.with_name("log")
     with loop(image) as node:
         shim = str(compiled("writelog.c", "-shared", "-fPIC"))
         environment = {**os.environ, "LD_PRELOAD": shim, "WRITELOG": str(path), "WRITELOG_DISK": node}
-        command = [sys.executable, "-c", RUN, host.paths.root, node, str(state), str(steps)]
+        command = [sys.executable, "-c", RUN, host.paths.root, node, str(state), str(steps), str(hotzone)]
         done = subprocess.run(
             command, input=bytes(host.recovery), env=environment, cwd=CHECKOUT, capture_output=True, check=False
         )

@@ -9,7 +9,7 @@ from .. import ask, log
 from ..errors import Usage
 from ..paths import Paths
 from . import progress
-from .arguments import RECOVERY_KEY_SOURCE, add_command, add_json, add_owner_auth, owner_auth
+from .arguments import RECOVERY_KEY_SOURCE, add_command, add_owner_auth, owner_auth
 from .consent import add_consent, consent
 
 if TYPE_CHECKING:
@@ -19,17 +19,16 @@ if TYPE_CHECKING:
 
 
 def add(commands: "Commands") -> None:
-    rekey = add_command(commands, "rekey", _rekey, "give a group a new key-encryption key; data untouched")
+    rekey = add_command(commands, "rekey", _rekey, "give a group a new key-encryption key, or new volume keys too")
     rekey.add_argument("group", nargs="?", default="", metavar="GROUP", help="default: every group")
     rekey.add_argument(
         "--fresh", action="store_true", help="a new persistence key too: earlier copies of headers open nothing"
     )
-    add_json(rekey)
     add_owner_auth(rekey)
+    _add_deep(rekey)
 
 
-def add_deep(rekey: argparse.ArgumentParser) -> None:
-    """The options of `rekey --deep`. Not added yet: a boot in the midst of a step of a root disk is not proven."""
+def _add_deep(rekey: argparse.ArgumentParser) -> None:
     rekey.add_argument(
         "--deep", action="store_true", help="new volume keys too: all data is re-encrypted, while it is in use"
     )
@@ -60,6 +59,11 @@ def _rekey(paths: Paths, options: argparse.Namespace) -> int:
     from ..host import this_boot
     from ..operations.rekey import rekey, rekey_fresh
 
+    if options.deep:
+        return _rekey_deep(paths, options)
+    for name in "all", "max_rate", "recovery_key_file", "passphrase_file", "dry_run", "yes":
+        if getattr(options, name):
+            raise Usage(f"--{name.replace('_', '-')} is for --deep alone", "unlock rekey --help")
     if options.fresh:
         with owner_auth(options) as owner:
             outcomes = rekey_fresh(paths, options.group, this_boot.tpm_device(), owner)
@@ -68,7 +72,7 @@ def _rekey(paths: Paths, options: argparse.Namespace) -> int:
     return print_outcomes(outcomes, as_json=options.json)
 
 
-def run_deep(paths: Paths, options: argparse.Namespace) -> int:
+def _rekey_deep(paths: Paths, options: argparse.Namespace) -> int:
     from ..keys import delivery
     from ..operations import rekey_deep
 
@@ -85,10 +89,10 @@ def run_deep(paths: Paths, options: argparse.Namespace) -> int:
         )
         with progress.shown(paths, as_json=options.json) as tell:
             outcomes = rekey_deep.rekey_deep(paths, choices, tell, consent(options))
-    return print_deep_outcomes(outcomes, as_json=options.json)
+    return _print_deep_outcomes(outcomes, as_json=options.json)
 
 
-def print_deep_outcomes(outcomes: "list[rekey_deep.Outcome]", *, as_json: bool = False) -> int:
+def _print_deep_outcomes(outcomes: "list[rekey_deep.Outcome]", *, as_json: bool = False) -> int:
     """Prints one line a disk. Returns 1 when a disk that is here is not done."""
     if as_json:
         log.show_json({"version": 1, "disks": [each._asdict() for each in outcomes]})

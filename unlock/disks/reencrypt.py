@@ -133,8 +133,9 @@ class Disk(Container):
             cipher.encode(), mode.encode(), ctypes.byref(parameters),
         )  # fmt: skip
 
-    def run(self, name: str, passphrase: Secret, tell: Tell) -> None:
-        """Re-encrypts until the end, or until `tell` returns True. The header may be `whole` then, never finished."""
+    def run(self, name: str, passphrase: Secret, tell: Tell, hotzone: int = 0) -> None:
+        """Re-encrypts until the end, or until `tell` returns True. The header may be `whole` then, never finished.
+        `hotzone`: bytes of one, in place of HOTZONE."""
         self._use_disk()
         end = _LibrarysEnd(self.device)
         trouble: list[BaseException] = []
@@ -154,7 +155,7 @@ class Disk(Container):
                 os._exit(1)  # as if killed: better than the library's end
             return int(stops)
 
-        self._resume(name, passphrase, _RESUME_ONLY, HOTZONE)
+        self._resume(name, passphrase, _RESUME_ONLY, hotzone or HOTZONE)
         callback = _Progress(progress)
         try:
             self._do("re-encryption stopped", "crypt_reencrypt_run", ctypes.cast(callback, c_void_p), None)
@@ -185,10 +186,25 @@ class Disk(Container):
         )  # fmt: skip
 
 
-class _HeaderInMemory(Disk):
-    """A disk behind a copy of its header in memory: what libcryptsetup writes to the header, or wipes, stays there."""
+class _Alias(Disk):
+    """A disk that is in use, as libcryptsetup takes it for one that is not: its data by another block device."""
 
-    def __init__(self, device: str, copy: raw_header.Copy) -> None:
+    def __init__(self, device: str, data: str) -> None:
+        self.device = device
+        self._cd = c_void_p()
+        self._memory = -1
+        self.is_whole = True
+        self._load(device, data_device=data)
+
+    def __enter__(self) -> "_Alias":
+        return self
+
+
+class _HeaderInMemory(Disk):
+    """A disk behind a copy of its header in memory: what libcryptsetup writes to the header, or wipes, stays there.
+    `data`: another block device with the disk's data; '' for the disk itself."""
+
+    def __init__(self, device: str, copy: raw_header.Copy, data: str = "") -> None:
         self.device = device
         self._cd = c_void_p()
         self._memory = -1
@@ -198,7 +214,7 @@ class _HeaderInMemory(Disk):
         parts = [(2 * size, _read(device, 2 * size, areas - 2 * size)), *_both_copies(copy)]
         try:
             self._memory = memory_file(device, areas, parts)
-            self._load(self.path, data_device=device)
+            self._load(self.path, data_device=data or device)
         except BaseException:
             self.close()
             raise
@@ -302,10 +318,24 @@ def choose_resilience(device: str, sector: int) -> str:
     return "checksum" if int.from_bytes(block, "little") >= sector else "journal"
 
 
-def settle(device: str, plan: Plan, passphrase: Secret | None) -> str:
+def step(device: str, passphrase: Secret, hotzone: int, data: str) -> None:
+    """Re-encrypts one hotzone of so many bytes, of a disk that is in use. `data`: another block device with the disk's
+    data. Raises DiskFailed, NotOurs."""
+    calls: list[int] = []
+
+    def tell(done: int, total: int) -> bool:
+        calls.append(done)
+        return len(calls) > 1
+
+    with _Alias(device, data) as disk:
+        disk.run("", passphrase, tell, hotzone)
+
+
+def settle(device: str, plan: Plan, passphrase: Secret | None, data: str = "") -> str:
     """Brings the header to a phase in which libcryptsetup may see it, and returns the phase: `old`, `moving` or `new`.
 
-    Without a passphrase a hotzone cannot be recovered: `crash` stays. Raises Tampered for a header that is not the
+    Without a passphrase a hotzone cannot be recovered: `crash` stays. `data`: another block device with the disk's
+    data, which a mapping may hold then; '' for a disk that is closed. Raises Tampered for a header that is not the
     plan's; then nothing was written. DiskFailed, NotOurs.
     """
     with WriteLock(device):
@@ -320,7 +350,7 @@ def settle(device: str, plan: Plan, passphrase: Secret | None) -> str:
             sequence += 1
             write_header(device, metadata, newest, sequence)
         if found == CRASH and passphrase is not None:
-            metadata = _recover(device, newest, plan, passphrase)
+            metadata = _recover(device, newest, plan, passphrase, data)
             found = phase_of(metadata, plan, device)
             sequence += 1
             write_header(device, metadata, newest, sequence)
@@ -335,10 +365,12 @@ def settle(device: str, plan: Plan, passphrase: Secret | None) -> str:
         return found
 
 
-def _recover(device: str, copy: raw_header.Copy, plan: Plan, passphrase: Secret) -> dict[str, Any]:
+def _recover(device: str, copy: raw_header.Copy, plan: Plan, passphrase: Secret, data: str) -> dict[str, Any]:
     """Recovers the hotzone of a `crash` header; the data is durable. Returns the metadata that the header gets."""
-    with _HeaderInMemory(device, copy) as disk:
+    with _HeaderInMemory(device, copy, data) as disk:
         disk.recover(passphrase)
+        if data:
+            flush(data)
         flush(device)
         after = read_valid_copies(disk.path)[0].metadata(device)
     found = phase_of(after, plan, device)

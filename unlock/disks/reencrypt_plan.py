@@ -228,6 +228,14 @@ def _without(fields: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in names}
 
 
+def parts(metadata: dict[str, Any], plan: Plan) -> list[tuple[int, Any]]:
+    """The segments of the data in order, each with the digest of its volume key; of a hotzone, the new one."""
+    segments = {int(number): each for number, each in metadata["segments"].items()}
+    new = {int(number) for number in metadata["digests"][str(plan.new)]["segments"]}
+    regular = sorted(number for number, each in segments.items() if not is_backup(each))
+    return [(plan.new if number in new else plan.old, segments[number]) for number in regular]
+
+
 # What a header becomes where libcryptsetup does not write it
 
 

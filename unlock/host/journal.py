@@ -315,8 +315,12 @@ GOES_ON_BY_ITSELF: tuple[type[JournalEntry], ...] = (DiskRemoval, DiskReplacemen
 
 
 def goes_on_by_itself(entry: JournalEntry | None) -> bool:
-    """Whether this operation, or one that goes on after it, needs nobody after a boot."""
-    return any(isinstance(each, GOES_ON_BY_ITSELF) for each in chain(entry))
+    """Whether this operation, or one that goes on after it, needs nobody after a boot. Not a deep rekey that was cut
+    off while its disks were prepared: that is taken back."""
+    return any(
+        isinstance(each, GOES_ON_BY_ITSELF) and not (isinstance(each, DeepRekey) and not each.prepared)
+        for each in chain(entry)
+    )
 
 
 def chain(entry: JournalEntry | None) -> tuple[JournalEntry, ...]:

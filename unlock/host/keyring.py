@@ -15,7 +15,7 @@ from ..secret import Secret
 
 PREFIX = "unlock:"
 
-_THREAD, _USER = -1, -4  # special keyrings
+_THREAD, _SESSION, _USER = -1, -3, -4  # special keyrings
 _SETPERM, _DESCRIBE, _LINK, _UNLINK, _SEARCH, _READ, _TIMEOUT, _INVALIDATE = 5, 6, 8, 9, 10, 11, 15, 21
 _PERMISSIONS = 0x3F0B0000
 """The possessor: all; the same uid: view, read, search; group and others: nothing."""
@@ -51,6 +51,24 @@ def put(name: str, key: Secret, timeout: int | None = None) -> None:
             hint="see /proc/key-users; raise kernel.keys.root_maxkeys and root_maxbytes" if full else "",
             code="keyring-full" if full else "keyring-failed",
         ) from error
+
+
+class Lent:
+    """A key that device-mapper takes over by its description, in a `with`: of type `logon`, which no process reads, in
+    the session keyring, where a program that is started meanwhile finds it. Raises UnlockError."""
+
+    def __init__(self, description: str, key: Secret) -> None:
+        self._description, self._key = description, key
+
+    def __enter__(self) -> None:
+        data = (ctypes.c_char * len(self._key)).from_buffer(self._key.value)
+        try:
+            self._serial = _call(_ADD_KEY, b"logon", self._description.encode(), data, len(self._key), _SESSION)
+        except OSError as error:
+            raise UnlockError(f"the kernel's keyring does not take a volume key: {error.strerror}") from error
+
+    def __exit__(self, *_: object) -> None:
+        _keyctl(_UNLINK, self._serial, _SESSION)
 
 
 def get(name: str) -> Secret:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from .. import journald, log, messages, strictjson
 from ..disks import adoptable, changes, disk_keys, find, luks, token
 from ..disks.groups import Group, Member
+from ..disks.header import REENCRYPTION
 from ..errors import Malformed, NoKey, NotOurs, Refused, Tampered, UnlockError
 from ..host import keyring, this_boot
 from ..host.journal import JournalEntry, NewPersistenceKey, Rebind
@@ -113,6 +114,7 @@ def rebind(paths: Paths, choices: RebindChoices, look: find.Look = find.look) ->
         if not state.has_recovery_key:
             raise Refused("this host has no recovery key, so no disk depends on its TPM", "unlock status")
         seen = look()
+        _refuse_half_reencrypted(state, seen)
         mac_key = keys.enter_context(disk_keys.mac_key(choices.recovery, state.host))
         left, changed, facts = _check_disks(state, seen, choices.accepted, recovery=choices.recovery, mac_key=mac_key)
         slots.require_owner_auth(tpm, choices.owner_auth)
@@ -208,6 +210,25 @@ def _restore_journal(paths: Paths, unfinished: JournalEntry | None) -> None:
     state = State.load(paths)
     state.journal = unfinished
     state.save()
+
+
+def _refuse_half_reencrypted(state: State, seen: dict[str, list[find.Found]]) -> None:
+    """Raises Refused, code `reencrypting`: the token of such a disk cannot be written, and it would stay under the old
+    persistence key."""
+    for group in state.groups.values():
+        for member in group.members:
+            if not (node := find.find_node(seen, member)):
+                continue
+            try:
+                with luks.Container(node) as container:
+                    is_moving = REENCRYPTION in str(container.requirements)
+            except UnlockError:  # told where the disks are checked
+                continue
+            if is_moving:
+                by_itself = "unlock:persistence" in keyring.names()
+                stock = f"cryptsetup reencrypt --resume-only {node}, with the recovery key"
+                hint = f"first: {'unlock operation resume' if by_itself else stock}; then the same command again"
+                raise Refused(f"{member.name} ({node}) is half re-encrypted", hint, "reencrypting")
 
 
 class CheckedDisks(NamedTuple):

@@ -36,6 +36,7 @@ from ..protect import hold_in_memory
 from ..secret import Secret
 from ..strictjson import canonical
 from . import consent as agreement
+from . import relink_mapping
 from .consent import Consent
 from .consent import Plan as Steps
 
@@ -227,8 +228,12 @@ def _check(work: Work, places: list[_Place], choices: Choices, recovery: Secret)
             adoptable.check_room_for(container, container.volume_key_size, keyslots=3 + len(extra))
         reencrypt.choose_resilience(place.node, 512)
         name = devices.active_mapping_name(place.member.uuid)
-        if name and luks.is_active(f"{name}-overlay"):
-            raise _left_by_a_killed_run(place.member.name)
+        if name and relink_mapping.is_left(name):
+            raise Refused(
+                f"{place.member.name}: a process that re-encrypted it was killed, and its mapping stands amid a step",
+                "reboot: it opens by itself",
+                code="killed-run",
+            )
 
 
 def require_initramfs(tree: BootTree) -> None:
@@ -448,11 +453,9 @@ class _Begun(NamedTuple):
 
 
 def _begin_or_settle(work: Work, place: _Place, disk: DeepRekeyDisk) -> _Begun | None:
-    """Brings the header to where the data can move. None when there is nothing to move. Raises DiskFailed, Tampered,
-    Refused where a killed run has left its mapping."""
+    """Brings the header, and the mapping that a killed run has left, to where the data can move. None when there is
+    nothing to move. Raises DiskFailed, Tampered, CommandFailed."""
     mapping = devices.active_mapping_name(place.member.uuid)
-    if mapping and luks.is_active(f"{mapping}-overlay"):
-        raise _left_by_a_killed_run(place.member.name)
     reencrypt.unlock_after_kill(place.node)
     with luks.Container(place.node) as container:
         each = _find_plan_token(work, container)
@@ -464,6 +467,9 @@ def _begin_or_settle(work: Work, place: _Place, disk: DeepRekeyDisk) -> _Begun |
         with _kek(work, place) as kek:
             keys = disk_keys.unwrap_reencryption_keys(container, each, kek)
     with keys.old, keys.new:
+        if mapping and relink_mapping.is_left(mapping):
+            relink_mapping.relink(place.node, mapping, plan, keys)
+        relink_mapping.remove_temporary(place.node)
         phase = reencrypt.settle(place.node, plan, keys.operation)
         if phase == OLD:
             with reencrypt.Disk(place.node) as half:
@@ -485,14 +491,6 @@ def _require_done(work: Work, place: _Place, container: luks.Container, disk: De
         f"{place.member.name} was prepared, and another command has undone that: it keeps its volume key",
         f"unlock rekey --deep {place.group.name}",
         code="taken-back",
-    )
-
-
-def _left_by_a_killed_run(name: str) -> Refused:
-    return Refused(
-        f"{name}: the process that re-encrypted it was killed, and its mapping stands in the middle of a step",
-        "reboot: it opens by itself, and goes on then",
-        code="killed-run",
     )
 
 

@@ -6,6 +6,10 @@ and flush of a disk. **What it cannot be believed for**: firmware, Secure Boot, 
 images, kexec, Plymouth, the probing of TPM and disk drivers, ACPI, races of more than one CPU, a disk that is pulled
 while it is used, and what a power cut loses on a real disk's own cache (log_writes tells that). The PCRs and the event
 log are what this file says: they try a policy's logic, not a firmware's habits. Such stories need vm.VM.
+
+A long read of a disk that lies over another file (root.cow) is wrong after a page of which one half was written and the
+other was not, as the end of a keyslot: ubd's do_io goes on by the length of the last piece. Who reads several keyslots
+at once needs a whole root disk.
 """
 
 import contextlib
