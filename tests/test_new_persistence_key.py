@@ -588,6 +588,7 @@ def test_a_policy_that_narrows_after_a_killed_replacement_gets_a_key_of_its_own(
     assert not any(host.opens(image) for image in host.disks)
 
 
+@pytest.mark.timeout(900)
 def test_a_leaked_recovery_key_is_rotated_by_the_same_command_killed_anywhere(host: Machine, killer: Killer) -> None:
     recovery.test_recovery_key(host.paths, host.recovery, host.look)
 
