@@ -122,7 +122,7 @@ packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-a
 	libcryptsetup12 libtss2-dev libtss2-tcti-swtpm0 tpm2-tools udev btrfs-progs e2fsprogs initramfs-tools-core zstd cpio \
 	age gdb makedumpfile systemd clevis-luks grub-emu kmod util-linux fdisk shellcheck strace busybox klibc-utils dosfstools mtools \
 	openssl gcc pkg-config libffi-dev python3-venv python3-dev \
-	debhelper dh-python dpkg-dev lintian po-debconf systemd-container man-db mandoc groff-base pandoc zsh fish \
+	debhelper dh-python dpkg-dev lintian po-debconf systemd-container man-db mandoc groff-base zsh fish \
 	make bc bison flex m4 perl xz-utils libc6-dev slirp4netns iproute2
 
 .PHONY: setup test coverage test-long test-fast soak mutate-formats lint demo demo-short bench

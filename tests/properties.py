@@ -69,17 +69,24 @@ def run(each: Property, seed: int, numbers: Iterable[int]) -> Result:
             status = 1
             try:
                 os.close(read)
-                said = json.dumps(_batch(each, seed, numbers, Path(folder), at))
-                status = 0
-            except BaseException:
-                said = traceback.format_exc()
-            with os.fdopen(write, "w") as pipe:
-                pipe.write(said)
-            os._exit(status)
+                try:
+                    said = json.dumps(_batch(each, seed, numbers, Path(folder), at))
+                    status = 0
+                except BaseException:
+                    said = traceback.format_exc()
+                with os.fdopen(write, "w") as pipe:
+                    pipe.write(said)
+            finally:
+                os._exit(status)
         os.close(write)
-        with os.fdopen(read) as pipe:
-            said = pipe.read()
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        try:
+            with os.fdopen(read) as pipe:
+                said = pipe.read()
+        except BaseException:  # the test's time is over
+            os.kill(pid, signal.SIGKILL)
+            raise
+        finally:
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if status:
         (number,) = struct.unpack("q", at)
         raise AssertionError(f"{each.name}: seed {seed} case {number}: status {status}\n{said}")

@@ -629,6 +629,7 @@ PROPERTIES = (
 )
 
 
+@pytest.mark.timeout(900)
 def test_properties(record_property: Callable[[str, object], None]) -> None:
     results = {}
     for each in PROPERTIES:

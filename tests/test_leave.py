@@ -267,9 +267,17 @@ def cheap_keyslots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(luks.Container, "add_keyslot", cheap)
 
 
-@PROVIDERS
 @pytest.mark.usefixtures("cheap_keyslots")
-@pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize(
+    ("host", "has"),
+    [
+        ("native", True),
+        ("kms", False),
+        pytest.param("native", False, marks=pytest.mark.long(minutes=0.5)),
+        pytest.param("kms", True, marks=pytest.mark.long(minutes=0.5)),
+    ],
+    indirect=["host"],
+)
 def test_a_release_killed_anywhere_is_finished_by_the_same_command(
     host: Host, killer: Killer, kms: Liar, has: bool
 ) -> None:

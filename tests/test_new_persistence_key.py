@@ -2,6 +2,7 @@
 """A policy that narrows makes a new persistence key: an earlier copy of a header does not undo it. Killed, cut off,
 with disks that are away. A software TPM, real headers, a scripted key manager."""
 
+import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from tests.eventlogs import Boot
 from tests.flowfixture import Host
 from tests.hostfixture import Machine
-from tests.killing import Killer, killed_at
+from tests.killing import Killer, commit, killed_at
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import COMPROMISED, Liar
 from unlock.boot import gate
@@ -372,6 +373,7 @@ def test_a_kek_is_not_kept_by_a_disk_that_comes_back_to_a_group_of_the_key_manag
 
 # Killed, cut off, refused
 
+LONG = pytest.mark.long(minutes=0.5)
 KILLED: dict[str, Callable[[Machine], object]] = {
     "rekey --fresh": replace,
     "policy set --pin": set_pin,
@@ -381,10 +383,16 @@ KILLED: dict[str, Callable[[Machine], object]] = {
 
 
 @pytest.mark.parametrize("what", KILLED)
-@pytest.mark.parametrize("power", [True, False])
+@pytest.mark.parametrize(
+    "power",
+    [(True, False), pytest.param((True,), marks=LONG), pytest.param((False,), marks=LONG)],
+    ids=["by turns", "with a boot", "without"],
+)
 def test_killed_anywhere_every_disk_opens_at_the_next_boot_and_the_same_command_finishes(
-    host: Machine, killer: Killer, what: str, power: bool
+    host: Machine, killer: Killer, what: str, power: tuple[bool, ...]
 ) -> None:
+    """A boot comes between the kill and the same command, or none: by turns, the other way round for another commit."""
+    first = random.Random(commit()).randrange(len(power))
     away = host.disks.pop()
     steps = 0
 
@@ -395,9 +403,9 @@ def test_killed_anywhere_every_disk_opens_at_the_next_boot_and_the_same_command_
         return partial(KILLED[what], host)
 
     host.types = [PIN]
-    for _, killed in killer(begin):
+    for attempt, killed in killer(begin):
         host.chip.set_lockout(32)  # it counts a power cut after a PIN as a wrong one
-        if power:
+        if power[(first + attempt) % len(power)]:
             boots(host)
             assert host.boot_opens() and host.recovery_opens()
             assert trusted_files.load_trusted_files(host.paths) == TRUSTED
@@ -413,18 +421,20 @@ def test_killed_anywhere_every_disk_opens_at_the_next_boot_and_the_same_command_
     is_whole(host)
 
 
-@pytest.mark.parametrize("first", [True, False])
 def test_persistence_disable_killed_anywhere_is_finished_by_itself_or_the_same_command(
-    managed: Machine, killer: Killer, first: bool
+    managed: Machine, killer: Killer
 ) -> None:
+    """By turns, the other way round for another commit."""
+    first = random.Random(commit()).randrange(2)
+
     def begin(_: int) -> Callable[[], object]:
         persistence.enable(managed.paths, managed.look, managed.chip.tcti)
         return partial(disable, managed)
 
-    for _ in killer(begin):
+    for attempt, _ in killer(begin):
         boots(managed)
         assert managed.recovery_opens()
-        if first:
+        if (first + attempt) % 2:
             disable(managed)
         else:
             policy.good_boot(managed.paths, managed.chip.tcti, managed.look)
@@ -578,6 +588,7 @@ def test_a_policy_that_narrows_after_a_killed_replacement_gets_a_key_of_its_own(
     assert not any(host.opens(image) for image in host.disks)
 
 
+@pytest.mark.timeout(900)
 def test_a_leaked_recovery_key_is_rotated_by_the_same_command_killed_anywhere(host: Machine, killer: Killer) -> None:
     recovery.test_recovery_key(host.paths, host.recovery, host.look)
 

@@ -3,7 +3,6 @@
 for initramfs-tools do, before systemd starts."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 MODULE = "usr/lib/dracut/modules.d/99lab"
 SETUP = """#!/bin/bash
@@ -61,13 +60,4 @@ def files(wanted: Mapping[str, str]) -> dict[str, str]:
 
 def command(image: str, release: str) -> str:
     """What makes the initramfs, for sh in the tree."""
-    return f"dracut --quiet --force /boot/{image} {release}"
-
-
-def write(tree: Path, wanted: Mapping[str, str]) -> None:
-    """Puts `files` into a tree."""
-    for name, text in files(wanted).items():
-        path = tree / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        path.chmod(0o755 if text.startswith("#!") else 0o644)
+    return f"dracut --quiet --force {image} {release}"

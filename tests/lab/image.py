@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bootable images: the Debian rootfs, unlock's packages in it, an initramfs, a root disk."""
 
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,18 +94,18 @@ class Image(NamedTuple):
         name = cache.key(*(part for item in [*sorted(files.items()), *changes] for part in item))
 
         def make(work: Path) -> None:
-            tree = work / "tree"
-            _copy(self.directory / "tree", tree)
-            if self.builder == "dracut":
-                dracut.write(tree, files)
-            else:
-                _write(tree, {f"etc/initramfs-tools/{path}": text for path, text in files.items()})
+            base, changed = self.directory / "tree", work / "changed"
+            _write(changed, _settings(self.builder, files))
             for path, old, new in changes:
-                before = (tree / path).read_text()
+                file = changed / path
+                if not file.exists():
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(base / path, file)
+                before = file.read_text()
                 assert before.count(old) == 1, f"{path} has not exactly one {old!r}"
-                (tree / path).write_text(before.replace(old, new))
-            _mkinitramfs(tree, work / "initrd", self.builder)
-            subprocess.run(["rm", "-rf", tree], check=True)
+                file.write_text(before.replace(old, new))
+            _mkinitramfs_over(base, changed, work / "initrd", self.builder)
+            shutil.rmtree(changed)
 
         return cache.entry(f"{self.directory.name}-{name}", make) / "initrd"
 
@@ -152,7 +153,7 @@ def build(
         if runs == "uml":
             uml.prepare(tree)
         if builder == "dracut":
-            dracut.write(tree, {"scripts/init-top/lab-first": uml.FIRST} if runs == "uml" else {})
+            _write(tree, dracut.files({"scripts/init-top/lab-first": uml.FIRST} if runs == "uml" else {}))
         loader.prepare(boots, tree, cmdline, _chroot)
         if measured:
             covered.prepare(tree, _chroot)
@@ -217,12 +218,18 @@ def _configure(tree: Path, root: Root, runs: Runs, boots: Kind) -> None:
     _chroot(tree, "systemd-machine-id-setup && /usr/lib/systemd/systemd-update-done")  # no work of a first boot
 
 
+_ENTER = 'mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" && chroot "$1" sh -ec "$2"'
+
+
 def _chroot(tree: Path, command: str) -> None:
     """Run sh in the tree, with /proc and /dev, in a mount namespace that ends with it."""
-    script = 'mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" && exec chroot "$1" sh -ec "$2"'
+    _in_namespace(_ENTER, tree, command)
+
+
+def _in_namespace(script: str, tree: Path, command: str, *more: Path) -> None:
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "HOME": "/root"}
     unshare = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script, "sh"]
-    done = subprocess.run([*unshare, tree, command], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*unshare, tree, command, *more], env=environment, capture_output=True, text=True)
     if done.returncode != 0:  # else it only has warnings: no device-mapper here, no console-setup there
         raise RuntimeError(f"{command}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
 
@@ -232,12 +239,41 @@ def _kernel(tree: Path) -> Path:
     return kernel
 
 
+def _settings(builder: Builder, files: Mapping[str, str]) -> dict[str, str]:
+    """Where a tree has what `Image.initramfs` is given."""
+    if builder == "dracut":
+        return dracut.files(files)
+    return {f"etc/initramfs-tools/{path}": text for path, text in files.items()}
+
+
 def _mkinitramfs(tree: Path, to: Path, builder: Builder) -> None:
-    (modules,) = (tree / "usr/lib/modules").iterdir()
-    initrd = tree / f"boot/initrd.img-{modules.name}"
-    by_dracut = dracut.command(initrd.name, modules.name)
-    _chroot(tree, by_dracut if builder == "dracut" else f"mkinitramfs -o /boot/{initrd.name} {modules.name}")
+    _chroot(tree, _builds(builder, tree))
+    (initrd,) = (tree / "boot").glob("initrd.img-*")
     _copy(initrd, to)
+
+
+def _builds(builder: Builder, tree: Path) -> str:
+    """What makes the tree's initramfs, for sh in it."""
+    (modules,) = (tree / "usr/lib/modules").iterdir()
+    image = f"/boot/initrd.img-{modules.name}"
+    return dracut.command(image, modules.name) if builder == "dracut" else f"mkinitramfs -o {image} {modules.name}"
+
+
+_OVERLAY = f"""
+mount -t tmpfs none "$4" && mkdir "$4/new" "$4/work" "$4/tree"
+mount -t overlay none -o "lowerdir=$3:$1,upperdir=$4/new,workdir=$4/work" "$4/tree"
+set -- "$4/tree" "$2" "$5"
+{_ENTER}
+cp "$1"/boot/initrd.img-* "$3"
+"""
+
+
+def _mkinitramfs_over(tree: Path, changed: Path, to: Path, builder: Builder) -> None:
+    """Of the tree with the files of `changed` over it, neither of which is written."""
+    memory = to.with_name("memory")
+    memory.mkdir()
+    _in_namespace(_OVERLAY, tree, _builds(builder, tree), changed, memory, to)
+    memory.rmdir()
 
 
 def _disk(tree: Path, root: Root, to: Path) -> None:
