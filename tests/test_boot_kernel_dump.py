@@ -42,7 +42,7 @@ def enrolled() -> Machine:
     return Machine(home, built)
 
 
-@pytest.mark.long(minutes=9)
+@pytest.mark.long(minutes=15)
 def test_what_the_kernel_knew_is_on_no_disk_and_comes_back_by_the_host_key(tmp_path: Path) -> None:
     story = enrolled().clone(tmp_path / "machine")
     device = story.disk("dumps", 256)
