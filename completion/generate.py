@@ -28,7 +28,7 @@ KINDS = {
     "KEY": "files",
     "DIR": "directories",
     "FLAG": "words " + " ".join(sorted(FLAGS)),
-    **dict.fromkeys(("NAME", "N", "N,N", "PROFILE", "RECIPIENT", "HOST[:PORT][=NAME]"), "nothing"),
+    **dict.fromkeys(("NAME", "N", "N,N", "BYTES", "PROFILE", "RECIPIENT", "HOST[:PORT][=NAME]"), "nothing"),
 }
 """What an argument of the parser is called -> what completes it."""
 

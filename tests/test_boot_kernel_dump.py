@@ -42,7 +42,7 @@ def enrolled() -> Machine:
     return Machine(home, built)
 
 
-@pytest.mark.long(minutes=9)
+@pytest.mark.long(minutes=15)
 def test_what_the_kernel_knew_is_on_no_disk_and_comes_back_by_the_host_key(tmp_path: Path) -> None:
     story = enrolled().clone(tmp_path / "machine")
     device = story.disk("dumps", 256)
@@ -68,9 +68,9 @@ def test_what_the_kernel_knew_is_on_no_disk_and_comes_back_by_the_host_key(tmp_p
         console = up(booted)
         assert unseal_as_root(console) == "pcr-mismatch"
         name = is_listed(console)
-        console.sh(f"unlock dump extract {name} --output /run/core", timeout=240)
+        console.sh(f"unlock dump extract {name} --output /dev/shm/core", timeout=240)
         core = tmp_path / "core"
-        core.write_bytes(console.read("/run/core"))
+        core.write_bytes(console.read("/dev/shm/core"))
         opens(core, process=process, kernel=kernel)
         assert json.loads(console.sh("unlock dump kernel status --json").out)["state"] == "empty"
         booted.kill()

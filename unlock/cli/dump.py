@@ -259,7 +259,7 @@ def _kernel_test(paths: Paths, options: argparse.Namespace) -> int:
         return 0
     log.show(
         f"good: the crash kernel is loaded, in {_size(found.memory)}; it encrypts to host key {found.generation}, which"
-        f" opens that, on {found.device}; a dump has at most {_size(found.estimate)} now"
+        f" opens that, on {found.device}; the kernel itself uses {_size(found.estimate)} now"
     )
     return 0
 

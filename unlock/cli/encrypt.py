@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def add_to_disk(verbs: "Commands") -> None:
     encrypt = add_command(verbs, "encrypt", _encrypt, "encrypt a disk that holds data, in place", "unlock check")
-    encrypt.add_argument("device")
-    encrypt.add_argument("--group", required=True, metavar="G", help="a new group, for this disk alone")
-    encrypt.add_argument("--name", default="", help="mapping name; default: made of the group's")
+    encrypt.add_argument("device", metavar="DEV")
+    encrypt.add_argument("--group", required=True, metavar="GROUP", help="a new group, for this disk alone")
+    encrypt.add_argument("--name", default="", metavar="NAME", help="mapping name; default: made of the group's")
     add_recovery_key_and_escrow(encrypt)
     add_consent(encrypt)
 

@@ -23,6 +23,7 @@ EXAMPLES = {
     "disk remove": "unlock disk remove data-b --dry-run",
     "disk replace": "unlock disk replace data-b /dev/sdd",
     "disk flags": "unlock disk flags /dev/sdb --set allow-discards",
+    "disk encrypt": "unlock disk encrypt /dev/sde1 --group photos",
     "disk list": "unlock disk list",
     "disk forget": "unlock disk forget data-b --dry-run",
     "disk release": "unlock disk release /dev/sdb --passphrase-file /root/passphrase",
@@ -74,6 +75,11 @@ EXAMPLES = {
     "dump rewrap": "unlock dump rewrap 4711 --password --output core.age",
     "dump delete": "unlock dump delete 4711",
     "dump test": "unlock dump test",
+    "dump kernel": "unlock dump kernel status",
+    "dump kernel enable": "unlock dump kernel enable /dev/sdc2",
+    "dump kernel disable": "unlock dump kernel disable --accept plain-dumps",
+    "dump kernel status": "unlock dump kernel status",
+    "dump kernel test": "unlock dump kernel test --panic",
     "help": "unlock help",
 }
 """Words of the command -> the command with arguments."""

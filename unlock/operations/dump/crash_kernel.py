@@ -82,7 +82,7 @@ def loaded_config(paths: Paths) -> Config | None:
 
 
 def estimate(paths: Paths) -> int:
-    """Bytes of memory that are the kernel's own now: what makedumpfile -d 31 keeps, before it is compressed."""
+    """Bytes of memory that are the kernel's own now, by meminfo; makedumpfile -d 31 may keep more."""
     kib: dict[str, int] = {}
     for line in devices.read_line(paths.root, "proc/meminfo").splitlines():
         name, _, rest = line.partition(":")

@@ -320,7 +320,7 @@ class KernelTrial(NamedTuple):
     generation: int
     memory: int
     estimate: int
-    """Bytes that a dump has now at the most, before it is compressed."""
+    """Bytes of memory that are the kernel's own now, before they are compressed."""
 
 
 def test(work: Work) -> KernelTrial:
