@@ -37,10 +37,11 @@ def _pieces(path: Path) -> dict[int, bytes]:
         end = file.seek(0, os.SEEK_END)
         at = 0
         while at < end:
-            try:
-                at = os.lseek(file.fileno(), at, os.SEEK_DATA) // _PIECE * _PIECE
-            except OSError:  # ENXIO: the rest is a hole
-                break
+            if path.is_file():  # a block device has no holes
+                try:
+                    at = os.lseek(file.fileno(), at, os.SEEK_DATA) // _PIECE * _PIECE
+                except OSError:  # ENXIO: the rest is a hole
+                    break
             piece = os.pread(file.fileno(), _PIECE, at)
             if piece.strip(b"\0"):
                 found[at] = piece

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -64,8 +65,10 @@ def bounded() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("lab"))
+def lab() -> Iterator[Lab]:
+    """On a disk: of a file in memory that is too short libcryptsetup has other words."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        yield Lab(Path(folder))
 
 
 def segment(**change: Any) -> Callable[[Lab, dict[str, Any]], object]:
