@@ -109,7 +109,7 @@ DEBS = build/deb
 deb:
 	rm -rf $(DEBS)
 	mkdir -p $(DEBS)/unlock
-	{ git ls-files -z --cached --others --exclude-standard 2>/dev/null || find . -path ./build -prune -o -type f -print0; } | \
+	{ git ls-files -z --cached --others --exclude-standard 2>/dev/null || find . -path ./build -prune -o -path ./.git -prune -o -type f -print0; } | \
 		tar --null --files-from - --ignore-failed-read -c | tar -x -m -C $(DEBS)/unlock
 	cd $(DEBS)/unlock && dpkg-buildpackage --build=binary --no-sign $(DEB_OPTIONS)
 	rm -rf $(DEBS)/unlock

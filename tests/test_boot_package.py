@@ -193,7 +193,7 @@ def test_removal_another_installation_and_a_purge(home: Path) -> None:
 
     # Installed again: this boot is none that the TPM allows, and unlock asks.
     with story.boot() as booted:
-        booted.console.expect("type the recovery key", 120)
+        booted.console.expect("unlock: recovery key: ", 120)
         booted.console.send(f"{recovery}\n")
         console = up(booted)
         assert app(console) == "active"

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -166,13 +167,34 @@ def test_maintainer_scripts_are_clean(debs: Packages, tmp_path: Path) -> None:
     subprocess.run(["shellcheck", "-x", *sources], check=True, cwd=TOP)
 
 
-@pytest.mark.vm
-def test_autopkgtest_in_a_system_that_has_them(tmp_path: Path) -> None:
-    """debian/tests/smoke, in the tree of the lab's image."""
+@pytest.fixture
+def tree(tmp_path: Path) -> Iterator[Path]:
+    """Of the lab's image, which has the packages."""
     tree = tmp_path / "tree"
     subprocess.run(["cp", "-a", "--reflink=auto", image.build("luks").directory / "tree", tree], check=True)
+    yield tree
+    shutil.rmtree(tree)
+
+
+@pytest.mark.vm
+def test_autopkgtest_in_a_system_that_has_them(tree: Path) -> None:
+    """debian/tests/smoke."""
     shutil.copy(TOP / "debian/tests/smoke", tree / "root/smoke")
-    try:
-        image._chroot(tree, "/root/smoke")
-    finally:
-        shutil.rmtree(tree)
+    image._chroot(tree, "/root/smoke")
+
+
+@pytest.mark.vm
+def test_an_upgrade_makes_one_initramfs_and_is_predicted_after_it(tree: Path) -> None:
+    """What is predicted is an error here, as the host's state is none."""
+    (tree / "var/lib/unlock").mkdir(parents=True)
+    (tree / "var/lib/unlock/state.json").write_text("{}")
+    (release,) = (tree / "usr/lib/modules").iterdir()
+    (tree / f"boot/vmlinuz-{release.name}").touch()  # the image has it beside its tree
+    newer = packages("0.1.1")
+    for deb in (newer.core, newer.initramfs):
+        shutil.copy(deb, tree / "root")
+    image._chroot(tree, "DEBIAN_FRONTEND=noninteractive apt-get -y install /root/*.deb >/said 2>&1")
+    said = (tree / "said").read_text()
+    assert said.count("update-initramfs: Generating") == 1, said
+    at = said.index("update-initramfs: Generating")
+    assert said.count("the recovery key opens the disks then", at) == 2, said  # update-initramfs' own hook, and dpkg's
