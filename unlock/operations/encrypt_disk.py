@@ -25,7 +25,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
-from .. import log
+from .. import journald, log, messages
 from ..disks import (
     devices,
     disk_keys,
@@ -637,5 +637,8 @@ def _clean(work: Work, entry: DiskEncryption) -> None:
     state.journal = None
     state.narrowed = f"{entry.member.name} was encrypted in place"
     state.save()
-    if devices.active_mapping_name(entry.member.uuid) == entry.member.name:
-        this_boot.mark_open(work.paths, entry.group, [entry.member.name])
+    name = entry.member.name
+    words = f"{name} is encrypted to its last sector"
+    journald.record(work.paths, messages.DISK_ENCRYPTED, words, disk=name, uuid=entry.member.uuid, group=entry.group)
+    if devices.active_mapping_name(entry.member.uuid) == name:
+        this_boot.mark_open(work.paths, entry.group, [name])

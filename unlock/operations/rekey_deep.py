@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from .. import log
+from .. import journald, log, messages
 from ..disks import adoptable, devices, disk_keys, find, luks, raw_header, reencrypt, reencrypt_plan, token
 from ..disks.groups import Group, Member
 from ..disks.reencrypt import Tell
@@ -513,6 +513,9 @@ def _clean(work: Work, place: _Place, disk: DeepRekeyDisk) -> None:
     work.state.recovery.keyslots[disk.uuid] = disk.recovery
     work.state.recovery.tested.pop(disk.uuid, None)
     _save_without(work, (disk,))
+    member, group = place.member, place.group.name
+    words = f"{member.name} has a new volume key"
+    journald.record(work.paths, messages.VOLUME_KEY_REPLACED, words, disk=member.name, uuid=member.uuid, group=group)
 
 
 def _remove_old_keyslots(node: str, plan: Plan) -> None:

@@ -14,7 +14,7 @@ import time
 import uuid
 from typing import NamedTuple
 
-from ... import log, strictjson
+from ... import journald, log, messages, strictjson
 from ...disks import devices
 from ...errors import DiskFailed, Malformed, NewerFormat, Refused, Tampered, UnlockError, Usage
 from ...host.lock import exclusive
@@ -123,6 +123,7 @@ def set_up(paths: Paths, node: str, device: str, consent: Consent) -> bool:
         run(["wipefs", "--all", "--quiet", node])
         kernel_partition.write_empty(node, id)
     _write_setup(paths, Setup(id, _lasting_name(node, device)))
+    journald.record(paths, messages.KERNEL_DUMPS_ENABLED, "dumps of the kernel are encrypted from now on")
     return True
 
 
@@ -139,6 +140,7 @@ def disable(paths: Paths, accept: frozenset[str]) -> None:
         for path in filter(_is_masked, _below(paths, _MASKED)):
             os.unlink(path)
         _reload_systemd(paths)
+    journald.record(paths, messages.KERNEL_DUMPS_DISABLED, "dumps of the kernel are not encrypted any more")
 
 
 def _reload_systemd(paths: Paths) -> None:
@@ -219,6 +221,8 @@ def _collect(paths: Paths, setup: Setup) -> Dump | None:
         dump = _move(paths, node, header)
         log.note(f"the kernel crashed at {_when(header)}: {dump.name}")
     kernel_partition.write_empty(node, setup.id)
+    words = f"the kernel crashed at {_when(header)}"
+    journald.record(paths, messages.KERNEL_CRASHED, words, dump=dump.name if dump else "")
     for old in [each for each in kept.list_dumps(paths) if each.of_kernel][:-KEEP_COUNT]:
         os.unlink(old.path)
     return dump
