@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.guest import Guest
 from tests.lab.machine import Machine, report
 from tests.lab.stories import begun, status, unmeasured, up
 from tests.lab.uml.files import FIRST
@@ -70,4 +71,38 @@ def test_a_unit_in_the_firmwares_credentials_does_not_run_on_an_open_host(story:
     with story.boot(initrd=story.image.initramfs(files), append="systemd.import_credentials=no") as booted:
         console = up(booted)
         assert report(console)["verdict"] == "unsealed"
+        booted.kill()
+
+
+GIVEN = (
+    *("-smbios", "type=11,value=io.systemd.credential:tmpfiles.extra=f /run/thief"),
+    *("-fw_cfg", "name=opt/io.systemd.credentials/sysctl.extra,string=kernel.domainname=thief"),
+)
+"""QEMU's options by which systemd makes a file, and changes a setting of the kernel."""
+
+
+def obeyed(console: Guest) -> list[str]:
+    """What systemd has done of it."""
+    return console.sh("ls -d /run/thief; cat /proc/sys/kernel/domainname", check=False).out.split()
+
+
+@pytest.mark.long(minutes=10)
+def test_what_smbios_and_fw_cfg_give_systemd_does_not_run_on_an_open_host(tmp_path: Path) -> None:
+    """By the real firmware of QEMU. Without the defence systemd obeys both on a host whose disks are open."""
+    story = unmeasured("qemu").clone(tmp_path / "machine")
+    seen = story.image.cmdline.replace(",qemu_fw_cfg", "")
+    assert seen != story.image.cmdline
+    with story.boot(extra=GIVEN, cmdline=seen) as booted:
+        booted.console.expect("recovery key: ", 600)
+        told = booted.console.text
+        assert "tmpfiles.extra" in told and "sysctl.extra" in told
+        booted.kill()
+    with story.boot(extra=GIVEN, cmdline=seen, append="systemd.import_credentials=no") as booted:
+        console = up(booted)
+        assert (report(console)["verdict"], obeyed(console)) == ("unsealed", ["(none)"])
+        booted.kill()
+    with story.boot(extra=GIVEN, cmdline=seen, initrd=story.image.initramfs({}, BLIND)) as booted:
+        console = up(booted)
+        assert report(console)["verdict"] == "unsealed"
+        assert obeyed(console) == ["/run/thief", "thief"]
         booted.kill()
