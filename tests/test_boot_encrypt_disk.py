@@ -31,7 +31,7 @@ from unlock.secret import Secret
 pytestmark = [pytest.mark.vm, pytest.mark.long(minutes=12)]
 
 Show = Callable[[str, object], None]
-TIMES, CUTS = 9, int(os.environ.get("UNLOCK_CUTS", "60"))
+TIMES, CUTS = 9, int(os.environ.get("UNLOCK_CUTS", "30"))
 SIZE = 1400
 """MiB."""
 
