@@ -40,7 +40,9 @@ UNSEEN = (
 EARLY_SHELLS, LATE_SHELLS = ("cmdline", "pre-udev", "pre-trigger"), ("initqueue", "pre-mount", "mount", "pre-pivot")
 """Of rd.break=, before and after the disks are there."""
 STOCK = "passphrase for disk"
-EMERGENCY = "rd.systemd.unit=emergency.target systemd.setenv=SYSTEMD_SULOGIN_FORCE=1"
+FORCE = "SYSTEMD_SULOGIN_FORCE=1"
+"""dracut's shells open although root has no password."""
+EMERGENCY = f"rd.systemd.unit=emergency.target {FORCE} systemd.setenv={FORCE}"
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def test_no_shell_of_dracut_can_unseal_and_no_image_is_resumed(story: Machine) -
     swap[1024:1036] = (1).to_bytes(4, "little") + ((64 << 20) // 4096 - 1).to_bytes(4, "little") + bytes(4)
     (story.home / "swap.raw").write_bytes(swap)
     breaks = " ".join(f"rd.break={name}" for name in (*EARLY_SHELLS, *LATE_SHELLS))
-    with story.boot(append=f"{breaks} resume={story.disks['swap'].device}") as booted:
+    with story.boot(append=f"{FORCE} {breaks} resume={story.disks['swap'].device}") as booted:
         for name in (*EARLY_SHELLS, *LATE_SHELLS):
             if name == LATE_SHELLS[0]:
                 give_recovery_key(booted, story)
@@ -93,7 +95,7 @@ def test_no_shell_of_dracut_can_unseal_and_no_image_is_resumed(story: Machine) -
 
 
 def test_what_the_tpm_opened_is_closed_before_the_last_shell(story: Machine) -> None:
-    with story.boot(append="rd.break=pre-pivot") as booted:
+    with story.boot(append=f"{FORCE} rd.break=pre-pivot") as booted:
         open_shell(booted)
         assert in_shell(booted, "cat /run/unlock/verdict") == "unsealed"
         assert in_shell(booted, TRY) == "pcr-mismatch"
@@ -102,7 +104,7 @@ def test_what_the_tpm_opened_is_closed_before_the_last_shell(story: Machine) -> 
         assert in_shell(booted, "test -e /run/unlock/scrubbed && echo scrubbed") == "scrubbed"
         assert in_shell(booted, "grep -c unlock: /proc/keys") == "0"
         booted.kill()
-    with story.boot(append="rd.break=pre-pivot", initrd=story.image.initramfs({}, UNGUARDED)) as booted:
+    with story.boot(append=f"{FORCE} rd.break=pre-pivot", initrd=story.image.initramfs({}, UNGUARDED)) as booted:
         open_shell(booted)
         assert "root" in in_shell(booted, "ls /dev/mapper").split()
         booted.kill()
@@ -147,7 +149,7 @@ def test_systemds_options_in_an_efi_variable_give_no_shell_of_the_initramfs(stor
 def test_plain_text_without_a_token_is_told_and_no_stock_prompt_comes(story: Machine) -> None:
     attacks.plaintext_root(story)
     edit(str(story.home / "root.raw"), lambda fields: fields["tokens"].clear())
-    with story.boot() as booted:
+    with story.boot(append=FORCE) as booted:
         booted.console.expect(ALTERED, 300)
         booted.console.expect("Enter alone to give up", 60)
         give_recovery_key(booted, story)
@@ -165,7 +167,7 @@ def test_a_plain_root_in_the_place_of_the_hosts_own_is_told_before_it_starts(sto
     """Without rd.luks.name: nothing but the TPM says what the root needs."""
     story.replace_root(attacks.plain_system(story))
     cmdline = story.image.cmdline.replace("/dev/mapper/root", f"UUID={attacks.FS_UUID}").partition(" rd.luks")[0]
-    with story.boot(cmdline=cmdline) as booted:
+    with story.boot(cmdline=cmdline, append=FORCE) as booted:
         booted.console.expect("not on the disk that this host keeps it on", 300)
         open_shell(booted)
         assert in_shell(booted, TRY) == "pcr-mismatch"
