@@ -23,7 +23,14 @@ ALONE = {"usr/lib/unlock/ask-removal", "etc/systemd/system-generators/unlock-gua
 """What only a package has: it is for its removal."""
 NOT_HERE = ("usr/share/doc/", "usr/share/lintian/", "usr/share/python3/runtime.d/")
 """What debhelper adds."""
-PLACES = ("etc/", "usr/lib/unlock/", "usr/lib/systemd/system", "usr/lib/udev/rules.d/", "usr/lib/tmpfiles.d/")
+PLACES = (
+    "etc/",
+    "usr/lib/unlock/",
+    "usr/lib/systemd/",
+    "usr/lib/udev/rules.d/",
+    "usr/lib/tmpfiles.d/",
+    "usr/lib/kernel/install.d/",
+)
 BUILDERS = {"initramfs": "usr/share/initramfs-tools/", "dracut": "usr/lib/dracut/"}
 
 
@@ -65,11 +72,12 @@ def test_together_they_are_what_make_install_installs(debs: Packages, tmp_path: 
         assert not packed.keys() & files.keys(), "in two packages"
         packed |= files
         if name != "core":
-            allowed = (BUILDERS[name], "etc/initramfs/", "usr/share/doc/", "usr/share/lintian/")
+            allowed = (BUILDERS[name], "etc/initramfs/", "usr/lib/kernel/", "usr/share/doc/", "usr/share/lintian/")
             assert all(each.startswith(allowed) for each in files), name
     packed = {each: what for each, what in packed.items() if not each.startswith(NOT_HERE)}
-    assert packed.keys() - installed.keys() == ALONE
     gz = {each for each in packed if each.endswith(".gz")}  # man pages
+    assert packed.keys() - installed.keys() - gz == ALONE
+    assert {f"{each}.gz" for each in installed if "/man/" in each} == gz
     assert {each: what for each, what in packed.items() if each not in ALONE | gz} == {
         each: what for each, what in installed.items() if f"{each}.gz" not in gz
     }

@@ -425,6 +425,7 @@ def test_the_kernel_command_line_is_no_place_for_a_key() -> None:
         "diagnosis",
         "baseline",
         "causes",
+        "crash_kernel",
         "describe_ipl",
         "efistub",
         "paths",

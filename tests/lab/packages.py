@@ -10,7 +10,7 @@ from typing import NamedTuple
 from . import cache
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-SOURCES = ("Makefile", "debian", "unlock", "initramfs", "system", "udev", "man")
+SOURCES = ("Makefile", "pyproject.toml", "debian", "unlock", "initramfs", "system", "udev", "man", "completion")
 """What packages are made from."""
 NEXT = """\
 unlock ({}) unstable; urgency=medium
