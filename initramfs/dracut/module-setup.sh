@@ -70,9 +70,12 @@ install() {
 	for name in agent cap root; do
 		$SYSTEMCTL -q --root "$initdir" add-wants sysinit.target "unlock-initrd-$name.service"
 	done
-	for name in emergency rescue dracut-emergency debug-shell breakpoint-; do
+	for name in emergency rescue dracut-emergency breakpoint-; do
 		inst_simple "$moddir/shell.conf" "$systemdsystemunitdir/$name.service.d/90-unlock.conf"
 	done
+	# a shell beside the boot, whose guard would end what the boot waits for: there is none
+	mkdir -p "$initdir/etc/systemd/system"
+	ln -sf /dev/null "$initdir/etc/systemd/system/debug-shell.service"
 	for name in systemd-cryptsetup@ systemd-hibernate-resume dracut-initqueue; do
 		inst_simple "$moddir/$name.conf" "$systemdsystemunitdir/$name.service.d/90-unlock.conf"
 	done
