@@ -366,7 +366,7 @@ def test_a_dump_of_the_kernel_is_found(tmp_path: Path) -> None:
     """On its partition, by its name, and by what says where the partition is."""
     partition = tmp_path / "partition"
     stream = frozen(formats.DUMP)
-    partition.write_bytes(frozen("kernel-partition.bin").ljust(1 << 20, b"\0") + stream)
+    partition.write_bytes(frozen("kernel-partition.bin").ljust(1 << 20, b"\xff") + stream)
     header = kernel_partition.read_header(str(partition))
     assert header == ("5a" * 16, "whole", 1700000000, "6.12.0-1-amd64", 1, formats.DUMP.split(".")[7], len(stream))
     assert b"".join(kernel_partition.read_stream(str(partition), header.size)) == stream
