@@ -24,6 +24,7 @@ TOP = Path(__file__).parents[1]
 SHELLS = ("bash", "zsh", "fish")
 PARSERS = dict(commands(cli._parser()))
 DUMP = "core.test.1000.4711.1700000000.11.1.46666ac9dcecb5b0.zst.age"
+OF_KERNEL = "kernel.6.12.0-1-amd64.1700000000.1.46666ac9dcecb5b0.age"
 
 PROGRAM = """\
 #!{python} -I
@@ -292,11 +293,17 @@ def test_who_is_not_root_gets_no_names_and_no_error(host: Host, shell: str, read
 
 
 def test_names_are_those_of_the_state(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    (host.root / "var/lib/unlock/dumps" / OF_KERNEL).touch()
     found = {}
     for kind in KINDS:
         assert print_names(Paths(str(host.root)), kind) == 0
         found[kind] = capsys.readouterr().out.split()
-    assert found == {"groups": ["data"], "disks": ["data-a", "data-b"], "providers": ["native"], "dumps": [DUMP]}
+    assert found == {
+        "groups": ["data"],
+        "disks": ["data-a", "data-b"],
+        "providers": ["native"],
+        "dumps": [DUMP, OF_KERNEL],
+    }
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,10 @@ import pytest
 
 from tests.lab import image
 from tests.lab.packages import packages
+from tests.test_boot_package import SERVICE
 
 pytestmark = pytest.mark.vm
 
-SERVICE = """\
-[Unit]
-RequiresMountsFor=/srv/data
-[Service]
-ExecStart=/bin/sh -c 'touch /srv/data/ran; exec sleep infinity'
-[Install]
-WantedBy=multi-user.target
-"""
 REPORT = """\
 [Unit]
 After=multi-user.target

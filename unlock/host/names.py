@@ -28,7 +28,7 @@ def print_names(paths: Paths, kind: str) -> int:
 def _names(paths: Paths, kind: str) -> list[str]:
     """Raises OSError, and what a file raises that is not as it should be."""
     if kind == "dumps":
-        return [each for each in os.listdir(paths.dumps) if each.startswith("core.") and each.isascii()]
+        return [each for each in os.listdir(paths.dumps) if each.startswith(("core.", "kernel.")) and each.isascii()]
     with open(paths.state, encoding="ascii") as file:
         state: Any = strictjson.parse(file.read())
     if kind == "groups":
