@@ -11,7 +11,7 @@ import pytest
 from tests.lab import attacks
 from tests.lab.machine import Machine, report
 from tests.lab.running import Disk, Running
-from tests.lab.stories import begun, measured, status, unmeasured, unseal_as_root, up
+from tests.lab.stories import begun, measured, open_shell, status, unmeasured, unseal_as_root, up
 from tests.test_boot_attacks import TRY, give_recovery_key
 from tests.test_boot_good import (  # noqa: F401 - played here on the machine below
     test_a_host_boots_offline,
@@ -51,14 +51,6 @@ def story(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Machine]:
     enrolled = measured if request.function.__module__ in WITH_MEASUREMENTS else unmeasured
     yield enrolled(builder="dracut").clone(tmp_path / "machine")
     shutil.rmtree(tmp_path / "machine", ignore_errors=True)
-
-
-def open_shell(booted: Running) -> None:
-    """Waits for the prompt of sulogin, and takes the shell."""
-    booted.console.expect("Press Enter for .*maintenance", 300)
-    booted.console.expect("continue.: ", 30)
-    booted.console.send("\n")
-    booted.console.expect("# ", 60)
 
 
 def in_shell(booted: Running, command: str) -> str:

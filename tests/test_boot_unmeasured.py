@@ -9,7 +9,7 @@ import pytest
 
 from tests.lab.guest import Guest
 from tests.lab.machine import Machine, report
-from tests.lab.stories import begun, status, unmeasured, up
+from tests.lab.stories import begun, open_shell, status, unmeasured, up
 from tests.lab.uml.files import FIRST
 from unlock.boot.unmeasured import OPTIONS
 
@@ -49,9 +49,7 @@ def test_systemds_options_in_an_efi_variable_give_no_shell(story: Machine) -> No
         assert set(status(console).values()) == {"open"}
         booted.kill()
     with story.boot(initrd=story.image.initramfs(files, BLIND)) as booted:  # without the defence
-        booted.console.expect("Press Enter for .*maintenance", 120)
-        booted.console.send("\n")
-        booted.console.expect("#", 30)
+        open_shell(booted)
         booted.console.send("echo uid=$(id -u) $(cat /run/unlock/verdict)\n")
         booted.console.expect("uid=0 unsealed", 30)
         booted.kill()

@@ -2,12 +2,14 @@
 """What the boot stories share: a machine is enrolled once, by the product's own commands in the guest; each story
 plays on a clone of it. None has a network card."""
 
+import contextlib
 import inspect
 import json
 import re
 from typing import Any
 
 from . import cache, image
+from .console import ConsoleError
 from .guest import Guest
 from .image import Builder, Image, Runs
 from .loader import Kind
@@ -215,3 +217,15 @@ def take_in_root(booted: Running, machine: Machine, init: str = "") -> Guest:
     (machine.home / "recovery-key").write_bytes(console.read(RECOVERY))
     console.sh("rm /root/password /root/passphrase")
     return console
+
+
+def open_shell(booted: Running) -> None:
+    """Takes the shell of sulogin, which may drop what is typed early: so Enter is typed again."""
+    booted.console.expect("Press Enter for .*maintenance", 300)
+    booted.console.expect("continue.: ", 30)
+    for patience in (5, 10, 20, 60):
+        booted.console.send("\n")
+        with contextlib.suppress(ConsoleError):
+            booted.console.expect("# ", patience)
+            return
+    raise ConsoleError("sulogin opens no shell")
