@@ -175,6 +175,7 @@ demo: setup
 demo-short: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.demo_short
 
-# Beside systemd-cryptsetup and clevis; a quarter of an hour, by User-Mode Linux. Some of it: `make bench PARTS=native`.
+# Beside systemd-cryptsetup and clevis, by User-Mode Linux, and systemd-coredump, in a container; twenty minutes. Some of
+# it: `make bench PARTS=native`.
 bench: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.bench $(PARTS)

@@ -13,7 +13,7 @@ TOP = Path(__file__).parents[1]
 MOVED = (
     "/var/lib/unlock",
     "/dev/kmsg",
-    "/run/unlock/dump-limits",
+    "/run/unlock",
     "/usr/lib/systemd",
     "/sys/fs/cgroup",
     "/run/systemd",

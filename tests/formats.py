@@ -550,6 +550,8 @@ def of_kernel(folder: Path) -> None:
     for name, count, state in (("kernel-partition.bin", 8, "whole"), ("kernel-partition-empty.bin", 3, "empty")):
         text = "".join(f"{line}\n" for line in lines[:count]).replace("whole", state)
         put(folder / name, text.encode().ljust(4096, b"\0"))
+    of_log = "".join(f"{line}\n" for line in lines).replace("kernel dump", "kernel log")
+    put(folder / "kernel-partition-log.bin", of_log.encode().ljust(4096, b"\0"))
     said = {"version": 1, "id": "5a" * 16, "device": "/dev/disk/by-partuuid/1234"}
     put(folder / "kernel-dump", json.dumps(said, indent=1).encode() + b"\n")
 

@@ -186,6 +186,15 @@ CHANGES: dict[str, list[Change]] = {
         f"kernel dump: `{name}`": [("operations/dump/kernel_partition.py", f'"{name}"', f'"x{name}"')]
         for name in ("time", "kernel", "generation", "fingerprint", "size")
     },
+    "kernel log: name": [("operations/dump/kept.py", "kernel(-log)?", "kernel(-text)?")],
+    "kernel log: magic": [("operations/dump/kernel_partition.py", '"unlock kernel log"', '"unlock crash log"')],
+    "kernel log: places": [
+        (
+            "operations/dump/kernel_partition.py",
+            "LOG_HEADER_OFFSET, LOG_OFFSET = 4096, 8192",
+            "LOG_HEADER_OFFSET, LOG_OFFSET = 8192, 16384",
+        )
+    ],
     # the native provider
     "fingerprint size": [("native.py", 'fingerprint-1", 16', 'fingerprint-1", 20')],
     "provider id `native-`": [("native.py", 'f"native-{', 'f"nativ-{')],

@@ -62,6 +62,7 @@ def test_what_a_crashing_process_knew_is_on_no_disk(tmp_path: Path) -> None:
         gdb = subprocess.run(["gdb", "-q", "-nx", "-batch", "-ex", "bt", program, core], capture_output=True, text=True)
         for frame in ("#0", "inner (x=", "outer (x=", "main ()"):
             assert frame in gdb.stdout, gdb.stdout + gdb.stderr
+        stays_out_of_swap(console, pid)
         console.sh("unlock dump test", timeout=120)
         assert pids(console) == [pid]
 
@@ -108,6 +109,23 @@ def is_kept_and_told(console: Guest, pid: str) -> None:
     assert int(console.sh(f"cat {group}/memory.peak").out) > 1 << 20
     info = json.loads(console.sh(f"unlock dump info --json {pid}").out)
     assert (info["comm"], info["signal"], info["generation"], info["key"]) == ("crashes", 11, 1, "here")
+
+
+def stays_out_of_swap(console: Guest, pid: str) -> None:
+    """A core that gdb reads, also when the kernel wants the memory. There is a plain swap."""
+    group = "/sys/fs/cgroup/unlock-dump"
+    script = (
+        "#!/bin/sh\ncat /proc/self/cgroup\n"
+        f"echo 64M >{group}/memory.reclaim\n"
+        'for each; do case $each in --core=*) head -c 4 "${each#--core=}" | tail -c 3; echo ;; esac; done\n'
+        "cat /proc/self/oom_score_adj\n"
+    )
+    console.write("/usr/local/bin/gdb", script.encode(), 0o755)
+    said = console.sh(f"unlock dump extract {pid} --gdb", check=False, timeout=120)
+    assert said.out.split("\n") == ["0::/unlock-dump", "ELF", "1000"], said
+    console.sh("rm /usr/local/bin/gdb")
+    refused = console.sh(f"unlock dump extract {pid} --output /dev/shm/core", check=False)
+    assert refused.code == 3 and "which is not encrypted" in refused.err
 
 
 def is_the_control(console: Guest, controls: dict[str, bytes]) -> None:

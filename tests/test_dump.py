@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from unlock.host.state import State
 from unlock.keys import access, dump_key, rotation
 from unlock.operations import native_backup, rebind, sync
 from unlock.operations.check import dumps as check_dumps
-from unlock.operations.dump import delete, extract, kept, listing, opened, protection, rewrap
+from unlock.operations.dump import delete, extract, kept, listing, memory, opened, protection, rewrap
 from unlock.operations.dump.core import Core
 from unlock.operations.dump.kept import Dump
 from unlock.secret import Secret
@@ -50,6 +51,7 @@ def host(tmp_path: Path) -> Host:
     """Its dumps are encrypted."""
     made = Host(tmp_path, 1)
     put(made, "proc/sys/kernel/core_pattern", "core\n")
+    put(made, "proc/meminfo", "MemTotal: 8000000 kB\nMemAvailable: 4000000 kB\n")
     protection.enable(made.paths)
     return made
 
@@ -139,6 +141,61 @@ def test_a_core_goes_through_a_pipe_or_into_gdb(host: Host, crashed: Crashing) -
     refused_pipe = run(host, "extract", str(dump.pid))
     assert (refused_pipe.returncode, refused_pipe.stdout) == (6, b"")
     assert run(host, "extract", str(dump.pid), "--gdb", stdin="bt\n").returncode == 6
+
+
+def test_gdb_gets_no_core_that_memory_has_no_room_for(host: Host, crashed: Crashing, tmp_path: Path) -> None:
+    """Half of what is available, by the core's headers; or, where they do not tell, when it is reached."""
+    dump, size = crash(host, crashed), crashed.core.stat().st_size
+    put(host, "proc/meminfo", f"MemAvailable: {size // 512 - 8} kB\n")
+    done = run(host, "extract", str(dump.pid), "--gdb", stdin="quit\n")
+    assert (done.returncode, done.stdout) == (3, b"") and b"MiB of memory are available" in done.stderr
+    assert b"--output FILE" in done.stderr
+    put(host, "proc/meminfo", f"MemAvailable: {size // 512 + 8} kB\n")
+    assert b"inner" in run(host, "extract", str(dump.pid), "--gdb", stdin="bt\nquit\n").stdout
+    room = memory.Room(host.paths, "x")
+    with pytest.raises(Refused):
+        room.take(crashed.core.read_bytes()[:4096] + bytes(size))
+    with pytest.raises(Refused):
+        memory.Room(host.paths, "x").take(b"\x7fELF\2\1" + bytes(size + 65536))
+    put(host, "proc/meminfo", "MemAvailable: 64 kB\n")
+    with pytest.raises(Refused, match=r"has 0 MiB or more"):
+        memory.Room(host.paths, "x").take(crashed.core.read_bytes()[:4096])
+
+
+def test_a_core_in_memory_goes_to_no_plain_swap(host: Host, crashed: Crashing) -> None:
+    """It is in a control group that has none; where the kernel has no such groups, a plain swap is refused."""
+    dump = crash(host, crashed)
+    put(host, "proc/swaps", "Filename\tType\tSize\tUsed\tPriority\n/dev/sda3 partition 1 0 -2\n")
+    group = Path(host.paths.root, "sys/fs/cgroup/unlock-dump")
+    shutil.rmtree(group)  # of the writer
+    group.touch()
+    refused = run(host, "extract", str(dump.pid), "--gdb", stdin="quit\n")
+    assert refused.returncode == 3 and b"/dev/sda3, which is not encrypted" in refused.stderr
+    to = f"/dev/shm/unlock-test-{os.getpid()}"
+    assert run(host, "extract", str(dump.pid), "--output", to).returncode == 3 and not os.path.exists(to)
+    accepted = run(host, "extract", str(dump.pid), "--gdb", "--accept", "plain-dumps", stdin="bt\nquit\n")
+    assert b"inner" in accepted.stdout
+    group.unlink()
+    for name in ("memory.swap.max", "cgroup.procs"):
+        put(host, f"sys/fs/cgroup/unlock-dump/{name}", "max")
+    assert b"inner" in run(host, "extract", str(dump.pid), "--gdb", stdin="bt\nquit\n").stdout
+    assert (group / "memory.swap.max").read_text() == "0ax" and (group / "cgroup.procs").read_text() != "max"
+    assert run(host, "extract", str(dump.pid), "--output", to).returncode == 3, "it stays when the command has ended"
+    put(host, "proc/swaps", "Filename\tType\tSize\tUsed\tPriority\n")
+    try:
+        assert run(host, "extract", str(dump.pid), "--output", to).returncode == 0
+    finally:
+        Path(to).unlink(missing_ok=True)
+
+
+def test_a_core_is_not_written_to_a_terminal(host: Host, crashed: Crashing, monkeypatch: pytest.MonkeyPatch) -> None:
+    dump = crash(host, crashed)
+    ours, theirs = pty.openpty()
+    monkeypatch.setattr(extract, "_OUTPUT", theirs)
+    with host.work() as work, pytest.raises(Usage, match="is a terminal"):
+        extract.to_output(work, dump, frozenset())
+    os.close(theirs)
+    os.close(ours)
 
 
 def _change(path: Path, at: int) -> None:
@@ -378,6 +435,44 @@ def test_a_rotation_that_was_killed_before_the_recipient_is_caught_up_by_sync(ho
     sync.sync(host.paths, look=host.look)
     assert Path(host.paths.dump_recipient).read_bytes() == after
     assert core_of(host, dump) == crashed.core.read_bytes()
+
+
+def test_a_recipient_that_somebody_has_put_there_is_replaced(
+    host: Host, crashed: Crashing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a plain /var, under the same generation. At each boot, by enable and by sync; check tells it."""
+    good = Path(host.paths.dump_recipient).read_bytes()
+    made = subprocess.run(["age-keygen"], capture_output=True, check=True, text=True).stdout
+    other = next(line.split()[-1] for line in made.splitlines() if "public key" in line)
+
+    def attack() -> None:
+        text = f"# unlock: host key 1 {dump_key.fingerprint(other)}\n{other}\n"
+        Path(host.paths.dump_recipient).write_text(text)
+
+    def enable() -> None:
+        protection.enable(host.paths)
+
+    def boot() -> None:
+        protection.at_boot(host.paths)
+
+    def synchronise() -> None:
+        sync.sync(host.paths, look=host.look)
+
+    for defend in (enable, boot, synchronise):
+        attack()
+        assert found(host) == ("note", "unlock dump enable")
+        defend()
+        assert Path(host.paths.dump_recipient).read_bytes() == good and found(host) == ("safe", "")
+        assert f"dumps of fingerprint {dump_key.fingerprint(other)}" in capsys.readouterr().err
+    attack()
+    keyring.flush()
+    protection.at_boot(host.paths)
+    assert other in Path(host.paths.dump_recipient).read_text() and found(host) == ("safe", ""), "nobody can tell"
+    this_boot.cache_keys(host.paths, "TPM", {"unlock:persistence": host.persistence})
+    theirs = crash(host, crashed)
+    assert [row.key for row in listing.list_rows(host.paths)] == ["unknown"]
+    protection.at_boot(host.paths)
+    assert crash(host, crashed).fingerprint != theirs.fingerprint
 
 
 @pytest.mark.parametrize("kept_backup", [True, False])

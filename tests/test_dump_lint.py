@@ -55,6 +55,7 @@ ALLOWED = {
     ("rewrap", "encrypt", "openpty"): "a terminal for age",
     ("rewrap", "_answer", "write"): "a password, to age",
     ("opened", "_decrypting", "write"): "the identity, to age",
+    ("memory", "stay_out_of_swap", "write"): "a setting of the kernel",
     # the core itself
     ("extract", "to_file", "new_file"): "after _refuse_plain_disk",
     ("extract", "to_file", "write_all"): "after _refuse_plain_disk",

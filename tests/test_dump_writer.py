@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """system/dump: what it keeps of a core is encrypted and whole, or is not there."""
 
+import contextlib
+import fcntl
 import os
 import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,7 +111,7 @@ def test_without_a_recipient_nothing_is_written(text: str | None, crashed: Crash
 def test_without_age_nothing_is_written(crashed: Crashing, writer: Writer, tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name in ("sh", "mkdir", "find", "wc", "stat", "sync", "mv", "rm", "zstd", "sort", "cat"):
+    for name in ("sh", "mkdir", "find", "flock", "wc", "stat", "sync", "mv", "rm", "zstd", "sort", "cat"):
         (programs / name).symlink_to(shutil.which(name) or "")
     writer.write(crashed.core, crashed.process.pid, path=str(programs))
     assert not writer.files() and "age is not installed" in writer.said()[0]
@@ -263,6 +266,51 @@ def test_a_storm_of_crashes_keeps_a_few(crashed: Crashing, writer: Writer) -> No
     assert [("more than 3 in a minute" in line) for line in writer.said()] == [False] * 3 + [True] * 3
 
 
+def test_a_storm_that_comes_at_once_takes_turns(crashed: Crashing, writer: Writer) -> None:
+    """Twelve processes, each of whose cores the kernel is slow to write: all together take little memory."""
+    writer.settings(PER_MINUTE=100)
+    core = crashed.core.read_bytes()
+    crashing = [subprocess.Popen(["sleep", "1000"]) for _ in range(12)]
+    writing, kernel = [], []
+    for one in crashing:
+        read, write = os.pipe()
+        writing.append(writer.start(one.pid, read))
+        os.close(read)
+        kernel.append(write)
+    until = time.monotonic() + 20
+    while _count("age", writing) < 3:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    time.sleep(1)
+    assert _count("age", writing) == _count("zstd", writing) == 3
+    for write in kernel:
+        threading.Thread(target=_give, args=(write, core)).start()
+    assert [each.wait(60) for each in writing] == [0] * 12
+    assert len(kept.list_dumps(writer.paths)) == 12
+    for one in crashing:
+        one.kill()
+        one.wait()
+
+
+def _count(name: str, writing: "list[subprocess.Popen[bytes]]") -> int:
+    return sum(bool(_below(each.pid, name)) for each in writing if each.poll() is None)
+
+
+def _give(write: int, core: bytes) -> None:
+    with os.fdopen(write, "wb") as pipe:
+        pipe.write(core)
+
+
+def test_a_writer_whose_turn_does_not_come_keeps_nothing(crashed: Crashing, writer: Writer) -> None:
+    writer.script.write_text(writer.script.read_text().replace("flock -w 60", "flock -w 1"))
+    with contextlib.ExitStack() as held:
+        for place in (1, 2, 3):
+            file = held.enter_context(open(writer.top / f"run/unlock/dump-{place}", "w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        writer.write(crashed.core, crashed.process.pid)
+    assert not kept.list_dumps(writer.paths) and "others were being written" in writer.said()[0]
+
+
 # The rule
 
 
@@ -272,9 +320,11 @@ def test_only_age_writes_to_a_file() -> None:
     text = "\n".join(code).replace("<$1>", "")
     assert not re.search(r"\b(tee|dd|cp|head|tail|mktemp|gcore|coredumpctl)\b", text)
     targets = re.findall(r">+ *([^\s;}]+)", text)
-    assert set(targets) - {"/dev/null", "&3", "&1", "/dev/kmsg"} == {
+    assert set(targets) - {"/dev/null", "&3", "&1", "&-", "/dev/kmsg"} == {
         "$group/memory.swap.max",
         "$group/cgroup.procs",
+        "$run/dump-$place",
+        "$run/dump-$((pid",
         '".$name"',
     }
     assert targets.count('".$name"') == 1 and 'age --recipient "$recipient" >".$name"' in text

@@ -366,16 +366,22 @@ def test_a_dump_of_the_kernel_is_found(tmp_path: Path) -> None:
     """On its partition, by its name, and by what says where the partition is."""
     partition = tmp_path / "partition"
     stream = frozen(formats.DUMP)
-    partition.write_bytes(frozen("kernel-partition.bin").ljust(1 << 20, b"\xff") + stream)
+    log_header = frozen("kernel-partition-log.bin")
+    head = frozen("kernel-partition.bin").ljust(4096, b"\xff") + log_header.ljust(4096, b"\xff") + stream
+    partition.write_bytes(head.ljust(1 << 20, b"\xff") + stream)
     header = kernel_partition.read_header(str(partition))
     assert header == ("5a" * 16, "whole", 1700000000, "6.12.0-1-amd64", 1, formats.DUMP.split(".")[7], len(stream))
     assert b"".join(kernel_partition.read_stream(str(partition), header.size)) == stream
+    assert kernel_partition.read_log_header(str(partition), header) == header
+    assert b"".join(kernel_partition.read_stream(str(partition), header.size, kernel_partition.LOG_OFFSET)) == stream
     kernel_partition.write_empty(str(partition), header.id)
     assert partition.read_bytes()[:4096] == frozen("kernel-partition-empty.bin")
     name = f"kernel.6.12.0-1-amd64.1700000000.1.{header.fingerprint}.age"
     dump = kept.parse_name(name, 7)
     assert dump and dump[1:] == ("6.12.0-1-amd64", 0, 0, 1700000000, 0, 1, header.fingerprint, False, 7)
     assert kept.dump_name(dump) == name
+    log = kept.parse_name(name.replace("kernel.", "kernel-log.", 1), 7)
+    assert log and log.is_log and kept.dump_name(log) == f"kernel-log.{name.removeprefix('kernel.')}"
     place = Paths(str(tmp_path))
     kernel._write_setup(place, kernel.Setup("5a" * 16, "/dev/disk/by-partuuid/1234"))
     assert Path(place.kernel_dump).read_bytes() == frozen("kernel-dump")

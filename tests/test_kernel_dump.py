@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -45,6 +46,7 @@ CORE = (
     + b"".join(RECORD.pack(at, len(SECRET)) + SECRET for at in (0, 4096)) + RECORD.pack(-1, -1)
 )  # fmt: skip
 """As makedumpfile -F writes it."""
+LOG = "[    1.000000] of the log of the kernel 4711\n[    2.000000] Kernel panic - not syncing\n"
 SIZE = 4 << 20
 
 
@@ -106,7 +108,12 @@ class CrashKernel:
         self.others = (top / "dev/sda").read_bytes()
         (top / "proc/sys/vm").mkdir(parents=True)
         (top / "proc/vmcore").write_bytes(core)
-        self.program("makedumpfile", 'cat "$7"')
+        self.makedumpfile()
+
+    def makedumpfile(self, dump: str = 'cat "$7"', log: str = 'printf %s "$LOG" >"$5"') -> None:
+        """Its two uses: it writes a dump to its output, or the log to a file."""
+        text = f"LOG={shlex.quote(LOG)}; case $3 in --dump-dmesg) {log} ;; *) {dump} ;; esac"
+        self.program("makedumpfile", text)
 
     def program(self, name: str, text: str) -> None:
         """Another one in its place."""
@@ -123,7 +130,7 @@ class CrashKernel:
         end = text.index("\nif keep; then")
         assert "sysrq-trigger" not in text[end:] and text.count("echo b >/proc/sysrq-trigger") == 1
         text = text[:end].replace("echo b >/proc/sysrq-trigger", "exit 1") + "\nkeep\n"
-        for name in ("/sys/", "/dev/", "/config", "/modules", "/zero", "/counted", "/size", "/proc/"):
+        for name in ("/sys/", "/dev/", "/config", "/modules", "/zero", "/counted", "/size", "/log", "/proc/"):
             text = re.sub(rf'(?<=[ "<>=]){name}', f"{self.top}{name}", text)
         text = text.replace(f"{self.top}/dev/zero", "/dev/zero").replace(f"{self.top}/dev/console", "/dev/stdout")
         text = text.replace("PATH=/bin", f"PATH={self.top}/bin").replace('[ -b "$node" ]', '[ -f "$node" ]')
@@ -169,11 +176,16 @@ def core_of(host: Host, dump: kept.Dump, accept: frozenset[str] = frozenset()) -
 
 
 def boot(host: Host) -> list[kept.Dump]:
-    """What unlock-crash-kernel.service does, without a kernel to load; the dumps that are kept then."""
+    """What unlock-crash-kernel.service does, without a kernel to load; the dumps that are kept then, beside logs."""
     with pytest.raises(Refused) as caught:
         kernel.boot(host.paths)
     assert caught.value.code == "no-crash-memory"
-    return kept.list_dumps(host.paths)
+    return [each for each in kept.list_dumps(host.paths) if not each.is_log]
+
+
+def logs(host: Host) -> list[str]:
+    """What the logs have in them that are kept."""
+    return [core_of(host, each).decode() for each in kept.list_dumps(host.paths) if each.is_log]
 
 
 # A crash, and the next boot
@@ -196,6 +208,10 @@ def test_a_dump_goes_to_the_partition_and_is_opened_after_the_next_boot(host: Ho
     assert dump.name == f"kernel.{now.kernel}.{now.time}.1.{to.fingerprint}.age"
     assert core_of(host, dump) == CORE
     assert boot(host) == [dump], "once"
+    assert logs(host) == [LOG] and LOG.encode() not in raw
+    (log,) = [each for each in kept.list_dumps(host.paths) if each.is_log]
+    assert log.name == dump.name.replace("kernel.", "kernel-log.", 1) and log == kept.find_dump(host.paths, log.name)
+    assert (log.kind, log.time, log.comm, dump.kind) == ("kernel-log", dump.time, dump.comm, "kernel")
     with host.work() as work, pytest.raises(Usage):
         extract.to_gdb(work, dump, frozenset())
 
@@ -210,8 +226,9 @@ def test_a_dump_of_a_former_host_key_opens_and_is_moved(host: Host, tmp_path: Pa
             rotation.set_host_key(work, work.state.provider_id, ref, key)
     assert core_of(host, dump) == CORE
     with host.work() as work:
-        (moved,) = rewrap.rewrap_all(work)
-    (now,) = kept.list_dumps(host.paths)
+        moved, _ = sorted(rewrap.rewrap_all(work), key=lambda each: "log" in each.name)
+    (now,) = boot(host)
+    assert logs(host) == [LOG]
     assert (moved.outcome, moved.name, now.generation, now.comm) == ("rewrapped", now.name, 2, dump.comm)
     assert core_of(host, now) == CORE
 
@@ -225,27 +242,85 @@ def test_a_second_crash_before_the_boot_keeps_the_first_dump(host: Host, tmp_pat
 
 
 @pytest.mark.parametrize("victim", ["makedumpfile", "age", "tee", "dd"])
-def test_what_did_not_end_is_not_believed(victim: str, host: Host, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["exit 1", "kill -9 $$", "kill -9 $PPID"])
+def test_what_did_not_end_is_not_believed(victim: str, end: str, host: Host, tmp_path: Path) -> None:
+    """It fails, is killed, or what would say that it failed is killed. The kernel's log was there before."""
     set_up(host)
     crashed = CrashKernel(host, tmp_path / "crashed")
     if victim == "makedumpfile":
-        crashed.program(victim, 'head -c 3000 "$7"; exit 1')
+        crashed.makedumpfile(f'head -c 3000 "$7"; {end}')
     elif victim == "dd":  # the header is written; the stream is not
-        crashed.program(
-            victim, f'case "$*" in *seek=1*) cat >/dev/null; exit 1 ;; esac; exec {crashed.top}/bin/busybox dd "$@"'
-        )
+        dump, real = f"cat >/dev/null; {end}", f'exec {crashed.top}/bin/busybox dd "$@"'
+        crashed.program(victim, f'case "$*" in *bs=1M*) {dump} ;; esac; {real}')
     else:
-        crashed.program(victim, "cat >/dev/null; exit 1")
-    assert "the dump is not whole" in crashed.run()
+        marker, age = crashed.top / "second", shutil.which("age")
+        real = f'exec {age} "$@"' if victim == "age" else f'exec {crashed.top}/bin/busybox tee "$@"'
+        crashed.program(victim, f"[ -e {marker} ] && {{ cat >/dev/null; {end}; }}; : >{marker}; {real}")
+    said = crashed.run()
+    assert "the dump is not whole" in said and ("once more" in said) == (victim == "makedumpfile"), said
     assert header(host).state == "writing" and SECRET not in partition(host).read_bytes()
-    assert not boot(host) and header(host).state == "empty"
+    assert LOG.encode() not in partition(host).read_bytes()
+    assert not boot(host) and header(host).state == "empty" and logs(host) == [LOG]
+
+
+def test_a_kernel_of_which_no_page_can_be_left_out_is_dumped_with_all(host: Host, tmp_path: Path) -> None:
+    set_up(host)
+    crashed = CrashKernel(host, tmp_path / "crashed")
+    crashed.makedumpfile('head -c 3000 "$7"; [ $6 = 31 ] && exit 1; tail -c +3001 "$7"')
+    said = crashed.run()
+    assert "once more, with all pages" in said and "the dump is whole" in said
+    (dump,) = boot(host)
+    assert core_of(host, dump) == CORE and logs(host) == [LOG]
+
+
+def test_a_dump_is_whole_without_a_log(host: Host, tmp_path: Path) -> None:
+    """And a log that is too long is the end of it."""
+    set_up(host)
+    crashed = CrashKernel(host, tmp_path / "crashed")
+    crashed.makedumpfile(log="exit 1")
+    assert "does not find its log" in crashed.run()
+    (dump,) = boot(host)
+    assert core_of(host, dump) == CORE and not logs(host)
+    long = CrashKernel(host, tmp_path / "long")
+    long.makedumpfile(log='{ head -c 1500000 /dev/urandom; printf %s "$LOG"; } >"$5"')
+    assert "the dump is whole" in long.run()
+    assert core_of(host, boot(host)[-1]) == CORE
+    (log,) = [each for each in kept.list_dumps(host.paths) if each.is_log]
+    content = core_of(host, log)
+    assert len(content) == 1_000_000 and content.endswith(LOG.encode())
 
 
 def test_a_partition_that_is_too_small_keeps_no_half_dump(host: Host, tmp_path: Path) -> None:
     set_up(host)
     crashed = CrashKernel(host, tmp_path / "crashed", CORE + os.urandom(3 << 20))
-    assert "the dump is not whole" in crashed.run(most=2 << 10)  # blocks of 1024 bytes
-    assert header(host).state == "writing" and not boot(host)
+    said = crashed.run(most=2 << 10)  # blocks of 1024 bytes
+    assert "the dump is not whole" in said and "once more" not in said
+    assert header(host).state == "writing" and not boot(host) and logs(host) == [LOG]
+
+
+def test_a_log_that_is_not_of_this_crash_is_not_believed(host: Host, tmp_path: Path) -> None:
+    set_up(host)
+    crash(host, tmp_path)
+    good, whole = partition(host).read_bytes(), header(host)
+    place = kernel_partition.LOG_HEADER_OFFSET
+    log = good[place : place + HEADER_SIZE]
+    assert kernel_partition.read_log_header(str(partition(host)), whole)
+    for bad in (
+        bytes(HEADER_SIZE),
+        log.replace(b"state whole", b"state writing"),
+        log.replace(b"kernel log 1", b"kernel log 2"),
+        log.replace(b"kernel log", b"kernel dump"),
+        log.replace(whole.id.encode(), b"f" * 32),
+        log.replace(b"generation 1", b"generation 2"),
+        log.replace(f"time {whole.time}".encode(), b"time 5"),
+        re.sub(rb"size \d+", b"size 9999999", log),
+    ):
+        assert bad != log
+        partition(host).write_bytes(
+            good[:place] + bad[:HEADER_SIZE].ljust(HEADER_SIZE, b"\0") + good[place + HEADER_SIZE :]
+        )
+        assert kernel_partition.read_log_header(str(partition(host)), whole) is None
+    assert len(boot(host)) == 1 and not logs(host)
 
 
 def test_another_partition_is_never_written(host: Host, tmp_path: Path) -> None:
@@ -286,9 +361,9 @@ def test_moving_a_dump_is_killed_at_each_step(host: Host, tmp_path: Path, killer
         return lambda: boot(host)
 
     for _ in killer(begin, (*LASTING, os.link, kernel_partition.write_empty)):
-        assert header(host).state == "whole" or len(kept.list_dumps(host.paths)) == 1
+        assert header(host).state == "whole" or len(kept.list_dumps(host.paths)) == 2
         (dump,) = boot(host)
-        assert core_of(host, dump) == CORE and header(host).state == "empty"
+        assert core_of(host, dump) == CORE and header(host).state == "empty" and logs(host) == [LOG]
 
 
 def test_a_dump_without_room_stays_on_the_partition(
@@ -414,7 +489,14 @@ def test_age_alone_writes_to_the_disk() -> None:
         "/dev/console", "/dev/null", "/proc/sys/vm/dirty_bytes", "/proc/sysrq-trigger", "/size", "/zeros",
     ], targets  # fmt: skip
     writers = re.findall(r"dd of=\S+[^;|}]*", code)
-    assert len(writers) == 2 and re.search(r"makedumpfile [^|]*\|\s*\{ age --recipient \"\$recipient\"", code)
+    assert len(writers) == 2
+    assert re.search(r"\{ \"\$@\"[^|]*\|\s*\{ age --recipient \"\$recipient\"[^|]*\|\s*\{ tee [^|]*\|\s*\{ dd ", code)
+    sources = [line.strip() for line in code.splitlines() if "makedumpfile -" in line or "/log" in line]
+    assert len(sources) == 4 and sources[0] == (
+        "makedumpfile --message-level 4 --dump-dmesg /proc/vmcore /log >&2 && tail -c 1000000 /log"
+    ), sources  # in memory, and on
+    assert sources[1] == "rm -f /log"
+    assert all(re.search(r"\bwrite 1M makedumpfile ", line) for line in sources[2:]), sources
     assert not re.search(r"\b(cp|cryptsetup|nc|scp|ssh|udhcpc|losetup|dmsetup|sh -c|tpm\w*)\b", code)
     assert re.findall(r"mount -t (\w+)", code) == ["proc", "sysfs", "devtmpfs"]
 

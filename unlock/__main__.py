@@ -104,11 +104,11 @@ def _boot(argv: list[str]) -> int:
         from .boot.gate import record_early_groups
         from .host.this_boot import tpm_device
         from .operations.baseline import record_good_boot
-        from .operations.dump.protection import write_limits
+        from .operations.dump.protection import at_boot
         from .operations.policy import good_boot
 
         try:
-            write_limits(paths)
+            at_boot(paths)
             record_early_groups(paths)
             record_good_boot(paths, tpm_device())
         finally:  # a window is closed even if no baseline can be recorded

@@ -28,6 +28,12 @@ def never_kill_for_memory() -> None:
         pass
 
 
+def kill_first_for_memory() -> None:
+    """Makes the kernel take this process, and those that it starts, before any other when memory is short."""
+    with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write("1000")
+
+
 def end_with_parent() -> None:
     """Makes the kernel kill this process when its parent ends, for whatever reason."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

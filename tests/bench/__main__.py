@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make bench`: what unlock takes, beside systemd-cryptsetup and clevis, and whether that is as good as it should be.
+"""`make bench`: what unlock takes, beside systemd-cryptsetup, clevis and systemd-coredump, and whether that is as good
+as it should be.
 
 The systems take turns. Other work on this machine only adds, so a goal is met by the least of the runs; in brackets is
 the median, of ratios that of each turn. All of it is in build/bench.json.
 
-    python -m tests.bench [native] [compare] [many] [size]       default: all
+    python -m tests.bench [native] [compare] [many] [size] [dump]       default: all
 """
 
 import json
@@ -20,12 +21,12 @@ from typing import Any, NamedTuple
 from tests.lab import image
 from tests.lab.machine import Machine
 
-from . import machine, native
+from . import dump, machine, native
 from .chips import CHIPS
 from .machine import CLEVIS, FLOOR, FORKED, SYSTEMD, UNLOCK, Run
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-PARTS = ("native", "compare", "many", "size")
+PARTS = ("native", "compare", "many", "size", "dump")
 RATIO = {
     1: {"no latency": 1.2, "firmware": 1.0, "discrete": 0.4},
     24: {"no latency": 0.6, "firmware": 0.4, "discrete": 0.13},
@@ -34,6 +35,10 @@ RATIO = {
 KEY_MS = 60.0
 TIMES_FLOOR = 1.2
 """unlock's time with 24 disks and no latency, that of libcryptsetup alone being 1."""
+DUMP_RATIO = 1.0
+"""unlock's time for a dump of 1 GiB, systemd-coredump's being 1."""
+DUMP_MIB = 64.0
+"""All processes of the writer, whatever the core."""
 LINEAR = 1.25
 """What one of the last 50 of 100 disks takes more, one of the 25 before them being 1."""
 
@@ -66,6 +71,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="unlock-bench-", dir="/var/tmp") as home:
         if "native" in parts:
             goals += keys(built, Path(home), found)
+        if "dump" in parts:
+            goals += dumps(built, Path(home), found)
         if {"compare", "many"} & set(parts):
             bench = Machine(Path(home, "machine"), built)
             enrolled = machine.enroll(bench, max(machine.MANY) if "many" in parts else max(machine.ROUNDS))
@@ -115,6 +122,29 @@ def keys(built: image.Image, home: Path, found: dict[str, Any]) -> list[Goal]:
     profile = [f"{name:22} {both(each)} ms" for name, each in taken.phases.items()]
     what = "unlock, natively, exec to volume key, ms"
     return [Goal(what, min(taken.key), statistics.median(taken.key), KEY_MS, profile)]
+
+
+# A core
+
+
+def dumps(built: image.Image, home: Path, found: dict[str, Any]) -> list[Goal]:
+    """Of 1 GiB, until its file has its name."""
+    taken = dump.measure(built, home)
+    found["dumps"] = {
+        core: {name: [each._asdict() for each in runs] for name, runs in by.items()} for core, by in taken.items()
+    }
+    print(f"\na core of 1 GiB, {dump.ROUNDS} runs: seconds, median (least); size of the file")
+    goals = []
+    for core, by in taken.items():
+        for name, runs in by.items():
+            print(f"    {core:16} {name:18} {both([each.seconds for each in runs])}    {runs[0].bytes >> 20} MiB")
+        ours, theirs = ([each.seconds for each in by[name]] for name in (dump.OURS, dump.THEIRS))
+        pairs = statistics.median(one / another for one, another in zip(ours, theirs, strict=True))
+        what = f"unlock / systemd-coredump, 1 GiB, {core}"
+        goals.append(Goal(what, min(ours) / min(theirs), pairs, DUMP_RATIO, []))
+    memory = [each.memory / (1 << 20) for by in taken.values() for each in by[dump.OURS]]
+    what = "memory of all processes that write a dump of 1 GiB, MiB"
+    return [*goals, Goal(what, max(memory), statistics.median(memory), DUMP_MIB, [])]
 
 
 # In the machine

@@ -95,7 +95,7 @@ def _list(paths: Paths, options: argparse.Namespace) -> int:
             "-" if each.dump.of_kernel else str(each.dump.pid),
             "-" if each.dump.of_kernel else str(each.dump.uid),
             each.dump.signal_name,
-            f"kernel {each.dump.comm}" if each.dump.of_kernel else each.dump.comm,
+            f"{each.dump.kind} {each.dump.comm}" if each.dump.of_kernel else each.dump.comm,
             _size(each.dump.size),
             f"{each.dump.generation}, {each.key}",
         )
@@ -121,7 +121,7 @@ def _info(paths: Paths, options: argparse.Namespace) -> int:
         ("file", dump.path),
         ("time", _when(dump)),
         *(
-            [("kernel", dump.comm)]
+            [(dump.kind.replace("-", " "), dump.comm)]
             if dump.of_kernel
             else [
                 ("process", f"{dump.comm}, PID {dump.pid}, UID {dump.uid}"),
@@ -131,7 +131,7 @@ def _info(paths: Paths, options: argparse.Namespace) -> int:
         ("size", f"{_size(dump.size)}, {'compressed, ' if dump.packed else ''}encrypted"),
         ("host key", f"generation {dump.generation}, fingerprint {dump.fingerprint}: {row.key}"),
     ):
-        log.show(f"{name:<9} {value}")
+        log.show(f"{name:<10} {value}")
     return 0
 
 
@@ -266,9 +266,8 @@ def _kernel_test(paths: Paths, options: argparse.Namespace) -> int:
 
 def _to_json(dump: "Dump", key: str) -> dict[str, object]:
     fields = ("pid", "uid", "comm", "time", "signal", "size", "generation", "fingerprint")
-    kind = "kernel" if dump.of_kernel else "process"
     said = {name: getattr(dump, name) for name in fields}
-    return {"name": dump.name, "kind": kind, **said, "compressed": dump.packed, "key": key}
+    return {"name": dump.name, "kind": dump.kind, **said, "compressed": dump.packed, "key": key}
 
 
 def _when(dump: "Dump") -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 from typing import NamedTuple
 
-from .. import wrap
+from .. import log, wrap
 from ..errors import NoKey, Tampered, UnlockError
 from ..host import keyring
 from ..host.state import State
@@ -139,11 +139,19 @@ def read_recipient(paths: Paths) -> Recipient | None:
 
 
 def refresh(work: access.Work) -> None:
-    """Writes the recipient of the present host key, where a command was killed before it did. Does nothing where this
-    host does not keep the host key. Raises Tampered, OSError."""
+    """Writes the recipient of the present host key, where a command was killed before it did, or where somebody has put
+    another one in its place on a disk that is not encrypted. Does nothing where this host does not keep the host key.
+    Raises Tampered, OSError."""
     if host_key := work.state.host_key(work.persistence):
+        before = read_recipient(work.paths)
         with host_key:
-            write_recipient(work.paths, work.state, host_key)
+            now = write_recipient(work.paths, work.state, host_key)
+        if before and before.generation == now.generation and before != now:
+            log.error(
+                f"{work.paths.dump_recipient} was changed: dumps of fingerprint {before.fingerprint} are encrypted to "
+                f"somebody else; new ones are encrypted to host key {now.generation} again",
+                "unlock dump list",
+            )
 
 
 # Identities of dumps that are kept

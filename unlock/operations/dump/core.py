@@ -32,6 +32,13 @@ class Core:
         end = max((offset + size for _, offset, size in segments), default=0)
         return f"it ends after {self.size} of {end} bytes" if self.size < end else ""
 
+    def end(self) -> int:
+        """The size that its headers name; 0 while they are not there."""
+        try:
+            return max((offset + size for _, offset, size in self._segments()), default=0)
+        except (struct.error, LookupError):
+            return 0
+
     def program(self) -> str:
         """The path of the program: the first file that the process had mapped; '' when that is not known."""
         try:

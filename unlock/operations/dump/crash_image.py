@@ -21,7 +21,10 @@ from ...run import run
 INIT = "usr/lib/unlock/crash-init"
 PROGRAMS = {"age": "age", "makedumpfile": "makedumpfile", "busybox": "busybox"}
 """Name -> Debian's package."""
-APPLETS = ["cat", "date", "dd", "head", "insmod", "mkfifo", "mount", "sh", "sleep", "sync", "tee", "uname", "wc"]
+APPLETS = [
+    *("cat", "date", "dd", "head", "insmod", "mkfifo", "mount", "rm", "sh", "sleep", "sync", "tail", "tee"),
+    *("uname", "wc"),
+]
 """Of busybox: what crash-init calls."""
 _DIRECTORIES = ("bin", "dev", "modules", "proc", "sys", "tmp")
 

@@ -2,7 +2,8 @@
 """`unlock dump extract`: the core of a dump, to a new file, to standard output, or into gdb.
 
 A file appears when all of it is authentic and written, or never: until then it has no name. Standard output cannot be
-taken back, so the dump is read twice: once for the proof. gdb reads the core from memory.
+taken back, so the dump is read twice: once for the proof. gdb reads the core from memory, which has room for it and is
+not swapped out.
 """
 
 import os
@@ -10,24 +11,30 @@ import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
-from ... import journald, log, messages
+from ... import journald, log, messages, protect
 from ...disks import devices
 from ...errors import CommandFailed, Malformed, Refused, UnlockError, Usage
 from ...keys import dump_key
 from ...keys.access import Work
+from ...paths import Paths
 from ...secret import Secret
+from . import memory
 from .core import Core
 from .kept import Dump
 from .opened import read_dump
-from .vmcore import VmCore
+from .protection import plain_swaps
+from .vmcore import KernelLog, VmCore
+
+Content: TypeAlias = "Core | VmCore | KernelLog"
 
 _OUTPUT = 1
 """Standard output: it gets the core itself, and no text."""
 
 PLAIN, CUT = "plain-dumps", "cut-dump"
 RISKS = {
-    PLAIN: "the core is written to a disk that is not encrypted",
+    PLAIN: "the core is written to a disk that is not encrypted, or may be",
     CUT: "the core is used although its end is missing",
 }
 """What `--accept NAME` can accept, and what that means."""
@@ -35,8 +42,9 @@ RISKS = {
 
 def to_file(work: Work, dump: Dump, path: str, accept: frozenset[str]) -> None:
     """Writes the core to a new file. Raises Usage, Refused, NoKey, Tampered, Malformed, OSError; then there is none."""
+    memory.stay_out_of_swap(work.paths)
     with new_file(path) as fd:
-        _refuse_plain_disk(path, accept)
+        _refuse_plain_disk(work.paths, path, accept)
         with dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity:
             _copy(dump, identity, accept, lambda piece: write_all(fd, piece))
         give_name(fd, path)
@@ -45,8 +53,11 @@ def to_file(work: Work, dump: Dump, path: str, accept: frozenset[str]) -> None:
 
 def to_output(work: Work, dump: Dump, accept: frozenset[str]) -> None:
     """Writes the core to standard output. Raises as `to_file`; then nothing was written."""
+    memory.stay_out_of_swap(work.paths)
+    if os.isatty(_OUTPUT) and not dump.is_log:
+        raise Usage("standard output is a terminal, and a core is no text", "--gdb, --output FILE, or a pipe")
     if stat.S_ISREG(os.fstat(_OUTPUT).st_mode):
-        _refuse_plain_disk(os.path.realpath(f"/proc/self/fd/{_OUTPUT}"), accept)
+        _refuse_plain_disk(work.paths, os.path.realpath(f"/proc/self/fd/{_OUTPUT}"), accept)
     with dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity:
         _copy(dump, identity, accept, lambda piece: None)
         _record(work, dump, "standard output")
@@ -54,13 +65,23 @@ def to_output(work: Work, dump: Dump, accept: frozenset[str]) -> None:
 
 
 def to_gdb(work: Work, dump: Dump, accept: frozenset[str]) -> int:
-    """Opens the core in gdb; returns its exit status. Raises as `to_file`; CommandFailed."""
+    """Opens the core in gdb; returns its exit status. Raises as `to_file`, Refused where memory has no room for it;
+    CommandFailed."""
     if dump.of_kernel:
         raise Usage("gdb does not read the dump of a kernel; crash(8) does", "unlock dump extract DUMP --output FILE")
+    if not memory.stay_out_of_swap(work.paths):
+        _refuse_plain_swap(work.paths, "the core in memory", accept)
+    protect.kill_first_for_memory()
+    room = memory.Room(work.paths, dump.name)
+
+    def hold(piece: bytes) -> None:
+        room.take(piece)
+        write_all(fd, piece)
+
     fd = os.memfd_create("core", os.MFD_CLOEXEC)
     try:
         with dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity:
-            core = _copy(dump, identity, accept, lambda piece: write_all(fd, piece))
+            core = _copy(dump, identity, accept, hold)
         _record(work, dump, "gdb")
         program = core.program()
         command = ["gdb", "-q", *([program] if os.path.exists(program) else []), f"--core=/proc/self/fd/{fd}"]
@@ -81,8 +102,8 @@ def prove(dump: Dump, identity: Secret, seen: Callable[[bytes], object] = lambda
     _copy(dump, identity, frozenset(), seen)
 
 
-def _copy(dump: Dump, identity: Secret, accept: frozenset[str], write: Callable[[bytes], object]) -> "Core | VmCore":
-    core = VmCore() if dump.of_kernel else Core()
+def _copy(dump: Dump, identity: Secret, accept: frozenset[str], write: Callable[[bytes], object]) -> Content:
+    core: Content = KernelLog() if dump.is_log else VmCore() if dump.of_kernel else Core()
     for piece in read_dump(dump, identity):
         core.add(piece)
         write(piece)
@@ -133,25 +154,36 @@ def give_name(fd: int, path: str) -> None:
         os.close(folder_fd)
 
 
-def _refuse_plain_disk(path: str, accept: frozenset[str]) -> None:
-    """Raises Refused where the file system is on a disk that is not encrypted, or that is not known."""
-    if is_protected(os.path.dirname(os.path.abspath(path))):
-        return
-    if PLAIN in accept:
-        log.note(f"accepted: {PLAIN}: {RISKS[PLAIN]}")
-        return
-    raise Refused(
-        f"{path} is on a disk that is not encrypted: the core would be there in plain",
-        f"--gdb, a path below /run, or --accept {PLAIN}",
-        code=PLAIN,
-    )
+def _refuse_plain_disk(paths: Paths, path: str, accept: frozenset[str]) -> None:
+    """Raises Refused where the file system is on a disk that is not encrypted, or that is not known, or in memory that
+    goes to such a swap."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if is_swapped(folder):
+        _refuse_plain_swap(paths, path, accept)
+    elif not is_protected(folder):
+        _refuse(f"{path} is on a disk that is not encrypted: the core would be there in plain", accept)
+
+
+def _refuse_plain_swap(paths: Paths, what: str, accept: frozenset[str]) -> None:
+    """Raises Refused where there is a swap on a disk that is not encrypted."""
+    if swaps := plain_swaps(paths):
+        _refuse(f"{what} can go to the swap {swaps[0]}, which is not encrypted", accept)
+
+
+def _refuse(why: str, accept: frozenset[str]) -> None:
+    if PLAIN not in accept:
+        raise Refused(why, f"--gdb, a path on an encrypted disk, or --accept {PLAIN}", code=PLAIN)
+    log.note(f"accepted: {PLAIN}: {RISKS[PLAIN]}")
+
+
+def is_swapped(folder: str) -> bool:
+    """Whether files in a folder are in memory that may be swapped out."""
+    return devices.mount_type(_mount_of(folder)) == "tmpfs"
 
 
 def is_protected(folder: str) -> bool:
     """Whether files in a folder are in memory alone, or on encrypted disks."""
-    where = os.path.realpath(folder)
-    while not os.path.ismount(where):
-        where = os.path.dirname(where)
+    where = _mount_of(folder)
     try:
         if devices.mount_type(where) in ("tmpfs", "ramfs"):
             return True
@@ -159,3 +191,10 @@ def is_protected(folder: str) -> bool:
     except (UnlockError, OSError):
         return False
     return bool(numbers) and all(devices.is_encrypted(each) for each in numbers)
+
+
+def _mount_of(folder: str) -> str:
+    where = os.path.realpath(folder)
+    while not os.path.ismount(where):
+        where = os.path.dirname(where)
+    return where

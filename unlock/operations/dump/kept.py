@@ -14,7 +14,7 @@ _NAME = re.compile(
     r"core\.([A-Za-z0-9_+-]{1,64})\.(\d{1,10})\.(\d{1,10})\.(\d{1,20})\.(\d{1,3})\.(\d{1,16})\.([0-9a-f]{16})(\.zst)?\.age",
     re.A,
 )
-_KERNEL = re.compile(r"kernel\.([A-Za-z0-9._+~-]{1,64})\.(\d{1,20})\.(\d{1,16})\.([0-9a-f]{16})\.age", re.A)
+_KERNEL = re.compile(r"kernel(-log)?\.([A-Za-z0-9._+~-]{1,64})\.(\d{1,20})\.(\d{1,16})\.([0-9a-f]{16})\.age", re.A)
 
 
 class Dump(NamedTuple):
@@ -43,8 +43,18 @@ class Dump(NamedTuple):
         return os.path.basename(self.path)
 
     @property
+    def kind(self) -> str:
+        """`process`, `kernel`, or `kernel-log`: the messages of a kernel that crashed, as text."""
+        kind = self.name.partition(".")[0]
+        return kind if kind in ("kernel", "kernel-log") else "process"
+
+    @property
     def of_kernel(self) -> bool:
-        return self.name.startswith("kernel.")
+        return self.kind != "process"
+
+    @property
+    def is_log(self) -> bool:
+        return self.kind == "kernel-log"
 
     @property
     def signal_name(self) -> str:
@@ -59,21 +69,23 @@ class Dump(NamedTuple):
 def dump_name(dump: Dump) -> str:
     """The name of the file of a dump."""
     if dump.of_kernel:
-        return f"kernel.{dump.comm}.{dump.time}.{dump.generation}.{dump.fingerprint}.age"
+        return f"{dump.kind}.{dump.comm}.{dump.time}.{dump.generation}.{dump.fingerprint}.age"
     parts = ("core", dump.comm, dump.uid, dump.pid, dump.time, dump.signal, dump.generation, dump.fingerprint)
     return ".".join(map(str, parts)) + (".zst.age" if dump.packed else ".age")
 
 
-def kernel_dump(folder: str, release: str, time: int, generation: int, fingerprint: str, size: int) -> Dump:
-    """The dump of a kernel, where it is kept. `release` is of A-Z a-z 0-9 . _ + ~ -."""
-    dump = Dump("kernel.", release, 0, 0, time, 0, generation, fingerprint, False, size)
+def kernel_dump(
+    folder: str, release: str, time: int, generation: int, fingerprint: str, size: int, *, kind: str = "kernel"
+) -> Dump:
+    """The dump of a kernel, or its log, where it is kept. `release` is of A-Z a-z 0-9 . _ + ~ -."""
+    dump = Dump(f"{kind}.", release, 0, 0, time, 0, generation, fingerprint, False, size)
     return dump._replace(path=os.path.join(folder, dump_name(dump)))
 
 
 def parse_name(path: str, size: int) -> Dump | None:
     """None for a file that is no dump."""
     if found := _KERNEL.fullmatch(os.path.basename(path)):
-        release, when, of_key, fingerprint = found.groups()
+        _, release, when, of_key, fingerprint = found.groups()
         return Dump(path, release, 0, 0, int(when), 0, int(of_key), fingerprint, False, size)
     found = _NAME.fullmatch(os.path.basename(path))
     if not found:

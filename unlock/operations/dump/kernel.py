@@ -28,7 +28,7 @@ from . import crash_kernel, kept, kernel_partition, protection
 from .crash_image import Config, refuse_without_programs
 from .extract import give_name, new_file, write_all
 from .kept import Dump
-from .kernel_partition import DATA_OFFSET, EMPTY, SIZE_MIN, WHOLE, WRITING, Header
+from .kernel_partition import DATA_OFFSET, EMPTY, LOG_OFFSET, SIZE_MIN, WHOLE, Header
 from .opened import read_packed
 from .rewrap import encrypt
 
@@ -183,6 +183,7 @@ def boot(paths: Paths) -> int:
 def _collect_and_load(paths: Paths) -> None:
     setup = read_setup(paths)
     assert setup
+    protection.refresh_recipient(paths)
     recipient = dump_key.read_recipient(paths)
     if not recipient:
         raise Refused("there is no recipient that dumps are encrypted to", "unlock dump enable", code="no-recipient")
@@ -214,44 +215,55 @@ def _collect(paths: Paths, setup: Setup) -> Dump | None:
     assert header
     if header.state == EMPTY:
         return None
-    dump = None
-    if header.state == WRITING or not _has_stream(node, header):
-        log.note(f"the kernel crashed at {_when(header)}, and its dump on {setup.device} is not whole: it is not kept")
-    else:
-        dump = _move(paths, node, header)
-        log.note(f"the kernel crashed at {_when(header)}: {dump.name}")
-    kernel_partition.write_empty(node, setup.id)
     words = f"the kernel crashed at {_when(header)}"
+    kernel_log = _keep_log(paths, node, header)
+    dump = None
+    if header.state == WHOLE and _has_stream(node, header.size, DATA_OFFSET):
+        dump = _move(paths, node, header, "kernel", DATA_OFFSET)
+        log.note(f"{words}: {dump.name}")
+    else:
+        log.note(f"{words}, and its dump on {setup.device} is not whole: it is not kept")
+    if kernel_log:
+        words += f"; its log is {kernel_log.name}"
+    kernel_partition.write_empty(node, setup.id)
     journald.record(paths, messages.KERNEL_CRASHED, words, dump=dump.name if dump else "")
-    for old in [each for each in kept.list_dumps(paths) if each.of_kernel][:-KEEP_COUNT]:
-        os.unlink(old.path)
+    for kind in ("kernel", "kernel-log"):
+        for old in [each for each in kept.list_dumps(paths) if each.kind == kind][:-KEEP_COUNT]:
+            os.unlink(old.path)
     return dump
 
 
-def _has_stream(node: str, header: Header) -> bool:
-    """Whether the age file that the header names can be there."""
-    if DATA_OFFSET + header.size > _size(node):
+def _keep_log(paths: Paths, node: str, crash: Header) -> Dump | None:
+    header = kernel_partition.read_log_header(node, crash)
+    if header is None or not _has_stream(node, header.size, LOG_OFFSET):
+        return None
+    return _move(paths, node, header, "kernel-log", LOG_OFFSET)
+
+
+def _has_stream(node: str, size: int, offset: int) -> bool:
+    """Whether the age file that a header names can be there."""
+    if offset + size > _size(node):
         return False
     with open(node, "rb") as disk:
-        disk.seek(DATA_OFFSET)
+        disk.seek(offset)
         return disk.read(len(_AGE)) == _AGE
 
 
-def _move(paths: Paths, node: str, header: Header) -> Dump:
+def _move(paths: Paths, node: str, header: Header, kind: str, offset: int) -> Dump:
     os.makedirs(paths.dumps, mode=0o700, exist_ok=True)
     said = (header.kernel, header.time, header.generation, header.fingerprint, header.size)
-    dump = kept.kernel_dump(paths.dumps, *said)
+    dump = kept.kernel_dump(paths.dumps, *said, kind=kind)
     if os.path.lexists(dump.path) and os.stat(dump.path).st_size == header.size:
         return dump  # a boot was cut after it had its name
     found = os.statvfs(paths.dumps)
     if header.size > found.f_bavail * found.f_frsize // 2:
         raise Refused(
-            f"{node} has a kernel's dump of {header.size >> 20} MiB, more than half of what is free in {paths.dumps}",
+            f"{node} has a {kind} of {header.size >> 20} MiB, more than half of what is free in {paths.dumps}",
             "make room, then systemctl restart unlock-crash-kernel",
             code="no-room",
         )
     with new_file(dump.path) as fd:
-        for piece in kernel_partition.read_stream(node, header.size):
+        for piece in kernel_partition.read_stream(node, header.size, offset):
             write_all(fd, piece)
         os.utime(fd, (header.time, header.time))
         give_name(fd, dump.path)

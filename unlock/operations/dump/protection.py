@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ... import journald, log, messages
 from ...disks import devices
-from ...errors import DiskFailed, Malformed, Refused, Usage
+from ...errors import DiskFailed, Malformed, Refused, Tampered, UnlockError, Usage
 from ...host import config
 from ...host.lock import exclusive
 from ...host.state import State
@@ -38,6 +38,7 @@ _SYSCTL = "etc/sysctl.d/50-coredump.conf"
 _COREDUMP = "etc/systemd/coredump.conf.d/unlock.conf"
 _TMPFILES = "run/tmpfiles.d/unlock.conf"
 """In the place of that of /usr/lib."""
+_PATIENCE = 10.0
 _TO_KEEP_NOTHING = f"{_MARK}[Coredump]\nStorage=none\nProcessSizeMax=0\n"
 
 
@@ -75,10 +76,33 @@ def enable(paths: Paths) -> None:
 
 def ensure_recipient(paths: Paths) -> None:
     """Writes the recipient of the present host key, where it is not there. Raises NoKey, ProviderError, OSError."""
+    refresh_recipient(paths)
     recipient = dump_key.read_recipient(paths)
     if not recipient or recipient.generation != State.load(paths).host_key_ref.generation:
         with Work(paths) as work, _present_host_key(work) as host_key:
             dump_key.write_recipient(paths, work.state, host_key)
+
+
+def refresh_recipient(paths: Paths) -> None:
+    """Makes the recipient that of the present host key, where this boot has that: the file may be on a plain disk. The
+    caller holds the lock. Raises OSError."""
+    try:
+        with Work(paths) as work:
+            dump_key.refresh(work)
+    except Tampered as error:
+        log.error(str(error), error.hint)
+    except UnlockError:
+        pass  # without the key, the recipient is believed
+
+
+def at_boot(paths: Paths) -> None:
+    """What each boot does once its keys are there. Raises OSError."""
+    write_limits(paths)
+    try:
+        with exclusive(paths, _PATIENCE):
+            refresh_recipient(paths)
+    except Refused as error:
+        log.note(f"{paths.dump_recipient} was not looked at: {error}")  # `unlock sync` does it too
 
 
 def set_up(paths: Paths) -> None:
@@ -147,7 +171,7 @@ def read_protection(paths: Paths) -> Protection:
         encrypted, detail = True, "none is kept: something gives them to systemd-coredump"
     else:
         detail = f"not encrypted: {pattern}" if pattern else "not encrypted"
-    return Protection(encrypted, detail, do, recipient, tuple(_plain_swaps(paths)))
+    return Protection(encrypted, detail, do, recipient, tuple(plain_swaps(paths)))
 
 
 def _present_host_key(work: Work) -> Secret:
@@ -159,8 +183,9 @@ def _present_host_key(work: Work) -> Secret:
     return work.provider(at).fetch(access.key_ref(at, entry.id, entry.name).id, work.opens())
 
 
-def _plain_swaps(paths: Paths) -> list[str]:
-    """proc_swaps(5). A swap file lies on the disks of its file system; memory that is compressed is no disk."""
+def plain_swaps(paths: Paths) -> list[str]:
+    """Swap areas on disks that are not encrypted: proc_swaps(5). A swap file lies on the disks of its file system;
+    memory that is compressed is no disk."""
     found = []
     for line in _read(paths, "proc/swaps").splitlines()[1:]:
         node, kind = line.split()[:2]

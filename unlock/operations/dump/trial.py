@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ...errors import Refused, UnlockError
 from ...keys import dump_key
 from ...keys.access import Work
-from . import kept
+from . import kept, memory
 from .extract import prove
 from .kept import Dump
 from .protection import read_protection
@@ -39,6 +39,7 @@ def test(work: Work) -> Trial:
     protection = read_protection(work.paths)
     if not protection.encrypted or protection.do:
         raise Refused(f"dumps of processes: {protection.detail}", protection.do, code="plain-dumps")
+    memory.stay_out_of_swap(work.paths)
     mark = os.urandom(32).hex().encode()
     begun = time.monotonic()
     pid = _crash(mark)
