@@ -208,6 +208,7 @@ def _configure(tree: Path, root: Root, runs: Runs, boots: Kind) -> None:
     }
     if boots:  # it makes initramfs images itself, emulated
         files["etc/initramfs-tools/conf.d/lab"] = "COMPRESS=zstd\nCOMPRESSLEVEL=1\n"
+        files["etc/dracut.conf.d/fast.conf"] = 'compress="zstd -1"\n'
     if root == "luks":
         files["etc/crypttab"] = f"root UUID={LUKS_UUID} none luks,initramfs\n"
     _write(tree, files)
