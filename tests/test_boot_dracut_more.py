@@ -18,6 +18,7 @@ from tests.test_boot_faults import (  # noqa: F401
     test_of_two_tpms_the_second_has_the_key_and_both_are_locked,
     test_on_another_board_nothing_opens_by_itself,
     test_one_boot_with_many_faults,
+    test_the_agent_aborts_and_the_stock_prompt_takes_the_recovery_key,
     test_without_its_tpm_the_host_asks_for_the_recovery_key,
 )
 from tests.test_boot_pin import (  # noqa: F401

@@ -328,7 +328,7 @@ def test_the_agent_aborts_and_the_stock_prompt_takes_the_recovery_key(story: Mac
     with story.boot(initrd=initrd, without=("late-1",)) as booted:
         booted.console.expect("recovery key: ", 300)
         booted.console.send("\n")
-        booted.console.expect("unlock disk root", 60)
+        booted.console.expect(STOCK_PROMPT, 60)
         booted.console.send(story.recovery_key + "\n")
         console = begun(booted)
         assert "core." not in console.sh("ls /run").out
