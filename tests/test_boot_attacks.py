@@ -12,7 +12,7 @@ from tests.lab import attacks
 from tests.lab.guest import Guest
 from tests.lab.machine import Machine, report
 from tests.lab.running import Disk, Running
-from tests.lab.stories import UNSEAL, begun, outcomes, unmeasured, unseal_as_root
+from tests.lab.stories import STOCK_PROMPT, UNSEAL, begun, outcomes, unmeasured, unseal_as_root
 from tests.test_boot_silence import ALTERED, UNTOLD
 
 pytestmark = pytest.mark.vm
@@ -157,7 +157,7 @@ def thiefs_root(story: Machine, initrd: Path | None = None) -> tuple[set[str], s
     """Cached keys and open disks in the thief's system."""
     attacks.own_root(story)
     with story.boot(initrd=initrd) as booted:
-        booted.console.expect("unlock disk root", 300)
+        booted.console.expect(STOCK_PROMPT, 300)
         booted.console.send(attacks.PASSPHRASE + "\n")
         console = begun(booted)
         console.sh(f"test -e /etc/{attacks.MARK}")

@@ -3,15 +3,18 @@
 with systemd has. More of them, which take their turns: test_boot_dracut_more.py."""
 
 import shutil
+import time
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from tests.lab import attacks
-from tests.lab.machine import Machine, report
+from tests.lab.machine import Machine, noted_in, report
 from tests.lab.running import Disk, Running
-from tests.lab.stories import begun, measured, open_shell, status, unmeasured, unseal_as_root, up
+from tests.lab.stories import begun, checked, measured, open_shell, pcr, status, unmeasured, unseal_as_root, up
+from tests.lab.uml.machine import Uml
 from tests.test_boot_attacks import TRY, give_recovery_key
 from tests.test_boot_good import (  # noqa: F401 - played here on the machine below
     test_a_host_boots_offline,
@@ -27,7 +30,7 @@ from unlock.boot.unmeasured import OPTIONS
 
 pytestmark = pytest.mark.vm
 
-WITH_MEASUREMENTS = ("tests.test_boot_good", "tests.test_boot_pin")
+WITH_MEASUREMENTS = ("tests.test_boot_good", "tests.test_boot_pin", "tests.test_boot_rebind")
 """Files whose stories play on a machine whose firmware measures."""
 MODULE = "usr/lib/dracut/modules.d/90unlock"
 UNGUARDED = ((f"{MODULE}/shell.conf", "ExecStartPre=/usr/lib/unlock/early shell\n", ""),)
@@ -40,6 +43,30 @@ UNSEEN = (
 EARLY_SHELLS, LATE_SHELLS = ("cmdline", "pre-udev", "pre-trigger"), ("initqueue", "pre-mount", "mount", "pre-pivot")
 """Of rd.break=, before and after the disks are there."""
 STOCK = "passphrase for disk"
+SEPARATOR = """#!/bin/sh
+units=/run/systemd/system
+mkdir -p $units/sysinit.target.wants
+cat >$units/systemd-pcrosseparator.service <<'END'
+[Unit]
+DefaultDependencies=no
+Before=cryptsetup-pre.target sysinit.target
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/bin/python3 -I /run/separator
+END
+ln -s ../systemd-pcrosseparator.service $units/sysinit.target.wants/
+cat >/run/separator <<'END'
+import sys
+sys.path.insert(0, "/usr/lib/unlock")
+from hashlib import sha256
+from unlock.tpm.chip import Tpm
+with Tpm() as chip:
+    for pcr in (0, 1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 14):
+        chip.extend(pcr, sha256(b"os-separator").digest())
+END
+"""
+"""What systemd 261 does in an initramfs of its own."""
 FORCE = "SYSTEMD_SULOGIN_FORCE=1"
 """dracut's shells open although root has no password."""
 EMERGENCY = f"rd.systemd.unit=emergency.target {FORCE} systemd.setenv={FORCE}"
@@ -99,6 +126,48 @@ def test_what_the_tpm_opened_is_closed_before_the_last_shell(story: Machine) -> 
     with story.boot(append=f"{FORCE} rd.break=pre-pivot", initrd=story.image.initramfs({}, UNGUARDED)) as booted:
         open_shell(booted)
         assert "root" in in_shell(booted, "ls /dev/mapper").split()
+        booted.kill()
+
+
+def test_a_root_disk_that_comes_late_with_crypttab_in_the_image_and_nobody_asks_without(story: Machine) -> None:
+    """Without rd.luks.*, crypttab is what systemd-cryptsetup goes by; with neither, no prompt but unlock's own is
+    promised. That comes in the place of a replaced TPM too."""
+    cmdline = story.image.cmdline.partition(" rd.luks")[0]
+    initrd = story.image.initramfs({"dracut.conf.d/crypttab.conf": 'install_items+=" /etc/crypttab "\n'})
+    with story.boot(cmdline=cmdline, initrd=initrd, root_later=True) as booted:
+        assert isinstance(booted, Uml)
+        booted.console.expect("group pair: open", 120)
+        time.sleep(8)
+        booted.plug_root()
+        console = up(booted)
+        assert report(console)["verdict"] == "unsealed"
+        assert set(status(console).values()) == {"open"}
+        assert "recovery key" not in booted.console.text and STOCK not in booted.console.text
+        assert unseal_as_root(console) == "pcr-mismatch"
+        booted.poweroff()
+    with story.boot(cmdline=cmdline, tpm="another") as booted:
+        booted.console.expect("Enter alone to give up: no other prompt follows", 300)
+        give_recovery_key(booted, story)
+        console = begun(booted)
+        assert (report(console)["verdict"], status(console)["root"]) == ("no-slot", "open")
+        assert STOCK not in booted.console.text
+        booted.kill()
+
+
+def test_systemds_separator_comes_after_the_unseal_and_a_policy_is_sealed_to_what_was_noted(story: Machine) -> None:
+    with story.boot(initrd=story.image.initramfs({"scripts/init-top/separator": SEPARATOR})) as booted:
+        console = up(booted)
+        assert report(console)["verdict"] == "unsealed"
+        noted = dict(map(str.split, console.read("/run/unlock/pcrs").decode().splitlines()))
+        separated = sha256(bytes.fromhex(noted["7"]) + sha256(b"os-separator").digest()).hexdigest()
+        assert pcr(console, 7).lower() == separated
+        assert pcr(console, 8).lower() == noted["8"]
+        assert checked(console)[""] == "safe"
+        console.sh("unlock policy set --pcrs 7,9", timeout=120)
+        booted.poweroff()
+    with story.boot() as booted:
+        assert report(begun(booted))["verdict"] == "unsealed"
+        assert noted_in(booted) == ["PCR_Read", "PCR_Read"]
         booted.kill()
 
 

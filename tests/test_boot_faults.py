@@ -13,7 +13,18 @@ import pytest
 from tests.lab import guest, leaks, luks
 from tests.lab.machine import REACHED, Machine, agent_commands, report
 from tests.lab.running import Disk
-from tests.lab.stories import CAPPED, begun, checked, outcomes, pcr, status, unmeasured, unseal_as_root, up
+from tests.lab.stories import (
+    CAPPED,
+    STOCK_PROMPT,
+    begun,
+    checked,
+    outcomes,
+    pcr,
+    status,
+    unmeasured,
+    unseal_as_root,
+    up,
+)
 from tests.lab.uml.files import FIRST, START_TPM
 from tests.lab.uml.machine import Uml
 
@@ -117,7 +128,7 @@ def test_without_its_tpm_the_host_asks_for_the_recovery_key(story: Machine) -> N
         booted.console.expect("no TPM", 300)
         booted.console.expect("recovery key: ", 60)
         booted.console.send("\n")  # skip ours: the stock prompt takes it too
-        booted.console.expect("unlock disk root", 60)
+        booted.console.expect(STOCK_PROMPT, 60)
         booted.console.send(story.recovery_key + "\n")
         console = begun(booted)
         assert report(console)["verdict"] == "no-tpm"
@@ -317,7 +328,7 @@ def test_the_agent_aborts_and_the_stock_prompt_takes_the_recovery_key(story: Mac
     with story.boot(initrd=initrd, without=("late-1",)) as booted:
         booted.console.expect("recovery key: ", 300)
         booted.console.send("\n")
-        booted.console.expect("unlock disk root", 60)
+        booted.console.expect(STOCK_PROMPT, 60)
         booted.console.send(story.recovery_key + "\n")
         console = begun(booted)
         assert "core." not in console.sh("ls /run").out

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import image
-from tests.lab.machine import REACHED, SENT, Machine, agent_commands, report
+from tests.lab.machine import REACHED, SENT, Machine, agent_commands, noted_in, report
 from tests.lab.stories import (
     CAPPED,
     MEASURED,
@@ -92,6 +92,9 @@ def test_a_host_boots_offline(story: Machine) -> None:
         ours = agent_commands(booted)
         assert [name for name in ours if name in SENT] == list(SENT)
         assert len(ours) <= 45
+        assert noted_in(booted) == ["PCR_Read", "PCR_Read"]
+        noted = dict(map(str.split, console.read("/run/unlock/pcrs").decode().splitlines()))
+        assert noted == {str(number): pcr(console, number).lower() for number in range(15)}
         booted.poweroff()
 
 
@@ -147,6 +150,7 @@ def test_twenty_four_disks_cost_the_tpm_no_more_than_one(
         reached = agent_commands(booted)
         assert [name for name in reached if name in SENT] == list(SENT)
         assert reached == list(REACHED)
+        assert noted_in(booted) == ["PCR_Read", "PCR_Read"]
         sent = f"{len(SENT)} TPM commands sent, {len(reached)} reached it"
         record_property("shown", f"early boot: {sent}, for 1 disk and for 24")
         booted.kill()

@@ -21,7 +21,7 @@ from unlock.secret import Secret
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
-KINDS = {"grub": (4, 7, 8, 9, 14), "direct": (4, 7, 9), "uki": (4, 7, 11, 12)}
+KINDS = {"grub": (4, 7, 8, 9, 14), "direct": (4, 7, 9), "uki": (4, 7, 11, 12, 13)}
 
 
 class DriverVariable(Boot):
@@ -194,7 +194,7 @@ def test_real_logs_say_whether_it_is_on(name: str, secure: bool) -> None:
 
 
 def test_without_a_log_it_counts_as_off() -> None:
-    assert at_unseal.default_pcrs("UKI", None) == (0, 1, 2, 3, 4, 7, 11, 12)
+    assert at_unseal.default_pcrs("UKI", None) == (0, 1, 2, 3, 4, 7, 11, 12, 13)
     assert at_unseal.default_pcrs("unmeasured", None) == (7,)
 
 

@@ -60,14 +60,14 @@ class Host(Measures):
         self.chip = Swtpm(home / "tpm")
         self.chip.start()
 
-    def boot(self, boot: Boot, *, before: dict[int, bytes] | None = None, log: bool = True) -> str:
+    def boot(self, boot: Boot, *, before: dict[int, bytes] | None = None, log: bool = True, noted: bool = True) -> str:
         """Power on, firmware, boot loader, kernel, early boot. The verdict."""
         self.chip.power_cycle()
         shutil.rmtree(self.home / "root/run", ignore_errors=True)
         self.files(boot, log)
         self.extend([(entry.pcr, entry.sha256) for entry in boot.entries()])
         self.extend(list((before or {}).items()))
-        return self.early()
+        return self.early(noted)
 
     def kexec(self) -> str:
         """Another kernel, the same TPM session."""
@@ -75,8 +75,8 @@ class Host(Measures):
         self.write("proc/sys/kernel/bootloader_type", b"208\n")
         return self.early()
 
-    def early(self) -> str:
-        """As unlock.boot.agent does it."""
+    def early(self, noted: bool = True) -> str:
+        """As unlock.boot.agent does it; without `noted` as that of an image from before it noted the PCRs."""
         record = report.Report("early-boot")
         with self.chip.open() as tpm:
             before = tpm.read_pcrs([pcr_policy.CAP_PCR])[pcr_policy.CAP_PCR].hex()
@@ -87,7 +87,9 @@ class Host(Measures):
                 record.facts = report.BootFacts(cap_pcr_before=before)
                 record.set_verdict(error.code, str(error))
             tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
-        (self.home / "root/run/unlock").mkdir(parents=True)
+            (self.home / "root/run/unlock").mkdir(parents=True)
+            if noted:
+                this_boot.note_pcrs(self.paths, tpm.read_pcrs(pcr_policy.NOTED))
         this_boot.write_report(self.paths, record, "report.json")
         return record.verdict
 
@@ -879,8 +881,9 @@ def test_the_separator_of_systemd_261(host: Host) -> None:
 
 
 def test_a_separator_of_systemd_that_no_log_has(host: Host) -> None:
-    """Whether it came before the unseal cannot be told: nothing is sealed to those PCRs."""
+    """Without a note, whether it came before the unseal cannot be told: nothing is sealed to those PCRs."""
     good(host, Boot("grub"))
+    assert host.boot(Boot("grub"), noted=False) == "unsealed"
     host.extend([(pcr, sha256(b"os-separator").digest()) for pcr in SEPARATED])
     with host.chip.open() as tpm:
         known = at_unseal.read_pcrs(host.paths, tpm)
@@ -888,9 +891,45 @@ def test_a_separator_of_systemd_that_no_log_has(host: Host) -> None:
     with pytest.raises(Refused, match="cannot be told"):
         at_unseal.known_values((7,), known)
     host.keep()
-    assert host.boot(Boot("grub", initrd="another")) == "pcr-mismatch"
+    assert host.boot(Boot("grub", initrd="another"), noted=False) == "pcr-mismatch"
     host.extend([(pcr, sha256(b"os-separator").digest()) for pcr in SEPARATED])
     assert {each.code for each in host.explain().causes} == {"initrd"}
+
+
+@pytest.mark.parametrize("log", [True, False], ids=["", "and no log of the firmware"])
+def test_what_early_boot_noted_is_known_whatever_systemd_measures_later(host: Host, log: bool) -> None:
+    """Its separator and phases, none of which it logs. What else extends a PCR is not taken for the noted value."""
+    boot = Boot("uki")
+    host.write("sys/firmware/efi/efivars/StubInfo-4a67b082", b"")
+    host.enroll(boot)
+    assert host.boot(boot, log=log) == "unsealed"
+    with host.chip.open() as tpm:
+        values = tpm.read_pcrs(range(15))
+        host.extend([(pcr, sha256(b"os-separator").digest()) for pcr in SEPARATED])
+        host.extend([(11, sha256(phase).digest()) for phase in (b"enter-initrd", b"leave-initrd", b"sysinit")])
+        known = at_unseal.read_pcrs(host.paths, tpm)
+        assert known == {**values, 15: bytes(32)}
+        assert at_unseal.boot_method(host.paths, known) == "UKI"
+        kept = host.keep()
+        assert kept and {4, 7, 9, 11, 12, 13} <= kept.pcrs.keys()
+        assert all(kept.pcrs[pcr] == value for pcr, value in values.items() if pcr in kept.pcrs)
+        assert host.explain().causes == ()
+        host.extend([(13, bytes(32))])
+        assert at_unseal.read_pcrs(host.paths, tpm) == {pcr: value for pcr, value in known.items() if pcr != 13}
+
+
+def test_a_separator_is_no_boot_loader_that_measures(host: Host) -> None:
+    """GRUB without its TPM module measures nothing of kernel and initramfs; the separator is in PCR 9 nevertheless."""
+    boot = Boot("grub")
+    host.write("sys/firmware/efi/runtime", b"")
+    host.chip.power_cycle()
+    host.files(boot, False)
+    host.extend([(entry.pcr, entry.sha256) for entry in boot.entries() if entry.pcr not in (8, 9)])
+    host.early()
+    host.extend([(pcr, sha256(b"os-separator").digest()) for pcr in SEPARATED])
+    with host.chip.open() as tpm:
+        assert at_unseal.boot_method(host.paths, at_unseal.read_pcrs(host.paths, tpm)) == "unmeasured"
+        assert at_unseal.boot_method(host.paths, tpm.read_pcrs(range(16))) == "direct kernel"
 
 
 def test_a_damaged_baseline_is_told_and_nothing_fails(host: Host) -> None:

@@ -489,6 +489,8 @@ def test_the_command_line_tells_test_results_and_an_exit_status(
 
 
 def test_the_prompt_says_what_follows_where_nobody_knows_the_key(paths: Paths) -> None:
+    assert prompt.what_enter_does(paths, tampered=False).startswith("to give up: no other prompt follows")
+    Path(paths.of_this_boot("lines")).write_text("root\n")
     assert prompt.what_enter_does(paths, tampered=False).startswith("for the stock prompt")
     assert prompt.what_enter_does(paths, tampered=True) == "to give up"
     this_boot.mark(paths, "uncapped")

@@ -37,6 +37,8 @@ CONSOLE = (
     "console=ttyS0 quiet panic=-1 mitigations=off systemd.show_status=no "
     "transparent_hugepage=never init_on_alloc=0 clearcpuid=rep_good module_blacklist=ip_tables,x_tables,qemu_fw_cfg"
 )
+PATIENT = "systemd.default_device_timeout_sec=900 rd.retry=900"
+"""Of an emulated machine whose initramfs has systemd: on a host with much to do it looks for disks after minutes."""
 MASKED = """
     apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer fstrim.timer e2scrub_all.timer
     e2scrub_reap.service systemd-firstboot.service getty@tty1.service serial-getty@ttyS0.service
@@ -78,7 +80,9 @@ class Image(NamedTuple):
         device = "/dev/mapper/root" if self.root == "luks" else f"UUID={FS_UUID}"
         # an image of dracut for any host has no crypttab: the stock prompt comes by this
         crypttab = f" rd.luks.name={LUKS_UUID}=root" if self.builder == "dracut" and self.root == "luks" else ""
-        return f"root={device} ro {uml.CMDLINE if self.runs == 'uml' else CONSOLE}{crypttab}"
+        if self.runs == "uml":
+            return f"root={device} ro {uml.CMDLINE}{crypttab}"
+        return f"root={device} ro {CONSOLE}{crypttab}" + (f" {PATIENT}" if self.builder == "dracut" else "")
 
     @property
     def plain(self) -> Path:
@@ -208,6 +212,7 @@ def _configure(tree: Path, root: Root, runs: Runs, boots: Kind) -> None:
     }
     if boots:  # it makes initramfs images itself, emulated
         files["etc/initramfs-tools/conf.d/lab"] = "COMPRESS=zstd\nCOMPRESSLEVEL=1\n"
+        files["etc/dracut.conf.d/fast.conf"] = 'compress="zstd -1"\n'
     if root == "luks":
         files["etc/crypttab"] = f"root UUID={LUKS_UUID} none luks,initramfs\n"
     _write(tree, files)

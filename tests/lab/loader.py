@@ -38,6 +38,9 @@ NO_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 KEYS = Path("/usr/share/ovmf")
 KERNEL, INITRD = "EFI/debian/vmlinuz", "initrd=\\EFI\\debian\\initrd.img "
 """Of `direct`: the kernel on the EFI system partition, and how its options begin."""
+BY_DRACUT = "sed -i s/=ukify/=dracut/ /etc/kernel/install.conf && rm /etc/kernel/postinst.d/dracut"
+"""For sh in the tree: kernel-install has dracut make the unified kernel image too. Without Debian's hook, which would
+make another initramfs before."""
 DEFAULTS = """\
 GRUB_DEFAULT=0
 GRUB_TIMEOUT=5
@@ -119,6 +122,9 @@ def prepare(kind: Kind, tree: Path, cmdline: str, chroot: Chroot) -> None:
     elif kind == "uki":
         for name, text in (INSTALL | {"etc/kernel/cmdline": f"{cmdline}\n"}).items():
             (tree / name).write_text(text)
+        by_dracut = tree / "etc/dracut.conf.d/uki.conf"
+        if by_dracut.parent.exists():  # of /etc/kernel/cmdline it takes nothing
+            by_dracut.write_text(f'kernel_cmdline="{cmdline}"\n')
         unlocked: list[str | Path] = [
             "openssl",
             "pkey",

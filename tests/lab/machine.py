@@ -118,6 +118,13 @@ def report(console: Guest) -> dict[str, Any]:
     return found
 
 
+def noted_in(booted: Running) -> list[str]:
+    """The two commands that follow the agent's last of `agent_commands`."""
+    names = [command.name for command in booted.tpm_commands() if command.name != "GetRandom"]
+    locked = names.index("PCR_Extend", names.index("Unseal"))
+    return names[locked + 1 : locked + 3]
+
+
 def agent_commands(booted: Running) -> list[str]:
     """The commands at the TPM from the agent's first to its last, the resource manager's own among them; without the
     GetRandom of the kernel's random number generator, which comes at any time."""

@@ -157,10 +157,13 @@ def unseal_once(
     for name in names:
         try:
             with open_tpm(name, again) as tpm:
+                asked = not key
                 key = key or _try_unseal(tpm, name, record, pin, meanwhile, again)
                 tpm.extend(pcr_policy.CAP_PCR, pcr_policy.CAP_DIGEST)
                 this_boot.mark_capped(paths, name)
                 record.add_event("capped")
+                if asked and (key or name == names[0]):
+                    _note_pcrs(paths, tpm, record)
                 if not key and record.verdict != "no-slot":  # nothing authenticates what the record says now
                     needed.write_needs(paths, slots.read_needs(tpm))
         except UnlockError as error:
@@ -180,6 +183,15 @@ def unseal_once(
         this_boot.mark(paths, "accepted-root")
     write_verdict(paths, record)
     return key
+
+
+def _note_pcrs(paths: Paths, tpm: Tpm, record: report.Report) -> None:
+    """Keeps the PCRs for the real root, where systemd has extended some of them. The TPM is locked by then, for whose
+    sake nothing waits; systemd of the initramfs measures nothing before there is a verdict. PCR_Read, twice."""
+    try:
+        this_boot.note_pcrs(paths, tpm.read_pcrs(pcr_policy.NOTED))
+    except (UnlockError, OSError) as error:
+        record.add_event("not-noted", str(error))
 
 
 def open_tpm(name: str, again: slots.Again) -> Tpm:

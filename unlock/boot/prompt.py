@@ -29,7 +29,7 @@ def prompt(paths: Paths) -> int:
     """Asks until a group is open, at most TRIES times.
 
     Returns 0 when a group opened, and when the person skips this prompt with an empty line: the stock prompt comes
-    next. Returns the status of Tampered when a header is not the one that this host wrote, or when no key that was
+    next, where there is one. Returns the status of Tampered when a header is not the one that this host wrote, or when no key that was
     typed proves the header of a disk that the root needs: no prompt may follow that does not check the header.
     """
     protect()
@@ -75,7 +75,11 @@ def what_enter_does(paths: Paths, tampered: bool) -> str:
     """What follows an empty line, in words."""
     if os.path.exists(paths.of_this_boot("uncapped")):
         return "to power off: the TPM did not confirm that it is locked, so no other prompt may follow"
-    return "to give up" if tampered else "for the stock prompt, which does not check the disk's header"
+    if tampered:
+        return "to give up"
+    if not needed.has_stock_prompt(paths):
+        return "to give up: no other prompt follows, as the initramfs has no crypttab and the command line no rd.luks"
+    return "for the stock prompt, which does not check the disk's header"
 
 
 def _show(line: str) -> None:

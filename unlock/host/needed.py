@@ -71,6 +71,11 @@ def is_unproven(paths: Paths, record: Report) -> bool:
     return any(record.outcome(node) == "no-key" for node in nodes)
 
 
+def has_stock_prompt(paths: Paths) -> bool:
+    """Whether the initramfs would ask for any disk itself: its crypttab has a line, or for dracut the command line."""
+    return any(True for _ in _read_lines(paths))
+
+
 def _has_token(row: DiskRow | None) -> bool:
     if row is None:
         return False

@@ -13,6 +13,7 @@ waiting          the boot scripts wait for the agent, which may ask a person
 asking           the agent asks a person: no deadline runs
 tpm              the name of the TPM that the key came from
 capped           the names of the TPMs that confirmed the cap
+pcrs             the PCRs when early boot had asked the TPM, but the cap PCR
 uncapped         the names of TPMs that did not: no shell, and no system that is not authenticated
 dropped          the disks that the TPM's key had opened were closed before a shell started
 shown.json       the errors that the recovery shell has shown
@@ -36,7 +37,7 @@ sync.json        the outcome of the last sync
 import os
 
 from ..errors import Malformed
-from ..light import Any, Sequence
+from ..light import Any, Mapping, Sequence
 from ..paths import TPM_DEVICE, Paths
 from ..secret import Secret
 from . import keyring, needed
@@ -254,6 +255,22 @@ def capped_tpms(paths: Paths) -> set[str]:
             return set(file.read().split())
     except OSError:
         return set()
+
+
+def note_pcrs(paths: Paths, values: Mapping[int, bytes]) -> None:
+    """What early boot read, for later: systemd extends some of them."""
+    with open(paths.of_this_boot("pcrs"), "w", encoding="ascii") as file:
+        file.writelines(f"{pcr} {value.hex()}\n" for pcr, value in values.items())
+
+
+def noted_pcrs(paths: Paths) -> dict[int, bytes]:
+    """What `note_pcrs` wrote in this boot; empty where that is nothing, or cannot be read."""
+    try:
+        with open(paths.of_this_boot("pcrs"), encoding="ascii") as file:
+            found = {int(pcr): bytes.fromhex(value) for pcr, value in map(str.split, file.read(4096).splitlines())}
+    except (OSError, ValueError):
+        return {}
+    return found if all(len(value) == 32 for value in found.values()) else {}
 
 
 def tpm_device() -> str:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """PCR values as they were when early boot asked the TPM for the key, worked out later by the running system.
 
-    firmware's event log + systemd's log == the live PCR  ──> both are verified, and systemd's later part is taken off
-    a PCR without a verified log                          ──> its live value, if nothing extends it after early boot
+    early boot's note + systemd's later log == the live PCR  ──> the note; without equality the PCR is not known
+    no note, as an image of an older unlock booted:
+    firmware's event log + systemd's log == the live PCR     ──> both are verified; systemd's later part is taken off
+    a PCR without a verified log                             ──> its live value, if nothing extends it later
 
 A policy must be sealed to these values, not to the live ones: systemd goes on measuring boot phases into PCR 11 of a
 unified kernel image, and IMA measures into PCR 10 for as long as the system runs.
@@ -23,10 +25,11 @@ from .logs import read_event_log, read_systemd_log
 
 MEASURED_BY = {
     "shim+GRUB": (4, 7, 8, 9, 14),
-    "UKI": (4, 7, 11, 12),
+    "UKI": (4, 7, 11, 12, 13),
     "direct kernel": (4, 7, 9),
 }
-"""PCRs of the policy, by how the host boots; the cap PCR always comes on top."""
+"""PCRs of the policy, by how the host boots; the cap PCR always comes on top. systemd-stub measures into 13 the system
+extensions that it finds beside a unified kernel image: systemd of an initramfs merges those that are signed."""
 _KERNEL = {
     "shim+GRUB": (8, 9),
     "UKI": (11, 12),
@@ -55,7 +58,10 @@ def read_pcrs(paths: Paths, tpm: Tpm) -> dict[int, bytes]:
     later = read_systemd_log(paths)
     asked = unseal_time(this_boot.read_early_report(paths), 0.0)
     log, _ = read_event_log(paths, later, live)
-    return verify.values_at_unseal(asked, log, later, live) | {pcr_policy.CAP_PCR: pcr_policy.UNSET}
+    note = this_boot.noted_pcrs(paths)
+    values = verify.values_at_unseal(asked, log, later, live)
+    values = {pcr: value for pcr, value in values.items() if pcr not in note}
+    return values | verify.confirm_note(note, later, live) | {pcr_policy.CAP_PCR: pcr_policy.UNSET}
 
 
 def known_values(selection: Iterable[int], found: Mapping[int, bytes]) -> dict[int, bytes]:
@@ -70,15 +76,20 @@ def known_values(selection: Iterable[int], found: Mapping[int, bytes]) -> dict[i
     return {pcr: found[pcr] for pcr in selection}
 
 
-def boot_method(paths: Paths, values: dict[int, bytes]) -> str:
-    """How kernel and initramfs were measured: a key of MEASURED_BY, or "unmeasured". `values`: PCRs 0 to 15."""
+def boot_method(paths: Paths, values: Mapping[int, bytes]) -> str:
+    """How kernel and initramfs were measured: a key of MEASURED_BY, or "unmeasured". `values`: as `read_pcrs` returns
+    them, as systemd's separator makes a PCR look measured into; one that is not known counts as not."""
+
+    def measured(pcr: int) -> bool:
+        return values.get(pcr, pcr_policy.UNSET) != pcr_policy.UNSET
+
     if not os.path.exists(paths.efi):
         return "unmeasured"
-    if values[11] != pcr_policy.UNSET and glob.glob(os.path.join(paths.efi, "efivars/StubInfo-*")):
+    if measured(11) and glob.glob(os.path.join(paths.efi, "efivars/StubInfo-*")):
         return "UKI"
-    if values[8] != pcr_policy.UNSET and values[9] != pcr_policy.UNSET:
+    if measured(8) and measured(9):
         return "shim+GRUB"
-    if values[4] != pcr_policy.UNSET and values[9] != pcr_policy.UNSET:
+    if measured(4) and measured(9):
         return "direct kernel"
     return "unmeasured"
 

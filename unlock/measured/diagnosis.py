@@ -183,6 +183,8 @@ def _status_by_value(pcr: int, evidence: Evidence, verified: bool) -> str:
     good = evidence.baseline.pcrs.get(pcr) if evidence.baseline else None
     if pcr not in evidence.live or (good is None and (verified or not evidence.log)):
         return "unknown"
+    if good is not None and pcr in evidence.noted:
+        return "same" if good == evidence.noted[pcr] else "unexplained"
     if good is not None and verify.extensions_between(pcr, good, evidence.later, evidence.live[pcr]) is not None:
         return "same"
     return "unexplained"

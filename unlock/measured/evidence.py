@@ -9,6 +9,7 @@ It works in the recovery shell of the initramfs too. What cannot be read is None
 
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .. import initramfs
@@ -64,10 +65,13 @@ class Evidence(NamedTuple):
     """The baseline is the copy on the EFI partition, which anybody could have edited."""
     bank_off: bool = False
     """The TPM has no SHA-256 value of a PCR."""
+    noted: Mapping[int, bytes] = MappingProxyType({})
+    """PCRs as early boot noted them when it had asked the TPM, confirmed by `live`."""
 
     def verified_events(self) -> dict[int, tuple[Event, ...]]:
-        """By PCR, the logged events that account for its value; empty without a log."""
-        return verify.verified_events(self.log, self.later, self.live) if self.log else {}
+        """By PCR, the logged events that account for its value; empty without a log. Where early boot has noted it,
+        those until then."""
+        return verify.verified_events(self.log, self.later, {**self.live, **self.noted}) if self.log else {}
 
     def measured_items(self, verified: Mapping[int, Sequence[Event]]) -> tuple[Item, ...]:
         """The verified events that were measured before early boot asked the TPM, in words."""
@@ -115,6 +119,7 @@ def gather_evidence(paths: Paths, tcti: str = TPM_DEVICE) -> Evidence:
         cmdline=printable(cmdline, TEXT_MAX),
         copied=copy is not None,
         bank_off=tpm.bank_off,
+        noted=verify.confirm_note(this_boot.noted_pcrs(paths), later, tpm.live),
     )
 
 

@@ -5,6 +5,7 @@
                                                    another value   no event of this PCR counts
 
 values_at_unseal() takes off what systemd added after early boot asked the TPM.
+confirm_note() needs no log of the firmware: early boot has noted what the TPM said.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,6 +96,18 @@ def values_at_unseal(
     quiet = {pcr for pcr in range(16) if pcr not in touched and (pcr not in _GROWING or live[pcr] == pcr_policy.UNSET)}
     known = [pcr for pcr in range(16) if pcr not in undated and (pcr in verified or pcr in quiet)]
     return {pcr: then[pcr] if pcr in verified else live[pcr] for pcr in known}
+
+
+def confirm_note(note: Mapping[int, bytes], later: Sequence[Event], live: Mapping[int, bytes]) -> dict[int, bytes]:
+    """Those of the PCRs that early boot has noted whose live value is the noted one, extended with nothing but what
+    systemd measures later. That proves them, with a log of the firmware or without."""
+    found = {}
+    for pcr, value in note.items():
+        logged = [event for event in later if event.pcr == pcr]
+        rests = (logged[first:] for first in range(len(logged) + 1))
+        if pcr in live and any(extensions_between(pcr, value, rest, live[pcr]) is not None for rest in rests):
+            found[pcr] = value
+    return found
 
 
 def replay_each_pcr(log: Log) -> dict[int, tuple[tuple[Event, ...], bytes]]:

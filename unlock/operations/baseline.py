@@ -68,8 +68,8 @@ def record_baseline(paths: Paths, tcti: str = TPM_DEVICE, sealed: bool = False) 
 
     `sealed`: the TPM would allow it now.
     A PCR is recorded where the log replays to its live value. A PCR of the policy that the log does not account for is
-    recorded by its value alone, if the policy allows that value: the TPM was asked for what is there now. Without a log
-    the values alone are recorded.
+    recorded by its value alone, as early boot has noted it, else as it is now, if the policy allows that value. Without
+    a log the values alone are recorded.
     Raises OSError, Malformed.
     """
     evidence = gather_evidence(paths, tcti)
@@ -80,11 +80,12 @@ def record_baseline(paths: Paths, tcti: str = TPM_DEVICE, sealed: bool = False) 
     if evidence.log:
         replayed = _replay_items(items, evidence.log.locality)
         pcrs = {pcr: value for pcr, value in replayed.items() if pcr in verified}
-        now = {**evidence.live, **pcrs}
+        now = {**evidence.live, **evidence.noted, **pcrs}
         if evidence.record and evidence.policy_allows(now):
             pcrs |= {pcr: now[pcr] for pcr in evidence.record.selection if pcr != pcr_policy.CAP_PCR}
     else:  # systemd goes on extending 11 and the cap PCR
         pcrs = {pcr: value for pcr, value in evidence.live.items() if pcr < 16 and pcr not in (11, pcr_policy.CAP_PCR)}
+        pcrs |= evidence.noted
     baseline = Baseline(
         kernel=evidence.kernel,
         cmdline=evidence.cmdline,

@@ -217,19 +217,16 @@ def preflight(paths: Paths, tpm: Tpm, choices: InitChoices, again: bool) -> Pref
     if early is None:
         rebuild = initramfs.of_host(paths.root).rebuild_all
         _require_accepted(choices, "initramfs-without-unlock", f"{rebuild}, and reboot once")
-    values = tpm.read_pcrs(range(16))
     before = early.facts.cap_pcr_before if early else None
-    untouched = (
-        before == pcr_policy.UNSET.hex()
-        if before
-        else values[pcr_policy.CAP_PCR] in (pcr_policy.UNSET, pcr_policy.CAPPED)
-    )
+    cap = tpm.read_pcrs((pcr_policy.CAP_PCR,))[pcr_policy.CAP_PCR]
+    untouched = before == pcr_policy.UNSET.hex() if before else cap in (pcr_policy.UNSET, pcr_policy.CAPPED)
     if not untouched:
         raise Refused(
             f"PCR {pcr_policy.CAP_PCR} is not at its reset value when early boot ends: something else extends it",
             "find what measures into it before the root file system is mounted",
             code="cap-pcr-used",
         )
+    values = at_unseal.read_pcrs(paths, tpm)
     boot = at_unseal.boot_method(paths, values)
     log_of_boot = logs.read_event_log(paths)[0]
     if boot == "unmeasured":
@@ -252,7 +249,7 @@ def preflight(paths: Paths, tpm: Tpm, choices: InitChoices, again: bool) -> Pref
         protection.refuse_without(paths)
     tpm.ensure_srk(choices.owner_auth)
     tpm.try_sealing(selection)
-    then = at_unseal.known_values(selection, at_unseal.read_pcrs(paths, tpm))
+    then = at_unseal.known_values(selection, values)
     return Preflight(
         boot, selection, pcr_policy.branch(selection, then), bool(untrusted), _why(choices, boot, log_of_boot)
     )

@@ -128,7 +128,7 @@ def table(found: PolicyReport) -> str:
 
 def pcrs_not_checked(paths: Paths, tpm: Tpm, selection: Iterable[int]) -> list[int]:
     """The PCRs that a policy over `selection` lacks to notice another kernel, initramfs or command line."""
-    boot = at_unseal.boot_method(paths, tpm.read_pcrs(range(16)))
+    boot = at_unseal.boot_method(paths, at_unseal.read_pcrs(paths, tpm))
     return list(at_unseal.missing_for_kernel(boot, logs.read_event_log(paths)[0], selection))
 
 
@@ -266,7 +266,8 @@ def _record_set(paths: Paths, selection: Iterable[int], found: Allowed, pin: Pin
 
 def _require_accepted(paths: Paths, tpm: Tpm, selection: tuple[int, ...], accept: Container[str]) -> None:
     """Raises Refused for a risk of these PCRs that is not accepted."""
-    boot, log_of_boot = at_unseal.boot_method(paths, tpm.read_pcrs(range(16))), logs.read_event_log(paths)[0]
+    boot = at_unseal.boot_method(paths, at_unseal.read_pcrs(paths, tpm))
+    log_of_boot = logs.read_event_log(paths)[0]
     for risk, missing in at_unseal.risks(boot, log_of_boot, selection).items():
         if risk not in accept:
             hint = f"add PCRs {', '.join(map(str, missing))}; or --accept {risk}"

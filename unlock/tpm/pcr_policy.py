@@ -22,6 +22,8 @@ CAPPED = sha256(bytes(32) + CAP_DIGEST).digest()
 """A cap PCR that only our cap has extended."""
 UNSET = bytes(32)
 """PCRs 0 to 15 after a TPM reset."""
+NOTED = tuple(range(CAP_PCR))
+"""The PCRs that early boot notes when the TPM is locked. What the cap PCR was, its policy says."""
 MAX_BRANCHES = 8
 PIN_MIN, PIN_MAX = 4, 256
 """Bytes of a PIN, any text: systemd-cryptenroll sets no least length, and a TPM that forgets one wrong try every two

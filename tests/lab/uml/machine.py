@@ -62,6 +62,7 @@ class Uml(Running):
     `clock`: the guest's at the start, as YYYY-MM-DDTHH:MM:SS in UTC.
     `tpm_delays`: what the TPM's commands take, see swtpm.Delays; `tpm_line` can change that while the machine runs.
     `tpm_fails_from`: from the first command of this name on the TPM is in failure mode.
+    `root_later`: without the root disk, until `plug_root`.
     `log_writes`: each disk FILE's writes and flushes go to FILE.writes, in the order in which the guest made them; the
     root disk's only if it is a whole one, as ubd does not flush what lies over another file.
     """
@@ -86,6 +87,7 @@ class Uml(Running):
         append: str = "",
         memory: str = "640M",
         limit: float = 300,
+        root_later: bool = False,
         log_writes: bool = False,
         network: bool = False,
         clock: str = "",
@@ -101,6 +103,7 @@ class Uml(Running):
         self._tpm_delays, self._tpm_fails_from = tpm_delays, tpm_fails_from
         self._uefi = uefi
         self._memory = memory
+        self._root_later = root_later
         self._log_writes = log_writes
         self._network = network
         self._clock = clock
@@ -117,6 +120,10 @@ class Uml(Running):
     def plug(self, disk: Disk) -> None:
         """Hot-plug a disk."""
         self._ask(f"config {self._drive(disk)}")
+
+    def plug_root(self) -> None:
+        """The root disk, with `root_later`."""
+        self._ask(f"config {self._root()}")
 
     def unplug(self, disk: Disk) -> None:
         """Pull a disk out that nothing has open."""
@@ -136,7 +143,6 @@ class Uml(Running):
         return f"ubd{letter}={disk.path},,{disk.serial}"
 
     def _root(self) -> str:
-        self._letters["root"] = "a"
         whole, over = ROOT
         if not (self.home / whole).exists():
             return f"ubda={over},{self._image.disk},root"
@@ -162,7 +168,9 @@ class Uml(Running):
             "con=null",
             "ssl=null",
         ]
-        arguments += [f"initrd={self._initrd}", self._root(), *map(self._drive, self._disks)]
+        self._letters["root"] = "a"
+        root = [] if self._root_later else [self._root()]
+        arguments += [f"initrd={self._initrd}", *root, *map(self._drive, self._disks)]
         ends: list[socket.socket] = []
 
         def line(name: str) -> socket.socket:

@@ -37,7 +37,7 @@ def check_tpm(
             tpm.verify(slot, record)
             opened = allowed_states.current(paths, tpm).opened
             facts = tpm.facts()
-            boot = at_unseal.boot_method(paths, tpm.read_pcrs(range(16)))
+            boot = at_unseal.boot_method(paths, at_unseal.read_pcrs(paths, tpm))
     except UnlockError as error:
         yield Finding("TPM", UNSAFE, str(error), error.hint or "unlock explain")
         return
