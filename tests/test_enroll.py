@@ -24,6 +24,7 @@ from unlock.host import config, keyring, report, report_file
 from unlock.host.journal import DiskAdoption
 from unlock.host.provider_entry import NativeEntry
 from unlock.host.state import State
+from unlock.initramfs import DRACUT, INITRAMFS_TOOLS
 from unlock.keys import recovery_key
 from unlock.operations import adopt_disk, cache, init, membership, sync
 from unlock.operations.provider import Client
@@ -115,6 +116,24 @@ def test_init_a_second_time_is_refused(host: Paths, chip: Swtpm) -> None:
     with pytest.raises(Refused) as caught:
         init.init(host, choices(host, chip))
     assert caught.value.code == "initialised"
+
+
+def test_without_the_package_of_its_builder_a_host_is_told_to_install_it(host: Paths, chip: Swtpm) -> None:
+    Path(host.of_this_boot("report.json")).unlink()
+    for builder in (INITRAMFS_TOOLS, DRACUT):
+        if builder is DRACUT:
+            program = Path(host.root, "usr/bin/dracut")
+            program.parent.mkdir(parents=True)
+            program.touch()
+        with pytest.raises(Refused) as caught:
+            init.init(host, choices(host, chip))
+        assert caught.value.code == "initramfs-without-unlock" and f"apt install {builder.package}" in caught.value.hint
+        hook = Path(host.root, builder.hook)
+        hook.parent.mkdir(parents=True)
+        hook.touch()
+        with pytest.raises(Refused) as caught:
+            init.init(host, choices(host, chip))
+        assert builder.rebuild_all in caught.value.hint and "apt" not in caught.value.hint
 
 
 def test_each_refusal_has_its_name(host: Paths, chip: Swtpm) -> None:

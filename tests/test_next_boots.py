@@ -614,8 +614,34 @@ def test_the_image_that_counts_is_that_of_the_default_entry(host: Machine, tmp_p
     assert about_images(host) == {new: SAFE, old: NOTE, rescue: NOTE}
     older = f"Advanced options for Debian GNU/Linux>Debian GNU/Linux, with Linux {OLD}"
     install(host, {CONFIG: text("grub-1").replace('set default="0"', f'set default="{older}"').encode()})
-    assert run(host).boots[0].words == f"kernel {OLD}" and checked(host)[0] == SAFE
+    assert run(host).boots[0].words == f"kernel {OLD}" and checked(host)[0] == UNSAFE
     assert about_images(host) == {new: SAFE, old: UNSAFE, rescue: NOTE}
+
+
+def test_a_boot_whose_initramfs_lacks_unlock_is_not_allowed(host: Machine, tmp_path: Path) -> None:
+    """Nothing in it would lock the TPM."""
+    with_unlock = initramfs(tmp_path / "tree", "usr/lib/unlock/unlock/boot/agent.pyc", *READS)
+    without = initramfs(tmp_path / "tree", "bin/sh")
+    files = {**AFTER, f"/initrd.img-{NEW}": without, f"/initrd.img-{OLD}": without}
+    install(host, files)
+    found = run(host)
+    assert found.boots and not any(each.values for each in found.boots)
+    refusal = predict.default_boot_refusal(found)
+    assert refusal and f"unlock is not in initrd.img-{NEW}" in str(refusal)
+    assert f"update-initramfs -u -k {NEW}" in str(refusal)
+    rebuilt = {**files, f"/initrd.img-{NEW}": with_unlock}
+    install(host, rebuilt)
+    assert [bool(each.values) for each in run(host).boots] == [True, True, False]
+    assert boot(host, RealBoot("grub-1", files)) == "pcr-mismatch"
+    assert boot(host, RealBoot("grub-1", rebuilt)) == "unsealed"
+
+
+def test_an_initramfs_that_cannot_be_listed_is_named(host: Machine) -> None:
+    install(host, {**AFTER, f"/initrd.img-{NEW}": b"no archive"})
+    found = run(host)
+    assert found.boots[0].values and any(
+        f"whether unlock is in initrd.img-{NEW} is not known" in n for n in found.notes
+    )
 
 
 def test_boot_is_not_mounted(host: Machine, capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,6 +160,46 @@ def test_the_oldest_libraries_are_the_same_everywhere(debs: Packages) -> None:
         assert f'"{name}>={oldest}"' in project
 
 
+DEBIAN_12 = {
+    "cryptsetup-bin": "2:2.6.1-4~deb12u2",
+    "dmsetup": "2:1.02.185-2",
+    "libcryptsetup12": "2:2.6.1-4~deb12u2",
+    "libssl3": "3.0.17-1~deb12u2",
+    "libtss2-tcti-device0": "3.2.1-3",
+    "libudev1": "252.39-1~deb12u2",
+    "python3": "3.11.2-1+b1",
+    "python3-cryptography": "38.0.4-3+deb12u1",
+    "python3-tpm2-pytss": "1.2.0-3",
+    "systemd": "252.39-1~deb12u2",
+    "udev": "252.39-1~deb12u2",
+    "debconf": "1.5.82",
+}
+"""What it has of the package's dependencies."""
+
+
+@pytest.mark.parametrize(
+    ("more", "lacks"),
+    [
+        ({}, {"python3-cryptography", "python3-tpm2-pytss"}),
+        ({"python3-cryptography": "43", "python3-tpm2-pytss": "2.3"}, set()),
+    ],
+)
+def test_apt_on_debian_12_names_what_is_too_old(
+    debs: Packages, tmp_path: Path, more: dict[str, str], lacks: set[str]
+) -> None:
+    """With both it would install: nothing else is missing there."""
+    entry = "Package: {}\nStatus: install ok installed\nArchitecture: amd64\nMulti-Arch: allowed\nVersion: {}\n"
+    (tmp_path / "status").write_text("\n".join(entry.format(*each) for each in (DEBIAN_12 | more).items()))
+    (tmp_path / "lists/partial").mkdir(parents=True)
+    places = {"State::Status": "status", "State::Lists": "lists", "Cache": "cache", "Etc": "etc"}
+    options = [f"-oDir::{name}={tmp_path / where}" for name, where in places.items()]
+    command: list[str | Path] = ["apt-get", "-s", "--no-install-recommends", "-oAPT::Architecture=amd64", *options]
+    command += ["install", debs.core]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    assert set(re.findall(r"Depends: (\S+) \(>= [0-9.]+\) but", done.stdout)) == lacks, done.stdout + done.stderr
+    assert (done.returncode != 0) == bool(lacks), done.stdout + done.stderr
+
+
 def test_maintainer_scripts_are_clean(debs: Packages, tmp_path: Path) -> None:
     """As they are installed, with what debhelper has added."""
     for name, deb in all_of(debs).items():

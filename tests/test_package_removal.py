@@ -13,6 +13,7 @@ from tests.killing import Killer
 from unlock.errors import Refused
 from unlock.host import config, keyring
 from unlock.host.journal import DiskRelease
+from unlock.initramfs import DRACUT, INITRAMFS_TOOLS, Builder
 from unlock.operations import removal
 from unlock.paths import Paths
 
@@ -79,6 +80,22 @@ def test_a_host_that_was_never_initialised_loses_nothing(tmp_path: Path) -> None
     paths = Paths(str(tmp_path))
     assert removal.removal(paths, []) == 0
     assert not written(paths)
+
+
+@pytest.mark.parametrize("builder", [INITRAMFS_TOOLS, DRACUT])
+def test_images_of_older_kernels_are_named(host: Host, builder: Builder, capsys: pytest.CaptureFixture[str]) -> None:
+    """dpkg's trigger makes the newest anew alone."""
+    boot = Path(host.paths.root, "boot")
+    boot.mkdir()
+    (boot / "initrd.img-6.12.9").touch()
+    if builder is DRACUT:
+        (boot.parent / "usr/bin").mkdir(parents=True)
+        (boot.parent / "usr/bin/dracut").touch()
+    removal.removal(host.paths, ["other", "data"])
+    assert "initrd.img" not in capsys.readouterr().err
+    (boot / "initrd.img-6.12.10").touch()
+    removal.removal(host.paths, ["other", "data"])
+    assert f"unlock stays in initrd.img-6.12.9 until: {builder.rebuild_every}" in capsys.readouterr().err
 
 
 def test_an_operation_under_way_has_a_name_of_its_own(host: Host) -> None:

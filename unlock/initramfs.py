@@ -29,8 +29,14 @@ class Builder(NamedTuple):
     """That takes a name in /proc/PID/fd, and any other link."""
     rebuild_all: str
     """What a person types to make the images anew."""
+    rebuild_every: str
+    """The same for those of older kernels too."""
     rebuild_one: str
     """The same for one image, with its {version} and {image}."""
+    package: str
+    """Of Debian, which puts unlock into its images."""
+    hook: str
+    """What that installs, as `make install` does."""
     lists_root: bool
     """Its images have the crypttab line of each disk that the root file system needs."""
 
@@ -46,7 +52,10 @@ INITRAMFS_TOOLS = Builder(
     listing=("lsinitramfs",),
     lists_links=True,
     rebuild_all="update-initramfs -u",
+    rebuild_every="update-initramfs -u -k all",
     rebuild_one="update-initramfs -u -k {version}",
+    package="unlock-initramfs",
+    hook="usr/share/initramfs-tools/hooks/unlock",
     lists_root=True,
 )
 DRACUT = Builder(
@@ -57,7 +66,10 @@ DRACUT = Builder(
     listing=("lsinitrd",),
     lists_links=False,
     rebuild_all="dracut -f --regenerate-all",
+    rebuild_every="dracut -f --regenerate-all",
     rebuild_one="dracut -f {image} {version}",
+    package="unlock-dracut",
+    hook="usr/lib/dracut/modules.d/90unlock/module-setup.sh",
     lists_root=False,
 )
 

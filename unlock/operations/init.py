@@ -215,8 +215,10 @@ def preflight(paths: Paths, tpm: Tpm, choices: InitChoices, again: bool) -> Pref
     _check_chip(tpm, choices, again)
     early = this_boot.read_early_report(paths)
     if early is None:
-        rebuild = initramfs.of_host(paths.root).rebuild_all
-        _require_accepted(choices, "initramfs-without-unlock", f"{rebuild}, and reboot once")
+        builder = initramfs.of_host(paths.root)
+        hook = os.path.exists(os.path.join(paths.root, builder.hook))
+        do = builder.rebuild_all if hook else f"apt install {builder.package}"
+        _require_accepted(choices, "initramfs-without-unlock", f"{do}, and reboot once")
     before = early.facts.cap_pcr_before if early else None
     cap = tpm.read_pcrs((pcr_policy.CAP_PCR,))[pcr_policy.CAP_PCR]
     untouched = before == pcr_policy.UNSET.hex() if before else cap in (pcr_policy.UNSET, pcr_policy.CAPPED)

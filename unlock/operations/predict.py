@@ -15,12 +15,12 @@ from collections.abc import Iterable
 from typing import NamedTuple, TypedDict
 
 from .. import journald, log, messages
-from ..errors import Refused, UnlockError
+from ..errors import CommandFailed, Refused, UnlockError
 from ..host import this_boot
 from ..host.state import State
 from ..measured import at_unseal, efivars, eventlog, logs, verify
 from ..paths import Paths
-from ..predict import allowed_states, boot_files, booted, efistub, grub_menu, uki
+from ..predict import allowed_states, boot_files, booted, efistub, grub_menu, initramfs_images, uki
 from ..predict.boot_tree import BootTree
 from ..predict.next_boot import NextBoot, PredictionInput, boot_loaders, check_signer
 from ..predict.replay import cannot_predict
@@ -160,6 +160,7 @@ def predict_and_allow(paths: Paths, tcti: str, dry_run: bool = False, trust_file
             inputs = inputs._replace(booted=now)
         boots, doubts, notes = predict_next_boots(inputs)
         boots = [_with_all_pcrs(each, allowed.record.selection) for each in boots]
+        boots = [_with_unlock(inputs, each, notes) for each in boots]
         states = len(allowed_states.current(paths, tpm).states)
     predicted = {each.words: each.values for each in boots if each.values is not None}
     if predicted and not dry_run:
@@ -181,6 +182,25 @@ def _with_all_pcrs(boot: NextBoot, selection: Iterable[int]) -> NextBoot:
     if unknown:
         return boot._replace(values=None, why=f"what it will measure into PCR {min(unknown)} cannot be told")
     return boot
+
+
+def _with_unlock(inputs: PredictionInput, boot: NextBoot, notes: list[str]) -> NextBoot:
+    """The boot; not predicted when unlock is not in its initramfs: nothing would lock the TPM then. Adds a note where
+    the image cannot be listed. The image of this boot has unlock, as the TPM has released the key."""
+    tree, image = inputs.tree, boot.initrd
+    measured = {each.digest for each in inputs.log.events}
+    if boot.values is None or not image or {tree.digest(image), boot_files.authenticode(tree, image)} & measured:
+        return boot
+    name = os.path.basename(image)
+    try:
+        contents = initramfs_images.read_contents(tree, image)
+    except CommandFailed as error:
+        notes.append(f"whether unlock is in {name} is not known: {error}")
+        return boot
+    if contents.unlock:
+        return boot
+    do = initramfs_images.how_to_rebuild(tree, image)
+    return boot._replace(values=None, why=f"unlock is not in {name}, so nothing would lock the TPM: {do}")
 
 
 def default_boot_refusal(found: Prediction) -> Refused | None:

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .. import log
+from .. import initramfs, log
 from ..disks import devices, fstab
 from ..disks.groups import Group, Member
 from ..errors import Malformed, Refused, UnlockError
@@ -26,6 +26,8 @@ from ..host import config, units, wrong_config
 from ..host.journal import command
 from ..host.state import State
 from ..paths import Paths, sync_folder, write_atomically
+from ..predict import initramfs_images
+from ..predict.boot_tree import BootTree
 from ..tpm.chip import Tpm
 from ..tpm.record import SLOTS
 from .membership import mounts_needed_before_groups
@@ -104,6 +106,9 @@ def find_loss(paths: Paths) -> Loss:
     for name in sorted({*groups, *mounts}):
         members = groups[name].members if name in groups else ()
         lines.append(_describe(name, members, mounts.get(name, ""), set(members) & set(roots) != set()))
+    if older := initramfs_images.list_images(BootTree(paths))[:-1]:
+        names, rebuild = " ".join(map(os.path.basename, older)), initramfs.of_host(paths.root).rebuild_every
+        lines.append(f"only the newest kernel's initramfs is made anew; unlock stays in {names} until: {rebuild}")
     if groups or mounts:
         lines.append("each disk opens with the recovery key: cryptsetup open DEVICE NAME")
     return Loss(

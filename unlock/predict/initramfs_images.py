@@ -57,6 +57,8 @@ def kernel_version(image: str) -> str:
 
 def how_to_rebuild(tree: BootTree, image: str) -> str:
     """What a person types to make the image anew."""
+    if is_unified(image):
+        return "kernel-install add-all"
     return initramfs.of_host(tree.paths.root).rebuild(version=kernel_version(image), image=image)
 
 

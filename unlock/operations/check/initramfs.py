@@ -64,8 +64,7 @@ def check_initramfs_images(
         except CommandFailed as error:
             wrong = str(error)
         if wrong:
-            unified = initramfs_images.is_unified(image)
-            do = "kernel-install add-all" if unified else initramfs_images.how_to_rebuild(tree, image)
+            do = initramfs_images.how_to_rebuild(tree, image)
             yield Finding(name, UNSAFE if image in needed else NOTE, wrong, do)
         else:
             yield Finding(name, SAFE, "unlock is in it, and reads what is on the disks and in the TPM")
