@@ -242,6 +242,7 @@ def _check(work: Work, group: Group, member: Member, node: str) -> DiskDecryptio
                 code="not-supported",
             )
         slots = tuple(container.keyslots())
+    place = partition_table.find_place(node, offset)
     reencrypt.choose_resilience(node, 512)
     name = devices.active_mapping_name(member.uuid)
     if name and relink_mapping.is_left(name):
@@ -250,7 +251,6 @@ def _check(work: Work, group: Group, member: Member, node: str) -> DiskDecryptio
             "reboot: it opens by itself",
             code="killed-run",
         )
-    place = partition_table.find_place(node, offset)
     return DiskDecryption(
         "disk decrypt",
         member.name,
