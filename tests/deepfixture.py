@@ -107,9 +107,12 @@ def read_plain(image: Path, keys: dict[str, bytes]) -> bytes:
             assert "flags" not in each, "a hotzone that is not recovered"
             start = int(each["offset"])
             length = size - start if each["size"] == "dynamic" else int(each["size"])
-            key = next(keys[digest] for digest, fields in header["digests"].items() if number in fields["segments"])
             file.seek(start)
             data = file.read(length)
+            if each["type"] == "linear":
+                out += data
+                continue
+            key = next(keys[digest] for digest, fields in header["digests"].items() if number in fields["segments"])
             out += crypt(key, data, encrypt=False, sector=each["sector_size"], first=int(each["iv_tweak"]))
     return out
 

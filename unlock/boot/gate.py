@@ -40,7 +40,7 @@ from ..errors import (
     Usage,
 )
 from ..host import config, keyring, report, this_boot, units
-from ..host.journal import DiskEncryption, Rebind
+from ..host.journal import DiskDecryption, DiskEncryption, Rebind
 from ..host.lock import exclusive, try_lock
 from ..host.state import State
 from ..keys import access, rotation
@@ -315,10 +315,10 @@ def _refuse_put_back(state: State, unwrap: Unwrap) -> Unwrap:
     """The same, but raises Tampered for a header that says that its disk is half in clear when the journal does not:
     the recovery key and the KEK, unlike the persistence key, are what they were then."""
     entry = state.journal.before if isinstance(state.journal, Rebind) else state.journal
-    encrypted = entry.member.uuid if isinstance(entry, DiskEncryption) else ""
+    moving = entry.member.uuid if isinstance(entry, DiskEncryption | DiskDecryption) else ""
 
     def checked(header: Header, token: Token) -> Secret:
-        if header.uuid != encrypted and disk_keys.is_half_in_clear(header, token):
+        if header.uuid != moving and disk_keys.is_half_in_clear(header, token):
             raise Tampered(
                 "its header is from the time when the disk was half in clear",
                 f"a later one: cryptsetup luksHeaderRestore {header.device} --header-backup-file FILE",

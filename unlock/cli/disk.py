@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unlock disk adopt`, `unlock disk flags`; the others are in cli.encrypt, cli.group_disks, cli.leave, cli.lists."""
+"""`unlock disk adopt`, `unlock disk flags`; the others are in cli.decrypt, cli.encrypt, cli.group_disks, cli.leave and
+cli.lists."""
 
 import argparse
 from contextlib import nullcontext
@@ -9,7 +10,7 @@ from .. import ask, log
 from ..errors import NotOurs, Usage
 from ..paths import Paths
 from ..secret import Secret
-from . import encrypt, group_disks, leave, lists
+from . import decrypt, encrypt, group_disks, leave, lists
 from .arguments import PASSPHRASE, add_command, add_noun, add_recovery_key_and_escrow, escrow, existing_secret
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def add(commands: "Commands") -> None:
     lists.add_to_disk(verbs)
     leave.add_to_disk(verbs)
     encrypt.add_to_disk(verbs)
+    decrypt.add_to_disk(verbs)
     flags = add_command(verbs, "flags", _flags, "change how a member is opened: flags of its header")
     flags.add_argument("device", metavar="DEV")
     flags.add_argument("--set", action="append", default=[], metavar="FLAG", help="as allow-discards; may be repeated")

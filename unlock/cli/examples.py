@@ -23,6 +23,7 @@ EXAMPLES = {
     "disk remove": "unlock disk remove data-b --dry-run",
     "disk replace": "unlock disk replace data-b /dev/sdd",
     "disk flags": "unlock disk flags /dev/sdb --set allow-discards",
+    "disk decrypt": "unlock disk decrypt photos-a",
     "disk encrypt": "unlock disk encrypt /dev/sde1 --group photos",
     "disk list": "unlock disk list",
     "disk forget": "unlock disk forget data-b --dry-run",

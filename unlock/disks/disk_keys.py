@@ -166,8 +166,8 @@ def ensure_recovery_keyslot(container: luks.Container, *, dek: Secret, recovery:
 
 def is_half_in_clear(header: Header, each: token.Token) -> bool:
     """Whether a part of the data is in clear, by a token that fits its header. Such a header from before the end of the
-    encryption, put back, is as authentic by the recovery key as it was. Raises Tampered, Malformed."""
-    return is_moving(header, each) and bool(each.reencryption and each.reencryption.plan.clear)
+    encryption or decryption, put back, is as authentic by the recovery key as it was. Raises Tampered, Malformed."""
+    return is_moving(header, each) and bool(each.reencryption and each.reencryption.plan.leaves_clear)
 
 
 def dek_by_checked_recovery_key(header: Header, each: token.Token, *recovery: Secret, in_clear: bool = False) -> Secret:
@@ -179,7 +179,7 @@ def dek_by_checked_recovery_key(header: Header, each: token.Token, *recovery: Se
     """
     if not in_clear and is_half_in_clear(header, each):
         raise Tampered(
-            f"{header.device}: its header says that it is half encrypted; whether that is so, this system cannot tell",
+            f"{header.device}: its header says that it is half in clear; whether that is so, this system cannot tell",
             "when the root file system is there: unlock open GROUP --recovery",
         )
     trouble: UnlockError | None = None
@@ -211,9 +211,11 @@ def _dek_by_one_key(header: Header, each: token.Token, recovery: Secret) -> Secr
 
 
 def moving_keyslots(header: Header, each: token.Token) -> list[int]:
-    """As `Header.cheap_keyslots`, of the volume key that a disk gets which is half re-encrypted."""
+    """As `Header.cheap_keyslots`, of the volume key that a disk gets which is half re-encrypted; of the one that it has
+    while it is decrypted."""
     assert each.reencryption
-    return header.cheap_keyslots_of(header.metadata["digests"][str(each.reencryption.plan.new)])
+    plan = each.reencryption.plan
+    return header.cheap_keyslots_of(header.metadata["digests"][str(plan.old if plan.decrypts else plan.new)])
 
 
 def mac_key(recovery: Secret, host: str) -> Secret:

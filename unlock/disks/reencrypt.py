@@ -47,6 +47,7 @@ INITIALIZE_ONLY, MOVE_FIRST_SEGMENT, _RESUME_ONLY, _RECOVERY = 1 << 0, 1 << 1, 1
 _PREFER = 2  # CRYPT_SLOT_PRIORITY_PREFER
 _REENCRYPT, _FORWARD = 0, 0
 ENCRYPT, BACKWARD = 1, 1
+_DECRYPT = 2
 _PHYSICAL_BLOCK_SIZE = 0x127B  # BLKPBSZGET of linux/fs.h
 _SECTOR = 512
 
@@ -111,7 +112,8 @@ class Disk(Container):
         self._do(f"cannot prefer keyslot {slot}", "crypt_keyslot_set_priority", slot, _PREFER)
 
     def start(self, name: str, passphrase: Secret, plan: Plan) -> None:
-        """Writes into the header that the disk is being re-encrypted. `name`: its mapping, or '' for a closed disk."""
+        """Writes into the header that the disk is being re-encrypted or decrypted. `name`: its mapping, or '' for a
+        closed disk."""
         self._use_disk()
         self._minimal_pbkdf()  # of a digest over both volume keys
         segment = self.metadata["segments"]["0"]
@@ -119,18 +121,18 @@ class Disk(Container):
         luks2 = Luks2Parameters(sector_size=int(segment["sector_size"]))
         resilience = choose_resilience(self.device, int(segment["sector_size"]))
         parameters = Parameters(
-            mode=_REENCRYPT,
+            mode=_DECRYPT if plan.decrypts else _REENCRYPT,
             direction=_FORWARD,
             resilience=resilience.encode(),
             hash=b"sha256",
             max_hotzone_size=HOTZONE // _SECTOR,
-            luks2=ctypes.cast(ctypes.pointer(luks2), c_void_p),
+            luks2=None if plan.decrypts else ctypes.cast(ctypes.pointer(luks2), c_void_p),
             flags=INITIALIZE_ONLY,
         )
+        new = (ANY, None, None) if plan.decrypts else (plan.new_keyslot, cipher.encode(), mode.encode())
         self._do(
-            "cannot be re-encrypted", "crypt_reencrypt_init_by_passphrase",
-            name.encode() or None, *sized(passphrase), plan.old_keyslot, plan.new_keyslot,
-            cipher.encode(), mode.encode(), ctypes.byref(parameters),
+            "cannot be decrypted" if plan.decrypts else "cannot be re-encrypted", "crypt_reencrypt_init_by_passphrase",
+            name.encode() or None, *sized(passphrase), plan.old_keyslot, *new, ctypes.byref(parameters),
         )  # fmt: skip
 
     def run(self, name: str, passphrase: Secret, tell: Tell, hotzone: int = 0) -> None:
@@ -172,9 +174,10 @@ class Disk(Container):
         metadata = self.metadata
         last = next(each for each in metadata["segments"].values() if "backup-final" in each.get("flags", ()))
         encrypts = any(each.get("mode") == "encrypt" for each in metadata["keyslots"].values())
-        luks2 = Luks2Parameters(sector_size=int(last["sector_size"]))
+        decrypts = last["type"] == "linear"
+        luks2 = Luks2Parameters(sector_size=int(last.get("sector_size", _SECTOR)))
         parameters = Parameters(
-            mode=ENCRYPT if encrypts else _REENCRYPT,
+            mode=ENCRYPT if encrypts else _DECRYPT if decrypts else _REENCRYPT,
             direction=BACKWARD if encrypts else _FORWARD,
             max_hotzone_size=hotzone // _SECTOR,
             luks2=ctypes.cast(ctypes.pointer(luks2), c_void_p),
@@ -332,7 +335,8 @@ def step(device: str, passphrase: Secret, hotzone: int, data: str) -> None:
 
 
 def settle(device: str, plan: Plan, passphrase: Secret | None, data: str = "") -> str:
-    """Brings the header to a phase in which libcryptsetup may see it, and returns the phase: `old`, `moving` or `new`.
+    """Brings the header to a phase in which libcryptsetup may see it, and returns the phase: `old`, `moving` or `new`;
+    of a disk that is decrypted, `whole` in place of `new`.
 
     Without a passphrase a hotzone cannot be recovered: `crash` stays. `data`: another block device with the disk's
     data, which a mapping may hold then; '' for a disk that is closed. Raises Tampered for a header that is not the
@@ -354,7 +358,7 @@ def settle(device: str, plan: Plan, passphrase: Secret | None, data: str = "") -
             found = phase_of(metadata, plan, device)
             sequence += 1
             write_header(device, metadata, newest, sequence)
-        if found == WHOLE:
+        if found == WHOLE and not plan.decrypts:
             if plan.clear:
                 overwrite(device, plan.clear + SHIFT, SHIFT)  # what was in clear
             metadata, found = finished(metadata, plan), NEW
@@ -373,8 +377,10 @@ def _recover(device: str, copy: raw_header.Copy, plan: Plan, passphrase: Secret,
             flush(data)
         flush(device)
         after = read_valid_copies(disk.path)[0].metadata(device)
+    if plan.decrypts and not after["config"].get("requirements"):  # the library went to its end, in memory
+        return all_new(copy.metadata(device), plan)
     found = phase_of(after, plan, device)
-    if found == NEW:  # the library went to its end, in memory
+    if found == NEW:  # the same
         return all_new(copy.metadata(device), plan)
     if found != MOVING:
         raise DiskFailed(f"{device}: the recovery of its re-encryption left it {found}")

@@ -21,7 +21,7 @@ from hashlib import sha256
 from ..errors import Malformed, Tampered
 from ..light import Any, NamedTuple
 from ..strictjson import canonical
-from . import encrypt_plan
+from . import decrypt_plan, encrypt_plan
 from .header import Header
 
 REQUIREMENT = "online-reencrypt-v2"
@@ -32,7 +32,7 @@ _MOVED = ("offset", "size", "iv_tweak", "flags")
 _RESILIENCE = ("checksum", "journal")
 
 NO_DIGEST = -1
-"""Of a disk whose data was in clear."""
+"""Of data in clear."""
 
 
 class Plan(NamedTuple):
@@ -43,6 +43,7 @@ class Plan(NamedTuple):
     old_facts: str
     """SHA-256, in hex, of that digest without its lists."""
     new: int
+    """NO_DIGEST for a disk that is decrypted."""
     new_facts: str
     old_keyslot: int
     """The operation key's keyslot for the old volume key."""
@@ -51,9 +52,20 @@ class Plan(NamedTuple):
     """Bytes of data in clear, of a disk that is encrypted in place (encrypt_plan): there is no old volume key then."""
 
     @property
+    def decrypts(self) -> bool:
+        """The data will be in clear (decrypt_plan). Both keyslots are one then."""
+        return self.new == NO_DIGEST
+
+    @property
+    def leaves_clear(self) -> bool:
+        """A part of the data is in clear on the way."""
+        return bool(self.clear) or self.decrypts
+
+    @property
     def digests(self) -> list[Any]:
         """As in the token."""
-        return [self.clear or [self.old, self.old_facts], [self.new, self.new_facts]]
+        new = None if self.decrypts else [self.new, self.new_facts]
+        return [self.clear or [self.old, self.old_facts], new]
 
     @property
     def keyslots(self) -> list[int]:
@@ -76,8 +88,14 @@ def plan_facts(header: Header, plan: Plan) -> dict[str, Any]:
         "uuid": header.uuid,
         "segment": segment,
         "flags": header.metadata["config"].get("flags"),
-        "reencrypt": encrypt_plan.FACTS if plan.clear else {"mode": "reencrypt", "direction": "forward"},
+        "reencrypt": _mode(plan),
     }
+
+
+def _mode(plan: Plan) -> dict[str, Any]:
+    if plan.decrypts:
+        return decrypt_plan.FACTS
+    return encrypt_plan.FACTS if plan.clear else {"mode": "reencrypt", "direction": "forward"}
 
 
 def phase(header: Header, plan: Plan) -> str:
@@ -99,7 +117,7 @@ def _examine(metadata: dict[str, Any], plan: Plan, device: str) -> tuple[str, An
     """The phase, and the segment as it was and will be."""
     try:
         return _phase_and_segment(metadata, plan)
-    except (_DoesNotFit, encrypt_plan.DoesNotFit) as error:
+    except (_DoesNotFit, encrypt_plan.DoesNotFit, decrypt_plan.DoesNotFit) as error:
         raise Tampered(f"{device}: its header is not that of the re-encryption in its token: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise Malformed(f"{device}: the LUKS2 metadata is not as the specification says") from error
@@ -128,6 +146,8 @@ def _phase_and_segment(metadata: dict[str, Any], plan: Plan) -> tuple[str, Any]:
     _need(canonical(requirements) == canonical({"mandatory": [REQUIREMENT]}), "requirements")
     if plan.clear:
         return _encrypted_in_place(segments, covers, moves, plan)
+    if plan.decrypts:
+        return _decrypted_in_place(segments, covers, moves, plan)
     _need(len(moves) == 1 and _is_ours(moves[0]), "mode")
     return _under_way(segments, covers, plan)
 
@@ -138,6 +158,15 @@ def _encrypted_in_place(
     found = encrypt_plan.examine(segments, moves, plan.clear)
     _need_crypt(found.segment)
     _need(covers.get(plan.new) == set(map(str, found.encrypted)), "a digest's segments")
+    return CRASH if found.is_crashed else WHOLE if found.is_whole else MOVING, found.segment
+
+
+def _decrypted_in_place(
+    segments: dict[int, Any], covers: dict[int, set[str]], moves: list[Any], plan: Plan
+) -> tuple[str, Any]:
+    found = decrypt_plan.examine(segments, moves)
+    _need_crypt(found.segment)
+    _need(covers.get(plan.old) == set(map(str, found.encrypted)), "a digest's segments")
     return CRASH if found.is_crashed else WHOLE if found.is_whole else MOVING, found.segment
 
 
@@ -231,7 +260,10 @@ def _without(fields: Any, names: tuple[str, ...]) -> dict[str, Any]:
 def parts(metadata: dict[str, Any], plan: Plan) -> list[tuple[int, Any]]:
     """The segments of the data in order, each with the digest of its volume key; of a hotzone, the new one."""
     segments = {int(number): each for number, each in metadata["segments"].items()}
-    new = {int(number) for number in metadata["digests"][str(plan.new)]["segments"]}
+    if plan.decrypts:
+        new = {number for number, each in segments.items() if each["type"] == "linear"}
+    else:
+        new = {int(number) for number in metadata["digests"][str(plan.new)]["segments"]}
     regular = sorted(number for number, each in segments.items() if not is_backup(each))
     return [(plan.new if number in new else plan.old, segments[number]) for number in regular]
 
@@ -252,7 +284,9 @@ def without_hotzone(metadata: dict[str, Any], plan: Plan) -> dict[str, Any]:
     rest = {
         **_without(segments[before], ("flags",)),
         "offset": hot["offset"],
-        "iv_tweak": hot["iv_tweak"],
+        "iv_tweak": str(
+            int(segments[before]["iv_tweak"]) + (int(hot["offset"]) - int(segments[before]["offset"])) // 512
+        ),
         "size": left,
     }
     count = len(moved)

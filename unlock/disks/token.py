@@ -18,7 +18,8 @@
                             "key"}: number and SHA-256 of the digest of the old volume key, and of the new; the
                             numbers of the operation key's keyslots; the new volume key and the operation key, wrapped
                             by the KEK. `dek` is the old volume key. While a disk is encrypted in place, old is the
-                            number of bytes that were in clear, both keyslots are one, and `dek` is the only one
+                            number of bytes that were in clear, both keyslots are one, and `dek` is the only one; while
+                            it is decrypted in place, new is null, and the same holds
     pad                     spaces up to SIZE bytes: a longer token later needs no more room
 
 Wrapped keys are AES-256-GCM: 12 bytes of nonce, the ciphertext, 16 bytes of tag; base64.
@@ -226,7 +227,7 @@ def _decode_reencryption(fields: Any) -> Reencryption | None:
         raise Malformed("the token's reencrypt is not in the format of its version")
     clear = _get_int(fields, "old", _CLEAR_MAX, least=1) if isinstance(fields["old"], int) else 0
     old, old_facts = (NO_DIGEST, "") if clear else _get_digest(fields, "old")
-    new, new_facts = _get_digest(fields, "new")
+    new, new_facts = _get_digest(fields, "new") if fields["new"] is not None else (NO_DIGEST, "")
     keyslots = fields["keyslots"]
     if not isinstance(keyslots, list) or len(keyslots) != 2 or not all(map(_is_number, keyslots)) or old == new:
         raise Malformed("the token's reencrypt has no two keyslots and digests")

@@ -9,6 +9,7 @@ rename. After a kill, the same command finds its own record and finishes; every 
 from typing import Literal, NamedTuple
 
 from ..disks.groups import Member
+from ..disks.place import Place
 
 
 class Init(NamedTuple):
@@ -115,6 +116,24 @@ class DiskEncryption(NamedTuple):
     """The same of this part where it was moved to, changed for a smaller file system; '' before that is durable."""
     written: bool
     """The header is on the disk."""
+
+
+class DiskDecryption(NamedTuple):
+    """`unlock disk decrypt`. How far the data is its header says; the token has the key."""
+
+    operation: Literal["disk decrypt"]
+    about: str
+    """Mapping name of the disk."""
+    group: str
+    """The group that ends with it."""
+    kek: str
+    """The provider's id of the group's KEK."""
+    member: Member
+    keyslots: tuple[int, ...]
+    """Those that the disk had before."""
+    place: Place
+    placed: bool
+    """The data is a partition, and the disk has no header that counts."""
 
 
 class Rekey(NamedTuple):
@@ -295,6 +314,7 @@ JournalEntry = (
     | DiskRemoval
     | DiskReplacement
     | DiskEncryption
+    | DiskDecryption
     | Rekey
     | DeepRekey
     | RecoveryRotation
@@ -310,7 +330,13 @@ JournalEntry = (
     | DiskErasure
 )
 
-GOES_ON_BY_ITSELF: tuple[type[JournalEntry], ...] = (DiskRemoval, DiskReplacement, DeepRekey, DiskEncryption)
+GOES_ON_BY_ITSELF: tuple[type[JournalEntry], ...] = (
+    DiskRemoval,
+    DiskReplacement,
+    DeepRekey,
+    DiskEncryption,
+    DiskDecryption,
+)
 """Records of operations that unlock-resume.service goes on with after a boot: they need nothing from a person."""
 
 
@@ -330,9 +356,13 @@ def chain(entry: JournalEntry | None) -> tuple[JournalEntry, ...]:
     return (entry, *chain(entry.before if isinstance(entry, Rebind | NewPersistenceKey) else None))
 
 
+IN_CLEAR = "its data is in clear, as a whole or in part"
+"""What is told of such a disk."""
+
+
 def disks_in_clear(entry: JournalEntry | None) -> list[str]:
-    """Mapping names of the disks whose data is in clear until the operation has ended."""
-    return [each.member.name for each in chain(entry) if isinstance(each, DiskEncryption)]
+    """Mapping names of the disks of which a part is in clear while the operation is under way."""
+    return [each.member.name for each in chain(entry) if isinstance(each, DiskEncryption | DiskDecryption)]
 
 
 def command(entry: JournalEntry) -> str:

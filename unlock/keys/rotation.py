@@ -18,7 +18,15 @@ from ..disks import disk_keys, luks
 from ..disks.groups import Group, Member
 from ..errors import NoKey, Refused, StateBlocked, Tampered, UnlockError
 from ..host import keyring, this_boot
-from ..host.journal import DeepRekey, DiskEncryption, DiskForgetting, JournalEntry, NewPersistenceKey, Rekey
+from ..host.journal import (
+    DeepRekey,
+    DiskDecryption,
+    DiskEncryption,
+    DiskForgetting,
+    JournalEntry,
+    NewPersistenceKey,
+    Rekey,
+)
 from ..host.state import State
 from ..host.state_file import KeyEntry, ReplacedKek
 from ..providers import USABLE, Ref
@@ -217,7 +225,7 @@ def rewrap_disk(work: Work, group: Group, member: Member, node: str, kek: Secret
     if isinstance(state.journal, NewPersistenceKey):
         raise Refused(f"`{state.to_finish}` is not finished", "run it again first", code="unfinished")
     moving = [each.uuid for each in state.journal.disks] if isinstance(state.journal, DeepRekey) else []
-    moving += [state.journal.member.uuid] if isinstance(state.journal, DiskEncryption) else []
+    moving += [state.journal.member.uuid] if isinstance(state.journal, DiskEncryption | DiskDecryption) else []
     if member.uuid in moving:
         raise Refused(f"`{state.to_finish}` is not finished", "unlock status", code="unfinished")
     with work.host_key() as host_key, state.mac_key(work.persistence, member.uuid) as mac_key:

@@ -25,7 +25,7 @@ from ..disks import disk_keys, find
 from ..disks.groups import Group, Member
 from ..errors import DiskFailed, NoSlot, Refused, UnlockError
 from ..host import this_boot
-from ..host.journal import DeepRekey, DiskEncryption, NewPersistenceKey, Rebind
+from ..host.journal import DeepRekey, DiskDecryption, DiskEncryption, NewPersistenceKey, Rebind
 from ..host.state import State, changing
 from ..keys import access
 from ..paths import TPM_DEVICE, Paths
@@ -48,7 +48,7 @@ class Replaced(NamedTuple):
 def is_due(state: State) -> bool:
     """Whether a policy has narrowed since the persistence key was made, or a replacement is not finished. Not while a
     rebind is, which makes a new key itself, nor while disks get new volume keys: their tokens cannot be written."""
-    if isinstance(state.journal, Rebind | DeepRekey | DiskEncryption):
+    if isinstance(state.journal, Rebind | DeepRekey | DiskEncryption | DiskDecryption):
         return False
     return state.narrowed is not None or isinstance(state.journal, NewPersistenceKey)
 
@@ -99,7 +99,7 @@ def replace(
 
 def _replace(paths: Paths, tcti: str, owner_auth: Secret | None, look: find.Look) -> Replaced:
     with changing(paths) as state, Tpm(tcti) as tpm:
-        if isinstance(state.journal, Rebind | DeepRekey | DiskEncryption):
+        if isinstance(state.journal, Rebind | DeepRekey | DiskEncryption | DiskDecryption):
             state.refuse_other("rekey --fresh", "")
         record = _current_record(tpm, state)
         slots.require_owner_auth(tpm, owner_auth, "unlock rekey --fresh --owner-auth-file FILE")

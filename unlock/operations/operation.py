@@ -17,6 +17,7 @@ from ..host.journal import (
     DeepRekey,
     DiskAddition,
     DiskAdoption,
+    DiskDecryption,
     DiskEncryption,
     DiskErasure,
     DiskForgetting,
@@ -43,6 +44,7 @@ from ..paths import Paths
 from . import (
     add_disk,
     create_group,
+    decrypt_disk,
     delete_group,
     encrypt_disk,
     erase_disk,
@@ -155,6 +157,11 @@ def _finish_encryption(run: Run) -> list[str]:
     return []
 
 
+def _finish_decryption(run: Run) -> list[str]:
+    done = decrypt_disk.resume(run.paths, run.tell, run.look, tcti=run.tcti)
+    return [decrypt_disk.describe_waiting(done)] if done and done.outcome == "waiting" else []
+
+
 def _finish_removal_of_keys(run: Run) -> list[str]:
     persistence.remove_all_stored_keys(run.paths, run.tcti)
     return []
@@ -250,6 +257,13 @@ _HANDLINGS: dict[type[JournalEntry], Handling] = {
         cancel=encrypt_disk.cancel,
         cancelled="the disk holds what it held, in clear; refused once its data has moved",
         give_up=encrypt_disk.give_up,
+    ),
+    DiskDecryption: Handling(
+        go_on=_finish_decryption,
+        pausable=True,
+        cancel=decrypt_disk.cancel,
+        cancelled="the disk stays encrypted; refused once its header says that it is decrypted",
+        give_up=decrypt_disk.give_up,
     ),
     Rekey: Handling(
         go_on=_finish_rekey,

@@ -458,7 +458,7 @@ def _begin_or_settle(work: Work, place: _Place, disk: DeepRekeyDisk) -> _Begun |
     mapping = devices.active_mapping_name(place.member.uuid)
     reencrypt.unlock_after_kill(place.node)
     with luks.Container(place.node) as container:
-        each = _find_plan_token(work, container)
+        each = find_plan_token(work, container)
         if each is None:
             _require_done(work, place, container, disk)
             return None
@@ -501,7 +501,7 @@ def _clean(work: Work, place: _Place, disk: DeepRekeyDisk) -> None:
     mac_key = work.state.mac_key(work.persistence, place.member.uuid)
     with _kek(work, place) as kek, access.token_keys(work, kek=kek, mac_key=mac_key) as keys:
         with luks.Container(place.node) as container:
-            before = _find_plan_token(work, container)
+            before = find_plan_token(work, container)
             dek = access.find_volume_key(work, container, place.group)
             each = disk_keys.make_token(container, work.state.host, place.group, place.member, dek, keys)
             work.state.headers[place.member.uuid] = canonical(container.facts()).decode()
@@ -546,7 +546,7 @@ def _name_of(paths: Paths, look: find.Look, connect: access.Connect, uuid: str) 
     return "", uuid
 
 
-def _find_plan_token(work: Work, container: luks.Container) -> token.Token | None:
+def find_plan_token(work: Work, container: luks.Container) -> token.Token | None:
     """The authentic token with the plan of a re-encryption. None where there is none. Raises Tampered when there is one
     that is not authentic and no other that is."""
     found = [each for each in disk_keys.read_tokens(container, work.state.host) if each.reencryption]
@@ -560,7 +560,7 @@ def _find_plan_token(work: Work, container: luks.Container) -> token.Token | Non
 
 def _plan_token(work: Work, container: luks.Container) -> token.Token:
     """The same where there must be one. Raises DiskFailed."""
-    if each := _find_plan_token(work, container):
+    if each := find_plan_token(work, container):
         return each
     raise DiskFailed(f"{container.device}: the token that was written does not read back")
 
@@ -568,7 +568,7 @@ def _plan_token(work: Work, container: luks.Container) -> token.Token:
 def _phase(work: Work, place: _Place) -> str:
     """'' where the disk has no token with a plan."""
     with luks.Container(place.node) as container:
-        each = _find_plan_token(work, container)
+        each = find_plan_token(work, container)
         return reencrypt_plan.phase(container, each.reencryption.plan) if each and each.reencryption else ""
 
 

@@ -14,7 +14,7 @@ from ..disks import devices, disk_keys, find, luks, spoofed, token, udev
 from ..disks.groups import Group, Member
 from ..errors import Malformed, NoKey, NotOurs, UnlockError
 from ..host import config, keyring, report, report_file, this_boot
-from ..host.journal import StoredKeysRemoval, disks_in_clear
+from ..host.journal import IN_CLEAR, StoredKeysRemoval, disks_in_clear
 from ..host.provider_entry import days_left
 from ..host.state import State
 from ..paths import Paths
@@ -309,7 +309,7 @@ def _warnings(found: Status) -> list[str]:
     warnings = []
     if found.boot and found.boot.facts.unauthenticated_root:
         warnings.append("the root file system is not encrypted: persistence protects lost disks, not a stolen host")
-    warnings += [f"{name}: its data is in clear until all of it is encrypted" for name in found.in_clear]
+    warnings += [f"{name}: {IN_CLEAR}" for name in found.in_clear]
     if found.narrowed:
         warnings.append(f"{found.narrowed}, but earlier copies of headers still open: unlock rekey --fresh")
     if (now := found.operation) and now.state == "interrupted":

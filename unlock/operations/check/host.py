@@ -10,7 +10,7 @@ from ...boot import unmeasured
 from ...disks import devices, find, fstab
 from ...errors import UnlockError
 from ...host import config, this_boot
-from ...host.journal import disks_in_clear
+from ...host.journal import IN_CLEAR, disks_in_clear
 from ...host.progress import percent
 from ...host.state import State
 from ...paths import Paths
@@ -51,7 +51,7 @@ def check_operation(paths: Paths, state: State, look: find.Look) -> Iterator[Fin
     where = f": {percent(now.done, now.total)} %" if now.total else ""
     yield Finding("operation", UNPROVEN, f"{what}{where}", now.finish or "unlock operation show")
     for name in disks_in_clear(state.journal):
-        yield Finding(name, NOTE, "its data is in clear until all of it is encrypted", "unlock operation show")
+        yield Finding(name, NOTE, IN_CLEAR, "unlock operation show")
     for each in now.then:
         yield Finding("operation", UNPROVEN, f"`{each}` goes on after it", each)
 
