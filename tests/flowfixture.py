@@ -100,6 +100,8 @@ class Host:
         name = access.key_name(HOST, "host", 1)
         with access.connect(self.paths, state, self.persistence, entry) as provider:
             ref, key = access.make_key(provider, name)
+            if entry.kind == "kmip":
+                state.use_provider(entry._replace(offers=provider.offers()))
             with key:
                 host_key = KeyEntry(f"{provider.id}/{ref.id}", ref.name, 1)
                 state.set_host_key(host_key, persistence=self.persistence, key=key)

@@ -96,18 +96,26 @@ def plain(item: RequestItem) -> RequestItem:
 
 
 def pykmip_request(
-    batch: list[tuple[Operation, Any]], ids: list[bytes], version: tuple[int, int], user: str, password: str | None
+    batch: list[tuple[Operation, Any]],
+    ids: list[bytes],
+    version: tuple[int, int],
+    user: str,
+    password: str | None,
+    *,
+    in_turn: bool = False,
 ) -> bytes:
     """The same request as `requests.encode` writes, by PyKMIP's encoder."""
     value = objects.UsernamePasswordCredential(user, password) if user else None
     credential = objects.Credential(enums.CredentialType.USERNAME_AND_PASSWORD, value)
+    options = enums.BatchErrorContinuationOption
     header = messages.RequestHeader(
         protocol_version=contents.ProtocolVersion(*version),
         maximum_response_size=contents.MaximumResponseSize(1 << 20),
         authentication=contents.Authentication([credential]) if user else None,
-        batch_error_cont_option=contents.BatchErrorContinuationOption(enums.BatchErrorContinuationOption.CONTINUE)
+        batch_error_cont_option=contents.BatchErrorContinuationOption(options.STOP if in_turn else options.CONTINUE)
         if len(batch) > 1
         else None,
+        batch_order_option=contents.BatchOrderOption(True) if in_turn else None,
         batch_count=contents.BatchCount(len(batch)),
     )
     items = [
@@ -149,6 +157,14 @@ def test_a_batch_of_all_of_them_has_the_bytes_that_pykmip_writes(user: str, pass
     written = requests.encode(items, ids, (1, 4), credential_of(user, password))
     batch = [(item.operation, payload) for item, payload in zip(items, theirs, strict=True)]
     assert written == pykmip_request(batch, ids, (1, 4), user, password)
+
+
+def test_a_key_made_and_read_in_one_request_has_the_bytes_that_pykmip_writes() -> None:
+    items = [requests.create("k"), *requests.read_made_key()]
+    theirs = [new_key_for_export("k"), payloads.GetAttributesRequestPayload(), payloads.GetRequestPayload()]
+    written = requests.encode(items, batch_ids(3), (1, 4), None, in_turn=True)
+    batch = [(item.operation, payload) for item, payload in zip(items, theirs, strict=True)]
+    assert written == pykmip_request(batch, batch_ids(3), (1, 4), "", None, in_turn=True)
 
 
 @pytest.mark.parametrize("which", REQUESTS)

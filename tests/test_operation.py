@@ -285,7 +285,9 @@ def test_a_rotation_that_a_disk_may_have_is_not_taken_back(host: Host, why: str)
     host.state.begin(entry)
     image = host.disks[0]
     with host.work() as work:
-        new = rotation.successor(host.group, work.provider().id, rotation.make_successor(work, host.group, entry), 2)
+        new = rotation.successor(
+            host.group, work.provider().id, rotation.make_successor(work, host.group, entry, unasked=False), 2
+        )
         with rotation.fetch_new_kek(work, new) as kek:
             rotation.rewrap_disk(work, new, host.group.members[0], str(image), kek)
     if why == "a disk is away":

@@ -145,6 +145,8 @@ class Liar:
         self.takes_continuation = True
         self.wants_export = False
         """Get only with that usage."""
+        self.placeholder = True
+        """A request about no id is about the key that was made before it in the same message."""
         self.takes_export = True
         """Create with that usage."""
         self.rekeys_any_state = False
@@ -167,6 +169,7 @@ class Liar:
         self._faults: list[tuple[str, str]] = []
         self._connections = 0
         self._last = b""
+        self._made = ""
         self._ids = itertools.count(1)
         self._lock, self._gate = threading.Lock(), threading.Lock()
         self._context = _context(leaf or authority.server("127.0.0.1", "localhost"), clients or authority, tls)
@@ -333,14 +336,18 @@ class Liar:
         if self.most and len(items) > self.most:
             parts = [blob(0x420093, items[0][0x420093])] if self.refuses_by_id else []
             return self._whole(version, 0x04, "too many batch items", parts), operations
-        answers = [self._item(operation, item, len(items)) for operation, item in zip(operations, items, strict=True)]
+        answers, self._made = [], ""
+        for operation, item in zip(operations, items, strict=True):
+            answers.append(self._item(operation, item, len(items)))
+            if dict(header).get(0x42000E) == 2 and enumeration(0x42007F, 1) in answers[-1]:
+                break
         if self._lies("swapped answers", operations):
             ids = [item[0x420093] for item in items]
             answers = [
                 self._item(name, {**item, 0x420093: ids[at - 1]}, 2)
                 for at, (name, item) in enumerate(zip(operations, items, strict=True))
             ]
-        if self.stops:
+        if self.stops and len(answers) == len(items):
             at = next((at for at, each in enumerate(answers) if enumeration(0x42007F, 1) in each), len(answers))
             rest = zip(operations[at + 1 :], items[at + 1 :], strict=True)
             answers = answers[: at + 1]
@@ -382,8 +389,10 @@ class Liar:
     # Operations.
 
     def _key(self, payload: list[Any]) -> Key:
-        key_id = dict(payload).get(0x420094)
-        assert key_id, "an empty or missing id"
+        key_id = dict(payload).get(0x420094, self._made if self.placeholder else None)
+        if key_id is None or (not key_id and 0x420094 not in dict(payload)):
+            raise Refusal(0x07, "no id")
+        assert key_id, "an empty id"
         self._refuse_for(key_id)
         return self.key(key_id)
 
@@ -402,6 +411,7 @@ class Liar:
             raise Refusal(0x07, "a usage that is not known here")
         key = self.add(name, PRE_ACTIVE)
         key.usage = usage
+        self._made = key.id
         yield enumeration(0x420057, 2)
         yield text(0x420094, self.respell(key.id))
 
@@ -411,7 +421,8 @@ class Liar:
         key = self._key(payload)
         if key.state != ACTIVE and not self.rekeys_any_state:
             raise Refusal(0x0B, "not active")
-        yield text(0x420094, self.respell(self.replace(key).id))
+        self._made = self.replace(key).id
+        yield text(0x420094, self.respell(self._made))
 
     def _locate(self, payload: list[Any]) -> Iterator[bytes]:
         attributes = [dict(value) for tag, value in payload if tag == 0x420008]

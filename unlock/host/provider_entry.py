@@ -20,6 +20,15 @@ class NativeEntry(NamedTuple):
     """Wrapped."""
 
 
+class Offers(NamedTuple):
+    """What a key manager was seen to offer: so it need not be asked each time."""
+
+    version: tuple[int, int]
+    """Of KMIP."""
+    rekey: bool
+    """It has the operation Re-key."""
+
+
 class KmipEntry(NamedTuple):
     """A KMIP key manager, and the credentials of this host as its client."""
 
@@ -34,6 +43,7 @@ class KmipEntry(NamedTuple):
     """Wrapped PEM; None when the key stays in a file."""
     password: str | None = None
     """Of the user name in unlock.toml, wrapped; None where there is none."""
+    offers: Offers | None = None
 
 
 ProviderEntry = NativeEntry | KmipEntry

@@ -20,7 +20,7 @@ from ..secret import Secret
 from . import resumption, state_file
 from .journal import JournalEntry, NewPersistenceKey, Rebind, RecoveryRotation, command, goes_on_by_itself
 from .lock import PATIENCE, exclusive
-from .provider_entry import KmipEntry, NativeEntry, ProviderEntry, has_made
+from .provider_entry import KmipEntry, NativeEntry, Offers, ProviderEntry, has_made
 from .state_file import NOTHING_KNOWN, HostKey, KeyEntry, RecoveryFacts, ReplacedKek, StateFile, TpmFacts
 
 Journaled = TypeVar("Journaled", bound=JournalEntry)
@@ -42,6 +42,7 @@ class State:
         self._mac_key = file.mac_key
         self.groups = {name: state_file.group_of(name, entry) for name, entry in file.groups.items()}
         self._manifests, self._generations = file.manifests, file.generations
+        self._asked = dict(file.asked or {})
         self.retire = list(file.retire)
         """KEKs that were replaced, and that their provider has not deactivated yet."""
         self.journal = file.journal
@@ -91,6 +92,8 @@ class State:
         """Durable when it returns. Raises OSError; the old state is then still there."""
         for group in self.groups.values():
             self.skip_generation(group.name, group.generation)
+            if self._asked.get(group.name, 0) <= group.generation:
+                self._asked.pop(group.name, None)
         if goes_on_by_itself(self.journal):
             resumption.mark(self._path)
         write_atomically(self._path, self._content())
@@ -126,6 +129,7 @@ class State:
             narrowed=self.narrowed,
             old_keys=self._old_keys or None,
             headers=self.headers or None,
+            asked=self._asked or None,
         )
         return state_file.write(file)
 
@@ -164,6 +168,12 @@ class State:
         attempt that came to nothing leaves its name, and the key that it may have made, to the next."""
         generation = self._generations.get(group, 0)
         return 1 + max(generation, self.groups[group].generation if group in self.groups else 0)
+
+    def take_name(self, group: str, generation: int) -> bool:
+        """Whether no provider was asked yet for the KEK of that generation; from the next save on, one was."""
+        unasked = self._asked.get(group) != generation
+        self._asked[group] = generation
+        return unasked
 
     def skip_generation(self, group: str, generation: int) -> None:
         """No later KEK of the group gets this generation, or one below it."""
@@ -243,6 +253,7 @@ class State:
         persistence: Secret,
         key: Secret | None,
         password: Secret | None = None,
+        offers: Offers | None = None,
     ) -> KmipEntry:
         """The entry of a key manager. `certificate` and `key` are the client's, as PEM; `key` is None when it stays in
         a file. `until`: when the certificate ends, in seconds since 1970. `password`: of its user name, where it has
@@ -255,6 +266,7 @@ class State:
             client_until=until,
             client_key=self._wrapped(persistence, "client-key", key) if key else None,
             password=self._wrapped(persistence, "client-password", password) if password else None,
+            offers=offers,
         )
 
     def kdk(self, persistence: Secret, entry: NativeEntry) -> Secret:

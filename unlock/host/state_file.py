@@ -162,6 +162,8 @@ class StateFile(NamedTuple):
     headers: dict[str, str] | None = None
     """LUKS UUID -> what the header of the member said when this host made its token: canonical JSON of
     `Header.facts`."""
+    asked: dict[str, int] | None = None
+    """Group -> generation of a KEK that a provider was asked to make, and that the group does not have yet."""
 
 
 def parse(content: bytes, path: str) -> StateFile:

@@ -14,7 +14,7 @@ from ..disks import devices, disk_keys, find, luks, token
 from ..disks.groups import POLICIES, Group
 from ..errors import DiskFailed, NoKey, Refused, Tampered, UnlockError, Usage
 from ..host import config, keyring, this_boot
-from ..host.provider_entry import KmipEntry, ProviderEntry
+from ..host.provider_entry import KmipEntry, Offers, ProviderEntry
 from ..host.state import State
 from ..paths import Paths
 from ..providers import COMPROMISED, DEACTIVATED, PRE_ACTIVE, USABLE, Provider, Ref, native
@@ -41,6 +41,7 @@ def connect(paths: Paths, state: State, persistence: Secret | None, entry: Provi
         certificate=entry.client_cert,
         key=_client_key(state, persistence, settings, entry),
         password=_client_password(state, persistence, settings, entry),
+        offers=entry.offers,
     )
 
 
@@ -78,6 +79,7 @@ def connect_kmip(
     certificate: str,
     key: Secret,
     password: Secret | None = None,
+    offers: Offers | None = None,
 ) -> Provider:
     """A KMIP provider, which takes key and password over and wipes them. `certificate` and `key` are PEM. Raises Usage,
     Malformed."""
@@ -96,6 +98,7 @@ def connect_kmip(
             timeout=settings.timeout,
             plain_names=settings.key_names == "plain",
             common_name=settings.common_name,
+            offers=offers,
         )
     )
 
@@ -187,6 +190,13 @@ def read_persistence_key(state: State) -> Secret:
             "this boot was not unsealed",
             "after a flush: reboot; else: unlock explain",
         ) from error
+
+
+def keep_offers(work: Work) -> None:
+    """Notes in the state what the key manager in use offers, where that is not known yet. Raises ProviderError."""
+    entry = work.state.provider
+    if entry.kind == "kmip" and entry.offers is None:
+        work.state.put_provider(entry._replace(offers=work.provider().offers()))
 
 
 def key_ref(entry: ProviderEntry, key_id: str, name: str) -> Ref:

@@ -74,14 +74,16 @@ def rotate_kek(work: Work, name: str, adopt: Ref | None = None) -> Outcome:
     state = work.state
     group = state.groups[name]
     entry = state.unfinished(Rekey, name)
+    unasked = False
     if not entry:
         if not work.nodes(group):
             raise Refused(f"no disk of group {name} is here", "unlock status", code="missing")
         made = (adopt.id, adopt.name) if adopt else None
         entry = Rekey("rekey", name, generation=state.next_generation(name), made=made, theirs=bool(adopt))
+        unasked = state.take_name(name, entry.generation)
         state.begin(entry)
     try:
-        new = successor(group, work.provider().id, make_successor(work, group, entry), entry.generation)
+        new = successor(group, work.provider().id, make_successor(work, group, entry, unasked), entry.generation)
         with fetch_new_kek(work, new) as kek:
             return replace_kek(work, group, new, kek, journal=None, retires=not entry.theirs)
     except UnlockError as error:
@@ -107,12 +109,19 @@ def cancel_rotation(work: Work, entry: Rekey) -> None:
     state.save()
 
 
-def make_successor(work: Work, group: Group, entry: Rekey | DiskForgetting) -> Ref:
-    """The new key at the provider, from the journal or made now."""
+def make_successor(work: Work, group: Group, entry: Rekey | DiskForgetting, unasked: bool) -> Ref:
+    """The new key at the provider, from the journal or made now. `unasked`: no run before has asked for it."""
     if entry.made:
         return Ref(*entry.made)
     old = access.key_ref(work.state.provider_of(group.kek), group.kek, group.kek_name)
-    made = work.provider().rotate(old, access.key_name(work.state.host, f"kek/{group.name}", entry.generation))
+    name = access.key_name(work.state.host, f"kek/{group.name}", entry.generation)
+    if unasked:
+        made, key = work.provider().rotate_unasked(old, name)
+        if key:
+            work.fetched[f"{work.provider().id}/{made.id}", entry.generation] = key
+    else:
+        made = work.provider().rotate(old, name)
+    access.keep_offers(work)
     work.state.journal = entry._replace(made=(made.id, made.name))
     work.state.save()
     return made

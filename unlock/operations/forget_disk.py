@@ -93,6 +93,7 @@ def _forget(
     state.refuse_other("disk forget", member.uuid)
     left = group.without(member.uuid)
     nodes = _check(work, left, member)
+    unasked = False
     if not entry:
         if not accept_loss:
             _check_data(group, member)
@@ -107,9 +108,10 @@ def _forget(
             generation=group.generation if destroyed else state.next_generation(group.name),
             made=None,
         )
+        unasked = not destroyed and state.take_name(group.name, entry.generation)
         state.begin(entry)
     try:
-        left = _write_list(work, left._replace(manifest=entry.manifest), member, nodes, entry)
+        left = _write_list(work, left._replace(manifest=entry.manifest), member, nodes, entry, unasked)
     except UnlockError:
         if not membership.has_member_list(state, left._replace(manifest=entry.manifest), nodes):
             state.journal = None
@@ -177,7 +179,9 @@ def _plan(work: Work, left: Group, member: Member, destroyed: bool) -> Plan:
     return Plan(tuple(steps))
 
 
-def _write_list(work: Work, left: Group, member: Member, nodes: dict[str, str], entry: DiskForgetting) -> Group:
+def _write_list(
+    work: Work, left: Group, member: Member, nodes: dict[str, str], entry: DiskForgetting, unasked: bool
+) -> Group:
     state = work.state
 
     def write(work: Work, group: Group, kek: Secret) -> tuple[rotation.Outcome, Group]:
@@ -194,7 +198,8 @@ def _write_list(work: Work, left: Group, member: Member, nodes: dict[str, str], 
         state.journal = None
         state.save()
         return state.groups[left.name]
-    new = rotation.successor(left, work.provider().id, rotation.make_successor(work, left, entry), entry.generation)
+    made = rotation.make_successor(work, left, entry, unasked)
+    new = rotation.successor(left, work.provider().id, made, entry.generation)
     with rotation.fetch_new_kek(work, new) as kek:
         rotation.replace_kek(work, left, new, kek, journal=None, write=write)
     return state.groups[left.name]

@@ -191,6 +191,7 @@ def _use_kmip(paths: Paths, state: State, persistence: Secret, kms: KeyManager) 
     state.begin(Init("init", "--provider kmip"))
     with closing(connect_as(kms.client, kms.settings, provider_id)) as provider:
         made, host_key = access.make_key(provider, access.key_name(state.host, "host", 1))
+        state.use_provider(entry._replace(offers=provider.offers()))
     entry_of_key = KeyEntry(f"{provider_id}/{made.id}", made.name, 1)
     state.set_host_key(entry_of_key, persistence=persistence, key=host_key)
     state.save()

@@ -12,7 +12,7 @@ from ..disks.groups import check_name
 from ..errors import Integrity, ProviderError, Refused, Tampered, UnlockError, Usage
 from ..host import config
 from ..host.lock import exclusive
-from ..host.provider_entry import KmipEntry, ProviderEntry, days_left, has_made
+from ..host.provider_entry import KmipEntry, Offers, ProviderEntry, days_left, has_made
 from ..host.state import State
 from ..keys import access, rotation
 from ..paths import Paths
@@ -97,18 +97,20 @@ def add_provider(paths: Paths, settings: config.ProviderConfig, client: Client, 
         selfhosted.refuse_self_hosted(work.state.groups, settings.endpoints)
         provider_id = known.id if known else f"kmip-{os.urandom(16).hex()}"
         with closing(connect_as(client, settings, provider_id)) as provider:
-            provider.capabilities()
+            offers = provider.offers()
         if settings.name not in work.settings.providers:
             config.append_table(paths.config, config.provider_table(settings))
         elif work.settings.providers[settings.name] != settings:
             raise Refused(f"unlock.toml has another [provider.{settings.name}]", f"edit {paths.config}", code="differs")
-        state.put_provider(_entry(work, settings, provider_id, client))
+        state.put_provider(_entry(work, settings, provider_id, client, offers))
         state.save()
         words = f"provider {settings.name} is added"
         journald.record(paths, messages.PROVIDER_ADDED, words, provider=settings.name)
 
 
-def _entry(work: access.Work, settings: config.ProviderConfig, provider_id: str, client: Client) -> KmipEntry:
+def _entry(
+    work: access.Work, settings: config.ProviderConfig, provider_id: str, client: Client, offers: Offers | None
+) -> KmipEntry:
     return work.state.kmip_entry(
         name=settings.name,
         provider_id=provider_id,
@@ -117,6 +119,7 @@ def _entry(work: access.Work, settings: config.ProviderConfig, provider_id: str,
         persistence=work.persistence,
         key=None if settings.client_key else client.key,
         password=client.password,
+        offers=offers,
     )
 
 
@@ -210,11 +213,11 @@ def renew_client(paths: Paths, client: Client, name: str = "", look: find.Look =
             hint = f"edit {paths.config}"
             raise Usage(f"[provider.{settings.name}] has no username that the password is for", hint)
         with _completed(work, settings, entry, client) as client:
-            new = _entry(work, settings, entry.id, client)
             with closing(connect_as(client, settings, entry.id)) as provider:
                 proof = _prove_host_key(work, entry, provider)
                 if proof.error:
                     raise proof.error
+                new = _entry(work, settings, entry.id, client, provider.offers())
             if settings.client_key:
                 _same_file(settings.client_key, client)
         state.put_provider(new)

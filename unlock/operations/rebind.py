@@ -480,6 +480,7 @@ def _connect_provider(
                 persistence=new,
                 key=key,
                 password=password,
+                offers=entry.offers,
             )
         )
         return access.connect(paths, state, new, state.provider)

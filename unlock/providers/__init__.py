@@ -6,6 +6,7 @@
     what has changed:  resolve(refs) ──> fetch(id, prove=...) of what has
     a new key:         create(name) ──> activate(id) ──> fetch(id)
     a rotation:        rotate(ref, name) ──> fetch(id) ──> retire(id of the old key)
+                       rotate_unasked(ref, name) ──> retire(id of the old key): one request each
 
 Errors (`unlock.errors`) and what the caller does. A provider raises one only after it has tried all its endpoints:
 
@@ -26,6 +27,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from ..errors import ProviderError
+from ..host.provider_entry import Offers
 from ..secret import Secret
 
 PRE_ACTIVE = "pre-active"
@@ -132,6 +134,13 @@ class Provider(Protocol):
 
         Called again with the same arguments, after a kill too, it finds the key that it has made.
         """
+
+    def rotate_unasked(self, ref: Ref, name: str) -> tuple[Ref, Secret | None]:
+        """As `rotate`, for a name that no key was ever asked for by: in one request, where the provider can. Then the
+        key's bytes come with it; else it is still to be fetched."""
+
+    def offers(self) -> Offers | None:
+        """What the state keeps of what the provider offers; None for nothing."""
 
     def retire(self, key_id: str) -> None:
         """Deactivates a key; never destroys it. May be repeated. One that no endpoint has any more is out of use."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 from .. import wrap
 from ..errors import Integrity, Malformed, NewerFormat, NotFoundOrDenied, Tampered, Usage
+from ..host.provider_entry import Offers
 from ..paths import fill, sync_folder
 from ..secret import Secret
 from ..strictjson import canonical
@@ -78,6 +79,12 @@ class Native:
 
     def rotate(self, ref: Ref, name: str) -> Ref:
         return Ref(name, name)
+
+    def rotate_unasked(self, ref: Ref, name: str) -> tuple[Ref, Secret | None]:
+        return Ref(name, name), None
+
+    def offers(self) -> Offers | None:
+        return None
 
     def retire(self, key_id: str) -> None:
         pass

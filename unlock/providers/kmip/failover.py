@@ -44,6 +44,10 @@ _WORST_FIRST = (
 """Of several endpoints' errors the first of these is raised: what most needs a person."""
 
 
+_FINAL = (StateBlocked, AmbiguousKeys)
+"""After these answers to a question no other endpoint is asked: it would say the same."""
+
+
 class Failover:
     """The endpoints in the configured order. Threads take turns.
 
@@ -60,8 +64,9 @@ class Failover:
         for server in self.servers:
             server.drop()
 
-    def read(self, work: Callable[[Server], T]) -> T:
-        """`work` with the first endpoint that can do it. Raises the worst of their errors."""
+    def read(self, work: Callable[[Server], T], final: tuple[type[ProviderError], ...] = _FINAL) -> T:
+        """`work`, which may be repeated, with the first endpoint that can do it. Raises the worst of their errors, or
+        at once one of `final`."""
         failures = []
         for server in self._in_order():
             if server.breaker.is_open():
@@ -69,7 +74,7 @@ class Failover:
                 continue
             try:
                 return self.ask(server, work)
-            except (StateBlocked, AmbiguousKeys):
+            except final:
                 raise
             except ProviderError as error:
                 failures.append(error)
@@ -102,6 +107,19 @@ class Failover:
                 if not _is_definite(other, error):
                     break
         raise failures[0] if len(failures) == 1 else self._worst(failures)
+
+    def change_unasked(self, make: Callable[[Server], T | None]) -> T | None:
+        """`make`, once, at the first endpoint that takes a connection: for what was never asked for before. None where
+        no endpoint takes one."""
+        for server in self._in_order():
+            if server.breaker.is_open():
+                continue
+            try:
+                self.ask(server, Server.connect)
+            except ProviderError:
+                continue
+            return self.ask(server, make)
+        return None
 
     def others(self, asked: Server) -> Iterator[Server]:
         """All other endpoints that may be asked now."""

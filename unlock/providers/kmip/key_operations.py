@@ -6,11 +6,21 @@ Every function raises ProviderError and MalformedAnswer; none goes to another en
 
 import os
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from ...errors import Integrity, ProviderError, ProviderProtocol, ProviderUnavailable, StateBlocked, Tampered
+from ...errors import (
+    ClientAuth,
+    Integrity,
+    ProviderError,
+    ProviderProtocol,
+    ProviderUnavailable,
+    StateBlocked,
+    Tampered,
+)
 from ...secret import Secret
 from .. import ACTIVE, BLOCKED, PRE_ACTIVE, USABLE, Capabilities, KeyStatus, Ref
 from . import requests
+from .answers import ResponseItem
 from .failures import PLAIN_NAMES, AmbiguousKeys, printable
 from .key_facts import (
     KeyFacts,
@@ -26,6 +36,7 @@ from .protocol import NO_SUCH_KEY, Operation, Tag
 from .replacement import NAMESAKES_MAX, linked_ids, status_of
 from .requests import RequestItem
 from .server import Server
+from .ttlv import MalformedAnswer
 
 _HOPS = 16
 """Replacements of one key that are followed in one `key_statuses`."""
@@ -169,19 +180,6 @@ def fetch_key(server: Server, key_id: str, states: frozenset[str], prove: Callab
     return key
 
 
-def is_active(server: Server, key_id: str) -> bool:
-    """Raises StateBlocked for a key that cannot become active again."""
-    state = _state(server, key_id)
-    if state in BLOCKED:
-        raise server.error(StateBlocked, f"the key {printable(key_id)} is {state}")
-    return state == ACTIVE
-
-
-def is_out_of_use(server: Server, key_id: str) -> bool:
-    """Whether a key is deactivated or destroyed, or was never activated."""
-    return _state(server, key_id) in BLOCKED | {PRE_ACTIVE}
-
-
 def is_unknown(server: Server, key_id: str) -> bool:
     """Whether the server says that it has no such key."""
     [answer] = server.ask([requests.get_attributes(key_id)])
@@ -214,9 +212,46 @@ def replace_key(server: Server, ref: Ref, new_name: str, *, rekey: bool) -> Ref:
     return create_key(server, new_name)
 
 
+class MadeKey(NamedTuple):
+    """A key that was made and read in one request."""
+
+    ref: Ref
+    key: Secret | None
+    """None where the answer does not give it: it is to be asked for by its id, which says why."""
+    active: bool
+
+
+def make_key_at_once(
+    server: Server, ref: Ref, new_name: str, version: tuple[int, int], *, rekey: bool
+) -> MadeKey | None:
+    """A new key in the place of `ref`, as `replace_key` makes it, read in the same request; to be activated. None where
+    the server refuses to do it so."""
+    make = requests.rekey(ref.id) if rekey else requests.create(new_name)
+    try:
+        answers = server.ask_in_turn([make, *requests.read_made_key()], version)
+    except ProviderError as error:
+        if not server.has_refused(error) or isinstance(error, ProviderUnavailable | ClientAuth):
+            raise
+        return None
+    try:
+        key_id = _id_of_made(server, answers[0], other_than=ref.id if rekey else "")
+        made = Ref(key_id, ref.name if rekey else new_name)
+        try:
+            _, attributes, key = answers
+            return MadeKey(made, read_key(key, key_id), active=read_facts(attributes, key_id).state == ACTIVE)
+        except (ProviderError, MalformedAnswer, ValueError):
+            return MadeKey(made, None, active=False)
+    finally:
+        for each in answers:
+            each.wipe()
+
+
 def _make_key(server: Server, item: RequestItem, *, other_than: str = "") -> str:
     """The id of the key that the server makes."""
-    answer = server.ask_once(item)
+    return _id_of_made(server, server.ask_once(item), other_than=other_than)
+
+
+def _id_of_made(server: Server, answer: ResponseItem, *, other_than: str) -> str:
     key_id = answer.checked_payload().text(Tag.UNIQUE_IDENTIFIER)
     if not key_id or is_same_id(key_id, other_than):
         raise server.error(ProviderProtocol, "the server made a key without an id of its own")
@@ -224,16 +259,24 @@ def _make_key(server: Server, item: RequestItem, *, other_than: str = "") -> str
 
 
 def activate_key(server: Server, key_id: str) -> None:
-    """A refusal is no failure where the key is active: a server that names no state refuses to do it twice."""
-    try:
-        server.ask_once(requests.activate(key_id))
-    except (StateBlocked, ProviderProtocol) as error:
-        if not server.has_refused(error) or _state(server, key_id) not in USABLE:
-            raise
+    """Asks for the key's state in the same request: a refusal is no failure where the key is active, and a server that
+    names no state refuses to do it twice. May be repeated. Raises StateBlocked for a key that cannot be active again.
+    """
+    activated, attributes = server.ask([requests.activate(key_id), requests.get_attributes(key_id)])
+    state = read_facts(attributes, key_id).state
+    if state in BLOCKED:
+        raise server.error(StateBlocked, f"the key {printable(key_id)} is {state}")
+    may_be_active = state in USABLE and isinstance(activated.problem, StateBlocked | ProviderProtocol)
+    if activated.problem and state != ACTIVE and not may_be_active:
+        raise activated.problem
 
 
 def deactivate_key(server: Server, key_id: str) -> None:
-    """Raises ProviderProtocol when the key is still active after it."""
-    server.ask_once(requests.revoke(key_id))
-    if _state(server, key_id) == ACTIVE:
+    """Asks for the key's state in the same request: a refusal is no failure where the key is out of use, or was never
+    activated. May be repeated. Raises ProviderProtocol when the key is still active after it."""
+    revoked, attributes = server.ask([requests.revoke(key_id), requests.get_attributes(key_id)])
+    state = read_facts(attributes, key_id).state
+    if revoked.problem and state not in BLOCKED | {PRE_ACTIVE}:
+        raise revoked.problem
+    if state == ACTIVE and _state(server, key_id) == ACTIVE:  # a server may answer the items in any order
         raise server.error(ProviderProtocol, f"the key {printable(key_id)} is still active after a Revoke")

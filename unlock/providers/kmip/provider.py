@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ... import log
 from ...endpoint import Endpoint
 from ...errors import Integrity, Malformed, NotFoundOrDenied, ProviderError
+from ...host.provider_entry import Offers
 from ...secret import Secret
 from .. import USABLE, Capabilities, EndpointHealth, Health, KeyStatus, Ref, no_proof
 from . import key_operations
@@ -45,6 +46,8 @@ class KmipSettings(NamedTuple):
     """Seconds for one exchange with one endpoint: name, connection, TLS, request, whole answer."""
     plain_names: bool = False
     """New keys get the `plain_name` of what they are to be called."""
+    offers: Offers | None = None
+    """What it was seen to offer; None when not known."""
     common_name: bool = False
     """Accept a server's certificate that has its name in the Common Name alone."""
 
@@ -93,6 +96,11 @@ class KmipProvider:
         if self._capabilities is None:
             self._capabilities = self._failover.read(key_operations.query_capabilities)
         return self._capabilities
+
+    def offers(self) -> Offers | None:
+        rekey = self.capabilities().rekey
+        version = next((server.version for server in self._failover.servers if server.version), None)
+        return Offers(version, rekey) if version else None
 
     def health(self) -> Health:
         return Health(
@@ -149,10 +157,7 @@ class KmipProvider:
         )
 
     def activate(self, key_id: str) -> None:
-        self._failover.change(
-            lambda server: key_operations.is_active(server, key_id) or None,
-            lambda server: key_operations.activate_key(server, key_id),
-        )
+        self._failover.read(lambda server: key_operations.activate_key(server, key_id), final=())
 
     def rotate(self, ref: Ref, name: str) -> Ref:
         name = self._name(name)
@@ -164,12 +169,34 @@ class KmipProvider:
         self.activate(new.id)
         return new
 
+    def rotate_unasked(self, ref: Ref, name: str) -> tuple[Ref, Secret | None]:
+        offers, name = self._settings.offers, self._name(name)
+        if offers and (not offers.rekey or self._is_in_use(ref)):
+            made = self._failover.change_unasked(
+                lambda server: key_operations.make_key_at_once(server, ref, name, offers.version, rekey=offers.rekey)
+            )
+            if made:
+                if not made.active:
+                    self._activate_made(made)
+                return made.ref, made.key
+        return self.rotate(ref, name), None
+
+    def _activate_made(self, made: key_operations.MadeKey) -> None:
+        try:
+            self.activate(made.ref.id)
+        except BaseException:
+            if made.key:
+                made.key.wipe()
+            raise
+
+    def _is_in_use(self, ref: Ref) -> bool:
+        """Whether a Re-key of the key makes the first replacement of it, and an active one."""
+        [status] = self.resolve([ref])
+        return not status.changed and status.problem is None and status.state in USABLE
+
     def retire(self, key_id: str) -> None:
         try:
-            self._failover.change(
-                lambda server: key_operations.is_out_of_use(server, key_id) or None,
-                lambda server: key_operations.deactivate_key(server, key_id),
-            )
+            self._failover.read(lambda server: key_operations.deactivate_key(server, key_id), final=())
         except NotFoundOrDenied:
             if not all(self._has_no(server, key_id) for server in self._failover.servers):
                 raise

@@ -12,7 +12,7 @@ from ...secret import Secret
 from . import protocol
 from .failures import HINTS, printable
 from .protocol import Operation, Tag
-from .ttlv import byte_string, enumeration, integer, structure, text
+from .ttlv import boolean, byte_string, enumeration, integer, structure, text
 
 AES_256 = {
     "Object Type": protocol.SYMMETRIC_KEY,
@@ -100,6 +100,12 @@ def revoke(key_id: str) -> RequestItem:
     return RequestItem(Operation.REVOKE, _identifier(key_id) + structure(Tag.REVOCATION_REASON, code))
 
 
+def read_made_key() -> list[RequestItem]:
+    """Get Attributes and Get of the key that the same request makes before them: they name none, and mean that one
+    (KMIP 1.4, 4: ID Placeholder)."""
+    return [RequestItem(Operation.GET_ATTRIBUTES, b""), RequestItem(Operation.GET, b"")]
+
+
 def discover_versions() -> RequestItem:
     return RequestItem(Operation.DISCOVER_VERSIONS, b"".join(map(_protocol_version, protocol.VERSIONS)))
 
@@ -110,11 +116,19 @@ def query_operations() -> RequestItem:
 
 
 def encode(
-    items: Sequence[RequestItem], batch_ids: Sequence[bytes], version: tuple[int, int], credential: Credential | None
+    items: Sequence[RequestItem],
+    batch_ids: Sequence[bytes],
+    version: tuple[int, int],
+    credential: Credential | None,
+    *,
+    in_turn: bool = False,
 ) -> bytes:
-    """The Request Message (KMIP 1.4, 7.1) for a batch that goes on after an error in one item. For a single item it
-    does not say so: some servers refuse the option."""
+    """The Request Message (KMIP 1.4, 7.1) for a batch that goes on after an error in one item or, `in_turn`, is worked
+    off in its order and ends at an error. For a single item it does not say so: some servers refuse the option."""
     goes_on = enumeration(Tag.BATCH_ERROR_CONTINUATION_OPTION, protocol.CONTINUE_AFTER_ERROR)
+    if in_turn:
+        goes_on = enumeration(Tag.BATCH_ERROR_CONTINUATION_OPTION, protocol.STOP_AT_ERROR)
+        goes_on += boolean(Tag.BATCH_ORDER_OPTION, True)
     header = structure(
         Tag.REQUEST_HEADER,
         _protocol_version(version),

@@ -115,6 +115,27 @@ class Server:
         answer.checked_payload()
         return answer
 
+    def connect(self) -> None:
+        """A new connection, on which nothing has been asked yet."""
+        self.drop()
+        self._open(Deadline(self._clock, min(self._timeout, self._call_ends - self._clock())))
+
+    def ask_in_turn(self, items: Sequence[RequestItem], version: tuple[int, int]) -> list[ResponseItem]:
+        """The answers to changes of which each follows from the one before: one request, sent once, in a version that
+        the server is known to speak. None comes for what follows a failure.
+
+        Raises ProviderError, also when the first item or the whole is refused, and MalformedAnswer.
+        """
+        deadline = Deadline(self._clock, min(self._timeout, self._call_ends - self._clock()))
+        try:
+            return self._send(items, self.version or version, deadline, in_turn=True)
+        except ConnectionEnded as ended:
+            self.drop()
+            raise self.error(ProviderUnavailable, str(ended)) from ended
+        except RequestRefused as refused:
+            self._refusals.append(refused.error)
+            raise refused.error from refused
+
     def _ask(self, items: Sequence[RequestItem], *, may_repeat: bool) -> list[ResponseItem]:
         answers = self._ask_in_parts(items, may_repeat=may_repeat)
         plain = {
@@ -189,20 +210,33 @@ class Server:
             raise ProviderProtocol(f"{self.endpoint}: the server closes each connection after the question", HUNG_UP)
         raise problem
 
-    def _send(self, items: Sequence[RequestItem], version: tuple[int, int], deadline: Deadline) -> list[ResponseItem]:
+    def _open(self, deadline: Deadline) -> TlsConnection:
+        """The connection, which is made where there is none."""
+        if self._connection is None:
+            try:
+                self._connection = TlsConnection(self.endpoint, self._context, deadline)
+            except UnusableServerName as error:
+                raise self.error(PeerUntrusted, str(error)) from error
+            except OSError as error:
+                raise self._connection_error(error) from error
+        return self._connection
+
+    def _connection_error(self, error: OSError) -> ProviderError:
+        common_name = self._context.hostname_checks_common_name
+        return connection_error(self.endpoint, error, timeout=self._timeout, common_name=common_name)
+
+    def _send(
+        self, items: Sequence[RequestItem], version: tuple[int, int], deadline: Deadline, *, in_turn: bool = False
+    ) -> list[ResponseItem]:
         """Sends one request and reads its answer. Batch ids are random: an answer to another request never fits."""
         batch_ids = [os.urandom(8) for _ in items]
-        request = requests.encode(items, batch_ids, version, self._credential)
+        request = requests.encode(items, batch_ids, version, self._credential, in_turn=in_turn)
+        connection = self._open(deadline)
         try:
-            if self._connection is None:
-                self._connection = TlsConnection(self.endpoint, self._context, deadline)
-            with self._connection.exchange(request, deadline) as raw:
+            with connection.exchange(request, deadline) as raw:
                 [message] = parse(memoryview(raw.value))
-        except UnusableServerName as error:
-            raise self.error(PeerUntrusted, str(error)) from error
         except OSError as error:
-            common_name = self._context.hostname_checks_common_name
-            raise connection_error(self.endpoint, error, timeout=self._timeout, common_name=common_name) from error
+            raise self._connection_error(error) from error
         try:
             answers = match_answers(message, items, batch_ids, self.endpoint)
         except RequestRefused as refused:

@@ -37,6 +37,10 @@ def enumeration(tag: IntEnum, number: int) -> bytes:
     return _encode(tag, _ENUMERATION, number.to_bytes(4))
 
 
+def boolean(tag: IntEnum, value: bool) -> bytes:
+    return _encode(tag, _BOOLEAN, int(value).to_bytes(8))
+
+
 def text(tag: IntEnum, value: str | bytes) -> bytes:
     """A text; `value` as bytes is UTF-8."""
     return _encode(tag, _TEXT, value.encode() if isinstance(value, str) else value)
