@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import attacks
+from tests.lab.image import LUKS_UUID
 from tests.lab.machine import Machine, noted_in, report
 from tests.lab.running import Disk, Running
 from tests.lab.stories import begun, checked, measured, open_shell, pcr, status, unmeasured, unseal_as_root, up
@@ -165,8 +166,12 @@ def test_systemds_separator_comes_after_the_unseal_and_a_policy_is_sealed_to_wha
         assert checked(console)[""] == "safe"
         console.sh("unlock policy set --pcrs 7,9", timeout=120)
         booted.poweroff()
-    with story.boot() as booted:
+    # a name that systemd makes up; the disk is open under its own
+    cmdline = story.image.cmdline.replace(f"rd.luks.name={LUKS_UUID}=root", f"rd.luks.uuid={LUKS_UUID}")
+    with story.boot(cmdline=cmdline) as booted:
         assert report(begun(booted))["verdict"] == "unsealed"
+        assert f"its disk is open as root: not opened as luks-{LUKS_UUID}" in booted.console.text
+        assert STOCK not in booted.console.text
         assert noted_in(booted) == ["PCR_Read", "PCR_Read"]
         booted.kill()
 

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dumps import Crashing, Writer
+from tests.dumps import TOP, Crashing, Writer
 from tests.eventlogs import Boot
 from tests.flowfixture import HOST, Host
 from tests.hostfixture import Machine
@@ -124,7 +125,9 @@ def run(host: Host, *words: str, stdin: str = "") -> "subprocess.CompletedProces
     code += "from unlock.paths import Paths\n"
     code += f"unlock.cli.Paths = lambda: Paths({host.paths.root!r})\n"
     code += "sys.exit(program.main())"
-    return subprocess.run([sys.executable, "-c", code], input=stdin.encode(), capture_output=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": str(TOP)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, input=stdin.encode(), capture_output=True, timeout=120, env=environment)
 
 
 def test_a_core_goes_through_a_pipe_or_into_gdb(host: Host, crashed: Crashing) -> None:
@@ -261,6 +264,37 @@ def test_a_large_dump_that_is_cut_between_its_chunks_is_refused(host: Host, tmp_
     Path(dump.path).write_bytes(whole)
     assert core_of(host, dump) == noise.read_bytes()
     assert os.listdir(host.folder).count("extracted") == 0
+
+
+@pytest.mark.parametrize("victim", ["age", "zstd"])
+def test_what_a_killed_program_gave_is_not_believed(victim: str, host: Host, crashed: Crashing, tmp_path: Path) -> None:
+    """Of `extract`, in the middle."""
+    noise = tmp_path / "noise"
+    noise.write_bytes(crashed.core.read_bytes() + os.urandom(8 << 20))
+    dump = crash(host, crashed, noise)
+    with host.work() as work, dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity:
+        pieces = opened.read_dump(dump, identity)
+        got = next(pieces)
+        pid = subprocess.run(["pgrep", "-P", str(os.getpid()), "-x", victim], capture_output=True, check=True).stdout
+        os.kill(int(pid), signal.SIGKILL)
+        with pytest.raises(Tampered):
+            for piece in pieces:
+                got += piece
+    assert noise.read_bytes().startswith(got) and len(got) < noise.stat().st_size
+
+
+def test_gdb_is_given_no_program_but_a_file(
+    host: Host, crashed: Crashing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The core names it, and whoever writes to the disk can make a core."""
+    forged, name = tmp_path / "forged", os.fsencode(crashed.program)
+    monkeypatch.chdir(tmp_path)
+    option = "--eval-command=shell echo >opened"
+    Path(option).touch()
+    forged.write_bytes(crashed.core.read_bytes().replace(name, os.fsencode(option).ljust(len(name), b"\0")))
+    done = run(host, "extract", crash(host, crashed, forged).name, "--gdb", stdin="quit\n")
+    assert done.returncode == 0 and not Path("opened").exists()
+    assert b"Reading symbols" not in done.stdout
 
 
 def test_a_core_that_the_kernel_did_not_finish_is_refused(host: Host, crashed: Crashing, tmp_path: Path) -> None:
@@ -606,6 +640,9 @@ def test_a_dump_is_named_by_pid_or_file(host: Host, crashed: Crashing) -> None:
         Path(host.paths.dumps, name).write_bytes(b"")
         assert kept.parse_name(name, 0) is None
     Path(host.paths.dumps, "core.l.0.9.1.11.1.0123456789abcdef.age").symlink_to(one.path)
+    os.mkfifo(Path(host.paths.dumps, "core.f.0.9.1.11.1.0123456789abcdef.age"))
+    Path(host.paths.dumps, "core.d.0.9.1.11.1.0123456789abcdef.age").mkdir()
+    Path(host.paths.dumps, f"core.t.0.9.{10**19}.11.1.0123456789abcdef.age").touch()
     assert len(kept.list_dumps(host.paths)) == 3
     info = json.loads(run(host, "info", two.name, "--json").stdout)
     assert (info["pid"], info["signal"], info["comm"], info["key"], info["size"]) == (

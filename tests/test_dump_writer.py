@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.dumps import TOP, Crashing, Writer
+from unlock.keys import dump_key
 from unlock.operations.dump import kept, protection
 
 SECRET = b"of the process that crashed 4711"
@@ -108,6 +109,21 @@ def test_without_a_recipient_nothing_is_written(text: str | None, crashed: Crash
     assert said.startswith(f"<3>unlock: process {crashed.process.pid} (sleep), signal 11: no dump is kept: ")
 
 
+@pytest.mark.parametrize("kind", ["fifo", "folder", "loop", "device"])
+def test_what_stands_in_the_place_of_the_recipient_stops_no_crash(kind: str, crashed: Crashing, writer: Writer) -> None:
+    to = Path(writer.paths.dump_recipient)
+    to.unlink()
+    if kind == "fifo":
+        os.mkfifo(to)
+    elif kind == "folder":
+        to.mkdir()
+    else:
+        to.symlink_to(to if kind == "loop" else "/dev/zero")
+    assert dump_key.read_recipient(writer.paths) is None
+    assert writer.write(crashed.core, crashed.process.pid) == 0
+    assert not writer.files() and "no dump is kept" in writer.said()[0]
+
+
 def test_without_age_nothing_is_written(crashed: Crashing, writer: Writer, tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -135,6 +151,7 @@ def test_systemd_coredump_gets_the_metadata_and_no_core(crashed: Crashing, write
     program = writer.top / "usr/lib/systemd/systemd-coredump"
     program.parent.mkdir(parents=True)
     told = {"called": 'echo "$@"', "size": "wc -c", "files": "readlink /proc/$$/fd/0"}
+    told["turn"] = f"flock -n {writer.top}/run/unlock/dump-1 echo free"
     program.write_text("#!/bin/sh\n" + "".join(f"{what} >{writer.top}/{name}\n" for name, what in told.items()))
     program.chmod(0o755)
     writer.write(crashed.core, crashed.process.pid)
@@ -143,6 +160,7 @@ def test_systemd_coredump_gets_the_metadata_and_no_core(crashed: Crashing, write
     os.unlink(writer.paths.dump_recipient)
     for _ in range(2):  # with what was not read for want of a recipient
         assert (writer.top / "size").read_text().strip() == "0"
+        assert (writer.top / "turn").read_text() == "free\n"
         assert (writer.top / "files").read_text() == f"{crashed.core}\n"
         writer.write(crashed.core, crashed.process.pid)
     assert len(writer.files()) == 1
@@ -254,6 +272,31 @@ def test_the_oldest_go_when_there_are_too_many_or_too_much(crashed: Crashing, wr
     left = kept.list_dumps(writer.paths)
     assert sum(each.size for each in left) <= 1 << 20 and left[-1].pid == crashed.process.pid
     assert other.exists()
+
+
+def test_files_of_others_among_the_dumps_are_not_touched(crashed: Crashing, writer: Writer) -> None:
+    """Of whoever had the disk of a plain /var: a name with a line end in it names no other file, a time in the future
+    is not one of this minute."""
+    os.makedirs(writer.paths.dumps)
+    other = writer.top / "escrow.age"
+    other.touch()
+    evil = Path(writer.paths.dumps, f"core.x\n1 99999999999 {other}".replace("/", "\n"))
+    for name in (evil.name, "core.x\n1 99999999999 note.age", "core.x 1.age", "core.\n1 x[$(id)] y.age"):
+        Path(writer.paths.dumps, name).touch()
+        os.utime(Path(writer.paths.dumps, name), (time.time() - 1000,) * 2)
+    note = Path(writer.paths.dumps, "note.age")
+    note.touch()
+    for number in range(9):
+        ahead = Path(writer.paths.dumps, f"core.x.0.{number + 1}.1.11.3.{FINGERPRINT}.zst.age")
+        ahead.touch()
+        os.utime(ahead, (time.time() + 10_000,) * 2)
+    before = len(writer.files())
+    writer.settings(KEEP_COUNT=20)
+    writer.write(crashed.core, crashed.process.pid)
+    assert len(writer.files()) == before + 1, writer.said()
+    writer.settings(KEEP_COUNT=1)
+    writer.write(crashed.core, crashed.process.pid)
+    assert other.exists() and note.exists() and len(kept.list_dumps(writer.paths)) == 1
 
 
 def test_a_storm_of_crashes_keeps_a_few(crashed: Crashing, writer: Writer) -> None:

@@ -442,7 +442,8 @@ def test_a_header_is_read_as_it_is_written_or_not_at_all() -> None:
         parse(empty.replace(b"dump 1\n", b"dump 2\n"))
     for old, new in ((b"dump 1", b"dump x"), (b"id ", b"ib "), (b"whole", b"hole"), (b"6.1.0-x", b"../../x"),
                      (b"size 77\n", b"size 77"), (b"size 77\n", b"size -7\n"), (b"size 77\n", b"size 77\nsize 8\n"),
-                     (b"time 1\n", b""), (b"state whole", b"state empty"), (b"a" * 16, b"a" * 15)):  # fmt: skip
+                     (b"time 1\n", b""), (b"time 1\n", b"time 9999999999999\n"),
+                     (b"state whole", b"state empty"), (b"a" * 16, b"a" * 15)):  # fmt: skip
         assert whole.count(old) == 1
         with pytest.raises(Malformed):
             parse(whole.replace(old, new))
@@ -689,6 +690,11 @@ def test_the_setup_is_read_as_it_is_written_or_not_at_all(host: Host) -> None:
         path.write_text(json.dumps(bad))
         with pytest.raises(Malformed):
             kernel.read_setup(host.paths)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(Malformed):
+        kernel.read_setup(host.paths)
+    path.unlink()
     path.write_text(json.dumps({**good, "version": 2}))
     with pytest.raises(NewerFormat):
         kernel.read_setup(host.paths)

@@ -7,6 +7,7 @@ Whoever writes a dump needs the recipient alone, which is public. The identity i
 dump is opened, from the present host key or from one that it has replaced.
 """
 
+import os
 from collections.abc import Iterator
 from hashlib import sha256
 from typing import NamedTuple
@@ -128,7 +129,7 @@ def write_recipient(paths: Paths, state: State, host_key: Secret) -> Recipient:
 def read_recipient(paths: Paths) -> Recipient | None:
     """None where there is none, or the file is not as `write_recipient` makes it."""
     try:
-        with open(paths.dump_recipient, encoding="ascii") as file:
+        with open(paths.dump_recipient, encoding="ascii", opener=_without_waiting) as file:
             head, text, *rest = file.read(4096).split("\n")
         words = head.split(" ")
         found = Recipient(int(words[4]), text)
@@ -136,6 +137,11 @@ def read_recipient(paths: Paths) -> Recipient | None:
         return None
     same = [*words[:4], *words[5:]] == ["#", "unlock:", "host", "key", found.fingerprint] and rest == [""]
     return found if same else None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a FIFO too, which nobody writes to."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def refresh(work: access.Work) -> None:

@@ -84,7 +84,8 @@ def to_gdb(work: Work, dump: Dump, accept: frozenset[str]) -> int:
             core = _copy(dump, identity, accept, hold)
         _record(work, dump, "gdb")
         program = core.program()
-        command = ["gdb", "-q", *([program] if os.path.exists(program) else []), f"--core=/proc/self/fd/{fd}"]
+        known = os.path.isabs(program) and os.path.isfile(program)
+        command = ["gdb", "-q", *([program] if known else []), f"--core=/proc/self/fd/{fd}"]
         return subprocess.run(command, pass_fds=(fd,)).returncode
     except FileNotFoundError as error:
         raise CommandFailed("gdb is not installed", "apt install gdb", code="command-missing") from error

@@ -11,10 +11,10 @@ from ...errors import Refused
 from ...paths import Paths
 
 _NAME = re.compile(
-    r"core\.([A-Za-z0-9_+-]{1,64})\.(\d{1,10})\.(\d{1,10})\.(\d{1,20})\.(\d{1,3})\.(\d{1,16})\.([0-9a-f]{16})(\.zst)?\.age",
+    r"core\.([A-Za-z0-9_+-]{1,64})\.(\d{1,10})\.(\d{1,10})\.(\d{1,12})\.(\d{1,3})\.(\d{1,16})\.([0-9a-f]{16})(\.zst)?\.age",
     re.A,
 )
-_KERNEL = re.compile(r"kernel(-log)?\.([A-Za-z0-9._+~-]{1,64})\.(\d{1,20})\.(\d{1,16})\.([0-9a-f]{16})\.age", re.A)
+_KERNEL = re.compile(r"kernel(-log)?\.([A-Za-z0-9._+~-]{1,64})\.(\d{1,12})\.(\d{1,16})\.([0-9a-f]{16})\.age", re.A)
 
 
 class Dump(NamedTuple):
@@ -103,9 +103,12 @@ def list_dumps(paths: Paths) -> list[Dump]:
     except FileNotFoundError:
         return []
     for entry in entries:
-        if entry.is_file(follow_symlinks=False):
-            dump = parse_name(entry.path, entry.stat(follow_symlinks=False).st_size)
-            found += [dump] if dump else []
+        try:
+            size = entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else -1
+        except FileNotFoundError:
+            continue  # system/dump has removed it
+        dump = parse_name(entry.path, size) if size >= 0 else None
+        found += [dump] if dump else []
     return sorted(found, key=lambda each: (each.time, each.pid))
 
 

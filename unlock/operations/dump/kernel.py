@@ -391,7 +391,7 @@ def panic(paths: Paths, consent: Consent) -> None:
 def read_setup(paths: Paths) -> Setup | None:
     """None where kernel dumps are not set up. Raises Malformed, NewerFormat."""
     try:
-        with open(paths.kernel_dump, encoding="utf-8") as file:
+        with open(paths.kernel_dump, encoding="utf-8", opener=_without_waiting) as file:
             text = file.read(4096)
     except FileNotFoundError:
         return None
@@ -408,6 +408,11 @@ def read_setup(paths: Paths) -> Setup | None:
     if not whole:
         raise Malformed(f"{paths.kernel_dump} is not as unlock writes it", "unlock dump kernel enable DEV")
     return setup
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a FIFO too, which nobody writes to."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _read_setup_if_whole(paths: Paths) -> Setup | None:

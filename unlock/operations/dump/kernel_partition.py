@@ -24,7 +24,7 @@ EMPTY, WRITING, WHOLE = "empty", "writing", "whole"
 _PATTERNS = {
     "id": "[0-9a-f]{32}",
     "state": f"{EMPTY}|{WRITING}|{WHOLE}",
-    "time": "[0-9]{1,20}",
+    "time": "[0-9]{1,12}",
     "kernel": "[A-Za-z0-9._+~-]{1,64}",
     "generation": "[0-9]{1,16}",
     "fingerprint": "[0-9a-f]{16}",
