@@ -11,8 +11,9 @@ from typing import NamedTuple
 import pytest
 
 from tests.lab import image
+from tests.lab.image import Builder
 from tests.lab.packages import packages
-from tests.test_boot_package import SERVICE
+from tests.test_boot_package import MADE, SERVICE
 
 pytestmark = pytest.mark.vm
 
@@ -37,21 +38,23 @@ class Boot(NamedTuple):
 
 
 class Container:
-    def __init__(self, tree: Path) -> None:
-        self.tree = tree
+    def __init__(self, tree: Path, builder: Builder) -> None:
+        self.tree, self.package = tree, f"unlock-{MADE[builder].deb}"
         for name, text in (("app", SERVICE), ("report", REPORT)):
             (tree / f"etc/systemd/system/{name}.service").write_text(text)
         self.sh("systemctl --quiet enable app report; systemctl --quiet mask lab-agent; mkdir -p /srv/data")
         for name in ("fstab", "crypttab"):
             (tree / "etc" / name).write_text("")
-        (tree / "etc/initramfs-tools/update-initramfs.conf").write_text("update_initramfs=no\n")
+        if builder == "initramfs-tools":
+            (tree / "etc/initramfs-tools/update-initramfs.conf").write_text("update_initramfs=no\n")
 
     def sh(self, command: str) -> None:
         image._chroot(self.tree, command)
 
     def remove(self, how: str, words: str) -> None:
+        """No initramfs is made."""
         set_words = f"echo 'unlock unlock/remove string {words}' | debconf-set-selections"
-        self.sh(f"{set_words}; DEBIAN_FRONTEND=noninteractive apt-get -y {how} unlock unlock-initramfs")
+        self.sh(f"{set_words}; INITRD=No DEBIAN_FRONTEND=noninteractive apt-get -y {how} unlock {self.package}")
 
     def boot(self) -> Boot:
         (self.tree / "report").unlink(missing_ok=True)
@@ -66,11 +69,12 @@ class Container:
         )
 
 
-@pytest.fixture
-def container(tmp_path: Path) -> Iterator[Container]:
+@pytest.fixture(params=MADE)
+def container(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Container]:
     tree = tmp_path / "tree"
-    subprocess.run(["cp", "-a", "--reflink=auto", image.build("luks").directory / "tree", tree], check=True)
-    yield Container(tree)
+    built = image.build("luks", builder=request.param).directory / "tree"
+    subprocess.run(["cp", "-a", "--reflink=auto", built, tree], check=True)
+    yield Container(tree, request.param)
     shutil.rmtree(tree)
 
 
@@ -90,7 +94,7 @@ def test_from_the_installation_to_the_purge(container: Container) -> None:
     assert removed.units.keys() == installed.units.keys() - ours - {"app.service"} | {"srv-data.mount"}
 
     debs = packages()
-    image.install(container.tree, debs.core, debs.initramfs)
+    image.install(container.tree, debs.core, debs.dracut if "dracut" in container.package else debs.initramfs)
     again = container.boot()
     assert not again.ran and again.units["unlock-group@data.service"] == "failed"
     assert "srv-data.mount" not in again.units, "its gate has failed, so it was not tried"

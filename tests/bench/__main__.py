@@ -5,7 +5,7 @@ as it should be.
 The systems take turns. Other work on this machine only adds, so a goal is met by the least of the runs; in brackets is
 the median, of ratios that of each turn. All of it is in build/bench.json.
 
-    python -m tests.bench [native] [compare] [many] [size] [dump]       default: all
+    python -m tests.bench [native] [compare] [many] [boots] [size] [dump]       default: all
 """
 
 import json
@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 from tests.lab import image
 from tests.lab.machine import Machine
 
-from . import dump, machine, native
+from . import boots, dump, machine, native
 from .chips import CHIPS
 from .machine import CLEVIS, FLOOR, FORKED, SYSTEMD, UNLOCK, Run
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-PARTS = ("native", "compare", "many", "size", "dump")
+PARTS = ("native", "compare", "many", "boots", "size", "dump")
 RATIO = {
     1: {"no latency": 1.2, "firmware": 1.0, "discrete": 0.4},
     24: {"no latency": 0.6, "firmware": 0.4, "discrete": 0.13},
@@ -39,6 +39,10 @@ DUMP_RATIO = 1.0
 """unlock's time for a dump of 1 GiB, systemd-coredump's being 1."""
 DUMP_MIB = 64.0
 """All processes of the writer, whatever the core."""
+TIMES_INITRAMFS_TOOLS = 1.0
+"""When the last of four disks is open with dracut, the time with initramfs-tools being 1."""
+GROWTH_MB = 7.0
+"""Of an image, compressed."""
 LINEAR = 1.25
 """What one of the last 50 of 100 disks takes more, one of the 25 before them being 1."""
 
@@ -67,8 +71,9 @@ def main() -> int:
     began = time.monotonic()
     found: dict[str, Any] = {"load": [os.getloadavg()[0]], "cores": os.cpu_count()}
     goals: list[Goal] = []
-    built = image.build("plain", commands=machine.COMMANDS)
     with tempfile.TemporaryDirectory(prefix="unlock-bench-", dir="/var/tmp") as home:
+        if {"native", "compare", "many", "dump"} & set(parts):
+            built = image.build("plain", commands=machine.COMMANDS)
         if "native" in parts:
             goals += keys(built, Path(home), found)
         if "dump" in parts:
@@ -80,10 +85,10 @@ def main() -> int:
                 goals += side_by_side(machine.compare(bench, enrolled), found)
             if "many" in parts:
                 goals += many(machine.many(bench, enrolled), found)
+        if "boots" in parts:
+            goals += by_builder(boots.boots(Path(home)), found)
     if "size" in parts:
-        found["initramfs"] = sizes = machine.initramfs()
-        more = sizes["with"] - sizes["without"]
-        print(f"\ninitramfs: {sizes['with']:,} bytes, {more:,} of them by unlock")
+        goals += growth(found)
     found["load"].append(os.getloadavg()[0])
     verdicts(goals)
     found["goals"] = [{**each._asdict(), "verdict": each.verdict} for each in goals]
@@ -203,6 +208,39 @@ def many(runs: list[Run], found: dict[str, Any]) -> list[Goal]:
     slowest = least(runs_of(runs, UNLOCK, most, "no latency"))
     what = f"unlock, a disk more: {some} to {most} / {few} to {some}"
     return [Goal(what, growth(UNLOCK, min), growth(UNLOCK, statistics.median), LINEAR, profile(slowest))]
+
+
+# Whole boots
+
+
+def by_builder(runs: list[boots.Boot], found: dict[str, Any]) -> list[Goal]:
+    """When the disks of one host are open, with an initramfs of each builder."""
+    found["boots"] = [each._asdict() for each in runs]
+    print("\nboots: seconds after the kernel's start, median (least)")
+    at = {
+        builder: {name: [each.phases[name] for each in runs if each.builder == builder] for name in boots.PHASES}
+        for builder in boots.BUILDERS
+    }
+    for builder, phases in at.items():
+        for name, times in phases.items():
+            print(f"    {builder:16} {name:24} {both(times)}")
+    theirs, ours = (at[builder][boots.PHASES[-1]] for builder in boots.BUILDERS)
+    median = statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
+    lines = [f"{name:24} {both(times)} s" for name, times in at["dracut"].items()]
+    what = "last of 4 disks open, dracut / initramfs-tools"
+    return [Goal(what, min(ours) / min(theirs), median, TIMES_INITRAMFS_TOOLS, lines)]
+
+
+def growth(found: dict[str, Any]) -> list[Goal]:
+    """What unlock adds to an image."""
+    goals = []
+    for builder in boots.BUILDERS:
+        size = boots.sizes(builder)
+        more = (size.whole - size.without) / 1e6
+        found[f"image of {builder}"] = size._asdict()
+        print(f"\nimage of {builder}: {size.whole:,} bytes, {size.without:,} without unlock")
+        goals.append(Goal(f"image of {builder}: more by unlock, MB", more, more, GROWTH_MB, []))
+    return goals
 
 
 def profile(run: Run) -> list[str]:

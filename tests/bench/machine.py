@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.lab import image, luks
+from tests.lab import luks
 from tests.lab.guest import Guest
 from tests.lab.machine import Machine
 from tests.lab.running import Disk, Running
@@ -382,12 +382,3 @@ def _boot(machine: Machine, name: str, limit: float) -> Running:
     """With the TPM as enrolled: what a boot has sealed, to PCRs with its caps, is of no use to the next."""
     shutil.copytree(machine.home / "tpm", machine.home / name)
     return machine.boot(memory="1G", tpm=name, tpm_delays=NONE, limit=limit)
-
-
-def initramfs() -> dict[str, int]:
-    """Bytes with unlock and without it, compressed as Debian does it, with the modules of Debian's kernel."""
-    built = image.build("luks", runs="qemu")
-    level = {"conf.d/level": "COMPRESS=zstd\n"}
-    hook = "#!/bin/sh\nrm -rf /usr/share/initramfs-tools/hooks/unlock /usr/share/initramfs-tools/scripts/*/unlock\n"
-    kinds = {"with": level, "without": {**level, "conf.d/remove": hook}}
-    return {kind: built.initramfs(files).stat().st_size for kind, files in kinds.items()}
