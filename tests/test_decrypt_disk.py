@@ -3,6 +3,7 @@
 a software TPM."""
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from tests.inplace import MIB, files_in, sh
 from unlock.disks import devices, disk_keys, luks, partition_table, raw_header, reencrypt
 from unlock.disks.header import Header
 from unlock.disks.reencrypt import Tell
-from unlock.errors import Malformed, Refused, Tampered, UnlockError
+from unlock.errors import CommandFailed, Malformed, Refused, Tampered, UnlockError
 from unlock.host.journal import DiskDecryption
 from unlock.operations import decrypt_disk, operation, status
 from unlock.operations.consent import Plan
@@ -400,3 +401,23 @@ def with_mode(keyslots: dict[str, Any], **fields: str) -> dict[str, Any]:
 
 def luks_uuid(copy: raw_header.Copy) -> str:
     return copy.content[168:208].rstrip(b"\0").decode()
+
+
+def test_cryptsetup_may_end_it(host: Machine, loops: Loops, tmp_path: Path) -> None:
+    """With the recovery key, where this boot has no key; nothing opens the disk then, until the command is run again.
+    Not without a file system where the data is."""
+    loop = loops("none")
+    data = protect(host, loop, tmp_path)
+    decrypt(host, tell=lambda done, size: done > 0)
+    stock = ["cryptsetup", "reencrypt", "--resume-only", "--batch-mode", "--key-file", "-", loop.node]
+    subprocess.run(stock, input=bytes(host.recovery), check=True, capture_output=True)
+    with open(loop.disk, "r+b", buffering=0) as disk:
+        disk.seek(HEADER)
+        disk.write(bytes(MIB))
+    with pytest.raises((Tampered, CommandFailed)):
+        resume(host)
+    with open(loop.disk, "r+b", buffering=0) as disk:
+        disk.seek(HEADER)
+        disk.write(data[:MIB])
+    assert resume(host) and loop.plain() == data
+    assert_plain(loop, data, tmp_path)

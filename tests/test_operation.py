@@ -28,6 +28,7 @@ from unlock.cli import operation as cli_operation
 from unlock.cli import progress as cli_progress
 from unlock.disks import disk_keys, luks, token
 from unlock.disks.groups import Member
+from unlock.disks.place import Place
 from unlock.errors import Refused, Stopped, UnlockError
 from unlock.host import journal, keyring, progress, resumption, this_boot, units
 from unlock.host.journal import (
@@ -35,6 +36,7 @@ from unlock.host.journal import (
     DeepRekeyDisk,
     DiskAddition,
     DiskAdoption,
+    DiskDecryption,
     DiskEncryption,
     DiskErasure,
     DiskForgetting,
@@ -100,6 +102,16 @@ ENTRIES: tuple[JournalEntry, ...] = (
         first="",
         moved="",
         written=False,
+    ),
+    DiskDecryption(
+        "disk decrypt",
+        "other-a",
+        "other",
+        kek="1",
+        member=Member("1", "other-a", ""),
+        keyslots=(0,),
+        place=Place("/dev/sdb", "gpt", 1, "ab", start=1 << 20, size=1 << 30, offset=16 << 20, entries=(2, 9)),
+        placed=False,
     ),
     REKEY,
     DeepRekey("rekey --deep", "data", (DeepRekeyDisk("1", (0,), ""),), prepared=True, rate=0),

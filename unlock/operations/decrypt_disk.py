@@ -45,6 +45,7 @@ from ..keys.access import Work
 from ..paths import TPM_DEVICE, Paths
 from ..predict.boot_tree import BootTree
 from ..protect import hold_in_memory
+from ..run import run
 from ..secret import Secret
 from . import consent as agreement
 from . import leaving, membership, new_persistence_key, relink_mapping
@@ -306,6 +307,8 @@ def _begin_or_settle(work: Work, entry: DiskDecryption) -> _Begun | None:
     mapping = devices.active_mapping_name(entry.member.uuid)
     reencrypt.unlock_after_kill(node)
     with luks.Container(node) as container:
+        if _was_ended_by_cryptsetup(container, entry):
+            return None
         prepared = find_plan_token(work, container) is not None
     if not prepared:
         _take_back(work, entry, node)
@@ -384,6 +387,17 @@ def _node(work: Work, entry: DiskDecryption) -> str:
     return node
 
 
+def _was_ended_by_cryptsetup(container: luks.Container, entry: DiskDecryption) -> bool:
+    """Whether `cryptsetup reencrypt --resume-only` has decrypted the rest: nothing opens the disk then, and no key says
+    that the header is right, so there must be a file system."""
+    header = container.metadata
+    final = {"type": "linear", "offset": str(entry.place.offset), "size": "dynamic"}
+    if header["segments"] != {"0": final} or header["keyslots"] or container.requirements:
+        return False
+    probe = ["blkid", "--probe", "--offset", str(entry.place.offset), "--output", "value", "--match-tag", "TYPE"]
+    return bool(run([*probe, container.device], timeout=60).strip())
+
+
 # The end, once all is in clear
 
 
@@ -406,7 +420,9 @@ def _close(work: Work, entry: DiskDecryption) -> str:
 def _place(work: Work, entry: DiskDecryption) -> DiskDecryption:
     """The partition, then the journal. Raises Tampered, DiskFailed; then the disk opens as before."""
     node = _node(work, entry)
-    if _phase(work, node) != WHOLE:
+    with luks.Container(node) as container:
+        in_clear = _was_ended_by_cryptsetup(container, entry)
+    if not in_clear and _phase(work, node) != WHOLE:
         raise DiskFailed(f"{node} is not decrypted to its end", "unlock operation resume")
     where = partition_table.find_place(node, entry.place.offset)
     here = where._replace(identity=entry.place.identity) if where.table == "none" else where
