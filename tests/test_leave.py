@@ -433,7 +433,11 @@ def spare(pair: Host, loops: Loops) -> str:
 
 def test_an_erased_disk_has_neither_keyslots_nor_header(pair: Host, spare: str) -> None:
     data = Path(spare).read_bytes()[16 << 20 :]
-    assert erase_disk.erase_disk(pair.paths, spare)
+    with luks.Container(spare) as container:
+        state = pair.state
+        state.forget_member(Member(container.uuid, "data-2", ""), "data")
+        state.save()
+    assert erase_disk.erase_disk(pair.paths, spare) and not pair.state.forgotten
     content = Path(spare).read_bytes()
     assert content[: 16 << 20] == bytes(16 << 20)
     assert content[16 << 20 :] == data

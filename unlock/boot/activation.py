@@ -63,7 +63,7 @@ class GroupOpener:
     `host` is a host id, or '' for any host; `only` limits it to one group; `workers` 0 is one activation a core.
     `members`: disks that have a token of this host, where the caller knows them: one without is `altered`.
     `manifest`: the generation of the member list, where the caller knows it: an older token is `stale`. `left_out`:
-    LUKS UUIDs of disks that are not opened with the others.
+    LUKS UUIDs of disks that are not opened with the others; `forgotten`: of those that are never opened again.
     """
 
     def __init__(
@@ -77,13 +77,14 @@ class GroupOpener:
         members: Sequence[Member] = (),
         manifest: int = 0,
         left_out: frozenset[str] = frozenset(),
+        forgotten: frozenset[str] = frozenset(),
     ) -> None:
         self.host = host
         self.unwrap = unwrap
         self.report = report
         self.only = only
         self._members = members
-        self._manifest, self._left_out = manifest, left_out
+        self._manifest, self._left_out, self._forgotten = manifest, left_out, forgotten
         self.workers = workers or len(os.sched_getaffinity(0))
         self.read_timeout = READ_TIMEOUT
         self.has_listed_disks = False
@@ -161,7 +162,7 @@ class GroupOpener:
             outcome = error.code if answer else "damaged"
             self.report.set_disk(node, outcome, str(error))
         except Tampered as error:
-            self.report.set_disk(node, "tampered", str(error))
+            self.report.set_disk(node, "tampered", str(error), uuid=answer.argument if answer else "")
         except UnlockError as error:
             self.report.set_disk(node, error.code if error.code in OUTCOMES else "failed", str(error))
         except Exception as error:  # an unforeseen header must not stop the other disks
@@ -187,6 +188,9 @@ class GroupOpener:
         uuid = header.uuid
         tokens = disk_keys.read_tokens(header, self.host)
         if self.only and all(each.group != self.only for each in tokens):
+            return False
+        if uuid in self._forgotten:
+            self.report.set_disk(disk.node, "forgotten", uuid=uuid)
             return False
         if not self.unwrap:
             self.report.set_disk(disk.node, "no-key", self.report.describe_verdict(), uuid=uuid)

@@ -298,8 +298,9 @@ def open_group(paths: Paths, name: str, *recovery: Secret, degraded: bool = Fals
 def _opener(state: State, name: str, unwrap: Unwrap, record: report.Report) -> GroupOpener:
     group = state.groups.get(name)
     unwrap = _refuse_put_back(state, unwrap)
+    forgotten = frozenset(state.forgotten)
     if not group:
-        return GroupOpener(state.host, unwrap, record, only=name)
+        return GroupOpener(state.host, unwrap, record, only=name, forgotten=forgotten)
     return GroupOpener(
         state.host,
         unwrap,
@@ -308,6 +309,7 @@ def _opener(state: State, name: str, unwrap: Unwrap, record: report.Report) -> G
         members=group.members,
         manifest=group.manifest,
         left_out=group.left_out(),
+        forgotten=forgotten,
     )
 
 

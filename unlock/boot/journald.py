@@ -6,10 +6,13 @@ An entry for the verdict, one for a boot that the TPM refused, and one for each 
 messages and their fields: unlock-journal(7).
 """
 
+import contextlib
 import os
 
 from .. import journald, messages
+from ..errors import UnlockError
 from ..host import report, this_boot
+from ..host.state import State
 from ..light import NamedTuple
 from ..messages import INFO, NOTICE, WARNING, Message
 from ..paths import Paths
@@ -33,7 +36,11 @@ def write_early_report(paths: Paths) -> int:
     if os.path.exists(paths.of_this_boot("journaled")):
         return 0
     with journald.connect(paths) as journal:
-        for each in make_entries(this_boot.read_early_report(paths)):
+        early = this_boot.read_early_report(paths)
+        if early:
+            with contextlib.suppress(UnlockError):
+                early.name_forgotten(State.load(paths).forgotten)
+        for each in make_entries(early):
             # `journalctl -u` finds the entry even if journald looks for this process after its end.
             fields = {"OBJECT_SYSTEMD_UNIT": _UNIT, **each.fields}
             journal.send(journald.encode(each.message, each.text, fields, each.priority))

@@ -32,7 +32,7 @@ def _list_disks(paths: Paths, options: argparse.Namespace) -> int:
             for group in groups
             for disk in group.disks
         ]
-        log.show_json({"version": 1, "disks": disks})
+        log.show_json({"version": 1, "disks": disks, "forgotten": [each._asdict() for each in found.forgotten]})
         return 0
     rows = [
         (
@@ -46,6 +46,7 @@ def _list_disks(paths: Paths, options: argparse.Namespace) -> int:
         for group in groups
         for each in group.disks
     ]
+    rows += [(each.name, each.group, each.device, "forgotten", "-", each.uuid) for each in found.forgotten]
     _show_table(("DISK", "GROUP", "DEVICE", "STATE", "SERIAL", "UUID"), rows)
     return 0
 

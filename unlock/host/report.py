@@ -8,7 +8,7 @@ which scripts may rely on.
 
 import time
 
-from ..light import Callable, NamedTuple
+from ..light import Callable, Iterable, NamedTuple
 
 VERDICTS = {
     "unsealed": "the TPM released the persistence key",
@@ -45,10 +45,13 @@ OUTCOMES = {
     "timed-out": "opening it took too long and was stopped",
     "closed-again": "closed again: another member failed, or the root file system is not authenticated",
     "stale": "its token is older than that of the rest of the group",
+    "forgotten": "it was taken out of its group by `unlock disk forget`: left alone",
     "was-away": "its group was written while it was away: left out until it is healed",
 }
 
-HARMLESS = frozenset(("opened", "already-open", "waiting", "foreign", "other-host", "provider", "was-away"))
+HARMLESS = frozenset(
+    ("opened", "already-open", "waiting", "foreign", "other-host", "provider", "was-away", "forgotten")
+)
 """Outcomes that are no failure of a disk of this host that is present."""
 
 OPEN = ("opened", "already-open")
@@ -227,6 +230,14 @@ class Report:
         how = f" with {row.present} of {row.members} disks" if outcome == "degraded" else ""
         if self._announce:
             self._announce(f"group {name}: {outcome}{how}")
+
+    def name_forgotten(self, uuids: Iterable[str]) -> None:
+        """Gives the outcome `forgotten` to former members: early boot, without the state, can only say that the key of
+        their tokens is not this host's."""
+        former = frozenset(uuids)
+        for row in list(self.disks.values()):
+            if row.uuid in former and row.outcome not in OPEN:
+                self.disks[row.node] = row._replace(outcome="forgotten", detail="")
 
     def outcome(self, node: str) -> str:
         """The latest outcome of the disk at `node`; '' while it has none."""

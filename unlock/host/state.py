@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from .. import wrap
 from ..disks import token
+from ..disks.groups import Member
 from ..errors import Malformed, Refused, Tampered, Usage
 from ..paths import Paths, write_atomically
 from ..secret import Secret
@@ -21,7 +22,7 @@ from . import resumption, state_file
 from .journal import JournalEntry, NewPersistenceKey, Rebind, RecoveryRotation, command, goes_on_by_itself
 from .lock import PATIENCE, exclusive
 from .provider_entry import KmipEntry, NativeEntry, Offers, ProviderEntry, has_made
-from .state_file import NOTHING_KNOWN, HostKey, KeyEntry, RecoveryFacts, ReplacedKek, StateFile, TpmFacts
+from .state_file import NOTHING_KNOWN, FormerMember, HostKey, KeyEntry, RecoveryFacts, ReplacedKek, StateFile, TpmFacts
 
 Journaled = TypeVar("Journaled", bound=JournalEntry)
 
@@ -43,6 +44,8 @@ class State:
         self.groups = {name: state_file.group_of(name, entry) for name, entry in file.groups.items()}
         self._manifests, self._generations = file.manifests, file.generations
         self._asked = dict(file.asked or {})
+        self.forgotten = dict(file.forgotten or {})
+        """LUKS UUID -> what the disk was: members that were forgotten, wherever they are now."""
         self.retire = list(file.retire)
         """KEKs that were replaced, and that their provider has not deactivated yet."""
         self.journal = file.journal
@@ -94,6 +97,8 @@ class State:
             self.skip_generation(group.name, group.generation)
             if self._asked.get(group.name, 0) <= group.generation:
                 self._asked.pop(group.name, None)
+            for member in group.members:
+                self.forgotten.pop(member.uuid, None)
         if goes_on_by_itself(self.journal):
             resumption.mark(self._path)
         write_atomically(self._path, self._content())
@@ -130,6 +135,7 @@ class State:
             old_keys=self._old_keys or None,
             headers=self.headers or None,
             asked=self._asked or None,
+            forgotten=self.forgotten or None,
         )
         return state_file.write(file)
 
@@ -490,6 +496,12 @@ class State:
         known = self.recovery
         for each in (self.headers, self._old_keys, known.keyslots, known.former, known.behind, known.tested):
             each.pop(uuid, None)
+        self.forgotten.pop(uuid, None)
+
+    def forget_member(self, member: Member, group: str) -> None:
+        """The disk is no member any more, and may come back."""
+        self.drop_disk(member.uuid)
+        self.forgotten[member.uuid] = FormerMember(member.name, group)
 
     def forget_strangers(self) -> None:
         """Drops the old keys of disks that are in no group."""

@@ -130,6 +130,14 @@ class RemovedPolicy(NamedTuple):
     pin: bool = False
 
 
+class FormerMember(NamedTuple):
+    """A disk that `unlock disk forget` has taken out of its group. Plugged in again, it is not opened."""
+
+    name: str
+    """Of its mapping."""
+    group: str
+
+
 class StateFile(NamedTuple):
     """The whole file."""
 
@@ -164,6 +172,8 @@ class StateFile(NamedTuple):
     `Header.facts`."""
     asked: dict[str, int] | None = None
     """Group -> generation of a KEK that a provider was asked to make, and that the group does not have yet."""
+    forgotten: dict[str, FormerMember] | None = None
+    """By LUKS UUID."""
 
 
 def parse(content: bytes, path: str) -> StateFile:

@@ -10,6 +10,7 @@ run, before all of the disk is overwritten; its header, by which the same comman
 Needs no key: it works where the key cache is empty.
 """
 
+import os
 import time
 from collections.abc import Callable
 
@@ -57,6 +58,7 @@ def erase_disk(
             return False
         state.begin(DiskErasure("disk erase", about, keyless=False))
         destroy_keys(node)
+        state.forgotten.pop(os.path.basename(about), None)
         state.journal = DiskErasure("disk erase", about, keyless=True)
         state.save()
         if not (discard or overwrite):

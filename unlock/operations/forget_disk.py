@@ -186,7 +186,7 @@ def _write_list(
 
     def write(work: Work, group: Group, kek: Secret) -> tuple[rotation.Outcome, Group]:
         written = membership.rewrite_member_list(work, group, nodes, kek=kek)
-        state.drop_disk(member.uuid)
+        state.forget_member(member, group.name)
         if not entry.options:
             state.narrowed = f"{member.name} {member.uuid} has left group {left.name} and may be in other hands"
         names = tuple(each.name for each in written.members if each.uuid not in written.behind)

@@ -6,6 +6,7 @@
 """
 
 import calendar
+import os
 import time
 from typing import Any, NamedTuple
 
@@ -101,6 +102,21 @@ class WindowStatus(NamedTuple):
     """Good boots after which it closes."""
 
 
+class ForgottenDisk(NamedTuple):
+    """A former member that is plugged in."""
+
+    name: str
+    group: str
+    uuid: str
+    device: str
+
+    def describe(self) -> str:
+        return (
+            f"{self.device} is {self.name}, which was forgotten: group {self.group} does not open it: unlock disk "
+            f"erase {self.device}; to use it again, then: unlock disk add {self.device} --group {self.group}"
+        )
+
+
 class Status(NamedTuple):
     """Everything that `unlock status` prints."""
 
@@ -138,6 +154,8 @@ class Status(NamedTuple):
     kernel_dumps: KernelProtection
     kept_dumps: int
     groups: list[GroupStatus]
+    forgotten: list[ForgottenDisk]
+    """Those that are here."""
 
     @property
     def unfinished(self) -> dict[str, str] | None:
@@ -189,7 +207,17 @@ def read_status(paths: Paths, tcti: str = "", look: find.Look = find.look) -> St
         kernel_dumps=read_kernel_protection(paths),
         kept_dumps=len(list_dumps(paths)),
         groups=groups,
+        forgotten=_forgotten_disks(state, look),
     )
+
+
+def _forgotten_disks(state: State, look: find.Look) -> list[ForgottenDisk]:
+    seen = look() if state.forgotten else {}
+    return [
+        ForgottenDisk(former.name, former.group, uuid, each.node)
+        for uuid, former in state.forgotten.items()
+        for each in seen.get(uuid, ())
+    ]
 
 
 def to_json(found: Status) -> dict[str, Any]:
@@ -251,6 +279,7 @@ def to_json(found: Status) -> dict[str, Any]:
             }
             for group in found.groups
         ],
+        "forgotten": [each._asdict() for each in found.forgotten],
     }
 
 
@@ -344,6 +373,7 @@ def _warnings(found: Status) -> list[str]:
     if found.recovery_behind:
         names = ", ".join(found.recovery_behind)
         warnings.append(f"{names}: opens with an earlier recovery key too, or alone: unlock recovery new")
+    warnings += [each.describe() for each in found.forgotten]
     for each in found.sync.get("keys", ()):
         if each["outcome"] not in _GOOD_SYNCS:
             warnings.append(f"sync: {each['key']}: {each['outcome']}: {each['detail']}")
@@ -499,6 +529,8 @@ def read_boot(paths: Paths) -> report.Report:
     if found is None:
         rebuild = initramfs.of_host(paths.root).rebuild_all
         raise UnlockError("early boot left no report", f"{rebuild}, and reboot", code="no-report")
+    if os.path.exists(paths.state):
+        found.name_forgotten(State.load(paths).forgotten)
     return found
 
 
