@@ -25,8 +25,9 @@ from unlock.host.journal import DiskAdoption
 from unlock.host.provider_entry import NativeEntry
 from unlock.host.state import State
 from unlock.initramfs import DRACUT, INITRAMFS_TOOLS
-from unlock.keys import recovery_key
-from unlock.operations import adopt_disk, cache, init, membership, sync
+from unlock.keys import dump_key, recovery_key
+from unlock.operations import adopt_disk, cache, init, membership, status, sync
+from unlock.operations.dump import protection
 from unlock.operations.provider import Client
 from unlock.paths import Paths
 from unlock.providers import native
@@ -156,6 +157,38 @@ def test_each_refusal_has_its_name(host: Paths, chip: Swtpm) -> None:
 
 
 # init where the state is away
+
+
+def test_init_encrypts_core_dumps_unless_that_is_declined_by_name(
+    host: Paths, chip: Swtpm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pattern, setting = (
+        Path(host.root, each) for each in ("proc/sys/kernel/core_pattern", "etc/sysctl.d/50-coredump.conf")
+    )
+    pattern.parent.mkdir(parents=True)
+    pattern.write_text("core\n")
+    programs = os.environ["PATH"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert refused(host, choices(host, chip)) == "plain-dumps", "age is not installed"
+    init.init(host, choices(host, chip, ACCEPTED | {"plain-dumps"}))
+    assert pattern.read_text() == "core\n" and not setting.exists()
+    found = status.read_status(host, chip.tcti)
+    assert "core dumps: not encrypted: core: unlock dump enable" in status.to_text(found)
+    assert status.to_json(found)["dumps"]["encrypted"] is False
+    monkeypatch.setenv("PATH", programs)
+    protection.enable(host)
+    assert pattern.read_text() == protection.PATTERN and setting.exists()
+    found = status.read_status(host, chip.tcti)
+    assert "dumps     encrypted to host key 1" in status.to_text(found)
+    Path(host.root, "proc/swaps").write_text("Filename Type Size Used Priority\n/dev/sda3 partition 1 0 -2\n")
+    assert "swap on a disk that is not encrypted: /dev/sda3" in status.to_text(status.read_status(host, chip.tcti))
+
+
+def test_init_itself_sets_up_core_dumps(host: Paths, chip: Swtpm) -> None:
+    init.init(host, choices(host, chip))
+    assert "kernel.core_pattern=|/usr/lib/unlock/dump" in Path(host.root, "etc/sysctl.d/50-coredump.conf").read_text()
+    to = dump_key.read_recipient(host)
+    assert to and to.generation == 1
 
 
 def set_verdict(paths: Paths, verdict: str) -> None:

@@ -162,18 +162,18 @@ def _refuse_plain_disk(paths: Paths, path: str, accept: frozenset[str]) -> None:
     if is_swapped(folder):
         _refuse_plain_swap(paths, path, accept)
     elif not is_protected(folder):
-        _refuse(f"{path} is on a disk that is not encrypted: the core would be there in plain", accept)
+        _refuse(f"{path} is on a disk that is not encrypted: the core would be there in plain", accept, "--gdb")
 
 
 def _refuse_plain_swap(paths: Paths, what: str, accept: frozenset[str]) -> None:
     """Raises Refused where there is a swap on a disk that is not encrypted."""
     if swaps := plain_swaps(paths):
-        _refuse(f"{what} can go to the swap {swaps[0]}, which is not encrypted", accept)
+        _refuse(f"{what} can go to the swap {swaps[0]}, which is not encrypted", accept, f"swapoff {swaps[0]}")
 
 
-def _refuse(why: str, accept: frozenset[str]) -> None:
+def _refuse(why: str, accept: frozenset[str], instead: str) -> None:
     if PLAIN not in accept:
-        raise Refused(why, f"--gdb, a path on an encrypted disk, or --accept {PLAIN}", code=PLAIN)
+        raise Refused(why, f"{instead}, --output FILE on an encrypted disk, or --accept {PLAIN}", code=PLAIN)
     log.note(f"accepted: {PLAIN}: {RISKS[PLAIN]}")
 
 
