@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import attacks
-from tests.lab.image import LUKS_UUID
+from tests.lab.image import LUKS_UUID, PATIENT
 from tests.lab.machine import Machine, noted_in, report
 from tests.lab.running import Disk, Running
 from tests.lab.stories import begun, checked, measured, open_shell, pcr, status, unmeasured, unseal_as_root, up
@@ -50,6 +50,7 @@ mkdir -p $units/sysinit.target.wants
 cat >$units/systemd-pcrosseparator.service <<'END'
 [Unit]
 DefaultDependencies=no
+ConditionPathExists=/etc/initrd-release
 Before=cryptsetup-pre.target sysinit.target
 [Service]
 Type=oneshot
@@ -135,7 +136,7 @@ def test_a_root_disk_that_comes_late_with_crypttab_in_the_image_and_nobody_asks_
     promised. That comes in the place of a replaced TPM too."""
     cmdline = story.image.cmdline.partition(" rd.luks")[0]
     initrd = story.image.initramfs({"dracut.conf.d/crypttab.conf": 'install_items+=" /etc/crypttab "\n'})
-    with story.boot(cmdline=cmdline, initrd=initrd, root_later=True) as booted:
+    with story.boot(cmdline=cmdline, initrd=initrd, root_later=True, append=PATIENT) as booted:
         assert isinstance(booted, Uml)
         booted.console.expect("group pair: open", 120)
         time.sleep(8)

@@ -123,6 +123,7 @@ class Uml(Running):
 
     def plug_root(self) -> None:
         """The root disk, with `root_later`."""
+        self._ask("remove ubda")  # the kernel has looked for a file of its own choice
         self._ask(f"config {self._root()}")
 
     def unplug(self, disk: Disk) -> None:
