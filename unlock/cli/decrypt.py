@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def add_to_disk(verbs: "Commands") -> None:
     what = "take the encryption away from a disk, in place"
-    decrypt = add_command(verbs, "decrypt", _decrypt, what, "unlock operation show")
+    decrypt = add_command(verbs, "decrypt", _decrypt, what, "unlock check")
     decrypt.add_argument(
         "disk", metavar="DISK", help="its LUKS UUID, mapping name or device; the only one of its group"
     )

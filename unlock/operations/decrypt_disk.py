@@ -126,7 +126,7 @@ def resume(
             if not isinstance(entry, DiskDecryption):
                 return None
             if not entry.placed and _find_placed(entry):
-                entry = _save(work, entry)  # it was cut off just then
+                entry = _save(work, entry._replace(placed=True))  # it was cut off just then
             if not entry.placed:
                 begun = _begin_or_settle(work, entry)
         if begun is not None:
@@ -424,13 +424,12 @@ def _place(work: Work, entry: DiskDecryption) -> DiskDecryption:
         in_clear = _was_ended_by_cryptsetup(container, entry)
     if not in_clear and _phase(work, node) != WHOLE:
         raise DiskFailed(f"{node} is not decrypted to its end", "unlock operation resume")
-    where = partition_table.find_place(node, entry.place.offset)
-    here = where._replace(identity=entry.place.identity) if where.table == "none" else where
-    if here != entry.place._replace(disk=where.disk):
-        raise DiskFailed(f"{node} lies at another place than at the start", f"lsblk {node}")
-    entry = entry._replace(place=entry.place._replace(disk=where.disk))
-    partition_table.put(entry.place, node)
-    return _save(work, entry)
+    place = partition_table.find_place(node, entry.place.offset)
+    if place.table == "none":
+        place = place._replace(identity=entry.place.identity)
+    entry = _save(work, entry._replace(place=place))  # the disk may have another name than at the start
+    partition_table.put(place, node)
+    return _save(work, entry._replace(placed=True))
 
 
 def _find_placed(entry: DiskDecryption) -> str:
@@ -439,8 +438,6 @@ def _find_placed(entry: DiskDecryption) -> str:
 
 
 def _save(work: Work, entry: DiskDecryption) -> DiskDecryption:
-    """Notes that the data is a partition."""
-    entry = entry._replace(placed=True)
     work.state.journal = entry
     work.state.save()
     return entry
