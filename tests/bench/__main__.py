@@ -4,7 +4,7 @@
 The systems take turns. Other work on this machine only adds, so a goal is met by the least of the runs; in brackets is
 the median, of ratios that of each turn. All of it is in build/bench.json.
 
-    python -m tests.bench [native] [compare] [many] [size]       default: all
+    python -m tests.bench [native] [compare] [many] [size] [move]      default: all
 """
 
 import json
@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 from tests.lab import image
 from tests.lab.machine import Machine
 
-from . import machine, native
+from . import machine, moving, native
 from .chips import CHIPS
 from .machine import CLEVIS, FLOOR, FORKED, SYSTEMD, UNLOCK, Run
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-PARTS = ("native", "compare", "many", "size")
+PARTS = ("native", "compare", "many", "size", "move")
 RATIO = {
     1: {"no latency": 1.2, "firmware": 1.0, "discrete": 0.4},
     24: {"no latency": 0.6, "firmware": 0.4, "discrete": 0.13},
@@ -36,6 +36,9 @@ TIMES_FLOOR = 1.2
 """unlock's time with 24 disks and no latency, that of libcryptsetup alone being 1."""
 LINEAR = 1.25
 """What one of the last 50 of 100 disks takes more, one of the 25 before them being 1."""
+
+MOVED = 0.95
+"""The rate at which unlock moves data, at least, that of the stock command being 1."""
 
 
 class Goal(NamedTuple):
@@ -77,6 +80,8 @@ def main() -> int:
         found["initramfs"] = sizes = machine.initramfs()
         more = sizes["with"] - sizes["without"]
         print(f"\ninitramfs: {sizes['with']:,} bytes, {more:,} of them by unlock")
+    if "move" in parts:
+        goals += moved(moving.measure(), found)
     found["load"].append(os.getloadavg()[0])
     verdicts(goals)
     found["goals"] = [{**each._asdict(), "verdict": each.verdict} for each in goals]
@@ -173,6 +178,32 @@ def many(runs: list[Run], found: dict[str, Any]) -> list[Goal]:
     slowest = least(runs_of(runs, UNLOCK, most, "no latency"))
     what = f"unlock, a disk more: {some} to {most} / {few} to {some}"
     return [Goal(what, growth(UNLOCK, min), growth(UNLOCK, statistics.median), LINEAR, profile(slowest))]
+
+
+def moved(moves: list[moving.Move], found: dict[str, Any]) -> list[Goal]:
+    """Rates, and what is spent beside them."""
+    found["move"] = [each._asdict() for each in moves]
+    print("\nMB/s, median (most); seconds before the first byte has moved and after the last, median (least)")
+    goals = []
+    for operation, stock in moving.STOCK.items():
+        ours, theirs = (
+            [each for each in moves if (each.operation, each.system) == (operation, system)]
+            for system in (moving.UNLOCK, stock)
+        )
+        for each in ours, theirs:
+            fixed = both([move.begin + move.end for move in each])
+            rates = [move.rate / 1e6 for move in each]
+            rate = f"{statistics.median(rates):8.1f} ({max(rates):7.1f})" if rates[0] else f"{'':18}"
+            print(f"    {operation:12} {each[0].system:32} {rate} {fixed}")
+        if operation == "rekey":
+            what, most = f"unlock rekey, {moving.DISKS} disks / {stock} of one", float(moving.DISKS)
+            costs = [[each.seconds for each in moves] for moves in (ours, theirs)]
+        else:
+            what, most = f"unlock {operation} / {stock}, time a byte", 1 / MOVED
+            costs = [[1 / each.rate for each in moves] for moves in (ours, theirs)]
+        pairs = [one / another for one, another in zip(*costs, strict=True)]
+        goals.append(Goal(what, min(costs[0]) / min(costs[1]), statistics.median(pairs), most, []))
+    return goals
 
 
 def profile(run: Run) -> list[str]:
