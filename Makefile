@@ -160,6 +160,7 @@ test-long: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m pytest -n 2 --dist load --durations=15 -m long
 
 # Made-up headers, tokens, records, event logs, GRUB scripts and EFI programs for an hour, or for `make soak SECONDS=60`.
+# Then 1,000 random power cuts of each operation that writes to headers or moves data: some hours more.
 SECONDS = 3600
 soak:
 	SECONDS=$(SECONDS) $(VENV)/bin/python -m tests.soak
@@ -175,7 +176,7 @@ demo: setup
 demo-short: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.demo_short
 
-# Beside systemd-cryptsetup and clevis, by User-Mode Linux, and systemd-coredump, in a container; twenty minutes. Some of
-# it: `make bench PARTS=native`.
+# Beside systemd-cryptsetup, clevis and cryptsetup reencrypt, by User-Mode Linux, and systemd-coredump, in a container;
+# three quarters of an hour. Some of it: `make bench PARTS=native`.
 bench: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.bench $(PARTS)

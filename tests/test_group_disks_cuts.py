@@ -13,12 +13,12 @@ import pytest
 
 from tests.flowfixture import Host
 from tests.test_group_disks import NEW, add, image, remove, replace
-from tests.test_leave_cuts import IMPORTED, Lab, Show, by_passphrase, by_token, is_luks
+from tests.test_leave_cuts import CUTS, IMPORTED, Lab, Show, by_passphrase, by_token, is_luks
 from unlock.disks.groups import Member
 from unlock.host import keyring
 from unlock.operations import add_disk, replace_disk
 
-pytestmark = [pytest.mark.usefixtures("key_cache"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.usefixtures("key_cache"), pytest.mark.timeout(600 + 2 * CUTS)]
 LOADED = (*IMPORTED, add_disk, replace_disk)
 
 

@@ -4,6 +4,7 @@
 After each: with all that was not flushed, with nothing of it, and with a part. Each disk that stays somebody's opens.
 """
 
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,7 +25,9 @@ from unlock.host import keyring
 from unlock.operations import forget_disk
 from unlock.secret import Secret
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("key_cache")]
+CUTS = int(os.environ.get("UNLOCK_CUTS", "0"))
+"""So many at random, in place of each."""
+pytestmark = [pytest.mark.timeout(900 + 2 * CUTS), pytest.mark.usefixtures("key_cache")]
 
 Show = Callable[[str, object], None]
 IMPORTED = (forget_disk,)
@@ -74,7 +77,7 @@ class Lab:
             image.write_bytes(content)
         total: Counter[str] = Counter()
         last: dict[Path, bytes] = {}
-        for cut in tracelog.cuts(start, log, random.Random(commit())):
+        for cut in tracelog.cuts(start, log, random.Random(commit()), CUTS):
             total["cuts"] += 1
             total["with writes lost"] += cut.lost > 0
             if cut.contents != last:
@@ -84,7 +87,7 @@ class Lab:
                         file.write(content)
                 total["states"] += 1
                 yield total
-        assert 3 * total["with writes lost"] >= total["cuts"], "unflushed writes are really lost in many of the cuts"
+        assert 2 * total["with writes lost"] >= total["cuts"], "unflushed writes are really lost in half of the cuts"
         self.show("shown", f"{name}: power cut in {len(log)} writes and flushes: {dict(total)}")
 
 

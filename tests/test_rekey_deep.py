@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,26 @@ def test_stopped_after_each_hotzone_it_opens_and_goes_on(host: DeepHost, tmp_pat
     for image in host.disks:
         assert_done(host, image)
     assert min(phases[reencrypt_plan.MOVING], phases[reencrypt_plan.OLD], phases[""]) > 1
+
+
+@pytest.mark.parametrize(("seconds", "rate", "expected"), [(3.0, 0, 512), (0.0, 0, 256), (3.0, 1 << 40, 256)])
+def test_a_step_is_as_large_as_the_disk_is_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, rate: int, expected: int
+) -> None:
+    """KiB: small for a slow disk, and where a rate is to be held."""
+    monkeypatch.setattr(reencrypt, "HOTZONE", 256 << 10)
+    monkeypatch.setattr(reencrypt, "STEP_SECONDS", seconds)
+    told: list[int] = []
+
+    def tell(done: int, _: int) -> bool:
+        told.append(done)
+        return False
+
+    with DeepHost(tmp_path, 1, sector=512).plugged_in() as host:
+        choices = host.choices()._replace(max_rate=rate)
+        rekey_deep.rekey_deep(host.paths, choices, tell, look=host.look)
+        assert_done(host, host.disks[0])
+    assert max(after - before for before, after in pairwise(sorted(told))) == expected << 10
 
 
 def test_killed_at_each_lasting_step_it_opens_and_finishes(tmp_path: Path, killer: Killer) -> None:

@@ -5,7 +5,7 @@ as it should be.
 The systems take turns. Other work on this machine only adds, so a goal is met by the least of the runs; in brackets is
 the median, of ratios that of each turn. All of it is in build/bench.json.
 
-    python -m tests.bench [native] [compare] [many] [boots] [size] [dump]       default: all
+    python -m tests.bench [native] [compare] [many] [boots] [size] [move] [dump]       default: all
 """
 
 import json
@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 from tests.lab import image
 from tests.lab.machine import Machine
 
-from . import boots, dump, machine, native
+from . import boots, dump, machine, moving, native
 from .chips import CHIPS
 from .machine import CLEVIS, FLOOR, FORKED, SYSTEMD, UNLOCK, Run
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-PARTS = ("native", "compare", "many", "boots", "size", "dump")
+PARTS = ("native", "compare", "many", "boots", "size", "move", "dump")
 RATIO = {
     1: {"no latency": 1.2, "firmware": 1.0, "discrete": 0.4},
     24: {"no latency": 0.6, "firmware": 0.4, "discrete": 0.13},
@@ -45,6 +45,9 @@ GROWTH_MB = 7.0
 """Of an image, compressed."""
 LINEAR = 1.25
 """What one of the last 50 of 100 disks takes more, one of the 25 before them being 1."""
+
+MOVED = 0.95
+"""The rate at which unlock moves data, at least, that of the stock command being 1."""
 
 
 class Goal(NamedTuple):
@@ -89,6 +92,8 @@ def main() -> int:
             goals += by_builder(boots.boots(Path(home)), found)
     if "size" in parts:
         goals += growth(found)
+    if "move" in parts:
+        goals += moved(moving.measure(), found)
     found["load"].append(os.getloadavg()[0])
     verdicts(goals)
     found["goals"] = [{**each._asdict(), "verdict": each.verdict} for each in goals]
@@ -240,6 +245,32 @@ def growth(found: dict[str, Any]) -> list[Goal]:
         found[f"image of {builder}"] = size._asdict()
         print(f"\nimage of {builder}: {size.whole:,} bytes, {size.without:,} without unlock")
         goals.append(Goal(f"image of {builder}: more by unlock, MB", more, more, GROWTH_MB, []))
+    return goals
+
+
+def moved(moves: list[moving.Move], found: dict[str, Any]) -> list[Goal]:
+    """Rates, and what is spent beside them."""
+    found["move"] = [each._asdict() for each in moves]
+    print("\nMB/s, median (most); seconds before the first byte has moved and after the last, median (least)")
+    goals = []
+    for operation, stock in moving.STOCK.items():
+        ours, theirs = (
+            [each for each in moves if (each.operation, each.system) == (operation, system)]
+            for system in (moving.UNLOCK, stock)
+        )
+        for each in ours, theirs:
+            fixed = both([move.begin + move.end for move in each])
+            rates = [move.rate / 1e6 for move in each]
+            rate = f"{statistics.median(rates):8.1f} ({max(rates):7.1f})" if rates[0] else f"{'':18}"
+            print(f"    {operation:12} {each[0].system:32} {rate} {fixed}")
+        if operation == "rekey":
+            what, most = f"unlock rekey, {moving.DISKS} disks / {stock} of one", float(moving.DISKS)
+            costs = [[each.seconds for each in moves] for moves in (ours, theirs)]
+        else:
+            what, most = f"unlock {operation} / {stock}, time a byte", 1 / MOVED
+            costs = [[1 / each.rate for each in moves] for moves in (ours, theirs)]
+        pairs = [one / another for one, another in zip(*costs, strict=True)]
+        goals.append(Goal(what, min(costs[0]) / min(costs[1]), statistics.median(pairs), most, []))
     return goals
 
 

@@ -8,6 +8,7 @@ nothing or any part may be there.
 import random
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -69,19 +70,22 @@ class Cut(NamedTuple):
     """Writes that were not flushed and are gone."""
 
 
-def cuts(start: dict[Path, bytes], log: list[Event], dice: random.Random) -> Iterator[Cut]:
-    """After each write: with all that was not flushed, with nothing of it, and twice with a part. At the end:
-    what the files hold when all is flushed."""
+def cuts(start: dict[Path, bytes], log: list[Event], dice: random.Random, count: int = 0) -> Iterator[Cut]:
+    """After each write: with all that was not flushed, with nothing of it, and twice with a part; or `count` of those
+    at random. At the end: what the files hold when all is flushed."""
+    shares = (1.0, 0.0, 0.5, 0.5)
+    writes = [number for number, each in enumerate(log) if not each.write.flush]
+    chosen = Counter(dice.choice(writes) for _ in range(count))
     durable = {file: bytearray(content) for file, content in start.items()}
     pending: dict[Path, list[Write]] = {file: [] for file in start}
-    for file, write in log:
+    for number, (file, write) in enumerate(log):
         if write.flush:
             for each in pending[file]:
                 _apply(durable[file], each)
             pending[file].clear()
             continue
         pending[file].append(write)
-        for share in (1.0, 0.0, 0.5, 0.5):
+        for share in [dice.choice(shares) for _ in range(chosen[number])] if count else shares:
             contents, lost = {}, 0
             for name, content in durable.items():
                 now = bytearray(content)

@@ -36,7 +36,15 @@ from .raw_header import WriteLock, flush, lock_path, overwrite, read_valid_copie
 from .reencrypt_plan import CRASH, MOVING, NEW, WHOLE, Plan, all_new, finished, phase_of, plan_facts, without_hotzone
 
 HOTZONE = 32 << 20
-"""Bytes at most that are re-encrypted at a time; `journal` has less room. A step takes about a second."""
+"""Bytes that are re-encrypted at a time, at least; `journal` has less room. A step of a disk that is slow takes about a
+second."""
+LARGEST_HOTZONE = 256 << 20
+STEP_SECONDS = 3.0
+"""Who reads or writes where the hotzone is waits until its step is done. But each step has a cost of its own: flushes,
+headers, tables of device-mapper. So where the disk is fast, a hotzone is as large as takes about this time."""
+_OF_MEMORY = _OF_DISK = 8
+"""A hotzone has at most this part of the machine's memory, as it is read whole, in early boot too after a power cut;
+and of the disk, so that the progress can be seen."""
 
 Tell = Callable[[int, int], bool]
 """What a long operation calls at least every few seconds, here after each hotzone: with the bytes that are done and
@@ -137,8 +145,26 @@ class Disk(Container):
 
     def run(self, name: str, passphrase: Secret, tell: Tell, hotzone: int = 0) -> None:
         """Re-encrypts until the end, or until `tell` returns True. The header may be `whole` then, never finished.
-        `hotzone`: bytes of one, in place of HOTZONE."""
+        `hotzone`: bytes of one; 0 for what takes STEP_SECONDS."""
         self._use_disk()
+        self._run(name, passphrase, tell, hotzone or self._choose_hotzone())
+
+    def _choose_hotzone(self) -> int:
+        """Bytes, a multiple of HOTZONE, by the time in which the disk reads that much: writing takes as long again."""
+        metadata = self.metadata
+        if any(each["type"] == "reencrypt" and each["mode"] != "reencrypt" for each in metadata["keyslots"].values()):
+            return HOTZONE  # the shift of the data is the length
+        offset = int(metadata["segments"]["0"]["offset"])
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        most = min(LARGEST_HOTZONE, memory // _OF_MEMORY, (self.disk_size - offset) // _OF_DISK)
+        if most < 2 * HOTZONE:
+            return HOTZONE
+        began = time.monotonic()
+        _read(self.device, offset, HOTZONE)
+        fitting = int(HOTZONE * STEP_SECONDS / 2 / max(time.monotonic() - began, 0.001))
+        return max(min(most, fitting) // HOTZONE, 1) * HOTZONE
+
+    def _run(self, name: str, passphrase: Secret, tell: Tell, hotzone: int) -> None:
         end = _LibrarysEnd(self.device)
         trouble: list[BaseException] = []
 
@@ -157,7 +183,7 @@ class Disk(Container):
                 os._exit(1)  # as if killed: better than the library's end
             return int(stops)
 
-        self._resume(name, passphrase, _RESUME_ONLY, hotzone or HOTZONE)
+        self._resume(name, passphrase, _RESUME_ONLY, hotzone)
         callback = _Progress(progress)
         try:
             self._do("re-encryption stopped", "crypt_reencrypt_run", ctypes.cast(callback, c_void_p), None)

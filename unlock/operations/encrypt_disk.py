@@ -539,9 +539,12 @@ def _find_moved(entry: DiskEncryption) -> str:
 
 def _find(entry: DiskEncryption, is_it: Callable[[str], bool]) -> str:
     nodes = dict.fromkeys([entry.node, *(f"/dev/{each}" for each in sorted(os.listdir("/sys/class/block")))])
-    there = [each for each in nodes if _size(each) == entry.size and is_it(each)]
-    if entry.node in there:
-        return entry.node
+    there: list[str] = []
+    for each in nodes:
+        if _size(each) == entry.size and is_it(each):
+            if each == entry.node:
+                return each
+            there.append(each)
     if len(there) == 1:
         return there[0]
     words = "there twice" if there else "not here"

@@ -436,7 +436,7 @@ def _do_disk(
     if begun is not None:
         with begun.operation, reencrypt.Disk(place.node) as half:
             hold_in_memory()
-            half.run(begun.mapping, begun.operation, progress.tell)
+            half.run(begun.mapping, begun.operation, progress.tell, progress.hotzone)
     with exclusive(paths), Work(paths, look, connect) as work:
         place = _place(work, disk.uuid) or place
         if begun is not None and reencrypt.settle(place.node, begun.plan, None) != NEW:
@@ -590,6 +590,11 @@ class _Progress:
         self._begun = time.monotonic()
         self._first = -1
         self.stops = False
+
+    @property
+    def hotzone(self) -> int:
+        """Bytes, for `Disk.run`: small steps keep a rate even."""
+        return reencrypt.HOTZONE if self._rate else 0
 
     def tell(self, done: int, size: int) -> bool:
         """As `Tell`, for one disk."""

@@ -92,6 +92,14 @@ def go_on(paths: Paths, tell: Tell, look: find.Look = find.look, tcti: str = TPM
     return _copy(paths, *began, tell, look, tcti, None) if began else None
 
 
+def _by_hand(group: Group, old: Member, *, absent: bool) -> str:
+    """What to do for the disks of the root. A group takes a disk in while all the others are here."""
+    adopt = f"unlock disk adopt NEW --group {group.name}"
+    if not absent:
+        return f"{adopt}; then btrfs replace by hand"
+    return f"cryptsetup luksFormat NEW; btrfs replace by hand; unlock disk forget {old.name}; {adopt}"
+
+
 def _copy(
     paths: Paths,
     entry: DiskReplacement,
@@ -129,10 +137,10 @@ def _begin(work: access.Work, wanted: Replacing, consent: Consent) -> tuple[Disk
     else:
         group, old = group_disks.find_member(state, wanted.old)
     state.refuse_other("disk replace", old.name)
-    group_disks.refuse_root(group, f"unlock disk adopt NEW --group {group.name}; then btrfs replace by hand")
-    node = membership.device_node(wanted.new)
     seen = work.look()
     absent = entry.absent if entry else not seen.get(old.uuid)
+    group_disks.refuse_root(group, _by_hand(group, old, absent=absent))
+    node = membership.device_node(wanted.new)
     old_gone = absent or all(each.uuid != old.uuid for each in group.members)
     others = group.without(old.uuid, *([entry.new.uuid] if entry else []))
     if not others.members and absent:
