@@ -175,6 +175,7 @@ demo: setup
 demo-short: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.demo_short
 
-# Beside systemd-cryptsetup and clevis; a quarter of an hour, by User-Mode Linux. Some of it: `make bench PARTS=native`.
+# Beside systemd-cryptsetup and clevis, and whole boots by each builder; half an hour, by User-Mode Linux. Some of it:
+# `make bench PARTS="boots size"`.
 bench: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.bench $(PARTS)
