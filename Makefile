@@ -176,7 +176,7 @@ demo: setup
 demo-short: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.demo_short
 
-# Beside systemd-cryptsetup, clevis and cryptsetup reencrypt, by User-Mode Linux, and systemd-coredump, in a container;
-# three quarters of an hour. Some of it: `make bench PARTS=native`.
+# Beside systemd-cryptsetup, clevis and cryptsetup reencrypt, whole boots by each builder, by User-Mode Linux, and
+# systemd-coredump, in a container; an hour. Some of it: `make bench PARTS=native`.
 bench: setup
 	UNLOCK_CACHE=$(CACHE) $(VENV)/bin/python -m tests.bench $(PARTS)

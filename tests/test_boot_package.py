@@ -40,7 +40,6 @@ class Made(NamedTuple):
     """The guest takes minutes for an initramfs."""
     says: str
     """When it begins with one."""
-    lists: str
     asks: str
     """Without unlock, for the root's passphrase."""
 
@@ -50,14 +49,12 @@ MADE: dict[Builder, Made] = {
         "initramfs",
         "echo COMPRESS=zstd COMPRESSLEVEL=1 | tr ' ' '\\n' >/etc/initramfs-tools/conf.d/lab",
         "update-initramfs: Generating",
-        "lsinitramfs",
         "Please unlock disk root",
     ),
     "dracut": Made(
         "dracut",
         "echo 'compress=\"zstd -1\"' >/etc/dracut.conf.d/quick.conf",
         "dracut: Generating",
-        "lsinitrd",
         "passphrase for disk .*root",
     ),
 }
@@ -125,7 +122,10 @@ def install(console: Guest, debs: Packages, builder: Builder = "initramfs-tools"
 
 
 def apt(console: Guest, what: str, builder: Builder = "initramfs-tools") -> str:
-    """What it says. The initramfs is made once."""
+    """What it says. The initramfs is made once; the trigger of dracut's package wants a kernel in /boot, which the lab
+    has elsewhere."""
+    if builder == "dracut":
+        console.sh("touch /boot/vmlinuz-$(uname -r)")
     said = console.sh(f"{APT} {what} 2>&1", timeout=900).out
     assert said.count(MADE[builder].says) == 1, said
     return said
@@ -173,7 +173,7 @@ def enroll_others(console: Guest, story: Story) -> None:
 
 def others_are_open(console: Guest) -> None:
     for name in OTHERS:
-        console.sh(f"systemctl start systemd-cryptsetup@{name}", timeout=240)  # waits for the job that is there
+        console.sh(f"systemctl --no-ask-password start systemd-cryptsetup@{name}", timeout=240)  # waits for its job
 
 
 def journal_of_early_boot(console: Guest) -> str:
@@ -181,7 +181,7 @@ def journal_of_early_boot(console: Guest) -> str:
     return console.sh("journalctl -b -x --no-pager MESSAGE_ID=7bc9be723c834694b00f16372297cc8e").out
 
 
-@pytest.mark.long(minutes=14)
+@pytest.mark.long(minutes=16)
 @pytest.mark.parametrize("builder", MADE)
 def test_a_fresh_host_and_an_upgrade(home: Path, builder: Builder) -> None:
     """Installed by apt: before `init` a boot is as it was; after it, nothing is typed, nor after an upgrade. Disks of
@@ -243,24 +243,23 @@ def test_a_fresh_host_and_an_upgrade(home: Path, builder: Builder) -> None:
 
 
 @pytest.mark.long(minutes=11)
-@pytest.mark.parametrize("builder", MADE)
-def test_removal_another_installation_and_a_purge(home: Path, builder: Builder) -> None:
-    story = Story(measured(builder=builder).clone(home))
-    ours = f"unlock-{MADE[builder].deb}"
+def test_removal_another_installation_and_a_purge(home: Path) -> None:
+    """test_package_container.py has it without an initramfs, for dracut too."""
+    story = Story(measured().clone(home))
     recovery = story.machine.recovery_key
     with story.boot() as booted:
         console = opened(booted)
-        console.sh(MADE[builder].quick)
+        console.sh(MADE["initramfs-tools"].quick)
         refused = console.sh(f"{APT} remove unlock 2>&1", check=False, timeout=240)
         assert refused.code == 100
         for words in ("group data (data-", "without unlock, no boot opens it; nothing is mounted at /srv/data", TWO):
             assert words in refused.out
-        assert console.sh("dpkg-query -W -f '${Status} ' unlock " + ours).out == "install ok installed " * 2
+        assert console.sh("dpkg-query -W -f '${Status} ' unlock unlock-initramfs").out == "install ok installed " * 2
         assert status(console) == {"root": "open", "data": "open"}
         # A host whose root opened without its line in crypttab.
         console.sh("sed -i /^root/d /etc/crypttab")
         console.sh(f"echo 'unlock unlock/remove string {TWO}' | debconf-set-selections")
-        apt(console, "remove unlock", builder)
+        apt(console, "remove unlock")
         assert f"root UUID={image.LUKS_UUID} none luks,initramfs" in console.read("/etc/crypttab").decode()
         assert app(console) == "active"
         story.off(booted)
@@ -272,7 +271,7 @@ def test_removal_another_installation_and_a_purge(home: Path, builder: Builder) 
         assert console.sh("systemctl is-failed srv-data.mount", check=False).out == "failed"
         assert console.sh("ls -A /srv/data").out == ""
         assert console.sh("systemctl is-active multi-user.target").out == "active"
-        install(console, packages(), builder)
+        install(console, packages())
         story.off(booted)
 
     # Installed again: this boot is none that the TPM allows, and unlock asks.
@@ -282,10 +281,10 @@ def test_removal_another_installation_and_a_purge(home: Path, builder: Builder) 
         console = up(booted)
         assert app(console) == "active"
         console.sh("sha256sum --quiet -c /root/sums")
-        refused = console.sh(f"{APT} purge unlock {ours} 2>&1", check=False, timeout=240)
+        refused = console.sh(f"{APT} purge unlock unlock-initramfs 2>&1", check=False, timeout=240)
         assert refused.code == 100, "the names of the first removal are for that alone"
         console.sh("echo 'unlock unlock/remove string root,data' | debconf-set-selections")
-        said = apt(console, f"purge unlock {ours}", builder)
+        said = apt(console, "purge unlock unlock-initramfs")
         for words in ("tpm2_evictcontrol -C o -c 0x81104c4", "tpm2_nvundefine", "on disk root", "/srv/data is a bare"):
             assert words in said, said
         left = console.sh("find / -xdev -path '*unlock*' -not -path '/run/*' -not -path '/root/*'").out.splitlines()
@@ -297,9 +296,7 @@ def test_removal_another_installation_and_a_purge(home: Path, builder: Builder) 
         console = story.stock(booted, recovery)
         assert app(console) == "active"
         assert console.sh("ls -A /srv/data").out == "ran"
-        assert "unlock" not in console.sh(f"{MADE[builder].lists} /boot/initrd.img-*", timeout=240).out.replace(
-            "cryptroot-unlock", ""
-        )
+        assert "unlock" not in console.sh("lsinitramfs /boot/initrd.img-*").out.replace("cryptroot-unlock", "")
         for disk in ("d1", "d2", "d3"):
             device = story.machine.disks[disk].device
             console.sh(f"cryptsetup open --test-passphrase {device}", stdin=recovery.encode())
