@@ -245,13 +245,7 @@ def _check(work: Work, group: Group, member: Member, node: str) -> DiskDecryptio
         slots = tuple(container.keyslots())
     place = partition_table.find_place(node, offset)
     reencrypt.choose_resilience(node, 512)
-    name = devices.active_mapping_name(member.uuid)
-    if name and relink_mapping.is_left(name):
-        raise Refused(
-            f"{member.name}: a process that re-encrypted it was killed, and its mapping stands amid a step",
-            "reboot: it opens by itself",
-            code="killed-run",
-        )
+    _refuse_left_mapping(devices.active_mapping_name(member.uuid))
     return DiskDecryption(
         "disk decrypt",
         member.name,
@@ -262,6 +256,17 @@ def _check(work: Work, group: Group, member: Member, node: str) -> DiskDecryptio
         place=place,
         placed=False,
     )
+
+
+def _refuse_left_mapping(name: str) -> None:
+    """Raises Refused where a process that was killed has left a mapping amid a step: what waits at it is in clear, and
+    the data there may not be."""
+    if name and relink_mapping.is_left(name):
+        raise Refused(
+            f"{name}: the process that decrypted it was killed, and its mapping stands in the middle of a step",
+            "reboot: it opens by itself, and goes on then",
+            code="killed-run",
+        )
 
 
 def _needed_mounts(name: str) -> str:
@@ -301,10 +306,11 @@ class _Begun(NamedTuple):
 
 
 def _begin_or_settle(work: Work, entry: DiskDecryption) -> _Begun | None:
-    """Brings the header, and the mapping that a killed run has left, to where the data can be decrypted. None when all
-    of it is. Raises DiskFailed, Tampered, CommandFailed, Refused when the disk is not here."""
+    """Brings the header to where the data can be decrypted. None when all of it is. Raises DiskFailed, Tampered,
+    CommandFailed, Refused when the disk is not here or a killed run has left its mapping."""
     node = _node(work, entry)
     mapping = devices.active_mapping_name(entry.member.uuid)
+    _refuse_left_mapping(mapping)
     reencrypt.unlock_after_kill(node)
     with luks.Container(node) as container:
         if _was_ended_by_cryptsetup(container, entry):
@@ -321,8 +327,6 @@ def _begin_or_settle(work: Work, entry: DiskDecryption) -> _Begun | None:
         with disk_keys.unwrap_kek(each, work.persistence) as kek:
             keys = disk_keys.unwrap_reencryption_keys(container, each, kek)
     with keys.old, keys.new:
-        if mapping and relink_mapping.is_left(mapping):
-            relink_mapping.relink(node, mapping, plan, keys)
         relink_mapping.remove_temporary(node)
         phase = reencrypt.settle(node, plan, keys.operation)
         if phase == OLD:

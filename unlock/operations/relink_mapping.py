@@ -73,7 +73,7 @@ def _finish_hotzone(device: str, overlay: str, hotzone: str, plan: Plan, keys: d
     """Raises DiskFailed where the header does not go with the overlay's table."""
     number = _dmsetup("info", "-c", "--noheadings", "-o", "major,minor", "--separator", ":", hotzone).strip()
     rows = [row.split() for row in _dmsetup("table", overlay).splitlines()]
-    over = [row for row in rows if row[6 if row[2] == "crypt" else 3] == number]
+    over = [row for row in rows if row[2] == "crypt" and row[6] == number]
     if not over:  # the first step of the run, whose table is not in use yet
         return
     start, length = int(over[0][0]) * _SECTOR, int(over[0][1]) * _SECTOR
@@ -106,13 +106,12 @@ def _load(device: str, name: str, overlay: str, plan: Plan, keys: disk_keys.Reen
     if reencrypt_plan.phase_of(metadata, plan, device) == CRASH:
         raise DiskFailed(f"{device}: its hotzone is in use", "reboot: it opens by itself", code="killed-run")
     rows = [row.split() for row in _dmsetup("table", overlay).splitlines()]
-    options = next((row[8:] for row in rows if row[2] == "crypt"), [])
+    options = next(row[8:] for row in rows if row[2] == "crypt")
     end = int(rows[-1][0]) + int(rows[-1][1])
     uuid = copy.content[168:208].rstrip(b"\0").decode()
     with ExitStack() as lent:
         lent.enter_context(Lent(_description(uuid, plan.old), keys.old))
-        if not plan.decrypts:
-            lent.enter_context(Lent(_description(uuid, plan.new), keys.new))
+        lent.enter_context(Lent(_description(uuid, plan.new), keys.new))
         parts = reencrypt_plan.parts(metadata, plan)
         table = _table(parts, uuid, len(keys.new), _number(device), end, options)
         _dmsetup("load", name, table=table)
@@ -128,9 +127,6 @@ def _table(
     starts = [(int(segment["offset"]) - base) // _SECTOR for _, segment in parts]
     rows = []
     for (digest, segment), start, after in zip(parts, starts, [*starts[1:], end], strict=True):
-        if segment["type"] == "linear":
-            rows.append(f"{start} {after - start} linear {number} {int(segment['offset']) // _SECTOR}")
-            continue
         key = f":{key_size}:logon:{_description(uuid, digest)}"
         rows.append(
             f"{start} {after - start} crypt {segment['encryption']} {key} {segment['iv_tweak']} {number} "
