@@ -132,6 +132,7 @@ def test_what_the_tpm_opened_is_closed_before_the_last_shell(story: Machine) -> 
         booted.kill()
 
 
+@pytest.mark.long(minutes=4)
 def test_a_root_disk_that_comes_late_with_crypttab_in_the_image_and_nobody_asks_without(story: Machine) -> None:
     """Without rd.luks.*, crypttab is what systemd-cryptsetup goes by; with neither, no prompt but unlock's own is
     promised. That comes in the place of a replaced TPM too."""
@@ -157,6 +158,7 @@ def test_a_root_disk_that_comes_late_with_crypttab_in_the_image_and_nobody_asks_
         booted.kill()
 
 
+@pytest.mark.long(minutes=4)
 def test_systemds_separator_comes_after_the_unseal_and_a_policy_is_sealed_to_what_was_noted(story: Machine) -> None:
     with story.boot(initrd=story.image.initramfs({"scripts/init-top/separator": SEPARATOR})) as booted:
         console = up(booted)

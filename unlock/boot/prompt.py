@@ -29,8 +29,9 @@ def prompt(paths: Paths) -> int:
     """Asks until a group is open, at most TRIES times.
 
     Returns 0 when a group opened, and when the person skips this prompt with an empty line: the stock prompt comes
-    next, where there is one. Returns the status of Tampered when a header is not the one that this host wrote, or when no key that was
-    typed proves the header of a disk that the root needs: no prompt may follow that does not check the header.
+    next, where there is one. Returns the status of Tampered when a header is not the one that this host wrote, or when
+    no key that was typed proves the header of a disk that the root needs: no prompt may follow that does not check the
+    header.
     """
     protect()
     happened = _explain_boot(paths)
