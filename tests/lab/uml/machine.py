@@ -123,7 +123,7 @@ class Uml(Running):
 
     def plug_root(self) -> None:
         """The root disk, with `root_later`."""
-        self._ask("remove ubda")  # the kernel has looked for a file of its own choice
+        self._letters["root"] = next(each for each in string.ascii_lowercase if each not in self._letters.values())
         self._ask(f"config {self._root()}")
 
     def unplug(self, disk: Disk) -> None:
@@ -145,11 +145,12 @@ class Uml(Running):
 
     def _root(self) -> str:
         whole, over = ROOT
+        drive = f"ubd{self._letters['root']}"
         if not (self.home / whole).exists():
-            return f"ubda={over},{self._image.disk},root"
+            return f"{drive}={over},{self._image.disk},root"
         if self._log_writes:
             (self.home / f"{whole}.writes").touch()
-        return f"ubda={whole},,root"
+        return f"{drive}={whole},,root"
 
     def _start(self) -> None:
         shared = self.home / "line"
@@ -170,7 +171,10 @@ class Uml(Running):
             "ssl=null",
         ]
         self._letters["root"] = "a"
-        root = [] if self._root_later else [self._root()]
+        root = [self._root()]
+        if self._root_later:  # without its first disk the kernel looks for a file of its own choice
+            (self.home / "first.raw").write_bytes(bytes(1 << 20))
+            root = ["ubda=first.raw,,first"]
         arguments += [f"initrd={self._initrd}", *root, *map(self._drive, self._disks)]
         ends: list[socket.socket] = []
 
