@@ -4,6 +4,7 @@
 import copy
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,18 @@ def encrypt(host: Machine, disk: str, tell: Tell = never) -> Outcome | None:
 
 def resume(host: Machine, tell: Tell = never) -> Outcome | None:
     return encrypt_disk.resume(host.paths, tell, look=host.look, tcti=host.chip.tcti)
+
+
+def test_the_rate_is_held_down_also_by_who_goes_on(host: Machine, loop: Loops, tmp_path: Path) -> None:
+    disk = loop(SIZE, 512)
+    fill(disk, tmp_path, SIZE)
+    slow = choices(host, disk)._replace(max_rate=SIZE // 10)
+    outcome = encrypt_disk.encrypt_disk(host.paths, slow, lambda done, size: True, look=host.look, tcti=host.chip.tcti)
+    assert outcome and outcome.outcome == "stopped"
+    begun = time.monotonic()
+    outcome = resume(host)
+    assert outcome and outcome.outcome == "done"
+    assert time.monotonic() - begun > 6
 
 
 def test_a_disk_is_encrypted_in_place_and_holds_what_it_held(host: Machine, loop: Loops, tmp_path: Path) -> None:

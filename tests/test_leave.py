@@ -18,6 +18,7 @@ from tests.saved import Saved
 from tests.test_members import Loops, loops, recovery_file, sh
 from unlock import cli
 from unlock.disks import luks
+from unlock.disks.groups import Member
 from unlock.errors import DiskFailed, NotOurs, Refused, UnlockError, Usage
 from unlock.host import config, keyring
 from unlock.host.journal import DiskErasure, DiskRelease, GroupDeletion, command
