@@ -22,6 +22,7 @@ from types import FrameType, FunctionType
 
 from unlock.disks import luks
 from unlock.host import keyring
+from unlock.providers.kmip import key_operations
 from unlock.providers.kmip.failover import Failover
 from unlock.tpm import chip
 
@@ -47,6 +48,9 @@ LASTING: tuple[Step, ...] = (
     chip.Tpm._define,
     chip.Tpm._undefine,
     Failover.change,
+    Failover.change_unasked,
+    key_operations.activate_key,
+    key_operations.deactivate_key,
 )
 """What changes a file, the key cache, a header, the TPM or the key manager."""
 

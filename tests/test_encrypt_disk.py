@@ -80,6 +80,28 @@ def resume(host: Machine, tell: Tell = never) -> Outcome | None:
     return encrypt_disk.resume(host.paths, tell, look=host.look, tcti=host.chip.tcti)
 
 
+def test_the_rate_is_held_down_also_by_who_goes_on(host: Machine, loop: Loops, tmp_path: Path) -> None:
+    """What waits tells again how far it is."""
+    disk = loop(SIZE, 512)
+    fill(disk, tmp_path, SIZE)
+
+    def until_it_waits() -> Tell:
+        told: list[int] = []
+
+        def tell(done: int, size: int) -> bool:
+            told.append(done)
+            return told[-3:] == [done] * 3
+
+        return tell
+
+    slow = choices(host, disk)._replace(max_rate=1 << 20)
+    tell = until_it_waits()
+    outcome = encrypt_disk.encrypt_disk(host.paths, slow, tell, look=host.look, tcti=host.chip.tcti)
+    assert outcome and outcome.outcome == "stopped"
+    outcome = resume(host, until_it_waits())
+    assert outcome and outcome.outcome == "stopped"
+
+
 def test_a_disk_is_encrypted_in_place_and_holds_what_it_held(host: Machine, loop: Loops, tmp_path: Path) -> None:
     disk = loop(SIZE, 512)
     fill(disk, tmp_path, SIZE)

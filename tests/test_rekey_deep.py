@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from unlock.disks import disk_keys, luks, raw_header, reencrypt, reencrypt_plan
 from unlock.disks.reencrypt_plan import MOVING
 from unlock.errors import DiskFailed, Malformed, NoKey, Refused, UnlockError, Usage
 from unlock.host import keyring, this_boot
+from unlock.host.journal import DeepRekey
 from unlock.keys import recovery_key, rotation
-from unlock.operations import new_persistence_key, rebind, rekey, rekey_deep, sync
+from unlock.operations import forget_disk, new_persistence_key, operation, rebind, rekey, rekey_deep, sync, throttled
 from unlock.operations.consent import Plan
 from unlock.predict import initramfs_images
 from unlock.secret import Secret
@@ -145,7 +147,7 @@ STEPS = (
     raw_header.flush,
     os.mkdir,
     os.rmdir,
-    rekey_deep._Progress.tell,
+    throttled.Throttled.tell,
 )
 """What changes something beside LASTING."""
 
@@ -391,3 +393,53 @@ def test_nothing_old_opens_anything_afterwards(one: DeepHost, tmp_path: Path) ->
             file.write(header)
         with pytest.raises(AssertionError):
             judge(one, copy, one.plain[image])
+
+
+# A disk that is lost meanwhile
+
+
+def test_a_disk_that_died_is_given_up_and_the_others_go_on(host: DeepHost) -> None:
+    first, second = host.disks
+    host.rekey(lambda done, total: True)
+    refused = pytest.raises(Refused)
+    with refused as raised:
+        operation.give_up(host.paths, look=host.look)
+    assert raised.value.code == "present" and raised.value.hint
+    with without(host, first):
+        with refused as raised:
+            rekey_deep.cancel(host.paths, host.look)
+        assert (raised.value.code, "--lost" in raised.value.hint) == ("missing", True)
+        asked: list[Plan] = []
+
+        def show(plan: Plan) -> bool:
+            asked.append(plan)
+            return False
+
+        assert operation.give_up(host.paths, show, host.look) is None
+        assert asked[0].thing == "data-0" and asked[0].destroys and isinstance(host.state.journal, DeepRekey)
+        lines = operation.give_up(host.paths, look=host.look)
+        assert lines and "disk replace data-0 NEW" in lines[0] and "operation resume" in lines[1]
+        assert [each.outcome for each in host.resume()] == ["done"]
+        assert host.state.journal is None
+        assert_done(host, second)
+        assert forget_disk.forget_disk(host.paths, "data-0", destroyed=True, look=host.look), "others may begin"
+    copy = Path(shutil.copy(first, first.with_name("copy")))
+    assert judge(host, copy, host.plain[first]) == MOVING, "it holds what it held"
+
+
+def test_a_disk_that_comes_back_before_it_is_given_up_goes_on(one: DeepHost) -> None:
+    one.rekey(lambda done, total: True)
+    with without(one, one.disks[0]), pytest.raises(Refused) as raised:
+        rekey_deep.cancel(one.paths, one.look)
+    assert raised.value.code == "missing" and isinstance(one.state.journal, DeepRekey)
+    assert [each.outcome for each in one.resume()] == ["done"]
+    assert_done(one, one.disks[0])
+
+
+@contextmanager
+def without(host: DeepHost, image: Path) -> Iterator[None]:
+    """While the disk is unplugged."""
+    nodes = dict(host.nodes)
+    del host.nodes[image]
+    yield
+    host.nodes = nodes

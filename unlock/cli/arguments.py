@@ -144,3 +144,11 @@ def new_backup_password(file: str | None, *, flag: str) -> Secret:
 
 def existing_backup_password(file: str | None, *, flag: str) -> Secret:
     return existing_secret(file, credential=BACKUP_PASSWORD, prompt="password of the backup", flag=flag)
+
+
+def bytes_a_second(text: str) -> int:
+    """Raises ArgumentTypeError."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("K", "M", "G") else (text, "")
+    if not number.isdecimal() or not int(number):
+        raise argparse.ArgumentTypeError(f"{text!r}: bytes a second are wanted, as in 50M")
+    return int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .. import log
 from ..paths import Paths
 from . import progress
-from .arguments import add_command, add_recovery_key_and_escrow, escrow
+from .arguments import add_command, add_recovery_key_and_escrow, bytes_a_second, escrow
 from .consent import add_consent, consent
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ def add_to_disk(verbs: "Commands") -> None:
     encrypt.add_argument("device", metavar="DEV")
     encrypt.add_argument("--group", required=True, metavar="GROUP", help="a new group, for this disk alone")
     encrypt.add_argument("--name", default="", metavar="NAME", help="mapping name; default: made of the group's")
+    encrypt.add_argument(
+        "--max-rate", type=bytes_a_second, default=0, metavar="BYTES", help="a second, at most; 50M is 50 MiB"
+    )
     add_recovery_key_and_escrow(encrypt)
     add_consent(encrypt)
 
@@ -27,7 +30,9 @@ def _encrypt(paths: Paths, options: argparse.Namespace) -> int:
     from ..host.this_boot import tpm_device
     from ..operations.encrypt_disk import Choices, encrypt_disk
 
-    choices = Choices(options.device, options.group, options.name, options.recovery_key_file, escrow(options))
+    choices = Choices(
+        options.device, options.group, options.name, options.recovery_key_file, escrow(options), options.max_rate
+    )
     with progress.shown(paths, as_json=options.json) as tell:
         done = encrypt_disk(paths, choices, tell, consent(options), tcti=tpm_device())
     if done and options.json:

@@ -9,7 +9,7 @@ from .. import ask, log
 from ..errors import Usage
 from ..paths import Paths
 from . import progress
-from .arguments import RECOVERY_KEY_SOURCE, add_command, add_owner_auth, owner_auth
+from .arguments import RECOVERY_KEY_SOURCE, add_command, add_owner_auth, bytes_a_second, owner_auth
 from .consent import add_consent, consent
 
 if TYPE_CHECKING:
@@ -34,7 +34,11 @@ def _add_deep(rekey: argparse.ArgumentParser) -> None:
     )
     rekey.add_argument("--all", action="store_true", help="with --deep: every group")
     rekey.add_argument(
-        "--max-rate", type=_bytes, default=0, metavar="BYTES", help="with --deep: a second, at most; 50M is 50 MiB"
+        "--max-rate",
+        type=bytes_a_second,
+        default=0,
+        metavar="BYTES",
+        help="with --deep: a second, at most; 50M is 50 MiB",
     )
     rekey.add_argument("--recovery-key-file", default="", metavar="FILE", help=f"with --deep: {RECOVERY_KEY_SOURCE}")
     rekey.add_argument(
@@ -45,14 +49,6 @@ def _add_deep(rekey: argparse.ArgumentParser) -> None:
         help="with --deep: the passphrase of a keyslot of yours, which then opens the new volume key; may be repeated",
     )
     add_consent(rekey)
-
-
-def _bytes(text: str) -> int:
-    """Raises ArgumentTypeError."""
-    number, unit = (text[:-1], text[-1]) if text[-1:] in ("K", "M", "G") else (text, "")
-    if not number.isdecimal() or not int(number):
-        raise argparse.ArgumentTypeError(f"{text!r}: bytes a second are wanted, as in 50M")
-    return int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit]
 
 
 def _rekey(paths: Paths, options: argparse.Namespace) -> int:

@@ -116,6 +116,8 @@ class DiskEncryption(NamedTuple):
     """The same of this part where it was moved to, changed for a smaller file system; '' before that is durable."""
     written: bool
     """The header is on the disk."""
+    rate: int = 0
+    """Bytes a second at most; 0 for no limit."""
 
 
 class DiskDecryption(NamedTuple):

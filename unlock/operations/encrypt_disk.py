@@ -62,6 +62,7 @@ from . import membership, new_persistence_key
 from .consent import Consent
 from .consent import Plan as Steps
 from .rekey_deep import require_initramfs
+from .throttled import Throttled
 
 SMALLEST = 2 * RESERVED
 """Bytes of a disk that can be encrypted."""
@@ -84,6 +85,8 @@ class Choices(NamedTuple):
     recovery_file: str = ""
     """Read if it exists, else written; '' asks at the terminal."""
     escrow: Escrow | None = None
+    max_rate: int = 0
+    """Bytes a second at most; 0 for no limit."""
 
 
 class Outcome(NamedTuple):
@@ -159,7 +162,7 @@ def resume(
         if begun is not None:
             with begun.operation, reencrypt.Disk(begun.node) as half:
                 hold_in_memory()
-                half.run(begun.mapping, begun.operation, tell)
+                half.run(begun.mapping, begun.operation, Throttled(tell, entry.rate).tell)
         with exclusive(paths), Work(paths, look, connect) as work:
             if begun is not None and reencrypt.settle(begun.node, begun.plan, None) != NEW:
                 return Outcome(entry.group, entry.member.name, "stopped")
@@ -331,12 +334,13 @@ def _check_var(paths: Paths) -> None:
 def _describe(found: _Disk, choices: Choices) -> tuple[str, ...]:
     node, kind = found.node, found.file_system.kind
     room = f"make the {kind} on {node} smaller, to {found.clear >> 20} MiB"
+    rate = f", at most {choices.max_rate} bytes a second" if choices.max_rate else ""
     return (
         f"check the {kind} on {node}",
         *([room] if found.file_system.size > found.clear else []),
         f"a new key-encryption key for group {choices.group}, {node} its only disk, as {found.name}",
         f"move the first {SHIFT >> 20} MiB of {node} to its end, and put the header there",
-        f"encrypt {node}, {found.clear >> 20} MiB; it is told to be in clear until the last sector is done",
+        f"encrypt {node}, {found.clear >> 20} MiB{rate}; it is told to be in clear until the last sector is done",
         "a new persistence key, so that no header from before opens anything",
     )
 
@@ -398,6 +402,7 @@ def _prepare(work: Work, choices: Choices, found: _Disk) -> None:
             first="",
             moved="",
             written=False,
+            rate=choices.max_rate,
         )
     )
 

@@ -275,6 +275,7 @@ _HANDLINGS: dict[type[JournalEntry], Handling] = {
         pausable=True,
         cancel=_cancel_deep_rekey,
         cancelled="every disk keeps its volume key; refused once a disk is half re-encrypted: it can only go forward",
+        give_up=rekey_deep.give_up,
     ),
     RecoveryRotation: Handling(
         needs="a terminal, or the file of the new recovery key",

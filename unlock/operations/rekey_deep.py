@@ -15,7 +15,6 @@ journal keeps every other operation away.
 """
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -39,6 +38,7 @@ from . import consent as agreement
 from . import relink_mapping
 from .consent import Consent
 from .consent import Plan as Steps
+from .throttled import Throttled
 
 ALL = "--all"
 """In place of a group, in the journal: every group."""
@@ -163,7 +163,7 @@ def _go_on(paths: Paths, tell: Tell, look: find.Look, connect: access.Connect) -
     outcomes: list[Outcome] = []
     done = 0
     for disk in entry.disks:
-        progress = _Progress(tell, entry.rate, done, sum(sizes.values()))
+        progress = Throttled(tell, entry.rate, done, sum(sizes.values()))
         try:
             outcomes.append(_do_disk(paths, disk, progress, look, connect))
         except UnlockError as error:
@@ -182,6 +182,10 @@ def cancel(paths: Paths, look: find.Look = find.look, connect: access.Connect = 
         entry = work.state.journal
         if not isinstance(entry, DeepRekey):
             return []
+        lost = "where it is lost for good: unlock operation cancel --lost"
+        if entry.prepared and (away := _names(work, _away(work, entry))):
+            words = f"{', '.join(away)}: not here, and may be half re-encrypted"
+            raise Refused(words, f"plug it in, then the same command; {lost}", code="missing")
         for disk in entry.disks:
             if (place := _place(work, disk.uuid)) and _phase(work, place) not in ("", OLD):
                 raise Refused(
@@ -190,6 +194,44 @@ def cancel(paths: Paths, look: find.Look = find.look, connect: access.Connect = 
                     code="cannot-cancel",
                 )
         return _take_back(work, entry.disks)
+
+
+def give_up(paths: Paths, consent: Consent = agreement.agree, look: find.Look = find.look) -> list[str] | None:
+    """Takes disks that are lost from the operation; it ends, where none is left to do. They stay in their groups.
+    Returns what a person should know; None when the plan was only shown. Raises Refused when every disk is here."""
+    with alone(paths, *_LOCK), exclusive(paths), Work(paths, look, access.connect) as work:
+        entry = work.state.journal
+        if not isinstance(entry, DeepRekey):
+            return []
+        lost = _away(work, entry)
+        names = _names(work, lost)
+        if not names:
+            hint = "unlock operation resume; if one does not work any more: take it out, then the same command"
+            raise Refused("every disk that is left to do is here", hint, code="present")
+        what = f"what {', '.join(names)} holds, half re-encrypted perhaps: nothing goes on with it, should it come back"
+        if not consent(Steps((f"give up the re-encryption of {', '.join(names)}",), (what,), names[0])):
+            return None
+        _save_without(work, lost)
+        left = work.state.journal
+        groups = [(each, member.name) for each in work.state.groups.values() for member in each.members]
+    lines = []
+    for group, name in groups:
+        if name in names:
+            others = f"disk replace {name} NEW, or unlock disk forget {name}"
+            what = others if len(group.members) > 1 else f"group delete {group.name}"
+            lines.append(f"{name} is still in group {group.name}: unlock {what}")
+    return [*lines, *(["the other disks go on: unlock operation resume"] if left else [])]
+
+
+def _away(work: Work, entry: DeepRekey) -> tuple[DeepRekeyDisk, ...]:
+    """The disks that are left to do and not here."""
+    return tuple(disk for disk in entry.disks if not _place(work, disk.uuid))
+
+
+def _names(work: Work, disks: Sequence[DeepRekeyDisk]) -> list[str]:
+    """Mapping names; the UUID of one that is in no group any more."""
+    known = {member.uuid: member.name for group in work.state.groups.values() for member in group.members}
+    return [known.get(each.uuid, each.uuid) for each in disks]
 
 
 # Checks, before anything is changed
@@ -425,7 +467,7 @@ def _save_without(work: Work, disks: Sequence[DeepRekeyDisk]) -> None:
 
 
 def _do_disk(
-    paths: Paths, disk: DeepRekeyDisk, progress: "_Progress", look: find.Look, connect: access.Connect
+    paths: Paths, disk: DeepRekeyDisk, progress: Throttled, look: find.Look, connect: access.Connect
 ) -> Outcome:
     """Starts or goes on, and finishes. Raises DiskFailed, Tampered, NoKey, Refused when it is not here."""
     with exclusive(paths), Work(paths, look, connect) as work:
@@ -580,33 +622,3 @@ def _sizes(work: Work, entry: DeepRekey) -> dict[str, int]:
             with luks.Container(place.node) as container:
                 sizes[disk.uuid] = container.disk_size - int(container.metadata["segments"]["0"]["offset"])
     return sizes
-
-
-class _Progress:
-    """Tells the caller how far the disks are, and holds the rate down."""
-
-    def __init__(self, tell: Tell, rate: int, before: int, total: int) -> None:
-        self._tell, self._rate, self._before, self._total = tell, rate, before, total
-        self._begun = time.monotonic()
-        self._first = -1
-        self.stops = False
-
-    @property
-    def hotzone(self) -> int:
-        """Bytes, for `Disk.run`: small steps keep a rate even."""
-        return reencrypt.HOTZONE if self._rate else 0
-
-    def tell(self, done: int, size: int) -> bool:
-        """As `Tell`, for one disk."""
-        if self._first < 0:
-            self._first = done
-        self.stops = self._tell(self._before + done, max(self._total, self._before + size))
-        while not self.stops and (left := self._seconds_ahead(done)) > 0:
-            time.sleep(min(left, 1.0))
-            self.stops = self._tell(self._before + done, max(self._total, self._before + size))
-        return self.stops
-
-    def _seconds_ahead(self, done: int) -> float:
-        if not self._rate:
-            return 0.0
-        return (done - self._first) / self._rate - (time.monotonic() - self._begun)
