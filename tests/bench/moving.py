@@ -111,7 +111,8 @@ def measure(pairs: int = PAIRS, operations: tuple[str, ...] = tuple(STOCK)) -> l
         for operation in operations:
             machine = unmeasured().clone(Path(home, "machine"))
             for move in _OPERATIONS[operation](machine, pairs, SIZE.get(operation, 0)):
-                parts = f": before {move.begin:.2f}, after {move.end:.2f}; {move.rate / 1e6:.1f} MB/s" if move.rate else ""
+                parts = f": before {move.begin:.2f}, after {move.end:.2f}; " if move.rate else ""
+                parts += f"{move.rate / 1e6:.1f} MB/s" if move.rate else ""
                 print(f"  {operation:10} {move.system:30} {move.seconds:7.2f} s{parts}", flush=True)
                 moves.append(move)
             shutil.rmtree(machine.home)
