@@ -111,11 +111,9 @@ def measure(pairs: int = PAIRS, operations: tuple[str, ...] = tuple(STOCK)) -> l
         for operation in operations:
             machine = unmeasured().clone(Path(home, "machine"))
             for move in _OPERATIONS[operation](machine, pairs, SIZE.get(operation, 0)):
-                print(
-                    f"  {operation:10} {move.system:30} {move.seconds:7.2f} s: before {move.begin:.2f}, after "
-                    f"{move.end:.2f}; {move.rate / 1e6:.1f} MB/s",
-                    flush=True,
-                )
+                parts = f": before {move.begin:.2f}, after {move.end:.2f}; " if move.rate else ""
+                parts += f"{move.rate / 1e6:.1f} MB/s" if move.rate else ""
+                print(f"  {operation:10} {move.system:30} {move.seconds:7.2f} s{parts}", flush=True)
                 moves.append(move)
             shutil.rmtree(machine.home)
     return moves
@@ -193,12 +191,12 @@ def _replace(machine: Machine, pairs: int, mib: int) -> Iterator[Move]:
 
 def _rekey(machine: Machine, pairs: int, _: int) -> Iterator[Move]:
     others = tuple(machine.disks)  # a machine has 26 disks
-    disks = " ".join(machine.disk(f"disk{number}", 128) for number in range(DISKS))
+    disks = " ".join(machine.disk(f"disk{number}", 300) for number in range(DISKS))
     stock = machine.disk("stock", 32)
     with machine.boot(memory="2500M", limit=3000, without=others) as booted:
         console = _begin(booted, machine)
         create = f"unlock group create many --disk {disks} --mount /srv/many --recovery-key-file {RECOVERY}"
-        console.sh(create, timeout=280)
+        console.sh(create, timeout=600)
         console.sh(f"cryptsetup luksFormat {PBKDF} {stock}")
         commands = {
             UNLOCK: "unlock rekey many",
