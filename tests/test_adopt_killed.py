@@ -23,7 +23,7 @@ from unlock.secret import Secret
 
 __all__ = ["host", "loops"]
 
-pytestmark = pytest.mark.usefixtures("key_cache")
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("key_cache")]
 
 
 def adopt(host: Host, disk: str, name: str = "photos") -> None:
