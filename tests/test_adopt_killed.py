@@ -23,7 +23,7 @@ from unlock.secret import Secret
 
 __all__ = ["host", "loops"]
 
-pytestmark = pytest.mark.usefixtures("key_cache")
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("key_cache")]
 
 
 def adopt(host: Host, disk: str, name: str = "photos") -> None:
@@ -40,6 +40,11 @@ def header(disk: str) -> tuple[frozenset[str], list[int]]:
         return container.flags, container.keyslots()
 
 
+def tokens(disk: str) -> int:
+    with luks.Container(disk) as container:
+        return len(container.tokens(token.TYPE))
+
+
 class Start:
     """The same start each time: a disk that has `discard` in crypttab, and one beside it."""
 
@@ -54,7 +59,11 @@ class Start:
         self.before = header(self.disk)
 
     def again(self) -> None:
+        """An adoption of a disk that was adopted before does nothing, and cannot be killed in between."""
         self._saved.restore()
+        for each in (self.disk, self.other):
+            assert (header(each), tokens(each)) == (self.before, 0), f"{each} is not as it was"
+        assert not self.host.state.groups and not self.host.state.journal
 
     def begin(self, _: int) -> Callable[[], object]:
         self.again()
@@ -78,7 +87,9 @@ def refused_meanwhile(start: Start) -> None:
 
 def test_killed_anywhere_the_same_command_finishes(start: Start, killer: Killer) -> None:
     host = start.host
+    left: set[tuple[bool, int, int]] = set()
     for _, killed in killer(start.begin):
+        left.add((host.state.journal is not None, len(header(start.disk)[1]), tokens(start.disk)))
         with luks.Container(start.disk) as container:
             container.volume_key(Secret(OPERATOR)).wipe()
         if host.state.journal:
@@ -96,6 +107,8 @@ def test_killed_anywhere_the_same_command_finishes(start: Start, killer: Killer)
                 host.deks[container.uuid] = bytes(dek)
         host.disks = [Path(start.disk)]
         assert host.boot_opens() and host.recovery_opens()
+    started = {(True, 1, 0), (True, 2, 0), (True, 2, 1)}
+    assert started | {(False, 1, 0), (False, 2, 1)} <= left, "killed before and after the journal, keyslot and token"
 
 
 class Failing:
@@ -114,10 +127,7 @@ def test_killed_anywhere_the_same_command_takes_back_what_it_cannot_finish(
     """The keyslot and the flag of the killed run: the second one has not added them."""
     host, seen = start.host, set()
     for _, _ in killer(start.begin):
-        journal = host.state.journal
-        with luks.Container(start.disk) as container:
-            has_token = bool(container.tokens(token.TYPE))
-        if not journal or has_token:
+        if not host.state.journal or tokens(start.disk):
             continue
         seen.add(header(start.disk)[1] == [0])
         with monkeypatch.context() as patch:
