@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unlock disk forget`: a disk that is gone leaves its group. Real headers, a real key manager's protocol, a TPM."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,7 +80,8 @@ def test_a_lost_disk_is_in_no_list_and_opens_by_the_recovery_key_alone(host: Mac
     if kms.keys:
         states = [kms.keys[kek.rpartition("/")[2]].state for kek in (before.kek, host.group.kek)]
         assert states == [DEACTIVATED, ACTIVE], "retired, not destroyed"
-    assert uuid not in Path(host.paths.state).read_text()
+    state = json.loads(Path(host.paths.state).read_text())
+    assert [*state.pop("forgotten")] == [uuid] and uuid not in json.dumps(state)
 
 
 def test_the_old_keys_do_not_open_what_is_there_now(host: Machine) -> None:
