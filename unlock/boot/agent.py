@@ -14,7 +14,7 @@ import time
 from .. import ask, log
 from ..errors import PinWrong, UnlockError, Usage
 from ..host import needed, report, this_boot
-from ..light import TYPE_CHECKING, Callable, NamedTuple, signal
+from ..light import TYPE_CHECKING, Callable, Iterator, NamedTuple, signal
 from ..paths import Paths
 from ..protect import protect
 from ..secret import Secret
@@ -154,7 +154,7 @@ def unseal_once(
         record.add_event("tpm-again", str(failure))
         log.console(f"{failure}: trying again")
 
-    for name in names:
+    for name in _with_later(names):
         try:
             with open_tpm(name, again) as tpm:
                 asked = not key
@@ -183,6 +183,16 @@ def unseal_once(
         this_boot.mark(paths, "accepted-root")
     write_verdict(paths, record)
     return key
+
+
+def _with_later(names: list[str]) -> Iterator[str]:
+    """These TPMs, and those whose driver has come up while these were asked. `names` gets them too."""
+    asked = 0
+    while asked < len(names):
+        yield names[asked]
+        asked += 1
+        if asked == len(names):
+            names += [each for each in this_boot.list_tpms() if each not in names]
 
 
 def _note_pcrs(paths: Paths, tpm: Tpm, record: report.Report) -> None:
