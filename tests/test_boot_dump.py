@@ -57,7 +57,7 @@ def test_what_a_crashing_process_knew_is_on_no_disk(tmp_path: Path) -> None:
         pid = crash(console, encrypted)
         is_kept_and_told(console, pid)
         core = tmp_path / "core"
-        core.write_bytes(console.sh(f"unlock dump extract {pid}", timeout=120).stdout)
+        core.write_bytes(console.sh(f"unlock dump extract {pid} | cat", timeout=120).stdout)
         assert encrypted in core.read_bytes()
         gdb = subprocess.run(["gdb", "-q", "-nx", "-batch", "-ex", "bt", program, core], capture_output=True, text=True)
         for frame in ("#0", "inner (x=", "outer (x=", "main ()"):
