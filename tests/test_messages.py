@@ -304,7 +304,7 @@ def test_journalctl_x_explains_what_a_journald_got_and_says_what_to_type(tmp_pat
         "GROUP_DEGRADED",
         "DUMP_LOST",
     ]
-    assert found[2]["UNLOCK_OUTCOME"] == "degraded" and found[4]["UNLOCK_DETAIL"].endswith("names no recipient")
+    assert found[2]["UNLOCK_OUTCOME"] == "degraded" and found[4]["UNLOCK_DETAIL"].endswith("dump-recipient is no file")
     assert found[4]["PRIORITY"] == "3"
     shown = (tmp_path / "text").read_text()
     for words in (
