@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make test`: its parts, how long each took, and what of `unlock` they ran. The machines run beside the tests that
-need none, as both leave processors idle.
+"""`make test`: its parts one after the other, how long each took, and what of `unlock` they ran.
 
 A machine that measures leaves its data files in the directory that UNLOCK_COVERAGE names: they are counted in.
 `python -m tests.whole fast` boots none.
@@ -13,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 WANTED = 90
@@ -32,36 +31,21 @@ def no_machine() -> bool:
     """With the files of each worker in memory, see alone.py."""
     free = int(re.findall(r"MemAvailable: *([0-9]+) kB", Path("/proc/meminfo").read_text())[0]) << 10
     if free < ROOM:
-        return run(*pytest(*NO_MACHINE))
+        return pytest(*NO_MACHINE)
     with tempfile.TemporaryDirectory(prefix="unlock-test-") as folder:
-        return run(*pytest(*NO_MACHINE, f"--basetemp={folder}/files"), env=os.environ | {"UNLOCK_TEST_MEMORY": folder})
+        os.environ["UNLOCK_TEST_MEMORY"] = folder
+        try:
+            return pytest(*NO_MACHINE, f"--basetemp={folder}/files")
+        finally:
+            del os.environ["UNLOCK_TEST_MEMORY"]
 
 
-def pytest(*options: str) -> tuple[str, ...]:
-    return sys.executable, "-m", "coverage", "run", "-m", "pytest", "--durations=10", *options
+def pytest(*options: str) -> bool:
+    return run(sys.executable, "-m", "coverage", "run", "-m", "pytest", "--durations=10", *options)
 
 
-def run(*command: str, env: Mapping[str, str] | None = None) -> bool:
-    return subprocess.run(command, check=False, env=env).returncode == 0
-
-
-class Beside:
-    """A part that runs beside another one; what it prints is held back meanwhile."""
-
-    def __init__(self, *command: str, output: Path) -> None:
-        self.begun = time.monotonic()
-        self._output = output
-        with output.open("w") as file:
-            self._process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-
-    def wait(self) -> bool:
-        """Prints what it has printed, and goes on printing until it ends."""
-        with self._output.open() as file:
-            while (ended := self._process.poll()) is None:
-                print(file.read(), end="", flush=True)
-                time.sleep(1)
-            print(file.read(), end="", flush=True)
-        return ended == 0
+def run(*command: str) -> bool:
+    return subprocess.run(command, check=False).returncode == 0
 
 
 def quietly(*command: str) -> bool:
@@ -90,28 +74,27 @@ def coverage() -> bool:
 
 
 def main() -> int:
-    told: list[str] = []
-
-    def tell(name: str, begun: float, ok: bool) -> bool:
-        minutes, seconds = divmod(round(time.monotonic() - begun), 60)
-        told.append(f"{minutes:3}:{seconds:02}  {name}{'' if ok else ': failed'}")
-        return ok
-
-    begun = time.monotonic()
+    fast = sys.argv[1:] == ["fast"]
+    parts: dict[str, Callable[[], bool]] = {
+        "lint": lambda: run("make", "--no-print-directory", "lint"),
+        "no machine": no_machine,
+        "root" if fast else "machines": lambda: pytest(*(ROOT if fast else MACHINES)),
+        "coverage": coverage,
+    }
+    told = []
+    ok = True
     with tempfile.TemporaryDirectory() as folder:
         os.environ["UNLOCK_COVERAGE"] = folder
         os.environ["PYTHONPYCACHEPREFIX"] = str(Path(os.environ["UNLOCK_CACHE"], "compiled"))
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         os.environ["COVERAGE_FILE"] = str(Path(folder, "coverage"))
-        ok = tell("lint", begun, run("make", "--no-print-directory", "lint"))
-        if ok:
-            fast = sys.argv[1:] == ["fast"]
-            beside = Beside(*pytest(*(ROOT if fast else MACHINES)), output=Path(folder, "beside"))
-            ok = tell("no machine", time.monotonic(), no_machine())
-            ok &= tell("root" if fast else "machines", beside.begun, beside.wait())
-        if ok:
-            ok = tell("coverage", time.monotonic(), coverage())
-    tell("all", begun, ok)
+        for name, part in parts.items():
+            begun = time.monotonic()
+            ok = part()
+            minutes, seconds = divmod(round(time.monotonic() - begun), 60)
+            told.append(f"{minutes:3}:{seconds:02}  {name}{'' if ok else ': failed'}")
+            if not ok:
+                break
     print("\n" + "\n".join(told))
     return not ok
 
