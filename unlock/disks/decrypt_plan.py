@@ -11,8 +11,9 @@ A part in clear is a linear segment, for libcryptsetup too; the one digest is th
 `new`: it stays `whole` until it goes. The boundary alone cannot be bound, as with every re-encryption.
 """
 
-from ..light import Any, NamedTuple
+from ..light import Any
 from ..strictjson import canonical
+from .encrypt_plan import Found, is_backup, need
 
 FACTS = {"mode": "decrypt", "direction": "forward"}
 """What the token binds besides the segment."""
@@ -21,36 +22,19 @@ _PREVIOUS, _FINAL, _HOT = "backup-previous", "backup-final", "in-reencryption"
 _RESILIENCE = ("checksum", "journal")
 
 
-class DoesNotFit(Exception):
-    """A header that no run of this plan leaves."""
-
-
-class Found(NamedTuple):
-    """A header that fits."""
-
-    segment: Any
-    """The only one at the start."""
-    encrypted: list[int]
-    """Numbers of the segments that the volume key covers."""
-    is_crashed: bool
-    """It has a hotzone."""
-    is_whole: bool
-    """All data is in clear."""
-
-
 def examine(segments: dict[int, Any], moves: list[Any]) -> Found:
     """Raises DoesNotFit; KeyError and others for what is no metadata. `moves`: keyslots of another type than `luks2`.
     The caller checks which digest covers what."""
-    _need(len(moves) == 1 and _is_ours(moves[0]), "mode")
-    backups = {str(each["flags"][0]): number for number, each in segments.items() if _is_backup(each)}
-    _need(sorted(backups) == [_FINAL, _PREVIOUS], "backups")
+    need(len(moves) == 1 and _is_ours(moves[0]), "mode")
+    backups = {str(each["flags"][0]): number for number, each in segments.items() if is_backup(each)}
+    need(sorted(backups) == [_FINAL, _PREVIOUS], "backups")
     before, after = segments[backups[_PREVIOUS]], segments[backups[_FINAL]]
-    _need(before["flags"] == [_PREVIOUS] and before["size"] == "dynamic" and int(before["iv_tweak"]) == 0, "its start")
+    need(before["flags"] == [_PREVIOUS] and before["size"] == "dynamic" and int(before["iv_tweak"]) == 0, "its start")
     segment = _without_flags(before)
     final = {"type": "linear", "offset": segment["offset"], "size": "dynamic", "flags": [_FINAL]}
-    _need(canonical(after) == canonical(final), "its end")
+    need(canonical(after) == canonical(final), "its end")
     regular = sorted(segments.keys() - set(backups.values()))
-    _need(regular == list(range(len(regular))) and 1 <= len(regular) <= 3, "number of segments")
+    need(regular == list(range(len(regular))) and 1 <= len(regular) <= 3, "number of segments")
     encrypted, hot = _walk([segments[number] for number in regular], segment)
     whole = not hot and not encrypted
     return Found(segment, [*encrypted, backups[_PREVIOUS]], is_crashed=hot, is_whole=whole)
@@ -64,21 +48,21 @@ def _walk(regular: list[Any], segment: Any) -> tuple[list[int], bool]:
     hot = False
     for number, each in enumerate(regular):
         last = number == len(regular) - 1
-        _need(not encrypted, "data after what is encrypted")
+        need(not encrypted, "data after what is encrypted")
         if each["type"] == "linear":
             flags = each.get("flags", [])
-            _need(flags in ([], [_HOT]) and not hot and (number == 0 or bool(flags)), "a part in clear")
+            need(flags in ([], [_HOT]) and not hot and (number == 0 or bool(flags)), "a part in clear")
             like = {"type": "linear", "offset": str(at), "size": each["size"]}
-            _need(canonical(_without_flags(each)) == canonical(like), "a part in clear")
-            _need((each["size"] == "dynamic") == (last and not flags), "the size of a part in clear")
+            need(canonical(_without_flags(each)) == canonical(like), "a part in clear")
+            need((each["size"] == "dynamic") == (last and not flags), "the size of a part in clear")
             hot = bool(flags)
         else:
             place = {"offset": str(at), "size": each["size"], "iv_tweak": str((at - start) // 512)}
-            _need(last and canonical(each) == canonical({**segment, **place}), "an encrypted segment")
+            need(last and canonical(each) == canonical({**segment, **place}), "an encrypted segment")
             encrypted.append(number)
         # libcryptsetup gives the last part in figures after a recovery
         size = 0 if each["size"] == "dynamic" else int(each["size"])
-        _need(size > 0 or each["size"] == "dynamic", "a segment's size")
+        need(size > 0 or each["size"] == "dynamic", "a segment's size")
         at += size
     return encrypted, hot
 
@@ -94,14 +78,5 @@ def _is_ours(keyslot: Any) -> bool:
     )
 
 
-def _is_backup(segment: Any) -> bool:
-    return any(flag.startswith("backup-") for flag in segment.get("flags", []))
-
-
 def _without_flags(segment: Any) -> dict[str, Any]:
     return {name: value for name, value in segment.items() if name != "flags"}
-
-
-def _need(condition: bool, what: str) -> None:
-    if not condition:
-        raise DoesNotFit(what)

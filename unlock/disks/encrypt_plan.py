@@ -34,7 +34,7 @@ class Found(NamedTuple):
     """A header that fits."""
 
     segment: Any
-    """The only one in the end."""
+    """The one of which all others are parts."""
     encrypted: list[int]
     """Numbers of the segments that the volume key covers."""
     is_crashed: bool
@@ -46,18 +46,18 @@ class Found(NamedTuple):
 def examine(segments: dict[int, Any], moves: list[Any], clear: int) -> Found:
     """Raises DoesNotFit; KeyError and others for what is no metadata. `moves`: keyslots of another type than `luks2`.
     The caller checks which digest covers what."""
-    _need(clear > SHIFT and len(moves) == 1 and _is_ours(moves[0]), "mode")
+    need(clear > SHIFT and len(moves) == 1 and _is_ours(moves[0]), "mode")
     backups = {str(each["flags"][0]): number for number, each in segments.items() if is_backup(each)}
-    _need(sorted(backups) == sorted((_MOVED, _PREVIOUS, _FINAL)), "backups")
+    need(sorted(backups) == sorted((_MOVED, _PREVIOUS, _FINAL)), "backups")
     _need_linear(segments[backups[_MOVED]], [_MOVED], clear + SHIFT, SHIFT)
     _need_linear(segments[backups[_PREVIOUS]], [_PREVIOUS], 0, clear)
     segment = {name: value for name, value in segments[backups[_FINAL]].items() if name != "flags"}
-    _need(segments[backups[_FINAL]]["flags"] == [_FINAL], "backups")
-    _need((int(segment["offset"]), segment["size"], int(segment["iv_tweak"])) == (SHIFT, "dynamic", 0), "its end")
+    need(segments[backups[_FINAL]]["flags"] == [_FINAL], "backups")
+    need((int(segment["offset"]), segment["size"], int(segment["iv_tweak"])) == (SHIFT, "dynamic", 0), "its end")
     regular = sorted(segments.keys() - set(backups.values()))
-    _need(regular == list(range(len(regular))) and bool(regular), "number of segments")
+    need(regular == list(range(len(regular))) and bool(regular), "number of segments")
     if canonical(segments[0]) == canonical(segment):
-        _need(len(regular) == 1, "segments after the whole")
+        need(len(regular) == 1, "segments after the whole")
         return Found(segment, [0, backups[_FINAL]], is_crashed=False, is_whole=True)
     encrypted, hot = _walk([segments[number] for number in regular], segment, clear)
     return Found(segment, [*encrypted, backups[_FINAL]], is_crashed=hot, is_whole=False)
@@ -71,22 +71,22 @@ def _walk(regular: list[Any], segment: Any, clear: int) -> tuple[list[int], bool
     hot = False
     for number, each in enumerate(regular):
         size = int(each["size"])
-        _need(size > 0, "a segment's size")
+        need(size > 0, "a segment's size")
         if each["type"] == "linear":
-            _need(not encrypted and number < 2 and (at == 0 or at == SHIFT), "a part in clear after others")
+            need(not encrypted and number < 2 and (at == 0 or at == SHIFT), "a part in clear after others")
             _need_linear(each, None, clear + SHIFT if at == 0 else at, SHIFT if at == 0 else size)
         else:
             flags = each.get("flags", [])
-            _need(flags in ([], ["in-reencryption"]) and not (flags and encrypted), "a hotzone")
-            _need(not (flags and size > SHIFT), "a hotzone's size")
+            need(flags in ([], ["in-reencryption"]) and not (flags and encrypted), "a hotzone")
+            need(not (flags and size > SHIFT), "a hotzone's size")
             hot = hot or bool(flags)
             like = {name: value for name, value in each.items() if name != "flags"}
             place = {"offset": str(SHIFT + at), "size": each["size"], "iv_tweak": str(at // 512)}
-            _need(canonical(like) == canonical({**segment, **place}), "an encrypted segment")
+            need(canonical(like) == canonical({**segment, **place}), "an encrypted segment")
             encrypted.append(number)
         at += size
-    _need(at == clear and len(encrypted) <= 1 + hot, "the size of the data")
-    _need(bool(encrypted) or len(regular) == 2, "nothing is encrypted, and a part is missing")
+    need(at == clear and len(encrypted) <= 1 + hot, "the size of the data")
+    need(bool(encrypted) or len(regular) == 2, "nothing is encrypted, and a part is missing")
     return encrypted, hot
 
 
@@ -107,10 +107,11 @@ def is_backup(segment: Any) -> bool:
 
 def _need_linear(segment: Any, flags: list[str] | None, offset: int, size: int) -> None:
     wanted: dict[str, Any] = {"type": "linear", "offset": str(offset), "size": str(size)}
-    _need(canonical(segment) == canonical({**wanted, "flags": flags} if flags else wanted), "a part in clear")
+    need(canonical(segment) == canonical({**wanted, "flags": flags} if flags else wanted), "a part in clear")
 
 
-def _need(condition: bool, what: str) -> None:
+def need(condition: bool, what: str) -> None:
+    """Raises DoesNotFit with `what` unless the condition holds."""
     if not condition:
         raise DoesNotFit(what)
 

@@ -22,6 +22,7 @@ from ..errors import Malformed, Tampered
 from ..light import Any, NamedTuple
 from ..strictjson import canonical
 from . import decrypt_plan, encrypt_plan
+from .encrypt_plan import DoesNotFit, need
 from .header import Header
 
 REQUIREMENT = "online-reencrypt-v2"
@@ -117,19 +118,10 @@ def _examine(metadata: dict[str, Any], plan: Plan, device: str) -> tuple[str, An
     """The phase, and the segment as it was and will be."""
     try:
         return _phase_and_segment(metadata, plan)
-    except (_DoesNotFit, encrypt_plan.DoesNotFit, decrypt_plan.DoesNotFit) as error:
+    except DoesNotFit as error:
         raise Tampered(f"{device}: its header is not that of the re-encryption in its token: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise Malformed(f"{device}: the LUKS2 metadata is not as the specification says") from error
-
-
-class _DoesNotFit(Exception):
-    """A header that no run of this plan leaves."""
-
-
-def _need(condition: bool, what: str) -> None:
-    if not condition:
-        raise _DoesNotFit(what)
 
 
 def _phase_and_segment(metadata: dict[str, Any], plan: Plan) -> tuple[str, Any]:
@@ -138,17 +130,17 @@ def _phase_and_segment(metadata: dict[str, Any], plan: Plan) -> tuple[str, Any]:
     moves = [fields for fields in metadata["keyslots"].values() if fields["type"] not in ("luks2",)]
     for number, known in (plan.old, plan.old_facts), (plan.new, plan.new_facts):
         found = metadata["digests"].get(str(number))
-        _need(found is None or digest_facts(found) == known, f"digest {number}")
-    _need(all(not covered for number, covered in covers.items() if number not in (plan.old, plan.new)), "other digest")
+        need(found is None or digest_facts(found) == known, f"digest {number}")
+    need(all(not covered for number, covered in covers.items() if number not in (plan.old, plan.new)), "other digest")
     requirements = metadata["config"].get("requirements")
     if not requirements:
         return _at_rest(segments, covers, moves, plan)
-    _need(canonical(requirements) == canonical({"mandatory": [REQUIREMENT]}), "requirements")
+    need(canonical(requirements) == canonical({"mandatory": [REQUIREMENT]}), "requirements")
     if plan.clear:
         return _encrypted_in_place(segments, covers, moves, plan)
     if plan.decrypts:
         return _decrypted_in_place(segments, covers, moves, plan)
-    _need(len(moves) == 1 and _is_ours(moves[0]), "mode")
+    need(len(moves) == 1 and _is_ours(moves[0]), "mode")
     return _under_way(segments, covers, plan)
 
 
@@ -157,7 +149,7 @@ def _encrypted_in_place(
 ) -> tuple[str, Any]:
     found = encrypt_plan.examine(segments, moves, plan.clear)
     _need_crypt(found.segment)
-    _need(covers.get(plan.new) == set(map(str, found.encrypted)), "a digest's segments")
+    need(covers.get(plan.new) == set(map(str, found.encrypted)), "a digest's segments")
     return CRASH if found.is_crashed else WHOLE if found.is_whole else MOVING, found.segment
 
 
@@ -166,19 +158,19 @@ def _decrypted_in_place(
 ) -> tuple[str, Any]:
     found = decrypt_plan.examine(segments, moves)
     _need_crypt(found.segment)
-    _need(covers.get(plan.old) == set(map(str, found.encrypted)), "a digest's segments")
+    need(covers.get(plan.old) == set(map(str, found.encrypted)), "a digest's segments")
     return CRASH if found.is_crashed else WHOLE if found.is_whole else MOVING, found.segment
 
 
 def _at_rest(segments: dict[int, Any], covers: dict[int, set[str]], moves: list[Any], plan: Plan) -> tuple[str, Any]:
-    _need(not moves, "a keyslot of a re-encryption")
-    _need(list(segments) == [0] and "flags" not in segments[0], "segments")
+    need(not moves, "a keyslot of a re-encryption")
+    need(list(segments) == [0] and "flags" not in segments[0], "segments")
     _need_crypt(segments[0])
     for number, name in (plan.old, OLD), (plan.new, NEW):
         if covers.get(number) == {"0"}:
-            _need(all(not covered for other, covered in covers.items() if other != number), "two digests")
+            need(all(not covered for other, covered in covers.items() if other != number), "two digests")
             return name, segments[0]
-    raise _DoesNotFit("the digest of the data")
+    raise DoesNotFit("the digest of the data")
 
 
 def _is_ours(keyslot: Any) -> bool:
@@ -195,53 +187,53 @@ def _is_ours(keyslot: Any) -> bool:
 def _under_way(segments: dict[int, Any], covers: dict[int, set[str]], plan: Plan) -> tuple[str, Any]:
     """Segments in order of the data: all new, at most one of both, all old; then a backup of each kind."""
     backups = {number: each for number, each in segments.items() if is_backup(each)}
-    _need(
+    need(
         sorted(str(each["flags"]) for each in backups.values()) == ["['backup-final']", "['backup-previous']"],
         "backups",
     )
     before = backup_number(segments, "backup-previous")
     after = backup_number(segments, "backup-final")
     segment = _without(segments[before], ("flags",))
-    _need(canonical(segment) == canonical(_without(segments[after], ("flags",))), "another cipher")
+    need(canonical(segment) == canonical(_without(segments[after], ("flags",))), "another cipher")
     _need_crypt(segment)
     regular = sorted(segments.keys() - backups.keys())
-    _need(regular == list(range(len(regular))) and 1 <= len(regular) <= 3, "number of segments")
+    need(regular == list(range(len(regular))) and 1 <= len(regular) <= 3, "number of segments")
     expected = {plan.old: {str(before)}, plan.new: {str(after)}}
     at = start = int(segment["offset"])
     part = NEW
     for number in regular:
         each = segments[number]
-        _need(canonical(_without(each, _MOVED)) == canonical(_without(segment, _MOVED)), "a segment's cipher")
-        _need(int(each["offset"]) == at, "a segment's place")
-        _need(int(each["iv_tweak"]) == int(segment["iv_tweak"]) + (at - start) // 512, "a segment's IV")
+        need(canonical(_without(each, _MOVED)) == canonical(_without(segment, _MOVED)), "a segment's cipher")
+        need(int(each["offset"]) == at, "a segment's place")
+        need(int(each["iv_tweak"]) == int(segment["iv_tweak"]) + (at - start) // 512, "a segment's IV")
         keys = {digest for digest, covered in covers.items() if str(number) in covered}
         if "flags" in each:
-            _need(each["flags"] == ["in-reencryption"] and keys == {plan.old, plan.new} and part == NEW, "a hotzone")
+            need(each["flags"] == ["in-reencryption"] and keys == {plan.old, plan.new} and part == NEW, "a hotzone")
             part = CRASH
         elif keys == {plan.new}:
-            _need(part == NEW, "new data after old")
+            need(part == NEW, "new data after old")
         else:
-            _need(keys == {plan.old} and part != OLD, "a segment's digest")
+            need(keys == {plan.old} and part != OLD, "a segment's digest")
             part = OLD
         for digest in keys:
             expected[digest].add(str(number))
         if each["size"] == "dynamic":
-            _need(number == regular[-1] and segment["size"] == "dynamic", "a segment's size")
+            need(number == regular[-1] and segment["size"] == "dynamic", "a segment's size")
         else:
             at += int(each["size"])
             # libcryptsetup gives the last part in figures when it is a hotzone, and after a recovery
             ends = segment["size"] in ("dynamic", str(at - start))
-            _need(number != regular[-1] or ends, "a segment's size")
+            need(number != regular[-1] or ends, "a segment's size")
     for digest, covered in covers.items():
-        _need(covered == expected.get(digest, set()), "a digest's segments")
-    _need(plan.old in covers and plan.new in covers, "digests")
+        need(covered == expected.get(digest, set()), "a digest's segments")
+    need(plan.old in covers and plan.new in covers, "digests")
     if any("flags" in segments[number] for number in regular):
         return CRASH, segment
     return WHOLE if covers[plan.old] == {str(before)} else MOVING, segment
 
 
 def _need_crypt(segment: Any) -> None:
-    _need(segment["type"] == "crypt" and "null" not in segment["encryption"], "data that is not encrypted")
+    need(segment["type"] == "crypt" and "null" not in segment["encryption"], "data that is not encrypted")
 
 
 def is_backup(segment: Any) -> bool:
