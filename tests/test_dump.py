@@ -474,13 +474,13 @@ def test_a_rotation_that_was_killed_before_the_recipient_is_caught_up_by_sync(ho
 def test_a_recipient_that_somebody_has_put_there_is_replaced(
     host: Host, crashed: Crashing, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a plain /var, under the same generation. At each boot, by enable and by sync; check tells it."""
+    """On a plain /var, under the same generation or another. At each boot, by enable and by sync; check tells it."""
     good = Path(host.paths.dump_recipient).read_bytes()
     made = subprocess.run(["age-keygen"], capture_output=True, check=True, text=True).stdout
     other = next(line.split()[-1] for line in made.splitlines() if "public key" in line)
 
-    def attack() -> None:
-        text = f"# unlock: host key 1 {dump_key.fingerprint(other)}\n{other}\n"
+    def attack(generation: int = 1) -> None:
+        text = f"# unlock: host key {generation} {dump_key.fingerprint(other)}\n{other}\n"
         Path(host.paths.dump_recipient).write_text(text)
 
     def enable() -> None:
@@ -492,9 +492,14 @@ def test_a_recipient_that_somebody_has_put_there_is_replaced(
     def synchronise() -> None:
         sync.sync(host.paths, look=host.look)
 
-    for defend in (enable, boot, synchronise):
-        attack()
-        assert found(host) == ("note", "unlock dump enable")
+    for defend, generation, do in (
+        (enable, 1, "unlock dump enable"),
+        (boot, 1, "unlock dump enable"),
+        (synchronise, 1, "unlock dump enable"),
+        (boot, 7, "unlock sync"),
+    ):
+        attack(generation)
+        assert found(host) == ("note", do)
         defend()
         assert Path(host.paths.dump_recipient).read_bytes() == good and found(host) == ("safe", "")
         assert f"dumps of fingerprint {dump_key.fingerprint(other)}" in capsys.readouterr().err
@@ -507,6 +512,16 @@ def test_a_recipient_that_somebody_has_put_there_is_replaced(
     assert [row.key for row in listing.list_rows(host.paths)] == ["unknown"]
     protection.at_boot(host.paths)
     assert crash(host, crashed).fingerprint != theirs.fingerprint
+
+
+def test_what_stands_in_the_place_of_the_recipient_stops_no_boot(
+    host: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipient = Path(host.paths.dump_recipient)
+    recipient.unlink()
+    recipient.mkdir()
+    protection.at_boot(host.paths)
+    assert f"{recipient}: Is a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kept_backup", [True, False])

@@ -278,7 +278,7 @@ def test_a_dump_is_whole_without_a_log(host: Host, tmp_path: Path) -> None:
     set_up(host)
     crashed = CrashKernel(host, tmp_path / "crashed")
     crashed.makedumpfile(log="exit 1")
-    assert "does not find its log" in crashed.run()
+    assert "its log is not there" in crashed.run()
     (dump,) = boot(host)
     assert core_of(host, dump) == CORE and not logs(host)
     long = CrashKernel(host, tmp_path / "long")

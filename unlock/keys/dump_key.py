@@ -152,7 +152,9 @@ def refresh(work: access.Work) -> None:
         before = read_recipient(work.paths)
         with host_key:
             now = write_recipient(work.paths, work.state, host_key)
-        if before and before.generation == now.generation and before != now:
+        known = {each.generation: each.fingerprint for each in known_keys(work.state, work.persistence)}
+        # '' for a key that is elsewhere
+        if before and before != now and known.get(before.generation) not in ("", before.fingerprint):
             log.error(
                 f"{work.paths.dump_recipient} was changed: dumps of fingerprint {before.fingerprint} are encrypted to "
                 f"somebody else; new ones are encrypted to host key {now.generation} again",

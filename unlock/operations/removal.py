@@ -108,7 +108,7 @@ def find_loss(paths: Paths) -> Loss:
         lines.append(_describe(name, members, mounts.get(name, ""), set(members) & set(roots) != set()))
     if older := initramfs_images.list_images(BootTree(paths))[:-1]:
         names, rebuild = " ".join(map(os.path.basename, older)), initramfs.of_host(paths.root).rebuild_every
-        lines.append(f"only the newest kernel's initramfs is made anew; unlock stays in {names} until: {rebuild}")
+        lines.append(f"only the newest kernel's initramfs is made anew; unlock may stay in {names} until: {rebuild}")
     if groups or mounts:
         lines.append("each disk opens with the recovery key: cryptsetup open DEVICE NAME")
     return Loss(

@@ -258,7 +258,7 @@ def _move(paths: Paths, node: str, header: Header, kind: str, offset: int) -> Du
     found = os.statvfs(paths.dumps)
     if header.size > found.f_bavail * found.f_frsize // 2:
         raise Refused(
-            f"{node} has a {kind} of {header.size >> 20} MiB, more than half of what is free in {paths.dumps}",
+            f"{node} has a {kind} of {header.size >> 10} KiB, more than half of what is free in {paths.dumps}",
             "make room, then systemctl restart unlock-crash-kernel",
             code="no-room",
         )

@@ -96,13 +96,15 @@ def refresh_recipient(paths: Paths) -> None:
 
 
 def at_boot(paths: Paths) -> None:
-    """What each boot does once its keys are there. Raises OSError."""
+    """What each boot does once its keys are there. A recipient that it cannot write is told. Raises OSError."""
     write_limits(paths)
     try:
         with exclusive(paths, _PATIENCE):
             refresh_recipient(paths)
     except Refused as error:
         log.note(f"{paths.dump_recipient} was not looked at: {error}")  # `unlock sync` does it too
+    except OSError as error:
+        log.error(f"{paths.dump_recipient}: {error.strerror}", "move it away; then: unlock dump enable")
 
 
 def set_up(paths: Paths) -> None:
