@@ -21,7 +21,7 @@ from unlock.disks.header import Header
 from unlock.disks.reencrypt import Tell
 from unlock.errors import CommandFailed, Malformed, Refused, Tampered, UnlockError
 from unlock.host.journal import DiskDecryption
-from unlock.operations import decrypt_disk, operation, status
+from unlock.operations import decrypt_disk, leaving, new_persistence_key, operation, status
 from unlock.operations.consent import Plan
 from unlock.operations.decrypt_disk import Outcome
 from unlock.secret import Secret
@@ -121,6 +121,40 @@ def test_a_disk_is_decrypted_in_place_and_is_a_plain_partition(
     assert bytes(host.persistence) != before
     with pytest.raises(Refused):
         decrypt(host)
+
+
+@pytest.mark.parametrize("named_by", ["name", "uuid", "device"])
+def test_cut_off_at_the_end_the_same_command_finishes(
+    host: Machine, loops: Loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named_by: str
+) -> None:
+    loop = loops("none")
+    data = protect(host, loop, tmp_path)
+    member = host.state.groups["photos"].members[0]
+    named = {"name": "photos-0", "uuid": member.uuid, "device": loop.node}[named_by]
+
+    def is_cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for module, function in (leaving, "end_group"), (new_persistence_key, "replace"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, function, is_cut)
+            decrypt(host, named)
+        if function == "end_group":
+            assert not host.state.groups and isinstance(host.state.journal, DiskDecryption)
+    assert (host.state.journal, host.state.narrowed) == (None, "photos-0 was decrypted in place")
+    assert decrypt(host) == Outcome("", "photos-0", "done", "")
+    assert host.state.narrowed is None and loop.plain() == data
+
+
+def test_a_mapping_that_fstab_mounts_is_refused_first(host: Machine, loops: Loops, tmp_path: Path) -> None:
+    loop = loops("none")
+    protect(host, loop, tmp_path)
+    before = Path(loop.node).read_bytes()
+    Path(host.paths.fstab).parent.mkdir(parents=True, exist_ok=True)
+    Path(host.paths.fstab).write_text("/dev/mapper/photos-0 /srv ext4 defaults 0 0\n")
+    with pytest.raises(Refused) as caught:
+        decrypt(host)
+    assert caught.value.code == "fstab" and host.state.journal is None and Path(loop.node).read_bytes() == before
 
 
 def test_stopped_after_each_hotzone_with_a_boot_in_between_it_goes_on(

@@ -274,6 +274,23 @@ def test_a_disk_that_a_program_holds_is_refused(host: Machine, disk: str, tmp_pa
         os.close(held)
 
 
+def test_cut_off_at_the_end_the_same_command_finishes(
+    host: Machine, loop: Loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = loop()
+    fill(disk, tmp_path, SIZE - RESERVED)
+
+    def is_cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(new_persistence_key, "replace", is_cut)
+        encrypt(host, disk)
+    assert (host.state.journal, host.state.narrowed) == (None, "photos-a was encrypted in place")
+    assert encrypt(host, disk) == Outcome("photos", "photos-a", "done")
+    assert host.state.narrowed is None
+
+
 @pytest.mark.root
 def test_a_mounted_disk_is_refused_with_what_to_type(host: Machine, disk: str, tmp_path: Path) -> None:
     fill(disk, tmp_path, SIZE)

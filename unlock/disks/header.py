@@ -168,7 +168,7 @@ def _data_digest(metadata: dict[str, Any], device: str) -> dict[str, Any]:
         if REENCRYPTION in str(_get_object(metadata, "config", device).get("requirements")):
             tokens = _get_object(metadata, "tokens", device).values()
             ours = any(isinstance(fields, dict) and fields.get("reencrypt") for fields in tokens)
-            hint = "unlock rekey --deep" if ours else f"cryptsetup reencrypt --resume-only {device}"
+            hint = "unlock operation resume" if ours else f"cryptsetup reencrypt --resume-only {device}"
             raise Malformed(f"{device}: its header says that it is being re-encrypted", hint)
         raise Malformed(f"{device}: not exactly one digest covers all of the data")
     return digests[0]

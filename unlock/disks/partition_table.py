@@ -141,8 +141,8 @@ class _Disk:
     def read(self, sector: int, size: int) -> bytes:
         try:
             content = os.pread(self._fd, size, sector * self.sector)
-        except OSError as error:
-            raise DiskFailed(f"{self._path} cannot be read: {error.strerror}") from error
+        except (OSError, OverflowError) as error:  # a table of another disk may say anything
+            raise DiskFailed(f"{self._path} cannot be read at sector {sector}: {error}") from error
         if len(content) != size:
             raise DiskFailed(f"{self._path} ends before sector {sector}")
         return content
@@ -303,7 +303,11 @@ class _Disk:
             self._write_gpt(main.other, main, backup_home, main.entries)
 
     def _erase(self, offset: int, size: int) -> None:
-        if os.pread(self._fd, size, offset).strip(b"\0"):
+        try:
+            is_clean = not os.pread(self._fd, size, offset).strip(b"\0")
+        except OSError:
+            is_clean = False  # a disk mostly replaces a sector that it cannot read when it is written
+        if not is_clean:
             self.write(offset, bytes(size))
 
 

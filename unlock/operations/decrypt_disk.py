@@ -17,6 +17,7 @@ clear. So the persistence key is replaced at the end, and after a cancellation t
 this host, wrapped by that. The recovery key opens such a header only while the journal has the operation (boot.gate).
 """
 
+import os
 from typing import NamedTuple
 
 from .. import journald, log, messages
@@ -36,10 +37,11 @@ from ..disks import (
 from ..disks.groups import Group, Member
 from ..disks.reencrypt import Tell
 from ..disks.reencrypt_plan import NO_DIGEST, OLD, WHOLE, Plan
-from ..errors import DiskFailed, Refused
+from ..errors import CommandFailed, DiskFailed, Refused, Tampered
 from ..host import config, this_boot
 from ..host.journal import DiskDecryption
 from ..host.lock import alone, exclusive
+from ..host.state import State
 from ..keys import access
 from ..keys.access import Work
 from ..paths import TPM_DEVICE, Paths
@@ -85,16 +87,17 @@ def decrypt_disk(
 
     Raises Usage, Refused, DiskFailed, Tampered, NoKey: then nothing has changed, or the same command goes on.
     """
+    name = os.path.basename(device)
+    if _has_ended(State.load(paths), name):  # it was cut off after the disk was done
+        return _end(paths, look, tcti, Outcome("", name, "done", ""))
     with exclusive(paths), Work(paths, look, connect) as work:
         work.settings.check()
         state = work.state
         entry = state.journal
         found = membership.member_named(state, device)
-        if isinstance(entry, DiskDecryption) and (found[1] == entry.member if found else device == entry.about):
+        if isinstance(entry, DiskDecryption) and (found[1] == entry.member if found else _names(entry, device)):
             if not consent(Steps((f"go on with the decryption of {entry.about}",))):
                 return None
-        elif not found and not entry and state.narrowed == _narrowed(device):
-            return _end(paths, look, tcti, Outcome("", device, "done", ""))  # it was cut off after the disk was done
         else:
             if not found:
                 raise membership.not_a_member(device)
@@ -150,6 +153,19 @@ def describe_waiting(found: Outcome) -> str:
 
 def _outcome(entry: DiskDecryption, outcome: str, hint: str = "") -> Outcome:
     return Outcome(entry.group, entry.about, outcome, entry.place.partition, hint)
+
+
+def _has_ended(state: State, name: str) -> bool:
+    """Whether only the new persistence key is left."""
+    due = new_persistence_key.is_due(state) and state.narrowed == _narrowed(name)
+    return due and not membership.member_named(state, name)
+
+
+def _names(entry: DiskDecryption, device: str) -> bool:
+    """Whether a person means the disk of the journal, of which there may be no header and no group any more."""
+    place = entry.place
+    node = place.disk if place.table == "none" else place.partition
+    return os.path.basename(device) in (entry.about, entry.member.uuid) or os.path.realpath(device) == node
 
 
 def _narrowed(name: str) -> str:
@@ -225,6 +241,13 @@ def _check(work: Work, group: Group, member: Member, node: str) -> DiskDecryptio
             f"the key of group {group.name} is not kept on this host, so a later key could not put an end to it",
             f"unlock persistence enable; unlock group set {group.name} --policy persistent",
             code="needs-persistence",
+        )
+    mapping = f"/dev/mapper/{member.name}"
+    if mapping in fstab.fstab_sources(work.paths.fstab):
+        raise Refused(
+            f"{work.paths.fstab} mounts {mapping}, which will not be there any more",
+            f"edit it: UUID=... of the file system in place of {mapping}, see blkid",
+            code="fstab",
         )
     require_initramfs(BootTree(work.paths))
     reencrypt.unlock_after_kill(node)
@@ -324,6 +347,8 @@ def _begin_or_settle(work: Work, entry: DiskDecryption) -> _Begun | None:
         if not each or not each.reencryption:
             raise DiskFailed(f"{node}: the token that was written does not read back")
         plan = each.reencryption.plan
+        if not plan.decrypts:
+            raise Tampered(f"{node}: its header is of another operation than the journal's", "unlock operation show")
         with disk_keys.unwrap_kek(each, work.persistence) as kek:
             keys = disk_keys.unwrap_reencryption_keys(container, each, kek)
     with keys.old, keys.new:
@@ -393,13 +418,20 @@ def _node(work: Work, entry: DiskDecryption) -> str:
 
 def _was_ended_by_cryptsetup(container: luks.Container, entry: DiskDecryption) -> bool:
     """Whether `cryptsetup reencrypt --resume-only` has decrypted the rest: nothing opens the disk then, and no key says
-    that the header is right, so there must be a file system."""
+    that the header is right, so there must be a file system. Raises Refused where there is none."""
     header = container.metadata
     final = {"type": "linear", "offset": str(entry.place.offset), "size": "dynamic"}
     if header["segments"] != {"0": final} or header["keyslots"] or container.requirements:
         return False
     probe = ["blkid", "--probe", "--offset", str(entry.place.offset), "--output", "value", "--match-tag", "TYPE"]
-    return bool(run([*probe, container.device], timeout=60).strip())
+    try:
+        return bool(run([*probe, container.device], timeout=60).strip())
+    except CommandFailed as error:
+        raise Refused(
+            f"another program has decrypted {container.device}, and no file system is at byte {entry.place.offset}",
+            f"blkid --probe --offset {entry.place.offset} {container.device}",
+            code="not-supported",
+        ) from error
 
 
 # The end, once all is in clear

@@ -114,6 +114,8 @@ def encrypt_disk(
     same command goes on.
     """
     check_name(choices.group)
+    if _has_ended(State.load(paths), choices.group):  # it was cut off after the disk was done
+        return _end(paths, look, tcti, choices.group)
     with exclusive(paths), Work(paths, look, connect) as work:
         work.settings.check()
         state = work.state
@@ -121,8 +123,6 @@ def encrypt_disk(
         if begun and begun.group == choices.group:
             if not consent(Steps((f"go on with the encryption of {begun.member.name}",))):
                 return None
-        elif choices.group in state.groups and state.narrowed and not state.journal:
-            return _end(paths, look, tcti, choices.group)  # it was cut off after the disk was done
         else:
             state.refuse_other("disk encrypt", f"{choices.device} --group {choices.group}")
             found = _check(work, choices)
@@ -168,6 +168,16 @@ def resume(
                 return Outcome(entry.group, entry.member.name, "stopped")
             _clean(work, entry)
     return _end(paths, look, tcti, entry.group)
+
+
+def _has_ended(state: State, group: str) -> bool:
+    """Whether only the new persistence key is left."""
+    due = new_persistence_key.is_due(state) and group in state.groups
+    return due and state.narrowed == _narrowed(state.groups[group].members[0].name)
+
+
+def _narrowed(name: str) -> str:
+    return f"{name} was encrypted in place"
 
 
 def _end(paths: Paths, look: find.Look, tcti: str, group: str) -> Outcome:
@@ -643,7 +653,7 @@ def _clean(work: Work, entry: DiskEncryption) -> None:
                     container.remove_keyslot(slot)
             disk_keys.drop_other_tokens(node, each, dek, keys)
     state.journal = None
-    state.narrowed = f"{entry.member.name} was encrypted in place"
+    state.narrowed = _narrowed(entry.member.name)
     state.save()
     name = entry.member.name
     words = f"{name} is encrypted to its last sector"
