@@ -196,8 +196,8 @@ def _with_later(names: list[str]) -> Iterator[str]:
 
 
 def _note_pcrs(paths: Paths, tpm: Tpm, record: report.Report) -> None:
-    """Keeps the PCRs for the real root, where systemd has extended some of them. The TPM is locked by then, for whose
-    sake nothing waits; systemd of the initramfs measures nothing before there is a verdict. PCR_Read, twice."""
+    """Keeps the PCRs for the real root, where systemd has extended some of them. The TPM is locked by then; systemd of
+    the initramfs measures nothing before there is a verdict. Each boot waits for it: PCR_Read, twice."""
     try:
         this_boot.note_pcrs(paths, tpm.read_pcrs(pcr_policy.NOTED))
     except (UnlockError, OSError) as error:

@@ -78,10 +78,11 @@ def known_values(selection: Iterable[int], found: Mapping[int, bytes]) -> dict[i
 
 def boot_method(paths: Paths, values: Mapping[int, bytes]) -> str:
     """How kernel and initramfs were measured: a key of MEASURED_BY, or "unmeasured". `values`: as `read_pcrs` returns
-    them, as systemd's separator makes a PCR look measured into; one that is not known counts as not."""
+    them, as systemd's separator makes a PCR look measured into. One that is not known counts as measured, so that who
+    needs its value is told."""
 
     def measured(pcr: int) -> bool:
-        return values.get(pcr, pcr_policy.UNSET) != pcr_policy.UNSET
+        return values.get(pcr) != pcr_policy.UNSET
 
     if not os.path.exists(paths.efi):
         return "unmeasured"

@@ -6,8 +6,8 @@
 """
 
 import calendar
-import os
 import time
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from .. import initramfs, log
@@ -529,7 +529,7 @@ def read_boot(paths: Paths) -> report.Report:
     if found is None:
         rebuild = initramfs.of_host(paths.root).rebuild_all
         raise UnlockError("early boot left no report", f"{rebuild}, and reboot", code="no-report")
-    if os.path.exists(paths.state):
+    with suppress(UnlockError):  # never initialised, or damaged: just then it is wanted
         found.name_forgotten(State.load(paths).forgotten)
     return found
 

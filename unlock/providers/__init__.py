@@ -6,7 +6,7 @@
     what has changed:  resolve(refs) ──> fetch(id, prove=...) of what has
     a new key:         create(name) ──> activate(id) ──> fetch(id)
     a rotation:        rotate(ref, name) ──> fetch(id) ──> retire(id of the old key)
-                       rotate_unasked(ref, name) ──> retire(id of the old key): one request each
+                       rotate_unasked(ref, name) ──> retire(id of the old key): as few requests as can be
 
 Errors (`unlock.errors`) and what the caller does. A provider raises one only after it has tried all its endpoints:
 
@@ -136,8 +136,8 @@ class Provider(Protocol):
         """
 
     def rotate_unasked(self, ref: Ref, name: str) -> tuple[Ref, Secret | None]:
-        """As `rotate`, for a name that no key was ever asked for by: in one request, where the provider can. Then the
-        key's bytes come with it; else it is still to be fetched."""
+        """As `rotate`, for a name that no key was ever asked for by: in as few requests as the provider can. Then the
+        key's bytes may come with it; else it is still to be fetched."""
 
     def offers(self) -> Offers | None:
         """What the state keeps of what the provider offers; None for nothing."""

@@ -229,8 +229,11 @@ def make_key_at_once(
     make = requests.rekey(ref.id) if rekey else requests.create(new_name)
     try:
         answers = server.ask_in_turn([make, *requests.read_made_key()], version)
+        answers[0].checked_payload()
+    except ClientAuth:  # of the client, or for this operation alone: one request after the other shows which
+        return None
     except ProviderError as error:
-        if not server.has_refused(error) or isinstance(error, ProviderUnavailable | ClientAuth):
+        if not server.has_refused(error) or isinstance(error, ProviderUnavailable):
             raise
         return None
     try:
