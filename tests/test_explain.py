@@ -916,6 +916,9 @@ def test_what_early_boot_noted_is_known_whatever_systemd_measures_later(host: Ho
         assert host.explain().causes == ()
         host.extend([(13, bytes(32))])
         assert at_unseal.read_pcrs(host.paths, tpm) == {pcr: value for pcr, value in known.items() if pcr != 13}
+        host.extend([(11, bytes(32))])
+        known = at_unseal.read_pcrs(host.paths, tpm)
+        assert 11 not in known and at_unseal.boot_method(host.paths, known) == "UKI", "no other PCRs in silence"
 
 
 def test_a_separator_is_no_boot_loader_that_measures(host: Host) -> None:

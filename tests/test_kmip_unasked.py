@@ -16,6 +16,7 @@ from unlock.host.provider_entry import Offers
 from unlock.keys import rotation
 from unlock.operations import operation, rekey
 from unlock.providers import Ref
+from unlock.secret import Secret
 
 pytestmark = pytest.mark.usefixtures("key_cache")
 
@@ -68,6 +69,17 @@ def test_a_rekey_that_makes_a_key_that_is_not_active_yet(activates: bool) -> Non
         assert key and liar.asked[1:2] == [["Re-key", "Get Attributes", "Get"]] and new.name == "k-1"
         assert len(liar.asked) == (2 if activates else 3)
         assert len(liar.keys) == 2 and liar.keys[new.id].state == ACTIVE
+
+
+def test_a_client_that_may_not_rekey_makes_a_new_key() -> None:
+    """One refusal among three is told as one of the client; the refusal of a single request is not."""
+    with Liar(AUTHORITY) as liar:
+        old = liar.add("k-1")
+        liar.lie("denied", on="Re-key")
+        offers, password = Offers((1, 4), rekey=True), Secret(b"of the host")
+        with connect(liar, offers=offers, username="host-1", password=password) as kmip:
+            new, _ = kmip.rotate_unasked(Ref(old.id, "k-1"), "k-2")
+        assert (new.name, liar.keys[new.id].state, len(liar.keys)) == ("k-2", ACTIVE, 2)
 
 
 def test_a_key_that_the_key_manager_has_replaced_gets_no_second_replacement() -> None:
