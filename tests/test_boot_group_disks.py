@@ -48,7 +48,7 @@ FINISHED = "until unlock operation show | grep -q 'no operation'; do sleep 1; do
 def machine(tmp_path: Path) -> Iterator[Machine]:
     made = unmeasured().clone(tmp_path / "machine")
     for serial in ("m1", "m2", "m3", "m4", "m5"):
-        made.disk(serial, 1600)
+        made.disk(serial, 3200)
     made.disk("small", 200)
     yield made
     shutil.rmtree(made.home, ignore_errors=True)
@@ -140,7 +140,7 @@ def test_a_group_lives_for_years(machine: Machine) -> None:
         booted.kill()
 
     with (machine.home / "m3.raw").open("r+b") as file:
-        file.truncate(1700 << 20)
+        file.truncate(3300 << 20)
     with machine.boot(memory="900M") as booted:
         console = up(booted)
         console.sh(FINISHED, timeout=180)
@@ -149,7 +149,7 @@ def test_a_group_lives_for_years(machine: Machine) -> None:
         console.sh(VERIFY, timeout=240)
         start_writer(console)
         size = int(console.sh("blockdev --getsize64 /dev/mapper/mem-c").out)  # the boot has opened it as large as it is
-        assert size > 1600 << 20
+        assert size > 3200 << 20
         assert "make the btrfs on /srv/mem larger" in console.sh("unlock group grow mem --dry-run").out
         grown = json.loads(console.sh("unlock group grow mem --json").out)["disks"]
         assert {each["name"]: each["after"] - each["before"] for each in grown} == {"mem-a": 0, "mem-c": 0}
