@@ -4,6 +4,7 @@
 import json
 import random
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,13 +104,13 @@ def test_a_host_reboots_in_the_midst_of_its_root_disk(story: Machine) -> None:
 
 def test_power_cuts_while_a_disk_is_open(story: Machine, tmp_path: Path, record_property: Show) -> None:
     """Each write and flush of dm-crypt and libcryptsetup, in use: random cuts of them, judged by the product's code."""
-    device = story.disk("cut", 80)
+    device = story.disk("cut", 40)
     log, disk = story.home / "cut.raw.writes", story.home / "cut.raw"
     with story.boot(log_writes=True) as booted:
         console = up(booted)
         give_secrets(console, story)
         create = f"unlock group create cut --disk {device} --mount /srv/cut --recovery-key-file {RECOVERY}"
-        console.sh(f"{create}; cp -r /usr/bin /srv/cut/; umount /srv/cut; sync", timeout=240)
+        console.sh(f"{create}; head -c 16M /dev/urandom >/srv/cut/data; umount /srv/cut; sync", timeout=240)
         begins = log.stat().st_size
         console.sh(f"unlock rekey --deep cut --recovery-key-file {RECOVERY}; sync", timeout=240)
         assert console.sh("dmsetup ls").out.count("cut-a") == 1
@@ -122,16 +123,17 @@ def test_power_cuts_while_a_disk_is_open(story: Machine, tmp_path: Path, record_
     for each in entries[:first]:
         writes.apply(start, each)
     keys = Keys("", Secret(bytes.fromhex(story.secrets()["unlock:persistence"])), Secret(story.recovery_key.encode()))
-    path = tmp_path / "disk"
-    path.write_bytes(start)
-    plain = plain_of(path, keys)
     phases: Counter[str] = Counter()
     lost = 0
-    for cut in cuts(bytes(start), entries[first:], CUTS, random.Random(commit())):
-        path.write_bytes(cut.content)
-        phases[judge_disk(keys, path, plain) or "at rest"] += 1
-        assert finish_disk(keys, path, plain)
-        lost += cut.lost > 0
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        path = Path(memory) / "disk"
+        path.write_bytes(start)
+        plain = plain_of(path, keys)
+        for cut in cuts(bytes(start), entries[first:], CUTS, random.Random(commit())):
+            path.write_bytes(cut.content)
+            phases[judge_disk(keys, path, plain) or "at rest"] += 1
+            assert finish_disk(keys, path, plain)
+            lost += cut.lost > 0
     where = f"in {len(entries) - first} writes and flushes of an open disk, {lost} with writes lost"
     record_property("shown", f"rekey --deep: power cut {CUTS} times {where}: {dict(phases)}")
     assert {"moving", "crash"} <= phases.keys()
