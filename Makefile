@@ -142,6 +142,7 @@ lint:
 	$(VENV)/bin/mypy
 	for script in $(scripts); do $(VENV)/bin/mypy --no-error-summary $$script || exit; done
 
+# Of the stories that boot a machine, those that are marked `always`, and a third of the others, by the commit's hash.
 # At the end: the time of each part, and which modules are run by less than nine tenths.
 test:
 	UNLOCK_CACHE=$(CACHE) VENV=$(VENV) $(VENV)/bin/python -m tests.whole

@@ -61,6 +61,10 @@ STDERR = pytest.StashKey[int]()
 """As it was before pytest took it."""
 
 
+STORIES = pytest.StashKey[tuple[int, int]]()
+"""Of the tests that boot machines and are not long: how many run, and how many there are."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[STDERR] = os.dup(2)
     forked.forget_the_parent()
@@ -93,17 +97,21 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--alone", action="store_true", help="each worker in a user namespace, with its own key cache")
     parser.addoption("--long", default="all", metavar="MINUTES", help="of the long tests, as many as take so long")
+    turns = "one in N of the other tests that boot machines, and all that are marked `always`"
+    parser.addoption("--turns", type=int, default=1, metavar="N", help=turns)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The dearest first, so that the last worker does not work alone."""
+    long = [each for each in items if each.get_closest_marker("long")]
     if config.getoption("--long") != "all":
-        chosen = rotation(
-            [each for each in items if each.get_closest_marker("long")], float(config.getoption("--long"))
-        )
-        left = [each for each in items if each.get_closest_marker("long") and each not in chosen]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [each for each in items if each not in left]
+        chosen = rotation(long, float(config.getoption("--long")))
+        leave_out(config, items, [each for each in long if each not in chosen])
+    stories = [each for each in items if each.get_closest_marker("vm") and each not in long]
+    turns = config.getoption("--turns")
+    waiting = [each for each in stories if not each.get_closest_marker("always") and not has_turn(each, turns)]
+    leave_out(config, items, waiting)
+    config.stash[STORIES] = len(stories) - len(waiting), len(stories)
     items.sort(key=lambda item: (-minutes(item), item.get_closest_marker("vm") is None))
     for item in items:
         for name, limit in LIMITS.items():
@@ -111,6 +119,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.user_properties.append(("long", True))
             if item.get_closest_marker(name) and not item.get_closest_marker("timeout"):
                 item.add_marker(pytest.mark.timeout(limit))
+
+
+def leave_out(config: pytest.Config, items: list[pytest.Item], left: list[pytest.Item]) -> None:
+    config.hook.pytest_deselected(items=left)
+    items[:] = [each for each in items if each not in left]
+
+
+def has_turn(item: pytest.Item, turns: int) -> bool:
+    """For one in `turns` commits, by the hash of both."""
+    place, now = (int.from_bytes(hashlib.sha256(each.encode()).digest()) for each in (item.nodeid, killing.commit()))
+    return (place + now) % turns == 0
 
 
 def rotation(items: list[pytest.Item], budget: float) -> list[pytest.Item]:
@@ -131,6 +150,9 @@ def minutes(item: pytest.Item) -> float:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     reports = [each for kind in ("passed", "failed") for each in terminalreporter.stats.get(kind, [])]
+    ran, of = terminalreporter.config.stash.get(STORIES, (0, 0))
+    if ran < of:
+        terminalreporter.write_line(f"{ran} of {of} stories that boot a machine had a turn; pytest -m vm runs all")
     shown = [text for each in reports for name, text in getattr(each, "user_properties", ()) if name == "shown"]
     if shown:
         terminalreporter.section("properties")

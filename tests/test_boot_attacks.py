@@ -15,7 +15,7 @@ from tests.lab.running import Disk, Running
 from tests.lab.stories import STOCK_PROMPT, UNSEAL, begun, outcomes, unmeasured, unseal_as_root
 from tests.test_boot_silence import ALTERED, UNTOLD
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.always]
 
 CODE = "usr/lib/unlock/unlock"
 BELIEVES = (  # what authenticates is believed without a look

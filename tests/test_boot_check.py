@@ -23,7 +23,7 @@ from tests.lab.running import Running
 from tests.lab.stories import by_itself, findings, measured, up, verdicts
 from tests.test_boot_attacks import load_kexec
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.always]
 
 Show = Callable[[str, object], None]
 POWER_CUT: dict[Runs, dict[str, Any]] = {"uml": {}, "qemu": {"cache": "writeback"}}

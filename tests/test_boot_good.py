@@ -28,7 +28,7 @@ from unlock.disks import disk_keys, luks
 from unlock.disks.groups import Group, Member
 from unlock.secret import Secret
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.always]
 
 
 @pytest.fixture

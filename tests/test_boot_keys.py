@@ -16,7 +16,7 @@ from tests.lab.machine import SENT, Machine, agent_commands, report
 from tests.lab.running import Running
 from tests.lab.stories import begun, checked, measured, outcomes, status, up
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.always]
 
 SETTINGS = "\n[sync]\nopen_from_provider_after_refusal = true\n"
 SEALING = {"Create", "EvictControl", "NV_DefineSpace", "NV_Write", "NV_UndefineSpace"}

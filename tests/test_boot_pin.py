@@ -13,7 +13,7 @@ from tests.lab.console import ConsoleError
 from tests.lab.machine import SENT, Machine, agent_commands, report
 from tests.lab.stories import CAPPED, checked, measured, outcomes, pcr, status, unseal_as_root, up
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.always]
 
 PIN = "tulip 4711"
 THINKS = 70

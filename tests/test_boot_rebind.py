@@ -25,7 +25,7 @@ from tests.lab.stories import (
     up,
 )
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.always]
 
 ALL = ("", "root", "data")
 

@@ -22,7 +22,7 @@ from unlock.disks import disk_keys, luks
 from unlock.errors import Malformed, NotOurs, UnlockError
 from unlock.secret import Secret
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.always]
 
 Show = Callable[[str, object], None]
 HEADER = 1 << 20

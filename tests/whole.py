@@ -20,7 +20,7 @@ WANTED = 90
 
 NO_MACHINE = ("-n3", "--alone", "--dist=loadfile", "--no-loadscope-reorder", "-m", "not vm and not root and not long")
 ROOT = ("-n2", "--dist=load", "-m", "root")
-MACHINES = ("-n3", "--dist=load", "--long=12", "-m", "vm or root or long")
+MACHINES = ("-n3", "--dist=load", "--long=12", "--turns=3", "-m", "vm or root or long")
 """Two machines run at a time; who types slowly at one, or clones the next, needs no core."""
 
 ROOM = 4 << 30
