@@ -44,6 +44,8 @@ class Writer:
             assert name in text
             text = text.replace(name, f"{top}{name}").replace(f"{top}{top}", f"{top}")
         text = text.replace(f">{top}/dev/kmsg", f">>{top}/dev/kmsg")
+        assert "/proc/$pid/cgroup" in text
+        text = text.replace("/proc/$pid/cgroup", f"{top}/proc/$pid/cgroup")
         self.script = top / "dump"
         self.script.write_text(text)
         self.script.chmod(0o755)
@@ -52,15 +54,23 @@ class Writer:
         text = "".join(f"{name}={value}\n" for name, value in values.items())
         (self.top / "run/unlock/dump-limits").write_text(text)
 
-    def start(self, pid: int, stdin: int, prefix: tuple[str, ...] = (), path: str = "") -> "subprocess.Popen[bytes]":
-        arguments = (pid, 1000, 1000, 11, int(time.time()), 0, "host", 1, "")
+    def group(self, pid: int, path: str) -> None:
+        """The control group of a process; without it, its user ID tells whose it is."""
+        file = self.top / f"proc/{pid}/cgroup"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"0::{path}\n")
+
+    def start(
+        self, pid: int, stdin: int, prefix: tuple[str, ...] = (), path: str = "", uid: int = 1000
+    ) -> "subprocess.Popen[bytes]":
+        arguments = (pid, uid, 1000, 11, int(time.time()), 0, "host", 1, "")
         environment = {"PATH": path or os.environ["PATH"]}
         command = [*prefix, str(self.script), *map(str, arguments)]
         return subprocess.Popen(command, stdin=stdin, env=environment, cwd="/", start_new_session=True)
 
-    def write(self, core: Path, pid: int, prefix: tuple[str, ...] = (), path: str = "") -> int:
+    def write(self, core: Path, pid: int, prefix: tuple[str, ...] = (), path: str = "", uid: int = 1000) -> int:
         with core.open("rb") as source:
-            return self.start(pid, source.fileno(), prefix, path).wait(60)
+            return self.start(pid, source.fileno(), prefix, path, uid).wait(60)
 
     def files(self) -> list[Path]:
         """All that is in the folder of dumps, those that are being written too."""

@@ -2,6 +2,7 @@
 """The kernel of a running host crashes: a crash kernel encrypts its dump to a plain disk, nothing of the memory is on a
 disk in plain, and after the next boot the host key opens it."""
 
+import hashlib
 import inspect
 import json
 import os
@@ -26,9 +27,15 @@ PACKAGES = "makedumpfile kexec-tools kdump-tools"
 KERNEL_IN_IMAGE = "for each in /usr/lib/modules/*; do cp /boot/vmlinuz-* $each/vmlinuz; done"
 ZLIB = b"\x78\x01"
 """The beginning of a stream of its fastest level."""
+HOLDER = """
+import hashlib, sys, time
+text = [hashlib.sha256(sys.stdin.buffer.read()).hexdigest() * 1000]
+open("/run/holds", "w").close()
+time.sleep(1000)
+"""
 SHARED = """
-import ctypes, sys
-text = sys.stdin.buffer.read()
+import ctypes, hashlib, sys
+text = hashlib.sha256(sys.stdin.buffer.read()).hexdigest().encode()
 libc = ctypes.CDLL(None)
 assert libc.syscall(248, b"user", b"probe", text, len(text), -4) > 0  # add_key, to the user keyring
 """
@@ -46,13 +53,15 @@ def enrolled() -> Machine:
 def test_what_the_kernel_knew_is_on_no_disk_and_comes_back_by_the_host_key(tmp_path: Path) -> None:
     story = enrolled().clone(tmp_path / "machine")
     device = story.disk("dumps", 256)
-    process, kernel, plain = (os.urandom(24).hex().encode() for _ in range(3))
+    sent = [os.urandom(24).hex().encode() for _ in range(2)]
+    process, kernel = (hashlib.sha256(each).hexdigest().encode() for each in sent)
+    plain = os.urandom(24).hex().encode()
     append = f"crashkernel={crash_kernel.MEMORY}"
     with story.boot(append=append) as booted:
         console = up(booted)
         is_set_up(console, device)
         is_not_replaced(console)
-        hold(console, process=process, kernel=kernel, plain=plain)
+        hold(console, process=sent[0], kernel=sent[1], plain=plain)
         unsealed = sum(each.name == "Unseal" for each in booted.tpm_commands())
         crash(booted)
     said = "".join(each.read_text(errors="replace") for each in story.home.glob("console-*.log"))
@@ -126,11 +135,12 @@ def is_not_replaced(console: Guest) -> None:
 
 
 def hold(console: Guest, *, process: bytes, kernel: bytes, plain: bytes) -> None:
-    """A process knows one text, the kernel another; a third is in a file, as the control."""
+    """A process knows one text, the kernel another, each the hash of what is sent: a buffer of the port, which is the
+    kernel's, keeps that. A third is in a file, as the control."""
     console.write("/dev/shm/held", process)
-    holder = "import sys, time; x = [sys.stdin.read() * 1000]; time.sleep(1000)"
+    console.write("/run/holder", HOLDER.encode())
     unit = "systemd-run --quiet --unit=hold --property=StandardInput=file:/dev/shm/held"
-    console.sh(f'{unit} python3 -IS -c "{holder}"; sleep 3; shred -u /dev/shm/held')
+    console.sh(f"{unit} python3 -IS /run/holder; until [ -e /run/holds ]; do sleep 0.2; done; shred -u /dev/shm/held")
     console.sh(f"python3 -IS -c '{SHARED}'", stdin=kernel)
     console.write("/root/control", plain)
 

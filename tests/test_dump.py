@@ -191,6 +191,46 @@ def test_a_core_in_memory_goes_to_no_plain_swap(host: Host, crashed: Crashing) -
         Path(to).unlink(missing_ok=True)
 
 
+def test_where_what_passes_may_be_swapped_out_that_is_told(
+    host: Host, crashed: Crashing, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A file, a pipe, a copy and a move: they go on. With an encrypted swap, or a control group, there is nothing to
+    tell."""
+    dump, group = crash(host, crashed), Path(host.paths.root, "sys/fs/cgroup/unlock-dump")
+    shutil.rmtree(group)  # of the writer
+    made = subprocess.run(["age-keygen"], capture_output=True, check=True, text=True).stdout
+    other = next(line.split()[-1] for line in made.splitlines() if "public key" in line)
+
+    def copy() -> None:
+        with host.work() as work:
+            rewrap.for_others(work, dump, str(tmp_path / "copy"), recipient=other)
+        (tmp_path / "copy").unlink()
+
+    def pipe() -> None:
+        with host.work() as work:
+            extract.to_output(work, dump, PLAIN)
+
+    def move() -> None:
+        with host.work() as work:
+            rewrap.rewrap_all(work)
+
+    def told() -> list[bool]:
+        found = []
+        for command in (lambda: core_of(host, dump), pipe, copy, move):
+            command()
+            found.append("the swap /dev/sda3 is not encrypted, and the kernel cannot keep" in capfd.readouterr().err)
+        return found
+
+    group.touch()
+    assert told() == [False] * 4
+    put(host, "proc/swaps", "Filename\tType\tSize\tUsed\tPriority\n/dev/sda3 partition 1 0 -2\n")
+    assert told() == [True] * 4
+    group.unlink()
+    for name in ("memory.swap.max", "cgroup.procs"):
+        put(host, f"sys/fs/cgroup/unlock-dump/{name}", "max")
+    assert told() == [False] * 4
+
+
 def test_a_core_is_not_written_to_a_terminal(host: Host, crashed: Crashing, monkeypatch: pytest.MonkeyPatch) -> None:
     dump = crash(host, crashed)
     ours, theirs = pty.openpty()

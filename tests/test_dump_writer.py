@@ -134,7 +134,23 @@ def test_what_stands_in_the_place_of_a_turn_is_told(crashed: Crashing, writer: W
 def test_without_age_nothing_is_written(crashed: Crashing, writer: Writer, tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name in ("sh", "mkdir", "find", "flock", "wc", "stat", "sync", "mv", "rm", "zstd", "sort", "cat"):
+    for name in (
+        "sh",
+        "mkdir",
+        "find",
+        "flock",
+        "wc",
+        "stat",
+        "sync",
+        "mv",
+        "rm",
+        "zstd",
+        "sort",
+        "cat",
+        "cksum",
+        "awk",
+        "timeout",
+    ):
         (programs / name).symlink_to(shutil.which(name) or "")
     writer.write(crashed.core, crashed.process.pid, path=str(programs))
     assert not writer.files() and "age is not installed" in writer.said()[0]
@@ -154,10 +170,10 @@ def test_a_process_that_may_leave_no_core_leaves_none(crashed: Crashing, writer:
 
 
 def test_systemd_coredump_gets_the_metadata_and_no_core(crashed: Crashing, writer: Writer) -> None:
-    """Its program, as it is called; with %c as 0. It has the pipe, at its end, or the kernel would not wait."""
+    """Its program, with %c as 0. It has the pipe, or the kernel would not wait, and does not read it."""
     program = writer.top / "usr/lib/systemd/systemd-coredump"
     program.parent.mkdir(parents=True)
-    told = {"called": 'echo "$@"', "size": "wc -c", "files": "readlink /proc/$$/fd/0"}
+    told = {"called": 'echo "$@"', "size": "wc -c", "files": "readlink /proc/$$/fd/0 /proc/$$/fd/6"}
     told["turn"] = f"flock -n {writer.top}/run/unlock/dump-1 echo free"
     program.write_text("#!/bin/sh\n" + "".join(f"{what} >{writer.top}/{name}\n" for name, what in told.items()))
     program.chmod(0o755)
@@ -168,7 +184,7 @@ def test_systemd_coredump_gets_the_metadata_and_no_core(crashed: Crashing, write
     for _ in range(2):  # with what was not read for want of a recipient
         assert (writer.top / "size").read_text().strip() == "0"
         assert (writer.top / "turn").read_text() == "free\n"
-        assert (writer.top / "files").read_text() == f"{crashed.core}\n"
+        assert (writer.top / "files").read_text() == f"/dev/null\n{crashed.core}\n"
         writer.write(crashed.core, crashed.process.pid)
     assert len(writer.files()) == 1
     assert protection.PATTERN.split()[1:] == ["%P", "%u", "%g", "%s", "%t", "0", "%h", "%d", "%F"]
@@ -281,6 +297,17 @@ def test_the_oldest_go_when_there_are_too_many_or_too_much(crashed: Crashing, wr
     assert other.exists()
 
 
+def test_the_dumps_of_one_user_push_out_no_other(crashed: Crashing, writer: Writer) -> None:
+    os.makedirs(writer.paths.dumps)
+    for number, uid in enumerate((0, 0, 0, 100, 1000, 1000, 1000, 1000)):
+        path = Path(writer.paths.dumps, f"core.x.{uid}.{number}.1.11.3.{FINGERPRINT}.zst.age")
+        path.touch()
+        os.utime(path, (time.time() - 1000 + number,) * 2)
+    writer.settings(KEEP_COUNT=6)
+    writer.write(crashed.core, crashed.process.pid, uid=1000)
+    assert sorted(each.pid for each in kept.list_dumps(writer.paths)) == [1, 2, 3, 6, 7, crashed.process.pid]
+
+
 def test_files_of_others_among_the_dumps_are_not_touched(crashed: Crashing, writer: Writer) -> None:
     """Of whoever had the disk of a plain /var: a name with a line end in it names no other file, a time in the future
     is not one of this minute."""
@@ -313,16 +340,17 @@ def test_a_storm_of_crashes_keeps_a_few(crashed: Crashing, writer: Writer) -> No
             writer.write(crashed.core, one.pid)
             one.kill()
     assert len(writer.files()) == 3
-    assert [("more than 3 in a minute" in line) for line in writer.said()] == [False] * 3 + [True] * 3
+    assert [("more than 3 of user ID 1000 in a minute" in line) for line in writer.said()] == [False] * 3 + [True] * 3
 
 
 def test_a_storm_that_comes_at_once_takes_turns(crashed: Crashing, writer: Writer) -> None:
-    """Twelve processes, each of whose cores the kernel is slow to write: all together take little memory."""
+    """Of five services, each of whose twelve cores the kernel is slow to write: all together take little memory."""
     writer.settings(PER_MINUTE=100)
     core = crashed.core.read_bytes()
     crashing = [subprocess.Popen(["sleep", "1000"]) for _ in range(12)]
     writing, kernel = [], []
-    for one in crashing:
+    for number, one in enumerate(crashing):
+        writer.group(one.pid, f"/system.slice/some{number % 5}.service")
         read, write = os.pipe()
         writing.append(writer.start(one.pid, read))
         os.close(read)
@@ -339,6 +367,60 @@ def test_a_storm_that_comes_at_once_takes_turns(crashed: Crashing, writer: Write
         one.wait()
 
 
+@pytest.mark.parametrize("by", ["user ID", "control group"])
+def test_a_user_whose_processes_crash_at_once_keeps_out_no_other(by: str, crashed: Crashing, writer: Writer) -> None:
+    """Sixteen, whose cores do not end: one is written, three wait, and the others give back their places in the
+    kernel. Where systemd has a control group for each user, other user IDs of one do not count."""
+    crashing = [subprocess.Popen(["sleep", "1000"]) for _ in range(16)]
+    writing, kernel = [], []
+    for number, one in enumerate(crashing):
+        if by == "control group":
+            writer.group(one.pid, f"/user.slice/user-1000.slice/user@1000.service/app.slice/{number}.scope")
+        read, write = os.pipe()
+        writing.append(writer.start(one.pid, read, uid=1000 if by == "user ID" else 100_000 + number))
+        os.close(read)
+        kernel.append(write)
+    try:
+        until = time.monotonic() + 30
+        while sum(each.poll() is None for each in writing) > 4 or _count("age", writing) < 1:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        if by == "control group":
+            writer.group(crashed.process.pid, "/user.slice/user-1001.slice/session-3.scope")
+        begun = time.monotonic()
+        assert writer.write(crashed.core, crashed.process.pid, uid=1001) == 0
+        assert [each.uid for each in kept.list_dumps(writer.paths)] == [1001]
+        assert time.monotonic() - begun < 10
+        assert _count("age", writing) == 1 and sum(each.poll() is None for each in writing) == 4
+        assert sum("others of its user or service" in line for line in writer.said()) == 12
+    finally:
+        for write in kernel:
+            os.close(write)
+        for each in (*writing, *crashing):
+            each.kill()
+            each.wait()
+
+
+def test_a_user_whose_processes_crash_each_second_keeps_out_no_other(crashed: Crashing, writer: Writer) -> None:
+    writer.settings(PER_MINUTE=1)
+    for uid in (1000, 1000, 100, 1001):
+        writer.write(crashed.core, crashed.process.pid, uid=uid)
+        time.sleep(1.1)  # the second is in a dump's name
+    assert sorted(each.uid for each in kept.list_dumps(writer.paths)) == [100, 1000, 1001]
+    assert [line for line in writer.said() if "more than 1 of user ID 1000 in a minute" in line] == [writer.said()[1]]
+
+
+def test_a_core_that_does_not_end_gives_up_its_turn(crashed: Crashing, writer: Writer) -> None:
+    """Of a process with terabytes of nothing: /dev/zero is one."""
+    text = writer.script.read_text()
+    assert text.count("timeout 300") == 2
+    writer.script.write_text(text.replace("timeout 300", "timeout 1"))
+    begun = time.monotonic()
+    assert writer.write(Path("/dev/zero"), crashed.process.pid) == 0
+    assert time.monotonic() - begun < 10
+    assert not writer.files() and "it took 5 minutes" in writer.said()[0]
+
+
 def _count(name: str, writing: "list[subprocess.Popen[bytes]]") -> int:
     return sum(bool(_below(each.pid, name)) for each in writing if each.poll() is None)
 
@@ -349,13 +431,13 @@ def _give(write: int, core: bytes) -> None:
 
 
 def test_a_writer_whose_turn_does_not_come_keeps_nothing(crashed: Crashing, writer: Writer) -> None:
-    writer.script.write_text(writer.script.read_text().replace("flock -w 60", "flock -w 1"))
+    writer.script.write_text(writer.script.read_text().replace("flock -w 60 9", "flock -w 1 9"))
     with contextlib.ExitStack() as held:
         for place in (1, 2, 3):
             file = held.enter_context(open(writer.top / f"run/unlock/dump-{place}", "w"))
             fcntl.flock(file, fcntl.LOCK_EX)
         writer.write(crashed.core, crashed.process.pid)
-    assert not kept.list_dumps(writer.paths) and "others were being written" in writer.said()[0]
+    assert not kept.list_dumps(writer.paths) and "were being written" in writer.said()[0]
 
 
 # The rule
@@ -370,9 +452,11 @@ def test_only_age_writes_to_a_file() -> None:
     assert set(targets) - {"/dev/null", "&3", "&1", "&-", "/dev/kmsg"} == {
         "$group/memory.swap.max",
         "$group/cgroup.procs",
+        "$run/dump-of-$owner-$place",
+        "$run/dump-of-$owner-0",
         "$run/dump-$place",
         "$run/dump-$((pid",
         '".$name"',
     }
     assert targets.count('".$name"') == 1 and 'age --recipient "$recipient" >".$name"' in text
-    assert code[-3:] == ["cat >/dev/null", "[ -x $coredump ] || exit 0", 'exec $coredump "$@"']
+    assert code[-1:] == ['exec $coredump "$@" 6<&0 </dev/null 7>&- 8>&- 9>&-']

@@ -137,7 +137,7 @@ class CrashKernel:
         text = text.replace("tries=60", "tries=0")
         script = self.top / "script"
         script.write_text(text)
-        limited = f'ulimit -f {most}; exec "$0" sh "$1"'
+        limited = f'ulimit -S -f {most}; exec "$0" sh "$1"'
         command = ["bash", "-c", limited, str(self.top / "bin/busybox"), str(script)]
         said = self.top / "said"
         with said.open("wb") as file:
@@ -288,6 +288,42 @@ def test_a_dump_is_whole_without_a_log(host: Host, tmp_path: Path) -> None:
     (log,) = [each for each in kept.list_dumps(host.paths) if each.is_log]
     content = core_of(host, log)
     assert len(content) == 1_000_000 and content.endswith(LOG.encode())
+
+
+def test_a_log_without_end_does_not_fill_the_memory(host: Host, tmp_path: Path) -> None:
+    """makedumpfile is ended at 16 MiB. The dump comes after it."""
+    set_up(host)
+    crashed = CrashKernel(host, tmp_path / "crashed")
+    crashed.makedumpfile(log=f'head -c 40000000 /dev/zero >"$5"; code=$?; wc -c <"$5" >{crashed.top}/seen; exit $code')
+    assert "its log is not there: more than 16 MiB" in crashed.run()
+    assert int((crashed.top / "seen").read_text()) == 16 << 20
+    (dump,) = boot(host)
+    assert core_of(host, dump) == CORE and not logs(host)
+
+
+def test_a_log_moves_nothing_on_a_terminal(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever writes to the disk can encrypt one of his own. A pipe gets it as it is."""
+    set_up(host)
+    evil = "[1.0] a\x1b]0;title\x07 b\r\x1b[2J\x9b1m \u00e9\tc\n[2.0] d\n"
+    to = recipient(host)
+    path = kept.kernel_dump(host.paths.dumps, "6.1", 5, to.generation, to.fingerprint, 0, kind="kernel-log").path
+    subprocess.run(["age", "-r", to.text, "-o", path], input=evil.encode("latin-1"), check=True)
+    (log,) = kept.list_dumps(host.paths)
+
+    def shown(ours: int, theirs: int) -> bytes:
+        with monkeypatch.context() as patch, host.work() as work:
+            patch.setattr(extract, "_OUTPUT", theirs)
+            extract.to_output(work, log, frozenset())
+        os.close(theirs)
+        with open(ours, "rb", closefd=False) as file, contextlib.suppress(OSError):  # EIO of a terminal
+            return file.read1()
+        return b""
+
+    ours, theirs = os.openpty()
+    on_terminal = shown(ours, theirs)
+    wanted = "[1.0] a\\x1b]0;title\\x07 b\\x0d\\x1b[2J\\x9b1m \\xe9\tc\r\n[2.0] d\r\n"
+    assert on_terminal.decode("latin-1").expandtabs() == wanted.expandtabs()
+    assert shown(*os.pipe()) == evil.encode("latin-1")
 
 
 def test_a_partition_that_is_too_small_keeps_no_half_dump(host: Host, tmp_path: Path) -> None:
@@ -494,7 +530,7 @@ def test_age_alone_writes_to_the_disk() -> None:
     assert re.search(r"\{ \"\$@\"[^|]*\|\s*\{ age --recipient \"\$recipient\"[^|]*\|\s*\{ tee [^|]*\|\s*\{ dd ", code)
     sources = [line.strip() for line in code.splitlines() if "makedumpfile -" in line or "/log" in line]
     assert len(sources) == 4 and sources[0] == (
-        "makedumpfile --message-level 4 --dump-dmesg /proc/vmcore /log >&2 && tail -c 1000000 /log"
+        "(ulimit -f 32768 && makedumpfile --message-level 4 --dump-dmesg /proc/vmcore /log >&2) && tail -c 1000000 /log"
     ), sources  # in memory, and on
     assert sources[1] == "rm -f /log"
     assert all(re.search(r"\bwrite 1M makedumpfile ", line) for line in sources[2:]), sources

@@ -7,6 +7,7 @@ not swapped out.
 """
 
 import os
+import re
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ RISKS = {
 
 def to_file(work: Work, dump: Dump, path: str, accept: frozenset[str]) -> None:
     """Writes the core to a new file. Raises Usage, Refused, NoKey, Tampered, Malformed, OSError; then there is none."""
-    memory.stay_out_of_swap(work.paths)
+    memory.note_plain_swap(work.paths)
     with new_file(path) as fd:
         _refuse_plain_disk(work.paths, path, accept)
         with dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity:
@@ -52,16 +53,18 @@ def to_file(work: Work, dump: Dump, path: str, accept: frozenset[str]) -> None:
 
 
 def to_output(work: Work, dump: Dump, accept: frozenset[str]) -> None:
-    """Writes the core to standard output. Raises as `to_file`; then nothing was written."""
-    memory.stay_out_of_swap(work.paths)
-    if os.isatty(_OUTPUT) and not dump.is_log:
+    """Writes the core to standard output; a log to a terminal as `escape_controls` makes it. Raises as `to_file`; then
+    nothing was written."""
+    memory.note_plain_swap(work.paths)
+    terminal = os.isatty(_OUTPUT)
+    if terminal and not dump.is_log:
         raise Usage("standard output is a terminal, and a core is no text", "--gdb, --output FILE, or a pipe")
     if stat.S_ISREG(os.fstat(_OUTPUT).st_mode):
         _refuse_plain_disk(work.paths, os.path.realpath(f"/proc/self/fd/{_OUTPUT}"), accept)
     with dump_key.find_identity(work, dump.fingerprint, dump.generation) as identity:
         _copy(dump, identity, accept, lambda piece: None)
         _record(work, dump, "standard output")
-        _copy(dump, identity, accept, lambda piece: write_all(_OUTPUT, piece))
+        _copy(dump, identity, accept, lambda piece: write_all(_OUTPUT, escape_controls(piece) if terminal else piece))
 
 
 def to_gdb(work: Work, dump: Dump, accept: frozenset[str]) -> int:
@@ -115,6 +118,12 @@ def _copy(dump: Dump, identity: Secret, accept: frozenset[str], write: Callable[
             raise Malformed(f"{dump.name}: {why}: {said}", f"--accept {CUT}", code=CUT)
         log.note(f"accepted: {CUT}: {why}")
     return core
+
+
+def escape_controls(piece: bytes) -> bytes:
+    """Text for a terminal: whoever writes to the disk can encrypt a log of his own, so it has \\xNN for each byte but
+    printable ASCII, tab and line end."""
+    return re.sub(rb"[^\t\n -~]", lambda found: b"\\x%02x" % found[0][0], piece)
 
 
 def write_all(fd: int, piece: bytes) -> None:

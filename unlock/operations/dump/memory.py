@@ -3,10 +3,12 @@
 
 import os
 
+from ... import log
 from ...disks import devices
 from ...errors import Refused
 from ...paths import Paths
 from .core import Core
+from .protection import plain_swaps
 
 _GROUP = "sys/fs/cgroup/unlock-dump"
 """That of system/dump too."""
@@ -28,6 +30,16 @@ def stay_out_of_swap(paths: Paths) -> bool:
     except OSError:
         return False
     return True
+
+
+def note_plain_swap(paths: Paths) -> None:
+    """`stay_out_of_swap` for what passes through memory, a few MiB at once. Where the kernel has no such groups, pages
+    of age and zstd may be swapped out; that is told where a swap is not encrypted, and stops nothing."""
+    if not stay_out_of_swap(paths) and (swaps := plain_swaps(paths)):
+        log.note(
+            f"the swap {swaps[0]} is not encrypted, and the kernel cannot keep age and zstd out of it: a piece of what "
+            f"is decrypted may stay there; before the next time: swapoff {swaps[0]}"
+        )
 
 
 def available(paths: Paths) -> int:

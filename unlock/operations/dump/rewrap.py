@@ -42,7 +42,7 @@ def for_others(work: Work, dump: Dump, path: str, *, recipient: str = "", passwo
     """Writes a copy to a new file, for a recipient (age1..., or an SSH key), or, without one, for a password, which age
     asks for at the terminal where none is given. Raises Usage, NoKey, Tampered, CommandFailed, OSError; then there is
     no file."""
-    memory.stay_out_of_swap(work.paths)
+    memory.note_plain_swap(work.paths)
     how = ["--recipient", recipient] if recipient else ["--passphrase"]
     with (
         new_file(path) as fd,
@@ -57,7 +57,7 @@ def for_others(work: Work, dump: Dump, path: str, *, recipient: str = "", passwo
 def rewrap_all(work: Work) -> list[Moved]:
     """Moves each dump to the present host key. A dump that cannot be opened stays, and does not stop the others. Raises
     Refused when there is no recipient."""
-    memory.stay_out_of_swap(work.paths)
+    memory.note_plain_swap(work.paths)
     dump_key.refresh(work)
     to = dump_key.read_recipient(work.paths)
     if to is None:

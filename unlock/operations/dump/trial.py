@@ -39,7 +39,7 @@ def test(work: Work) -> Trial:
     protection = read_protection(work.paths)
     if not protection.encrypted or protection.do:
         raise Refused(f"dumps of processes: {protection.detail}", protection.do, code="plain-dumps")
-    memory.stay_out_of_swap(work.paths)
+    memory.note_plain_swap(work.paths)
     mark = os.urandom(32).hex().encode()
     begun = time.monotonic()
     pid = _crash(mark)
