@@ -16,6 +16,16 @@ from tests.lab.stories import findings, unmeasured, up
 
 pytestmark = pytest.mark.vm
 
+CROWD = """
+import mmap, os, signal
+for _ in range(16):
+    if not os.fork():
+        memory = mmap.mmap(-1, 1 << 36, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+        memory[0] = 1  # or it is not in the core
+        os.kill(os.getpid(), signal.SIGSEGV)
+signal.pause()
+"""
+
 
 def secret() -> bytes:
     return os.urandom(24).hex().encode()
@@ -65,9 +75,11 @@ def test_what_a_crashing_process_knew_is_on_no_disk(tmp_path: Path) -> None:
         stays_out_of_swap(console, pid)
         console.sh("unlock dump test", timeout=120)
         assert pids(console) == [pid]
+        is_kept_beside_a_crowd(console)
+        assert pids(console) == [pid]
 
         console.sh("mv /var/lib/unlock/dump-recipient /run/kept")
-        crash(console, unkept)
+        is_told(console, crash(console, unkept))
         assert pids(console) == [pid]
         assert "no dump is kept" in console.sh("journalctl -b --no-pager -g 'no dump is kept'").out
         console.sh("mv /run/kept /var/lib/unlock/dump-recipient")
@@ -97,6 +109,16 @@ def test_what_a_crashing_process_knew_is_on_no_disk(tmp_path: Path) -> None:
 def is_kept_and_told(console: Guest, pid: str) -> None:
     """By us with the core, by systemd-coredump without; the writers ran where nothing is swapped."""
     assert pids(console) == [pid]
+    is_told(console, pid)
+    group = "/sys/fs/cgroup/unlock-dump"
+    assert console.sh(f"cat {group}/memory.swap.max").out == "0"
+    assert int(console.sh(f"cat {group}/memory.peak").out) > 1 << 20
+    info = json.loads(console.sh(f"unlock dump info --json {pid}").out)
+    assert (info["comm"], info["signal"], info["generation"], info["key"]) == ("crashes", 11, 1, "here")
+
+
+def is_told(console: Guest, pid: str) -> None:
+    """By systemd-coredump, whether we have the core or not."""
     for _ in range(100):
         told = console.sh(f"coredumpctl list --no-pager --json=short {pid}", check=False)
         if told.code == 0:
@@ -104,11 +126,26 @@ def is_kept_and_told(console: Guest, pid: str) -> None:
         console.sh("sleep 0.1")
     (entry,) = json.loads(told.out)
     assert (entry["sig"], entry["corefile"], entry["exe"]) == (11, "none", "/usr/local/bin/crashes")
-    group = "/sys/fs/cgroup/unlock-dump"
-    assert console.sh(f"cat {group}/memory.swap.max").out == "0"
-    assert int(console.sh(f"cat {group}/memory.peak").out) > 1 << 20
-    info = json.loads(console.sh(f"unlock dump info --json {pid}").out)
-    assert (info["comm"], info["signal"], info["generation"], info["key"]) == ("crashes", 11, 1, "here")
+
+
+def is_kept_beside_a_crowd(console: Guest) -> None:
+    """Sixteen processes of one service crash at once, as many as the kernel waits for, and their cores hardly end. Four
+    of them are written or wait; another crash is kept meanwhile."""
+    console.write("/run/crowd", CROWD.encode())
+    console.sh("systemd-run --quiet --unit=crowd --uid=nobody python3 -IS /run/crowd")
+    told = "journalctl -b --no-pager -o cat -g 'others of its user or service' | wc -l"
+    for _ in range(120):
+        if int(console.sh(told).out) >= 12:
+            break
+        console.sh("sleep 1")
+    other = crash(console, secret())
+    assert other in pids(console) and console.sh("pgrep -c -x age").out == "1"
+    assert int(console.sh(told).out) >= 12
+    console.sh("systemctl kill --signal=KILL crowd; while pgrep -x dump; do sleep 0.5; done", timeout=120)
+    cut = [each["name"] for each in json.loads(console.sh("unlock dump list --json").out)["dumps"]]
+    console.sh(
+        f"unlock dump delete --yes {' '.join(each for each in cut if '.python3.' in each or f'.{other}.' in each)}"
+    )
 
 
 def stays_out_of_swap(console: Guest, pid: str) -> None:

@@ -211,7 +211,7 @@ def test_a_name_that_a_process_gives_itself_is_only_a_name(crashed: Crashing, wr
 # Killed, full
 
 
-@pytest.mark.parametrize("victim", ["zstd", "age", "dump"])
+@pytest.mark.parametrize("victim", ["timeout", "zstd", "age", "dump"])
 def test_a_killed_writer_leaves_nothing_that_is_a_dump(victim: str, crashed: Crashing, writer: Writer) -> None:
     """Each of them in the middle of a core."""
     read, write = os.pipe()
