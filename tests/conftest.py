@@ -133,7 +133,8 @@ def has_turn(item: pytest.Item, turns: int) -> bool:
 
 
 def rotation(items: list[pytest.Item], budget: float) -> list[pytest.Item]:
-    """Those of `items` that this commit's hash chooses, as many as `budget` minutes allow: in time, each has a turn."""
+    """Those of `items` that this commit's hash chooses, as many as `budget` minutes allow: in time, each has a
+    turn that is no longer than that; the longest are run by `make test-long` alone."""
     chosen = []
     for each in sorted(items, key=lambda item: hashlib.sha256((killing.commit() + item.nodeid).encode()).digest()):
         if minutes(each) <= budget:
