@@ -304,9 +304,9 @@ def test_at_each_cut_the_table_has_all_partitions(folder: Path, record_property:
 
 def place_of(loop: Loop) -> Place:
     if loop.table == "none":
-        return partition_table.whole_disk(loop.disk, HEADER + DATA, HEADER)
+        return partition_table.whole_disk(loop.disk, HEADER + DATA, HEADER, "photos")
     with partition_table._Disk(loop.disk, os.O_RDONLY) as disk:
-        return disk.find(2, loop.start, HEADER + DATA, HEADER)
+        return disk.find(2, loop.start, HEADER + DATA, HEADER, "photos")
 
 
 def judge_table(loop: Loop, place: Place, content: bytes | bytearray) -> str:

@@ -16,10 +16,11 @@ from tests.deepfixture import stock_opens
 from tests.eventlogs import Boot
 from tests.hostfixture import Machine
 from tests.inplace import MIB, files_in, sh
-from unlock.disks import devices, disk_keys, luks, partition_table, raw_header, reencrypt
+from unlock.disks import adoptable, devices, disk_keys, luks, partition_table, raw_header, reencrypt
 from unlock.disks.header import Header
 from unlock.disks.reencrypt import Tell
-from unlock.errors import CommandFailed, Malformed, Refused, Tampered, UnlockError
+from unlock.errors import Malformed, Refused, Tampered, UnlockError
+from unlock.host import config, keyring
 from unlock.host.journal import DiskDecryption
 from unlock.operations import decrypt_disk, leaving, new_persistence_key, operation, status
 from unlock.operations.consent import Plan
@@ -72,6 +73,10 @@ def resume(host: Machine, tell: Tell = never) -> Outcome | None:
     return decrypt_disk.resume(host.paths, tell, look=host.look, tcti=host.chip.tcti)
 
 
+def add_to_config(host: Machine) -> None:
+    config.append_table(host.paths.config, config.group_table(config.GroupConfig("photos", "", "", "", 60)))
+
+
 def assert_plain(loop: Loop, data: bytes, folder: Path) -> None:
     """Stock programs find the partition, and the file system in it; nothing of the header is left."""
     assert loop.plain() == data
@@ -97,6 +102,7 @@ def test_a_disk_is_decrypted_in_place_and_is_a_plain_partition(
 ) -> None:
     loop = loops(table)
     data = protect(host, loop, tmp_path)
+    add_to_config(host)
     before = bytes(host.persistence)
     told: list[tuple[int, int]] = []
 
@@ -131,10 +137,6 @@ def test_cut_off_at_the_end_the_same_command_finishes(
     data = protect(host, loop, tmp_path)
     member = host.state.groups["photos"].members[0]
     named = {"name": "photos-0", "uuid": member.uuid, "device": loop.node}[named_by]
-
-    def is_cut(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
     for module, function in (leaving, "end_group"), (new_persistence_key, "replace"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, function, is_cut)
@@ -144,6 +146,131 @@ def test_cut_off_at_the_end_the_same_command_finishes(
     assert (host.state.journal, host.state.narrowed) == (None, "photos-0 was decrypted in place")
     assert decrypt(host) == Outcome("", "photos-0", "done", "")
     assert host.state.narrowed is None and loop.plain() == data
+
+
+def test_another_disk_with_such_a_partition_is_not_taken_for_it(host: Machine, loops: Loops, tmp_path: Path) -> None:
+    """As long as the header is here, whatever table somebody gives to another disk."""
+    loop, other = loops("none"), loops("none")
+    data = protect(host, loop, tmp_path)
+    assert decrypt(host, tell=lambda done, size: done > 0)
+    entry = host.state.journal
+    assert isinstance(entry, DiskDecryption)
+    with open(other.disk, "r+b", buffering=0) as disk:
+        disk.write(bytes([0x5A]) * HEADER)
+    shape = entry.place._replace(disk=other.disk)
+    with partition_table._Disk(other.disk, os.O_RDWR) as opened:
+        opened.write(0, opened._dos_sector(shape, partition_table._empty_table(shape, 512)))
+    before = other.image.read_bytes()
+    with pytest.raises(Refused) as caught:  # now that both have it
+        resume(host)
+    assert caught.value.code == "duplicate" and other.image.read_bytes() == before
+    assert "photos" in host.state.groups and loop.plain() == data
+    other.detach()
+    assert resume(host)
+    assert_plain(loop, data, tmp_path)
+
+
+def is_cut(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("table", ["gpt", "dos"])
+def test_cut_off_after_its_table_is_written_it_goes_on(
+    host: Machine, loops: Loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    """The node of the partition still shows the old header. After a boot it does not, and is in use already."""
+    loop = loops(table)
+    data = protect(host, loop, tmp_path)
+    put = partition_table.put
+
+    def put_and_cut(*arguments: Any) -> None:
+        put(*arguments)
+        is_cut()
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(partition_table, "put", put_and_cut)
+        decrypt(host)
+    entry = host.state.journal
+    assert isinstance(entry, DiskDecryption) and not entry.placed and host.look()
+    assert resume(host)
+    assert_plain(loop, data, tmp_path)
+
+
+@pytest.mark.root
+def test_a_partition_that_a_boot_has_found_needs_no_other(
+    host: Machine, loops: Loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop = loops("gpt")
+    data = protect(host, loop, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(partition_table, "tidy", is_cut)
+        decrypt(host)
+    sh("delpart", loop.disk, 2)
+    sh("addpart", loop.disk, 2, (loop.start + HEADER) // 512, DATA // 512)
+    held = os.open(loop.node, os.O_RDONLY | os.O_EXCL)  # as a mount does
+    try:
+        assert resume(host)
+    finally:
+        os.close(held)
+    assert "does not know" not in capsys.readouterr().err
+    assert_plain(loop, data, tmp_path)
+
+
+def test_lost_at_its_end_nothing_of_the_group_is_left(
+    host: Machine, loops: Loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = loops("none")
+    protect(host, loop, tmp_path)
+    add_to_config(host)
+    kek = host.state.groups["photos"].kek
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(leaving, "end_group", is_cut)
+        decrypt(host)
+    assert not host.state.groups and "[group.photos]" in Path(host.paths.config).read_text()
+    host.disks.clear()
+    loop.detach()
+    lines = operation.give_up(host.paths, look=host.look, tcti=host.chip.tcti)
+    assert lines and not any("group delete" in each for each in lines)
+    assert "[group.photos]" not in Path(host.paths.config).read_text()
+    assert (host.state.journal, host.state.headers) == (None, {})
+    assert not [each for each in keyring.names() if each.startswith(f"unlock:kek:{kek}:")]
+    assert host.state.narrowed
+
+
+@pytest.mark.root
+def test_a_keyslot_where_the_new_table_lies_for_a_moment_is_refused(
+    host: Machine, loops: Loops, tmp_path: Path
+) -> None:
+    """As in headers that were LUKS1, which have no room behind the last keyslot."""
+    loop = loops("gpt")
+    protect(host, loop, tmp_path)
+    (copy, *_) = raw_header.read_valid_copies(loop.node)
+    header = copy.metadata(loop.node)
+    area = header["keyslots"]["0"]["area"]
+    other = {**header["keyslots"]["0"], "area": {**area, "offset": str(HEADER - int(area["size"]))}}
+    digest = {**header["digests"]["0"], "keyslots": ["0", "1"]}
+    changed = {**header, "keyslots": {**header["keyslots"], "1": other}, "digests": {"0": digest}}
+    raw_header.write_header(loop.node, changed, copy, copy.sequence + 1)
+    error = refused(host, loop)
+    assert (error.code, error.hint[-26:]) == ("no-room", "unlock group delete photos")
+
+
+def test_the_next_keyslot_goes_where_it_is_expected(tmp_path: Path) -> None:
+    """In the first room that is large enough, as libcryptsetup does it."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(HEADER + MIB))
+    with luks.format(str(image), Secret(bytes(64))) as made, Secret(bytes(64)) as dek:
+        uuid = made.uuid
+        for number in range(5):
+            if number in (3, 4):
+                made.remove_keyslot(number - 2)
+            expected = adoptable.areas_of_keys(made, 64, more=1)[-1]
+            slot = made.add_keyslot(dek, passphrase=Secret(b"x"))
+            with luks.Container(str(image)) as again:
+                assert again.uuid == uuid
+                area = again.metadata["keyslots"][str(slot)]["area"]
+            assert range(int(area["offset"]), int(area["offset"]) + int(area["size"])) == expected
 
 
 def test_a_mapping_that_fstab_mounts_is_refused_first(host: Machine, loops: Loops, tmp_path: Path) -> None:
@@ -224,7 +351,8 @@ def test_what_cannot_be_decrypted_is_refused(
     host.add_group("more", 2)
     assert refused(host, loop, "more-0").code == "member"
     host.add_group("image", 1)
-    assert refused(host, loop, "image-0").code == "no-partition"
+    error = refused(host, loop, "image-0")
+    assert error.code == "no-partition" and error.hint.endswith("unlock group delete image")
     with monkeypatch.context() as patch:
         patch.setattr(devices, "mount_points_on", lambda names: ["/srv", "/var"])
         error = refused(host, loop)
@@ -247,7 +375,7 @@ def test_what_cannot_be_decrypted_is_refused(
     loop.disk = loop.node = sh("losetup", "--find", "--show", "--partscan", loop.image)
     host.disks[0] = Path(loop.node)
     with pytest.raises(Refused) as caught:
-        partition_table.whole_disk(loop.disk, 3 << 40, HEADER)
+        partition_table.whole_disk(loop.disk, 3 << 40, HEADER, "photos")
     assert caught.value.code == "not-supported"
     assert decrypt(host) and loop.plain() == data
 
@@ -271,7 +399,7 @@ def test_a_table_that_is_not_one_is_refused(
             disk.seek(0)
             disk.write(make(sector))
         with partition_table._Disk(loop.disk, os.O_RDONLY) as opened, pytest.raises(Refused) as caught:
-            opened.find(2, loop.start, HEADER + DATA, HEADER)
+            opened.find(2, loop.start, HEADER + DATA, HEADER, "photos")
         assert caught.value.hint and word in str(caught.value)
     finally:
         loop.detach()
@@ -290,7 +418,7 @@ def test_a_damaged_gpt_is_refused(tmp_path: Path, at: int) -> None:
             disk.seek(at % size // 512 * 512)
             disk.write(sector)
         with partition_table._Disk(loop.disk, os.O_RDONLY) as opened, pytest.raises(Refused) as caught:
-            opened.find(2, loop.start, HEADER + DATA, HEADER)
+            opened.find(2, loop.start, HEADER + DATA, HEADER, "photos")
         assert caught.value.code == "no-partition" and "--verify" in caught.value.hint
     finally:
         loop.detach()
@@ -301,7 +429,7 @@ def test_a_logical_partition_is_refused(tmp_path: Path) -> None:
     image.write_bytes(bytes(8 * MIB))
     sh("sfdisk", "--quiet", image, text=b"label: dos\nstart=2048,size=4096,type=5\nstart=4096,size=1024\n")
     with partition_table._Disk(str(image), os.O_RDONLY) as opened, pytest.raises(Refused) as caught:
-        opened.find(5, 4096 * 512, 1024 * 512, MIB // 2)
+        opened.find(5, 4096 * 512, 1024 * 512, MIB // 2, "photos")
     assert caught.value.code == "no-partition" and "logical" in str(caught.value)
 
 
@@ -448,8 +576,9 @@ def test_cryptsetup_may_end_it(host: Machine, loops: Loops, tmp_path: Path) -> N
     with open(loop.disk, "r+b", buffering=0) as disk:
         disk.seek(HEADER)
         disk.write(bytes(MIB))
-    with pytest.raises((Tampered, CommandFailed)):
+    with pytest.raises(Refused) as caught:
         resume(host)
+    assert caught.value.code == "not-supported"
     with open(loop.disk, "r+b", buffering=0) as disk:
         disk.seek(HEADER)
         disk.write(data[:MIB])

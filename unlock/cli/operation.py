@@ -118,9 +118,13 @@ def _resume_in_background(paths: Paths, options: argparse.Namespace) -> int:
 
 
 def _cancel(paths: Paths, options: argparse.Namespace) -> int:
+    from ..host.this_boot import tpm_device
     from ..operations import operation
 
-    lines = (operation.give_up if options.lost else operation.cancel)(paths, consent(options))
+    if options.lost:
+        lines = operation.give_up(paths, consent(options), tcti=tpm_device())
+    else:
+        lines = operation.cancel(paths, consent(options))
     if lines is not None:
         _print_lines(lines, options)
     return 0

@@ -5,6 +5,8 @@ Fields and limits: the LUKS2 On-Disk Format Specification 1.1; requirements and 
 cryptsetup by their names.
 """
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from ..errors import Refused
@@ -135,14 +137,40 @@ def _no_room(header: Header, why: str, *, by_size: bool) -> Refused:
 
 def _free_areas(header: Header, key_size: int) -> int:
     """How many keyslots for a key of this size have room in the area of keyslots."""
-    config = header.metadata["config"]
-    wanted = -(-key_size * _STRIPES // _ALIGNED) * _ALIGNED
-    at = 2 * (int(config["json_size"]) + 4096)
-    end = at + int(config["keyslots_size"])
+    wanted = _area_size(key_size)
+    return sum(len(each) // wanted for each in _gaps(header))
+
+
+def areas_of_keys(header: Header, key_size: int, *, more: int) -> list[range]:
+    """Where on the disk the header is, its keyslots, and so many more for a key of this size, where libcryptsetup would
+    put them: in the first room that is large enough. The caller has checked that there is room."""
+    wanted = _area_size(key_size)
+    places = (start for gap in _gaps(header) for start in range(gap.start, gap.stop - wanted + 1, wanted))
+    new = [range(start, start + wanted) for start in islice(places, more)]
+    return [range(_areas_start(header)), *_used_areas(header), *new]
+
+
+def _area_size(key_size: int) -> int:
+    return -(-key_size * _STRIPES // _ALIGNED) * _ALIGNED
+
+
+def _areas_start(header: Header) -> int:
+    """Behind both copies of the header."""
+    return 2 * (int(header.metadata["config"]["json_size"]) + 4096)
+
+
+def _used_areas(header: Header) -> list[range]:
     areas = [each["area"] for each in header.metadata["keyslots"].values()]
-    used = sorted((int(each["offset"]), int(each["size"])) for each in areas)
-    free = 0
-    for start, size in [*used, (end, 0)]:
-        free += max(0, start - at) // wanted
-        at = max(at, start + size)
-    return free
+    return [
+        range(start, start + size) for start, size in sorted((int(each["offset"]), int(each["size"])) for each in areas)
+    ]
+
+
+def _gaps(header: Header) -> Iterator[range]:
+    """Free parts of the area of keyslots, in order."""
+    at = _areas_start(header)
+    end = at + int(header.metadata["config"]["keyslots_size"])
+    for used in [*_used_areas(header), range(end, end)]:
+        if used.start > at:
+            yield range(at, used.start)
+        at = max(at, used.stop)

@@ -24,6 +24,7 @@ import os
 import stat
 import struct
 import zlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..errors import DiskFailed, Malformed, Refused, UnlockError
@@ -51,40 +52,48 @@ _GPT_MAGIC = b"EFI PART"
 _GPT_LUKS = bytes.fromhex("cb7c7dcaed63534c861c1742536059cc")
 _GPT_LINUX = bytes.fromhex("af3dc60f838472478e793d69d8477de4")
 
-_COPY = "copy its data to another disk; then: unlock group delete"
-
 
 # Before anything is changed
 
 
-def find_place(node: str, offset: int) -> Place:
-    """Raises Refused for a device whose data cannot become a partition, DiskFailed."""
-    folder = os.path.realpath(f"/sys/class/block/{os.path.basename(node)}")
-    number = devices.read_line(folder, "partition")
-    parent = os.path.dirname(folder) if number else folder
+def find_place(node: str, offset: int, group: str) -> Place:
+    """Raises Refused for a device whose data cannot become a partition, DiskFailed. `group`: for the hint."""
+    folder, parent, number = _find_folders(node)
     disk = f"/dev/{os.path.basename(parent)}"
-    _refuse_layer(node, parent)
+    _refuse_layer(node, parent, group)
     size = luks.disk_size(node)
     if not number:
-        return whole_disk(disk, size, offset)
+        return whole_disk(disk, size, offset, group)
     start = int(devices.read_line(folder, "start")) * _SECTOR
     with _Disk(disk, os.O_RDONLY) as opened:
-        return opened.find(int(number), start, size, offset)
+        return opened.find(int(number), start, size, offset, group)
 
 
-def whole_disk(disk: str, size: int, offset: int) -> Place:
+def _find_folders(node: str) -> tuple[str, str, str]:
+    """In sysfs: the device, the whole disk, and the number of the partition; '' for a whole disk."""
+    folder = os.path.realpath(f"/sys/class/block/{os.path.basename(node)}")
+    number = devices.read_line(folder, "partition")
+    return folder, os.path.dirname(folder) if number else folder, number
+
+
+def _copy_data(group: str) -> str:
+    """The hint where the data cannot become a partition."""
+    return f"copy its data to another disk; then: unlock group delete {group}"
+
+
+def whole_disk(disk: str, size: int, offset: int, group: str) -> Place:
     """The place of a disk without partitions. Raises Refused."""
     with _Disk(disk, os.O_RDONLY) as opened:
         if size // opened.sector > _DOS_SECTORS:
             raise Refused(
                 f"{disk} has more than 2^32 sectors, for which its end would need a partition table too, where data is",
-                _COPY,
+                _copy_data(group),
                 "not-supported",
             )
     return Place(disk, "none", 1, os.urandom(4).hex(), 0, size, offset, (0, 0))
 
 
-def _refuse_layer(node: str, disk: str) -> None:
+def _refuse_layer(node: str, disk: str, group: str) -> None:
     """Raises Refused for what is not on a disk of its own."""
     kinds = {"dm": "a logical volume, or another mapping", "md": "an array"}
     what = next((words for name, words in kinds.items() if os.path.isdir(f"{disk}/{name}")), "")
@@ -92,7 +101,22 @@ def _refuse_layer(node: str, disk: str) -> None:
         what = "a device without partitions"
     if what or not os.path.exists(disk):
         raise Refused(
-            f"{node} is {what or 'no disk'}: its data cannot begin where its header ends", _COPY, "no-partition"
+            f"{node} is {what or 'no disk'}: its data cannot begin where its header ends",
+            _copy_data(group),
+            "no-partition",
+        )
+
+
+def refuse_keyslots_in_scratch(place: Place, areas: Iterable[range], device: str, group: str) -> None:
+    """Raises Refused where the entries of a GPT would be written over what opens the disk until the step is done.
+    `areas`: in the device, of what its header needs, as both copies of the header and keyslots."""
+    scratch = place.offset - _SCRATCH
+    if place.table == "gpt" and any(each.start < place.offset and scratch < each.stop for each in areas):
+        raise Refused(
+            f"{device}: a keyslot, or the next one, ends less than {_SCRATCH >> 10} KiB before the data, where the new "
+            "partition table lies for a moment",
+            _copy_data(group),
+            "no-room",
         )
 
 
@@ -158,10 +182,12 @@ class _Disk:
         except OSError as error:
             raise DiskFailed(f"{self._path} cannot be written: {error.strerror}") from error
 
-    def find(self, number: int, start: int, size: int, offset: int) -> Place:
+    def find(self, number: int, start: int, size: int, offset: int, group: str) -> Place:
         """The place of a partition, which must be as the kernel has it. Raises Refused."""
         if start % self.sector or offset % self.sector:
-            raise Refused(f"partition {number} of {self._path} is not of whole sectors", _COPY, "no-partition")
+            raise Refused(
+                f"partition {number} of {self._path} is not of whole sectors", _copy_data(group), "no-partition"
+            )
         first = self.read(0, self.sector)
         kinds = [first[_ENTRIES_AT + _ENTRY * each + 4] for each in range(4)]
         if first[_BOOT_MAGIC_AT : _BOOT_MAGIC_AT + 2] != _BOOT_MAGIC:
@@ -176,7 +202,7 @@ class _Disk:
         if number > 4 or kinds[number - 1] in (0, *_EXTENDED):
             raise Refused(
                 f"partition {number} of {self._path} is a logical one, whose place is in a chain of tables",
-                _COPY,
+                _copy_data(group),
                 "no-partition",
             )
         if self.state(place) != "before":
@@ -340,6 +366,11 @@ def find_disk(place: Place) -> str:
     return next(iter(found), "")
 
 
+def lies_on(node: str, disk: str) -> bool:
+    """Whether a device is this whole disk or a partition of it."""
+    return os.path.basename(_find_folders(node)[1]) == os.path.basename(os.path.realpath(disk))
+
+
 def put(place: Place, node: str) -> None:
     """Makes the data of a device a partition: the caller has checked that all of it is in clear. `node`: the device.
     Raises DiskFailed, also when it is in use; then nothing has changed."""
@@ -391,6 +422,8 @@ class _Request(ctypes.Structure):
 def tell_kernel(place: Place) -> bool:
     """Makes the kernel take the partition as it is now. False where that has to wait: something is in use, or it is an
     image."""
+    if _is_known(place):  # a boot has read the table, and the partition may be in use
+        return True
     try:
         disk = os.open(place.disk, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -415,3 +448,10 @@ def tell_kernel(place: Place) -> bool:
         return False
     finally:
         os.close(disk)
+
+
+def _is_known(place: Place) -> bool:
+    """Whether the kernel has the partition as it is now."""
+    folder = f"/sys/class/block/{os.path.basename(place.partition)}"
+    found = [devices.read_line(folder, each) for each in ("start", "size")]
+    return found == [str((place.start + place.offset) // _SECTOR), str((place.size - place.offset) // _SECTOR)]

@@ -12,8 +12,13 @@ began, or that was put into the header (CVE-2021-4122), does not fit. Pure JSON:
     whole     all data is new; the requirement is still set
     new       finished; the old volume key may still have keyslots
 
+That is of one volume key to another. Where a disk is encrypted or decrypted in place, there is one volume key, and the
+old or the new data is in clear (encrypt_plan, decrypt_plan): the first has no `old`, the other no `new`.
+
 Two headers that a run leaves cannot be told from forged ones: a moved boundary, and `new` too early. Who writes such a
-one makes data unreadable, as he could by overwriting it; nothing is read or written in clear.
+one makes data unreadable, as he could by overwriting it. Between two volume keys nothing is read or written in clear
+then. In place it would be: so the recovery key opens such a header only while the journal has the operation
+(boot.gate), and the persistence key is replaced at the end.
 """
 
 from hashlib import sha256
@@ -37,7 +42,8 @@ NO_DIGEST = -1
 
 
 class Plan(NamedTuple):
-    """One re-encryption, as the token has it. The segment stays as it is; only the volume key changes."""
+    """One re-encryption, as the token has it. The segment of the encrypted disk is one and the same before and after;
+    only the volume key changes, or there is none before (`clear`) or after (`decrypts`)."""
 
     old: int
     """Number of the digest of the old volume key; NO_DIGEST."""
@@ -110,7 +116,7 @@ def phase_of(metadata: dict[str, Any], plan: Plan, device: str) -> str:
 
 
 def is_moving(header: Header, plan: Plan) -> bool:
-    """Whether the data is under two volume keys, or the header still says so."""
+    """Whether the data is under two volume keys, or in part in clear, or the header still says so."""
     return phase(header, plan) in (MOVING, CRASH, WHOLE)
 
 

@@ -128,7 +128,7 @@ def resume(
             entry = work.state.journal
             if not isinstance(entry, DiskDecryption):
                 return None
-            if not entry.placed and _find_placed(entry):
+            if not entry.placed and _was_placed(work, entry):
                 entry = _save(work, entry._replace(placed=True))  # it was cut off just then
             if not entry.placed:
                 begun = _begin_or_settle(work, entry)
@@ -198,23 +198,34 @@ def cancel(paths: Paths, look: find.Look = find.look, connect: access.Connect = 
         return [f"{entry.about} stays encrypted", "next: unlock rekey --fresh"]
 
 
-def give_up(paths: Paths, consent: Consent = agreement.agree, look: find.Look = find.look) -> list[str] | None:
-    """Ends a decryption whose disk is lost, so that other operations may begin. Returns what a person should know;
-    None when the plan was only shown. Raises Refused when the disk is here."""
+def give_up(
+    paths: Paths, consent: Consent = agreement.agree, look: find.Look = find.look, tcti: str = TPM_DEVICE
+) -> list[str] | None:
+    """Ends a decryption whose disk is lost, so that other operations may begin; its group too, where that has begun to
+    end. Returns what a person should know; None when the plan was only shown. Raises Refused when the disk is here,
+    TpmFailed."""
     with alone(paths, *_LOCK), exclusive(paths), Work(paths, look, access.connect) as work:
         entry = work.state.journal
         if not isinstance(entry, DiskDecryption):
             return []
-        name = entry.about
-        if here := find.find_node(work.look(), entry.member) or _find_placed(entry):
+        name, members = entry.about, (entry.member,)
+        if here := find.find_node(work.look(), entry.member) or partition_table.find_disk(entry.place):
             raise Refused(f"{name} is here: {here}", "unlock operation resume", code="present")
         lost = f"what {name} holds: this host will not open it, half in clear as it is, should it come back"
+        if entry.placed:
+            lost = f"{name} is in clear to its end, and what is left of its header is not erased, should it come back"
         if not consent(Steps((f"give up the decryption of {name}",), (lost,), name)):
             return None
+        has_group = entry.group in work.state.groups
         work.state.narrowed = f"{name}, half in clear, is lost"
-        work.state.journal = None
-        work.state.save()
-    return [f"group {entry.group} has lost its only disk: unlock group delete {entry.group}", "next: unlock sync"]
+        if has_group:
+            work.state.journal = None
+            work.state.save()
+        else:
+            leaving.end_group(work, entry.group, members, tcti, stay=False)
+            leaving.close(work, entry.group, members, entry.kek)
+    ended = f"group {entry.group} has lost its only disk: unlock group delete {entry.group}"
+    return [ended if has_group else f"group {entry.group} has ended", "next: unlock sync"]
 
 
 # Checks, before anything is changed
@@ -266,7 +277,9 @@ def _check(work: Work, group: Group, member: Member, node: str) -> DiskDecryptio
                 code="not-supported",
             )
         slots = tuple(container.keyslots())
-    place = partition_table.find_place(node, offset)
+        areas = adoptable.areas_of_keys(container, container.volume_key_size, more=1)
+    place = partition_table.find_place(node, offset, group.name)
+    partition_table.refuse_keyslots_in_scratch(place, areas, node, group.name)
     reencrypt.choose_resilience(node, 512)
     _refuse_left_mapping(devices.active_mapping_name(member.uuid))
     return DiskDecryption(
@@ -460,7 +473,7 @@ def _place(work: Work, entry: DiskDecryption) -> DiskDecryption:
         in_clear = _was_ended_by_cryptsetup(container, entry)
     if not in_clear and _phase(work, node) != WHOLE:
         raise DiskFailed(f"{node} is not decrypted to its end", "unlock operation resume")
-    place = partition_table.find_place(node, entry.place.offset)
+    place = partition_table.find_place(node, entry.place.offset, entry.group)
     if place.table == "none":
         place = place._replace(identity=entry.place.identity)
     entry = _save(work, entry._replace(place=place))  # the disk may have another name than at the start
@@ -468,9 +481,14 @@ def _place(work: Work, entry: DiskDecryption) -> DiskDecryption:
     return _save(work, entry._replace(placed=True))
 
 
-def _find_placed(entry: DiskDecryption) -> str:
-    """The disk that has the partition already, or ''."""
-    return partition_table.find_disk(entry.place)
+def _was_placed(work: Work, entry: DiskDecryption) -> bool:
+    """Whether a run was cut off just after the disk got its partition, before the journal says so. Anybody can make
+    another disk with such a table: none counts while a header of this disk is elsewhere. The node of the partition
+    itself may show the old header, until the kernel reads the table. Raises Refused where two disks have the
+    partition."""
+    disk = partition_table.find_disk(entry.place)
+    headers = work.look().get(entry.member.uuid, []) if disk else []
+    return bool(disk) and all(partition_table.lies_on(each.node, disk) for each in headers)
 
 
 def _save(work: Work, entry: DiskDecryption) -> DiskDecryption:
@@ -482,7 +500,7 @@ def _save(work: Work, entry: DiskDecryption) -> DiskDecryption:
 def _finish(work: Work, entry: DiskDecryption, tcti: str) -> None:
     """The header goes, then the group; then the journal is closed. May be killed and run again anywhere. Raises
     Refused when the disk is not here, DiskFailed, TpmFailed."""
-    disk = _find_placed(entry)
+    disk = partition_table.find_disk(entry.place)
     if not disk:
         raise Refused(f"{entry.about} is not here", "plug it in; then: unlock operation resume", code="missing")
     place = entry.place._replace(disk=disk)

@@ -40,7 +40,7 @@ from ..host.journal import (
 from ..host.lock import exclusive
 from ..host.state import State
 from ..keys import access, rotation
-from ..paths import Paths
+from ..paths import TPM_DEVICE, Paths
 from . import (
     add_disk,
     create_group,
@@ -79,7 +79,7 @@ GoOn = Callable[[Run], list[str]]
 Cancel = Callable[[Paths, find.Look], list[str]]
 """Takes the operation in the journal back. Returns the same. Raises Refused where that is not safe any more."""
 
-GiveUp = Callable[[Paths, Consent, find.Look], list[str] | None]
+GiveUp = Callable[[Paths, Consent, find.Look, str], list[str] | None]
 """Ends the operation in the journal without its disk. As `give_up`."""
 
 
@@ -256,7 +256,7 @@ _HANDLINGS: dict[type[JournalEntry], Handling] = {
         pausable=True,
         cancel=encrypt_disk.cancel,
         cancelled="the disk holds what it held, in clear; refused once its data has moved",
-        give_up=encrypt_disk.give_up,
+        give_up=lambda paths, consent, look, _: encrypt_disk.give_up(paths, consent, look),
     ),
     DiskDecryption: Handling(
         go_on=_finish_decryption,
@@ -275,7 +275,7 @@ _HANDLINGS: dict[type[JournalEntry], Handling] = {
         pausable=True,
         cancel=_cancel_deep_rekey,
         cancelled="every disk keeps its volume key; refused once a disk is half re-encrypted: it can only go forward",
-        give_up=rekey_deep.give_up,
+        give_up=lambda paths, consent, look, _: rekey_deep.give_up(paths, consent, look),
     ),
     RecoveryRotation: Handling(
         needs="a terminal, or the file of the new recovery key",
@@ -437,14 +437,16 @@ def cancel(paths: Paths, consent: Consent = agree, look: find.Look = find.look) 
     return how.cancel(paths, look)
 
 
-def give_up(paths: Paths, consent: Consent = agree, look: find.Look = find.look) -> list[str] | None:
+def give_up(
+    paths: Paths, consent: Consent = agree, look: find.Look = find.look, tcti: str = TPM_DEVICE
+) -> list[str] | None:
     """Ends the operation although it could only go forward, as its disk is lost. Returns as `cancel`. Raises Refused
     when the disk is here, and for an operation that does not depend on one."""
     _, found, how = _find(paths, look)
     _refuse_running(found)
     if how.give_up is None:
         raise Refused(f"`{found.command}` does not end with a disk that is lost", found.finish, "not-cancellable")
-    return how.give_up(paths, consent, look)
+    return how.give_up(paths, consent, look, tcti)
 
 
 def _find(paths: Paths, look: find.Look) -> tuple[State, UnderWay, Handling]:
