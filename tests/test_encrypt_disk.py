@@ -21,7 +21,7 @@ from unlock.disks.header import Header
 from unlock.disks.reencrypt import Tell
 from unlock.errors import Malformed, Refused, Tampered, UnlockError
 from unlock.host.journal import DiskEncryption
-from unlock.operations import delete_group, encrypt_disk, new_persistence_key, operation, status
+from unlock.operations import delete_group, encrypt_disk, membership, new_persistence_key, operation, status
 from unlock.operations.consent import Plan
 from unlock.operations.encrypt_disk import Choices, Outcome
 from unlock.secret import Secret
@@ -515,6 +515,26 @@ def test_a_disk_that_dies_in_between_holds_up_no_other_operation_for_ever(
     other = loop()
     fill(other, tmp_path, SIZE - RESERVED)
     assert encrypt(host, other) == Outcome("photos", "photos-a", "done")
+
+
+def test_lost_before_its_group_is_in_the_state_it_is_in_no_file(
+    host: Machine, loop: Loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = loop()
+    fill(disk, tmp_path, SIZE - RESERVED)
+    add = membership.add_to_config
+
+    def add_and_cut(*arguments: Any) -> None:
+        add(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(membership, "add_to_config", add_and_cut)
+        encrypt(host, disk)
+    assert "[group.photos]" in Path(host.paths.config).read_text() and not host.state.groups
+    unplugged(host, disk)
+    assert operation.give_up(host.paths, look=host.look)
+    assert "[group.photos]" not in Path(host.paths.config).read_text()
 
 
 # A header of the time before, put back

@@ -217,6 +217,8 @@ def give_up(paths: Paths, consent: Consent = agreement.agree, look: find.Look = 
             return None
         if entry.written:
             work.state.narrowed = f"{name}, half in clear, is lost"
+        elif config.load(paths.config).groups.get(entry.group) == _settings_of(entry.group):  # none of a person
+            config.remove_group(paths.config, entry.group)
         _undo(work)
     if not entry.written:
         return [f"{name} is in no group; whether it holds what it held, in clear: wipefs DEV"]
@@ -490,12 +492,17 @@ def _put_header(work: Work, entry: DiskEncryption) -> DiskEncryption:
     group = Group(
         entry.group, entry.kek[0], entry.generation, entry.manifest, (entry.member,), entry.kek[1], "persistent"
     )
-    membership.add_to_config(work.paths, config.GroupConfig(group.name, "", "", "", config.DEADLINE))
+    membership.add_to_config(work.paths, _settings_of(group.name))
     work.state.groups[group.name] = group
     work.state.recovery.keyslots[entry.member.uuid] = entry.recovery
     entry = _save(work, entry._replace(written=True))
     _remove_files(work.paths)
     return entry
+
+
+def _settings_of(group: str) -> config.GroupConfig:
+    """What unlock.toml gets for it."""
+    return config.GroupConfig(group, "", "", "", config.DEADLINE)
 
 
 def _save(work: Work, entry: DiskEncryption) -> DiskEncryption:
