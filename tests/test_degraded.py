@@ -26,7 +26,7 @@ from unlock.host import config, keyring, report, this_boot
 from unlock.host.state import State
 from unlock.keys import access, rotation
 from unlock.operations import create_group, status
-from unlock.operations.check.disks import check_group
+from unlock.operations.check.disks import check_arrays, check_group
 from unlock.operations.consent import Plan, agree
 from unlock.operations.create_group import NewGroup
 from unlock.operations.heal_group import heal_group
@@ -331,6 +331,36 @@ def test_check_tells_whether_a_boot_opens_a_group_without_a_dead_disk(trio: Host
     assert checked(trio) == [("data-2", "note", "unlock group heal data")]
     trio.configure()
     assert checked(trio) == [("data-2", "unsafe", "unlock group heal data")]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("rebuilding", [False, True])
+def test_an_array_that_lacks_a_disk_is_told_though_all_are_open(trio: Host, rebuilding: bool) -> None:
+    """`[U_]` in /proc/mdstat, when the disk that was away is back."""
+    machine = Machine(trio.folder / "root")
+    for number, member in enumerate(trio.group.members):
+        machine.block(f"sd{number}", f"8:{number}")
+        uuid = f"CRYPT-LUKS2-{member.uuid.replace('-', '')}-{member.name}"
+        machine.mapping(member.name, f"253:{number}", uuid, f"sd{number}")
+    machine.block("sdz", "8:9")
+    files = {"degraded": "1", "raid_disks": "3 (2)", "sync_action": "recover" if rebuilding else "idle"}
+    for name, device, below in ("md127", "9:127", ("dm-0", "dm-1")), ("md1", "9:1", ("dm-2", "sdz")):
+        folder = machine.block(name, device, below=below) / "md"
+        folder.mkdir()
+        for file, text in files.items():
+            (folder / file).write_text(f"{text}\n")
+    blocks = trio.folder / "root/sys/block"
+    blocks.mkdir()
+    for name, folder in machine.folders.items():
+        (blocks / name).symlink_to(folder)
+    words = "/dev/md127 lacks 1 of its 3 disks" + (", and is being rebuilt" if rebuilding else "")
+    do = "cat /proc/mdstat" if rebuilding else "mdadm --detail /dev/md127"
+    found = status.read_status(trio.paths)
+    assert f"group data: {words}: {do}" in status.to_text(found)
+    (as_json,) = status.to_json(found)["groups"]
+    assert as_json["arrays"] == [{"node": "/dev/md127", "lacks": 1, "disks": 3, "rebuilding": rebuilding}]
+    assert as_json["state"] == "degraded"
+    assert list(check_arrays(trio.paths, trio.state)) == [("group data", "note", words, do)]
 
 
 def test_heal_has_nothing_to_do_or_says_what_it_needs(trio: Host) -> None:

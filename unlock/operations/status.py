@@ -11,7 +11,8 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from .. import initramfs, log
-from ..disks import devices, disk_keys, find, luks, spoofed, token, udev
+from ..disks import arrays, devices, disk_keys, find, luks, spoofed, token, udev
+from ..disks.arrays import Array
 from ..disks.groups import Group, Member
 from ..errors import Malformed, NoKey, NotOurs, UnlockError
 from ..host import config, keyring, report, report_file, this_boot
@@ -51,7 +52,8 @@ class DiskStatus(NamedTuple):
 class GroupStatus(NamedTuple):
     name: str
     state: str
-    """The worst of its disks'; spoofed when other disks pass for them, degraded when it is open without all of them."""
+    """The worst of its disks'; spoofed when other disks pass for them, degraded when it is open without all of them, or
+    an array on them is."""
     mount: str
     """Its mount point in unlock.toml, or ''."""
     mounted: list[str]
@@ -67,6 +69,8 @@ class GroupStatus(NamedTuple):
     """`allow` or `never`: whether a boot opens it without all of its disks."""
     away: list[str]
     """Names of members without which it was opened, and that are not healed yet."""
+    arrays: list[Array]
+    """Of md, on its disks, that lack some."""
     disks: list[DiskStatus]
 
     def describe_mount(self) -> str:
@@ -181,7 +185,8 @@ def read_status(paths: Paths, tcti: str = "", look: find.Look = find.look) -> St
         words = spoofed_groups.get(group.name) or _describe_copies(group)
         mount, policy = (setting.mount, setting.degraded) if setting else ("", config.DEGRADED[0])
         policy = "allow" if group.degraded else policy
-        groups.append(_group_status(group, mount, words, present, policy, group.name in degraded_groups))
+        lacking = arrays.find_degraded({each.name for each in group.members}, paths.root)
+        groups.append(_group_status(group, mount, words, present, policy, group.name in degraded_groups, lacking))
     return Status(
         host=state.host,
         provider_id=state.provider_id,
@@ -275,6 +280,7 @@ def to_json(found: Status) -> dict[str, Any]:
                 "spoofed": group.spoofed,
                 "degraded": group.degraded,
                 "away": group.away,
+                "arrays": [each._asdict() for each in group.arrays],
                 "disks": [each._asdict() for each in group.disks],
             }
             for group in found.groups
@@ -364,8 +370,9 @@ def _warnings(found: Status) -> list[str]:
         if group.spoofed:
             warnings.append(f"group {group.name} is spoofed: {group.spoofed}")
         if group.state == "degraded":
-            names = ", ".join(each.name for each in group.disks if each.state != "open")
-            warnings.append(f"group {group.name} is open degraded, without {names}")
+            if names := ", ".join(each.name for each in group.disks if each.state != "open"):
+                warnings.append(f"group {group.name} is open degraded, without {names}")
+            warnings += [f"group {group.name}: {each.describe()}: {each.hint}" for each in group.arrays]
         if group.away:
             warnings.append(_describe_away(group))
         if group.behind:
@@ -487,12 +494,19 @@ def _describe_copies(group: Group) -> str:
 
 
 def _group_status(
-    group: Group, mount: str, words: str, present: dict[str, _Present], policy: str, is_degraded: bool
+    group: Group,
+    mount: str,
+    words: str,
+    present: dict[str, _Present],
+    policy: str,
+    is_degraded: bool,
+    lacking: list[Array],
 ) -> GroupStatus:
     disks = [_disk_status(member, present.get(member.uuid)) for member in group.members]
+    state = "degraded" if is_degraded or lacking else _worst([each.state for each in disks])
     return GroupStatus(
         name=group.name,
-        state="spoofed" if words else "degraded" if is_degraded else _worst([each.state for each in disks]),
+        state="spoofed" if words else state,
         mount=mount,
         mounted=devices.mount_points_on({each.name for each in group.members}),
         kek_id=group.kek,
@@ -502,6 +516,7 @@ def _group_status(
         spoofed=words,
         degraded=policy,
         away=[member.name for member in group.members if member.uuid in {each.uuid for each in group.away}],
+        arrays=lacking,
         disks=disks,
     )
 

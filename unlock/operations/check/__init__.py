@@ -18,7 +18,7 @@ from ...keys import access
 from ...measured import logs
 from ...paths import Paths
 from ...secret import Secret
-from .disks import check_copies, check_group, check_headers, check_needed, check_root
+from .disks import check_arrays, check_copies, check_group, check_headers, check_needed, check_root
 from .dumps import check_dumps
 from .finding import EXIT_STATUS as EXIT_STATUS
 from .finding import CheckResult, result_of
@@ -65,6 +65,7 @@ def check(
                 for each in check_group(paths, state, group, present, persistence)
             ),
             *check_headers(state, present),
+            *check_arrays(paths, state),
             *check_copies(state),
             *check_needed(paths, state),
             *check_root(paths, state),

@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ...disks import devices, disk_keys, find, luks, spoofed, token
+from ...disks import arrays, devices, disk_keys, find, luks, spoofed, token
 from ...disks.groups import Group, Member
 from ...errors import NoKey, NotOurs, UnlockError
 from ...host import config, this_boot
@@ -54,6 +54,13 @@ def check_copies(state: State) -> Iterator[Finding]:
         for copy in spoofed.find_copies(each.name for each in group.members):
             why = f"{copy.node} has the UUID of what is on its disks, and may be mounted in its place"
             yield Finding(f"group {group.name}", UNPROVEN, why, f"take {copy.node} out, or wipefs it")
+
+
+def check_arrays(paths: Paths, state: State) -> Iterator[Finding]:
+    """Arrays of md on a group's disks that lack some, though all disks of the group may be here and open."""
+    for group in state.groups.values():
+        for each in arrays.find_degraded({member.name for member in group.members}, paths.root):
+            yield Finding(f"group {group.name}", NOTE, each.describe(), each.hint)
 
 
 def check_needed(paths: Paths, state: State) -> Iterator[Finding]:
