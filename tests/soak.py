@@ -18,6 +18,7 @@ CUTS = 1000
 POWER_CUTS = {
     "root": ("tests/test_rekey_deep_cuts.py::test_after_a_cut_it_opens_and_finishes",),
     "not root": (
+        "tests/test_decrypt_cuts.py::test_power_cuts",
         "tests/test_encrypt_cuts.py::test_power_cuts",
         "tests/test_group_disks_cuts.py",
         "tests/test_leave_cuts.py",

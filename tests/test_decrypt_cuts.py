@@ -77,7 +77,7 @@ def test_power_cuts(folder: Path, loop: Loop, record_property: Show, monkeypatch
     start = bytearray(Path(loop.disk).read_bytes())
     events = run_logged(host, loop, folder)
     assert host.state.narrowed == "photos-0 was decrypted in place" and loop.plain() == data
-    numbers = sorted(chosen(events))
+    numbers = cuts.choose([each.kind for each in events], CUTS, random.Random(SEED))
     seen: Counter[str] = Counter()
     lossy = 0
     for cut in cuts.cuts(start, events, numbers, SEED, SECTOR):
@@ -90,16 +90,6 @@ def test_power_cuts(folder: Path, loop: Loop, record_property: Show, monkeypatch
     record_property("shown", f"disk decrypt: {len(numbers)} power cuts {where}: {told}")
     assert lossy >= len(numbers) // 2
     assert {"moving", "crash", "plain"} <= seen.keys()
-
-
-def chosen(events: list[cuts.Event]) -> list[int]:
-    """Most of them after a write that is not flushed."""
-    if not CUTS:
-        return [*range(1, len(events) + 1)] * 5
-    chance = random.Random(SEED)
-    after = [number for number, each in enumerate(events, 1) if each.kind == "w"]
-    other = [number for number, each in enumerate(events, 1) if each.kind != "w"]
-    return [chance.choice(after if chance.random() < 0.8 else other) for _ in range(CUTS)]
 
 
 @pytest.mark.timeout(2400)

@@ -89,7 +89,7 @@ def test_power_cuts(
     data = read_clear(disk, host.persistence)
     assert files_in(data, folder) == {each.name: each.read_bytes() for each in (folder / "files").iterdir()}
     expected = Expected(data, bytes(start))
-    numbers = sorted(chosen(events))
+    numbers = cuts.choose([each.kind for each in events], CUTS, random.Random(SEED))
     seen: Counter[str] = Counter()
     lossy = 0
     for cut in cuts.cuts(start, events, numbers, SEED, SECTOR):
@@ -120,16 +120,6 @@ def whole_sectors(start: bytes | bytearray, events: list[cuts.Event]) -> Iterato
             disk[each.at : each.at + len(each.data)] = each.data
         if not is_part:
             yield each
-
-
-def chosen(events: list[cuts.Event]) -> list[int]:
-    """Most of them after a write that is not flushed."""
-    if not CUTS:
-        return [*range(1, len(events) + 1)] * 5
-    chance = random.Random(SEED)
-    after = [number for number, each in enumerate(events, 1) if each.kind == "w"]
-    other = [number for number, each in enumerate(events, 1) if each.kind != "w"]
-    return [chance.choice(after if chance.random() < 0.8 else other) for _ in range(CUTS)]
 
 
 class Expected:

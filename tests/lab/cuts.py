@@ -10,7 +10,7 @@ import random
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +56,16 @@ def _events(log: Path) -> Iterator[Event]:
         while len(head := file.read(_HEAD.size)) == _HEAD.size:
             kind, at, size = _HEAD.unpack(head)
             yield Event(chr(kind), at, file.read(size))
+
+
+def choose(kinds: Sequence[str], count: int, chance: random.Random) -> list[int]:
+    """So many numbers of events before a cut, in order; 0: each five times. Most of them are after a write that is not
+    flushed, so that at least half of the cuts lose something. `kinds`: of the events; `w` for a write."""
+    if not count:
+        return sorted([*range(1, len(kinds) + 1)] * 5)
+    after = [number for number, kind in enumerate(kinds, 1) if kind == "w"]
+    other = [number for number, kind in enumerate(kinds, 1) if kind != "w"]
+    return sorted(chance.choice(after if chance.random() < 0.9 else other) for _ in range(count))
 
 
 class Cut(NamedTuple):
