@@ -21,6 +21,7 @@ POWER_CUTS = {
         "tests/test_decrypt_cuts.py::test_power_cuts",
         "tests/test_encrypt_cuts.py::test_power_cuts",
         "tests/test_group_disks_cuts.py",
+        "tests/test_heal_cuts.py",
         "tests/test_leave_cuts.py",
         "tests/test_rekey_cuts.py",
     ),
