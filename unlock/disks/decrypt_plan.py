@@ -13,31 +13,29 @@ A part in clear is a linear segment, for libcryptsetup too; the one digest is th
 
 from ..light import Any
 from ..strictjson import canonical
-from .encrypt_plan import Found, is_backup, need
+from .segments import Found, backup_numbers, need, need_move, need_resilience, regular_numbers, without
 
 FACTS = {"mode": "decrypt", "direction": "forward"}
 """What the token binds besides the segment."""
 
 _PREVIOUS, _FINAL, _HOT = "backup-previous", "backup-final", "in-reencryption"
-_RESILIENCE = ("checksum", "journal")
 
 
 def examine(segments: dict[int, Any], moves: list[Any]) -> Found:
     """Raises DoesNotFit; KeyError and others for what is no metadata. `moves`: keyslots of another type than `luks2`.
     The caller checks which digest covers what."""
-    need(len(moves) == 1 and _is_ours(moves[0]), "mode")
-    backups = {str(each["flags"][0]): number for number, each in segments.items() if is_backup(each)}
-    need(sorted(backups) == [_FINAL, _PREVIOUS], "backups")
-    before, after = segments[backups[_PREVIOUS]], segments[backups[_FINAL]]
-    need(before["flags"] == [_PREVIOUS] and before["size"] == "dynamic" and int(before["iv_tweak"]) == 0, "its start")
-    segment = _without_flags(before)
+    need_resilience(need_move(moves, "decrypt", "forward"))
+    previous, last = backup_numbers(segments, _PREVIOUS, _FINAL)
+    before, after = segments[previous], segments[last]
+    need(before["size"] == "dynamic" and int(before["iv_tweak"]) == 0, "its start")
+    segment = without(before, "flags")
     final = {"type": "linear", "offset": segment["offset"], "size": "dynamic", "flags": [_FINAL]}
     need(canonical(after) == canonical(final), "its end")
-    regular = sorted(segments.keys() - set(backups.values()))
-    need(regular == list(range(len(regular))) and 1 <= len(regular) <= 3, "number of segments")
+    regular = regular_numbers(segments)
+    need(len(regular) <= 3, "number of segments")
     encrypted, hot = _walk([segments[number] for number in regular], segment)
     whole = not hot and not encrypted
-    return Found(segment, [*encrypted, backups[_PREVIOUS]], is_crashed=hot, is_whole=whole)
+    return Found(segment, [*encrypted, previous], is_crashed=hot, is_whole=whole)
 
 
 def _walk(regular: list[Any], segment: Any) -> tuple[list[int], bool]:
@@ -53,7 +51,7 @@ def _walk(regular: list[Any], segment: Any) -> tuple[list[int], bool]:
             flags = each.get("flags", [])
             need(flags in ([], [_HOT]) and not hot and (number == 0 or bool(flags)), "a part in clear")
             like = {"type": "linear", "offset": str(at), "size": each["size"]}
-            need(canonical(_without_flags(each)) == canonical(like), "a part in clear")
+            need(canonical(without(each, "flags")) == canonical(like), "a part in clear")
             need((each["size"] == "dynamic") == (last and not flags), "the size of a part in clear")
             hot = bool(flags)
         else:
@@ -65,18 +63,3 @@ def _walk(regular: list[Any], segment: Any) -> tuple[list[int], bool]:
         need(size > 0 or each["size"] == "dynamic", "a segment's size")
         at += size
     return encrypted, hot
-
-
-def _is_ours(keyslot: Any) -> bool:
-    area = keyslot["area"]
-    return bool(
-        keyslot["type"] == "reencrypt"
-        and keyslot["mode"] == "decrypt"
-        and keyslot["direction"] == "forward"
-        and area["type"] in _RESILIENCE
-        and "shift_size" not in area
-    )
-
-
-def _without_flags(segment: Any) -> dict[str, Any]:
-    return {name: value for name, value in segment.items() if name != "flags"}

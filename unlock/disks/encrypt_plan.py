@@ -13,8 +13,9 @@ another plan may have any. The boundary alone cannot be bound, as with every re-
 written in clear, until the end of this one; the disk is told to be in clear as long.
 """
 
-from ..light import Any, NamedTuple
+from ..light import Any
 from ..strictjson import canonical
+from .segments import Found, backup_numbers, is_backup, need, need_move, regular_numbers, without
 
 SHIFT = 16 << 20
 """Bytes of the header and its keyslots, and of a step."""
@@ -26,41 +27,22 @@ FACTS = {"mode": "encrypt", "direction": "backward", "shift": SHIFT}
 _MOVED, _PREVIOUS, _FINAL = "backup-moved-segment", "backup-previous", "backup-final"
 
 
-class DoesNotFit(Exception):
-    """A header that no run of this plan leaves."""
-
-
-class Found(NamedTuple):
-    """A header that fits."""
-
-    segment: Any
-    """The one of which all others are parts."""
-    encrypted: list[int]
-    """Numbers of the segments that the volume key covers."""
-    is_crashed: bool
-    """It has a hotzone."""
-    is_whole: bool
-    """All data is encrypted."""
-
-
 def examine(segments: dict[int, Any], moves: list[Any], clear: int) -> Found:
     """Raises DoesNotFit; KeyError and others for what is no metadata. `moves`: keyslots of another type than `luks2`.
     The caller checks which digest covers what."""
-    need(clear > SHIFT and len(moves) == 1 and _is_ours(moves[0]), "mode")
-    backups = {str(each["flags"][0]): number for number, each in segments.items() if is_backup(each)}
-    need(sorted(backups) == sorted((_MOVED, _PREVIOUS, _FINAL)), "backups")
-    _need_linear(segments[backups[_MOVED]], [_MOVED], clear + SHIFT, SHIFT)
-    _need_linear(segments[backups[_PREVIOUS]], [_PREVIOUS], 0, clear)
-    segment = {name: value for name, value in segments[backups[_FINAL]].items() if name != "flags"}
-    need(segments[backups[_FINAL]]["flags"] == [_FINAL], "backups")
+    area = need_move(moves, "encrypt", "backward")
+    need(clear > SHIFT and area["type"] == "datashift" and area["shift_size"] == str(SHIFT), "mode")
+    first, before, after = backup_numbers(segments, _MOVED, _PREVIOUS, _FINAL)
+    _need_linear(segments[first], [_MOVED], clear + SHIFT, SHIFT)
+    _need_linear(segments[before], [_PREVIOUS], 0, clear)
+    segment = without(segments[after], "flags")
     need((int(segment["offset"]), segment["size"], int(segment["iv_tweak"])) == (SHIFT, "dynamic", 0), "its end")
-    regular = sorted(segments.keys() - set(backups.values()))
-    need(regular == list(range(len(regular))) and bool(regular), "number of segments")
+    regular = regular_numbers(segments)
     if canonical(segments[0]) == canonical(segment):
         need(len(regular) == 1, "segments after the whole")
-        return Found(segment, [0, backups[_FINAL]], is_crashed=False, is_whole=True)
+        return Found(segment, [0, after], is_crashed=False, is_whole=True)
     encrypted, hot = _walk([segments[number] for number in regular], segment, clear)
-    return Found(segment, [*encrypted, backups[_FINAL]], is_crashed=hot, is_whole=False)
+    return Found(segment, [*encrypted, after], is_crashed=hot, is_whole=False)
 
 
 def _walk(regular: list[Any], segment: Any, clear: int) -> tuple[list[int], bool]:
@@ -80,9 +62,8 @@ def _walk(regular: list[Any], segment: Any, clear: int) -> tuple[list[int], bool
             need(flags in ([], ["in-reencryption"]) and not (flags and encrypted), "a hotzone")
             need(not (flags and size > SHIFT), "a hotzone's size")
             hot = hot or bool(flags)
-            like = {name: value for name, value in each.items() if name != "flags"}
             place = {"offset": str(SHIFT + at), "size": each["size"], "iv_tweak": str(at // 512)}
-            need(canonical(like) == canonical({**segment, **place}), "an encrypted segment")
+            need(canonical(without(each, "flags")) == canonical({**segment, **place}), "an encrypted segment")
             encrypted.append(number)
         at += size
     need(at == clear and len(encrypted) <= 1 + hot, "the size of the data")
@@ -90,37 +71,15 @@ def _walk(regular: list[Any], segment: Any, clear: int) -> tuple[list[int], bool
     return encrypted, hot
 
 
-def _is_ours(keyslot: Any) -> bool:
-    area = keyslot["area"]
-    return bool(
-        keyslot["type"] == "reencrypt"
-        and keyslot["mode"] == "encrypt"
-        and keyslot["direction"] == "backward"
-        and area["type"] == "datashift"
-        and area["shift_size"] == str(SHIFT)
-    )
-
-
-def is_backup(segment: Any) -> bool:
-    return any(flag.startswith("backup-") for flag in segment.get("flags", []))
-
-
 def _need_linear(segment: Any, flags: list[str] | None, offset: int, size: int) -> None:
     wanted: dict[str, Any] = {"type": "linear", "offset": str(offset), "size": str(size)}
     need(canonical(segment) == canonical({**wanted, "flags": flags} if flags else wanted), "a part in clear")
 
 
-def need(condition: bool, what: str) -> None:
-    """Raises DoesNotFit with `what` unless the condition holds."""
-    if not condition:
-        raise DoesNotFit(what)
-
-
 def all_encrypted(segments: dict[int, Any]) -> list[Any]:
     """The segments when the last hotzone of a header that fits has been recovered."""
-    flagged = {str(each["flags"][0]): each for each in segments.values() if is_backup(each)}
-    last = {name: value for name, value in flagged[_FINAL].items() if name != "flags"}
-    return [last, flagged[_PREVIOUS], flagged[_FINAL], flagged[_MOVED]]
+    first, before, after = backup_numbers(segments, _MOVED, _PREVIOUS, _FINAL)
+    return [without(segments[after], "flags"), segments[before], segments[after], segments[first]]
 
 
 def bytes_done(segments: dict[int, Any], clear: int) -> int:

@@ -26,16 +26,25 @@ from hashlib import sha256
 from ..errors import Malformed, Tampered
 from ..light import Any, NamedTuple
 from ..strictjson import canonical
-from . import decrypt_plan, encrypt_plan
-from .encrypt_plan import DoesNotFit, need
 from .header import Header
+from .segments import (
+    DoesNotFit,
+    Found,
+    backup_numbers,
+    is_backup,
+    need,
+    need_move,
+    need_resilience,
+    regular_numbers,
+    without,
+)
 
 REQUIREMENT = "online-reencrypt-v2"
 OLD, MOVING, CRASH, WHOLE, NEW = "old", "moving", "crash", "whole", "new"
 
 _MOVED = ("offset", "size", "iv_tweak", "flags")
 """Fields of a segment that change while the data moves."""
-_RESILIENCE = ("checksum", "journal")
+_BEFORE, _AFTER = "backup-previous", "backup-final"
 
 NO_DIGEST = -1
 """Of data in clear."""
@@ -100,6 +109,8 @@ def plan_facts(header: Header, plan: Plan) -> dict[str, Any]:
 
 
 def _mode(plan: Plan) -> dict[str, Any]:
+    from . import decrypt_plan, encrypt_plan  # only where a disk is re-encrypted
+
     if plan.decrypts:
         return decrypt_plan.FACTS
     return encrypt_plan.FACTS if plan.clear else {"mode": "reencrypt", "direction": "forward"}
@@ -131,6 +142,8 @@ def _examine(metadata: dict[str, Any], plan: Plan, device: str) -> tuple[str, An
 
 
 def _phase_and_segment(metadata: dict[str, Any], plan: Plan) -> tuple[str, Any]:
+    from . import decrypt_plan, encrypt_plan
+
     segments = {int(number): fields for number, fields in metadata["segments"].items()}
     covers = {int(number): set(fields["segments"]) for number, fields in metadata["digests"].items()}
     moves = [fields for fields in metadata["keyslots"].values() if fields["type"] not in ("luks2",)]
@@ -143,28 +156,17 @@ def _phase_and_segment(metadata: dict[str, Any], plan: Plan) -> tuple[str, Any]:
         return _at_rest(segments, covers, moves, plan)
     need(canonical(requirements) == canonical({"mandatory": [REQUIREMENT]}), "requirements")
     if plan.clear:
-        return _encrypted_in_place(segments, covers, moves, plan)
+        return _in_place(encrypt_plan.examine(segments, moves, plan.clear), covers.get(plan.new))
     if plan.decrypts:
-        return _decrypted_in_place(segments, covers, moves, plan)
-    need(len(moves) == 1 and _is_ours(moves[0]), "mode")
+        return _in_place(decrypt_plan.examine(segments, moves), covers.get(plan.old))
+    need_resilience(need_move(moves, "reencrypt", "forward"))
     return _under_way(segments, covers, plan)
 
 
-def _encrypted_in_place(
-    segments: dict[int, Any], covers: dict[int, set[str]], moves: list[Any], plan: Plan
-) -> tuple[str, Any]:
-    found = encrypt_plan.examine(segments, moves, plan.clear)
+def _in_place(found: Found, covered: set[str] | None) -> tuple[str, Any]:
+    """`covered`: segments of the one volume key."""
     _need_crypt(found.segment)
-    need(covers.get(plan.new) == set(map(str, found.encrypted)), "a digest's segments")
-    return CRASH if found.is_crashed else WHOLE if found.is_whole else MOVING, found.segment
-
-
-def _decrypted_in_place(
-    segments: dict[int, Any], covers: dict[int, set[str]], moves: list[Any], plan: Plan
-) -> tuple[str, Any]:
-    found = decrypt_plan.examine(segments, moves)
-    _need_crypt(found.segment)
-    need(covers.get(plan.old) == set(map(str, found.encrypted)), "a digest's segments")
+    need(covered == set(map(str, found.encrypted)), "a digest's segments")
     return CRASH if found.is_crashed else WHOLE if found.is_whole else MOVING, found.segment
 
 
@@ -179,37 +181,20 @@ def _at_rest(segments: dict[int, Any], covers: dict[int, set[str]], moves: list[
     raise DoesNotFit("the digest of the data")
 
 
-def _is_ours(keyslot: Any) -> bool:
-    area = keyslot["area"]
-    return bool(
-        keyslot["type"] == "reencrypt"
-        and keyslot["mode"] == "reencrypt"
-        and keyslot["direction"] == "forward"
-        and area["type"] in _RESILIENCE
-        and "shift_size" not in area
-    )
-
-
 def _under_way(segments: dict[int, Any], covers: dict[int, set[str]], plan: Plan) -> tuple[str, Any]:
     """Segments in order of the data: all new, at most one of both, all old; then a backup of each kind."""
-    backups = {number: each for number, each in segments.items() if is_backup(each)}
-    need(
-        sorted(str(each["flags"]) for each in backups.values()) == ["['backup-final']", "['backup-previous']"],
-        "backups",
-    )
-    before = backup_number(segments, "backup-previous")
-    after = backup_number(segments, "backup-final")
-    segment = _without(segments[before], ("flags",))
-    need(canonical(segment) == canonical(_without(segments[after], ("flags",))), "another cipher")
+    before, after = backup_numbers(segments, _BEFORE, _AFTER)
+    segment = without(segments[before], "flags")
+    need(canonical(segment) == canonical(without(segments[after], "flags")), "another cipher")
     _need_crypt(segment)
-    regular = sorted(segments.keys() - backups.keys())
-    need(regular == list(range(len(regular))) and 1 <= len(regular) <= 3, "number of segments")
+    regular = regular_numbers(segments)
+    need(len(regular) <= 3, "number of segments")
     expected = {plan.old: {str(before)}, plan.new: {str(after)}}
     at = start = int(segment["offset"])
     part = NEW
     for number in regular:
         each = segments[number]
-        need(canonical(_without(each, _MOVED)) == canonical(_without(segment, _MOVED)), "a segment's cipher")
+        need(canonical(without(each, *_MOVED)) == canonical(without(segment, *_MOVED)), "a segment's cipher")
         need(int(each["offset"]) == at, "a segment's place")
         need(int(each["iv_tweak"]) == int(segment["iv_tweak"]) + (at - start) // 512, "a segment's IV")
         keys = {digest for digest, covered in covers.items() if str(number) in covered}
@@ -242,19 +227,6 @@ def _need_crypt(segment: Any) -> None:
     need(segment["type"] == "crypt" and "null" not in segment["encryption"], "data that is not encrypted")
 
 
-def is_backup(segment: Any) -> bool:
-    """Whether a segment is one of the two that say how the data was and will be."""
-    return any(flag.startswith("backup-") for flag in segment.get("flags", []))
-
-
-def backup_number(segments: dict[int, Any], flag: str) -> int:
-    return next(number for number, each in segments.items() if each.get("flags") == [flag])
-
-
-def _without(fields: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name not in names}
-
-
 def parts(metadata: dict[str, Any], plan: Plan) -> list[tuple[int, Any]]:
     """The segments of the data in order, each with the digest of its volume key; of a hotzone, the new one."""
     segments = {int(number): each for number, each in metadata["segments"].items()}
@@ -272,7 +244,7 @@ def parts(metadata: dict[str, Any], plan: Plan) -> list[tuple[int, Any]]:
 def without_hotzone(metadata: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """The `moving` header before a `crash` one: its hotzone is old data again."""
     segments = {int(number): each for number, each in metadata["segments"].items()}
-    before, after = backup_number(segments, "backup-previous"), backup_number(segments, "backup-final")
+    before, after = backup_numbers(segments, _BEFORE, _AFTER)
     regular = [segments[number] for number in sorted(segments.keys() - {before, after})]
     hot = next(each for each in regular if "flags" in each)
     moved = regular[: regular.index(hot)]
@@ -280,7 +252,7 @@ def without_hotzone(metadata: dict[str, Any], plan: Plan) -> dict[str, Any]:
     if left != "dynamic":
         left = str(int(left) - sum(int(each["size"]) for each in moved))
     rest = {
-        **_without(segments[before], ("flags",)),
+        **without(segments[before], "flags"),
         "offset": hot["offset"],
         "iv_tweak": str(
             int(segments[before]["iv_tweak"]) + (int(hot["offset"]) - int(segments[before]["offset"])) // 512
@@ -294,11 +266,13 @@ def without_hotzone(metadata: dict[str, Any], plan: Plan) -> dict[str, Any]:
 
 def all_new(metadata: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """The `whole` header after a `crash` one whose hotzone was the last and has been recovered."""
+    from . import encrypt_plan
+
     segments = {int(number): each for number, each in metadata["segments"].items()}
     if plan.clear:
         return _with_segments(metadata, encrypt_plan.all_encrypted(segments), {plan.new: [0, 2]})
-    before, after = backup_number(segments, "backup-previous"), backup_number(segments, "backup-final")
-    parts = [_without(segments[after], ("flags",)), segments[before], segments[after]]
+    before, after = backup_numbers(segments, _BEFORE, _AFTER)
+    parts = [without(segments[after], "flags"), segments[before], segments[after]]
     return _with_segments(metadata, parts, {plan.old: [1], plan.new: [0, 2]})
 
 
@@ -306,7 +280,7 @@ def finished(metadata: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """The header after a `whole` one: nothing but deletions. The old volume key keeps its keyslots."""
     moves = {number for number, each in metadata["keyslots"].items() if each["type"] == "reencrypt"}
     after = next(each for each in metadata["segments"].values() if each.get("flags") == ["backup-final"])
-    ended = _with_segments(metadata, [_without(after, ("flags",))], {plan.new: [0]})
+    ended = _with_segments(metadata, [without(after, "flags")], {plan.new: [0]})
     digests = {
         number: {**each, "keyslots": [slot for slot in each["keyslots"] if slot not in moves]}
         for number, each in ended["digests"].items()
