@@ -75,10 +75,9 @@ def test_a_degraded_open_writes_to_no_header(trio: Host, which: str) -> None:
     assert [each.read_bytes() for each in here] == before
 
 
-@pytest.mark.parametrize("kind", ["btrfs", "linux_raid_member"])
-@pytest.mark.parametrize("which", RUINED)
+@pytest.mark.parametrize(("which", "kind"), [*((each, "btrfs") for each in RUINED), ("none", "linux_raid_member")])
 def test_heal_writes_to_no_header_but_a_ruined_copy(
-    trio: Host, record_property: Show, monkeypatch: pytest.MonkeyPatch, kind: str, which: str
+    trio: Host, record_property: Show, monkeypatch: pytest.MonkeyPatch, which: str, kind: str
 ) -> None:
     """After a cut in that, the disk opens by its token and by the recovery key, and the same command goes on."""
     monkeypatch.setattr(heal_group, "_find_mount_point", lambda group: str(trio.folder))

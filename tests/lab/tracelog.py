@@ -71,8 +71,8 @@ class Cut(NamedTuple):
 
 
 def cuts(start: dict[Path, bytes], log: list[Event], dice: random.Random, count: int = 0) -> Iterator[Cut]:
-    """After each write: with all that was not flushed, with nothing of it, and twice with a part; or `count` of those
-    at random. At the end: what the files hold when all is flushed."""
+    """After each write: with all that was not flushed, with nothing of it, and twice with a part that is never all;
+    or `count` of those at random. At the end: what the files hold when all is flushed."""
     shares = (1.0, 0.0, 0.5, 0.5)
     writes = [number for number, each in enumerate(log) if not each.write.flush]
     chosen = Counter(dice.choice(writes) for _ in range(count))
@@ -86,16 +86,15 @@ def cuts(start: dict[Path, bytes], log: list[Event], dice: random.Random, count:
             continue
         pending[file].append(write)
         for share in [dice.choice(shares) for _ in range(chosen[number])] if count else shares:
-            contents, lost = {}, 0
-            for name, content in durable.items():
-                now = bytearray(content)
-                for each in pending[name]:
-                    if dice.random() < share:
-                        _apply(now, each)
-                    else:
-                        lost += 1
-                contents[name] = bytes(now)
-            yield Cut(contents, lost)
+            unflushed = [(name, each) for name in durable for each in pending[name]]
+            lost = {at for at in range(len(unflushed)) if dice.random() >= share}
+            if share < 1 and not lost:
+                lost = {dice.randrange(len(unflushed))}
+            now = {name: bytearray(content) for name, content in durable.items()}
+            for at, (name, each) in enumerate(unflushed):
+                if at not in lost:
+                    _apply(now[name], each)
+            yield Cut({name: bytes(content) for name, content in now.items()}, len(lost))
     assert not any(pending.values()), "what is written last is flushed"
     yield Cut({file: bytes(content) for file, content in durable.items()}, 0)
 

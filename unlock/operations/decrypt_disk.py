@@ -32,7 +32,6 @@ from ..disks import (
     raw_header,
     reencrypt,
     reencrypt_plan,
-    token,
 )
 from ..disks.groups import Group, Member
 from ..disks.reencrypt import Tell
@@ -46,14 +45,13 @@ from ..keys import access
 from ..keys.access import Work
 from ..paths import TPM_DEVICE, Paths
 from ..predict.boot_tree import BootTree
-from ..protect import hold_in_memory
 from ..run import run
 from ..secret import Secret
 from . import consent as agreement
-from . import leaving, membership, new_persistence_key, relink_mapping
+from . import leaving, membership, moving, new_persistence_key, relink_mapping
 from .consent import Consent
 from .consent import Plan as Steps
-from .rekey_deep import find_plan_token, require_initramfs
+from .moving import Begun
 
 _LOCK = "decrypt.lock", "another process decrypts the disk already"
 """One process at a time moves data: its lock, and what another one is told."""
@@ -133,9 +131,7 @@ def resume(
             if not entry.placed:
                 begun = _begin_or_settle(work, entry)
         if begun is not None:
-            with begun.operation, reencrypt.Disk(begun.node) as half:
-                hold_in_memory()
-                half.run(begun.mapping, begun.operation, tell)
+            begun.move(tell)
         with exclusive(paths), Work(paths, look, connect) as work:
             if begun is not None and reencrypt.settle(begun.node, begun.plan, None) != WHOLE:
                 return _outcome(entry, "stopped")
@@ -185,13 +181,13 @@ def cancel(paths: Paths, look: find.Look = find.look, connect: access.Connect = 
         entry = work.state.journal
         if not isinstance(entry, DiskDecryption):
             return []
-        if entry.placed or _phase(work, _node(work, entry)) not in ("", OLD):
+        if entry.placed or moving.read_phase(work, moving.require_node(work, entry.member)) not in ("", OLD):
             raise Refused(
                 f"{entry.about} is half decrypted, and can only go forward",
                 "unlock operation resume; where the disk is lost for good: unlock operation cancel --lost",
                 code="cannot-cancel",
             )
-        _take_back(work, entry, _node(work, entry))
+        moving.remove_preparation(work, moving.require_node(work, entry.member), entry.keyslots)
         work.state.journal = None
         work.state.narrowed = f"{entry.about} was to be decrypted, and is not"
         work.state.save()
@@ -260,7 +256,7 @@ def _check(work: Work, group: Group, member: Member, node: str) -> DiskDecryptio
             f"edit it: UUID=... of the file system in place of {mapping}, see blkid",
             code="fstab",
         )
-    require_initramfs(BootTree(work.paths))
+    moving.require_initramfs(BootTree(work.paths))
     reencrypt.unlock_after_kill(node)
     with luks.Container(node) as container:
         access.find_volume_key(work, container, group).wipe()  # authenticates the header
@@ -281,7 +277,7 @@ def _check(work: Work, group: Group, member: Member, node: str) -> DiskDecryptio
     place = partition_table.find_place(node, offset, group.name)
     partition_table.refuse_keyslots_in_scratch(place, areas, node, group.name)
     reencrypt.choose_resilience(node, 512)
-    _refuse_left_mapping(devices.active_mapping_name(member.uuid))
+    relink_mapping.refuse_left(devices.active_mapping_name(member.uuid), "decrypted")
     return DiskDecryption(
         "disk decrypt",
         member.name,
@@ -292,17 +288,6 @@ def _check(work: Work, group: Group, member: Member, node: str) -> DiskDecryptio
         place=place,
         placed=False,
     )
-
-
-def _refuse_left_mapping(name: str) -> None:
-    """Raises Refused where a process that was killed has left a mapping amid a step: what waits at it is in clear, and
-    the data there may not be."""
-    if name and relink_mapping.is_left(name):
-        raise Refused(
-            f"{name}: the process that decrypted it was killed, and its mapping stands in the middle of a step",
-            "reboot: it opens by itself, and goes on then",
-            code="killed-run",
-        )
 
 
 def _needed_mounts(name: str) -> str:
@@ -333,30 +318,22 @@ def _describe(entry: DiskDecryption, node: str) -> Steps:
 # On the way
 
 
-class _Begun(NamedTuple):
-    node: str
-    plan: Plan
-    operation: Secret
-    mapping: str
-    """'' for a disk that is closed."""
-
-
-def _begin_or_settle(work: Work, entry: DiskDecryption) -> _Begun | None:
+def _begin_or_settle(work: Work, entry: DiskDecryption) -> Begun | None:
     """Brings the header to where the data can be decrypted. None when all of it is. Raises DiskFailed, Tampered,
     CommandFailed, Refused when the disk is not here or a killed run has left its mapping."""
-    node = _node(work, entry)
+    node = moving.require_node(work, entry.member)
     mapping = devices.active_mapping_name(entry.member.uuid)
-    _refuse_left_mapping(mapping)
+    relink_mapping.refuse_left(mapping, "decrypted")
     reencrypt.unlock_after_kill(node)
     with luks.Container(node) as container:
         if _was_ended_by_cryptsetup(container, entry):
             return None
-        prepared = find_plan_token(work, container) is not None
+        prepared = moving.find_plan_token(work, container) is not None
     if not prepared:
-        _take_back(work, entry, node)
+        moving.remove_preparation(work, node, entry.keyslots)
         _prepare(work, entry, node)
     with luks.Container(node) as container:
-        each = find_plan_token(work, container)
+        each = moving.find_plan_token(work, container)
         if not each or not each.reencryption:
             raise DiskFailed(f"{node}: the token that was written does not read back")
         plan = each.reencryption.plan
@@ -373,18 +350,7 @@ def _begin_or_settle(work: Work, entry: DiskDecryption) -> _Begun | None:
         elif phase == WHOLE:
             keys.operation.wipe()
             return None
-    return _Begun(node, plan, keys.operation, mapping)
-
-
-def _take_back(work: Work, entry: DiskDecryption, node: str) -> None:
-    """Removes what was prepared from a disk of which nothing is decrypted."""
-    with luks.Container(node) as container:
-        for number, fields in container.tokens(token.TYPE):
-            if fields.get("host") == work.state.host and fields.get("reencrypt"):
-                container.remove_token(number)
-        for slot in container.keyslots():
-            if slot not in entry.keyslots:
-                container.remove_keyslot(slot)
+    return Begun(node, plan, keys.operation, mapping)
 
 
 def _prepare(work: Work, entry: DiskDecryption, node: str) -> None:
@@ -413,20 +379,6 @@ def _prepare(work: Work, entry: DiskDecryption, node: str) -> None:
                 each = disk_keys.make_token(container, state.host, group, entry.member, dek, keys)
                 each = disk_keys.make_reencryption_token(container, each, plan, deks, keys)
             disk_keys.write_token(node, each, dek, keys)
-
-
-def _phase(work: Work, node: str) -> str:
-    """'' where the disk has no token with a plan. Raises Tampered."""
-    with luks.Container(node) as container:
-        each = find_plan_token(work, container)
-        return reencrypt_plan.phase(container, each.reencryption.plan) if each and each.reencryption else ""
-
-
-def _node(work: Work, entry: DiskDecryption) -> str:
-    node = find.find_node(work.look(), entry.member)
-    if not node:
-        raise Refused(f"{entry.about} is not here", "plug it in; then: unlock operation resume", code="missing")
-    return node
 
 
 def _was_ended_by_cryptsetup(container: luks.Container, entry: DiskDecryption) -> bool:
@@ -468,10 +420,10 @@ def _close(work: Work, entry: DiskDecryption) -> str:
 
 def _place(work: Work, entry: DiskDecryption) -> DiskDecryption:
     """The partition, then the journal. Raises Tampered, DiskFailed; then the disk opens as before."""
-    node = _node(work, entry)
+    node = moving.require_node(work, entry.member)
     with luks.Container(node) as container:
         in_clear = _was_ended_by_cryptsetup(container, entry)
-    if not in_clear and _phase(work, node) != WHOLE:
+    if not in_clear and moving.read_phase(work, node) != WHOLE:
         raise DiskFailed(f"{node} is not decrypted to its end", "unlock operation resume")
     place = partition_table.find_place(node, entry.place.offset, entry.group)
     if place.table == "none":

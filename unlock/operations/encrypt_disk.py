@@ -54,14 +54,13 @@ from ..keys.access import Work
 from ..keys.escrow import Escrow
 from ..paths import TPM_DEVICE, Paths, sync_folder
 from ..predict.boot_tree import BootTree
-from ..protect import hold_in_memory
 from ..secret import Secret
 from ..strictjson import canonical
 from . import consent as agreement
-from . import membership, new_persistence_key
+from . import membership, moving, new_persistence_key, relink_mapping
 from .consent import Consent
 from .consent import Plan as Steps
-from .rekey_deep import require_initramfs
+from .moving import Begun
 from .throttled import Throttled
 
 SMALLEST = 2 * RESERVED
@@ -160,9 +159,7 @@ def resume(
             if begun and is_new:
                 begun = _open(work, entry, begun)
         if begun is not None:
-            with begun.operation, reencrypt.Disk(begun.node) as half:
-                hold_in_memory()
-                half.run(begun.mapping, begun.operation, Throttled(tell, entry.rate).tell)
+            begun.move(Throttled(tell, entry.rate).tell)
         with exclusive(paths), Work(paths, look, connect) as work:
             if begun is not None and reencrypt.settle(begun.node, begun.plan, None) != NEW:
                 return Outcome(entry.group, entry.member.name, "stopped")
@@ -289,7 +286,7 @@ def _check(work: Work, choices: Choices) -> _Disk:
             code="fstab",
         )
     _check_var(work.paths)
-    require_initramfs(BootTree(work.paths))
+    moving.require_initramfs(BootTree(work.paths))
     name = membership.choose_mapping_name(state, "", None, group, choices.name)
     return _Disk(node, size, udev.find_disk(node).serial, name, found)
 
@@ -584,25 +581,12 @@ def _size(node: str) -> int:
 # While data moves, and the end
 
 
-class _Begun(NamedTuple):
-    node: str
-    plan: Plan
-    operation: Secret
-    mapping: str
-    """'' for a disk that is closed."""
-
-
-def _settle(work: Work, entry: DiskEncryption) -> _Begun | None:
+def _settle(work: Work, entry: DiskEncryption) -> Begun | None:
     """Brings the header to where the data can move. None when all is encrypted. Raises DiskFailed, Tampered, Refused
     when the disk is not here or a killed run has left its mapping."""
-    node = _node(work, entry)
+    node = moving.require_node(work, entry.member)
     mapping = devices.active_mapping_name(entry.member.uuid)
-    if mapping and luks.is_active(f"{mapping}-overlay"):
-        raise Refused(
-            f"{mapping}: the process that encrypted it was killed, and its mapping stands in the middle of a step",
-            "reboot: it opens by itself, and goes on then",
-            code="killed-run",
-        )
+    relink_mapping.refuse_left(mapping, "encrypted")
     with luks.Container(node) as container:
         if not any(each.reencryption for each in disk_keys.read_tokens(container, work.state.host)):
             return None
@@ -611,10 +595,10 @@ def _settle(work: Work, entry: DiskEncryption) -> _Begun | None:
     if reencrypt.settle(node, plan, operation) == NEW:
         operation.wipe()
         return None
-    return _Begun(node, plan, operation, mapping)
+    return Begun(node, plan, operation, mapping)
 
 
-def _open(work: Work, entry: DiskEncryption, begun: _Begun) -> _Begun:
+def _open(work: Work, entry: DiskEncryption, begun: Begun) -> Begun:
     """Opens the disk, so that it can be mounted while its data moves. Where it cannot be opened, the data moves all the
     same, and nothing opens it meanwhile."""
     name = entry.member.name
@@ -630,17 +614,10 @@ def _open(work: Work, entry: DiskEncryption, begun: _Begun) -> _Begun:
     return begun._replace(mapping=name)
 
 
-def _node(work: Work, entry: DiskEncryption) -> str:
-    node = find.find_node(work.look(), entry.member)
-    if not node:
-        raise Refused(f"{entry.member.name} is not here", "plug it in; then: unlock operation resume", code="missing")
-    return node
-
-
 def _clean(work: Work, entry: DiskEncryption) -> None:
     """The token for the finished header; then the operation key goes, then the other token; then the journal is closed.
     May be killed and run again anywhere. Raises DiskFailed, Tampered."""
-    state, node = work.state, _node(work, entry)
+    state, node = work.state, moving.require_node(work, entry.member)
     group = state.groups[entry.group]
     kek, _ = access.find_kek(work, group, {entry.member.uuid: node})
     with access.token_keys(work, kek=kek, mac_key=state.mac_key(work.persistence, entry.member.uuid)) as keys:

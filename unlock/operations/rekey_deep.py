@@ -14,7 +14,6 @@ The lock of all commands is held for the steps that change headers, not while da
 journal keeps every other operation away.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -29,15 +28,14 @@ from ..host.lock import alone, exclusive
 from ..keys import access, rotation
 from ..keys.access import Work
 from ..paths import Paths
-from ..predict import initramfs_images
 from ..predict.boot_tree import BootTree
-from ..protect import hold_in_memory
 from ..secret import Secret
 from ..strictjson import canonical
 from . import consent as agreement
-from . import relink_mapping
+from . import moving, relink_mapping
 from .consent import Consent
 from .consent import Plan as Steps
+from .moving import Begun
 from .throttled import Throttled
 
 ALL = "--all"
@@ -187,7 +185,7 @@ def cancel(paths: Paths, look: find.Look = find.look, connect: access.Connect = 
             words = f"{', '.join(away)}: not here, and may be half re-encrypted"
             raise Refused(words, f"plug it in, then the same command; {lost}", code="missing")
         for disk in entry.disks:
-            if (place := _place(work, disk.uuid)) and _phase(work, place) not in ("", OLD):
+            if (place := _place(work, disk.uuid)) and moving.read_phase(work, place.node) not in ("", OLD):
                 raise Refused(
                     f"{place.member.name} is half re-encrypted, and can only go forward",
                     "unlock operation pause; to go on: unlock operation resume",
@@ -258,7 +256,7 @@ def _check(work: Work, places: list[_Place], choices: Choices, recovery: Secret)
     state = work.state
     if not access.is_recovery_key(state, persistence=work.persistence, recovery=recovery):
         raise Refused("this is not the recovery key of this host", "unlock recovery test", code="recovery-key")
-    require_initramfs(BootTree(work.paths))
+    moving.require_initramfs(BootTree(work.paths))
     for place in places:
         reencrypt.unlock_after_kill(place.node)
         with luks.Container(place.node) as container:
@@ -269,26 +267,7 @@ def _check(work: Work, places: list[_Place], choices: Choices, recovery: Secret)
             extra = _operators_keyslots(container, place, choices, recovery)
             adoptable.check_room_for(container, container.volume_key_size, keyslots=3 + len(extra))
         reencrypt.choose_resilience(place.node, 512)
-        name = devices.active_mapping_name(place.member.uuid)
-        if name and relink_mapping.is_left(name):
-            raise Refused(
-                f"{place.member.name}: a process that re-encrypted it was killed, and its mapping stands amid a step",
-                "reboot: it opens by itself",
-                code="killed-run",
-            )
-
-
-def require_initramfs(tree: BootTree) -> None:
-    """Raises Refused, code `old-initramfs`, when an installed image does not read tokens of version 2. One without
-    unlock opens no disk, and does not count. Raises CommandFailed for one that cannot be read."""
-    for image in initramfs_images.list_images(tree):
-        found = initramfs_images.read_contents(tree, image)
-        if found.unlock and found.reads.get("token", 0) < token.VERSION:
-            raise Refused(
-                f"the unlock in {os.path.basename(image)} could not open a half re-encrypted disk",
-                initramfs_images.how_to_rebuild(tree, image),
-                code="old-initramfs",
-            )
+        relink_mapping.refuse_left(devices.active_mapping_name(place.member.uuid), "re-encrypted")
 
 
 def _operators_keyslots(
@@ -441,14 +420,7 @@ def _take_back(work: Work, disks: Sequence[DeepRekeyDisk]) -> list[str]:
         place = _place(work, disk.uuid)
         if not place:
             continue
-        before = set(disk.keyslots)
-        with luks.Container(place.node) as container:
-            for number, fields in container.tokens(token.TYPE):
-                if fields.get("host") == work.state.host and fields.get("reencrypt"):
-                    container.remove_token(number)
-            for slot in container.keyslots():
-                if slot not in before:
-                    container.remove_keyslot(slot)
+        moving.remove_preparation(work, place.node, disk.keyslots)
         names.append(place.member.name)
     _save_without(work, disks)
     return names
@@ -476,9 +448,7 @@ def _do_disk(
             raise Refused(f"{disk.uuid} is not here", "plug it in; then: unlock rekey --deep", code="missing")
         begun = _begin_or_settle(work, place, disk)
     if begun is not None:
-        with begun.operation, reencrypt.Disk(place.node) as half:
-            hold_in_memory()
-            half.run(begun.mapping, begun.operation, progress.tell, progress.hotzone)
+        begun.move(progress.tell, progress.hotzone)
     with exclusive(paths), Work(paths, look, connect) as work:
         place = _place(work, disk.uuid) or place
         if begun is not None and reencrypt.settle(place.node, begun.plan, None) != NEW:
@@ -487,20 +457,13 @@ def _do_disk(
     return Outcome(place.group.name, place.member.name, "done")
 
 
-class _Begun(NamedTuple):
-    plan: Plan
-    operation: Secret
-    mapping: str
-    """'' for a disk that is closed."""
-
-
-def _begin_or_settle(work: Work, place: _Place, disk: DeepRekeyDisk) -> _Begun | None:
+def _begin_or_settle(work: Work, place: _Place, disk: DeepRekeyDisk) -> Begun | None:
     """Brings the header, and the mapping that a killed run has left, to where the data can move. None when there is
     nothing to move. Raises DiskFailed, Tampered, CommandFailed."""
     mapping = devices.active_mapping_name(place.member.uuid)
     reencrypt.unlock_after_kill(place.node)
     with luks.Container(place.node) as container:
-        each = find_plan_token(work, container)
+        each = moving.find_plan_token(work, container)
         if each is None:
             _require_done(work, place, container, disk)
             return None
@@ -519,7 +482,7 @@ def _begin_or_settle(work: Work, place: _Place, disk: DeepRekeyDisk) -> _Begun |
         elif phase == NEW:
             keys.operation.wipe()
             return None
-    return _Begun(plan, keys.operation, mapping)
+    return Begun(place.node, plan, keys.operation, mapping)
 
 
 def _require_done(work: Work, place: _Place, container: luks.Container, disk: DeepRekeyDisk) -> None:
@@ -543,7 +506,7 @@ def _clean(work: Work, place: _Place, disk: DeepRekeyDisk) -> None:
     mac_key = work.state.mac_key(work.persistence, place.member.uuid)
     with _kek(work, place) as kek, access.token_keys(work, kek=kek, mac_key=mac_key) as keys:
         with luks.Container(place.node) as container:
-            before = find_plan_token(work, container)
+            before = moving.find_plan_token(work, container)
             dek = access.find_volume_key(work, container, place.group)
             each = disk_keys.make_token(container, work.state.host, place.group, place.member, dek, keys)
             work.state.headers[place.member.uuid] = canonical(container.facts()).decode()
@@ -588,30 +551,11 @@ def _name_of(paths: Paths, look: find.Look, connect: access.Connect, uuid: str) 
     return "", uuid
 
 
-def find_plan_token(work: Work, container: luks.Container) -> token.Token | None:
-    """The authentic token with the plan of a re-encryption. None where there is none. Raises Tampered when there is one
-    that is not authentic and no other that is."""
-    found = [each for each in disk_keys.read_tokens(container, work.state.host) if each.reencryption]
-    for each in found:
-        if disk_keys.is_authentic(container, each, work.persistence):
-            return each
-    if found:
-        disk_keys.unwrap_volume_key(container, found[0], work.persistence).wipe()
-    return None
-
-
 def _plan_token(work: Work, container: luks.Container) -> token.Token:
     """The same where there must be one. Raises DiskFailed."""
-    if each := find_plan_token(work, container):
+    if each := moving.find_plan_token(work, container):
         return each
     raise DiskFailed(f"{container.device}: the token that was written does not read back")
-
-
-def _phase(work: Work, place: _Place) -> str:
-    """'' where the disk has no token with a plan."""
-    with luks.Container(place.node) as container:
-        each = find_plan_token(work, container)
-        return reencrypt_plan.phase(container, each.reencryption.plan) if each and each.reencryption else ""
 
 
 def _sizes(work: Work, entry: DeepRekey) -> dict[str, int]:

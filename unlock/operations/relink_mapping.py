@@ -19,7 +19,7 @@ from typing import Any
 
 from ..disks import disk_keys, luks, raw_header, reencrypt, reencrypt_plan
 from ..disks.reencrypt_plan import CRASH, Plan
-from ..errors import DiskFailed
+from ..errors import DiskFailed, Refused
 from ..host.keyring import Lent
 from ..protect import hold_in_memory
 from ..run import run
@@ -32,6 +32,18 @@ _TIMEOUT = 60.0
 def is_left(name: str) -> bool:
     """Whether a killed process has left something beside the mapping."""
     return luks.is_active(f"{name}-overlay") or luks.is_active(_hotzone(name))
+
+
+def refuse_left(name: str, verb: str) -> None:
+    """Raises Refused where a killed process has left something beside the mapping, amid a step that nothing finishes in
+    use: what waits at it is as the data will be, and the data there may not be yet. `name`: '' for a disk that is
+    closed. `verb`: what the process did."""
+    if name and is_left(name):
+        raise Refused(
+            f"{name}: the process that {verb} it was killed, and its mapping stands in the middle of a step",
+            "reboot: it opens by itself, and what was begun goes on",
+            code="killed-run",
+        )
 
 
 def relink(device: str, name: str, plan: Plan, keys: disk_keys.ReencryptionKeys) -> None:
