@@ -94,8 +94,10 @@ def cuts(start: bytes, log: list[writes.Write], count: int, dice: random.Random)
             pending.append(each)
         while chosen and chosen[0] == at:
             chosen.pop(0)
-            share = dice.choice((0.0, 0.0, 0.1, 0.5, 0.9, 1.0))
+            share = dice.choice((0.0, 0.1, 0.5, 0.9, 1.0))
             kept = [write for write in pending if dice.random() < share]
+            if kept and share < 1 and len(kept) == len(pending):  # a part is never all
+                kept.pop(dice.randrange(len(kept)))
             content = bytearray(durable)
             for write in kept:
                 writes.apply(content, write)
