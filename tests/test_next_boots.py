@@ -7,6 +7,7 @@ Kernels and initramfs files are too large to be kept: small ones take their plac
 import datetime
 import gzip
 import json
+import re
 import struct
 import subprocess
 from argparse import Namespace
@@ -139,6 +140,19 @@ def test_a_unified_kernel_image_was_predicted_as_the_next_boot_measured_it(now: 
     own = set(LOGGED) - {9}
     assert {pcr: found[pcr] for pcr in own} == {pcr: made[pcr] for pcr in own}
     assert found[11] != real(now).pcrs[11] and found[4] != real(now).pcrs[4]
+
+
+def test_update_grub_hints_at_another_disk_letter() -> None:
+    """Which the kernel gave the same disk in this boot; the file system is found by its UUID."""
+    changed = re.sub(r"--hint-([a-z]+)=(hd|ahci)\d", r"--hint-\1=\g<2>7", text("grub-1"))
+    assert changed != text("grub-1")
+    found, _ = grub_replay.measure_entry(learned(), changed, ["Debian GNU/Linux"], disk("grub-1"))
+    as_before, _ = grub_replay.measure_entry(learned(), text("grub-1"), ["Debian GNU/Linux"], disk("grub-1"))
+    assert [each.data for each in found if b"--hint-efi=hd7" in each.data]
+    assert [each.data for each in found if each.pcr == 9] == [each.data for each in as_before if each.pcr == 9]
+    another = re.sub(r"(search .*) (\S+)", r"\1 another", text("grub-1"))
+    with pytest.raises(Refused, match="reads is not known"):
+        grub_replay.measure_entry(learned(), another, ["Debian GNU/Linux"], disk("grub-1"))
 
 
 @pytest.mark.parametrize(

@@ -178,16 +178,30 @@ def measure_run(boot: GrubBoot, run: ScriptRun, text: str, files: GrubFiles) -> 
     times: dict[str, int] = {}
     for command in run.commands:
         events.append(Event(8, eventlog.IPL, sha256(encode_text(command)).digest(), _COMMAND + encode_text(command)))
-        if command in boot.reads and not _is_understood(command):
-            reads = boot.reads[command]
-            events += renewed.events(reads[min(times.get(command, 0), len(reads) - 1)])
-            times[command] = times.get(command, 0) + 1
+        known = _as_booted(boot, command)
+        if known in boot.reads and not _is_understood(known):
+            reads = boot.reads[known]
+            events += renewed.events(reads[min(times.get(known, 0), len(reads) - 1)])
+            times[known] = times.get(known, 0) + 1
         else:
             events += renewed.events_of_command(command, run)
     for event in renewed.events(boot.tail):
         initrd = initrds and event.kind == eventlog.EVENT_TAG and event.data[:4] == eventlog.INITRD
         events.append(event._replace(digest=files.sha256(initrds[0])) if initrd else event)
     return events, kernel
+
+
+def _as_booted(boot: GrubBoot, command: str) -> str:
+    """The command of this boot that finds and reads the same. grub-mkconfig hints at a disk by the letter that the
+    kernel gave it, which another boot may have given to another; `search --fs-uuid` finds the file system
+    nevertheless."""
+    if command in boot.reads or not command.startswith("search ") or "--fs-uuid" not in command.split():
+        return command
+    return next((each for each in boot.reads if _without_hints(each) == _without_hints(command)), command)
+
+
+def _without_hints(command: str) -> list[str]:
+    return [word for word in command.split() if not re.match(r"--hint(-[a-z0-9]+)?=", word)]
 
 
 def _is_understood(command: str) -> bool:
