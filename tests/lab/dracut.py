@@ -38,6 +38,7 @@ exec /init.next "$@"
 CONF = """hostonly="no"
 early_microcode="no"
 """
+"""dracut reads all its files by their names: 50-hostonly.conf, which kernel-install adds, is to come after it."""
 
 
 def files(wanted: Mapping[str, str]) -> dict[str, str]:
@@ -47,7 +48,7 @@ def files(wanted: Mapping[str, str]) -> dict[str, str]:
     found = {
         f"{MODULE}/module-setup.sh": SETUP,
         f"{MODULE}/init": INIT,
-        "etc/dracut.conf.d/lab.conf": CONF,
+        "etc/dracut.conf.d/10-lab.conf": CONF,
     }
     for path, text in wanted.items():
         folder, _, name = path.rpartition("/")
