@@ -336,6 +336,7 @@ def driver(path: bytes) -> Entry:
         (program("\\EFI\\debian\\fwupdx64.efi", "x"), "boot-path", "EFI program \\EFI\\debian\\fwupdx64.efi, which"),
         (program("\\EFI\\debian\\mmx64.efi", "x"), "boot-path", "EFI program \\EFI\\debian\\mmx64.efi, which runs"),
         (program("\\EFI\\refind\\refind_x64.efi", "x"), "boot-loader", "EFI program \\EFI\\refind\\refind_x64.efi"),
+        (program("\\EFI\\Linux\\a.efi.extra.d\\b.addon.efi", "x"), "extension", "add-on \\EFI\\Linux\\a.efi.extra.d"),
         (program("\\boot\\vmlinuz-6.12", "x"), "kernel", "kernel image \\boot\\vmlinuz-6.12"),
         (program("\\EFI\\xen.efi", "x"), "kernel", "kernel image \\EFI\\xen.efi"),
         (Entry(4, 0x80000003, b"", bytes(32) + bytes.fromhex("0090150000a01500af")), "kernel", "image that a"),

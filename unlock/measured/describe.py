@@ -216,6 +216,8 @@ def _describe_authority(event: Event) -> tuple[str, str]:
 def _describe_efi_program(path: str) -> tuple[str, str]:
     """Cause and text of an EFI program, by its file's name: nothing else in the log says what it is."""
     file = path.replace("/", "\\").rpartition("\\")[2].lower()
+    if file.endswith(".addon.efi"):
+        return "extension", f"add-on {path}"
     if "\\efi\\linux\\" in path.lower():
         return "uki", f"unified kernel image {path}"
     if is_kernel(file):
