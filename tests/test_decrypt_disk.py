@@ -28,7 +28,7 @@ from unlock.operations.decrypt_disk import Outcome
 from unlock.secret import Secret
 from unlock.strictjson import canonical
 
-pytestmark = [pytest.mark.long(minutes=3), pytest.mark.usefixtures("key_cache", "cheap_passwords")]
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("key_cache", "cheap_passwords")]
 
 DATA = 24 * MIB
 BOOT = Boot("direct")
@@ -96,7 +96,7 @@ def assert_plain(loop: Loop, data: bytes, folder: Path) -> None:
     assert files_in(loop.plain(), folder) == {each.name: each.read_bytes() for each in (folder / "files").iterdir()}
 
 
-@pytest.mark.parametrize("table", ["none", *(pytest.param(each, marks=pytest.mark.root) for each in ("gpt", "dos"))])
+@pytest.mark.parametrize("table", ["none", "gpt", "dos"])
 def test_a_disk_is_decrypted_in_place_and_is_a_plain_partition(
     host: Machine, loops: Loops, tmp_path: Path, table: str
 ) -> None:
@@ -197,7 +197,6 @@ def test_cut_off_after_its_table_is_written_it_goes_on(
     assert_plain(loop, data, tmp_path)
 
 
-@pytest.mark.root
 def test_a_partition_that_a_boot_has_found_needs_no_other(
     host: Machine, loops: Loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,7 +237,6 @@ def test_lost_at_its_end_nothing_of_the_group_is_left(
     assert host.state.narrowed
 
 
-@pytest.mark.root
 def test_a_keyslot_where_the_new_table_lies_for_a_moment_is_refused(
     host: Machine, loops: Loops, tmp_path: Path
 ) -> None:

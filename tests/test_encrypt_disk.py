@@ -27,7 +27,7 @@ from unlock.operations.encrypt_disk import Choices, Outcome
 from unlock.secret import Secret
 from unlock.strictjson import canonical
 
-pytestmark = [pytest.mark.long(minutes=5), pytest.mark.usefixtures("key_cache", "cheap_passwords")]
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("key_cache", "cheap_passwords")]
 
 SIZE = 100 * MIB
 BOOT = Boot("direct")
@@ -291,7 +291,6 @@ def test_cut_off_at_the_end_the_same_command_finishes(
     assert host.state.narrowed is None
 
 
-@pytest.mark.root
 def test_a_mounted_disk_is_refused_with_what_to_type(host: Machine, disk: str, tmp_path: Path) -> None:
     fill(disk, tmp_path, SIZE)
     where = tmp_path / "mounted"
@@ -661,7 +660,6 @@ def test_a_forged_header_does_not_fit(host: Machine, disk: str, tmp_path: Path) 
             disk_keys.unwrap_volume_key(Header(disk, uuid, canonical(metadata)), other, host.persistence)
 
 
-@pytest.mark.root
 def test_a_btrfs_is_made_smaller_at_a_place_of_its_own(host: Machine, loop: Loops, tmp_path: Path) -> None:
     disk, source = loop(320 * MIB), tmp_path / "files"
     source.mkdir()
