@@ -10,7 +10,7 @@ import pytest
 
 from tests.lab import image, loader
 from tests.lab.machine import RECOVERY, Machine
-from tests.lab.stories import findings, take_in_root, up, verdicts
+from tests.lab.stories import BACKUP, PASSWORD, findings, take_in_root, up, verdicts
 from tests.test_boot_updates import NEW, SAFE, install_kernel, unsealed
 from tests.test_boot_updates import home as home
 
@@ -91,7 +91,9 @@ def test_a_unified_kernel_image_by_dracut_and_what_a_thief_puts_beside_it(home: 
         causes = json.loads(console.sh("unlock explain --json").out)["causes"]
         assert {each["pcr"] for each in causes} == {4, 12, 13}  # the stub has the firmware load an add-on
         console.write(RECOVERY, (story.recovery_key + "\n").encode(), 0o600)
-        console.sh(f"unlock rebind --recovery-key-file {RECOVERY} --pcrs 7,11 {ACCEPTED}", timeout=300)
+        console.write("/run/password", PASSWORD.encode(), 0o600)
+        files = f"--recovery-key-file {RECOVERY} --backup {BACKUP} --backup-password-file /run/password"
+        console.sh(f"unlock rebind {files} --pcrs 7,11 {ACCEPTED}", timeout=300)
         booted.poweroff(300)
     with story.boot(limit=3600) as booted:  # without the defence
         console = unsealed(booted)
