@@ -29,6 +29,7 @@ from unlock.disks import disk_keys, luks, token
 from unlock.disks.groups import Group, Member
 from unlock.host import keyring, report, this_boot
 from unlock.host.journal import Rebind, RecoveryRotation, Rekey
+from unlock.host.provider_entry import Offers
 from unlock.host.state import State
 from unlock.host.state_file import KeyEntry, RemovedPolicy, ReplacedKek, Window
 from unlock.keys import access, dump_key
@@ -49,6 +50,7 @@ FOLDER = Path(__file__).parent / "data/formats/v1"
 WARNING = "test keys, known to everybody: they protect nothing"
 HOST = "00112233445566778899aabbccddeeff"
 UUIDS = ("5ee1c0de-0000-4000-8000-000000000001", "5ee1c0de-0000-4000-8000-000000000002")
+FORGOTTEN = "5ee1c0de-0000-4000-8000-000000000003"
 MEMBERS = (Member(UUIDS[0], "data-a", "TEST-SERIAL-1"), Member(UUIDS[1], "data-b", ""))
 IMAGE_SIZE = 16 << 20
 """Bytes: where the data of a LUKS2 disk begins."""
@@ -294,6 +296,7 @@ def kmip_state(paths: Paths, keys: Keys) -> None:
             persistence=keys.persistence,
             key=keys.text("client_key"),
             password=keys.text("client_password"),
+            offers=Offers((1, 4), rekey=True),
         )
     )
     state.persistent = False
@@ -309,6 +312,8 @@ def kmip_state(paths: Paths, keys: Keys) -> None:
         branches=tuple(each.hex() for each in branches(1)),
         pin=False,
     )
+    state.forget_member(Member(FORGOTTEN, "data-c", "TEST-SERIAL-3"), "data")
+    state.take_name("data", 2)
     state.begin(Rekey("rekey", "data", generation=2, made=("6", "unlock/name"), theirs=False))
 
 
