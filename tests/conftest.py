@@ -149,6 +149,19 @@ def minutes(item: pytest.Item) -> float:
     return float(marker.kwargs["minutes"]) if marker else 0
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tests are collected in workers, where there are some; the summary is written by another process."""
+    if output := getattr(session.config, "workeroutput", None):
+        output["stories"] = session.config.stash.get(STORIES, (0, 0))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    ran, of = getattr(node, "workeroutput", {}).get("stories", (0, 0))
+    if of:
+        node.config.stash[STORIES] = ran, of
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     reports = [each for kind in ("passed", "failed") for each in terminalreporter.stats.get(kind, [])]
     ran, of = terminalreporter.config.stash.get(STORIES, (0, 0))
