@@ -34,12 +34,15 @@ class Loop:
             rows += f"start={(MIB + BEFORE) // 512},size={size // 512},type={kind}\n"
             rows += f"start={(MIB + BEFORE + size) // 512},size={AFTER // 512}\n"
             sh("sfdisk", "--quiet", self.image, text=f"label: {table}\n{rows}".encode())
-        self.disk = sh("losetup", "--find", "--show", "--partscan", self.image)
-        self.node = self.disk
-        if table != "none" and partition:
+        self._has_partition = table != "none" and partition
+        self.attach()
+
+    def attach(self) -> None:
+        self.disk = self.node = sh("losetup", "--find", "--show", "--partscan", self.image)
+        if self._has_partition:
             self.node = f"{self.disk}p2"
             if not os.path.exists(self.node):
-                sh("addpart", self.disk, 2, (MIB + BEFORE) // 512, size // 512)
+                sh("addpart", self.disk, 2, self.start // 512, (HEADER + self.data) // 512)
 
     def detach(self) -> None:
         for number in 1, 2, 3:

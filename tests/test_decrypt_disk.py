@@ -18,6 +18,7 @@ from tests.hostfixture import Machine
 from tests.inplace import MIB, files_in, sh
 from unlock.disks import adoptable, devices, disk_keys, luks, partition_table, raw_header, reencrypt
 from unlock.disks.header import Header
+from unlock.disks.place import Place
 from unlock.disks.reencrypt import Tell
 from unlock.errors import Malformed, Refused, Tampered, UnlockError
 from unlock.host import config, keyring
@@ -148,26 +149,99 @@ def test_cut_off_at_the_end_the_same_command_finishes(
     assert host.state.narrowed is None and loop.plain() == data
 
 
-def test_another_disk_with_such_a_partition_is_not_taken_for_it(host: Machine, loops: Loops, tmp_path: Path) -> None:
-    """As long as the header is here, whatever table somebody gives to another disk."""
+@pytest.mark.parametrize("table", ["none", "gpt"])
+@pytest.mark.parametrize("cut", ["on the way", "before the table", "after the table", "once the journal says so"])
+def test_another_disk_with_such_a_partition_is_not_taken_for_it(
+    host: Machine, loops: Loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str, cut: str
+) -> None:
+    """Wherever the run was cut off, while the disk itself is unplugged, and beside it. Whoever makes the other disk
+    knows all but what is on the disk."""
+    loop, other = loops(table), loops(table)
+    data = protect(host, loop, tmp_path)
+    table_before = loop.image.read_bytes()
+    put = partition_table.put
+
+    def put_and_cut(*arguments: Any) -> None:
+        put(*arguments)
+        is_cut()
+
+    if cut == "on the way":
+        assert decrypt(host, tell=lambda done, size: done > 0)
+    else:
+        where = (decrypt_disk, "_finish") if cut == "once the journal says so" else (partition_table, "put")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(*where, put_and_cut if cut == "after the table" else is_cut)
+            decrypt(host)
+    entry = host.state.journal
+    assert isinstance(entry, DiskDecryption) and (bool(entry.trace), entry.placed) == (
+        cut != "on the way",
+        cut == "once the journal says so",
+    )
+    craft(other, table_before, entry.place)
+    before = other.image.read_bytes()
+    loop.detach()
+    with pytest.raises(Refused) as caught:
+        resume(host)
+    assert caught.value.code == ("another-disk" if entry.trace else "missing") and caught.value.hint
+    assert other.image.read_bytes() == before
+    assert "photos" in host.state.groups and host.state.journal == entry
+    loop.attach()
+    host.disks[0] = Path(loop.node)
+    assert resume(host)
+    assert other.image.read_bytes() == before
+    assert_plain(loop, data, tmp_path)
+
+
+def craft(other: Loop, table: bytes, place: Place) -> None:
+    """Gives another disk the partition that the decrypted one is to have, or has, and something like a header.
+    `table`: the disk before."""
+    with open(other.disk, "r+b", buffering=0) as disk:
+        disk.write(table[:MIB] if other.table == "gpt" else bytes([0x5A]) * HEADER)
+        if other.table == "gpt":
+            disk.seek(-MIB, os.SEEK_END)
+            disk.write(table[-MIB:])
+    with partition_table._Disk(other.disk, os.O_RDWR) as opened:
+        if other.table == "none":
+            opened.write(0, opened._dos_sector(place, partition_table._empty_table(place, 512)))
+        else:
+            opened.switch(place)
+    assert partition_table.is_placed(place, other.disk)
+
+
+def test_two_disks_that_are_it_are_refused(
+    host: Machine, loops: Loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loop, other = loops("none"), loops("none")
     data = protect(host, loop, tmp_path)
-    assert decrypt(host, tell=lambda done, size: done > 0)
-    entry = host.state.journal
-    assert isinstance(entry, DiskDecryption)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(decrypt_disk, "_finish", is_cut)
+        decrypt(host)
+    before = loop.image.read_bytes()
     with open(other.disk, "r+b", buffering=0) as disk:
-        disk.write(bytes([0x5A]) * HEADER)
-    shape = entry.place._replace(disk=other.disk)
-    with partition_table._Disk(other.disk, os.O_RDWR) as opened:
-        opened.write(0, opened._dos_sector(shape, partition_table._empty_table(shape, 512)))
-    before = other.image.read_bytes()
-    with pytest.raises(Refused) as caught:  # now that both have it
+        disk.write(before)
+    with pytest.raises(Refused) as caught:
         resume(host)
-    assert caught.value.code == "duplicate" and other.image.read_bytes() == before
-    assert "photos" in host.state.groups and loop.plain() == data
+    assert caught.value.code == "duplicate" and other.image.read_bytes() == before == loop.image.read_bytes()
     other.detach()
     assert resume(host)
     assert_plain(loop, data, tmp_path)
+
+
+def test_lost_with_another_in_its_place_it_is_given_up(
+    host: Machine, loops: Loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, other = loops("none"), loops("none")
+    protect(host, loop, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(decrypt_disk, "_finish", is_cut)
+        decrypt(host)
+    entry = host.state.journal
+    assert isinstance(entry, DiskDecryption)
+    craft(other, b"", entry.place)
+    host.disks.clear()
+    loop.detach()
+    assert operation.give_up(host.paths, look=host.look, tcti=host.chip.tcti)
+    assert host.state.journal is None
 
 
 def is_cut(*_: object, **__: object) -> None:

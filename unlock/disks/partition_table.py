@@ -3,7 +3,8 @@
 forward, or a disk without partitions gets one.
 
     find_place   where the device lies, and what becomes of it; refuses what cannot be done
-    is_placed    whether a disk has that partition already
+    find_disks   which disks have that partition already
+    read_trace   what tells the disk from another with such a partition
     put          writes the table, then erases the header; may be cut off and repeated
 
 One write of one sector is the step: before it the disk has its header, after it the partition.
@@ -25,6 +26,7 @@ import stat
 import struct
 import zlib
 from collections.abc import Iterable
+from hashlib import sha256
 from typing import NamedTuple
 
 from ..errors import DiskFailed, Malformed, Refused, UnlockError
@@ -38,6 +40,8 @@ _SECTOR = 512
 _SCRATCH = 64 << 10
 """Bytes before the data that entries of a GPT may need for a moment."""
 _PIECE = 1 << 20
+_TRACE = 4 << 10, 16 << 10
+"""Bytes of the LUKS2 device: behind the binary header, and before the first place that a second copy may have."""
 
 _BOOT_MAGIC, _BOOT_MAGIC_AT = b"\x55\xaa", 510
 _SIGNATURE_AT, _ENTRIES_AT, _ENTRY = 440, 446, 16
@@ -356,14 +360,19 @@ def is_placed(place: Place, disk: str) -> bool:
         return False
 
 
-def find_disk(place: Place) -> str:
-    """The disk that has the partition already; '' for none. Raises Refused where two have."""
+def find_disks(place: Place) -> list[str]:
+    """The disks that have the partition already. Anybody can make another one."""
     folder = "/sys/class/block"
     nodes = [f"/dev/{each}" for each in sorted(os.listdir(folder)) if not os.path.exists(f"{folder}/{each}/partition")]
-    found = [each for each in dict.fromkeys([place.disk, *nodes]) if is_placed(place, each)]
-    if len(found) > 1:
-        raise Refused(f"{found[0]} and {found[1]} are one disk twice", "unplug one of them", "duplicate")
-    return next(iter(found), "")
+    return [each for each in dict.fromkeys([place.disk, *nodes]) if is_placed(place, each)]
+
+
+def read_trace(place: Place, disk: str) -> str:
+    """SHA-256, in hex, of the JSON of the header's first copy, which is left before the partition until `tidy`. Nobody
+    makes it who has not read the disk: it has salts and wraps. Raises DiskFailed."""
+    with _Disk(disk, os.O_RDONLY) as opened:
+        begin, end = ((place.start + each) // opened.sector for each in _TRACE)
+        return sha256(opened.read(begin, (end - begin) * opened.sector)).hexdigest()
 
 
 def lies_on(node: str, disk: str) -> bool:

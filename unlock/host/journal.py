@@ -136,6 +136,8 @@ class DiskDecryption(NamedTuple):
     place: Place
     placed: bool
     """The data is a partition, and the disk has no header that counts."""
+    trace: str = ""
+    """`partition_table.read_trace` of the disk; '' before all is in clear and the partition may be written."""
 
 
 class Rekey(NamedTuple):

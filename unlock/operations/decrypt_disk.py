@@ -3,14 +3,18 @@
 data becomes a plain partition.
 
     checks ──> journal ──> operation key and token with the plan ──> the header says so ──> hotzone by hotzone
-    (disks.reencrypt) ──> all in clear, and the header still opens it ──> mapping closed ──> the partition begins where
-    the data does (disks.partition_table) ──> journal: placed ──> header erased ──> state: no such group ──> journal
-    closed, narrowed ──> a new persistence key
+    (disks.reencrypt) ──> all in clear, and the header still opens it ──> mapping closed ──> journal: trace of the
+    header ──> the partition begins where the data does (disks.partition_table) ──> journal: placed ──> state: no such
+    group ──> header erased ──> journal closed, narrowed ──> a new persistence key
 
 The header stays at the start of the disk until the end, so the disk opens like any other at each instant, in early boot
 too, by the recovery key and by stock cryptsetup. The data does not move: one sector of the partition table takes the
 header's place. That needs the disk closed; where its file system is mounted, all waits there, and the same command goes
 on. Nothing needs a person after the start.
+
+Once the partition is there, no header says which disk it is, and anybody can make another one with such a partition.
+Only a disk that still has the trace of the header ends the group. Who can copy that has had the disk, and all of it is
+in clear by then.
 
 A header of that time is authentic: put back later, with the boundary moved, it would open any content of the disk, in
 clear. So the persistence key is replaced at the end, and after a cancellation too, and the group's KEK must be kept on
@@ -205,7 +209,7 @@ def give_up(
         if not isinstance(entry, DiskDecryption):
             return []
         name, members = entry.about, (entry.member,)
-        if here := find.find_node(work.look(), entry.member) or partition_table.find_disk(entry.place):
+        if here := find.find_node(work.look(), entry.member) or _find_placed(entry)[0]:
             raise Refused(f"{name} is here: {here}", "unlock operation resume", code="present")
         lost = f"what {name} holds: this host will not open it, half in clear as it is, should it come back"
         if entry.placed:
@@ -428,19 +432,43 @@ def _place(work: Work, entry: DiskDecryption) -> DiskDecryption:
     place = partition_table.find_place(node, entry.place.offset, entry.group)
     if place.table == "none":
         place = place._replace(identity=entry.place.identity)
-    entry = _save(work, entry._replace(place=place))  # the disk may have another name than at the start
+    trace = partition_table.read_trace(place, place.disk)
+    entry = _save(work, entry._replace(place=place, trace=trace))  # it may have another name than at the start
     partition_table.put(place, node)
     return _save(work, entry._replace(placed=True))
 
 
 def _was_placed(work: Work, entry: DiskDecryption) -> bool:
-    """Whether a run was cut off just after the disk got its partition, before the journal says so. Anybody can make
-    another disk with such a table: none counts while a header of this disk is elsewhere. The node of the partition
-    itself may show the old header, until the kernel reads the table. Raises Refused where two disks have the
-    partition."""
-    disk = partition_table.find_disk(entry.place)
-    headers = work.look().get(entry.member.uuid, []) if disk else []
+    """Whether a run was cut off just after the disk got its partition, before the journal says so. None counts while a
+    header of this disk is elsewhere; the node of the partition itself may show the old header, until the kernel reads
+    the table. Raises Refused where two disks are it, or only another one is here."""
+    if not entry.trace:
+        return False
+    disk, other = _find_placed(entry)
+    headers = work.look().get(entry.member.uuid, [])
+    if other and not disk and not headers:
+        raise _not_here(entry, other)
     return bool(disk) and all(partition_table.lies_on(each.node, disk) for each in headers)
+
+
+def _find_placed(entry: DiskDecryption) -> tuple[str, str]:
+    """The disk that has the partition already, and another one that has such a partition; '' for none. Raises Refused
+    where two are one of them."""
+    found = partition_table.find_disks(entry.place)
+    ours = [each for each in found if entry.trace and partition_table.read_trace(entry.place, each) == entry.trace]
+    others = [each for each in found if each not in ours]
+    for same in ours, [] if ours else others:
+        if len(same) > 1:
+            raise Refused(f"{same[0]} and {same[1]} are one disk twice", "unplug one of them", "duplicate")
+    return next(iter(ours), ""), next(iter(others), "")
+
+
+def _not_here(entry: DiskDecryption, other: str) -> Refused:
+    name, again = entry.about, "plug it in; then: unlock operation resume"
+    if other:
+        lost = "where it is lost: unlock operation cancel --lost"
+        return Refused(f"{other} has the partition of {name}, and is another disk", f"{again}; {lost}", "another-disk")
+    return Refused(f"{name} is not here", again, "missing")
 
 
 def _save(work: Work, entry: DiskDecryption) -> DiskDecryption:
@@ -450,18 +478,20 @@ def _save(work: Work, entry: DiskDecryption) -> DiskDecryption:
 
 
 def _finish(work: Work, entry: DiskDecryption, tcti: str) -> None:
-    """The header goes, then the group; then the journal is closed. May be killed and run again anywhere. Raises
+    """The group goes, then the header; then the journal is closed. May be killed and run again anywhere. Raises
     Refused when the disk is not here, DiskFailed, TpmFailed."""
-    disk = partition_table.find_disk(entry.place)
-    if not disk:
-        raise Refused(f"{entry.about} is not here", "plug it in; then: unlock operation resume", code="missing")
-    place = entry.place._replace(disk=disk)
-    partition_table.tidy(place)
-    is_told = partition_table.tell_kernel(place)
     state, members, name = work.state, (entry.member,), entry.about
+    disk, other = _find_placed(entry)
+    if not disk and entry.group not in state.groups:  # a cut has left a part of the trace
+        disk = other
+    if not disk:
+        raise _not_here(entry, other)
+    place = entry.place._replace(disk=disk)
     mount = leaving.describe_mounts(work.paths, entry.group)
     if state.groups.pop(entry.group, None):
         state.save()
+    partition_table.tidy(place)
+    is_told = partition_table.tell_kernel(place)
     leaving.end_group(work, entry.group, members, tcti, stay=False)
     state.narrowed = _narrowed(name)
     leaving.close(work, entry.group, members, entry.kek)
