@@ -181,6 +181,14 @@ class State:
         self._asked[group] = generation
         return unasked
 
+    def unused_names(self) -> dict[str, int]:
+        """Groups that are not there, and the generation of a KEK that a provider was asked to make for them."""
+        return {group: generation for group, generation in self._asked.items() if group not in self.groups}
+
+    def drop_name(self, group: str) -> None:
+        """The KEK that was asked for is none of the group's, and no later one gets its generation."""
+        self.skip_generation(group, self._asked.pop(group))
+
     def skip_generation(self, group: str, generation: int) -> None:
         """No later KEK of the group gets this generation, or one below it."""
         self._generations[group] = max(generation, self._generations.get(group, 0))

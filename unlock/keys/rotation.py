@@ -57,7 +57,7 @@ class StillActive(NamedTuple):
     error: UnlockError
 
     def describe(self) -> str:
-        return f"{self.kek.id}, replaced in group {self.kek.group}, may still be active: {self.error}"
+        return f"{self.kek.id}, not in use in group {self.kek.group}, may still be active: {self.error}"
 
 
 Write = Callable[[Work, Group, Secret], tuple[Outcome, Group]]
@@ -370,7 +370,7 @@ def retire_keks(work: Work, left: bool = False) -> list[StillActive]:
     A KEK stays in the state, for the next time, until its provider says that it is out of use. Returns those.
     """
     state = work.state
-    still_active: list[StillActive] = []
+    still_active = _give_up_unused(work)
     for each in list(state.retire):
         group = state.groups.get(each.group)
         if group and (group.behind or group.kek == each.id):
@@ -387,6 +387,40 @@ def retire_keks(work: Work, left: bool = False) -> list[StillActive]:
         state.save()
     _forget_former(state)
     return still_active
+
+
+def _give_up_unused(work: Work) -> list[StillActive]:
+    """Keys that a provider was asked to make for groups that are not there, as what would have made the group was taken
+    back, are to be deactivated. Returns those that the provider does not tell of now."""
+    state = work.state
+    still_active: list[StillActive] = []
+    for group, generation in state.unused_names().items() if state.journal is None else ():
+        name = access.key_name(state.host, f"kek/{group}", generation)
+        try:
+            provider = work.provider()
+            found = provider.locate(name)
+        except UnlockError as error:
+            still_active.append(StillActive(ReplacedKek(name, group), error))
+            continue
+        if found:
+            state.retire.append(ReplacedKek(f"{provider.id}/{found.id}", group))
+            forget_cached(state.retire[-1].id)
+        state.drop_name(group)
+        state.save()
+    return still_active
+
+
+def retire_or_tell(work: Work) -> None:
+    """The same as `retire_keks`, for commands: prints what is left to a sync."""
+    for left in retire_keks(work):
+        log.error(left.describe(), "unlock sync")
+
+
+def forget_cached(kek: str) -> None:
+    """Removes every generation of a KEK from the cache."""
+    for name in keyring.names():
+        if name.startswith(f"unlock:kek:{kek}:"):
+            keyring.forget(name)
 
 
 def _forget_former(state: State) -> None:

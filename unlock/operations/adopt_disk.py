@@ -11,7 +11,7 @@ from ..errors import CommandFailed, NotOurs, Refused, UnlockError
 from ..host import config, this_boot
 from ..host.journal import DiskAdoption
 from ..host.lock import exclusive
-from ..keys import access
+from ..keys import access, rotation
 from ..keys.escrow import Escrow
 from ..paths import TPM_DEVICE, Paths
 from ..predict import allowed_states
@@ -103,6 +103,7 @@ def adopt_disk(
                     state.headers.pop(uuid, None)
                 state.journal = None
                 state.save()
+                rotation.retire_or_tell(work)
                 raise
         if not _is_opened_early(member.name):
             fstab.set_noauto(paths.crypttab, member.name)

@@ -14,7 +14,7 @@ from ..host import config, this_boot, units
 from ..host.journal import GroupCreation
 from ..host.lock import exclusive
 from ..host.state import State
-from ..keys import access
+from ..keys import access, rotation
 from ..keys.escrow import Escrow
 from ..paths import Paths
 from ..run import run
@@ -140,6 +140,7 @@ def _create(work: access.Work, wanted: NewGroup, nodes: list[str], unfinished: G
                 luks.abandon(member.name)
             state.journal = None
             state.save()
+            rotation.retire_or_tell(work)
             raise
     state.groups[group.name] = group
     state.save()

@@ -49,7 +49,7 @@ from ..host import config, this_boot
 from ..host.journal import DiskEncryption
 from ..host.lock import alone, exclusive
 from ..host.state import State
-from ..keys import access
+from ..keys import access, rotation
 from ..keys.access import Work
 from ..keys.escrow import Escrow
 from ..paths import TPM_DEVICE, Paths, sync_folder
@@ -127,7 +127,11 @@ def encrypt_disk(
             found = _check(work, choices)
             if not consent(Steps(_describe(found, choices))):
                 return None
-            _prepare(work, choices, found)
+            try:
+                _prepare(work, choices, found)
+            except UnlockError:
+                rotation.retire_or_tell(work)
+                raise
     return resume(paths, tell, look, connect, tcti)
 
 
@@ -433,10 +437,11 @@ def _prove(work: Work, path: str, dek: Secret, operation: Secret, recovery: Secr
 
 
 def _undo(work: Work) -> None:
-    """Closes the journal of an encryption that has changed nothing that counts."""
+    """Closes the journal of an encryption that has changed nothing that counts; the KEK is of no use then."""
     _remove_files(work.paths)
     work.state.journal = None
     work.state.save()
+    rotation.retire_or_tell(work)
 
 
 def _remove_files(paths: Paths) -> None:

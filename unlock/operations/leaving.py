@@ -13,7 +13,7 @@ from .. import log
 from ..disks import devices, find, fstab, luks, token
 from ..disks.groups import Member
 from ..errors import Refused
-from ..host import config, keyring, this_boot, units
+from ..host import config, this_boot, units
 from ..host.state import State
 from ..host.state_file import ReplacedKek
 from ..keys import rotation
@@ -71,13 +71,10 @@ def close(work: Work, name: str, members: Sequence[Member], kek: str) -> None:
         state.drop_disk(each.uuid)
     if kek and all(group.kek != kek for group in state.groups.values()):
         state.retire.append(ReplacedKek(kek, name))
-        for key in keyring.names():
-            if key.startswith(f"unlock:kek:{kek}:"):
-                keyring.forget(key)
+        rotation.forget_cached(kek)
     state.journal = None
     state.save()
-    for left in rotation.retire_keks(work):
-        log.error(left.describe(), "unlock sync")
+    rotation.retire_or_tell(work)
 
 
 def describe_mounts(paths: Paths, name: str) -> str:

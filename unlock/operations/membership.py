@@ -50,8 +50,11 @@ def obtain_recovery_key(state: State, persistence: Secret, file: str, escrow: Es
 def new_group(
     work: access.Work, name: str, members: tuple[Member, ...], manifest: int, policy: str = "persistent"
 ) -> tuple[Group, Secret]:
-    """A new group and its KEK, which the provider makes. The disks carry the KEK, unless a policy says otherwise."""
+    """A new group and its KEK, which the provider makes. The disks carry the KEK, unless a policy says otherwise. The
+    state knows of the KEK before it is made: where no group comes of it, `rotation.retire_keks` deactivates it."""
     generation = work.state.next_generation(name)
+    if work.state.take_name(name, generation):
+        work.state.save()
     provider = work.provider()
     made, kek = access.make_key(provider, access.key_name(work.state.host, f"kek/{name}", generation))
     policy = policy if work.state.persistent else "provider"

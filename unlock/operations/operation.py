@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from .. import log
 from ..disks import find
 from ..disks.reencrypt import Tell
-from ..errors import Refused
+from ..errors import Refused, UnlockError
 from ..host import journal, resumption
 from ..host.journal import (
     DeepRekey,
@@ -192,9 +193,15 @@ def _cancel_rekey(paths: Paths, look: find.Look) -> list[str]:
 def _cancel_group_creation(paths: Paths, look: find.Look) -> list[str]:
     with exclusive(paths):
         state = State.load(paths)
-        if not isinstance(state.journal, GroupCreation):
+        entry = state.journal
+        if not isinstance(entry, GroupCreation):
             return []
-        away = create_group.cancel_creation(state, state.journal, look)
+        away = create_group.cancel_creation(state, entry, look)
+        try:
+            with access.Work(paths, look) as work:
+                rotation.retire_or_tell(work)
+        except UnlockError as error:  # without keys in this boot a sync of the next does it
+            log.error(f"the key of group {entry.about} may still be active: {error}", "unlock sync")
         return [f"{name}: it is not here, and may keep a token" for name in away]
 
 

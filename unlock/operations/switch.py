@@ -50,6 +50,7 @@ def switch(
         provider = work.provider(entry)
         if state.persistent and not kept:
             state.narrowed = "keys are not kept on this host any more"
+        rotation.retire_or_tell(work)
         state.begin(ProviderSwitch("provider switch", name))
         state.persistent = kept
         if not has_made(entry, state.host_key_ref.id):
