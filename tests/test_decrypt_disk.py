@@ -208,6 +208,34 @@ def craft(other: Loop, table: bytes, place: Place) -> None:
     assert partition_table.is_placed(place, other.disk)
 
 
+def test_another_disk_that_cryptsetup_seems_to_have_decrypted_is_not_taken_for_it(
+    host: Machine, loops: Loops, tmp_path: Path
+) -> None:
+    """Nothing opens such a header. Whoever makes it knows the UUID."""
+    loop, other = loops("none"), loops("none")
+    data = protect(host, loop, tmp_path)
+    assert decrypt(host, tell=lambda done, size: done > 0)
+    entry = host.state.journal
+    assert isinstance(entry, DiskDecryption)
+    luks.format(other.node, Secret(bytes(64)), uuid=entry.member.uuid).close()
+    copy = raw_header.read_valid_copies(other.node)[0]
+    linear = {"type": "linear", "offset": str(HEADER), "size": "dynamic"}
+    ended = {**copy.metadata(other.node), "segments": {"0": linear}, "keyslots": {}, "digests": {}}
+    raw_header.write_header(other.node, ended, copy, copy.sequence + 1)
+    sh("mkfs.ext4", "-q", "-F", "-E", f"offset={HEADER}", other.node, f"{DATA >> 10}K")
+    before = other.image.read_bytes()
+    loop.detach()
+    host.disks[0] = Path(other.node)
+    with pytest.raises(Refused) as caught:
+        resume(host)
+    assert caught.value.code == "another-disk" and other.image.read_bytes() == before
+    assert "photos" in host.state.groups and host.state.journal == entry
+    loop.attach()
+    host.disks[0] = Path(loop.node)
+    assert resume(host)
+    assert_plain(loop, data, tmp_path)
+
+
 def test_two_disks_that_are_it_are_refused(
     host: Machine, loops: Loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

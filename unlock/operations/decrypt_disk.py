@@ -22,6 +22,7 @@ this host, wrapped by that. The recovery key opens such a header only while the 
 """
 
 import os
+from contextlib import suppress
 from typing import NamedTuple
 
 from .. import journald, log, messages
@@ -40,7 +41,7 @@ from ..disks import (
 from ..disks.groups import Group, Member
 from ..disks.reencrypt import Tell
 from ..disks.reencrypt_plan import NO_DIGEST, OLD, WHOLE, Plan
-from ..errors import CommandFailed, DiskFailed, Refused, Tampered
+from ..errors import CommandFailed, DiskFailed, Malformed, NotOurs, Refused, Tampered
 from ..host import config, this_boot
 from ..host.journal import DiskDecryption
 from ..host.lock import alone, exclusive
@@ -330,7 +331,7 @@ def _begin_or_settle(work: Work, entry: DiskDecryption) -> Begun | None:
     relink_mapping.refuse_left(mapping, "decrypted")
     reencrypt.unlock_after_kill(node)
     with luks.Container(node) as container:
-        if _was_ended_by_cryptsetup(container, entry):
+        if _was_ended_by_cryptsetup(work, container, entry):
             return None
         prepared = moving.find_plan_token(work, container) is not None
     if not prepared:
@@ -385,13 +386,20 @@ def _prepare(work: Work, entry: DiskDecryption, node: str) -> None:
             disk_keys.write_token(node, each, dek, keys)
 
 
-def _was_ended_by_cryptsetup(container: luks.Container, entry: DiskDecryption) -> bool:
+def _was_ended_by_cryptsetup(work: Work, container: luks.Container, entry: DiskDecryption) -> bool:
     """Whether `cryptsetup reencrypt --resume-only` has decrypted the rest: nothing opens the disk then, and no key says
-    that the header is right, so there must be a file system. Raises Refused where there is none."""
+    that the header is right, so there must be a file system. Raises Refused where there is none, and for another disk:
+    this one still has its token."""
     header = container.metadata
     final = {"type": "linear", "offset": str(entry.place.offset), "size": "dynamic"}
     if header["segments"] != {"0": final} or header["keyslots"] or container.requirements:
         return False
+    if not _has_its_token(work, container, entry):
+        raise Refused(
+            f"{container.device} has the UUID of {entry.about}, and is another disk",
+            "unplug it, and plug in the right one; then: unlock operation resume",
+            "another-disk",
+        )
     probe = ["blkid", "--probe", "--offset", str(entry.place.offset), "--output", "value", "--match-tag", "TYPE"]
     try:
         return bool(run([*probe, container.device], timeout=60).strip())
@@ -401,6 +409,20 @@ def _was_ended_by_cryptsetup(container: luks.Container, entry: DiskDecryption) -
             f"blkid --probe --offset {entry.place.offset} {container.device}",
             code="not-supported",
         ) from error
+
+
+def _has_its_token(work: Work, container: luks.Container, entry: DiskDecryption) -> bool:
+    """Whether it has the KEK of the group, wrapped by the persistence key: no other disk has."""
+    try:
+        found = disk_keys.read_tokens(container, work.state.host)
+    except (NotOurs, Malformed):
+        return False
+    for each in (each for each in found if each.kek_id == entry.kek):
+        for persistence in work.persistence_keys(entry.member.uuid):
+            with suppress(Tampered):
+                disk_keys.unwrap_kek(each, persistence).wipe()
+                return True
+    return False
 
 
 # The end, once all is in clear
@@ -426,7 +448,7 @@ def _place(work: Work, entry: DiskDecryption) -> DiskDecryption:
     """The partition, then the journal. Raises Tampered, DiskFailed; then the disk opens as before."""
     node = moving.require_node(work, entry.member)
     with luks.Container(node) as container:
-        in_clear = _was_ended_by_cryptsetup(container, entry)
+        in_clear = _was_ended_by_cryptsetup(work, container, entry)
     if not in_clear and moving.read_phase(work, node) != WHOLE:
         raise DiskFailed(f"{node} is not decrypted to its end", "unlock operation resume")
     place = partition_table.find_place(node, entry.place.offset, entry.group)
