@@ -6,22 +6,28 @@ again from the other one when `group heal` opens the disk.
 As far as a kernel without device-mapper goes: to the mapping, which is refused. What comes after is behind it.
 """
 
+import random
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.flowfixture import Host
+from tests.inplace import sh
 from tests.killing import _traced
+from tests.lab import cuts
 from tests.test_degraded import leave_out
 from tests.test_leave_cuts import CUTS, Lab, Show, by_passphrase, by_token
 from unlock.boot import gate
-from unlock.disks import udev
+from unlock.disks import btrfs_layout, luks, udev
+from unlock.disks.groups import Away
 from unlock.errors import DiskFailed
 from unlock.host import keyring, report
 from unlock.operations import heal_group
 from unlock.operations.consent import agree
+from unlock.secret import Secret
 
 pytestmark = [pytest.mark.usefixtures("key_cache"), pytest.mark.timeout(600 + 2 * CUTS)]
 COPY = 16 << 10
@@ -109,3 +115,60 @@ def test_heal_writes_to_no_header_but_a_ruined_copy(
     assert content[kept] == good[kept], "the good copy is not touched"
     assert content[again][4096:] == good[again][4096:], "the other one says the same again"
     keyring.flush()
+
+
+WIPE = """
+import os, subprocess, sys
+subprocess.run(["wipefs", "--all", "--quiet", "--types", "btrfs", sys.argv[1]], env=os.environ, check=True)
+"""
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[str]:
+    image = tmp_path / "disk"
+    with image.open("wb") as file:
+        file.truncate(128 << 20)
+    loop = sh("losetup", "--find", "--show", image)
+    yield loop
+    sh("losetup", "--detach", loop)
+
+
+def test_a_btrfs_that_is_wiped_in_part_is_wiped_again(disk: str, tmp_path: Path, record_property: Show) -> None:
+    """What is left of it after a cut is read as it was, or not found, and the same command wipes the rest."""
+    sh("mkfs.btrfs", "-q", disk)
+    made = btrfs_layout.read_device(disk)
+    start = bytearray(Path(disk).read_bytes())
+    events = cuts.log_of(cuts.build(tmp_path), disk, tmp_path / "log", "-c", WIPE, disk)
+    assert btrfs_layout.read_device(disk) is None
+    seen: Counter[str] = Counter()
+    numbers = cuts.choose([each.kind for each in events], CUTS, random.Random(1))
+    for cut in cuts.cuts(start, events, numbers, 1):
+        with open(disk, "r+b") as file:
+            file.write(start)
+        found = btrfs_layout.read_device(disk)
+        assert found in (made, None)
+        seen["there" if found else "wiped"] += 1
+        seen["with writes lost"] += cut.lost > 0
+        sh("wipefs", "--all", "--quiet", "--types", "btrfs", disk)
+        assert btrfs_layout.read_device(disk) is None
+        assert not sh("wipefs", "--noheadings", disk)
+    record_property("shown", f"group heal, wipefs: {len(numbers)} power cuts in {len(events)} writes: {dict(seen)}")
+    assert {"there", "wiped"} <= seen.keys()
+
+
+@pytest.mark.parametrize(("devid", "node_size", "written"), [(2, 16384, True), (0, 16384, False), (2, 1, True)])
+def test_what_a_replace_has_begun_to_write_was_not_written_apart(
+    trio: Host, disk: str, monkeypatch: pytest.MonkeyPatch, devid: int, node_size: int, written: bool
+) -> None:
+    """A power cut leaves it as device 0. What cannot be read may be anything."""
+    sh("mkfs.btrfs", "-q", disk)
+    with open(disk, "r+b") as file:
+        for at, content in (0x94, node_size.to_bytes(4, "little")), (0xC9, devid.to_bytes(8, "little")):
+            file.seek((64 << 10) + at)
+            file.write(content)
+    read = btrfs_layout.read_device
+    monkeypatch.setattr(luks.Container, "activate", lambda *_, **__: None)
+    monkeypatch.setattr(luks, "deactivate", lambda name: None)
+    monkeypatch.setattr(btrfs_layout, "read_device", lambda node: read(disk))
+    with luks.Container(str(trio.disks[0])) as container:
+        assert heal_group._was_written(container, Secret(b""), Away("", "btrfs", 1)) == written

@@ -20,7 +20,7 @@ from .. import journald, log, messages
 from ..boot import gate
 from ..disks import btrfs, btrfs_layout, devices, disk_keys, find, luks
 from ..disks.groups import Away, Group, Member
-from ..errors import CommandFailed, Refused, UnlockError, Usage
+from ..errors import CommandFailed, Malformed, Refused, UnlockError, Usage
 from ..host import report, this_boot
 from ..host.lock import exclusive
 from ..host.state import State
@@ -63,7 +63,7 @@ class _Returned(NamedTuple):
 
 
 def heal_group(paths: Paths, name: str, consent: Consent, look: find.Look = find.look) -> Healed:
-    """Raises Usage, Refused (`not-mounted`, `missing`, `in-use`, `stale`), NoKey, DiskFailed, CommandFailed."""
+    """Raises Usage, Refused (`not-mounted`, `busy`, `missing`, `in-use`, `stale`), NoKey, DiskFailed, CommandFailed."""
     with exclusive(paths):
         state = State.load(paths)
         if name not in state.groups:
@@ -108,6 +108,7 @@ def _find_mount_point(group: Group) -> str:
     names = {each.name for each in group.members if each.uuid not in group.left_out()}
     for where in devices.mount_points_on(names):
         if devices.mount_type(where) == "btrfs" and not os.statvfs(where).f_flag & os.ST_RDONLY:
+            _refuse_running(where)
             return where
     raise Refused(
         f"group {group.name} is not mounted for writing, and btrfs copies only what is mounted",
@@ -116,11 +117,21 @@ def _find_mount_point(group: Group) -> str:
     )
 
 
+def _refuse_running(mount_point: str) -> None:
+    """A replace or balance outlives the process that began it. Raises Refused."""
+    if running := btrfs.running_operation(mount_point):
+        told = next((f"{each} status" for each in ("replace", "balance") if each in running), "filesystem show")
+        words = f"{mount_point}: btrfs has a {running} under way, of a heal perhaps that was killed"
+        raise Refused(words, f"btrfs {told} {mount_point}; when it is done, the same command", "busy")
+
+
 def _read_returned(
     paths: Paths, state: State, group: Group, seen: dict[str, list[find.Found]], mount_point: str
 ) -> list[_Returned]:
     """The members that are here again, authenticated as every boot does it. Raises Refused when none is."""
     found = []
+    if devices.dm_uuid(_LOOKED_AT) is not None:  # a killed run has left it, of whichever member
+        luks.deactivate(_LOOKED_AT)
     unwrap = gate.make_unwrap(paths, group.name, report.Report(f"heal {group.name}"), report.now())
     for away in group.away:
         member = next((each for each in group.members if each.uuid == away.uuid), None)
@@ -162,13 +173,16 @@ def _close_if_open(member: Member) -> None:
 
 
 def _was_written(container: luks.Container, dek: Secret, away: Away) -> bool:
-    """Whether its btrfs has more than the others had when they were opened without it."""
+    """Whether its btrfs has more than the others had when they were opened without it, or cannot be read. Device 0 is
+    what a replace has begun to write, which a cut has stopped: it has nothing of its own."""
     container.activate(_LOOKED_AT, dek, private=True)
     try:
         device = btrfs_layout.read_device(f"/dev/mapper/{_LOOKED_AT}")
+    except Malformed:
+        return True
     finally:
         luks.deactivate(_LOOKED_AT)
-    return device is not None and device.generation > away.generation
+    return device is not None and device.devid != 0 and device.generation > away.generation
 
 
 def _make_plan(returned: list[_Returned], mount_point: str) -> Plan:
