@@ -125,7 +125,7 @@ packages = qemu-system-x86 qemu-utils swtpm swtpm-tools ovmf mmdebstrap debian-a
 	debhelper dh-python dpkg-dev lintian po-debconf systemd-container man-db mandoc groff-base zsh fish \
 	make bc bison flex m4 perl xz-utils libc6-dev slirp4netns iproute2
 
-.PHONY: setup test coverage test-long test-fast soak mutate-formats lint demo demo-short bench
+.PHONY: setup test test-all coverage test-long test-fast soak mutate-formats lint demo demo-short bench
 
 # What tests and demo need, from the distribution and from PyPI; quick when it is all there.
 setup:
@@ -142,12 +142,17 @@ lint:
 	$(VENV)/bin/mypy
 	for script in $(scripts); do $(VENV)/bin/mypy --no-error-summary $$script || exit; done
 
-# Of the stories that boot a machine, those that are marked `always`, and a third of the others, by the commit's hash.
+# Of what boots a machine, those that are marked `always`, and a third of the others, by the commit's hash; so of what
+# kills an operation at each of its steps, and takes ten seconds or more.
 # At the end: the time of each part, and which modules are run by less than nine tenths.
 test:
 	UNLOCK_CACHE=$(CACHE) VENV=$(VENV) $(VENV)/bin/python -m tests.whole
 
-# The same, with what the machines of the fast lab run counted in; some minutes longer.
+# All of them, but of the long ones as many as in `make test`.
+test-all:
+	UNLOCK_CACHE=$(CACHE) VENV=$(VENV) $(VENV)/bin/python -m tests.whole all
+
+# As `make test`, with what the machines of the fast lab run counted in; some minutes longer.
 coverage:
 	UNLOCK_COVER_MACHINES=1 UNLOCK_CACHE=$(CACHE) VENV=$(VENV) $(VENV)/bin/python -m tests.whole
 

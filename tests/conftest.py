@@ -2,7 +2,6 @@
 """For all tests. What one wants shown, it gives to `record_property("shown", ...)`: it is printed when all is done."""
 
 import faulthandler
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -11,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests import forked, killing
+from tests import blank, forked, killing
 from tests.flowfixture import key_cache_alone
+from tests.turns import minutes, one_in, rotation, takes_turns
 from unlock import wrap
 
 
@@ -57,12 +57,17 @@ def cheap_where_no_machine_is(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("cheap_passwords")
 
 
+@pytest.fixture(autouse=True)
+def other_disks_than_in_this_test() -> None:
+    blank.begin()
+
+
 STDERR = pytest.StashKey[int]()
 """As it was before pytest took it."""
 
 
-STORIES = pytest.StashKey[tuple[int, int]]()
-"""Of the tests that boot machines and are not long: how many run, and how many there are."""
+TURNS = pytest.StashKey[tuple[int, int]]()
+"""Of the tests that take turns: how many run, and how many there are."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -97,21 +102,20 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--alone", action="store_true", help="each worker in a user namespace, with its own key cache")
     parser.addoption("--long", default="all", metavar="MINUTES", help="of the long tests, as many as take so long")
-    turns = "one in N of the other tests that boot machines, and all that are marked `always`"
-    parser.addoption("--turns", type=int, default=1, metavar="N", help=turns)
+    parser.addoption("--turns", type=int, default=1, metavar="N", help="one in N of the other tests that take turns")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The dearest first, so that the last worker does not work alone."""
+    """Of those that were asked for. The dearest first, so that the last worker does not work alone."""
     long = [each for each in items if each.get_closest_marker("long")]
     if config.getoption("--long") != "all":
-        chosen = rotation(long, float(config.getoption("--long")))
+        chosen = rotation(long, float(config.getoption("--long")), killing.commit())
         leave_out(config, items, [each for each in long if each not in chosen])
-    stories = [each for each in items if each.get_closest_marker("vm") and each not in long]
-    turns = config.getoption("--turns")
-    waiting = [each for each in stories if not each.get_closest_marker("always") and not has_turn(each, turns)]
-    leave_out(config, items, waiting)
-    config.stash[STORIES] = len(stories) - len(waiting), len(stories)
+    others = [each for each in items if each not in long and takes_turns(each)]
+    chosen = one_in(others, config.getoption("--turns"), killing.commit())
+    leave_out(config, items, [each for each in others if each not in chosen])
+    config.stash[TURNS] = len(chosen), len(others)
     items.sort(key=lambda item: (-minutes(item), item.get_closest_marker("vm") is None))
     for item in items:
         for name, limit in LIMITS.items():
@@ -126,47 +130,24 @@ def leave_out(config: pytest.Config, items: list[pytest.Item], left: list[pytest
     items[:] = [each for each in items if each not in left]
 
 
-def has_turn(item: pytest.Item, turns: int) -> bool:
-    """For one in `turns` commits, by the hash of both."""
-    place, now = (int.from_bytes(hashlib.sha256(each.encode()).digest()) for each in (item.nodeid, killing.commit()))
-    return (place + now) % turns == 0
-
-
-def rotation(items: list[pytest.Item], budget: float) -> list[pytest.Item]:
-    """Those of `items` that this commit's hash chooses, as many as `budget` minutes allow: in time, each has a
-    turn that is no longer than that; the longest are run by `make test-long` alone."""
-    chosen = []
-    for each in sorted(items, key=lambda item: hashlib.sha256((killing.commit() + item.nodeid).encode()).digest()):
-        if minutes(each) <= budget:
-            chosen.append(each)
-            budget -= minutes(each)
-    return chosen
-
-
-def minutes(item: pytest.Item) -> float:
-    """What a long test takes beside another machine, its enrolment included."""
-    marker = item.get_closest_marker("long")
-    return float(marker.kwargs["minutes"]) if marker else 0
-
-
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Tests are collected in workers, where there are some; the summary is written by another process."""
     if output := getattr(session.config, "workeroutput", None):
-        output["stories"] = session.config.stash.get(STORIES, (0, 0))
+        output["turns"] = session.config.stash.get(TURNS, (0, 0))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    ran, of = getattr(node, "workeroutput", {}).get("stories", (0, 0))
+    ran, of = getattr(node, "workeroutput", {}).get("turns", (0, 0))
     if of:
-        node.config.stash[STORIES] = ran, of
+        node.config.stash[TURNS] = ran, of
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     reports = [each for kind in ("passed", "failed") for each in terminalreporter.stats.get(kind, [])]
-    ran, of = terminalreporter.config.stash.get(STORIES, (0, 0))
+    ran, of = terminalreporter.config.stash.get(TURNS, (0, 0))
     if ran < of:
-        terminalreporter.write_line(f"{ran} of {of} stories that boot a machine had a turn; pytest -m vm runs all")
+        terminalreporter.write_line(f"{ran} of {of} tests that take turns had theirs; make test-all runs all of them")
     shown = [text for each in reports for name, text in getattr(each, "user_properties", ()) if name == "shown"]
     if shown:
         terminalreporter.section("properties")

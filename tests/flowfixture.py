@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests import blank
 from tests.kmipfixture import AUTHORITY, CLIENT
 from tests.lab.kmipliar import Liar
 from tests.lab.kmipserver import KmipServer
@@ -120,12 +121,11 @@ class Host:
         images = []
         for number in range(count):
             image = self.folder / f"{name}-{number}"
-            with image.open("wb") as file:
-                file.truncate(self.disk_bytes)
-            with Secret.random(64) as dek, luks.format(str(image), dek) as container:
+            made = blank.disk(image, self.disk_bytes)
+            with luks.Container(str(image)) as container, Secret(made.volume_key) as dek:
                 container.add_keyslot(dek, passphrase=self.recovery)
-                self.deks[container.uuid] = bytes(dek)
-                images.append((image, container.uuid))
+            self.deks[made.uuid] = made.volume_key
+            images.append((image, made.uuid))
         members = tuple(Member(uuid, f"{name}-{i}", "") for i, (_, uuid) in enumerate(images))
         self.disks += [image for image, _ in images]
         with self.work() as work:

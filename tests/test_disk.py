@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests import blank
 from unlock import wrap
 from unlock.disks import disk_keys, luks, token
 from unlock.disks.groups import Group, Member
@@ -26,14 +27,13 @@ class Protected:
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
-        with path.open("wb") as file:
-            file.truncate(32 << 20)
+        made = blank.disk(path, 32 << 20)
         self.recovery = recovery_key.new()
-        self.dek = Secret.random(64)
+        self.dek = Secret(made.volume_key)
         self.keys = disk_keys.Keys(
             Secret.random(32), Secret.random(32), Secret.random(32), disk_keys.mac_key(self.recovery, HOST)
         )
-        with luks.format(self.path, self.dek) as container:
+        with luks.Container(self.path) as container:
             container.add_keyslot(self.dek, passphrase=self.recovery)
             self.member = Member(container.uuid, "data-a", "SERIAL")
         self.group = Group("data", "native-0/kek/data", 1, 1, (self.member,))

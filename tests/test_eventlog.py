@@ -585,6 +585,7 @@ def bounded(call: str, cpu: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.turns
 @pytest.mark.usefixtures("unmeasured")
 def test_5000_mutated_logs_neither_crash_nor_hang() -> None:
     bounded("fuzz(seed=20, cases=5000)", cpu=240)

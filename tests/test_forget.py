@@ -232,6 +232,7 @@ def test_a_full_header_leaves_all_as_it_was_and_the_same_command_then_works(host
 # Killed
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("host", ["kms", pytest.param("native", marks=pytest.mark.long(minutes=1))], indirect=True)
 def test_killed_anywhere_it_is_finished_by_the_same_command(host: Machine, killer: Killer, kms: Liar) -> None:
     """The disks open before and after, by what the TPM then has, and by the recovery key."""

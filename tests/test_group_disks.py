@@ -74,6 +74,7 @@ def recovery_opens(host: Host, disk: Path) -> bytes:
         return bytes(dek)
 
 
+@pytest.mark.turns
 def test_a_disk_is_added_whatever_kills_it(host: Host, killer: Killer) -> None:
     new = image(host)
     with luks.Container(str(host.disks[0])) as container:
@@ -213,6 +214,7 @@ def replace(host: Host, old: Member, new: Path, *, absent: bool) -> None:
         host.disks.remove(new)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("absent", [False, True])
 def test_a_disk_is_replaced_whatever_kills_it(host: Host, killer: Killer, absent: bool) -> None:
     new = image(host)

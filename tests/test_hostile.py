@@ -632,6 +632,7 @@ PROPERTIES = (
 )
 
 
+@pytest.mark.turns
 @pytest.mark.timeout(900)
 def test_properties(record_property: Callable[[str, object], None]) -> None:
     results = {}

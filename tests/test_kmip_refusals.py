@@ -161,6 +161,7 @@ class Wire:
         """Nothing is open."""
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("bad", VALUES)
 def test_each_bad_value_in_each_field_of_each_answer_is_a_provider_error_or_harmless(
     liar: Liar, bad: str, monkeypatch: pytest.MonkeyPatch

@@ -155,6 +155,7 @@ class Start:
 # Release
 
 
+@pytest.mark.turns
 @PROVIDERS
 def test_a_released_disk_has_nothing_of_this_host_and_opens_with_stock_cryptsetup(host: Host, kms: Liar) -> None:
     kek, (image,) = host.group.kek, host.disks
@@ -190,6 +191,7 @@ def test_where_the_state_does_not_know_it_the_recovery_key_says_which_keyslot_is
     assert opens(host.disks[0], b"of clevis")
 
 
+@pytest.mark.turns
 def test_a_disk_that_was_taken_out_of_its_group_is_released_too(host: Host) -> None:
     (image,) = host.disks
     delete(host)
@@ -268,6 +270,7 @@ def cheap_keyslots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(luks.Container, "add_keyslot", cheap)
 
 
+@pytest.mark.turns
 @pytest.mark.usefixtures("cheap_keyslots")
 @pytest.mark.parametrize(
     ("host", "has"),
@@ -392,6 +395,7 @@ def test_a_group_whose_disk_is_lost_is_deleted_and_the_disk_opens_by_the_recover
     host.close()
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("erase", [False, True])
 def test_a_deletion_killed_anywhere_is_finished_by_the_same_command(pair: Host, killer: Killer, erase: bool) -> None:
     start = Start(pair)
@@ -490,6 +494,7 @@ def test_nobody_agreed_and_nothing_is_erased(pair: Host, spare: str) -> None:
     assert (len(plans[0].steps), len(plans[0].destroys), plans[0].thing) == (4, 1, spare)
 
 
+@pytest.mark.turns
 def test_an_erasure_killed_anywhere_is_finished_by_the_same_command(pair: Host, spare: str, killer: Killer) -> None:
     start, content = Start(pair), Path(spare).read_bytes()
     with luks.Container(spare) as container:

@@ -146,6 +146,7 @@ def test_group_delete(tmp_path: Path, record_property: Show) -> None:
     keyring.flush()
 
 
+@pytest.mark.turns
 def test_group_delete_with_erase(tmp_path: Path, record_property: Show) -> None:
     """What is lost stays lost, and no header of a disk goes while another has keyslots: the same command finds all."""
     host = with_files(Host(tmp_path, 2))

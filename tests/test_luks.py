@@ -719,6 +719,7 @@ anything = st.recursive(
 )
 
 
+@pytest.mark.turns
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_metadata_of_any_shape_never_crashes_or_hangs(template: Path, memory: Path, data: st.DataObject) -> None:

@@ -382,6 +382,7 @@ KILLED: dict[str, Callable[[Machine], object]] = {
 }
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("what", KILLED)
 @pytest.mark.parametrize(
     "power",
@@ -421,6 +422,7 @@ def test_killed_anywhere_every_disk_opens_at_the_next_boot_and_the_same_command_
     is_whole(host)
 
 
+@pytest.mark.turns
 def test_persistence_disable_killed_anywhere_is_finished_by_itself_or_the_same_command(
     managed: Machine, killer: Killer
 ) -> None:
@@ -447,6 +449,7 @@ def test_persistence_disable_killed_anywhere_is_finished_by_itself_or_the_same_c
         assert all(len(managed.tokens(image)) == 1 for image in managed.disks)
 
 
+@pytest.mark.turns
 def test_the_line_to_the_tpm_cut_at_every_command(host: Machine) -> None:
     for count in range(60):
         host.chip.proxy.cut_after(count)
@@ -588,6 +591,7 @@ def test_a_policy_that_narrows_after_a_killed_replacement_gets_a_key_of_its_own(
     assert not any(host.opens(image) for image in host.disks)
 
 
+@pytest.mark.turns
 @pytest.mark.timeout(900)
 def test_a_leaked_recovery_key_is_rotated_by_the_same_command_killed_anywhere(host: Machine, killer: Killer) -> None:
     recovery.test_recovery_key(host.paths, host.recovery, host.look)

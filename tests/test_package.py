@@ -87,6 +87,7 @@ def test_together_they_are_what_make_install_installs(debs: Packages, tmp_path: 
     assert not elsewhere
 
 
+@pytest.mark.turns
 def test_a_build_elsewhere_by_somebody_else_is_the_same(debs: Packages, tmp_path: Path) -> None:
     """By git's list of files, in another folder, with another umask, clock, language and order of files."""
     copy = tmp_path / "another folder"

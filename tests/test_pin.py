@@ -635,6 +635,7 @@ def test_a_hook_says_what_to_type_and_fails_nothing(
     assert "unlock policy set --pin" in capsys.readouterr().err
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("to", [PIN, None])
 def test_killed_anywhere_the_old_or_the_new_and_the_same_command_finishes(
     host: Machine, to: str | None, killer: Killer
@@ -707,6 +708,7 @@ def test_rebind_never_drops_a_pin_in_silence(disks: Machine) -> None:
     assert disks.boot() == "unsealed" and disks.asked == 0
 
 
+@pytest.mark.turns
 def test_rebind_with_another_pin_killed_anywhere_keeps_the_one_or_the_other(disks: Machine, killer: Killer) -> None:
     """And no PIN is dropped: without --pin it goes on only where it knows which of the two the TPM has."""
     set_pin(disks)

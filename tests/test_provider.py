@@ -145,6 +145,7 @@ def test_away_from_a_key_manager_that_is_gone(host: Host, kms: Liar) -> None:
         assert (other.traffic() - before).requests == 1
 
 
+@pytest.mark.turns
 def test_a_switch_killed_anywhere_is_finished_by_the_same_command(host: Host, killer: Killer) -> None:
     with Liar(AUTHORITY) as one, Liar(AUTHORITY) as two:
         managers = {"second": one, "third": two}
@@ -568,6 +569,7 @@ def test_the_command_line_speaks_for_people_and_for_scripts(host: Host) -> None:
     assert State.load(host.paths).journal is None
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("enabling", [False, True])
 def test_a_choice_of_persistence_killed_anywhere_is_finished_by_the_same_command(
     host: Host, enabling: bool, killer: Killer, chip: Swtpm

@@ -475,6 +475,7 @@ def test_a_key_manager_gives_the_keys_again(tmp_path: Path) -> None:
     host.close()
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("how", ["with its backup", "with a new key", "with the old key at hand"])
 def test_killed_anywhere_every_disk_still_opens_and_it_finishes(host: Machine, how: str, killer: Killer) -> None:
     def file(attempt: int) -> str:

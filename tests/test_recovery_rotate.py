@@ -412,6 +412,7 @@ def step(host: Host) -> str:
     return f"{'new' if isinstance(journal, RecoveryRotation) and journal.written else 'old'} counts {counts}"
 
 
+@pytest.mark.turns
 def test_killed_at_every_boundary_each_disk_opens_and_the_same_command_finishes(host: Host, killer: Killer) -> None:
     """With one disk away."""
     away = host.disks.pop()
@@ -473,6 +474,7 @@ def test_killed_and_the_disks_that_are_here_have_changed_meanwhile(host: Host) -
     assert all((slots(image), len(host.tokens(image))) == (1, 1) for image in host.disks)
 
 
+@pytest.mark.turns
 def test_a_rotation_into_escrow_alone_killed_at_every_boundary_is_finished_by_the_same_command(
     host: Host, killer: Killer
 ) -> None:
@@ -498,6 +500,7 @@ def test_a_rotation_into_escrow_alone_killed_at_every_boundary_is_finished_by_th
         assert outcomes(host, Secret(decrypted(escrow.file, private))) == ["ok"] * 3, f"attempt {attempt}"
 
 
+@pytest.mark.turns
 def test_new_killed_at_every_boundary_finishes(host: Host, killer: Killer) -> None:
     """On a disk that was away."""
     away = host.disks.pop()

@@ -245,6 +245,7 @@ def test_a_busy_tpm_is_waited_for(host: Host, chip: Swtpm, code: int) -> None:
     assert host.boot_opens()
 
 
+@pytest.mark.turns
 def test_removal_and_enabling_killed_anywhere_are_finished_by_the_same_command(
     host: Host, chip: Swtpm, killer: Killer
 ) -> None:

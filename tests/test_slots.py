@@ -456,6 +456,7 @@ def half_done(tpm: Tpm) -> None:
     two_complete(tpm, 9, 1)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("power", [False, True], ids=["killed", "power-cut"])
 @pytest.mark.parametrize("start", [nothing, in_a, in_b, half_done])
 def test_a_cut_after_every_command(tmp_path: Path, start: Callable[[Tpm], None], power: bool) -> None:

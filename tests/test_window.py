@@ -179,6 +179,7 @@ def test_what_was_predicted_outlives_a_closing_that_was_killed_in_its_last_step(
     assert host.reasons() == ["this boot", "predicted: kernel"] and not host.state.tpm.window
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("what", ["opening", "closing"])
 def test_killed_anywhere_a_window_is_never_forgotten(host: Machine, what: str, killer: Killer) -> None:
     def begin(_: int) -> Callable[[], object]:

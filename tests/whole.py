@@ -2,7 +2,10 @@
 """`make test`: its parts one after the other, how long each took, and what of `unlock` they ran.
 
 A machine that measures leaves its data files in the directory that UNLOCK_COVERAGE names: they are counted in.
-`python -m tests.whole fast` boots none.
+
+    python -m tests.whole         what each commit must pass: some of the dear tests, by turns
+    python -m tests.whole fast    the same without a machine
+    python -m tests.whole all     without turns, but those of the long tests
 """
 
 import json
@@ -18,24 +21,24 @@ from pathlib import Path
 WANTED = 90
 """Percent of the lines and branches of a module: those with less are told."""
 
-NO_MACHINE = ("-n3", "--alone", "--dist=loadfile", "--no-loadscope-reorder", "-m", "not vm and not root and not long")
-ROOT = ("-n2", "--dist=load", "-m", "root")
-MACHINES = ("-n3", "--dist=load", "--long=12", "--turns=3", "-m", "vm or root or long")
+NO_MACHINE = ("-n4", "--alone", "--dist=loadfile", "--no-loadscope-reorder", "-m", "not vm and not root and not long")
+ROOT = ("-n2", "--dist=load", "-m", "root and not long")
+MACHINES = ("-n3", "--dist=load", "--long=12", "-m", "vm or root or long")
 """Two machines run at a time; who types slowly at one, or clones the next, needs no core."""
 
 ROOM = 4 << 30
 """Bytes of memory that must be free for the files of tests without a machine; they need some hundred megabytes."""
 
 
-def no_machine() -> bool:
+def no_machine(*options: str) -> bool:
     """With the files of each worker in memory, see alone.py."""
     free = int(re.findall(r"MemAvailable: *([0-9]+) kB", Path("/proc/meminfo").read_text())[0]) << 10
     if free < ROOM:
-        return pytest(*NO_MACHINE)
+        return pytest(*NO_MACHINE, *options)
     with tempfile.TemporaryDirectory(prefix="unlock-test-") as folder:
         os.environ["UNLOCK_TEST_MEMORY"] = folder
         try:
-            return pytest(*NO_MACHINE, f"--basetemp={folder}/files")
+            return pytest(*NO_MACHINE, *options, f"--basetemp={folder}/files")
         finally:
             del os.environ["UNLOCK_TEST_MEMORY"]
 
@@ -75,10 +78,11 @@ def coverage() -> bool:
 
 def main() -> int:
     fast = sys.argv[1:] == ["fast"]
+    turns = () if sys.argv[1:] == ["all"] else ("--turns=3",)
     parts: dict[str, Callable[[], bool]] = {
         "lint": lambda: run("make", "--no-print-directory", "lint"),
-        "no machine": no_machine,
-        "root" if fast else "machines": lambda: pytest(*(ROOT if fast else MACHINES)),
+        "no machine": lambda: no_machine(*turns),
+        "root" if fast else "machines": lambda: pytest(*(ROOT if fast else MACHINES), *turns),
         "coverage": coverage,
     }
     told = []
