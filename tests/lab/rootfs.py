@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Debian 13 file system that every guest starts from, made with mmdebstrap."""
 
+import inspect
+import os
 import subprocess
 from pathlib import Path
 
@@ -30,7 +32,7 @@ def rootfs(more: str = "", *, dracut: bool = False) -> Path:
     packages = PACKAGES + more
     if dracut:
         packages = " ".join([each for each in packages.split() if each not in INITRAMFS_TOOLS] + [DRACUT])
-    name = cache.key(SUITE, packages, *EXCLUDED)
+    name = cache.key(SUITE, packages, *EXCLUDED, inspect.getsource(_bootstrap))
     return cache.entry(f"rootfs-{name}", lambda work: _bootstrap(work, packages)) / "root"
 
 
@@ -38,7 +40,9 @@ def _bootstrap(work: Path, listed: str) -> None:
     packages = ",".join(listed.split())
     command = ["mmdebstrap", "--mode=root", "--variant=minbase", "--quiet", f"--include={packages}"]
     command += [f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED]
-    subprocess.run([*command, SUITE, str(work / "root"), debian_mirror()], check=True)
+    # its scripts run in the tree: with PYTHONPYCACHEPREFIX they would put what they compile elsewhere
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    subprocess.run([*command, SUITE, str(work / "root"), debian_mirror()], check=True, env=environment)
 
 
 def debian_mirror() -> str:
