@@ -29,7 +29,7 @@ ls
 ACCEPTED = "--accept unmeasured-boot --accept unmeasured-drivers"
 
 
-@pytest.mark.long(minutes=25)
+@pytest.mark.long(minutes=35)
 def test_an_update_by_grub_and_an_initramfs_that_is_made_by_hand(home: Path) -> None:
     """The power fails before the prediction of the shutdown. What `check` said of that comes true."""
     story = Machine(home, image.build("luks", boots="grub", builder="dracut"))

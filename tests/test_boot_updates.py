@@ -46,7 +46,7 @@ def install_kernel(console: Guest) -> str:
     said = console.sh(f"{INSTALL} 2>&1", timeout=1200).out
     assert "unlock: next boot: " in said and "is predicted" in said, said
     assert any(each.startswith("predicted: ") for each in allowed(console))
-    again = json.loads(console.sh("unlock policy predict --json", timeout=120).out)
+    again = json.loads(console.sh("unlock policy predict --json", timeout=600).out)
     assert all(each["predicted"] for each in again["entries"])
     return old
 

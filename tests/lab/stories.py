@@ -94,7 +94,7 @@ def checked(console: Guest) -> dict[str, str]:
 
 def findings(console: Guest) -> dict[str, Any]:
     """What `unlock check` says, in full."""
-    done = console.sh("unlock check --json", check=False, timeout=240)
+    done = console.sh("unlock check --json", check=False, timeout=600)
     assert done.out, f"exit status {done.code}: {done.err}"
     found: dict[str, Any] = json.loads(done.out)
     return found
