@@ -42,6 +42,8 @@ class Made(NamedTuple):
     """When it begins with one."""
     asks: str
     """Without unlock, for the root's passphrase."""
+    lists: str
+    """What shows the files in one."""
 
 
 MADE: dict[Builder, Made] = {
@@ -50,12 +52,14 @@ MADE: dict[Builder, Made] = {
         "echo COMPRESS=zstd COMPRESSLEVEL=1 | tr ' ' '\\n' >/etc/initramfs-tools/conf.d/lab",
         "update-initramfs: Generating",
         "Please unlock disk root",
+        "lsinitramfs",
     ),
     "dracut": Made(
         "dracut",
         "echo 'compress=\"zstd -1\"' >/etc/dracut.conf.d/quick.conf",
         "dracut: Generating",
         "passphrase for disk .*root",
+        "lsinitrd",
     ),
 }
 BESIDE = " man-db bash-completion clevis-luks clevis-tpm2 clevis-systemd tpm2-tools"
@@ -243,23 +247,26 @@ def test_a_fresh_host_and_an_upgrade(home: Path, builder: Builder) -> None:
 
 
 @pytest.mark.long(minutes=11)
-def test_removal_another_installation_and_a_purge(home: Path) -> None:
-    """test_package_container.py has it without an initramfs, for dracut too."""
-    story = Story(measured().clone(home))
+@pytest.mark.parametrize("builder", MADE)
+def test_removal_another_installation_and_a_purge(home: Path, builder: Builder) -> None:
+    """test_package_container.py has it without an initramfs."""
+    made = MADE[builder]
+    package = f"unlock-{made.deb}"
+    story = Story(measured(builder=builder).clone(home))
     recovery = story.machine.recovery_key
     with story.boot() as booted:
         console = opened(booted)
-        console.sh(MADE["initramfs-tools"].quick)
+        console.sh(made.quick)
         refused = console.sh(f"{APT} remove unlock 2>&1", check=False, timeout=240)
         assert refused.code == 100
         for words in ("group data (data-", "without unlock, no boot opens it; nothing is mounted at /srv/data", TWO):
             assert words in refused.out
-        assert console.sh("dpkg-query -W -f '${Status} ' unlock unlock-initramfs").out == "install ok installed " * 2
+        assert console.sh(f"dpkg-query -W -f '${{Status}} ' unlock {package}").out == "install ok installed " * 2
         assert status(console) == {"root": "open", "data": "open"}
         # A host whose root opened without its line in crypttab.
         console.sh("sed -i /^root/d /etc/crypttab")
         console.sh(f"echo 'unlock unlock/remove string {TWO}' | debconf-set-selections")
-        apt(console, "remove unlock")
+        apt(console, "remove unlock", builder)
         assert f"root UUID={image.LUKS_UUID} none luks,initramfs" in console.read("/etc/crypttab").decode()
         assert app(console) == "active"
         story.off(booted)
@@ -271,7 +278,7 @@ def test_removal_another_installation_and_a_purge(home: Path) -> None:
         assert console.sh("systemctl is-failed srv-data.mount", check=False).out == "failed"
         assert console.sh("ls -A /srv/data").out == ""
         assert console.sh("systemctl is-active multi-user.target").out == "active"
-        install(console, packages())
+        install(console, packages(), builder)
         story.off(booted)
 
     # Installed again: this boot is none that the TPM allows, and unlock asks.
@@ -281,10 +288,10 @@ def test_removal_another_installation_and_a_purge(home: Path) -> None:
         console = up(booted)
         assert app(console) == "active"
         console.sh("sha256sum --quiet -c /root/sums")
-        refused = console.sh(f"{APT} purge unlock unlock-initramfs 2>&1", check=False, timeout=240)
+        refused = console.sh(f"{APT} purge unlock {package} 2>&1", check=False, timeout=240)
         assert refused.code == 100, "the names of the first removal are for that alone"
         console.sh("echo 'unlock unlock/remove string root,data' | debconf-set-selections")
-        said = apt(console, "purge unlock unlock-initramfs")
+        said = apt(console, f"purge unlock {package}", builder)
         for words in ("tpm2_evictcontrol -C o -c 0x81104c4", "tpm2_nvundefine", "on disk root", "/srv/data is a bare"):
             assert words in said, said
         left = console.sh("find / -xdev -path '*unlock*' -not -path '/run/*' -not -path '/root/*'").out.splitlines()
@@ -296,14 +303,16 @@ def test_removal_another_installation_and_a_purge(home: Path) -> None:
         console = story.stock(booted, recovery)
         assert app(console) == "active"
         assert console.sh("ls -A /srv/data").out == "ran"
-        assert "unlock" not in console.sh("lsinitramfs /boot/initrd.img-*").out.replace("cryptroot-unlock", "")
+        assert "unlock" not in console.sh(f"{made.lists} /boot/initrd.img-*", timeout=240).out.replace(
+            "cryptroot-unlock", ""
+        )
         for disk in ("d1", "d2", "d3"):
             device = story.machine.disks[disk].device
             console.sh(f"cryptsetup open --test-passphrase {device}", stdin=recovery.encode())
         booted.poweroff()
 
 
-@pytest.mark.long(minutes=12)
+@pytest.mark.long(minutes=16)
 def test_a_host_that_boots_by_grub_is_upgraded(home: Path) -> None:
     """The initramfs is made once, when dpkg ends; then the TPM is told what it will measure, and the next boot
     asks nobody."""
