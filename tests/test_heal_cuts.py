@@ -16,15 +16,16 @@ import pytest
 
 from tests.flowfixture import Host
 from tests.inplace import sh
-from tests.killing import _traced
+from tests.killing import Killer, _traced
 from tests.lab import cuts
+from tests.saved import Saved
 from tests.test_degraded import leave_out
 from tests.test_leave_cuts import CUTS, Lab, Show, by_passphrase, by_token
 from unlock.boot import gate
-from unlock.disks import btrfs_layout, luks, udev
+from unlock.disks import btrfs_layout, devices, luks, udev
 from unlock.disks.groups import Away
 from unlock.errors import DiskFailed
-from unlock.host import keyring, report
+from unlock.host import keyring, report, this_boot
 from unlock.operations import heal_group
 from unlock.operations.consent import agree
 from unlock.secret import Secret
@@ -172,3 +173,20 @@ def test_what_a_replace_has_begun_to_write_was_not_written_apart(
     monkeypatch.setattr(btrfs_layout, "read_device", lambda node: read(disk))
     with luks.Container(str(trio.disks[0])) as container:
         assert heal_group._was_written(container, Secret(b""), Away("", "btrfs", 1)) == written
+
+
+def test_killed_at_its_last_step_the_group_is_open_or_the_same_command_says_so(
+    trio: Host, monkeypatch: pytest.MonkeyPatch, killer: Killer
+) -> None:
+    leave_out(trio, (1, "btrfs"))
+    names = {each.uuid: each.name for each in trio.group.members}
+    monkeypatch.setattr(devices, "active_mapping_name", names.get)
+    saved = Saved(trio.paths.state)
+
+    def begin(_: int) -> Callable[[], object]:
+        saved.restore()
+        this_boot.unmark(trio.paths, "open", "data")
+        return lambda: heal_group._forget_that_they_were_away(trio.paths, "data", set(names))
+
+    for _, killed in killer(begin):
+        assert this_boot.open_groups(trio.paths).get("data") or (killed and trio.group.away)

@@ -257,11 +257,12 @@ def _balance(mount_point: str) -> None:
 
 
 def _forget_that_they_were_away(paths: Paths, name: str, healed: set[str]) -> None:
+    """The state comes last: while it has a member as away, the same command does this again."""
     with exclusive(paths):
         state = State.load(paths)
         group = state.groups[name]
         group = group._replace(away=tuple(each for each in group.away if each.uuid not in healed))
+        if not group.away and all(devices.active_mapping_name(each.uuid) == each.name for each in group.members):
+            this_boot.mark_open(paths, name, [each.name for each in group.members])
         state.groups[name] = group
         state.save()
-    if not group.away and all(devices.active_mapping_name(each.uuid) == each.name for each in group.members):
-        this_boot.mark_open(paths, name, [each.name for each in group.members])
