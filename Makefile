@@ -83,7 +83,7 @@ install-initramfs-tools:
 	$(RUN) system/after-update $(etc)/initramfs/post-update.d/zzz-unlock
 
 install-dracut:
-	for script in module-setup.sh init early settled; do $(RUN) initramfs/dracut/$$script $(dracut)/$$script || exit; done
+	for script in module-setup.sh init early settled.sh; do $(RUN) initramfs/dracut/$$script $(dracut)/$$script || exit; done
 	for unit in initramfs/dracut/*.service initramfs/dracut/*.conf; do \
 		$(DATA) $$unit $(dracut)/$${unit##*/} || exit; done
 	$(RUN) system/after-update $(DESTDIR)/usr/lib/kernel/install.d/99-unlock.install

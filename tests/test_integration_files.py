@@ -29,7 +29,7 @@ GENERATOR = TOP / "system/unlock-generator"
 STAGES = ["init-premount", "local-top", "local-block", "local-bottom", "panic"]
 TOOLS = TOP / "initramfs/initramfs-tools"
 SCRIPTS = [*(TOOLS / name for name in ("hook", *STAGES, "local-premount")), TOP / "initramfs/cap"]
-DRACUT = [TOP / "initramfs/dracut" / name for name in ("init", "early", "settled", "module-setup.sh")]
+DRACUT = [TOP / "initramfs/dracut" / name for name in ("init", "early", "settled.sh", "module-setup.sh")]
 HOOKS = [TOP / "system" / name for name in ("predict", "after-update", "dump")]
 SHELLS = [["dash"], ["busybox", "sh"], ["/usr/lib/klibc/bin/sh"], ["bash"]]
 
@@ -53,6 +53,12 @@ def test_scripts_name_their_prerequisites_and_do_nothing_else(script: Path) -> N
     done = subprocess.run([script, "prereqs"], capture_output=True, text=True, check=True)
     assert done.stdout.count("\n") == 1 and not done.stderr
     assert script.name == "hook" or "cryptroot" not in done.stdout  # it would have to wait for itself in local-top
+
+
+def test_hooks_of_dracut_have_names_that_it_runs() -> None:
+    """Its loops run what ends in .sh, and copy whatever they are given."""
+    hooks = re.findall(r'inst_hook \S+ \d+ "\$moddir/(.+)"', (TOP / "initramfs/dracut/module-setup.sh").read_text())
+    assert hooks and [name for name in hooks if not name.endswith(".sh")] == []
 
 
 def test_nothing_runs_in_init_bottom() -> None:

@@ -63,7 +63,8 @@ install() {
 	rm -f "$initdir/init"
 	inst_script "$moddir/init" /init
 	inst_script "$moddir/early" /usr/lib/unlock/early
-	inst_hook initqueue/settled 10 "$moddir/settled"
+	# the loop runs what ends in .sh alone
+	inst_hook initqueue/settled 10 "$moddir/settled.sh"
 	for name in agent cap root mount hand-over; do
 		inst_simple "$moddir/unlock-initrd-$name.service" "$systemdsystemunitdir/unlock-initrd-$name.service"
 	done
