@@ -8,6 +8,7 @@ from tests.test_boot_attacks import (  # noqa: F401 - played here on the machine
     test_a_thiefs_root_of_the_same_uuid_gets_no_key_and_no_disk,
     test_a_thiefs_root_of_the_same_uuid_is_told_where_the_host_knows_its_own,
 )
+from tests.test_boot_degraded_root import test_a_root_on_two_disks_lives_with_one  # noqa: F401
 from tests.test_boot_dracut import story  # noqa: F401
 from tests.test_boot_faults import (  # noqa: F401
     test_a_tpm_in_failure_mode_and_nobody_who_knows_the_key,

@@ -98,12 +98,14 @@ def open_groups(
     """Opens groups as their disks appear, and writes the report and `idle` on SIGUSR1, until SIGTERM. A group that may
     open degraded has no outcome before its patience is over, so that the boot scripts wait, and nothing else asks."""
     from .activation import run_once, wait_readable
+    from .degraded import bring_up_early
 
     report_wanted, list_disks = True, not opener.has_listed_disks
     patience = report.now() + DEGRADED_AFTER
     while not signals.stop:
         done = run_once(opener, monitor, list_disks=list_disks)
         list_disks = False
+        bring_up_early(paths, record)
         if done and (waiting := [each for each in opener.groups if opener.may_open_degraded(each)]):
             done = False
             if report.now() >= patience:

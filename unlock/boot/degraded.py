@@ -6,9 +6,14 @@ which of their members they can do without, and start or refuse: they get what i
 other one to go on with.
 """
 
+from .. import log
 from ..disks import udev
-from ..errors import Malformed, UnlockError
+from ..errors import CommandFailed, Malformed, UnlockError
+from ..host import this_boot
+from ..host.report import Report
 from ..light import TYPE_CHECKING, Iterable, NamedTuple, Sequence
+from ..paths import Paths
+from ..run import run
 
 if TYPE_CHECKING:
     from ..disks.btrfs_layout import Device
@@ -53,6 +58,26 @@ def judge(mappings: Sequence[str]) -> Judgement:
             continue  # the kernel refuses to mount what lacks too much
     generations = [each.generation for devices in file_systems.values() for each in devices]
     return Judgement("btrfs" if generations else kind, max(generations, default=0), "")
+
+
+def look_again(mappings: Sequence[str]) -> list[str]:
+    """The command that has udev look at these mappings again: systemd waits for all devices of a btrfs else."""
+    return ["udevadm", "trigger", "--settle", "--action=change", *(f"/dev/mapper/{name}" for name in mappings)]
+
+
+def bring_up_early(paths: Paths, record: Report) -> None:
+    """Marks each group that opened without all of its members, as soon as it did, and has udev look at its btrfs: an
+    initramfs whose PID 1 is systemd does not mount a root before udev says that it is ready."""
+    rows = [row for row in record.groups.values() if row.outcome == "degraded"]
+    known = this_boot.degraded_groups(paths) if rows else {}
+    for row in rows:
+        if row.name not in known:
+            this_boot.mark_open(paths, row.name, row.mappings, row)
+            if row.kind == "btrfs":
+                try:
+                    run(look_again(row.mappings), timeout=20)
+                except CommandFailed as error:
+                    log.console(f"group {row.name}: {error}")
 
 
 def find_lagging(mappings: Iterable[str]) -> list[str]:

@@ -49,6 +49,7 @@ from ..protect import protect
 from ..run import run
 from ..secret import Secret
 from .activation import ACTIVATION_TIMEOUT, GroupOpener, Unwrap, open_present, run_once, wait_readable
+from .degraded import look_again
 from .pauses import SHORTEST, SharedPause, pause_before_retry
 
 _POLL = 0.2
@@ -146,7 +147,7 @@ def _bring_up(row: report.GroupRow) -> None:
     of_these = " || ".join(f"pv_name={node}" for node in nodes)
     arrays = sorted({array for node in nodes for array in devices.holders(node)})
     commands = {
-        "btrfs": [["udevadm", "trigger", "--settle", "--action=change", *nodes]],
+        "btrfs": [look_again(row.mappings)],
         "LVM2_member": [["vgchange", "--activate", "ay", "--activationmode", "degraded", "--select", of_these]],
         "linux_raid_member": [["mdadm", "--run", array] for array in arrays],
     }

@@ -18,6 +18,7 @@ from ..protect import protect
 from ..secret import Secret
 from . import unmeasured
 from .activation import GroupOpener, open_present
+from .degraded import bring_up_early
 
 TRIES = 5
 ANOTHER_KEY = "a member is missing, or takes an earlier recovery key: type that too"
@@ -101,6 +102,7 @@ def open_all(paths: Paths, *recovery: Secret, degraded: Sequence[str] = ()) -> r
     _continue_report(paths, record)
     monitor = udev.Monitor()
     open_present(GroupOpener("", unwrap, record), monitor, degraded)
+    bring_up_early(paths, record)
     this_boot.publish(paths, record)
     return record
 
