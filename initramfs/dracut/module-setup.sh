@@ -84,5 +84,6 @@ install() {
 		inst_simple "$moddir/after-hand-over.conf" "$systemdsystemunitdir/$name.service.d/90-unlock.conf"
 	done
 	inst_simple "$moddir/sysroot.mount.conf" "$systemdsystemunitdir/sysroot.mount.d/90-unlock.conf"
+	inst_simple "$moddir/keydev.mount.conf" "$systemdsystemunitdir/run-systemd-cryptsetup-.mount.d/90-unlock.conf"
 	dracut_need_initqueue
 }

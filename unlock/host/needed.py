@@ -13,7 +13,7 @@ from ..errors import Malformed
 from ..light import Iterator
 from ..paths import Paths
 from ..tpm.record import Needs
-from .report import OPEN, DiskRow, Report
+from .report import CHANGED, OPEN, DiskRow, Report
 
 _AS_WRITTEN = frozenset(
     (*OPEN, "waiting", "no-key", "provider", "name-taken", "duplicate", "closed-again", "tampered", "was-away")
@@ -60,7 +60,7 @@ def mark_altered(paths: Paths, record: Report) -> bool:
             if not _has_token(row):
                 why = row.describe() if row else "it is not LUKS2"
                 record.set_disk(node, "altered", f"its header is not the one that this host wrote: {why}", name=name)
-            changed = changed or record.outcome(node) in ("altered", "tampered")
+            changed = changed or record.outcome(node) in CHANGED
     return changed
 
 

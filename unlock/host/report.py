@@ -57,6 +57,9 @@ HARMLESS = frozenset(
 OPEN = ("opened", "already-open")
 """Outcomes of a disk that is open."""
 
+CHANGED = ("tampered", "altered")
+"""Outcomes of a disk that has another header than this host wrote."""
+
 GROUP_OPEN = ("open", "degraded")
 """Outcomes of a group that is open."""
 
@@ -255,7 +258,7 @@ class Report:
 
     def has_changed_disk(self) -> bool:
         """Whether a disk's header is known not to be the one that this host wrote."""
-        return self.has_disk("tampered") or self.has_disk("altered")
+        return any(row.outcome in CHANGED for row in self.disks.values())
 
     def has_open_group(self) -> bool:
         """Whether a group is open."""

@@ -8,6 +8,7 @@ lines            the initramfs's crypttab, and where its disks are
 needs            what the TPM says of the root, in hex
 needed           names of the mappings in `lines` that the root needs
 altered          a disk that the root needs has another header than this host wrote
+changed          nodes of the disks that have another header than this host wrote
 unsealing        the agent has asked the TPM for the key
 waiting          the boot scripts wait for the agent, which may ask a person
 asking           the agent asks a person: no deadline runs
@@ -41,7 +42,7 @@ from ..light import Any, Mapping, Sequence
 from ..paths import TPM_DEVICE, Paths
 from ..secret import Secret
 from . import keyring, needed
-from .report import GROUP_OPEN, GroupRow, Report
+from .report import CHANGED, GROUP_OPEN, GroupRow, Report
 from .report_file import encode, read
 
 
@@ -54,6 +55,8 @@ def publish(paths: Paths, record: Report) -> None:
             unmark(paths, "open", name)
     if needed.mark_altered(paths, record):
         mark(paths, "altered")
+    with open(paths.of_this_boot("changed"), "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.writelines(f"{row.node}\n" for row in record.disks.values() if row.outcome in CHANGED)
     if record.failed_nodes():
         mark(paths, "failed")
     write_report(paths, record, "report.json")
