@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rd.luks.* says of disks, on a host whose initramfs dracut makes."""
+"""What lies below and above the root's disk, and what rd.luks.* says of it, on a host whose initramfs dracut makes."""
 
+import shutil
 import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,16 +12,36 @@ import pytest
 from tests.lab import attacks, image
 from tests.lab.image import LUKS_UUID
 from tests.lab.luks import format_disk
-from tests.lab.machine import Machine, report
+from tests.lab.machine import RECOVERY, Machine, report
 from tests.lab.running import Disk
-from tests.lab.stories import open_shell, outcomes, up
+from tests.lab.stories import checked, open_shell, outcomes, status, unmeasured, up
 from tests.test_boot_attacks import give_recovery_key
+from tests.test_boot_degraded_root import TELL_TPM
 from tests.test_boot_dracut import FORCE, MODULE, STOCK, in_shell
 from tests.test_boot_dracut import story as story
 from tests.test_disk import edit
 
 pytestmark = pytest.mark.vm
 
+STACK = """
+set -e
+mdadm --quiet --create /dev/md/lab --metadata=1.2 --level=1 --raid-devices=2 --assume-clean --bitmap=none --run {0} {1}
+udevadm settle
+vgcreate -qq below /dev/md/lab && lvcreate -qq -y -n disk -l 100%FREE below
+cryptsetup luksFormat -q --pbkdf pbkdf2 --pbkdf-force-iterations 1000 --key-file {2} /dev/below/disk
+cryptsetup open --key-file {2} /dev/below/disk sys
+unlock disk adopt /dev/below/disk --group sys --passphrase-file {2} --recovery-key-file {2}
+vgcreate -qq above /dev/mapper/sys && lvcreate -qq -y -n root -l 100%FREE above
+mkfs.ext4 -q /dev/above/root
+mkdir /srv/sys && mount /dev/above/root /srv/sys
+cp -ax / /srv/sys
+cd /srv/sys
+echo '/dev/mapper/above-root / ext4 defaults 0 0' >etc/fstab
+echo "sys UUID=$(blkid -s UUID -o value /dev/below/disk) none luks" >etc/crypttab
+sed -i /^mount/d etc/unlock/unlock.toml
+echo of the root >root/kept
+"""
+NAMES = "echo $(blkid -s UUID -o value /dev/below/disk) $(mdadm --detail --export /dev/md/lab | sed -n s/MD_UUID=//p)"
 UNORDERED = (f"{MODULE}/keydev.mount.conf", "After=unlock-initrd-cap.service\n", "")
 """A disk with a key file is mounted as soon as it is there."""
 UNHELD = (f"{MODULE}/systemd-cryptsetup@.conf", "ExecCondition=/usr/lib/unlock/early cryptsetup %I\n", "")
@@ -30,6 +53,49 @@ KEY_FILE = {"scripts/init-top/key": KEY.format(image.PASSPHRASE)}
 """An image with a key file for the root's disk."""
 STARTED = "39f53479d3a045ac8e11786248231fbf"
 """The MESSAGE_ID of systemd for a unit that was started."""
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Iterator[Machine]:
+    """A clone of an enrolled machine that has mdadm, with two more disks."""
+    made = unmeasured(builder="dracut", programs=" mdadm").clone(tmp_path / "machine")
+    for serial in ("half-1", "half-2"):
+        made.disk(serial, 2600)
+    yield made
+    shutil.rmtree(tmp_path / "machine", ignore_errors=True)
+
+
+@pytest.mark.long(minutes=5)
+def test_a_root_on_lvm_above_its_disk_which_lies_on_lvm_and_md(stack: Machine) -> None:
+    others = tuple(each for each in stack.disks if not each.startswith("half"))
+    with stack.boot(memory="900M") as booted:
+        console = up(booted)
+        console.write(RECOVERY, stack.recovery_key.encode(), 0o600)
+        halves = (stack.disks[each].device for each in ("half-1", "half-2"))
+        console.sh(STACK.format(*halves, RECOVERY), timeout=280)
+        console.sh(TELL_TPM.format("/srv/sys", "/dev/below/disk", RECOVERY), timeout=120)
+        luks, array = console.sh(NAMES).out.split()
+        booted.kill()
+    words = f"rd.luks.name={luks}=sys rd.lvm.vg=below rd.lvm.vg=above rd.md.uuid={array} rd.retry=15"
+    root = stack.image.cmdline.replace("root=/dev/mapper/root", "root=/dev/mapper/above-root")
+    cmdline = f"{root.partition(' rd.luks')[0]} {words}"
+    with stack.boot(memory="900M", without=others, cmdline=cmdline) as booted:
+        console = up(booted)
+        assert report(console)["verdict"] == "unsealed"
+        assert console.sh("findmnt -no SOURCE /; cat /root/kept").out.splitlines() == [
+            "/dev/mapper/above-root",
+            "of the root",
+        ]
+        console.sh("test -e /run/unlock/authentic; grep -qx sys /run/unlock/needed")
+        assert (status(console)["sys"], checked(console)["sys"]) == ("open", "safe")
+        assert STOCK not in booted.console.text and "recovery key" not in booted.console.text
+        booted.poweroff()
+    with stack.boot(memory="900M", without=(*others, "half-2"), cmdline=cmdline) as booted:  # dead, so it comes late
+        console = up(booted)
+        assert report(console)["verdict"] == "unsealed"
+        console.sh("test -e /run/unlock/authentic; grep -q '_U\\|U_' /proc/mdstat")
+        assert STOCK not in booted.console.text and "recovery key" not in booted.console.text
+        booted.poweroff()
 
 
 def test_systemd_cryptsetup_opens_nothing_that_the_agent_refused(story: Machine) -> None:

@@ -130,11 +130,11 @@ def measured(runs: Runs = "uml", builder: Builder = "initramfs-tools") -> Machin
     return _enrolled(built, "", {"data": ("d1", "d2", "d3")}, dict.fromkeys(("d1", "d2", "d3"), 200), uefi=True)
 
 
-def unmeasured(runs: Runs = "uml", builder: Builder = "initramfs-tools") -> Machine:
+def unmeasured(runs: Runs = "uml", builder: Builder = "initramfs-tools", programs: str = "") -> Machine:
     """Enrolled under a firmware that measures nothing, with many groups."""
     groups: dict[str, tuple[str, ...]] = {each: (f"{each}-1",) for each in ("late", "copy", "ruined", "twin", "far")}
     groups["pair"] = ("pair-1", "pair-2")
-    built = image.build("luks", runs=runs, builder=builder)
+    built = image.build("luks", runs=runs, builder=builder, programs=programs)
     return _enrolled(built, UNMEASURED, groups, {"pair-1": 200, "pair-2": 200})
 
 
