@@ -158,7 +158,7 @@ LATE = """
 (
     until [ -e /run/unlock/agent.pid ]; do sleep 0.1; done
     sleep 2 # it has looked, and waits: ACPI says that there is a TPM
-    touch /run/lab.waited
+    : >/run/lab.waited
     /usr/lib/lab/vtpm /dev/ttyS3 </dev/null
 ) >/dev/null 2>&1 &
 """
@@ -170,7 +170,7 @@ echo "$device" > unbind
 (
     until agent=$(cat /run/unlock/agent.pid) && grep -q "^230 " "/proc/$agent/syscall"; do sleep 0.1; done  # it sleeps
     echo "$device" > bind
-    touch /run/lab.waited
+    : >/run/lab.waited
 ) >/dev/null 2>&1 &
 """
 
