@@ -180,6 +180,18 @@ def test_the_boot_scripts_get_the_names_of_what_the_root_needs_also_of_disks_tha
     assert Path(early.paths.of_this_boot("needed")).read_text() == "usr\n"
 
 
+def test_the_names_of_a_crashed_agent_are_corrected_before_the_prompt(lab: Lab, tmp_path: Path) -> None:
+    """It has ended before the scripts of dracut listed what a stock prompt would open."""
+    early = Early(tmp_path, lab, Needs.of([ROOT]))
+    listed, names = (Path(early.paths.of_this_boot(each)) for each in ("lines", "needed"))
+    lines = listed.read_text()
+    listed.unlink()
+    names.write_text("\n")
+    assert needed.list_needed(early.paths) == [] and names.read_text() == "\n"
+    listed.write_text(lines)
+    assert needed.list_needed(early.paths) == [(ROOT, str(lab.victim))] and names.read_text() == f"{ROOT}\n"
+
+
 @pytest.mark.parametrize("text", [None, "", "xyz", "00", "ff" * 49, "0d" + "00" * 48])
 def test_what_the_tpm_says_may_be_missing(tmp_path: Path, text: str | None) -> None:
     paths = Paths(str(tmp_path))

@@ -35,6 +35,7 @@ def prompt(paths: Paths) -> int:
     header.
     """
     protect()
+    needed.list_needed(paths)  # an agent that has crashed may have done so before the scripts knew what to ask for
     happened = _explain_boot(paths)
     log.console(happened)
     if not os.path.exists(paths.of_this_boot("told")):  # `unlock boot why` has shown more

@@ -38,9 +38,9 @@ def read_needs(paths: Paths) -> Needs:
         return Needs()
 
 
-def mark_altered(paths: Paths, record: Report) -> bool:
-    """Gives the outcome `altered` to each disk that the root needs and that has no token of this host. Lists the
-    mappings that the root needs for the boot scripts. True when the header of such a disk was changed."""
+def list_needed(paths: Paths) -> list[tuple[str, str]]:
+    """Lists the mappings that the root needs for the boot scripts. Returns those that a stock prompt would open, each
+    with its disk, or "" while that is not here."""
     needs = read_needs(paths)
     lines = [(name, source) for name, source in _read_lines(paths) if needs.covers(name)]
     names = [name for name, _ in lines]
@@ -52,8 +52,14 @@ def mark_altered(paths: Paths, record: Report) -> bool:
     if names:
         with open(paths.of_this_boot("needed"), "w", encoding="utf-8", errors="surrogateescape") as file:
             file.writelines(f"{name}\n" for name in names)
+    return lines
+
+
+def mark_altered(paths: Paths, record: Report) -> bool:
+    """Gives the outcome `altered` to each disk that the root needs and that has no token of this host. True when the
+    header of such a disk was changed."""
     changed = False
-    for name, source in lines:
+    for name, source in list_needed(paths):
         if source and not any(row.name == name and row.outcome in OPEN for row in record.disks.values()):
             node = os.path.realpath(source)
             row = record.disks.get(node)
