@@ -79,7 +79,7 @@ else:
 print(killing.killed_at(int(step), work, steps))
 """
 """`unlock group heal` or `delete`, killed before or after a step that lasts."""
-SLOW = "echo 4M > /sys/fs/btrfs/$(findmnt -no UUID /srv/pair)/devinfo/1/scrub_speed_max"
+SLOW = "echo 1M > /sys/fs/btrfs/$(findmnt -no UUID /srv/pair)/devinfo/1/scrub_speed_max"
 STARTED = "until btrfs replace status -1 /srv/pair | grep -q done; do sleep 0.1; done"
 STOP = "systemctl stop app-pair.service srv-pair.mount unlock-group@pair.service"
 
@@ -284,7 +284,7 @@ def killed_while_it_is_copied(console: Guest) -> None:
     refused = heal(console)
     assert (refused.code, "btrfs has a device replace under way" in refused.err) == (3, True), refused.err
     whole(console)
-    console.sh("while btrfs replace status -1 /srv/pair | grep -q done; do sleep 1; done", timeout=240)
+    console.sh("while btrfs replace status -1 /srv/pair | grep -q done; do sleep 1; done", timeout=600)
     healed_again(console)
 
 
