@@ -86,14 +86,23 @@ def finish(host: Host) -> None:
     sync.sync(host.paths, host.look)
 
 
-def test_killed_while_a_group_is_taken_back(host: Host, kms: Liar, killer: Killer) -> None:
-    saved = Saved(host.paths.state)
-    keys = set(kms.keys)
+def again(host: Host, kms: Liar, *files: str) -> Callable[[], None]:
+    """Gives host and key manager what they have now, as often as it is called."""
+    saved, keys = Saved(host.paths.state, *files), set(kms.keys)
 
-    def begin(_: int) -> Callable[[], object]:
+    def restore() -> None:
         saved.restore()
         for each in set(kms.keys) - keys:
             del kms.keys[each]
+
+    return restore
+
+
+def test_killed_while_a_group_is_taken_back(host: Host, kms: Liar, killer: Killer) -> None:
+    restore = again(host, kms)
+
+    def begin(_: int) -> Callable[[], object]:
+        restore()
         half_made(host)
         return lambda: operation.cancel(host.paths, look=host.look)
 
@@ -107,14 +116,11 @@ def test_killed_while_a_group_is_made_that_fails(
     host: Host, kms: Liar, disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killer: Killer
 ) -> None:
     monkeypatch.setattr(luks.Container, "activate", fails)
-    saved = Saved(host.paths.state)
+    restore = again(host, kms)
     wanted = NewGroup("other", (disk,), str(tmp_path / "srv"), "", frozenset({disk}), recovery_file(host))
-    keys = set(kms.keys)
 
     def begin(_: int) -> Callable[[], object]:
-        saved.restore()
-        for each in set(kms.keys) - keys:
-            del kms.keys[each]
+        restore()
         return run
 
     def run() -> None:
@@ -137,14 +143,11 @@ def test_killed_while_an_encryption_begins_and_is_taken_back(
     monkeypatch.setattr(encrypt_disk, "VOLATILE", ())
     monkeypatch.setattr(encrypt_disk, "_make_room_and_move", is_cut)
     fill(disk, tmp_path, SIZE - RESERVED)
-    saved = Saved(host.paths.state, host.paths.config)
+    restore = again(host, kms, host.paths.config)
     choices = encrypt_disk.Choices(disk, "photos", recovery_file=recovery_file(host))
-    keys = set(kms.keys)
 
     def begin(_: int) -> Callable[[], object]:
-        saved.restore()
-        for each in set(kms.keys) - keys:
-            del kms.keys[each]
+        restore()
         return run
 
     def run() -> None:
