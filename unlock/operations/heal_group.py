@@ -38,6 +38,7 @@ _USAGES = (5, 25, 60, 90)
 """Percent, from the quickest balance to the one that frees most. btrfs replace needs room for a new chunk, which a disk
 that is all allotted does not have, however much is free in its chunks."""
 _NO_SPACE = "No space left on device"
+_MAKE_ROOM = "delete or move files; then the same command again"
 
 
 class Healed(NamedTuple):
@@ -244,16 +245,23 @@ def _rebuild(mount_point: str, name: str) -> None:
                 raise
     else:
         words = f"btrfs needs a chunk of free space on each disk of {mount_point} for a replacement"
-        raise CommandFailed(words, "delete or move files; then the same command again", "no-space")
+        raise CommandFailed(words, _MAKE_ROOM, "no-space")
     log.note(f"{name}: done in {time.monotonic() - began:.0f} s")
 
 
 def _balance(mount_point: str) -> None:
-    """Gives the profile that can lose a device to the chunks that were written meanwhile with another one."""
+    """Gives the profile that can lose a device to the chunks that were written meanwhile with another one. Raises
+    CommandFailed."""
     filters = [f"-{kind}convert={profile},soft" for kind, profile in btrfs.mixed_profiles(mount_point).items()]
     if filters:
         log.note(f"btrfs balance {' '.join(filters)} {mount_point}")
-        run(["btrfs", "balance", "start", *filters, mount_point], timeout=_AS_LONG_AS_IT_TAKES)
+        try:
+            run(["btrfs", "balance", "start", *filters, mount_point], timeout=_AS_LONG_AS_IT_TAKES)
+        except CommandFailed as error:
+            if _NO_SPACE not in str(error):
+                raise
+            words = f"btrfs has no room on {mount_point} for the second copy of what was written meanwhile"
+            raise CommandFailed(words, _MAKE_ROOM, "no-space") from error
 
 
 def _forget_that_they_were_away(paths: Paths, name: str, healed: set[str]) -> None:
