@@ -13,9 +13,9 @@ import pytest
 
 from tests import killing
 from tests.lab.guest import Guest
-from tests.lab.machine import Machine
+from tests.lab.machine import RECOVERY, Machine
 from tests.lab.running import Running
-from tests.lab.stories import begun, checked, findings, status, unmeasured
+from tests.lab.stories import begun, checked, findings, status, unmeasured, up
 
 pytestmark = pytest.mark.vm
 
@@ -64,17 +64,55 @@ import os, sys
 sys.path[:0] = ["/usr/lib/unlock", "/root"]
 import killing
 from unlock.disks import luks
-from unlock.operations import consent, heal_group
+from unlock.operations import consent, delete_group, heal_group
 from unlock.paths import Paths
 from unlock.run import run
 killing.PACKAGE = "/usr/lib/unlock/unlock"
-work = lambda: heal_group.heal_group(Paths(), "pair", consent.agree)
-steps = (run, luks.Container.activate, luks.deactivate, os.replace, os.symlink)
-print(killing.killed_at(int(sys.argv[1]), work, steps))
+what, step, recovery = sys.argv[1:]
+steps = (run, luks.Container.activate, luks.deactivate, luks.Container.remove_token, os.replace, os.symlink, os.unlink)
+work = {
+    "delete": lambda: delete_group.delete_group(Paths(), "pair", recovery_file=recovery),
+    "heal": lambda: heal_group.heal_group(Paths(), "pair", consent.agree),
+}
+print(killing.killed_at(int(step), work[what], steps))
 """
-"""`unlock group heal`, killed before or after a step that lasts."""
+"""`unlock group heal` or `delete`, killed before or after a step that lasts."""
+ARRAYS = """
+set -e
+encrypt() {{
+    cryptsetup luksFormat -q --pbkdf pbkdf2 --pbkdf-force-iterations 1000 $2 /run/passphrase
+    cryptsetup open --key-file /run/passphrase $2 $1
+}}
+adopt() {{
+    unlock disk adopt $2 --group ${{1%-?}} --passphrase-file /run/passphrase --recovery-key-file {4}
+}}
+use() {{
+    unlock group set $1 --degraded allow
+    sed -i "/^.group.$1/a degraded_after = 5" /etc/unlock/unlock.toml
+    mkfs.ext4 -q $2
+    mkdir /srv/$1
+    echo "$2 /srv/$1 ext4 nofail,x-systemd.requires=unlock-group@$1.service 0 0" >>/etc/fstab
+}}
+printf secret >/run/passphrase
+for each in 'array-a {0}' 'array-b {1}' 'volume-a {2}' 'volume-b {3}'; do encrypt $each; done
+mdadm --quiet --create /dev/md/array --metadata=1.2 --level=1 --raid-devices=2 --assume-clean --bitmap=internal --run \\
+    /dev/mapper/array-a /dev/mapper/array-b
+vgcreate -qq pool /dev/mapper/volume-a /dev/mapper/volume-b
+lvcreate -qq -y --type raid1 -m 1 --nosync -L 64M -n data pool
+for each in 'array-a {0}' 'array-b {1}' 'volume-a {2}' 'volume-b {3}'; do adopt $each; done
+use array /dev/md/array
+use volume /dev/pool/data
+systemctl daemon-reload
+mount /srv/array && mount /srv/volume
+head -c 8M /dev/urandom | tee /srv/array/blob >/srv/volume/blob
+sha256sum /srv/array/blob /srv/volume/blob >/root/arrays
+"""
+"""Two groups of two disks: one with an array of md, one with a raid of LVM."""
 SLOW = "echo 4M > /sys/fs/btrfs/$(findmnt -no UUID /srv/pair)/devinfo/1/scrub_speed_max"
-STARTED = "until btrfs replace status -1 /srv/pair | grep -q done; do sleep 0.1; done"
+STARTED = (
+    "until grep -q replace /sys/fs/btrfs/*/exclusive_operation; do sleep 0.01; done; dmsetup suspend --noflush pair-a"
+)
+"""btrfs copies, and does not get further."""
 STOP = "systemctl stop app-pair.service srv-pair.mount unlock-group@pair.service"
 
 
@@ -89,9 +127,9 @@ def story(tmp_path: Path) -> Iterator[Machine]:
     shutil.rmtree(made.home, ignore_errors=True)
 
 
-def group(console: Guest) -> dict[str, Any]:
+def group(console: Guest, name: str = "pair") -> dict[str, Any]:
     groups = json.loads(console.sh("unlock status --json").out)["groups"]
-    return next(each for each in groups if each["name"] == "pair")
+    return next(each for each in groups if each["name"] == name)
 
 
 def details(console: Guest) -> list[tuple[str, str]]:
@@ -245,6 +283,41 @@ def written_apart(story: Machine, console: Guest) -> None:
     assert console.sh("mountpoint -q /srv/pair", check=False).code != 0
 
 
+@pytest.mark.long(minutes=5)
+def test_an_array_of_md_and_a_raid_of_lvm_live_with_one_disk(tmp_path: Path) -> None:
+    """They start without the other as they see fit, tell what they lack, and take it in by their own tools."""
+    story = unmeasured(programs=" mdadm").clone(tmp_path / "machine")
+    serials = ("array-1", "array-2", "volume-1", "volume-2")
+    disks = [story.disk(serial, 128) for serial in serials]
+    with story.boot() as booted:
+        console = up(booted)
+        console.write(RECOVERY, story.recovery_key.encode(), 0o600)
+        console.sh(ARRAYS.format(*disks, RECOVERY), timeout=240)
+        assert status(console)["array"] == status(console)["volume"] == "open"
+        booted.poweroff()
+    with story.boot(without=("array-1", "volume-1")) as booted:
+        console = up(booted)
+        console.sh("sha256sum --quiet -c /root/arrays")
+        assert {each: status(console)[each] for each in ("array", "volume")} == {
+            "array": "degraded",
+            "volume": "degraded",
+        }
+        console.sh("for each in array volume; do echo later >/srv/$each/later; done; sync")
+        for serial in ("array-1", "volume-1"):
+            booted.plug(story.disks[serial])
+        console.sh("udevadm settle; unlock group heal array; unlock group heal volume")
+        lacking = [each for name in ("array", "volume") for each in group(console, name)["arrays"]]
+        assert [(each["node"], each["lacks"]) for each in lacking] == [("/dev/md127", 1), ("/dev/mapper/pool-data", 1)]
+        for each in lacking:
+            assert f"{each['node']} lacks 1 of its 2 disks: {each['hint']}" in console.sh("unlock status").out
+            console.sh(each["hint"])
+        console.sh("mdadm /dev/md127 --re-add /dev/mapper/array-a; lvchange --refresh pool/data")
+        console.sh("until [ $(unlock status | grep -c lacks) = 0 ]; do sleep 1; done", timeout=120)
+        assert status(console)["array"] == status(console)["volume"] == "open"
+        console.sh("sha256sum --quiet -c /root/arrays")
+        booted.poweroff()
+
+
 @pytest.mark.long(minutes=7)
 def test_healing_in_use_is_killed_at_each_step(story: Machine, record_property: Callable[[str, object], None]) -> None:
     """All that was written stays whole, whoever was away stays out, and the same command begins again, without a
@@ -254,7 +327,7 @@ def test_healing_in_use_is_killed_at_each_step(story: Machine, record_property: 
         console = begun(booted)
         give_programs(console)
         opened_alone(booted, story, console)
-        while killed_at(console, steps + 1):
+        while killed_at(console, "heal", steps + 1):
             steps += 1
             whole(console)
             healed_again(console)
@@ -263,6 +336,36 @@ def test_healing_in_use_is_killed_at_each_step(story: Machine, record_property: 
         booted.poweroff()
     record_property("shown", f"group heal: killed at {steps} steps")
     assert steps > 15
+
+
+@pytest.mark.long(minutes=7)
+def test_deletion_in_use_is_killed_at_each_step(story: Machine, record_property: Callable[[str, object], None]) -> None:
+    """The disks stay mounted all the time, and the same command finishes; then they are taken in again."""
+    steps = 0
+    disks = story.devices("pair-1", "pair-2").split()
+    adopt = (
+        f"unlock disk adopt {each} --group pair --passphrase-file {RECOVERY} --recovery-key-file {RECOVERY}"
+        for each in disks
+    )
+    again = "; ".join((*adopt, "cp /root/unlock.toml /etc/unlock; systemctl daemon-reload"))
+    with story.boot(limit=1800) as booted:
+        console = begun(booted)
+        give_programs(console)
+        console.write(RECOVERY, story.recovery_key.encode(), 0o600)
+        console.sh("cp /etc/unlock/unlock.toml /root")
+        while killed_at(console, "delete", steps + 1):
+            steps += 1
+            whole(console)
+            ended = console.sh(f"unlock group delete pair --yes --recovery-key-file {RECOVERY}", check=False)
+            print(ended.code, ended.err)
+            assert ended.code == 0 or "there is no group pair" in ended.err
+            whole(console)
+            console.sh(again, timeout=120)
+            assert (group(console)["state"], checked(console)["pair"]) == ("open", "safe")
+        whole(console)
+        booted.poweroff()
+    record_property("shown", f"group delete: killed at {steps} steps")
+    assert steps > 10
 
 
 @pytest.mark.long(minutes=8)
@@ -274,19 +377,22 @@ def test_power_cuts_while_it_is_healed(story: Machine, record_property: Callable
         console.sh("sed -i '/^\\[group.pair\\]/a degraded = \"allow\"\\ndegraded_after = 5' /etc/unlock/unlock.toml")
         give_programs(console)
         opened_alone(booted, story, console)
-        assert killed_at(console, 8)  # the old btrfs is wiped
+        assert killed_at(console, "heal", 8)  # the old btrfs is wiped
         booted.kill()
     with story.boot() as booted:
         console = without_the_other(booted)
         healed_again(console)
         opened_alone(booted, story, console)
         console.sh(f"{SLOW}; systemd-run --quiet --unit=heal unlock group heal pair; {STARTED}", timeout=120)
+        console.sh("systemctl kill --signal=KILL --kill-whom=main heal")
+        busy = heal(console)
+        assert (busy.code, "btrfs has a device replace under way" in busy.err) == (3, True), busy.err
         booted.kill()
     with story.boot() as booted:
         console = without_the_other(booted)
         healed_again(console)
         opened_alone(booted, story, console)
-        assert killed_at(console, 16)  # btrfs has it again, and the state does not know
+        assert killed_at(console, "heal", 16)  # btrfs has it again, and the state does not know
         booted.kill()
     with story.boot() as booted:
         console = without_the_other(booted)
@@ -303,8 +409,8 @@ def give_programs(console: Guest) -> None:
     console.write("/root/killed.py", KILLED.encode())
 
 
-def killed_at(console: Guest, step: int) -> bool:
-    killed = console.sh(f"python3 -I /root/killed.py {step}", timeout=240)
+def killed_at(console: Guest, what: str, step: int) -> bool:
+    killed = console.sh(f"python3 -I /root/killed.py {what} {step} {RECOVERY}", timeout=240)
     print(step, killed.out, killed.err)
     return killed.out == "True"
 

@@ -18,7 +18,7 @@ from tests.test_disk import edit
 from unlock import cli
 from unlock.boot import gate
 from unlock.boot.activation import GroupOpener
-from unlock.disks import btrfs_layout, disk_keys, luks, token, udev
+from unlock.disks import arrays, btrfs_layout, disk_keys, luks, token, udev
 from unlock.disks.btrfs_layout import Device
 from unlock.disks.groups import Away, Group
 from unlock.errors import Malformed, Refused, UnlockError, Usage
@@ -358,9 +358,21 @@ def test_an_array_that_lacks_a_disk_is_told_though_all_are_open(trio: Host, rebu
     found = status.read_status(trio.paths)
     assert f"group data: {words}: {do}" in status.to_text(found)
     (as_json,) = status.to_json(found)["groups"]
-    assert as_json["arrays"] == [{"node": "/dev/md127", "lacks": 1, "disks": 3, "rebuilding": rebuilding}]
+    told = {"node": "/dev/md127", "lacks": 1, "disks": 3, "rebuilding": rebuilding, "hint": do}
+    assert as_json["arrays"] == [told]
     assert as_json["state"] == "degraded"
     assert list(check_arrays(trio.paths, trio.state)) == [("group data", "note", words, do)]
+
+
+@pytest.mark.parametrize(
+    ("health", "action", "lacks"),
+    [("AA", "idle", 0), ("DA", "idle", 1), ("-A", "idle", 1), ("aA", "recover", 1), ("aa", "resync", 0)],
+)
+def test_what_a_raid_of_lvm_lacks_is_what_the_kernel_says(health: str, action: str, lacks: int) -> None:
+    text = f"root: 0 2097152 crypt\npool-data: 0 131072 raid raid1 2 {health} 131072/131072 {action} 0 0 -\n"
+    ((name, raid),) = arrays.read_raids(text)
+    assert (name, raid.node, raid.lacks, raid.disks) == ("pool-data", "/dev/mapper/pool-data", lacks, 2)
+    assert raid.rebuilding == (action == "recover")
 
 
 def test_heal_has_nothing_to_do_or_says_what_it_needs(trio: Host) -> None:

@@ -137,6 +137,20 @@ def test_lvm_on_our_mapping_counts_and_lvm_over_one_foreign_disk_does_not(machin
     )
 
 
+def test_what_lvm_puts_in_the_place_of_an_absent_disk_is_nobodys(machine: Machine) -> None:
+    machine.mapping("root-a", "254:0", LUKS + "root-a", "sda2")
+    machine.mapping("vg-root_rimage_1-missing_0_0", "254:1", "LVM-abc-missing_0_0")
+    machine.mapping("vg-root", "254:2", "LVM-abc", "dm-0", "dm-1")
+    machine.mount("254:2", "/root", "/dev/mapper/vg-root")
+    assert devices.lies_on_mappings("/root", {"root-a"}, machine.root)
+    machine.mapping("vg-other_rimage_1-missing_0_0", "254:3", "LVM-abc-missing_0_0", "sdb")
+    machine.mapping("vg-other", "254:4", "LVM-abc", "dm-0", "dm-3")
+    machine.mapping("vg-none", "254:5", "LVM-abc")
+    for number in ("254:4", "254:5"):
+        machine.mount(number, "/root", "/dev/mapper/vg-other")
+        assert not devices.lies_on_mappings("/root", {"root-a"}, machine.root)
+
+
 def test_raid_below_and_above_our_mappings(machine: Machine) -> None:
     machine.block("md0", "9:0", below=("sda2", "sdb"))
     machine.mapping("root-a", "254:0", LUKS + "root-a", "md0")

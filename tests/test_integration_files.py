@@ -760,9 +760,11 @@ def test_systemd_accepts_the_units(host: Host, tmp_path: Path) -> None:
 def test_a_resume_disk_is_ours_when_all_below_it_is(shell: list[str], tmp_path: Path) -> None:
     below = {"sda": [], "sdb": [], "dm-0": ["sda"], "dm-1": ["dm-0"], "dm-2": ["dm-0", "sdb"], "dm-3": ["dm-1", "dm-0"]}
     below |= {"dm-4": ["sdb"], "dm-5": ["dm-4"], "dm-6": ["sdb"]}
+    below |= {"dm-7": [], "dm-8": ["dm-0", "dm-7"], "dm-9": ["sdb"], "dm-10": []}  # of a raid that lacks a disk
     names = {"dm-0": "root", "dm-1": "vg-swap", "dm-4": "of-a-thief", "dm-6": "root-2"}
     uuids = {name: "CRYPT-LUKS2-x" if name in ("dm-0", "dm-4") else "LVM-x" for name in below if name.startswith("dm")}
     uuids["dm-6"] = "CRYPT-PLAIN-root-2"  # of a name that unlock has opened
+    uuids |= {"dm-7": "LVM-x-missing_0_0", "dm-9": "LVM-x-missing_0_0"}
     for name, slaves in below.items():
         (tmp_path / name / "slaves").mkdir(parents=True)
         for each in slaves:
@@ -778,11 +780,11 @@ def test_a_resume_disk_is_ours_when_all_below_it_is(shell: list[str], tmp_path: 
     script = tmp_path / "script"
     script.write_text(
         functions.replace("/sys/class/block/", f"{tmp_path}/").replace("=/run/unlock", f"={tmp_path}/run")
-        + "for each in sda sdb dm-0 dm-1 dm-2 dm-3 dm-4 dm-5 dm-6 gone ''; do\n"
+        + "for each in sda sdb dm-0 dm-1 dm-2 dm-3 dm-4 dm-5 dm-6 dm-8 dm-9 dm-10 gone ''; do\n"
         + 'unlock_ours "$each" && echo $each; done; true\n'
     )
     done = subprocess.run([*shell, script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["dm-0", "dm-1", "dm-3"] and not done.stderr
+    assert done.stdout.split() == ["dm-0", "dm-1", "dm-3", "dm-8"] and not done.stderr
 
 
 # the root that is mounted

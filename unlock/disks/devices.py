@@ -246,6 +246,10 @@ def _is_authenticated(folder: str, names: set[str], deep: int, verity: bool = Tr
     if kind.startswith("CRYPT-LUKS") and read_line(folder, "dm", "name") in names:
         return True
     below = _lower_folders(folder)
+    if (
+        not below and kind.startswith("LVM-") and "-missing_" in kind
+    ):  # in the place of an absent disk: it gives no data
+        return True
     return deep > 0 and bool(below) and all(_is_authenticated(each, names, deep - 1, verity) for each in below)
 
 

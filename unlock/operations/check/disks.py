@@ -57,7 +57,7 @@ def check_copies(state: State) -> Iterator[Finding]:
 
 
 def check_arrays(paths: Paths, state: State) -> Iterator[Finding]:
-    """Arrays of md on a group's disks that lack some, though all disks of the group may be here and open."""
+    """Arrays of md and raids of LVM on a group's disks that lack some, though all of the group may be open."""
     for group in state.groups.values():
         for each in arrays.find_degraded({member.name for member in group.members}, paths.root):
             yield Finding(f"group {group.name}", NOTE, each.describe(), each.hint)
