@@ -22,6 +22,7 @@ from tests.test_boot_good import (  # noqa: F401 - played here on the machine be
     test_a_host_boots_offline,
     test_an_edited_command_line_is_refused_and_the_recovery_key_still_opens_everything,
 )
+from tests.test_boot_plymouth import answered
 from tests.test_boot_silence import ALTERED
 from tests.test_boot_unmeasured import (  # noqa: F401
     firmware,
@@ -155,6 +156,32 @@ def test_a_root_disk_that_comes_late_with_crypttab_in_the_image_and_nobody_asks_
         console = begun(booted)
         assert (report(console)["verdict"], status(console)["root"]) == ("no-slot", "open")
         assert STOCK not in booted.console.text
+        booted.kill()
+
+
+@pytest.mark.long(minutes=3)
+def test_a_root_disk_that_comes_after_the_recovery_key_is_asked_for_by_unlock_again(story: Machine) -> None:
+    """A stock prompt in its place would open any disk that somebody plugs in."""
+    with story.boot(tpm="another", root_later=True, append=PATIENT) as booted:
+        assert isinstance(booted, Uml)
+        give_recovery_key(booted, story)
+        booted.console.expect("group pair: open", 120)
+        time.sleep(5)  # the prompt looks for disks as long as there is one to open
+        booted.plug_root()
+        give_recovery_key(booted, story)
+        console = begun(booted)
+        assert status(console)["root"] == status(console)["pair"] == "open"
+        console.sh("test -e /run/unlock/authentic")
+        assert STOCK not in booted.console.text
+        booted.kill()
+
+
+@pytest.mark.long(minutes=3)
+def test_plymouth_of_dracut_says_why_and_asks_for_the_recovery_key(tmp_path: Path) -> None:
+    story = unmeasured(builder="dracut", programs=" plymouth").clone(tmp_path / "machine")
+    with story.boot(tpm="another", append="splash") as booted:
+        console = answered(booted, story, "the TPM was cleared, or is another one")
+        assert status(console)["root"] == "open"
         booted.kill()
 
 

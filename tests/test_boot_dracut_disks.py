@@ -65,6 +65,25 @@ def stack(tmp_path: Path) -> Iterator[Machine]:
     shutil.rmtree(tmp_path / "machine", ignore_errors=True)
 
 
+@pytest.mark.long(minutes=4)
+def test_an_image_for_this_host_alone_opens_all_its_groups(story: Machine, tmp_path: Path) -> None:
+    """dracut leaves out what the root file system does not lie on, when it is told to; data disks are none of that."""
+    initrd = tmp_path / "initrd"
+    with story.boot() as booted:
+        console = up(booted)
+        console.sh("dracut --quiet --force --hostonly --hostonly-cmdline /var/tmp/initrd", timeout=280)
+        console.sh("lsinitrd /var/tmp/initrd | grep -q 'etc/cmdline.d/.*crypt'")
+        initrd.write_bytes(console.read("/var/tmp/initrd"))
+        booted.poweroff()
+    with story.boot(initrd=initrd) as booted:
+        console = up(booted)
+        assert report(console)["verdict"] == "unsealed"
+        assert set(outcomes(console).values()) == {"opened"}
+        assert set(status(console).values()) == {"open"}
+        assert STOCK not in booted.console.text and "recovery key" not in booted.console.text
+        booted.poweroff()
+
+
 @pytest.mark.long(minutes=5)
 def test_a_root_on_lvm_above_its_disk_which_lies_on_lvm_and_md(stack: Machine) -> None:
     others = tuple(each for each in stack.disks if not each.startswith("half"))

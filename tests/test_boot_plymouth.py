@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.lab import image
+from tests.lab.guest import Guest
+from tests.lab.machine import Machine
+from tests.lab.running import Running
 from tests.lab.stories import measured, status, up
 
 pytestmark = [pytest.mark.vm, pytest.mark.long(minutes=8)]
@@ -25,16 +28,22 @@ def test_plymouth_says_why_and_asks_for_the_recovery_key(tmp_path: Path) -> None
     story = measured("qemu").clone(tmp_path / "machine")
     splash = image.build(runs="qemu", commands=(INSTALL,)).initrd
     with story.boot(initrd=splash, append="splash") as booted:
-        booted.console.expect("unlock: recovery key:", 600)
-        booted.console.send(story.recovery_key[:-1] + str((int(story.recovery_key[-1]) + 1) % 10) + "\r")
-        booted.console.expect("group 8 of the recovery key", 120)
-        booted.console.expect("unlock: recovery key:", 120)
-        booted.console.send(story.recovery_key + "\r")
-        console = up(booted)
+        console = answered(booted, story, "cannot unseal: the TPM refuses")
         assert status(console) == {"root": "open", "data": "open"}
-        lines = booted.console.text.splitlines()  # unlock's own begin with its name
-        for told in ("cannot unseal: the TPM refuses", "group 8 of the recovery key is mistyped"):
-            assert any(line.startswith(told) for line in lines), told
-        assert "*" * len(story.recovery_key) in booted.console.text, "Plymouth has asked"
-        assert story.recovery_key not in booted.console.text
         booted.kill()
+
+
+def answered(booted: Running, story: Machine, why: str) -> Guest:
+    """A person mistypes the recovery key once. Plymouth shows the lines of unlock without its name."""
+    booted.console.expect("unlock: recovery key:", 600)
+    booted.console.send(story.recovery_key[:-1] + str((int(story.recovery_key[-1]) + 1) % 10) + "\r")
+    booted.console.expect("group 8 of the recovery key", 120)
+    booted.console.expect("unlock: recovery key:", 120)
+    booted.console.send(story.recovery_key + "\r")
+    console = up(booted)
+    lines = booted.console.text.splitlines()
+    for told in (why, "group 8 of the recovery key is mistyped"):
+        assert any(line.startswith(told) for line in lines), told
+    assert "*" * len(story.recovery_key) in booted.console.text, "Plymouth has asked"
+    assert story.recovery_key not in booted.console.text
+    return console

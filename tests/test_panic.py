@@ -35,6 +35,13 @@ class Stage:
             f'resolve_device() {{ [ -e "$1" ] && echo "$1"; }}\nget_fstype() {{ :; }}\n'
             f"panic() {{ echo panic >>{self.log}; {home}/panic; }}\n"
         )
+        (home / "cryptsetup-functions").write_text(
+            "crypttab_foreach_entry() {\n"
+            "while read -r _CRYPTTAB_NAME _CRYPTTAB_SOURCE _CRYPTTAB_KEY _CRYPTTAB_OPTIONS; do\n"
+            '"$@"; done <"$TABFILE"; }\n'
+            f"crypttab_resolve_source() {{ CRYPTTAB_SOURCE={home}/dev/$_CRYPTTAB_SOURCE\n"
+            '[ -e "$CRYPTTAB_SOURCE" ]; }\n'
+        )
         tools = TOP / "initramfs/initramfs-tools"
         scripts = {name: tools / name for name in ("functions", "panic", "local-top", "local-premount", "local-bottom")}
         for name, script in (*scripts.items(), ("common", TOP / "initramfs/functions")):
@@ -47,6 +54,7 @@ class Stage:
                 "/sys/class/block/": f"{home}/block/",
                 "#/dev/}": f"#{home}/dev/}}",
                 "/dev/* |": "/* |",
+                "/lib/cryptsetup/functions": home / "cryptsetup-functions",
                 "/conf/param.conf": home / "param.conf",
                 "/cryptroot/crypttab": home / "crypttab",
                 "/usr/sbin/unlock": home / "unlock",
@@ -109,7 +117,8 @@ class Stage:
 
     def gives_up(self, shell: list[str]) -> list[str]:
         """The same, when root does not open by itself."""
-        functions = f". {self.home}/initramfs-functions; . {self.home}/functions"
+        names = ("initramfs-functions", "cryptsetup-functions", "functions")
+        functions = "; ".join(f". {self.home}/{each}" for each in names)
         return self.started([*shell, "-c", f"{functions}; unlock_give_up"])
 
     def script(self, shell: list[str], name: str) -> list[str]:
@@ -273,6 +282,28 @@ def test_the_stock_prompt_has_its_crypttab_back_where_the_tpm_is_locked_or_the_r
         stage.opens("prompt")
     stage.gives_up(shell)
     assert (tmp_path / "crypttab").read_text() == "root UUID=1 none luks\n"
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_stock_prompt_asks_for_no_disk_whose_header_was_changed(
+    tmp_path: Path, shell: list[str], asked: bool
+) -> None:
+    """One that the root does not need, so that the boot goes on. A person has opened the root where one was asked."""
+    stage = Stage(tmp_path)
+    (tmp_path / "dev/data").touch()
+    (stage.run_folder / "changed").write_text(f"{tmp_path}/dev/data\n")
+    lines = ("late UUID=1 none luks\n", "data data none luks,initramfs\n", "other data-2 none luks\n")
+    (tmp_path / "dev/data-2").touch()
+    (tmp_path / "crypttab").write_text("".join(lines))
+    (stage.run_folder / "verdict").write_text("unsealed\n")
+    with stage.agent():
+        if asked:
+            (stage.run_folder / "failed").touch()
+            stage.opens("prompt")
+        assert stage.script(shell, "local-top") == ["cap try", *(["boot prompt"] if asked else [])]
+    assert (tmp_path / "crypttab").read_text() == (lines[0] if asked else "") + lines[2]
+    stage.script(shell, "panic")
+    assert (tmp_path / "crypttab").read_text() == lines[0] + lines[2]
 
 
 def test_a_disk_that_was_changed_is_told_and_no_shell_follows(tmp_path: Path, shell: list[str]) -> None:
