@@ -23,7 +23,7 @@ WANTED = 90
 
 NO_MACHINE = ("-n4", "--alone", "--dist=loadfile", "--no-loadscope-reorder", "-m", "not vm and not root and not long")
 ROOT = ("-n2", "--dist=load", "-m", "root and not long")
-MACHINES = ("-n3", "--dist=load", "--long=12", "-m", "vm or root or long")
+MACHINES = ("-n3", "--dist=load", "--long=8", "-m", "vm or root or long")
 """Two machines run at a time; who types slowly at one, or clones the next, needs no core."""
 
 ROOM = 4 << 30
