@@ -19,6 +19,8 @@ from tests.lab.stories import begun, checked, findings, status, unmeasured, up
 
 pytestmark = pytest.mark.vm
 
+Show = Callable[[str, object], None]
+
 BY_ITSELF = """
 set -e
 printf %s {key} | cryptsetup open --key-file - {device} lone
@@ -64,19 +66,24 @@ import os, sys
 sys.path[:0] = ["/usr/lib/unlock", "/root"]
 import killing
 from unlock.disks import luks
-from unlock.operations import consent, delete_group, heal_group
+from unlock.operations import consent, delete_group, heal_group, release_disk
 from unlock.paths import Paths
 from unlock.run import run
+from unlock.secret import Secret
 killing.PACKAGE = "/usr/lib/unlock/unlock"
 what, step, recovery = sys.argv[1:]
-steps = (run, luks.Container.activate, luks.deactivate, luks.Container.remove_token, os.replace, os.symlink, os.unlink)
+of_a_disk = (luks.Container.activate, luks.deactivate, luks.Container.remove_token, luks.Container.add_keyslot)
+steps = (run, *of_a_disk, luks.Container.remove_keyslot, os.replace, os.symlink, os.unlink)
 work = {
     "delete": lambda: delete_group.delete_group(Paths(), "pair", recovery_file=recovery),
     "heal": lambda: heal_group.heal_group(Paths(), "pair", consent.agree),
+    "release": lambda: release_disk.release_disk(
+        Paths(), "/dev/disk/by-id/lab-copy-1", Secret(b"its owner's"), recovery_file=recovery
+    ),
 }
 print(killing.killed_at(int(step), work[what], steps))
 """
-"""`unlock group heal` or `delete`, killed before or after a step that lasts."""
+"""`unlock group heal`, `group delete` or `disk release`, killed before or after a step that lasts."""
 ARRAYS = """
 set -e
 encrypt() {{
@@ -319,7 +326,7 @@ def test_an_array_of_md_and_a_raid_of_lvm_live_with_one_disk(tmp_path: Path) -> 
 
 
 @pytest.mark.long(minutes=7)
-def test_healing_in_use_is_killed_at_each_step(story: Machine, record_property: Callable[[str, object], None]) -> None:
+def test_healing_in_use_is_killed_at_each_step(story: Machine, record_property: Show) -> None:
     """All that was written stays whole, whoever was away stays out, and the same command begins again, without a
     question."""
     steps = 0
@@ -339,37 +346,51 @@ def test_healing_in_use_is_killed_at_each_step(story: Machine, record_property: 
 
 
 @pytest.mark.long(minutes=7)
-def test_deletion_in_use_is_killed_at_each_step(story: Machine, record_property: Callable[[str, object], None]) -> None:
+def test_deletion_in_use_is_killed_at_each_step(story: Machine, record_property: Show) -> None:
+    command = f"unlock group delete pair --yes --recovery-key-file {RECOVERY}"
+    disks = story.devices("pair-1", "pair-2").split()
+    leaves_in_use(story, record_property, "delete", "pair", disks, command, "there is no group pair")
+
+
+@pytest.mark.long(minutes=15)
+def test_release_in_use_is_killed_at_each_step(story: Machine, record_property: Show) -> None:
+    disk = story.devices("copy-1")
+    command = f"unlock disk release {disk} --yes --passphrase-file /run/own --recovery-key-file {RECOVERY}"
+    leaves_in_use(story, record_property, "release", "copy", [disk], command, "has nothing of this host")
+
+
+def leaves_in_use(story: Machine, show: Show, what: str, name: str, disks: list[str], command: str, ended: str) -> None:
     """The disks stay mounted all the time, and the same command finishes; then they are taken in again."""
     steps = 0
-    disks = story.devices("pair-1", "pair-2").split()
     adopt = (
-        f"unlock disk adopt {each} --group pair --passphrase-file {RECOVERY} --recovery-key-file {RECOVERY}"
+        f"unlock disk adopt {each} --group {name} --passphrase-file /run/own --recovery-key-file {RECOVERY}; "
+        f"cryptsetup luksRemoveKey -q {each} /run/own"
         for each in disks
     )
-    again = "; ".join((*adopt, "cp /root/unlock.toml /etc/unlock; systemctl daemon-reload"))
+    own = (f"cryptsetup luksAddKey -q --key-file {RECOVERY} {each} /run/own" for each in disks if what == "delete")
+    again = "; ".join((*own, *adopt, "cp /root/unlock.toml /etc/unlock; systemctl daemon-reload"))
     with story.boot(limit=1800) as booted:
         console = begun(booted)
         give_programs(console)
         console.write(RECOVERY, story.recovery_key.encode(), 0o600)
+        console.write("/run/own", b"its owner's", 0o600)
         console.sh("cp /etc/unlock/unlock.toml /root")
-        while killed_at(console, "delete", steps + 1):
+        while killed_at(console, what, steps + 1):
             steps += 1
-            whole(console)
-            ended = console.sh(f"unlock group delete pair --yes --recovery-key-file {RECOVERY}", check=False)
-            print(ended.code, ended.err)
-            assert ended.code == 0 or "there is no group pair" in ended.err
-            whole(console)
+            whole(console, name)
+            finished = console.sh(command, check=False)
+            assert finished.code == 0 or ended in finished.err, finished.err
+            whole(console, name)
             console.sh(again, timeout=120)
-            assert (group(console)["state"], checked(console)["pair"]) == ("open", "safe")
-        whole(console)
+            assert (group(console, name)["state"], checked(console)[name]) == ("open", "safe")
+        whole(console, name)
         booted.poweroff()
-    record_property("shown", f"group delete: killed at {steps} steps")
+    show("shown", f"{what}: killed at {steps} steps")
     assert steps > 10
 
 
 @pytest.mark.long(minutes=8)
-def test_power_cuts_while_it_is_healed(story: Machine, record_property: Callable[[str, object], None]) -> None:
+def test_power_cuts_while_it_is_healed(story: Machine, record_property: Show) -> None:
     """Each boot opens the group without whoever was away, and the same command begins again. btrfs's own log is there
     for what it writes meanwhile."""
     with story.boot(without=("pair-2",)) as booted:
@@ -437,8 +458,8 @@ def opened_alone(booted: Running, story: Machine, console: Guest) -> None:
     assert group(console)["away"] == ["pair-b"]
 
 
-def whole(console: Guest) -> None:
-    console.sh("mountpoint -q /srv/pair && grep pair /root/sums | sha256sum --quiet -c")
+def whole(console: Guest, name: str = "pair") -> None:
+    console.sh(f"mountpoint -q /srv/{name} && grep {name} /root/sums | sha256sum --quiet -c")
 
 
 def healed_again(console: Guest, *options: str) -> None:
