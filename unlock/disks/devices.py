@@ -246,10 +246,8 @@ def _is_authenticated(folder: str, names: set[str], deep: int, verity: bool = Tr
     if kind.startswith("CRYPT-LUKS") and read_line(folder, "dm", "name") in names:
         return True
     below = _lower_folders(folder)
-    if (
-        not below and kind.startswith("LVM-") and "-missing_" in kind
-    ):  # in the place of an absent disk: it gives no data
-        return True
+    if not below and kind.startswith("LVM-") and "-missing_" in kind:
+        return True  # LVM has put it in the place of an absent disk, and it gives no data
     return deep > 0 and bool(below) and all(_is_authenticated(each, names, deep - 1, verity) for each in below)
 
 
